@@ -1,0 +1,109 @@
+"""Errors as data: a `Diagnostic` with a message, a place, notes and help; `TyirError` carries one or more of them.
+
+`TyirError` is the one exception for everything that is the user's to mend (wrong file, wrong number, malformed IR): tools print it without a
+traceback and exit 1.  Anything else that escapes is an internal error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["Diagnostic", "Label", "Severity", "SourceText", "TyirError", "did_you_mean"]
+
+Severity = Literal["error", "warning", "note", "remark"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceText:
+    """A named piece of text that positions point into."""
+
+    name: str
+    text: str
+
+    def line_col(self, offset: int) -> tuple[int, int]:
+        """1-based line and column of a character offset."""
+        offset = min(max(offset, 0), len(self.text))
+        line_start = self.text.rfind("\n", 0, offset) + 1
+        return self.text.count("\n", 0, offset) + 1, offset - line_start + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A span of source text (character offsets), with what to say about it."""
+
+    source: SourceText
+    start: int
+    end: int
+    text: str = ""
+
+    def render(self, width: int = 160) -> str:
+        """The source line with carets below; long lines are cut to a window around the span."""
+        line, col = self.source.line_col(self.start)
+        begin = self.source.text.rfind("\n", 0, self.start) + 1
+        end = self.source.text.find("\n", self.start)
+        content = self.source.text[begin : end if end >= 0 else len(self.source.text)].replace("\t", " ")
+        shift = max(0, col - 1 - width // 2)
+        content = ("…" if shift else "") + content[shift : shift + width]
+        column = col - 1 - shift + (1 if shift else 0)
+        carets = "^" * max(1, min(self.end - self.start, len(content) - column))
+        gutter = f"{line} | "
+        return f"{gutter}{content}\n{' ' * (len(gutter) - 2)}| {' ' * column}{carets}{' ' + self.text if self.text else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One message.  `where` is `file:line:col` or a file name; `excerpt` is IR or source text; `help` says what to do."""
+
+    message: str
+    severity: Severity = "error"
+    where: str = ""
+    label: Label | None = None
+    excerpt: str = ""
+    notes: tuple[Diagnostic, ...] = ()
+    help: str = ""
+
+    def position(self) -> str:
+        if self.label is not None:
+            line, col = self.label.source.line_col(self.label.start)
+            return f"{self.label.source.name}:{line}:{col}"
+        return self.where
+
+    def render(self) -> str:
+        position = self.position()
+        lines = [f"{position}: {self.severity}: {self.message}" if position else f"{self.severity}: {self.message}"]
+        if self.label is not None:
+            lines.append(self.label.render())
+        if self.excerpt:
+            lines.extend("  " + line for line in self.excerpt.splitlines()[:20])
+        if self.help:
+            lines.append(f"help: {self.help}")
+        lines.extend(note.render() for note in self.notes)
+        return "\n".join(lines)
+
+
+@dataclass(eq=False)
+class TyirError(Exception):
+    """Something the user can mend; holds every diagnostic found, in order."""
+
+    diagnostics: Sequence[Diagnostic] = field(default_factory=tuple)
+
+    def __init__(self, diagnostics: str | Diagnostic | Iterable[Diagnostic], *, help: str = "", where: str = "") -> None:
+        if isinstance(diagnostics, str):
+            diagnostics = Diagnostic(diagnostics, help=help, where=where)
+        self.diagnostics = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(diagnostics)
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        return "\n".join(d.render() for d in self.diagnostics)
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the nearest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{close[0]}'?" if close else ""

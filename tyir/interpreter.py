@@ -1,0 +1,175 @@
+"""Running IR on numpy, op by op: the oracle of every pass, and the walk that the compiled runtime shares.
+
+`Interpreter.run` is a generator: it yields at every collective with the die's operand and is resumed with the combined result, which lets
+`run_lockstep` drive any number of dies in one thread.  What an op *does* is the `evaluator`'s business: the reference evaluator calls the op's own
+`evaluate`; the runtime's calls a compiled kernel.  A `probe` sees every op with its results (verification compares two runs through it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.diagnostics import TyirError
+from tyir.dialects import func
+from tyir.dialects.builtin import Module
+from tyir.dialects.dist import AllGather, AllReduce
+from tyir.dialects.ty import GetGlobal, Global, Param
+from tyir.ir import Block, Op, Value
+from tyir.opdef import DeclaredOp
+from tyir.traits import Collective, Terminator
+from tyir.weights import WeightSource
+
+__all__ = ["Evaluator", "Interpreter", "Probe", "evaluate_op", "evaluate_param", "lookup_symbol", "run_function", "run_lockstep"]
+
+Array = npt.NDArray[Any]
+Evaluator = Callable[[Op, Sequence[Array]], "Array | tuple[Array, ...]"]
+Collectives = Generator[tuple[Op, Array], Array, tuple[Array, ...]]
+
+
+class Probe(Protocol):
+    """Called after every op (collectives included) with the call path (`("main", "layer")`), the op and its results."""
+
+    def __call__(self, path: tuple[str, ...], call: int, op: Op, results: tuple[Array, ...]) -> None: ...
+
+
+def evaluate_op(op: Op, operands: Sequence[Array]) -> Array | tuple[Array, ...]:
+    """The reference evaluator: the op's own `evaluate`."""
+    if not isinstance(op, DeclaredOp):
+        raise TyirError(f"'{op.name}' is not a registered op and cannot be interpreted")
+    result: Array | tuple[Array, ...] = op.evaluate(*operands)
+    return result
+
+
+def lookup_symbol(start: Op, name: str) -> Op | None:
+    """The symbol `name` in the modules around `start`, innermost first."""
+    current: Op | None = start
+    while current is not None:
+        if isinstance(current, Module) and (found := current.lookup(name)) is not None:
+            return found
+        current = current.parent_op
+    return None
+
+
+class Interpreter:
+    """Runs functions of one module (one die).  `constants` maps symbol names to arrays and is consulted before `weights`."""
+
+    def __init__(
+        self,
+        module: Module,
+        weights: WeightSource | None = None,
+        constants: Mapping[str, Array] | None = None,
+        evaluator: Evaluator = evaluate_op,
+        probe: Probe | None = None,
+    ) -> None:
+        self.module = module
+        self.weights = weights
+        self.constants = dict(constants or {})
+        self.evaluator = evaluator
+        self.probe = probe
+        self._functions: dict[str, func.Func] = {op.sym_name: op for op in module.body if isinstance(op, func.Func)}
+        self._calls = 0
+
+    def run(self, name: str, args: Sequence[Array]) -> Collectives:
+        """Run a function; yields (collective op, operand) and is sent the combined array; returns the function's results."""
+        if name not in self._functions:
+            raise TyirError(f"there is no function @{name}", help=f"functions here: {', '.join('@' + f for f in self._functions)}")
+        self._calls = 0
+        return self._run_block(self._functions[name].body, args, (name,))
+
+    def _run_block(self, block: Block, args: Sequence[Array], path: tuple[str, ...]) -> Collectives:
+        if len(args) != len(block.args):
+            raise TyirError(f"@{path[-1]} takes {len(block.args)} arguments, {len(args)} given")
+        env: dict[Value, Array] = dict(zip(block.args, args))
+        last_use = _last_uses(block)
+        call = self._calls
+        for op in block:
+            operands = [env[v] for v in op.operands]
+            if op.has_trait(Terminator):
+                return tuple(operands)
+            for value in last_use.get(op, ()):  # big intermediates die with their last reader
+                env.pop(value, None)
+            results: Any
+            if op.has_trait(Collective):
+                results = yield op, operands[0]
+            elif isinstance(op, func.Call):
+                self._calls += 1
+                results = yield from self._run_block(self._functions[op.callee.leaf].body, operands, (*path, op.callee.leaf))
+            elif isinstance(op, GetGlobal):
+                results = self.read_symbol(op)
+            else:
+                results = self.evaluator(op, operands)
+            if not isinstance(results, tuple):
+                results = (results,)
+            for value, array in zip(op.results, results):
+                env[value] = array
+            if self.probe is not None:
+                self.probe(path, call, op, results)
+        raise TyirError(f"@{path[-1]} ends without a terminator")
+
+    def read_symbol(self, op: GetGlobal) -> Array:
+        """The array a `ty.get_global` refers to: a given constant, a checkpoint tensor, or an evaluated initializer."""
+        name = op.symbol.leaf
+        if name in self.constants:
+            return self.constants[name]
+        target = lookup_symbol(op, name)
+        if isinstance(target, Param):
+            return evaluate_param(target, self.weights)
+        if not isinstance(target, Global):
+            raise TyirError(f"'ty.get_global' refers to @{name}, which is not a ty.global or ty.param in scope")
+        if self.weights is None:
+            raise TyirError(f"weight @{name} is needed but no checkpoint was given")
+        return self.weights.read(target)
+
+
+def _last_uses(block: Block) -> dict[Op, list[Value]]:
+    """For each op, the values it is the last to read in its block."""
+    seen: set[Value] = set()
+    last: dict[Op, list[Value]] = {}
+    for op in reversed(block):
+        for value in op.operands:
+            if value not in seen:
+                seen.add(value)
+                last.setdefault(op, []).append(value)
+    return last
+
+
+def evaluate_param(param: Param, weights: WeightSource | None) -> Array:
+    """The tensor of a `ty.param`: its initializer, evaluated."""
+    interpreter = Interpreter(Module.empty(), weights)
+    runner = interpreter._run_block(param.body, (), (str(param.sym_name),))
+    try:
+        next(runner)
+    except StopIteration as stop:
+        (array,) = stop.value
+        return np.asarray(array)
+    raise TyirError(f"the initializer of @{param.sym_name} holds a collective")
+
+
+def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:
+    """Drive all dies' runs together: at each collective every die's operand is combined and the result given to all.  Returns each die's results."""
+    inbox: list[Array | None] = [None] * len(runs)
+    while True:
+        waiting: list[tuple[Op, Array]] = []
+        finished: list[tuple[Array, ...]] = []
+        for run, message in zip(runs, inbox):
+            try:
+                waiting.append(run.send(message) if message is not None else next(run))
+            except StopIteration as stop:
+                finished.append(stop.value)
+        if not waiting:
+            return finished
+        op = waiting[0][0]
+        if finished or any(type(other) is not type(op) for other, _ in waiting):
+            raise TyirError(f"the dies do not meet: {', '.join(o.name for o, _ in waiting)}; {len(finished)} of {len(runs)} dies have finished")
+        assert isinstance(op, (AllReduce, AllGather))
+        combined = op.combine([operand for _, operand in waiting])
+        inbox = [combined] * len(runs)
+
+
+def run_function(module: Module, name: str, args: Sequence[Array], weights: WeightSource | None = None, probe: Probe | None = None) -> tuple[Array, ...]:
+    """Run a function of a module without dies; the common case of tests."""
+    return run_lockstep([Interpreter(module, weights, probe=probe).run(name, args)])[0]

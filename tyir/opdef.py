@@ -1,0 +1,376 @@
+'''Declaring operations: one class per op, everything else is derived.
+
+    class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
+        """out[b, s, n] = sum_k x[b, s, k] * weight[n, k] + bias[n]"""
+
+        x: Value = operand()
+        weight: Value = operand()
+        bias: Value | None = optional_operand()
+        eps: float = attr(default=1e-6)
+        out: Value = result()
+
+        def infer(self) -> Type: ...                        # result types from operands and properties
+        def verify(self) -> Iterator[str]: ...              # what kinds cannot say
+        def evaluate(self, x, weight, bias=None): ...       # reference meaning on numpy arrays
+
+From this come the typed constructor `Linear(x, w, eps=1e-5, loc=...)`, accessors, the check of kinds (`check_declaration`), the text forms
+(properties by name, operands in order) and the reference documentation.  At most one operand (and one result) may be optional or variadic, so
+that counts need no segment attribute.
+'''
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Literal, dataclass_transform
+
+from tyir.attributes import (
+    ArrayAttr,
+    Attribute,
+    BoolAttr,
+    DenseArrayAttr,
+    DenseElementsAttr,
+    DictAttr,
+    FloatAttr,
+    IntegerAttr,
+    StringAttr,
+    SymbolRefAttr,
+    UnitAttr,
+)
+from tyir.diagnostics import Diagnostic
+from tyir.ir import EMPTY_DICT, Op, Region, Value
+from tyir.location import UNKNOWN, Location
+from tyir.traits import Trait
+from tyir.types import FloatType, FunctionType, IntegerType, TensorType, Type, f64, i64
+
+__all__ = [
+    "AttrField", "DeclaredOp", "OperandField", "RegionField", "ResultField", "attr", "operand", "optional_operand", "region", "result",
+    "variadic_operand", "variadic_result",
+]  # fmt: skip
+
+Arity = Literal["one", "optional", "variadic"]
+_MISSING: Final = object()
+
+
+@dataclass(frozen=True)
+class _Codec:
+    """How a property's Python value and its attribute correspond."""
+
+    kind: str
+    encode: Callable[[Any], Attribute]
+    decode: Callable[[Any], Any]
+    accepts: Callable[[Attribute], bool]
+
+
+def _is(*classes: type) -> Callable[[Attribute], bool]:
+    return lambda a: isinstance(a, classes)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _is_int_array(a: Attribute) -> bool:
+    return isinstance(a, DenseArrayAttr) and isinstance(a.element, IntegerType)
+
+
+_CODECS: Final[dict[str, _Codec]] = {
+    "int": _Codec("integer", lambda v: v if isinstance(v, IntegerAttr) else IntegerAttr(v, i64), lambda a: a.value, _is(IntegerAttr)),
+    "float": _Codec("float", lambda v: v if isinstance(v, FloatAttr) else FloatAttr(v, f64), lambda a: a.value, _is(FloatAttr)),
+    "str": _Codec("string", StringAttr, lambda a: a.value, _is(StringAttr)),
+    "bool": _Codec("boolean", BoolAttr, lambda a: a.value, _is(BoolAttr)),
+    "tuple[int, ...]": _Codec("integer array", DenseArrayAttr.i64, lambda a: a.values, _is_int_array),
+    "Type": _Codec("type", _same, _same, _is(Type)),
+    "TensorType": _Codec("tensor type", _same, _same, _is(TensorType)),
+    "FunctionType": _Codec("function type", _same, _same, _is(FunctionType)),
+    "FloatType": _Codec("float type", _same, _same, _is(FloatType)),
+    "SymbolRefAttr": _Codec("symbol", lambda v: SymbolRefAttr(v) if isinstance(v, str) else v, _same, _is(SymbolRefAttr)),
+    "DictAttr": _Codec("dictionary", _same, _same, _is(DictAttr)),
+    "ArrayAttr": _Codec("array", _same, _same, _is(ArrayAttr)),
+    "DenseElementsAttr": _Codec("dense elements", _same, _same, _is(DenseElementsAttr)),
+    "UnitAttr": _Codec("unit", _same, _same, _is(UnitAttr)),
+    "Attribute": _Codec("attribute", _same, _same, _is(Attribute)),
+}
+
+
+class OperandField:
+    """An operand (or a group of them) by name."""
+
+    def __init__(self, arity: Arity = "one") -> None:
+        self.arity: Final = arity
+        self.name = ""
+        self.position = 0
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def slice(self, op: Op, fields: Sequence[OperandField | ResultField], count: int) -> tuple[int, int]:
+        """Start and end of this field among `count` operands."""
+        spare = count - sum(f.arity == "one" for f in fields)
+        start = 0
+        for f in fields:
+            size = 1 if f.arity == "one" else max(spare, 0)
+            if f is self:
+                return start, start + size
+            start += size
+        raise AssertionError
+
+    def __get__(self, op: Any, owner: type | None = None) -> Any:
+        if op is None:
+            return self
+        if op.plain_operands:
+            return op._operands[self.position]
+        start, end = self.slice(op, op.operand_fields, len(op._operands))
+        if self.arity == "one":
+            return op._operands[start]
+        if self.arity == "optional":
+            return op._operands[start] if end > start else None
+        return op._operands[start:end]
+
+    def __set__(self, op: Any, value: Value) -> None:
+        start, end = self.slice(op, op.operand_fields, len(op._operands))
+        new = list(op._operands)
+        new[start:end] = list(value) if self.arity == "variadic" else [] if value is None else [value]
+        op.operands = new
+
+
+class ResultField(OperandField):
+    """A result (or a group of them) by name."""
+
+    def __get__(self, op: Any, owner: type | None = None) -> Any:
+        if op is None:
+            return self
+        start, end = self.slice(op, op.result_fields, len(op.results))
+        return op.results[start] if self.arity == "one" else op.results[start:end]
+
+    def __set__(self, op: Any, value: Value) -> None:
+        raise AttributeError("results cannot be assigned")
+
+
+class AttrField:
+    """A property by name, seen as a Python value."""
+
+    def __init__(self, default: Any = _MISSING, choices: tuple[str, ...] = ()) -> None:
+        self.default: Final = default
+        self.choices: Final = choices
+        self.name = ""
+        self.codec: _Codec
+        self.optional = False
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def bind(self, annotation: str, owner: str) -> None:
+        self.optional = annotation.endswith("| None")
+        kind = annotation.removesuffix("| None").strip()
+        if kind not in _CODECS:
+            raise TypeError(f"{owner}.{self.name}: no property kind {annotation!r}; known: {', '.join(_CODECS)}")
+        self.codec = _CODECS[kind]
+
+    def __get__(self, op: Any, owner: type | None = None) -> Any:
+        if op is None:
+            return self
+        value = op.properties._map.get(self.name)
+        if value is None:
+            return None if self.default is _MISSING else self.default
+        return self.codec.decode(value)
+
+    def __set__(self, op: Any, value: Any) -> None:
+        op.properties = op.properties.without(self.name) if value is None else op.properties.with_entry(self.name, self.codec.encode(value))
+
+    def check(self, op: Op) -> str | None:
+        value = op.properties._map.get(self.name)
+        if value is None:
+            return None if self.optional or self.default is not _MISSING else f"property '{self.name}' ({self.codec.kind}) is missing"
+        if not self.codec.accepts(value):
+            return f"property '{self.name}' must be {self.codec.kind}, got {value}"
+        if self.choices and isinstance(value, StringAttr) and value.value not in self.choices:
+            return f"property '{self.name}' must be one of {', '.join(self.choices)}, got '{value.value}'"
+        return None
+
+
+class RegionField:
+    """A region by name."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, op: Any, owner: type | None = None) -> Any:
+        return self if op is None else op.regions[op.region_fields.index(self)]
+
+
+def operand() -> Any:
+    """Exactly one operand."""
+    return OperandField()
+
+
+def optional_operand(*, default: None = None) -> Any:
+    """Zero or one operand; None when absent."""
+    return OperandField("optional")
+
+
+def variadic_operand(*, default: tuple[()] = ()) -> Any:
+    """Any number of operands, a tuple."""
+    return OperandField("variadic")
+
+
+def result(*, init: Literal[False] = False) -> Any:
+    """Exactly one result; its type comes from `infer` or the constructor's `result_types`."""
+    return ResultField()
+
+
+def variadic_result(*, init: Literal[False] = False) -> Any:
+    """Any number of results, a tuple."""
+    return ResultField("variadic")
+
+
+def attr(*, default: Any = _MISSING, choices: tuple[str, ...] = (), kw_only: bool = True) -> Any:
+    """A property, given by keyword; its kind comes from the annotation (int, float, str, bool, tuple[int, ...], TensorType, ...)."""
+    return AttrField(default, choices)
+
+
+def region(*, default: Region | None = None, kw_only: bool = True) -> Any:
+    """A region, given by keyword to the constructor."""
+    return RegionField()
+
+
+class _Plain:
+    """Constructor-only arguments of every declared op."""
+
+
+def _constructor_only(*, default: Any = None, kw_only: bool = True) -> Any:
+    return _Plain()
+
+
+class _OpMeta(type):
+    """Gives every declared op empty `__slots__`, so that an op costs no instance dictionary."""
+
+    def __new__(mcs, class_name: str, bases: tuple[type, ...], namespace: dict[str, Any], /, **kwargs: Any) -> Any:
+        namespace.setdefault("__slots__", ())
+        return super().__new__(mcs, class_name, bases, namespace, **kwargs)
+
+    def __init__(cls, class_name: str, bases: tuple[type, ...], namespace: dict[str, Any], /, **kwargs: Any) -> None:
+        super().__init__(class_name, bases, namespace)
+
+
+@dataclass_transform(field_specifiers=(operand, optional_operand, variadic_operand, result, variadic_result, attr, region, _constructor_only))
+class DeclaredOp(Op, metaclass=_OpMeta):
+    """Base of all declared ops."""
+
+    __slots__ = ()
+
+    operand_fields: ClassVar[tuple[OperandField, ...]] = ()
+    result_fields: ClassVar[tuple[ResultField, ...]] = ()
+    attr_fields: ClassVar[tuple[AttrField, ...]] = ()
+    region_fields: ClassVar[tuple[RegionField, ...]] = ()
+    plain_operands: ClassVar[bool] = True
+    registered: ClassVar[bool] = True
+
+    loc: Location = _constructor_only(default=UNKNOWN)
+    result_types: Sequence[Type] = _constructor_only(default=())
+    attributes: DictAttr = _constructor_only(default=EMPTY_DICT)
+
+    # The three names above are the constructor's; at run time they are Op's slots (result_types is not kept).
+    del loc, result_types, attributes
+
+    def __init_subclass__(cls, *, name: str, traits: tuple[type[Trait], ...] = (), **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name
+        cls.traits = frozenset(traits)
+        fields = cls.__dict__
+        cls.operand_fields = tuple(f for f in fields.values() if type(f) is OperandField)
+        cls.result_fields = tuple(f for f in fields.values() if type(f) is ResultField)
+        cls.attr_fields = tuple(f for f in fields.values() if type(f) is AttrField)
+        cls.region_fields = tuple(f for f in fields.values() if type(f) is RegionField)
+        for group in (cls.operand_fields, cls.result_fields):
+            if sum(f.arity != "one" for f in group) > 1:
+                raise TypeError(f"{name}: more than one optional or variadic field in a group")
+            for position, field in enumerate(group):
+                field.position = position
+        cls.plain_operands = all(f.arity == "one" for f in cls.operand_fields)
+        for attr_field in cls.attr_fields:
+            attr_field.bind(cls.__annotations__[attr_field.name], name)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        cls = type(self)
+        loc = kwargs.pop("loc", UNKNOWN)
+        result_types = kwargs.pop("result_types", ())
+        attributes = kwargs.pop("attributes", EMPTY_DICT)
+        given = dict(zip((f.name for f in cls.operand_fields), args))
+        if len(args) > len(cls.operand_fields):
+            raise TypeError(f"{cls.name} takes {len(cls.operand_fields)} positional operands, {len(args)} given")
+        given.update(kwargs)
+        operands: list[Value] = []
+        for f in cls.operand_fields:
+            value = given.pop(f.name, () if f.arity == "variadic" else None)
+            if f.arity == "variadic":
+                operands.extend(value)
+            elif value is not None:
+                operands.append(value)
+            elif f.arity == "one":
+                raise TypeError(f"{cls.name}: operand '{f.name}' is missing")
+        properties: dict[str, Attribute] = {}
+        for a in cls.attr_fields:
+            value = given.pop(a.name, None)
+            if value is None and a.default is not _MISSING:
+                value = a.default
+            if value is not None:
+                properties[a.name] = a.codec.encode(value)
+            elif not a.optional:
+                raise TypeError(f"{cls.name}: property '{a.name}' is missing")
+        regions = [given.pop(r.name, None) or Region() for r in cls.region_fields]
+        if given:
+            raise TypeError(f"{cls.name} has no {', '.join(map(repr, given))}")
+        self._operands = tuple(operands)
+        for value in operands:
+            value.uses.append(self)
+        self.properties = DictAttr(properties)
+        self.attributes = attributes
+        self.regions = tuple(regions)
+        for r in regions:
+            r.op = self
+        self.successors = ()
+        self.loc = loc
+        self.block = self._prev = self._next = None
+        self.results = ()
+        if not result_types and cls.result_fields:
+            inferred = self.infer()
+            result_types = (inferred,) if isinstance(inferred, Type) else tuple(inferred)
+        self.results = tuple([Value(t, self, i) for i, t in enumerate(result_types)])
+
+    def infer(self) -> Type | Sequence[Type]:
+        """The result types.  An op whose types do not follow from its operands does not override this and takes `result_types`."""
+        raise TypeError(f"{self.name}: result types do not follow from the operands; pass result_types")
+
+    def evaluate(self, *operands: Any) -> Any:
+        """The op's meaning on numpy arrays: the oracle of every test.  Returns one array, or a tuple of them."""
+        raise TypeError(f"{self.name} has no reference evaluation")
+
+    def check_declaration(self) -> Iterator[Diagnostic | str]:
+        """Counts and kinds against the declaration, inferred result types against the actual ones."""
+        cls = type(self)
+        for what, fields, values in (("operand", cls.operand_fields, self._operands), ("result", cls.result_fields, self.results)):
+            least = sum(f.arity == "one" for f in fields)
+            most = least if all(f.arity == "one" for f in fields) else least + 1 if any(f.arity == "optional" for f in fields) else None
+            if len(values) < least or (most is not None and len(values) > most):
+                wanted = str(least) if most == least else f"{least} or {most}" if most else f"at least {least}"
+                yield f"expects {wanted} {what}{'' if wanted == '1' else 's'}, got {len(values)}"
+                return
+        problems = [p for f in cls.attr_fields if (p := f.check(self))]
+        known = {f.name for f in cls.attr_fields}
+        problems += [f"has no property '{k}'" for k in self.properties if k not in known]
+        if len(self.regions) != len(cls.region_fields):
+            problems.append(f"expects {len(cls.region_fields)} regions, got {len(self.regions)}")
+        yield from problems
+        if not problems and cls.result_fields and cls.infer is not DeclaredOp.infer:
+            inferred = self.infer()
+            wanted_types: Iterable[Type] = (inferred,) if isinstance(inferred, Type) else inferred
+            for value, wanted_type in zip(self.results, wanted_types):
+                if value.type is not wanted_type:
+                    yield f"result type is {value.type} but the operands give {wanted_type}"
