@@ -90,7 +90,9 @@ def test_wheel_holds_exactly_the_project(wheel: Path) -> None:
     assert {name.partition("/")[0] for name in names - metadata} == {"tyir"}
     assert len({name.partition("/")[0] for name in metadata}) == 1
     expected = {name for name, file in project_files() if shipped(file)}
-    assert names - metadata == expected  # a file kind that is missing here belongs in package-data or in NOT_SHIPPED
+    missing, unexpected = sorted(expected - names), sorted(names - metadata - expected)
+    assert not missing, f"not in the wheel: {missing}; add the kind of file to package-data, or the file to NOT_SHIPPED"
+    assert not unexpected, f"in the wheel but not in the checkout: {unexpected}"
 
 
 def test_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:

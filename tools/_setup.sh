@@ -25,7 +25,8 @@ find_python() {
       return
     fi
   done
-  fail "tyir needs Python 3.11 or newer with the venv module; found $(python3 --version 2>&1 || true) (Debian, Ubuntu: apt install python3.11-venv)"
+  name=$(python3 --version 2>/dev/null || echo "no python3")
+  fail "tyir needs Python 3.11 or newer with its venv module, found $name (Debian, Ubuntu: apt install python3.11-venv)"
 }
 
 require_compiler() {
@@ -59,7 +60,7 @@ PYTHON
 
 install() {
   local log=$venv/install.log
-  printf 'Installing into %s (first run: a few minutes) ...\n' "${venv#"$project"/}" >&2
+  printf 'Installing into %s (a few minutes the first time) ...\n' "${venv#"$project"/}" >&2
   # torch alone and first: pip then takes the build this machine's settings offer (usually the CPU one) and keeps it for the rest.
   if ! { "$python" -m pip install "$(requirement torch)" && "$python" -m pip install -e '.[dev]'; } >"$log" 2>&1; then
     tail -n 40 "$log" >&2
