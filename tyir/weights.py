@@ -1,7 +1,13 @@
-"""Reading the checkpoint that `ty.global`s refer to, one tensor at a time, by memory map."""
+"""Reading the checkpoint that `ty.global`s refer to, one tensor at a time, by memory map.
+
+A module remembers size and header hash of every file it was imported from (`tyir.files`), so that `check_files` notices an exchanged checkpoint
+before anything is computed from it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,13 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tyir.attributes import StringAttr
-from tyir.diagnostics import TyirError
+from tyir.attributes import DictAttr, IntegerAttr, StringAttr
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.ty import Global
-from tyir.types import storage_dtype
+from tyir.storage import packed_shape, unpack
+from tyir.types import i64, storage_dtype
 
-__all__ = ["CheckpointReader", "WeightSource", "checkpoint_of"]
+__all__ = ["CheckpointReader", "FileStamp", "WeightSource", "check_files", "checkpoint_of"]
 
 Array = npt.NDArray[Any]
 
@@ -34,6 +41,45 @@ def checkpoint_of(module: Module) -> Path:
     return Path(value.value)
 
 
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What identifies a safetensors file without reading its tensors: its size in bytes and the SHA-256 of its header (length word included)."""
+
+    size: int
+    header_sha256: str
+
+    @staticmethod
+    def of(path: Path) -> FileStamp:
+        """The stamp of a file; `OSError` when it cannot be read.  Only the header is read."""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(min(int.from_bytes(length, "little"), size))
+        return FileStamp(size, hashlib.sha256(length + header).hexdigest())
+
+    def attribute(self) -> DictAttr:
+        return DictAttr({"size": IntegerAttr(self.size, i64), "header_sha256": StringAttr(self.header_sha256)})
+
+
+def check_files(module: Module) -> None:
+    """Compare every file of `tyir.files` with what lies in the checkpoint folder; `TyirError` names each one that is gone or has changed."""
+    stamps = module.attributes.get("tyir.files", DictAttr())
+    folder = checkpoint_of(module)
+    problems: list[Diagnostic] = []
+    for name, wanted in stamps.items():
+        path = folder / name
+        try:
+            found = FileStamp.of(path)
+        except OSError as error:
+            problems.append(Diagnostic(f"checkpoint file {path} cannot be read: {error.strerror}", help="restore the file, or import the checkpoint again"))
+            continue
+        if found.attribute() is not wanted:
+            changed = f"{found.size} bytes instead of {wanted['size'].value}" if found.size != wanted["size"].value else "another header"
+            problems.append(Diagnostic(f"checkpoint file {path} has changed since it was imported: {changed}", help="import the checkpoint again"))
+    if problems:
+        raise TyirError(problems)
+
+
 class CheckpointReader:
     """`WeightSource` over a checkpoint folder.  Arrays are read-only views of the mapped file: no tensor is held in memory."""
 
@@ -49,7 +95,11 @@ class CheckpointReader:
             raise TyirError(f"cannot read weights from {path}: {error}", help="the IR refers to the checkpoint it was imported from; restore the file or import again") from None
 
     def read(self, ref: Global) -> Array:
-        """The tensor [shape of `ref.type`] in the storage dtype of its element type."""
+        """The tensor [shape of `ref.type`] in the storage dtype of its element type, 4-bit elements one per byte."""
+        return unpack(self.read_packed(ref), ref.type)
+
+    def read_packed(self, ref: Global) -> Array:
+        """The tensor as it is stored (`tyir.storage.packed_shape`)."""
         data = self._map(ref.file)
         if ref.offset + ref.nbytes > len(data):
             raise TyirError(
@@ -57,4 +107,4 @@ class CheckpointReader:
                 help="the file is truncated or not the one the IR was imported from",
             )
         raw = data[ref.offset : ref.offset + ref.nbytes]
-        return raw.view(storage_dtype(ref.type.element)).reshape(ref.type.static_shape)
+        return raw.view(storage_dtype(ref.type.element)).reshape(packed_shape(ref.type))

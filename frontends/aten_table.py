@@ -1,0 +1,69 @@
+"""Which `aten` op of tyir stands for which node of an exported graph: one row per ATen overload.
+
+A row accounts for every argument of the overload's schema: tensors (`operands`), numbers kept as properties, arguments that do not change the result
+(`ignored`).  Any other argument must have its default value, otherwise the node is reported as unsupported.  Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from tyir.dialects import aten, ty
+from tyir.opdef import DeclaredOp
+
+__all__ = ["ROWS", "FromResult", "Row"]
+
+
+class FromResult(Enum):
+    """Properties that follow from the node's result instead of an argument (symbolic sizes become -1)."""
+
+    SHAPE = "shape"
+    ELEMENT = "element"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`op` None: the node is the identity on its first operand.  `scalar`: an operand that may be a number, kept in the property `scalar`."""
+
+    op: type[DeclaredOp] | None
+    operands: tuple[str, ...] = ("self",)
+    properties: Mapping[str, str | FromResult] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    scalar: str | None = None
+
+
+_COPY: Final = ("non_blocking", "copy", "memory_format")
+_TO: Final = {"element": FromResult.ELEMENT}
+_SHAPE: Final = {"shape": FromResult.SHAPE}
+
+ROWS: Final[dict[str, Row]] = {
+    "aten.add.Tensor": Row(aten.Add, ("self", "other"), scalar="other"),
+    "aten.alias.default": Row(None),
+    "aten.cat.default": Row(aten.Cat, ("tensors",), {"dim": "dim"}),
+    "aten.clone.default": Row(None, ignored=("memory_format",)),
+    "aten.contiguous.default": Row(None, ignored=("memory_format",)),
+    "aten.cos.default": Row(aten.Cos),
+    "aten.detach.default": Row(None),
+    "aten.embedding.default": Row(aten.Embedding, ("weight", "indices"), ignored=("padding_idx", "scale_grad_by_freq", "sparse")),
+    "aten.expand.default": Row(aten.Expand, properties=_SHAPE, ignored=("size", "implicit")),
+    "aten.linear.default": Row(aten.Linear, ("input", "weight", "bias")),
+    "aten.mean.dim": Row(aten.Mean, properties={"dim": "dim", "keepdim": "keepdim"}),
+    "aten.mul.Tensor": Row(aten.Mul, ("self", "other"), scalar="other"),
+    "aten.neg.default": Row(aten.Neg),
+    "aten.pow.Tensor_Scalar": Row(aten.Pow, properties={"exponent": "exponent"}),
+    "aten.reshape.default": Row(aten.Reshape, properties=_SHAPE, ignored=("shape",)),
+    "aten.rsqrt.default": Row(aten.Rsqrt),
+    "aten.silu.default": Row(aten.Silu),
+    "aten.sin.default": Row(aten.Sin),
+    "aten.slice.Tensor": Row(aten.Slice, properties={"dim": "dim", "start": "start", "end": "end"}),
+    "aten.to.device": Row(aten.To, properties=_TO, ignored=("device", "dtype", *_COPY)),
+    "aten.to.dtype": Row(aten.To, properties=_TO, ignored=("dtype", *_COPY)),
+    "aten.to.dtype_layout": Row(aten.To, properties=_TO, ignored=("dtype", "layout", "device", "pin_memory", *_COPY)),
+    "aten.transpose.int": Row(aten.Transpose, properties={"dim0": "dim0", "dim1": "dim1"}),
+    "aten.unsqueeze.default": Row(aten.Unsqueeze, properties={"dim": "dim"}),
+    "aten.view.default": Row(aten.View, properties=_SHAPE, ignored=("size",)),
+    "tyir.attention.default": Row(ty.Attention, ("q", "k", "v"), {"scale": "scale", "window": "window"}),
+}

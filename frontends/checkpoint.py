@@ -1,0 +1,206 @@
+"""A Hugging Face checkpoint folder as it lies on disk: `config.json` and the safetensors headers, checked before anything is built from them.
+
+No tensor is read and neither torch nor transformers is imported.  Every problem found is appended to a list, so that one run reports them all.
+File format: https://github.com/huggingface/safetensors#format (8 bytes header length, JSON header, tensors without gaps).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.diagnostics import Diagnostic
+from tyir.types import FloatType, TensorType, Type, bf16, bit_width, f16, f32, f64, i1, i8, i16, i32, i64, ui8, ui16, ui32, ui64
+from tyir.weights import FileStamp
+
+__all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+_MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
+
+ELEMENTS: Final[dict[str, Type]] = {
+    "F64": f64, "F32": f32, "F16": f16, "BF16": bf16, "F8_E4M3": FloatType("f8E4M3FN"), "F8_E5M2": FloatType("f8E5M2"),
+    "I64": i64, "I32": i32, "I16": i16, "I8": i8, "U8": ui8, "U16": ui16, "U32": ui32,
+    "U64": ui64, "BOOL": i1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of the checkpoint: `nbytes` bytes at `offset` (from the start of the file) of `file`."""
+
+    key: str
+    file: str
+    type: TensorType
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds.  `unreadable` names the tensors that lie in files which could not be read (already reported)."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    stamps: Mapping[str, FileStamp]
+    unreadable: frozenset[str] = frozenset()
+    whole: bool = True
+
+
+@dataclass
+class _Reader:
+    folder: Path
+    problems: list[Diagnostic]
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    stamps: dict[str, FileStamp] = field(default_factory=dict)
+
+    def problem(self, message: str, help: str, path: Path | None = None) -> None:
+        self.problems.append(Diagnostic(message, where=str(path or ""), help=help))
+
+    def json_file(self, name: str, help: str) -> dict[str, Any] | None:
+        """A JSON object from a file; None (and a problem) when it is not one."""
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            self.problem(f"cannot read {name}: {error.strerror}", help, path)
+            return None
+        except UnicodeDecodeError:
+            self.problem(f"{name} is not UTF-8 text", help, path)
+            return None
+        except json.JSONDecodeError as error:
+            self.problems.append(Diagnostic(f"{name} is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}", help=help))
+            return None
+        if not isinstance(content, dict):
+            self.problem(f"{name} holds a JSON {type(content).__name__}, an object is needed", help, path)
+            return None
+        return content
+
+    def tensor_file(self, name: str) -> bool:
+        """Read the header of one safetensors file; False (and a problem) when the file cannot be used."""
+        path = self.folder / name
+        again = "the file is incomplete or damaged; download it again"
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header_bytes = file.read(length) if length <= min(_MAX_HEADER, size - 8) else b""
+        except OSError as error:
+            self.problem(f"cannot read {name}: {error.strerror}", "download the missing file", path)
+            return False
+        if size < 8 or not header_bytes:
+            self.problem(f"{name} is truncated: its header needs {length} bytes, the file has {size}", again, path)
+            return False
+        try:
+            header = json.loads(header_bytes)
+        except ValueError:
+            self.problem(f"{name} is no safetensors file: its header is not JSON", again, path)
+            return False
+        return isinstance(header, dict) and self.header(name, header, 8 + length, size)
+
+    def header(self, name: str, header: dict[str, Any], base: int, size: int) -> bool:
+        """Check a header against the file's size and note its tensors, whose data begins at byte `base`."""
+        spans: list[tuple[int, int, str]] = []
+        for key, entry in header.items():
+            if key == "__metadata__":
+                continue
+            tensor = _stored_tensor(key, name, entry, base)
+            if isinstance(tensor, str):
+                self.problem(f"{name}: {tensor}", "the file is damaged; download it again", self.folder / name)
+                return False
+            self.tensors[key] = tensor
+            spans.append((tensor.offset, tensor.offset + tensor.nbytes, key))
+        end = base
+        for start, stop, key in sorted(spans):
+            if start != end:
+                self.problem(f"{name}: tensor '{key}' begins at byte {start}, expected {end}", "the file is damaged; download it again", self.folder / name)
+                return False
+            end = stop
+        if end != size:
+            state = "truncated" if end > size else "longer than its header says"
+            self.problem(f"{name} is {state}: the header describes {end} bytes, the file has {size}", "the file is incomplete or damaged; download it again", self.folder / name)
+            return False
+        self.stamps[name] = FileStamp.of(self.folder / name)
+        return True
+
+    def sharded(self) -> frozenset[str]:
+        """Read all files of the index; returns the tensors that lie in unreadable files."""
+        index = self.json_file(INDEX_FILE, "download the index again")
+        if index is None:
+            return frozenset()
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            self.problem(f"{INDEX_FILE} has no 'weight_map' from tensor names to file names", "download the index again", self.folder / INDEX_FILE)
+            return frozenset()
+        bad: set[str] = set()
+        for name in sorted(set(weight_map.values())):
+            if not _is_plain_name(name):
+                self.problem(
+                    f"{INDEX_FILE} refers to {name!r}, which is not a file name inside the checkpoint folder",
+                    "an index may only name *.safetensors files beside it; do not use this checkpoint unless you trust where it comes from",
+                    self.folder / INDEX_FILE,
+                )
+                bad.add(name)
+            elif not self.tensor_file(name):
+                bad.add(name)
+        for key, name in weight_map.items():
+            if name not in bad and (key not in self.tensors or self.tensors[key].file != name):
+                self.problem(f"{INDEX_FILE} says that tensor '{key}' is in {name}, but it is not", "download the index and that file again", self.folder / INDEX_FILE)
+        return frozenset(key for key, name in weight_map.items() if name in bad)
+
+
+def _is_plain_name(name: str) -> bool:
+    return Path(name).name == name and "\\" not in name and name.endswith(".safetensors")
+
+
+def _stored_tensor(key: str, file: str, entry: Any, base: int) -> StoredTensor | str:
+    """One header entry, or what is wrong with it."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        return f"the entry of tensor '{key}' lacks dtype, shape or data_offsets"
+    if dtype not in ELEMENTS:
+        return f"tensor '{key}' has dtype {dtype!r}; known: {', '.join(ELEMENTS)}"
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+        return f"tensor '{key}' has shape {shape} and data_offsets {[start, stop]}, which must be non-negative integers"
+    tensor_type = TensorType(tuple(shape), ELEMENTS[dtype])
+    wanted = tensor_type.size * max(bit_width(tensor_type.element), 8) // 8
+    if stop - start != wanted:
+        return f"tensor '{key}' of shape {shape} and dtype {dtype} takes {wanted} bytes, its data_offsets span {stop - start}"
+    return StoredTensor(key, file, tensor_type, base + start, stop - start)
+
+
+def _read_tensors(reader: _Reader) -> tuple[frozenset[str], bool]:
+    """Headers of all tensor files: the tensors in unreadable files, and whether the list of tensors is complete."""
+    folder = reader.folder
+    if (folder / SINGLE_FILE).exists():
+        return frozenset(), reader.tensor_file(SINGLE_FILE)
+    if (folder / INDEX_FILE).exists():
+        before = len(reader.problems)
+        unreadable = reader.sharded()
+        return unreadable, len(reader.problems) == before or bool(unreadable)
+    other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+    reader.problem(
+        f"no {SINGLE_FILE} and no {INDEX_FILE} in the folder" + (f" (it holds {', '.join(other[:5])})" if other else ""),
+        f"save the model with transformers' save_pretrained, which writes {SINGLE_FILE}, or download the missing files",
+        folder,
+    )
+    return frozenset(), False
+
+
+def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
+    """What `folder` holds; problems are appended.  None when there is no usable config.json (tensor files are checked all the same)."""
+    folder = folder.absolute()
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        problems.append(Diagnostic(f"checkpoint folder {folder} {what}", help="give the folder that holds config.json and the *.safetensors files"))
+        return None
+    reader = _Reader(folder, problems)
+    config = reader.json_file("config.json", "give a folder in the Hugging Face layout: config.json beside the *.safetensors files")
+    unreadable, whole = _read_tensors(reader)
+    return None if config is None else Checkpoint(folder, config, reader.tensors, reader.stamps, unreadable, whole)

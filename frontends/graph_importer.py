@@ -1,0 +1,258 @@
+"""An exported graph to `@main` at stage `aten`, one op per node, in one walk.
+
+Dead nodes (assertions, checks of position ids) are dropped first.  Then every remaining node must have a row in `aten_table.ROWS`; those without are
+collected and reported together, with counts, the first layer and the model's source line.  Symbolic sizes vanish: result types carry `?` instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import fx
+
+from tyir.attributes import DenseElementsAttr, DictAttr
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects import func, ty
+from tyir.frontends.aten_table import ROWS, FromResult, Row
+from tyir.frontends.torch_export import WRAPPER_PREFIX
+from tyir.frontends.weights import Weights
+from tyir.ir import Block, Op, Value
+from tyir.location import FileLoc, Location, NameLoc, layer_of
+from tyir.types import TensorType, Type, bf16, f16, f32, f64, i1, i8, i16, i32, i64, ui8
+
+__all__ = ["import_graph"]
+
+_ELEMENTS: Final[dict[torch.dtype, Type]] = {
+    torch.float16: f16, torch.bfloat16: bf16, torch.float32: f32, torch.float64: f64, torch.bool: i1, torch.int8: i8, torch.uint8: ui8,
+    torch.int16: i16, torch.int32: i32, torch.int64: i64,
+}  # fmt: skip
+_FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+@dataclass
+class _Unsupported:
+    """Nodes that cannot be represented, by what they have in common."""
+
+    nodes: dict[str, list[fx.Node]] = field(default_factory=dict)
+
+    def add(self, what: str, node: fx.Node) -> None:
+        self.nodes.setdefault(what, []).append(node)
+
+    def raise_if_any(self) -> None:
+        if not self.nodes:
+            return
+        total = sum(len(nodes) for nodes in self.nodes.values())
+        notes = [f"{what}: {len(nodes)} times, first {describe(location_of(nodes[0]))}" for what, nodes in sorted(self.nodes.items())]
+        message = f"the model uses {len(self.nodes)} operations ({total} nodes) that cannot be imported:\n  " + "\n  ".join(notes)
+        raise TyirError(Diagnostic(message, help="each needs a row in frontends/aten_table.py and an op in tyir/dialects/aten.py"))
+
+
+def describe(location: Location) -> str:
+    """`in layer 3, model.layers.3.mlp (modeling_qwen2.py:45)`."""
+    layer = layer_of(location)
+    words = [f"in layer {layer}"] if layer is not None else ["outside the layers"]
+    if isinstance(location, NameLoc):
+        words.append(location.name)
+        location = location.child or location
+    return ", ".join(words) + (f" ({location.file}:{location.line})" if isinstance(location, FileLoc) else "")
+
+
+def location_of(node: fx.Node) -> Location:
+    """The module path and the innermost line of the model's own source."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if "transformers/models/" in f[0].replace("\\", "/")] or frames
+    file = FileLoc(PurePath(own[-1][0]).name, int(own[-1][1]), 1) if own else None
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]).removeprefix(WRAPPER_PREFIX) if stack else ""
+    if path and path != WRAPPER_PREFIX.rstrip("."):
+        return NameLoc(path, file)
+    return file if file is not None else NameLoc(node.name)
+
+
+def tensor_type_of(value: torch.Tensor) -> TensorType:
+    """The IR type of a traced tensor; every symbolic size is `?`."""
+    return TensorType(tuple(d if isinstance(d, int) else None for d in value.shape), _ELEMENTS[value.dtype])
+
+
+def live_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that the output depends on, in order, leaving out pure size arithmetic (which result types replace)."""
+    live: set[fx.Node] = set()
+    stack = [n for n in graph.nodes if n.op == "output"]
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack.extend(n for n in node.all_input_nodes if not _is_size(n))
+    return [n for n in graph.nodes if n in live]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+class _Skip(Exception):
+    """The node cannot be represented; the argument says what to call it."""
+
+
+def _argument_map(node: fx.Node) -> dict[str, Any]:
+    """Schema argument name to the value given or the default."""
+    schema = node.target._schema  # type: ignore[union-attr]  # an OpOverload, checked by the caller's table look-up
+    given = dict(zip((a.name for a in schema.arguments), node.args))
+    return {a.name: node.kwargs.get(a.name, given.get(a.name, a.default_value)) for a in schema.arguments}
+
+
+def _check_rest(row: Row, node: fx.Node, arguments: dict[str, Any]) -> None:
+    """Arguments the row does not account for must have their defaults."""
+    known = {*row.operands, *row.ignored, *(v for v in row.properties.values() if isinstance(v, str))}
+    for argument in node.target._schema.arguments:  # type: ignore[union-attr]
+        value = arguments[argument.name]
+        if argument.name not in known and value is not None and value != argument.default_value:
+            raise _Skip(f"{node.target} with {argument.name} = {value}")
+
+
+def _plain(value: Any, node: fx.Node, name: str) -> Any:
+    """A property's number or list of numbers."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+        return tuple(value)
+    raise _Skip(f"{node.target} with a {name} that is not a constant")
+
+
+@dataclass
+class _Importer:
+    weights: Weights
+    element: Type
+    parameters: dict[str, str]
+    buffers: dict[str, Callable[[], Any]]
+    block: Block
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    emitted: dict[str, Value] = field(default_factory=dict)
+
+    def operand(self, node: fx.Node) -> Value:
+        """The value of a node; weights and constants are emitted at their first use."""
+        if node in self.values:
+            return self.values[node]
+        name = self.parameters.get(node.name)
+        key = self.weights.canonical(name) if name is not None else node.name
+        if key not in self.emitted:
+            self.emitted[key] = self.weight(key) if name is not None else self.constant(node)
+            self.emitted[key].name = re.sub(r"\W", "_", key)
+        return self.emitted[key]
+
+    def weight(self, name: str) -> Value:
+        def emit(op: Op) -> Op:
+            op.loc = NameLoc(name)
+            return self.block.append(op)
+
+        return self.weights.value(name, self.element, emit)
+
+    def constant(self, node: fx.Node) -> Value:
+        array = np.ascontiguousarray(self.buffers[node.name]())
+        return self.block.append(ty.Constant(value=DenseElementsAttr.from_numpy(array), loc=location_of(node))).result
+
+    def convert(self, node: fx.Node) -> None:
+        """Append the op of one node."""
+        row = ROWS[str(node.target)]
+        arguments = _argument_map(node)
+        operands = [self.operand(n) for n in _operand_nodes(row, node, arguments)]
+        if row.op is None:
+            self.values[node] = operands[0]
+            return
+        result = tensor_type_of(node.meta["val"])
+        op = row.op.create(operands, (result,), _properties(row, node, arguments, result), loc=location_of(node), result_names=(node.name,))
+        self.values[node] = self.block.append(op).result
+
+
+def _operand_nodes(row: Row, node: fx.Node, arguments: dict[str, Any]) -> list[fx.Node]:
+    """The nodes whose values are the op's operands; a list argument counts as many, None and numbers as none."""
+    nodes: list[fx.Node] = []
+    for name in row.operands:
+        value = arguments[name]
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, fx.Node) and not _is_size(item):
+                nodes.append(item)
+            elif item is not None and not (name == row.scalar and isinstance(item, (int, float))):
+                raise _Skip(f"{node.target} with {name} = {item}")
+    return nodes
+
+
+def _properties(row: Row, node: fx.Node, arguments: dict[str, Any], result: TensorType) -> DictAttr:
+    """The op's properties, encoded as its declaration wants them."""
+    assert row.op is not None
+    values: dict[str, Any] = {}
+    for name, source in row.properties.items():
+        if source is FromResult.SHAPE:
+            values[name] = tuple(-1 if d is None else d for d in result.dims)
+        elif source is FromResult.ELEMENT:
+            values[name] = result.element
+        else:
+            values[name] = _plain(arguments[source], node, source)
+    if row.scalar is not None and isinstance(arguments[row.scalar], (int, float)):
+        values["scalar"] = arguments[row.scalar]
+    fields = {f.name: f for f in row.op.attr_fields}
+    return DictAttr({name: fields[name].codec.encode(value) for name, value in values.items()})
+
+
+def _check(nodes: Iterable[fx.Node], bound: set[str]) -> None:
+    """Report every node that has no row, an argument its row does not cover, or a result that is not one tensor with at most one dynamic dimension."""
+    unsupported = _Unsupported()
+    for node in nodes:
+        if node.op == "placeholder":
+            if node.name not in bound:
+                unsupported.add(f"constant tensor {node.name}", node)
+            continue
+        target, value = str(node.target), node.meta.get("val")
+        if target not in ROWS:
+            unsupported.add(target, node)
+            continue
+        try:
+            arguments = _argument_map(node)
+            _operand_nodes(ROWS[target], node, arguments)
+            _check_rest(ROWS[target], node, arguments)
+            if not isinstance(value, torch.Tensor) or value.dtype not in _ELEMENTS or tensor_type_of(value).dims.count(None) > 1:
+                raise _Skip(f"{target} with result {value}")
+            if ROWS[target].op is not None:
+                _properties(ROWS[target], node, arguments, tensor_type_of(value))
+        except _Skip as reason:
+            unsupported.add(str(reason), node)
+    unsupported.raise_if_any()
+
+
+def import_graph(program: torch.export.ExportedProgram, weights: Weights, element: Type, buffer: Callable[[str], Any]) -> func.Func:
+    """`@main` of an exported program.  `buffer` gives the array of a buffer that is not stored.  `TyirError` lists everything unsupported."""
+    inputs: list[str] = []
+    parameters: dict[str, str] = {}
+    buffers: dict[str, Callable[[], Any]] = {}
+    for spec in program.graph_signature.input_specs:
+        name, target = spec.arg.name, str(spec.target or "").removeprefix(WRAPPER_PREFIX)
+        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
+            inputs.append(name)
+        elif weights.find(target) is not None:
+            parameters[name] = target
+        elif spec.kind is torch.export.graph_signature.InputKind.BUFFER:
+            buffers[name] = lambda target=target: buffer(target)
+    nodes = live_nodes(program.graph_module.graph)
+    by_name = {n.name: n for n in program.graph_module.graph.nodes if n.op == "placeholder"}
+    body = [n for n in nodes if n.op != "output"]
+    _check(body, {*inputs, *parameters, *buffers})
+    main = func.Func.make("main", [tensor_type_of(by_name[n].meta["val"]) for n in inputs], inputs)
+    importer = _Importer(weights, element, parameters, buffers, main.body)
+    importer.values.update({by_name[n]: arg for n, arg in zip(inputs, main.args)})
+    for node in body:
+        if node.op != "placeholder":
+            importer.convert(node)
+    main.body.append(func.Return(values=[importer.operand(n) for n in _outputs(nodes)]))
+    main.refresh_type()
+    return main
+
+
+def _outputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    (output,) = (n for n in nodes if n.op == "output")
+    return list(output.all_input_nodes)

@@ -1,0 +1,176 @@
+"""A Hugging Face checkpoint folder to a module at stage `aten`; the front end's public entry.
+
+Everything that can be wrong with a folder is checked before the model is exported, and reported together: `config.json`, the safetensors files, the
+tensors against what the model needs.  No weight is read; they become `ty.global` references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
+from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
+from tyir.frontends.weights import Weights
+from tyir.types import FloatType, f16, f32, f64, i64
+from tyir.weights import CheckpointReader
+
+if TYPE_CHECKING:
+    from tyir.frontends.torch_export import MetaModel
+
+__all__ = ["import_model"]
+
+ELEMENTS: Final[dict[str, FloatType]] = {"f16": f16, "f32": f32}
+# Buffers that old releases of transformers stored although they follow from the config.
+_STRAY_ENDINGS: Final = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias")
+_LATER_FORMATS: Final = "awq (4-bit, GEMM), gptq, compressed-tensors (pack-quantized)"
+# What later stages and the artifacts need to know of config.json.
+_MODEL_KEYS: Final = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+Note = Callable[[Diagnostic], None]
+
+
+def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None) -> Module:
+    """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
+
+    `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights stay in the folder (`ty.global`).
+    `note` receives warnings (stray tensors).  `TyirError` holds every problem of the folder, or every operation that cannot be imported.
+    """
+    if dtype not in ELEMENTS:
+        raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(ELEMENTS)}")
+    problems: list[Diagnostic] = []
+    checkpoint = open_checkpoint(folder, problems)
+    meta = _meta_model(checkpoint, dtype, problems) if checkpoint is not None else None
+    if checkpoint is not None and meta is not None:
+        weights = Weights(checkpoint, meta.aliases)
+        problems.extend(_tensor_problems(checkpoint, meta, weights, note or (lambda _: None)))
+    if problems:
+        raise TyirError(problems)
+    assert checkpoint is not None and meta is not None
+    return _build(checkpoint, meta, weights, dtype)
+
+
+def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic]) -> MetaModel | None:
+    """The model without storage, None (and problems) when the config does not describe one that can be imported."""
+    config, where = checkpoint.config, str(checkpoint.folder / "config.json")
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        help = f"import the unquantised checkpoint; formats planned for a later release: {_LATER_FORMATS}"
+        problems.append(Diagnostic(f"the checkpoint is quantised (quant_method '{method}'), which cannot be imported yet", where=where, help=help))
+        return None
+    from tyir.frontends.torch_export import build_meta_model
+
+    try:
+        return build_meta_model(checkpoint.folder, dict(config), dtype)
+    except TyirError as error:
+        problems.extend(error.diagnostics)
+        return None
+
+
+def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, note: Note) -> Iterable[Diagnostic]:
+    """The stored tensors against the model's: missing, of another shape, and those nobody asked for."""
+    if not checkpoint.whole:
+        return
+    where = str(checkpoint.folder)
+    missing: list[str] = []
+    used: set[str] = set()
+    for name, shape in meta.state.items():
+        found = weights.find(name)
+        if found is None:
+            if not any(alias in checkpoint.unreadable for alias in meta.aliases.get(name, (name,))):
+                missing.append(name)
+            continue
+        weight_format, stored_name = found
+        used.update(weight_format.stored_keys(stored_name, checkpoint.tensors))
+        if (problem := weight_format.problem(stored_name, shape, checkpoint.tensors)) is not None:
+            yield Diagnostic(problem, where=where, help="config.json and the weights are from different models, or one of them was edited")
+    if missing:
+        message = f"the checkpoint lacks {len(missing)} of the model's {len(meta.state)} tensors: {_some(missing)}"
+        yield Diagnostic(message, where=where, help="download the missing files, or use the config.json that belongs to these weights")
+    yield from _unexpected(checkpoint, meta, used, note)
+
+
+def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: Note) -> Iterable[Diagnostic]:
+    """Tensors the model does not use: a note when that is harmless, an error when the config seems to describe another model."""
+    where, wrong = str(checkpoint.folder), []
+    for name in sorted(checkpoint.tensors.keys() - used):
+        tied = next((a for a in meta.aliases.get(name, ()) if a in used), None)
+        if tied is not None:
+            if _same_bytes(checkpoint, name, tied):
+                note(Diagnostic(f"'{name}' is a copy of the tied '{tied}' and is not used", severity="warning", where=where))
+            else:
+                help = 'set "tie_word_embeddings": false in config.json if the model has two separate tensors'
+                yield Diagnostic(f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help)
+        elif name.endswith(_STRAY_ENDINGS):
+            note(Diagnostic(f"'{name}' follows from the config and is not used", severity="warning", where=where))
+        else:
+            wrong.append(name)
+    if wrong:
+        message = f"the checkpoint holds {len(wrong)} tensors that the model of config.json has no place for: {_some(wrong)}"
+        yield Diagnostic(message, where=where, help="config.json and the weights are from different models, or one of them was edited")
+
+
+def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two stored tensors are equal, bit by bit."""
+    weights, reader = Weights(checkpoint, {}), CheckpointReader(checkpoint.folder)
+    refs = []
+    for key in (first, second):
+        weights.reference(key)
+        refs.append(weights.globals[key])
+    return refs[0].type is refs[1].type and all(np.array_equal(a, b) for a, b in zip(reader.read(refs[0]), reader.read(refs[1])))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, dtype: str) -> Module:
+    """Export the checked model and convert the graph."""
+    from tyir.frontends.graph_importer import import_graph
+    from tyir.frontends.torch_export import export_model, real_buffer
+
+    main = import_graph(export_model(meta), weights, ELEMENTS[dtype], lambda name: real_buffer(meta, name))
+    module = Module.empty()
+    for reference in weights.globals.values():
+        module.body.append(reference)
+    module.body.append(main)
+    module.attributes = DictAttr({
+        "tyir.stage": StringAttr("aten"),
+        "tyir.checkpoint": StringAttr(str(checkpoint.folder)),
+        "tyir.model": _model_attribute(checkpoint, meta),
+        "tyir.files": DictAttr({name: stamp.attribute() for name, stamp in checkpoint.stamps.items()}),
+    })  # fmt: skip
+    return module
+
+
+def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
+    """The facts of config.json that later stages need, with transformers' defaults filled in."""
+    config = meta.config.to_dict()
+    facts = {key: config[key] for key in _MODEL_KEYS if config.get(key) is not None}
+    facts.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    facts["architecture"] = checkpoint.config["architectures"][0]
+    return DictAttr({key: _attribute(value) for key, value in facts.items()})
+
+
+def _attribute(value: Any) -> Attribute:
+    """A JSON value as an attribute."""
+    if isinstance(value, bool):
+        return BoolAttr(value)
+    if isinstance(value, int):
+        return IntegerAttr(value, i64)
+    if isinstance(value, float):
+        return FloatAttr(value, f64)
+    if isinstance(value, dict):
+        return DictAttr({str(k): _attribute(v) for k, v in value.items() if v is not None})
+    if isinstance(value, (list, tuple)):
+        return ArrayAttr([_attribute(v) for v in value])
+    return StringAttr(str(value))

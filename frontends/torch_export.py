@@ -1,0 +1,156 @@
+"""A transformers model as a graph without weights: built on torch's `meta` device, exported with a symbolic sequence length.
+
+No parameter is ever allocated, so a 72B model costs as little as a small one.  Loaded lazily: importing this file imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tyir.diagnostics import TyirError, did_you_mean
+from tyir.frontends import attention_hook
+
+__all__ = ["WRAPPER_PREFIX", "MetaModel", "build_meta_model", "export_model", "real_buffer"]
+
+DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
+TESTED: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+WRAPPER_PREFIX: Final = "model_."  # what `_LogitsOnly` puts before every module path
+_EXAMPLE_LENGTH: Final = 16
+# Rope types whose frequencies depend on the length of the prompt: no fixed table describes them.
+_CHANGING_ROPE: Final = ("dynamic", "longrope")
+
+
+class _LogitsOnly(torch.nn.Module):
+    """(input_ids, position_ids) [1, s] -> logits [1, s, V]; the signature of the imported `@main`."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model_ = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        # A padding mask of ones keeps transformers from looking for packed sequences in the position ids; the attention hook ignores it.
+        everything = torch.ones_like(input_ids)
+        logits: torch.Tensor = self.model_(input_ids=input_ids, attention_mask=everything, position_ids=position_ids, use_cache=False).logits
+        return logits
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """The model without storage.  `aliases` maps each parameter name to all names of the same parameter (tied weights)."""
+
+    model: torch.nn.Module
+    config: Any
+    aliases: dict[str, tuple[str, ...]]
+
+    @property
+    def state(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name of everything a checkpoint must hold."""
+        return {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' and torch's advice, which concerns training and eager execution."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
+    """`TyirError` unless transformers itself knows the architecture as a causal language model."""
+    known = {n: k for k, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() for n in ((names,) if isinstance(names, str) else names)}
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise TyirError("config.json names no architecture", where=str(folder / "config.json"), help=f'add "architectures": ["..."]; tested: {", ".join(TESTED)}')
+    name = architectures[0]
+    if name not in known or not name.endswith("ForCausalLM"):
+        hint = did_you_mean(name, [n for n in known if n.endswith("ForCausalLM")])
+        raise TyirError(
+            f"architecture {name} is not a causal language model that can be imported",
+            where=str(folder / "config.json"),
+            help=f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the same ops" + (f"; {hint}" if hint else ""),
+        )
+    if raw.get("model_type") != known[name]:
+        message = f"config.json is inconsistent: model_type is {raw.get('model_type')!r} but {name} belongs to {known[name]!r}"
+        raise TyirError(message, where=str(folder / "config.json"), help=f'set "model_type": "{known[name]}"')
+
+
+def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str) -> MetaModel:
+    """The model of `folder`'s config.json on the meta device in `dtype` ("f16" or "f32").  Code inside the folder is never executed.  `TyirError` when it cannot be built."""
+    _check_architecture(folder, raw)
+    attention_hook.install()
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            _check_rope(folder, config)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, dtype=DTYPES[dtype], attn_implementation=attention_hook.IMPLEMENTATION, trust_remote_code=False
+                ).eval()
+    except TyirError:
+        raise
+    except Exception as error:
+        message = f"transformers cannot build {raw['architectures'][0]} from this config.json: {_first_line(error)}"
+        raise TyirError(message, where=str(folder / "config.json"), help="compare config.json with that of the original model") from error
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return MetaModel(model, config, {name: tuple(names) for names in groups.values() for name in names})
+
+
+def _check_rope(folder: Path, config: Any) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for entry in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
+        if (kind := entry.get("rope_type")) in _CHANGING_ROPE:
+            raise TyirError(
+                f"rope_type '{kind}' changes its frequencies with the length of the prompt",
+                where=str(folder / "config.json"),
+                help="supported: default, linear, yarn, llama3, proportional (fixed frequencies)",
+            )
+
+
+def export_model(meta: MetaModel) -> torch.export.ExportedProgram:
+    """The exported graph of (input_ids, position_ids) [1, s] -> logits, s symbolic.  `TyirError` when the model cannot be traced."""
+    ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.long, device="meta")
+    length = torch.export.Dim("s", min=1)
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(_LogitsOnly(meta.model), (ids, ids.clone()), dynamic_shapes=({1: length}, {1: length}), strict=False)
+    except TyirError:
+        raise
+    except Exception as error:
+        message = f"torch.export cannot trace {type(meta.model).__name__} with a symbolic sequence length: {_first_line(error)}"
+        raise TyirError(message, help="the model's Python code depends on values or on the length of the prompt; such models cannot be compiled ahead of time") from error
+
+
+def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
+    """The value of a buffer that no checkpoint stores (rotary frequencies): its submodule, built again on the CPU from the config."""
+    owner_path, _, attribute = name.rpartition(".")
+    owner = meta.model.get_submodule(owner_path)
+    try:
+        with _quiet(), torch.device("cpu"):
+            rebuilt = type(owner)(owner.config)  # type: ignore[operator]  # the constructor every rotary embedding of transformers has
+        return np.asarray(rebuilt.get_buffer(attribute).detach().cpu().numpy())
+    except Exception as error:
+        message = f"buffer {name} is not in the checkpoint and {type(owner).__name__} cannot be built from the config alone: {_first_line(error)}"
+        raise TyirError(message, help="only buffers that follow from config.json can be imported") from error

@@ -1,0 +1,94 @@
+"""Where the model's parameters come from: a `WeightFormat` says which stored tensors make a parameter and writes the IR that does so.
+
+Today a parameter is one stored tensor of the same name (`PlainFormat`).  A quantised format adds a class that claims `q_proj.weight` when
+`q_proj.qweight`, `.scales` and `.qzeros` exist and emits the ops that combine them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from tyir.attributes import SymbolRefAttr
+from tyir.dialects import ty
+from tyir.frontends.checkpoint import Checkpoint, StoredTensor
+from tyir.ir import Op, Value
+from tyir.types import FloatType, TensorType, Type
+
+__all__ = ["PlainFormat", "WeightFormat", "Weights"]
+
+Emit = Callable[[Op], Op]
+
+
+class WeightFormat(Protocol):
+    """One way of storing parameters."""
+
+    def stored_keys(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+        """The stored tensors that make parameter `name`; empty when this format does not hold it."""
+
+    def problem(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]) -> str | None:
+        """Why the stored tensors do not make a parameter of this shape, or None."""
+
+    def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
+        """Emit the ops that make the parameter with element type `element`."""
+
+
+class PlainFormat:
+    """One tensor of the parameter's own name and shape, in any float dtype."""
+
+    def stored_keys(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+        return (name,) if name in tensors else ()
+
+    def problem(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]) -> str | None:
+        stored = tensors[name].type
+        if stored.dims != shape:
+            return f"tensor '{name}' has shape {list(stored.dims)}, config.json asks for {list(shape)}"
+        if not isinstance(stored.element, FloatType) or stored.element.name not in _PLAIN_ELEMENTS:
+            return f"tensor '{name}' has element type {stored.element}; a plain weight is one of {', '.join(_PLAIN_ELEMENTS)}"
+        return None
+
+    def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
+        out = emit(weights.reference(name)).result
+        stored = out.type
+        assert isinstance(stored, TensorType)
+        return out if stored.element is element else emit(ty.Cast(out, element=element)).result
+
+
+_PLAIN_ELEMENTS: Final = ("f16", "bf16", "f32", "f64")
+FORMATS: Final[tuple[WeightFormat, ...]] = (PlainFormat(),)
+
+
+@dataclass
+class Weights:
+    """The parameters of one import; collects the `ty.global`s they refer to, in order of first use."""
+
+    checkpoint: Checkpoint
+    aliases: Mapping[str, Sequence[str]]
+    globals: dict[str, ty.Global] = field(default_factory=dict)
+
+    def find(self, name: str) -> tuple[WeightFormat, str] | None:
+        """The format that holds parameter `name` and the name it is stored under (a tied parameter may be stored under any of its names)."""
+        for stored_name in self.aliases.get(name, (name,)):
+            for weight_format in FORMATS:
+                if weight_format.stored_keys(stored_name, self.checkpoint.tensors):
+                    return weight_format, stored_name
+        return None
+
+    def canonical(self, name: str) -> str:
+        """One name for all aliases of a parameter."""
+        found = self.find(name)
+        return found[1] if found else name
+
+    def value(self, name: str, element: Type, emit: Emit) -> Value:
+        """Emit the ops that make parameter `name`, which must have been found."""
+        found = self.find(name)
+        assert found is not None, name
+        return found[0].value(found[1], element, self, emit)
+
+    def reference(self, key: str) -> ty.GetGlobal:
+        """A detached `ty.get_global` of a stored tensor, whose `ty.global` is noted."""
+        stored = self.checkpoint.tensors[key]
+        if key not in self.globals:
+            self.globals[key] = ty.Global(sym_name=key, type=stored.type, file=stored.file, key=stored.key, offset=stored.offset, nbytes=stored.nbytes)
+        return ty.GetGlobal(symbol=SymbolRefAttr(key), result_types=(stored.type,))
