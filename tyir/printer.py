@@ -1,0 +1,286 @@
+"""Printing IR as the generic MLIR text that `tyir.parser`, mlir-opt and xDSL read.
+
+One op per line, two spaces per region level, properties sorted by name, discardable attributes after the regions.  SSA names are kept (made unique
+within the nearest isolated op) and numbers are given to the nameless.  The walk keeps its own stack: nesting is not bounded by Python's recursion limit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from tyir.attribute_printer import AttributeText, attribute_text
+from tyir.attributes import Attribute
+from tyir.dialects.builtin import Module
+from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
+from tyir.location import UNKNOWN
+from tyir.traits import IsolatedFromAbove
+
+__all__ = ["attribute_text", "op_excerpt", "print_op"]
+
+_NAME: Final = re.compile(r"[A-Za-z$._-][A-Za-z0-9$._-]*")
+_NUMBERED_BLOCK: Final = re.compile(r"bb\d+")
+
+
+def print_op(op: Op, locations: bool = True) -> str:
+    """The generic text of an op and everything in it, ending in a newline; a module's resources follow it.
+
+    `locations=False` leaves every `loc(...)` out.
+    """
+    printer = _Printer(locations)
+    printer.print(op)
+    if isinstance(op, Module) and op.resources:
+        printer.lines.append(_resources_text(op))
+    printer.lines.append("")
+    return "\n".join(printer.lines)
+
+
+def op_excerpt(op: Op, width: int = 140) -> str:
+    """One short line for messages: the op without its regions, cut to `width` characters."""
+    printer = _Printer(False)
+    printer.excerpt(op)
+    line = printer.lines[0]
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _resources_text(module: Module) -> str:
+    entries = [
+        f'      {key}: "0x{alignment.to_bytes(4, "little").hex().upper()}{blob.hex().upper()}"'
+        for key, (alignment, blob) in module.resources.items()
+    ]
+    return "\n{-#\n  dialect_resources: {\n    builtin: {\n" + ",\n".join(entries) + "\n    }\n  }\n#-}"
+
+
+@dataclass(slots=True)
+class _Names:
+    """SSA names of one isolated op."""
+
+    texts: dict[Value, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    next_number: int = 0
+    next_arg: int = 0
+    has_early_uses: bool = False
+
+
+class _Printer:
+    def __init__(self, locations: bool) -> None:
+        self.locations = locations
+        self.lines: list[str] = []
+        self.text = AttributeText()
+        self.names = _Names()
+        self.properties: dict[Attribute, str] = {EMPTY_DICT: ""}
+        self.attributes: dict[Attribute, str] = {EMPTY_DICT: ""}
+        self.signatures: dict[tuple[Attribute | None, ...], str] = {}
+        self.loc_texts: dict[Attribute, str] = {UNKNOWN: ""}
+        self.block_labels: dict[Block, str] = {}
+
+    def print(self, root: Op) -> None:
+        """Print `root`; a stack of generators stands in for recursion (each yields the nested ops that have regions)."""
+        stack = [self._op_with_regions(root, "")]
+        while stack:
+            nested = next(stack[-1], None)
+            if nested is None:
+                stack.pop()
+            else:
+                stack.append(nested)
+
+    def excerpt(self, op: Op) -> None:
+        head = self._head(op)
+        self.lines.append(f"{head}{' ({...})' if op.regions else ''}{self._tail(op)}")
+
+    def _op_with_regions(self, op: Op, indent: str) -> Iterator[Iterator[object]]:
+        head = self._head(op)
+        if not op.regions:
+            self.lines.append(f"{indent}{head}{self._tail(op)}")
+            return
+        outer = self.names
+        isolated = op.has_trait(IsolatedFromAbove)
+        lines = self.lines
+        lines.append(f"{indent}{head} ({{")
+        inner = indent + "  "
+        for index, region in enumerate(op.regions):
+            if index:
+                lines.append(f"{indent}}}, {{")
+            if isolated:
+                self.names = _Names()
+            numbers = self.names.next_number, self.names.next_arg
+            self._name_blocks(region)
+            for position, block in enumerate(region.blocks):
+                self._block_label(block, position, indent)
+                yield from self._block(block, inner)
+            if not isolated:
+                self._forget(region, numbers)
+            self.names = outer
+        lines.append(f"{indent}}}){self._tail(op)}")
+
+    def _block(self, block: Block, indent: str) -> Iterator[Iterator[object]]:
+        """Hot loop: flat ops are written here, ops with regions are handed to the driver."""
+        lines, properties, attributes, loc_texts = self.lines, self.properties, self.attributes, self.loc_texts
+        signatures, texts = self.signatures, self.names.texts
+        locations = self.locations
+        op = block.first_op
+        while op is not None:
+            if op.regions or op.successors:
+                yield self._op_with_regions(op, indent)
+                op = op._next
+                continue
+            operands, results = op._operands, op.results
+            operand_text = ", ".join([texts.get(v) or self._use_early(v) for v in operands]) if operands else ""
+            key = (*[v.type for v in operands], None, *[v.type for v in results])
+            signature = signatures.get(key)
+            if signature is None:
+                signature = signatures[key] = self._signature(op)
+            props = properties.get(op.properties)
+            if props is None:
+                props = self._properties(op)
+            attrs = attributes.get(op.attributes)
+            if attrs is None:
+                attrs = self._attributes(op)
+            if len(results) == 1:
+                value = results[0]
+                text = texts.get(value)
+                if text is None:
+                    text = texts[value] = self._define(value)
+                head = f'{indent}{text} = "{op.name}"('
+            else:
+                head = f'{indent}{self._results(op)}"{op.name}"('
+            loc = ""
+            if locations and op.loc is not UNKNOWN:
+                loc = loc_texts.get(op.loc) or self._location(op.loc)
+            lines.append(f"{head}{operand_text}){props}{attrs}{signature}{loc}")
+            op = op._next
+
+    # -- parts of an op ---------------------------------------------------------------------------------------------
+    def _head(self, op: Op) -> str:
+        texts = self.names.texts
+        operands = ", ".join([texts.get(v) or self._use_early(v) for v in op._operands])
+        successors = f"[{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]" if op.successors else ""
+        return f'{self._results(op)}"{op.name}"({operands}){successors}{self._properties(op)}'
+
+    def _tail(self, op: Op) -> str:
+        loc = self._location(op.loc) if self.locations else ""
+        return f"{self._attributes(op)}{self._signature(op)}{loc}"
+
+    def _properties(self, op: Op) -> str:
+        found = self.properties.get(op.properties)
+        if found is None:
+            found = self.properties[op.properties] = f" <{{{self.text.entries(op.properties)}}}>"
+        return found
+
+    def _attributes(self, op: Op) -> str:
+        found = self.attributes.get(op.attributes)
+        if found is None:
+            found = self.attributes[op.attributes] = f" {{{self.text.entries(op.attributes)}}}"
+        return found
+
+    def _signature(self, op: Op) -> str:
+        text = self.text
+        return f" : {text.types([v.type for v in op._operands])} -> {text.results([v.type for v in op.results])}"
+
+    def _location(self, loc: Attribute) -> str:
+        found = self.loc_texts.get(loc)
+        if found is None:
+            found = self.loc_texts[loc] = " " + self.text(loc)
+        return found
+
+    # -- names ------------------------------------------------------------------------------------------------------
+    def _results(self, op: Op) -> str:
+        results = op.results
+        if not results:
+            return ""
+        texts = self.names.texts
+        if results[0] not in texts:
+            self._name_results(op)
+        first = texts[results[0]]
+        if first.endswith("#0"):
+            return f"{first[:-2]}:{len(results)} = "
+        return ", ".join([texts[v] for v in results]) + " = "
+
+    def _name_results(self, op: Op) -> None:
+        """`%a` for one result, `%a, %b` for results with names of their own, otherwise `%a#0`, `%a#1`."""
+        results, texts = op.results, self.names.texts
+        if len(results) == 1 or any(v.name is not None for v in results[1:]):
+            for value in results:
+                texts[value] = self._define(value)
+            return
+        base = self._define(results[0])
+        for index, value in enumerate(results):
+            texts[value] = f"{base}#{index}"
+
+    def _define(self, value: Value) -> str:
+        if value.name is not None:
+            return self._unique(value.name)
+        self.names.next_number += 1
+        return f"%{self.names.next_number - 1}"
+
+    def _unique(self, name: str) -> str:
+        used = self.names.used
+        if name in used or not _NAME.fullmatch(name):
+            name = re.sub(r"[^A-Za-z0-9$._-]", "_", name) or "_"
+            if name[0].isdigit():
+                name = "_" + name
+            base, counter = name, 0
+            while name in used:
+                name = f"{base}_{counter}"
+                counter += 1
+        used.add(name)
+        return "%" + name
+
+    def _name_arg(self, value: Value) -> str:
+        names = self.names
+        if value in names.texts:
+            return names.texts[value]
+        if value.name is not None:
+            name = value.name
+        else:
+            while (name := f"arg{names.next_arg}") in names.used:
+                names.next_arg += 1
+            names.next_arg += 1
+        text = names.texts[value] = self._unique(name)
+        return text
+
+    def _use_early(self, value: Value) -> str:
+        """The name of an operand met before its definition: defined in a later block, or outside of what is printed."""
+        self.names.has_early_uses = True
+        if isinstance(value.owner, Op):
+            self._name_results(value.owner)
+            return self.names.texts[value]
+        return self._name_arg(value)
+
+    def _forget(self, region: Region, numbers: tuple[int, int]) -> None:
+        """Names of a region are free again behind it, as MLIR's are."""
+        if not self.names.has_early_uses:
+            self.names.next_number, self.names.next_arg = numbers
+        for block in region.blocks:
+            for value in block.args:
+                self._release(value)
+            for op in block:
+                for value in op.results:
+                    self._release(value)
+
+    def _release(self, value: Value) -> None:
+        text = self.names.texts.pop(value, None)
+        if text is not None:
+            self.names.used.discard(text[1:].partition("#")[0])
+
+    def _name_blocks(self, region: Region) -> None:
+        taken: set[str] = set()
+        for index, block in enumerate(region.blocks):
+            label = block.label
+            if label is None or label in taken or _NUMBERED_BLOCK.fullmatch(label) or not _NAME.fullmatch(label):
+                label = f"bb{index}"
+            taken.add(label)
+            self.block_labels[block] = label
+
+    def _block_label(self, block: Block, position: int, indent: str) -> None:
+        if position == 0 and not block.args and block.first_op is not None and block.label is None:
+            return
+        args = ""
+        if block.args:
+            texts = [f"{self._name_arg(v)}: {self.text(v.type)}" for v in block.args]
+            if self.locations and block.arg_locs:
+                texts = [f"{text}{self._location(loc)}" for text, loc in zip(texts, block.arg_locs)]
+            args = f"({', '.join(texts)})"
+        self.lines.append(f"{indent}^{self.block_labels[block]}{args}:")

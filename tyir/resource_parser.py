@@ -1,0 +1,112 @@
+"""Parsing the metadata section at the end of a file: `{-# dialect_resources: { builtin: { key: "0x..." } } #-}`.
+
+Blobs are hex: four little-endian bytes of alignment, then the data.  `external_resources` (a reproducer's pipeline) are read over.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from tyir.lexer import Scanner
+
+__all__ = ["parse_metadata"]
+
+_KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
+_ENTRY: Final = re.compile(r'\s*+([A-Za-z_][A-Za-z0-9_$.]*+): "0x([0-9A-Fa-f]++)",?')
+_SCALAR: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|true|false|-?[0-9]+')
+
+Resources = dict[str, tuple[int, bytes]]
+
+
+def parse_metadata(scanner: Scanner) -> Resources:
+    """The blobs by key; the cursor stands at `{-#`."""
+    scanner.expect("{-#")
+    resources: Resources = {}
+    while not scanner.accept("#-}"):
+        section = _key(scanner)
+        if section == "dialect_resources":
+            _dialects(scanner, resources)
+        elif section == "external_resources":
+            _skip(scanner)
+        else:
+            scanner.fail(
+                f"unknown metadata section '{section}'",
+                scanner.pos - len(section) - 1,
+                scanner.pos - 1,
+                help="sections: dialect_resources, external_resources",
+            )
+        scanner.accept(",")
+    return resources
+
+
+def _key(scanner: Scanner) -> str:
+    match = scanner.match(_KEY)
+    if match is None:
+        scanner.expected("a key")
+    scanner.expect(":", "':' after the key")
+    return match[0]
+
+
+def _dialects(scanner: Scanner, resources: Resources) -> None:
+    scanner.expect("{")
+    while not scanner.accept("}"):
+        start = scanner.skip_space()
+        dialect = _key(scanner)
+        if dialect != "builtin":
+            scanner.fail(f"resources of dialect '{dialect}' are not known", start, start + len(dialect), help="write them under builtin")
+        scanner.expect("{")
+        _entries(scanner, resources)
+        scanner.accept(",")
+
+
+def _entries(scanner: Scanner, resources: Resources) -> None:
+    while not scanner.accept("}"):
+        fast = _ENTRY.match(scanner.text, scanner.pos)
+        if fast is not None:
+            key, digits, start = fast[1], fast[2], fast.start(1)
+            scanner.pos = fast.end()
+        else:
+            start = scanner.skip_space()
+            key = _key(scanner)
+            value = scanner.string("a blob")
+            if not value.startswith("0x"):
+                scanner.fail('a blob is hex: "0x..."', start, scanner.pos)
+            digits = value[2:]
+            if not scanner.accept(",") and scanner.peek() != "}":
+                scanner.expected("',' or '}'")
+        if key in resources:
+            scanner.fail(f"resource '{key}' is given twice", start, start + len(key))
+        resources[key] = _blob(scanner, key, digits, start)
+
+
+def _blob(scanner: Scanner, key: str, digits: str, start: int) -> tuple[int, bytes]:
+    try:
+        data = bytes.fromhex(digits)
+    except ValueError:
+        scanner.fail(f"resource '{key}' is not hex, two digits a byte", start, scanner.pos)
+    if len(data) < 4:
+        scanner.fail(f"resource '{key}' lacks the four bytes of alignment", start, scanner.pos)
+    alignment = int.from_bytes(data[:4], "little")
+    if alignment & (alignment - 1) or not alignment:
+        scanner.fail(f"alignment {alignment} of resource '{key}' is no power of two", start, scanner.pos)
+    return alignment, data[4:]
+
+
+def _skip(scanner: Scanner) -> None:
+    """Pass over a value: `{ key: value, ... }`, a string, a number or a boolean."""
+    depth = 0
+    while True:
+        if scanner.accept("{"):
+            depth += 1
+        elif scanner.accept("}"):
+            depth -= 1
+            scanner.accept(",")
+        elif scanner.match(_KEY) is not None and scanner.accept(":"):
+            continue
+        elif scanner.match(_SCALAR) is not None:
+            scanner.accept(",")
+        elif depth:
+            scanner.expected("a key, a value or '}'")
+        if depth == 0:
+            return
