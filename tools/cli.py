@@ -1,0 +1,105 @@
+"""What all command-line tools share: exit codes and how errors are shown.
+
+    @run_tool
+    def main(argv: Sequence[str]) -> int: ...
+
+gives `main(argv: Sequence[str] | None = None) -> int` (None: the process's arguments) which
+
+* turns `TyirError` into its message on stderr and exit code 1,
+* turns an interrupt into exit code 130 and a closed output pipe into a silent 141,
+* turns anything else into "internal error ... this is a bug" and exit code 1,
+* with `--debug` anywhere among the arguments shows the Python traceback instead of hiding it.
+
+argparse's own exits (`--help` 0, wrong usage 2) pass through as return values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tyir.diagnostics import TyirError
+
+__all__ = ["ToolMain", "add_debug_option", "run_tool", "warn"]
+
+
+class ToolMain(Protocol):
+    """A tool's entry point: None means the process's own arguments; the exit code is returned."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
+    """Decorate a tool's `main`; see the module's docstring."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        debug = "--debug" in arguments
+        try:
+            code = main(arguments)
+            sys.stdout.flush()
+            return code
+        except SystemExit as exit:
+            return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else _say(str(exit.code), 1)
+        except TyirError as error:
+            return _say((_traceback() if debug else "") + error.render(), 1)
+        except KeyboardInterrupt:
+            return _say("interrupted", 130)
+        except BrokenPipeError:
+            _silence_stdout()
+            return 141
+        except Exception as error:
+            if debug:
+                return _say(_traceback(), 1)
+            return _say(_internal_error(error), 1)
+
+    return wrapped
+
+
+def add_debug_option(parser: argparse.ArgumentParser) -> None:
+    """The `--debug` flag, for the help text; `run_tool` itself looks for it."""
+    parser.add_argument("--debug", action="store_true", help="show Python tracebacks")
+
+
+def warn(message: str) -> None:
+    """A warning on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _say(message: str, code: int) -> int:
+    print(message.rstrip("\n"), file=sys.stderr)
+    return code
+
+
+def _traceback() -> str:
+    return traceback.format_exc()
+
+
+def _internal_error(error: Exception) -> str:
+    """One paragraph: what happened, where, and what to do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    text = str(error).splitlines()[0][:300] if str(error) else ""
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+    return (
+        f"internal error: {type(error).__name__}: {text}{place}{notes}\n"
+        "this is a bug in tyir, not in your input; run again with --debug for the traceback and report it"
+    )
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from complaining about the closed pipe when it flushes at exit."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+    finally:
+        os.close(sink)
