@@ -27,7 +27,7 @@ __all__ = ["Evaluator", "Interpreter", "Probe", "evaluate_op", "evaluate_param",
 
 Array = npt.NDArray[Any]
 Evaluator = Callable[[Op, Sequence[Array]], "Array | tuple[Array, ...]"]
-Collectives = Generator[tuple[Op, Array], Array, tuple[Array, ...]]
+Collectives = Generator[tuple[Op, Array | None], Array, tuple[Array, ...]]
 
 
 class Probe(Protocol):
@@ -94,7 +94,7 @@ class Interpreter:
                 env.pop(value, None)
             results: Any
             if op.has_trait(Collective):
-                results = yield op, operands[0]
+                results = yield op, operands[0] if operands else None
             elif isinstance(op, func.Call):
                 self._calls += 1
                 results = yield from self._run_block(self._functions[op.callee.leaf].body, operands, (*path, op.callee.leaf))
@@ -153,7 +153,7 @@ def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:
     """Drive all dies' runs together: at each collective every die's operand is combined and the result given to all.  Returns each die's results."""
     inbox: list[Array | None] = [None] * len(runs)
     while True:
-        waiting: list[tuple[Op, Array]] = []
+        waiting: list[tuple[Op, Array | None]] = []
         finished: list[tuple[Array, ...]] = []
         for run, message in zip(runs, inbox):
             try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +79,22 @@ def check_files(module: Module) -> None:
             problems.append(Diagnostic(f"checkpoint file {path} has changed since it was imported: {changed}", help="import the checkpoint again"))
     if problems:
         raise TyirError(problems)
+
+
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """The tensors of a `.params` file as read-only views, as stored (format: https://huggingface.co/docs/safetensors)."""
+    data = np.memmap(path, np.uint8, "r")
+    base = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:base].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        tensors[key] = data[base + start : base + end].view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+_SAFETENSORS_DTYPES: Final = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64, "BF16": np.uint16, "BOOL": np.bool_}  # fmt: skip
 
 
 class CheckpointReader:

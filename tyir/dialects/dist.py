@@ -5,7 +5,7 @@ After `partition-dies` the file holds one `dist.mesh` and one module `@die{i}` p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from tyir.dialects.ty import as_type, tensor_type
 from tyir.ir import Value
-from tyir.opdef import DeclaredOp, attr, operand, result
+from tyir.opdef import DeclaredOp, attr, optional_operand, result
 from tyir.traits import Collective, Symbol
-from tyir.types import Type
 
 __all__ = ["AllGather", "AllReduce", "Mesh"]
 
@@ -31,34 +30,45 @@ class Mesh(DeclaredOp, name="dist.mesh", traits=(Symbol,)):
 
 
 class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
-    """The sum of all dies' operands, on every die: added in f32 in die order, rounded once, so that every die gets the same bits."""
+    """The sum of all dies' operands, on every die: added in f32 in die order, rounded once, so that every die gets the same bits.
 
-    x: Value = operand()
+    A die that has nothing to add (more dies than heads) takes part without an operand.
+    """
+
+    x: Value | None = optional_operand()
     out: Value = result()
 
-    def infer(self) -> Type:
-        return self.x.type
+    def verify(self) -> Iterator[str]:
+        if self.x is not None and self.x.type is not self.out.type:
+            yield f"operand {self.x.type} and result {self.out.type} differ"
 
-    def combine(self, parts: Sequence[Array]) -> Array:
-        """The result from the operands of all dies, in die order."""
-        total = parts[0].astype(np.float32)
-        for part in parts[1:]:
+    def combine(self, parts: Sequence[Array | None]) -> Array:
+        """The result from the operands of all dies, in die order; None for a die that adds nothing."""
+        present = [part for part in parts if part is not None]
+        total = present[0].astype(np.float32)
+        for part in present[1:]:
             total = total + part.astype(np.float32)
         return as_type(total, tensor_type(self.out).element)
 
 
 class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
-    """All dies' operands joined along `axis`, in die order; `sizes` are the dies' lengths along it, which may differ."""
+    """All dies' operands joined along `axis`, in die order; `sizes` are the dies' lengths along it, which may differ.
 
-    x: Value = operand()
+    A die whose length is 0 takes part without an operand.
+    """
+
+    x: Value | None = optional_operand()
     axis: int = attr()
     sizes: tuple[int, ...] = attr()
     out: Value = result()
 
-    def infer(self) -> Type:
-        t = tensor_type(self.x)
-        return t.with_shape(sum(self.sizes) if i == self.axis else d for i, d in enumerate(t.dims))
+    def verify(self) -> Iterator[str]:
+        out = tensor_type(self.out)
+        if out.dims[self.axis] != sum(self.sizes):
+            yield f"sizes {list(self.sizes)} add up to {sum(self.sizes)}, the result {out} has {out.dims[self.axis]} along axis {self.axis}"
+        elif self.x is not None and tensor_type(self.x).dims[self.axis] not in self.sizes:
+            yield f"operand {self.x.type} has none of the sizes {list(self.sizes)} along axis {self.axis}"
 
-    def combine(self, parts: Sequence[Array]) -> Array:
-        """The result from the operands of all dies, in die order."""
-        return np.concatenate(list(parts), axis=self.axis)
+    def combine(self, parts: Sequence[Array | None]) -> Array:
+        """The result from the operands of all dies, in die order; None for a die whose length is 0."""
+        return np.concatenate([part for part in parts if part is not None], axis=self.axis)

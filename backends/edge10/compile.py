@@ -1,0 +1,308 @@
+"""From a module at any stage to a folder of artifacts: the whole back end, readable top to bottom in `compile_module`.
+
+Files appear by rename: everything is written into a temporary folder beside the target, which replaces it when the manifest is in place.  A failure or an
+interrupt leaves what was there before, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DenseArrayAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
+from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.params import ParamsFile, write_params
+from tyir.diagnostics import TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.dist import Mesh
+from tyir.dialects.func import Call, Func
+from tyir.dialects.ty import GetGlobal, Param, tensor_type
+from tyir.manifest import MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
+from tyir.passes.pipelines import remaining_pipeline
+from tyir.pipeline import PassContext, run_pipeline
+from tyir.printer import print_op
+from tyir.stopwatch import Stopwatch
+from tyir.targets.machine import Machine
+from tyir.weights import CheckpointReader, checkpoint_of
+
+__all__ = ["CompileContext", "compile_module"]
+
+_COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+
+
+@dataclass
+class CompileContext:
+    """What a compile carries along: where it reports, and whether it shows progress."""
+
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    progress: bool = False
+    mcpu: str | None = None
+    passes: PassContext = field(default_factory=PassContext)
+
+
+def compile_module(module: Module, out: Path, options: BuildOptions, context: CompileContext | None = None) -> Path:
+    """Compile a module into `out/{n}die` and return that folder.
+
+    The module may stand at any stage; the passes it has not been through are run with `options`.  What the module already fixed (a partitioned module's
+    dies, a specialised module's lengths) overrides `options`.  Raises `TyirError` and leaves `out` as it was.
+    """
+    context = context or CompileContext()
+    with context.watch.stage("passes"):
+        run_pipeline(module, _pipeline(module, options), context.passes)
+    options = _settled(module, options)
+    dies = [m for m in module.body if isinstance(m, Module)]
+    target = out / f"{options.dies}die"
+    with _replacing(target) as folder:
+        with context.watch.stage("weights"):
+            constants = _write_weights(dies, folder, options, module, context)
+        programs = _write_programs(dies, folder, options, constants, context)
+        with context.watch.stage("manifest"):
+            _copy_model_files(checkpoint_of(module), folder)
+            _write_buffer_config(folder, options, programs)
+            _write_manifest(folder, module, options, programs, context)
+    return target
+
+
+def _pipeline(module: Module, options: BuildOptions) -> str:
+    stage = module.attributes.get("tyir.stage")
+    if not isinstance(stage, StringAttr):
+        raise TyirError("the module does not say at which stage it is", help='set {tyir.stage = "ty"} on the module, as tyir-import does')
+    return remaining_pipeline(
+        stage.value,
+        weights=options.weights,
+        group_size=options.group_size,
+        max_kv=options.max_kv,
+        dies=options.dies,
+        die_map=options.die_map,
+        seqlens=options.seqlens,
+        embedding_as_input=options.embedding_as_input,
+    )
+
+
+def _settled(module: Module, options: BuildOptions) -> BuildOptions:
+    """The options as the compiled module has them."""
+    mesh = next(module.walk_type(Mesh), None)
+    seqlens = module.attributes.get("tyir.seqlens")
+    if mesh is None or not isinstance(seqlens, DenseArrayAttr):
+        raise TyirError("the module has no dies or no sequence lengths", help="run partition-dies and specialize-seqlen, or compile from an earlier stage")
+    cache = next((tensor_type(a) for f in module.walk_type(Func) for a in f.args if len(tensor_type(a).dims) == 4), None)
+    return replace(
+        options,
+        dies=mesh.sizes[0],
+        die_map=mesh.devices,
+        seqlens=seqlens.ints(),
+        max_kv=options.max_kv if cache is None else cache.static_shape[2],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the folder
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes `target`'s place at the end; only artifacts of an earlier compile are ever replaced."""
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise TyirError(f"{target} exists and was not written by tyir-compile", help="choose another -o, or move it away")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise TyirError(f"cannot write to {target.parent}: {error.strerror}", help="choose another -o") from None
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / target.name)
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise TyirError(f"cannot write {target}: {error.strerror or error}", help="free some space or choose another -o") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _program_folder(options: BuildOptions, seqlen: int) -> str:
+    return f"batch_{options.batch}/seqlen_{seqlen}"
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def _functions(die: Module, seqlen: int) -> list[Func]:
+    """A die's entry function for a sequence length and what it calls."""
+    by_name = {str(f.sym_name): f for f in die.body if isinstance(f, Func)}
+    main = by_name[f"main_s{seqlen}"]
+    called = dict.fromkeys(c.callee.leaf for c in main.walk_type(Call))
+    return [*(by_name[name] for name in called), main]
+
+
+def _write_weights(
+    dies: list[Module], folder: Path, options: BuildOptions, module: Module, context: CompileContext
+) -> dict[tuple[int, Param], tuple[ParamsFile, str]]:
+    """Write all `.params`; returns where each die's parameter went: tensors of all lengths in common_die{i}, those of one length beside its program."""
+    places: dict[tuple[int, Param], tuple[ParamsFile, str]] = {}
+    files: list[ParamsFile] = []
+
+    def add(die: int, params: list[Param], name: str) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = ParamsFile(path, params)
+        files.append(file)
+        places.update({(die, p): (file, name) for p in params})
+
+    for index, die in enumerate(dies):
+        params = [p for p in die.body if isinstance(p, Param)]
+        users = {s: {g.symbol.leaf for f in _functions(die, s) for g in f.walk_type(GetGlobal)} for s in options.seqlens}
+        own = {s: [p for p in params if [t for t in users if p.sym_name in users[t]] == [s]] if len(users) > 1 else [] for s in users}
+        common = [p for p in params if not any(p in ps for ps in own.values())]
+        add(index, common, f"batch_{options.batch}/common_die{index}.params")
+        for seqlen in options.seqlens:
+            add(index, own[seqlen], f"{_program_folder(options, seqlen)}/llm_die{index}.params")
+    if shared := [p for p in module.body if isinstance(p, Param)]:  # embedding-as-input: the table is the host's
+        files.append(ParamsFile(folder / "embedding.params", shared))
+    reader = CheckpointReader(checkpoint_of(module))
+    reader.check_files(module)
+    write_params(files, reader, progress=context.progress)
+    return places
+
+
+# ------------------------------------------------------------------------------------------------------------- programs
+
+
+def _write_programs(
+    dies: list[Module], folder: Path, options: BuildOptions, places: dict[tuple[int, Param], tuple[ParamsFile, str]], context: CompileContext
+) -> list[DieProgram]:
+    from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
+
+    target = HostTarget.detect() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
+    machine = Machine.load("edge10")
+    programs = []
+    for seqlen in options.seqlens:
+        place = _program_folder(options, seqlen)
+        for index, die in enumerate(dies):
+            with context.watch.stage(f"edge10 s{seqlen} die{index}"):
+                lowered = lower_die(die, seqlen, machine)
+                (folder / place / f"llm_die{index}.edge10").write_text(print_op(lowered))
+            with context.watch.stage(f"host code s{seqlen} die{index}"):
+                kernels = assign_kernels(_functions(die, seqlen))
+                build_library(kernels, target, folder / place / f"llm_die{index}.so")
+            program = _die_program(die, index, seqlen, place, options)
+            (folder / program.ir).write_text(print_op(_artifact_ir(die, index, seqlen, places)))
+            programs.append(program)
+    return programs
+
+
+def _artifact_ir(die: Module, index: int, seqlen: int, places: dict[tuple[int, Param], tuple[ParamsFile, str]]) -> Module:
+    """The die's program as the runtime walks it: functions with their kernels named, weights by reference to the `.params`."""
+    module = Module.empty(f"die{index}")
+    functions = _functions(die, seqlen)
+    used = {g.symbol.leaf for f in functions for g in f.walk_type(GetGlobal)}
+    for param in [p for p in die.body if isinstance(p, Param) and p.sym_name in used]:
+        file, name = places[index, param]
+        module.body.append(file.global_for(param, name))
+    for function in functions:
+        module.body.append(function.clone())
+    module.set_attribute("tyir.die", IntegerAttr(index, _i64()))
+    module.set_attribute("tyir.stage", StringAttr("program"))
+    return module
+
+
+def _i64() -> Any:
+    from tyir.types import i64
+
+    return i64
+
+
+def _die_program(die: Module, index: int, seqlen: int, place: str, options: BuildOptions) -> DieProgram:
+    main = _functions(die, seqlen)[-1]
+
+    def info(type_of: Any, attrs: DictAttr) -> TensorInfo:
+        name, alias = attrs.get("tyir.name"), attrs.get("tyir.alias")
+        t = tensor_type(type_of)
+        return TensorInfo(
+            name=name.value if isinstance(name, StringAttr) else "",
+            shape=t.static_shape,
+            dtype=str(t.element),
+            alias=alias.value if isinstance(alias, IntegerAttr) else None,
+        )
+
+    return DieProgram(
+        die=index,
+        seqlen=seqlen,
+        function=str(main.sym_name),
+        library=f"{place}/llm_die{index}.so",
+        program=f"{place}/llm_die{index}.edge10",
+        ir=f"{place}/llm_die{index}.ir",
+        constants=f"{place}/llm_die{index}.params",
+        params=f"batch_{options.batch}/common_die{index}.params",
+        inputs=tuple(info(a, main.arg_attr(i)) for i, a in enumerate(main.args)),
+        outputs=tuple(info(v, main.res_attr(i)) for i, v in enumerate(main.body.terminator.operands)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+def _copy_model_files(checkpoint: Path, folder: Path) -> None:
+    for name in _COPIED:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+    (folder / "empty.bin").write_bytes(b"")
+
+
+def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[DieProgram]) -> None:
+    """Per die, what a host must allocate: cache buffers and the step's inputs and outputs, in bytes."""
+    config: dict[str, Any] = {"max_kv_cache_size": options.max_kv, "seq_len_list": list(options.seqlens), "dev_count": options.dies, "dies": {}}
+    for program in programs:
+        aliased = {t.alias for t in program.outputs if t.alias is not None}
+        entry = config["dies"].setdefault(str(program.die), {"kv_cache": {}, "inputs": {}, "outputs": {}})
+        for i, tensor in enumerate(program.inputs):
+            if i in aliased:
+                entry["kv_cache"][tensor.name] = {"shape": tensor.shape, "dtype": tensor.dtype}
+            else:
+                entry["inputs"].setdefault(str(program.seqlen), {})[tensor.name] = {"shape": tensor.shape, "dtype": tensor.dtype}
+        for tensor in program.outputs:
+            if tensor.alias is None:
+                entry["outputs"].setdefault(str(program.seqlen), {})[tensor.name] = {"shape": tensor.shape, "dtype": tensor.dtype}
+    (folder / "buffer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _write_manifest(folder: Path, module: Module, options: BuildOptions, programs: list[DieProgram], context: CompileContext) -> None:
+    import importlib.metadata
+
+    from tyir.backends.edge10.tvm_host import HostTarget
+
+    target = HostTarget.detect() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
+    build = {
+        "tyir": importlib.metadata.version("tyir"),
+        "tvm": importlib.metadata.version("apache-tvm"),
+        "host": {"mcpu": target.mcpu},
+        "machine": "edge10",
+    }
+    model = to_json(module.attributes.get("tyir.model", DictAttr()))
+    files = {p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest = Manifest(model=model, options=options, build=build, programs=tuple(programs), files=files)
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def to_json(attribute: Attribute) -> Any:
+    """An attribute of plain values as Python data."""
+    if isinstance(attribute, DictAttr):
+        return {k: to_json(v) for k, v in attribute.items()}
+    if isinstance(attribute, ArrayAttr):
+        return [to_json(a) for a in attribute]
+    if isinstance(attribute, DenseArrayAttr):
+        return list(attribute.values)
+    if isinstance(attribute, (StringAttr, IntegerAttr, FloatAttr, BoolAttr)):
+        return attribute.value
+    return str(attribute)

@@ -1,0 +1,157 @@
+"""Writing `.params` files: safetensors, one tensor at a time, so that a compile never holds more than a few tensors.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces, data).  The library's writers take the
+whole file's tensors at once, which is why the header is laid out here first and the data streamed after it.
+
+All dies' files are written side by side, source tensor by source tensor: the checkpoint is read once and an expensive expression (quantising a whole
+weight) is computed once for all the dies that take slices of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.ty import GetGlobal, Global, Param, Yield
+from tyir.interpreter import evaluate_op, lookup_symbol
+from tyir.ir import Op, Value
+from tyir.storage import pack, packed_shape
+from tyir.types import FloatType, storage_dtype
+from tyir.weights import WeightSource
+
+__all__ = ["ParamsFile", "write_params"]
+
+Array = npt.NDArray[Any]
+_DTYPES: Final = {"float16": "F16", "float32": "F32", "uint8": "U8", "int8": "I8", "int32": "I32", "int64": "I64", "bool": "BOOL", "uint16": "BF16"}
+_ALIGNMENT: Final = 64  # the data starts on a cache line
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor's bytes lie in its file."""
+
+    offset: int
+    nbytes: int
+
+
+class ParamsFile:
+    """The layout of one `.params` file: tensors in order of first use, without holes (the format allows none)."""
+
+    def __init__(self, path: Path, params: Sequence[Param]) -> None:
+        self.path = path
+        self.params = params
+        header: dict[str, Any] = {"__metadata__": {"format": "tyir"}}
+        position, relative = 0, {}
+        for param in params:
+            nbytes = param.type.nbytes
+            header[str(param.sym_name)] = {
+                "dtype": _DTYPES[storage_dtype(param.type.element).name],
+                "shape": list(packed_shape(param.type)),
+                "data_offsets": [position, position + nbytes],
+            }
+            relative[param] = (position, nbytes)
+            position += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        self.header = text + b" " * (-(8 + len(text)) % _ALIGNMENT)
+        self.size = 8 + len(self.header) + position
+        base = 8 + len(self.header)
+        self.slots = {param: Slot(base + offset, nbytes) for param, (offset, nbytes) in relative.items()}
+
+    def create(self) -> IO[bytes]:
+        """The file at its full size with its header; tensors are then written at their offsets."""
+        file = self.path.open("wb")
+        file.write(len(self.header).to_bytes(8, "little") + self.header)
+        file.truncate(self.size)
+        return file
+
+    def global_for(self, param: Param, file: str) -> Global:
+        """The reference by which a program names this tensor."""
+        slot = self.slots[param]
+        return Global(
+            sym_name=str(param.sym_name), type=param.type, file=file, key=str(param.sym_name), offset=slot.offset, nbytes=slot.nbytes, loc=param.loc
+        )
+
+
+def write_params(files: Sequence[ParamsFile], weights: WeightSource, *, progress: bool = False) -> None:
+    """Evaluate every parameter and write it.  `TyirError` lists the tensors that hold NaN or infinity or overflow f16."""
+    evaluator = _Evaluator(weights)
+    handles = [file.create() for file in files]
+    problems: list[Diagnostic] = []
+    try:
+        order = sorted(
+            ((file_index, param) for file_index, file in enumerate(files) for param in file.params),
+            key=lambda item: (_source(item[1]), str(item[1].sym_name), item[0]),
+        )
+        for file_index, param in tqdm(order, desc="weights", unit="tensor", disable=not progress):
+            array = evaluator.evaluate(param)
+            if (problem := _check(param, array)) is not None:
+                problems.append(problem)
+            handles[file_index].seek(files[file_index].slots[param].offset)
+            handles[file_index].write(pack(array, param.type).tobytes())
+    finally:
+        for handle in handles:
+            handle.close()
+    if problems:
+        raise TyirError(problems)
+
+
+def _source(param: Param) -> tuple[str, int]:
+    """The checkpoint tensor a parameter is made of, as a place to sort by."""
+    for op in param.body:
+        if isinstance(op, GetGlobal) and isinstance(target := lookup_symbol(param, op.symbol.leaf), Global):
+            return (target.file, target.offset)
+    return ("", 0)
+
+
+def _check(param: Param, array: Array) -> Diagnostic | None:
+    if not isinstance(param.type.element, FloatType) or array.dtype.kind != "f" or np.isfinite(array).all():
+        return None
+    bad = "NaN" if np.isnan(array).any() else "a value beyond the f16 range (65504)" if array.dtype == np.float16 else "infinity"
+    return Diagnostic(f"weight {param.sym_name} holds {bad}", help="the checkpoint is damaged, or its weights need rescaling before they fit f16")
+
+
+class _Evaluator:
+    """Evaluates initializers, remembering the last few costly results across parameters that share them."""
+
+    def __init__(self, weights: WeightSource, remember: int = 2) -> None:
+        self.weights = weights
+        self.recent: OrderedDict[Any, tuple[Array, ...]] = OrderedDict()
+        self.remember = remember
+
+    def evaluate(self, param: Param) -> Array:
+        env: dict[Value, tuple[Array, Any]] = {}
+        for op in param.body:
+            if isinstance(op, Yield):
+                return env[op.value][0]
+            key = (op.name, op.properties, *(env[v][1] for v in op.operands))
+            for value, array in zip(op.results, self._run(op, key, [env[v][0] for v in op.operands])):
+                env[value] = (array, (value.index, *key))
+        raise TyirError(f"the initializer of @{param.sym_name} yields nothing")
+
+    def _run(self, op: Op, key: Any, operands: Iterable[Array]) -> tuple[Array, ...]:
+        if isinstance(op, GetGlobal):
+            target = lookup_symbol(op, op.symbol.leaf)
+            if not isinstance(target, Global):
+                raise TyirError(f"@{op.symbol.leaf} is not a tensor of the checkpoint")
+            return (self.weights.read(target),)
+        if key in self.recent:
+            self.recent.move_to_end(key)
+            return self.recent[key]
+        result = evaluate_op(op, list(operands))
+        results = result if isinstance(result, tuple) else (result,)
+        if len(results) > 1:
+            self.recent[key] = results
+            if len(self.recent) > self.remember:
+                self.recent.popitem(last=False)
+        return results
+
+

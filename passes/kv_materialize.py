@@ -1,0 +1,130 @@
+"""The step over a whole sequence becomes a step over new tokens and a key/value cache.
+
+    @main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>)
+      %cos, %sin = ty.rope_angles(%position_ids)
+      %a = ty.attention(%q, %k, %v)
+    -->
+    @main(%ids: tensor<1x?xi32>, %pos: tensor<1xi32>, %k0: tensor<1xGxCAPxDxf16>, %v0: ...) -> (logits, %k0 updated, %v0 updated)
+      %table_cos, %table_sin = ty.rope_table {positions = CAP}
+      %cos = kv.rows(%table_cos, %pos, %ids)
+      %k0n = kv.append(%k0, %k, %pos)
+      %a = kv.attention(%q, %k0n, %v0n, %pos)
+
+`pos` is the number of tokens already cached.  Caches are arguments that the function returns updated (`tyir.alias`): state, never copied.
+With `embedding-as-input` the embedded tokens [1, ?, h] are the argument instead of the ids, and the table becomes the module's `ty.param @embedding`.
+Logits leave the accumulators unrounded (f32), so that near ties are decided by the sums and not by f16 rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyir.attributes import DictAttr, IntegerAttr, StringAttr
+from tyir.constexpr import clone_expression
+from tyir.diagnostics import TyirError
+from tyir.dialects.func import Func
+from tyir.dialects.kv import Append, CachedAttention, Rows
+from tyir.dialects.ty import (
+    Attention,
+    Embedding,
+    Linear,
+    Param,
+    QuantizedLinear,
+    RopeAngles,
+    RopeTable,
+    Yield,
+    default_kv_heads,
+    tensor_type,
+)
+from tyir.ir import Block, Op, Region, Value
+from tyir.location import layer_of
+from tyir.pipeline import Pass, PassContext
+from tyir.types import TensorType, f32, i32, i64
+
+__all__ = ["KvMaterialize"]
+
+
+@dataclass(frozen=True)
+class KvMaterialize(Pass):
+    """Key/value caches of fixed capacity as aliased arguments, one pair per attention."""
+
+    max_kv: int = 1024
+    embedding_as_input: bool = False
+
+    def run(self, op: Op, context: PassContext) -> None:
+        if self.max_kv < 1:
+            raise TyirError(f"max-kv is {self.max_kv}; a cache holds at least 1 token", help="use max-kv=1024")
+        for function in list(op.walk_type(Func)):
+            if any(True for _ in function.walk_type(Attention)):
+                self._convert(function)
+                context.statistics["caches"] = 2 * sum(1 for _ in function.walk_type(CachedAttention))
+        op.set_attribute("tyir.stage", StringAttr("kv"))
+
+    def _convert(self, function: Func) -> None:
+        block = function.body
+        if len(block.args) != 2:
+            raise TyirError(f"@{function.sym_name} must take input ids and position ids, it takes {len(block.args)} arguments")
+        input_ids, position_ids = block.args
+        batch, tokens = tensor_type(input_ids).dims
+        entry = self._embeddings(function) if self.embedding_as_input else block.add_arg(TensorType((batch, tokens), i32), "ids")
+        pos = block.add_arg(TensorType((batch,), i32), "pos")
+        names, caches = [str(entry.name), "pos"], []
+        for angles in list(function.walk_type(RopeAngles)):
+            self._tabulate(angles, pos, entry)
+        for number, attention in enumerate(list(function.walk_type(Attention))):
+            layer = layer_of(attention.loc)
+            caches += self._cache(attention, pos, number if layer is None else layer, names)
+        if not self.embedding_as_input:
+            input_ids.replace_all_uses_with(entry)
+        if position_ids.uses:
+            raise TyirError(f"'{position_ids.uses[0].name}' still uses the position ids", help="only rotary embeddings may; run raise-aten and dce first")
+        block.erase_arg(1)
+        block.erase_arg(0)
+        terminator = block.terminator
+        logits = terminator.operands[0]
+        if isinstance(logits.op, (Linear, QuantizedLinear)):
+            logits.op.element = f32
+            logits.type = tensor_type(logits).with_element(f32)
+        terminator.operands = [logits, *caches]
+        function.refresh_type()
+        function.set_arg_attrs([DictAttr({"tyir.name": StringAttr(n)}) for n in names])
+        aliases = [DictAttr({"tyir.alias": IntegerAttr(2 + i, i64), "tyir.name": StringAttr(names[2 + i])}) for i in range(len(caches))]
+        function.set_res_attrs([DictAttr({"tyir.name": StringAttr("logits")}), *aliases])
+
+    def _embeddings(self, function: Func) -> Value:
+        """Take the embedded tokens as argument `embeddings`; the table leaves the step as the outermost module's `ty.param @embedding`."""
+        lookups = list(function.walk_type(Embedding))
+        if len(lookups) != 1 or function.parent_op is None:
+            raise TyirError(f"embedding-as-input needs exactly one embedding in @{function.sym_name}, there are {len(lookups)}")
+        (lookup,) = lookups
+        block = Block()
+        block.append(Yield(clone_expression(lookup.table, block)))
+        function.parent_op.body.insert(
+            Param(sym_name="embedding", type=tensor_type(lookup.table), initializer=Region([block]), loc=lookup.loc), before=function
+        )
+        entry = function.body.add_arg(lookup.out.type, "embeddings")
+        lookup.replace_with([entry])
+        return entry
+
+    def _tabulate(self, angles: RopeAngles, pos: Value, like: Value) -> None:
+        table = RopeTable(inv_freq=angles.inv_freq, positions=self.max_kv, scale=angles.scale, element=angles.element, loc=angles.loc)
+        table.insert_before(angles)
+        rows = [Rows(t, pos, like, loc=angles.loc).insert_before(angles).result for t in table.results]
+        angles.replace_with(rows)
+
+    def _cache(self, attention: Attention, pos: Value, layer: int, names: list[str]) -> list[Value]:
+        """Append and attend for one layer; adds the two cache arguments and returns the updated caches."""
+        block = attention.block
+        assert block is not None
+        batch, _, groups, width = tensor_type(attention.k).dims
+        updated = []
+        for letter, rows in (("k", attention.k), ("v", attention.v)):
+            names.append(f"{letter}{layer}")
+            cache = block.add_arg(TensorType((batch, groups, self.max_kv, width), tensor_type(rows).element), names[-1])
+            updated.append(Append(cache, rows, pos, loc=attention.loc).insert_before(attention).result)
+        heads = default_kv_heads(tensor_type(attention.q).dims[2] or 0, groups or 0)
+        cached = CachedAttention(
+            attention.q, *updated, pos, scale=attention.scale, window=attention.window, kv_heads=heads, loc=attention.loc
+        ).insert_before(attention)
+        attention.replace_with(cached)
+        return updated

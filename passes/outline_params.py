@@ -1,0 +1,99 @@
+"""Every weight a die needs becomes a named tensor of the artifact.
+
+    %w = ty.get_global @model.layers.0.self_attn.q_proj.weight
+    %s = ty.slice(%w) {axis = 0, offset = 128, size = 64}
+    %y = ty.linear(%x, %s)
+    -->
+    ty.param @model.layers.0.self_attn.q_proj.weight : tensor<64x256xf16> ({ get_global, slice, ty.yield })
+    %s = ty.get_global @model.layers.0.self_attn.q_proj.weight
+    %y = ty.linear(%x, %s)
+
+Equal expressions become one parameter, so all sequence lengths share the weights.  Runs after specialize-seqlen; what remains in the functions depends on
+the step's inputs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tyir.attributes import SymbolRefAttr
+from tyir.constexpr import ConstantExpressions, clone_expression, expression_ops
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.dialects.ty import GetGlobal, Param, QuantizeGroups, RopeTable, Yield, tensor_type
+from tyir.ir import Block, Op, Region, Value
+from tyir.pipeline import Pass, PassContext
+
+__all__ = ["OutlineParams"]
+
+
+@dataclass(frozen=True)
+class OutlineParams(Pass):
+    """Weight expressions become `ty.param`s of their die, shared by all its functions."""
+
+    def run(self, op: Op, context: PassContext) -> None:
+        for module in [m for m in op.walk_type(Module) if any(isinstance(o, Func) for o in m.body)]:
+            context.statistics["params"] = context.statistics.get("params", 0) + outline(module)
+
+
+def outline(module: Module) -> int:
+    """Outline the weight expressions of one module's functions; returns how many parameters there are."""
+    constants = ConstantExpressions()
+    params: dict[tuple[Any, ...], Param] = {}
+    names: set[str] = set()
+    first = module.body.first_op
+    for function in [o for o in module.body if isinstance(o, Func)]:
+        for user, index, value in list(_roots(function, constants)):
+            key = constants.key(value)
+            param = params.get(key)
+            if param is None:
+                param = params[key] = _make_param(value, names)
+                module.body.insert(param, before=first)
+            ref = GetGlobal(symbol=SymbolRefAttr(str(param.sym_name)), result_types=[param.type], loc=value.op.loc if value.op else user.loc)
+            user.set_operand(index, ref.insert_before(user).result)
+        for op in reversed(function.body):
+            if op.is_unused and op.results and constants.is_constant(op.results[0]):
+                op.erase()
+    return len(params)
+
+
+def _roots(function: Func, constants: ConstantExpressions) -> Iterator[tuple[Op, int, Value]]:
+    """Where a weight expression meets an op that is none."""
+    for op in function.body:
+        if op.results and constants.is_constant(op.results[0]):
+            continue
+        for index, value in enumerate(op.operands):
+            if constants.is_constant(value):
+                yield op, index, value
+
+
+def _make_param(value: Value, names: set[str]) -> Param:
+    block = Block()
+    result = clone_expression(value, block)
+    block.append(Yield(result))
+    base = _base_name(value)
+    name, number = base, 0
+    while name in names:
+        number += 1
+        name = f"{base}.{number}"
+    names.add(name)
+    param = Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc if value.op else result.owner.loc)  # type: ignore[union-attr]
+    return param
+
+
+def _base_name(value: Value) -> str:
+    """The checkpoint tensor's name, with what was made of it: `...q_proj.weight`, `...q_proj.weight.scales`, `rope.cos`."""
+    suffix = ""
+    current = value
+    while (op := current.op) is not None and op.operands:
+        if isinstance(op, QuantizeGroups):
+            suffix = "." + ("q", "scales", "zeros")[current.index]
+        current = op.operands[0]
+    if isinstance(op, RopeTable):
+        return ("rope.cos", "rope.sin")[current.index] + suffix
+    symbols = [o.symbol.leaf for o in expression_ops(value) if isinstance(o, GetGlobal)]
+    return (symbols[0] if symbols else "constant") + suffix
+
+
