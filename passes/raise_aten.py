@@ -1,0 +1,106 @@
+'''Raise the imported graph from PyTorch's operators to the tensor dataflow of a language model.
+
+    %w   = ty.get_global {symbol = @model.norm.weight} : tensor<256xf16>
+    %1   = aten.to %x {element = f32}                    -->   %w = ty.get_global {symbol = @model.norm.weight}
+    %2   = aten.pow %1 {exponent = 2.0}                        %0 = ty.rms_norm %x, %w {eps = 1.0e-6}
+    %3   = aten.mean %2 {dim = [-1], keepdim = true}
+    %4   = aten.add %3 {scalar = 1.0e-6}
+    %5   = aten.rsqrt %4
+    %6   = aten.mul %1, %5
+    %7   = aten.to %6 {element = f16}
+    %8   = aten.mul %w, %7
+
+Runs first, on what `tyir-import` wrote: every later pass knows `ty` only.  Rules are tried phase by phase (`_raise_rules.PHASES`); after each
+phase nothing dead remains.  Afterwards only `func` and `ty` ops are left.  What no rule raised is an error that lists every such op with its
+count, the first layer and the model's source line.  Numbers change by rounding alone: `ty` ops compute in f32 and round once.
+'''
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyir.attributes import StringAttr
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects import func, ty
+from tyir.dialects.builtin import Module
+from tyir.ir import Block, Op
+from tyir.location import FileLoc, FusedLoc, Location, NameLoc, layer_of, module_path
+from tyir.passes._raise_rules import PHASES, Phase
+from tyir.pipeline import Pass, PassContext
+from tyir.traits import Pure
+
+__all__ = ["RaiseAten", "raise_aten"]
+
+
+@dataclass(frozen=True)
+class RaiseAten(Pass):
+    """Turn `aten` ops into `ty` ops; an op that no rule raises is an error."""
+
+    def run(self, op: Op, context: PassContext) -> None:
+        assert isinstance(op, Module)
+        raise_aten(op, context.statistics)
+
+
+def raise_aten(module: Module, statistics: dict[str, int] | None = None) -> None:
+    """Raise every function of `module` in place; `statistics` counts the uses of each rule.  `TyirError` lists the ops that no rule raises."""
+    functions = [f for f in module.body if isinstance(f, func.Func) and not f.is_external]
+    for function in functions:
+        for phase in PHASES:
+            _sweep(function.body, phase, {} if statistics is None else statistics)
+    _check(functions)
+    _drop_unused_globals(module)
+    module.set_attribute("tyir.stage", StringAttr("ty"))
+
+
+def _sweep(block: Block, phase: Phase, statistics: dict[str, int]) -> None:
+    """Try the rules of one phase at every op, last op first; ops that die are erased on the way."""
+    for op in reversed(block):
+        if op.has_trait(Pure) and op.is_unused:
+            op.erase()
+            continue
+        for root, rule in phase:
+            if isinstance(op, root) and (value := rule(op)) is not None:
+                if value.type is not op.result.type:
+                    raise AssertionError(f"rule {rule.__name__} makes {value.type} of {op.result.type} at {op.loc}")
+                op.replace_with([value])
+                statistics[rule.__name__] = statistics.get(rule.__name__, 0) + 1
+                break
+
+
+def _drop_unused_globals(module: Module) -> None:
+    """Weights that nothing reads any more."""
+    used = {op.symbol.leaf for op in module.walk_type(ty.GetGlobal)}
+    for op in module.body:
+        if isinstance(op, ty.Global) and op.sym_name not in used:
+            op.erase()
+
+
+def _check(functions: list[func.Func]) -> None:
+    """Report every op outside `func` and `ty`, by name."""
+    left: dict[str, list[Op]] = {}
+    for function in functions:
+        for op in function.body:
+            if op.dialect not in ("func", "ty"):
+                left.setdefault(op.name, []).append(op)
+    if left:
+        total = sum(map(len, left.values()))
+        lines = [f"{name}: {len(ops)} times, first {_place(ops[0].loc)}" for name, ops in sorted(left.items())]
+        message = f"raise-aten left {len(left)} kinds of operations ({total} ops) that no rule knows:\n  " + "\n  ".join(lines)
+        raise TyirError(Diagnostic(message, help="the model computes something that is not among the rules of passes/_raise_rules.py; add a rule there"))
+
+
+def _place(location: Location) -> str:
+    """`in layer 3, model.layers.3.mlp (modeling_qwen2.py:45)`."""
+    layer, path, line = layer_of(location), module_path(location), _file_line(location)
+    words = [f"in layer {layer}" if layer is not None else "outside the layers", *([path] if path else [])]
+    return ", ".join(words) + (f" ({line})" if line else "")
+
+
+def _file_line(location: Location | None) -> str | None:
+    if isinstance(location, FileLoc):
+        return f"{location.file}:{location.line}"
+    if isinstance(location, NameLoc):
+        return _file_line(location.child)
+    if isinstance(location, FusedLoc):
+        return _file_line(location.parts[-1])
+    return None
