@@ -1,7 +1,7 @@
 """Which `aten` op of tyir stands for which node of an exported graph: one row per ATen overload.
 
 A row accounts for every argument of the overload's schema: tensors (`operands`), numbers kept as properties, arguments that do not change the result
-(`ignored`).  Any other argument must have its default value, otherwise the node is reported as unsupported.  Nothing here needs torch.
+(`ignored`), arguments that must have one value (`required`).  Any other argument must have its default value, otherwise the node is reported as unsupported.  Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ class FromResult(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """`op` None: the node is the identity on its first operand.  `scalar`: an operand that may be a number, kept in the property `scalar`."""
+    """`op` None: the node is the identity on its first operand.  `scalar`: an operand that may be a number, kept in the property `scalar`.
+
+    `required`: values that arguments must have for the row to hold.
+    """
 
     op: type[DeclaredOp] | None
     operands: tuple[str, ...] = ("self",)
     properties: Mapping[str, str | FromResult] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     scalar: str | None = None
+    required: Mapping[str, object] = field(default_factory=dict)
 
 
 _COPY: Final = ("non_blocking", "copy", "memory_format")
@@ -47,6 +51,7 @@ ROWS: Final[dict[str, Row]] = {
     "aten.contiguous.default": Row(None, ignored=("memory_format",)),
     "aten.cos.default": Row(aten.Cos),
     "aten.detach.default": Row(None),
+    "aten.dropout.default": Row(None, ("input",), ignored=("p",), required={"train": False}),
     "aten.embedding.default": Row(aten.Embedding, ("weight", "indices"), ignored=("padding_idx", "scale_grad_by_freq", "sparse")),
     "aten.expand.default": Row(aten.Expand, properties=_SHAPE, ignored=("size", "implicit")),
     "aten.linear.default": Row(aten.Linear, ("input", "weight", "bias")),

@@ -6,6 +6,7 @@ collected and reported together, with counts, the first layer and the model's so
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,9 +49,14 @@ class _Unsupported:
         if not self.nodes:
             return
         total = sum(len(nodes) for nodes in self.nodes.values())
-        notes = [f"{what}: {len(nodes)} times, first {describe(location_of(nodes[0]))}" for what, nodes in sorted(self.nodes.items())]
-        message = f"the model uses {len(self.nodes)} operations ({total} nodes) that cannot be imported:\n  " + "\n  ".join(notes)
+        lines = [f"{what}: {_times(len(nodes))}, first {describe(location_of(nodes[0]))}" for what, nodes in sorted(self.nodes.items())]
+        kinds = f"{len(self.nodes)} kinds of operations" if len(self.nodes) > 1 else "1 kind of operation"
+        message = f"the model uses {kinds} ({total} node{'s' if total > 1 else ''}) that cannot be imported:\n  " + "\n  ".join(lines)
         raise TyirError(Diagnostic(message, help="each needs a row in frontends/aten_table.py and an op in tyir/dialects/aten.py"))
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def describe(location: Location) -> str:
@@ -112,7 +118,8 @@ def _check_rest(row: Row, node: fx.Node, arguments: dict[str, Any]) -> None:
     known = {*row.operands, *row.ignored, *(v for v in row.properties.values() if isinstance(v, str))}
     for argument in node.target._schema.arguments:  # type: ignore[union-attr]
         value = arguments[argument.name]
-        if argument.name not in known and value is not None and value != argument.default_value:
+        wanted = row.required.get(argument.name, argument.default_value)
+        if argument.name not in known and value is not None and value != wanted:
             raise _Skip(f"{node.target} with {argument.name} = {value}")
 
 
@@ -209,6 +216,8 @@ def _check(nodes: Iterable[fx.Node], bound: set[str]) -> None:
                 unsupported.add(f"constant tensor {node.name}", node)
             continue
         target, value = str(node.target), node.meta.get("val")
+        if node.target is operator.getitem:  # one of several results: the op that made them is what is missing
+            continue
         if target not in ROWS:
             unsupported.add(target, node)
             continue

@@ -29,6 +29,8 @@ ELEMENTS: Final[dict[str, FloatType]] = {"f16": f16, "f32": f32}
 # Buffers that old releases of transformers stored although they follow from the config.
 _STRAY_ENDINGS: Final = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias")
 _LATER_FORMATS: Final = "awq (4-bit, GEMM), gptq, compressed-tensors (pack-quantized)"
+# Keys of config.json that change a model's result on long prompts and that transformers' own models do not read.
+_UNREAD_KEYS: Final = ("dual_chunk_attention_config",)
 # What later stages and the artifacts need to know of config.json.
 _MODEL_KEYS: Final = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -46,19 +48,24 @@ def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None) 
     """
     if dtype not in ELEMENTS:
         raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(ELEMENTS)}")
+    note = note or _ignore
     problems: list[Diagnostic] = []
     checkpoint = open_checkpoint(folder, problems)
-    meta = _meta_model(checkpoint, dtype, problems) if checkpoint is not None else None
+    meta = _meta_model(checkpoint, dtype, problems, note) if checkpoint is not None else None
     if checkpoint is not None and meta is not None:
         weights = Weights(checkpoint, meta.aliases)
-        problems.extend(_tensor_problems(checkpoint, meta, weights, note or (lambda _: None)))
+        problems.extend(_tensor_problems(checkpoint, meta, weights, note))
     if problems:
         raise TyirError(problems)
     assert checkpoint is not None and meta is not None
     return _build(checkpoint, meta, weights, dtype)
 
 
-def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic]) -> MetaModel | None:
+def _ignore(warning: Diagnostic) -> None:
+    """The `note` of callers who do not want any."""
+
+
+def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], note: Note) -> MetaModel | None:
     """The model without storage, None (and problems) when the config does not describe one that can be imported."""
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
     quantization = config.get("quantization_config") or config.get("compression_config")
@@ -67,6 +74,10 @@ def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic]) 
         help = f"import the unquantised checkpoint; formats planned for a later release: {_LATER_FORMATS}"
         problems.append(Diagnostic(f"the checkpoint is quantised (quant_method '{method}'), which cannot be imported yet", where=where, help=help))
         return None
+    for key in _UNREAD_KEYS:
+        if config.get(key) is not None:
+            message = f"'{key}' is not used: prompts beyond the length it begins to matter at are computed with plain attention, as transformers does"
+            note(Diagnostic(message, severity="warning", where=where))
     from tyir.frontends.torch_export import build_meta_model
 
     try:
@@ -95,7 +106,9 @@ def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, 
             yield Diagnostic(problem, where=where, help="config.json and the weights are from different models, or one of them was edited")
     if missing:
         message = f"the checkpoint lacks {len(missing)} of the model's {len(meta.state)} tensors: {_some(missing)}"
-        yield Diagnostic(message, where=where, help="download the missing files, or use the config.json that belongs to these weights")
+        experts = any(".experts." in name for name in missing)
+        help = "models with a mixture of experts cannot be imported yet" if experts else "download the missing files, or use the config.json that belongs to these weights"
+        yield Diagnostic(message, where=where, help=help)
     yield from _unexpected(checkpoint, meta, used, note)
 
 

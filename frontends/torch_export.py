@@ -6,6 +6,7 @@ No parameter is ever allocated, so a 72B model costs as little as a small one.  
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,15 +62,15 @@ class MetaModel:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' and torch's advice, which concerns training and eager execution."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Silence transformers' and torch's advice, which concerns training and eager execution; failures arrive as exceptions."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(level)
+        logging.disable(disabled)
 
 
 def _first_line(error: BaseException) -> str:

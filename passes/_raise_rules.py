@@ -64,7 +64,14 @@ def _insert(root: Op, new: _OpT, *matched: Op | None) -> _OpT:
     """Insert `new` before the root, with one location per module that the matched ops came from."""
     new.loc = _merged([*(op.loc for op in matched if op is not None), root.loc])
     new.insert_before(root)
-    return new
+    return _named(new)
+
+
+def _named(op: _OpT) -> _OpT:
+    """Name the results after the op, so that the text does not carry names of ops that are gone."""
+    for value in op.results:
+        value.name = op.name.partition(".")[2]
+    return op
 
 
 def _merged(locations: list[Location]) -> Location:
@@ -163,6 +170,7 @@ def rope_angles(op: Op) -> Value | None:
     angles: Op | None = next((u for u in found.positions.users if u is not wanted and u.name == wanted.name and u.properties is wanted.properties), None)
     if angles is None:
         angles = wanted
+        wanted.cos.name, wanted.sin.name = "cos", "sin"
         _insert_after_definition(found.positions, wanted)
     else:
         wanted.drop_references()
