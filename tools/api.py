@@ -1,0 +1,101 @@
+"""The Python entry points: compile a checkpoint or a module in one call.
+
+`build_and_compile_llm` has the signature and the defaults of TyLLM's function of that name, so that a TyLLM script changes one import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tyir.diagnostics import TyirError
+from tyir.dialects.builtin import Module
+from tyir.manifest import BuildOptions
+from tyir.stopwatch import Stopwatch
+
+__all__ = ["build_and_compile_llm", "check_options", "compile_path", "load_module"]
+
+
+def _silent(message: str) -> None:
+    """The default for warnings of a library call."""
+
+
+def build_and_compile_llm(
+    model_path: str | Path,
+    artifacts_path: str | Path | None = None,
+    max_kv_cache_size: int = 4096,
+    seq_len_list: Sequence[int] = (1, 8),
+    dev_count: int = 1,
+    embedding_as_input: bool = False,
+    *,
+    weights: str = "fp16",
+) -> Path:
+    """Compile the checkpoint folder `model_path` and return the artifact folder `artifacts_path/{dev_count}die`.
+
+    `artifacts_path` defaults to `{model_path}_tyir` beside the model.  `weights` ("fp16" or "int4") is ours.  Raises `TyirError`.
+    """
+    model = Path(model_path)
+    out = Path(artifacts_path) if artifacts_path is not None else model.with_name(model.name + "_tyir")
+    options = BuildOptions(
+        dies=dev_count, seqlens=tuple(seq_len_list), max_kv=max_kv_cache_size, embedding_as_input=embedding_as_input, weights=weights
+    )
+    return compile_path(model, out, options)
+
+
+def compile_path(
+    model: Path,
+    out: Path,
+    options: BuildOptions,
+    *,
+    watch: Stopwatch | None = None,
+    progress: bool = False,
+    mcpu: str | None = None,
+    warn: Callable[[str], None] = _silent,
+) -> Path:
+    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises `TyirError` before any work for options that cannot be."""
+    check_options(options)
+    watch = watch or Stopwatch()
+    with watch.stage("import"):
+        module = load_module(model)
+    _warn_about_positions(module, options, warn)
+    from tyir.backends.edge10.compile import CompileContext, compile_module
+
+    return compile_module(module, out, options, CompileContext(watch=watch, progress=progress, mcpu=mcpu))
+
+
+def load_module(model: Path) -> Module:
+    """The module of a checkpoint folder (imported) or of an `.ir` file (parsed and verified)."""
+    if model.is_dir():
+        from tyir.frontends.huggingface import import_model
+
+        return import_model(model)
+    if not model.exists():
+        raise TyirError(f"{model} does not exist", help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt")
+    from tyir.parser import parse_file
+    from tyir.verify import verify
+
+    module = parse_file(model)
+    verify(module)
+    return module
+
+
+def check_options(options: BuildOptions) -> None:
+    """`TyirError` for die counts, lengths and cache sizes that no compile can have."""
+    from tyir.passes.partition_dies import check_dies
+    from tyir.passes.specialize_seqlen import check_seqlens
+
+    check_dies(options.dies)
+    if options.max_kv < 1:
+        raise TyirError(f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024")
+    check_seqlens(options.seqlens, options.max_kv)
+    if options.weights not in ("fp16", "int4"):
+        raise TyirError(f"weights '{options.weights}': one of fp16, int4")
+
+
+def _warn_about_positions(module: Module, options: BuildOptions, warn: Callable[[str], None]) -> None:
+    from tyir.attributes import DictAttr, IntegerAttr
+
+    model = module.attributes.get("tyir.model")
+    limit = model.get("max_position_embeddings") if isinstance(model, DictAttr) else None
+    if isinstance(limit, IntegerAttr) and options.max_kv > limit.value:
+        warn(f"the cache holds {options.max_kv} tokens, the model was trained for {limit.value} positions")

@@ -1,0 +1,75 @@
+"""`tyir-compile (HF_DIR | model.ir) -o out/`: a checkpoint or a module at any stage becomes a folder of artifacts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tyir.diagnostics import TyirError
+from tyir.manifest import BuildOptions
+from tyir.tools.cli import add_debug_option, run_tool, warn
+
+__all__ = ["main"]
+
+
+@run_tool
+def main(argv: Sequence[str]) -> int:
+    """Entry point."""
+    args = _parser().parse_args(argv)
+    from tyir.stopwatch import Stopwatch
+    from tyir.tools.api import compile_path
+
+    options = BuildOptions(
+        dies=args.dies,
+        die_map=args.die_map,
+        seqlens=args.seqlens,
+        max_kv=args.max_kv,
+        weights=args.weights,
+        group_size=args.group_size,
+        embedding_as_input=args.embedding_as_input,
+    )
+    watch = Stopwatch()
+    target = compile_path(args.model, args.output, options, watch=watch, progress=not args.quiet, mcpu=args.mcpu, warn=warn)
+    if args.timing:
+        print(watch.report(), file=sys.stderr)
+    print(target)
+    return 0
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """A comma-separated list of whole numbers; `TyirError` names what is none."""
+    values = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            values.append(int(item))
+        except ValueError:
+            raise TyirError(f"'{item}' in '{text}' is not a whole number", help="write a list such as 1,8") from None
+    return tuple(values)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tyir-compile",
+        description="Compile a Hugging Face checkpoint, or a module written by tyir-import or tyir-opt, into OUT/{n}die.",
+        epilog="On success the only line on stdout is the folder of the artifacts; nothing has to be renamed, copied or deleted by hand.",
+    )
+    parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="artifacts go to OUT/{n}die")
+    parser.add_argument("--dies", type=int, default=4, help="number of dies, 1 to 16 (default 4)")
+    parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
+    parser.add_argument("--seqlens", type=numbers, default=(1, 8), metavar="N,N,..", help="tokens per step to compile for (default 1,8)")
+    parser.add_argument("--max-kv", type=int, default=1024, metavar="N", help="tokens the key/value cache holds (default 1024)")
+    parser.add_argument("--weights", choices=("fp16", "int4"), default="fp16", help="decoder weights: fp16, or int4 by round-to-nearest groups")
+    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per int4 scale (default 128)")
+    parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
+    parser.add_argument("--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)")
+    parser.add_argument("--timing", action="store_true", help="print time and peak memory of each stage on stderr")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add_debug_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""`tyir-run OUT/{n}die --prompt "..."`: continue a prompt with compiled artifacts, all dies in this process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tyir.diagnostics import TyirError
+from tyir.tools.cli import add_debug_option, run_tool
+
+__all__ = ["load_tokenizer", "main", "stop_tokens"]
+
+
+@run_tool
+def main(argv: Sequence[str]) -> int:
+    """Entry point."""
+    args = _parser().parse_args(argv)
+    from tyir.runtime_sim.sampling import make_sampler
+    from tyir.runtime_sim.session import Session
+
+    sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    session = Session(args.artifacts, args.engine, check=not args.no_check)
+    tokenizer = load_tokenizer(args.artifacts)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    ids = tokenizer(prompt)["input_ids"]
+    stops = stop_tokens(args.artifacts)
+    start = time.perf_counter()
+    times: list[float] = []
+
+    def timed() -> Iterator[int]:
+        for token in session.generate(ids, args.max_tokens, sampler=sampler, stop=lambda t: t in stops):
+            times.append(time.perf_counter())
+            yield token
+
+    sys.stdout.write(prompt)
+    for text in decode_stream(tokenizer, timed()):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print()
+    if times:
+        decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+        print(
+            f"{len(ids)} prompt tokens, first token after {times[0] - start:.3f} s; {len(times)} tokens at {decode:.1f} tokens/s "
+            f"({args.engine} engine on this machine, not the device)",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved with the artifacts or the checkpoint; `TyirError` when there is none."""
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise TyirError(f"{folder} holds no tokenizer", help="copy the model's tokenizer.json there, or compile from a folder that has one")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def stop_tokens(folder: Path) -> set[int]:
+    """The end-of-sequence ids of generation_config.json, else of config.json."""
+    import json
+
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_text()).get("eos_token_id")
+            if value is not None:
+                return set(value) if isinstance(value, list) else {value}
+    return set()
+
+
+def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+    """Text as it becomes final: a token may end in the middle of a character, which is held back until it is whole."""
+    pending: list[int] = []
+    shown = 0
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+            if text.endswith("\n"):
+                pending, shown = [], 0
+    if pending:
+        yield tokenizer.decode(pending, skip_special_tokens=True)[shown:]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
+    parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
+    parser.add_argument("--prompt", help="the text to continue (default: read from stdin)")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the fewest tokens of this total probability")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)")
+    parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes first")
+    add_debug_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""Does a folder of artifacts compute what the model computes?
+
+Three questions, each asked with the same prompts:
+
+* logits: at every position, the artifacts' logits against Hugging Face in fp32 on the same (de-quantised) weights;
+* tokens: at every position, whether greedy decoding takes the token Hugging Face takes (positions are fed Hugging Face's own tokens, so one difference
+  does not hide the next; a difference counts as a tie when Hugging Face's own preference is smaller than the numerical error there);
+* layers: the hidden state after every decoder layer.
+
+When something differs, `locate` compares every op of every die with the unpartitioned reference and names the first that is off.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.attributes import DenseArrayAttr, IntegerAttr
+from tyir.constexpr import ConstantExpressions, expression_ops
+from tyir.diagnostics import TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Call
+from tyir.dialects.kv import Append, Rows
+from tyir.dialects.ty import GetGlobal, QuantizedLinear, dequantize
+from tyir.interpreter import Interpreter, run_lockstep
+from tyir.ir import Op, Value
+from tyir.location import FileLoc, FusedLoc, Location, NameLoc, module_path
+from tyir.manifest import BuildOptions
+from tyir.passes.pipelines import remaining_pipeline
+from tyir.pipeline import PassContext, run_pipeline
+from tyir.runtime_sim.chunks import Chunk
+from tyir.runtime_sim.session import EngineName, Session
+from tyir.traits import Collective
+from tyir.weights import CheckpointReader
+
+__all__ = ["Divergence", "PROMPTS", "PromptResult", "Reference", "check_prompt", "cosine", "locate", "reference_module"]
+
+Array = npt.NDArray[Any]
+
+PROMPTS: Final = (
+    "The old house stood at the end of",
+    "She looked at him for a moment, and then",
+    "It was a cold morning in the month of November",
+    "\"I do not know,\" said the captain,",
+    "There was no doubt in his mind that the",
+    "When the carriage stopped at the door, Mr.",
+    "In the evening they walked along the river and talked about",
+    "He had never before",
+)  # fmt: skip
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of two tensors as vectors; 1 when both are zero, 0 when one is or when either holds NaN."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    if norm == 0:
+        return float(not x.any() and not y.any())
+    value = float(x @ y) / norm
+    return value if np.isfinite(value) else 0.0
+
+
+def cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
+    """Cosine row by row."""
+    return np.array([cosine(x, y) for x, y in zip(a, b)])
+
+
+# ------------------------------------------------------------------------------------------------------------- the reference
+
+
+class Reference:
+    """Hugging Face in fp32, with the artifacts' weights: those of the checkpoint, or what quantisation made of them."""
+
+    def __init__(self, folder: Path, options: BuildOptions) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.folder = folder
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        if options.weights != "fp16":
+            self._replace_weights(options)
+
+    def _replace_weights(self, options: BuildOptions) -> None:
+        import torch
+
+        parameters = dict(self.model.named_parameters())
+        for name, array in dequantized_weights(reference_module(self.folder, options), CheckpointReader(self.folder)):
+            with torch.no_grad():
+                parameters[name].copy_(torch.from_numpy(array.astype(np.float32)))
+
+    def continue_greedily(self, ids: Sequence[int], count: int) -> list[int]:
+        """`count` tokens after `ids`, always the most likely one, end-of-sequence tokens like any other."""
+        import torch
+
+        tokens, cache = list(ids), None
+        feed = tokens
+        with torch.no_grad():
+            for _ in range(count):
+                out = self.model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                feed = [int(out.logits[0, -1].argmax())]
+                tokens += feed
+        return tokens[len(ids) :]
+
+    def run(self, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], list[Array]]:
+        """Logits [n, V] and the hidden state [n, h] after each decoder layer."""
+        import torch
+
+        states: list[Array] = []
+        layers = self._layers()
+        hooks = [layer.register_forward_hook(lambda m, i, o: states.append((o[0] if isinstance(o, tuple) else o)[0].numpy())) for layer in layers]
+        try:
+            with torch.no_grad():
+                logits = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, [s.reshape(len(ids), -1) for s in states]
+
+    def _layers(self) -> Sequence[Any]:
+        import torch
+
+        lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
+        return list(max(lists, key=len))
+
+
+def reference_module(folder: Path, options: BuildOptions) -> Module:
+    """The unpartitioned model in `ty` ops, with the artifacts' weights."""
+    from tyir.frontends.huggingface import import_model
+
+    module = import_model(folder)
+    text = remaining_pipeline("aten", **_pipeline_options(options))
+    run_pipeline(module, ",".join(entry for entry in _entries(text) if entry.startswith(("to-ty", "quantize-weights"))), PassContext())
+    return module
+
+
+def _pipeline_options(options: BuildOptions) -> dict[str, Any]:
+    return {
+        "weights": options.weights,
+        "group_size": options.group_size,
+        "max_kv": options.max_kv,
+        "dies": 1,
+        "die_map": (),
+        "seqlens": (1,),
+        "embedding_as_input": False,
+    }
+
+
+def _entries(pipeline: str) -> list[str]:
+    """The top-level entries of a pipeline text."""
+    entries, depth, current = [], 0, ""
+    for char in pipeline:
+        depth += (char in "({") - (char in ")}")
+        if char == "," and depth == 0:
+            entries.append(current)
+            current = ""
+        else:
+            current += char
+    return [*entries, current]
+
+
+def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, Array]]:
+    """(parameter name, de-quantised weight [N, K]) for each quantised linear of a `ty` module."""
+    interpreter = Interpreter(module, weights)
+    constants = ConstantExpressions()
+    for linear in module.walk_type(QuantizedLinear):
+        if not constants.is_constant(linear.q):
+            continue
+        env: dict[Value, Array] = {}
+        name = ""
+        for root in (linear.q, linear.scales, linear.zeros):
+            for op in expression_ops(root):
+                if op.results[0] in env:
+                    continue
+                if isinstance(op, GetGlobal):
+                    name = op.symbol.leaf
+                    env[op.result] = interpreter.read_symbol(op)
+                    continue
+                out = interpreter.evaluator(op, [env[v] for v in op.operands])
+                env.update(zip(op.results, out if isinstance(out, tuple) else (out,)))
+        yield name, dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size)
+
+
+# ------------------------------------------------------------------------------------------------------------- the comparison
+
+
+@dataclass
+class PromptResult:
+    """One prompt's comparison; arrays have one entry per position."""
+
+    ids: list[int]
+    prompt_length: int
+    logit_cosine: npt.NDArray[np.float64]
+    logit_error: npt.NDArray[np.float64]
+    layer_cosine: list[float]
+    differing: list[int] = field(default_factory=list)
+    ties: list[int] = field(default_factory=list)
+
+    @property
+    def positions(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+def check_prompt(session: Session, reference: Reference, ids: Sequence[int], count: int, states: LayerStates) -> PromptResult:
+    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position."""
+    tokens = [*ids, *reference.continue_greedily(ids, count)]
+    wanted, wanted_states = reference.run(tokens)
+    session.reset()
+    states.clear()
+    got = np.concatenate([session.feed(tokens[: len(ids)]), *(session.feed([t]) for t in tokens[len(ids) : -1])])
+    wanted = wanted[: len(got)]
+    error = np.abs(got - wanted).max(axis=1)
+    result = PromptResult(
+        ids=tokens,
+        prompt_length=len(ids),
+        logit_cosine=cosines(got, wanted),
+        logit_error=error,
+        layer_cosine=[float(cosines(states.rows(i), s[: len(got)]).min()) for i, s in enumerate(wanted_states)] if states.seen else [],
+    )
+    for position in range(len(ids) - 1, len(got)):
+        mine, theirs = int(got[position].argmax()), int(wanted[position].argmax())
+        if mine != theirs:
+            gap = float(wanted[position, theirs] - wanted[position, mine])
+            (result.ties if gap <= 2 * float(error[position]) and gap < 0.05 else result.differing).append(position)
+    return result
+
+
+class LayerStates:
+    """A `StepProbe` that keeps each decoder layer's output of die 0."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[Array]] = defaultdict(list)
+
+    def clear(self) -> None:
+        self.seen.clear()
+
+    def rows(self, layer: int) -> Array:
+        """[positions, h] of one layer; `TyirError` when the program has no such layer."""
+        if layer not in self.seen:
+            raise TyirError(f"the compiled program has no layer {layer}: it was made from another model")
+        return np.concatenate(self.seen[layer])
+
+    def __call__(self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None:
+        if die == 0 and isinstance(op, Call) and isinstance(layer := op.attributes.get("tyir.layer"), IntegerAttr):
+            state = next(r for r in results if r.ndim == 3)
+            self.seen[layer.value].append(state[0, : chunk.count].copy())
+
+
+# ------------------------------------------------------------------------------------------------------------- locating
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first op whose result is off: where in the model, on which dies, how far."""
+
+    layer: int | None
+    path: str
+    op: str
+    source: str
+    dies: tuple[int, ...]
+    cosine: float
+
+    def __str__(self) -> str:
+        where = f"layer {self.layer}, " if self.layer is not None else ""
+        dies = f"die{'s' if len(self.dies) > 1 else ''} {', '.join(map(str, self.dies))}"
+        return f"{where}{self.op} at {self.path}{f' ({self.source})' if self.source else ''} on {dies}: cosine {self.cosine:.6f}"
+
+
+Key = tuple[str, str, int]
+_SAME: Final = {"kv.attention": "ty.attention", "ty.quantized_linear": "ty.linear"}
+
+
+def locate(folder: Path, checkpoint: Path, ids: Sequence[int], engine: EngineName = "host", threshold: float = 0.999) -> Divergence | None:
+    """Run `ids` through the artifacts and through the reference, op by op; the first op whose cosine is below `threshold`, or None."""
+    recorder = _Recorder()
+    session = Session(folder, engine, check=False, probe=recorder)
+    expected = _reference_results(reference_module(checkpoint, session.manifest.options), checkpoint, ids)
+    session.feed(ids)
+    for key, parts in recorder.parts.items():
+        if key not in expected:
+            continue
+        worst, dies = 1.0, []
+        for die, value in _compare(expected[key], parts):
+            if value < threshold:
+                dies.append(die)
+            worst = min(worst, value)
+        if dies:
+            path, name, _ = key
+            op = recorder.ops[key]
+            layers = [int(p) for p in path.split(".") if p.isdigit()]
+            return Divergence(layers[0] if layers else None, path, op.name, _source(op.loc), tuple(dies), worst)
+    return None
+
+
+def _source(location: Location) -> str:
+    if isinstance(location, NameLoc) and isinstance(location.child, FileLoc):
+        return f"{location.child.file}:{location.child.line}"
+    if isinstance(location, FusedLoc):
+        return next((s for part in location.parts if (s := _source(part))), "")
+    return ""
+
+
+class _Keys:
+    """Names each op of a run by module path, kind and number among its like, the same way for the reference and for a die."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], int] = defaultdict(int)
+
+    def of(self, op: Op, stack: tuple[Call, ...]) -> Key | None:
+        path = module_path(op.loc)
+        if path is None or isinstance(op, (Call, GetGlobal, Append, Rows)) or op.has_trait(Collective):
+            return None
+        if stack and isinstance(layer := stack[-1].attributes.get("tyir.layer"), IntegerAttr):
+            path = path.replace("*", str(layer.value))
+        name = _SAME.get(op.name, op.name)
+        number = self.counts[path, name]
+        self.counts[path, name] += 1
+        return (path, name, number)
+
+
+@dataclass(frozen=True)
+class _Part:
+    die: int
+    start: int
+    count: int
+    array: Array
+    shard: tuple[int, int] | None
+    partial: bool
+
+
+class _Recorder:
+    """A `StepProbe` that keeps every op's result on every die."""
+
+    def __init__(self) -> None:
+        self.parts: dict[Key, list[_Part]] = defaultdict(list)
+        self.ops: dict[Key, Op] = {}
+        self.keys: dict[tuple[int, int], _Keys] = defaultdict(_Keys)
+
+    def __call__(self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None:
+        key = self.keys[die, chunk.start].of(op, stack)
+        if key is None or not results or results[0].ndim < 3:
+            return
+        shard = op.attributes.get("tyir.shard")
+        cut = (shard.ints()[0], shard.ints()[1]) if isinstance(shard, DenseArrayAttr) else None
+        self.ops.setdefault(key, op)
+        self.parts[key].append(_Part(die, chunk.start, chunk.count, np.array(results[0]), cut, "tyir.partial" in op.attributes))
+
+
+def _compare(expected: Array, parts: Sequence[_Part]) -> Iterator[tuple[int, float]]:
+    """(die, cosine) for each part; addends are summed over the dies first."""
+    addends: dict[int, list[_Part]] = defaultdict(list)
+    for part in parts:
+        if part.partial:
+            addends[part.start].append(part)
+            continue
+        wanted = expected[:, part.start : part.start + part.count]
+        if part.shard is not None:
+            axis, offset = part.shard
+            wanted = np.take(wanted, range(offset, offset + part.array.shape[axis]), axis=axis)
+        yield part.die, cosine(part.array[:, : part.count], wanted)
+    for group in addends.values():
+        total = sum(p.array[:, : p.count].astype(np.float32) for p in group)
+        value = cosine(np.asarray(total), expected[:, group[0].start : group[0].start + group[0].count])
+        for part in group:
+            yield part.die, value
+
+
+def _reference_results(module: Module, checkpoint: Path, ids: Sequence[int]) -> Mapping[Key, Array]:
+    results: dict[Key, Array] = {}
+    keys = _Keys()
+
+    def probe(stack: tuple[Call, ...], op: Op, outputs: tuple[Array, ...]) -> None:
+        key = keys.of(op, stack)
+        if key is not None and outputs and outputs[0].ndim >= 3:
+            results[key] = outputs[0]
+
+    interpreter = Interpreter(module, CheckpointReader(checkpoint), probe=probe)
+    positions = np.arange(len(ids), dtype=np.int64)[None]
+    run_lockstep([interpreter.run("main", [np.array([list(ids)], np.int64), positions])])
+    return results
+
