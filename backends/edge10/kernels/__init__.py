@@ -1,0 +1,43 @@
+"""Host kernels as TensorIR, one emitter per op: `EMITTERS[op class](op, buffers, cpu)` writes the body between a function's parameters.
+
+Parameters are the op's operands and then its results, row major, in the stored layout of `tyir.storage` (ui4 packed two to a byte);
+`kv.append` has no result parameter because it writes the cache it is given.  Every kernel accumulates in f32 and rounds once, like the op's `evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from tyir.backends.edge10.kernels.attention import attention
+from tyir.backends.edge10.kernels.elementwise import add, cast, mul, silu, silu_mul
+from tyir.backends.edge10.kernels.linear import linear
+from tyir.backends.edge10.kernels.movement import append, embedding, repeat, rows, slice_, transpose
+from tyir.backends.edge10.kernels.norm import rms_norm, rope
+from tyir.backends.edge10.kernels.quantized_linear import quantized_linear
+from tyir.backends.edge10.kernels.tir import Cpu
+from tyir.dialects import kv, ty
+from tyir.ir import Op
+
+__all__ = ["EMITTERS", "Emitter"]
+
+Emitter = Callable[[Any, Sequence[Any], Cpu], None]
+
+EMITTERS: Final[dict[type[Op], Emitter]] = {
+    ty.Embedding: embedding,
+    ty.RmsNorm: rms_norm,
+    ty.Linear: linear,
+    ty.QuantizedLinear: quantized_linear,
+    ty.Rope: rope,
+    ty.Silu: silu,
+    ty.SiluMul: silu_mul,
+    ty.Add: add,
+    ty.Mul: mul,
+    ty.Cast: cast,
+    ty.Transpose: transpose,
+    ty.Slice: slice_,
+    ty.Repeat: repeat,
+    kv.Append: append,
+    kv.CachedAttention: attention,
+    kv.Rows: rows,
+}

@@ -1,0 +1,145 @@
+"""Building blocks of the kernels: vector access, loops, horizontal sums and exp, over TVM's TensorIR builder.
+
+Three rules that all kernels keep (each was measured or seen in the generated code):
+- Accumulators live in `registers(...)`: small buffers of scalar dtype addressed by ramps.  LLVM turns them into registers only when they are
+  stack slots, which TVM 0.27 gives to allocations of scope "global" below 1 KiB or marked `disable_lower_builtin`.
+- LLVM never reorders float additions, so a reduction is written with as many partial sums as there are vector lanes.
+- Parameters promise no more alignment than their element size: weights are mapped from files at any offset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+__all__ = [
+    "Buffer", "Cpu", "Expr", "bind", "exp", "f32", "fill", "flat", "hold", "horizontal_sum", "lanes_for", "load", "loop", "registers", "span", "splat", "store",
+    "vector",
+]  # fmt: skip
+
+Buffer = Any
+Expr = Any
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """What the kernels ask of a processor: f32 lanes of a vector register, number of registers, a 16-entry register lookup, and cores."""
+
+    lanes: int
+    registers: int
+    lookup: bool
+    cores: int
+
+    @property
+    def accumulators(self) -> int:
+        """Registers that a tile of partial sums may take; the rest hold weights and activations."""
+        return self.registers * 3 // 4
+
+
+def vector(dtype: str, lanes: int) -> str:
+    """`float32x16`, or `float32` for one lane."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def span(start: Expr, lanes: int) -> Expr:
+    """The index of `lanes` neighbouring elements."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """A scalar in every lane."""
+    return value if lanes == 1 else T.broadcast(value, lanes)
+
+
+def f32(value: float, lanes: int = 1) -> Expr:
+    """A constant in every lane."""
+    return splat(T.float32(value), lanes)
+
+
+def load(buffer: Buffer, index: Sequence[Expr], lanes: int, dtype: str = "float32") -> Expr:
+    """`lanes` elements from `index` along the last axis, converted to `dtype`."""
+    value = buffer[(*index[:-1], span(index[-1], lanes))]
+    return value if buffer.dtype == dtype else T.cast(value, vector(dtype, lanes))
+
+
+def store(buffer: Buffer, index: Sequence[Expr], value: Expr, lanes: int) -> None:
+    """Stores `lanes` f32 (or already fitting) elements, rounded to the buffer's element type."""
+    target = vector(buffer.dtype, lanes)
+    T.buffer_store(buffer, T.cast(value, target), [*index[:-1], span(index[-1], lanes)])
+
+
+def fill(buffer: Buffer, start: Expr, count: int, value: float, lanes: int) -> None:
+    """Stores a constant in `count` vectors of a one-dimensional f32 buffer."""
+    for i in range(count):
+        T.buffer_store(buffer, f32(value, lanes), [span(start + i * lanes, lanes)])
+
+
+def bind(value: Expr) -> Expr:
+    """A name for a value that is used more than once."""
+    return T.Bind(value)
+
+
+def registers(count: int, lanes: int, dtype: str = "float32") -> Buffer:
+    """`count` vectors in registers, one after the other."""
+    return T.alloc_buffer((count * lanes,), dtype, annotations={"disable_lower_builtin": True})
+
+
+def hold(value: Expr, lanes: int) -> Expr:
+    """An f32 value kept in a register: `bind` for values converted from integers, whose ranges TVM 0.27's analyzer fails to follow through the cast."""
+    slot = registers(1, lanes)
+    T.buffer_store(slot, value, [span(0, lanes)])
+    return slot[span(0, lanes)]
+
+
+def flat(buffer: Buffer, *shape: int) -> Buffer:
+    """The same memory under another shape."""
+    return T.decl_buffer(shape, buffer.dtype, data=buffer.data, align=buffer.data_alignment)
+
+
+def lanes_for(limit: int, *sizes: int) -> int:
+    """The widest power of two up to `limit` that divides every size."""
+    return math.gcd(limit, *sizes)
+
+
+def loop(extent: Expr, cpu: Cpu, work: int = 0) -> Any:
+    """A loop over cores when the whole of it does enough `work` (operations), else a plain one.
+
+    Waking the worker threads takes some microseconds, about what one core needs for 2^18 multiply-adds.
+    """
+    return T.parallel(0, extent) if cpu.cores > 1 and work >= 1 << 18 else T.serial(0, extent)
+
+
+def horizontal_sum(buffer: Buffer, start: int, lanes: int) -> Expr:
+    """The sum of one vector of a register buffer, halving it until one lane is left."""
+    while lanes > 1:
+        lanes //= 2
+        low, high = buffer[span(start, lanes)], buffer[span(start + lanes, lanes)]
+        T.buffer_store(buffer, low + high, [span(start, lanes)])
+    return buffer[start]
+
+
+# Cephes expf (Moshier): x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 5 for (exp(r) - 1 - r) / r^2, relative error below 2e-7.
+_LOG2E = 1.44269504088896341
+_LN2_HIGH = 0.693359375
+_LN2_LOW = -2.12194440e-4
+_EXP_COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP_LOW, _EXP_HIGH = -87.0, 88.0
+
+
+def exp(x: Expr, lanes: int) -> Expr:
+    """e^x in f32 for every lane; x is clamped to -87..88, where neither end leaves the range of normal numbers.
+
+    Own code rather than libm's: vectors stay vectors and every machine computes the same bits.
+    """
+    x = bind(T.max(T.min(x, f32(_EXP_HIGH, lanes)), f32(_EXP_LOW, lanes)))
+    n = bind(T.floor(x * f32(_LOG2E, lanes) + f32(0.5, lanes)))
+    r = bind(x - n * f32(_LN2_HIGH, lanes) - n * f32(_LN2_LOW, lanes))
+    poly = f32(_EXP_COEFFICIENTS[0], lanes)
+    for c in _EXP_COEFFICIENTS[1:]:
+        poly = poly * r + f32(c, lanes)
+    exponent = T.shift_left(T.cast(n, vector("int32", lanes)) + splat(T.int32(127), lanes), splat(T.int32(23), lanes))
+    return bind((poly * r * r + r + f32(1, lanes)) * T.reinterpret(vector("float32", lanes), exponent))

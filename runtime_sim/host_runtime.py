@@ -1,0 +1,171 @@
+"""Loads a die's compiled library and runs its kernels as an interpreter's evaluator.
+
+Arrays are passed where they lie: no copy is made of operands, weights may be read-only mappings of a file at any offset, results are fresh
+arrays.  Only the small runtime of TVM is loaded (`tvm_ffi` and `libtvm_runtime`), never the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import struct
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.attributes import StringAttr
+from tyir.diagnostics import TyirError
+from tyir.dialects import ty
+from tyir.interpreter import Evaluator, evaluate_op
+from tyir.ir import Op
+from tyir.storage import packed_shape
+from tyir.traits import InPlace
+from tyir.types import storage_dtype
+
+__all__ = ["HostLibrary", "use_threads"]
+
+Array = npt.NDArray[Any]
+
+_SHARE_ALL_CORES = -3  # tvm::runtime::threading::ThreadGroup::AffinityMode::kSpecifyThreadShareAllCore
+
+
+@cache
+def _ffi() -> Any:
+    """tvm_ffi with TVM's runtime library loaded into the process."""
+    spec = importlib.util.find_spec("tvm")  # finds the package without importing it: `import tvm` loads the compiler, 250 MB
+    if spec is None or spec.origin is None:
+        raise TyirError("the TVM runtime is not installed", help="pip install apache-tvm")
+    import tvm_ffi
+
+    ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+    return tvm_ffi
+
+
+def use_threads(count: int) -> None:
+    """Lets kernels called from this thread run on `count` cores of those this process may use; to be called before the first kernel.
+
+    Without it TVM takes half of the logical processors.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(cores):
+        raise TyirError(f"{count} threads were asked for, this process may use 1 to {len(cores)} cores")
+    # All cores are named, so that the calling thread stays free to run on any of them.
+    _ffi().get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, count, [str(core) for core in cores])
+
+
+class _DLTensor(ctypes.Structure):
+    """`DLTensor` of dlpack.h (DLPack 1.0), on the CPU."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+_DLPACK_CPU = 1
+
+
+def _describe(array: Array) -> _DLTensor:
+    """A DLTensor over an array's memory.  numpy's own DLPack export refuses read-only arrays, which mapped weights are."""
+    shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+    return _DLTensor(
+        array.ctypes.data, _DLPACK_CPU, 0, array.ndim, _DLPACK_CODES[array.dtype.kind], array.dtype.itemsize * 8, 1, shape, None, 0
+    )  # fmt: skip
+
+
+def _check_complete(path: Path) -> None:
+    """Refuses a file that is no ELF library or was cut short: the dynamic loader maps a cut file and dies of SIGBUS.
+
+    The section header table stands last in the file; its place is in the ELF header (System V ABI, chapter 4).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(64)
+    complete = False
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):
+        (table,) = struct.unpack_from("<Q", header, 40)
+        entry_size, entries = struct.unpack_from("<HH", header, 58)
+        complete = table + entry_size * entries <= size
+    if not complete:
+        raise TyirError(
+            f"{path} cannot be loaded as a compiled library: it is cut short or no ELF file ({size} bytes)", help="compile the model again"
+        )
+
+
+class HostLibrary:
+    """The kernels of one die.  Several libraries may be loaded in one process."""
+
+    def __init__(self, path: Path) -> None:
+        """Loads the library; raises TyirError naming the file when it is missing or cannot be loaded."""
+        self.path = path
+        if not path.is_file():
+            raise TyirError(f"there is no library {path}", help="compile the model again, or give the directory that tyir-compile wrote")
+        _check_complete(path)
+        try:
+            self._module = _ffi().load_module(str(path.resolve()))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise TyirError(
+                f"{path} cannot be loaded as a compiled library: {error}", help="the file is damaged; compile the model again"
+            ) from error
+        self._kernels: dict[str, Any] = {}
+
+    def evaluator(self) -> Evaluator:
+        """The evaluator for `tyir.interpreter.Interpreter`: `Interpreter(module, constants=..., evaluator=library.evaluator())`."""
+        return self.evaluate
+
+    def evaluate(self, op: Op, operands: Sequence[Array]) -> Array | tuple[Array, ...]:
+        """Runs one op: a kernel by its `tyir.kernel`, reshapes and constants directly.
+
+        Operands have the shapes and dtypes of the op's operand types as stored (`tyir.storage`: ui4 packed); so have the results.
+        An op that works in place returns the array it was given.
+        """
+        if isinstance(op, (ty.Reshape, ty.Constant)):
+            return evaluate_op(op, operands)
+        name = op.attributes.get("tyir.kernel")
+        if not isinstance(name, StringAttr):
+            raise TyirError(
+                f"'{op.name}' has no kernel", help="compile the module first: every op of the program stage gets a 'tyir.kernel'"
+            )
+        arrays = [self._stored(op, i, a) for i, a in enumerate(operands)]
+        in_place = op.has_trait(InPlace)
+        results = [] if in_place else [np.empty(packed_shape(t), storage_dtype(t.element)) for t in map(ty.tensor_type, op.results)]
+        self._call(name.value, [*arrays, *results])
+        return operands[0] if in_place else results[0] if len(results) == 1 else tuple(results)
+
+    def _stored(self, op: Op, index: int, array: Array) -> Array:
+        """The operand as the kernel reads it; the kernel itself checks shape and dtype."""
+        if array.flags.c_contiguous:
+            return array
+        if index == 0 and op.has_trait(InPlace):
+            raise TyirError(f"'{op.name}' writes its first operand in place, which must be contiguous")
+        return np.ascontiguousarray(array)
+
+    def _call(self, name: str, arrays: Sequence[Array]) -> None:
+        kernel = self._kernels.get(name)
+        if kernel is None:
+            try:
+                kernel = self._kernels[name] = self._module[name]
+            except AttributeError as error:
+                raise TyirError(
+                    f"{self.path} has no kernel '{name}'", help="the library and the program are of different compilations"
+                ) from error
+        tensors = [_describe(a) for a in arrays]
+        try:
+            kernel(*[ctypes.c_void_p(ctypes.addressof(t)) for t in tensors])
+        except (TypeError, ValueError, RuntimeError) as error:  # the kernel's own check of shapes and dtypes
+            given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
+            raise TyirError(f"kernel '{name}' of {self.path} refuses its operands {given}: {error}") from error

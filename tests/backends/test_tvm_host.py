@@ -1,0 +1,123 @@
+"""Names, sharing, determinism and errors of the host code generator."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tyir.backends.edge10.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, kernel_name
+from tyir.diagnostics import TyirError
+from tyir.dialects import func, ty
+from tyir.types import TensorType, f16, f64, ui4
+
+
+def two_layers(s: int = 4) -> func.Func:
+    """The same norm and product twice, and one product of another shape."""
+    t = TensorType((1, s, 64), f16)
+    function = func.Func.make(f"main_s{s}", (t, TensorType((64,), f16), TensorType((64, 64), f16), TensorType((32, 64), f16)))
+    x, norm, square, narrow = function.args
+    for _ in range(2):
+        n = ty.RmsNorm(x, norm, eps=1e-6)
+        p = ty.Linear(n.out, square)
+        x = p.out
+        function.body.append(n)
+        function.body.append(p)
+    last = ty.Linear(x, narrow)
+    view = ty.Reshape(last.out, shape=(s, 32))
+    for op in (last, view, func.Return((view.out,))):
+        function.body.append(op)
+    return function
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_equal_ops_share_a_kernel() -> None:
+    function = two_layers()
+    kernels = assign_kernels([function])
+    ops = function.body.ops
+    assert sorted(k.rpartition("_f16")[0] for k in kernels) == ["linear_1x4x64_32x64", "linear_1x4x64_64x64", "rms_norm_1x4x64_64"]
+    assert ops[0].attributes["tyir.kernel"] is ops[2].attributes["tyir.kernel"]
+    assert ops[1].attributes["tyir.kernel"] is not ops[4].attributes["tyir.kernel"]
+    assert "tyir.kernel" not in ops[5].attributes, "a reshape is a view"
+
+
+def test_properties_are_part_of_the_name() -> None:
+    x, w = func.Func.make("f", (TensorType((1, 2, 8), f16), TensorType((8,), f16))).args
+    near, far = ty.RmsNorm(x, w, eps=1e-6), ty.RmsNorm(x, w, eps=1e-5)
+    assert kernel_name(near) != kernel_name(far)
+    assert kernel_name(near) == kernel_name(ty.RmsNorm(x, w, eps=1e-6))
+
+
+def test_lengths_share_nothing_but_names_stay_apart() -> None:
+    assert len(assign_kernels([two_layers(4), two_layers(8), two_layers(4)])) == 6
+
+
+BUILD = """
+import sys
+from pathlib import Path
+import importlib.util
+spec = importlib.util.spec_from_file_location("case", sys.argv[1])
+case = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(case)
+case.build_library(case.assign_kernels([case.two_layers()]), case.HostTarget(mcpu=case.GENERIC_CPU, num_cores=2), Path(sys.argv[2]))
+"""
+
+
+def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "llm_die0.so", tmp_path / "elsewhere" / "other.so"
+    for path in (first, second):
+        path.parent.mkdir()
+    kernels = assign_kernels([two_layers()])
+    target = HostTarget(mcpu=GENERIC_CPU, num_cores=2)
+    build_library(kernels, target, first)
+    build_library(dict(reversed(kernels.items())), target, second)
+    assert sha256(first) == sha256(second)
+    subprocess.run([sys.executable, "-P", "-c", BUILD, __file__, str(second)], check=True, cwd=tmp_path)
+    assert sha256(first) == sha256(second)
+    assert [p.name for p in sorted(first.parent.iterdir())] == ["llm_die0.so"], "nothing else is left beside the library"
+
+
+def test_generic_code_is_the_same_whatever_machine_builds_it(tmp_path: Path) -> None:
+    build_library(assign_kernels([two_layers()]), HostTarget(mcpu=GENERIC_CPU), tmp_path / "x.so")
+    listing = subprocess.run(["objdump", "-d", str(tmp_path / "x.so")], check=True, capture_output=True, text=True).stdout
+    assert "ymm" in listing
+    assert "zmm" not in listing
+
+
+def test_dynamic_shapes_are_refused_together() -> None:
+    t = TensorType((1, None, 8), f16)
+    function = func.Func.make("main", (t,))
+    for _ in range(2):
+        function.body.append(ty.Silu(function.args[0]))
+    with pytest.raises(TyirError, match="run specialize-seqlen first") as error:
+        assign_kernels([function])
+    assert len(error.value.diagnostics) == 2
+
+
+@pytest.mark.parametrize("element", [f64, ui4])
+def test_unsupported_elements_are_refused(element: object, tmp_path: Path) -> None:
+    t = TensorType((1, 8), element)  # type: ignore[arg-type]
+    function = func.Func.make("main", (t,))
+    function.body.append(ty.Repeat(function.args[0], axis=0, times=2))
+    with pytest.raises(TyirError, match=r"no host kernel of 'ty.repeat' takes"):
+        build_library(assign_kernels([function]), HostTarget.generic(), tmp_path / "x.so")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_processor_is_refused() -> None:
+    with pytest.raises(TyirError, match="LLVM knows no processor 'z80'"):
+        HostTarget(mcpu="z80")
+
+
+def test_odd_group_is_refused(tmp_path: Path) -> None:
+    types = [TensorType((1, 9), f16), TensorType((4, 9), ui4), TensorType((4, 3), f16), TensorType((4, 3), ui4)]
+    function = func.Func.make("main", types)
+    function.body.append(ty.QuantizedLinear(*function.args, group_size=3))
+    with pytest.raises(TyirError, match="group_size 3 is odd"):
+        build_library(assign_kernels([function]), HostTarget.generic(), tmp_path / "x.so")

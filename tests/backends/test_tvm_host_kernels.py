@@ -1,0 +1,218 @@
+"""Every host kernel against its op's own `evaluate`, on random data, for shapes that fill tiles and shapes that do not.
+
+All cases are compiled into one library per target: this machine's vectors, AVX2 vectors, and code without any.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tyir.backends.edge10.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, detected_cpu
+from tyir.dialects import func, kv, ty
+from tyir.interpreter import evaluate_op
+from tyir.ir import Op, Value
+from tyir.runtime_sim.host_runtime import HostLibrary
+from tyir.storage import pack
+from tyir.types import IntegerType, TensorType, Type, bf16, f16, f32, i32, i64, storage_dtype, ui4
+
+Array = npt.NDArray[Any]
+MakeOp = Callable[[Sequence[Value]], Op]
+
+
+def t(*shape: int, e: Type = f16) -> TensorType:
+    return TensorType(shape, e)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op over operands of given types; `data` overrides the random operands by index."""
+
+    name: str
+    types: tuple[TensorType, ...]
+    make: MakeOp
+    data: tuple[tuple[int, Any], ...] = ()
+
+    def operands(self) -> list[Array]:
+        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+        given = dict(self.data)
+        return [np.asarray(given[i], storage_dtype(x.element)) if i in given else _random(rng, x) for i, x in enumerate(self.types)]
+
+
+def _random(rng: np.random.Generator, type: TensorType) -> Array:
+    dtype = storage_dtype(type.element)
+    if type.element is bf16:
+        return (rng.standard_normal(type.static_shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    if isinstance(type.element, IntegerType):
+        return rng.integers(0, 16, type.static_shape).astype(dtype)
+    return rng.standard_normal(type.static_shape).astype(dtype)
+
+
+def linear(m: tuple[int, ...], k: int, n: int, bias: bool = False, element: Type | None = None, x: Type = f16) -> Case:
+    types = (t(*m, k, e=x), t(n, k), *([t(n)] if bias else []))
+    return Case(f"linear_{m}_{k}_{n}_{bias}_{element}", types, lambda v: ty.Linear(*v, element=element))
+
+
+def quantized(m: tuple[int, ...], k: int, n: int, group: int, bias: bool = False, element: Type | None = None) -> Case:
+    groups = k // group
+    types = (t(*m, k), t(n, k, e=ui4), t(n, groups), t(n, groups, e=ui4), *([t(n)] if bias else []))
+    scales = np.random.default_rng(k + n).uniform(0.001, 0.02, (n, groups))
+    return Case(
+        f"quantized_{m}_{k}_{n}_g{group}_{bias}", types, lambda v: ty.QuantizedLinear(*v, group_size=group, element=element), ((2, scales),)
+    )
+
+
+def attention(s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0) -> Case:
+    cache = t(len(pos), max(kv_heads) + 1, capacity, d)
+    types = (t(len(pos), s, len(kv_heads), d), cache, cache, t(len(pos), e=i32))
+
+    def make(values: Sequence[Value]) -> Op:
+        return kv.CachedAttention(*values, scale=d**-0.5, kv_heads=kv_heads, window=window)
+
+    return Case(f"attention_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}", types, make, ((3, pos),))
+
+
+def append(s: int, heads: int, d: int, capacity: int, pos: tuple[int, ...]) -> Case:
+    types = (t(len(pos), heads, capacity, d), t(len(pos), s, heads, d), t(len(pos), e=i32))
+    return Case(f"append_s{s}_{heads}_{d}_{capacity}_{pos}", types, lambda v: kv.Append(*v), ((2, pos),))
+
+
+def rows(s: int, count: int, d: int, pos: tuple[int, ...]) -> Case:
+    types = (t(count, d), t(len(pos), e=i32), t(len(pos), s, 8))
+    return Case(f"rows_s{s}_{count}_{d}_{pos}", types, lambda v: kv.Rows(*v), ((1, pos),))
+
+
+def embedding(ids: Sequence[int], element: Type, offset: int, width: int = 96) -> Case:
+    types = (t(10, width), t(1, len(ids), e=element))
+    return Case(f"embedding_{element}_{offset}_{width}", types, lambda v: ty.Embedding(*v, offset=offset), ((1, [ids]),))
+
+
+def unary(shape: tuple[int, ...], make: MakeOp, name: str, e: Type = f16) -> Case:
+    return Case(f"{name}_{shape}_{e}", (t(*shape, e=e),), make)
+
+
+def binary(shape: tuple[int, ...], op: Callable[[Value, Value], Op], e: Type = f16) -> Case:
+    return Case(f"{op.__name__}_{shape}_{e}", (t(*shape, e=e), t(*shape, e=e)), lambda v: op(*v))
+
+
+def rope(b: int, s: int, heads: int, d: int) -> Case:
+    return Case(f"rope_{b}_{s}_{heads}_{d}", (t(b, s, heads, d), t(b, s, d // 2), t(b, s, d // 2)), lambda v: ty.Rope(*v))
+
+
+CASES: list[Case] = [
+    linear((1, 1), 64, 33),
+    linear((1, 1), 1536, 48, bias=True),
+    linear((1, 2), 96, 7),
+    linear((1, 3), 100, 5, element=f32),
+    linear((1, 8), 224, 50, bias=True),
+    linear((2, 7), 192, 17),
+    linear((1, 96), 96, 130, element=f32, bias=True),
+    linear((1, 13), 33, 9, x=f32),
+    linear((1, 1), 1024, 600, bias=True),  # enough work for threads
+    quantized((1, 1), 64, 33, 32),
+    quantized((1, 1), 256, 30, 128, bias=True),
+    quantized((1, 2), 192, 10, 64, element=f32),
+    quantized((1, 3), 96, 5, 32),
+    quantized((1, 8), 224, 50, 32, bias=True),
+    quantized((2, 5), 448, 17, 64),
+    quantized((1, 96), 128, 67, 128, bias=True),
+    quantized((1, 4), 48, 6, 24),
+    quantized((1, 1), 30, 6, 6),
+    quantized((1, 1), 1024, 600, 128),
+    attention(1, (0, 0, 1, 1), 32, 64, (0,)),
+    attention(1, (0, 0, 1, 1), 64, 64, (40,)),
+    attention(1, (0, 1, 1, 1, 2), 64, 64, (63,)),
+    attention(8, (0, 0, 0, 1), 128, 64, (0,)),
+    attention(8, (1, 0, 0), 32, 48, (29,)),
+    attention(8, (0, 1), 96, 64, (60,)),  # padding beyond the capacity
+    attention(7, (0, 1), 80, 64, (20,)),
+    attention(5, (0, 0), 12, 64, (3, 50)),
+    attention(4, (0, 0, 1), 64, 80, (30, 0), window=9),
+    attention(32, (0, 0, 1, 1), 32, 96, (17,), window=0),
+    append(1, 2, 32, 40, (0,)),
+    append(8, 3, 24, 40, (36,)),
+    append(4, 2, 7, 16, (2, 15)),
+    append(2, 2, 8, 16, (16,)),
+    rows(1, 40, 16, (7,)),
+    rows(8, 40, 20, (36,)),
+    rows(3, 40, 5, (0, 39)),
+    embedding((0, 3, 9, 10, 11, 300), i32, 0),
+    embedding((4, 5, 9, 14, 15, -1), i64, 5, width=37),
+    Case("rms_norm_small", (t(1, 1, 256), t(256)), lambda v: ty.RmsNorm(*v, eps=1e-6)),
+    Case("rms_norm_odd", (t(2, 3, 84), t(84)), lambda v: ty.RmsNorm(*v, eps=1e-5)),
+    Case("rms_norm_prime", (t(1, 2, 7), t(7)), lambda v: ty.RmsNorm(*v, eps=1e-5)),
+    Case("rms_norm_zero", (t(1, 1, 32), t(32)), lambda v: ty.RmsNorm(*v, eps=1e-6), ((0, np.zeros((1, 1, 32))),)),
+    rope(1, 1, 4, 64),
+    rope(2, 3, 5, 24),
+    rope(1, 8, 2, 10),
+    unary((1, 3, 37), lambda v: ty.Silu(*v), "silu"),
+    unary((1, 3, 32), lambda v: ty.Silu(*v), "silu", f32),
+    Case("silu_wide", (t(1, 9),), lambda v: ty.Silu(*v), ((0, [[-60000, -100, -88, -20, 0, 20, 88, 100, 60000]]),)),
+    binary((1, 5, 21), ty.SiluMul),
+    binary((1, 8, 768), ty.SiluMul),
+    binary((1, 5, 21), ty.Add),
+    binary((2, 4, 64), ty.Add, f32),
+    binary((1, 1, 5), ty.Mul),
+    unary((3, 7), lambda v: ty.Cast(*v, element=f32), "f16_f32"),
+    unary((3, 17), lambda v: ty.Cast(*v, element=f16), "f32_f16", f32),
+    unary((3, 17), lambda v: ty.Cast(*v, element=f16), "bf16_f16", bf16),
+    unary((3, 17), lambda v: ty.Cast(*v, element=i32), "i64_i32", i64),
+    unary((2, 3, 4, 16), lambda v: ty.Transpose(*v, perm=(0, 2, 1, 3)), "swap"),
+    unary((2, 3, 5), lambda v: ty.Transpose(*v, perm=(2, 0, 1)), "rotate"),
+    unary((3, 5), lambda v: ty.Transpose(*v, perm=(1, 0)), "turn", f32),
+    unary((2, 6, 5), lambda v: ty.Slice(*v, axis=1, offset=2, size=3), "slice_mid"),
+    unary((2, 6, 40), lambda v: ty.Slice(*v, axis=2, offset=3, size=33), "slice_last"),
+    unary((6, 4), lambda v: ty.Slice(*v, axis=0, offset=5, size=1), "slice_first"),
+    unary((2, 3, 8), lambda v: ty.Repeat(*v, axis=1, times=3), "repeat_mid"),
+    unary((2, 5), lambda v: ty.Repeat(*v, axis=1, times=2), "repeat_last"),
+]
+
+
+def _op(case: Case) -> tuple[func.Func, Op]:
+    function = func.Func.make("f", case.types)
+    op = case.make(function.args)
+    function.body.append(op)
+    return function, op
+
+
+@pytest.fixture(scope="module", params=[detected_cpu(), GENERIC_CPU, "x86-64"])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostLibrary]:
+    path = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
+    kernels = assign_kernels([_op(case)[0] for case in CASES])
+    build_library(kernels, HostTarget(mcpu=request.param), path)
+    yield HostLibrary(path)
+
+
+def assert_close(got: Array, expected: Array) -> None:
+    """Equal up to one unit in the last place of the result, and up to the order of an f32 sum for results near zero."""
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    if got.dtype.kind != "f":
+        np.testing.assert_array_equal(got, expected)
+        return
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
+    wide = expected.astype(np.float64)
+    unit = np.spacing(np.abs(expected)).astype(np.float64) if got.dtype == np.float16 else np.abs(wide) * 2e-5
+    with np.errstate(invalid="ignore"):
+        off = np.abs(got.astype(np.float64) - wide) - unit - 3e-5
+    assert not np.any(off > 0), f"off by up to {np.nanmax(off)} beyond the tolerance"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_kernel_computes_what_the_op_says(case: Case, library: HostLibrary) -> None:
+    function, op = _op(case)
+    assign_kernels([function])
+    operands = case.operands()
+    expected = np.array(evaluate_op(op, [a.copy() for a in operands]))
+    stored = [pack(a, x) for a, x in zip(operands, case.types)]
+    got = library.evaluate(op, stored)
+    assert isinstance(got, np.ndarray)
+    assert_close(got, expected)
+    if isinstance(op, kv.Append):
+        assert got is stored[0]
