@@ -13,6 +13,7 @@ its properties and types alone, so each such combination is checked once.  All p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -38,10 +39,8 @@ def verify(op: Op, label_of: LabelOf | None = None) -> None:
     `label_of` tells where in a source text an op stands; without it the op's location and a one-line excerpt say which op is meant.
     """
     verifier = _Verifier(label_of)
-    try:
+    with suppress(_Full):
         verifier.run(op)
-    except _Full:
-        pass
     if verifier.problems:
         raise TyirError(verifier.problems)
 

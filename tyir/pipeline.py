@@ -1,0 +1,207 @@
+"""Passes and pipelines.
+
+    @dataclass(frozen=True)
+    class MyPass(Pass):
+        \"\"\"What it does.\"\"\"
+        max_kv: int = 1024                       # the option max-kv
+
+        def run(self, op: Op, context: PassContext) -> None: ...   # changes op in place
+
+A pipeline is text (`tyir.pipeline_text`).  Items run in order on the current op, at first the module; `func.func(...)` runs its items on every function
+directly below the current op, one function after the other, as in MLIR; a pass made for functions (`anchor`) that stands at module level runs on all
+functions below.  Named pipelines (`passes/pipelines.py`) stand where a pass may.  The IR is verified after each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+from tyir.dialects.builtin import Module
+from tyir.ir import Op
+from tyir.pass_options import make_pass, options_text
+from tyir.pass_registry import PassRegistry
+from tyir.pipeline_text import Nest, PassText, PipelineItem, parse_pipeline_text, pipeline_error
+from tyir.verify import verify
+
+if TYPE_CHECKING:
+    from tyir.weights import WeightSource
+
+__all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_pipeline"]
+
+ANY: Final = "any"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes; a subclass is a frozen dataclass whose fields are its options."""
+
+    anchor: ClassVar[str] = "builtin.module"
+
+    @classmethod
+    def name(cls) -> str:
+        """The pass's name: its module's, with dashes."""
+        return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    def run(self, op: Op, context: PassContext) -> None:
+        """Change `op` (an op of the kind `anchor` names) in place.  `TyirError` for what the user can mend."""
+        raise TypeError(f"{type(self).__name__} does not define run")
+
+    def text(self) -> str:
+        """The pass as pipeline text."""
+        return self.name() + options_text(self)
+
+
+class Instrument:
+    """Watches a pipeline; override what you need.  Called around every run of a pass on an op."""
+
+    def before(self, pass_: Pass, op: Op) -> None:
+        """The pass is about to run."""
+
+    def after(self, pass_: Pass, op: Op) -> None:
+        """The pass has run and the op verifies."""
+
+    def failed(self, pass_: Pass, op: Op, error: BaseException) -> None:
+        """The pass raised, or the op does not verify any more."""
+
+
+@dataclass
+class PassContext:
+    """What passes may use besides the IR: the weights (None when there are none) and statistics to add to."""
+
+    weights: WeightSource | None = None
+    statistics: dict[str, int] = field(default_factory=dict)
+    verify_each: bool = True
+    instruments: list[Instrument] = field(default_factory=list)
+    registry: PassRegistry = field(default_factory=PassRegistry)
+
+    def count(self, key: str, amount: int = 1) -> None:
+        """Add to a statistic."""
+        self.statistics[key] = self.statistics.get(key, 0) + amount
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes and nested pipelines for ops named `anchor` (`any`: all)."""
+
+    anchor: str
+    items: tuple[Pass | Pipeline, ...]
+
+    def text(self) -> str:
+        """The pipeline as text, options spelled out."""
+        return f"{self.anchor}({','.join(item.text() for item in self.items)})"
+
+    def run(self, op: Op, context: PassContext) -> None:
+        """Run on one op of the anchor's kind."""
+        for item in self.items:
+            if isinstance(item, Pipeline):
+                for inner in _children(op, item.anchor):
+                    item.run(inner, context)
+            else:
+                for target in _targets(item, op):
+                    _run_pass(item, target, context)
+
+
+def _children(op: Op, anchor: str) -> list[Op]:
+    """The ops directly below that a nested pipeline runs on."""
+    inner = [o for region in op.regions for block in region.blocks for o in block]
+    return [o for o in inner if (o.regions if anchor == ANY else o.name == anchor)]
+
+
+def _targets(pass_: Pass, op: Op) -> Iterable[Op]:
+    """The op itself, or every op below that the pass is made for."""
+    if pass_.anchor in (ANY, op.name):
+        return [op]
+    return [o for o in op.walk() if o.name == pass_.anchor]
+
+
+def _run_pass(pass_: Pass, op: Op, context: PassContext) -> None:
+    for instrument in context.instruments:
+        instrument.before(pass_, op)
+    try:
+        pass_.run(op, context)
+        if context.verify_each:
+            _verify_after(pass_, op)
+    except BaseException as error:
+        _add_note(error, pass_, op)
+        for instrument in reversed(context.instruments):
+            instrument.failed(pass_, op, error)
+        raise
+    for instrument in reversed(context.instruments):
+        instrument.after(pass_, op)
+
+
+def _add_note(error: BaseException, pass_: Pass, op: Op) -> None:
+    """Say in the error which pass ran on which op."""
+    symbol = f" @{op.sym_name}" if op.sym_name else ""
+    where = f"while running pass '{pass_.name()}' on '{op.name}'{symbol}"
+    if isinstance(error, TyirError):
+        error.diagnostics = (*error.diagnostics, Diagnostic(where, severity="note"))
+    else:
+        error.add_note(where)
+
+
+def _verify_after(pass_: Pass, op: Op) -> None:
+    try:
+        verify(op)
+    except TyirError as error:
+        message = f"the IR does not verify after pass '{pass_.name()}'"
+        raise TyirError([*error.diagnostics, Diagnostic(message, severity="note")]) from None
+
+
+# ------------------------------------------------------------------------------------------------ from text
+
+
+def build_pipeline(text: str, registry: PassRegistry | None = None, root: str = Module.name) -> Pipeline:
+    """The pipeline of a text, to be run on an op named `root`.  `TyirError` points at an unknown pass, option or value."""
+    items = parse_pipeline_text(text)
+    if len(items) == 1 and isinstance(items[0], Nest) and items[0].anchor in (root, ANY):
+        items = items[0].items
+    return Pipeline(root, _build_items(items, root, registry or PassRegistry(), ()))
+
+
+def _build_items(
+    items: Sequence[PipelineItem], anchor: str, registry: PassRegistry, within: tuple[str, ...]
+) -> tuple[Pass | Pipeline, ...]:
+    built: list[Pass | Pipeline] = []
+    for item in items:
+        if isinstance(item, Nest):
+            built.append(Pipeline(item.anchor, _build_items(item.items, item.anchor, registry, within)))
+        else:
+            built.extend(_build_pass(item, anchor, registry, within))
+    return tuple(built)
+
+
+def _build_pass(item: PassText, anchor: str, registry: PassRegistry, within: tuple[str, ...]) -> tuple[Pass | Pipeline, ...]:
+    pass_class = registry.find(item.name)
+    if pass_class is not None:
+        if pass_class.anchor == Module.name and anchor not in (Module.name, ANY):
+            help = f"write it outside of {anchor}(...)"
+            raise pipeline_error(item.source, item.start, item.end, f"pass '{item.name}' runs on builtin.module, not on {anchor}", help)
+        return (make_pass(pass_class, item),)
+    pipelines = registry.pipelines()
+    if item.name not in pipelines:
+        hint = did_you_mean(item.name, [*registry.names(), *pipelines]) or "tyir-opt --list-passes lists them"
+        raise pipeline_error(item.source, item.start, item.end, f"there is no pass or pipeline '{item.name}'", hint)
+    if item.options:
+        raise pipeline_error(item.source, item.options[0].start, item.options[-1].end, f"pipeline '{item.name}' takes no options")
+    if item.name in within:
+        raise TyirError(f"pipeline '{item.name}' contains itself: {' -> '.join((*within, item.name))}")
+    inner = parse_pipeline_text(pipelines[item.name], f"<pipeline {item.name}>")
+    if len(inner) == 1 and isinstance(inner[0], Nest) and inner[0].anchor == anchor:
+        inner = inner[0].items
+    return _build_items(inner, anchor, registry, (*within, item.name))
+
+
+def run_pipeline(module: Module, text: str, context: PassContext | None = None) -> None:
+    """Run a pipeline's text on a module in place; verifies before the first pass and after each one.
+
+    Raises `TyirError` for a wrong text, for what a pass refuses and for IR that does not verify.
+    """
+    context = context or PassContext()
+    pipeline = build_pipeline(text, context.registry)
+    if context.verify_each:
+        verify(module)
+    pipeline.run(module, context)
