@@ -101,7 +101,10 @@ class _Reader:
         except ValueError:
             self.problem(f"{name} is no safetensors file: its header is not JSON", again, path)
             return False
-        return isinstance(header, dict) and self.header(name, header, 8 + length, size)
+        if not isinstance(header, dict):
+            self.problem(f"{name} is no safetensors file: its header is a JSON {type(header).__name__}", again, path)
+            return False
+        return self.header(name, header, 8 + length, size)
 
     def header(self, name: str, header: dict[str, Any], base: int, size: int) -> bool:
         """Check a header against the file's size and note its tensors, whose data begins at byte `base`."""

@@ -75,10 +75,9 @@ def location_of(node: fx.Node) -> Location:
     own = [f for f in frames if "transformers/models/" in f[0].replace("\\", "/")] or frames
     file = FileLoc(PurePath(own[-1][0]).name, int(own[-1][1]), 1) if own else None
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]).removeprefix(WRAPPER_PREFIX) if stack else ""
-    if path and path != WRAPPER_PREFIX.rstrip("."):
-        return NameLoc(path, file)
-    return file if file is not None else NameLoc(node.name)
+    path, module_class = (str(part) for part in stack[-1]) if stack else ("", node.name)
+    root = not path or path == WRAPPER_PREFIX.rstrip(".")  # the model itself has no path: its class stands for it
+    return NameLoc(module_class.rpartition(".")[2] if root else path.removeprefix(WRAPPER_PREFIX), file)
 
 
 def tensor_type_of(value: torch.Tensor) -> TensorType:

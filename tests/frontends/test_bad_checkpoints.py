@@ -1,0 +1,231 @@
+"""Everything that can be wrong with a folder is refused with a message that names it, all problems at once, before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tyir.diagnostics import TyirError
+from tyir.frontends.huggingface import import_model
+from tyir.weights import check_files
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    """A copy of a good checkpoint (six files and an index), to be spoiled."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def single(folder: Path) -> Path:
+    """The same checkpoint in one file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def edit_json(path: Path, edit: Edit) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(folder: Path, edit: Edit) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(TyirError) as caught:
+        import_model(folder, **options)
+    for diagnostic in caught.value.diagnostics:
+        assert diagnostic.help, diagnostic
+    return str(caught.value)
+
+
+def test_dtype() -> None:
+    assert "dtype 'bf16'" in refusal(Path("x"), dtype="bf16") and "f16, f32" in refusal(Path("x"), dtype="bf16")
+
+
+def test_folder_is_missing(tmp_path: Path) -> None:
+    assert "nowhere does not exist" in refusal(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert "file is a file, not a folder" in refusal(tmp_path / "file")
+
+
+def test_empty_folder_lacks_both(tmp_path: Path) -> None:
+    message = refusal(tmp_path)
+    assert "cannot read config.json: No such file" in message and "no model.safetensors and no model.safetensors.index.json" in message
+
+
+def test_other_weight_files(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").touch()
+    assert "(it holds pytorch_model.bin)" in refusal(folder) and "save_pretrained" in refusal(folder)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("{", "config.json:1:2: error: config.json is not valid JSON"), ("[]", "config.json holds a JSON list, an object is needed")])
+def test_config_is_no_object(folder: Path, text: str, wanted: str) -> None:
+    (folder / "config.json").write_text(text)
+    assert wanted in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "architecture BertForMaskedLM is not a causal language model"),
+        ({"architectures": ["LlamaForCasualLM"]}, "did you mean 'LlamaForCausalLM'?"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "Qwen2ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, MistralForCausalLM"),
+        ({"architectures": None}, "config.json names no architecture"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2' but LlamaForCausalLM belongs to 'llama'"),
+        ({"hidden_size": 63}, "transformers cannot build LlamaForCausalLM from this config.json"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic' changes its frequencies"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method 'awq'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "awq (4-bit, GEMM), gptq, compressed-tensors"),
+    ],
+)
+def test_config_describes_no_model(folder: Path, change: dict[str, Any], wanted: str) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(change))
+    assert wanted in refusal(folder)
+
+
+def test_code_in_the_folder_is_not_run(folder: Path) -> None:
+    (folder / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    (folder / "configuration_evil.py").write_text("raise SystemExit('executed')")
+    edit_json(folder / "config.json", lambda c: c.update(auto_map={"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}))
+    import_model(folder)
+    edit_json(folder / "config.json", lambda c: c.update(model_type="evil", architectures=["EvilForCausalLM"]))
+    assert "architecture EvilForCausalLM is not" in refusal(folder)
+
+
+def test_truncated_file(folder: Path) -> None:
+    (shard, *_) = sorted(folder.glob("*.safetensors"))
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.truncate(size - 100)
+    message = refusal(folder)
+    assert f"{shard.name} is truncated: the header describes {size} bytes, the file has {size - 100}" in message
+    assert "lacks" not in message  # the tensors of that file are not reported again as missing
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"", "is truncated: its header needs 0 bytes, the file has 0"),
+        (b"\xff" * 8, "is truncated: its header needs"),
+        ((4).to_bytes(8, "little") + b"abcd", "its header is not JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is a JSON list"),
+        ((14).to_bytes(8, "little") + b'{"a":{"b":"c"}', "its header is not JSON"),
+        ((15).to_bytes(8, "little") + b'{"a":{"b":"c"}}', "the entry of tensor 'a' lacks dtype"),
+    ],
+)
+def test_damaged_file(single: Path, content: bytes, wanted: str) -> None:
+    (single / "model.safetensors").write_bytes(content)
+    assert wanted in refusal(single)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wanted"),
+    [
+        ({"dtype": "F13", "shape": [1], "data_offsets": [0, 2]}, "tensor 'a' has dtype 'F13'"),
+        ({"dtype": "F16", "shape": [2], "data_offsets": [0, 2]}, "takes 4 bytes, its data_offsets span 2"),
+        ({"dtype": "F16", "shape": [-1], "data_offsets": [0, 2]}, "must be non-negative integers"),
+        ({"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}, "begins at byte"),
+        ({"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}, "is longer than its header says"),
+    ],
+)
+def test_inconsistent_header(single: Path, entry: dict[str, Any], wanted: str) -> None:
+    header = json.dumps({"a": entry}).encode()
+    (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(6))
+    assert wanted in refusal(single)
+
+
+@pytest.mark.parametrize("name", ["../model-00001.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin"])
+def test_index_leads_out_of_the_folder(folder: Path, name: str) -> None:
+    edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({"lm_head.weight": name}))
+    assert f"refers to '{name}', which is not a file name inside the checkpoint folder" in refusal(folder)
+
+
+def test_index_without_map(folder: Path) -> None:
+    edit_json(folder / "model.safetensors.index.json", lambda index: index.pop("weight_map"))
+    assert "has no 'weight_map'" in refusal(folder)
+
+
+def test_index_names_missing_file_and_wrong_place(folder: Path) -> None:
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    first.unlink()
+    edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({"nothing": last.name}))
+    message = refusal(folder)
+    assert f"cannot read {first.name}: No such file" in message and f"tensor 'nothing' is in {last.name}, but it is not" in message
+
+
+def test_all_tensor_problems_at_once(single: Path) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:50].clone()
+        tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].int()
+        tensors["model.layers.2.mlp.up_proj.weight"] = tensors["lm_head.weight"].clone()
+
+    edit_tensors(single, spoil)
+    message = refusal(single)
+    assert "lacks 2 of the model's 21 tensors: model.layers.0.mlp.up_proj.weight, model.norm.weight" in message
+    assert "tensor 'lm_head.weight' has shape [50, 64], config.json asks for [96, 64]" in message
+    assert "tensor 'model.layers.1.mlp.down_proj.weight' has element type i32" in message
+    assert "holds 1 tensors that the model of config.json has no place for: model.layers.2.mlp.up_proj.weight" in message
+
+
+def test_tied_tensors_that_differ(single: Path) -> None:
+    edit_json(single / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    assert "differs from" in refusal(single)
+    edit_tensors(single, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    import_model(single)
+
+
+def test_changed_checkpoint_is_noticed(single: Path) -> None:
+    module = import_model(single)
+    check_files(module)
+    edit_tensors(single, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    with pytest.raises(TyirError, match=r"model.safetensors has changed since it was imported: \d+ bytes instead of \d+"):
+        check_files(module)
+    (single / "model.safetensors").unlink()
+    with pytest.raises(TyirError, match=r"model.safetensors cannot be read: No such file"):
+        check_files(module)
+
+
+def test_every_unsupported_operation_is_listed(save_model: Any) -> None:
+    message = refusal(save_model("gemma", tie_word_embeddings=True))
+    assert "the model uses 2 kinds of operations (7 nodes) that cannot be imported" in message
+    assert "aten.gelu.default: 2 times, first in layer 0, model.layers.0.mlp.act_fn (modeling_gemma.py:" in message
+    assert "aten.type_as.default: 5 times" in message
+
+
+def test_argument_that_a_row_does_not_cover(save_model: Any) -> None:
+    assert "aten.slice.Tensor with step = 2: 8 times" in refusal(save_model("glm4"))
+
+
+@pytest.mark.parametrize(("model_type", "wanted"), [("gemma2", "features that cannot be represented: softcap"), ("llama4_text", "which cannot be represented")])
+def test_attention_that_cannot_be_represented(save_model: Any, model_type: str, wanted: str) -> None:
+    assert wanted in refusal(save_model(model_type))
+
+
+def test_model_that_cannot_be_traced(save_model: Any) -> None:
+    assert "torch.export cannot trace MambaForCausalLM" in refusal(save_model("mamba", num_hidden_layers=1))
+
+
+def test_mixture_of_experts(save_model: Any) -> None:
+    assert "models with a mixture of experts cannot be imported yet" in refusal(save_model("qwen3_moe", moe_intermediate_size=32, num_experts=4))
