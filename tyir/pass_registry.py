@@ -56,11 +56,11 @@ class PassRegistry:
         if name in self.extra:
             return self.extra[name]
         module_name = name.replace("-", "_")
-        if name == name.replace("_", "-") and module_name.isidentifier() and not module_name.startswith("_"):
-            if importlib.util.find_spec(f"{_PACKAGE}.{module_name}") is not None:
-                found = list(pass_classes(importlib.import_module(f"{_PACKAGE}.{module_name}")))
-                if found:
-                    return found[0]
+        is_name = "_" not in name and module_name.isidentifier()
+        if is_name and importlib.util.find_spec(f"{_PACKAGE}.{module_name}") is not None:
+            found = next(pass_classes(importlib.import_module(f"{_PACKAGE}.{module_name}")), None)
+            if found is not None:
+                return found
         for entry in importlib.metadata.entry_points(group=_GROUP, name=name):
             loaded = entry.load()
             return next(pass_classes(loaded)) if isinstance(loaded, ModuleType) else loaded  # type: ignore[no-any-return]
