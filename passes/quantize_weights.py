@@ -11,6 +11,8 @@ Runs before kv-materialize and partition-dies, which cut the MLP in whole groups
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tyir.constexpr import ConstantExpressions
@@ -32,9 +34,7 @@ class QuantizeWeights(Pass):
     def run(self, op: Op, context: PassContext) -> None:
         constants = ConstantExpressions()
         linears = [l for l in op.walk_type(Linear) if layer_of(l.loc) is not None and constants.is_constant(l.weight)]
-        problems = [d for l in linears if (d := self._problem(l))]
-        if problems:
-            raise TyirError(problems)
+        self._check_group_size(linears)
         for linear in linears:
             groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc).insert_before(linear)
             new = QuantizedLinear(
@@ -43,12 +43,17 @@ class QuantizeWeights(Pass):
             linear.replace_with(new)
         context.statistics["quantized"] = len(linears)
 
-    def _problem(self, linear: Linear) -> Diagnostic | None:
-        channels = tensor_type(linear.weight).static_shape[1]
-        if self.group_size > 0 and channels % self.group_size == 0:
-            return None
-        nearest = max(g for g in (16, 32, 64, 128, 256, channels) if channels % g == 0) if channels % 16 == 0 else channels
-        return Diagnostic(
-            f"group size {self.group_size} does not divide the {channels} input channels of {module_path(linear.loc)}",
-            help=f"use group-size={nearest}",
-        )
+    def _check_group_size(self, linears: Sequence[Linear]) -> None:
+        """`TyirError` naming every linear whose input channels are no whole number of groups, with the largest size that suits them all."""
+        channels = [tensor_type(l.weight).static_shape[1] for l in linears]
+        bad = [(l, k) for l, k in zip(linears, channels) if self.group_size < 1 or k % self.group_size]
+        if bad:
+            common = math.gcd(*channels)
+            nearest = max(d for d in range(1, max(min(self.group_size, common), 1) + 1) if common % d == 0)
+            raise TyirError(
+                Diagnostic(
+                    f"group size {self.group_size} does not divide the {k} input channels of {module_path(l.loc)}",
+                    help=f"group-size={nearest} divides the input channels of every decoder linear",
+                )
+                for l, k in bad
+            )

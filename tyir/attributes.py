@@ -52,14 +52,16 @@ class _Uniqued(type):
     if not TYPE_CHECKING:  # a typed metaclass __call__ would hide the constructors from type checkers
 
         def __call__(cls, *args, **kwargs):
-            if not kwargs and cls._args_are_key:
+            if kwargs or not cls._args_are_key:
+                new = super().__call__(*args, **kwargs)
+                return cls._by_key.setdefault(new._key(), new)
+            try:
                 found = cls._by_args.get(args)
-                if found is not None:
-                    return found
-            new = super().__call__(*args, **kwargs)
-            found = cls._by_key.setdefault(new._key(), new)
-            if not kwargs and cls._args_are_key:
-                cls._by_args[args] = found
+            except TypeError:  # a list among the arguments
+                return cls._by_key.setdefault((new := super().__call__(*args))._key(), new)
+            if found is None:
+                new = super().__call__(*args)
+                found = cls._by_args[args] = cls._by_key.setdefault(new._key(), new)
             return found
 
 

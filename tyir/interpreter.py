@@ -31,9 +31,9 @@ Collectives = Generator[tuple[Op, Array | None], Array, tuple[Array, ...]]
 
 
 class Probe(Protocol):
-    """Called after every op (collectives included) with the call path (`("main", "layer")`), the op and its results."""
+    """Called after every op (calls and collectives included) with the calls it is inside of (outermost first), the op and its results."""
 
-    def __call__(self, path: tuple[str, ...], call: int, op: Op, results: tuple[Array, ...]) -> None: ...
+    def __call__(self, stack: tuple[func.Call, ...], op: Op, results: tuple[Array, ...]) -> None: ...
 
 
 def evaluate_op(op: Op, operands: Sequence[Array]) -> Array | tuple[Array, ...]:
@@ -45,11 +45,18 @@ def evaluate_op(op: Op, operands: Sequence[Array]) -> Array | tuple[Array, ...]:
 
 
 def lookup_symbol(start: Op, name: str) -> Op | None:
-    """The symbol `name` in the modules around `start`, innermost first."""
+    """The symbol `name` in the modules around `start`, innermost first.
+
+    From inside a `ty.param`'s initializer only the checkpoint's tensors are seen, so that a parameter may bear the name of the tensor it is made of.
+    """
     current: Op | None = start
+    in_initializer = False
     while current is not None:
-        if isinstance(current, Module) and (found := current.lookup(name)) is not None:
-            return found
+        in_initializer = in_initializer or isinstance(current, Param)
+        if isinstance(current, Module):
+            for op in current.body:
+                if op.sym_name == name and (isinstance(op, Global) or not in_initializer):
+                    return op
         current = current.parent_op
     return None
 
@@ -71,21 +78,19 @@ class Interpreter:
         self.evaluator = evaluator
         self.probe = probe
         self._functions: dict[str, func.Func] = {op.sym_name: op for op in module.body if isinstance(op, func.Func)}
-        self._calls = 0
 
     def run(self, name: str, args: Sequence[Array]) -> Collectives:
         """Run a function; yields (collective op, operand) and is sent the combined array; returns the function's results."""
         if name not in self._functions:
             raise TyirError(f"there is no function @{name}", help=f"functions here: {', '.join('@' + f for f in self._functions)}")
-        self._calls = 0
-        return self._run_block(self._functions[name].body, args, (name,))
+        return self._run_block(self._functions[name].body, args, ())
 
-    def _run_block(self, block: Block, args: Sequence[Array], path: tuple[str, ...]) -> Collectives:
+    def _run_block(self, block: Block, args: Sequence[Array], stack: tuple[func.Call, ...]) -> Collectives:
+        name = block.parent_op.sym_name if block.parent_op is not None else None
         if len(args) != len(block.args):
-            raise TyirError(f"@{path[-1]} takes {len(block.args)} arguments, {len(args)} given")
+            raise TyirError(f"@{name} takes {len(block.args)} arguments, {len(args)} given")
         env: dict[Value, Array] = dict(zip(block.args, args))
         last_use = _last_uses(block)
-        call = self._calls
         for op in block:
             operands = [env[v] for v in op.operands]
             if op.has_trait(Terminator):
@@ -96,8 +101,7 @@ class Interpreter:
             if op.has_trait(Collective):
                 results = yield op, operands[0] if operands else None
             elif isinstance(op, func.Call):
-                self._calls += 1
-                results = yield from self._run_block(self._functions[op.callee.leaf].body, operands, (*path, op.callee.leaf))
+                results = yield from self._run_block(self._functions[op.callee.leaf].body, operands, (*stack, op))
             elif isinstance(op, GetGlobal):
                 results = self.read_symbol(op)
             else:
@@ -107,8 +111,8 @@ class Interpreter:
             for value, array in zip(op.results, results):
                 env[value] = array
             if self.probe is not None:
-                self.probe(path, call, op, results)
-        raise TyirError(f"@{path[-1]} ends without a terminator")
+                self.probe(stack, op, results)
+        raise TyirError(f"@{name} ends without a terminator")
 
     def read_symbol(self, op: GetGlobal) -> Array:
         """The array a `ty.get_global` refers to: a given constant, a checkpoint tensor, or an evaluated initializer."""
@@ -140,7 +144,7 @@ def _last_uses(block: Block) -> dict[Op, list[Value]]:
 def evaluate_param(param: Param, weights: WeightSource | None) -> Array:
     """The tensor of a `ty.param`: its initializer, evaluated."""
     interpreter = Interpreter(Module.empty(), weights)
-    runner = interpreter._run_block(param.body, (), (str(param.sym_name),))
+    runner = interpreter._run_block(param.body, (), ())
     try:
         next(runner)
     except StopIteration as stop:

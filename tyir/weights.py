@@ -38,7 +38,9 @@ def checkpoint_of(module: Module) -> Path:
     """The checkpoint folder an imported module refers to (`tyir.checkpoint`)."""
     value = module.attributes.get("tyir.checkpoint")
     if not isinstance(value, StringAttr):
-        raise TyirError("the module does not say where its weights are", help='set {tyir.checkpoint = "<folder>"} on the module, as tyir-import does')
+        raise TyirError(
+            "the module does not say where its weights are", help='set {tyir.checkpoint = "<folder>"} on the module, as tyir-import does'
+        )
     return Path(value.value)
 
 
@@ -72,11 +74,17 @@ def check_files(module: Module) -> None:
         try:
             found = FileStamp.of(path)
         except OSError as error:
-            problems.append(Diagnostic(f"checkpoint file {path} cannot be read: {error.strerror}", help="restore the file, or import the checkpoint again"))
+            problems.append(
+                Diagnostic(
+                    f"checkpoint file {path} cannot be read: {error.strerror}", help="restore the file, or import the checkpoint again"
+                )
+            )
             continue
         if found.attribute() is not wanted:
             changed = f"{found.size} bytes instead of {wanted['size'].value}" if found.size != wanted["size"].value else "another header"
-            problems.append(Diagnostic(f"checkpoint file {path} has changed since it was imported: {changed}", help="import the checkpoint again"))
+            problems.append(
+                Diagnostic(f"checkpoint file {path} has changed since it was imported: {changed}", help="import the checkpoint again")
+            )
     if problems:
         raise TyirError(problems)
 
@@ -109,7 +117,10 @@ class CheckpointReader:
         try:
             return np.memmap(path, np.uint8, "r")
         except (OSError, ValueError) as error:
-            raise TyirError(f"cannot read weights from {path}: {error}", help="the IR refers to the checkpoint it was imported from; restore the file or import again") from None
+            raise TyirError(
+                f"cannot read weights from {path}: {error}",
+                help="the IR refers to the checkpoint it was imported from; restore the file or import again",
+            ) from None
 
     def read(self, ref: Global) -> Array:
         """The tensor [shape of `ref.type`] in the storage dtype of its element type, 4-bit elements one per byte."""

@@ -37,5 +37,12 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
 @pytest.fixture(scope="session")
 def llama(save_model: SaveModel) -> Path:
     """A Llama in bf16, in several files with an index, with Llama 3's rope."""
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     return save_model("llama", shard="50KB", rope_parameters=rope)

@@ -79,7 +79,10 @@ def test_other_weight_files(folder: Path) -> None:
     assert "(it holds pytorch_model.bin)" in refusal(folder) and "save_pretrained" in refusal(folder)
 
 
-@pytest.mark.parametrize(("text", "wanted"), [("{", "config.json:1:2: error: config.json is not valid JSON"), ("[]", "config.json holds a JSON list, an object is needed")])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("{", "config.json:1:2: error: config.json is not valid JSON"), ("[]", "config.json holds a JSON list, an object is needed")],
+)
 def test_config_is_no_object(folder: Path, text: str, wanted: str) -> None:
     (folder / "config.json").write_text(text)
     assert wanted in refusal(folder)
@@ -107,7 +110,10 @@ def test_config_describes_no_model(folder: Path, change: dict[str, Any], wanted:
 def test_code_in_the_folder_is_not_run(folder: Path) -> None:
     (folder / "modeling_evil.py").write_text("raise SystemExit('executed')")
     (folder / "configuration_evil.py").write_text("raise SystemExit('executed')")
-    edit_json(folder / "config.json", lambda c: c.update(auto_map={"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}))
+    edit_json(
+        folder / "config.json",
+        lambda c: c.update(auto_map={"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}),
+    )
     import_model(folder)
     edit_json(folder / "config.json", lambda c: c.update(model_type="evil", architectures=["EvilForCausalLM"]))
     assert "architecture EvilForCausalLM is not" in refusal(folder)
@@ -218,7 +224,9 @@ def test_argument_that_a_row_does_not_cover(save_model: Any) -> None:
     assert "aten.slice.Tensor with step = 2: 8 times" in refusal(save_model("glm4"))
 
 
-@pytest.mark.parametrize(("model_type", "wanted"), [("gemma2", "features that cannot be represented: softcap"), ("llama4_text", "which cannot be represented")])
+@pytest.mark.parametrize(
+    ("model_type", "wanted"), [("gemma2", "features that cannot be represented: softcap"), ("llama4_text", "which cannot be represented")]
+)
 def test_attention_that_cannot_be_represented(save_model: Any, model_type: str, wanted: str) -> None:
     assert wanted in refusal(save_model(model_type))
 
@@ -228,4 +236,6 @@ def test_model_that_cannot_be_traced(save_model: Any) -> None:
 
 
 def test_mixture_of_experts(save_model: Any) -> None:
-    assert "models with a mixture of experts cannot be imported yet" in refusal(save_model("qwen3_moe", moe_intermediate_size=32, num_experts=4))
+    assert "models with a mixture of experts cannot be imported yet" in refusal(
+        save_model("qwen3_moe", moe_intermediate_size=32, num_experts=4)
+    )

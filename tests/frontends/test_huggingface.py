@@ -145,7 +145,10 @@ def test_raised_model_is_small(tiny_f16: Module) -> None:
     raised = tiny_f16.clone()
     statistics: dict[str, int] = {}
     raise_aten(raised, statistics)
-    counts = {name: sum(op.name == f"ty.{name}" for op in raised.walk()) for name in ("attention", "rope", "rms_norm", "silu_mul", "linear", "rope_angles", "transpose")}
+    counts = {
+        name: sum(op.name == f"ty.{name}" for op in raised.walk())
+        for name in ("attention", "rope", "rms_norm", "silu_mul", "linear", "rope_angles", "transpose")
+    }
     assert counts == {"attention": 6, "rope": 12, "rms_norm": 13, "silu_mul": 6, "linear": 43, "rope_angles": 1, "transpose": 0}
     assert statistics["rope"] == 12 and statistics["rms_norm"] == 13
 
@@ -167,4 +170,6 @@ def test_stray_tensors_are_noted(llama: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     notes: list[Diagnostic] = []
     import_model(tmp_path, note=notes.append)
-    assert [(n.severity, n.message) for n in notes] == [("warning", "'model.layers.0.self_attn.rotary_emb.inv_freq' follows from the config and is not used")]
+    assert [(n.severity, n.message) for n in notes] == [
+        ("warning", "'model.layers.0.self_attn.rotary_emb.inv_freq' follows from the config and is not used")
+    ]

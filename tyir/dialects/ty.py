@@ -68,7 +68,7 @@ class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
 class Param(DeclaredOp, name="ty.param", traits=(Symbol, IsolatedFromAbove)):
     """A tensor of the artifact: its initializer says how it is made from the checkpoint (slice, cast, quantize, ...).
 
-    Initializers are evaluated one at a time, when the `.params` file is written.
+    Initializers are evaluated one at a time, when the `.params` file is written.  They refer to `ty.global`s only, never to other parameters.
     """
 
     sym_name: str = attr()
