@@ -25,13 +25,13 @@ _HARMLESS = {"position_ids", "use_cache", "cache_position", "dropout", "output_a
              "past_key_values", "inputs_embeds", "logits_to_keep", "position_embeddings", "layer_type"}  # fmt: skip
 
 
-@torch.library.custom_op("tyir::attention", mutates_args=())
+@torch.library.custom_op("tyir::attention", mutates_args=())  # type: ignore[untyped-decorator]
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
     """Causal attention; only ever traced (its meaning is `ty.attention`)."""
     raise TyirError("tyir::attention has no eager kernel: it exists to be exported")
 
 
-@attention.register_fake
+@attention.register_fake  # type: ignore[untyped-decorator]
 def _attention_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
@@ -49,13 +49,19 @@ def _attention(
     name = type(module).__name__
     unknown = sorted(k for k, v in others.items() if k not in _HARMLESS and v is not None)
     if unknown:
-        raise TyirError(f"{name} uses attention features that cannot be represented: {', '.join(unknown)}", help="supported: scale, causal mask, sliding window")
+        raise TyirError(
+            f"{name} uses attention features that cannot be represented: {', '.join(unknown)}",
+            help="supported: scale, causal mask, sliding window",
+        )
     causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise TyirError(f"{name} is not causal", help="only decoder models that generate text can be imported")
     if not isinstance(attention_mask, int) or attention_mask != (sliding_window or 0):
         mask = f"a window of {attention_mask}" if isinstance(attention_mask, int) else "a mask of its own"
-        raise TyirError(f"{name} combines {mask} with sliding_window = {sliding_window}", help="supported: a causal mask, or one sliding window in both places")
+        raise TyirError(
+            f"{name} combines {mask} with sliding_window = {sliding_window}",
+            help="supported: a causal mask, or one sliding window in both places",
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, attention_mask), None
 
@@ -66,7 +72,10 @@ def _mask(*positional: Any, mask_function: Callable[..., Any] = causal_mask_func
         return 0
     window = _sliding_window(mask_function)
     if window is None:
-        raise TyirError(f"the model masks attention with {mask_function.__qualname__}, which cannot be represented", help="supported: causal and sliding-window masks")
+        raise TyirError(
+            f"the model masks attention with {mask_function.__qualname__}, which cannot be represented",
+            help="supported: causal and sliding-window masks",
+        )
     return window
 
 

@@ -74,7 +74,9 @@ class _Reader:
             self.problem(f"{name} is not UTF-8 text", help, path)
             return None
         except json.JSONDecodeError as error:
-            self.problems.append(Diagnostic(f"{name} is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}", help=help))
+            self.problems.append(
+                Diagnostic(f"{name} is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}", help=help)
+            )
             return None
         if not isinstance(content, dict):
             self.problem(f"{name} holds a JSON {type(content).__name__}, an object is needed", help, path)
@@ -121,12 +123,20 @@ class _Reader:
         end = base
         for start, stop, key in sorted(spans):
             if start != end:
-                self.problem(f"{name}: tensor '{key}' begins at byte {start}, expected {end}", "the file is damaged; download it again", self.folder / name)
+                self.problem(
+                    f"{name}: tensor '{key}' begins at byte {start}, expected {end}",
+                    "the file is damaged; download it again",
+                    self.folder / name,
+                )
                 return False
             end = stop
         if end != size:
             state = "truncated" if end > size else "longer than its header says"
-            self.problem(f"{name} is {state}: the header describes {end} bytes, the file has {size}", "the file is incomplete or damaged; download it again", self.folder / name)
+            self.problem(
+                f"{name} is {state}: the header describes {end} bytes, the file has {size}",
+                "the file is incomplete or damaged; download it again",
+                self.folder / name,
+            )
             return False
         self.stamps[name] = FileStamp.of(self.folder / name)
         return True
@@ -138,7 +148,9 @@ class _Reader:
             return frozenset()
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            self.problem(f"{INDEX_FILE} has no 'weight_map' from tensor names to file names", "download the index again", self.folder / INDEX_FILE)
+            self.problem(
+                f"{INDEX_FILE} has no 'weight_map' from tensor names to file names", "download the index again", self.folder / INDEX_FILE
+            )
             return frozenset()
         bad: set[str] = set()
         for name in sorted(set(weight_map.values())):
@@ -153,7 +165,11 @@ class _Reader:
                 bad.add(name)
         for key, name in weight_map.items():
             if name not in bad and (key not in self.tensors or self.tensors[key].file != name):
-                self.problem(f"{INDEX_FILE} says that tensor '{key}' is in {name}, but it is not", "download the index and that file again", self.folder / INDEX_FILE)
+                self.problem(
+                    f"{INDEX_FILE} says that tensor '{key}' is in {name}, but it is not",
+                    "download the index and that file again",
+                    self.folder / INDEX_FILE,
+                )
         return frozenset(key for key, name in weight_map.items() if name in bad)
 
 
@@ -201,7 +217,9 @@ def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | No
     folder = folder.absolute()
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
-        problems.append(Diagnostic(f"checkpoint folder {folder} {what}", help="give the folder that holds config.json and the *.safetensors files"))
+        problems.append(
+            Diagnostic(f"checkpoint folder {folder} {what}", help="give the folder that holds config.json and the *.safetensors files")
+        )
         return None
     reader = _Reader(folder, problems)
     config = reader.json_file("config.json", "give a folder in the Hugging Face layout: config.json beside the *.safetensors files")

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Final
 
@@ -107,7 +108,7 @@ class _Skip(Exception):
 
 def _argument_map(node: fx.Node) -> dict[str, Any]:
     """Schema argument name to the value given or the default."""
-    schema = node.target._schema  # type: ignore[union-attr]  # an OpOverload, checked by the caller's table look-up
+    schema = node.target._schema  # an OpOverload: only those have rows
     given = dict(zip((a.name for a in schema.arguments), node.args))
     return {a.name: node.kwargs.get(a.name, given.get(a.name, a.default_value)) for a in schema.arguments}
 
@@ -115,7 +116,7 @@ def _argument_map(node: fx.Node) -> dict[str, Any]:
 def _check_rest(row: Row, node: fx.Node, arguments: dict[str, Any]) -> None:
     """Arguments the row does not account for must have their defaults."""
     known = {*row.operands, *row.ignored, *(v for v in row.properties.values() if isinstance(v, str))}
-    for argument in node.target._schema.arguments:  # type: ignore[union-attr]
+    for argument in node.target._schema.arguments:
         value = arguments[argument.name]
         wanted = row.required.get(argument.name, argument.default_value)
         if argument.name not in known and value is not None and value != wanted:
@@ -161,7 +162,9 @@ class _Importer:
 
     def constant(self, node: fx.Node) -> Value:
         array = np.ascontiguousarray(self.buffers[node.name]())
-        return self.block.append(ty.Constant(value=DenseElementsAttr.from_numpy(array), loc=location_of(node))).result
+        op = self.block.append(ty.Constant(value=DenseElementsAttr.from_numpy(array)))
+        op.loc = location_of(node)
+        return op.result
 
     def convert(self, node: fx.Node) -> None:
         """Append the op of one node."""
@@ -245,7 +248,7 @@ def import_graph(program: torch.export.ExportedProgram, weights: Weights, elemen
         elif weights.find(target) is not None:
             parameters[name] = target
         elif spec.kind is torch.export.graph_signature.InputKind.BUFFER:
-            buffers[name] = lambda target=target: buffer(target)
+            buffers[name] = partial(buffer, target)
     nodes = live_nodes(program.graph_module.graph)
     by_name = {n.name: n for n in program.graph_module.graph.nodes if n.op == "placeholder"}
     body = [n for n in nodes if n.op != "output"]
@@ -256,7 +259,7 @@ def import_graph(program: torch.export.ExportedProgram, weights: Weights, elemen
     for node in body:
         if node.op != "placeholder":
             importer.convert(node)
-    main.body.append(func.Return(values=[importer.operand(n) for n in _outputs(nodes)]))
+    main.body.append(func.Return(values=tuple(importer.operand(n) for n in _outputs(nodes))))
     main.refresh_type()
     return main
 

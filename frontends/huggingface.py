@@ -72,7 +72,9 @@ def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], 
     if quantization is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         help = f"import the unquantised checkpoint; formats planned for a later release: {_LATER_FORMATS}"
-        problems.append(Diagnostic(f"the checkpoint is quantised (quant_method '{method}'), which cannot be imported yet", where=where, help=help))
+        problems.append(
+            Diagnostic(f"the checkpoint is quantised (quant_method '{method}'), which cannot be imported yet", where=where, help=help)
+        )
         return None
     for key in _UNREAD_KEYS:
         if config.get(key) is not None:
@@ -107,7 +109,11 @@ def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, 
     if missing:
         message = f"the checkpoint lacks {len(missing)} of the model's {len(meta.state)} tensors: {_some(missing)}"
         experts = any(".experts." in name for name in missing)
-        help = "models with a mixture of experts cannot be imported yet" if experts else "download the missing files, or use the config.json that belongs to these weights"
+        help = (
+            "models with a mixture of experts cannot be imported yet"
+            if experts
+            else "download the missing files, or use the config.json that belongs to these weights"
+        )
         yield Diagnostic(message, where=where, help=help)
     yield from _unexpected(checkpoint, meta, used, note)
 

@@ -32,7 +32,7 @@ _EXAMPLE_LENGTH: Final = 16
 _CHANGING_ROPE: Final = ("dynamic", "longrope")
 
 
-class _LogitsOnly(torch.nn.Module):
+class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by the type check
     """(input_ids, position_ids) [1, s] -> logits [1, s, V]; the signature of the imported `@main`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -42,7 +42,9 @@ class _LogitsOnly(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         # A padding mask of ones keeps transformers from looking for packed sequences in the position ids; the attention hook ignores it.
         everything = torch.ones_like(input_ids)
-        logits: torch.Tensor = self.model_(input_ids=input_ids, attention_mask=everything, position_ids=position_ids, use_cache=False).logits
+        logits: torch.Tensor = self.model_(
+            input_ids=input_ids, attention_mask=everything, position_ids=position_ids, use_cache=False
+        ).logits
         return logits
 
 
@@ -82,14 +84,19 @@ def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
     known = {n: k for k, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() for n in ((names,) if isinstance(names, str) else names)}
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise TyirError("config.json names no architecture", where=str(folder / "config.json"), help=f'add "architectures": ["..."]; tested: {", ".join(TESTED)}')
+        raise TyirError(
+            "config.json names no architecture",
+            where=str(folder / "config.json"),
+            help=f'add "architectures": ["..."]; tested: {", ".join(TESTED)}',
+        )
     name = architectures[0]
     if name not in known or not name.endswith("ForCausalLM"):
         hint = did_you_mean(name, [n for n in known if n.endswith("ForCausalLM")])
         raise TyirError(
             f"architecture {name} is not a causal language model that can be imported",
             where=str(folder / "config.json"),
-            help=f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the same ops" + (f"; {hint}" if hint else ""),
+            help=f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the same ops"
+            + (f"; {hint}" if hint else ""),
         )
     if raw.get("model_type") != known[name]:
         message = f"config.json is inconsistent: model_type is {raw.get('model_type')!r} but {name} belongs to {known[name]!r}"
@@ -141,7 +148,10 @@ def export_model(meta: MetaModel) -> torch.export.ExportedProgram:
         raise
     except Exception as error:
         message = f"torch.export cannot trace {type(meta.model).__name__} with a symbolic sequence length: {_first_line(error)}"
-        raise TyirError(message, help="the model's Python code depends on values or on the length of the prompt; such models cannot be compiled ahead of time") from error
+        raise TyirError(
+            message,
+            help="the model's Python code depends on values or on the length of the prompt; such models cannot be compiled ahead of time",
+        ) from error
 
 
 def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
@@ -150,8 +160,10 @@ def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
     owner = meta.model.get_submodule(owner_path)
     try:
         with _quiet(), torch.device("cpu"):
-            rebuilt = type(owner)(owner.config)  # type: ignore[operator]  # the constructor every rotary embedding of transformers has
+            rebuilt = type(owner)(owner.config)  # the constructor every rotary embedding of transformers has
         return np.asarray(rebuilt.get_buffer(attribute).detach().cpu().numpy())
     except Exception as error:
-        message = f"buffer {name} is not in the checkpoint and {type(owner).__name__} cannot be built from the config alone: {_first_line(error)}"
+        message = (
+            f"buffer {name} is not in the checkpoint and {type(owner).__name__} cannot be built from the config alone: {_first_line(error)}"
+        )
         raise TyirError(message, help="only buffers that follow from config.json can be imported") from error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from tyir.attributes import SymbolRefAttr
+from tyir.attributes import DictAttr, SymbolRefAttr
 from tyir.dialects import ty
 from tyir.frontends.checkpoint import Checkpoint, StoredTensor
 from tyir.ir import Op, Value
@@ -90,5 +90,7 @@ class Weights:
         """A detached `ty.get_global` of a stored tensor, whose `ty.global` is noted."""
         stored = self.checkpoint.tensors[key]
         if key not in self.globals:
-            self.globals[key] = ty.Global(sym_name=key, type=stored.type, file=stored.file, key=stored.key, offset=stored.offset, nbytes=stored.nbytes)
-        return ty.GetGlobal(symbol=SymbolRefAttr(key), result_types=(stored.type,))
+            self.globals[key] = ty.Global(
+                sym_name=key, type=stored.type, file=stored.file, key=stored.key, offset=stored.offset, nbytes=stored.nbytes
+            )
+        return ty.GetGlobal.create((), (stored.type,), DictAttr({"symbol": SymbolRefAttr(key)}))

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from tyir.attributes import DenseElementsAttr
+from tyir.attributes import DenseElementsAttr, DictAttr, IntegerAttr
 from tyir.dialects import aten, ty
 from tyir.ir import Op, Value
 from tyir.location import UNKNOWN, Location, fuse, module_path
-from tyir.types import TensorType, f16, f32
+from tyir.types import TensorType, Type, f16, f32, i64
 
 __all__ = ["PHASES", "Phase", "Rule"]
 
@@ -37,7 +37,7 @@ def _dims(value: Value) -> tuple[int | None, ...]:
     return value.type.dims
 
 
-def _element(value: Value) -> object:
+def _element(value: Value) -> Type:
     assert isinstance(value.type, TensorType)
     return value.type.element
 
@@ -149,14 +149,25 @@ def _match_angles(root: Op) -> _Angles | None:
     if not isinstance(op, (aten.Cos, aten.Sin)):
         return None
     doubled = _made_by(op.x, aten.Cat)
-    if doubled is None or len(doubled.tensors) != 2 or doubled.tensors[0] is not doubled.tensors[1] or not _is_last(doubled.dim, doubled.out):
+    if (
+        doubled is None
+        or len(doubled.tensors) != 2
+        or doubled.tensors[0] is not doubled.tensors[1]
+        or not _is_last(doubled.dim, doubled.out)
+    ):
         return None
     product = _made_by(doubled.tensors[0], aten.Mul)
     for positions, frequencies in _either_order(product) if product else ():
         constant = _made_by(frequencies, ty.Constant)
         to = _made_by(positions, aten.To)
         column = _made_by(to.x, aten.Unsqueeze) if to else None
-        if constant is not None and column is not None and _is_last(column.dim, column.out) and len(_dims(column.x)) == 2 and len(_dims(constant.out)) == 1:
+        if (
+            constant is not None
+            and column is not None
+            and _is_last(column.dim, column.out)
+            and len(_dims(column.x)) == 2
+            and len(_dims(constant.out)) == 1
+        ):
             return _Angles(op, column.x, constant.value, scale)
     return None
 
@@ -166,8 +177,10 @@ def rope_angles(op: Op) -> Value | None:
     found = _match_angles(op)
     if found is None:
         return None
-    wanted = ty.RopeAngles(found.positions, inv_freq=found.inv_freq, scale=found.scale, element=_result_element(op))
-    angles: Op | None = next((u for u in found.positions.users if u is not wanted and u.name == wanted.name and u.properties is wanted.properties), None)
+    wanted = ty.RopeAngles(found.positions, inv_freq=found.inv_freq, scale=found.scale, element=_element(op.result))
+    angles: Op | None = next(
+        (u for u in found.positions.users if u is not wanted and u.name == wanted.name and u.properties is wanted.properties), None
+    )
     if angles is None:
         angles = wanted
         wanted.cos.name, wanted.sin.name = "cos", "sin"
@@ -176,11 +189,7 @@ def rope_angles(op: Op) -> Value | None:
         wanted.drop_references()
     angles.loc = _merged([angles.loc, found.wave.loc])
     half = angles.results[0 if isinstance(found.wave, aten.Cos) else 1]
-    return _insert(op, aten.Cat(tensors=(half, half), dim=-1, result_types=(op.result.type,))).out
-
-
-def _result_element(op: Op) -> object:
-    return _element(op.result)
+    return _insert(op, aten.Cat.create((half, half), (op.result.type,), DictAttr({"dim": IntegerAttr(-1, i64)}))).out
 
 
 def _insert_after_definition(value: Value, op: Op) -> None:
@@ -197,7 +206,13 @@ def _half_table(value: Value, index: int) -> tuple[ty.RopeAngles, int] | None:
     row = _made_by(value, aten.Unsqueeze)
     doubled = _made_by(row.x, aten.Cat) if row else None
     angles = _made_by(doubled.tensors[0], ty.RopeAngles) if doubled and len(doubled.tensors) == 2 else None
-    if row is None or doubled is None or angles is None or doubled.tensors[0] is not doubled.tensors[1] or doubled.tensors[0] is not angles.results[index]:
+    if (
+        row is None
+        or doubled is None
+        or angles is None
+        or doubled.tensors[0] is not doubled.tensors[1]
+        or doubled.tensors[0] is not angles.results[index]
+    ):
         return None
     return angles, row.dim % len(_dims(row.out))
 
@@ -223,7 +238,14 @@ def rope(op: Op) -> Value | None:
             tables = _half_table(cos, 0)
             for rotated, sin in _either_order(second) if second and tables else ():
                 other = _half_table(sin, 1)
-                if other is None or other != tables or tables is None or not _rotates(rotated, x) or tables[1] not in (1, 2) or len(_dims(x)) != 4:
+                if (
+                    other is None
+                    or other != tables
+                    or tables is None
+                    or not _rotates(rotated, x)
+                    or tables[1] not in (1, 2)
+                    or len(_dims(x)) != 4
+                ):
                     continue
                 angles, axis = tables
                 if axis == 2:

@@ -1,4 +1,4 @@
-'''Raise the imported graph from PyTorch's operators to the tensor dataflow of a language model.
+"""Raise the imported graph from PyTorch's operators to the tensor dataflow of a language model.
 
     %w   = ty.get_global {symbol = @model.norm.weight} : tensor<256xf16>
     %1   = aten.to %x {element = f32}                    -->   %w = ty.get_global {symbol = @model.norm.weight}
@@ -13,7 +13,7 @@
 Runs first, on what `tyir-import` wrote: every later pass knows `ty` only.  Rules are tried phase by phase (`_raise_rules.PHASES`); after each
 phase nothing dead remains.  Afterwards only `func` and `ty` ops are left.  What no rule raised is an error that lists every such op with its
 count, the first layer and the model's source line.  Numbers change by rounding alone: `ty` ops compute in f32 and round once.
-'''
+"""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def _check(functions: list[func.Func]) -> None:
         total = sum(map(len, left.values()))
         lines = [f"{name}: {len(ops)} times, first {_place(ops[0].loc)}" for name, ops in sorted(left.items())]
         message = f"raise-aten left {len(left)} kinds of operations ({total} ops) that no rule knows:\n  " + "\n  ".join(lines)
-        raise TyirError(Diagnostic(message, help="the model computes something that is not among the rules of passes/_raise_rules.py; add a rule there"))
+        raise TyirError(
+            Diagnostic(message, help="the model computes something that is not among the rules of passes/_raise_rules.py; add a rule there")
+        )
 
 
 def _place(location: Location) -> str:

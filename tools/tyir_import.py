@@ -24,7 +24,9 @@ __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tyir-import", description="Import a Hugging Face model folder as tyir IR; weights stay in the folder.")
+    parser = argparse.ArgumentParser(
+        prog="tyir-import", description="Import a Hugging Face model folder as tyir IR; weights stay in the folder."
+    )
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to write the IR; - is standard output (the default)")
     parser.add_argument("--dtype", choices=("f16", "f32"), default="f16", help="element type the model computes in (default: f16)")
