@@ -32,3 +32,28 @@ class DominanceTree:
             parent = self._parents.get(current)
             current = None if parent is current or current is self._entry else parent
         return False
+
+    def strict_dominators(self, block: Block) -> list[Block]:
+        """The blocks that dominate a reachable block, nearest first, without itself."""
+        found: list[Block] = []
+        while block is not self._entry:
+            parent = self._parents.get(block)
+            if parent is None:
+                break
+            found.append(parent)
+            block = parent
+        return found
+
+    def preorder(self) -> list[Block]:
+        """The reachable blocks, dominators before what they dominate."""
+        children: dict[Block, list[Block]] = {}
+        for block, parent in self._parents.items():
+            if parent is not None and block is not self._entry:
+                children.setdefault(parent, []).append(block)
+        order: list[Block] = []
+        stack = [self._entry]
+        while stack:
+            block = stack.pop()
+            order.append(block)
+            stack.extend(children.get(block, ()))
+        return order

@@ -352,6 +352,10 @@ class DeclaredOp(Op, metaclass=_OpMeta):
         """The op's meaning on numpy arrays: the oracle of every test.  Returns one array, or a tuple of them."""
         raise TypeError(f"{self.name} has no reference evaluation")
 
+    def fold(self) -> Sequence[Value | Attribute] | None:
+        """What the results always equal (an existing value, or a constant), or None.  The canonicalizer asks; types must be the results' own."""
+        return None
+
     def check_declaration(self) -> Iterator[Diagnostic | str]:
         """Counts and kinds against the declaration, inferred result types against the actual ones."""
         cls = type(self)

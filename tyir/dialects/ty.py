@@ -207,6 +207,9 @@ class Cast(DeclaredOp, name="ty.cast", traits=(Pure,)):
     def infer(self) -> Type:
         return tensor_type(self.x).with_element(self.element)
 
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type else None
+
     def evaluate(self, x: Array) -> Array:
         source = tensor_type(self.x).element
         return as_type(bf16_to_f32(x) if isinstance(source, FloatType) and source.name == "bf16" else x, self.element)
@@ -231,6 +234,9 @@ class Slice(DeclaredOp, name="ty.slice", traits=(Pure,)):
             yield f"axis {self.axis} is not in 0..{t.rank - 1}"
         elif (d := t.dims[self.axis]) is not None and not 0 <= self.offset <= self.offset + self.size <= d:
             yield f"rows {self.offset}..{self.offset + self.size} lie outside the dimension of {d}"
+
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type else None
 
     def evaluate(self, x: Array) -> Array:
         return x[(slice(None),) * self.axis + (slice(self.offset, self.offset + self.size),)]
@@ -261,6 +267,9 @@ class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
             if t.size % known or (-1 not in self.shape and t.size != known):
                 yield f"{t} cannot be reshaped to {list(self.shape)}: {t.size} elements against {known}"
 
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type and tensor_type(self.x).dims.count(None) <= 1 else None
+
     def evaluate(self, x: Array) -> Array:
         return x.reshape(self.shape)
 
@@ -279,6 +288,9 @@ class Transpose(DeclaredOp, name="ty.transpose", traits=(Pure,)):
     def verify(self) -> Iterator[str]:
         if sorted(self.perm) != list(range(tensor_type(self.x).rank)):
             yield f"perm {list(self.perm)} is no permutation of 0..{tensor_type(self.x).rank - 1}"
+
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type and self.perm == tuple(range(len(self.perm))) else None
 
     def evaluate(self, x: Array) -> Array:
         return np.transpose(x, self.perm)

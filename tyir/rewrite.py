@@ -1,0 +1,240 @@
+"""Patterns and the greedy driver that applies them until nothing matches.
+
+    @pattern(Transpose)
+    def fold_inverse(op: Transpose, rewriter: Rewriter) -> bool:
+        ...
+        rewriter.replace(op, [value])
+        return True
+
+The driver folds (`op.fold()`), deletes unused pure ops, and tries the patterns of an op's class by falling benefit.  What it changes puts the neighbours
+back on the worklist.  Locations are carried: ops a pattern makes get the locations of the ops they replace, fused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from tyir.attributes import Attribute, DenseElementsAttr
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.ty import Constant
+from tyir.ir import Block, Op, Value
+from tyir.location import UNKNOWN, fuse
+from tyir.opdef import DeclaredOp
+from tyir.printer import op_excerpt
+from tyir.traits import Pure
+
+__all__ = ["Pattern", "Rewriter", "erase_all", "pattern", "rewrite_greedily"]
+
+_OpT = TypeVar("_OpT", bound=Op)
+_REWRITES_PER_OP: Final = 50  # more than this on average is a pair of patterns that undo each other
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A rewrite of one kind of op.  `rewrite` returns whether it changed anything; higher `benefit` is tried first."""
+
+    op_class: type[Op]
+    rewrite: Callable[[Any, Rewriter], bool]
+    benefit: int = 1
+
+    @property
+    def name(self) -> str:
+        return getattr(self.rewrite, "__name__", "pattern")
+
+
+def pattern(op_class: type[_OpT], benefit: int = 1) -> Callable[[Callable[[_OpT, Rewriter], bool]], Pattern]:
+    """Declare a function as a pattern for one op class."""
+    return lambda rewrite: Pattern(op_class, rewrite, benefit)
+
+
+@dataclass
+class Rewriter:
+    """What patterns change the IR with, so that the driver sees it."""
+
+    _work: list[Op] = field(default_factory=list)
+    _queued: set[Op] = field(default_factory=set)
+    _inserted: list[Op] = field(default_factory=list)
+
+    def insert(self, op: _OpT, before: Op) -> _OpT:
+        """Put a new op in front of `before`."""
+        op.insert_before(before)
+        self._inserted.append(op)
+        self._push(op)
+        return op
+
+    def replace(self, op: Op, values: Sequence[Value], absorbed: Iterable[Op] = ()) -> None:
+        """Replace the results of `op` and erase it.  `absorbed` are further ops whose work the new ones do: their locations are fused in."""
+        locs = [*(o.loc for o in absorbed), op.loc]
+        for new in self._inserted:
+            if new.loc is UNKNOWN:
+                new.loc = fuse(locs)
+        self._inserted.clear()
+        for value in values:
+            if value.op is not None:
+                self._push(value.op)
+        for result in op.results:
+            for user in result.uses:
+                self._push(user)
+        sources = [v.op for v in op.operands if v.op is not None]
+        self._forget(op)
+        op.replace_with(values)
+        for source in sources:
+            self._push(source)
+
+    def erase(self, op: Op) -> None:
+        """Erase an op without uses; its operands' makers are looked at again."""
+        sources = [v.op for v in op.operands if v.op is not None]
+        self._forget(op)
+        op.erase()
+        for source in sources:
+            self._push(source)
+
+    def changed(self, op: Op) -> None:
+        """An op was changed in place: look at it and its users again."""
+        self._push(op)
+        for result in op.results:
+            for user in result.uses:
+                self._push(user)
+
+    def _push(self, op: Op) -> None:
+        if op not in self._queued:
+            self._queued.add(op)
+            self._work.append(op)
+
+    def _forget(self, op: Op) -> None:
+        self._queued.discard(op)
+        if op.regions:
+            self._queued.difference_update(op.walk())
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What the driver does with ops of one class."""
+
+    patterns: tuple[Pattern, ...]
+    folds: bool
+    removable: bool
+
+
+def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True) -> int:
+    """Apply patterns, folders and dead-code removal below `root` until nothing changes; returns the number of changes.
+
+    Raises `TyirError` naming the pattern when the changes do not come to an end.
+    """
+    by_class: dict[type[Op], list[Pattern]] = {}
+    for p in sorted(patterns, key=lambda p: -p.benefit):
+        by_class.setdefault(p.op_class, []).append(p)
+    plans: dict[type[Op], _Plan | None] = {}
+    rewriter = Rewriter()
+    work, queued = rewriter._work, rewriter._queued
+    total = 0
+    for op in root.walk():
+        total += 1
+        cls = type(op)
+        if cls not in plans:
+            plans[cls] = _plan(cls, by_class, fold)
+        if plans[cls] is not None and op is not root:
+            work.append(op)
+    work.reverse()  # top down: definitions before uses
+    queued.update(work)
+    limit = _REWRITES_PER_OP * (total + 20)
+    applied: Counter[str] = Counter()
+    changes = 0
+    while work:
+        op = work.pop()
+        if op not in queued:
+            continue
+        queued.remove(op)
+        cls = type(op)
+        if cls not in plans:
+            plans[cls] = _plan(cls, by_class, fold)
+        plan = plans[cls]
+        if plan is None:
+            continue
+        name = _visit(op, plan, rewriter)
+        if name is None:
+            continue
+        changes += 1
+        applied[name] += 1
+        if changes > limit:
+            _diverged(op, applied)
+    return changes
+
+
+def _plan(cls: type[Op], by_class: dict[type[Op], list[Pattern]], fold: bool) -> _Plan | None:
+    found = tuple(by_class.get(cls, ()))
+    folds = fold and issubclass(cls, DeclaredOp) and cls.fold is not DeclaredOp.fold
+    removable = Pure in cls.traits
+    return _Plan(found, folds, removable) if found or folds or removable else None
+
+
+def _visit(op: Op, plan: _Plan, rewriter: Rewriter) -> str | None:
+    """Change one op if anything applies; the name of what did."""
+    if plan.removable:
+        for result in op.results:
+            if result.uses:
+                break
+        else:
+            rewriter.erase(op)
+            return "dead code"
+    if plan.folds and _fold(op, rewriter):
+        return f"fold of {op.name}"
+    for p in plan.patterns:
+        rewriter._inserted.clear()
+        if p.rewrite(op, rewriter):
+            return p.name
+    return None
+
+
+def _fold(op: Op, rewriter: Rewriter) -> bool:
+    assert isinstance(op, DeclaredOp)
+    folded = op.fold()
+    if folded is None:
+        return False
+    rewriter._inserted.clear()
+    values = [item if isinstance(item, Value) else _materialize(item, op, rewriter) for item in folded]
+    if any(new.type is not old.type for new, old in zip(values, op.results)):
+        raise ValueError(f"{op.name}.fold() gives a value of another type")
+    rewriter.replace(op, values)
+    return True
+
+
+def _materialize(attribute: Attribute, op: Op, rewriter: Rewriter) -> Value:
+    """A constant op for a folded attribute."""
+    if not isinstance(attribute, DenseElementsAttr):
+        raise TypeError(f"{op.name}.fold() gives {attribute}; only dense constants can be materialised")
+    return rewriter.insert(Constant(value=attribute), before=op).out
+
+
+def _diverged(op: Op, applied: Counter[str]) -> None:
+    names = ", ".join(f"'{name}' ({count} times)" for name, count in applied.most_common(3))
+    raise TyirError(
+        Diagnostic(
+            f"rewriting does not come to an end; applied most: {names}",
+            excerpt=op_excerpt(op),
+            help="two of these patterns undo each other",
+        )
+    )
+
+
+def erase_all(ops: Iterable[Op]) -> None:
+    """Erase ops whose results only they themselves use.  Linear: use lists are filtered once each, however long."""
+    dead = dict.fromkeys(ops)
+    nested = [inner for op in dead if op.regions for inner in op.walk() if inner is not op]
+    gone = {*dead, *nested}
+    used: dict[Value, None] = {}
+    for op in gone:
+        used.update(dict.fromkeys(op._operands))
+        op._operands = ()
+    for value in used:
+        value.uses = [user for user in value.uses if user not in gone]
+    for op in dead:
+        op.detach()
+
+
+def blocks_below(op: Op) -> list[Block]:
+    """Every block in an op, outer ones first."""
+    return [block for inner in op.walk() if inner.regions for region in inner.regions for block in region.blocks]
