@@ -331,12 +331,13 @@ def merge_transposes(op: Op) -> Value | None:
 
 
 def merge_reshapes(op: Op) -> Value | None:
-    """reshape(reshape(x)) --> reshape(x); a reshape to the same static shape --> x"""
+    """reshape(reshape(x)) --> reshape(x); a reshape to x's own shape --> x"""
     assert isinstance(op, ty.Reshape)
-    if op.x.type is op.out.type and _dims(op.x).count(None) <= 1:
-        return op.x
     inner = _made_by(op.x, ty.Reshape)
-    return None if inner is None else _insert(op, ty.Reshape(inner.x, shape=op.shape), inner).out
+    x = inner.x if inner is not None else op.x
+    if x.type is op.out.type and _dims(x).count(None) <= 1:
+        return x
+    return None if inner is None else _insert(op, ty.Reshape(x, shape=op.shape), inner).out
 
 
 Phase = tuple[tuple[type[Op], Rule], ...]

@@ -84,11 +84,16 @@ def _check(functions: list[func.Func]) -> None:
                 left.setdefault(op.name, []).append(op)
     if left:
         total = sum(map(len, left.values()))
-        lines = [f"{name}: {len(ops)} times, first {_place(ops[0].loc)}" for name, ops in sorted(left.items())]
-        message = f"raise-aten left {len(left)} kinds of operations ({total} ops) that no rule knows:\n  " + "\n  ".join(lines)
+        lines = [f"{name}: {_times(len(ops))}, first {_place(ops[0].loc)}" for name, ops in sorted(left.items())]
+        kinds = f"{len(left)} kinds of operations" if len(left) > 1 else "1 kind of operation"
+        message = f"raise-aten left {kinds} ({total} op{'s' if total > 1 else ''}) that no rule knows:\n  " + "\n  ".join(lines)
         raise TyirError(
             Diagnostic(message, help="the model computes something that is not among the rules of passes/_raise_rules.py; add a rule there")
         )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _place(location: Location) -> str:
