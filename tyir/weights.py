@@ -7,8 +7,8 @@ before anything is computed from it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -23,7 +23,7 @@ from tyir.dialects.ty import Global
 from tyir.storage import packed_shape, unpack
 from tyir.types import i64, storage_dtype
 
-__all__ = ["CheckpointReader", "FileStamp", "WeightSource", "check_files", "checkpoint_of"]
+__all__ = ["CheckpointReader", "FileStamp", "WeightSource", "check_files", "checkpoint_of", "read_safetensors"]
 
 Array = npt.NDArray[Any]
 
