@@ -1,0 +1,381 @@
+"""One die's `program`-stage module to its edge10 command program.
+
+    func.func @main_s1(%ids, %pos, %k0, %v0, ...)                  edge10.buffer @ids, @model.layers.0..., @k0, ... (DRAM addresses)
+      ... embedding, calls of @layer_s1, norm, lm_head ...   -->   func.func @layer_s1(%weights, %k, %v : addresses, tokens) -> tokens
+    func.func @layer_s1(%x, %w..., %k, %v, ...)                    func.func @main_s1()
+
+Layers are lowered once: their weights lie in DRAM in the same order with the same distances, so one base address per call says where they are.
+The tokens of a function say when each slot of the weight stream is free and when everything else is done; the next layer's weights begin to load
+while this layer is still at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
+from tyir.backends.edge10.allocate import ALIGNMENT, DramLayout, SramPlan, align, sram_plan
+from tyir.backends.edge10.context import Lowering, Place
+from tyir.backends.edge10.dependences import Tracker
+from tyir.backends.edge10.emitter import Emitter
+from tyir.backends.edge10.lower_attention import lower_attention
+from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_rows
+from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
+from tyir.backends.edge10.lower_linear import lower_linear
+from tyir.backends.edge10.lower_rowwise import lower_rowwise
+from tyir.backends.edge10.places import Boundary, assign_places, boundary_of, root
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects import dist, edge10, kv, ty
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Call, Func, Return
+from tyir.ir import Op, Value
+from tyir.targets.machine import Machine
+from tyir.types import TensorType, i64, ui8
+
+__all__ = ["lower_die"]
+
+_LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
+    ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Silu: lower_rowwise,
+    ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
+    kv.Append: lower_append, kv.CachedAttention: lower_attention, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather,
+}  # fmt: skip
+
+
+def lower_die(die_module: Module, seqlen: int, machine: Machine) -> Module:
+    """The command program of one die for `seqlen` tokens a step: a module at stage `edge10` with its buffers, `@layer_s{n}`s and `@main_s{n}`.
+
+    `die_module` is at stage `program` (passes/README.md).  `TyirError` lists every op that has no lowering, or says what does not fit.
+    """
+    main = die_module.lookup(f"main_s{seqlen}")
+    if not isinstance(main, Func):
+        known = [f.sym_name.removeprefix("main_s") for f in die_module.body if isinstance(f, Func) and f.sym_name.startswith("main_s")]
+        raise TyirError(f"the module has no @main_s{seqlen}", help=f"sequence lengths here: {', '.join(known)}")
+    return _DieLowering(die_module, main, seqlen, machine).lower()
+
+
+@dataclass
+class _Layer:
+    """A layer function: what each of its arguments is, and where the activations lie."""
+
+    function: Func
+    calls: list[Call]
+    packed: list[int] = field(default_factory=list)  # weights, found by the layer's base address
+    offsets: dict[int, int] = field(default_factory=dict)
+    shared: dict[int, str] = field(default_factory=dict)  # weights that are the same for every call
+    addressed: list[int] = field(default_factory=list)  # caches, and weights without a pattern: an address argument each
+    activations: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    aliased: dict[int, int] = field(default_factory=dict)  # result -> argument, for caches
+    boundary: Boundary | None = None
+
+
+class _DieLowering:
+    def __init__(self, source: Module, main: Func, seqlen: int, machine: Machine) -> None:
+        self.source, self.main, self.machine = source, main, machine
+        self.plan: SramPlan = sram_plan(machine)
+        die = source.attributes.get("tyir.die")
+        self.die = die.value if isinstance(die, IntegerAttr) else 0
+        self.module = Module.empty(source.sym_name)
+        self.module.attributes = DictAttr(
+            {
+                "tyir.stage": StringAttr("edge10"),
+                "tyir.die": IntegerAttr(self.die, i64),
+                "tyir.seqlen": IntegerAttr(seqlen, i64),
+                "tyir.machine": StringAttr(machine.name),
+            }
+        )
+        self.dram = DramLayout(int(machine.dram.capacity_bytes))
+        self.suffix = main.sym_name.removeprefix("main")
+        self.caches = _cache_arguments(main)
+        self.layers = self._find_layers()
+
+    def lower(self) -> Module:
+        self._check_ops()
+        self._lay_out_weights()
+        self._lay_out_arguments()
+        for layer in self.layers.values():
+            symbol = f"boundary.{layer.function.sym_name}"
+            layer.boundary = boundary_of(layer.function, layer.activations, layer.aliased, self.plan.arena, symbol)
+            if layer.boundary.dram_bytes:
+                self._buffer(symbol, "activation", TensorType((layer.boundary.dram_bytes,), ui8))
+        for layer in self.layers.values():
+            self._lower_layer(layer)
+        self._lower_main()
+        self.dram.check()
+        return self.module
+
+    # -- what there is --------------------------------------------------------------------------------------------
+    def _functions(self) -> list[Func]:
+        return [*(layer.function for layer in self.layers.values()), self.main]
+
+    def _check_ops(self) -> None:
+        known = (*_LOWERINGS, ty.GetGlobal, ty.Reshape, Call, Return)
+        unknown: dict[str, Op] = {}
+        for function in self._functions():
+            for op in function.body:
+                if not isinstance(op, known):
+                    unknown.setdefault(op.name, op)
+        if unknown:
+            raise TyirError(
+                Diagnostic(f"'{name}' has no edge10 command", where=str(op.loc), help="the passes before lower-edge10 should have removed it; see passes/README.md for the stages")
+                for name, op in unknown.items()
+            )
+
+    def _find_layers(self) -> dict[str, _Layer]:
+        layers: dict[str, _Layer] = {}
+        for op in self.main.body:
+            if isinstance(op, Call):
+                callee = self.source.lookup(op.callee.leaf)
+                if not isinstance(callee, Func):
+                    raise TyirError(f"@{self.main.sym_name} calls @{op.callee.leaf}, which the module does not define")
+                layers.setdefault(op.callee.leaf, _Layer(callee, [])).calls.append(op)
+        uses = _weight_uses(self.main)
+        for layer in layers.values():
+            self._classify(layer, uses)
+        return layers
+
+    def _classify(self, layer: _Layer, uses: Mapping[str, int]) -> None:
+        for index in range(len(layer.function.args)):
+            values = [call.operands[index] for call in layer.calls]
+            symbols = [v.op.symbol.leaf for v in values if isinstance(v.op, ty.GetGlobal)]
+            if len(symbols) == len(values):
+                if len(set(symbols)) == 1 and len(symbols) > 1:
+                    layer.shared[index] = symbols[0]
+                elif all(uses[s] == 1 for s in symbols):
+                    layer.packed.append(index)
+                else:
+                    layer.addressed.append(index)
+            elif all(root(_through_calls(v, layer.calls)) in self.caches for v in values):
+                layer.addressed.append(index)
+            elif _is_position(values[0].type):
+                layer.positions.append(index)
+            else:
+                layer.activations.append(index)
+        for index in range(len(layer.function.function_type.results)):
+            alias = layer.function.res_attr(index).get("tyir.alias")
+            returned = root(layer.function.body.terminator.operands[index])
+            if isinstance(alias, IntegerAttr):
+                layer.aliased[index] = alias.value
+            elif returned in layer.function.args and layer.function.args.index(returned) in layer.addressed:
+                layer.aliased[index] = layer.function.args.index(returned)
+
+    # -- DRAM -----------------------------------------------------------------------------------------------------
+    def _buffer(self, name: str, kind: str, type: TensorType, alignment: int = 4096, **attributes: int) -> None:
+        address = self.dram.take(kind, type.nbytes, alignment)
+        notes = DictAttr({f"tyir.{k}": IntegerAttr(v, i64) for k, v in attributes.items()})
+        self.module.body.append(edge10.Buffer(sym_name=name, address=address, nbytes=type.nbytes, kind=kind, type=type, attributes=notes))
+
+    def _lay_out_weights(self) -> None:
+        """Parameters in the order of the module, except that a layer's lie together, each argument's at the same distance from the first."""
+        types = {p.sym_name: p.type for p in self.source.body if isinstance(p, ty.Param)}
+        for name, value in _weight_types(self.main).items():
+            types.setdefault(name, value)
+        in_layers: dict[str, tuple[_Layer, Call]] = {}
+        for layer in self.layers.values():
+            for call in layer.calls:
+                for index in layer.packed:
+                    in_layers[_symbol(call.operands[index])] = (layer, call)
+            layer.offsets = _relative_offsets(layer)
+        used = _weight_types(self.main)
+        done: set[Call] = set()
+        for name in types:
+            if name not in used:
+                continue
+            if name not in in_layers:
+                self._buffer(name, "weight", types[name])
+                continue
+            layer, call = in_layers[name]
+            if call not in done:
+                done.add(call)
+                for number, index in enumerate(layer.packed):
+                    symbol = _symbol(call.operands[index])
+                    self._buffer(symbol, "weight", types[symbol], 4096 if number == 0 else ALIGNMENT)
+
+    def _lay_out_arguments(self) -> None:
+        self.argument_names: dict[Value, str] = {}
+        for index, value in enumerate(self.main.args):
+            if _is_position(value.type):
+                continue
+            given = self.main.arg_attr(index).get("tyir.name")
+            name = given.value if isinstance(given, StringAttr) else value.name or f"arg{index}"
+            self.argument_names[value] = name
+            self._buffer(name, "kv" if value in self.caches else "input", ty.tensor_type(value), argument=index)
+
+    # -- functions ------------------------------------------------------------------------------------------------
+    def _lower_layer(self, layer: _Layer) -> None:
+        assert layer.boundary is not None
+        source = layer.function
+        addresses = [f"weights{source.sym_name.removeprefix('layer')}", *(source.args[i].name or f"a{i}" for i in layer.addressed)]
+        slots = self.plan.slots
+        function = Func.make(
+            source.sym_name,
+            [*[edge10.ADDRESS] * len(addresses), *[edge10.TOKEN] * (len(slots) + 1)],
+            [*addresses, *[f"slot{i}" for i in range(len(slots))], "ready"],
+        )
+        function.sym_visibility = "private"
+        arguments = function.args
+        tokens = arguments[len(addresses) :]
+        low = self._lowering(function, Tracker(slots, tokens[:-1], tokens[-1]))
+        fixed: dict[Value, Place] = {source.args[i]: p for i, p in layer.boundary.arguments.items()}
+        fixed.update({root(source.body.terminator.operands[i]): p for i, p in layer.boundary.results.items()})
+        fixed.update({source.args[i]: Place("dram", layer.offsets[i], arguments[0], constant=True) for i in layer.packed})
+        fixed.update({source.args[i]: Place("dram", 0, symbol, constant=True) for i, symbol in layer.shared.items()})
+        for number, index in enumerate(layer.addressed):
+            is_weight = isinstance(layer.calls[0].operands[index].op, ty.GetGlobal)
+            fixed[source.args[index]] = Place("dram", 0, arguments[1 + number], constant=is_weight)
+        self._lower_body(source, low, fixed, layer.boundary.sram_bytes)
+        slot_tokens, rest = low.emitter.tracker.finish()
+        function.body.append(Return(values=[low.emitter.join(t) for t in (*slot_tokens, rest)]))
+        function.refresh_type()
+        self.module.body.append(function)
+
+    def _lower_main(self) -> None:
+        function = Func.make(self.main.sym_name, [])
+        start = function.body.append(edge10.Join(tokens=())).result
+        slots = self.plan.slots
+        low = self._lowering(function, Tracker(slots, [start] * len(slots), start))
+        fixed: dict[Value, Place] = {v: Place("dram", 0, name, constant=v not in self.caches) for v, name in self.argument_names.items()}
+        for op in self.main.body:
+            if isinstance(op, ty.GetGlobal):
+                fixed[op.result] = Place("dram", 0, op.symbol.leaf, constant=True)
+        self._fix_results(fixed)
+        boundary_bytes = max((layer.boundary.sram_bytes for layer in self.layers.values() if layer.boundary), default=0)
+        self._lower_body(self.main, low, fixed, boundary_bytes)
+        function.body.append(Return(values=[]))
+        function.refresh_type()
+        self.module.body.append(function)
+
+    def _fix_results(self, fixed: dict[Value, Place]) -> None:
+        """Main's results are output buffers; what layers take and give lies at their boundary."""
+        for op in self.main.body:
+            if not isinstance(op, Call):
+                continue
+            layer = self.layers[op.callee.leaf]
+            assert layer.boundary is not None
+            for index, argument in layer.aliased.items():
+                fixed[op.results[index]] = fixed[root(op.operands[argument])]
+            for index, place in layer.boundary.results.items():
+                fixed[op.results[index]] = place
+        for index, value in enumerate(self.main.body.terminator.operands):
+            place = fixed.get(root(value))
+            if place is None:
+                name = f"output{index}" if index else "logits"
+                self._buffer(name, "output", ty.tensor_type(value), result=index)
+                fixed[root(value)] = Place("dram", 0, name)
+        for op in self.main.body:
+            if isinstance(op, Call):
+                self._coalesce(op, fixed)
+
+    def _coalesce(self, call: Call, fixed: dict[Value, Place]) -> None:
+        """A value made only to be a layer's argument is made at the layer's boundary, if nobody wants it after the layer has overwritten it."""
+        layer = self.layers[call.callee.leaf]
+        assert layer.boundary is not None
+        order = {op: n for n, op in enumerate(self.main.body)}
+        for index, place in layer.boundary.arguments.items():
+            value = root(call.operands[index])
+            if value in fixed or value.op is None:
+                continue
+            users = [u for alias in _aliases(value, self.main) for u in alias.uses if not isinstance(u, ty.Reshape)]
+            overwritten = index in layer.boundary.overwritten
+            if all(_takes_at(u, value, layer, index) for u in users) and (not overwritten or all(order[u] <= order[call] for u in users)):
+                fixed[value] = place
+
+    def _lowering(self, function: Func, tracker: Tracker) -> Lowering:
+        return Lowering(Emitter(function.body, tracker), self.machine, self.plan, self.die)
+
+    def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place], arena_start: int) -> None:
+        spill = f"spill.{source.sym_name}"
+        places, spilled = assign_places(source, fixed, arena_start, self.plan.arena, spill)
+        if spilled:
+            self._buffer(spill, "activation", TensorType((spilled,), ui8))
+        for op in source.body:
+            for value in op.results:
+                low.places[value] = places[root(value)]
+        for value in source.args:
+            if value in places:
+                low.places[value] = places[value]
+        for op in source.body:
+            low.emitter.begin(op)
+            if isinstance(op, Call):
+                self._call(op, low)
+            elif not isinstance(op, (ty.GetGlobal, ty.Reshape, Return)):
+                _LOWERINGS[type(op)](op, low)
+
+    def _call(self, op: Call, low: Lowering) -> None:
+        layer = self.layers[op.callee.leaf]
+        assert layer.boundary is not None
+        for index, target in layer.boundary.arguments.items():
+            low.move(low.place(op.operands[index]), target, align(ty.tensor_type(op.operands[index]).nbytes, 1))
+        emitter = low.emitter
+        base = _symbol(op.operands[layer.packed[0]]) if layer.packed else next(iter(self.argument_names.values()))
+        addresses = [emitter.address_of(base)]
+        for index in layer.addressed:
+            addresses.append(low.address(low.place(op.operands[index])))
+        slot_tokens, rest = emitter.tracker.finish()
+        tokens = [emitter.join(t) for t in (*slot_tokens, rest)]
+        call = Call(
+            args=(*addresses, *tokens), callee=SymbolRefAttr(layer.function.sym_name), result_types=[edge10.TOKEN] * len(tokens), loc=op.loc, attributes=op.attributes
+        )
+        emitter.block.append(call)
+        emitter.tracker.reset(call.results[:-1], call.results[-1])
+
+
+def _relative_offsets(layer: _Layer) -> dict[int, int]:
+    """Byte distance of each packed weight from the first."""
+    offsets, end = {}, 0
+    for index in layer.packed:
+        offsets[index] = align(end)
+        end = offsets[index] + ty.tensor_type(layer.function.args[index]).nbytes
+    return offsets
+
+
+def _symbol(value: Value) -> str:
+    assert isinstance(value.op, ty.GetGlobal)
+    return value.op.symbol.leaf
+
+
+def _weight_uses(main: Func) -> dict[str, int]:
+    """How many operands of main refer to each parameter."""
+    uses: dict[str, int] = {}
+    for op in main.body:
+        if isinstance(op, ty.GetGlobal):
+            uses[op.symbol.leaf] = uses.get(op.symbol.leaf, 0) + len(op.result.uses)
+    return uses
+
+
+def _weight_types(main: Func) -> dict[str, TensorType]:
+    return {op.symbol.leaf: ty.tensor_type(op.result) for op in main.body if isinstance(op, ty.GetGlobal)}
+
+
+def _is_position(type: object) -> bool:
+    """`pos` [b] i32: the only rank-1 integer input."""
+    return isinstance(type, TensorType) and type.rank == 1 and str(type.element) == "i32"
+
+
+def _cache_arguments(main: Func) -> set[Value]:
+    """Main's arguments that a result aliases."""
+    caches: set[Value] = set()
+    for index in range(len(main.body.terminator.operands)):
+        alias = main.res_attr(index).get("tyir.alias")
+        if isinstance(alias, IntegerAttr):
+            caches.add(main.args[alias.value])
+    return caches
+
+
+def _through_calls(value: Value, calls: Sequence[Call]) -> Value:
+    """The argument a value is, when layers hand it on (no layer does today, each cache is used by one layer)."""
+    return value
+
+
+def _aliases(value: Value, function: Func) -> list[Value]:
+    """A value and all reshapes of it."""
+    return [value, *(r for op in function.body if isinstance(op, ty.Reshape) for r in op.results if root(r) is value)]
+
+
+def _takes_at(user: Op, value: Value, layer: _Layer, index: int) -> bool:
+    """Whether a user is a call of this layer that takes the value as this argument, or an op that leaves it alone."""
+    if not isinstance(user, Call):
+        return True
+    return user in layer.calls and all(i == index for i, v in enumerate(user.operands) if root(v) is value)

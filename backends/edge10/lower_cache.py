@@ -1,0 +1,78 @@
+"""The cache: appending rows, rows of the rotary tables, embedding rows.  Everything whose address depends on the position or on token ids."""
+
+from __future__ import annotations
+
+import math
+
+from tyir.backends.edge10.allocate import align
+from tyir.backends.edge10.context import Lowering, sram_range
+from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
+from tyir.dialects.kv import Append, Rows
+from tyir.dialects.ty import Embedding, tensor_type
+from tyir.ir import Op
+
+__all__ = ["lower_append", "lower_embedding", "lower_rows", "require_one_sequence"]
+
+
+def require_one_sequence(op: Op) -> None:
+    """The command program is for batch 1: `pos` is one register."""
+    batch = tensor_type(op.results[0]).static_shape[0]
+    if batch != 1:
+        raise TyirError(f"'{op.name}' has batch {batch}; edge10 programs run one sequence", help="compile with batch 1")
+
+
+def lower_append(op: Append, low: Lowering) -> None:
+    """`kv.append`: rows [1, s, G, D] to positions pos.. of the cache [1, G, capacity, D]; what lies beyond the capacity is dropped."""
+    require_one_sequence(op)
+    _, tokens, groups, dim = tensor_type(op.rows).static_shape
+    capacity = tensor_type(op.cache).static_shape[2]
+    cache, source, emitter = low.place(op.cache), low.place(op.rows), low.emitter
+    row, pos = dim * 2, low.emitter.position()
+    for piece in low.pieces(tokens, 0 if source.in_sram else groups * row):
+        sram = source.offset + piece.first * groups * row
+        if not source.in_sram:
+            sram = piece.temp
+            low.load_bytes(source.at(piece.first * groups * row), sram, piece.rows * groups * row)
+        count = emitter.affine([pos], [-1], capacity - piece.first, high=piece.rows)
+        address = emitter.offset(low.address(cache), emitter.affine([pos], [1], piece.first), row)
+        emitter.emit(
+            edge10.Store, address, count, offset=cache.offset, sram=sram, shape=(groups, edge10.DYNAMIC, row), dram_strides=(capacity * row, row), sram_strides=(row, groups * row),
+            reads=[sram_range(sram, piece.rows * groups * row)], writes=cache.access(groups * capacity * row, write=True),
+        )  # fmt: skip
+
+
+def lower_rows(op: Rows, low: Lowering) -> None:
+    """`kv.rows`: rows pos.. of a table."""
+    require_one_sequence(op)
+    _gather(op, low, "position")
+
+
+def lower_embedding(op: Embedding, low: Lowering) -> None:
+    """`ty.embedding`: rows by token id; the ids come to SRAM first."""
+    _gather(op, low, "ids")
+
+
+def _gather(op: Embedding | Rows, low: Lowering, index: str) -> None:
+    table, target = low.place(op.table), low.place(op.out)
+    table_rows, width = tensor_type(op.table).static_shape
+    row = tensor_type(op.table).nbytes // table_rows
+    rows = math.prod(tensor_type(op.out).static_shape[:-1])
+    offset = op.offset if isinstance(op, Embedding) else 0
+    ids_bytes = rows * 4 if index == "ids" else 0
+    for piece in low.pieces(rows, 0 if target.in_sram else row + 2 * align(4)):
+        sram, ids, reads = target.offset + piece.first * row, 0, []
+        if isinstance(op, Embedding):
+            source = low.place(op.ids)
+            ids = source.offset + piece.first * 4 if source.in_sram else piece.temp
+            if not source.in_sram:
+                low.load_bytes(source.at(piece.first * 4), ids, piece.rows * 4)
+            reads = [sram_range(ids, piece.rows * 4)]
+        if not target.in_sram:
+            sram = piece.temp + align(piece.rows * 4) * bool(ids_bytes)
+        low.emitter.emit(
+            edge10.Gather, low.address(table), index=index, ids=ids, first=offset if index == "ids" else piece.first, sram=sram, rows=piece.rows, row_bytes=row,
+            table_rows=table_rows, offset=table.offset, reads=reads, writes=[sram_range(sram, piece.rows * row, write=True)],
+        )  # fmt: skip
+        if not target.in_sram:
+            low.store_bytes(target.at(piece.first * row), sram, piece.rows * row)

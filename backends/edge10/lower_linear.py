@@ -1,0 +1,140 @@
+"""Matrix products: the weight streams from DRAM once, tile by tile, through the slots; 4-bit tiles are dequantised on the way.
+
+For each tile of rows m0 and of output channels n0:
+    load scales, zeros, bias of the channels (ebdma -> side slot)
+    for each k0:   load the weight tile (ewdma -> packed slot, or wide slot if f16);  dequant (packed -> wide);  matmul += (wide, x -> accumulators)
+    drain (accumulators + bias -> SRAM), and store if the result lives in DRAM
+The accumulators' halves, the slots and the temporaries alternate, so every unit works on a tile of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tyir.backends.edge10.allocate import align
+from tyir.backends.edge10.context import Lowering, Place, acc_range, element_bytes, sram_range
+from tyir.backends.edge10.tiling import MatmulShape, Tiles, choose_tiles, spans
+from tyir.dialects import edge10
+from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
+
+__all__ = ["lower_linear"]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Where a tile's scales, zeros and bias lie in SRAM."""
+
+    scales: int
+    zeros: int
+    bias: int | None
+    end: int
+    start: int
+
+
+def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
+    """`ty.linear` and `ty.quantized_linear`."""
+    _Product(op, low).lower()
+
+
+class _Product:
+    def __init__(self, op: Linear | QuantizedLinear, low: Lowering) -> None:
+        self.op, self.low = op, low
+        self.x, self.out = low.place(op.x), low.place(op.out)
+        *outer, k = tensor_type(op.x).static_shape
+        n = tensor_type(op.out).static_shape[-1]
+        group = op.group_size if isinstance(op, QuantizedLinear) else 0
+        self.shape = MatmulShape(math.prod(outer), n, k, group, self.x.in_sram, self.out.in_sram)
+        self.tiles: Tiles = choose_tiles(self.shape, low.machine, low.plan)
+        self.out_bytes = element_bytes(op.out)
+        self.weight = low.place(op.q if isinstance(op, QuantizedLinear) else op.weight)
+        self._loaded: dict[int, tuple[int, int]] = {}
+        self._x_count = self._out_count = 0
+
+    def lower(self) -> None:
+        for m0, m in spans(self.shape.m, self.tiles.m):
+            for n0, n in spans(self.shape.n, self.tiles.n):
+                self._tile(m0, m, n0, n)
+
+    def _tile(self, m0: int, m: int, n0: int, n: int) -> None:
+        low = self.low
+        side = self._load_side(n0, n)
+        acc, acc_stride = next(low.accumulators), align(n, low.machine.cube.columns) * 4
+        for k0, k in spans(self.shape.k, self.tiles.k):
+            weight = self._load_weight(n0, n, k0, k, side)
+            x, x_stride = self._x_tile(m0, m, k0, k)
+            low.emitter.emit(
+                edge10.Matmul, lhs=x, lhs_strides=(x_stride, 0), rhs=weight, rhs_stride=k * 2, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, k=k, accumulate=k0 > 0,
+                reads=[sram_range(x, (m - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(acc, m * acc_stride)] if k0 else [])],
+                writes=[acc_range(acc, m * acc_stride, write=True)],
+            )  # fmt: skip
+        self._drain(acc, acc_stride, m0, m, n0, n, side.bias)
+
+    def _load_side(self, n0: int, n: int) -> _Side:
+        """Whole rows of scales and zeros (short rows would waste bursts), and the bias."""
+        start = next(self.low.side) if self.shape.group_size or self.op.bias is not None else 0
+        zeros = start + align(n * self.shape.scale_row_bytes)
+        bias = zeros + align(n * self.shape.zero_row_bytes)
+        if isinstance(self.op, QuantizedLinear):
+            for value, row_bytes, target in ((self.op.scales, self.shape.scale_row_bytes, start), (self.op.zeros, self.shape.zero_row_bytes, zeros)):
+                self.low.load_bytes(self.low.place(value).at(n0 * row_bytes), target, n * row_bytes, queue="ebdma")
+        if self.op.bias is not None:
+            self.low.load_bytes(self.low.place(self.op.bias).at(n0 * 2), bias, n * 2, queue="ebdma")
+        return _Side(start, zeros, bias if self.op.bias is not None else None, bias + n * 2, start)
+
+    def _load_weight(self, n0: int, n: int, k0: int, k: int, side: _Side) -> int:
+        """Bring tile [n, k] of the weight to SRAM as f16; returns its offset."""
+        low, group = self.low, self.shape.group_size
+        row = self.shape.weight_row_bytes
+        if not group:
+            wide = next(low.wide)
+            self._load_tile(wide, n0 * row + k0 * 2, n, k * 2, row)
+            return wide
+        packed, wide = next(low.packed), next(low.wide_pairs)
+        self._load_tile(packed, n0 * row + k0 // 2, n, (k + 1) // 2, row)
+        low.emitter.emit(
+            edge10.Dequant, q=packed, q_stride=(k + 1) // 2, scales=side.scales, scale_stride=self.shape.scale_row_bytes, zeros=side.zeros,
+            zero_stride=self.shape.zero_row_bytes, first_group=k0 // group, group_size=group, out=wide, n=n, k=k,
+            reads=[sram_range(packed, n * ((k + 1) // 2)), sram_range(side.scales, n * self.shape.scale_row_bytes), sram_range(side.zeros, n * self.shape.zero_row_bytes)],
+            writes=[sram_range(wide, n * k * 2, write=True)],
+        )  # fmt: skip
+        return wide
+
+    def _load_tile(self, sram: int, offset: int, rows: int, row_bytes: int, dram_row: int) -> None:
+        self.low.load(self.weight.at(offset), sram, (1, rows, row_bytes), dram_strides=(0, dram_row), queue="ewdma")
+
+    def _x_tile(self, m0: int, m: int, k0: int, k: int) -> tuple[int, int]:
+        """Offset and row stride of x[m0:, k0:] in SRAM, loaded piece by piece when x lives in DRAM."""
+        row = self.shape.k * 2
+        if self.x.in_sram:
+            return self.x.offset + m0 * row + k0 * 2, row
+        for offset, key in self._loaded.items():
+            if key == (m0, k0):
+                return offset, k * 2
+        offset = self.low.plan.temp + self._x_count % 2 * self._quarter
+        self._x_count += 1
+        self._loaded[offset] = (m0, k0)
+        self.low.load(self.x.at(m0 * row + k0 * 2), offset, (1, m, k * 2), dram_strides=(0, row))
+        return offset, k * 2
+
+    @property
+    def _quarter(self) -> int:
+        return self.low.plan.temp_bytes // 4 // 64 * 64
+
+    def _drain(self, acc: int, acc_stride: int, m0: int, m: int, n0: int, n: int, bias: int | None) -> None:
+        low, row = self.low, self.shape.n * self.out_bytes
+        if self.out.in_sram:
+            target, stride = self.out.offset + m0 * row + n0 * self.out_bytes, row
+        else:
+            target, stride = low.plan.temp + (2 + self._out_count % 2) * self._quarter, n * self.out_bytes
+            self._out_count += 1
+        low.emitter.emit(
+            edge10.Drain, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, sram=target, sram_strides=(stride, 0), element=tensor_type(self.op.out).element, bias=bias,
+            reads=[acc_range(acc, m * acc_stride), *([sram_range(bias, n * 2)] if bias is not None else [])],
+            writes=[sram_range(target, (m - 1) * stride + n * self.out_bytes, write=True)],
+        )  # fmt: skip
+        if not self.out.in_sram:
+            place: Place = self.out.at(m0 * row + n0 * self.out_bytes)
+            low.store(place, target, (1, m, n * self.out_bytes), dram_strides=(0, row))
+
+

@@ -1,0 +1,132 @@
+"""Deciding where the tensors of one function live: SRAM by lifetime if they fit, a spill buffer in DRAM otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from tyir.backends.edge10.allocate import ALIGNMENT, Interval, align, place_intervals
+from tyir.backends.edge10.context import Place
+from tyir.dialects.dist import AllGather, AllReduce
+from tyir.dialects.func import Call, Func
+from tyir.dialects.kv import Append
+from tyir.dialects.ty import GetGlobal, Linear, QuantizedLinear, Reshape, tensor_type
+from tyir.ir import Op, Value
+from tyir.types import TensorType
+
+__all__ = ["Boundary", "Lifetimes", "assign_places", "boundary_of", "root"]
+
+
+def root(value: Value) -> Value:
+    """The value whose storage this one shares: through reshapes and appends in place."""
+    while isinstance(op := value.op, (Reshape, Append)):
+        value = op.operands[0]
+    return value
+
+
+class Lifetimes:
+    """First and last op at which each storage is in use, and the ops that are calls."""
+
+    def __init__(self, function: Func) -> None:
+        self.first: dict[Value, int] = {root(a): -1 for a in function.args}
+        self.last: dict[Value, int] = {root(a): -1 for a in function.args}
+        self.calls: list[int] = []
+        self.heat: dict[Value, float] = {}
+        for index, op in enumerate(function.body):
+            if isinstance(op, Call):
+                self.calls.append(index)
+            for value in op.operands:
+                self.last[root(value)] = index
+                self.heat[root(value)] = self.heat.get(root(value), 0.0) + _heat(op, value)
+            for value in op.results:
+                self.first.setdefault(root(value), index)
+                self.last.setdefault(root(value), index)
+
+    def spans_call(self, value: Value) -> bool:
+        """Whether a function that uses SRAM as it likes runs while the value lives."""
+        return any(self.first[value] < call < self.last[value] for call in self.calls)
+
+
+def _heat(op: Op, value: Value) -> float:
+    """How often a byte of an operand is read: a linear reads its input once for each tile of its output channels."""
+    if isinstance(op, (Linear, QuantizedLinear)):
+        return max(1.0, tensor_type(op.results[0]).static_shape[-1] / 256)
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the activations that a layer function takes and gives lie, the same for every call: places by argument and by result index."""
+
+    arguments: Mapping[int, Place]
+    results: Mapping[int, Place]
+    overwritten: frozenset[int]
+    sram_bytes: int
+    dram_bytes: int
+    symbol: str
+
+
+def boundary_of(function: Func, activations: Iterable[int], aliased: Iterable[int], arena: int, symbol: str) -> Boundary:
+    """Places for a layer's activations: `activations` are argument indices, `aliased` the indices of results that are caches.
+
+    A result takes over the place of an argument of its type that is no longer read when it is written: the residual stream stays where it is.
+    At most half of the arena is given to the boundary; what exceeds it lies in DRAM.
+    """
+    lifetimes = Lifetimes(function)
+    returned = function.body.terminator.operands
+    arguments: dict[int, Place] = {}
+    sram = dram = 0
+
+    def take(type: TensorType) -> Place:
+        nonlocal sram, dram
+        size = align(type.nbytes)
+        if sram + size <= arena // 2:
+            sram += size
+            return Place("sram", sram - size)
+        dram += size
+        return Place("dram", dram - size, symbol)
+
+    for index in activations:
+        arguments[index] = take(tensor_type(function.args[index]))
+    results: dict[int, Place] = {}
+    overwritten: set[int] = set()
+    for index, value in enumerate(returned):
+        if index in aliased:
+            continue
+        defined = lifetimes.first[root(value)]
+        heirs = [a for a in arguments if a not in overwritten and function.args[a].type is value.type and lifetimes.last[function.args[a]] <= defined]
+        if heirs and _may_overwrite(value, function.args[heirs[0]]):
+            overwritten.add(heirs[0])
+            results[index] = arguments[heirs[0]]
+        else:
+            results[index] = take(tensor_type(value))
+    return Boundary(arguments, results, frozenset(overwritten), sram, dram, symbol)
+
+
+def _may_overwrite(result: Value, argument: Value) -> bool:
+    """An op that works row by row may write where it reads; others only where nothing is read any more."""
+    op = root(result).op
+    if op is None:
+        return False
+    reads_argument = any(root(v) is argument for v in op.operands)
+    return not reads_argument or op.name in ("ty.add", "ty.mul", "ty.silu_mul", "ty.silu")
+
+
+def assign_places(function: Func, fixed: Mapping[Value, Place], low: int, high: int, spill: str) -> tuple[dict[Value, Place], int]:
+    """A place for every value the function computes; `fixed` ones are given (by root).
+
+    Returns the places and the bytes of the spill buffer.  Values that live across a call are spilled: a layer uses the whole arena.
+    """
+    lifetimes = Lifetimes(function)
+    own = [v for v in lifetimes.first if v not in fixed and isinstance(v.type, TensorType) and v.op is not None and not isinstance(v.op, GetGlobal)]
+    intervals: dict[Value, Interval] = {}
+    for number, value in enumerate(own):
+        size = tensor_type(value).nbytes
+        heat = 1.0 + lifetimes.heat.get(value, 0.0) + isinstance(value.op, (AllReduce, AllGather))
+        intervals[value] = Interval(f"%{value.name or number}", align(size), lifetimes.first[value], lifetimes.last[value], heat)
+    place_intervals([i for v, i in intervals.items() if not lifetimes.spans_call(v)], low, high)
+    spilled = [i for i in intervals.values() if i.offset is None]
+    places = {v: Place("sram", i.offset) for v, i in intervals.items() if i.offset is not None}
+    place_intervals(spilled, 0, 1 << 62)
+    places.update({v: Place("dram", i.offset or 0, spill) for v, i in intervals.items() if i in spilled})
+    return {**places, **fixed}, align(max((i.nbytes + (i.offset or 0) for i in spilled), default=0), ALIGNMENT)

@@ -1,0 +1,147 @@
+"""Choosing tiles: the sizes [m, n, k] in which a matrix product is computed, and the blocks of attention.
+
+Tiles must fit their slots in SRAM and half of the accumulators (the other half is being drained).  Among those that fit, the one that moves the
+fewest bytes wins, where each transfer also costs its latency's worth of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tyir.backends.edge10.allocate import SramPlan, align
+from tyir.diagnostics import TyirError
+from tyir.targets.machine import Machine
+
+__all__ = ["AttentionBlocks", "MatmulShape", "Tiles", "attention_blocks", "choose_tiles", "spans"]
+
+
+def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of consecutive pieces of at most `step`."""
+    for start in range(0, size, step):
+        yield start, min(step, size - start)
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    """out[m, n] = x[m, k] w[n, k]; `group_size` 0 for an f16 weight; `x_in_sram` and `out_in_sram` say where the activations live."""
+
+    m: int
+    n: int
+    k: int
+    group_size: int
+    x_in_sram: bool
+    out_in_sram: bool
+
+    @property
+    def weight_row_bytes(self) -> int:
+        return (self.k + 1) // 2 if self.group_size else self.k * 2
+
+    @property
+    def scale_row_bytes(self) -> int:
+        return self.k // self.group_size * 2 if self.group_size else 0
+
+    @property
+    def zero_row_bytes(self) -> int:
+        return (self.k // self.group_size + 1) // 2 if self.group_size else 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    m: int
+    n: int
+    k: int
+
+
+def choose_tiles(shape: MatmulShape, machine: Machine, plan: SramPlan) -> Tiles:
+    """The cheapest tiles that fit; `TyirError` when none does."""
+    best = min(((_cost(shape, t, machine), t) for t in _candidates(shape, machine) if _fits(shape, t, machine, plan)), default=None, key=lambda c: c[0])
+    if best is None:
+        raise TyirError(
+            f"no tile of a [{shape.m}, {shape.k}] x [{shape.k}, {shape.n}] product fits {plan.capacity} bytes of SRAM and {machine.accumulator_bytes} of accumulators",
+            help="use a smaller group_size or sequence length, or a machine with more SRAM",
+        )
+    return best[1]
+
+
+def _candidates(shape: MatmulShape, machine: Machine) -> Iterator[Tiles]:
+    cube = machine.cube
+    unit = shape.group_size or 64
+    ms = sorted({align(-(-shape.m // parts), cube.rows) for parts in (1, 2, 3, 4, 6, 8, 12, 16, 32)})
+    ks = sorted({min(align(-(-shape.k // parts), unit), shape.k) for parts in range(1, min(65, shape.k // unit + 2))})
+    wave = cube.columns * cube.count
+    ns = sorted({min(wave * i, align(shape.n, cube.columns)) for i in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)} | {cube.columns, 2 * cube.columns})
+    for m in ms:
+        for n in ns:
+            for k in ks:
+                yield Tiles(min(m, shape.m), min(n, shape.n), k)
+
+
+def _fits(shape: MatmulShape, tiles: Tiles, machine: Machine, plan: SramPlan) -> bool:
+    wide = tiles.n * tiles.k * 2
+    side = align(tiles.n * shape.scale_row_bytes) + align(tiles.n * shape.zero_row_bytes) + align(tiles.n * 2)
+    piece = plan.temp_bytes // 4
+    return (
+        tiles.k <= machine.cube.max_k
+        and align(tiles.m, machine.cube.rows) * align(tiles.n, machine.cube.columns) * 4 <= machine.accumulator_bytes // 2
+        and wide <= plan.wide_bytes * (2 if shape.group_size else 1)
+        and (not shape.group_size or tiles.n * ((tiles.k + 1) // 2) <= plan.packed_bytes)
+        and side <= plan.side_bytes
+        and (shape.x_in_sram or tiles.m * tiles.k * 2 <= piece)
+        and (shape.out_in_sram or tiles.m * tiles.n * 4 <= piece)
+    )
+
+
+def _cost(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
+    """Bytes moved, plus what latency, issue and short runs cost in bytes."""
+    pieces_m, pieces_n, pieces_k = -(-shape.m // tiles.m), -(-shape.n // tiles.n), -(-shape.k // tiles.k)
+    weights = shape.n * (shape.weight_row_bytes + shape.scale_row_bytes + shape.zero_row_bytes)
+    runs = shape.n * pieces_k if pieces_k > 1 else pieces_n
+    per_tile = (machine.dma.issue_ns + machine.sync.command_ns) * machine.dram_bytes_per_ns
+    x_bytes = 0 if shape.x_in_sram else shape.m * shape.k * 2 * pieces_n
+    return pieces_m * (weights + runs * machine.dram.run_overhead_bytes) + x_bytes + pieces_m * pieces_n * pieces_k * per_tile
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """`queries` tokens at a time over blocks of `keys` cached rows; either all heads together or one cache head with its queries after the other."""
+
+    queries: int
+    keys: int
+    all_heads: bool
+
+    def layout(self, heads: int, groups: int, dim: int) -> dict[str, int]:
+        """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from turn to turn."""
+        rows = self.queries * heads
+        return {
+            "k": align(groups * self.keys * dim * 2), "v": align(groups * self.keys * dim * 2), "scores": align(rows * self.keys * 4),
+            "probabilities": align(rows * self.keys * 2), "product": align(rows * dim * 4), "sum": align(rows * dim * 4), "maximum": align(rows * 4),
+            "total": align(rows * 4), "alpha": align(rows * 4), "q": align(rows * dim * 2), "out": align(rows * dim * 2),
+        }  # fmt: skip
+
+
+# One turn of the attention loop is a chain of about ten commands on four units; what does not overlap of it costs about this much.
+_TURN_NS = 1000.0
+
+
+def attention_blocks(tokens: int, heads: int, groups: int, dim: int, largest_group: int, machine: Machine, plan: SramPlan) -> AttentionBlocks:
+    """The cheapest blocks that fit: every piece of the tokens reads the cache again, every turn of the loop has its chain of commands."""
+    best: tuple[float, AttentionBlocks] | None = None
+    for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
+        for keys in (256, 128, 64, 32, 16):
+            for all_heads in (True, False):
+                blocks = AttentionBlocks(queries, keys, all_heads)
+                h, g = (heads, groups) if all_heads else (largest_group, 1)
+                acc = align(queries * largest_group, machine.cube.rows) * align(max(keys, dim), machine.cube.columns) * 4
+                if sum(blocks.layout(h, g, dim).values()) > plan.temp_bytes or acc > machine.accumulator_bytes // 2:
+                    continue
+                pieces = -(-tokens // queries)
+                cost = pieces * (groups * dim * 4 / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys)
+                if best is None or cost < best[0]:
+                    best = (cost, blocks)
+    if best is not None:
+        return best[1]
+    raise TyirError(
+        f"one token's attention over {heads} heads of {dim} does not fit {plan.temp_bytes} bytes of SRAM for temporaries",
+        help="use more dies, so that each holds fewer heads",
+    )
