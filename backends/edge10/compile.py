@@ -28,8 +28,8 @@ from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
 from tyir.stopwatch import Stopwatch
-from tyir.targets.machine import Machine
-from tyir.weights import CheckpointReader, checkpoint_of
+from tyir.targets.machine import load_machine
+from tyir.weights import CheckpointReader, check_files, checkpoint_of
 
 __all__ = ["CompileContext", "compile_module"]
 
@@ -170,9 +170,8 @@ def _write_weights(
             add(index, own[seqlen], f"{_program_folder(options, seqlen)}/llm_die{index}.params")
     if shared := [p for p in module.body if isinstance(p, Param)]:  # embedding-as-input: the table is the host's
         files.append(ParamsFile(folder / "embedding.params", shared))
-    reader = CheckpointReader(checkpoint_of(module))
-    reader.check_files(module)
-    write_params(files, reader, progress=context.progress)
+    check_files(module)
+    write_params(files, CheckpointReader(checkpoint_of(module)), progress=context.progress)
     return places
 
 
@@ -184,8 +183,8 @@ def _write_programs(
 ) -> list[DieProgram]:
     from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
 
-    target = HostTarget.detect() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
-    machine = Machine.load("edge10")
+    target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
+    machine = load_machine("edge10")
     programs = []
     for seqlen in options.seqlens:
         place = _program_folder(options, seqlen)
@@ -282,7 +281,7 @@ def _write_manifest(folder: Path, module: Module, options: BuildOptions, program
 
     from tyir.backends.edge10.tvm_host import HostTarget
 
-    target = HostTarget.detect() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
+    target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
     build = {
         "tyir": importlib.metadata.version("tyir"),
         "tvm": importlib.metadata.version("apache-tvm"),
