@@ -22,11 +22,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["ToolMain", "add_debug_option", "run_tool", "warn"]
+__all__ = ["ToolMain", "ToolParser", "add_debug_option", "run_tool", "warn", "write_output"]
 
 
 class ToolMain(Protocol):
@@ -103,3 +103,29 @@ def _silence_stdout() -> None:
         pass
     finally:
         os.close(sink)
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `TyirError`s: exit code 1, in the style of all other messages; flags are never abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise TyirError(f"{self.prog}: {message}", help=f"{self.prog} --help lists the options")
+
+
+def write_output(text: str, path: str) -> None:
+    """Write text to a file, which appears complete or not at all, or to standard output for `-`.  `TyirError` when it cannot be written."""
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise TyirError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,312 @@
+"""`tyir-opt`: read IR, run passes, print IR; the flags are mlir-opt's.
+
+    tyir-opt --pass-pipeline='builtin.module(canonicalize,cse)' model.ir -o out.ir
+    tyir-opt --canonicalize --cse < model.ir
+
+IR goes to standard output, everything else to standard error; exit code 0 or 1.  Unlike mlir-opt's, locations are printed by default: they hold the
+model's module paths, which later passes read.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyir.diagnostics import Diagnostic, Label, SourceText, TyirError, did_you_mean
+from tyir.tools.cli import run_tool, write_output
+from tyir.tools.opt_options import make_parser, with_mlir_spellings
+
+if TYPE_CHECKING:
+    import argparse
+
+    from tyir.dialects.builtin import Module
+    from tyir.instruments import Timing
+    from tyir.ir import Op
+    from tyir.pass_registry import PassRegistry
+    from tyir.pipeline import Instrument, Pipeline
+
+__all__ = ["main"]
+
+_SPLIT = "// -----"
+
+
+@run_tool
+def main(argv: Sequence[str]) -> int:
+    """Run the tool; 0 on success."""
+    parser = make_parser()
+    args, flags = parser.parse_known_args(with_mlir_spellings(list(argv)))
+    from tyir.pass_registry import PassRegistry
+
+    registry = PassRegistry()
+    _load(args, registry)
+    if args.list_passes or args.show_dialects:
+        print(_pass_list(registry) if args.list_passes else _dialect_list())
+        return 0
+    job = _Job(args, registry, _pipeline_text(args, flags, parser, registry))
+    name, text = _read(args.input)
+    parts = _parts(text) if args.split_input_file else [text]
+    results = [job.run(name, part) for part in parts]
+    printed = [r for r in results if r is not None]
+    if len(printed) == len(parts) or args.verify_diagnostics:
+        write_output(f"{_SPLIT}\n".join(printed), args.output)
+    job.report()
+    return 1 if job.failed else 0
+
+
+def _load(args: argparse.Namespace, registry: PassRegistry) -> None:
+    from tyir.pass_registry import load_module_file
+
+    for path in args.load_dialect:
+        from tyir.registry import load_dialect_module
+
+        load_dialect_module(load_module_file(path))
+    for path in args.load_pass:
+        registry.load_file(path)
+
+
+def _read(path: str) -> tuple[str, str]:
+    from tyir.parser import decode_source, read_source
+
+    if path == "-":
+        return "<stdin>", decode_source(sys.stdin.buffer.read(), "<stdin>") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+    return path, read_source(path)
+
+
+def _parts(text: str) -> list[str]:
+    """The parts between `// -----` lines, each padded with empty lines so that line numbers stay the file's."""
+    parts: list[list[str]] = [[]]
+    for number, line in enumerate(text.splitlines()):
+        if line.startswith(_SPLIT):
+            parts.append([""] * (number + 1))
+        else:
+            parts[-1].append(line)
+    return ["\n".join(lines) + "\n" for lines in parts]
+
+
+def _pipeline_text(args: argparse.Namespace, flags: list[str], parser: argparse.ArgumentParser, registry: PassRegistry) -> str | None:
+    """The pipeline of `--pass-pipeline` or of the pass flags, None when there are neither."""
+    items: list[str] = []
+    for flag in flags:
+        name, _, options = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or (registry.find(name) is None and name not in registry.pipelines()):
+            known = [*(o for action in parser._actions for o in action.option_strings), *("--" + n for n in registry.names())]
+            raise TyirError(
+                f"unknown argument '{flag}'", help=did_you_mean(flag.partition("=")[0], known) or "tyir-opt --list-passes lists the passes"
+            )
+        items.append(f"{name}{{{options}}}" if options else name)
+    if items and args.pass_pipeline is not None:
+        raise TyirError(f"--pass-pipeline and the flag '{flags[0]}' exclude each other", help="write all passes into --pass-pipeline")
+    return ",".join(items) if items else args.pass_pipeline
+
+
+@dataclass
+class _Job:
+    """One invocation: what to do with each part of the input."""
+
+    args: argparse.Namespace
+    registry: PassRegistry
+    pipeline_text: str | None
+    failed: bool = False
+    timing: Timing | None = None
+
+    def __post_init__(self) -> None:
+        self.statistics: dict[str, int] = {}
+
+    def run(self, name: str, text: str) -> str | None:
+        """The printed result of one part; None after an error, which has been reported."""
+        if not self.args.verify_diagnostics:
+            try:
+                return self._process(name, text)
+            except TyirError as error:
+                if not self.args.split_input_file:
+                    raise
+                print(error.render(), file=sys.stderr)
+                self.failed = True
+                return None
+        from tyir.tools.opt_diagnostics import check_expected
+
+        result, found = None, []
+        try:
+            result = self._process(name, text)
+        except TyirError as error:
+            found = list(error.diagnostics)
+        problems = check_expected(text, found, name)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        self.failed = self.failed or bool(problems)
+        return result
+
+    def _process(self, name: str, text: str) -> str:
+        from tyir.parser import parse_module
+        from tyir.printer import print_op
+        from tyir.verify import verify
+
+        source = SourceText(name, text)
+        positions: dict[Op, int] = {}
+        module = parse_module(text, name, positions)
+        if not self.args.allow_unregistered_dialect:
+            _check_registered(module, source, positions)
+        verify(module, lambda op: _label(op, source, positions))
+        if self.args.verify_diagnostics:
+            _locate(source, positions)
+        if self.args.verify_roundtrip:
+            _check_round_trip(module)
+        pipeline_text, verify_each = self._pipeline_of(text)
+        if pipeline_text is not None:
+            self._run_pipeline(module, pipeline_text, verify_each, text)
+        if self.args.verify_diagnostics:
+            return print_op(module, locations=False)
+        return print_op(module, locations=self.args.print_debuginfo)
+
+    def _pipeline_of(self, text: str) -> tuple[str | None, bool]:
+        if not self.args.run_reproducer:
+            return self.pipeline_text, self.args.verify_each
+        from tyir.instruments import read_reproducer
+
+        found = read_reproducer(text)
+        if found is None:
+            raise TyirError(
+                "the input holds no reproducer", help="a reproducer has mlir_reproducer: { pipeline: ... } in its metadata section"
+            )
+        return found[0], found[1] and self.args.verify_each
+
+    def _run_pipeline(self, module: Module, text: str, verify_each: bool, source: str) -> None:
+        from tyir.pipeline import PassContext, build_pipeline
+
+        pipeline = build_pipeline(text, self.registry)
+        if self.args.dump_pass_pipeline:
+            print(f"Pass Manager with {len(pipeline.items)} passes:\n{pipeline.text()}", file=sys.stderr)
+        context = PassContext(
+            statistics=self.statistics,
+            verify_each=verify_each,
+            instruments=self._instruments(pipeline, verify_each),
+            registry=self.registry,
+        )
+        try:
+            pipeline.run(module, context)
+        except TyirError:
+            raise
+        except Exception as error:
+            if self.args.crash_reproducer is None:
+                error.add_note(_leave_reproducer(source, pipeline))
+            raise
+
+    def _instruments(self, pipeline: Pipeline, verify_each: bool) -> list[Instrument]:
+        from tyir.instruments import PrintIr, Reproducer, Timing
+
+        args = self.args
+        instruments: list[Instrument] = []
+        before = _names(args.print_ir_before, args.print_ir_before_all)
+        after = _names(args.print_ir_after, args.print_ir_after_all)
+        if before or after or args.print_ir_after_change or args.print_ir_after_failure:
+            folder = Path(args.print_ir_tree_dir) if args.print_ir_tree_dir else None
+            scope = args.print_ir_module_scope
+            instruments.append(
+                PrintIr(before, after, args.print_ir_after_change, args.print_ir_after_failure, scope, args.print_debuginfo, folder)
+            )
+        if args.crash_reproducer is not None:
+            instruments.append(Reproducer(Path(args.crash_reproducer), pipeline, verify_each))
+        if args.timing:
+            self.timing = self.timing or Timing()
+            instruments.append(self.timing)
+        return instruments
+
+    def report(self) -> None:
+        """Timing and statistics of all parts together."""
+        if self.timing is not None:
+            print(self.timing.report(), file=sys.stderr)
+        if self.args.pass_statistics:
+            for key, value in sorted(self.statistics.items()):
+                print(f"{value:>10} {key}", file=sys.stderr)
+
+
+def _names(lists: list[str], all_passes: bool) -> frozenset[str]:
+    return frozenset(("*",) if all_passes else (name for names in lists for name in names.split(",") if name))
+
+
+def _label(op: Op, source: SourceText, positions: dict[Op, int]) -> Label | None:
+    """Where an op stands in the text: from its results to its name."""
+    start = positions.get(op)
+    if start is None:
+        return None
+    end = source.text.find('"', source.text.find('"', start) + 1) + 1
+    return Label(source, start, max(end, start + 1))
+
+
+def _locate(source: SourceText, positions: dict[Op, int]) -> None:
+    """Give every op its place in the file as location, as mlir-opt does, so that errors of passes have a line."""
+    from tyir.location import FileLoc
+
+    for op, offset in positions.items():
+        line, col = source.line_col(offset)
+        op.loc = FileLoc(source.name, line, col)
+
+
+def _check_registered(module: Module, source: SourceText, positions: dict[Op, int]) -> None:
+    """All ops that no dialect declares, in one error."""
+    from tyir.registry import dialect_names, dialect_ops
+
+    problems: list[Diagnostic] = []
+    seen: set[str] = set()
+    for op in module.walk():
+        if op.registered or op.name in seen:
+            continue
+        seen.add(op.name)
+        known = dialect_ops(op.dialect) if op.dialect in dialect_names() else {}
+        everywhere = [n for d in dialect_names() for n in dialect_ops(d)] if not known else list(known)
+        hint = did_you_mean(op.name, everywhere)
+        help = f"{hint} {'(' if hint else ''}--allow-unregistered-dialect accepts any op{')' if hint else ''}".strip()
+        what = f"dialect '{op.dialect}' has no op '{op.name}'" if known else f"no dialect declares '{op.name}'"
+        problems.append(Diagnostic(what, label=_label(op, source, positions), help=help))
+    if problems:
+        raise TyirError(problems[:20])
+
+
+def _check_round_trip(module: Module) -> None:
+    from tyir.parser import parse_module
+    from tyir.printer import print_op
+
+    first = print_op(module)
+    second = print_op(parse_module(first, "<printed>"))
+    if first != second:
+        lines = zip(first.splitlines(), second.splitlines())
+        different = next((f"printed:  {a}\nreprinted: {b}" for a, b in lines if a != b), "one text is longer than the other")
+        raise TyirError(Diagnostic("printing and parsing does not give the same IR back", excerpt=different))
+
+
+def _leave_reproducer(text: str, pipeline: Pipeline) -> str:
+    """After an internal error: the input and the pipeline in a temporary file; a sentence that says where."""
+    from tyir.instruments import reproducer_text
+
+    with tempfile.NamedTemporaryFile("w", prefix="tyir-reproducer-", suffix=".ir", delete=False, encoding="utf-8") as file:
+        file.write(reproducer_text(text, pipeline.text()))
+    return f"reproducer: tyir-opt --run-reproducer {file.name}"
+
+
+def _pass_list(registry: PassRegistry) -> str:
+    from tyir.pass_options import describe_options
+
+    lines = ["passes:"]
+    for name in registry.names():
+        cls = registry.find(name)
+        if cls is None:
+            continue
+        lines.append(f"  --{name:<24} {(cls.__doc__ or '').strip().partition(chr(10))[0]}")
+        lines += [f"      {option}=<{kind}>, default {default}" for option, kind, default in describe_options(cls)]
+    lines.append("pipelines:")
+    lines += [f"  --{name:<24} {text}" for name, text in sorted(registry.pipelines().items())]
+    return "\n".join(lines)
+
+
+def _dialect_list() -> str:
+    from tyir.registry import dialect_names, dialect_ops
+
+    return "\n".join(f"{name:<12} {len(dialect_ops(name))} ops" for name in dialect_names())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
