@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.edge10.kernels.product import Tile, tiled_product
-from tyir.backends.edge10.kernels.tir import Buffer, Cpu, bind, flat, lanes_for, load, loop, store
+from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, bind, flat, lanes_for, load, prefetch, span
 from tyir.dialects import ty
 
 __all__ = ["linear"]
@@ -19,17 +19,18 @@ def linear(op: ty.Linear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     *lead, k = (int(d) for d in x.shape)
     m, n = math.prod(lead), int(weight.shape[0])
     lanes = lanes_for(cpu.lanes, k)
-    x = flat(x, m, k)
-    wide = T.alloc_buffer((m, k), "float32")
-    with loop(m, cpu, m * k) as row, T.serial(0, k // lanes) as i:
-        store(wide, [row, i * lanes], load(x, [row, i * lanes], lanes), lanes)
 
     def accumulate(tile: Tile) -> None:
-        with T.serial(0, k // lanes) as i:
-            at = bind(i * lanes)
-            for r in range(tile.rows):
-                w = bind(load(weight, [tile.n0 + r, at], lanes))
-                for c in range(tile.columns):
-                    tile.add(r, c, w * load(wide, [tile.m0 + c, at], lanes))
+        chains = lanes_for(tile.chains, k // lanes)
+        with T.serial(0, k // (lanes * chains)) as i:
+            for chain in range(chains):
+                step = bind(i * chains + chain)
+                for r in range(tile.rows):
+                    if tile.rows > 1:
+                        prefetch(weight, [tile.n0 + r + tile.rows, step * lanes])
+                    tile.multiply(chain, step, r, bind(load(weight, [tile.n0 + r, step * lanes], lanes)))
 
-    tiled_product(m, n, k, lanes, bias[0] if bias else None, flat(out, m, n), cpu, accumulate)
+    def order(step: Expr) -> Expr:
+        return span(step * lanes, lanes)
+
+    tiled_product(flat(x, m, k), n, lanes, order, bias[0] if bias else None, flat(out, m, n), cpu, accumulate, one_stream=True)

@@ -6,7 +6,9 @@
           for k: each weight vector is read (and dequantised) once and multiplied with every x[m]
           add up the lanes, add the bias, round, store
 
-The block's weights stay in the second-level cache while the tiles of m pass over them; x is converted to f32 once per call, ahead of the loops.
+The block's weights stay in the second-level cache while the tiles of m pass over them.  Ahead of the loops x is converted to f32 and packed into
+panels, one per tile of m, in the order in which a tile reads it: [k / lanes][tile's m][lanes] (as in BLIS; rows of x read side by side would
+fall into the same cache sets).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, fill, horizontal_sum, load, loop, registers, span, store
+from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, fill, horizontal_sum, load, loop, registers, span, store, vector
 
 __all__ = ["Accumulate", "Tile", "tiled_product"]
 
@@ -25,42 +27,102 @@ _BLOCK_TILES = 8  # tiles of n per block when x has more than one tile
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: rows n0.. of the weight by rows m0.. of x; `sums` holds its partial sums, [rows][columns] vectors of `lanes`."""
+    """A register tile: rows n0.. of the weight by rows m0.. of x.
+
+    `sums` holds its partial sums, [chains][rows][columns] vectors of `lanes`.  Additions of one chain wait for each other, those of different
+    chains do not: small tiles need several to keep the adders busy.
+    """
 
     n0: Expr
     m0: Expr
     rows: int
     columns: int
+    chains: int
     lanes: int
     sums: Buffer
+    panels: Buffer
+    k: int
 
-    def add(self, row: int, column: int, product: Expr) -> None:
-        """sums[row, column] += product."""
-        at = span((row * self.columns + column) * self.lanes, self.lanes)
-        T.buffer_store(self.sums, self.sums[at] + product, [at])
+    def multiply(self, chain: int, step: Expr, row: int, weight: Expr) -> None:
+        """Adds the products of one weight vector with vector `step` of every x row of the tile; `chain` is taken modulo their number."""
+        for c in range(self.columns):
+            x = self.panels[span(self.m0 * self.k + (step * self.columns + c) * self.lanes, self.lanes)]
+            self._add_at(((chain % self.chains) * self.rows + row) * self.columns + c, weight * x)
+
+    def join_chains(self) -> None:
+        """Adds up the chains, into the first."""
+        size = self.rows * self.columns
+        for i in range(size, self.chains * size):
+            self._add_at(i % size, self.sums[span(i * self.lanes, self.lanes)])
+
+    def _add_at(self, position: int, value: Expr) -> None:
+        at = span(position * self.lanes, self.lanes)
+        T.buffer_store(self.sums, self.sums[at] + value, [at])
 
 
 Accumulate = Callable[[Tile], None]
+Order = Callable[[Expr], Expr]
 
 
-def tile_shape(m: int, cpu: Cpu) -> tuple[int, int]:
-    """Rows of the weight and of x per tile."""
-    most = cpu.accumulators
-    if m <= 2:
-        return (8 if most >= 16 else 4), m
-    rows = 4 if most >= 16 else 2
-    tiles = -(-m // (most // rows))
-    return rows, -(-m // tiles)
+def _packed(x: Buffer, columns: int, lanes: int, order: Order, cpu: Cpu) -> Buffer:
+    """x [m, k] as f32 panels; vector `step` of a row holds its elements `order(step)`."""
+    m, k = (int(d) for d in x.shape)
+    panels = T.alloc_buffer((m * k,), "float32")
+
+    def panel(m0: Expr, width: int) -> None:
+        with T.serial(0, k // lanes) as step:
+            for c in range(width):
+                at = span(m0 * k + (step * width + c) * lanes, lanes)
+                T.buffer_store(panels, T.cast(x[m0 + c, order(step)], vector("float32", lanes)), [at])
+
+    with loop(m // columns, cpu, m * k * 4) as tile:
+        panel(tile * columns, columns)
+    if m % columns:
+        panel(m - m % columns, m % columns)
+    return panels
 
 
-def tiled_product(m: int, n: int, k: int, lanes: int, bias: Buffer | None, out: Buffer, cpu: Cpu, accumulate: Accumulate) -> None:
-    """Emits the loops; `accumulate` emits the k loop of one tile.  `out` is [m, n], `bias` [n] or None."""
-    rows, columns = tile_shape(m, cpu)
+_ROWS = 4
+
+
+def tile_shape(m: int, one_stream: bool, cpu: Cpu) -> tuple[int, int, int]:
+    """Rows of the weight, rows of x, and chains of a tile.
+
+    With one token an unpacked weight is read at memory speed; that goes best with a single row at a time (`one_stream`), one linear stream that
+    the processor's prefetcher follows.  Otherwise rows share the reading of x, and each tile prefetches the next tile's weights: measured at
+    8 tokens, 2.3 ms against 3.7 ms without it, for 1536 -> 8960 in f16 on one Zen 4 core.
+    """
+    if m == 1 and one_stream:
+        return 1, 1, 4
+    most = cpu.accumulators // _ROWS
+    return _ROWS, -(-m // -(-m // most)), 1
+
+
+def tiled_product(
+    x: Buffer,
+    n: int,
+    lanes: int,
+    order: Order,
+    bias: Buffer | None,
+    out: Buffer,
+    cpu: Cpu,
+    accumulate: Accumulate,
+    one_stream: bool = False,
+) -> None:
+    """Emits the loops; `accumulate` emits the k loop of one tile.  `x` is [m, k], `out` [m, n], `bias` [n] or None.
+
+    `order(step)` gives the indices along k of vector `step`, which is what `Tile.multiply` multiplies with.
+    """
+    m, k = (int(d) for d in x.shape)
+    rows, columns, chains = tile_shape(m, one_stream, cpu)
+    panels = _packed(x, columns, lanes, order, cpu)
 
     def tile(n0: Expr, m0: Expr, tile_rows: int, tile_columns: int) -> None:
-        sums = registers(tile_rows * tile_columns, lanes)
-        fill(sums, 0, tile_rows * tile_columns, 0, lanes)
-        accumulate(Tile(n0, m0, tile_rows, tile_columns, lanes, sums))
+        sums = registers(chains * tile_rows * tile_columns, lanes)
+        fill(sums, 0, chains * tile_rows * tile_columns, 0, lanes)
+        whole = Tile(n0, m0, tile_rows, tile_columns, chains, lanes, sums, panels, k)
+        accumulate(whole)
+        whole.join_chains()
         for r in range(tile_rows):
             for c in range(tile_columns):
                 total = horizontal_sum(sums, (r * tile_columns + c) * lanes, lanes)

@@ -1,8 +1,8 @@
 """ty.quantized_linear: 4-bit weights [N, K/2] bytes (low nibble first), one scale and zero point per group of columns.
 
 Nibbles are never shuffled into order.  A block of the row is read as `lanes` little-endian words of p nibbles; nibble j of lane l is column
-l p + j, so shifting the whole vector right by 4 j gives the weights of columns j, p + j, 2 p + j, ...  The activations are put into that
-order once per call, [block][j][lane], and the sum over k does not care.
+l p + j, so shifting the whole vector right by 4 j gives the weights of columns j, p + j, 2 p + j, ...  The activations are
+packed in that order, and the sum over k does not care.
 
 A weight is one of 16 values per group: f16((i - zero) * scale).  With a 16-entry register lookup (AVX-512 `vpermps`, which reads only the low
 four bits of an index) the table is computed once per row and group; otherwise each weight is computed from its nibble.
@@ -17,7 +17,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.edge10.kernels.product import Tile, tiled_product
-from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, bind, flat, hold, load, loop, span, splat, store, vector
+from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, bind, flat, hold, load, prefetch, span, splat, vector
 from tyir.diagnostics import TyirError
 from tyir.dialects import ty
 
@@ -50,19 +50,6 @@ def _dequantized(nibble: Expr, zero: Expr, scale: Expr, lanes: int) -> Expr:
     return T.cast(T.cast(exact, vector("float16", lanes)), vector("float32", lanes))
 
 
-def _reordered(x: Buffer, lanes: int, nibbles: int, cpu: Cpu) -> Buffer:
-    """x [m, k] as f32 [m, blocks, nibbles, lanes]: entry j, l of a block is its column l * nibbles + j."""
-    m, k = (int(d) for d in x.shape)
-    blocks = k // (lanes * nibbles)
-    wide = T.alloc_buffer((m, blocks, nibbles, lanes), "float32")
-    with loop(m, cpu, m * k * 4) as row, T.serial(0, blocks) as b:
-        for j in range(nibbles):
-            start = b * (lanes * nibbles) + j
-            index = start if lanes == 1 else T.ramp(start, nibbles, lanes)
-            store(wide, [row, b, j, 0], x[row, index], lanes)
-    return wide
-
-
 class _Weights:
     """The weight operand of one kernel: emits the dequantised vectors of a tile."""
 
@@ -93,7 +80,6 @@ def quantized_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu
     m, n, group = math.prod(lead), int(q.shape[0]), op.group_size
     lanes, nibbles = block_shape(group, cpu)
     per_group = group // (lanes * nibbles)
-    wide = _reordered(flat(x, m, k), lanes, nibbles, cpu)
     weights = _Weights(q, scales, zeros, lanes, nibbles, cpu)
 
     def accumulate(tile: Tile) -> None:
@@ -102,10 +88,14 @@ def quantized_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu
             with T.serial(0, per_group) as p:
                 block = bind(g * per_group + p)
                 words = [bind(_words(q, tile.n0 + r, block * (lanes * nibbles), lanes, nibbles)) for r in range(tile.rows)]
+                for r in range(tile.rows):
+                    prefetch(q, [tile.n0 + r + tile.rows, block * (lanes * nibbles) // 2])
                 for j in range(nibbles):
                     for r in range(tile.rows):
-                        w = hold(weights.values(known[r], words[r], j), lanes)
-                        for c in range(tile.columns):
-                            tile.add(r, c, w * load(wide, [tile.m0 + c, block, j, 0], lanes))
+                        tile.multiply(j, block * nibbles + j, r, hold(weights.values(known[r], words[r], j), lanes))
 
-    tiled_product(m, n, k, lanes, bias[0] if bias else None, flat(out, m, n), cpu, accumulate)
+    def order(step: Expr) -> Expr:
+        start = step // nibbles * (lanes * nibbles) + step % nibbles
+        return start if lanes == 1 else T.ramp(start, nibbles, lanes)
+
+    tiled_product(flat(x, m, k), n, lanes, order, bias[0] if bias else None, flat(out, m, n), cpu, accumulate)

@@ -17,7 +17,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 __all__ = [
-    "Buffer", "Cpu", "Expr", "bind", "exp", "f32", "fill", "flat", "hold", "horizontal_sum", "lanes_for", "load", "loop", "registers", "span", "splat", "store",
+    "Buffer", "Cpu", "Expr", "bind", "exp", "f32", "fill", "flat", "hold", "horizontal_sum", "lanes_for", "load", "loop", "prefetch", "registers", "span", "splat", "store",
     "vector",
 ]  # fmt: skip
 
@@ -36,8 +36,8 @@ class Cpu:
 
     @property
     def accumulators(self) -> int:
-        """Registers that a tile of partial sums may take; the rest hold weights and activations."""
-        return self.registers * 3 // 4
+        """Registers that a tile of partial sums may take; the other half holds weights and activations."""
+        return self.registers // 2
 
 
 def vector(dtype: str, lanes: int) -> str:
@@ -93,6 +93,12 @@ def hold(value: Expr, lanes: int) -> Expr:
     slot = registers(1, lanes)
     T.buffer_store(slot, value, [span(0, lanes)])
     return slot[span(0, lanes)]
+
+
+def prefetch(buffer: Buffer, index: Sequence[Expr]) -> None:
+    """Asks for a cache line ahead of its use, into the second-level cache; an address past the buffer's end is harmless."""
+    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[tuple(index)]), read, second_level, data))
 
 
 def flat(buffer: Buffer, *shape: int) -> Buffer:
