@@ -19,7 +19,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
-    """A copy of a good checkpoint (six files and an index), to be spoiled."""
+    """A copy of a good checkpoint (several files and an index), to be spoiled."""
     return Path(shutil.copytree(llama, tmp_path / "model"))
 
 

@@ -1,0 +1,64 @@
+"""The command-line tool: a complete file or none, one line on stderr, text that parses back to the same module."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tyir.dialects.builtin import Module
+from tyir.parser import parse_file, parse_module
+from tyir.printer import print_op
+from tyir.tools.tyir_import import main, write_atomically
+from tyir.verify import verify
+
+
+@pytest.mark.parametrize(("options", "stage"), [([], "aten"), (["--raise", "--dtype", "f32"], "ty")])
+def test_file_and_summary(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], stage: str) -> None:
+    out = tmp_path / "model.ir"
+    assert main([str(llama), "-o", str(out), *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    wanted = rf"LlamaForCausalLM: 2 layers, 80.2 k parameters in 4 files \(0.2 MiB\), \d+ ops at stage {stage}\n"
+    assert re.fullmatch(wanted, captured.err), captured.err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.ir"]
+    module = parse_file(out)
+    verify(module)
+    assert isinstance(module, Module) and print_op(module) == out.read_text()
+
+
+def test_standard_output(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(llama), "--raise"]) == 0
+    verify(parse_module(capsys.readouterr().out))
+
+
+def test_refusals(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere"), "-o", str(tmp_path / "model.ir")]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert main([str(llama), "-o", str(tmp_path)]) == 1
+    assert "is a folder" in capsys.readouterr().err
+    assert main([str(llama), "-o", str(tmp_path / "no" / "model.ir")]) == 1
+    assert f"folder {tmp_path / 'no'} does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.ir"
+    path.write_text("old")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; from tyir.tools.tyir_import import main; code = main(['--help']); sys.exit(code or 'torch' in sys.modules or 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--raise" in done.stdout
