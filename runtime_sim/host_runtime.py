@@ -25,7 +25,7 @@ from tyir.interpreter import Evaluator, evaluate_op
 from tyir.ir import Op
 from tyir.storage import packed_shape
 from tyir.traits import InPlace
-from tyir.types import storage_dtype
+from tyir.types import TensorType, storage_dtype
 
 __all__ = ["HostLibrary", "use_threads"]
 
@@ -79,12 +79,32 @@ _DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 _DLPACK_CPU = 1
 
 
-def _describe(array: Array) -> _DLTensor:
-    """A DLTensor over an array's memory.  numpy's own DLPack export refuses read-only arrays, which mapped weights are."""
-    shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-    return _DLTensor(
-        array.ctypes.data, _DLPACK_CPU, 0, array.ndim, _DLPACK_CODES[array.dtype.kind], array.dtype.itemsize * 8, 1, shape, None, 0
-    )  # fmt: skip
+class _Kernel:
+    """One compiled function with the descriptors of its parameters, made once; a call only fills in where the arrays lie.
+
+    numpy's own DLPack export would do but for two things: it refuses read-only arrays, which mapped weights are, and it costs more per call.
+    """
+
+    def __init__(self, function: Any, types: Sequence[TensorType], results: int) -> None:
+        self._function = function
+        self._layouts = [(packed_shape(t), storage_dtype(t.element)) for t in types]
+        self._shapes = [(ctypes.c_int64 * len(shape))(*shape) for shape, _ in self._layouts]
+        self._tensors = [
+            _DLTensor(None, _DLPACK_CPU, 0, len(shape), _DLPACK_CODES[dtype.kind], dtype.itemsize * 8, 1, extents, None, 0)
+            for (shape, dtype), extents in zip(self._layouts, self._shapes)
+        ]
+        self._arguments = [ctypes.c_void_p(ctypes.addressof(t)) for t in self._tensors]
+        self._first_result = len(types) - results
+
+    def __call__(self, operands: Sequence[Array]) -> list[Array]:
+        """Runs the kernel on contiguous operands; returns the results."""
+        results = [np.empty(shape, dtype) for shape, dtype in self._layouts[self._first_result :]]
+        for tensor, (shape, dtype), array in zip(self._tensors, self._layouts, (*operands, *results), strict=True):
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"an operand is {array.dtype}{list(array.shape)} where {dtype}{list(shape)} is stored")
+            tensor.data = array.__array_interface__["data"][0]
+        self._function(*self._arguments)
+        return results
 
 
 def _check_complete(path: Path) -> None:
@@ -107,7 +127,7 @@ def _check_complete(path: Path) -> None:
 
 
 class HostLibrary:
-    """The kernels of one die.  Several libraries may be loaded in one process."""
+    """The kernels of one die.  Several libraries may be loaded in one process; one library serves one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         """Loads the library; raises TyirError naming the file when it is missing or cannot be loaded."""
@@ -121,7 +141,7 @@ class HostLibrary:
             raise TyirError(
                 f"{path} cannot be loaded as a compiled library: {error}", help="the file is damaged; compile the model again"
             ) from error
-        self._kernels: dict[str, Any] = {}
+        self._kernels: dict[str, _Kernel] = {}
 
     def evaluator(self) -> Evaluator:
         """The evaluator for `tyir.interpreter.Interpreter`: `Interpreter(module, constants=..., evaluator=library.evaluator())`."""
@@ -140,32 +160,29 @@ class HostLibrary:
             raise TyirError(
                 f"'{op.name}' has no kernel", help="compile the module first: every op of the program stage gets a 'tyir.kernel'"
             )
-        arrays = [self._stored(op, i, a) for i, a in enumerate(operands)]
-        in_place = op.has_trait(InPlace)
-        results = [] if in_place else [np.empty(packed_shape(t), storage_dtype(t.element)) for t in map(ty.tensor_type, op.results)]
-        self._call(name.value, [*arrays, *results])
-        return operands[0] if in_place else results[0] if len(results) == 1 else tuple(results)
+        arrays = [self._contiguous(op, i, a) for i, a in enumerate(operands)]
+        kernel = self._kernels.get(name.value) or self._find(name.value, op)
+        try:
+            results = kernel(arrays)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TyirError(f"kernel '{name.value}' of {self.path} cannot run: {error}") from error
+        return operands[0] if op.has_trait(InPlace) else results[0] if len(results) == 1 else tuple(results)
 
-    def _stored(self, op: Op, index: int, array: Array) -> Array:
-        """The operand as the kernel reads it; the kernel itself checks shape and dtype."""
+    def _contiguous(self, op: Op, index: int, array: Array) -> Array:
         if array.flags.c_contiguous:
             return array
         if index == 0 and op.has_trait(InPlace):
             raise TyirError(f"'{op.name}' writes its first operand in place, which must be contiguous")
         return np.ascontiguousarray(array)
 
-    def _call(self, name: str, arrays: Sequence[Array]) -> None:
-        kernel = self._kernels.get(name)
-        if kernel is None:
-            try:
-                kernel = self._kernels[name] = self._module[name]
-            except AttributeError as error:
-                raise TyirError(
-                    f"{self.path} has no kernel '{name}'", help="the library and the program are of different compilations"
-                ) from error
-        tensors = [_describe(a) for a in arrays]
+    def _find(self, name: str, op: Op) -> _Kernel:
         try:
-            kernel(*[ctypes.c_void_p(ctypes.addressof(t)) for t in tensors])
-        except (TypeError, ValueError, RuntimeError) as error:  # the kernel's own check of shapes and dtypes
-            given = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
-            raise TyirError(f"kernel '{name}' of {self.path} refuses its operands {given}: {error}") from error
+            function = self._module[name]
+        except AttributeError as error:
+            raise TyirError(
+                f"{self.path} has no kernel '{name}'", help="the library and the program are of different compilations"
+            ) from error
+        results = [] if op.has_trait(InPlace) else op.results
+        types = [ty.tensor_type(v) for v in (*op.operands, *results)]
+        self._kernels[name] = _Kernel(function, types, len(results))
+        return self._kernels[name]

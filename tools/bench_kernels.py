@@ -58,8 +58,9 @@ def _candidates(n: int, k: int, group: int, tokens: int, threads: int) -> dict[s
     x_type, w_type = TensorType((1, tokens, k), f16), TensorType((n, k), f16)
     q_types = (TensorType((n, k), ui4), TensorType((n, k // group), f16), TensorType((n, k // group), ui4))
     function = func.Func.make("bench", (x_type, w_type, *q_types))
-    x_value, w_value, *q_values = function.args
-    linear, quantized = ty.Linear(x_value, w_value), ty.QuantizedLinear(x_value, *q_values, group_size=group)
+    x_value, w_value, q_value, scales, zeros = function.args
+    linear = ty.Linear(x_value, w_value, None)
+    quantized = ty.QuantizedLinear(x_value, q_value, scales, zeros, None, group_size=group)
     function.body.append(linear)
     function.body.append(quantized)
     library = _library([linear, quantized], [function], threads)

@@ -71,7 +71,8 @@ class _Weights:
         shifted = words if j == 0 else T.shift_right(words, splat(T.uint32(4 * j), self.lanes))
         if self.lookup:
             return T.call_llvm_pure_intrin("float32x16", _LOOKUP, known, T.reinterpret("int32x16", shifted))
-        return _dequantized(shifted & splat(T.uint32(15), self.lanes), *known, self.lanes)
+        zero, scale = known
+        return _dequantized(shifted & splat(T.uint32(15), self.lanes), zero, scale, self.lanes)
 
 
 def quantized_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
