@@ -1,0 +1,192 @@
+"""How long one command takes on its unit, alone: formulas over the machine's constants, each with its source and an example worked by hand.
+
+Times are nanoseconds, sizes bytes.  GB/s is bytes per nanosecond.  What commands do to each other (queues, shared DRAM) is `engine`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyir.dialects import edge10
+from tyir.ir import Op
+from tyir.targets.machine import Machine
+from tyir.types import Type, bit_width
+
+__all__ = [
+    "Transfer", "all_gather_ns", "all_reduce_ns", "collective_transfer", "compute_ns", "dequant_ns", "drain_ns", "gather_transfer", "matmul_ns", "softmax_ns",
+    "transfer_of", "vector_ns",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What a DMA command asks of DRAM: bytes, in how many runs of consecutive addresses."""
+
+    nbytes: int
+    runs: int
+
+    def cost_bytes(self, machine: Machine) -> float:
+        """Bytes' worth of DRAM time: every run costs `dram.run_overhead_bytes` more (page miss, partial bursts).
+
+        Example: 48 rows of 1792 bytes, one run each, overhead 64: 48 * (1792 + 64) = 89,088; as one consecutive run 86,016 + 64.
+        """
+        return self.nbytes + self.runs * machine.dram.run_overhead_bytes
+
+
+def transfer_of(shape: Sequence[int], dram_strides: Sequence[int]) -> Transfer:
+    """[planes, rows, row bytes] with DRAM strides: rows that follow each other without a gap are one run.
+
+    Example: [2, 100, 64] with strides [65536, 64] is 12,800 bytes in 2 runs; with strides [65536, 128] in 200.
+    """
+    planes, rows, row = shape
+    nbytes = planes * rows * row
+    if nbytes == 0:
+        return Transfer(0, 0)
+    runs, extent = (1, rows * row) if rows == 1 or dram_strides[1] == row else (rows, 0)
+    return Transfer(nbytes, 1 if runs == 1 and (planes == 1 or dram_strides[0] == extent) else runs * planes)
+
+
+def gather_transfer(op: edge10.Gather) -> Transfer:
+    """Rows by id are one run each; rows by position follow each other."""
+    return Transfer(op.rows * op.row_bytes, op.rows if op.index == "ids" else 1)
+
+
+def matmul_ns(m: int, n: int, k: int, machine: Machine) -> float:
+    """f16 product on the cubes: every cube does one rows x columns x depth block a cycle; blocks of [m, n] are dealt to the cubes, each walks k.
+
+    cycles = fill + ceil(ceil(m / rows) * ceil(n / columns) / cubes) * ceil(k / depth).  A cube is as busy with 1 row as with 16 (ISA: ALPHA, BETA, GAMMA).
+    Example (3 cubes of 16 x 16 x 8, fill 32, 500 MHz): m 1, n 48, k 3584: ceil(1 * 3 / 3) * 448 + 32 = 480 cycles = 960 ns.
+    """
+    if 0 in (m, n, k):
+        return 0.0
+    cube = machine.cube
+    blocks = -(-m // cube.rows) * -(-n // cube.columns)
+    return (cube.fill_cycles + -(-blocks // cube.count) * -(-k // cube.depth_fp16)) * machine.cycle_ns
+
+
+def drain_ns(m: int, n: int, machine: Machine) -> float:
+    """Accumulators (f32) to SRAM over the crossbar: 4 bytes an element, `drain_bytes_per_cycle` a cycle.
+
+    Example (128 bytes a cycle, 2 ns): m 1, n 48: ceil(192 / 128) = 2 cycles = 4 ns.
+    """
+    return math.ceil(m * n * 4 / machine.cube.drain_bytes_per_cycle) * machine.cycle_ns
+
+
+def dequant_ns(n: int, k: int, machine: Machine) -> float:
+    """4-bit weights to f16 through their own pipe.
+
+    Example (128 a cycle, startup 32, 2 ns): n 48, k 3584: 32 + 1344 = 1376 cycles = 2752 ns.
+    """
+    return (machine.dequant.startup_cycles + math.ceil(n * k / machine.dequant.weights_per_cycle)) * machine.cycle_ns
+
+
+def vector_ns(function: str, elements: int, machine: Machine) -> float:
+    """cycles = startup + elements / (units * lanes) * cycles per element of the function.
+
+    Example (4 units of 64 lanes, startup 32, rms_norm 4, 2 ns): 3584 elements: 32 + 14 * 4 = 88 cycles = 176 ns.
+    """
+    if elements == 0:
+        return 0.0
+    vector = machine.vector
+    per_element = {
+        "add": vector.add_cycles, "mul": vector.mul_cycles, "cast": vector.cast_cycles, "copy": vector.copy_cycles, "fill": vector.fill_value_cycles,
+        "silu": vector.silu_cycles, "silu_mul": vector.silu_mul_cycles, "rms_norm": vector.rms_norm_cycles, "rope": vector.rope_cycles,
+        "softmax": vector.softmax_cycles, "rescale_add": vector.rescale_add_cycles, "divide_rows": vector.divide_rows_cycles,
+    }[function]  # fmt: skip
+    return (vector.startup_cycles + math.ceil(elements / (vector.units * vector.lanes)) * per_element) * machine.cycle_ns
+
+
+def softmax_ns(rows: int, cols: int, machine: Machine) -> float:
+    """One block of the online softmax; as `vector_ns` with the softmax's cycles.
+
+    Example (softmax 8 cycles): 7 rows of 128 keys: 32 + ceil(896 / 256) * 8 = 64 cycles = 128 ns.
+    """
+    return vector_ns("softmax", rows * cols, machine)
+
+
+def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine) -> float:
+    """Sum over the dies: software, then the faster of one-shot (everybody sends everything to everybody) and reduce-scatter + all-gather.
+
+    Within a package (all-to-all links of bandwidth B per direction and die), N dies, n bytes, one hop h:
+        one-shot    h + (N - 1) n / B + adds of (N - 1) n                two-phase   2 (h + (N - 1) / N n / B) + adds of (N - 1) / N n
+    Over packages, two levels: reduce-scatter inside, all-reduce of n / g bytes between them, all-gather inside.
+    Thakur et al., "Optimization of collective communication operations in MPICH", 2005; two levels as in TyLLM's group of dies.
+    Example (4 dies, 7168 bytes f16, B 32, h 1000, software 2000, 256 lanes, add 1 cycle, 2 ns): one-shot 1000 + 672 + 84 = 1756, two-phase 2000 + 336 + 22 = 2358;
+    with the software 3756 ns.
+    """
+    if dies <= 1:
+        return 0.0
+    group = min(dies, machine.d2d.package_dies)
+    packages = -(-dies // group)
+    width = bit_width(element) // 8
+    hop, rate = machine.d2d.hop_us * 1000, machine.d2d.bandwidth_gbps
+    two_phase = 2 * (hop + (group - 1) / group * nbytes / rate) + _adds(nbytes * (group - 1) // group // width, machine)
+    one_shot = hop + (group - 1) * nbytes / rate + _adds((group - 1) * nbytes // width, machine)
+    software = machine.d2d.collective_us * 1000
+    if packages == 1:
+        return software + min(one_shot, two_phase)
+    share = nbytes / group
+    between = 2 * (machine.c2c.hop_us * 1000 + (packages - 1) / packages * share / machine.c2c.bandwidth_gbps) + _adds(int(share * (packages - 1) / packages / width), machine)
+    return software + two_phase + between
+
+
+def _adds(elements: int, machine: Machine) -> float:
+    """Adding received elements on the vector units, without a startup of its own.  Example: 10,752 f16 additions: 42 cycles = 84 ns."""
+    return math.ceil(elements / (machine.vector.units * machine.vector.lanes)) * machine.vector.add_cycles * machine.cycle_ns
+
+
+def all_gather_ns(rows: int, sizes: Sequence[int], machine: Machine) -> float:
+    """Everybody sends its piece to everybody: one hop and the larger of what one die sends and receives.
+
+    Example (4 pieces of 1000 bytes, B 32, h 1000, software 2000): 2000 + 1000 + 3000 / 32 = 3093.75 ns.
+    """
+    dies = len(sizes)
+    if dies <= 1:
+        return 0.0
+    group = min(dies, machine.d2d.package_dies)
+    packages = -(-dies // group)
+    pieces = [rows * s for s in sizes]
+    total, largest = sum(pieces), max(pieces)
+    busiest = max(max((group - 1) * largest, total // packages - min(pieces)), 0)
+    inside = machine.d2d.hop_us * 1000 + busiest / machine.d2d.bandwidth_gbps
+    if packages == 1:
+        return machine.d2d.collective_us * 1000 + inside
+    between = machine.c2c.hop_us * 1000 + (total - total / packages) / group / machine.c2c.bandwidth_gbps
+    return machine.d2d.collective_us * 1000 + inside + between + (total - total / packages) / machine.d2d.bandwidth_gbps
+
+
+def collective_transfer(op: edge10.AllReduce | edge10.AllGather) -> Transfer:
+    """What a collective reads and writes in its own die's DRAM; nothing when both sides are in SRAM."""
+    nbytes = runs = 0
+    if isinstance(op, edge10.AllReduce):
+        for memory in (op.source_memory, op.destination_memory):
+            if memory == "dram":
+                nbytes, runs = nbytes + op.nbytes, runs + 1
+        return Transfer(nbytes, runs)
+    if op.source_memory == "dram":
+        nbytes, runs = op.rows * op.sizes[op.die], 1
+    if op.destination_memory == "dram":
+        nbytes, runs = nbytes + op.rows * sum(op.sizes), runs + op.rows * len(op.sizes)
+    return Transfer(nbytes, runs)
+
+
+def compute_ns(op: Op, scalars: Sequence[int], machine: Machine) -> float:
+    """Time of a command on `dequant`, `cube`, `drain` or `vector`, without its dispatch."""
+    given = iter(scalars)
+
+    def size(value: int) -> int:
+        return next(given) if value == edge10.DYNAMIC else value
+
+    if isinstance(op, edge10.Matmul):
+        n, k = size(op.n), size(op.k)
+        return matmul_ns(math.prod(op.m), n, k, machine)
+    if isinstance(op, edge10.Drain):
+        return drain_ns(math.prod(op.m), size(op.n), machine)
+    if isinstance(op, edge10.Dequant):
+        return dequant_ns(op.n, op.k, machine)
+    if isinstance(op, edge10.SoftmaxBlock):
+        return softmax_ns(op.rows, size(op.cols), machine)
+    assert isinstance(op, edge10.VectorOp)
+    return vector_ns(op.function, op.rows * op.cols, machine)
