@@ -118,6 +118,10 @@ class _Reader:
             if isinstance(tensor, str):
                 self.problem(f"{name}: {tensor}", "the file is damaged; download it again", self.folder / name)
                 return False
+            if (other := self.tensors.get(key)) is not None:
+                self.problem(
+                    f"tensor '{key}' is in both {other.file} and {name}", "remove the file that does not belong", self.folder / name
+                )
             self.tensors[key] = tensor
             spans.append((tensor.offset, tensor.offset + tensor.nbytes, key))
         end = base

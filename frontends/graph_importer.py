@@ -135,7 +135,6 @@ def _plain(value: Any, node: fx.Node, name: str) -> Any:
 @dataclass
 class _Importer:
     weights: Weights
-    element: Type
     parameters: dict[str, str]
     buffers: dict[str, Callable[[], Any]]
     block: Block
@@ -149,16 +148,18 @@ class _Importer:
         name = self.parameters.get(node.name)
         key = self.weights.canonical(name) if name is not None else node.name
         if key not in self.emitted:
-            self.emitted[key] = self.weight(key) if name is not None else self.constant(node)
+            self.emitted[key] = self.weight(key, node) if name is not None else self.constant(node)
             self.emitted[key].name = re.sub(r"\W", "_", key)
         return self.emitted[key]
 
-    def weight(self, name: str) -> Value:
+    def weight(self, name: str, node: fx.Node) -> Value:
+        """The parameter in the dtype the model keeps it in, which may be wider than the model's own."""
+
         def emit(op: Op) -> Op:
             op.loc = NameLoc(name)
             return self.block.append(op)
 
-        return self.weights.value(name, self.element, emit)
+        return self.weights.value(name, tensor_type_of(node.meta["val"]).element, emit)
 
     def constant(self, node: fx.Node) -> Value:
         array = np.ascontiguousarray(self.buffers[node.name]())
@@ -236,7 +237,7 @@ def _check(nodes: Iterable[fx.Node], bound: set[str]) -> None:
     unsupported.raise_if_any()
 
 
-def import_graph(program: torch.export.ExportedProgram, weights: Weights, element: Type, buffer: Callable[[str], Any]) -> func.Func:
+def import_graph(program: torch.export.ExportedProgram, weights: Weights, buffer: Callable[[str], Any]) -> func.Func:
     """`@main` of an exported program.  `buffer` gives the array of a buffer that is not stored.  `TyirError` lists everything unsupported."""
     inputs: list[str] = []
     parameters: dict[str, str] = {}
@@ -254,7 +255,7 @@ def import_graph(program: torch.export.ExportedProgram, weights: Weights, elemen
     body = [n for n in nodes if n.op != "output"]
     _check(body, {*inputs, *parameters, *buffers})
     main = func.Func.make("main", [tensor_type_of(by_name[n].meta["val"]) for n in inputs], inputs)
-    importer = _Importer(weights, element, parameters, buffers, main.body)
+    importer = _Importer(weights, parameters, buffers, main.body)
     importer.values.update({by_name[n]: arg for n, arg in zip(inputs, main.args)})
     for node in body:
         if node.op != "placeholder":

@@ -17,7 +17,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
 from tyir.frontends.weights import Weights
-from tyir.types import FloatType, f16, f32, f64, i64
+from tyir.types import f64, i64
 from tyir.weights import CheckpointReader
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["import_model"]
 
-ELEMENTS: Final[dict[str, FloatType]] = {"f16": f16, "f32": f32}
+DTYPES: Final = ("f16", "f32")
 # Buffers that old releases of transformers stored although they follow from the config.
 _STRAY_ENDINGS: Final = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias")
 _LATER_FORMATS: Final = "awq (4-bit, GEMM), gptq, compressed-tensors (pack-quantized)"
@@ -46,8 +46,8 @@ def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None) 
     `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights stay in the folder (`ty.global`).
     `note` receives warnings (stray tensors).  `TyirError` holds every problem of the folder, or every operation that cannot be imported.
     """
-    if dtype not in ELEMENTS:
-        raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(ELEMENTS)}")
+    if dtype not in DTYPES:
+        raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(DTYPES)}")
     note = note or _ignore
     problems: list[Diagnostic] = []
     checkpoint = open_checkpoint(folder, problems)
@@ -58,7 +58,7 @@ def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None) 
     if problems:
         raise TyirError(problems)
     assert checkpoint is not None and meta is not None
-    return _build(checkpoint, meta, weights, dtype)
+    return _build(checkpoint, meta, weights)
 
 
 def _ignore(warning: Diagnostic) -> None:
@@ -152,12 +152,12 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, dtype: str) -> Module:
+def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights) -> Module:
     """Export the checked model and convert the graph."""
     from tyir.frontends.graph_importer import import_graph
     from tyir.frontends.torch_export import export_model, real_buffer
 
-    main = import_graph(export_model(meta), weights, ELEMENTS[dtype], lambda name: real_buffer(meta, name))
+    main = import_graph(export_model(meta), weights, lambda name: real_buffer(meta, name))
     module = Module.empty()
     for reference in weights.globals.values():
         module.body.append(reference)
@@ -173,9 +173,11 @@ def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, dtype: str
 
 def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     """The facts of config.json that later stages need, with transformers' defaults filled in."""
-    config = meta.config.to_dict()
-    facts = {key: config[key] for key in _MODEL_KEYS if config.get(key) is not None}
-    facts.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    # getattr, not to_dict: it also finds what a configuration class calls by another name (n_embd for hidden_size).
+    found = {key: getattr(meta.config, key, None) for key in _MODEL_KEYS}
+    facts = {key: value for key, value in found.items() if value is not None}
+    if "hidden_size" in facts and "num_attention_heads" in facts:
+        facts.setdefault("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
     facts["architecture"] = checkpoint.config["architectures"][0]
     return DictAttr({key: _attribute(value) for key, value in facts.items()})
 
