@@ -11,7 +11,9 @@ A registered op is a class declared with `tyir.opdef`; an unregistered one gets 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from tyir.attributes import Attribute, DictAttr, StringAttr
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from tyir.diagnostics import Diagnostic
     from tyir.traits import Trait
 
-__all__ = ["EMPTY_DICT", "Block", "Op", "Region", "Value", "unregistered_op"]
+__all__ = ["EMPTY_DICT", "Block", "Op", "Region", "Value", "collector_paused", "unregistered_op"]
 
 EMPTY_DICT = DictAttr()
 
@@ -212,13 +214,10 @@ class Op:
 
     def drop_references(self) -> None:
         """Forget all operands, here and in nested ops (which are about to disappear together)."""
-        for value in self._operands:
-            value.uses.remove(self)
-        self._operands = ()
-        for region in self.regions:
-            for block in region.blocks:
-                for op in block:
-                    op.drop_references()
+        for op in self.walk():
+            for value in op._operands:
+                value.uses.remove(op)
+            op._operands = ()
 
     # -- facts ----------------------------------------------------------------------------------------------------
     @property
@@ -280,7 +279,8 @@ class Op:
 
     def clone(self, mapping: dict[Value, Value] | None = None) -> Self:
         """A detached deep copy.  `mapping` translates operands (values it lacks are used as they are) and is extended with what is copied."""
-        return _clone(self, {} if mapping is None else mapping, {})
+        with collector_paused():
+            return _clone(self, {} if mapping is None else mapping)
 
     def verify(self) -> Iterator[Diagnostic | str]:
         """What the declaration's types cannot say; yields messages.  Overridden by declared ops."""
@@ -304,8 +304,20 @@ def _region_ops(op: Op) -> Iterator[Op]:
             yield from block
 
 
-def _clone(op: Any, mapping: dict[Value, Value], block_map: dict[Block, Block]) -> Any:
-    """Copy without the generality of `create`: this is a hot path (specialisation copies whole functions)."""
+def _clone(root: Any, mapping: dict[Value, Value]) -> Any:
+    """Copy an op with its regions.  Regions wait on a list until the block around them is complete, so nesting is not bounded by Python's stack."""
+    new_root = _clone_flat(root, mapping, {})
+    waiting: list[tuple[Any, Any]] = [(root, new_root)] if root.regions else []
+    while waiting:
+        op, new = waiting.pop()
+        new.regions = tuple([_clone_region(r, mapping, waiting) for r in op.regions])
+        for region in new.regions:
+            region.op = new
+    return new_root
+
+
+def _clone_flat(op: Any, mapping: dict[Value, Value], block_map: dict[Block, Block]) -> Any:
+    """Copy an op without its regions.  Not through `create`: this is a hot path (specialisation copies whole functions)."""
     cls = type(op)
     new = cls.__new__(cls)
     operands = op._operands
@@ -315,13 +327,13 @@ def _clone(op: Any, mapping: dict[Value, Value], block_map: dict[Block, Block]) 
             value.uses.append(new)
     new._operands = operands
     results = op.results
-    if results:
-        copies = []
-        for value in results:
-            copy = Value(value.type, new, value.index, value.name)
-            mapping[value] = copy
-            copies.append(copy)
-        results = tuple(copies)
+    if len(results) == 1:
+        value = results[0]
+        mapping[value] = copy = Value(value.type, new, 0, value.name)
+        results = (copy,)
+    elif results:
+        results = tuple([Value(v.type, new, v.index, v.name) for v in results])
+        mapping.update(zip(op.results, results))
     new.results = results
     new.properties = op.properties
     new.attributes = op.attributes
@@ -329,36 +341,31 @@ def _clone(op: Any, mapping: dict[Value, Value], block_map: dict[Block, Block]) 
     new.block = new._prev = new._next = None
     new.successors = tuple([block_map.get(b, b) for b in op.successors]) if op.successors else ()
     new.regions = ()
-    if op.regions:
-        new.regions = tuple([_clone_region(r, mapping, block_map) for r in op.regions])
-        for region in new.regions:
-            region.op = new
     return new
 
 
-def _clone_region(region: Region, mapping: dict[Value, Value], block_map: dict[Block, Block]) -> Region:
+def _clone_region(region: Region, mapping: dict[Value, Value], waiting: list[tuple[Any, Any]]) -> Region:
+    """Copy a region's blocks with their ops; ops that have regions themselves are put on `waiting`."""
     new = Region()
+    block_map: dict[Block, Block] = {}
     for block in region.blocks:
         copy = Block([a.type for a in block.args], [a.name for a in block.args])
         copy.label = block.label
         copy.arg_locs = block.arg_locs
-        for old_arg, new_arg in zip(block.args, copy.args):
-            mapping[old_arg] = new_arg
-        block_map[block] = copy
-        new.append(copy)
-    forward: list[tuple[Op, int, Value]] = []  # operands defined later (graph regions, blocks out of dominance order)
+        mapping.update(zip(block.args, copy.args))
+        block_map[block] = new.append(copy)
     for block in region.blocks:
-        target = block_map[block]
+        append = block_map[block].append
         for op in block:
-            target.append(_clone(op, mapping, block_map))
-    if len(region.blocks) > 1:
+            copied = append(_clone_flat(op, mapping, block_map))
+            if op.regions:
+                waiting.append((op, copied))
+    if len(region.blocks) > 1:  # operands defined in a block that stands later in the text
         for block in new.blocks:
             for op in block:
                 for index, value in enumerate(op._operands):
                     if value in mapping:
-                        forward.append((op, index, mapping[value]))
-    for op, index, value in forward:
-        op.set_operand(index, value)
+                        op.set_operand(index, mapping[value])
     return new
 
 
@@ -470,6 +477,18 @@ class Region:
     @property
     def entry(self) -> Block:
         return self.blocks[0]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's cyclic collector off: a bulk of new objects, none of them garbage, would be scanned again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 _unregistered: dict[str, type[Op]] = {}

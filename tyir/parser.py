@@ -14,10 +14,7 @@ Values may be used before their definition within one isolated op; what stays un
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -26,7 +23,7 @@ from tyir.attribute_parser import AttributeParser
 from tyir.attributes import DictAttr
 from tyir.diagnostics import Diagnostic, SourceText, TyirError, did_you_mean
 from tyir.dialects.builtin import Module
-from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
+from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
 from tyir.location import UNKNOWN, Location
 from tyir.opdef import DeclaredOp
 from tyir.registry import op_class
@@ -541,18 +538,6 @@ def _starts_location(text: str, pos: int) -> bool:
 def _op_hint(text: str, pos: int) -> str:
     word = re.compile(r"[A-Za-z_][\w.]*").match(text, pos)
     return f'tyir reads the generic form: "{word[0]}"(...) : (...) -> ...' if word else ""
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Python's cyclic collector off: a bulk of new objects, none of them garbage, would be scanned again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def parse_module(text: str, name: str = "<string>", positions: dict[Op, int] | None = None) -> Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tyir.ir import Block, Op, Region
+from tyir.ir import Block, Op, Region, Value
 from tyir.opdef import DeclaredOp, attr, region
 from tyir.traits import IsolatedFromAbove, NoTerminator, Symbol, SymbolTable
 
@@ -32,6 +32,12 @@ class Module(DeclaredOp, name="builtin.module", traits=(IsolatedFromAbove, NoTer
     def empty(cls, sym_name: str | None = None) -> Module:
         """A module with an empty body."""
         return Module(sym_name=sym_name, body_region=Region([Block()]))
+
+    def clone(self, mapping: dict[Value, Value] | None = None) -> Module:
+        """A detached deep copy, blobs included."""
+        new = super().clone(mapping)
+        new.resources.update(self.resources)
+        return new
 
     def lookup(self, name: str) -> Op | None:
         """The op that defines a symbol directly in this module."""

@@ -1,0 +1,103 @@
+"""pytest's configuration: `*.ir` files are tests, `--slow` runs what is marked slow.
+
+A line `// RUN: tyir-opt --cse %s | filecheck %s` runs the tool in this process and checks its output against the file's CHECK lines (LLVM's FileCheck
+language).  `not` in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file; several RUN lines run in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if file_path.suffix == ".ir" and "// RUN:" in file_path.read_text(encoding="utf-8", errors="replace"):
+        return IrFile.from_parent(parent, path=file_path)
+    return None
+
+
+class IrFile(pytest.File):
+    """A file with RUN lines: one test."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        yield IrTest.from_parent(self, name="run")
+
+
+class IrTestFailure(Exception):
+    """A RUN line did not do what it should."""
+
+
+class IrTest(pytest.Item):
+    def runtest(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                before, found, command = line.partition("// RUN:")
+                if found and not before.strip():
+                    self._run(command.strip(), folder)
+
+    def _run(self, command: str, folder: str) -> None:
+        command = command.replace("%s", shlex.quote(str(self.path))).replace("%t", shlex.quote(f"{folder}/t"))
+        text = ""
+        for stage in command.split(" | "):
+            words = shlex.split(stage)
+            merge = "2>&1" in words
+            words = [w for w in words if w != "2>&1"]
+            expect_failure = words[0] == "not"
+            code, out, err = _run_tool(words[1:] if expect_failure else words, text)
+            if (code != 0) != expect_failure:
+                raise IrTestFailure(f"$ {stage.strip()}\nexit code {code}\n{out}{err}")
+            text = out + err if merge else out
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if isinstance(excinfo.value, IrTestFailure):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        return self.path, None, self.path.name
+
+
+def _run_tool(words: list[str], stdin: str) -> tuple[int, str, str]:
+    """Run a tool's `main` with redirected streams: exit code, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    old_stdin, sys.stdin = sys.stdin, io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = _filecheck(words[1:]) if words[0] == "filecheck" else _tool(words)
+    finally:
+        sys.stdin = old_stdin
+    return code, out.getvalue(), err.getvalue()
+
+
+def _tool(words: list[str]) -> int:
+    module = importlib.import_module("tyir.tools." + words[0].replace("-", "_"))
+    code: int = module.main(words[1:])
+    return code
+
+
+def _filecheck(arguments: list[str]) -> int:
+    from filecheck.matcher import Matcher
+    from filecheck.options import parse_argv_options
+
+    return Matcher.from_opts(parse_argv_options(["filecheck", *arguments])).run()
