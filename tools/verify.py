@@ -79,7 +79,9 @@ class Reference:
     def __init__(self, folder: Path, options: BuildOptions) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.folder = folder
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         if options.weights != "fp16":
@@ -284,16 +286,16 @@ def locate(folder: Path, checkpoint: Path, ids: Sequence[int], engine: EngineNam
     for key, parts in recorder.parts.items():
         if key not in expected:
             continue
-        worst, dies = 1.0, []
+        worst, dies = 1.0, set[int]()
         for die, value in _compare(expected[key], parts):
             if value < threshold:
-                dies.append(die)
+                dies.add(die)
             worst = min(worst, value)
         if dies:
             path, name, _ = key
             op = recorder.ops[key]
             layers = [int(p) for p in path.split(".") if p.isdigit()]
-            return Divergence(layers[0] if layers else None, path, op.name, _source(op.loc), tuple(dies), worst)
+            return Divergence(layers[0] if layers else None, path, op.name, _source(op.loc), tuple(sorted(dies)), worst)
     return None
 
 

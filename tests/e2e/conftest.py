@@ -1,0 +1,55 @@
+"""Artifacts of the embedded model, compiled once per configuration and session."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tyir.frontends.huggingface import import_model
+from tyir.manifest import BuildOptions
+from tyir.printer import print_op
+from tyir.tools.api import compile_path
+from tyir.tools.verify import Reference
+
+MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
+MAX_KV = 128
+
+Artifacts = Callable[[int, str], Path]
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as `.ir` at stage aten."""
+    path = tmp_path_factory.mktemp("ir") / "model.ir"
+    path.write_text(print_op(import_model(MODEL)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def artifacts(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """`artifacts(dies, weights)`: the folder compiled for lengths 1 and 8 and a cache of 128 tokens."""
+    out = tmp_path_factory.mktemp("artifacts")
+
+    @functools.cache
+    def compiled(dies: int, weights: str) -> Path:
+        return compile_path(imported, out / weights, BuildOptions(dies=dies, seqlens=(1, 8), max_kv=MAX_KV, weights=weights))
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[str], Reference]:
+    """Hugging Face fp32 on the weights of a kind, with its answers remembered."""
+
+    @functools.cache
+    def make(weights: str) -> Reference:
+        return Reference(MODEL, BuildOptions(weights=weights))
+
+    return make
