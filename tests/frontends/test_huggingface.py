@@ -100,7 +100,7 @@ def test_model_family(family: dict[str, Path], name: str, dtype: str) -> None:
     """bf16 checkpoints, in one file or several; yarn and llama3 rope, q/k norms, sliding windows, tied embeddings."""
     folder = family[name]
     module = import_model(folder, dtype=dtype)
-    cases = [np.random.default_rng(n).integers(0, 96, (1, n)) for n in LENGTHS]
+    cases = [np.random.default_rng(n).integers(0, 96, (1, n)) for n in (LENGTHS if dtype == "f32" else LENGTHS[-1:])]
     wanted = [reference(folder, ids) for ids in cases]
     for stage in ("aten", "ty"):
         if stage == "ty":
