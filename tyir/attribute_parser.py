@@ -249,7 +249,7 @@ class AttributeParser(Scanner):
         return a.DenseResourceAttr(match[0], self.type())
 
     def _affine(self, kind: str) -> Attribute:
-        body = self._balanced()
+        body = self._balanced(operators=("->", ">=", "<="))
         return a.AffineAttr(kind, body[1:-1])
 
     # -- dialect attributes and types ---------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class AttributeParser(Scanner):
             self.fail(f"unknown alias {name}", start, self.pos, help=hint)
         return value
 
-    def _balanced(self) -> str:
+    def _balanced(self, operators: tuple[str, ...] = ("->",)) -> str:
         """`<...>` with balanced brackets and strings, verbatim but for aliases, which are replaced by what they stand for."""
         start = self.skip_space()
         self.expect("<")
@@ -286,7 +286,7 @@ class AttributeParser(Scanner):
             if char == '"':
                 self.string()
                 continue
-            if text.startswith("->", self.pos):
+            if text.startswith(operators, self.pos):
                 self.pos += 2
                 continue
             if char in _CLOSERS:

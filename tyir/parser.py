@@ -451,11 +451,9 @@ class Parser(AttributeParser):
             self.fail(f"'{header.name}' has {len(header.operands)} operands but its type lists {len(in_types)}", types_at, types_end)
         operands = [self._use(text, wanted, at) for (text, at), wanted in zip(header.operands, in_types)]
         count = sum(n for _, n, _ in header.results)
-        if count != len(out_types):
-            shown = "none" if not count else str(count)
-            self.fail(
-                f"'{header.name}' has {len(out_types)} results but {shown} {'is' if count == 1 else 'are'} named", types_at, types_end
-            )
+        if header.results and count != len(out_types):
+            named = f"{count} {'is' if count == 1 else 'are'} named"
+            self.fail(f"'{header.name}' has {len(out_types)} results but {named}", types_at, types_end)
         cls = op_class(header.name)
         properties, attributes = self._adopt(cls, header.properties, attributes, header.start)
         op = cls.create(operands, out_types, properties, attributes, header.regions, header.successors, loc)
