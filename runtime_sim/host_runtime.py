@@ -10,7 +10,9 @@ import ctypes
 import importlib.util
 import os
 import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,30 @@ Array = npt.NDArray[Any]
 _SHARE_ALL_CORES = -3  # tvm::runtime::threading::ThreadGroup::AffinityMode::kSpecifyThreadShareAllCore
 
 
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Imports inside find no torch, unless it is loaded already.
+
+    tvm_ffi imports torch where it is installed, to exchange torch tensors faster; here that would cost a second and 180 MB for nothing.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the documented way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 @cache
 def _ffi() -> Any:
     """tvm_ffi with TVM's runtime library loaded into the process."""
     spec = importlib.util.find_spec("tvm")  # finds the package without importing it: `import tvm` loads the compiler, 250 MB
     if spec is None or spec.origin is None:
         raise TyirError("the TVM runtime is not installed", help="pip install apache-tvm")
-    import tvm_ffi
+    with _torch_hidden():
+        import tvm_ffi
 
     ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
     return tvm_ffi

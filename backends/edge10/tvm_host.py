@@ -20,6 +20,7 @@ from typing import Any, Final
 import tvm
 from tvm.ir import IRModule
 from tvm.script.ir_builder import IRBuilder
+from tvm.support.cc import get_cc
 from tvm.target import codegen
 from tvm.tirx.script.builder import ir as T
 
@@ -164,11 +165,13 @@ def _prim_func(name: str, op: Op, cpu: Cpu) -> Any:
 def build_library(kernels: Mapping[str, Op], target: HostTarget, path: Path) -> None:
     """Compiles the kernels into the shared library `path`, replacing it only when all of it is there.
 
-    Raises TyirError when an op has a type that no kernel takes.
+    Raises TyirError when an op has a type that no kernel takes or no linker is installed.
     """
     problems = [d for name in sorted(kernels) for d in _check_types(kernels[name])]
     if problems:
         raise TyirError(problems)
+    if get_cc() is None:
+        raise TyirError("there is no C++ compiler to link the host library with", help="install g++ or clang++, or name one in CXX")
     cpu = target.cpu()
     functions = {name: _prim_func(name, kernels[name], cpu) for name in sorted(kernels)}
     executable = tvm.compile(IRModule(functions), target=target.tvm_target())
