@@ -1,0 +1,132 @@
+"""The timing engine: small programs timed by hand, conservation, determinism, monotonicity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tyir.diagnostics import TyirError
+from tyir.runtime_sim.bandwidth import SharedBandwidth
+from tyir.runtime_sim.engine import Timing, simulate
+from tyir.runtime_sim.program import EdgeProgram
+from tyir.targets.machine import load_machine
+
+MACHINE = load_machine("edge10").with_overrides({"dram.bandwidth_gbps": 20, "dram.efficiency": 1, "dram.run_overhead_bytes": 0, "sync.launch_us": 0})
+
+HEAD = """"builtin.module"() ({
+  "edge10.buffer"() <{address = 0 : i64, kind = "input", nbytes = 65536 : i64, sym_name = "x", type = tensor<65536xui8>}> : () -> ()
+  "func.func"() <{function_type = () -> (), sym_name = "main_s1"}> ({
+    %x = "edge10.address_of"() <{symbol = @x}> : () -> !edge10.address
+"""
+TAIL = """    "func.return"() : () -> ()
+  }) : () -> ()
+}) : () -> ()
+"""
+
+
+def load(name: str, offset: int, nbytes: int, queue: str = "eidma", deps: str = "") -> str:
+    tokens = "".join(f", {d}" for d in deps.split())
+    types = "!edge10.address" + ", !edge10.token" * len(deps.split())
+    return (
+        f'    {name} = "edge10.load"(%x{tokens}) <{{dram_strides = array<i64: 0, 0>, offset = {offset} : i64, queue = "{queue}", '
+        f"shape = array<i64: 1, 1, {nbytes}>, sram = {offset} : i64, sram_strides = array<i64: 0, 0>}}> : ({types}) -> !edge10.token\n"
+    )
+
+
+def timed(*lines: str) -> Timing:
+    return simulate([EdgeProgram.parse(HEAD + "".join(lines) + TAIL)], MACHINE, 0)
+
+
+def test_one_load() -> None:
+    # dispatch and issue 80 ns, latency 150 ns, 20,000 bytes at 20 bytes per ns
+    assert timed(load("%a", 0, 20000)).total_ns == pytest.approx(80 + 150 + 1000)
+
+
+def test_a_second_load_of_the_queue_hides_its_latency() -> None:
+    assert timed(load("%a", 0, 20000), load("%b", 20000, 20000)).total_ns == pytest.approx(230 + 2000)
+
+
+def test_a_dependent_load_does_not() -> None:
+    assert timed(load("%a", 0, 20000), load("%b", 20000, 20000, deps="%a")).total_ns == pytest.approx(2 * 1230)
+
+
+def test_two_queues_share_dram_fairly() -> None:
+    timing = timed(load("%a", 0, 20000), load("%b", 20000, 10000, queue="ewdma"))
+    ends = [r.end for r in timing.records[0]]
+    assert ends == pytest.approx([230 + 1500, 230 + 1000])  # 10 bytes per ns each until the shorter is done
+
+
+def test_shared_bandwidth_gives_what_a_capped_flow_leaves_to_the_others() -> None:
+    dram = SharedBandwidth(20)
+    dram.add(0, 1, 1000, cap=5)
+    dram.add(0, 2, 1000, cap=64)
+    assert dram.next_end() == pytest.approx(1000 / 15)
+    assert dram.finished(1000 / 15) == [2]
+    assert dram.next_end() == pytest.approx(200)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("group", [0, 16])
+def test_conservation(make_model: Callable[..., Any], tokens: int, group: int) -> None:
+    """Weights are read once; the timing engine moves the bytes the functional engine moves; the products are the model's."""
+    model = make_model(tokens=tokens, group=group, layers=2)
+    spec, pos = model.spec, 13
+    engine = model.functional()[0]
+    model.fill_caches([engine], pos)
+    import numpy as np
+
+    model.step([engine], np.zeros((1, tokens), np.int32), pos)
+    streamed = sum(b.nbytes for b in model.programs[0].buffers.values() if b.kind == "weight" and b.sym_name not in ("embed", "rope.cos", "rope.sin"))
+    rows = tokens * (spec.hidden + 2 * (spec.dim // 2)) * 2 + tokens * 4  # embedding, rotary tables, ids
+    cache_read = spec.layers * 2 * spec.kv_heads * (pos + tokens) * spec.dim * 2
+    assert engine.loaded_bytes == streamed + rows + cache_read
+    stored = spec.layers * 2 * spec.kv_heads * tokens * spec.dim * 2 + tokens * spec.vocab * 4
+    timing = simulate(model.programs, model.machine, pos)
+    assert timing.dram_bytes[0] == engine.loaded_bytes + stored
+    q, kv = spec.heads * spec.dim, spec.kv_heads * spec.dim
+    linear = spec.layers * spec.hidden * (2 * q + 2 * kv + 3 * spec.inter) + spec.hidden * spec.vocab
+    assert engine.macs == tokens * linear + spec.layers * 2 * tokens * q * (pos + tokens)
+
+
+def test_deterministic_and_units_are_never_busy_twice(make_model: Callable[..., Any]) -> None:
+    model = make_model(dies=2, tokens=8, group=16)
+    first, second = (simulate(model.programs, model.machine, 13) for _ in range(2))
+    assert [(r.start, r.end) for d in first.records for r in d] == [(r.start, r.end) for d in second.records for r in d]
+    for records in first.records:
+        last: dict[str, float] = {}
+        for record in records:
+            assert all(records[d].end <= record.start for d in record.command.deps)
+            assert record.data >= last.get(record.command.unit, 0.0)  # a transfer's data, or the whole command, waits for the one before
+            last[record.command.unit] = record.end
+    assert all(0 <= t <= first.total_ns for t in first.busy.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "slower", "faster"),
+    [
+        ("dram.bandwidth_gbps", 10, 60), ("dram.efficiency", 0.4, 0.9), ("clock.frequency_mhz", 250, 1000), ("d2d.hop_us", 4, 0.1), ("vector.lanes", 4, 128),
+        ("sync.command_ns", 500, 0), ("dequant.weights_per_cycle", 4, 256), ("dram.latency_ns", 500, 0), ("sync.launch_us", 50, 0),
+    ],
+)  # fmt: skip
+def test_a_better_machine_is_never_slower(make_model: Callable[..., Any], name: str, slower: float, faster: float) -> None:
+    model = make_model(dies=2, tokens=8, group=16)
+    base = simulate(model.programs, model.machine, 13).total_ns
+    assert simulate(model.programs, model.machine.with_overrides({name: faster}), 13).total_ns <= base
+    assert simulate(model.programs, model.machine.with_overrides({name: slower}), 13).total_ns > base
+
+
+def test_time_grows_with_the_position(make_model: Callable[..., Any]) -> None:
+    model = make_model(capacity=600, layers=1, dim=64)
+    times = [simulate(model.programs, model.machine, p).total_ns for p in (0, 100, 300, 599)]
+    assert times == sorted(times) and times[0] < times[-1]
+
+
+def test_dies_wait_for_each_other(make_model: Callable[..., Any]) -> None:
+    model = make_model(dies=2)
+    timing = simulate(model.programs, model.machine, 0)
+    ends = [[r.end for r in records if r.command.unit == "d2d"] for records in timing.records]
+    assert ends[0] == ends[1]
+    with pytest.raises(TyirError, match="can never run|do not meet"):
+        simulate([model.programs[0], make_model(dies=1).programs[0]], model.machine, 0)
