@@ -318,7 +318,7 @@ def _clone(root: Any, mapping: dict[Value, Value]) -> Any:
 
 def _clone_flat(op: Any, mapping: dict[Value, Value], block_map: dict[Block, Block]) -> Any:
     """Copy an op without its regions.  Not through `create`: this is a hot path (specialisation copies whole functions)."""
-    cls = type(op)
+    cls: Any = type(op)
     new = cls.__new__(cls)
     operands = op._operands
     if operands:
@@ -396,6 +396,7 @@ class Block:
         if self.args[index].uses:
             raise ValueError(f"block argument {index} is still used by {self.args[index].uses[0].name}")
         del self.args[index]
+        self.arg_locs = (*self.arg_locs[:index], *self.arg_locs[index + 1 :])
         for i, arg in enumerate(self.args):
             arg.index = i
 

@@ -58,7 +58,7 @@ class _Scope:
 
 
 @dataclass(slots=True)
-class _Header:
+class Header:
     """An op of which everything before its regions has been read."""
 
     start: int
@@ -74,7 +74,7 @@ class _Header:
 class _Frame:
     """A region being read: the op it belongs to and where the parser was."""
 
-    header: _Header | None
+    header: Header | None
     region: Region
     block: Block
     scope: _Scope
@@ -136,7 +136,7 @@ class Parser(AttributeParser):
             self.define_alias(name, self.type() if name[0] == "!" else self.attribute())
 
     # -- regions ----------------------------------------------------------------------------------------------------
-    def _open_region(self, header: _Header | None, region: Region, isolated: bool) -> None:
+    def _open_region(self, header: Header | None, region: Region, isolated: bool) -> None:
         scope = _Scope() if isolated else self._scope
         block = Block()
         region.append(block)
@@ -321,7 +321,7 @@ class Parser(AttributeParser):
         else:
             self._finish(header)
 
-    def _header(self) -> _Header:
+    def _header(self) -> Header:
         start = self.skip_space()
         results = self._result_names() if self.text[start] == "%" else []
         self.skip_space()
@@ -336,7 +336,7 @@ class Parser(AttributeParser):
             self.expect("{", "'{'")
             properties = self.entries("}")
             self.expect(">", "'>' after the properties")
-        return _Header(start, name, results, operands, successors, properties)
+        return Header(start, name, results, operands, successors, properties)
 
     def _result_names(self) -> list[tuple[str, int, int]]:
         names = [self._result_name()]
@@ -367,14 +367,18 @@ class Parser(AttributeParser):
         match = self.match(_BLOCK)
         if match is None:
             self.expected("a block such as ^bb1")
-        label, frame = match[1], self._frame
+        return self._forward_block(match[1], match.start())
+
+    def _forward_block(self, label: str, at: int) -> Block:
+        """The block of a label in the current region, which may come later."""
+        frame = self._frame
         block = frame.labels.get(label)
         if block is None:
             block = frame.labels[label] = Block()
-            frame.forward[block] = (label, match.start())
+            frame.forward[block] = (label, at)
         return block
 
-    def _next_region(self, header: _Header) -> None:
+    def _next_region(self, header: Header) -> None:
         self.expect("{", "'{' of a region")
         region = Region()
         header.regions.append(region)
@@ -384,27 +388,37 @@ class Parser(AttributeParser):
         """Behind the `}` of a region: another region, or the rest of its op."""
         header = self._frame.header
         assert header is not None
-        region, unlabelled = self._frame.region, self._frame.entry_is_open
-        self._close_region()
-        first = region.blocks[0]
-        if unlabelled and first.first_op is None and header.name != Module.name:
-            region.blocks.clear()  # `({})` is a region without blocks: the body of an external function
-            first.region = None
+        self._end_region(header)
         if self.accept(","):
             self._next_region(header)
         else:
             self.expect(")", "',' or ')' after a region")
             self._finish(header)
 
+    def _end_region(self, header: Header) -> None:
+        region, unlabelled = self._frame.region, self._frame.entry_is_open
+        self._close_region()
+        first = region.blocks[0]
+        if unlabelled and first.first_op is None and header.name != Module.name:
+            region.blocks.clear()  # `({})` is a region without blocks: the body of an external function
+            first.region = None
+
     def _block_label(self) -> None:
         match = self.match(_BLOCK)
         frame = self._frame
         if match is None or frame.header is None:
             self.expected("an operation" if frame.header is None else "a block label such as ^bb0")
-        label = match[1]
+        block = self._begin_block(match[1], match.start())
+        if self.peek() == "(":
+            self.listed("(", ")", lambda: self._block_argument(block))
+        self.expect(":", "':' after a block label")
+
+    def _begin_block(self, label: str, at: int) -> Block:
+        """Make the block of a label the current one."""
+        frame = self._frame
         block = frame.labels.get(label)
         if block is not None and block not in frame.forward:
-            self.fail(f"block ^{label} is defined twice", match.start(), match.end())
+            self.fail(f"block ^{label} is defined twice", at, at + len(label) + 1)
         if block is not None:
             del frame.forward[block]
         if frame.entry_is_open:
@@ -414,23 +428,21 @@ class Parser(AttributeParser):
         frame.entry_is_open = False
         frame.labels[label] = frame.block = block
         block.label = None if _NUMBERED_BLOCK.fullmatch(label) else label
-        if self.peek() == "(":
-            self._block_args(block)
-        self.expect(":", "':' after a block label")
+        return block
 
-    def _block_args(self, block: Block) -> None:
-        locs: list[Location] = []
+    def _block_argument(self, block: Block) -> None:
+        text, at = self._operand()
+        self.expect(":", "':' and the type of the block argument")
+        kind = self.type()
+        loc = self.location() if self.peek() == "l" else UNKNOWN
+        self._add_argument(block, text, kind, loc, at)
 
-        def argument() -> None:
-            text, at = self._operand()
-            self.expect(":", "':' and the type of the block argument")
-            value = block.add_arg(self.type(), None if text[1].isdigit() else text[1:])
-            locs.append(self.location() if self.peek() == "l" else UNKNOWN)
-            self._define(text, value, at)
-
-        self.listed("(", ")", argument)
-        if any(loc is not UNKNOWN for loc in locs):
-            block.arg_locs = tuple(locs)
+    def _add_argument(self, block: Block, text: str, kind: Type, loc: Location, at: int) -> None:
+        value = block.add_arg(kind, None if text[1].isdigit() else text[1:])
+        if loc is not UNKNOWN or block.arg_locs:
+            known = len(block.arg_locs)
+            block.arg_locs = (*block.arg_locs, *[UNKNOWN] * (value.index - known), loc)
+        self._define(text, value, at)
 
     def _signature(self) -> tuple[list[Type], tuple[Type, ...]]:
         start = self.skip_space()
@@ -439,7 +451,7 @@ class Parser(AttributeParser):
             self.fail("an operation's type is written '(operand types) -> result types'", start, self.pos)
         return list(signature.inputs), signature.results
 
-    def _finish(self, header: _Header) -> None:
+    def _finish(self, header: Header) -> None:
         """Attributes, type and location; then the op is made and put at the end of the current block."""
         attributes = self.dictionary() if self.peek() == "{" and not self.text.startswith("{-#", self.pos) else EMPTY_DICT
         self.expect(":", "':' and the operation's type")
@@ -447,6 +459,19 @@ class Parser(AttributeParser):
         in_types, out_types = self._signature()
         types_end = self.pos
         loc = self.location() if _starts_location(self.text, self.skip_space()) else UNKNOWN
+        self._make(header, attributes, in_types, out_types, loc, types_at, types_end)
+
+    def _make(
+        self,
+        header: Header,
+        attributes: DictAttr,
+        in_types: list[Type],
+        out_types: tuple[Type, ...],
+        loc: Location,
+        types_at: int,
+        types_end: int,
+    ) -> None:
+        """The op of a header, put at the end of the current block; `types_at` and `types_end` are the place of its signature."""
         if len(in_types) != len(header.operands):
             self.fail(f"'{header.name}' has {len(header.operands)} operands but its type lists {len(in_types)}", types_at, types_end)
         operands = [self._use(text, wanted, at) for (text, at), wanted in zip(header.operands, in_types)]
@@ -462,7 +487,7 @@ class Parser(AttributeParser):
         self._define_results(header, op)
         self._frame.block.append(op)
 
-    def _define_results(self, header: _Header, op: Op) -> None:
+    def _define_results(self, header: Header, op: Op) -> None:
         values = iter(op.results)
         for text, count, at in header.results:
             name = None if text[1].isdigit() else text[1:]

@@ -281,6 +281,7 @@ class _Printer:
         if block.args:
             texts = [f"{self._name_arg(v)}: {self.text(v.type)}" for v in block.args]
             if self.locations and block.arg_locs:
-                texts = [f"{text}{self._location(loc)}" for text, loc in zip(texts, block.arg_locs)]
+                locs = (*block.arg_locs, *[UNKNOWN] * len(texts))  # arguments added later have none
+                texts = [f"{text}{self._location(loc)}" for text, loc in zip(texts, locs)]
             args = f"({', '.join(texts)})"
         self.lines.append(f"{indent}^{self.block_labels[block]}{args}:")

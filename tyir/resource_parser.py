@@ -10,10 +10,10 @@ from typing import Final
 
 from tyir.lexer import Scanner
 
-__all__ = ["parse_metadata"]
+__all__ = ["parse_metadata", "read_blob"]
 
 _KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
-_ENTRY: Final = re.compile(r'\s*+([A-Za-z_][A-Za-z0-9_$.]*+): "0x([0-9A-Fa-f]++)",?')
+_ENTRY: Final = re.compile(r'\s*+([A-Za-z_][A-Za-z0-9_$.]*+): "(0x[0-9A-Fa-f]++)",?')
 _SCALAR: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|true|false|-?[0-9]+')
 
 Resources = dict[str, tuple[int, bytes]]
@@ -64,25 +64,25 @@ def _entries(scanner: Scanner, resources: Resources) -> None:
     while not scanner.accept("}"):
         fast = _ENTRY.match(scanner.text, scanner.pos)
         if fast is not None:
-            key, digits, start = fast[1], fast[2], fast.start(1)
+            key, value, start = fast[1], fast[2], fast.start(1)
             scanner.pos = fast.end()
         else:
             start = scanner.skip_space()
             key = _key(scanner)
             value = scanner.string("a blob")
-            if not value.startswith("0x"):
-                scanner.fail('a blob is hex: "0x..."', start, scanner.pos)
-            digits = value[2:]
             if not scanner.accept(",") and scanner.peek() != "}":
                 scanner.expected("',' or '}'")
         if key in resources:
             scanner.fail(f"resource '{key}' is given twice", start, start + len(key))
-        resources[key] = _blob(scanner, key, digits, start)
+        resources[key] = read_blob(scanner, key, value, start)
 
 
-def _blob(scanner: Scanner, key: str, digits: str, start: int) -> tuple[int, bytes]:
+def read_blob(scanner: Scanner, key: str, value: str, start: int) -> tuple[int, bytes]:
+    """Alignment and bytes of `"0x..."`."""
+    if not value.startswith("0x"):
+        scanner.fail('a blob is hex: "0x..."', start, scanner.pos)
     try:
-        data = bytes.fromhex(digits)
+        data = bytes.fromhex(value[2:])
     except ValueError:
         scanner.fail(f"resource '{key}' is not hex, two digits a byte", start, scanner.pos)
     if len(data) < 4:
