@@ -207,7 +207,9 @@ def _whole(op: Op, index: int, partition: Partition) -> None:
         return
     collective: Op
     if isinstance(placement, Split):
-        collective = AllGather(value, axis=placement.axis, sizes=tuple(s for _, s in placement.ranges), loc=_loc(value), result_types=[value.type])
+        collective = AllGather(
+            value, axis=placement.axis, sizes=tuple(s for _, s in placement.ranges), loc=_loc(value), result_types=[value.type]
+        )
     else:
         collective = AllReduce(value, loc=_loc(value), result_types=[value.type])
     collective.insert_before(op)

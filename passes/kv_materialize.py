@@ -77,7 +77,10 @@ class KvMaterialize(Pass):
         if not self.embedding_as_input:
             input_ids.replace_all_uses_with(entry)
         if position_ids.uses:
-            raise TyirError(f"'{position_ids.uses[0].name}' still uses the position ids", help="only rotary embeddings may; run raise-aten and dce first")
+            raise TyirError(
+                f"'{position_ids.uses[0].name}' still uses the position ids",
+                help="only rotary embeddings may; run raise-aten and dce first",
+            )
         block.erase_arg(1)
         block.erase_arg(0)
         terminator = block.terminator
@@ -123,8 +126,9 @@ class KvMaterialize(Pass):
             cache = block.add_arg(TensorType((batch, groups, self.max_kv, width), tensor_type(rows).element), names[-1])
             updated.append(Append(cache, rows, pos, loc=attention.loc).insert_before(attention).result)
         heads = default_kv_heads(tensor_type(attention.q).dims[2] or 0, groups or 0)
+        keys, values = updated
         cached = CachedAttention(
-            attention.q, *updated, pos, scale=attention.scale, window=attention.window, kv_heads=heads, loc=attention.loc
+            attention.q, keys, values, pos, scale=attention.scale, window=attention.window, kv_heads=heads, loc=attention.loc
         ).insert_before(attention)
         attention.replace_with(cached)
         return updated

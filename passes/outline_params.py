@@ -51,7 +51,9 @@ def outline(module: Module) -> int:
             if param is None:
                 param = params[key] = _make_param(value, names)
                 module.body.insert(param, before=first)
-            ref = GetGlobal(symbol=SymbolRefAttr(str(param.sym_name)), result_types=[param.type], loc=value.op.loc if value.op else user.loc)
+            ref = GetGlobal(
+                symbol=SymbolRefAttr(str(param.sym_name)), result_types=[param.type], loc=value.op.loc if value.op else user.loc
+            )
             user.set_operand(index, ref.insert_before(user).result)
         for op in reversed(function.body):
             if op.is_unused and op.results and constants.is_constant(op.results[0]):
@@ -71,16 +73,15 @@ def _roots(function: Func, constants: ConstantExpressions) -> Iterator[tuple[Op,
 
 def _make_param(value: Value, names: set[str]) -> Param:
     block = Block()
-    result = clone_expression(value, block)
-    block.append(Yield(result))
+    block.append(Yield(clone_expression(value, block)))
     base = _base_name(value)
     name, number = base, 0
     while name in names:
         number += 1
         name = f"{base}.{number}"
     names.add(name)
-    param = Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc if value.op else result.owner.loc)  # type: ignore[union-attr]
-    return param
+    assert value.op is not None
+    return Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc)
 
 
 def _base_name(value: Value) -> str:
@@ -95,5 +96,3 @@ def _base_name(value: Value) -> str:
         return ("rope.cos", "rope.sin")[current.index] + suffix
     symbols = [o.symbol.leaf for o in expression_ops(value) if isinstance(o, GetGlobal)]
     return (symbols[0] if symbols else "constant") + suffix
-
-

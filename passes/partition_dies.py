@@ -136,7 +136,9 @@ class _Localizer:
         return value if split is None else self._slice(value, split.axis, *self._range(split))
 
     def _copy(self, op: Op, operands: list[Value]) -> Op:
-        new = type(op).create(operands, [r.type for r in op.results], op.properties, op.attributes, loc=op.loc, result_names=[r.name for r in op.results])
+        new = type(op).create(
+            operands, [r.type for r in op.results], op.properties, op.attributes, loc=op.loc, result_names=[r.name for r in op.results]
+        )
         self.block.append(new)
         infer_results(new)
         self._annotate(new, op)
@@ -212,5 +214,3 @@ class _Localizer:
         parts = [self._slice(q, 1, offset, size), *(self._slice(v, 1, offset // group, size // group) for v in (scales, zeros))]
         new = self._copy(op, [x, *parts, *bias])
         new.set_property("group_size", IntegerAttr(group, i64))
-
-

@@ -33,27 +33,34 @@ class QuantizeWeights(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         constants = ConstantExpressions()
-        linears = [l for l in op.walk_type(Linear) if layer_of(l.loc) is not None and constants.is_constant(l.weight)]
+        linears = [op for op in op.walk_type(Linear) if layer_of(op.loc) is not None and constants.is_constant(op.weight)]
         self._check_group_size(linears)
         for linear in linears:
             groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc).insert_before(linear)
             new = QuantizedLinear(
-                linear.x, groups.q, groups.scales, groups.zeros, linear.bias, group_size=self.group_size, element=linear.element, loc=linear.loc
+                linear.x,
+                groups.q,
+                groups.scales,
+                groups.zeros,
+                linear.bias,
+                group_size=self.group_size,
+                element=linear.element,
+                loc=linear.loc,
             ).insert_before(linear)
             linear.replace_with(new)
         context.statistics["quantized"] = len(linears)
 
     def _check_group_size(self, linears: Sequence[Linear]) -> None:
         """`TyirError` naming every linear whose input channels are no whole number of groups, with the largest size that suits them all."""
-        channels = [tensor_type(l.weight).static_shape[1] for l in linears]
-        bad = [(l, k) for l, k in zip(linears, channels) if self.group_size < 1 or k % self.group_size]
+        channels = [tensor_type(linear.weight).static_shape[1] for linear in linears]
+        bad = [(linear, k) for linear, k in zip(linears, channels) if self.group_size < 1 or k % self.group_size]
         if bad:
             common = math.gcd(*channels)
             nearest = max(d for d in range(1, max(min(self.group_size, common), 1) + 1) if common % d == 0)
             raise TyirError(
                 Diagnostic(
-                    f"group size {self.group_size} does not divide the {k} input channels of {module_path(l.loc)}",
+                    f"group size {self.group_size} does not divide the {k} input channels of {module_path(linear.loc)}",
                     help=f"group-size={nearest} divides the input channels of every decoder linear",
                 )
-                for l, k in bad
+                for linear, k in bad
             )

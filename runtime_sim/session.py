@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.dialects.builtin import Module
+from tyir.dialects.func import Call
 from tyir.dialects.ty import Global
 from tyir.interpreter import Evaluator, Interpreter, Probe, evaluate_op, run_lockstep
+from tyir.ir import Op
 from tyir.manifest import DieProgram, Manifest, TensorInfo
 from tyir.parser import parse_file
 from tyir.runtime_sim.chunks import Chunk, plan_chunks
@@ -40,7 +42,7 @@ ENGINES: Final[tuple[EngineName, ...]] = ("host", "interpreter", "edge10")
 class StepProbe(Protocol):
     """Sees every op of every die: the chunk, the die, and what `tyir.interpreter.Probe` sees."""
 
-    def __call__(self, chunk: Chunk, die: int, path: tuple[str, ...], call: int, op: Any, results: tuple[Array, ...]) -> None: ...
+    def __call__(self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None: ...
 
 
 class Engine(Protocol):
@@ -87,7 +89,7 @@ class ProgramEngine:
         probe = self.probe
         if probe is None:
             return None
-        return lambda path, call, op, results: probe(chunk, die, path, call, op, results)
+        return lambda stack, op, results: probe(chunk, die, stack, op, results)
 
     def _cache(self, die: int, info: TensorInfo) -> Array:
         from tyir.types import FloatType

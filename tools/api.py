@@ -70,7 +70,9 @@ def load_module(model: Path) -> Module:
 
         return import_model(model)
     if not model.exists():
-        raise TyirError(f"{model} does not exist", help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt")
+        raise TyirError(
+            f"{model} does not exist", help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"
+        )
     from tyir.parser import parse_file
     from tyir.verify import verify
 

@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
     parser.add_argument("--seqlens", type=numbers, default=(1, 8), metavar="N,N,..", help="tokens per step to compile for (default 1,8)")
     parser.add_argument("--max-kv", type=int, default=1024, metavar="N", help="tokens the key/value cache holds (default 1024)")
-    parser.add_argument("--weights", choices=("fp16", "int4"), default="fp16", help="decoder weights: fp16, or int4 by round-to-nearest groups")
+    parser.add_argument(
+        "--weights", choices=("fp16", "int4"), default="fp16", help="decoder weights: fp16, or int4 by round-to-nearest groups"
+    )
     parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per int4 scale (default 128)")
     parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
     parser.add_argument("--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)")

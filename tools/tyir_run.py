@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the fewest tokens of this total probability")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)")
+    parser.add_argument(
+        "--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)"
+    )
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes first")
     add_debug_option(parser)
     return parser

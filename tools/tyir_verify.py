@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     states = LayerStates()
     session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     if not (args.against / "config.json").is_file():
-        raise TyirError(f"{args.against} holds no config.json", help="--against takes the checkpoint folder the artifacts were compiled from")
+        raise TyirError(
+            f"{args.against} holds no config.json", help="--against takes the checkpoint folder the artifacts were compiled from"
+        )
     tokenizer = load_tokenizer(args.artifacts)
     reference = Reference(args.against, session.manifest.options)
     prompts = [args.prompt] if args.prompt else list(PROMPTS[: args.prompts])
@@ -47,7 +49,10 @@ def main(argv: Sequence[str]) -> int:
     if args.engine != "edge10":
         worst = min(results, key=lambda r: r.logit_cosine.min())
         found = locate(args.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine)
-        print(f"first divergence: {found}" if found else "no single op is off by more than rounding: errors add up over the layers", file=sys.stderr)
+        print(
+            f"first divergence: {found}" if found else "no single op is off by more than rounding: errors add up over the layers",
+            file=sys.stderr,
+        )
     return 1
 
 
@@ -56,17 +61,19 @@ def _print(results: Sequence[object], engine: str, good: bool) -> None:
 
     rows = [r for r in results if isinstance(r, PromptResult)]
     print(f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'max logit error':>17}{'same greedy tokens':>20}")
-    for i, r in enumerate(rows):
+    for number, r in enumerate(rows):
         same = r.positions - len(r.differing) - len(r.ties)
         ties = f" (+{len(r.ties)} tied)" if r.ties else ""
-        print(f"{i:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}")
+        print(
+            f"{number:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
+        )
     layers = [min(column) for column in zip(*(r.layer_cosine for r in rows))]
     if layers:
         print("\nlayer  min cosine of the hidden state after it")
-        for i, value in enumerate(layers):
-            print(f"{i:>5}  {value:.7f}")
-    ties = sum(len(r.ties) for r in rows)
-    note = f"; {ties} near ties of Hugging Face's own logits fell the other way" if ties else ""
+        for i, layer in enumerate(layers):
+            print(f"{i:>5}  {layer:.7f}")
+    tied = sum(len(r.ties) for r in rows)
+    note = f"; {tied} near ties of Hugging Face's own logits fell the other way" if tied else ""
     print(f"\n{'OK' if good else 'DIFFERENT'}: {engine} engine against Hugging Face fp32 on the same weights{note}")
 
 
@@ -86,13 +93,17 @@ def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tyir-verify", description="Compare compiled artifacts with Hugging Face in fp32 on the same weights.")
+    parser = argparse.ArgumentParser(
+        prog="tyir-verify", description="Compare compiled artifacts with Hugging Face in fp32 on the same weights."
+    )
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument("--against", type=Path, required=True, metavar="HF_DIR", help="the checkpoint folder")
     parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="how many of the 8 built-in prompts (default 8)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="greedy tokens per prompt (default 64)")
-    parser.add_argument("--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)")
+    parser.add_argument(
+        "--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)"
+    )
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
     add_debug_option(parser)
     return parser

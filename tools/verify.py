@@ -39,7 +39,7 @@ from tyir.runtime_sim.session import EngineName, Session
 from tyir.traits import Collective
 from tyir.weights import CheckpointReader
 
-__all__ = ["Divergence", "PROMPTS", "PromptResult", "Reference", "check_prompt", "cosine", "locate", "reference_module"]
+__all__ = ["PROMPTS", "Divergence", "PromptResult", "Reference", "check_prompt", "cosine", "locate", "reference_module"]
 
 Array = npt.NDArray[Any]
 
@@ -115,7 +115,9 @@ class Reference:
 
         states: list[Array] = []
         layers = self._layers()
-        hooks = [layer.register_forward_hook(lambda m, i, o: states.append((o[0] if isinstance(o, tuple) else o)[0].numpy())) for layer in layers]
+        hooks = [
+            layer.register_forward_hook(lambda m, i, o: states.append((o[0] if isinstance(o, tuple) else o)[0].numpy())) for layer in layers
+        ]
         try:
             with torch.no_grad():
                 logits = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
@@ -127,8 +129,8 @@ class Reference:
     def _layers(self) -> Sequence[Any]:
         import torch
 
-        lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
-        return list(max(lists, key=len))
+        lists = [list(m) for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
+        return max(lists, key=len)
 
 
 def reference_module(folder: Path, options: BuildOptions) -> Module:
@@ -292,7 +294,7 @@ def locate(folder: Path, checkpoint: Path, ids: Sequence[int], engine: EngineNam
                 dies.add(die)
             worst = min(worst, value)
         if dies:
-            path, name, _ = key
+            path, _name, _ = key
             op = recorder.ops[key]
             layers = [int(p) for p in path.split(".") if p.isdigit()]
             return Divergence(layers[0] if layers else None, path, op.name, _source(op.loc), tuple(sorted(dies)), worst)
@@ -373,16 +375,15 @@ def _compare(expected: Array, parts: Sequence[_Part]) -> Iterator[tuple[int, flo
 
 
 def _reference_results(module: Module, checkpoint: Path, ids: Sequence[int]) -> Mapping[Key, Array]:
-    results: dict[Key, Array] = {}
+    found: dict[Key, Array] = {}
     keys = _Keys()
 
-    def probe(stack: tuple[Call, ...], op: Op, outputs: tuple[Array, ...]) -> None:
+    def probe(stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None:
         key = keys.of(op, stack)
-        if key is not None and outputs and outputs[0].ndim >= 3:
-            results[key] = outputs[0]
+        if key is not None and results and results[0].ndim >= 3:
+            found[key] = results[0]
 
     interpreter = Interpreter(module, CheckpointReader(checkpoint), probe=probe)
     positions = np.arange(len(ids), dtype=np.int64)[None]
     run_lockstep([interpreter.run("main", [np.array([list(ids)], np.int64), positions])])
-    return results
-
+    return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, final
 
 import numpy as np
@@ -190,19 +190,19 @@ class ArrayAttr(Attribute):
 
 
 @final
-class DictAttr(Attribute, Mapping[str, Attribute] if TYPE_CHECKING else object):
+class DictAttr(Attribute):
     """`{a = 1 : i64, b}`: an immutable mapping with sorted keys; also what an op's properties and attributes are."""
 
     __slots__ = ("_map",)
     _args_are_key = False
 
-    def __init__(self, entries: Mapping[str, Attribute] | Iterable[tuple[str, Attribute]] = ()) -> None:
-        self._map: Final[dict[str, Attribute]] = dict(sorted(dict(entries).items()))
+    def __init__(self, entries: DictAttr | Mapping[str, Attribute] | Iterable[tuple[str, Attribute]] = ()) -> None:
+        self._map: Final[dict[str, Attribute]] = dict(sorted((entries._map if isinstance(entries, DictAttr) else dict(entries)).items()))
 
     def _key(self) -> Any:
         return tuple(self._map.items())
 
-    def __getitem__(self, key: str) -> Attribute:
+    def __getitem__(self, key: str) -> Any:
         return self._map[key]
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -217,13 +217,13 @@ class DictAttr(Attribute, Mapping[str, Attribute] if TYPE_CHECKING else object):
     def __len__(self) -> int:
         return len(self._map)
 
-    def keys(self) -> Any:
+    def keys(self) -> KeysView[str]:
         return self._map.keys()
 
-    def values(self) -> Any:
+    def values(self) -> ValuesView[Any]:
         return self._map.values()
 
-    def items(self) -> Any:
+    def items(self) -> ItemsView[str, Any]:
         return self._map.items()
 
     def updated(self, **entries: Attribute) -> DictAttr:

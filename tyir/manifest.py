@@ -122,7 +122,8 @@ class Manifest:
 
 
 def _options(raw: Mapping[str, Any]) -> BuildOptions:
-    return BuildOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return BuildOptions(**values)
 
 
 def _program(raw: Mapping[str, Any]) -> DieProgram:

@@ -6,6 +6,7 @@
         x: Value = operand()
         weight: Value = operand()
         bias: Value | None = optional_operand()
+        _: KW_ONLY
         eps: float = attr(default=1e-6)
         out: Value = result()
 
@@ -13,6 +14,7 @@
         def verify(self) -> Iterator[str]: ...              # what kinds cannot say
         def evaluate(self, x, weight, bias=None): ...       # reference meaning on numpy arrays
 
+Operands are the constructor's positional arguments; `_: KW_ONLY` (from dataclasses) before the properties tells type checkers that those go by keyword.
 From this come the typed constructor `Linear(x, w, eps=1e-5, loc=...)`, accessors, the check of kinds (`check_declaration`), the text forms
 (properties by name, operands in order) and the reference documentation.  At most one operand (and one result) may be optional or variadic, so
 that counts need no segment attribute.
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, dataclass_transform
 
 from tyir.attributes import (
     ArrayAttr,
@@ -127,10 +129,10 @@ class OperandField:
             return op._operands[start] if end > start else None
         return op._operands[start:end]
 
-    def __set__(self, op: Any, value: Value) -> None:
+    def __set__(self, op: Any, value: Any) -> None:
         start, end = self.slice(op, op.operand_fields, len(op._operands))
         new = list(op._operands)
-        new[start:end] = list(value) if self.arity == "variadic" else [] if value is None else [value]
+        new[start:end] = value if self.arity == "variadic" else [] if value is None else [value]
         op.operands = new
 
 
@@ -143,7 +145,7 @@ class ResultField(OperandField):
         start, end = self.slice(op, op.result_fields, len(op.results))
         return op.results[start] if self.arity == "one" else op.results[start:end]
 
-    def __set__(self, op: Any, value: Value) -> None:
+    def __set__(self, op: Any, value: Any) -> None:
         raise AttributeError("results cannot be assigned")
 
 
@@ -237,12 +239,8 @@ def region(*, default: Region | None = None, kw_only: bool = True) -> Any:
     return RegionField()
 
 
-class _Plain:
-    """Constructor-only arguments of every declared op."""
-
-
 def _constructor_only(*, default: Any = None, kw_only: bool = True) -> Any:
-    return _Plain()
+    """A constructor argument of every declared op, for type checkers."""
 
 
 class _OpMeta(type):
@@ -256,8 +254,14 @@ class _OpMeta(type):
         super().__init__(class_name, bases, namespace)
 
 
-@dataclass_transform(field_specifiers=(operand, optional_operand, variadic_operand, result, variadic_result, attr, region, _constructor_only))
-class DeclaredOp(Op, metaclass=_OpMeta):
+@dataclass_transform(
+    field_specifiers=(operand, optional_operand, variadic_operand, result, variadic_result, attr, region, _constructor_only)
+)
+class _Declaration(Op, metaclass=_OpMeta):
+    """Where the transform begins: type checkers count the fields of classes below this one (PEP 681)."""
+
+
+class DeclaredOp(_Declaration):
     """Base of all declared ops."""
 
     __slots__ = ()
@@ -269,12 +273,10 @@ class DeclaredOp(Op, metaclass=_OpMeta):
     plain_operands: ClassVar[bool] = True
     registered: ClassVar[bool] = True
 
-    loc: Location = _constructor_only(default=UNKNOWN)
-    result_types: Sequence[Type] = _constructor_only(default=())
-    attributes: DictAttr = _constructor_only(default=EMPTY_DICT)
-
-    # The three names above are the constructor's; at run time they are Op's slots (result_types is not kept).
-    del loc, result_types, attributes
+    if TYPE_CHECKING:  # the constructor's own arguments; at run time loc and attributes are Op's slots, result_types is not kept
+        loc: Location = _constructor_only(default=UNKNOWN, kw_only=True)
+        result_types: Sequence[Type] = _constructor_only(default=(), kw_only=True)
+        attributes: DictAttr = _constructor_only(default=EMPTY_DICT, kw_only=True)
 
     def __init_subclass__(cls, *, name: str, traits: tuple[type[Trait], ...] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -293,9 +295,6 @@ class DeclaredOp(Op, metaclass=_OpMeta):
         cls.plain_operands = all(f.arity == "one" for f in cls.operand_fields)
         for attr_field in cls.attr_fields:
             attr_field.bind(cls.__annotations__[attr_field.name], name)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)

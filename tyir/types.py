@@ -260,7 +260,7 @@ def bit_width(element: Type) -> int:
     raise TypeError(f"{element} has no bit width")
 
 
-_FLOAT_DTYPES: Final[dict[str, Any]] = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16,
+_FLOAT_DTYPES: Final[dict[str, npt.DTypeLike]] = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16,
                                         "f8E4M3FN": np.uint8, "f8E5M2": np.uint8, "tf32": np.float32}  # fmt: skip
 
 

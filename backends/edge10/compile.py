@@ -91,7 +91,10 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
     mesh = next(module.walk_type(Mesh), None)
     seqlens = module.attributes.get("tyir.seqlens")
     if mesh is None or not isinstance(seqlens, DenseArrayAttr):
-        raise TyirError("the module has no dies or no sequence lengths", help="run partition-dies and specialize-seqlen, or compile from an earlier stage")
+        raise TyirError(
+            "the module has no dies or no sequence lengths",
+            help="run partition-dies and specialize-seqlen, or compile from an earlier stage",
+        )
     cache = next((tensor_type(a) for f in module.walk_type(Func) for a in f.args if len(tensor_type(a).dims) == 4), None)
     return replace(
         options,
@@ -179,7 +182,11 @@ def _write_weights(
 
 
 def _write_programs(
-    dies: list[Module], folder: Path, options: BuildOptions, places: dict[tuple[int, Param], tuple[ParamsFile, str]], context: CompileContext
+    dies: list[Module],
+    folder: Path,
+    options: BuildOptions,
+    places: dict[tuple[int, Param], tuple[ParamsFile, str]],
+    context: CompileContext,
 ) -> list[DieProgram]:
     from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
 
@@ -261,7 +268,12 @@ def _copy_model_files(checkpoint: Path, folder: Path) -> None:
 
 def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[DieProgram]) -> None:
     """Per die, what a host must allocate: cache buffers and the step's inputs and outputs, in bytes."""
-    config: dict[str, Any] = {"max_kv_cache_size": options.max_kv, "seq_len_list": list(options.seqlens), "dev_count": options.dies, "dies": {}}
+    config: dict[str, Any] = {
+        "max_kv_cache_size": options.max_kv,
+        "seq_len_list": list(options.seqlens),
+        "dev_count": options.dies,
+        "dies": {},
+    }
     for program in programs:
         aliased = {t.alias for t in program.outputs if t.alias is not None}
         entry = config["dies"].setdefault(str(program.die), {"kv_cache": {}, "inputs": {}, "outputs": {}})

@@ -31,7 +31,16 @@ from tyir.weights import WeightSource
 __all__ = ["ParamsFile", "write_params"]
 
 Array = npt.NDArray[Any]
-_DTYPES: Final = {"float16": "F16", "float32": "F32", "uint8": "U8", "int8": "I8", "int32": "I32", "int64": "I64", "bool": "BOOL", "uint16": "BF16"}
+_DTYPES: Final = {
+    "float16": "F16",
+    "float32": "F32",
+    "uint8": "U8",
+    "int8": "I8",
+    "int32": "I32",
+    "int64": "I64",
+    "bool": "BOOL",
+    "uint16": "BF16",
+}
 _ALIGNMENT: Final = 64  # the data starts on a cache line
 
 
@@ -77,7 +86,13 @@ class ParamsFile:
         """The reference by which a program names this tensor."""
         slot = self.slots[param]
         return Global(
-            sym_name=str(param.sym_name), type=param.type, file=file, key=str(param.sym_name), offset=slot.offset, nbytes=slot.nbytes, loc=param.loc
+            sym_name=str(param.sym_name),
+            type=param.type,
+            file=file,
+            key=str(param.sym_name),
+            offset=slot.offset,
+            nbytes=slot.nbytes,
+            loc=param.loc,
         )
 
 
@@ -116,7 +131,9 @@ def _check(param: Param, array: Array) -> Diagnostic | None:
     if not isinstance(param.type.element, FloatType) or array.dtype.kind != "f" or np.isfinite(array).all():
         return None
     bad = "NaN" if np.isnan(array).any() else "a value beyond the f16 range (65504)" if array.dtype == np.float16 else "infinity"
-    return Diagnostic(f"weight {param.sym_name} holds {bad}", help="the checkpoint is damaged, or its weights need rescaling before they fit f16")
+    return Diagnostic(
+        f"weight {param.sym_name} holds {bad}", help="the checkpoint is damaged, or its weights need rescaling before they fit f16"
+    )
 
 
 class _Evaluator:
@@ -153,5 +170,3 @@ class _Evaluator:
             if len(self.recent) > self.remember:
                 self.recent.popitem(last=False)
         return results
-
-

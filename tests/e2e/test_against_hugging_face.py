@@ -16,7 +16,11 @@ TOKENS = 64
 @pytest.mark.parametrize("weights", ["fp16", "int4"])
 @pytest.mark.parametrize("dies", [1, 2, 3, 4])
 def test_greedy_tokens_and_logits(
-    artifacts: Callable[[int, str], Path], reference: Callable[[str], Reference], dies: int, weights: str, record_property: Callable[..., None]
+    artifacts: Callable[[int, str], Path],
+    reference: Callable[[str], Reference],
+    dies: int,
+    weights: str,
+    record_property: Callable[..., None],
 ) -> None:
     """64 greedy tokens on each of 8 prompts are Hugging Face's; a differing one must be a near tie of Hugging Face's own logits."""
     folder = artifacts(dies, weights)

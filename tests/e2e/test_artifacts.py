@@ -44,10 +44,24 @@ def test_layout(artifacts: Artifacts) -> None:
 def test_both_ways_and_a_second_time_give_identical_bytes(imported: Path, model: Path, artifacts: Artifacts, tmp_path: Path) -> None:
     """tyir-compile HF_DIR in a process of its own; tyir-import, then tyir-opt with the pipeline, then tyir-compile; and a third compile."""
     wanted = hashes(artifacts(2, "int4"))
-    command = [sys.executable, "-P", "-m", "tyir.tools.tyir_compile", str(model), "-o", str(tmp_path / "a"), "--dies", "2", "--max-kv", "128"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tyir.tools.tyir_compile",
+        str(model),
+        "-o",
+        str(tmp_path / "a"),
+        "--dies",
+        "2",
+        "--max-kv",
+        "128",
+    ]
     subprocess.run([*command, "--weights", "int4", "-q"], check=True, cwd=tmp_path, capture_output=True)
     module = parse_file(imported)
-    run_pipeline(module, "to-ty,quantize-weights,kv-materialize{max-kv=128},partition-dies{dies=2},specialize-seqlen{seqlens=1,8},to-program")
+    run_pipeline(
+        module, "to-ty,quantize-weights,kv-materialize{max-kv=128},partition-dies{dies=2},specialize-seqlen{seqlens=1,8},to-program"
+    )
     (tmp_path / "program.ir").write_text(print_op(module))
     opted = compile_path(tmp_path / "program.ir", tmp_path / "b", OPTIONS)
     assert hashes(tmp_path / "a" / "2die") == wanted
@@ -82,7 +96,9 @@ def test_foreign_output_folders_are_left_alone(imported: Path, tmp_path: Path) -
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["thesis.tex"]
 
 
-def test_a_failing_compile_leaves_the_old_artifacts(imported: Path, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_compile_leaves_the_old_artifacts(
+    imported: Path, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "2die"
     shutil.copytree(artifacts(2, "int4"), folder)
     before = hashes(folder)
@@ -127,7 +143,9 @@ def test_prompts_longer_than_the_cache(artifacts: Artifacts) -> None:
 
 
 def test_build_and_compile_llm_has_the_embedding_outside_when_asked(model: Path, artifacts: Artifacts, tmp_path: Path) -> None:
-    folder = build_and_compile_llm(model, tmp_path / "out", max_kv_cache_size=128, seq_len_list=[1, 8], dev_count=2, embedding_as_input=True)
+    folder = build_and_compile_llm(
+        model, tmp_path / "out", max_kv_cache_size=128, seq_len_list=[1, 8], dev_count=2, embedding_as_input=True
+    )
     assert folder == tmp_path / "out" / "2die"
     assert read_safetensors(folder / "embedding.params")["embedding"].shape == (4096, 256)
     ids = [5, 17, 300, 42, 9]

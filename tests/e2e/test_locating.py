@@ -66,7 +66,9 @@ def die(module: Op, number: int) -> Module:
         (WrongSlice(), 1, "ty.linear", "model.layers.1.mlp.up_proj", (0,)),
     ],
 )
-def test_a_broken_pass_is_located(imported: Path, model: Path, tmp_path: Path, fault: Pass, layer: int, op: str, path: str, dies: tuple[int, ...]) -> None:
+def test_a_broken_pass_is_located(
+    imported: Path, model: Path, tmp_path: Path, fault: Pass, layer: int, op: str, path: str, dies: tuple[int, ...]
+) -> None:
     module = parse_file(imported)
     run_pipeline(module, "to-ty,kv-materialize{max-kv=32},partition-dies{dies=2}")
     fault.run(module, PassContext())

@@ -99,7 +99,9 @@ def test_ranges_cover_without_gap_and_are_even(total: int, dies: int, unit: int)
     tied=st.booleans(),
 )
 def test_random_shapes(kv_heads: int, ratio: int, groups: int, vocabulary: int, dies: int, int4: bool, tied: bool) -> None:
-    shape = Shape(layers=1, hidden=64, heads=kv_heads * ratio, kv_heads=kv_heads, head_dim=16, width=32 * groups, vocabulary=vocabulary, tied=tied)
+    shape = Shape(
+        layers=1, hidden=64, heads=kv_heads * ratio, kv_heads=kv_heads, head_dim=16, width=32 * groups, vocabulary=vocabulary, tied=tied
+    )
     if int4 and (shape.heads * 16) % 32:
         shape = Shape(layers=1, hidden=64, heads=2, kv_heads=1, head_dim=16, width=32 * groups, vocabulary=vocabulary, tied=tied)
     check(shape, dies, "quantize-weights{group-size=32}" if int4 else "")

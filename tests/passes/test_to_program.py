@@ -63,7 +63,11 @@ def test_caches_stay_aliased_through_the_outlined_layer() -> None:
 
 @pytest.mark.parametrize(
     ("seqlens", "message", "help"),
-    [("8,1", "must ascend", "seqlens=1,8"), ("0,4", "0 is below 1", "seqlens=1,4"), ("1,64", "64 is larger than the cache of 16", "seqlens=1,16")],
+    [
+        ("8,1", "must ascend", "seqlens=1,8"),
+        ("0,4", "0 is below 1", "seqlens=1,4"),
+        ("1,64", "64 is larger than the cache of 16", "seqlens=1,16"),
+    ],
 )
 def test_bad_lengths_name_the_nearest_good_list(seqlens: str, message: str, help: str) -> None:
     module, _ = build(Shape())

@@ -10,6 +10,7 @@ Result types come from the exported graph.  `evaluate` follows PyTorch on the CP
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Add(DeclaredOp, name="aten.add", traits=(Pure,)):
 
     x: Value = operand()
     y: Value | None = optional_operand()
+    _: KW_ONLY
     scalar: float | None = attr(default=None)
     out: Value = result()
 
@@ -58,6 +60,7 @@ class Mul(DeclaredOp, name="aten.mul", traits=(Pure,)):
 
     x: Value = operand()
     y: Value | None = optional_operand()
+    _: KW_ONLY
     scalar: float | None = attr(default=None)
     out: Value = result()
 
@@ -80,6 +83,7 @@ class Pow(DeclaredOp, name="aten.pow", traits=(Pure,)):
     """x ** exponent."""
 
     x: Value = operand()
+    _: KW_ONLY
     exponent: float = attr()
     out: Value = result()
 
@@ -131,6 +135,7 @@ class Mean(DeclaredOp, name="aten.mean", traits=(Pure,)):
     """Mean over the axes `dim`."""
 
     x: Value = operand()
+    _: KW_ONLY
     dim: tuple[int, ...] = attr()
     keepdim: bool = attr(default=False)
     out: Value = result()
@@ -143,6 +148,7 @@ class To(DeclaredOp, name="aten.to", traits=(Pure,)):
     """x converted to element type `element`."""
 
     x: Value = operand()
+    _: KW_ONLY
     element: Type = attr()
     out: Value = result()
 
@@ -190,6 +196,7 @@ class View(DeclaredOp, name="aten.view", traits=(Pure,)):
     """The same elements in another shape; -1 stands for the dynamic dimension."""
 
     x: Value = operand()
+    _: KW_ONLY
     shape: tuple[int, ...] = attr()
     out: Value = result()
 
@@ -201,6 +208,7 @@ class Reshape(DeclaredOp, name="aten.reshape", traits=(Pure,)):
     """`aten.view` that copies where it must; here the same."""
 
     x: Value = operand()
+    _: KW_ONLY
     shape: tuple[int, ...] = attr()
     out: Value = result()
 
@@ -212,6 +220,7 @@ class Expand(DeclaredOp, name="aten.expand", traits=(Pure,)):
     """Dimensions of size 1 repeated to `shape`; -1 keeps the dimension."""
 
     x: Value = operand()
+    _: KW_ONLY
     shape: tuple[int, ...] = attr()
     out: Value = result()
 
@@ -224,6 +233,7 @@ class Unsqueeze(DeclaredOp, name="aten.unsqueeze", traits=(Pure,)):
     """A dimension of size 1 inserted at `dim`."""
 
     x: Value = operand()
+    _: KW_ONLY
     dim: int = attr()
     out: Value = result()
 
@@ -235,6 +245,7 @@ class Transpose(DeclaredOp, name="aten.transpose", traits=(Pure,)):
     """Axes `dim0` and `dim1` exchanged."""
 
     x: Value = operand()
+    _: KW_ONLY
     dim0: int = attr()
     dim1: int = attr()
     out: Value = result()
@@ -247,6 +258,7 @@ class Slice(DeclaredOp, name="aten.slice", traits=(Pure,)):
     """Entries `start`..`end` (exclusive, clamped; 2**63-1 means the end) along `dim`."""
 
     x: Value = operand()
+    _: KW_ONLY
     dim: int = attr()
     start: int = attr()
     end: int = attr()
@@ -261,6 +273,7 @@ class Cat(DeclaredOp, name="aten.cat", traits=(Pure,)):
     """The tensors joined along `dim`."""
 
     tensors: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     dim: int = attr()
     out: Value = result()
 

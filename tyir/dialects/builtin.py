@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import KW_ONLY
+from typing import Any, Self
 
 from tyir.ir import Block, Op, Region, Value
 from tyir.opdef import DeclaredOp, attr, region
@@ -19,14 +20,17 @@ class Module(DeclaredOp, name="builtin.module", traits=(IsolatedFromAbove, NoTer
 
     __slots__ = ("resources",)
 
+    _: KW_ONLY
     sym_name: str | None = attr(default=None)
     body_region: Region = region()
-    resources: dict[str, tuple[int, bytes]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = object.__new__(cls)
-        self.resources = {}
+        self._start_resources()
         return self
+
+    def _start_resources(self) -> None:  # a method, so that type checkers do not take the slot for a field of the constructor
+        self.resources: dict[str, tuple[int, bytes]] = {}
 
     @classmethod
     def empty(cls, sym_name: str | None = None) -> Module:

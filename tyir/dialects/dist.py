@@ -6,6 +6,7 @@ After `partition-dies` the file holds one `dist.mesh` and one module `@die{i}` p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ Array = npt.NDArray[Any]
 class Mesh(DeclaredOp, name="dist.mesh", traits=(Symbol,)):
     """The dies, as Shardy's mesh: axis names are implied (`die`), `sizes` gives the number of dies; `devices` lists them, the main die first."""
 
+    _: KW_ONLY
     sym_name: str = attr()
     sizes: tuple[int, ...] = attr()
     devices: tuple[int, ...] = attr()
@@ -58,6 +60,7 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
     """
 
     x: Value | None = optional_operand()
+    _: KW_ONLY
     axis: int = attr()
     sizes: tuple[int, ...] = attr()
     out: Value = result()

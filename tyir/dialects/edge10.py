@@ -14,6 +14,7 @@ properties, then tokens.  Scalars are the command processor's registers and cost
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY
 from typing import Final
 
 from tyir.attributes import ArrayAttr, SymbolRefAttr
@@ -55,6 +56,7 @@ VECTOR_FUNCTIONS: Final = {
 class Buffer(DeclaredOp, name="edge10.buffer", traits=(Symbol,)):
     """`nbytes` of DRAM at `address` holding a tensor.  `kind` says who writes it: weight and input the host, kv and activation the program."""
 
+    _: KW_ONLY
     sym_name: str = attr()
     address: int = attr()
     nbytes: int = attr()
@@ -69,6 +71,7 @@ class Buffer(DeclaredOp, name="edge10.buffer", traits=(Symbol,)):
 class AddressOf(DeclaredOp, name="edge10.address_of", traits=(Pure,)):
     """The DRAM address of a buffer."""
 
+    _: KW_ONLY
     symbol: SymbolRefAttr = attr()
     out: Value = result()
 
@@ -81,6 +84,7 @@ class Offset(DeclaredOp, name="edge10.offset", traits=(Pure,)):
 
     base: Value = operand()
     index: Value = operand()
+    _: KW_ONLY
     scale: int = attr()
     out: Value = result()
 
@@ -91,6 +95,7 @@ class Offset(DeclaredOp, name="edge10.offset", traits=(Pure,)):
 class Register(DeclaredOp, name="edge10.register", traits=(Pure,)):
     """A register set by the host before the step; `pos` is the number of tokens already in the cache."""
 
+    _: KW_ONLY
     register: str = attr(choices=("pos",))
     out: Value = result()
 
@@ -102,6 +107,7 @@ class Affine(DeclaredOp, name="edge10.affine", traits=(Pure,)):
     """min(max(floor((sum_i coefficients[i] * inputs[i] + constant) / divisor), low), high); without `high` there is no upper bound."""
 
     inputs: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     coefficients: tuple[int, ...] = attr()
     constant: int = attr(default=0)
     divisor: int = attr(default=1)
@@ -136,6 +142,7 @@ class For(DeclaredOp, name="edge10.for"):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     body_region: Region = region()
     tokens: tuple[Value, ...] = variadic_result()
 
@@ -160,6 +167,7 @@ class Load(DeclaredOp, name="edge10.load"):
     """DRAM to SRAM: `shape` is [planes, rows, bytes of a row]; strides are [between planes, between rows] in bytes on each side."""
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     offset: int = attr(default=0)
     sram: int = attr()
     shape: tuple[int, ...] = attr()
@@ -180,6 +188,7 @@ class Store(DeclaredOp, name="edge10.store"):
     """SRAM to DRAM, shapes and strides as in `edge10.load`; runs on `eodma`."""
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     offset: int = attr(default=0)
     sram: int = attr()
     shape: tuple[int, ...] = attr()
@@ -202,6 +211,7 @@ class Gather(DeclaredOp, name="edge10.gather"):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     index: str = attr(choices=("ids", "position"))
     ids: int = attr(default=0)
     first: int = attr(default=0)
@@ -226,6 +236,7 @@ class Dequant(DeclaredOp, name="edge10.dequant"):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     q: int = attr()
     q_stride: int = attr()
     scales: int = attr()
@@ -255,6 +266,7 @@ class Matmul(DeclaredOp, name="edge10.matmul"):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     lhs: int = attr()
     lhs_strides: tuple[int, ...] = attr()
     rhs: int = attr()
@@ -279,6 +291,7 @@ class Drain(DeclaredOp, name="edge10.drain"):
     """Accumulators [m, n] to SRAM as f16 or f32, plus a bias row (f16 at `bias`, -1 for none); rows numbered [outer, inner] as in `edge10.matmul`."""
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     acc: int = attr()
     acc_stride: int = attr()
     m: tuple[int, ...] = attr()
@@ -303,6 +316,7 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     function: str = attr(choices=tuple(VECTOR_FUNCTIONS))
     inputs: tuple[int, ...] = attr()
     outputs: tuple[int, ...] = attr()
@@ -321,7 +335,11 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     def verify(self) -> Iterator[str]:
         yield from _check_operands(self)
         inputs, outputs, _ = VECTOR_FUNCTIONS[self.function]
-        if (len(self.inputs), len(self.outputs)) != (inputs, outputs) or len(self.input_types) != inputs or len(self.output_types) != outputs:
+        if (
+            (len(self.inputs), len(self.outputs)) != (inputs, outputs)
+            or len(self.input_types) != inputs
+            or len(self.output_types) != outputs
+        ):
             yield f"'{self.function}' has {inputs} inputs and {outputs} outputs, each with its element type"
 
 
@@ -334,6 +352,7 @@ class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     scores: int = attr()
     score_stride: int = attr()
     probabilities: int = attr()
@@ -364,6 +383,7 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     source: int = attr()
     source_memory: str = attr(default="sram", choices=("sram", "dram", "none"))
     destination: int = attr()
@@ -386,6 +406,7 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
     """
 
     args: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
     source: int = attr()
     source_memory: str = attr(default="sram", choices=("sram", "dram", "none"))
     destination: int = attr()

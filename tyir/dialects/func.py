@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY
 
 from tyir.attributes import ArrayAttr, DictAttr, SymbolRefAttr
 from tyir.ir import Block, Region, Value
@@ -16,6 +17,7 @@ __all__ = ["Call", "Func", "Return"]
 class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
     """A function.  `arg_attrs` and `res_attrs` are one dictionary per argument and result (`tyir.name`, `tyir.alias`, ...)."""
 
+    _: KW_ONLY
     sym_name: str = attr()
     function_type: FunctionType = attr()
     arg_attrs: ArrayAttr | None = attr(default=None)
@@ -63,7 +65,10 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
         inputs = tuple(a.type for a in self.args)
         if inputs != self.function_type.inputs:
             yield f"function type takes ({', '.join(map(str, self.function_type.inputs))}) but the entry block has ({', '.join(map(str, inputs))})"
-        for what, dicts, count in (("arg_attrs", self.arg_attrs, len(inputs)), ("res_attrs", self.res_attrs, len(self.function_type.results))):
+        for what, dicts, count in (
+            ("arg_attrs", self.arg_attrs, len(inputs)),
+            ("res_attrs", self.res_attrs, len(self.function_type.results)),
+        ):
             if dicts is not None and len(dicts) != count:
                 yield f"{what} has {len(dicts)} entries for {count} values"
 
@@ -71,7 +76,7 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
 class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
     """Ends a function with its results."""
 
-    values: tuple[Value, ...] = variadic_operand()
+    values: Sequence[Value] = variadic_operand()
 
     def verify(self) -> Iterator[str]:
         parent = self.parent_op
@@ -85,6 +90,7 @@ class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
 class Call(DeclaredOp, name="func.call"):
     """Calls a function of the same module."""
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: Sequence[Value] = variadic_operand()
+    _: KW_ONLY
     callee: SymbolRefAttr = attr()
-    values: tuple[Value, ...] = variadic_result()
+    values: Sequence[Value] = variadic_result()

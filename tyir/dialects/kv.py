@@ -7,6 +7,7 @@ A cache is a function argument [b, G, capacity, D]; the function returns it upda
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     k: Value = operand()
     v: Value = operand()
     pos: Value = operand()
+    _: KW_ONLY
     scale: float = attr()
     window: int = attr(default=0)
     kv_heads: tuple[int, ...] = attr()
@@ -96,4 +98,4 @@ class Rows(DeclaredOp, name="kv.rows", traits=(Pure,)):
 
     def evaluate(self, table: Array, pos: Array, like: Array) -> Array:
         rows = pos[:, None] + np.arange(like.shape[1])[None, :]
-        return table[np.minimum(rows, table.shape[0] - 1)]
+        return np.asarray(table[np.minimum(rows, table.shape[0] - 1)])

@@ -7,6 +7,7 @@ Activations are f16; every reduction accumulates in f32 and rounds once, at the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
     `key` is the tensor's name in the file.  Weights never travel in the text.
     """
 
+    _: KW_ONLY
     sym_name: str = attr()
     type: TensorType = attr()
     file: str = attr()
@@ -71,6 +73,7 @@ class Param(DeclaredOp, name="ty.param", traits=(Symbol, IsolatedFromAbove)):
     Initializers are evaluated one at a time, when the `.params` file is written.  They refer to `ty.global`s only, never to other parameters.
     """
 
+    _: KW_ONLY
     sym_name: str = attr()
     type: TensorType = attr()
     initializer: Region = region()
@@ -85,6 +88,7 @@ class Yield(DeclaredOp, name="ty.yield", traits=(Terminator,)):
 class GetGlobal(DeclaredOp, name="ty.get_global", traits=(Pure, ConstantLike)):
     """The tensor of a `ty.global` or `ty.param`, looked up in the enclosing modules from the inside out."""
 
+    _: KW_ONLY
     symbol: SymbolRefAttr = attr()
     out: Value = result()
 
@@ -92,6 +96,7 @@ class GetGlobal(DeclaredOp, name="ty.get_global", traits=(Pure, ConstantLike)):
 class Constant(DeclaredOp, name="ty.constant", traits=(Pure, ConstantLike)):
     """A small constant tensor."""
 
+    _: KW_ONLY
     value: DenseElementsAttr = attr()
     out: Value = result()
 
@@ -110,6 +115,7 @@ class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
     """
 
     weight: Value = operand()
+    _: KW_ONLY
     group_size: int = attr()
     q: Value = result()
     scales: Value = result()
@@ -149,6 +155,7 @@ class Dequantize(DeclaredOp, name="ty.dequantize", traits=(Pure,)):
     q: Value = operand()
     scales: Value = operand()
     zeros: Value = operand()
+    _: KW_ONLY
     group_size: int = attr()
     out: Value = result()
 
@@ -163,6 +170,7 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
     """Every slice along `axis` repeated `times` times in place: [a, b] -> [a, a, b, b].  Refines quantisation groups exactly."""
 
     x: Value = operand()
+    _: KW_ONLY
     axis: int = attr()
     times: int = attr()
     out: Value = result()
@@ -178,6 +186,7 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
 class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
     """cos and sin of position * inv_freq, times `scale`, for positions 0..positions-1: two tensors [positions, D/2] of element type `element`."""
 
+    _: KW_ONLY
     inv_freq: DenseElementsAttr = attr()
     positions: int = attr()
     scale: float = attr(default=1.0)
@@ -191,7 +200,9 @@ class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
 
     def evaluate(self) -> tuple[Array, Array]:
         angles = np.arange(self.positions, dtype=np.float32)[:, None] * self.inv_freq.to_numpy()[None, :]
-        return as_type(np.cos(angles) * np.float32(self.scale), self.element), as_type(np.sin(angles) * np.float32(self.scale), self.element)
+        return as_type(np.cos(angles) * np.float32(self.scale), self.element), as_type(
+            np.sin(angles) * np.float32(self.scale), self.element
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- shape and elementwise
@@ -201,6 +212,7 @@ class Cast(DeclaredOp, name="ty.cast", traits=(Pure,)):
     """Converts elements (bf16 and f32 checkpoints to f16, ids to i32), rounding to nearest even."""
 
     x: Value = operand()
+    _: KW_ONLY
     element: Type = attr()
     out: Value = result()
 
@@ -219,6 +231,7 @@ class Slice(DeclaredOp, name="ty.slice", traits=(Pure,)):
     """`size` entries from `offset` along `axis`."""
 
     x: Value = operand()
+    _: KW_ONLY
     axis: int = attr()
     offset: int = attr()
     size: int = attr()
@@ -246,6 +259,7 @@ class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
     """Same elements in another shape; -1 stands for the dimension that follows from the others (`?` when the input is dynamic)."""
 
     x: Value = operand()
+    _: KW_ONLY
     shape: tuple[int, ...] = attr()
     out: Value = result()
 
@@ -278,6 +292,7 @@ class Transpose(DeclaredOp, name="ty.transpose", traits=(Pure,)):
     """Axes permuted: out.shape[i] = x.shape[perm[i]]."""
 
     x: Value = operand()
+    _: KW_ONLY
     perm: tuple[int, ...] = attr()
     out: Value = result()
 
@@ -334,7 +349,7 @@ class Mul(DeclaredOp, name="ty.mul", traits=(Pure, Commutative)):
 
 def silu(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """x * sigmoid(x) in f32, without overflow for large negative x."""
-    return x / (np.float32(1) + np.exp(-np.maximum(x, np.float32(-80))))
+    return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(x, np.float32(-80)))), np.float32)
 
 
 class Silu(DeclaredOp, name="ty.silu", traits=(Pure,)):
@@ -376,6 +391,7 @@ class Embedding(DeclaredOp, name="ty.embedding", traits=(Pure,)):
 
     table: Value = operand()
     ids: Value = operand()
+    _: KW_ONLY
     offset: int = attr(default=0)
     out: Value = result()
 
@@ -394,6 +410,7 @@ class RmsNorm(DeclaredOp, name="ty.rms_norm", traits=(Pure,)):
 
     x: Value = operand()
     weight: Value = operand()
+    _: KW_ONLY
     eps: float = attr()
     out: Value = result()
 
@@ -421,6 +438,7 @@ class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
     x: Value = operand()
     weight: Value = operand()
     bias: Value | None = optional_operand()
+    _: KW_ONLY
     element: Type | None = attr(default=None)
     out: Value = result()
 
@@ -447,6 +465,7 @@ class QuantizedLinear(DeclaredOp, name="ty.quantized_linear", traits=(Pure,)):
     scales: Value = operand()
     zeros: Value = operand()
     bias: Value | None = optional_operand()
+    _: KW_ONLY
     group_size: int = attr()
     element: Type | None = attr(default=None)
     out: Value = result()
@@ -472,6 +491,7 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
     """cos and sin of position * inv_freq, times `scale`: positions [b, s] -> two tensors [b, s, D/2] of element type `element`."""
 
     positions: Value = operand()
+    _: KW_ONLY
     inv_freq: DenseElementsAttr = attr()
     scale: float = attr(default=1.0)
     element: Type = attr(default=f16)
@@ -484,7 +504,9 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
 
     def evaluate(self, positions: Array) -> tuple[Array, Array]:
         angles = positions.astype(np.float32)[..., None] * self.inv_freq.to_numpy()
-        return as_type(np.cos(angles) * np.float32(self.scale), self.element), as_type(np.sin(angles) * np.float32(self.scale), self.element)
+        return as_type(np.cos(angles) * np.float32(self.scale), self.element), as_type(
+            np.sin(angles) * np.float32(self.scale), self.element
+        )
 
 
 class Rope(DeclaredOp, name="ty.rope", traits=(Pure,)):
@@ -549,6 +571,7 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
     q: Value = operand()
     k: Value = operand()
     v: Value = operand()
+    _: KW_ONLY
     scale: float = attr()
     window: int = attr(default=0)
     out: Value = result()
@@ -567,6 +590,3 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
         heads = default_kv_heads(q.shape[2], k.shape[2])
         rows = [attend(q[i], k[i].swapaxes(0, 1), v[i].swapaxes(0, 1), 0, self.scale, self.window, heads) for i in range(q.shape[0])]
         return as_type(np.stack(rows), tensor_type(self.out).element)
-
-
-
