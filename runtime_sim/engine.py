@@ -25,7 +25,9 @@ from tyir.targets.machine import Machine
 __all__ = ["Record", "Timing", "simulate"]
 
 _DMA: Final = ("ewdma", "eidma", "ebdma", "eodma")
-_END, _DATA, _FLOW, _LINKS = range(4)  # kinds of events: a command ends, a transfer's latency is over, a flow may have ended, a collective's links are done
+_END, _DATA, _FLOW, _LINKS = range(
+    4
+)  # kinds of events: a command ends, a transfer's latency is over, a flow may have ended, a collective's links are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Record:
     start: float
     data: float
     end: float
+    dram_bytes: int
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class _Die:
         self.data = [0.0] * count
         self.end = [-1.0] * count
         self.ready = [False] * count  # transfers whose latency is over
+        self.dram_bytes = [0] * count
         self.dram = SharedBandwidth(machine.dram_bytes_per_ns)
-        self.dram_bytes = 0
 
 
 class _Simulation:
@@ -212,7 +215,7 @@ class _Simulation:
         transfer = self._transfer(die.commands[index])
         die.data[index] = self.now
         queue.moving = True
-        die.dram_bytes += transfer.nbytes
+        die.dram_bytes[index] = transfer.nbytes
         die.dram.add(self.now, index, transfer.cost_bytes(self.machine), self.port)
         self._watch_dram(die)
 
@@ -251,7 +254,7 @@ class _Simulation:
             transfer = collective_transfer(op)
             if transfer.nbytes:
                 self._collective_left[number] += 1
-                other.dram_bytes += transfer.nbytes
+                other.dram_bytes[command.index] = transfer.nbytes
                 other.dram.add(self.now, command.index, transfer.cost_bytes(self.machine), self.port)
                 self._watch_dram(other)
         self._push(self.now + self._collective_ns(commands[0]), _LINKS, 0, number)
@@ -274,7 +277,10 @@ class _Simulation:
     def _check_finished(self) -> None:
         stuck = [d.commands[i].describe() for d in self.dies for i, end in enumerate(d.end) if end < 0]
         if stuck:
-            raise TyirError(f"{len(stuck)} commands can never run; the first: {stuck[0]}", help="the dies' programs do not hold the same collectives, or tokens form a circle")
+            raise TyirError(
+                f"{len(stuck)} commands can never run; the first: {stuck[0]}",
+                help="the dies' programs do not hold the same collectives, or tokens form a circle",
+            )
 
     def _timing(self) -> Timing:
         launch = self.machine.sync.launch_us * 1000
@@ -284,9 +290,13 @@ class _Simulation:
                 busy[die.number, unit] = _covered(die, queue)
             busy[die.number, "dram"] = die.dram.busy_ns
         records = tuple(
-            tuple(Record(c, d.number, d.start[c.index] + launch, d.data[c.index] + launch, d.end[c.index] + launch) for c in d.commands) for d in self.dies
+            tuple(
+                Record(c, d.number, d.start[c.index] + launch, d.data[c.index] + launch, d.end[c.index] + launch, d.dram_bytes[c.index])
+                for c in d.commands
+            )
+            for d in self.dies
         )
-        return Timing(self.now + launch, records, busy, tuple(d.dram_bytes for d in self.dies), self.pos, self.seqlen)
+        return Timing(self.now + launch, records, busy, tuple(sum(d.dram_bytes) for d in self.dies), self.pos, self.seqlen)
 
 
 def _covered(die: _Die, queue: _Queue) -> float:

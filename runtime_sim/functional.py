@@ -7,7 +7,7 @@ combines the operands of all dies in die order.  The caches stay in each die's D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -52,7 +52,7 @@ class FunctionalDie:
                 mine.data[number] = other.memory.dram.data[source]
                 mine.written[number] = other.memory.dram.written[source]
 
-    def step(self, pos: int) -> Iterator[tuple[Command, Array]]:
+    def step(self, pos: int) -> Generator[tuple[Command, Array], Array, None]:
         """Run one step: yields (collective, the die's operand as bytes) and is sent what the collective gives, as bytes."""
         self.pos = pos
         self._races = RaceDetector()
@@ -64,20 +64,32 @@ class FunctionalDie:
             handler = _HANDLERS[type(command.op)]
             if command.unit == "d2d":
                 operand = self._collective_operand(command)
-                combined: Array = yield command, operand  # type: ignore[misc]
+                combined = yield command, operand
                 self._collective_result(command, combined)
             else:
                 handler(self, command)
 
     # -- memory access: every byte a command touches goes through these -------------------------------------------
-    def sram(self, command: Command, offset: int, shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None, write: bool = False) -> Array:
+    def sram(
+        self, command: Command, offset: int, shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None, write: bool = False
+    ) -> Array:
         """A view of SRAM as an array of `shape`, C-contiguous unless byte `strides` are given."""
         return self._array(self.memory.sram, "SRAM", command, offset, shape, np.dtype(dtype), strides, write)
 
     def acc(self, command: Command, offset: int, shape: Sequence[int], strides: Sequence[int], write: bool = False) -> Array:
         return self._array(self.memory.acc, "the accumulators", command, offset, shape, np.dtype(np.float32), strides, write)
 
-    def _array(self, memory: Any, name: str, command: Command, offset: int, shape: Sequence[int], dtype: np.dtype[Any], strides: Sequence[int] | None, write: bool) -> Array:
+    def _array(
+        self,
+        memory: Any,
+        name: str,
+        command: Command,
+        offset: int,
+        shape: Sequence[int],
+        dtype: np.dtype[Any],
+        strides: Sequence[int] | None,
+        write: bool,
+    ) -> Array:
         strides = _dense(shape, dtype.itemsize) if strides is None else strides
         extent = _extent(shape, strides, dtype.itemsize)
         data = memory.view(offset, extent, command)
@@ -102,7 +114,15 @@ class FunctionalDie:
         return np.ndarray(tuple(shape), np.uint8, buffer=data, strides=tuple(strides)) if extent else np.zeros(tuple(shape), np.uint8)
 
     def _note(
-        self, command: Command, name: str, marks: npt.NDArray[np.bool_] | None, shape: Sequence[int], strides: Sequence[int], itemsize: int, offset: int, write: bool
+        self,
+        command: Command,
+        name: str,
+        marks: npt.NDArray[np.bool_] | None,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        itemsize: int,
+        offset: int,
+        write: bool,
     ) -> None:
         """Check that what is read has been written, mark what is written, and look for races, row by row of the innermost contiguous run."""
         extent = _extent(shape, strides, itemsize)
@@ -288,7 +308,7 @@ def run_step(dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: in
         finished = 0
         for run, message in zip(runs, inbox):
             try:
-                waiting.append(next(run) if message is None else run.send(message))  # type: ignore[attr-defined]
+                waiting.append(next(run) if message is None else run.send(message))
             except StopIteration:
                 finished += 1
         if not waiting:
@@ -303,5 +323,7 @@ def _outputs(die: FunctionalDie) -> dict[str, Array]:
     found = {}
     for buffer in die.program.buffers.values():
         if buffer.kind == "output":
-            found[buffer.sym_name] = die.memory.dram.buffer(buffer.sym_name).view(storage_dtype(buffer.type.element)).reshape(buffer.type.static_shape).copy()
+            found[buffer.sym_name] = (
+                die.memory.dram.buffer(buffer.sym_name).view(storage_dtype(buffer.type.element)).reshape(buffer.type.static_shape).copy()
+            )
     return found

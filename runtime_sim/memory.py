@@ -57,7 +57,10 @@ class Dram:
                 self.data.append(np.zeros(buffer.nbytes, np.uint8))
                 self.written.append(np.zeros(buffer.nbytes, np.bool_))
         if missing:
-            raise TyirError(f"no data for weight buffers: {', '.join(missing[:8])}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else ""), help="give the die's common_die<i>.params")
+            raise TyirError(
+                f"no data for weight buffers: {', '.join(missing[:8])}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else ""),
+                help="give the die's common_die<i>.params",
+            )
 
     def find(self, address: int, nbytes: int, command: Command) -> tuple[int, int]:
         """The number of the buffer that holds these bytes, and the offset in it; `TyirError` when no single buffer does."""
@@ -91,7 +94,10 @@ class Dram:
 def _image_bytes(buffer: edge10.Buffer, image: npt.NDArray[Any]) -> Bytes:
     flat = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
     if len(flat) != buffer.type.nbytes:
-        raise TyirError(f"buffer @{buffer.sym_name} holds {buffer.type} = {buffer.type.nbytes} bytes, the data given has {len(flat)}", help="4-bit tensors must be packed (tyir.storage.pack)")
+        raise TyirError(
+            f"buffer @{buffer.sym_name} holds {buffer.type} = {buffer.type.nbytes} bytes, the data given has {len(flat)}",
+            help="4-bit tensors must be packed (tyir.storage.pack)",
+        )
     return flat
 
 
@@ -102,7 +108,6 @@ class DieMemory:
         self.dram = dram
         self.sram = Memory("SRAM", sram_bytes)
         self.acc = Memory("the accumulators", accumulator_bytes)
-
 
     def dram_images(self) -> dict[str, Bytes]:
         """The bytes of every buffer that holds data, by name: what another die can be started with."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Self
 
 from tyir.attributes import IntegerAttr, StringAttr
@@ -17,8 +18,10 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
 from tyir.ir import Block, Op, Value
 from tyir.location import module_path
+from tyir.manifest import Manifest
+from tyir.parser import parse_file, parse_module
 
-__all__ = ["Command", "EdgeProgram"]
+__all__ = ["Command", "EdgeProgram", "load_programs"]
 
 Tokens = tuple[int, ...]
 _ADDRESS: Final = edge10.ADDRESS
@@ -66,7 +69,10 @@ class EdgeProgram:
         self.buffers = {b.sym_name: b for b in module.body if isinstance(b, edge10.Buffer)}
         mains = [n for n in self.functions if n.startswith("main_s")]
         if len(mains) != 1:
-            raise TyirError(f"a command program has one @main_s<n>, this one has {len(mains)}", help="give the llm_die<i>.edge10 file of one sequence length")
+            raise TyirError(
+                f"a command program has one @main_s<n>, this one has {len(mains)}",
+                help="give the llm_die<i>.edge10 file of one sequence length",
+            )
         self.entry = mains[0]
         self.seqlen = _int_attribute(module, "tyir.seqlen", int(self.entry.removeprefix("main_s")))
         self.die = _int_attribute(module, "tyir.die", 0)
@@ -74,8 +80,6 @@ class EdgeProgram:
     @classmethod
     def parse(cls, text: str, name: str = "<string>") -> Self:
         """A program from its printed form."""
-        from tyir.parser import parse_module
-
         return cls(parse_module(text, name))
 
     def expand(self, pos: int) -> list[Command]:
@@ -83,6 +87,11 @@ class EdgeProgram:
         walk = _Walk(self, pos)
         walk.run(self.functions[self.entry].body, {}, -1)
         return walk.commands
+
+
+def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgeProgram]:
+    """The command programs of all dies of an artifact folder, for one of its sequence lengths."""
+    return [EdgeProgram(parse_file(folder / manifest.program(die, seqlen).program)) for die in range(manifest.options.dies)]
 
 
 def _int_attribute(module: Module, name: str, default: int) -> int:
@@ -156,7 +165,7 @@ class _Walk:
 
     @staticmethod
     def _affine(op: edge10.Affine, env: dict[Value, Any]) -> int:
-        total = sum(c * env[v] for c, v in zip(op.coefficients, op.operands)) + op.constant
+        total: int = sum(c * env[v] for c, v in zip(op.coefficients, op.operands)) + op.constant
         value = max(total // op.divisor, op.low)
         return value if op.high is None else min(value, op.high)
 

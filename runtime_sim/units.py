@@ -15,7 +15,7 @@ from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width
 
 __all__ = [
-    "Transfer", "all_gather_ns", "all_reduce_ns", "collective_transfer", "compute_ns", "dequant_ns", "drain_ns", "gather_transfer", "matmul_ns", "softmax_ns",
+    "Transfer", "all_gather_ns", "all_reduce_ns", "collective_transfer", "compute_ns", "dequant_ns", "drain_ns", "gather_transfer", "macs", "matmul_ns", "softmax_ns",
     "transfer_of", "vector_ns",
 ]  # fmt: skip
 
@@ -64,6 +64,13 @@ def matmul_ns(m: int, n: int, k: int, machine: Machine) -> float:
     cube = machine.cube
     blocks = -(-m // cube.rows) * -(-n // cube.columns)
     return (cube.fill_cycles + -(-blocks // cube.count) * -(-k // cube.depth_fp16)) * machine.cycle_ns
+
+
+def macs(op: edge10.Matmul, scalars: Sequence[int]) -> int:
+    """Multiply-accumulates that a product asks for, padding not counted."""
+    given = iter(scalars)
+    n, k = (next(given) if size == edge10.DYNAMIC else size for size in (op.n, op.k))
+    return math.prod(op.m) * n * k
 
 
 def drain_ns(m: int, n: int, machine: Machine) -> float:
@@ -128,7 +135,9 @@ def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine) -> fl
     if packages == 1:
         return software + min(one_shot, two_phase)
     share = nbytes / group
-    between = 2 * (machine.c2c.hop_us * 1000 + (packages - 1) / packages * share / machine.c2c.bandwidth_gbps) + _adds(int(share * (packages - 1) / packages / width), machine)
+    between = 2 * (machine.c2c.hop_us * 1000 + (packages - 1) / packages * share / machine.c2c.bandwidth_gbps) + _adds(
+        int(share * (packages - 1) / packages / width), machine
+    )
     return software + two_phase + between
 
 

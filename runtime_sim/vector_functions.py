@@ -20,7 +20,9 @@ Array = npt.NDArray[Any]
 class SramAccess(Protocol):
     """A view of SRAM: offset, shape, dtype, optional byte strides."""
 
-    def __call__(self, offset: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None, *, write: bool = False) -> Array: ...
+    def __call__(
+        self, offset: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None, *, write: bool = False
+    ) -> Array: ...
 
 
 def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:

@@ -53,7 +53,10 @@ def sram_plan(machine: Machine) -> SramPlan:
     """The division of a machine's SRAM."""
     unit = machine.sram.capacity_bytes // 64 // ALIGNMENT * ALIGNMENT
     if unit < 2 * ALIGNMENT:
-        raise TyirError(f"{machine.sram.capacity_bytes} bytes of SRAM are too few to stream weights", help=f"sram.capacity_bytes must be at least {64 * 2 * ALIGNMENT}")
+        raise TyirError(
+            f"{machine.sram.capacity_bytes} bytes of SRAM are too few to stream weights",
+            help=f"sram.capacity_bytes must be at least {64 * 2 * ALIGNMENT}",
+        )
     arena = 64 * unit - unit * (_TEMP + _SIDE_SLOTS * _SIDE + _PACKED_SLOTS * _PACKED + _WIDE_SLOTS * _WIDE)
     temp = arena
     side = temp + _TEMP * unit

@@ -89,7 +89,13 @@ class Lowering:
 
     # -- transfers ------------------------------------------------------------------------------------------------
     def load(
-        self, place: Place, sram: int, shape: tuple[int, int, int], dram_strides: tuple[int, int] = (0, 0), sram_strides: tuple[int, int] | None = None, queue: str = "eidma"
+        self,
+        place: Place,
+        sram: int,
+        shape: tuple[int, int, int],
+        dram_strides: tuple[int, int] = (0, 0),
+        sram_strides: tuple[int, int] | None = None,
+        queue: str = "eidma",
     ) -> None:
         """[planes, rows, row bytes] from a DRAM place; without strides rows follow each other on that side."""
         dense = (shape[1] * shape[2], shape[2])
@@ -99,7 +105,14 @@ class Lowering:
             reads=place.access(_extent(shape, dram_strides), write=False), writes=[sram_range(sram, _extent(shape, sram_strides), write=True)],
         )  # fmt: skip
 
-    def store(self, place: Place, sram: int, shape: tuple[int, int, int], dram_strides: tuple[int, int] = (0, 0), sram_strides: tuple[int, int] | None = None) -> None:
+    def store(
+        self,
+        place: Place,
+        sram: int,
+        shape: tuple[int, int, int],
+        dram_strides: tuple[int, int] = (0, 0),
+        sram_strides: tuple[int, int] | None = None,
+    ) -> None:
         """[planes, rows, row bytes] from SRAM to a DRAM place."""
         dense = (shape[1] * shape[2], shape[2])
         dram_strides, sram_strides = _strides(dram_strides, dense), sram_strides or dense

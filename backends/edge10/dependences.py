@@ -104,9 +104,15 @@ class Tracker:
             self.log.append(access)
             live = self._live.setdefault(access.space, [])
             if access.write:  # what it covers is ordered before it and can be forgotten
-                live[:] = [d for d in live if not (d.access.space == access.space and access.low <= d.access.low and d.access.high <= access.high)]
+                live[:] = [
+                    d for d in live if not (d.access.space == access.space and access.low <= d.access.low and d.access.high <= access.high)
+                ]
             else:  # a later read of the same bytes by the same unit stands for the earlier one
-                live[:] = [d for d in live if d.access.write or d.unit != unit or unit is None or (d.access.low, d.access.high) != (access.low, access.high)]
+                live[:] = [
+                    d
+                    for d in live
+                    if d.access.write or d.unit != unit or unit is None or (d.access.low, d.access.high) != (access.low, access.high)
+                ]
             live.append(_Done(access, token, unit, self._number))
 
     def finish(self) -> tuple[list[list[Value]], list[Value]]:

@@ -23,7 +23,7 @@ class Emitter:
         self.block = block
         self.tracker = tracker
         self.loc: Location = UNKNOWN if entry is None else entry.loc
-        self.source = "" if entry is None else entry.source
+        self.source: str = "" if entry is None else entry.source
         self._outer = entry
         self._addresses: dict[str, Value] = {}
         self._pos: Value | None = None
@@ -54,7 +54,15 @@ class Emitter:
         self.block.insert(op, before=self.block.first_op)
         return op.result
 
-    def affine(self, inputs: Sequence[Value], coefficients: Sequence[int], constant: int = 0, divisor: int = 1, low: int = 0, high: int | None = None) -> Value:
+    def affine(
+        self,
+        inputs: Sequence[Value],
+        coefficients: Sequence[int],
+        constant: int = 0,
+        divisor: int = 1,
+        low: int = 0,
+        high: int | None = None,
+    ) -> Value:
         op = edge10.Affine(inputs=tuple(inputs), coefficients=tuple(coefficients), constant=constant, divisor=divisor, low=low, high=high)
         return self.block.append(op).result
 
@@ -69,7 +77,9 @@ class Emitter:
         return self.block.append(edge10.Join(tokens=tuple(unique))).result
 
     # -- commands -------------------------------------------------------------------------------------------------
-    def emit(self, command: type[DeclaredOp], *operands: Value, reads: Sequence[Access] = (), writes: Sequence[Access] = (), **properties: Any) -> Value:
+    def emit(
+        self, command: type[DeclaredOp], *operands: Value, reads: Sequence[Access] = (), writes: Sequence[Access] = (), **properties: Any
+    ) -> Value:
         """Append a command after everything it depends on; returns its token."""
         attributes = DictAttr({"tyir.source": StringAttr(self.source)}) if self.source else DictAttr()
         op = command(args=operands, loc=self.loc, attributes=attributes, **properties)

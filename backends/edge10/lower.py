@@ -111,7 +111,7 @@ class _DieLowering:
         return [*(layer.function for layer in self.layers.values()), self.main]
 
     def _check_ops(self) -> None:
-        known = (*_LOWERINGS, ty.GetGlobal, ty.Reshape, Call, Return)
+        known: tuple[type[Op], ...] = (*_LOWERINGS, ty.GetGlobal, ty.Reshape, Call, Return)
         unknown: dict[str, Op] = {}
         for function in self._functions():
             for op in function.body:
@@ -119,7 +119,11 @@ class _DieLowering:
                     unknown.setdefault(op.name, op)
         if unknown:
             raise TyirError(
-                Diagnostic(f"'{name}' has no edge10 command", where=str(op.loc), help="the passes before lower-edge10 should have removed it; see passes/README.md for the stages")
+                Diagnostic(
+                    f"'{name}' has no edge10 command",
+                    where=str(op.loc),
+                    help="the passes before lower-edge10 should have removed it; see passes/README.md for the stages",
+                )
                 for name, op in unknown.items()
             )
 
@@ -259,8 +263,7 @@ class _DieLowering:
             for index, place in layer.boundary.results.items():
                 fixed[op.results[index]] = place
         for index, value in enumerate(self.main.body.terminator.operands):
-            place = fixed.get(root(value))
-            if place is None:
+            if root(value) not in fixed:
                 name = f"output{index}" if index else "logits"
                 self._buffer(name, "output", ty.tensor_type(value), result=index)
                 fixed[root(value)] = Place("dram", 0, name)
@@ -316,7 +319,11 @@ class _DieLowering:
         slot_tokens, rest = emitter.tracker.finish()
         tokens = [emitter.join(t) for t in (*slot_tokens, rest)]
         call = Call(
-            args=(*addresses, *tokens), callee=SymbolRefAttr(layer.function.sym_name), result_types=[edge10.TOKEN] * len(tokens), loc=op.loc, attributes=op.attributes
+            args=(*addresses, *tokens),
+            callee=SymbolRefAttr(layer.function.sym_name),
+            result_types=[edge10.TOKEN] * len(tokens),
+            loc=op.loc,
+            attributes=op.attributes,
         )
         emitter.block.append(call)
         emitter.tracker.reset(call.results[:-1], call.results[-1])

@@ -153,7 +153,9 @@ class _Block:
         for run in self.runs:
             head = run.first - self.first_head
             strides = (self.heads * size * 2, size * 2)
-            self._product(run, at["probabilities"] + head * size * 2, strides, at["v"], False, keys, at["product"] + head * dim * 4, dim * 4)
+            self._product(
+                run, at["probabilities"] + head * size * 2, strides, at["v"], False, keys, at["product"] + head * dim * 4, dim * 4
+            )
         total = self.rows * dim * 4
         self.low.emitter.emit(
             edge10.VectorOp, function="rescale_add", inputs=(at["sum"], at["alpha"], at["product"]), outputs=(at["sum"],), rows=self.rows, cols=dim,
@@ -173,7 +175,9 @@ class _Block:
             reads=cache.access((self.first_group + self.groups) * self.capacity * row, write=False), writes=[sram_range(sram, whole, write=True)],
         )  # fmt: skip
 
-    def _product(self, run: _Run, lhs: int, strides: tuple[int, int], cache: int, transposed: bool, keys: Value, target: int, target_row: int) -> None:
+    def _product(
+        self, run: _Run, lhs: int, strides: tuple[int, int], cache: int, transposed: bool, keys: Value, target: int, target_row: int
+    ) -> None:
         """scores = q K^T (`transposed`: the columns are keys) or p V, for one run of heads."""
         low, row = self.low, self.dim * 2
         rhs = cache + (run.group - self.first_group) * self.keys * row

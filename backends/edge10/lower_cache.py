@@ -55,7 +55,7 @@ def lower_embedding(op: Embedding, low: Lowering) -> None:
 
 def _gather(op: Embedding | Rows, low: Lowering, index: str) -> None:
     table, target = low.place(op.table), low.place(op.out)
-    table_rows, width = tensor_type(op.table).static_shape
+    table_rows = tensor_type(op.table).static_shape[0]
     row = tensor_type(op.table).nbytes // table_rows
     rows = math.prod(tensor_type(op.out).static_shape[:-1])
     offset = op.offset if isinstance(op, Embedding) else 0

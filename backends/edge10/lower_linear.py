@@ -76,7 +76,10 @@ class _Product:
         zeros = start + align(n * self.shape.scale_row_bytes)
         bias = zeros + align(n * self.shape.zero_row_bytes)
         if isinstance(self.op, QuantizedLinear):
-            for value, row_bytes, target in ((self.op.scales, self.shape.scale_row_bytes, start), (self.op.zeros, self.shape.zero_row_bytes, zeros)):
+            for value, row_bytes, target in (
+                (self.op.scales, self.shape.scale_row_bytes, start),
+                (self.op.zeros, self.shape.zero_row_bytes, zeros),
+            ):
                 self.low.load_bytes(self.low.place(value).at(n0 * row_bytes), target, n * row_bytes, queue="ebdma")
         if self.op.bias is not None:
             self.low.load_bytes(self.low.place(self.op.bias).at(n0 * 2), bias, n * 2, queue="ebdma")
@@ -136,5 +139,3 @@ class _Product:
         if not self.out.in_sram:
             place: Place = self.out.at(m0 * row + n0 * self.out_bytes)
             low.store(place, target, (1, m, n * self.out_bytes), dram_strides=(0, row))
-
-

@@ -58,7 +58,8 @@ def _emit(op: Op, low: Lowering, inputs: Sequence[_Operand], out: _Operand, rows
         target = place.offset + piece.first * group * out.row_bytes if place.in_sram else temp
         count = piece.rows * group
         reads = [
-            sram_range(offset, o.row_bytes * (1 if not o.per_row else piece.rows if o is not first and group > 1 else count)) for o, offset in zip(inputs, offsets)
+            sram_range(offset, o.row_bytes * (1 if not o.per_row else piece.rows if o is not first and group > 1 else count))
+            for o, offset in zip(inputs, offsets)
         ]
         low.emitter.emit(
             edge10.VectorOp, function=op.name.partition(".")[2], inputs=tuple(offsets), outputs=(target,), rows=count, cols=cols, group=group, constant=constant,

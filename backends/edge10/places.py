@@ -94,7 +94,11 @@ def boundary_of(function: Func, activations: Iterable[int], aliased: Iterable[in
         if index in aliased:
             continue
         defined = lifetimes.first[root(value)]
-        heirs = [a for a in arguments if a not in overwritten and function.args[a].type is value.type and lifetimes.last[function.args[a]] <= defined]
+        heirs = [
+            a
+            for a in arguments
+            if a not in overwritten and function.args[a].type is value.type and lifetimes.last[function.args[a]] <= defined
+        ]
         if heirs and _may_overwrite(value, function.args[heirs[0]]):
             overwritten.add(heirs[0])
             results[index] = arguments[heirs[0]]
@@ -118,7 +122,11 @@ def assign_places(function: Func, fixed: Mapping[Value, Place], low: int, high: 
     Returns the places and the bytes of the spill buffer.  Values that live across a call are spilled: a layer uses the whole arena.
     """
     lifetimes = Lifetimes(function)
-    own = [v for v in lifetimes.first if v not in fixed and isinstance(v.type, TensorType) and v.op is not None and not isinstance(v.op, GetGlobal)]
+    own = [
+        v
+        for v in lifetimes.first
+        if v not in fixed and isinstance(v.type, TensorType) and v.op is not None and not isinstance(v.op, GetGlobal)
+    ]
     intervals: dict[Value, Interval] = {}
     for number, value in enumerate(own):
         size = tensor_type(value).nbytes

@@ -55,7 +55,11 @@ class Tiles:
 
 def choose_tiles(shape: MatmulShape, machine: Machine, plan: SramPlan) -> Tiles:
     """The cheapest tiles that fit; `TyirError` when none does."""
-    best = min(((_cost(shape, t, machine), t) for t in _candidates(shape, machine) if _fits(shape, t, machine, plan)), default=None, key=lambda c: c[0])
+    best = min(
+        ((_cost(shape, t, machine), t) for t in _candidates(shape, machine) if _fits(shape, t, machine, plan)),
+        default=None,
+        key=lambda c: c[0],
+    )
     if best is None:
         raise TyirError(
             f"no tile of a [{shape.m}, {shape.k}] x [{shape.k}, {shape.n}] product fits {plan.capacity} bytes of SRAM and {machine.accumulator_bytes} of accumulators",
@@ -70,7 +74,10 @@ def _candidates(shape: MatmulShape, machine: Machine) -> Iterator[Tiles]:
     ms = sorted({align(-(-shape.m // parts), cube.rows) for parts in (1, 2, 3, 4, 6, 8, 12, 16, 32)})
     ks = sorted({min(align(-(-shape.k // parts), unit), shape.k) for parts in range(1, min(65, shape.k // unit + 2))})
     wave = cube.columns * cube.count
-    ns = sorted({min(wave * i, align(shape.n, cube.columns)) for i in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)} | {cube.columns, 2 * cube.columns})
+    ns = sorted(
+        {min(wave * i, align(shape.n, cube.columns)) for i in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)}
+        | {cube.columns, 2 * cube.columns}
+    )
     for m in ms:
         for n in ns:
             for k in ks:
@@ -124,7 +131,9 @@ class AttentionBlocks:
 _TURN_NS = 1000.0
 
 
-def attention_blocks(tokens: int, heads: int, groups: int, dim: int, largest_group: int, machine: Machine, plan: SramPlan) -> AttentionBlocks:
+def attention_blocks(
+    tokens: int, heads: int, groups: int, dim: int, largest_group: int, machine: Machine, plan: SramPlan
+) -> AttentionBlocks:
     """The cheapest blocks that fit: every piece of the tokens reads the cache again, every turn of the loop has its chain of commands."""
     best: tuple[float, AttentionBlocks] | None = None
     for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):

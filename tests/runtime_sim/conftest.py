@@ -129,7 +129,11 @@ class DieBuilder:
         q, k = add(ty.Rope(q, cos, sin)).result, add(ty.Rope(k, cos, sin)).result
         k_new, v_new = add(kv.Append(k_cache, k, pos)).result, add(kv.Append(v_cache, v, pos)).result
         heads = ty.default_kv_heads(s.heads, s.kv_heads)
-        a = add(kv.CachedAttention(q, k_new, v_new, pos, scale=s.dim**-0.5, kv_heads=heads, window=s.window, loc=NameLoc("model.layers.*.self_attn"))).result
+        a = add(
+            kv.CachedAttention(
+                q, k_new, v_new, pos, scale=s.dim**-0.5, kv_heads=heads, window=s.window, loc=NameLoc("model.layers.*.self_attn")
+            )
+        ).result
         a = add(ty.Reshape(a, shape=(1, s.tokens, s.heads * s.dim))).result
         o = self.reduce(f, linear(a, sets[4], "self_attn.o_proj"))
         x2 = add(ty.Add(x, o)).result
@@ -168,7 +172,12 @@ class DieBuilder:
             layer = layer or self.layer(groups)
             weights = [get(n) for g in groups for n in g]
             args = [x, *weights, cos, sin, *states[2 * number : 2 * number + 2], pos]
-            call = Call(args=args, callee=SymbolRefAttr(layer.sym_name), result_types=[x.type, cache, cache], attributes=DictAttr({"tyir.layer": IntegerAttr(number, i64)}))
+            call = Call(
+                args=args,
+                callee=SymbolRefAttr(layer.sym_name),
+                result_types=[x.type, cache, cache],
+                attributes=DictAttr({"tyir.layer": IntegerAttr(number, i64)}),
+            )
             f.body.append(call)
             x, states[2 * number], states[2 * number + 1] = call.results
         self.weight("norm", (s.hidden,), shared=True, scale=1.0)
@@ -177,7 +186,9 @@ class DieBuilder:
         logits = f.body.append(ty.Linear(x, get("lm_head"), element=f32)).result
         if s.dies > 1:
             sizes = tuple(s.vocab + 16 * d for d in range(s.dies))
-            logits = f.body.append(dist.AllGather(logits, axis=2, sizes=sizes, result_types=[TensorType((1, s.tokens, sum(sizes)), f32)])).result
+            logits = f.body.append(
+                dist.AllGather(logits, axis=2, sizes=sizes, result_types=[TensorType((1, s.tokens, sum(sizes)), f32)])
+            ).result
         f.body.append(Return(values=[logits, *states]))
         f.refresh_type()
         f.set_res_attrs([DictAttr(), *(DictAttr({"tyir.alias": IntegerAttr(2 + i, i64)}) for i in range(len(states)))])
@@ -195,13 +206,16 @@ class Model:
         rng, shared = np.random.default_rng(seed), dict[str, Array]()
         self.builders = [DieBuilder(spec, d, rng, shared) for d in range(spec.dies)]
         self.modules = [b.build() for b in self.builders]
-        self.caches = [[np.zeros((1, spec.kv_heads, spec.capacity, spec.dim), np.float16) for _ in range(2 * spec.layers)] for _ in self.modules]
+        self.caches = [
+            [np.zeros((1, spec.kv_heads, spec.capacity, spec.dim), np.float16) for _ in range(2 * spec.layers)] for _ in self.modules
+        ]
         self.lowered = [lower_die(m, spec.tokens, self.machine) for m in self.modules]
         self.programs = [EdgeProgram(m) for m in self.lowered]
 
     def functional(self, *, check: bool = True) -> list[FunctionalDie]:
         return [
-            FunctionalDie(p, {n: pack(a, b.types[n]) for n, a in b.constants.items()}, self.machine, check=check) for p, b in zip(self.programs, self.builders)
+            FunctionalDie(p, {n: pack(a, b.types[n]) for n, a in b.constants.items()}, self.machine, check=check)
+            for p, b in zip(self.programs, self.builders)
         ]
 
     def interpret(self, ids: Array, pos: int) -> Array:

@@ -13,7 +13,9 @@ from tyir.runtime_sim.engine import Timing, simulate
 from tyir.runtime_sim.program import EdgeProgram
 from tyir.targets.machine import load_machine
 
-MACHINE = load_machine("edge10").with_overrides({"dram.bandwidth_gbps": 20, "dram.efficiency": 1, "dram.run_overhead_bytes": 0, "sync.launch_us": 0})
+MACHINE = load_machine("edge10").with_overrides(
+    {"dram.bandwidth_gbps": 20, "dram.efficiency": 1, "dram.run_overhead_bytes": 0, "sync.launch_us": 0}
+)
 
 HEAD = """"builtin.module"() ({
   "edge10.buffer"() <{address = 0 : i64, kind = "input", nbytes = 65536 : i64, sym_name = "x", type = tensor<65536xui8>}> : () -> ()
@@ -78,7 +80,9 @@ def test_conservation(make_model: Callable[..., Any], tokens: int, group: int) -
     import numpy as np
 
     model.step([engine], np.zeros((1, tokens), np.int32), pos)
-    streamed = sum(b.nbytes for b in model.programs[0].buffers.values() if b.kind == "weight" and b.sym_name not in ("embed", "rope.cos", "rope.sin"))
+    streamed = sum(
+        b.nbytes for b in model.programs[0].buffers.values() if b.kind == "weight" and b.sym_name not in ("embed", "rope.cos", "rope.sin")
+    )
     rows = tokens * (spec.hidden + 2 * (spec.dim // 2)) * 2 + tokens * 4  # embedding, rotary tables, ids
     cache_read = spec.layers * 2 * spec.kv_heads * (pos + tokens) * spec.dim * 2
     assert engine.loaded_bytes == streamed + rows + cache_read
@@ -128,5 +132,5 @@ def test_dies_wait_for_each_other(make_model: Callable[..., Any]) -> None:
     timing = simulate(model.programs, model.machine, 0)
     ends = [[r.end for r in records if r.command.unit == "d2d"] for records in timing.records]
     assert ends[0] == ends[1]
-    with pytest.raises(TyirError, match="can never run|do not meet"):
+    with pytest.raises(TyirError, match=r"can never run|do not meet"):
         simulate([model.programs[0], make_model(dies=1).programs[0]], model.machine, 0)

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tyir.targets.machine import load_machine
-
 SMALL = {"sram.capacity_bytes": 48 * 1024}
 
 

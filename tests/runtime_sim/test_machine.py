@@ -56,5 +56,5 @@ def test_a_bad_machine_file_lists_everything_wrong(tmp_path: Path) -> None:
 
 
 def test_unknown_machine_names_the_known_ones() -> None:
-    with pytest.raises(TyirError, match="known machines: .*edge10"):
+    with pytest.raises(TyirError, match=r"known machines: .*edge10"):
         load_machine("edge11")

@@ -55,12 +55,14 @@ def test_a_copy_through_sram() -> None:
 
 
 def test_a_missing_token_is_a_race_that_names_both_commands() -> None:
-    with pytest.raises(TyirError, match=r"(?s)race on bytes 0\.\.256 of SRAM.*#0 edge10.load on eidma.*writes.*#1 edge10.store on eodma.*reads"):
+    with pytest.raises(
+        TyirError, match=r"(?s)race on bytes 0\.\.256 of SRAM.*#0 edge10.load on eidma.*writes.*#1 edge10.store on eodma.*reads"
+    ):
         run(load() + store(dep=""))
 
 
 def test_unwritten_bytes() -> None:
-    with pytest.raises(TyirError, match="#1 edge10.store on eodma reads bytes 8..264 of SRAM, not all of which have been written"):
+    with pytest.raises(TyirError, match=r"#1 edge10\.store on eodma reads bytes 8\.\.264 of SRAM, not all of which have been written"):
         run(load() + store(sram=8))
 
 
@@ -77,7 +79,12 @@ def test_tokens_of_the_lowering_matter(make_model: Callable[..., Any]) -> None:
     text = print_op(model.lowered[0])
     lines = text.splitlines()
     rng = np.random.default_rng(0)
-    candidates = [i for i, line in enumerate(lines) if re.search(r'"edge10\.(matmul|drain|dequant|vector|softmax_block|store)"', line) and "!edge10.token" in line.split(" : (")[1].split(" -> ")[0]]
+    candidates = [
+        i
+        for i, line in enumerate(lines)
+        if re.search(r'"edge10\.(matmul|drain|dequant|vector|softmax_block|store)"', line)
+        and "!edge10.token" in line.split(" : (")[1].split(" -> ")[0]
+    ]
     noticed = 0
     chosen = rng.choice(candidates, 12, replace=False)
     for number in chosen:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tyir.runtime_sim.units import Transfer, all_gather_ns, all_reduce_ns, dequant_ns, drain_ns, matmul_ns, softmax_ns, transfer_of, vector_ns
+from tyir.runtime_sim.units import (
+    Transfer,
+    all_gather_ns,
+    all_reduce_ns,
+    dequant_ns,
+    drain_ns,
+    matmul_ns,
+    softmax_ns,
+    transfer_of,
+    vector_ns,
+)
 from tyir.targets.machine import load_machine
 from tyir.types import f16
 

@@ -185,9 +185,18 @@ class Machine:
         problems = []
         for name, value in values.items():
             if name not in self.constants:
-                problems.append(Diagnostic(f"{self.name} has no constant '{name}'", help=did_you_mean(name, self.constants) or "names are section.constant"))
+                problems.append(
+                    Diagnostic(
+                        f"{self.name} has no constant '{name}'", help=did_you_mean(name, self.constants) or "names are section.constant"
+                    )
+                )
             elif value < 0 or (value == 0 and not name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))):
-                problems.append(Diagnostic(f"{name} = {value} makes no sense: rates, sizes and counts must be positive", help=f"the file has {self.constants[name].value}"))
+                problems.append(
+                    Diagnostic(
+                        f"{name} = {value} makes no sense: rates, sizes and counts must be positive",
+                        help=f"the file has {self.constants[name].value}",
+                    )
+                )
         if problems:
             raise TyirError(problems)
         changed = {n: Constant(float(v), "override", "given on the command line or by the caller") for n, v in values.items()}
@@ -208,7 +217,9 @@ class Machine:
         sections: dict[str, Any] = {}
         for section, section_class in _sections().items():
             hints = get_type_hints(section_class)
-            sections[section] = section_class(**{f.name: hints[f.name](constants[f"{section}.{f.name}"].value) for f in fields(section_class)})
+            sections[section] = section_class(
+                **{f.name: hints[f.name](constants[f"{section}.{f.name}"].value) for f in fields(section_class)}
+            )
         return cls(name=name, constants=dict(constants), **sections)
 
 
@@ -224,7 +235,9 @@ def load_machine(name_or_path: str | Path = "edge10") -> Machine:
         table = tomllib.loads(text)
     except OSError:
         known = sorted(p.name.removesuffix(".toml") for p in resources.files("tyir.targets").iterdir() if p.name.endswith(".toml"))
-        raise TyirError(f"there is no machine '{name_or_path}'", help=f"known machines: {', '.join(known)}; or give the path of a .toml file") from None
+        raise TyirError(
+            f"there is no machine '{name_or_path}'", help=f"known machines: {', '.join(known)}; or give the path of a .toml file"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise TyirError(f"not valid TOML: {error}", where=str(path)) from None
     return _machine_from_table(table, str(path))
@@ -241,10 +254,20 @@ def _machine_from_table(table: dict[str, Any], where: str) -> Machine:
             if dotted not in known:
                 problems.append(Diagnostic(f"unknown constant '{dotted}'", where=where, help=did_you_mean(dotted, known)))
             elif (problem := _entry_problem(entry)) is not None:
-                problems.append(Diagnostic(f"{dotted}: {problem}", where=where, help='write { value = 1, label = "assumed", low = 0.5, high = 2, source = "..." }'))
+                problems.append(
+                    Diagnostic(
+                        f"{dotted}: {problem}",
+                        where=where,
+                        help='write { value = 1, label = "assumed", low = 0.5, high = 2, source = "..." }',
+                    )
+                )
             else:
                 constants[dotted] = Constant(entry["value"], entry["label"], entry["source"], entry.get("low"), entry.get("high"))
-    problems += [Diagnostic(f"constant '{m}' is missing", where=where) for m in sorted(known - set(constants)) if not any(f"'{m}'" in p.message or p.message.startswith(m) for p in problems)]
+    problems += [
+        Diagnostic(f"constant '{m}' is missing", where=where)
+        for m in sorted(known - set(constants))
+        if not any(f"'{m}'" in p.message or p.message.startswith(m) for p in problems)
+    ]
     if problems:
         raise TyirError(problems)
     return Machine._from_constants(name, constants)
