@@ -27,8 +27,10 @@ _DECIMAL: Final = re.compile(r"[0-9]+")
 _INTEGER_TYPE: Final = re.compile(r"([su]?)i([1-9][0-9]*)")
 _DIMENSION: Final = re.compile(r"(\?|[0-9]+)x")
 _ALIAS_USE: Final = re.compile(r'"(?:[^"\\]|\\.)*"|([#!][A-Za-z_][A-Za-z0-9_$]*)(?![A-Za-z0-9_$.<])')
-_EXTENDED: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.-]*")
-_SHAPED_BODY: Final = re.compile(r"[^<>()\[\]{}\"]+|->")
+_FLAT: Final = r'[^<>"{}()\[\]#!\n]'
+_FLAT_ENTRY: Final = re.compile(  # key = value, the value without nesting: "text", 4 : i64, array<i64: 1, 2>, dense_resource<k> : tensor<2xf16>
+    rf'\s*+([A-Za-z_][A-Za-z0-9_$.]*+)(?: = ("[^"\\\n]*+"|[^",{{}}\[\]()<>\n#@!/]++(?:<{_FLAT}*+>)?+(?: : [a-z]++<{_FLAT}*+>)?+))?(, |\}}>?)'
+)
 _CLOSERS: Final = {"<": ">", "(": ")", "[": "]", "{": "}"}
 _FLOAT_TYPES: Final = {n: t.FloatType(n) for n in ("f16", "bf16", "f32", "f64", "tf32", "f8E4M3FN", "f8E5M2")}
 _KNOWN_TYPES: Final = (
@@ -48,6 +50,7 @@ _KNOWN_TYPES: Final = (
     *_FLOAT_TYPES,
 )
 _KNOWN_WORDS: Final = ("true", "false", "unit", "array", "dense", "dense_resource", "affine_map", "affine_set", "strided", "loc")
+_UNIT: Final = a.UnitAttr()
 _ARRAY_TYPES: Final = {"i1", "i8", "i16", "i32", "i64", "f32", "f64"}
 
 
@@ -57,7 +60,7 @@ class AttributeParser(Scanner):
     def __init__(self, source: SourceText) -> None:
         super().__init__(source)
         self.aliases: dict[str, Attribute] = {}
-        self._alias_bodies: dict[str, str] = {}
+        self._value_texts: dict[str, Attribute] = {}
 
     def define_alias(self, name: str, value: Attribute) -> None:
         self.aliases[name] = value
@@ -123,6 +126,8 @@ class AttributeParser(Scanner):
         if self.accept(closing):
             return EMPTY_DICT
         found: dict[str, Attribute] = {}
+        if self._flat_entries(found, closing):
+            return DictAttr(found)
         while True:
             start = self.skip_space()
             match = self.match(_WORD)
@@ -134,6 +139,50 @@ class AttributeParser(Scanner):
                 break
         self.expect(closing, f"',' or '{closing}'")
         return DictAttr(found)
+
+    def _flat_entries(self, found: dict[str, Attribute], closing: str) -> bool:
+        """The fast path of `entries`: values without nesting, by one expression each.  Whether all were of that kind; else the cursor is at the next."""
+        text, memo, values = self.text, self._value_texts, self._flat_value
+        while (match := _FLAT_ENTRY.match(text, self.pos)) is not None:
+            key, value_text, end = match.groups()
+            if key in found:
+                return False
+            if value_text is None:
+                value: Attribute | None = _UNIT
+            elif value_text[0] == '"':
+                value = a.StringAttr(value_text[1:-1])
+            else:
+                value = memo.get(value_text) or values(match)
+            if value is None:
+                return False
+            found[key] = value
+            self.pos = match.end()
+            if end != ", ":
+                if not end.startswith(closing):
+                    self.pos = match.start()
+                    del found[key]
+                    return False
+                self.pos += len(closing) - len(end)
+                return True
+        return False
+
+    def _flat_value(self, match: re.Match[str]) -> Attribute | None:
+        """A value met for the first time, by the full parser; None if that does not consume exactly what the expression did."""
+        value_text, before = match[2], self.pos
+        if value_text.startswith("dense_resource<"):
+            key, _, type_text = value_text[15:].partition("> : ")
+            kind = self._value_texts.get(type_text)
+            if isinstance(kind, t.Type) and _WORD.fullmatch(key):
+                return a.DenseResourceAttr(key, kind)
+        self.pos = match.start(2)
+        value = self.attribute()
+        if self.pos != match.end(2):
+            self.pos = before
+            return None
+        self._value_texts[value_text] = value
+        if isinstance(value, a.DenseResourceAttr):
+            self._value_texts[value_text.partition("> : ")[2]] = value.type
+        return value
 
     def symbol_name(self) -> str:
         """`@name` or `@"quoted"`."""

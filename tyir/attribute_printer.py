@@ -24,6 +24,7 @@ __all__ = ["AttributeText", "attribute_text", "escape", "float_text", "key_text"
 
 _BARE_ID: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
 _PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
+_UNIT: Final = a.UnitAttr()
 _LARGE: Final = 100  # elements beyond which a dense constant is printed as hex, as MLIR does
 
 
@@ -116,6 +117,7 @@ class AttributeText:
 
     def __init__(self) -> None:
         self._memo: dict[Attribute, str] = {}
+        self._keys: dict[str, str] = {}
 
     def __call__(self, attribute: Attribute) -> str:
         text = self._memo.get(attribute)
@@ -125,8 +127,16 @@ class AttributeText:
 
     def entries(self, entries: a.DictAttr) -> str:
         """`a = 1 : i64, b`: what stands between the braces."""
-        unit = a.UnitAttr
-        return ", ".join([key_text(k) if type(v) is unit else f"{key_text(k)} = {self(v)}" for k, v in entries.items()])
+        memo, keys = self._memo, self._keys
+        parts: list[str] = []
+        for key, value in entries._map.items():
+            text = keys.get(key)
+            if text is None:
+                text = keys[key] = key_text(key)
+            if value is not _UNIT:
+                text = f"{text} = {memo.get(value) or self(value)}"
+            parts.append(text)
+        return ", ".join(parts)
 
     def types(self, types: Iterable[Attribute]) -> str:
         """`(a, b)`."""

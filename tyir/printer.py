@@ -14,7 +14,7 @@ from typing import Final
 from tyir.attribute_printer import AttributeText, attribute_text
 from tyir.attributes import Attribute
 from tyir.dialects.builtin import Module
-from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
+from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
 from tyir.location import UNKNOWN
 from tyir.traits import IsolatedFromAbove
 
@@ -30,7 +30,8 @@ def print_op(op: Op, locations: bool = True) -> str:
     `locations=False` leaves every `loc(...)` out.
     """
     printer = _Printer(locations)
-    printer.print(op)
+    with collector_paused():
+        printer.print(op)
     if isinstance(op, Module) and op.resources:
         printer.lines.append(_resources_text(op))
     printer.lines.append("")
@@ -72,7 +73,7 @@ class _Printer:
         self.names = _Names()
         self.properties: dict[Attribute, str] = {EMPTY_DICT: ""}
         self.attributes: dict[Attribute, str] = {EMPTY_DICT: ""}
-        self.signatures: dict[tuple[Attribute | None, ...], str] = {}
+        self.signatures: dict[tuple[object, ...], str] = {}
         self.loc_texts: dict[Attribute, str] = {UNKNOWN: ""}
         self.block_labels: dict[Block, str] = {}
 
@@ -118,7 +119,7 @@ class _Printer:
     def _block(self, block: Block, indent: str) -> Iterator[Iterator[object]]:
         """Hot loop: flat ops are written here, ops with regions are handed to the driver."""
         lines, properties, attributes, loc_texts = self.lines, self.properties, self.attributes, self.loc_texts
-        signatures, texts = self.signatures, self.names.texts
+        signatures, names, texts = self.signatures, self.names, self.names.texts
         locations = self.locations
         op = block.first_op
         while op is not None:
@@ -127,8 +128,13 @@ class _Printer:
                 op = op._next
                 continue
             operands, results = op._operands, op.results
-            operand_text = ", ".join([texts.get(v) or self._use_early(v) for v in operands]) if operands else ""
-            key = (*[v.type for v in operands], None, *[v.type for v in results])
+            if not operands:
+                operand_text = ""
+            elif len(operands) == 1 and operands[0] in texts:
+                operand_text = texts[operands[0]]
+            else:
+                operand_text = ", ".join([texts.get(v) or self._use_early(v) for v in operands])
+            key = (len(results), *[v.type for v in operands], *[v.type for v in results])
             signature = signatures.get(key)
             if signature is None:
                 signature = signatures[key] = self._signature(op)
@@ -140,9 +146,13 @@ class _Printer:
                 attrs = self._attributes(op)
             if len(results) == 1:
                 value = results[0]
-                text = texts.get(value)
-                if text is None:
-                    text = texts[value] = self._define(value)
+                if names.has_early_uses and value in texts:
+                    text = texts[value]
+                elif value.name is None:
+                    text = texts[value] = f"%{names.next_number}"
+                    names.next_number += 1
+                else:
+                    text = texts[value] = self._unique(value.name)
                 head = f'{indent}{text} = "{op.name}"('
             else:
                 head = f'{indent}{self._results(op)}"{op.name}"('
