@@ -3,7 +3,7 @@
     python -m tyir.tools.bench_kernels --n 8960 --k 1536 --tokens 1 8 96
 
 Implementations take turns, round by round, so that all of them meet the same disturbances; each reads weights that are not in the caches (several
-copies are visited in turn).  Printed: the median time of a call, GFLOP/s, and the bytes of the weight read per second.
+copies are visited in turn).  numpy's BLAS chooses its own number of threads.  Printed: the median time of a call, GFLOP/s, and the bytes of the weight read per second.
 """
 
 from __future__ import annotations

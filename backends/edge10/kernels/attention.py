@@ -15,19 +15,21 @@ from tyir.backends.edge10.kernels.tir import (
     Buffer,
     Cpu,
     Expr,
+    add_to,
     bind,
     exp,
     f32,
-    fill,
+    get,
+    horizontal_max,
     horizontal_sum,
     lanes_for,
     load,
     loop,
-    registers,
-    span,
+    put,
+    register,
     splat,
     store,
-)
+)  # fmt: skip
 from tyir.dialects import kv
 
 __all__ = ["attention"]
@@ -76,7 +78,7 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
         work = _Work(sequence, head, bind(_group_of(head, op.kv_heads)), token0, queries, first, low, high)
         scores = T.alloc_buffer((queries, capacity + cpu.lanes), "float32")
         _scores(op, work, q, k, scores, cpu)
-        totals = registers(queries, 1)
+        totals = T.alloc_buffer((queries,), "float32")
         _softmax(work, scores, totals, cpu)
         _weighted_values(work, v, scores, totals, out, cpu)
 
@@ -90,15 +92,13 @@ def _scores(op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scores: B
         store(wide, [t, i * lanes], load(q, [work.sequence, work.token0 + t, work.head, i * lanes], lanes), lanes)
     with T.serial(0, work.high - work.low) as j:
         position = bind(work.low + j)
-        sums = registers(work.queries, lanes)
-        fill(sums, 0, work.queries, 0, lanes)
+        sums = [register(lanes, 0) for _ in range(work.queries)]
         with T.serial(0, width // lanes) as i:
             key = bind(load(k, [work.sequence, work.group, position, i * lanes], lanes))
             for t in range(work.queries):
-                at = span(t * lanes, lanes)
-                T.buffer_store(sums, sums[at] + key * load(wide, [t, i * lanes], lanes), [at])
+                add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
         for t in range(work.queries):
-            score = horizontal_sum(sums, t * lanes, lanes) * f32(op.scale)
+            score = horizontal_sum(sums[t], lanes) * f32(op.scale)
             visible = position <= work.first + t
             if op.window > 0:
                 visible = T.And(visible, position > work.first + t - op.window)
@@ -113,23 +113,16 @@ def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu) -> None:
     with T.serial(0, work.queries) as t:
         with T.serial(count, vectors * lanes) as j:
             T.buffer_store(scores, f32(_HIDDEN), [t, j])
-        best, total = registers(1, lanes), registers(1, lanes)
-        fill(best, 0, 1, _HIDDEN, lanes)
-        fill(total, 0, 1, 0, lanes)
-        every = span(0, lanes)
+        best, total = register(lanes, _HIDDEN), register(lanes, 0)
         with T.serial(0, vectors) as i:
-            T.buffer_store(best, T.max(best[every], load(scores, [t, i * lanes], lanes)), [every])
-        half = lanes
-        while half > 1:
-            half //= 2
-            T.buffer_store(best, T.max(best[span(0, half)], best[span(half, half)]), [span(0, half)])
-        highest = bind(best[0])
+            put(best, T.max(get(best, lanes), load(scores, [t, i * lanes], lanes)), lanes)
+        highest = bind(horizontal_max(best, lanes))
         with T.serial(0, vectors) as i:
             shifted = bind(load(scores, [t, i * lanes], lanes) - splat(highest, lanes))
             value = bind(T.Select(shifted < f32(-87, lanes), f32(0, lanes), exp(shifted, lanes)))
             store(scores, [t, i * lanes], value, lanes)
-            T.buffer_store(total, total[every] + value, [every])
-        T.buffer_store(totals, horizontal_sum(total, 0, lanes), [t])
+            add_to(total, value, lanes)
+        T.buffer_store(totals, horizontal_sum(total, lanes), [t])
 
 
 def _weighted_values(work: _Work, v: Buffer, scores: Buffer, totals: Buffer, out: Buffer, cpu: Cpu) -> None:
@@ -139,15 +132,13 @@ def _weighted_values(work: _Work, v: Buffer, scores: Buffer, totals: Buffer, out
     vectors = width // lanes
     chunk = max(d for d in range(1, vectors + 1) if vectors % d == 0 and (d == 1 or d * work.queries <= cpu.accumulators))
     with T.serial(0, vectors // chunk) as c:
-        sums = registers(work.queries * chunk, lanes)
-        fill(sums, 0, work.queries * chunk, 0, lanes)
+        sums = [register(lanes, 0) for _ in range(work.queries * chunk)]
         with T.serial(0, work.high - work.low) as j:
             for d in range(chunk):
                 value = bind(load(v, [work.sequence, work.group, work.low + j, (c * chunk + d) * lanes], lanes))
                 for t in range(work.queries):
-                    at = span((t * chunk + d) * lanes, lanes)
-                    T.buffer_store(sums, sums[at] + splat(scores[t, j], lanes) * value, [at])
+                    add_to(sums[t * chunk + d], splat(scores[t, j], lanes) * value, lanes)
         for t in range(work.queries):
             for d in range(chunk):
-                value = sums[span((t * chunk + d) * lanes, lanes)] / splat(totals[t], lanes)
+                value = get(sums[t * chunk + d], lanes) / splat(totals[t], lanes)
                 store(out, [work.sequence, work.token0 + t, work.head, (c * chunk + d) * lanes], value, lanes)

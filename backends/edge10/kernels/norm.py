@@ -10,16 +10,16 @@ from tvm.tirx.script.builder import ir as T
 from tyir.backends.edge10.kernels.tir import (
     Buffer,
     Cpu,
+    add_to,
     bind,
     f32,
-    fill,
     flat,
+    get,
     horizontal_sum,
     lanes_for,
     load,
     loop,
-    registers,
-    span,
+    register,
     splat,
     store,
 )
@@ -36,16 +36,14 @@ def rms_norm(op: ty.RmsNorm, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     partial_sums = lanes_for(4, width // lanes)  # independent additions hide the latency of one
     x, out = flat(x, rows, width), flat(out, rows, width)
     with loop(rows, cpu, rows * width * 4) as row:
-        sums = registers(partial_sums, lanes)
-        fill(sums, 0, partial_sums, 0, lanes)
+        sums = [register(lanes, 0) for _ in range(partial_sums)]
         with T.serial(0, width // (lanes * partial_sums)) as i:
             for u in range(partial_sums):
                 value = bind(load(x, [row, (i * partial_sums + u) * lanes], lanes))
-                at = span(u * lanes, lanes)
-                T.buffer_store(sums, sums[at] + value * value, [at])
-        for u in range(1, partial_sums):
-            T.buffer_store(sums, sums[span(0, lanes)] + sums[span(u * lanes, lanes)], [span(0, lanes)])
-        mean = horizontal_sum(sums, 0, lanes) / f32(width)
+                add_to(sums[u], value * value, lanes)
+        for other in sums[1:]:
+            add_to(sums[0], get(other, lanes), lanes)
+        mean = horizontal_sum(sums[0], lanes) / f32(width)
         scale = bind(f32(1) / T.sqrt(mean + f32(op.eps)))
         with T.serial(0, width // lanes) as i:
             value = load(x, [row, i * lanes], lanes) * splat(scale, lanes) * load(weight, [i * lanes], lanes)

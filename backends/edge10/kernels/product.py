@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, fill, horizontal_sum, load, loop, registers, span, store, vector
+from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, add_to, get, horizontal_sum, load, loop, register, span, store, vector
 
 __all__ = ["Accumulate", "Tile", "tiled_product"]
 
@@ -29,7 +29,7 @@ _BLOCK_TILES = 8  # tiles of n per block when x has more than one tile
 class Tile:
     """A register tile: rows n0.. of the weight by rows m0.. of x.
 
-    `sums` holds its partial sums, [chains][rows][columns] vectors of `lanes`.  Additions of one chain wait for each other, those of different
+    `sums` holds its partial sums, [chains][rows][columns] registers of `lanes`.  Additions of one chain wait for each other, those of different
     chains do not: small tiles need several to keep the adders busy.
     """
 
@@ -39,7 +39,7 @@ class Tile:
     columns: int
     chains: int
     lanes: int
-    sums: Buffer
+    sums: list[Buffer]
     panels: Buffer
     k: int
 
@@ -47,17 +47,13 @@ class Tile:
         """Adds the products of one weight vector with vector `step` of every x row of the tile; `chain` is taken modulo their number."""
         for c in range(self.columns):
             x = self.panels[span(self.m0 * self.k + (step * self.columns + c) * self.lanes, self.lanes)]
-            self._add_at(((chain % self.chains) * self.rows + row) * self.columns + c, weight * x)
+            add_to(self.sums[((chain % self.chains) * self.rows + row) * self.columns + c], weight * x, self.lanes)
 
     def join_chains(self) -> None:
         """Adds up the chains, into the first."""
         size = self.rows * self.columns
         for i in range(size, self.chains * size):
-            self._add_at(i % size, self.sums[span(i * self.lanes, self.lanes)])
-
-    def _add_at(self, position: int, value: Expr) -> None:
-        at = span(position * self.lanes, self.lanes)
-        T.buffer_store(self.sums, self.sums[at] + value, [at])
+            add_to(self.sums[i % size], get(self.sums[i], self.lanes), self.lanes)
 
 
 Accumulate = Callable[[Tile], None]
@@ -118,14 +114,13 @@ def tiled_product(
     panels = _packed(x, columns, lanes, order, cpu)
 
     def tile(n0: Expr, m0: Expr, tile_rows: int, tile_columns: int) -> None:
-        sums = registers(chains * tile_rows * tile_columns, lanes)
-        fill(sums, 0, chains * tile_rows * tile_columns, 0, lanes)
+        sums = [register(lanes, 0) for _ in range(chains * tile_rows * tile_columns)]
         whole = Tile(n0, m0, tile_rows, tile_columns, chains, lanes, sums, panels, k)
         accumulate(whole)
         whole.join_chains()
         for r in range(tile_rows):
             for c in range(tile_columns):
-                total = horizontal_sum(sums, (r * tile_columns + c) * lanes, lanes)
+                total = horizontal_sum(sums[r * tile_columns + c], lanes)
                 total = total if bias is None else total + load(bias, [n0 + r], 1)
                 store(out, [m0 + c, n0 + r], total, 1)
 

@@ -1,11 +1,12 @@
 """ty.quantized_linear: 4-bit weights [N, K/2] bytes (low nibble first), one scale and zero point per group of columns.
 
 Nibbles are never shuffled into order.  A block of the row is read as `lanes` little-endian words of p nibbles; nibble j of lane l is column
-l p + j, so shifting the whole vector right by 4 j gives the weights of columns j, p + j, 2 p + j, ...  The activations are
-packed in that order, and the sum over k does not care.
+l p + j, so shifting the whole vector right by 4 j gives the weights of columns j, p + j, 2 p + j, ...  The activations are packed in
+that order, and the sum over k does not care.
 
 A weight is one of 16 values per group: f16((i - zero) * scale).  With a 16-entry register lookup (AVX-512 `vpermps`, which reads only the low
 four bits of an index) the table is computed once per row and group; otherwise each weight is computed from its nibble.
+Tried: reading (i - zero) from a small memory table instead of computing it; 0.76 ms against 0.68 ms for 1536 -> 8960, one token, one Zen 4 core.
 """
 
 from __future__ import annotations

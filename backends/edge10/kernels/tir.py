@@ -1,8 +1,9 @@
 """Building blocks of the kernels: vector access, loops, horizontal sums and exp, over TVM's TensorIR builder.
 
 Three rules that all kernels keep (each was measured or seen in the generated code):
-- Accumulators live in `registers(...)`: small buffers of scalar dtype addressed by ramps.  LLVM turns them into registers only when they are
-  stack slots, which TVM 0.27 gives to allocations of scope "global" below 1 KiB or marked `disable_lower_builtin`.
+- Each accumulator is a `register(...)`: a buffer of scalar dtype and one vector, addressed by a ramp.  LLVM turns it into a register only when it
+  is a stack slot, which TVM 0.27 gives to allocations of scope "global" below 1 KiB; one buffer for a whole tile reaches that and is then stored
+  to the heap in every step inside a parallel loop (measured: 2.4 times slower).
 - LLVM never reorders float additions, so a reduction is written with as many partial sums as there are vector lanes.
 - Parameters promise no more alignment than their element size: weights are mapped from files at any offset.
 """
@@ -10,15 +11,15 @@ Three rules that all kernels keep (each was measured or seen in the generated co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
 __all__ = [
-    "Buffer", "Cpu", "Expr", "bind", "exp", "f32", "fill", "flat", "hold", "horizontal_sum", "lanes_for", "load", "loop", "prefetch", "registers", "span", "splat", "store",
-    "vector",
+    "Buffer", "Cpu", "Expr", "add_to", "bind", "exp", "f32", "flat", "get", "hold", "horizontal_max", "horizontal_sum", "lanes_for", "load", "loop",
+    "prefetch", "put", "register", "span", "splat", "store", "vector",
 ]  # fmt: skip
 
 Buffer = Any
@@ -72,27 +73,39 @@ def store(buffer: Buffer, index: Sequence[Expr], value: Expr, lanes: int) -> Non
     T.buffer_store(buffer, T.cast(value, target), [*index[:-1], span(index[-1], lanes)])
 
 
-def fill(buffer: Buffer, start: Expr, count: int, value: float, lanes: int) -> None:
-    """Stores a constant in `count` vectors of a one-dimensional f32 buffer."""
-    for i in range(count):
-        T.buffer_store(buffer, f32(value, lanes), [span(start + i * lanes, lanes)])
-
-
 def bind(value: Expr) -> Expr:
     """A name for a value that is used more than once."""
     return T.Bind(value)
 
 
-def registers(count: int, lanes: int, dtype: str = "float32") -> Buffer:
-    """`count` vectors in registers, one after the other."""
-    return T.alloc_buffer((count * lanes,), dtype, annotations={"disable_lower_builtin": True})
+def register(lanes: int, initial: float | None = None) -> Buffer:
+    """One f32 vector in a register, set to `initial` in every lane when given."""
+    buffer = T.alloc_buffer((lanes,), "float32")
+    if initial is not None:
+        put(buffer, f32(initial, lanes), lanes)
+    return buffer
+
+
+def get(register: Buffer, lanes: int) -> Expr:
+    """The value of a register."""
+    return register[span(0, lanes)]
+
+
+def put(register: Buffer, value: Expr, lanes: int) -> None:
+    """Sets a register."""
+    T.buffer_store(register, value, [span(0, lanes)])
+
+
+def add_to(register: Buffer, value: Expr, lanes: int) -> None:
+    """register += value."""
+    put(register, get(register, lanes) + value, lanes)
 
 
 def hold(value: Expr, lanes: int) -> Expr:
     """An f32 value kept in a register: `bind` for values converted from integers, whose ranges TVM 0.27's analyzer fails to follow through the cast."""
-    slot = registers(1, lanes)
-    T.buffer_store(slot, value, [span(0, lanes)])
-    return slot[span(0, lanes)]
+    slot = register(lanes)
+    put(slot, value, lanes)
+    return get(slot, lanes)
 
 
 def prefetch(buffer: Buffer, index: Sequence[Expr]) -> None:
@@ -119,13 +132,21 @@ def loop(extent: Expr, cpu: Cpu, work: int = 0) -> Any:
     return T.parallel(0, extent) if cpu.cores > 1 and work >= 1 << 18 else T.serial(0, extent)
 
 
-def horizontal_sum(buffer: Buffer, start: int, lanes: int) -> Expr:
-    """The sum of one vector of a register buffer, halving it until one lane is left."""
+def horizontal_sum(register: Buffer, lanes: int) -> Expr:
+    """The sum of a register's lanes, halving it until one is left."""
+    return _halve(register, lanes, lambda low, high: low + high)
+
+
+def horizontal_max(register: Buffer, lanes: int) -> Expr:
+    """The largest of a register's lanes."""
+    return _halve(register, lanes, T.max)
+
+
+def _halve(register: Buffer, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     while lanes > 1:
         lanes //= 2
-        low, high = buffer[span(start, lanes)], buffer[span(start + lanes, lanes)]
-        T.buffer_store(buffer, low + high, [span(start, lanes)])
-    return buffer[start]
+        put(register, combine(register[span(0, lanes)], register[span(lanes, lanes)]), lanes)
+    return register[0]
 
 
 # Cephes expf (Moshier): x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 5 for (exp(r) - 1 - r) / r^2, relative error below 2e-7.
