@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tvm
 
+from tyir.backends.edge10 import tvm_host
 from tyir.backends.edge10.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, kernel_name
 from tyir.diagnostics import TyirError
 from tyir.dialects import func, ty
@@ -88,6 +90,20 @@ def test_generic_code_has_no_wider_vectors(tmp_path: Path) -> None:
     listing = subprocess.run(["objdump", "-d", str(tmp_path / "x.so")], check=True, capture_output=True, text=True).stdout
     assert "ymm" in listing
     assert "zmm" not in listing
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 96])
+def test_partial_sums_never_leave_the_registers(tokens: int) -> None:
+    """Inside a loop over cores, a buffer that is too large for the stack is taken from the heap, and every step of the sum is stored."""
+    function = func.Func.make("main", (TensorType((1, tokens, 512), f16), TensorType((1024, 512), f16)))
+    function.body.append(ty.Linear(*function.args))
+    ((name, op),) = assign_kernels([function]).items()
+    target = HostTarget(num_cores=2)
+    kernel = tvm_host._prim_func(name, op, target.cpu())
+    source = tvm.compile(tvm.IRModule({name: kernel}), target=target.tvm_target()).mod.inspect_source("ll")
+    bodies = [text for text in source.split("\ndefine ") if "parallel_lambda" in text.partition("{")[0]]
+    assert bodies, "the loop runs on several cores"
+    assert not any("AllocWorkspace" in body for body in bodies)
 
 
 def test_dynamic_shapes_are_refused_together() -> None:
