@@ -18,8 +18,9 @@ __all__ = ["ALIGNMENT", "DramLayout", "Interval", "SramPlan", "align", "place_in
 
 ALIGNMENT: Final = 64
 # Shares of SRAM in sixty-fourths.  Two wide tiles are computed on and filled in turn; four packed tiles let the DMA run ahead of them.
-_WIDE, _PACKED, _SIDE, _TEMP = 4, 2, 1, 11
-_WIDE_SLOTS, _PACKED_SLOTS, _SIDE_SLOTS = 4, 4, 4
+# A side slot holds whole rows of scales, so it bounds the rows of a tile: few large ones rather than many small ones.
+_WIDE, _PACKED, _SIDE, _TEMP = 8, 2, 2, 11
+_WIDE_SLOTS, _PACKED_SLOTS, _SIDE_SLOTS = 2, 4, 2
 
 
 def align(size: int, to: int = ALIGNMENT) -> int:
@@ -29,7 +30,7 @@ def align(size: int, to: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True)
 class SramPlan:
-    """Offsets and sizes in bytes of SRAM's parts.  A dequantised tile takes two neighbouring wide slots."""
+    """Offsets and sizes in bytes of SRAM's parts."""
 
     capacity: int
     arena: int

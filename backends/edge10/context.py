@@ -76,7 +76,6 @@ class Lowering:
         self.side: Iterator[int] = cycle(plan.side)
         self.packed: Iterator[int] = cycle(plan.packed)
         self.wide: Iterator[int] = cycle(plan.wide)
-        self.wide_pairs: Iterator[int] = cycle(plan.wide[::2])
         half = machine.accumulator_bytes // 2
         self.accumulators: Iterator[int] = cycle((0, half))
 

@@ -51,10 +51,14 @@ class _Done:
 
 
 class Tracker:
-    """The accesses of one block, in program order.  `slots` (neighbours in SRAM) and `rest` begin as if written by the given tokens."""
+    """The accesses of one block, in program order.  `slots` (neighbours in SRAM) and `rest` begin as if written by the given tokens.
 
-    def __init__(self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value | None) -> None:
+    In DRAM and below `arena` in SRAM, neighbouring accesses of one unit are remembered as one: who reads a tensor wants all of its tiles.
+    """
+
+    def __init__(self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value | None, arena: int = 0) -> None:
         self.slots = tuple(slots)
+        self.arena = arena
         self.log: list[Access] = []
         self._number = 0
         self.reset(slot_tokens, rest)
@@ -113,7 +117,18 @@ class Tracker:
                     for d in live
                     if d.access.write or d.unit != unit or unit is None or (d.access.low, d.access.high) != (access.low, access.high)
                 ]
-            live.append(_Done(access, token, unit, self._number))
+            live.append(_Done(self._merged(access, live, unit), token, unit, self._number))
+
+    def _merged(self, access: Access, live: list[_Done], unit: str | None) -> Access:
+        """`access` together with the last one in the list, taken out of it, if they are of one kind and unit and touch."""
+        if unit is None or not live or (access.space == ACC or (access.space == SRAM and access.high > self.arena)):
+            return access
+        last = live[-1]
+        old = last.access
+        if last.unit != unit or old.write != access.write or old.high < access.low or access.high < old.low:
+            return access
+        live.pop()
+        return Access(access.space, min(old.low, access.low), max(old.high, access.high), access.write)
 
     def finish(self) -> tuple[list[list[Value]], list[Value]]:
         """The tokens after which each slot is free, and those after which everything else is done."""

@@ -82,11 +82,10 @@ class Emitter:
     ) -> Value:
         """Append a command after everything it depends on; returns its token."""
         attributes = DictAttr({"tyir.source": StringAttr(self.source)}) if self.source else DictAttr()
-        op = command(args=operands, loc=self.loc, attributes=attributes, **properties)
-        unit = edge10.unit_of(op)
+        unit = edge10.unit_of_class(command, properties.get("queue"))
         accesses = [*reads, *writes]
-        op.operands = (*operands, *self.tracker.waits(accesses, unit))
-        token = self.block.append(op).result
+        tokens = self.tracker.waits(accesses, unit)
+        token = self.block.append(command(args=(*operands, *tokens), loc=self.loc, attributes=attributes, **properties)).result
         self.tracker.record(accesses, token, unit)
         return token
 

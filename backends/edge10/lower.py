@@ -221,7 +221,7 @@ class _DieLowering:
         function.sym_visibility = "private"
         arguments = function.args
         tokens = arguments[len(addresses) :]
-        low = self._lowering(function, Tracker(slots, tokens[:-1], tokens[-1]))
+        low = self._lowering(function, Tracker(slots, tokens[:-1], tokens[-1], self.plan.arena))
         fixed: dict[Value, Place] = {source.args[i]: p for i, p in layer.boundary.arguments.items()}
         fixed.update({root(source.body.terminator.operands[i]): p for i, p in layer.boundary.results.items()})
         fixed.update({source.args[i]: Place("dram", layer.offsets[i], arguments[0], constant=True) for i in layer.packed})
@@ -239,7 +239,7 @@ class _DieLowering:
         function = Func.make(self.main.sym_name, [])
         start = function.body.append(edge10.Join(tokens=())).result
         slots = self.plan.slots
-        low = self._lowering(function, Tracker(slots, [start] * len(slots), start))
+        low = self._lowering(function, Tracker(slots, [start] * len(slots), start, self.plan.arena))
         fixed: dict[Value, Place] = {v: Place("dram", 0, name, constant=v not in self.caches) for v, name in self.argument_names.items()}
         for op in self.main.body:
             if isinstance(op, ty.GetGlobal):

@@ -93,7 +93,7 @@ class _Product:
             wide = next(low.wide)
             self._load_tile(wide, n0 * row + k0 * 2, n, k * 2, row)
             return wide
-        packed, wide = next(low.packed), next(low.wide_pairs)
+        packed, wide = next(low.packed), next(low.wide)
         self._load_tile(packed, n0 * row + k0 // 2, n, (k + 1) // 2, row)
         low.emitter.emit(
             edge10.Dequant, q=packed, q_stride=(k + 1) // 2, scales=side.scales, scale_stride=self.shape.scale_row_bytes, zeros=side.zeros,

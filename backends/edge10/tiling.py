@@ -91,7 +91,7 @@ def _fits(shape: MatmulShape, tiles: Tiles, machine: Machine, plan: SramPlan) ->
     return (
         tiles.k <= machine.cube.max_k
         and align(tiles.m, machine.cube.rows) * align(tiles.n, machine.cube.columns) * 4 <= machine.accumulator_bytes // 2
-        and wide <= plan.wide_bytes * (2 if shape.group_size else 1)
+        and wide <= plan.wide_bytes
         and (not shape.group_size or tiles.n * ((tiles.k + 1) // 2) <= plan.packed_bytes)
         and side <= plan.side_bytes
         and (shape.x_in_sram or tiles.m * tiles.k * 2 <= piece)

@@ -44,6 +44,7 @@ class ModelSpec:
     bias: bool = True
     tokens: int = 1
     window: int = 0
+    data: bool = True  # False: all weights are zeros that take no memory, for models that are only timed
 
 
 class DieBuilder:
@@ -59,7 +60,7 @@ class DieBuilder:
     def weight(self, name: str, shape: tuple[int, ...], *, shared: bool = False, scale: float = 0.2) -> Array:
         key = name if shared else f"{name}@{self.die}"
         if key not in self.shared:
-            self.shared[key] = (self.rng.standard_normal(shape) * scale).astype(np.float16)
+            self.shared[key] = (self.rng.standard_normal(shape) * scale).astype(np.float16) if self.spec.data else np.broadcast_to(np.float16(0), shape)
         self.constants[name], self.types[name] = self.shared[key], TensorType(shape, f16)
         return self.constants[name]
 
@@ -67,9 +68,7 @@ class DieBuilder:
         s = self.spec
         names = []
         if s.group:
-            q = self.rng.integers(0, 16, (n, k)).astype(np.uint8)
-            scales = (self.rng.random((n, k // s.group)) * 0.05 + 0.01).astype(np.float16)
-            zeros = self.rng.integers(0, 16, (n, k // s.group)).astype(np.uint8)
+            q, scales, zeros = self.quantized(n, k)
             for suffix, value, element in (("q", q, ui4), ("scales", scales, f16), ("zeros", zeros, ui4)):
                 self.constants[f"{name}.{suffix}"], self.types[f"{name}.{suffix}"] = value, TensorType(value.shape, element)
                 names.append(f"{name}.{suffix}")
@@ -77,6 +76,13 @@ class DieBuilder:
             self.weight(f"{name}.weight", (n, k))
             names.append(f"{name}.weight")
         return [(x, self.types[x]) for x in names]
+
+    def quantized(self, n: int, k: int) -> tuple[Array, Array, Array]:
+        groups = (n, k // self.spec.group)
+        if not self.spec.data:
+            return np.broadcast_to(np.uint8(0), (n, k)), np.broadcast_to(np.float16(0), groups), np.broadcast_to(np.uint8(0), groups)
+        scales = (self.rng.random(groups) * 0.05 + 0.01).astype(np.float16)
+        return self.rng.integers(0, 16, (n, k)).astype(np.uint8), scales, self.rng.integers(0, 16, groups).astype(np.uint8)
 
     def linear(self, x: Value, values: Sequence[Value], bias: Value | None, path: str) -> ty.Linear | ty.QuantizedLinear:
         loc = NameLoc(f"model.layers.*.{path}")

@@ -25,7 +25,7 @@ from tyir.types import OpaqueType, TensorType, Type, i64
 
 __all__ = [
     "ADDRESS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "Drain", "For", "Gather", "Join",
-    "Load", "Matmul", "Offset", "Register", "SoftmaxBlock", "Store", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of",
+    "Load", "Matmul", "Offset", "Register", "SoftmaxBlock", "Store", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
 ]  # fmt: skip
 
 TOKEN: Final = OpaqueType("edge10.token")
@@ -439,6 +439,11 @@ def is_command(op: Op) -> bool:
 def unit_of(op: Op) -> str:
     """The unit a command runs on."""
     return op.queue if isinstance(op, Load) else _UNIT[type(op)]
+
+
+def unit_of_class(command: type[Op], queue: str | None = None) -> str:
+    """The unit of a command that is still to be made; a load's is its queue."""
+    return _UNIT[command] if queue is None else queue
 
 
 def dynamic_sizes(op: Op) -> int:
