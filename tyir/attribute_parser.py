@@ -441,9 +441,6 @@ class AttributeParser(Scanner):
         self.expect(">", "',' or '>'")
         return t.TensorType(None if shape is None else tuple(shape), element, encoding)
 
-    def _text_type(self, kind: type[t.VectorType] | type[t.MemRefType]) -> t.Type:
-        return kind(self._balanced()[1:-1])
-
     def _complex(self) -> t.Type:
         self.expect("<")
         element = self.type()
@@ -533,8 +530,8 @@ _TYPE_READERS: Final[dict[str, Callable[[AttributeParser], t.Type]]] = {
     "index": lambda p: t.index,
     "none": lambda p: t.NoneType(),
     "tensor": AttributeParser._tensor,
-    "vector": lambda p: p._text_type(t.VectorType),
-    "memref": lambda p: p._text_type(t.MemRefType),
+    "vector": lambda p: t.VectorType(p._balanced()[1:-1]),
+    "memref": lambda p: t.MemRefType(p._balanced()[1:-1]),
     "complex": AttributeParser._complex,
     "tuple": AttributeParser._tuple,
 }

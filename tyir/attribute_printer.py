@@ -72,8 +72,8 @@ def float_text(value: float, name: str) -> str:
         bits, digits = float_bits(value, name)
         return f"0x{bits:0{digits}X}"
     text = f"{value:.6e}"
-    if name in ("f32", "f64") and _rounded(text, name) != value:
-        text = f"{value:.{8 if name == 'f32' else 16}e}"
+    if name not in ("f16", "bf16") and _rounded(text, name) != value:  # tf32 and fp8 constants are kept in f32
+        text = f"{value:.{16 if name == 'f64' else 8}e}"
     return text
 
 

@@ -280,7 +280,8 @@ class Op:
     def clone(self, mapping: dict[Value, Value] | None = None) -> Self:
         """A detached deep copy.  `mapping` translates operands (values it lacks are used as they are) and is extended with what is copied."""
         with collector_paused():
-            return _clone(self, {} if mapping is None else mapping)
+            new: Self = _clone(self, {} if mapping is None else mapping)
+            return new
 
     def verify(self) -> Iterator[Diagnostic | str]:
         """What the declaration's types cannot say; yields messages.  Overridden by declared ops."""

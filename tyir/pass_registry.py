@@ -63,7 +63,7 @@ class PassRegistry:
                 return found
         for entry in importlib.metadata.entry_points(group=_GROUP, name=name):
             loaded = entry.load()
-            return next(pass_classes(loaded)) if isinstance(loaded, ModuleType) else loaded  # type: ignore[no-any-return]
+            return next(pass_classes(loaded)) if isinstance(loaded, ModuleType) else loaded
         return None
 
     def load_file(self, path: str | Path) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from tyir.attribute_printer import AttributeText, attribute_text
 from tyir.attributes import Attribute
@@ -20,6 +20,7 @@ from tyir.traits import IsolatedFromAbove
 
 __all__ = ["attribute_text", "op_excerpt", "print_op"]
 
+_Step = Iterator[Any]  # yields further steps
 _NAME: Final = re.compile(r"[A-Za-z$._-][A-Za-z0-9$._-]*")
 _NUMBERED_BLOCK: Final = re.compile(r"bb\d+")
 
@@ -48,8 +49,7 @@ def op_excerpt(op: Op, width: int = 140) -> str:
 
 def _resources_text(module: Module) -> str:
     entries = [
-        f'      {key}: "0x{alignment.to_bytes(4, "little").hex().upper()}{blob.hex().upper()}"'
-        for key, (alignment, blob) in module.resources.items()
+        f'      {key}: "0x{(alignment.to_bytes(4, "little") + blob).hex().upper()}"' for key, (alignment, blob) in module.resources.items()
     ]
     return "\n{-#\n  dialect_resources: {\n    builtin: {\n" + ",\n".join(entries) + "\n    }\n  }\n#-}"
 
@@ -91,7 +91,7 @@ class _Printer:
         head = self._head(op)
         self.lines.append(f"{head}{' ({...})' if op.regions else ''}{self._tail(op)}")
 
-    def _op_with_regions(self, op: Op, indent: str) -> Iterator[Iterator[object]]:
+    def _op_with_regions(self, op: Op, indent: str) -> Iterator[_Step]:
         head = self._head(op)
         if not op.regions:
             self.lines.append(f"{indent}{head}{self._tail(op)}")
@@ -116,7 +116,7 @@ class _Printer:
             self.names = outer
         lines.append(f"{indent}}}){self._tail(op)}")
 
-    def _block(self, block: Block, indent: str) -> Iterator[Iterator[object]]:
+    def _block(self, block: Block, indent: str) -> Iterator[_Step]:
         """Hot loop: flat ops are written here, ops with regions are handed to the driver."""
         lines, properties, attributes, loc_texts = self.lines, self.properties, self.attributes, self.loc_texts
         signatures, names, texts = self.signatures, self.names, self.names.texts

@@ -221,7 +221,7 @@ class _Verifier:
         facts = self.facts[cls] = _Facts(
             terminator=Terminator in traits,
             declared=declared,
-            repeats=declared and Pure in traits and not cls.region_fields,
+            repeats=issubclass(cls, DeclaredOp) and Pure in traits and not cls.region_fields,
             own_verify=cls.verify is not Op.verify,
             rule=_RULES.get(cls.name) if declared else None,
         )
