@@ -1,0 +1,248 @@
+"""Pipelines: text, options, nesting, verification between passes, errors that say which pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from tyir.attributes import DictAttr, StringAttr, UnitAttr
+from tyir.diagnostics import TyirError
+from tyir.dialects.ty import Silu
+from tyir.ir import Op
+from tyir.parser import parse_module
+from tyir.pass_registry import PassRegistry
+from tyir.pipeline import Instrument, Pass, PassContext, build_pipeline, run_pipeline
+from tyir.pipeline_text import parse_pipeline_text
+from tyir.printer import print_op
+from tyir.rewrite import Rewriter, pattern, rewrite_greedily
+
+NESTED = """
+"builtin.module"() ({
+  "func.func"() <{sym_name = "a", function_type = () -> ()}> ({ "func.return"() : () -> () }) : () -> ()
+  "builtin.module"() <{sym_name = "die0"}> ({
+    "func.func"() <{sym_name = "b", function_type = () -> ()}> ({ "func.return"() : () -> () }) : () -> ()
+    "func.func"() <{sym_name = "c", function_type = () -> ()}> ({ "func.return"() : () -> () }) : () -> ()
+  }) : () -> ()
+}) : () -> ()
+"""
+SILU = """
+"func.func"() <{sym_name = "f", function_type = (tensor<4xf16>) -> tensor<4xf16>}> ({
+^bb0(%x: tensor<4xf16>):
+  %y = "ty.silu"(%x) : (tensor<4xf16>) -> tensor<4xf16>
+  "func.return"(%y) : (tensor<4xf16>) -> ()
+}) : () -> ()
+"""
+
+
+@dataclass(frozen=True)
+class Mark(Pass):
+    """Notes where it ran."""
+
+    anchor: ClassVar[str] = "any"
+    word: str = "x"
+    sizes: tuple[int, ...] = ()
+    factor: float = 1.0
+    loud: bool = False
+
+    @classmethod
+    def name(cls) -> str:
+        return "mark"
+
+    def run(self, op: Op, context: PassContext) -> None:
+        context.count(f"{self.word}:{op.sym_name or op.name}")
+
+
+@dataclass(frozen=True)
+class OnFunctions(Mark):
+    anchor: ClassVar[str] = "func.func"
+
+    @classmethod
+    def name(cls) -> str:
+        return "on-functions"
+
+
+@dataclass(frozen=True)
+class Break(Pass):
+    """Leaves IR behind that does not verify."""
+
+    @classmethod
+    def name(cls) -> str:
+        return "break"
+
+    def run(self, op: Op, context: PassContext) -> None:
+        for silu in op.walk_type(Silu):
+            silu.properties = silu.properties.with_entry("colour", StringAttr("red"))
+
+
+@dataclass(frozen=True)
+class Crash(Pass):
+    """An internal error."""
+
+    @classmethod
+    def name(cls) -> str:
+        return "crash"
+
+    def run(self, op: Op, context: PassContext) -> None:
+        raise KeyError("boom")
+
+
+def context() -> PassContext:
+    return PassContext(registry=PassRegistry({"mark": Mark, "on-functions": OnFunctions, "break": Break, "crash": Crash}))
+
+
+def ran(text: str) -> list[str]:
+    found = context()
+    run_pipeline(parse_module(NESTED), text, found)
+    return list(found.statistics)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mark", ["x:builtin.module"]),
+        ("builtin.module(mark)", ["x:builtin.module"]),
+        ("any(mark)", ["x:builtin.module"]),
+        ("func.func(mark)", ["x:a"]),
+        ("builtin.module(func.func(mark),builtin.module(func.func(mark{word=y})))", ["x:a", "y:b", "y:c"]),
+        ("builtin.module(any(mark))", ["x:a", "x:die0"]),
+        ("on-functions", ["x:a", "x:b", "x:c"]),
+        ("", []),
+    ],
+)
+def test_nesting(text: str, expected: list[str]) -> None:
+    assert ran(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("sizes=1,8,96", Mark(sizes=(1, 8, 96))),
+        ("sizes=[1, 8]", Mark(sizes=(1, 8))),
+        ("sizes=1,8 word=a", Mark(sizes=(1, 8), word="a")),
+        ("sizes=1,8,word=a", Mark(sizes=(1, 8), word="a")),
+        ("word='two words' factor=2.5e-1", Mark(word="two words", factor=0.25)),
+        ("loud", Mark(loud=True)),
+        ("loud=false, factor=2", Mark(factor=2.0)),
+    ],
+)
+def test_options(options: str, expected: Mark) -> None:
+    (item,) = build_pipeline(f"mark{{{options}}}", context().registry).items
+    assert item == expected
+    assert isinstance(item, Mark)
+    assert build_pipeline(item.text(), context().registry).items == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("marc", "<pipeline>:1:1: error: there is no pass or pipeline 'marc'\n1 | marc\n  | ^^^^\nhelp: did you mean 'mark'?"),
+        ("mark,mark{sises=1}", "<pipeline>:1:11: error: pass 'mark' has no option 'sises'"),
+        ("mark{sizes=1,x}", "option 'sizes' of 'mark' takes a list of integers such as 1,8, got '1,x'"),
+        ("mark{factor=fast}", "option 'factor' of 'mark' takes a number, got 'fast'"),
+        ("mark{word=a word=b}", "option 'word' is given twice"),
+        ("func.func(break)", "pass 'break' runs on builtin.module, not on func.func"),
+        ("builtin.module(mark", "expected ',' or ')', found the end of the text"),
+        ("mark)", "expected ',' or the end of the pipeline, found ')'"),
+        ("mark{=1}", "expected an option such as max-kv=1024, or '}', found '='"),
+        ("mark,,mark", "expected the name of a pass or of an op, found ','"),
+        ("llm{a=1}", "pipeline 'llm' takes no options"),
+    ],
+)
+def test_wrong_text(text: str, message: str) -> None:
+    with pytest.raises(TyirError) as error:
+        build_pipeline(text, context().registry)
+    assert message in str(error.value)
+
+
+def test_every_listed_pass_and_pipeline_builds() -> None:
+    registry = PassRegistry()
+    assert {"canonicalize", "cse", "dce", "symbol-dce"} <= set(registry.names())
+    for name in (*registry.names(), *registry.pipelines()):
+        text = build_pipeline(name, registry).text()
+        assert build_pipeline(text, registry).text() == text
+
+
+def test_ir_that_does_not_verify_names_the_pass() -> None:
+    with pytest.raises(TyirError) as error:
+        run_pipeline(parse_module(SILU), "mark,break", context())
+    assert "'ty.silu' has no property 'colour'" in str(error.value)
+    assert "note: the IR does not verify after pass 'break'" in str(error.value)
+    unchecked = context()
+    unchecked.verify_each = False
+    run_pipeline(parse_module(SILU), "break", unchecked)
+
+
+@dataclass
+class Record(Instrument):
+    seen: list[str] = field(default_factory=list)
+
+    def before(self, pass_: Pass, op: Op) -> None:
+        self.seen.append(f"before {pass_.name()}")
+
+    def after(self, pass_: Pass, op: Op) -> None:
+        self.seen.append(f"after {pass_.name()}")
+
+    def failed(self, pass_: Pass, op: Op, error: BaseException) -> None:
+        self.seen.append(f"failed {pass_.name()}: {type(error).__name__}")
+
+
+def test_internal_error_names_the_pass_and_reaches_instruments() -> None:
+    watched, record = context(), Record()
+    watched.instruments.append(record)
+    with pytest.raises(KeyError) as error:
+        run_pipeline(parse_module(SILU), "mark,crash", watched)
+    assert error.value.__notes__ == ["while running pass 'crash' on 'builtin.module'"]
+    assert record.seen == ["before mark", "after mark", "before crash", "failed crash: KeyError"]
+
+
+def test_loaded_file(tmp_path: Path) -> None:
+    path = tmp_path / "my_pass.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom tyir.pipeline import Pass\n"
+        "@dataclass(frozen=True)\nclass Mine(Pass):\n    'Mine.'\n    size: int = 3\n    def run(self, op, context):\n        context.count('mine', self.size)\n"
+    )
+    found = PassContext()
+    assert found.registry.load_file(path) == ["my-pass"]
+    run_pipeline(parse_module(SILU), "my-pass{size=5}", found)
+    assert found.statistics == {"mine": 5}
+
+
+def test_pipeline_text_positions() -> None:
+    (item,) = parse_pipeline_text("  builtin.module( cse )")
+    assert (item.start, item.end) == (2, 23)
+
+
+def test_patterns_that_undo_each_other_are_named() -> None:
+    @pattern(Silu)
+    def back_and_forth(op: Silu, rewriter: Rewriter) -> bool:
+        rewriter.changed(op)
+        return True
+
+    with pytest.raises(TyirError, match=r"does not come to an end; applied most: 'back_and_forth'"):
+        rewrite_greedily(parse_module(SILU), [back_and_forth])
+
+
+def test_benefit_orders_and_locations_are_carried() -> None:
+    tried: list[str] = []
+
+    @pattern(Silu, benefit=1)
+    def second(op: Silu, rewriter: Rewriter) -> bool:
+        tried.append("second")
+        return False
+
+    @pattern(Silu, benefit=9)
+    def first(op: Silu, rewriter: Rewriter) -> bool:
+        tried.append("first")
+        if str(op.loc) != 'loc("here")' or op.attributes.get("x.done") is not None:
+            return False
+        done = DictAttr({"x.done": UnitAttr()})
+        rewriter.replace(op, [rewriter.insert(Silu(op.x, attributes=done), before=op).out])
+        return True
+
+    module = parse_module(SILU.replace('tensor<4xf16>\n  "func.return"', 'tensor<4xf16> loc("here")\n  "func.return"'))
+    assert rewrite_greedily(module, [second, first]) == 1
+    assert tried == ["first", "first", "second"]
+    assert '"ty.silu"(%x) {x.done} : (tensor<4xf16>) -> tensor<4xf16> loc("here")' in print_op(module)
