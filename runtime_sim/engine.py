@@ -11,9 +11,10 @@ Rules
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from functools import cached_property
+from typing import Final, NamedTuple
 
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
@@ -22,7 +23,7 @@ from tyir.runtime_sim.program import Command, EdgeProgram
 from tyir.runtime_sim.units import Transfer, all_gather_ns, all_reduce_ns, collective_transfer, compute_ns, gather_transfer, transfer_of
 from tyir.targets.machine import Machine
 
-__all__ = ["Record", "Timing", "simulate"]
+__all__ = ["DieTiming", "Record", "Timing", "simulate"]
 
 _DMA: Final = ("ewdma", "eidma", "ebdma", "eodma")
 _END, _DATA, _FLOW, _LINKS = range(
@@ -30,12 +31,10 @@ _END, _DATA, _FLOW, _LINKS = range(
 )  # kinds of events: a command ends, a transfer's latency is over, a flow may have ended, a collective's links are done
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """When a command ran.  A transfer starts when it is issued; `data` is when its bytes begin to move (equal to `start` for other units)."""
 
     command: Command
-    die: int
     start: float
     data: float
     end: float
@@ -43,19 +42,46 @@ class Record:
 
 
 @dataclass(frozen=True)
+class DieTiming:
+    """One die's step: its commands with their times, and how long each unit is busy (`dram`: any transfer moves data)."""
+
+    commands: Sequence[Command]
+    start: Sequence[float]
+    data: Sequence[float]
+    end: Sequence[float]
+    command_bytes: Sequence[int]
+    busy: Mapping[str, float]
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(map(Record, self.commands, self.start, self.data, self.end, self.command_bytes))
+
+    @property
+    def dram_bytes(self) -> int:
+        return sum(self.command_bytes)
+
+
+@dataclass(frozen=True)
 class Timing:
-    """One step on all dies, in nanoseconds from the launch of the program; `busy` by (die, unit), where `dram` counts the time any transfer moves data."""
+    """One step on all dies, in nanoseconds from the launch of the program.  Dies whose programs are alike share one `DieTiming`."""
 
     total_ns: float
-    records: tuple[tuple[Record, ...], ...]
-    busy: dict[tuple[int, str], float]
-    dram_bytes: tuple[int, ...]
+    dies: tuple[DieTiming, ...]
     pos: int
     seqlen: int
 
+    @property
+    def records(self) -> tuple[tuple[Record, ...], ...]:
+        """Every command of every die."""
+        return tuple(die.records for die in self.dies)
+
+    @property
+    def dram_bytes(self) -> tuple[int, ...]:
+        return tuple(die.dram_bytes for die in self.dies)
+
     def share(self, unit: str) -> float:
         """The part of the step that a unit is busy, on the die where it is busiest."""
-        return max((t for (_, u), t in self.busy.items() if u == unit), default=0.0) / self.total_ns if self.total_ns else 0.0
+        return max(die.busy[unit] for die in self.dies) / self.total_ns
 
     @property
     def bound_by(self) -> str:
@@ -107,7 +133,10 @@ class _Simulation:
         self.machine = machine
         self.pos = pos
         self.seqlen = programs[0].seqlen
-        self.dies = [_Die(i, p, machine, pos) for i, p in enumerate(programs)]
+        # Dies with the same program run alike to the nanosecond: one of each kind is simulated.
+        kinds = {signature: number for number, signature in enumerate(dict.fromkeys(p.signature for p in programs))}
+        self.kind = [kinds[p.signature] for p in programs]
+        self.dies = [_Die(n, programs[self.kind.index(n)], machine, pos) for n in range(len(kinds))]
         self.events: list[tuple[float, int, int, int, int]] = []
         self.sequence = 0
         self.now = 0.0
@@ -262,7 +291,7 @@ class _Simulation:
     def _collective_ns(self, command: Command) -> float:
         op = command.op
         if isinstance(op, edge10.AllReduce):
-            return self.machine.sync.command_ns + all_reduce_ns(op.nbytes, op.element, len(self.dies), self.machine)
+            return self.machine.sync.command_ns + all_reduce_ns(op.nbytes, op.element, len(self.kind), self.machine)
         assert isinstance(op, edge10.AllGather)
         return self.machine.sync.command_ns + all_gather_ns(op.rows, op.sizes, self.machine)
 
@@ -284,19 +313,15 @@ class _Simulation:
 
     def _timing(self) -> Timing:
         launch = self.machine.sync.launch_us * 1000
-        busy: dict[tuple[int, str], float] = {}
-        for die in self.dies:
-            for unit, queue in die.queues.items():
-                busy[die.number, unit] = _covered(die, queue)
-            busy[die.number, "dram"] = die.dram.busy_ns
-        records = tuple(
-            tuple(
-                Record(c, d.number, d.start[c.index] + launch, d.data[c.index] + launch, d.end[c.index] + launch, d.dram_bytes[c.index])
-                for c in d.commands
-            )
-            for d in self.dies
-        )
-        return Timing(self.now + launch, records, busy, tuple(sum(d.dram_bytes) for d in self.dies), self.pos, self.seqlen)
+        timings = [_die_timing(die, launch) for die in self.dies]
+        return Timing(self.now + launch, tuple(timings[k] for k in self.kind), self.pos, self.seqlen)
+
+
+def _die_timing(die: _Die, launch: float) -> DieTiming:
+    busy = {unit: _covered(die, queue) for unit, queue in die.queues.items()}
+    busy["dram"] = die.dram.busy_ns
+    start, data, end = ([t + launch for t in times] for times in (die.start, die.data, die.end))
+    return DieTiming(die.commands, start, data, end, die.dram_bytes, busy)
 
 
 def _covered(die: _Die, queue: _Queue) -> float:

@@ -6,8 +6,9 @@ commands in program order, each with the indices of the commands it waits for.  
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -24,6 +25,7 @@ from tyir.parser import parse_file, parse_module
 __all__ = ["Command", "EdgeProgram", "load_programs"]
 
 Tokens = tuple[int, ...]
+_KEPT_COMMANDS: Final = 300_000
 _ADDRESS: Final = edge10.ADDRESS
 _TOKEN: Final = edge10.TOKEN
 
@@ -76,6 +78,7 @@ class EdgeProgram:
         self.entry = mains[0]
         self.seqlen = _int_attribute(module, "tyir.seqlen", int(self.entry.removeprefix("main_s")))
         self.die = _int_attribute(module, "tyir.die", 0)
+        self._expanded: dict[int, list[Command]] = {}
 
     @classmethod
     def parse(cls, text: str, name: str = "<string>") -> Self:
@@ -83,10 +86,19 @@ class EdgeProgram:
         return cls(parse_module(text, name))
 
     def expand(self, pos: int) -> list[Command]:
-        """All commands of one step at position `pos`, in program order."""
-        walk = _Walk(self, pos)
-        walk.run(self.functions[self.entry].body, {}, -1)
-        return walk.commands
+        """All commands of one step at position `pos`, in program order.  The last few steps are kept: a report times them on several machines."""
+        if pos not in self._expanded:
+            while self._expanded and sum(map(len, self._expanded.values())) > _KEPT_COMMANDS:
+                del self._expanded[next(iter(self._expanded))]
+            walk = _Walk(self, pos)
+            walk.run(self.functions[self.entry].body, {}, -1)
+            self._expanded[pos] = walk.commands
+        return self._expanded[pos]
+
+    @cached_property
+    def signature(self) -> Hashable:
+        """Equal for programs that differ at most in where and what their data is: same functions, ops, properties and operands."""
+        return tuple((name, self.functions[name].function_type, _block_signature(self.functions[name].body)) for name in self.functions)
 
 
 def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgeProgram]:
@@ -97,6 +109,28 @@ def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgePro
 def _int_attribute(module: Module, name: str, default: int) -> int:
     value = module.attributes.get(name)
     return value.value if isinstance(value, IntegerAttr) else default
+
+
+def _block_signature(block: Block) -> Hashable:
+    """The ops of a block, values by number.  A collective's own die number does not matter, the size of its piece does."""
+    numbers: dict[Value, int] = {}
+    rows: list[Hashable] = []
+
+    def visit(inner: Block) -> None:
+        for value in inner.args:
+            numbers[value] = len(numbers)
+        for op in inner:
+            properties: Hashable = op.properties
+            if isinstance(op, edge10.AllGather):
+                properties = (op.rows, op.sizes, op.sizes[op.die], op.source_memory, op.destination_memory)
+            rows.append((op.name, properties, tuple(numbers[v] for v in op.operands)))
+            for value in op.results:
+                numbers[value] = len(numbers)
+            for region in op.regions:
+                visit(region.entry)
+
+    visit(block)
+    return tuple(rows)
 
 
 class _Walk:

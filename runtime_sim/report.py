@@ -21,7 +21,7 @@ from tyir.targets.machine import Constant, Machine
 
 __all__ = ["Interval", "OpCost", "Predictor", "Sensitivity", "op_costs", "unit_shares"]
 
-_EXACT_STEPS: Final = 12  # a prompt of more steps is interpolated between simulated positions
+_EXACT_STEPS: Final = 8  # a prompt of more steps is interpolated between simulated positions
 UNITS: Final = ("dram", "ewdma", "eidma", "ebdma", "eodma", "dequant", "cube", "drain", "vector", "d2d")
 
 
@@ -76,7 +76,7 @@ class Predictor:
     def ttft_ns(self, tokens: int) -> float:
         """Time to first token of a prompt: its chunks one after the other (`plan_chunks`), the host's constant for each.
 
-        Steps of one length differ only in the cached rows they read; of more than a dozen of them, twelve are simulated and the others interpolated.
+        Steps of one length differ only in the cached rows they read; of more than eight of them, eight are simulated and the others interpolated.
         """
         chunks = list(plan_chunks(tokens, 0, self.seqlens, self.capacity))
         total = len(chunks) * self.machine.host.step_us * 1000

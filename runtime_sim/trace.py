@@ -14,7 +14,7 @@ __all__ = ["chrome_trace"]
 
 def chrome_trace(timing: Timing) -> str:
     """The JSON text.  A transfer is shown while its data moves, with the time it waited for DRAM's latency and its turn in `args`."""
-    events = [*_names(timing), *(_event(r) for records in timing.records for r in records)]
+    events = [*_names(timing), *(_event(die, r) for die, records in enumerate(timing.records) for r in records)]
     lines = ",\n".join(json.dumps(e) for e in events)
     return f'{{"displayTimeUnit": "ns", "otherData": {{"pos": {timing.pos}, "seqlen": {timing.seqlen}}}, "traceEvents": [\n{lines}\n]}}\n'
 
@@ -27,7 +27,7 @@ def _names(timing: Timing) -> Iterator[dict[str, Any]]:
             yield {"ph": "M", "pid": die, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}}
 
 
-def _event(record: Record) -> dict[str, Any]:
+def _event(die: int, record: Record) -> dict[str, Any]:
     command = record.command
     args: dict[str, Any] = {"command": command.index, "op": command.op.name, "source": command.source}
     if command.layer >= 0:
@@ -37,6 +37,6 @@ def _event(record: Record) -> dict[str, Any]:
     if record.data > record.start:
         args["waited_us"] = round((record.data - record.start) / 1000, 6)
     return {
-        "ph": "X", "pid": record.die, "tid": edge10.UNITS.index(command.unit), "ts": round(record.data / 1000, 6), "dur": round((record.end - record.data) / 1000, 6),
+        "ph": "X", "pid": die, "tid": edge10.UNITS.index(command.unit), "ts": round(record.data / 1000, 6), "dur": round((record.end - record.data) / 1000, 6),
         "name": command.path or command.op.name, "cat": command.unit, "args": args,
     }  # fmt: skip

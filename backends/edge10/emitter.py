@@ -27,6 +27,7 @@ class Emitter:
         self._outer = entry
         self._addresses: dict[str, Value] = {}
         self._pos: Value | None = None
+        self._head: Op | None = None  # the last of the values at the block's beginning
 
     def begin(self, op: Op) -> None:
         """The op that the next commands implement."""
@@ -51,7 +52,8 @@ class Emitter:
         return self._pos
 
     def _first(self, op: Op) -> Value:
-        self.block.insert(op, before=self.block.first_op)
+        self.block.insert(op, before=self.block.first_op if self._head is None else self._head.next_op)
+        self._head = op
         return op.result
 
     def affine(

@@ -60,7 +60,9 @@ class DieBuilder:
     def weight(self, name: str, shape: tuple[int, ...], *, shared: bool = False, scale: float = 0.2) -> Array:
         key = name if shared else f"{name}@{self.die}"
         if key not in self.shared:
-            self.shared[key] = (self.rng.standard_normal(shape) * scale).astype(np.float16) if self.spec.data else np.broadcast_to(np.float16(0), shape)
+            self.shared[key] = (
+                (self.rng.standard_normal(shape) * scale).astype(np.float16) if self.spec.data else np.broadcast_to(np.float16(0), shape)
+            )
         self.constants[name], self.types[name] = self.shared[key], TensorType(shape, f16)
         return self.constants[name]
 

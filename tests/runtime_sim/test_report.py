@@ -1,0 +1,73 @@
+"""Figures, intervals, the division of time among ops, and the trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tyir.runtime_sim.report import Predictor, op_costs, unit_shares
+from tyir.runtime_sim.trace import chrome_trace
+
+
+@pytest.fixture
+def predictor(make_model: Callable[..., Any]) -> Predictor:
+    models = {n: make_model(tokens=n, group=16) for n in (1, 8)}
+    return Predictor(lambda s: models[s].programs, (1, 8), 40, models[1].machine)
+
+
+def test_prompt_is_the_sum_of_its_chunks(predictor: Predictor) -> None:
+    host = predictor.machine.host.step_us * 1000
+    steps = [predictor.step(8, 0), predictor.step(8, 8), predictor.step(1, 16)]
+    assert predictor.ttft_ns(17) == pytest.approx(sum(s.total_ns for s in steps) + 3 * host)
+    assert predictor.tpot_ns(17) == pytest.approx(predictor.step(1, 17).total_ns + host)
+    assert predictor.ttft_ns(9) < predictor.ttft_ns(17)
+
+
+def test_long_prompts_are_interpolated_closely(make_model: Callable[..., Any]) -> None:
+    model = make_model(capacity=400, layers=1)
+    predictor = Predictor(lambda s: model.programs, (1,), 400, model.machine)
+    exact = sum(predictor.step(1, p).total_ns + predictor.machine.host.step_us * 1000 for p in range(30))
+    assert predictor.ttft_ns(30) == pytest.approx(exact, rel=0.01)
+
+
+def test_interval_holds_the_point_and_shrinks_with_what_is_known(predictor: Predictor) -> None:
+    wide = predictor.interval(lambda p: p.tpot_ns(13))
+    assert wide.fast < wide.point < wide.slow
+    known = predictor.on(predictor.machine.with_overrides({"dram.bandwidth_gbps": 30.4, "host.step_us": 300}))
+    narrow = known.interval(lambda p: p.tpot_ns(13))
+    assert narrow.point == wide.point and narrow.slow - narrow.fast < wide.slow - wide.fast
+
+
+def test_sensitivities_are_sorted_and_include_the_host(predictor: Predictor) -> None:
+    found = predictor.sensitivities(lambda p: p.tpot_ns(13))
+    assert [s.swing for s in found] == sorted((s.swing for s in found), reverse=True)
+    assert found[0].name == "host.step_us" and found[0].swing == pytest.approx(900e3)
+
+
+def test_ops_share_the_whole_step(predictor: Predictor) -> None:
+    timing = predictor.step(8, 8)
+    costs = op_costs(timing)
+    launch = predictor.machine.sync.launch_us * 1000
+    assert sum(c.time_ns for c in costs) == pytest.approx(timing.total_ns - launch)
+    assert sum(c.dram_bytes for c in costs) == timing.dram_bytes[0]
+    q_proj = next(c for c in costs if c.path == "model.layers.*.self_attn.q_proj")
+    assert (q_proj.calls, q_proj.macs) == (2, 2 * 8 * 64 * 64)
+    assert all(0 <= share <= 1 for share in unit_shares(timing).values())
+
+
+def test_trace_is_valid_and_tracks_do_not_overlap(make_model: Callable[..., Any]) -> None:
+    model = make_model(dies=2, group=16)
+    predictor = Predictor(lambda s: model.programs, (1,), 40, model.machine)
+    timing = predictor.step(1, 5)
+    events = json.loads(chrome_trace(timing))["traceEvents"]
+    assert {e["pid"] for e in events} == {0, 1}
+    runs = [e for e in events if e["ph"] == "X"]
+    assert len(runs) == sum(map(len, timing.records))
+    last: dict[tuple[int, int], float] = {}
+    for e in runs:
+        key = (e["pid"], e["tid"])
+        assert e["ts"] >= last.get(key, 0.0) - 1e-5
+        last[key] = e["ts"] + e["dur"]

@@ -1,0 +1,74 @@
+"""`tyir-sim` on hand-written command programs: figures, overrides, traces, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tyir.tools.tyir_sim import main
+
+PROGRAM = """"builtin.module"() <{sym_name = "die0"}> ({
+  "edge10.buffer"() <{address = 0 : i64, kind = "weight", nbytes = 1048576 : i64, sym_name = "w", type = tensor<1048576xui8>}> : () -> ()
+  "edge10.buffer"() <{address = 1048576 : i64, kind = "kv", nbytes = 65536 : i64, sym_name = "k", type = tensor<1x2x128x128xf16>}> : () -> ()
+  "func.func"() <{function_type = () -> (), sym_name = "main_s1"}> ({
+    %w = "edge10.address_of"() <{symbol = @w}> : () -> !edge10.address
+    %a = "edge10.load"(%w) <{dram_strides = array<i64: 0, 0>, queue = "ewdma", shape = array<i64: 1, 1, 1048576>, sram = 0 : i64, sram_strides = array<i64: 0, 0>}> {tyir.source = "ty.linear"} : (!edge10.address) -> !edge10.token
+    "func.return"() : () -> ()
+  }) : () -> ()
+}) {tyir.machine = "edge10", tyir.seqlen = 1 : i64} : () -> ()
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = tmp_path / "llm_die0.edge10"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+def test_text_says_uncalibrated_and_gives_intervals(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([program, "--pos", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "uncalibrated" in out and "TPOT at position 7" in out and "bound by dram" in out and "ty.linear" in out
+
+
+def test_json_and_overrides(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = []
+    for setting in ("dram.bandwidth_gbps=20", "dram.bandwidth_gbps=40"):
+        assert (
+            main([program, "--report", "json", "--set", setting, "--set", "dram.efficiency=1", "--set", "dram.run_overhead_bytes=0"]) == 0
+        )
+        figures.append(json.loads(capsys.readouterr().out))
+    slow, fast = (f["step"]["device_ms"] for f in figures)
+    assert slow - fast == pytest.approx(1048576 * (1 / 20 - 1 / 40) * 1e-6)
+    assert figures[0]["overrides"]["dram.bandwidth_gbps"] == 20 and not figures[0]["calibrated"]
+    assert figures[0]["tpot_ms"]["fast"] < figures[0]["tpot_ms"]["point"] < figures[0]["tpot_ms"]["slow"]
+
+
+def test_trace_is_written(program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.json"
+    assert main([program, "--trace", str(trace)]) == 0
+    assert len([e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "dram.bandwidth=3"], "did you mean 'dram.bandwidth_gbps'?"),
+        (["--set", "dram.bandwidth_gbps=fast"], "'fast' is not a number"),
+        (["--set", "dram.bandwidth_gbps"], "lacks a value"),
+        (["--pos", "200"], "leaves no room for a step of 1 in a cache of 128"),
+        (["--prompt-tokens", "0"], "the nearest possible is 1"),
+        (["--machine", "edge11"], "known machines: edge10"),
+    ],
+)
+def test_refusals(program: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([program, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_folders_without_artifacts_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    assert "holds no manifest.json" in capsys.readouterr().err
