@@ -13,6 +13,7 @@ from tyir.lexer import Scanner
 __all__ = ["parse_metadata", "read_blob"]
 
 _KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
+_KEY_AND_COLON: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*\s*:")
 _ENTRY: Final = re.compile(r'\s*+([A-Za-z_][A-Za-z0-9_$.]*+): "(0x[0-9A-Fa-f]++)",?')
 _SCALAR: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|true|false|-?[0-9]+')
 
@@ -102,7 +103,7 @@ def _skip(scanner: Scanner) -> None:
         elif scanner.accept("}"):
             depth -= 1
             scanner.accept(",")
-        elif scanner.match(_KEY) is not None and scanner.accept(":"):
+        elif scanner.match(_KEY_AND_COLON) is not None:
             continue
         elif scanner.match(_SCALAR) is not None:
             scanner.accept(",")

@@ -269,7 +269,7 @@ def _mutations(count: int, seed: int) -> None:
     alphabet = '"%@#!^<>(){}[]:=,-+.0123456789abxi\n \\/'
     for _ in range(count):
         text = list("".join(rng.sample(lines, 6)) if rng.random() < 0.5 else GENERIC[(at := rng.randrange(len(GENERIC))) : at + 400])
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(1, 4) if len(text) > 4 else 0):
             position = rng.randrange(len(text))
             action = rng.random()
             if action < 0.4:
