@@ -12,6 +12,7 @@ from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.parser import parse_module
+from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 from tyir.targets.machine import load_machine
 from tyir.verify import verify
@@ -139,3 +140,15 @@ def test_dram_layout_aligns() -> None:
     layout = DramLayout(1 << 20)
     assert [layout.take("a", 10), layout.take("b", 10), layout.take("c", 10, 64)] == [0, 4096, 4160]
     layout.check()
+
+
+def test_the_pass_lowers_every_die() -> None:
+    dies = "".join(PROGRAM.replace("die0", f"die{i}") for i in range(2))
+    weight = '"ty.global"() <{file = "f", key = "w", nbytes = 12288 : i64, offset = 0 : i64, sym_name = "w", type = tensor<96x64xf16>}> : () -> ()\n'
+    module = parse_module(f'"builtin.module"() ({{\n{weight}{dies}}}) {{tyir.stage = "program"}} : () -> ()\n')
+    run_pipeline(module, "lower-edge10{seqlen=2}")
+    verify(module)
+    assert [m.sym_name for m in module.body] == ["die0", "die1"]
+    assert commands(module).count("matmul") == 2
+    with pytest.raises(TyirError, match="holds no dies"):
+        run_pipeline(Module.empty(), "lower-edge10")

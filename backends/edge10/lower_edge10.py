@@ -1,0 +1,59 @@
+"""The pass `lower-edge10`: every die's program of one sequence length becomes its edge10 command program.
+
+    builtin.module @die0 { ty.param ..., @layer_s8 ..., @main_s8 ..., @main_s1 ... }
+    -->
+    builtin.module @die0 { edge10.buffer ..., @layer_s8 (commands), @main_s8 (commands) }
+
+Runs on a module at stage `program`; what is written to `llm_die{i}.edge10` is one of the die modules.  The work is `lower.lower_die`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyir.attributes import StringAttr
+from tyir.backends.edge10.lower import lower_die
+from tyir.diagnostics import TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.dialects.ty import Global, Param
+from tyir.ir import Op
+from tyir.pipeline import Pass, PassContext
+from tyir.targets.machine import load_machine
+
+__all__ = ["LowerEdge10"]
+
+
+@dataclass(frozen=True)
+class LowerEdge10(Pass):
+    """`seqlen` chooses the program (0: the only one there is); `machine` names the machine file."""
+
+    seqlen: int = 0
+    machine: str = "edge10"
+
+    def run(self, op: Op, context: PassContext) -> None:
+        machine = load_machine(self.machine)
+        dies = [o for o in op.body if isinstance(o, Module)]
+        if not dies:
+            raise TyirError(
+                "the module holds no dies", help="run partition-dies, specialize-seqlen, outline-params and outline-layers first"
+            )
+        for die in dies:
+            lowered = lower_die(die, self.seqlen or _only_length(die), machine)
+            context.statistics["commands"] = context.statistics.get("commands", 0) + sum(1 for _ in lowered.walk())
+            lowered.insert_before(die)
+            die.erase()
+        for leftover in [o for o in op.body if isinstance(o, (Global, Param))]:
+            leftover.erase()
+        op.set_attribute("tyir.stage", StringAttr("edge10"))
+
+
+def _only_length(die: Module) -> int:
+    """The sequence length of a die that has one program."""
+    lengths = [int(f.sym_name.removeprefix("main_s")) for f in die.body if isinstance(f, Func) and f.sym_name.startswith("main_s")]
+    if len(lengths) != 1:
+        raise TyirError(
+            f"the module has programs for {len(lengths)} sequence lengths: {', '.join(map(str, lengths))}",
+            help="choose one: lower-edge10{seqlen=1}",
+        )
+    return lengths[0]
