@@ -254,6 +254,14 @@ class _OpMeta(type):
         super().__init__(class_name, bases, namespace)
 
 
+def _counts(fields: Sequence[OperandField]) -> tuple[int, int | None]:
+    """The least and the most values a group of fields takes; None for any number."""
+    least = sum(f.arity == "one" for f in fields)
+    if any(f.arity == "variadic" for f in fields):
+        return least, None
+    return least, least + sum(f.arity == "optional" for f in fields)
+
+
 @dataclass_transform(
     field_specifiers=(operand, optional_operand, variadic_operand, result, variadic_result, attr, region, _constructor_only)
 )
@@ -271,6 +279,9 @@ class DeclaredOp(_Declaration):
     attr_fields: ClassVar[tuple[AttrField, ...]] = ()
     region_fields: ClassVar[tuple[RegionField, ...]] = ()
     plain_operands: ClassVar[bool] = True
+    operand_counts: ClassVar[tuple[int, int | None]] = (0, 0)  # least and most; None: any number
+    result_counts: ClassVar[tuple[int, int | None]] = (0, 0)
+    property_names: ClassVar[frozenset[str]] = frozenset()
     registered: ClassVar[bool] = True
 
     if TYPE_CHECKING:  # the constructor's own arguments; at run time loc and attributes are Op's slots, result_types is not kept
@@ -293,6 +304,8 @@ class DeclaredOp(_Declaration):
             for position, field in enumerate(group):
                 field.position = position
         cls.plain_operands = all(f.arity == "one" for f in cls.operand_fields)
+        cls.operand_counts, cls.result_counts = _counts(cls.operand_fields), _counts(cls.result_fields)
+        cls.property_names = frozenset(f.name for f in cls.attr_fields)
         for attr_field in cls.attr_fields:
             attr_field.bind(cls.__annotations__[attr_field.name], name)
 
@@ -358,16 +371,14 @@ class DeclaredOp(_Declaration):
     def check_declaration(self) -> Iterator[Diagnostic | str]:
         """Counts and kinds against the declaration, inferred result types against the actual ones."""
         cls = type(self)
-        for what, fields, values in (("operand", cls.operand_fields, self._operands), ("result", cls.result_fields, self.results)):
-            least = sum(f.arity == "one" for f in fields)
-            most = least if all(f.arity == "one" for f in fields) else least + 1 if any(f.arity == "optional" for f in fields) else None
+        for what, (least, most), values in (("operand", cls.operand_counts, self._operands), ("result", cls.result_counts, self.results)):
             if len(values) < least or (most is not None and len(values) > most):
                 wanted = str(least) if most == least else f"{least} or {most}" if most else f"at least {least}"
                 yield f"expects {wanted} {what}{'' if wanted == '1' else 's'}, got {len(values)}"
                 return
         problems = [p for f in cls.attr_fields if (p := f.check(self))]
-        known = {f.name for f in cls.attr_fields}
-        problems += [f"has no property '{k}'" for k in self.properties if k not in known]
+        known = cls.property_names
+        problems += [f"has no property '{k}'" for k in self.properties._map if k not in known]
         if len(self.regions) != len(cls.region_fields):
             problems.append(f"expects {len(cls.region_fields)} regions, got {len(self.regions)}")
         yield from problems
