@@ -29,7 +29,7 @@ _DIMENSION: Final = re.compile(r"(\?|[0-9]+)x")
 _ALIAS_USE: Final = re.compile(r'"(?:[^"\\]|\\.)*"|([#!][A-Za-z_][A-Za-z0-9_$]*)(?![A-Za-z0-9_$.<])')
 _FLAT: Final = r'[^<>"{}()\[\]#!\n]'
 _FLAT_ENTRY: Final = re.compile(  # key = value, the value without nesting: "text", 4 : i64, array<i64: 1, 2>, dense_resource<k> : tensor<2xf16>
-    rf'\s*+([A-Za-z_][A-Za-z0-9_$.]*+)(?: = ("[^"\\\n]*+"|[^",{{}}\[\]()<>\n#@!/]++(?:<{_FLAT}*+>)?+(?: : [a-z]++<{_FLAT}*+>)?+))?(, |\}}>?)'
+    rf'\s*+([A-Za-z_][A-Za-z0-9_$.]*+)(?: = ("[^"\\\n]*+"|@[A-Za-z_][A-Za-z0-9_$.]*+|[^",{{}}\[\]()<>\n#@!/]++(?:<{_FLAT}*+>)?+(?: : [a-z]++<{_FLAT}*+>)?+))?(, |\}}>?)'
 )
 _CLOSERS: Final = {"<": ">", "(": ")", "[": "]", "{": "}"}
 _FLOAT_TYPES: Final = {n: t.FloatType(n) for n in ("f16", "bf16", "f32", "f64", "tf32", "f8E4M3FN", "f8E5M2")}
@@ -151,6 +151,8 @@ class AttributeParser(Scanner):
                 value: Attribute | None = _UNIT
             elif value_text[0] == '"':
                 value = a.StringAttr(value_text[1:-1])
+            elif value_text[0] == "@":
+                value = a.SymbolRefAttr(value_text[1:])
             else:
                 value = memo.get(value_text) or values(match)
             if value is None:
@@ -169,6 +171,8 @@ class AttributeParser(Scanner):
     def _flat_value(self, match: re.Match[str]) -> Attribute | None:
         """A value met for the first time, by the full parser; None if that does not consume exactly what the expression did."""
         value_text, before = match[2], self.pos
+        if value_text.endswith(" : i64") and len(value_text) < 20 and value_text[:-6].isdecimal() and value_text.isascii():
+            return a.IntegerAttr(int(value_text[:-6]), t.i64)
         if value_text.startswith("dense_resource<"):
             key, _, type_text = value_text[15:].partition("> : ")
             kind = self._value_texts.get(type_text)
