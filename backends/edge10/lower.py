@@ -25,7 +25,7 @@ from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lowe
 from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
 from tyir.backends.edge10.lower_linear import lower_linear
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
-from tyir.backends.edge10.places import Boundary, assign_places, boundary_of, root
+from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, root
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import dist, edge10, kv, ty
 from tyir.dialects.builtin import Module
@@ -90,16 +90,16 @@ class _DieLowering:
         self.suffix = main.sym_name.removeprefix("main")
         self.caches = _cache_arguments(main)
         self.layers = self._find_layers()
+        self.boundary = BoundaryPlaces(self.plan.arena // 2, "boundary")
 
     def lower(self) -> Module:
         self._check_ops()
         self._lay_out_weights()
         self._lay_out_arguments()
         for layer in self.layers.values():
-            symbol = f"boundary.{layer.function.sym_name}"
-            layer.boundary = boundary_of(layer.function, layer.activations, layer.aliased, self.plan.arena, symbol)
-            if layer.boundary.dram_bytes:
-                self._buffer(symbol, "activation", TensorType((layer.boundary.dram_bytes,), ui8))
+            layer.boundary = boundary_of(layer.function, layer.activations, layer.aliased, self.boundary)
+        if self.boundary.dram_bytes:
+            self._buffer(self.boundary.symbol, "activation", TensorType((self.boundary.dram_bytes,), ui8))
         for layer in self.layers.values():
             self._lower_layer(layer)
         self._lower_main()
@@ -229,7 +229,7 @@ class _DieLowering:
         for number, index in enumerate(layer.addressed):
             is_weight = isinstance(layer.calls[0].operands[index].op, ty.GetGlobal)
             fixed[source.args[index]] = Place("dram", 0, arguments[1 + number], constant=is_weight)
-        self._lower_body(source, low, fixed, layer.boundary.sram_bytes)
+        self._lower_body(source, low, fixed)
         slot_tokens, rest = low.emitter.tracker.finish()
         function.body.append(Return(values=[low.emitter.join(t) for t in (*slot_tokens, rest)]))
         function.refresh_type()
@@ -244,15 +244,19 @@ class _DieLowering:
         for op in self.main.body:
             if isinstance(op, ty.GetGlobal):
                 fixed[op.result] = Place("dram", 0, op.symbol.leaf, constant=True)
-        self._fix_results(fixed)
-        boundary_bytes = max((layer.boundary.sram_bytes for layer in self.layers.values() if layer.boundary), default=0)
-        self._lower_body(self.main, low, fixed, boundary_bytes)
+        late = self._fix_results(fixed)
+        self._lower_body(self.main, low, fixed)
+        for value, place in late:
+            low.move(low.place(value), place, ty.tensor_type(value).nbytes)
         function.body.append(Return(values=[]))
         function.refresh_type()
         self.module.body.append(function)
 
-    def _fix_results(self, fixed: dict[Value, Place]) -> None:
-        """Main's results are output buffers; what layers take and give lies at their boundary."""
+    def _fix_results(self, fixed: dict[Value, Place]) -> list[tuple[Value, Place]]:
+        """Main's results are output buffers; what layers take and give lies at their boundary.
+
+        Returns the results that lie elsewhere (a layer's result, an input) and must be copied to their buffer at the end.
+        """
         for op in self.main.body:
             if not isinstance(op, Call):
                 continue
@@ -262,14 +266,22 @@ class _DieLowering:
                 fixed[op.results[index]] = fixed[root(op.operands[argument])]
             for index, place in layer.boundary.results.items():
                 fixed[op.results[index]] = place
+        caches = {self.argument_names[v] for v in self.caches}
+        late: list[tuple[Value, Place]] = []
         for index, value in enumerate(self.main.body.terminator.operands):
-            if root(value) not in fixed:
-                name = f"output{index}" if index else "logits"
-                self._buffer(name, "output", ty.tensor_type(value), result=index)
+            known = fixed.get(root(value))
+            if known is not None and known.base in caches:
+                continue
+            name = f"output{index}" if index else "logits"
+            self._buffer(name, "output", ty.tensor_type(value), result=index)
+            if known is None:
                 fixed[root(value)] = Place("dram", 0, name)
+            else:
+                late.append((value, Place("dram", 0, name)))
         for op in self.main.body:
             if isinstance(op, Call):
                 self._coalesce(op, fixed)
+        return late
 
     def _coalesce(self, call: Call, fixed: dict[Value, Place]) -> None:
         """A value made only to be a layer's argument is made at the layer's boundary, if nobody wants it after the layer has overwritten it."""
@@ -288,9 +300,9 @@ class _DieLowering:
     def _lowering(self, function: Func, tracker: Tracker) -> Lowering:
         return Lowering(Emitter(function.body, tracker), self.machine, self.plan, self.die)
 
-    def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place], arena_start: int) -> None:
+    def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
         spill = f"spill.{source.sym_name}"
-        places, spilled = assign_places(source, fixed, arena_start, self.plan.arena, spill)
+        places, spilled = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill)
         if spilled:
             self._buffer(spill, "activation", TensorType((spilled,), ui8))
         for op in source.body:
@@ -310,7 +322,10 @@ class _DieLowering:
         layer = self.layers[op.callee.leaf]
         assert layer.boundary is not None
         for index, target in layer.boundary.arguments.items():
-            low.move(low.place(op.operands[index]), target, align(ty.tensor_type(op.operands[index]).nbytes, 1))
+            value = op.operands[index]
+            if low.place(value) != target:
+                _check_free(op, root(value), target, low)
+            low.move(low.place(value), target, ty.tensor_type(value).nbytes)
         emitter = low.emitter
         base = _symbol(op.operands[layer.packed[0]]) if layer.packed else next(iter(self.argument_names.values()))
         addresses = [emitter.address_of(base)]
@@ -379,6 +394,33 @@ def _through_calls(value: Value, calls: Sequence[Call]) -> Value:
 def _aliases(value: Value, function: Func) -> list[Value]:
     """A value and all reshapes of it."""
     return [value, *(r for op in function.body if isinstance(op, ty.Reshape) for r in op.results if root(r) is value)]
+
+
+def _check_free(call: Call, value: Value, target: Place, low: Lowering) -> None:
+    """`TyirError` when moving an argument to its place would destroy another value that is still wanted."""
+    following: Op | None = call
+    while following is not None:
+        for other in following.operands:
+            if (
+                root(other) is not value
+                and other.op is not None
+                and other in low.places
+                and low.places[other] == target
+                and _made_before(other, call)
+            ):
+                raise TyirError(
+                    f"@{call.callee.leaf} takes an activation where %{other.name or '?'} still lies; the layers of this model take theirs in different orders",
+                    help="give all layer functions their activations in the same order",
+                )
+        following = following.next_op
+
+
+def _made_before(value: Value, call: Call) -> bool:
+    """Whether the value's op precedes the call in their block."""
+    op: Op | None = call
+    while op is not None and op is not value.op:
+        op = op.prev_op
+    return op is not None and op is not call
 
 
 def _takes_at(user: Op, value: Value, layer: _Layer, index: int) -> bool:

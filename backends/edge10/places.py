@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from tyir.dialects.ty import GetGlobal, Linear, QuantizedLinear, Reshape, tensor
 from tyir.ir import Op, Value
 from tyir.types import TensorType
 
-__all__ = ["Boundary", "Lifetimes", "assign_places", "boundary_of", "root"]
+__all__ = ["Boundary", "BoundaryPlaces", "Lifetimes", "assign_places", "boundary_of", "root"]
 
 
 def root(value: Value) -> Value:
@@ -61,33 +62,52 @@ class Boundary:
     arguments: Mapping[int, Place]
     results: Mapping[int, Place]
     overwritten: frozenset[int]
-    sram_bytes: int
-    dram_bytes: int
-    symbol: str
 
 
-def boundary_of(function: Func, activations: Iterable[int], aliased: Iterable[int], arena: int, symbol: str) -> Boundary:
+class BoundaryPlaces:
+    """Places that all layer functions of a program share: the n-th argument of a type has the same place in each.
+
+    At most `sram_limit` bytes are given out in SRAM, from offset 0; what exceeds them lies in the DRAM buffer `symbol`.
+    """
+
+    def __init__(self, sram_limit: int, symbol: str) -> None:
+        self.sram_limit = sram_limit
+        self.symbol = symbol
+        self.sram_bytes = self.dram_bytes = 0
+        self._places: dict[tuple[str, TensorType, int], Place] = {}
+
+    def take(self, role: str, type: TensorType, number: int) -> Place:
+        """The place of the `number`-th value of a type in a role."""
+        key = (role, type, number)
+        if key not in self._places:
+            self._places[key] = self._new(align(type.nbytes))
+        return self._places[key]
+
+    def _new(self, size: int) -> Place:
+        if self.sram_bytes + size <= self.sram_limit:
+            self.sram_bytes += size
+            return Place("sram", self.sram_bytes - size)
+        self.dram_bytes += size
+        return Place("dram", self.dram_bytes - size, self.symbol)
+
+
+def boundary_of(function: Func, activations: Iterable[int], aliased: Iterable[int], shared: BoundaryPlaces) -> Boundary:
     """Places for a layer's activations: `activations` are argument indices, `aliased` the indices of results that are caches.
 
     A result takes over the place of an argument of its type that is no longer read when it is written: the residual stream stays where it is.
-    At most half of the arena is given to the boundary; what exceeds it lies in DRAM.
     """
     lifetimes = Lifetimes(function)
     returned = function.body.terminator.operands
     arguments: dict[int, Place] = {}
-    sram = dram = 0
+    counts: Counter[tuple[str, TensorType]] = Counter()
 
-    def take(type: TensorType) -> Place:
-        nonlocal sram, dram
-        size = align(type.nbytes)
-        if sram + size <= arena // 2:
-            sram += size
-            return Place("sram", sram - size)
-        dram += size
-        return Place("dram", dram - size, symbol)
+    def take(role: str, value: Value) -> Place:
+        type = tensor_type(value)
+        counts[role, type] += 1
+        return shared.take(role, type, counts[role, type])
 
     for index in activations:
-        arguments[index] = take(tensor_type(function.args[index]))
+        arguments[index] = take("argument", function.args[index])
     results: dict[int, Place] = {}
     overwritten: set[int] = set()
     for index, value in enumerate(returned):
@@ -103,8 +123,8 @@ def boundary_of(function: Func, activations: Iterable[int], aliased: Iterable[in
             overwritten.add(heirs[0])
             results[index] = arguments[heirs[0]]
         else:
-            results[index] = take(tensor_type(value))
-    return Boundary(arguments, results, frozenset(overwritten), sram, dram, symbol)
+            results[index] = take("result", value)
+    return Boundary(arguments, results, frozenset(overwritten))
 
 
 def _may_overwrite(result: Value, argument: Value) -> bool:

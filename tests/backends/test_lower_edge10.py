@@ -133,6 +133,8 @@ def test_layers_are_lowered_once() -> None:
     function = next(f for f in module.walk_type(Func) if f.sym_name == "layer_s1")
     assert [op.name.removeprefix("edge10.") for op in function.walk() if edge10.is_command(op)] == ["load", "vector", "vector"]
     addresses = [str(op.symbol) for op in module.walk_type(edge10.AddressOf)]
+    outputs = [b.sym_name for b in module.walk_type(edge10.Buffer) if b.kind == "output"]
+    assert outputs == ["logits"] and commands(module)[-1] == "store"
     assert [a for a in addresses if a.startswith("@w")] == ["@w0", "@w1", "@w2", "@w3", "@w4"]
 
 
