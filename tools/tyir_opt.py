@@ -69,7 +69,7 @@ def _load(args: argparse.Namespace, registry: PassRegistry) -> None:
 
 
 def _read(path: str) -> tuple[str, str]:
-    from tyir.parser import decode_source, read_source
+    from tyir.source_file import decode_source, read_source
 
     if path == "-":
         return "<stdin>", decode_source(sys.stdin.buffer.read(), "<stdin>") if hasattr(sys.stdin, "buffer") else sys.stdin.read()

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from tyir import attributes as a
-from tyir import location as l
 from tyir import types as t
 from tyir.attributes import Attribute, DictAttr
 from tyir.dense_literal import DenseLiteral, dense_from_literal, float_from_bits
 from tyir.diagnostics import SourceText, TyirError, did_you_mean
 from tyir.ir import EMPTY_DICT
-from tyir.lexer import Scanner
+from tyir.location_parser import LocationParser
 
 __all__ = ["AttributeParser", "parse_attribute_text", "parse_type_text"]
 
 _WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
 _FLOAT: Final = re.compile(r"[-+]?[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?")
 _INTEGER: Final = re.compile(r"-?(?:0x[0-9A-Fa-f]+|[0-9]+)")
-_DECIMAL: Final = re.compile(r"[0-9]+")
 _INTEGER_TYPE: Final = re.compile(r"([su]?)i([1-9][0-9]*)")
 _DIMENSION: Final = re.compile(r"(\?|[0-9]+)x")
-_ALIAS_USE: Final = re.compile(r'"(?:[^"\\]|\\.)*"|([#!][A-Za-z_][A-Za-z0-9_$]*)(?![A-Za-z0-9_$.<])')
 _FLAT: Final = r'[^<>"{}()\[\]#!\n]'
 _FLAT_ENTRY: Final = re.compile(  # key = value, the value without nesting: "text", 4 : i64, array<i64: 1, 2>, dense_resource<k> : tensor<2xf16>
     rf'\s*+([A-Za-z_][A-Za-z0-9_$.]*+)(?: = ("[^"\\\n]*+"|@[A-Za-z_][A-Za-z0-9_$.]*+|[^",{{}}\[\]()<>\n#@!/]++(?:<{_FLAT}*+>)?+(?: : [a-z]++<{_FLAT}*+>)?+))?(, |\}}>?)'
@@ -54,16 +51,12 @@ _UNIT: Final = a.UnitAttr()
 _ARRAY_TYPES: Final = {"i1", "i8", "i16", "i32", "i64", "f32", "f64"}
 
 
-class AttributeParser(Scanner):
+class AttributeParser(LocationParser):
     """Reads attributes, types and locations at the cursor; knows the file's aliases."""
 
     def __init__(self, source: SourceText) -> None:
         super().__init__(source)
-        self.aliases: dict[str, Attribute] = {}
         self._value_texts: dict[str, Attribute] = {}
-
-    def define_alias(self, name: str, value: Attribute) -> None:
-        self.aliases[name] = value
 
     # -- attributes -------------------------------------------------------------------------------------------------
     def attribute(self) -> Attribute:
@@ -103,18 +96,6 @@ class AttributeParser(Scanner):
             return self.type()
         self.pos = match.end()
         return reader(self)
-
-    def listed(self, opening: str, closing: str, item: Callable[[], Any]) -> list[Any]:
-        """`( item (, item)* )?` between brackets."""
-        self.expect(opening)
-        items: list[Any] = []
-        if self.accept(closing):
-            return items
-        items.append(item())
-        while self.accept(","):
-            items.append(item())
-        self.expect(closing, f"',' or '{closing}'")
-        return items
 
     def dictionary(self) -> DictAttr:
         """`{key = value, unit_key}`."""
@@ -319,13 +300,6 @@ class AttributeParser(Scanner):
             return a.OpaqueAttr(name, self._balanced() if has_body else "")
         return self._alias("#" + name, start)
 
-    def _alias(self, name: str, start: int) -> Attribute:
-        value = self.aliases.get(name)
-        if value is None:
-            hint = did_you_mean(name, self.aliases) or f"define it above its first use: {name} = ..."
-            self.fail(f"unknown alias {name}", start, self.pos, help=hint)
-        return value
-
     def _balanced(self, operators: tuple[str, ...] = ("->",)) -> str:
         """`<...>` with balanced brackets and strings, verbatim but for aliases, which are replaced by what they stand for."""
         start = self.skip_space()
@@ -350,16 +324,6 @@ class AttributeParser(Scanner):
                 open_brackets.pop()
             self.pos += 1
         return self.expand_aliases(text[start : self.pos])
-
-    def expand_aliases(self, body: str) -> str:
-        if not self.aliases:
-            return body
-
-        def expand(match: re.Match[str]) -> str:
-            value = self.aliases.get(match[1]) if match[1] else None
-            return match[0] if value is None else str(value)
-
-        return _ALIAS_USE.sub(expand, body)
 
     # -- types ------------------------------------------------------------------------------------------------------
     def _starts_type(self, word: str) -> bool:
@@ -453,68 +417,6 @@ class AttributeParser(Scanner):
 
     def _tuple(self) -> t.Type:
         return t.TupleType(tuple(self.listed("<", ">", self.type)))
-
-    # -- locations --------------------------------------------------------------------------------------------------
-    def location(self) -> l.Location:
-        """`loc(...)`, the word included."""
-        self.expect("loc", "loc(...)")
-        return self._location_in_parentheses()
-
-    def _location_in_parentheses(self) -> l.Location:
-        self.expect("(")
-        value = self.location_body()
-        self.expect(")")
-        return value
-
-    def location_body(self) -> l.Location:
-        """What stands between the parentheses."""
-        self.enter()
-        value = self._location_body()
-        self.depth -= 1
-        return value
-
-    def _location_body(self) -> l.Location:
-        first = self.peek()
-        if first == '"':
-            return self._name_or_file()
-        start = self.pos
-        if first == "#":
-            self.pos += 1
-            match = _WORD.match(self.text, self.pos)
-            self.pos = match.end() if match else self.pos
-            value = self._alias(self.text[start : self.pos], start)
-            if not isinstance(value, l.Location):
-                self.fail(f"{self.text[start : self.pos]} is not a location", start, self.pos)
-            return value
-        if self.accept("unknown"):
-            return l.UNKNOWN
-        if self.accept("fused"):
-            return l.FusedLoc(tuple(self.listed("[", "]", self.location_body)))
-        if self.accept("callsite"):
-            self.expect("(")
-            callee = self.location_body()
-            self.expect("at", "'at'")
-            caller = self.location_body()
-            self.expect(")")
-            return l.CallSiteLoc(callee, caller)
-        if self.accept("loc"):
-            return self._location_in_parentheses()
-        self.expected('a location: unknown, "file":line:col, "name", fused[..], callsite(.. at ..) or an alias')
-
-    def _name_or_file(self) -> l.Location:
-        name = self.string()
-        if self.accept(":"):
-            line = self.match(_DECIMAL)
-            self.expect(":", "':' and a column")
-            col = self.match(_DECIMAL)
-            if line is None or col is None or len(line[0]) > 10 or len(col[0]) > 10:
-                self.fail('a file location is written "file":line:column')
-            return l.FileLoc(name, int(line[0]), int(col[0]))
-        if self.accept("("):
-            child = self.location_body()
-            self.expect(")")
-            return l.NameLoc(name, child)
-        return l.NameLoc(name)
 
 
 _WORDED: Final[dict[str, Callable[[AttributeParser], Attribute]]] = {

@@ -22,7 +22,8 @@ from tyir.diagnostics import SourceText
 from tyir.dialects.builtin import Module
 from tyir.ir import EMPTY_DICT, Region, collector_paused
 from tyir.lexer import unescape
-from tyir.parser import Header, Parser
+from tyir.parser import Parser
+from tyir.parser_state import Header
 from tyir.registry import op_class
 from tyir.resource_parser import read_blob
 from tyir.traits import IsolatedFromAbove

@@ -15,7 +15,6 @@ Values may be used before their definition within one isolated op; what stays un
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -26,8 +25,10 @@ from tyir.dialects.builtin import Module
 from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
 from tyir.location import UNKNOWN, Location
 from tyir.opdef import DeclaredOp
+from tyir.parser_state import Frame, Header, Scope
 from tyir.registry import op_class
 from tyir.resource_parser import parse_metadata
+from tyir.source_file import read_source
 from tyir.traits import IsolatedFromAbove
 from tyir.types import FunctionType, NoneType, Type
 
@@ -49,50 +50,15 @@ _UNSET: Final = NoneType()  # type of a value used before its definition, until 
 MAX_PROBLEMS: Final = 20
 
 
-@dataclass(slots=True)
-class _Scope:
-    """The values visible in one isolated op, and those used but not defined yet (with the place of first use)."""
-
-    values: dict[str, Value] = field(default_factory=dict)
-    pending: dict[str, tuple[Value, int]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Header:
-    """An op of which everything before its regions has been read."""
-
-    start: int
-    name: str
-    results: list[tuple[str, int, int]]  # text, count, position
-    operands: list[tuple[str, int]]  # text, position
-    successors: list[Block]
-    properties: DictAttr
-    regions: list[Region] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Frame:
-    """A region being read: the op it belongs to and where the parser was."""
-
-    header: Header | None
-    region: Region
-    block: Block
-    scope: _Scope
-    visible: int  # values defined before the region
-    labels: dict[str, Block] = field(default_factory=dict)
-    forward: dict[Block, tuple[str, int]] = field(default_factory=dict)
-    entry_is_open: bool = True  # the entry block may still get a label
-
-
 class Parser(AttributeParser):
     """Reads one file.  With `positions`, remembers where in the text each op begins."""
 
     def __init__(self, source: SourceText, positions: dict[Op, int] | None = None) -> None:
         super().__init__(source)
         self._positions = positions
-        self._frames: list[_Frame] = []
-        self._frame: _Frame
-        self._scope = _Scope()
+        self._frames: list[Frame] = []
+        self._frame: Frame
+        self._scope = Scope()
         self._classes: dict[str, type[Op]] = {}
         self._property_texts: dict[str | None, DictAttr] = {None: EMPTY_DICT}
         self._attribute_texts: dict[str | None, DictAttr] = {None: EMPTY_DICT}
@@ -137,10 +103,10 @@ class Parser(AttributeParser):
 
     # -- regions ----------------------------------------------------------------------------------------------------
     def _open_region(self, header: Header | None, region: Region, isolated: bool) -> None:
-        scope = _Scope() if isolated else self._scope
+        scope = Scope() if isolated else self._scope
         block = Block()
         region.append(block)
-        frame = _Frame(header, region, block, scope, len(scope.values))
+        frame = Frame(header, region, block, scope, len(scope.values))
         self._frames.append(frame)
         self._frame = frame
         self._scope = scope
@@ -162,7 +128,7 @@ class Parser(AttributeParser):
             self._frame = self._frames[-1]
             self._scope = outer
 
-    def _undefined(self, name: str, at: int, scope: _Scope) -> Diagnostic:
+    def _undefined(self, name: str, at: int, scope: Scope) -> Diagnostic:
         return self.diagnostic(f"use of undefined value {name}", at, at + len(name), help=did_you_mean(name, scope.values))
 
     def _ops(self) -> None:
@@ -544,7 +510,7 @@ class Parser(AttributeParser):
             if "#" not in text:
                 self._resolve(f"{text}#0", value, scope)
 
-    def _resolve(self, text: str, value: Value, scope: _Scope) -> None:
+    def _resolve(self, text: str, value: Value, scope: Scope) -> None:
         pending = scope.pending.pop(text, None)
         if pending is None:
             return
@@ -567,25 +533,6 @@ def parse_module(text: str, name: str = "<string>", positions: dict[Op, int] | N
     """The module of an IR text.  `positions` is filled with the offset of each op.  `TyirError` points at what is wrong."""
     with collector_paused():
         return Parser(SourceText(name, text), positions).parse()
-
-
-def read_source(path: str | Path) -> str:
-    """The text of a file; `TyirError` when it cannot be read or is not UTF-8."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise TyirError(f"cannot read {path}: {error.strerror}") from None
-    return decode_source(data, str(path))
-
-
-def decode_source(data: bytes, name: str) -> str:
-    """UTF-8 to text; `TyirError` with line and column of the first wrong byte."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, col = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
-        raise TyirError(f"byte 0x{data[error.start]:02X} is not UTF-8", where=f"{name}:{line}:{col}") from None
 
 
 def parse_file(path: str | Path) -> Module:
