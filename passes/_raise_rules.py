@@ -259,6 +259,16 @@ def rope(op: Op) -> Value | None:
 # ---------------------------------------------------------------------------------------------------- op by op
 
 
+def quantized_linear(op: Op) -> Value | None:
+    """linear(x, dequantize(q, scales, zeros)) --> ty.quantized_linear x, q, scales, zeros"""
+    assert isinstance(op, aten.Linear)
+    weight = _made_by(op.weight, ty.Cast)
+    stored = _made_by(weight.x if weight is not None else op.weight, ty.Dequantize)
+    if stored is None:
+        return None
+    return _insert(op, ty.QuantizedLinear(op.x, stored.q, stored.scales, stored.zeros, op.bias, group_size=stored.group_size)).out
+
+
 def linear(op: Op) -> Value | None:
     assert isinstance(op, aten.Linear)
     return _insert(op, ty.Linear(op.x, op.weight, op.bias)).out if len(_dims(op.weight)) == 2 else None
@@ -352,7 +362,7 @@ PHASES: Final[tuple[Phase, ...]] = (
     ((aten.Add, rope),),
     # What is left, op by op.
     (
-        (aten.Linear, linear), (aten.Embedding, embedding), (aten.Add, add), (aten.Mul, mul), (aten.Silu, silu), (aten.To, cast),
+        (aten.Linear, quantized_linear), (aten.Linear, linear), (aten.Embedding, embedding), (aten.Add, add), (aten.Mul, mul), (aten.Silu, silu), (aten.To, cast),
         (aten.View, reshape), (aten.Reshape, reshape), (aten.Unsqueeze, reshape), (aten.Transpose, transpose), (aten.Slice, slice_),
     ),
     # Rope and attention work on [b, s, H, D], the graph on [b, H, s, D]: the transposes between them meet and cancel.

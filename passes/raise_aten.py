@@ -11,7 +11,7 @@
     %8   = aten.mul %w, %7
 
 Runs first, on what `tyir-import` wrote: every later pass knows `ty` only.  Rules are tried phase by phase (`_raise_rules.PHASES`); after each
-phase nothing dead remains.  Afterwards only `func` and `ty` ops are left.  What no rule raised is an error that lists every such op with its
+phase nothing dead remains.  Afterwards only `func` and `ty` ops are left, and `quant` ops in weight expressions.  What no rule raised is an error that lists every such op with its
 count, the first layer and the model's source line.  Numbers change by rounding alone: `ty` ops compute in f32 and round once.
 """
 
@@ -80,7 +80,7 @@ def _check(functions: list[func.Func]) -> None:
     left: dict[str, list[Op]] = {}
     for function in functions:
         for op in function.body:
-            if op.dialect not in ("func", "ty"):
+            if op.dialect not in ("func", "ty", "quant"):
                 left.setdefault(op.name, []).append(op)
     if left:
         total = sum(map(len, left.values()))

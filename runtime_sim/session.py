@@ -28,7 +28,6 @@ from tyir.manifest import DieProgram, Manifest, TensorInfo
 from tyir.parser import parse_file
 from tyir.runtime_sim.chunks import Chunk, plan_chunks
 from tyir.runtime_sim.sampling import Sampler, greedy
-from tyir.storage import packed_shape
 from tyir.types import storage_dtype
 from tyir.weights import CheckpointReader
 
@@ -120,21 +119,11 @@ class ProgramEngine:
         return CheckpointReader(self.folder)
 
     def _param(self, die: int, ref: Global) -> Array:
-        """A parameter, loaded once per die: packed for compiled kernels, one element per entry for the reference."""
+        """A parameter, once per die: mapped and packed for compiled kernels, one element per entry for the reference."""
         key = (die, str(ref.sym_name))
         if key not in self._params:
-            self._params[key] = aligned_copy(self._reader.read_packed(ref)) if self.compiled else np.array(self._reader.read(ref))
-            assert not self.compiled or self._params[key].shape == packed_shape(ref.type)
+            self._params[key] = self._reader.read_packed(ref) if self.compiled else self._reader.read(ref)
         return self._params[key]
-
-
-def aligned_copy(array: Array, alignment: int = 64) -> Array:
-    """A writable copy that starts on a cache line, as vector code wants."""
-    buffer = np.empty(array.nbytes + alignment, np.uint8)
-    start = -buffer.ctypes.data % alignment
-    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 class Session:

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tyir.tools.cli import ToolParser, run_tool
 
@@ -103,62 +104,54 @@ def decoder_text(ops: int) -> str:
     return "\n".join(['"builtin.module"() ({', *w.globals, "  " + head, *w.lines, tail, blobs])
 
 
-class Implementation(Protocol):
+@dataclass(frozen=True)
+class Implementation:
     """What is timed.  `passes` change a module in place."""
 
-    passes: dict[str, Callable[[Any], object]]
+    parse: Callable[[str], Any]
+    print: Callable[[Any], str]
+    verify: Callable[[Any], object]
+    clone: Callable[[Any], Any]
+    passes: dict[str, Callable[[Any], object]] = field(default_factory=dict)
 
-    def parse(self, text: str) -> Any: ...
-    def print(self, module: Any) -> str: ...
-    def verify(self, module: Any) -> None: ...
-    def clone(self, module: Any) -> Any: ...
 
-
-class Tyir:
+def tyir() -> Implementation:
     """This project."""
+    from tyir.parser import parse_module
+    from tyir.passes.canonicalize import PATTERNS
+    from tyir.passes.cse import merge_equal
+    from tyir.passes.dce import eliminate_dead_code
+    from tyir.printer import print_op
+    from tyir.rewrite import rewrite_greedily
+    from tyir.verify import verify
 
-    def __init__(self) -> None:
-        from tyir.parser import parse_module
-        from tyir.passes.canonicalize import PATTERNS
-        from tyir.passes.cse import merge_equal
-        from tyir.passes.dce import eliminate_dead_code
-        from tyir.printer import print_op
-        from tyir.rewrite import rewrite_greedily
-        from tyir.verify import verify
-
-        self.parse, self.print, self.verify = parse_module, print_op, verify
-        self.passes = {"cse": merge_equal, "canonicalize": lambda m: rewrite_greedily(m, PATTERNS), "dce": eliminate_dead_code}
-
-    def clone(self, module: Any) -> Any:
-        return module.clone()
+    passes: dict[str, Callable[[Any], object]] = {
+        "cse": merge_equal,
+        "canonicalize": lambda m: rewrite_greedily(m, PATTERNS),
+        "dce": eliminate_dead_code,
+    }
+    return Implementation(parse_module, print_op, verify, lambda m: m.clone(), passes)
 
 
-class Xdsl:
+def xdsl() -> Implementation:
     """xDSL, with `ty` ops unregistered: its passes leave them alone, so only the text form, the verifier and copying compare."""
+    sys.setrecursionlimit(100_000)
+    context, parser, printer, builtin, func = (
+        importlib.import_module(f"xdsl.{name}") for name in ("context", "parser", "printer", "dialects.builtin", "dialects.func")
+    )
 
-    def __init__(self) -> None:
-        self.passes: dict[str, Callable[[Any], object]] = {}
-        sys.setrecursionlimit(100_000)
-        self.modules = {
-            n: importlib.import_module(f"xdsl.{n}") for n in ("context", "parser", "printer", "dialects.builtin", "dialects.func")
-        }
+    def parse(text: str) -> Any:
+        loaded = context.Context(allow_unregistered=True)
+        loaded.load_dialect(builtin.Builtin)
+        loaded.load_dialect(func.Func)
+        return parser.Parser(loaded, text).parse_module()
 
-    def parse(self, text: str) -> Any:
-        context = self.modules["context"].Context(allow_unregistered=True)
-        context.load_dialect(self.modules["dialects.builtin"].Builtin)
-        context.load_dialect(self.modules["dialects.func"].Func)
-        return self.modules["parser"].Parser(context, text).parse_module()
-
-    def print(self, module: Any) -> str:
+    def show(module: Any) -> str:
         stream = io.StringIO()
-        self.modules["printer"].Printer(stream, print_generic_format=True).print_op(module)
+        printer.Printer(stream, print_generic_format=True).print_op(module)
         return stream.getvalue()
 
-    def verify(self, module: Any) -> None:
-        module.verify()
-
-    def clone(self, module: Any) -> Any:
-        return module.clone()
+    return Implementation(parse, show, lambda m: m.verify(), lambda m: m.clone())
 
 
 def _resident_bytes() -> int:
@@ -215,7 +208,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
     args = _parser().parse_args(argv)
     if args.worker:
-        print(json.dumps(measure(Tyir() if args.impl == "tyir" else Xdsl(), int(args.ops), args.repeats)))
+        print(json.dumps(measure(tyir() if args.impl == "tyir" else xdsl(), int(args.ops), args.repeats)))
         return 0
     rows = []
     for size in args.ops.split(","):

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tyir.attributes import DenseArrayAttr, IntegerAttr
 from tyir.constexpr import ConstantExpressions, expression_ops
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call
 from tyir.dialects.kv import Append, Rows
@@ -83,7 +83,10 @@ class Reference:
 
         logging.disable_progress_bar()
         self.folder = folder
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        if _is_plain(folder):
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        else:
+            self.model = _dense_model(folder)
         if options.weights != "fp16":
             self._replace_weights(options)
 
@@ -131,6 +134,35 @@ class Reference:
 
         lists = [list(m) for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
         return max(lists, key=len)
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether transformers itself reads the folder: unquantised safetensors."""
+    from tyir.frontends.checkpoint import open_checkpoint
+    from tyir.frontends.huggingface import formats_of
+    from tyir.frontends.weights import PlainFormat
+
+    problems: list[Diagnostic] = []
+    checkpoint = open_checkpoint(folder, problems)
+    formats = formats_of(checkpoint, problems) if checkpoint is not None else ()
+    if problems:
+        raise TyirError(problems)
+    return len(formats) == 1 and isinstance(formats[0], PlainFormat)
+
+
+def _dense_model(folder: Path) -> Any:
+    """Hugging Face's model of a quantised checkpoint in fp32: built from the config alone, filled with the de-quantised parameters."""
+    import torch
+
+    from tyir.frontends.dense_state import dense_state
+    from tyir.frontends.torch_export import build_plain_model
+
+    model = build_plain_model(folder)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, array in dense_state(folder):
+            parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+    return model
 
 
 def reference_module(folder: Path, options: BuildOptions) -> Module:
@@ -187,6 +219,8 @@ def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[t
                     continue
                 out = interpreter.evaluator(op, [env[v] for v in op.operands])
                 env.update(zip(op.results, out if isinstance(out, tuple) else (out,)))
+        if not name.endswith(".weight"):  # one of several stored tensors: the module's path names the parameter
+            name = f"{module_path(linear.loc)}.weight"
         yield name, dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size)
 
 

@@ -5,7 +5,7 @@
 
         x: Value = operand()
         weight: Value = operand()
-        bias: Value | None = optional_operand()
+        bias: Value | None = optional_operand(default=None)
         _: KW_ONLY
         eps: float = attr(default=1e-6)
         out: Value = result()

@@ -97,7 +97,7 @@ def test_tiles_fit(m: int, group: int, n: int, k: int) -> None:
     plan = sram_plan(MACHINE)
     for in_sram in (True, False):
         tiles = choose_tiles(MatmulShape(m, n, k, group, in_sram, in_sram), MACHINE, plan)
-        assert tiles.n * tiles.k * 2 <= plan.wide_bytes and tiles.k <= MACHINE.cube.max_k
+        assert tiles.n * tiles.k * 2 <= plan.wide.largest and tiles.k <= MACHINE.cube.max_k
         assert -(-tiles.m // 16) * -(-tiles.n // 16) * 1024 <= MACHINE.accumulator_bytes // 2
         assert not group or tiles.k % group == 0
 

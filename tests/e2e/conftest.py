@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tyir.frontends.huggingface import import_model
 from tyir.manifest import BuildOptions
 from tyir.printer import print_op

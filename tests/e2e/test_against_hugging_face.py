@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tyir.runtime_sim.session import Session
 from tyir.tools.tyir_run import load_tokenizer
 from tyir.tools.verify import PROMPTS, LayerStates, Reference, check_prompt

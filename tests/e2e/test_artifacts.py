@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
 from tyir.parser import parse_file

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from tyir.dialects import kv, ty
 from tyir.dialects.builtin import Module
 from tyir.ir import Op

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from tests.llm import Step
 from tyir.dialects.builtin import Module
 from tyir.interpreter import Interpreter, run_lockstep

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tests.llm import Shape, Step, build, dies_of, run_ty
 from tyir.diagnostics import TyirError
 from tyir.dialects.dist import AllGather, AllReduce

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tests.llm import Shape, Step, build, dies_of, run_ty
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call, Func

@@ -46,7 +46,7 @@ class Add(DeclaredOp, name="aten.add", traits=(Pure,)):
     """x + y with broadcasting, or x + scalar."""
 
     x: Value = operand()
-    y: Value | None = optional_operand()
+    y: Value | None = optional_operand(default=None)
     _: KW_ONLY
     scalar: float | None = attr(default=None)
     out: Value = result()
@@ -59,7 +59,7 @@ class Mul(DeclaredOp, name="aten.mul", traits=(Pure,)):
     """x * y with broadcasting, or x * scalar."""
 
     x: Value = operand()
-    y: Value | None = optional_operand()
+    y: Value | None = optional_operand(default=None)
     _: KW_ONLY
     scalar: float | None = attr(default=None)
     out: Value = result()
@@ -176,7 +176,7 @@ class Linear(DeclaredOp, name="aten.linear", traits=(Pure,)):
 
     x: Value = operand()
     weight: Value = operand()
-    bias: Value | None = optional_operand()
+    bias: Value | None = optional_operand(default=None)
     out: Value = result()
 
     def evaluate(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -272,7 +272,7 @@ class Slice(DeclaredOp, name="aten.slice", traits=(Pure,)):
 class Cat(DeclaredOp, name="aten.cat", traits=(Pure,)):
     """The tensors joined along `dim`."""
 
-    tensors: tuple[Value, ...] = variadic_operand()
+    tensors: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     dim: int = attr()
     out: Value = result()

@@ -37,7 +37,7 @@ class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
     A die that has nothing to add (more dies than heads) takes part without an operand.
     """
 
-    x: Value | None = optional_operand()
+    x: Value | None = optional_operand(default=None)
     out: Value = result()
 
     def verify(self) -> Iterator[str]:
@@ -59,7 +59,7 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
     A die whose length is 0 takes part without an operand.
     """
 
-    x: Value | None = optional_operand()
+    x: Value | None = optional_operand(default=None)
     _: KW_ONLY
     axis: int = attr()
     sizes: tuple[int, ...] = attr()

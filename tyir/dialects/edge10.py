@@ -106,7 +106,7 @@ class Register(DeclaredOp, name="edge10.register", traits=(Pure,)):
 class Affine(DeclaredOp, name="edge10.affine", traits=(Pure,)):
     """min(max(floor((sum_i coefficients[i] * inputs[i] + constant) / divisor), low), high); without `high` there is no upper bound."""
 
-    inputs: tuple[Value, ...] = variadic_operand()
+    inputs: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     coefficients: tuple[int, ...] = attr()
     constant: int = attr(default=0)
@@ -128,7 +128,7 @@ class Affine(DeclaredOp, name="edge10.affine", traits=(Pure,)):
 class Join(DeclaredOp, name="edge10.join", traits=(Pure,)):
     """A token that is done when all of its operands are; no command, costs nothing."""
 
-    tokens: tuple[Value, ...] = variadic_operand()
+    tokens: tuple[Value, ...] = variadic_operand(default=())
     out: Value = result()
 
     def infer(self) -> Type:
@@ -141,7 +141,7 @@ class For(DeclaredOp, name="edge10.for"):
     %t = "edge10.for"(%low, %high, %t0) ({^bb0(%i: i64, %carried: !edge10.token): ... "edge10.yield"(%next)}) : (i64, i64, !edge10.token) -> !edge10.token
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     body_region: Region = region()
     tokens: tuple[Value, ...] = variadic_result()
@@ -157,7 +157,7 @@ class For(DeclaredOp, name="edge10.for"):
 class Yield(DeclaredOp, name="edge10.yield", traits=(Terminator,)):
     """Ends a loop body with the tokens of the next turn."""
 
-    tokens: tuple[Value, ...] = variadic_operand()
+    tokens: tuple[Value, ...] = variadic_operand(default=())
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -166,7 +166,7 @@ class Yield(DeclaredOp, name="edge10.yield", traits=(Terminator,)):
 class Load(DeclaredOp, name="edge10.load"):
     """DRAM to SRAM: `shape` is [planes, rows, bytes of a row]; strides are [between planes, between rows] in bytes on each side."""
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     offset: int = attr(default=0)
     sram: int = attr()
@@ -187,7 +187,7 @@ class Load(DeclaredOp, name="edge10.load"):
 class Store(DeclaredOp, name="edge10.store"):
     """SRAM to DRAM, shapes and strides as in `edge10.load`; runs on `eodma`."""
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     offset: int = attr(default=0)
     sram: int = attr()
@@ -210,7 +210,7 @@ class Gather(DeclaredOp, name="edge10.gather"):
     index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index = "position": table[min(pos + first + r, last)].
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     index: str = attr(choices=("ids", "position"))
     ids: int = attr(default=0)
@@ -235,7 +235,7 @@ class Dequant(DeclaredOp, name="edge10.dequant"):
     q has rows of `q_stride` bytes; scales (f16) and zeros (ui4 pairs) hold whole rows of the weight, the tile begins at group `first_group`.
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     q: int = attr()
     q_stride: int = attr()
@@ -265,7 +265,7 @@ class Matmul(DeclaredOp, name="edge10.matmul"):
     Rows of lhs are numbered [outer, inner] with two strides (tokens by heads); `transposed` says rhs is stored [n, k] (a weight), otherwise [k, n].
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     lhs: int = attr()
     lhs_strides: tuple[int, ...] = attr()
@@ -290,7 +290,7 @@ class Matmul(DeclaredOp, name="edge10.matmul"):
 class Drain(DeclaredOp, name="edge10.drain"):
     """Accumulators [m, n] to SRAM as f16 or f32, plus a bias row (f16 at `bias`, -1 for none); rows numbered [outer, inner] as in `edge10.matmul`."""
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     acc: int = attr()
     acc_stride: int = attr()
@@ -315,7 +315,7 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     With `output_strides` [outer, inner] in bytes, row r of the output lies at r // group * outer + r % group * inner.
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     function: str = attr(choices=tuple(VECTOR_FUNCTIONS))
     inputs: tuple[int, ...] = attr()
@@ -351,7 +351,7 @@ class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
     Scalars: the number of columns (size -1), then `first_key`.
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     scores: int = attr()
     score_stride: int = attr()
@@ -382,7 +382,7 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
     A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     source: int = attr()
     source_memory: str = attr(default="sram", choices=("sram", "dram", "none"))
@@ -405,7 +405,7 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
     A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
     """
 
-    args: tuple[Value, ...] = variadic_operand()
+    args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     source: int = attr()
     source_memory: str = attr(default="sram", choices=("sram", "dram", "none"))

@@ -76,7 +76,7 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
 class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
     """Ends a function with its results."""
 
-    values: Sequence[Value] = variadic_operand()
+    values: Sequence[Value] = variadic_operand(default=())
 
     def verify(self) -> Iterator[str]:
         parent = self.parent_op
@@ -90,7 +90,7 @@ class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
 class Call(DeclaredOp, name="func.call"):
     """Calls a function of the same module."""
 
-    args: Sequence[Value] = variadic_operand()
+    args: Sequence[Value] = variadic_operand(default=())
     _: KW_ONLY
     callee: SymbolRefAttr = attr()
     values: Sequence[Value] = variadic_result()

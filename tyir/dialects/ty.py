@@ -437,7 +437,7 @@ class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
 
     x: Value = operand()
     weight: Value = operand()
-    bias: Value | None = optional_operand()
+    bias: Value | None = optional_operand(default=None)
     _: KW_ONLY
     element: Type | None = attr(default=None)
     out: Value = result()
@@ -464,7 +464,7 @@ class QuantizedLinear(DeclaredOp, name="ty.quantized_linear", traits=(Pure,)):
     q: Value = operand()
     scales: Value = operand()
     zeros: Value = operand()
-    bias: Value | None = optional_operand()
+    bias: Value | None = optional_operand(default=None)
     _: KW_ONLY
     group_size: int = attr()
     element: Type | None = attr(default=None)
