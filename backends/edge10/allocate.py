@@ -14,18 +14,53 @@ from tyir.backends.edge10.dependences import Slot
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.targets.machine import Machine
 
-__all__ = ["ALIGNMENT", "DramLayout", "Interval", "SramPlan", "align", "place_intervals", "sram_plan"]
+__all__ = ["ALIGNMENT", "DramLayout", "Interval", "Ring", "RingCursor", "SramPlan", "align", "place_intervals", "sram_plan"]
 
 ALIGNMENT: Final = 64
-# Shares of SRAM in sixty-fourths.  Two wide tiles are computed on and filled in turn; four packed tiles let the DMA run ahead of them.
-# A side slot holds whole rows of scales, so it bounds the rows of a tile: few large ones rather than many small ones.
-_WIDE, _PACKED, _SIDE, _TEMP = 8, 2, 2, 11
-_WIDE_SLOTS, _PACKED_SLOTS, _SIDE_SLOTS = 2, 4, 2
+# Shares of SRAM in sixty-fourths: temp, and the slots of the rings as (size, count).  Large tiles take two neighbouring slots of `side` and `wide`;
+# with small ones, twice as many are in flight, which is what hides the latency of small matrices.
+_TEMP: Final = 11
+_SIDE: Final = (1, 4)
+_PACKED: Final = (2, 4)
+_WIDE: Final = (4, 4)
 
 
 def align(size: int, to: int = ALIGNMENT) -> int:
     """`size` rounded up to a multiple of `to`."""
     return -(-size // to) * to
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A part of SRAM given out slot by slot, round and round; an entry of at most `largest` bytes takes one or two neighbouring slots."""
+
+    offset: int
+    slot_bytes: int
+    slots: int
+    largest: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.slot_bytes * self.slots
+
+    def parts(self) -> tuple[Slot, ...]:
+        return tuple(Slot(o, o + self.slot_bytes) for o in range(self.offset, self.end, self.slot_bytes))
+
+
+class RingCursor:
+    """Where a function's next entry of a ring goes."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
+        self._next = 0
+
+    def take(self, nbytes: int) -> int:
+        """The offset of the next entry; never wraps inside one."""
+        assert nbytes <= self.ring.largest, f"{nbytes} bytes do not fit an entry of {self.ring.largest}"
+        count = -(-nbytes // self.ring.slot_bytes) or 1
+        first = self._next if self._next + count <= self.ring.slots else 0
+        self._next = first + count
+        return self.ring.offset + first * self.ring.slot_bytes
 
 
 @dataclass(frozen=True)
@@ -36,18 +71,14 @@ class SramPlan:
     arena: int
     temp: int
     temp_bytes: int
-    side: tuple[int, ...]
-    side_bytes: int
-    packed: tuple[int, ...]
-    packed_bytes: int
-    wide: tuple[int, ...]
-    wide_bytes: int
+    side: Ring
+    packed: Ring
+    wide: Ring
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         """Every slot of the weight stream, by ascending offset."""
-        groups = ((self.side, self.side_bytes), (self.packed, self.packed_bytes), (self.wide, self.wide_bytes))
-        return tuple(Slot(offset, offset + size) for offsets, size in groups for offset in offsets)
+        return (*self.side.parts(), *self.packed.parts(), *self.wide.parts())
 
 
 def sram_plan(machine: Machine) -> SramPlan:
@@ -58,27 +89,16 @@ def sram_plan(machine: Machine) -> SramPlan:
             f"{machine.sram.capacity_bytes} bytes of SRAM are too few to stream weights",
             help=f"sram.capacity_bytes must be at least {64 * 2 * ALIGNMENT}",
         )
-    arena = 64 * unit - unit * (_TEMP + _SIDE_SLOTS * _SIDE + _PACKED_SLOTS * _PACKED + _WIDE_SLOTS * _WIDE)
-    temp = arena
-    side = temp + _TEMP * unit
-    packed = side + _SIDE_SLOTS * _SIDE * unit
-    wide = packed + _PACKED_SLOTS * _PACKED * unit
-    return SramPlan(
-        capacity=machine.sram.capacity_bytes,
-        arena=arena,
-        temp=temp,
-        temp_bytes=_TEMP * unit,
-        side=_offsets(side, _SIDE * unit, _SIDE_SLOTS),
-        side_bytes=_SIDE * unit,
-        packed=_offsets(packed, _PACKED * unit, _PACKED_SLOTS),
-        packed_bytes=_PACKED * unit,
-        wide=_offsets(wide, _WIDE * unit, _WIDE_SLOTS),
-        wide_bytes=_WIDE * unit,
-    )
+    arena = unit * (64 - _TEMP - sum(size * count for size, count in (_SIDE, _PACKED, _WIDE)))
+    side = _ring(arena + _TEMP * unit, unit, _SIDE, 2)
+    packed = _ring(side.end, unit, _PACKED, 1)
+    wide = _ring(packed.end, unit, _WIDE, 2)
+    return SramPlan(machine.sram.capacity_bytes, arena, arena, _TEMP * unit, side, packed, wide)
 
 
-def _offsets(first: int, size: int, count: int) -> tuple[int, ...]:
-    return tuple(first + i * size for i in range(count))
+def _ring(offset: int, unit: int, shape: tuple[int, int], slots_of_largest: int) -> Ring:
+    size, count = shape
+    return Ring(offset, size * unit, count, size * unit * slots_of_largest)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Literal
 
-from tyir.backends.edge10.allocate import SramPlan
+from tyir.backends.edge10.allocate import RingCursor, SramPlan
 from tyir.backends.edge10.dependences import ACC, SRAM, Access, Space
 from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.tiling import spans
@@ -73,9 +73,9 @@ class Lowering:
         self.plan = plan
         self.die = die
         self.places: dict[Value, Place] = {}
-        self.side: Iterator[int] = cycle(plan.side)
-        self.packed: Iterator[int] = cycle(plan.packed)
-        self.wide: Iterator[int] = cycle(plan.wide)
+        self.side = RingCursor(plan.side)
+        self.packed = RingCursor(plan.packed)
+        self.wide = RingCursor(plan.wide)
         half = machine.accumulator_bytes // 2
         self.accumulators: Iterator[int] = cycle((0, half))
 

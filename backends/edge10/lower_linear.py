@@ -28,8 +28,6 @@ class _Side:
     scales: int
     zeros: int
     bias: int | None
-    end: int
-    start: int
 
 
 def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
@@ -72,9 +70,9 @@ class _Product:
 
     def _load_side(self, n0: int, n: int) -> _Side:
         """Whole rows of scales and zeros (short rows would waste bursts), and the bias."""
-        start = next(self.low.side) if self.shape.group_size or self.op.bias is not None else 0
-        zeros = start + align(n * self.shape.scale_row_bytes)
-        bias = zeros + align(n * self.shape.zero_row_bytes)
+        scale_bytes, zero_bytes = align(n * self.shape.scale_row_bytes), align(n * self.shape.zero_row_bytes)
+        start = self.low.side.take(scale_bytes + zero_bytes + n * 2) if self.shape.group_size or self.op.bias is not None else 0
+        zeros, bias = start + scale_bytes, start + scale_bytes + zero_bytes
         if isinstance(self.op, QuantizedLinear):
             for value, row_bytes, target in (
                 (self.op.scales, self.shape.scale_row_bytes, start),
@@ -83,17 +81,17 @@ class _Product:
                 self.low.load_bytes(self.low.place(value).at(n0 * row_bytes), target, n * row_bytes, queue="ebdma")
         if self.op.bias is not None:
             self.low.load_bytes(self.low.place(self.op.bias).at(n0 * 2), bias, n * 2, queue="ebdma")
-        return _Side(start, zeros, bias if self.op.bias is not None else None, bias + n * 2, start)
+        return _Side(start, zeros, bias if self.op.bias is not None else None)
 
     def _load_weight(self, n0: int, n: int, k0: int, k: int, side: _Side) -> int:
         """Bring tile [n, k] of the weight to SRAM as f16; returns its offset."""
         low, group = self.low, self.shape.group_size
         row = self.shape.weight_row_bytes
         if not group:
-            wide = next(low.wide)
+            wide = low.wide.take(n * k * 2)
             self._load_tile(wide, n0 * row + k0 * 2, n, k * 2, row)
             return wide
-        packed, wide = next(low.packed), next(low.wide)
+        packed, wide = low.packed.take(n * ((k + 1) // 2)), low.wide.take(n * k * 2)
         self._load_tile(packed, n0 * row + k0 // 2, n, (k + 1) // 2, row)
         low.emitter.emit(
             edge10.Dequant, q=packed, q_stride=(k + 1) // 2, scales=side.scales, scale_stride=self.shape.scale_row_bytes, zeros=side.zeros,

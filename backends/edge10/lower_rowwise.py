@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.allocate import align
 from tyir.backends.edge10.context import Lowering, Piece, element_bytes, sram_range
+from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import Add, Cast, Mul, RmsNorm, Rope, Silu, SiluMul, tensor_type
 from tyir.ir import Op, Value
@@ -78,7 +79,12 @@ def _shared_vector(operand: _Operand, low: Lowering) -> int:
     place = low.place(operand.value)
     if place.in_sram:
         return place.offset
-    slot = next(low.side)
+    if operand.row_bytes > low.plan.side.largest:
+        raise TyirError(
+            f"a vector of {operand.row_bytes} bytes does not fit the {low.plan.side.largest} bytes of SRAM kept for scales and norms",
+            help="the machine has too little SRAM for this hidden size",
+        )
+    slot = low.side.take(operand.row_bytes)
     low.load_bytes(place, slot, operand.row_bytes, queue="ebdma")
     return slot
 

@@ -165,7 +165,7 @@ class _Evaluator:
             return self.recent[key]
         result = evaluate_op(op, list(operands))
         results = result if isinstance(result, tuple) else (result,)
-        if len(results) > 1:
+        if len(results) > 1 or op.dialect == "quant":
             self.recent[key] = results
             if len(self.recent) > self.remember:
                 self.recent.popitem(last=False)

@@ -91,9 +91,9 @@ def _fits(shape: MatmulShape, tiles: Tiles, machine: Machine, plan: SramPlan) ->
     return (
         tiles.k <= machine.cube.max_k
         and align(tiles.m, machine.cube.rows) * align(tiles.n, machine.cube.columns) * 4 <= machine.accumulator_bytes // 2
-        and wide <= plan.wide_bytes
-        and (not shape.group_size or tiles.n * ((tiles.k + 1) // 2) <= plan.packed_bytes)
-        and side <= plan.side_bytes
+        and wide <= plan.wide.largest
+        and (not shape.group_size or tiles.n * ((tiles.k + 1) // 2) <= plan.packed.largest)
+        and side <= plan.side.largest
         and (shape.x_in_sram or tiles.m * tiles.k * 2 <= piece)
         and (shape.out_in_sram or tiles.m * tiles.n * 4 <= piece)
     )
