@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tyir.backends.edge10.allocate import align
 from tyir.backends.edge10.context import Lowering, Place, acc_range, element_bytes, sram_range
 from tyir.backends.edge10.tiling import MatmulShape, Tiles, choose_tiles, spans
+from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
 
@@ -31,7 +32,13 @@ class _Side:
 
 
 def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
-    """`ty.linear` and `ty.quantized_linear`."""
+    """`ty.linear` and `ty.quantized_linear`; `TyirError` when an operand is not what the matrix units take."""
+    wrong = [str(v.type) for v in op.operands if str(tensor_type(v).element) not in ("f16", "ui4")]
+    if wrong:
+        raise TyirError(
+            f"'{op.name}' has operands {', '.join(wrong)}; the matrix units take f16, and 4-bit weights",
+            help="cast them to f16 (ty.cast) before lower-edge10",
+        )
     _Product(op, low).lower()
 
 
