@@ -168,12 +168,16 @@ def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:
             return finished
         op = waiting[0][0]
         if finished or any(type(other) is not type(op) for other, _ in waiting):
-            raise TyirError(f"the dies do not meet: {', '.join(o.name for o, _ in waiting)}; {len(finished)} of {len(runs)} dies have finished")
+            raise TyirError(
+                f"the dies do not meet: {', '.join(o.name for o, _ in waiting)}; {len(finished)} of {len(runs)} dies have finished"
+            )
         assert isinstance(op, (AllReduce, AllGather))
         combined = op.combine([operand for _, operand in waiting])
         inbox = [combined] * len(runs)
 
 
-def run_function(module: Module, name: str, args: Sequence[Array], weights: WeightSource | None = None, probe: Probe | None = None) -> tuple[Array, ...]:
+def run_function(
+    module: Module, name: str, args: Sequence[Array], weights: WeightSource | None = None, probe: Probe | None = None
+) -> tuple[Array, ...]:
     """Run a function of a module without dies; the common case of tests."""
     return run_lockstep([Interpreter(module, weights, probe=probe).run(name, args)])[0]

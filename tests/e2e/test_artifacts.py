@@ -134,7 +134,7 @@ def test_options_that_cannot_be_are_refused_before_any_work(model: Path, tmp_pat
 
 def test_prompts_longer_than_the_cache(artifacts: Artifacts) -> None:
     session = Session(artifacts(2, "fp16"))
-    with pytest.raises(TyirError, match="129 tokens do not fit(.|\n)*--max-kv 129"):
+    with pytest.raises(TyirError, match=r"129 tokens do not fit(.|\n)*--max-kv 129"):
         session.feed([1] * 129)
     with pytest.raises(TyirError, match="list of tokens is empty"):
         session.feed([])
