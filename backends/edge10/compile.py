@@ -22,7 +22,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.dist import Mesh
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, Param, tensor_type
+from tyir.dialects.ty import GetGlobal, Param, QuantizedLinear, tensor_type
 from tyir.manifest import MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
@@ -96,8 +96,10 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
             help="run partition-dies and specialize-seqlen, or compile from an earlier stage",
         )
     cache = next((tensor_type(a) for f in module.walk_type(Func) for a in f.args if len(tensor_type(a).dims) == 4), None)
+    stored = any(True for _ in module.walk_type(QuantizedLinear)) and options.weights == "fp16"
     return replace(
         options,
+        weights="checkpoint" if stored else options.weights,
         dies=mesh.sizes[0],
         die_map=mesh.devices,
         seqlens=seqlens.ints(),

@@ -23,6 +23,7 @@ from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.lower_attention import lower_attention
 from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_rows
 from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
+from tyir.backends.edge10.lower_gated import fused_products, lower_gated
 from tyir.backends.edge10.lower_linear import lower_linear
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, root
@@ -302,12 +303,14 @@ class _DieLowering:
 
     def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
         spill = f"spill.{source.sym_name}"
-        places, spilled = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill)
+        fused = fused_products(source, self.plan.arena - self.boundary.sram_bytes)
+        places, spilled = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill, fused)
         if spilled:
             self._buffer(spill, "activation", TensorType((spilled,), ui8))
         for op in source.body:
             for value in op.results:
-                low.places[value] = places[root(value)]
+                if op not in fused:
+                    low.places[value] = places[root(value)]
         for value in source.args:
             if value in places:
                 low.places[value] = places[value]
@@ -315,7 +318,9 @@ class _DieLowering:
             low.emitter.begin(op)
             if isinstance(op, Call):
                 self._call(op, low)
-            elif not isinstance(op, (ty.GetGlobal, ty.Reshape, Return)):
+            elif op in fused.values():
+                lower_gated(op, low)
+            elif op not in fused and not isinstance(op, (ty.GetGlobal, ty.Reshape, Return)):
                 _LOWERINGS[type(op)](op, low)
 
     def _call(self, op: Call, low: Lowering) -> None:

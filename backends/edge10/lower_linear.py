@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tyir.backends.edge10.allocate import align
-from tyir.backends.edge10.context import Lowering, Place, acc_range, element_bytes, sram_range
+from tyir.backends.edge10.allocate import ALIGNMENT, align
+from tyir.backends.edge10.context import Lowering, acc_range, element_bytes, sram_range
 from tyir.backends.edge10.tiling import MatmulShape, Tiles, choose_tiles, spans
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
+from tyir.ir import Value
 
-__all__ = ["lower_linear"]
+__all__ = ["InputTiles", "Product", "lower_linear", "temp_quarter"]
 
 
 @dataclass(frozen=True)
@@ -39,41 +40,78 @@ def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
             f"'{op.name}' has operands {', '.join(wrong)}; the matrix units take f16, and 4-bit weights",
             help="cast them to f16 (ty.cast) before lower-edge10",
         )
-    _Product(op, low).lower()
+    out, width = low.place(op.out), element_bytes(op.out)
+    product = Product(op, low, InputTiles(op.x, low), 0 if out.in_sram else width)
+    row = product.shape.n * width
+    pieces = 0
+    for m0, m in spans(product.shape.m, product.tiles.m):
+        for n0, n in spans(product.shape.n, product.tiles.n):
+            start = out.at(m0 * row + n0 * width)
+            if out.in_sram:
+                product.tile(m0, m, n0, n, start.offset, row)
+                continue
+            target = temp_quarter(low, 2 + pieces % 2)
+            pieces += 1
+            product.tile(m0, m, n0, n, target, n * width)
+            low.store(start, target, (1, m, n * width), dram_strides=(0, row))
 
 
-class _Product:
-    def __init__(self, op: Linear | QuantizedLinear, low: Lowering) -> None:
-        self.op, self.low = op, low
-        self.x, self.out = low.place(op.x), low.place(op.out)
+def temp_quarter(low: Lowering, number: int) -> int:
+    """The offset of a quarter of the temporaries: x tiles use the first two in turn, results the last two."""
+    return low.plan.temp + number * (low.plan.temp_bytes // 4 // ALIGNMENT * ALIGNMENT)
+
+
+class InputTiles:
+    """Tiles of x in SRAM: where it lies, or loaded piece by piece when it lives in DRAM."""
+
+    def __init__(self, x: Value, low: Lowering) -> None:
+        self.place, self.low = low.place(x), low
+        self.row = tensor_type(x).static_shape[-1] * 2
+        self._loaded: dict[int, tuple[int, int]] = {}
+        self._count = 0
+
+    def tile(self, m0: int, m: int, k0: int, k: int) -> tuple[int, int]:
+        """Offset and row stride of x[m0:, k0:]."""
+        start = self.place.at(m0 * self.row + k0 * 2)
+        if self.place.in_sram:
+            return start.offset, self.row
+        for offset, key in self._loaded.items():
+            if key == (m0, k0):
+                return offset, k * 2
+        offset = temp_quarter(self.low, self._count % 2)
+        self._count += 1
+        self._loaded[offset] = (m0, k0)
+        self.low.load(start, offset, (1, m, k * 2), dram_strides=(0, self.row))
+        return offset, k * 2
+
+
+class Product:
+    """One linear op: its tiles, and the commands of each."""
+
+    def __init__(self, op: Linear | QuantizedLinear, low: Lowering, inputs: InputTiles, piece_bytes: int) -> None:
+        self.op, self.low, self.inputs = op, low, inputs
         *outer, k = tensor_type(op.x).static_shape
         n = tensor_type(op.out).static_shape[-1]
         group = op.group_size if isinstance(op, QuantizedLinear) else 0
-        self.shape = MatmulShape(math.prod(outer), n, k, group, self.x.in_sram, self.out.in_sram)
+        self.shape = MatmulShape(math.prod(outer), n, k, group, inputs.place.in_sram, piece_bytes)
         self.tiles: Tiles = choose_tiles(self.shape, low.machine, low.plan)
         self.out_bytes = element_bytes(op.out)
         self.weight = low.place(op.q if isinstance(op, QuantizedLinear) else op.weight)
-        self._loaded: dict[int, tuple[int, int]] = {}
-        self._x_count = self._out_count = 0
 
-    def lower(self) -> None:
-        for m0, m in spans(self.shape.m, self.tiles.m):
-            for n0, n in spans(self.shape.n, self.tiles.n):
-                self._tile(m0, m, n0, n)
-
-    def _tile(self, m0: int, m: int, n0: int, n: int) -> None:
+    def tile(self, m0: int, m: int, n0: int, n: int, target: int, stride: int) -> None:
+        """Compute out[m0:, n0:] into SRAM, rows `stride` bytes apart."""
         low = self.low
         side = self._load_side(n0, n)
         acc, acc_stride = next(low.accumulators), align(n, low.machine.cube.columns) * 4
         for k0, k in spans(self.shape.k, self.tiles.k):
             weight = self._load_weight(n0, n, k0, k, side)
-            x, x_stride = self._x_tile(m0, m, k0, k)
+            x, x_stride = self.inputs.tile(m0, m, k0, k)
             low.emitter.emit(
                 edge10.Matmul, lhs=x, lhs_strides=(x_stride, 0), rhs=weight, rhs_stride=k * 2, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, k=k, accumulate=k0 > 0,
                 reads=[sram_range(x, (m - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(acc, m * acc_stride)] if k0 else [])],
                 writes=[acc_range(acc, m * acc_stride, write=True)],
             )  # fmt: skip
-        self._drain(acc, acc_stride, m0, m, n0, n, side.bias)
+        self._drain(acc, acc_stride, m, n, side.bias, target, stride)
 
     def _load_side(self, n0: int, n: int) -> _Side:
         """Whole rows of scales and zeros (short rows would waste bursts), and the bias."""
@@ -111,36 +149,9 @@ class _Product:
     def _load_tile(self, sram: int, offset: int, rows: int, row_bytes: int, dram_row: int) -> None:
         self.low.load(self.weight.at(offset), sram, (1, rows, row_bytes), dram_strides=(0, dram_row), queue="ewdma")
 
-    def _x_tile(self, m0: int, m: int, k0: int, k: int) -> tuple[int, int]:
-        """Offset and row stride of x[m0:, k0:] in SRAM, loaded piece by piece when x lives in DRAM."""
-        row = self.shape.k * 2
-        if self.x.in_sram:
-            return self.x.offset + m0 * row + k0 * 2, row
-        for offset, key in self._loaded.items():
-            if key == (m0, k0):
-                return offset, k * 2
-        offset = self.low.plan.temp + self._x_count % 2 * self._quarter
-        self._x_count += 1
-        self._loaded[offset] = (m0, k0)
-        self.low.load(self.x.at(m0 * row + k0 * 2), offset, (1, m, k * 2), dram_strides=(0, row))
-        return offset, k * 2
-
-    @property
-    def _quarter(self) -> int:
-        return self.low.plan.temp_bytes // 4 // 64 * 64
-
-    def _drain(self, acc: int, acc_stride: int, m0: int, m: int, n0: int, n: int, bias: int | None) -> None:
-        low, row = self.low, self.shape.n * self.out_bytes
-        if self.out.in_sram:
-            target, stride = self.out.offset + m0 * row + n0 * self.out_bytes, row
-        else:
-            target, stride = low.plan.temp + (2 + self._out_count % 2) * self._quarter, n * self.out_bytes
-            self._out_count += 1
-        low.emitter.emit(
+    def _drain(self, acc: int, acc_stride: int, m: int, n: int, bias: int | None, target: int, stride: int) -> None:
+        self.low.emitter.emit(
             edge10.Drain, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, sram=target, sram_strides=(stride, 0), element=tensor_type(self.op.out).element, bias=bias,
             reads=[acc_range(acc, m * acc_stride), *([sram_range(bias, n * 2)] if bias is not None else [])],
             writes=[sram_range(target, (m - 1) * stride + n * self.out_bytes, write=True)],
         )  # fmt: skip
-        if not self.out.in_sram:
-            place: Place = self.out.at(m0 * row + n0 * self.out_bytes)
-            low.store(place, target, (1, m, n * self.out_bytes), dram_strides=(0, row))

@@ -28,16 +28,19 @@ def root(value: Value) -> Value:
 class Lifetimes:
     """First and last op at which each storage is in use, and the ops that are calls."""
 
-    def __init__(self, function: Func) -> None:
+    def __init__(self, function: Func, fused: Mapping[Op, Op] | None = None) -> None:
+        """`fused` ops are executed together with a later op: what they read lives until then."""
+        order = {op: index for index, op in enumerate(function.body)}
         self.first: dict[Value, int] = {root(a): -1 for a in function.args}
         self.last: dict[Value, int] = {root(a): -1 for a in function.args}
         self.calls: list[int] = []
         self.heat: dict[Value, float] = {}
-        for index, op in enumerate(function.body):
+        for op in function.body:
+            index = order[(fused or {}).get(op, op)]
             if isinstance(op, Call):
                 self.calls.append(index)
             for value in op.operands:
-                self.last[root(value)] = index
+                self.last[root(value)] = max(index, self.last.get(root(value), -1))
                 self.heat[root(value)] = self.heat.get(root(value), 0.0) + _heat(op, value)
             for value in op.results:
                 self.first.setdefault(root(value), index)
@@ -136,16 +139,18 @@ def _may_overwrite(result: Value, argument: Value) -> bool:
     return not reads_argument or op.name in ("ty.add", "ty.mul", "ty.silu_mul", "ty.silu")
 
 
-def assign_places(function: Func, fixed: Mapping[Value, Place], low: int, high: int, spill: str) -> tuple[dict[Value, Place], int]:
-    """A place for every value the function computes; `fixed` ones are given (by root).
+def assign_places(
+    function: Func, fixed: Mapping[Value, Place], low: int, high: int, spill: str, fused: Mapping[Op, Op]
+) -> tuple[dict[Value, Place], int]:
+    """A place for every value the function computes; `fixed` ones are given (by root), results of `fused` ops need none.
 
     Returns the places and the bytes of the spill buffer.  Values that live across a call are spilled: a layer uses the whole arena.
     """
-    lifetimes = Lifetimes(function)
+    lifetimes = Lifetimes(function, fused)
     own = [
         v
         for v in lifetimes.first
-        if v not in fixed and isinstance(v.type, TensorType) and v.op is not None and not isinstance(v.op, GetGlobal)
+        if v not in fixed and isinstance(v.type, TensorType) and v.op is not None and v.op not in fused and not isinstance(v.op, GetGlobal)
     ]
     intervals: dict[Value, Interval] = {}
     for number, value in enumerate(own):

@@ -24,14 +24,17 @@ def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class MatmulShape:
-    """out[m, n] = x[m, k] w[n, k]; `group_size` 0 for an f16 weight; `x_in_sram` and `out_in_sram` say where the activations live."""
+    """out[m, n] = x[m, k] w[n, k]; `group_size` 0 for an f16 weight; `x_in_sram` says where x lives.
+
+    `piece_bytes` is what each result of a tile needs of the temporaries before it is where it belongs, 0 when it is drained there directly.
+    """
 
     m: int
     n: int
     k: int
     group_size: int
     x_in_sram: bool
-    out_in_sram: bool
+    piece_bytes: int
 
     @property
     def weight_row_bytes(self) -> int:
@@ -95,7 +98,7 @@ def _fits(shape: MatmulShape, tiles: Tiles, machine: Machine, plan: SramPlan) ->
         and (not shape.group_size or tiles.n * ((tiles.k + 1) // 2) <= plan.packed.largest)
         and side <= plan.side.largest
         and (shape.x_in_sram or tiles.m * tiles.k * 2 <= piece)
-        and (shape.out_in_sram or tiles.m * tiles.n * 4 <= piece)
+        and tiles.m * tiles.n * shape.piece_bytes <= piece
     )
 
 
