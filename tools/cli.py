@@ -120,7 +120,10 @@ def write_output(text: str, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
         return
-    target = Path(path)
+    target = Path(path).resolve()  # a link stays a link
+    if target.exists() and not target.is_file():
+        _write_through(text, target)
+        return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -129,3 +132,11 @@ def write_output(text: str, path: str) -> None:
         raise TyirError(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_through(text: str, target: Path) -> None:
+    """A device or a pipe must be written to, never replaced."""
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TyirError(f"cannot write {target}: {error.strerror}") from None

@@ -70,6 +70,9 @@ def _check_output(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file by way of a temporary one beside it; an existing file keeps its permissions' defaults and is replaced whole."""
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
+        path.write_text(text, encoding="utf-8")
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

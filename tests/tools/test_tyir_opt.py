@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -60,6 +63,21 @@ def test_output_file_appears_only_on_success(ir: Path, tmp_path: Path, capsys: C
     assert main([str(ir), "-o", str(out)]) == 0
     assert out.read_text().startswith('"builtin.module"')
     assert list(tmp_path.glob(".*partial")) == []
+
+
+def test_output_to_a_pipe_or_through_a_link(ir: Path, tmp_path: Path) -> None:
+    pipe, real, link = tmp_path / "pipe", tmp_path / "real.ir", tmp_path / "link.ir"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    assert main([str(ir), "-o", str(pipe)]) == 0
+    reader.join(timeout=10)
+    assert read[0].startswith('"builtin.module"') and stat.S_ISFIFO(pipe.stat().st_mode)
+    real.write_text("")
+    link.symlink_to(real)
+    assert main([str(ir), "-o", str(link)]) == 0
+    assert link.is_symlink() and real.read_text() == read[0]
 
 
 @pytest.mark.parametrize(
