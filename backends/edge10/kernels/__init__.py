@@ -16,6 +16,7 @@ from tyir.backends.edge10.kernels.movement import append, embedding, repeat, row
 from tyir.backends.edge10.kernels.norm import rms_norm, rope
 from tyir.backends.edge10.kernels.quantized_linear import quantized_linear
 from tyir.backends.edge10.kernels.tir import Cpu
+from tyir.backends.edge10.kernels.top_k import merge_top_k, top_k, top_k_candidates
 from tyir.dialects import kv, ty
 from tyir.ir import Op
 
@@ -37,6 +38,9 @@ EMITTERS: Final[dict[type[Op], Emitter]] = {
     ty.Transpose: transpose,
     ty.Slice: slice_,
     ty.Repeat: repeat,
+    ty.TopK: top_k,
+    ty.TopKCandidates: top_k_candidates,
+    ty.MergeTopK: merge_top_k,
     kv.Append: append,
     kv.CachedAttention: attention,
     kv.Rows: rows,
