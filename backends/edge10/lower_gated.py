@@ -26,9 +26,20 @@ def fused_products(function: Func, arena: int) -> dict[Op, Op]:
     """The linear ops that are computed together with the silu_mul they feed, and that silu_mul."""
     found: dict[Op, Op] = {}
     for op in function.body:
-        if isinstance(op, SiluMul) and 3 * tensor_type(op.out).nbytes > arena // 2 and _is_gated(op):
+        if isinstance(op, SiluMul) and _is_gated(op) and _worthwhile(op, arena):
             found.update({v.op: op for v in op.operands if v.op is not None})
     return found
+
+
+def _worthwhile(op: SiluMul, arena: int) -> bool:
+    """Fused, x and y live at the same time; separately, y may take x's place in SRAM, which the product after it reads many times.
+
+    So: not when all three tensors fit anyway, and not when y would only be kept out of SRAM by x.
+    """
+    gate = _linear(op.gate)
+    assert gate is not None
+    x, y = tensor_type(gate.x).nbytes, tensor_type(op.out).nbytes
+    return 3 * y > arena // 2 and (y > arena or x + y <= arena)
 
 
 def _is_gated(op: SiluMul) -> bool:
