@@ -7,6 +7,7 @@ tensors against what the model needs.  No weight is read; they become `ty.global
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,19 +17,20 @@ from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DictAttr, FloatAttr,
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
-from tyir.frontends.weights import Weights
+from tyir.frontends.quant_checks import quantization_contradictions
+from tyir.frontends.quant_config import read_quant_config
+from tyir.frontends.quant_formats import quantized_format
+from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.types import f64, i64
-from tyir.weights import CheckpointReader
 
 if TYPE_CHECKING:
     from tyir.frontends.torch_export import MetaModel
 
-__all__ = ["import_model"]
+__all__ = ["OpenedModel", "formats_of", "import_model", "open_model"]
 
 DTYPES: Final = ("f16", "f32")
 # Buffers that old releases of transformers stored although they follow from the config.
 _STRAY_ENDINGS: Final = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias")
-_LATER_FORMATS: Final = "awq (4-bit, GEMM), gptq, compressed-tensors (pack-quantized)"
 # Keys of config.json that change a model's result on long prompts and that transformers' own models do not read.
 _UNREAD_KEYS: Final = ("dual_chunk_attention_config",)
 # What later stages and the artifacts need to know of config.json.
@@ -48,17 +50,42 @@ def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None) 
     """
     if dtype not in DTYPES:
         raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(DTYPES)}")
+    opened = open_model(folder, dtype, note)
+    return _build(opened.checkpoint, opened.meta, opened.weights)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint that has been checked: what is stored, the model without weights, and how its parameters are made of what is stored."""
+
+    checkpoint: Checkpoint
+    meta: MetaModel
+    weights: Weights
+
+
+def open_model(folder: Path, dtype: str, note: Note | None = None) -> OpenedModel:
+    """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
     problems: list[Diagnostic] = []
     checkpoint = open_checkpoint(folder, problems)
-    meta = _meta_model(checkpoint, dtype, problems, note) if checkpoint is not None else None
+    formats = formats_of(checkpoint, problems) if checkpoint is not None else ()
+    meta = _meta_model(checkpoint, dtype, problems, note) if checkpoint is not None and formats else None
     if checkpoint is not None and meta is not None:
-        weights = Weights(checkpoint, meta.aliases)
+        weights = Weights(checkpoint, meta.aliases, meta.state, formats)
         problems.extend(_tensor_problems(checkpoint, meta, weights, note))
     if problems:
         raise TyirError(problems)
     assert checkpoint is not None and meta is not None
-    return _build(checkpoint, meta, weights)
+    return OpenedModel(checkpoint, meta, weights)
+
+
+def formats_of(checkpoint: Checkpoint, problems: list[Diagnostic]) -> tuple[WeightFormat, ...]:
+    """How the checkpoint's parameters are stored; empty (and problems) when that is not known."""
+    before = len(problems)
+    config = read_quant_config(checkpoint.folder, checkpoint.config, problems)
+    if len(problems) > before:
+        return ()
+    return (PlainFormat(),) if config is None else (quantized_format(config, TensorReader(checkpoint.folder)), PlainFormat())
 
 
 def _ignore(warning: Diagnostic) -> None:
@@ -68,14 +95,6 @@ def _ignore(warning: Diagnostic) -> None:
 def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], note: Note) -> MetaModel | None:
     """The model without storage, None (and problems) when the config does not describe one that can be imported."""
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        help = f"import the unquantised checkpoint; formats planned for a later release: {_LATER_FORMATS}"
-        problems.append(
-            Diagnostic(f"the checkpoint is quantised (quant_method '{method}'), which cannot be imported yet", where=where, help=help)
-        )
-        return None
     for key in _UNREAD_KEYS:
         if config.get(key) is not None:
             message = f"'{key}' is not used: prompts beyond the length it begins to matter at are computed with plain attention, as transformers does"
@@ -115,12 +134,14 @@ def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, 
             else "download the missing files, or use the config.json that belongs to these weights"
         )
         yield Diagnostic(message, where=where, help=help)
+    yield from quantization_contradictions(weights, note)
     yield from _unexpected(checkpoint, meta, used, note)
 
 
 def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: Note) -> Iterable[Diagnostic]:
     """Tensors the model does not use: a note when that is harmless, an error when the config seems to describe another model."""
     where, wrong = str(checkpoint.folder), []
+    read = TensorReader(checkpoint.folder)
     for name in sorted(checkpoint.tensors.keys() - used):
         tied = next((a for a in meta.aliases.get(name, ()) if a in used), None)
         if tied is not None:
@@ -129,6 +150,8 @@ def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: N
             else:
                 help = 'set "tie_word_embeddings": false in config.json if the model has two separate tensors'
                 yield Diagnostic(f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help)
+        elif name.endswith(".bias") and f"{name.removesuffix('.bias')}.qweight" in used and not read(checkpoint.tensors[name]).any():
+            note(Diagnostic(f"'{name}' is all zeros and is not used", severity="warning", where=where))  # AutoGPTQ writes these
         elif name.endswith(_STRAY_ENDINGS):
             note(Diagnostic(f"'{name}' follows from the config and is not used", severity="warning", where=where))
         else:
@@ -140,12 +163,8 @@ def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: N
 
 def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
     """Whether two stored tensors are equal, bit by bit."""
-    weights, reader = Weights(checkpoint, {}), CheckpointReader(checkpoint.folder)
-    refs = []
-    for key in (first, second):
-        weights.reference(key)
-        refs.append(weights.globals[key])
-    return refs[0].type is refs[1].type and all(np.array_equal(a, b) for a, b in zip(reader.read(refs[0]), reader.read(refs[1])))
+    read, (a, b) = TensorReader(checkpoint.folder), (checkpoint.tensors[key] for key in (first, second))
+    return a.type is b.type and all(np.array_equal(x, y) for x, y in zip(read(a), read(b)))
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -17,17 +17,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tyir.diagnostics import TyirError, did_you_mean
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.frontends import attention_hook
 
-__all__ = ["WRAPPER_PREFIX", "MetaModel", "build_meta_model", "export_model", "real_buffer"]
+__all__ = ["WRAPPER_PREFIX", "MetaModel", "build_meta_model", "build_plain_model", "export_model", "real_buffer"]
 
 DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
 TESTED: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 WRAPPER_PREFIX: Final = "model_."  # what `_LogitsOnly` puts before every module path
 _EXAMPLE_LENGTH: Final = 16
+# How weights are stored is the front end's business: the model is built as if they were not quantised.
+_NOT_THE_MODEL: Final = ("quantization_config", "compression_config", "auto_map")
 # Rope types whose frequencies depend on the length of the prompt: no fixed table describes them.
 _CHANGING_ROPE: Final = ("dynamic", "longrope")
 
@@ -109,7 +112,7 @@ def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str) -> MetaModel
     attention_hook.install()
     try:
         with _quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = _config(raw)
             _check_rope(folder, config)
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(
@@ -124,6 +127,24 @@ def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str) -> MetaModel
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return MetaModel(model, config, {name: tuple(names) for names in groups.values() for name in names})
+
+
+def build_plain_model(folder: Path) -> Any:
+    """The model of config.json on the CPU in fp32 with eager attention and weights yet to be filled in, built as if nothing were quantised."""
+    from tyir.frontends.checkpoint import open_checkpoint
+
+    problems: list[Diagnostic] = []
+    checkpoint = open_checkpoint(folder, problems)
+    if checkpoint is None or problems:
+        raise TyirError(problems)
+    raw = dict(checkpoint.config)
+    _check_architecture(folder, raw)
+    with _quiet():
+        return transformers.AutoModelForCausalLM.from_config(_config(raw), dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _config(raw: dict[str, Any]) -> Any:
+    return CONFIG_MAPPING[raw["model_type"]].from_dict({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
 
 
 def _check_rope(folder: Path, config: Any) -> None:

@@ -1,22 +1,26 @@
 """Where the model's parameters come from: a `WeightFormat` says which stored tensors make a parameter and writes the IR that does so.
 
-Today a parameter is one stored tensor of the same name (`PlainFormat`).  A quantised format adds a class that claims `q_proj.weight` when
-`q_proj.qweight`, `.scales` and `.qzeros` exist and emits the ops that combine them.
+A parameter is one stored tensor of the same name (`PlainFormat`), or what a format of `quant_formats.py` makes of several: it claims `q_proj.weight`
+when `q_proj.qweight` exists and emits the ops that combine it with scales and zero points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy.typing as npt
 
 from tyir.attributes import DictAttr, SymbolRefAttr
 from tyir.dialects import ty
 from tyir.frontends.checkpoint import Checkpoint, StoredTensor
 from tyir.ir import Op, Value
 from tyir.types import FloatType, TensorType, Type
+from tyir.weights import CheckpointReader
 
-__all__ = ["PlainFormat", "WeightFormat", "Weights"]
+__all__ = ["PlainFormat", "TensorReader", "WeightFormat", "Weights", "global_of"]
 
 Emit = Callable[[Op], Op]
 
@@ -56,21 +60,44 @@ class PlainFormat:
 
 
 _PLAIN_ELEMENTS: Final = ("f16", "bf16", "f32", "f64")
-FORMATS: Final[tuple[WeightFormat, ...]] = (PlainFormat(),)
+
+
+def global_of(key: str, stored: StoredTensor) -> ty.Global:
+    """The `ty.global` named `key` of a stored tensor."""
+    return ty.Global(sym_name=key, type=stored.type, file=stored.file, key=stored.key, offset=stored.offset, nbytes=stored.nbytes)
+
+
+class TensorReader:
+    """Reads stored tensors by memory map; for small tensors that must be looked at, and for checks."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = CheckpointReader(folder)
+
+    def __call__(self, stored: StoredTensor) -> npt.NDArray[Any]:
+        return self._reader.read(global_of(stored.key, stored))
 
 
 @dataclass
 class Weights:
-    """The parameters of one import; collects the `ty.global`s they refer to, in order of first use."""
+    """The parameters of one import; collects the `ty.global`s they refer to, in order of first use.
+
+    `aliases`: all names of each parameter; `shapes`: what the model needs; `formats`: asked in order which of them holds a parameter.
+    """
 
     checkpoint: Checkpoint
     aliases: Mapping[str, Sequence[str]]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    formats: Sequence[WeightFormat] = (PlainFormat(),)
     globals: dict[str, ty.Global] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape the model needs parameter `name` (or one of its aliases) in."""
+        return next(self.shapes[alias] for alias in (name, *self.aliases.get(name, ())) if alias in self.shapes)
 
     def find(self, name: str) -> tuple[WeightFormat, str] | None:
         """The format that holds parameter `name` and the name it is stored under (a tied parameter may be stored under any of its names)."""
         for stored_name in self.aliases.get(name, (name,)):
-            for weight_format in FORMATS:
+            for weight_format in self.formats:
                 if weight_format.stored_keys(stored_name, self.checkpoint.tensors):
                     return weight_format, stored_name
         return None
@@ -90,7 +117,5 @@ class Weights:
         """A detached `ty.get_global` of a stored tensor, whose `ty.global` is noted."""
         stored = self.checkpoint.tensors[key]
         if key not in self.globals:
-            self.globals[key] = ty.Global(
-                sym_name=key, type=stored.type, file=stored.file, key=stored.key, offset=stored.offset, nbytes=stored.nbytes
-            )
+            self.globals[key] = global_of(key, stored)
         return ty.GetGlobal.create((), (stored.type,), DictAttr({"symbol": SymbolRefAttr(key)}))

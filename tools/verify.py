@@ -87,7 +87,7 @@ class Reference:
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         else:
             self.model = _dense_model(folder)
-        if options.weights != "fp16":
+        if options.weights == "int4":
             self._replace_weights(options)
 
     def _replace_weights(self, options: BuildOptions) -> None:

@@ -3,7 +3,7 @@
     OUT/{n}die/manifest.json
       format, version         "tyir-artifacts", 1
       model                   what the front end knew of the model (architecture, vocabulary, ...)
-      options                 dies, die_map, seqlens, max_kv, batch, weights, group_size, embedding_as_input
+      options                 dies, die_map, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output
       build                   versions and targets the code was generated with
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
@@ -32,7 +32,11 @@ VERSION: Final = 1
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user chooses; everything here changes the artifacts."""
+    """What a user chooses; everything here changes the artifacts.
+
+    `weights`: "fp16", "int4" (quantised by the compiler), or in a manifest "checkpoint" (the checkpoint's own quantised weights, nothing more).
+    `output`: what a step returns for each token: "logits", "argmax" or "topk=K" (the K best tokens with their values).
+    """
 
     dies: int = 4
     die_map: tuple[int, ...] = ()
@@ -42,6 +46,7 @@ class BuildOptions:
     group_size: int = 128
     embedding_as_input: bool = False
     batch: int = 1
+    output: str = "logits"
 
 
 @dataclass(frozen=True)

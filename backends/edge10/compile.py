@@ -20,9 +20,9 @@ from tyir.backends.edge10.lower import lower_die
 from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.dist import Mesh
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, Param, QuantizedLinear, tensor_type
+from tyir.dialects.sdy import Mesh
+from tyir.dialects.ty import GetGlobal, Param, QuantizedLinear, QuantizeGroups, tensor_type
 from tyir.manifest import MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
@@ -96,11 +96,12 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
             help="run partition-dies and specialize-seqlen, or compile from an earlier stage",
         )
     cache = next((tensor_type(a) for f in module.walk_type(Func) for a in f.args if len(tensor_type(a).dims) == 4), None)
-    stored = any(True for _ in module.walk_type(QuantizedLinear)) and options.weights == "fp16"
+    quantised, by_us = (any(True for _ in module.walk_type(kind)) for kind in (QuantizedLinear, QuantizeGroups))
+    stored = quantised and not by_us and options.weights == "fp16"
     return replace(
         options,
         weights="checkpoint" if stored else options.weights,
-        dies=mesh.sizes[0],
+        dies=mesh.dies,
         die_map=mesh.devices,
         seqlens=seqlens.ints(),
         max_kv=options.max_kv if cache is None else cache.static_shape[2],

@@ -1,0 +1,56 @@
+"""The quantisation a config states against the tensors that are there.  The tensors decide; what the config says otherwise is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tyir.diagnostics import Diagnostic
+from tyir.frontends.quant_formats import AwqFormat, CompressedTensorsFormat, GptqFormat
+from tyir.frontends.weights import Weights
+
+__all__ = ["quantization_contradictions"]
+
+_PACKED_ENDINGS = (".qweight", ".weight_packed")
+
+
+def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], None]) -> Iterator[Diagnostic]:
+    """Contradictions: errors when nothing can be read as stated, notes when tensors and lists of names merely disagree."""
+    tensors, where = weights.checkpoint.tensors, str(weights.checkpoint.folder / "config.json")
+    formats = [f for f in weights.formats if isinstance(f, (AwqFormat, GptqFormat, CompressedTensorsFormat))]
+    packed = [name for name in tensors if name.endswith(_PACKED_ENDINGS)]
+    if packed and not formats:
+        message = f"{len(packed)} tensors are quantised ('{packed[0]}'), but config.json has no quantization_config"
+        yield Diagnostic(
+            message, where=where, help="restore the config.json that came with these weights: the tensors alone do not say how to read them"
+        )
+    for weight_format in formats:
+        own = [name for name in packed if name.endswith(f".{weight_format.packed}")]
+        if not own:
+            message = f"config.json says the weights are quantised ({weight_format.config.method}), but no tensor is"
+            yield Diagnostic(message, where=where, help="remove quantization_config from config.json if these are the unquantised weights")
+        excluded = [n for n in own if _is_excluded(n.rpartition(".")[0], weight_format)]
+        if excluded:
+            message = (
+                f"{len(excluded)} tensors are quantised although config.json excludes them (first '{excluded[0]}'); the tensors decide"
+            )
+            note(Diagnostic(message, severity="warning", where=where))
+        plain = (
+            []
+            if not own
+            else [
+                n
+                for n in weights.shapes
+                if n.endswith("_proj.weight") and n in tensors and not _is_excluded(n.removesuffix(".weight"), weight_format)
+            ]
+        )
+        if plain:
+            message = f"{len(plain)} linears are not quantised although config.json does not exclude them (first '{plain[0]}'); the tensors decide"
+            note(Diagnostic(message, severity="warning", where=where))
+
+
+def _is_excluded(module: str, weight_format: AwqFormat | GptqFormat | CompressedTensorsFormat) -> bool:
+    """Whether the config's list names the module: by substring for AWQ and GPTQ, by name or last part for compressed-tensors."""
+    names = weight_format.config.excluded
+    if isinstance(weight_format, CompressedTensorsFormat):
+        return any(module == name or module.endswith(f".{name}") for name in names)
+    return any(name in module for name in names)

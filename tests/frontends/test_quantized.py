@@ -1,0 +1,263 @@
+"""Quantised checkpoints: de-quantised weights bit by bit against unpackers written from the formats' descriptions; logits; refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.frontends.quantized import KINDS, Kind, awq, compressed, gptq, nibble, write_quantized
+from tests.frontends.quantized import Groups as Quantized
+from tyir.attributes import DenseElementsAttr
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects import quant, ty
+from tyir.dialects.builtin import Module
+from tyir.frontends.dense_state import dense_state
+from tyir.frontends.huggingface import import_model
+from tyir.interpreter import run_function
+from tyir.parser import parse_module
+from tyir.passes.raise_aten import raise_aten
+from tyir.printer import print_op
+from tyir.weights import CheckpointReader
+
+SHAPES = {
+    "q_proj": (64, 64),
+    "k_proj": (32, 64),
+    "v_proj": (32, 64),
+    "o_proj": (64, 64),
+    "gate_proj": (128, 64),
+    "up_proj": (128, 64),
+    "down_proj": (64, 128),
+    "lm_head": (96, 64),
+}
+Unpacked = Callable[[str], dict[str, npt.NDArray[Any]]]
+Edit = Callable[[dict[str, Any]], None]
+Stored = dict[str, dict[str, npt.NDArray[Any]]]
+
+
+@pytest.fixture(scope="module")
+def plain(save_model: Callable[..., Path]) -> Path:
+    return save_model("qwen2", dtype="float16", hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Stored]]:
+    root = tmp_path_factory.mktemp("quantized")
+    return {name: (root / name, write_quantized(plain, root / name, kind)) for name, kind in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def unpacked(checkpoints: dict[str, tuple[Path, Stored]]) -> Callable[[str], dict[str, npt.NDArray[Any]]]:
+    """`unpacked(kind)`: the weights the tests' own unpackers find, by parameter name."""
+
+    @cache
+    def weights(name: str) -> dict[str, npt.NDArray[Any]]:
+        found = {}
+        for parameter, parts in checkpoints[name][1].items():
+            last = parameter.rpartition(".weight")[0].rpartition(".")[2]
+            found[parameter] = KINDS[name].unpack(parts, *SHAPES[last])
+        return found
+
+    return weights
+
+
+def test_golden_words() -> None:
+    """Columns 0..7 in AutoAWQ's order, rows 0..7 in GPTQ's, and compressed-tensors' -8, -7, 0, 1, 2, 3, 4, 7."""
+
+    def unpacked(word: int, **how: Any) -> list[int]:
+        words = np.array([[word]], np.uint32).view(np.int32)
+        constant = ty.Constant(value=DenseElementsAttr.from_numpy(words))
+        op = quant.Unpack(constant.out, **how)
+        return [int(v) for v in np.asarray(op.evaluate(words)).ravel()]
+
+    assert unpacked(0x75316420, axis=1, order=(0, 2, 4, 6, 1, 3, 5, 7)) == list(range(8))
+    assert unpacked(0x76543210, axis=0) == list(range(8))
+    assert [v - 8 for v in unpacked(0xFCBA9810, axis=1)] == [-8, -7, 0, 1, 2, 3, 4, 7]
+    assert unpacked(0xFCBA9810, axis=1, size=3) == [0, 1, 8]
+
+
+def test_the_tests_own_packers_make_the_golden_words() -> None:
+    eight = np.arange(8)
+    scales = np.ones((8, 1), np.float16)
+    assert awq(Quantized(np.repeat(eight[:, None], 8, 1), scales.astype(int), scales))["qweight"].view(np.uint32)[0, 0] == 0x75316420
+    assert gptq(Quantized(np.tile(eight, (8, 1)), scales.astype(int), scales), 1)["qweight"].view(np.uint32)[0, 0] == 0x76543210
+    values = np.tile(np.array([-8, -7, 0, 1, 2, 3, 4, 7]) + 8, (8, 1))
+    assert compressed(Quantized(values, scales.astype(int), scales), True)["weight_packed"].view(np.uint32)[0, 0] == 0xFCBA9810
+    assert [nibble(-1, i) for i in range(8)] == [15] * 8
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_weights_are_bit_exact(checkpoints: dict[str, tuple[Path, Stored]], unpacked: Unpacked, name: str) -> None:
+    folder, stored = checkpoints[name]
+    found = dict(dense_state(folder))
+    assert len(stored) == 14 + KINDS[name].head
+    for parameter, wanted in unpacked(name).items():
+        np.testing.assert_array_equal(found[parameter].view(np.uint32), wanted.astype(np.float32).view(np.uint32), err_msg=parameter)
+
+
+def hugging_face(
+    folder: Path, plain: Path, kind: Kind, weights: dict[str, npt.NDArray[Any]], ids: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Logits of transformers in fp32 on the weights that the test's own unpacker finds."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(plain)
+    config.tie_word_embeddings = config.tie_word_embeddings and not kind.head
+    model = AutoModelForCausalLM.from_pretrained(plain, config=config, dtype=torch.float32).eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, array in weights.items():
+            parameters[name].copy_(torch.from_numpy(array.astype(np.float32)))
+        logits: npt.NDArray[np.float32] = model(torch.tensor(ids)).logits.numpy()
+    return logits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits(checkpoints: dict[str, tuple[Path, Stored]], plain: Path, unpacked: Unpacked, name: str) -> None:
+    """At stages aten and ty, through the text; after raising every packed linear is a ty.quantized_linear."""
+    folder, stored = checkpoints[name]
+    ids = np.random.default_rng(0).integers(0, 96, (1, 33))
+    wanted = hugging_face(folder, plain, KINDS[name], unpacked(name), ids)
+    module = import_model(folder, dtype="f32")
+    for stage in ("aten", "ty"):
+        if stage == "ty":
+            raise_aten(module)
+            assert sum(1 for _ in module.walk_type(ty.QuantizedLinear)) == len(stored)
+        module = parse_module(print_op(module))
+        (got,) = run_function(module, "main", (ids, np.arange(33)[None]), CheckpointReader(folder))
+        assert float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)) < 1e-5
+
+
+@pytest.fixture
+def awq_folder(checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints["awq"][0], tmp_path / "awq"))
+
+
+@pytest.fixture
+def gptq_folder(checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints["gptq"][0], tmp_path / "gptq"))
+
+
+def edit(folder: Path, quantization: dict[str, Any] | None = None, tensors: Edit | None = None) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(quantization or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        found = load_file(folder / "model.safetensors")
+        tensors(found)
+        save_file(found, folder / "model.safetensors")
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(TyirError) as caught:
+        import_model(folder)
+    assert all(d.help for d in caught.value.diagnostics)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"bits": 8}, "bits 8 (4 is accepted)"),
+        ({"version": "gemv"}, "version 'gemv' ('gemm' is accepted)"),
+        ({"zero_point": False}, "zero_point False"),
+        ({"group_size": "x"}, "group_size 'x'"),
+        ({"group_size": 32}, "has groups of 64 input channels, the quantisation config says 32"),
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', which cannot be imported"),
+        ({"quant_method": "compressed-tensors"}, "0 config_groups (one is accepted)"),
+    ],
+)
+def test_configs_that_cannot_be_read(awq_folder: Path, change: dict[str, Any], wanted: str) -> None:
+    edit(awq_folder, change)
+    assert wanted in refusal(awq_folder)
+
+
+def test_all_problems_of_a_quantised_checkpoint_at_once(awq_folder: Path) -> None:
+    def spoil(t: dict[str, Any]) -> None:
+        del t["model.layers.0.self_attn.q_proj.scales"]
+        t["model.layers.0.mlp.up_proj.qweight"] = t["model.layers.0.mlp.up_proj.qweight"][:, 1:].copy()
+        t["model.layers.1.mlp.up_proj.qzeros"] = t["model.layers.1.mlp.up_proj.qzeros"].astype(np.int64)
+
+    edit(awq_folder, tensors=spoil)
+    message = refusal(awq_folder)
+    assert "'model.layers.0.self_attn.q_proj' is quantised, but model.layers.0.self_attn.q_proj.scales is missing" in message
+    assert "'model.layers.0.mlp.up_proj.qweight' has shape [64, 15], a 128x64 weight in groups of 64 needs [64, 16]" in message
+    assert "'model.layers.1.mlp.up_proj.qzeros' has element type i64, expected i32" in message
+
+
+def test_config_and_tensors_contradict_each_other(awq_folder: Path, plain: Path) -> None:
+    edit(awq_folder, {"modules_to_not_convert": ["mlp.up"]})
+    notes: list[Diagnostic] = []
+    import_model(awq_folder, note=notes.append)
+    assert any("2 tensors are quantised although config.json excludes them" in n.message for n in notes)
+    shutil.copy(plain / "model.safetensors", awq_folder)
+    assert "says the weights are quantised (awq), but no tensor is" in refusal(awq_folder)
+
+
+def test_quantised_tensors_without_a_config(awq_folder: Path) -> None:
+    config = json.loads((awq_folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (awq_folder / "config.json").write_text(json.dumps(config))
+    assert "14 tensors are quantised" in refusal(awq_folder)
+    old = {"w_bit": 4, "q_group_size": settings["group_size"], "version": "GEMM", "zero_point": True}
+    (awq_folder / "quant_config.json").write_text(json.dumps(old))  # what AutoAWQ wrote before transformers knew the format
+    assert import_model(awq_folder).attributes["tyir.model"] is not None
+
+
+def test_a_linear_is_quantised_exactly_when_its_tensors_are(awq_folder: Path, plain: Path) -> None:
+    from safetensors.numpy import load_file
+
+    name = "model.layers.1.self_attn.q_proj"
+
+    def restore(t: dict[str, Any]) -> None:
+        for part in ("qweight", "qzeros", "scales"):
+            del t[f"{name}.{part}"]
+        t[f"{name}.weight"] = load_file(plain / "model.safetensors")[f"{name}.weight"]
+
+    edit(awq_folder, tensors=restore)
+    module = import_model(awq_folder)
+    raise_aten(module)
+    assert sum(1 for _ in module.walk_type(ty.QuantizedLinear)) == 13
+
+
+def test_gptq_in_order_of_activations(gptq_folder: Path) -> None:
+    edit(gptq_folder, {"desc_act": True})
+    import_model(gptq_folder)  # every g_idx is k // g all the same
+    rng = np.random.default_rng(0)
+    edit(
+        gptq_folder,
+        tensors=lambda t: t.update({"model.layers.0.mlp.up_proj.g_idx": rng.permutation(t["model.layers.0.mlp.up_proj.g_idx"])}),
+    )
+    message = refusal(gptq_folder)
+    assert (
+        "'model.layers.0.mlp.up_proj' has input channels whose groups are not contiguous" in message
+        and message.count("not contiguous") == 1
+    )
+
+
+def test_gptq_zero_biases_are_ignored_and_others_are_not(gptq_folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.bias"
+    edit(gptq_folder, tensors=lambda t: t.update({name: np.zeros(128, np.float16)}))
+    notes: list[Diagnostic] = []
+    import_model(gptq_folder, note=notes.append)
+    assert any(f"'{name}' is all zeros" in n.message for n in notes)
+    edit(gptq_folder, tensors=lambda t: t.update({name: np.ones(128, np.float16)}))
+    assert f"no place for: {name}" in refusal(gptq_folder)
+
+
+def words_of(module: Module) -> int:
+    return sum(1 for _ in module.walk_type(quant.Unpack))
+
+
+def test_nothing_is_unpacked_twice(checkpoints: dict[str, tuple[Path, Stored]]) -> None:
+    assert words_of(import_model(checkpoints["awq"][0])) == 28
