@@ -15,6 +15,7 @@ from tyir.attributes import Attribute, DictAttr
 from tyir.dense_literal import DenseLiteral, dense_from_literal, float_from_bits
 from tyir.diagnostics import SourceText, TyirError, did_you_mean
 from tyir.ir import EMPTY_DICT
+from tyir.lexer import MAX_DIGITS
 from tyir.location_parser import LocationParser
 
 __all__ = ["AttributeParser", "parse_attribute_text", "parse_type_text"]
@@ -203,6 +204,8 @@ class AttributeParser(LocationParser):
         return self._integer(match[0], kind, start)
 
     def _integer(self, literal: str, kind: Attribute, start: int) -> Attribute:
+        if len(literal) > MAX_DIGITS:
+            self.fail(f"an integer of {len(literal)} digits fits no type", start, start + len(literal))
         value = int(literal, 0) if "x" in literal else int(literal)
         if isinstance(kind, t.FloatType):
             if "x" not in literal or literal[0] == "-":

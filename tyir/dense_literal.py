@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from tyir.attribute_printer import dense_shape
 from tyir.attributes import DenseElementsAttr
+from tyir.lexer import MAX_DIGITS
 from tyir.types import FloatType, IndexType, IntegerType, Type, storage_dtype
 
 __all__ = ["DenseLiteral", "dense_from_literal", "float_from_bits"]
@@ -141,6 +142,8 @@ def _integer(literal: DenseLiteral, element: IntegerType | IndexType) -> int:
         return int(literal.value == "true")
     if literal.kind == "float":
         raise ValueError(f"'{literal.value}' is not of type {element}")
+    if len(literal.value) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(literal.value)} digits fits no type")
     value = int(literal.value, 0) if "x" in literal.value else int(literal.value)
     if isinstance(element, IntegerType):
         return element.wrap(value)

@@ -18,6 +18,7 @@ _STRING: Final = re.compile(r'"((?:[^"\\\n]++|\\.)*+)"')
 _ESCAPE: Final = re.compile(rb"\\(?:([nt\\\"])|([0-9A-Fa-f]{2}))")
 _TOKEN: Final = re.compile(r'->|::|-?\d[\w.]*|[@#!%^]?[\w$.-]+|"(?:[^"\\\n]|\\.)*"?|\S')
 _SIMPLE: Final = {b"n": b"\n", b"t": b"\t", b"\\": b"\\", b'"': b'"'}
+MAX_DIGITS: Final = 4000  # of an integer literal; Python refuses to convert more than 4300
 MAX_DEPTH: Final = 100  # nesting of attributes and types; regions are not limited
 
 

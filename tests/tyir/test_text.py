@@ -222,6 +222,12 @@ def test_nesting_of_attributes_is_limited() -> None:
         parse_attribute_text("[" * 5000 + "]" * 5000)
 
 
+@pytest.mark.parametrize("text", ["{} : i64", "array<i64: {}>", "dense<{}> : tensor<2xi64>"])
+def test_huge_integers_are_refused(text: str) -> None:
+    with pytest.raises(TyirError, match="an integer of 6000 digits fits no type"):
+        parse_attribute_text(text.format("1" * 6000))
+
+
 def test_second_parse_keeps_resources() -> None:
     first, second = parse_module(GENERIC), parse_module(GENERIC)
     assert first.resources == second.resources == {"blob": (2, bytes.fromhex("003C0040"))}
