@@ -1,216 +1,37 @@
-"""One program per die: heads, MLP groups and vocabulary are cut, collectives put where the dies must meet.
+"""Tensor parallelism over the dies of a board, in four steps that are passes of their own.
 
-    @main                                   dist.mesh @mesh {sizes = [2]}
-      %h = ty.linear(%x, %w)      -->       module @die0 { @main: %s = ty.slice(%w) rows 0..; %h = ty.linear(%x, %s) }
-      %y = ty.linear(%h, %v)                  { %t = ty.slice(%v) columns 0..; %p = ty.linear(%h, %t); %y = dist.all_reduce(%p) }
-                                            module @die1 { the same with the other halves }
+    annotate-sharding     what is cut how, and why (heads, MLP groups, vocabulary)
+    propagate-sharding    every value's placement
+    insert-collectives    all-reduces and gathers where the dies must meet
+    localize-dies         one module per die, local shapes, sliced weights
 
-Any number of dies works for any number of heads, groups and vocabulary rows: cuts are as even as whole units allow, a die left without a share of an
-all-reduce takes part with nothing.  See `_sharding.py` for what is cut how.  Runs on the step with dynamic length, before specialize-seqlen.
+Any number of dies works for any number of heads, groups and vocabulary rows.  Runs on the step with dynamic length, before specialize-seqlen.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Final
 
-from tyir.attributes import DenseArrayAttr, DictAttr, IntegerAttr, StringAttr, UnitAttr
-from tyir.constexpr import ConstantExpressions
-from tyir.diagnostics import TyirError
-from tyir.dialects.builtin import Module
-from tyir.dialects.dist import AllGather, AllReduce, Mesh
-from tyir.dialects.func import Func, Return
-from tyir.dialects.kv import CachedAttention
-from tyir.dialects.ty import Embedding, Linear, QuantizedLinear, Repeat, Reshape, Slice, tensor_type
-from tyir.ir import Block, Op, Region, Value
-from tyir.passes._sharding import PARTIAL, Partition, Split, choose, place, vocabulary_ranges
-from tyir.passes.dce import eliminate_dead_code
-from tyir.passes.specialize_seqlen import infer_results
+from tyir.ir import Op
+from tyir.passes.annotate_sharding import AnnotateSharding
+from tyir.passes.insert_collectives import InsertCollectives
+from tyir.passes.localize_dies import LocalizeDies
+from tyir.passes.propagate_sharding import PropagateSharding
 from tyir.pipeline import Pass, PassContext
-from tyir.types import FunctionType, i64
 
-__all__ = ["MAX_DIES", "PartitionDies", "check_dies"]
-
-MAX_DIES: Final = 16
-
-
-def check_dies(dies: int) -> None:
-    """`TyirError` unless the number of dies is in 1..16."""
-    if not 1 <= dies <= MAX_DIES:
-        raise TyirError(f"{dies} dies: a board has 1 to {MAX_DIES}", help=f"use {min(max(dies, 1), MAX_DIES)}")
+__all__ = ["PartitionDies"]
 
 
 @dataclass(frozen=True)
 class PartitionDies(Pass):
-    """Tensor parallelism over `dies` dies; `remap` lists the physical dies, the main one first (default 0, 1, ...)."""
+    """All steps; the options are those of annotate-sharding."""
 
     dies: int = 4
     remap: tuple[int, ...] = ()
+    machine: str = "edge10"
+    strategy: str = "cost"
 
     def run(self, op: Op, context: PassContext) -> None:
-        check_dies(self.dies)
-        devices = self.remap or tuple(range(self.dies))
-        if len(set(devices)) != self.dies:
-            raise TyirError(f"remap={','.join(map(str, devices))} must name {self.dies} different dies")
-        assert isinstance(op, Module)
-        functions = [f for f in op.body if isinstance(f, Func)]
-        op.body.append(Mesh(sym_name="mesh", sizes=(self.dies,), devices=devices))
-        modules = [Module.empty(f"die{die}") for die in range(self.dies)]
-        for function in functions:
-            partition = choose(function, self.dies)
-            place(function, partition)
-            context.statistics["collectives"] = sum(isinstance(o, (AllReduce, AllGather)) for o in function.body)
-            for die, module in enumerate(modules):
-                module.body.append(_Localizer(function, partition, die).run())
-            function.erase()
-        for die, module in enumerate(modules):
-            module.set_attribute("tyir.die", IntegerAttr(die, i64))
-            op.body.append(module)
-        op.set_attribute("tyir.stage", StringAttr("dist"))
-
-
-class _Localizer:
-    """Builds one die's function.  Values the die has no share of are absent from `local`."""
-
-    def __init__(self, function: Func, partition: Partition, die: int) -> None:
-        self.function = function
-        self.partition = partition
-        self.die = die
-        self.constants = ConstantExpressions()
-        self.local: dict[Value, Value] = {}
-        self.slices: dict[tuple[Value, int, int, int], Value] = {}
-        self.block = Block()
-
-    def run(self) -> Func:
-        source = self.function
-        kept = [i for i, arg in enumerate(source.args) if not self._is_absent(arg)]
-        for index in kept:
-            arg = source.args[index]
-            split = self.partition.of(arg)
-            arg_type = tensor_type(arg)
-            if isinstance(split, Split):
-                arg_type = arg_type.with_shape(split.ranges[self.die][1] if i == split.axis else d for i, d in enumerate(arg_type.dims))
-            self.local[arg] = self.block.add_arg(arg_type, arg.name)
-        result = Func(sym_name=str(source.sym_name), function_type=FunctionType((), ()), body_region=Region([self.block]), loc=source.loc)
-        for op in source.body:
-            self._localize(op)
-        result.refresh_type()
-        result.set_arg_attrs([source.arg_attr(i) for i in kept])
-        result.set_res_attrs([self._res_attr(i, kept) for i, v in enumerate(source.body.terminator.operands) if v in self.local])
-        eliminate_dead_code(result)
-        return result
-
-    def _res_attr(self, index: int, kept: list[int]) -> DictAttr:
-        attrs = self.function.res_attr(index)
-        alias = attrs.get("tyir.alias")
-        return attrs.with_entry("tyir.alias", IntegerAttr(kept.index(alias.value), i64)) if isinstance(alias, IntegerAttr) else attrs
-
-    def _range(self, split: Split) -> tuple[int, int]:
-        return split.ranges[self.die]
-
-    def _is_absent(self, value: Value) -> bool:
-        split = self.partition.of(value)
-        return isinstance(split, Split) and self._range(split)[1] == 0
-
-    def _localize(self, op: Op) -> None:
-        if isinstance(op, (AllReduce, AllGather)):
-            self._copy(op, [self.local[v] for v in op.operands if v in self.local])
-        elif isinstance(op, Return):
-            self.block.append(Return(values=[self.local[v] for v in op.operands if v in self.local], loc=op.loc))
-        elif op.results and self.constants.is_constant(op.results[0]):
-            self._copy(op, [self.local[v] for v in op.operands])
-        elif all(v in self.local for v in op.operands) and not any(self._is_absent(r) for r in op.results):
-            operands = [self._operand(op, i) for i in range(len(op.operands))]
-            if isinstance(op, (Linear, QuantizedLinear)):
-                self._linear(op, operands)
-            elif isinstance(op, Embedding):
-                self._embedding(op, operands)
-            else:
-                self._adjust(self._copy(op, operands), op)
-
-    def _operand(self, op: Op, index: int) -> Value:
-        """The local value of an operand, cut where the partition asks for a part of something whole."""
-        value = self.local[op.operands[index]]
-        split = self.partition.local_slices.get((op, index))
-        return value if split is None else self._slice(value, split.axis, *self._range(split))
-
-    def _copy(self, op: Op, operands: list[Value]) -> Op:
-        new = type(op).create(
-            operands, [r.type for r in op.results], op.properties, op.attributes, loc=op.loc, result_names=[r.name for r in op.results]
-        )
-        self.block.append(new)
-        infer_results(new)
-        self._annotate(new, op)
-        self.local.update(zip(op.results, new.results))
-        return new
-
-    def _annotate(self, new: Op, op: Op) -> None:
-        """Say which part of the whole a result is: `tyir.shard = [axis, offset]` or `tyir.partial`; verification compares by it."""
-        placement = self.partition.of(op.results[0])
-        if isinstance(placement, Split):
-            new.set_attribute("tyir.shard", DenseArrayAttr.i64((placement.axis, self._range(placement)[0])))
-        elif placement is PARTIAL:
-            new.set_attribute("tyir.partial", UnitAttr())
-
-    def _slice(self, value: Value, axis: int, offset: int, size: int) -> Value:
-        if (offset, size) == (0, tensor_type(value).dims[axis]):
-            return value
-        key = (value, axis, offset, size)
-        if key not in self.slices:
-            new = Slice(value, axis=axis, offset=offset, size=size, loc=value.op.loc if value.op is not None else self.function.loc)
-            self.slices[key] = self.block.append(new).result
-        return self.slices[key]
-
-    def _adjust(self, new: Op, op: Op) -> None:
-        """Properties that name sizes or heads of the whole."""
-        split = self.partition.of(op.results[0])
-        if not isinstance(split, Split):
-            return
-        offset, size = self._range(split)
-        if isinstance(new, Reshape):
-            new.shape = tuple(size if axis == split.axis else d for axis, d in enumerate(new.shape))
-        elif isinstance(new, CachedAttention):
-            caches = self.partition.of(op.operands[1])
-            first = self._range(caches)[0] if isinstance(caches, Split) else 0
-            new.kv_heads = tuple(g - first for g in new.kv_heads[offset : offset + size])
-        infer_results(new)
-
-    def _embedding(self, op: Embedding, operands: list[Value]) -> None:
-        """Rows of the vocabulary; ids outside give zeros, the all-reduce that follows adds the one die that has the row."""
-        table, ids = operands
-        if self.partition.of(op.out) is not PARTIAL:
-            self._copy(op, operands)
-            return
-        offset, size = vocabulary_ranges(tensor_type(table).static_shape[0], self.partition.dies)[self.die]
-        if size:
-            new = Embedding(self._slice(table, 0, offset, size), ids, offset=op.offset + offset, loc=op.loc)
-            self._annotate(new, op)
-            self.local[op.out] = self.block.append(new).result
-
-    def _linear(self, op: Linear | QuantizedLinear, operands: list[Value]) -> None:
-        x_split, out = self.partition.of(op.x), self.partition.of(op.out)
-        if out is PARTIAL and isinstance(x_split, Split):
-            self._row_parallel(op, operands, x_split)
-        elif isinstance(out, Split):
-            offset, size = self._range(out)
-            self._copy(op, [operands[0], *(self._slice(v, 0, offset, size) for v in operands[1:])])
-        else:
-            self._copy(op, operands)
-
-    def _row_parallel(self, op: Linear | QuantizedLinear, operands: list[Value], split: Split) -> None:
-        """A range of input channels; the addends are reduced later, so only one die adds the bias."""
-        offset, size = self._range(split)
-        tail = operands[4:] if isinstance(op, QuantizedLinear) else operands[2:]
-        bias = tail if self.die == next(d for d, (_, s) in enumerate(split.ranges) if s) else []
-        if isinstance(op, Linear):
-            self._copy(op, [operands[0], self._slice(operands[1], 1, offset, size), *bias])
-            return
-        x, q, scales, zeros = operands[:4]
-        group = math.gcd(op.group_size, *(o for o, s in split.ranges if s), *(s for _, s in split.ranges if s))
-        if group != op.group_size:  # a cut inside a group: finer groups with repeated scales are exactly the same weights
-            times = op.group_size // group
-            scales, zeros = (self.block.append(Repeat(v, axis=1, times=times, loc=op.loc)).result for v in (scales, zeros))
-        parts = [self._slice(q, 1, offset, size), *(self._slice(v, 1, offset // group, size // group) for v in (scales, zeros))]
-        new = self._copy(op, [x, *parts, *bias])
-        new.set_property("group_size", IntegerAttr(group, i64))
+        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy).run(op, context)
+        for step in (PropagateSharding(), InsertCollectives(), LocalizeDies()):
+            step.run(op, context)

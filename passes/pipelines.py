@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from tyir.passes.select_output import parse_output
+
 __all__ = ["PIPELINES", "remaining_pipeline"]
 
 PIPELINES: Final[dict[str, str]] = {
@@ -29,17 +31,21 @@ def remaining_pipeline(
     die_map: tuple[int, ...],
     seqlens: tuple[int, ...],
     embedding_as_input: bool,
+    output: str = "logits",
 ) -> str:
     """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation after it, so that dies are cut once.
+    So does select-output: each die then chooses among its own columns of the vocabulary.
     """
     remap = f" remap={numbers(die_map)}" if die_map else ""
     entry = " embedding-as-input=true" if embedding_as_input else ""
+    best = parse_output(output)
     entries = [
         ("aten", "to-ty"),
         ("ty", f"quantize-weights{{group-size={group_size}}}" if weights == "int4" else ""),
         ("ty", f"kv-materialize{{max-kv={max_kv}{entry}}}"),
+        ("kv", f"select-output{{kind=topk k={best}}}" if best else ""),
         ("kv", f"partition-dies{{dies={dies}{remap}}}"),
         ("dist", f"specialize-seqlen{{seqlens={numbers(seqlens)}}}"),
         ("static", "to-program"),

@@ -82,8 +82,9 @@ def load_module(model: Path) -> Module:
 
 
 def check_options(options: BuildOptions) -> None:
-    """`TyirError` for die counts, lengths and cache sizes that no compile can have."""
-    from tyir.passes.partition_dies import check_dies
+    """`TyirError` for die counts, lengths, cache sizes and outputs that no compile can have."""
+    from tyir.passes.annotate_sharding import check_dies
+    from tyir.passes.select_output import parse_output
     from tyir.passes.specialize_seqlen import check_seqlens
 
     check_dies(options.dies)
@@ -92,6 +93,7 @@ def check_options(options: BuildOptions) -> None:
     check_seqlens(options.seqlens, options.max_kv)
     if options.weights not in ("fp16", "int4"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4")
+    parse_output(options.output)
 
 
 def _warn_about_positions(module: Module, options: BuildOptions, warn: Callable[[str], None]) -> None:

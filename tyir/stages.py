@@ -60,10 +60,11 @@ STAGES: Final[dict[str, Stage]] = {
         Stage("aten", _BASE | {"aten"}, frozenset((*_WEIGHTS, "ty.constant", "ty.cast")), {**_EARLY, **_NO_COMMANDS}),
         Stage("ty", _BASE | {"ty"}, leftovers={**_TO_TY, **_EARLY, **_NO_COMMANDS}),
         Stage("kv", _BASE | {"ty", "kv"}, leftovers={**_TO_KV, "dist.*": _EARLY["dist.*"], **_NO_COMMANDS}),
+        Stage("sharded", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
         Stage("dist", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
         Stage("static", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}, static=True),
         Stage("program", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}, in_functions=_WEIGHT_WORK, static=True),
-        Stage("edge10", _BASE | {"edge10"}, frozenset((*_WEIGHTS, "dist.mesh")), {**_TO_KV, "ty.*": "lower-edge10", "kv.*": "lower-edge10", "dist.*": "lower-edge10"}),
+        Stage("edge10", _BASE | {"edge10"}, frozenset((*_WEIGHTS, "sdy.mesh")), {**_TO_KV, "ty.*": "lower-edge10", "kv.*": "lower-edge10", "dist.*": "lower-edge10"}),
     )
 }  # fmt: skip
 

@@ -22,9 +22,10 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.sdy import Mesh
-from tyir.dialects.ty import GetGlobal, Param, QuantizedLinear, QuantizeGroups, tensor_type
+from tyir.dialects.ty import GetGlobal, MergeTopK, Param, QuantizeGroups, QuantizedLinear, TopK, tensor_type
 from tyir.manifest import MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
 from tyir.passes.pipelines import remaining_pipeline
+from tyir.passes.select_output import output_of
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
 from tyir.stopwatch import Stopwatch
@@ -83,6 +84,7 @@ def _pipeline(module: Module, options: BuildOptions) -> str:
         die_map=options.die_map,
         seqlens=options.seqlens,
         embedding_as_input=options.embedding_as_input,
+        output=options.output,
     )
 
 
@@ -105,6 +107,7 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
         die_map=mesh.devices,
         seqlens=seqlens.ints(),
         max_kv=options.max_kv if cache is None else cache.static_shape[2],
+        output=output_of(next((op.k for op in module.walk() if isinstance(op, (TopK, MergeTopK))), 0)),
     )
 
 

@@ -13,8 +13,8 @@ from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.ty import tensor_type
-from tyir.passes._sharding import even_ranges
 from tyir.pipeline import run_pipeline
+from tyir.sharding import even_ranges
 
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
 
@@ -25,7 +25,7 @@ def check(shape: Shape, dies: int, pipeline: str = "", tolerance: float = 0.02) 
     if pipeline:
         run_pipeline(module, pipeline)
     wanted = run_ty(module, weights, ids)
-    run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies}}}")
+    run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies} strategy=split}}")
     step = Step(module, weights)
     got = np.concatenate([step.feed(ids[:7]), step.feed(ids[7:10]), step.feed(ids[10:])])
     np.testing.assert_allclose(got, wanted, atol=tolerance * np.abs(wanted.astype(np.float32)).max())
@@ -45,7 +45,7 @@ def test_head_and_kv_ranges_of_qwen2_7b_on_3_dies() -> None:
     """28 query heads over 4 key/value heads: 10/9/9 and 2/2/2 (a group of 7 crosses each die border)."""
     shape = Shape(layers=1, heads=28, kv_heads=4, head_dim=4, width=148 * 16)
     module, _ = build(shape)
-    run_pipeline(module, "kv-materialize{max-kv=16},partition-dies{dies=3}")
+    run_pipeline(module, "kv-materialize{max-kv=16},partition-dies{dies=3 strategy=split}")
     attentions = [next(d.walk_type(CachedAttention)) for d in dies_of(module)]
     assert [tensor_type(a.q).dims[2] for a in attentions] == [10, 9, 9]
     assert [tensor_type(a.k).dims[1] for a in attentions] == [2, 2, 2]
@@ -56,7 +56,7 @@ def test_head_and_kv_ranges_of_qwen2_7b_on_3_dies() -> None:
 def test_two_all_reduces_a_layer_and_one_gather(dies: int) -> None:
     """The closed-form minimum: two per layer, one for the embedding, one gather of the logits."""
     module, _ = build(Shape(layers=3))
-    run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies}}}")
+    run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies} strategy=split}}")
     main = next(dies_of(module)[0].walk_type(Func))
     assert sum(1 for _ in main.walk_type(AllReduce)) == 2 * 3 + 1
     assert sum(1 for _ in main.walk_type(AllGather)) == 1

@@ -14,7 +14,7 @@ from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
-TO_PROGRAM = "kv-materialize{max-kv=16},partition-dies{dies=3},specialize-seqlen{seqlens=1,4},outline-params,outline-layers"
+TO_PROGRAM = "kv-materialize{max-kv=16},partition-dies{dies=3 strategy=split},specialize-seqlen{seqlens=1,4},outline-params,outline-layers"
 
 
 @pytest.mark.parametrize("quantize", ["", "quantize-weights{group-size=32},"])
@@ -73,7 +73,7 @@ def test_caches_stay_aliased_through_the_outlined_layer() -> None:
 def test_bad_lengths_name_the_nearest_good_list(seqlens: str, message: str, help: str) -> None:
     module, _ = build(Shape())
     with pytest.raises(TyirError, match=f"{message}(.|\n)*{help}"):
-        run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies=2}},specialize-seqlen{{seqlens={seqlens}}}")
+        run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies=2 strategy=split}},specialize-seqlen{{seqlens={seqlens}}}")
 
 
 def test_group_sizes_that_do_not_divide_are_all_reported() -> None:

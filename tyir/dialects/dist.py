@@ -1,6 +1,6 @@
 """`dist`: what dies do together.  Each die's program holds the same collectives in the same order; they are executed in lockstep.
 
-After `partition-dies` the file holds one `dist.mesh` and one module `@die{i}` per die.
+After `partition-dies` the file holds one `sdy.mesh` and one module `@die{i}` per die.
 """
 
 from __future__ import annotations
@@ -15,20 +15,11 @@ import numpy.typing as npt
 from tyir.dialects.ty import as_type, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, optional_operand, result
-from tyir.traits import Collective, Symbol
+from tyir.traits import Collective
 
-__all__ = ["AllGather", "AllReduce", "Mesh"]
+__all__ = ["AllGather", "AllReduce"]
 
 Array = npt.NDArray[Any]
-
-
-class Mesh(DeclaredOp, name="dist.mesh", traits=(Symbol,)):
-    """The dies, as Shardy's mesh: axis names are implied (`die`), `sizes` gives the number of dies; `devices` lists them, the main die first."""
-
-    _: KW_ONLY
-    sym_name: str = attr()
-    sizes: tuple[int, ...] = attr()
-    devices: tuple[int, ...] = attr()
 
 
 class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):

@@ -1,0 +1,139 @@
+"""One rule per op: how it wants its operands placed, and where that leaves its result.  All steps of partitioning ask here.
+
+Placements are read from and written to the IR (`tyir.sharding` on ops and in `arg_attrs`), so each step is a pass whose result can be printed and edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from tyir.dialects.dist import AllGather, AllReduce
+from tyir.dialects.func import Func
+from tyir.dialects.kv import Append, CachedAttention
+from tyir.dialects.ty import Add, Cast, Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, tensor_type
+from tyir.ir import Op, Value
+from tyir.sharding import PARTIAL, REPLICATED, Placement, Split, from_attribute
+
+__all__ = ["ELEMENTWISE", "LINEAR", "Rule", "placement_of", "rule_for", "through_reshape"]
+
+Dims = Sequence[int | None]
+ELEMENTWISE: Final = (Add, Mul, Silu, SiluMul, Cast)
+LINEAR: Final = (Linear, QuantizedLinear)
+Rule = tuple[list[Placement], Placement]  # what the operands must be, what the result then is
+
+
+def placement_of(value: Value) -> Placement:
+    """The placement written for a value."""
+    if isinstance(value.owner, Op):
+        return from_attribute(value.owner.attributes.get("tyir.sharding")) if value.index == 0 else REPLICATED
+    function = value.owner.parent_op
+    return from_attribute(function.arg_attr(value.index).get("tyir.sharding")) if isinstance(function, Func) else REPLICATED
+
+
+def rule_for(op: Op) -> Rule:
+    """The rule of an op whose operands' placements are known.  An op without a rule of its own needs everything whole."""
+    for op_class, rule in _RULES:
+        if isinstance(op, op_class):
+            return rule(op)
+    return [REPLICATED] * len(op.operands), REPLICATED
+
+
+def _last_axis(value: Value) -> int:
+    return tensor_type(value).rank - 1
+
+
+def _linear(op: Op) -> Rule:
+    """x cut along its channels: the weight's columns are cut alike and the result is an addend.  Otherwise the annotation says how rows are cut."""
+    x = placement_of(op.operands[0])
+    rest: list[Placement] = [REPLICATED] * (len(op.operands) - 1)
+    if isinstance(x, Split) and x.axis == _last_axis(op.operands[0]):
+        return [x, *rest], PARTIAL
+    asked = placement_of(op.results[0])
+    return [REPLICATED, *rest], asked if isinstance(asked, Split) else REPLICATED
+
+
+def _embedding(op: Op) -> Rule:
+    """Rows of the vocabulary, if so annotated: each die looks up what it has, ids of other dies give zeros."""
+    return [REPLICATED, REPLICATED], placement_of(op.results[0])
+
+
+def _elementwise(op: Op) -> Rule:
+    """Everything cut like the first operand that is cut."""
+    splits = [p for v in op.operands if isinstance(p := placement_of(v), Split)]
+    wanted: Placement = splits[0] if splits else REPLICATED
+    return [wanted] * len(op.operands), wanted
+
+
+def _norm(op: Op) -> Rule:
+    """Any cut but one along the normalised axis."""
+    x = placement_of(op.operands[0])
+    wanted: Placement = x if isinstance(x, Split) and x.axis != _last_axis(op.operands[0]) else REPLICATED
+    return [wanted, REPLICATED], wanted
+
+
+def _rope(op: Op) -> Rule:
+    """Heads (axis 2) may be cut."""
+    x = placement_of(op.operands[0])
+    wanted: Placement = x if isinstance(x, Split) and x.axis == 2 else REPLICATED
+    return [wanted, REPLICATED, REPLICATED], wanted
+
+
+def _reshape(op: Op) -> Rule:
+    """A cut that can be seen on both sides of the reshape."""
+    x = placement_of(op.operands[0])
+    if isinstance(x, Split):
+        out = through_reshape(x, tensor_type(op.operands[0]).dims, tensor_type(op.result).dims)
+        if out is not None:
+            return [x], out
+    return [REPLICATED], REPLICATED
+
+
+def _append(op: Op) -> Rule:
+    """New rows are cut as the cache is."""
+    cache = placement_of(op.operands[0])
+    rows: Placement = cache.along(2) if isinstance(cache, Split) else REPLICATED
+    return [cache, rows, REPLICATED], cache
+
+
+def _attention(op: Op) -> Rule:
+    """The die's query heads over its cache heads."""
+    q = placement_of(op.operands[0])
+    caches = [placement_of(v) for v in op.operands[1:3]]
+    if not isinstance(caches[0], Split):
+        return [REPLICATED] * 4, REPLICATED
+    return [q, *caches, REPLICATED], q
+
+
+def _already_joined(op: Op) -> Rule:
+    return [placement_of(v) for v in op.operands], REPLICATED
+
+
+def through_reshape(split: Split, source: Dims, target: Dims) -> Split | None:
+    """The same cut seen on the other side of a reshape that splits or joins axes at the cut one; None when it cannot be expressed."""
+    axis = split.axis
+    if tuple(source[:axis]) != tuple(target[:axis]) or axis >= len(target):
+        return None
+    before, after = source[axis], target[axis]
+    if before is None or after is None:
+        return None
+    larger, smaller = max(before, after), min(before, after)
+    ratio = larger // smaller
+    if larger % smaller:
+        return None
+    if after >= before:
+        return split.scaled(axis, ratio)
+    return split.scaled(axis, 1, ratio) if all(o % ratio == 0 and s % ratio == 0 for o, s in split.ranges) else None
+
+
+_RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] = (
+    (LINEAR, _linear),
+    (Embedding, _embedding),
+    (ELEMENTWISE, _elementwise),
+    (RmsNorm, _norm),
+    (Rope, _rope),
+    (Reshape, _reshape),
+    (Append, _append),
+    (CachedAttention, _attention),
+    ((AllReduce, AllGather), _already_joined),
+)

@@ -1,0 +1,268 @@
+"""What is cut how: heads for attention, whole quantisation groups for the MLP, rows for the vocabulary.  The first step of partition-dies.
+
+    %q = ty.linear(%x, %wq)        -->     %q = ty.linear(%x, %wq) {tyir.sharding = {axis = 2 : i64, offsets = ..., sizes = ...},
+                                                                    tyir.choice = "split: 3.1 us against 9.6 us replicated"}
+
+A block (attention, MLP, embedding or head of the model) is split or left replicated, whichever the machine file says is faster for one token: a split block
+reads the largest die's share of the weights and pays for a collective, a replicated one reads everything on every die.  `strategy=split` always splits;
+`tyir.pin = "split"` or `"replicated"` on any linear or embedding of a block decides for that block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tyir.attributes import StringAttr
+from tyir.constexpr import ConstantExpressions
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.dialects.kv import Append, CachedAttention
+from tyir.dialects.sdy import Mesh
+from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, tensor_type
+from tyir.ir import Op, Value
+from tyir.location import module_path
+from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
+from tyir.pipeline import Pass, PassContext
+from tyir.sharding import PARTIAL, Placement, Split, even_ranges, to_attribute
+from tyir.targets.collectives import all_gather_ns, all_reduce_ns
+from tyir.targets.machine import Machine, load_machine
+from tyir.types import f16
+
+__all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "vocabulary_ranges"]
+
+MAX_DIES = 16
+
+
+def check_dies(dies: int) -> None:
+    """`TyirError` unless the number of dies is in 1..16."""
+    if not 1 <= dies <= MAX_DIES:
+        raise TyirError(f"{dies} dies: a board has 1 to {MAX_DIES}", help=f"use {min(max(dies, 1), MAX_DIES)}")
+
+
+@dataclass(frozen=True)
+class AnnotateSharding(Pass):
+    """The mesh and the cuts that are a matter of choice.
+
+    `remap` lists the physical dies, the main one first; `machine` is the machine file the choice is made with; `strategy` is `cost` or `split`.
+    """
+
+    dies: int = 4
+    remap: tuple[int, ...] = ()
+    machine: str = "edge10"
+    strategy: str = "cost"
+
+    def run(self, op: Op, context: PassContext) -> None:
+        check_dies(self.dies)
+        if self.strategy not in ("cost", "split"):
+            raise TyirError(f"strategy '{self.strategy}': one of cost, split")
+        devices = self.remap or tuple(range(self.dies))
+        if len(set(devices)) != self.dies or len(devices) != self.dies:
+            raise TyirError(f"remap={','.join(map(str, devices))} must name {self.dies} different dies")
+        assert isinstance(op, Module)
+        machine = load_machine(self.machine)
+        package = int(machine.d2d.package_dies)
+        axes = (
+            [("group", self.dies // package), ("die", package)]
+            if self.dies > package and self.dies % package == 0
+            else [("die", self.dies)]
+        )
+        op.body.append(Mesh.make(axes, devices))
+        op.set_attribute("tyir.stage", StringAttr("sharded"))
+        if self.dies > 1:
+            for function in [f for f in op.body if isinstance(f, Func)]:
+                for block in _blocks(function, self.dies):
+                    self._decide(block, machine)
+
+    def _decide(self, block: _Block, machine: Machine) -> None:
+        split, replicated = block.split_ns(machine, self.dies), block.replicated_ns(machine)
+        pin = block.pin()
+        chosen = pin or ("split" if self.strategy == "split" or split <= replicated else "replicated")
+        why = f"{chosen}: {split / 1000:.1f} us split against {replicated / 1000:.1f} us replicated" + (" (pinned)" if pin else "")
+        for op, placement in block.cuts.items():
+            op.set_attribute("tyir.choice", StringAttr(why))
+            if chosen == "split" and (written := to_attribute(placement)) is not None:
+                op.set_attribute("tyir.sharding", written)
+        if chosen == "split":
+            for cache, placement in block.caches.items():
+                _annotate_argument(cache, placement)
+
+
+def _annotate_argument(value: Value, placement: Placement) -> None:
+    function = value.block.parent_op if value.block is not None else None
+    written = to_attribute(placement)
+    assert isinstance(function, Func) and written is not None
+    attrs = [function.arg_attr(i) for i in range(len(function.args))]
+    attrs[value.index] = attrs[value.index].with_entry("tyir.sharding", written)
+    function.set_arg_attrs(attrs)
+
+
+# ------------------------------------------------------------------------------------------------------------- blocks
+
+
+@dataclass
+class _Block:
+    """Ops that are split together: their cuts, the weights' bytes per unit of the cut, and what the joining collective moves for one token."""
+
+    cuts: dict[Op, Placement] = field(default_factory=dict)
+    caches: dict[Value, Placement] = field(default_factory=dict)
+    weights: list[tuple[int, float]] = field(default_factory=list)  # (bytes, largest die's share)
+    joined_bytes: int = 0
+    gathers: bool = False  # the head's columns are gathered, everything else is reduced
+
+    def replicated_ns(self, machine: Machine) -> float:
+        return sum(b for b, _ in self.weights) / machine.dram_bytes_per_ns
+
+    def split_ns(self, machine: Machine, dies: int) -> float:
+        """The largest share of the weights, and a collective's latency and bytes."""
+        share = sum(b * s for b, s in self.weights) / machine.dram_bytes_per_ns
+        if self.gathers:
+            return share + all_gather_ns(1, [self.joined_bytes // dies] * dies, machine)
+        return share + all_reduce_ns(self.joined_bytes, f16, dies, machine)
+
+    def pin(self) -> str | None:
+        found = {p.value for op in self.cuts if isinstance(p := op.attributes.get("tyir.pin"), StringAttr)}
+        if len(found) > 1 or found - {"split", "replicated"}:
+            raise TyirError(
+                Diagnostic(
+                    f"tyir.pin of {module_path(next(iter(self.cuts)).loc)} is {' and '.join(sorted(found))}",
+                    help='pin "split" or "replicated"',
+                )
+            )
+        return next(iter(found), None)
+
+    def add(self, op: Op, cut: Split) -> None:
+        """A linear whose rows (or, for the consumer, columns) are cut."""
+        total = sum(size for _, size in cut.ranges)
+        self.weights.append((_weight_bytes(op), max(s for _, s in cut.ranges) / max(total, 1)))
+
+
+def _weight_bytes(op: Op) -> int:
+    values = op.operands[:1] if isinstance(op, Embedding) else op.operands[1:]
+    return sum(tensor_type(v).nbytes for v in values)
+
+
+def _blocks(function: Func, dies: int) -> list[_Block]:
+    constants = ConstantExpressions()
+    blocks = [_attention_block(a, dies) for a in function.walk_type(CachedAttention)]
+    taken = {op for block in blocks for op in block.cuts}
+    for linear in [op for op in function.body if isinstance(op, LINEAR)]:
+        sources = _gated_sources(linear.x, constants)
+        if sources and linear not in taken and not taken & set(sources):
+            blocks.append(_mlp_block(linear, dies))
+    blocks += [_embedding_block(e, dies) for e in function.walk_type(Embedding)]
+    head = function.body.terminator.operands[0].op
+    if isinstance(head, LINEAR) and head not in taken:
+        blocks.append(_head_block(head, dies))
+    return blocks
+
+
+def _attention_block(attention: CachedAttention, dies: int) -> _Block:
+    """Query heads evenly; of the key/value heads those that a die's query heads read."""
+    block = _Block()
+    heads = attention.kv_heads
+    queries = even_ranges(len(heads), dies)
+    groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
+    _demand(attention.q, Split(2, queries), block)
+    for cache in (attention.k, attention.v):
+        append = cache.op
+        assert isinstance(append, Append)
+        _demand(append.rows, Split(2, groups), block)
+        block.caches[append.cache] = Split(1, groups)
+    _consumers(attention.out, Split(2, queries), block)
+    return block
+
+
+def _mlp_block(down: Linear | QuantizedLinear, dies: int) -> _Block:
+    block = _Block()
+    width = tensor_type(down.x).dims[-1] or 0
+    unit = mlp_unit(width, down.group_size if isinstance(down, QuantizedLinear) else 128, dies)
+    split = Split(tensor_type(down.x).rank - 1, even_ranges(width, dies, unit))
+    _demand(down.x, split, block)
+    block.add(down, split)
+    block.joined_bytes = _row_bytes(down.out)
+    return block
+
+
+def _embedding_block(embedding: Embedding, dies: int) -> _Block:
+    """The table is read one row a token, so what counts is its place in memory: it is split whenever something else is."""
+    block = _Block(cuts={embedding: PARTIAL})
+    block.joined_bytes = _row_bytes(embedding.out)
+    rows = tensor_type(embedding.table).static_shape[0]
+    block.weights.append((_weight_bytes(embedding), max(s for _, s in vocabulary_ranges(rows, dies)) / rows))
+    return block
+
+
+def _head_block(head: Linear | QuantizedLinear, dies: int) -> _Block:
+    split = Split(tensor_type(head.out).rank - 1, vocabulary_ranges(tensor_type(head.out).dims[-1] or 0, dies))
+    block = _Block(cuts={head: split}, gathers=True)
+    block.add(head, split)
+    block.joined_bytes = _row_bytes(head.out)
+    return block
+
+
+def mlp_unit(width: int, group_size: int, dies: int) -> int:
+    """The granule of an MLP cut: whole quantisation groups where there is one for every die, else the largest halving of them that gives one."""
+    unit = math.gcd(width, group_size)
+    while width // unit < dies and unit % 2 == 0 and unit > 16:
+        unit //= 2
+    return unit
+
+
+def vocabulary_ranges(vocabulary: int, dies: int) -> tuple[tuple[int, int], ...]:
+    """Rows of embedding and head per die, in units of 16 where the vocabulary allows (whole tiles on every die)."""
+    return even_ranges(vocabulary, dies, math.gcd(vocabulary, 16) if vocabulary >= 16 * dies else 1)
+
+
+def _row_bytes(value: Value) -> int:
+    """Bytes of one token's row."""
+    t = tensor_type(value)
+    return t.with_shape([1, t.dims[-1]]).nbytes
+
+
+def _demand(value: Value, split: Split, block: _Block) -> None:
+    """Ask for a value cut this way: followed back to the linears that can produce it so."""
+    op = value.op
+    if isinstance(op, LINEAR):
+        if split.axis == tensor_type(op.out).rank - 1:
+            block.cuts[op] = split
+            block.add(op, split)
+    elif isinstance(op, Rope) or (isinstance(op, RmsNorm) and split.axis != tensor_type(op.x).rank - 1):
+        _demand(op.x, split, block)
+    elif isinstance(op, Reshape):
+        if (back := through_reshape(split, tensor_type(op.out).dims, tensor_type(op.x).dims)) is not None:
+            _demand(op.x, back, block)
+    elif isinstance(op, ELEMENTWISE):
+        for operand in op.operands:
+            _demand(operand, split, block)
+
+
+def _consumers(value: Value, split: Split, block: _Block) -> None:
+    """The linears that take the cut value as addends, for their bytes."""
+    for user in value.users:
+        if isinstance(user, Reshape):
+            after = through_reshape(split, tensor_type(user.x).dims, tensor_type(user.out).dims)
+            if after is not None:
+                _consumers(user.out, after, block)
+        elif isinstance(user, LINEAR):
+            block.add(user, split)
+            block.joined_bytes = _row_bytes(user.out)
+
+
+def _gated_sources(value: Value, constants: ConstantExpressions) -> list[Op]:
+    """The linears that feed a value through elementwise ops only; empty when it has other sources or none."""
+    op = value.op
+    if isinstance(op, LINEAR):
+        return [op]
+    if not isinstance(op, (Mul, Silu, SiluMul)):
+        return []
+    sources: list[Op] = []
+    for operand in op.operands:
+        if constants.is_constant(operand):
+            continue
+        found = _gated_sources(operand, constants)
+        if not found:
+            return []
+        sources += found
+    return sources

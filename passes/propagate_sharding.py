@@ -1,0 +1,54 @@
+"""Every value of the step gets its placement, from the annotated ones forward.
+
+    %h = ty.linear(%x, %up)   {tyir.sharding = {axis = 2, ...}}          %h = ... {tyir.sharding = {axis = 2, ...}, sdy.sharding = ...}
+    %a = ty.silu_mul(%g, %h)                                    -->      %a = ... {tyir.sharding = {axis = 2, ...}, sdy.sharding = ...}
+    %y = ty.linear(%a, %down)                                            %y = ... {tyir.sharding = "partial", sdy.sharding = ... unreduced={"die"}}
+
+Nothing is inserted yet: where an op needs whole what is partial or cut, insert-collectives does it.  The second step of partition-dies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyir.constexpr import ConstantExpressions
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.dialects.sdy import Mesh
+from tyir.ir import Op
+from tyir.passes._placement import rule_for
+from tyir.pipeline import Pass, PassContext
+from tyir.sharding import Placement, shardy_attribute, to_attribute
+from tyir.types import TensorType
+
+__all__ = ["PropagateSharding", "set_placement"]
+
+
+@dataclass(frozen=True)
+class PropagateSharding(Pass):
+    """Placements for all values, by one rule per op."""
+
+    def run(self, op: Op, context: PassContext) -> None:
+        mesh = next(op.walk_type(Mesh), None)
+        if mesh is None or mesh.dies == 1:
+            return
+        axes = [name for name, _ in mesh.axes]
+        assert isinstance(op, Module)
+        for function in [f for f in op.body if isinstance(f, Func)]:
+            constants = ConstantExpressions()
+            for inner in function.body:
+                if inner.results and not constants.is_constant(inner.results[0]):
+                    set_placement(inner, rule_for(inner)[1], axes)
+
+
+def set_placement(op: Op, placement: Placement, axes: Sequence[str]) -> None:
+    """Write the placement of an op's first result, in our words and in Shardy's."""
+    attributes = op.attributes.without("tyir.sharding", "sdy.sharding")
+    written = to_attribute(placement)
+    type = op.results[0].type
+    if written is not None and isinstance(type, TensorType):
+        attributes = attributes.with_entry("tyir.sharding", written)
+        if len(op.results) == 1:
+            attributes = attributes.with_entry("sdy.sharding", shardy_attribute(placement, type.rank, axes))
+    op.attributes = attributes

@@ -1,0 +1,89 @@
+"""Where a value lives on the dies, and how that is written on an op.
+
+A placement is `REPLICATED` (every die has all of it), `PARTIAL` (every die has an addend) or a `Split` (every die has a range along one axis; ranges may be
+uneven, and may overlap: that is how key/value heads are replicated only where a query group crosses dies).
+
+    tyir.sharding = {axis = 2 : i64, offsets = array<i64: 0, 3, 6>, sizes = array<i64: 3, 3, 2>}      (absent: replicated; "partial")
+    sdy.sharding = #sdy.sharding_per_value<[<@mesh, [{}, {}, {"die"}]>]>                              (the same for Shardy's tools, without the ranges)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tyir.attributes import Attribute, DenseArrayAttr, DictAttr, IntegerAttr, OpaqueAttr, StringAttr
+from tyir.types import i64
+
+__all__ = ["PARTIAL", "REPLICATED", "Placement", "Range", "Split", "even_ranges", "from_attribute", "shardy_text", "to_attribute"]
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """(offset, size) along `axis` for each die, in die order."""
+
+    axis: int
+    ranges: tuple[Range, ...]
+
+    def along(self, axis: int) -> Split:
+        """The same ranges along another axis."""
+        return Split(axis, self.ranges)
+
+    def scaled(self, axis: int, times: int, by: int = 1) -> Split:
+        """The same cut in other units: offsets and sizes times `times`, divided by `by` (which must divide them)."""
+        return Split(axis, tuple((o * times // by, s * times // by) for o, s in self.ranges))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One of the two placements without ranges."""
+
+    name: str
+
+
+REPLICATED: Final = Whole("replicated")
+PARTIAL: Final = Whole("partial")
+Placement = Split | Whole
+
+
+def even_ranges(total: int, dies: int, unit: int = 1) -> tuple[Range, ...]:
+    """`total` cut into contiguous ranges of whole units, as even as can be, larger ones first; trailing dies may get nothing."""
+    units = total // unit
+    ranges, offset = [], 0
+    for die in range(dies):
+        size = (units // dies + (die < units % dies)) * unit
+        ranges.append((offset, size))
+        offset += size
+    return tuple(ranges)
+
+
+def to_attribute(placement: Placement) -> Attribute | None:
+    """The value of `tyir.sharding`; None for a replicated value, which carries none."""
+    if isinstance(placement, Split):
+        offsets, sizes = (DenseArrayAttr.i64(values) for values in zip(*placement.ranges))
+        return DictAttr({"axis": IntegerAttr(placement.axis, i64), "offsets": offsets, "sizes": sizes})
+    return StringAttr("partial") if placement is PARTIAL else None
+
+
+def from_attribute(attribute: Attribute | None) -> Placement:
+    """The placement written as `tyir.sharding`."""
+    if isinstance(attribute, DictAttr):
+        offsets, sizes = attribute["offsets"].ints(), attribute["sizes"].ints()
+        return Split(attribute["axis"].value, tuple(zip(offsets, sizes)))
+    return PARTIAL if attribute is StringAttr("partial") else REPLICATED
+
+
+def shardy_text(placement: Placement, rank: int, axes: Sequence[str]) -> str:
+    """`<@mesh, [{}, {"die"}]>`: Shardy's TensorShardingAttr without its mnemonic."""
+    names = ", ".join(f'"{axis}"' for axis in axes)
+    dims = ", ".join(f"{{{names}}}" if isinstance(placement, Split) and placement.axis == i else "{}" for i in range(rank))
+    unreduced = f", unreduced={{{names}}}" if placement is PARTIAL else ""
+    return f"<@mesh, [{dims}]{unreduced}>"
+
+
+def shardy_attribute(placement: Placement, rank: int, axes: Sequence[str]) -> Attribute:
+    """`sdy.sharding` of an op with one result."""
+    return OpaqueAttr("sdy.sharding_per_value", f"<[{shardy_text(placement, rank, axes)}]>")
