@@ -29,9 +29,10 @@ def main(argv: Sequence[str]) -> int:
         weights=args.weights,
         group_size=args.group_size,
         embedding_as_input=args.embedding_as_input,
+        output=args.output,
     )
     watch = Stopwatch()
-    target = compile_path(args.model, args.output, options, watch=watch, progress=not args.quiet, mcpu=args.mcpu, warn=warn)
+    target = compile_path(args.model, args.out, options, watch=watch, progress=not args.quiet, mcpu=args.mcpu, warn=warn)
     if args.timing:
         print(watch.report(), file=sys.stderr)
     print(target)
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="On success the only line on stdout is the folder of the artifacts; nothing has to be renamed, copied or deleted by hand.",
     )
     parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="artifacts go to OUT/{n}die")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="artifacts go to OUT/{n}die")
     parser.add_argument("--dies", type=int, default=4, help="number of dies, 1 to 16 (default 4)")
     parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
     parser.add_argument("--seqlens", type=numbers, default=(1, 8), metavar="N,N,..", help="tokens per step to compile for (default 1,8)")
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per int4 scale (default 128)")
     parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
+    parser.add_argument(
+        "--output", default="logits", metavar="KIND", help="what a step returns: logits (default), argmax, or topk=K: the K best tokens"
+    )
     parser.add_argument("--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)")
     parser.add_argument("--timing", action="store_true", help="print time and peak memory of each stage on stderr")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")

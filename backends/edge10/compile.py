@@ -22,7 +22,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.sdy import Mesh
-from tyir.dialects.ty import GetGlobal, MergeTopK, Param, QuantizeGroups, QuantizedLinear, TopK, tensor_type
+from tyir.dialects.ty import GetGlobal, MergeTopK, Param, QuantizedLinear, QuantizeGroups, TopK, tensor_type
 from tyir.manifest import MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.passes.select_output import output_of
