@@ -81,7 +81,7 @@ class Timing:
 
     def share(self, unit: str) -> float:
         """The part of the step that a unit is busy, on the die where it is busiest."""
-        return max(die.busy[unit] for die in self.dies) / self.total_ns
+        return max(die.busy[unit] for die in self.dies) / self.total_ns if self.total_ns else 0.0
 
     @property
     def bound_by(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tyir.diagnostics import TyirError
+from tyir.printer import print_op
 from tyir.runtime_sim.bandwidth import SharedBandwidth
 from tyir.runtime_sim.engine import Timing, simulate
 from tyir.runtime_sim.program import EdgeProgram
@@ -125,6 +126,16 @@ def test_time_grows_with_the_position(make_model: Callable[..., Any]) -> None:
     model = make_model(capacity=600, layers=1, dim=64)
     times = [simulate(model.programs, model.machine, p).total_ns for p in (0, 100, 300, 599)]
     assert times == sorted(times) and times[0] < times[-1]
+
+
+def test_equal_dies_are_simulated_once_and_exactly(make_model: Callable[..., Any]) -> None:
+    model = make_model(dies=2, group=16)
+    program = model.programs[0]
+    renamed = EdgeProgram.parse(print_op(program.module).replace("layer_s1", "block_s1"))  # the same program, another signature
+    together, apart = simulate([program, program], model.machine, 13), simulate([program, renamed], model.machine, 13)
+    assert together.dies[0] is together.dies[1] and apart.dies[0] is not apart.dies[1]
+    assert together.total_ns == apart.total_ns
+    assert together.dies[0].end == apart.dies[0].end == apart.dies[1].end
 
 
 def test_dies_wait_for_each_other(make_model: Callable[..., Any]) -> None:

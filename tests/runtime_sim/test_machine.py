@@ -41,8 +41,9 @@ def test_every_constant_has_label_and_source_and_assumed_ones_bounds() -> None:
 
 def test_overrides_are_checked_together() -> None:
     with pytest.raises(TyirError) as caught:
-        MACHINE.with_overrides({"dram.bandwith_gbps": 1, "cube.count": 0})
+        MACHINE.with_overrides({"dram.bandwith_gbps": 1, "cube.count": 0, "d2d.package_dies": 2.5})
     assert "did you mean 'dram.bandwidth_gbps'?" in str(caught.value) and "cube.count = 0" in str(caught.value)
+    assert "d2d.package_dies = 2.5: this constant is a whole number" in str(caught.value)
     assert MACHINE.with_overrides({"dram.bandwidth_gbps": 34.1}).constants["dram.bandwidth_gbps"].label == "override"
 
 

@@ -190,13 +190,15 @@ class Machine:
                         f"{self.name} has no constant '{name}'", help=did_you_mean(name, self.constants) or "names are section.constant"
                     )
                 )
-            elif value < 0 or (value == 0 and not name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))):
+            elif not 0 <= value < float("inf") or (value == 0 and not name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))):
                 problems.append(
                     Diagnostic(
                         f"{name} = {value} makes no sense: rates, sizes and counts must be positive",
                         help=f"the file has {self.constants[name].value}",
                     )
                 )
+            elif _is_integer(name) and value != int(value):
+                problems.append(Diagnostic(f"{name} = {value}: this constant is a whole number", help=f"the nearest is {round(value)}"))
         if problems:
             raise TyirError(problems)
         changed = {n: Constant(float(v), "override", "given on the command line or by the caller") for n, v in values.items()}
@@ -221,6 +223,12 @@ class Machine:
                 **{f.name: hints[f.name](constants[f"{section}.{f.name}"].value) for f in fields(section_class)}
             )
         return cls(name=name, constants=dict(constants), **sections)
+
+
+def _is_integer(name: str) -> bool:
+    """Whether a constant is a count or a size."""
+    section, _, key = name.partition(".")
+    return get_type_hints(_sections()[section])[key] is int
 
 
 def _sections() -> dict[str, Any]:
