@@ -1,0 +1,125 @@
+"""Time of one matrix product [m, k] x [k, n] by the best of the library's kernels: tiles dealt to multiprocessors in waves, k split when there are few tiles.
+
+For a tile of R x C and a split of k into s parts there are W = ceil(m / R) * ceil(n / C) * s blocks, run in waves of at most one per multiprocessor:
+
+    wave of c blocks = (matrix^4 + memory^4)^(1/4) + tile         overlap of both, rounded where they meet
+    matrix = the larger of  2 R C (k / s) (1 + q (1 / R + 1 / C)) / (peak of one multiprocessor * efficiency)      q = gemm.operand_rows
+                            the same work over the power-limited rate of the whole device
+                            ceil(k / s / 64) * step
+    memory = the larger of  the blocks' share of the bytes / DRAM rate      and      what the blocks load / L2 rate
+    total  = launch + ramp + waves (+ for s > 1 a second launch, and partial sums in f32 through the L2)
+
+The factor with q is the reading of operands out of shared memory: a multiprocessor that does 1024 multiply-accumulates and reads 128 bytes a cycle would need 16 rows
+for it if nothing overlapped.  Weights come from DRAM (the measurements rotate them); written bytes cost `dram.write_cost`; a working set that replaces the L2's
+contents costs `dram.ramp_us * (1 - exp(-bytes / L2))`.
+Tile and wave quantisation: NVIDIA, "Matrix Multiplication Background", 2023; the search over tile shapes follows LLMCompass (ISCA 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tyir.targets.accelerator import Accelerator
+
+__all__ = ["Product", "gemm_ns", "weight_only_ns", "weight_only_product"]
+
+_SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16)
+_STEP = 64  # of k, per stage of a kernel's pipeline
+_MIN_SPLIT_K = 256
+_MAX_WAVES_OF_SPLIT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product and what its operands weigh: bytes per weight, weights per nanosecond that one multiprocessor de-quantises (infinite: none to do)."""
+
+    m: int
+    n: int
+    k: int
+    weight_bytes: float = 2.0
+    dequant_per_ns: float = math.inf
+    matrix_speed: float = 1.0
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k
+
+    def dram_bytes(self, machine: Accelerator) -> float:
+        """Bytes' worth of DRAM time.  Example: m 1, n 4096, k 4096, write cost 1.5: 2 * 4096 * 4096 + 2 * 4096 + 1.5 * 2 * 4096 = 33,574,912."""
+        return self.n * self.k * self.weight_bytes + 2.0 * self.m * self.k + 2.0 * self.m * self.n * machine.dram.write_cost
+
+
+def gemm_ns(product: Product, machine: Accelerator, sustained: bool | None = None) -> float:
+    """Nanoseconds of a product alone in a graph; `sustained`: whether the device is at its power limit (None: if this product alone is long enough for it)."""
+    rate = matrix_rate(product.flops, machine, sustained) * product.matrix_speed
+    best = min(_tiled_ns(product, machine, tile, rate) for tile in machine.tiles)
+    start = machine.launch.kernel_us + machine.launch.ramp_us
+    if product.m == 1 and machine.gemm.gemv:
+        best = min(best, product.dram_bytes(machine) / machine.dram_bytes_per_ns)
+    return start * 1000 + best + first_touch_ns(product.dram_bytes(machine), machine)
+
+
+def weight_only_product(m: int, n: int, k: int, machine: Accelerator) -> Product:
+    """4-bit weights with scales, f16 activations."""
+    dequant = machine.weight_only.dequant_per_cycle * machine.clock.frequency_mhz * 1e-3
+    return Product(m, n, k, machine.weight_only.bytes_per_weight, dequant)
+
+
+def weight_only_ns(m: int, n: int, k: int, machine: Accelerator) -> float:
+    """As `gemm_ns`, with the call's own cost (`weight_only.call_us`) instead of the graph's launch."""
+    return gemm_ns(weight_only_product(m, n, k, machine), machine) + (machine.weight_only.call_us - machine.launch.kernel_us) * 1000
+
+
+def matrix_rate(flops: float, machine: Accelerator, sustained: bool | None) -> float:
+    """Operations per nanosecond that power lets the device do.
+
+    Example (peak 1000 per ns, burst 0.8, sustained 0.7, window 900 us): 1e9 operations take 1250 us at 800, more than the window, so 700.
+    """
+    peak = machine.sm_flops_per_ns * machine.sm.count
+    burst = peak * machine.power.burst_share
+    long = flops / burst > machine.power.window_us * 1000 if sustained is None else sustained
+    return peak * machine.power.sustained_share if long else burst
+
+
+def first_touch_ns(nbytes: float, machine: Accelerator) -> float:
+    """What replacing the L2's contents costs, at most `dram.ramp_us`.  Example: ramp 4 us, bytes as many as the L2 has: 4000 * (1 - 1 / e) = 2528 ns."""
+    return machine.dram.ramp_us * 1000 * -math.expm1(-nbytes / machine.l2.capacity_bytes)
+
+
+def _tiled_ns(product: Product, machine: Accelerator, tile: tuple[int, int], rate: float) -> float:
+    """The best split of k for one tile shape."""
+    blocks = -(-product.m // tile[0]) * -(-product.n // tile[1])
+    best = math.inf
+    for parts in _SPLITS:
+        if parts > 1 and (product.k // parts < _MIN_SPLIT_K or blocks * (parts - 1) >= machine.sm.count * _MAX_WAVES_OF_SPLIT):
+            break
+        best = min(best, _split_ns(product, machine, tile, blocks, parts, rate))
+    return best
+
+
+def _split_ns(product: Product, machine: Accelerator, tile: tuple[int, int], blocks: int, parts: int, rate: float) -> float:
+    """All waves of one tile shape and split."""
+    rows, columns = tile
+    depth = -(-product.k // parts)
+    total = blocks * parts
+    full, rest = divmod(total, machine.sm.count)
+    work = 2.0 * rows * columns * depth
+    own = (
+        work * (1 + machine.gemm.operand_rows * (1 / rows + 1 / columns)) / (machine.sm_flops_per_ns * machine.gemm.efficiency * product.matrix_speed)
+    )
+    own = max(own + columns * depth / product.dequant_per_ns, -(-depth // _STEP) * machine.gemm.step_ns)
+    loaded = (min(rows, product.m) * 2.0 + min(columns, product.n) * product.weight_bytes) * depth
+    memory = max(product.dram_bytes(machine) / total / machine.dram_bytes_per_ns, loaded / machine.l2.bandwidth_gbps)
+    time = full * _wave_ns(machine.sm.count, own, work / rate, memory, machine) + (_wave_ns(rest, own, work / rate, memory, machine) if rest else 0)
+    if parts > 1:
+        time += machine.launch.kernel_us * 1000 + 8.0 * parts * product.m * product.n / machine.l2.bandwidth_gbps
+    return time
+
+
+def _wave_ns(blocks: int, own: float, shared: float, memory: float, machine: Accelerator) -> float:
+    """One wave: `own` is a block's matrix time on its multiprocessor, `shared` its share of the device's power-limited rate, `memory` its share of bytes.
+
+    Example (tile 0.2 us): 100 blocks, own 5000, shared 40, memory 30: matrix 5000, memory 3000: (5000^4 + 3000^4)^(1/4) + 200 = 5357 ns.
+    """
+    return float((max(own, blocks * shared) ** 4 + (blocks * memory) ** 4) ** 0.25 + machine.gemm.tile_us * 1000)

@@ -1,0 +1,223 @@
+"""Reading measured times: one row per measurement, with what was run, its class, and microseconds.  Formats are those of the files' authors.
+
+`h200/` JSON lines (measured for this project); `a100/` CSV of ai-dynamo/aiconfigurator (Apache-2.0) and LLMCompass (BSD-3-Clause); `orin/` JSON of LLMCompassPlus
+(BSD-3-Clause).  A file that is absent gives no rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
+from tyir.runtime_sim.kernels.attention import Attention, attention_ns
+from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, weight_only_ns
+from tyir.runtime_sim.kernels.rowwise import add_norm_ns, norm_ns, silu_mul_ns
+from tyir.runtime_sim.kernels.steps import MODELS, Step, step_ns
+from tyir.targets.accelerator import Accelerator
+
+__all__ = ["Row", "read_rows"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: `predict` gives nanoseconds; `flops` and `nbytes` (DRAM and links) are for the roofline and the affine fit; `m` sorts it into a bucket."""
+
+    kind: str
+    name: str
+    m: int
+    us: float
+    flops: float
+    nbytes: float
+    predict: Callable[[Accelerator], float]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All rows of a machine's folder, in the files' order."""
+    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
+        "peaks_and_ops.jsonl": _ops, "collectives.jsonl": _collectives, "models.jsonl": _models,
+        "a100_sxm_gemm_trtllm_1.0.0.csv": _a100_gemm, "matmul_A100.csv": _llmcompass_matmul, "layernorm_A100.csv": _llmcompass_norm,
+        "a100_sxm_context_attention_trtllm_1.0.0.csv": _a100_prefill, "a100_sxm_generation_attention_trtllm_1.0.0.csv": _a100_decode,
+        "a100_sxm_custom_allreduce_trtllm_1.0.0.csv": _a100_all_reduce, "allreduce_A100x4_NVLink3.csv": _llmcompass_all_reduce,
+        "cutlass_perf_log.Orin.json": _orin_gemm, "marlin_perf_log.json": _orin_marlin, "flashattn_perf_log.Orin.json": _orin_attention,
+        "layernorm_perf_log.Orin.json": _orin_norm,
+    }  # fmt: skip
+    return [row for name, read in readers.items() if (folder / name).exists() for row in read(folder / name)]
+
+
+def _gemm(kind: str, m: int, n: int, k: int, us: float, extra_us: float = 0.0, fp8_share: float = 1.0) -> Row:
+    product = Product(m, n, k)
+    nbytes = 2.0 * (m * k + n * k + m * n)
+    return Row(kind, f"{m}x{n}x{k}", m, us, product.flops, nbytes, lambda a: gemm_ns(product, a) + extra_us * 1000)
+
+
+def _weight_only(m: int, n: int, k: int, us: float) -> Row:
+    nbytes = 0.516 * n * k + 2.0 * (m * k + m * n)
+    return Row("gemm w4a16", f"{m}x{n}x{k}", m, us, 2.0 * m * n * k, nbytes, lambda a: weight_only_ns(m, n, k, a))
+
+
+def _int8(m: int, n: int, k: int, us: float) -> Row:
+    def predict(a: Accelerator) -> float:
+        return gemm_ns(Product(m, n, k, 1.0, matrix_speed=a.sm.macs_per_cycle_int8 / a.sm.macs_per_cycle_fp16), a)
+
+    return Row("gemm int8", f"{m}x{n}x{k}", m, us, m * n * k, 1.0 * (m * k + n * k + m * n), predict)
+
+
+def _attention(shape: Attention, us: float) -> Row:
+    kind = "attention decode" if shape.queries == 1 else "attention prefill"
+    seen = (shape.keys - (shape.queries - 1) / 2) if shape.causal else shape.keys
+    flops = 4.0 * shape.batch * shape.query_heads * shape.head_dim * shape.queries * seen
+    nbytes = shape.kv_bytes + 4.0 * shape.batch * shape.queries * shape.query_heads * shape.head_dim
+    name = f"b{shape.batch} {shape.query_heads}/{shape.kv_heads}x{shape.head_dim} q{shape.queries} kv{shape.keys}"
+    return Row(kind, name, shape.keys, us, flops, nbytes, lambda a: attention_ns(shape, a))
+
+
+def _all_reduce(nbytes: float, devices: int, us: float, call: bool = True) -> Row:
+    def predict(a: Accelerator) -> float:
+        return all_reduce_ns(nbytes, devices, a, custom=call)
+
+    return Row("all-reduce", f"{nbytes:.0f} B on {devices}", int(nbytes), us, 0.0, 2 * (devices - 1) / devices * nbytes, predict)
+
+
+# ------------------------------------------------------------------------------------------------------------- h200
+
+
+def _json_lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _ops(path: Path) -> Iterator[Row]:
+    for row in _json_lines(path):
+        us = float(str(row["us"]))
+        size = {k: int(str(v)) for k, v in row.items() if k not in ("kind", "what", "us", "gbps", "tflops")}
+        if row["kind"] != "op":
+            continue
+        if row["what"] == "linear":
+            yield _gemm("gemm bf16", size["m"], size["n"], size["k"], us)
+        elif row["what"] == "attention":
+            yield _attention(
+                Attention(size["batch"], size["q_heads"], size["kv_heads"], size["head_dim"], size["q_len"], size["kv_len"]), us
+            )
+        elif row["what"] == "add_rmsnorm":
+            yield _rowwise("add+norm", size["tokens"], size["hidden"], 4, us, add_norm_ns)
+        elif row["what"] == "silu_mul":
+            yield _rowwise("silu*mul", size["tokens"], size["inter"], 3, us, silu_mul_ns)
+
+
+def _rowwise(kind: str, rows: int, width: int, passes: int, us: float, model: Callable[[int, int, Accelerator], float]) -> Row:
+    return Row(kind, f"{rows}x{width}", rows, us, 0.0, 2.0 * passes * rows * width, lambda a: model(rows, width, a))
+
+
+def _collectives(path: Path) -> Iterator[Row]:
+    for row in _json_lines(path):
+        yield _all_reduce(float(str(row["bytes"])), int(str(row["world"])), float(str(row["us"])))
+
+
+def _models(path: Path) -> Iterator[Row]:
+    for row in _json_lines(path):
+        model = MODELS[str(row["model"])]
+        step = Step(model, *(int(str(row[k])) for k in ("world", "batch", "tokens", "past")))
+        kind = "model decode" if step.tokens == 1 else "model prefill"
+        name = f"{row['model']} x{step.devices} b{step.batch} t{step.tokens} past{step.past}"
+        flops = 2.0 * step.rows * model.weights / step.devices
+        yield Row(kind, name, step.rows, float(str(row["us"])), flops, 2.0 * model.weights / step.devices, lambda a, s=step: step_ns(s, a))  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------------------------- a100
+
+
+def _dicts(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _a100_gemm(path: Path) -> Iterator[Row]:
+    for row in _dicts(path):
+        m, n, k, us = int(row["m"]), int(row["n"]), int(row["k"]), float(row["latency_ms"]) * 1000
+        if row["gemm_dtype"] == "bfloat16":
+            yield _gemm("gemm bf16", m, n, k, us)
+        elif row["gemm_dtype"] == "int4_wo":
+            yield _weight_only(m, n, k, us)
+
+
+def _a100_prefill(path: Path) -> Iterator[Row]:
+    for row in _dicts(path):
+        heads, kv, length = int(row["num_heads"]), int(row["num_key_value_heads"]), int(row["isl"])
+        yield _attention(Attention(int(row["batch_size"]), heads, kv, int(row["head_dim"]), length, length), float(row["latency_ms"]) * 1000)
+
+
+def _a100_decode(path: Path) -> Iterator[Row]:
+    for row in _dicts(path):
+        heads, kv, keys = int(row["num_heads"]), int(row["num_key_value_heads"]), int(row["isl"]) + int(row["step"])
+        yield _attention(Attention(int(row["batch_size"]), heads, kv, int(row["head_dim"]), 1, keys), float(row["latency_ms"]) * 1000)
+
+
+def _a100_all_reduce(path: Path) -> Iterator[Row]:
+    for row in _dicts(path):
+        yield _all_reduce(2.0 * int(row["message_size"]), int(row["num_gpus"]), float(row["latency_ms"]) * 1000)
+
+
+_PYTHON_MATMUL_US, _PYTHON_NORM_US = 21.0, 45.0  # LLMCompass' launches, by its authors
+
+
+def _llmcompass_matmul(path: Path) -> Iterator[Row]:
+    for line in path.read_text().splitlines():
+        m, n, k, ms = (part.strip() for part in line.split(",")[:4])
+        yield _gemm("gemm bf16 (LLMCompass)", int(m), int(k), int(n), float(ms.removesuffix("ms")) * 1000, _PYTHON_MATMUL_US - 2.5)
+
+
+def _llmcompass_norm(path: Path) -> Iterator[Row]:
+    for line in path.read_text().splitlines():
+        rows, width, rate = line.split(",")
+        m, n = int(rows), int(width)
+        us = m * n / (float(rate) * 1e3)
+        yield Row("layernorm", f"{m}x{n}", m, us, 0.0, 4.0 * m * n, lambda a, m=m, n=n: norm_ns(m, n, a) + (_PYTHON_NORM_US - 2.5) * 1000)  # type: ignore[misc]
+
+
+def _llmcompass_all_reduce(path: Path) -> Iterator[Row]:
+    for row in _dicts(path):
+        yield _all_reduce(float(row["size_bytes"]), 4, float(row["measured_us"]), call=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- orin
+
+
+def _logs(path: Path) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(path.read_text())
+    return found
+
+
+def _sizes(row: dict[str, object], *names: str) -> list[int]:
+    return [int(str(row[n])) for n in names]
+
+
+def _us(row: dict[str, object]) -> float:
+    return float(str(row["min_runtime"])) * 1000
+
+
+def _orin_gemm(path: Path) -> Iterator[Row]:
+    for row in _logs(path):
+        m, n, k = _sizes(row, "M", "N", "K")
+        yield _gemm("gemm f16", m, n, k, _us(row)) if row["precision"] == "fp16" else _int8(m, n, k, _us(row))
+
+
+def _orin_marlin(path: Path) -> Iterator[Row]:
+    for row in _logs(path):
+        m, n, k = _sizes(row, "M", "N", "K")
+        yield _weight_only(m, n, k, _us(row))
+
+
+def _orin_attention(path: Path) -> Iterator[Row]:
+    for row in _logs(path):
+        q, kv, heads, kv_heads, dim = _sizes(row, "seq_len_q", "seq_len_kv", "num_heads_q", "num_heads_kv", "head_dim")
+        if row["num_splits"] == 1 and not row["pack_gqa"]:
+            yield _attention(Attention(1, heads, kv_heads, dim, q, kv, bool(row["is_causal"])), _us(row))
+
+
+def _orin_norm(path: Path) -> Iterator[Row]:
+    for row in _logs(path):
+        m, n = _sizes(row, "M", "N")
+        yield _rowwise("layernorm", m, n, 2, _us(row), norm_ns)

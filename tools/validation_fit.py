@@ -1,0 +1,65 @@
+"""Fitting the constants that a machine file calls fitted: median-like (mean absolute log error), on the training half of the kernels, kinds weighing the same."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from tyir.diagnostics import TyirError
+from tyir.targets.accelerator import Accelerator
+from tyir.tools.validation_data import Row
+
+__all__ = ["fit", "is_training"]
+
+_ROWS_PER_KIND = 300
+_NOT_FITTED = ("model", "add+norm", "silu*mul", "layernorm", "LLMCompass", "gemm int8")
+
+
+def is_training(row: Row) -> bool:
+    """Whether a row belongs to the training half: by a hash of what was run, so that adding rows moves none.  Whole models never do."""
+    if any(word in row.kind for word in _NOT_FITTED):
+        return False
+    return hashlib.sha256(f"{row.kind} {row.name}".encode()).digest()[0] < 128
+
+
+def fit(machine: Accelerator, rows: Sequence[Row], weights: Mapping[str, float] | None = None) -> Accelerator:
+    """The machine with its fitted constants replaced by those with the least mean absolute log error over the training rows.
+
+    Nelder-Mead on logarithms, from the file's values.  `TyirError` when scipy is absent or nothing can be fitted.
+    """
+    try:
+        from scipy.optimize import minimize
+    except ImportError:
+        raise TyirError("--fit needs scipy", help="pip install 'tyir[dev]'") from None
+    names = sorted(machine.fitted)
+    kinds = _training(rows)
+    if not names or not kinds:
+        raise TyirError(f"nothing to fit for {machine.name}", help="the file labels no constant fitted, or no kernel was measured")
+    start = [machine.constants[n].value for n in names]
+
+    def with_logs(logs: Sequence[float]) -> Accelerator:
+        return machine.with_values({n: v * math.exp(x) for n, v, x in zip(names, start, logs)})
+
+    def error(logs: Sequence[float]) -> float:
+        if max(abs(x) for x in logs) > 2.0:
+            return 10.0
+        candidate = with_logs(logs)
+        return sum(_kind_error(kind, candidate) for kind in kinds) / len(kinds)
+
+    simplex = [[0.0] * len(names)] + [[0.12 if i == j else 0.0 for j in range(len(names))] for i in range(len(names))]
+    result = minimize(error, simplex[0], method="Nelder-Mead", options={"initial_simplex": simplex, "maxfev": 80 * len(names), "fatol": 1e-5})
+    return with_logs([float(x) for x in result.x])
+
+
+def _training(rows: Sequence[Row]) -> list[list[Row]]:
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if is_training(row):
+            kinds[row.kind].append(row)
+    return [found[:: max(1, len(found) // _ROWS_PER_KIND)] for found in kinds.values()]
+
+
+def _kind_error(rows: Sequence[Row], machine: Accelerator) -> float:
+    return sum(abs(math.log(r.predict(machine) / (r.us * 1000))) for r in rows) / len(rows)

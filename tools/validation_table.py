@@ -1,0 +1,137 @@
+"""The validation table: error per kind of kernel and bucket, ours beside the roofline and the best affine fit, as text, data and Markdown."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tyir.targets.accelerator import Accelerator
+from tyir.tools.validation_data import Row
+from tyir.tools.validation_fit import is_training
+
+__all__ = ["Line", "lines_of", "markdown", "render"]
+
+_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192, 65536)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Errors in per cent over some rows of one kind: ours, and the mean absolute error of the roofline and of the affine fit."""
+
+    kind: str
+    bucket: str
+    count: int
+    mape: float
+    median: float
+    p90: float
+    max: float
+    bias: float
+    held_out: float | None
+    roofline: float
+    affine: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def lines_of(rows: Sequence[Row], machine: Accelerator) -> list[Line]:
+    """One line per kind, then its buckets when there are several."""
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        kinds[row.kind].append(row)
+    lines = []
+    for kind, found in kinds.items():
+        ours = np.array([r.predict(machine) / 1000 / r.us - 1 for r in found])
+        roofline = np.array([_roofline_us(r, machine) / r.us - 1 for r in found])
+        affine = _affine_errors(found)
+        groups = {"all": np.arange(len(found))}
+        if len(found) > 12 and not kind.startswith("model"):
+            groups |= _buckets(found)
+        for name, index in groups.items():
+            unseen = [i for i in index if not is_training(found[i])]
+            lines.append(_line(kind, name, ours[index], ours[unseen], roofline[index], affine[index]))
+    return lines
+
+
+def _line(kind: str, bucket: str, ours: Any, unseen: Any, roofline: Any, affine: Any) -> Line:
+    size = np.abs(ours) * 100
+    return Line(
+        kind, bucket, len(ours), float(size.mean()), float(np.median(size)), float(np.percentile(size, 90)), float(size.max()),
+        float(ours.mean() * 100), float(np.abs(unseen).mean() * 100) if len(unseen) else None,
+        float(np.abs(roofline).mean() * 100), float(np.abs(affine).mean() * 100),
+    )  # fmt: skip
+
+
+def _buckets(rows: Sequence[Row]) -> dict[str, Any]:
+    """Row numbers by bucket of M (rows of a product, keys of an attention, bytes of an all-reduce)."""
+    edges = _BUCKETS if max(r.m for r in rows) <= _BUCKETS[-1] else tuple(4**i * 1024 for i in range(16))
+    values = np.array([r.m for r in rows])
+    low, found = 0, {}
+    for edge in edges:
+        index = np.nonzero((values > low) & (values <= edge))[0]
+        if len(index):
+            found[f"{low + 1}..{edge}" if edge > low + 1 else f"{edge}"] = index
+        low = edge
+    return found
+
+
+def _roofline_us(row: Row, machine: Accelerator) -> float:
+    """The larger of matrix time at peak and bytes at nominal bandwidth; for a link, bytes at its nominal bandwidth."""
+    if row.kind.startswith("all-reduce"):
+        return row.nbytes / machine.link.bandwidth_gbps / 1000
+    return max(row.flops / (machine.peak_tflops * 1e6), row.nbytes / machine.dram.bandwidth_gbps / 1000)
+
+
+def _affine_errors(rows: Sequence[Row]) -> Any:
+    """Relative errors of the best `t0 + bytes / bandwidth + flops / rate` with t0 >= 0, by weighted least squares on all rows (it sees its own test)."""
+    times = np.array([r.us for r in rows])
+    features = np.array([[1.0, r.nbytes, r.flops] for r in rows])
+    features = features[:, features.any(axis=0)]
+    scale = features.max(axis=0)
+    weight = 1 / times
+    for _ in range(20):  # towards least absolute errors
+        solution = np.linalg.lstsq(features / scale * weight[:, None], times * weight, rcond=None)[0]
+        residual = np.abs(features / scale @ solution / times - 1)
+        weight = 1 / times / np.sqrt(np.maximum(residual, 1e-3))
+    return features / scale @ solution / times - 1
+
+
+def render(name: str, lines: Iterable[Line]) -> str:
+    """Fixed-width text."""
+    text = [f"{name}: errors in per cent", f"{'kind':<24}{'M':>15}{'n':>7}{'MAPE':>8}{'median':>8}{'p90':>8}{'max':>8}{'bias':>8}{'held out':>10}{'roofline':>10}{'affine':>8}"]  # fmt: skip
+    for x in lines:
+        unseen = "" if x.held_out is None else f"{x.held_out:.1f}"
+        text.append(
+            f"{x.kind:<24}{x.bucket:>15}{x.count:>7}{x.mape:>8.1f}{x.median:>8.1f}{x.p90:>8.1f}{x.max:>8.0f}{x.bias:>8.1f}{unseen:>10}{x.roofline:>10.1f}{x.affine:>8.1f}"
+        )
+    return "\n".join(text) + "\n"
+
+
+def markdown(found: Mapping[str, Sequence[Line]], machines: Mapping[str, Accelerator]) -> str:
+    """The page: tables, then the fitted constants."""
+    parts = [_HEAD]
+    for name, lines in found.items():
+        parts.append(f"## {name}\n\n| kind | M | n | MAPE | median | p90 | max | bias | held out | roofline | affine |\n| --- " + "| ---: " * 10 + "|")
+        for x in lines:
+            kind = f"**{x.kind}**" if x.bucket == "all" else ""
+            unseen = "" if x.held_out is None else f"{x.held_out:.1f}"
+            parts.append(
+                f"| {kind} | {x.bucket} | {x.count} | {x.mape:.1f} | {x.median:.1f} | {x.p90:.1f} | {x.max:.0f} | {x.bias:+.1f} | {unseen} | {x.roofline:.1f} | {x.affine:.1f} |"
+            )
+        fitted = [f"| `{n}` | {c.value:.4g} | {c.source} |" for n, c in machines[name].fitted.items()]
+        parts.append("\n".join(["", "| fitted constant | value | fitted on |", "| --- | ---: | --- |", *fitted, ""]))
+    return "\n".join(parts)
+
+
+_HEAD = """# How far the kernel models are from machines that were measured
+
+Written by `python -m tyir.tools.validate --markdown`.  Errors in per cent of the measured time.  *Held out*: the rows that no constant was fitted on (half of the
+kernels by a hash of what was run, and every whole model, norm and elementwise kernel).  *Roofline*: the larger of operations at peak and bytes at nominal bandwidth.
+*Affine*: the best `t0 + bytes / bandwidth + operations / rate` for that kind, fitted on the very rows it is judged on.
+The models are analytic (tiles, waves, bytes, launches: `runtime_sim/kernels`); they share the machine-file form and the quantities with the event-driven command
+engine, not its event core.
+"""
