@@ -47,7 +47,7 @@ class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
 class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
     """All dies' operands joined along `axis`, in die order; `sizes` are the dies' lengths along it, which may differ.
 
-    A die whose length is 0 takes part without an operand.
+    A die whose length is 0 takes part without an operand.  Until localize-dies the operand has its global shape.
     """
 
     x: Value | None = optional_operand(default=None)
@@ -60,7 +60,7 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
         out = tensor_type(self.out)
         if out.dims[self.axis] != sum(self.sizes):
             yield f"sizes {list(self.sizes)} add up to {sum(self.sizes)}, the result {out} has {out.dims[self.axis]} along axis {self.axis}"
-        elif self.x is not None and tensor_type(self.x).dims[self.axis] not in self.sizes:
+        elif self.x is not None and tensor_type(self.x).dims[self.axis] not in (*self.sizes, sum(self.sizes)):
             yield f"operand {self.x.type} has none of the sizes {list(self.sizes)} along axis {self.axis}"
 
     def combine(self, parts: Sequence[Array | None]) -> Array:
