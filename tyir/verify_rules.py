@@ -41,13 +41,13 @@ class SymbolTables:
             current = current.parent_op
         return current
 
-    def resolve(self, reference: SymbolRefAttr, table_op: Op | None, outward: bool) -> Op | None:
-        """The op a reference names, looked up in `table_op` and, if `outward`, in the tables around it."""
+    def resolve(self, reference: SymbolRefAttr, table_op: Op | None, outward: bool, only: type[Op] = Op) -> Op | None:
+        """The op (of class `only`) a reference names, looked up in `table_op` and, if `outward`, in the tables around it."""
         while table_op is not None:
             found: Op | None = self.table(table_op).get(reference.root)
             for name in reference.path[1:]:
                 found = self.table(found).get(name) if found is not None and SymbolTable in found.traits else None
-            if found is not None or not outward:
+            if isinstance(found, only) or not outward:
                 return found
             table_op = self.nearest(table_op)
         return None
@@ -109,11 +109,15 @@ def check_call(call: Call, tables: SymbolTables) -> Iterator[str]:
 
 
 def check_get_global(op: GetGlobal, tables: SymbolTables) -> Iterator[str]:
-    """The weight exists in an enclosing module and has the result's type."""
+    """The weight exists in an enclosing module and has the result's type.
+
+    The initializer of a ty.param sees the checkpoint's tensors only (as `tyir.interpreter.lookup_symbol` does).
+    """
     symbol = op.properties.get("symbol")
     if not isinstance(symbol, SymbolRefAttr):
         return
-    target = tables.resolve(symbol, tables.nearest(op), outward=True)
+    in_initializer = isinstance(op.parent_op, Param)
+    target = tables.resolve(symbol, tables.nearest(op), outward=True, only=Global if in_initializer else Op)
     if target is None:
         yield _missing(symbol, tables.visible_names(op))
     elif not isinstance(target, (Global, Param)):
