@@ -11,7 +11,21 @@ from typing import Final
 from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention
-from tyir.dialects.ty import Add, Cast, Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, tensor_type
+from tyir.dialects.ty import (
+    Add,
+    Cast,
+    Embedding,
+    Linear,
+    Mul,
+    QuantizedLinear,
+    Reshape,
+    RmsNorm,
+    Rope,
+    Silu,
+    SiluMul,
+    TopKCandidates,
+    tensor_type,
+)
 from tyir.ir import Op, Value
 from tyir.sharding import PARTIAL, REPLICATED, Placement, Split, from_attribute
 
@@ -105,6 +119,16 @@ def _attention(op: Op) -> Rule:
     return [q, *caches, REPLICATED], q
 
 
+def _candidates(op: Op) -> Rule:
+    """Each die the best of its columns: they lie side by side."""
+    x = placement_of(op.operands[0])
+    assert isinstance(op, TopKCandidates)
+    if not isinstance(x, Split) or x.axis != _last_axis(op.x):
+        return [REPLICATED], REPLICATED
+    counts = op.counts()
+    return [x], Split(_last_axis(op.out), tuple((sum(counts[:die]), count) for die, count in enumerate(counts)))
+
+
 def _already_joined(op: Op) -> Rule:
     return [placement_of(v) for v in op.operands], REPLICATED
 
@@ -135,5 +159,6 @@ _RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] 
     (Reshape, _reshape),
     (Append, _append),
     (CachedAttention, _attention),
+    (TopKCandidates, _candidates),
     ((AllReduce, AllGather), _already_joined),
 )

@@ -20,7 +20,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention
 from tyir.dialects.sdy import Mesh
-from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, tensor_type
+from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, TopK, tensor_type
 from tyir.ir import Op, Value
 from tyir.location import module_path
 from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
@@ -152,9 +152,12 @@ def _blocks(function: Func, dies: int) -> list[_Block]:
         if sources and linear not in taken and not taken & set(sources):
             blocks.append(_mlp_block(linear, dies))
     blocks += [_embedding_block(e, dies) for e in function.walk_type(Embedding)]
-    head = function.body.terminator.operands[0].op
+    result = function.body.terminator.operands[0].op
+    head = result.x.op if isinstance(result, TopK) else result
     if isinstance(head, LINEAR) and head not in taken:
         blocks.append(_head_block(head, dies))
+        if isinstance(result, TopK):
+            blocks[-1].joined_bytes = 8 * result.k * dies  # a value and an id each
     return blocks
 
 

@@ -22,7 +22,7 @@ from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.sdy import Mesh
-from tyir.dialects.ty import Embedding, Linear, QuantizedLinear, Repeat, Reshape, Slice, tensor_type
+from tyir.dialects.ty import Embedding, Linear, QuantizedLinear, Repeat, Reshape, Slice, TopKCandidates, tensor_type
 from tyir.ir import Block, Op, Region, Value
 from tyir.passes._placement import placement_of, rule_for
 from tyir.passes.annotate_sharding import vocabulary_ranges
@@ -165,6 +165,9 @@ class _Localizer:
             caches = placement_of(op.operands[1])
             first = self._range(caches)[0] if isinstance(caches, Split) else 0
             new.kv_heads = tuple(g - first for g in new.kv_heads[offset : offset + size])
+        elif isinstance(new, TopKCandidates):
+            new.offset = sum(new.sizes[: self.die])
+            new.sizes = (new.sizes[self.die],)
         infer_results(new)
 
     def _embedding(self, op: Embedding, operands: list[Value]) -> None:

@@ -4,7 +4,7 @@
     %a = ty.silu_mul(%g, %h)                                    -->      %a = ... {tyir.sharding = {axis = 2, ...}, sdy.sharding = ...}
     %y = ty.linear(%a, %down)                                            %y = ... {tyir.sharding = "partial", sdy.sharding = ... unreduced={"die"}}
 
-Nothing is inserted yet: where an op needs whole what is partial or cut, insert-collectives does it.  The second step of partition-dies.
+A top-k over a cut vocabulary becomes the dies' candidates and their merge.  No collective is inserted yet: where an op needs whole what is partial or cut, insert-collectives does it.  The second step of partition-dies.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from tyir.constexpr import ConstantExpressions
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.sdy import Mesh
+from tyir.dialects.ty import MergeTopK, TopK, TopKCandidates, tensor_type
 from tyir.ir import Op
-from tyir.passes._placement import rule_for
+from tyir.passes._placement import placement_of, rule_for
 from tyir.pipeline import Pass, PassContext
-from tyir.sharding import Placement, shardy_attribute, to_attribute
+from tyir.sharding import Placement, Split, shardy_attribute, to_attribute
 from tyir.types import TensorType
 
 __all__ = ["PropagateSharding", "set_placement"]
@@ -37,9 +38,25 @@ class PropagateSharding(Pass):
         assert isinstance(op, Module)
         for function in [f for f in op.body if isinstance(f, Func)]:
             constants = ConstantExpressions()
-            for inner in function.body:
+            for inner in list(function.body):
+                if isinstance(inner, TopK):
+                    inner = _in_parts(inner)
                 if inner.results and not constants.is_constant(inner.results[0]):
                     set_placement(inner, rule_for(inner)[1], axes)
+
+
+def _in_parts(top: TopK) -> Op:
+    """The op itself, or, when the axis it looks along is cut, the dies' candidates that take its place before a merge."""
+    placement = placement_of(top.x)
+    if not isinstance(placement, Split) or placement.axis != tensor_type(top.x).rank - 1:
+        return top
+    sizes = tuple(size for _, size in placement.ranges)
+    candidates = TopKCandidates(top.x, k=top.k, sizes=sizes, loc=top.loc)
+    candidates.insert_before(top)
+    merge = MergeTopK(candidates.out, k=top.k, loc=top.loc)
+    merge.insert_before(top)
+    top.replace_with(list(merge.results))
+    return candidates
 
 
 def set_placement(op: Op, placement: Placement, axes: Sequence[str]) -> None:

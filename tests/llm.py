@@ -18,7 +18,7 @@ from tyir.dialects.func import Func, Return
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op, Value
 from tyir.location import FileLoc, NameLoc
-from tyir.types import TensorType, f16, i64
+from tyir.types import TensorType, f16, i64, storage_dtype
 
 Array = npt.NDArray[Any]
 
@@ -137,15 +137,17 @@ class Step:
         self.weights = weights
         self.caches: list[list[Array]] | None = None
         self.position = 0
+        self.outputs: tuple[Array, ...] = ()
 
     def feed(self, ids: list[int], function: str = "main", padded: int | None = None) -> Array:
         """Logits [len(ids), V] for tokens after those fed before."""
         functions = [f for d in self.dies if isinstance(f := d.lookup(function), Func)]
         if self.caches is None:
-            self.caches = [[np.zeros(a.type.static_shape, np.float16) for a in f.args[2:]] for f in functions]
+            self.caches = [[np.zeros(a.type.static_shape, storage_dtype(a.type.element)) for a in f.args[2:]] for f in functions]
         tokens = np.array([ids + [0] * ((padded or len(ids)) - len(ids))], np.int32)
         pos = np.array([self.position], np.int32)
         runs = [Interpreter(d, self.weights).run(function, [tokens, pos, *c]) for d, c in zip(self.dies, self.caches)]
-        logits = run_lockstep(runs)[0][0][0, : len(ids)]
+        self.outputs = run_lockstep(runs)[0]
+        logits = self.outputs[0][0, : len(ids)]
         self.position += len(ids)
         return logits
