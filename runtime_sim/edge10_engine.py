@@ -14,7 +14,9 @@ from tyir.parser import parse_file
 from tyir.runtime_sim.chunks import Chunk
 from tyir.runtime_sim.functional import FunctionalDie, run_step
 from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.program_engine import CacheName
 from tyir.targets.machine import load_machine
+from tyir.types import storage_dtype
 from tyir.weights import CheckpointReader
 
 __all__ = ["Edge10Engine"]
@@ -36,12 +38,29 @@ class Edge10Engine:
         """Forget the caches (and the weights, which are read again)."""
         self._dies.clear()
 
-    def step(self, inputs: dict[str, Array], chunk: Chunk) -> Array:
-        """One step of all dies; logits [1, seqlen, V] f32 of the main die."""
+    def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
+        """One step of all dies; the main die's outputs by name."""
         given = {name: array for name, array in inputs.items() if name != "pos"}  # a register of the command processor, not a buffer
-        outputs = run_step(self._programs(chunk.seqlen), given, chunk.start)
-        (logits,) = (array for name, array in outputs.items() if name.endswith("logits"))
-        return np.asarray(logits)
+        return run_step(self._programs(chunk.seqlen), given, chunk.start)
+
+    def caches(self) -> dict[CacheName, Array]:
+        """The `kv` buffers of every die."""
+        found: dict[CacheName, Array] = {}
+        for dies in self._dies.values():
+            for number, die in enumerate(dies):
+                for buffer in die.program.buffers.values():
+                    if buffer.kind == "kv":
+                        stored = die.memory.dram.buffer(buffer.sym_name)
+                        found[number, buffer.sym_name] = (
+                            stored.view(storage_dtype(buffer.type.element)).reshape(buffer.type.static_shape).copy()
+                        )
+        return found
+
+    def load_caches(self, caches: dict[CacheName, Array]) -> None:
+        """Write the `kv` buffers of every die."""
+        dies = self._programs(min(self.manifest.options.seqlens))
+        for (number, name), array in caches.items():
+            dies[number].memory.dram.write_buffer(name, array)
 
     def _programs(self, seqlen: int) -> list[FunctionalDie]:
         if seqlen not in self._dies:

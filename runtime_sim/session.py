@@ -1,7 +1,8 @@
 """Running compiled artifacts: all dies in lockstep, prompts in chunks over the compiled lengths, the cache kept between calls.
 
     session = Session(Path("out/4die"))
-    logits = session.feed([12, 7, 99])          # [3, V] float32, one row per token
+    logits = session.feed([12, 7, 99])          # [3, V] float32, one row per token; for programs that return logits
+    best = session.next_tokens([4])             # the best tokens after each, best first; for every program
     for token in session.generate(prompt, 32): ...
 
 The engine decides what executes an op: `host` the compiled library, `interpreter` the ops' reference meaning (on the same files), `edge10` the command
@@ -10,6 +11,9 @@ program on modelled memories.
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,111 +23,32 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import TyirError, did_you_mean
-from tyir.dialects.builtin import Module
-from tyir.dialects.func import Call
-from tyir.dialects.ty import Global
-from tyir.interpreter import Evaluator, Interpreter, Probe, evaluate_op, run_lockstep
-from tyir.ir import Op
-from tyir.manifest import DieProgram, Manifest, TensorInfo
-from tyir.parser import parse_file
+from tyir.manifest import Manifest
 from tyir.runtime_sim.chunks import Chunk, plan_chunks
-from tyir.runtime_sim.sampling import Sampler, greedy
-from tyir.types import storage_dtype
-from tyir.weights import CheckpointReader
+from tyir.runtime_sim.program_engine import CacheName, ProgramEngine, StepProbe
+from tyir.runtime_sim.sampling import Candidates, Sampler, greedy
 
-__all__ = ["ENGINES", "Engine", "EngineName", "Session", "StepProbe"]
+__all__ = ["ENGINES", "Engine", "EngineName", "Session"]
 
 Array = npt.NDArray[Any]
 EngineName = Literal["host", "interpreter", "edge10"]
 ENGINES: Final[tuple[EngineName, ...]] = ("host", "interpreter", "edge10")
 
 
-class StepProbe(Protocol):
-    """Sees every op of every die: the chunk, the die, and what `tyir.interpreter.Probe` sees."""
-
-    def __call__(self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None: ...
-
-
 class Engine(Protocol):
     """Executes one step of all dies and keeps their caches."""
 
-    def step(self, inputs: dict[str, Array], chunk: Chunk) -> Array:
-        """The step's first output (logits [1, seqlen, V]) for `inputs` by name (`pos` and `ids` or `embeddings`, padded to `chunk.seqlen`)."""
+    def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
+        """The main die's outputs by name, caches excepted, each [1, seqlen, ..], for `inputs` by name (`pos` and `ids` or `embeddings`, padded to `chunk.seqlen`)."""
 
     def reset(self) -> None:
         """Forget the caches."""
 
+    def caches(self) -> dict[CacheName, Array]:
+        """All caches by die and name."""
 
-class ProgramEngine:
-    """Walks the dies' IR; ops are executed by compiled kernels or by their reference meaning."""
-
-    def __init__(self, folder: Path, manifest: Manifest, *, compiled: bool, probe: StepProbe | None = None) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.compiled = compiled
-        self.probe = probe
-        self._params: dict[tuple[int, str], Array] = {}
-        self._programs: dict[tuple[int, int], tuple[DieProgram, Module, dict[str, Array], Evaluator]] = {}
-        self._caches: dict[tuple[int, str], Array] = {}
-
-    def reset(self) -> None:
-        self._caches.clear()
-
-    def step(self, inputs: dict[str, Array], chunk: Chunk) -> Array:
-        runs = []
-        for die in range(self.manifest.options.dies):
-            program, module, constants, evaluator = self._program(die, chunk.seqlen)
-            args = [inputs[t.name] if t.name in inputs else self._cache(die, t) for t in program.inputs]
-            interpreter = Interpreter(module, constants=constants, evaluator=evaluator, probe=self._probe_of(die, chunk))
-            runs.append(interpreter.run(program.function, args))
-        outputs = run_lockstep(runs)
-        for die, results in enumerate(outputs):
-            program = self.manifest.program(die, chunk.seqlen)
-            for info, array in zip(program.outputs, results):
-                if info.alias is not None:
-                    self._caches[die, program.inputs[info.alias].name] = array
-        return outputs[0][0]
-
-    def _probe_of(self, die: int, chunk: Chunk) -> Probe | None:
-        probe = self.probe
-        if probe is None:
-            return None
-        return lambda stack, op, results: probe(chunk, die, stack, op, results)
-
-    def _cache(self, die: int, info: TensorInfo) -> Array:
-        from tyir.types import FloatType
-
-        key = (die, info.name)
-        if key not in self._caches:
-            self._caches[key] = np.zeros(info.shape, storage_dtype(FloatType(info.dtype)))
-        return self._caches[key]
-
-    def _program(self, die: int, seqlen: int) -> tuple[DieProgram, Module, dict[str, Array], Evaluator]:
-        key = (die, seqlen)
-        if key not in self._programs:
-            program = self.manifest.program(die, seqlen)
-            module = parse_file(self.folder / program.ir)
-            constants = {str(g.sym_name): self._param(die, g) for g in module.body if isinstance(g, Global)}
-            self._programs[key] = (program, module, constants, self._evaluator(program))
-        return self._programs[key]
-
-    def _evaluator(self, program: DieProgram) -> Evaluator:
-        if not self.compiled:
-            return evaluate_op
-        from tyir.runtime_sim.host_runtime import HostLibrary
-
-        return HostLibrary(self.folder / program.library).evaluate
-
-    @cached_property
-    def _reader(self) -> CheckpointReader:
-        return CheckpointReader(self.folder)
-
-    def _param(self, die: int, ref: Global) -> Array:
-        """A parameter, once per die: mapped and packed for compiled kernels, one element per entry for the reference."""
-        key = (die, str(ref.sym_name))
-        if key not in self._params:
-            self._params[key] = self._reader.read_packed(ref) if self.compiled else self._reader.read(ref)
-        return self._params[key]
+    def load_caches(self, caches: dict[CacheName, Array]) -> None:
+        """Take over caches that `caches` gave."""
 
 
 class Session:
@@ -146,29 +71,111 @@ class Session:
 
     @property
     def capacity(self) -> int:
+        """How many tokens the cache holds."""
         return self.manifest.options.max_kv
+
+    @property
+    def choices(self) -> int | None:
+        """How many tokens the program returns for each position; None when it returns logits."""
+        outputs = self.manifest.programs[0].outputs
+        return next((t.shape[-1] for t in outputs if t.name == "top_ids"), None)
 
     def reset(self) -> None:
         """Start over with an empty cache."""
         self.tokens.clear()
         self.engine.reset()
 
+    def rewind(self, count: int) -> None:
+        """Keep the first `count` tokens and forget the rest; what follows is computed anew."""
+        if not 0 <= count <= len(self.tokens):
+            raise TyirError(f"cannot rewind to {count} tokens: the cache holds {len(self.tokens)}")
+        del self.tokens[count:]
+
+    def prefill(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Make the cache hold exactly `ids`, computing only what it does not hold yet: the second turn of a chat costs its new tokens.
+
+        Logits [n, V] of the n tokens that were computed, at least those of the last one.
+        """
+        return self.feed(self._new_of(ids))
+
+    def _new_of(self, ids: Sequence[int]) -> Sequence[int]:
+        """Keep what the cache shares with `ids`, the last token excepted; the tokens that are still to be computed."""
+        shared = 0
+        for mine, theirs in zip(self.tokens, ids):
+            if mine != theirs:
+                break
+            shared += 1
+        self.rewind(min(shared, max(len(ids) - 1, 0)))
+        return ids[len(self.tokens) :]
+
+    def save(self, path: Path) -> None:
+        """Write the cache and its tokens to a file (numpy's .npz), for `restore`.  Only the positions in use are written."""
+        used = len(self.tokens)
+        arrays = {f"die{die}/{name}": array[:, :, :used] for (die, name), array in self.engine.caches().items()}
+        with path.open("wb") as file:
+            np.savez(file, tokens=np.array(self.tokens, np.int64), artifacts=np.array(self._fingerprint), **arrays)
+
+    def restore(self, path: Path) -> None:
+        """Continue where `save` stopped.  `TyirError` when the file is damaged or belongs to other artifacts."""
+        try:
+            with path.open("rb") as file, np.load(file) as saved:
+                data = {name: saved[name] for name in saved.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise TyirError(f"cannot read the saved cache {path}: {error}", help="run the prompt again") from None
+        if str(data.pop("artifacts", "")) != self._fingerprint:
+            raise TyirError(f"{path} was saved with other artifacts than {self.folder}", help="run the prompt again")
+        tokens = data.pop("tokens")
+        caches = {}
+        for name, array in data.items():
+            die, _, cache = name.partition("/")
+            whole = np.zeros((*array.shape[:2], self.capacity, *array.shape[3:]), array.dtype)
+            whole[:, :, : array.shape[2]] = array
+            caches[int(die.removeprefix("die")), cache] = whole
+        self.engine.load_caches(caches)
+        self.tokens = [int(t) for t in tokens]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """What a saved cache must agree with: the weights' hashes and the options."""
+        weights = sorted((n, r["sha256"]) for n, r in self.manifest.files.items() if n.endswith(".params"))
+        return hashlib.sha256(repr((weights, self.manifest.options)).encode()).hexdigest()
+
     def feed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append tokens to the cache; logits [len(ids), V] f32, row i predicting what follows ids[i]."""
+        """Append tokens to the cache; logits [len(ids), V] f32, row i predicting what follows ids[i].
+
+        Raises `TyirError` when the program returns tokens and no logits.
+        """
+        if self.choices is not None:
+            raise TyirError(
+                f"these artifacts return the {'best token' if self.choices == 1 else f'{self.choices} best tokens'} of each position and no logits",
+                help="use Session.next_tokens or Session.generate, or compile with --output logits",
+            )
+        return np.asarray(self._advance(ids)["logits"], np.float32)
+
+    def next_tokens(self, ids: Sequence[int]) -> Candidates:
+        """Append tokens to the cache; row i holds the best tokens to follow ids[i]: as many as the program returns, one if it returns logits."""
+        outputs = self._advance(ids)
+        if "logits" in outputs:
+            best = outputs["logits"].argmax(axis=-1)[:, None]
+            return Candidates(np.take_along_axis(outputs["logits"], best, axis=-1).astype(np.float32), best.astype(np.int32))
+        return Candidates(outputs["top_values"], outputs["top_ids"])
+
+    def _advance(self, ids: Sequence[int]) -> dict[str, Array]:
+        """Run tokens through the program; its outputs by name, [len(ids), ..] each."""
         if not ids:
             raise TyirError("nothing to run: the list of tokens is empty", help="give a prompt of at least one token")
         vocabulary = self.manifest.model.get("vocab_size")
         if vocabulary is not None and not all(0 <= i < vocabulary for i in ids):
             bad = next(i for i in ids if not 0 <= i < vocabulary)
             raise TyirError(f"token {bad} is not in the vocabulary of {vocabulary}")
-        rows = []
+        rows: dict[str, list[Array]] = {}
         first = len(self.tokens)
         for chunk in plan_chunks(len(ids), first, self.manifest.options.seqlens, self.capacity):
             part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
-            logits = self.engine.step(self._inputs(part, chunk), chunk)
-            rows.append(np.asarray(logits[0, : chunk.count], np.float32))
+            for name, array in self.engine.step(self._inputs(part, chunk), chunk).items():
+                rows.setdefault(name, []).append(np.asarray(array[0, : chunk.count]))
             self.tokens += part
-        return np.concatenate(rows)
+        return {name: np.concatenate(parts) for name, parts in rows.items()}
 
     def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
         padded = np.array([ids + [0] * (chunk.seqlen - len(ids))], np.int32)
@@ -186,11 +193,17 @@ class Session:
     def generate(
         self, prompt: Sequence[int], limit: int, *, sampler: Sampler = greedy, stop: Callable[[int], bool] = lambda token: False
     ) -> Iterator[int]:
-        """Yield up to `limit` new tokens after `prompt`; ends early at a token for which `stop` holds, or when the cache is full."""
-        logits = self.feed(prompt)[-1]
+        """Yield up to `limit` new tokens after `prompt` (what the cache already holds of it is not computed again); ends early at a token for which `stop` holds, or when the cache is full."""
+        token = self._sample(self._new_of(prompt), sampler)
         for produced in range(1, limit + 1):
-            token = sampler(logits)
             yield token
             if stop(token) or produced == limit or len(self.tokens) == self.capacity:
                 return
-            logits = self.feed([token])[-1]
+            token = self._sample([token], sampler)
+
+    def _sample(self, ids: Sequence[int], sampler: Sampler) -> int:
+        """The token to follow `ids`, chosen among all tokens or among those that the program returns."""
+        outputs = self._advance(ids)
+        if "logits" in outputs:
+            return sampler(outputs["logits"][-1])
+        return int(outputs["top_ids"][-1][sampler(outputs["top_values"][-1])])

@@ -77,6 +77,7 @@ class Interpreter:
         self.constants = dict(constants or {})
         self.evaluator = evaluator
         self.probe = probe
+        self._uses: dict[Block, dict[Op, list[Value]]] = {}
         self._functions: dict[str, func.Func] = {op.sym_name: op for op in module.body if isinstance(op, func.Func)}
 
     def run(self, name: str, args: Sequence[Array]) -> Collectives:
@@ -90,7 +91,9 @@ class Interpreter:
         if len(args) != len(block.args):
             raise TyirError(f"@{name} takes {len(block.args)} arguments, {len(args)} given")
         env: dict[Value, Array] = dict(zip(block.args, args))
-        last_use = _last_uses(block)
+        last_use = self._uses.get(block)
+        if last_use is None:
+            last_use = self._uses[block] = _last_uses(block)
         for op in block:
             operands = [env[v] for v in op.operands]
             if op.has_trait(Terminator):

@@ -21,7 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
+import numpy as np
+
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.types import FloatType, IntegerType, storage_dtype
 
 __all__ = ["MANIFEST", "BuildOptions", "DieProgram", "Manifest", "TensorInfo", "file_record", "sha256_file"]
 
@@ -57,6 +60,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     alias: int | None = None
+
+    @property
+    def storage_dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of a buffer for it."""
+        return storage_dtype(FloatType(self.dtype) if "f" in self.dtype else IntegerType(int(self.dtype.lstrip("sui"))))
 
 
 @dataclass(frozen=True)

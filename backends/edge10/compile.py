@@ -199,6 +199,7 @@ def _write_programs(
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
     machine = load_machine("edge10")
     programs = []
+    built: dict[tuple[str, ...], Path] = {}
     for seqlen in options.seqlens:
         place = _program_folder(options, seqlen)
         for index, die in enumerate(dies):
@@ -207,7 +208,12 @@ def _write_programs(
                 (folder / place / f"llm_die{index}.edge10").write_text(print_op(lowered))
             with context.watch.stage(f"host code s{seqlen} die{index}"):
                 kernels = assign_kernels(_functions(die, seqlen))
-                build_library(kernels, target, folder / place / f"llm_die{index}.so")
+                library = folder / place / f"llm_die{index}.so"
+                same = built.setdefault(tuple(sorted(kernels)), library)
+                if same is library:
+                    build_library(kernels, target, library)
+                else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
+                    shutil.copyfile(same, library)
             program = _die_program(die, index, seqlen, place, options)
             (folder / program.ir).write_text(print_op(_artifact_ir(die, index, seqlen, places)))
             programs.append(program)
