@@ -54,7 +54,7 @@ class ProgramEngine:
         self._caches.clear()
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """One step of all dies; the main die's first output, [1, seqlen, ...]."""
+        """One step of all dies; the main die's outputs by name, each [1, seqlen, ...]."""
         loaded = [self._load(die, chunk.seqlen) for die in range(self.manifest.options.dies)]
         runs = []
         for die, (program, interpreter) in enumerate((item.program, item.interpreter) for item in loaded):

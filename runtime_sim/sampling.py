@@ -1,8 +1,9 @@
-"""Choosing the next token from logits."""
+"""Choosing the next token from logits, or from the best tokens that a program returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,34 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["Sampler", "greedy", "make_sampler"]
+__all__ = ["Candidates", "Sampler", "check_sampling", "greedy", "make_sampler"]
 
 Logits = npt.NDArray[np.float32]
 Sampler = Callable[[Logits], int]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best tokens to follow each of n positions, best first: `ids` [n, K] i32 with their logits `values` [n, K] f32."""
+
+    values: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int32]
+
+
+def check_sampling(choices: int | None, temperature: float, top_k: int) -> None:
+    """`TyirError` when sampling so needs more tokens of each position than the program returns (`choices`; None: all logits)."""
+    if choices is None or temperature == 0:
+        return
+    if choices == 1:
+        raise TyirError(
+            "these artifacts return the most likely token only, there is nothing to sample from",
+            help="use --temperature 0, or compile with --output topk=K or --output logits",
+        )
+    if top_k > choices:
+        raise TyirError(
+            f"--top-k {top_k}: these artifacts return {choices} tokens of each position",
+            help=f"use --top-k {choices}, or compile with --output topk={top_k}",
+        )
 
 
 def greedy(logits: Logits) -> int:

@@ -19,11 +19,12 @@ __all__ = ["load_tokenizer", "main", "stop_tokens"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
-    from tyir.runtime_sim.sampling import make_sampler
+    from tyir.runtime_sim.sampling import check_sampling, make_sampler
     from tyir.runtime_sim.session import Session
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     session = Session(args.artifacts, args.engine, check=not args.no_check)
+    check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(args.artifacts)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     ids = tokenizer(prompt)["input_ids"]
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="the text to continue (default: read from stdin)")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (0: all)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (0: all that the program returns)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the fewest tokens of this total probability")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument(

@@ -1,0 +1,85 @@
+"""Artifacts that return tokens instead of logits: the same tokens, on every engine, and clear errors for what needs logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tyir.diagnostics import TyirError
+from tyir.manifest import BuildOptions
+from tyir.runtime_sim.sampling import check_sampling, make_sampler
+from tyir.runtime_sim.session import ENGINES, EngineName, Session
+from tyir.tools.api import compile_path
+
+Artifacts = Callable[[int, str], Path]
+IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11]
+K = 8
+
+
+@pytest.fixture(scope="module")
+def top(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model over 3 dies, returning the 8 best tokens."""
+    options = BuildOptions(dies=3, seqlens=(1, 8), max_kv=128, output=f"topk={K}")
+    return compile_path(imported, tmp_path_factory.mktemp("top"), options)
+
+
+@pytest.fixture(scope="module")
+def best(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_path(imported, tmp_path_factory.mktemp("best"), BuildOptions(dies=2, seqlens=(1, 8), max_kv=128, output="argmax"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_best_tokens_are_those_of_the_logits(artifacts: Artifacts, top: Path, engine: EngineName) -> None:
+    """11 tokens as 8 + 3 padded, then one more."""
+    whole, session = Session(artifacts(3, "fp16"), engine), Session(top, engine)
+    for ids in (IDS, [7]):
+        logits = whole.feed(ids)
+        found = session.next_tokens(ids)
+        order = np.argsort(-logits, axis=-1, kind="stable")[:, :K]
+        np.testing.assert_array_equal(found.ids, order)
+        np.testing.assert_array_equal(found.values, np.take_along_axis(logits, order, axis=-1))
+
+
+def test_greedy_generation_is_that_of_the_logits(artifacts: Artifacts, best: Path, top: Path) -> None:
+    wanted = list(Session(artifacts(2, "fp16")).generate(IDS, 20))
+    assert list(Session(best).generate(IDS, 20)) == wanted
+    assert list(Session(best, "edge10").generate(IDS, 4)) == wanted[:4]
+    assert list(Session(top).generate(IDS, 20)) == list(Session(artifacts(3, "fp16")).generate(IDS, 20))
+
+
+def test_sampling_among_the_best_is_top_k_sampling(artifacts: Artifacts, top: Path) -> None:
+    whole = list(Session(artifacts(3, "fp16")).generate(IDS, 20, sampler=make_sampler(0.8, top_k=K, seed=3)))
+    assert list(Session(top).generate(IDS, 20, sampler=make_sampler(0.8, seed=3))) == whole
+    assert list(Session(top).generate(IDS, 20, sampler=make_sampler(0.8, top_k=K, seed=3))) == whole
+
+
+def test_a_program_with_logits_names_its_best_token(artifacts: Artifacts) -> None:
+    session = Session(artifacts(2, "fp16"))
+    found = session.next_tokens(IDS)
+    assert session.choices is None and found.ids.shape == (len(IDS), 1)
+    session.reset()
+    np.testing.assert_array_equal(found.ids[:, 0], session.feed(IDS).argmax(axis=-1))
+
+
+def test_what_needs_logits_says_so(best: Path, top: Path) -> None:
+    with pytest.raises(TyirError, match=r"return the best token of each position and no logits(.|\n)*--output logits"):
+        Session(best).feed(IDS)
+    with pytest.raises(TyirError, match="return the 8 best tokens"):
+        Session(top).feed(IDS)
+    with pytest.raises(TyirError, match=r"most likely token only(.|\n)*--temperature 0"):
+        check_sampling(1, 0.7, 0)
+    with pytest.raises(TyirError, match=r"--top-k 9(.|\n)*use --top-k 8"):
+        check_sampling(8, 0.7, 9)
+    check_sampling(None, 0.7, 50)
+
+
+def test_the_outputs_are_in_the_buffer_config(top: Path) -> None:
+    config = json.loads((top / "buffer_config.json").read_text())
+    assert config["dies"]["0"]["outputs"]["8"] == {
+        "top_ids": {"dtype": "i32", "shape": [1, 8, K]},
+        "top_values": {"dtype": "f32", "shape": [1, 8, K]},
+    }
