@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.cli import add_debug_option, run_tool, warn
+from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
 
 __all__ = ["main"]
 
@@ -31,12 +31,43 @@ def main(argv: Sequence[str]) -> int:
         embedding_as_input=args.embedding_as_input,
         output=args.output,
     )
+    if args.plan:
+        return print_plan(args.model, options)
+    if args.out is None:
+        raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
     target = compile_path(args.model, args.out, options, watch=watch, progress=not args.quiet, mcpu=args.mcpu, warn=warn)
     if args.timing:
         print(watch.report(), file=sys.stderr)
     print(target)
     return 0
+
+
+def print_plan(model: Path, options: BuildOptions) -> int:
+    """Print the plan of a compile; 1 when something does not fit."""
+    from tyir.tools.api import check_options
+    from tyir.tools.plan import make_plan
+
+    check_options(options)
+    plan = make_plan(model, options)
+    print(plan.text())
+    if plan.problems:
+        raise TyirError(plan.problems)
+    return 0
+
+
+def add_build_options(parser: argparse._ActionsContainer) -> None:
+    """The options that change the artifacts and their sizes."""
+    parser.add_argument("--dies", type=int, default=4, help="number of dies, 1 to 16 (default 4)")
+    parser.add_argument("--seqlens", type=numbers, default=(1, 8), metavar="N,N,..", help="tokens per step to compile for (default 1,8)")
+    parser.add_argument("--max-kv", type=int, default=1024, metavar="N", help="tokens the key/value cache holds (default 1024)")
+    parser.add_argument(
+        "--weights",
+        choices=("fp16", "int4"),
+        default="fp16",
+        help="decoder weights: fp16, or int4 by round-to-nearest groups; weights that the checkpoint holds quantised stay as they are",
+    )
+    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per int4 scale (default 128)")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -51,21 +82,16 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="tyir-compile",
         description="Compile a Hugging Face checkpoint, or a module written by tyir-import or tyir-opt, into OUT/{n}die.",
         epilog="On success the only line on stdout is the folder of the artifacts; nothing has to be renamed, copied or deleted by hand.",
     )
     parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="artifacts go to OUT/{n}die")
-    parser.add_argument("--dies", type=int, default=4, help="number of dies, 1 to 16 (default 4)")
+    parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="artifacts go to OUT/{n}die")
+    add_build_options(parser)
     parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
-    parser.add_argument("--seqlens", type=numbers, default=(1, 8), metavar="N,N,..", help="tokens per step to compile for (default 1,8)")
-    parser.add_argument("--max-kv", type=int, default=1024, metavar="N", help="tokens the key/value cache holds (default 1024)")
-    parser.add_argument(
-        "--weights", choices=("fp16", "int4"), default="fp16", help="decoder weights: fp16, or int4 by round-to-nearest groups"
-    )
-    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per int4 scale (default 128)")
+    parser.add_argument("--plan", action="store_true", help="only say, from config.json, what the compile would need and make")
     parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
     parser.add_argument(
         "--output", default="logits", metavar="KIND", help="what a step returns: logits (default), argmax, or topk=K: the K best tokens"

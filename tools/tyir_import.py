@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tyir.tools.cli import add_debug_option, run_tool, warn
+from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
+from tyir.tools.tyir_compile import add_build_options
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
@@ -24,13 +25,17 @@ __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="tyir-import", description="Import a Hugging Face model folder as tyir IR; weights stay in the folder."
     )
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to write the IR; - is standard output (the default)")
     parser.add_argument("--dtype", choices=("f16", "f32"), default="f16", help="element type the model computes in (default: f16)")
     parser.add_argument("--raise", dest="raise_", action="store_true", help="also run raise-aten, so that the file is at stage ty")
+    parser.add_argument(
+        "--plan", action="store_true", help="only say, from config.json, what compiling with the options below would need and make"
+    )
+    add_build_options(parser.add_argument_group("options of --plan"))
     add_debug_option(parser)
     return parser
 
@@ -39,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
     options = _parser().parse_args(argv)
+    if options.plan:
+        from tyir.manifest import BuildOptions
+        from tyir.tools.tyir_compile import print_plan
+
+        build = {key: getattr(options, key) for key in ("dies", "seqlens", "max_kv", "weights", "group_size")}
+        return print_plan(options.folder, BuildOptions(**build))
     if options.output != "-":
         _check_output(Path(options.output))
     from tyir.frontends.huggingface import import_model

@@ -1,0 +1,105 @@
+"""`--plan`: bytes equal to what a compile writes, nothing heavy imported, what does not fit named with what does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frontends.quantized import KINDS, write_quantized
+from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
+from tyir.manifest import BuildOptions
+from tyir.parser import parse_file
+from tyir.tools.api import compile_path
+from tyir.tools.plan import make_plan, read_shape
+from tyir.weights import read_safetensors
+
+TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
+LLAMA_8B = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}  # fmt: skip
+
+
+def compiled_bytes(folder: Path, die: int, seqlen: int) -> tuple[int, int, int]:
+    """Weights, cache and logits of one die, as written."""
+    weights = sum(a.nbytes for a in read_safetensors(folder / "batch_1" / f"common_die{die}.params").values())
+    program = parse_file(folder / "batch_1" / f"seqlen_{seqlen}" / f"llm_die{die}.edge10")
+    sizes = {"kv": 0, "output": 0, "input": 0}
+    for buffer in program.walk_type(edge10.Buffer):
+        if buffer.kind in sizes:
+            sizes[buffer.kind] += buffer.nbytes
+    return weights, sizes["kv"], sizes["output"]
+
+
+@pytest.mark.parametrize(
+    ("dies", "weights"), [(3, "int4"), pytest.param(1, "fp16", marks=pytest.mark.slow), pytest.param(4, "fp16", marks=pytest.mark.slow)]
+)
+def test_numbers_are_those_of_a_compile(tmp_path: Path, dies: int, weights: str) -> None:
+    options = BuildOptions(dies=dies, seqlens=(1, 8), max_kv=64, weights=weights)
+    folder = compile_path(TINY, tmp_path, options)
+    plan = make_plan(TINY, options)
+    for die, need in enumerate(plan.dies):
+        found, cache, output = compiled_bytes(folder, die, 8)
+        assert (need.weights, need.kv_cache) == (found, cache)
+        assert output <= need.activations
+    disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert 0.5 < plan.host_disk / disk < 2
+
+
+@pytest.mark.slow
+def test_numbers_of_a_quantised_checkpoint(tmp_path: Path) -> None:
+    write_quantized(TINY, tmp_path / "awq", KINDS["awq"])
+    options = BuildOptions(dies=3, seqlens=(1,), max_kv=64)
+    folder = compile_path(tmp_path / "awq", tmp_path / "out", options)
+    plan = make_plan(tmp_path / "awq", options)
+    assert [n.weights for n in plan.dies] == [compiled_bytes(folder, d, 1)[0] for d in range(3)]
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**LLAMA_8B, **changes}))
+    return folder
+
+
+def test_what_does_not_fit_names_what_does(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "m")
+    assert read_shape(folder).parameters == 8_030_261_248  # https://huggingface.co/meta-llama/Meta-Llama-3-8B
+    options = BuildOptions(dies=2, max_kv=131072, weights="int4")
+    (problem,) = make_plan(folder, options).problems
+    assert "max-kv 131072 needs 8.0 GiB per die and" in problem.message and " fits, or " in problem.message
+    fitting = int(problem.message.split("max-kv ")[2].split(" fits")[0].replace(",", ""))
+    assert not make_plan(folder, BuildOptions(dies=2, max_kv=fitting, weights="int4")).problems
+    assert make_plan(folder, BuildOptions(dies=2, max_kv=fitting + 512, weights="int4")).problems
+    dies = int(problem.message.split(", or ")[1].split(" ")[0])
+    assert not make_plan(folder, BuildOptions(dies=dies, max_kv=131072, weights="int4")).problems
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    (problem,) = make_plan(write_config(tmp_path / "m"), BuildOptions(dies=1)).problems
+    assert "the weights need 15.0 GiB per die, edge10 has 8.0 GiB: 2 dies fit, or --weights int4 fits" in problem.message
+
+
+def test_bad_configs(tmp_path: Path) -> None:
+    for change, wanted in (({"hidden_size": -1}, "hidden_size is -1"), ({"vocab_size": "x"}, "vocab_size is 'x'"), ({"model_type": "gemma"}, "'gemma'"),
+                           ({"num_key_value_heads": 5}, "no multiple of 5"), ({"quantization_config": {"quant_method": "fp8"}}, "fp8")):  # fmt: skip
+        with pytest.raises(TyirError, match=wanted):
+            make_plan(write_config(tmp_path / "m", **change), BuildOptions())
+
+
+@pytest.mark.parametrize("tool", ["tyir_import", "tyir_compile"])
+def test_tools_print_it_in_a_second_without_torch(tmp_path: Path, tool: str) -> None:
+    folder = write_config(tmp_path / "m")
+    code = f"import sys; from tyir.tools.{tool} import main; c = main({[str(folder), '--plan', '--dies', '4', '--weights', 'int4']!r}); assert 'torch' not in sys.modules; sys.exit(c)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "8.030 G parameters" in done.stdout and "tokens/s" in done.stdout
+    assert time.monotonic() - start < 5
+    code = code.replace("'--dies', '4', '--weights', 'int4'", "'--dies', '1'")
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "the weights need" in done.stderr and sorted(p.name for p in tmp_path.iterdir()) == ["m"]

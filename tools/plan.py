@@ -1,0 +1,314 @@
+"""What a compile would make and need, from config.json alone: no tensor is read, torch is not imported.
+
+Weights and caches are those of the real passes, run on a model of one layer with the config's sizes (a test holds them against compiled artifacts).  Speed and host figures are
+estimates; how they are made is said beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
+from tyir.frontends.quant_config import read_quant_config
+from tyir.manifest import BuildOptions
+from tyir.pipeline import run_pipeline
+from tyir.targets.machine import Machine, load_machine
+from tyir.tools.plan_model import ModelShape, one_layer
+
+__all__ = ["DieNeed", "Plan", "make_plan", "read_shape"]
+
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+GIB: Final = 2**30
+MAX_DIES: Final = 16
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The sizes in `folder`'s config.json (or in a config.json itself).  `TyirError` lists every value that is missing or cannot be."""
+    path = folder / "config.json" if folder.is_dir() else folder
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise TyirError(f"cannot read {path}: {error.strerror}", help="give a checkpoint folder, or its config.json") from None
+    except ValueError as error:
+        raise TyirError(f"{path} is not valid JSON: {error}", help="restore config.json") from None
+    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        raise TyirError(
+            f"no plan can be made for model_type {kind!r}", where=str(path), help=f"planned from config.json alone: {', '.join(FAMILIES)}"
+        )
+    problems: list[Diagnostic] = []
+    quant = read_quant_config(path.parent, raw, problems)
+    sizes = _sizes(raw, path, problems)
+    if problems:
+        raise TyirError(problems)
+    family, h, heads = raw["model_type"], sizes["hidden_size"], sizes["num_attention_heads"]
+    attention_bias = bool(raw.get("attention_bias", False))
+    return ModelShape(
+        name=str((raw.get("architectures") or [family])[0]),
+        layers=sizes["num_hidden_layers"],
+        hidden=h,
+        width=sizes["intermediate_size"],
+        heads=heads,
+        kv_heads=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        vocabulary=sizes["vocab_size"],
+        positions=sizes["max_position_embeddings"],
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=family in ("llama", "qwen3") and attention_bias,
+        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        group=None if quant is None else quant.group_size or 0,
+    )
+
+
+def _sizes(raw: Mapping[str, Any], path: Path, problems: list[Diagnostic]) -> dict[str, int]:
+    """The whole numbers of a config, with transformers' defaults."""
+    found: dict[str, int] = {}
+    heads = raw.get("num_attention_heads")
+    hidden = raw.get("hidden_size")
+    derived = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
+    defaults = {"num_key_value_heads": heads, "head_dim": derived, "max_position_embeddings": 32768}
+    for key in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+    ):
+        value = raw.get(key)
+        value = defaults.get(key) if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(
+                Diagnostic(f"{key} is {value!r}; a positive whole number is needed", where=str(path), help="restore config.json")
+            )
+            value = 1
+        found[key] = value
+    if found["num_attention_heads"] % found["num_key_value_heads"]:
+        message = f"{found['num_attention_heads']} query heads are no multiple of {found['num_key_value_heads']} key/value heads"
+        problems.append(Diagnostic(message, where=str(path), help="restore config.json"))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- bytes
+
+
+@dataclass(frozen=True)
+class DieNeed:
+    """Bytes of DRAM on one die; `streamed` is the part of the weights that every token reads."""
+
+    weights: int
+    streamed: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+
+class _Cuts:
+    """Needs of one model with one kind of weights, for any number of dies: the real passes, run once per number on a model of one layer."""
+
+    def __init__(self, shape: ModelShape, options: BuildOptions) -> None:
+        self.shape, self.options = shape, options
+        self._per_token: dict[int, list[tuple[int, int, int, int]]] = {}
+
+    def needs(self, dies: int, max_kv: int) -> list[DieNeed]:
+        if dies not in self._per_token:
+            self._per_token[dies] = self._run(dies)
+        s, o = self.shape, self.options
+        activations = max(o.seqlens) * o.batch * (s.vocabulary * 4 + 4)
+        return [DieNeed(w + rope * max_kv, streamed, kv * max_kv * o.batch, activations) for w, streamed, kv, rope in self._per_token[dies]]
+
+    def _run(self, dies: int) -> list[tuple[int, int, int, int]]:
+        """Per die: bytes of weights without the rotary tables, of them what a token reads, and bytes per cached token of cache and tables."""
+        o, module = self.options, one_layer(self.shape)
+        entry = " embedding-as-input=true" if o.embedding_as_input else ""
+        quantize = f"quantize-weights{{group-size={o.group_size}}}," if o.weights == "int4" and self.shape.group is None else ""
+        run_pipeline(
+            module,
+            f"{quantize}kv-materialize{{max-kv={_PROBE}{entry}}},partition-dies{{dies={dies}}},specialize-seqlen{{seqlens=1}},outline-params",
+        )
+        return [self._die(die) for die in module.body if isinstance(die, Module)]
+
+    def _die(self, die: Module) -> tuple[int, int, int, int]:
+        layers, once, table, rope = 0, 0, 0, 0
+        (function,) = [f for f in die.body if isinstance(f, Func)]
+        rows = {g.symbol.leaf for e in function.walk_type(Embedding) for g in [e.table.op] if isinstance(g, GetGlobal)}
+        heads = {v.symbol.leaf for op in function.walk_type(Linear) for v in [op.weight.op] if isinstance(v, GetGlobal)}
+        for param in die.walk_type(Param):
+            name, nbytes = str(param.sym_name), param.type.nbytes
+            if ".layers." in name:
+                layers += nbytes
+            elif name.startswith("rope."):
+                rope += nbytes
+            else:
+                once += nbytes
+                table += nbytes if name in rows - heads else 0  # only one row of it is read
+        cache = sum(tensor_type(a).nbytes for a in function.args if len(tensor_type(a).dims) == 4)
+        count = self.shape.layers
+        return count * layers + once, count * layers + once - table, count * cache // _PROBE, rope // _PROBE
+
+
+_PROBE: Final = 64  # tokens of the cache in the trial; caches and tables are proportional to it
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All figures; times in seconds, sizes in bytes.  `problems` says what does not fit and the nearest setting that does."""
+
+    shape: ModelShape
+    options: BuildOptions
+    machine: Machine
+    group: int | None
+    dies: tuple[DieNeed, ...]
+    tokens_per_second: tuple[float, float, float]
+    host_ram: int
+    host_disk: int
+    host_seconds: tuple[float, float]
+    problems: tuple[Diagnostic, ...]
+
+    def text(self) -> str:
+        """The plan as lines for a terminal."""
+        return "\n".join(_lines(self))
+
+
+def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = None) -> Plan:
+    """The plan for compiling `folder` with `options`.  `TyirError` when the config or the options cannot be at all."""
+    shape, machine = read_shape(folder), machine or load_machine()
+    group = shape.group if shape.group is not None else options.group_size if options.weights == "int4" else None
+    _check_group(shape, group, stored=shape.group is not None)
+    cuts = _Cuts(shape, options)
+    needs = cuts.needs(options.dies, options.max_kv)
+    weights, code = sum(n.weights for n in needs), options.dies * len(options.seqlens)
+    largest = max(shape.vocabulary, shape.width) * shape.hidden
+    ram = _BASE_RAM + largest * (4 if group is None else 14)
+    fast, slow = (_IMPORT_SECONDS + 0.1 * shape.layers + code * c + weights / r for c, r in ((0.5, 4e8), (3.0, 5e7)))
+    problems = tuple(_memory_problems(cuts, group, machine))
+    return Plan(
+        shape,
+        options,
+        machine,
+        group,
+        tuple(needs),
+        _speed(needs, machine, shape),
+        ram,
+        weights + code * _CODE_BYTES,
+        (fast, slow),
+        problems,
+    )
+
+
+# Measured on 2 cores with the embedded model: libraries 0.65 GiB, import 5 to 7 s, host code 0.5 to 1.5 s and about 0.5 MiB per die and length.
+_BASE_RAM: Final = 700 * 2**20
+_CODE_BYTES: Final = 2**19
+_IMPORT_SECONDS: Final = 5.0
+
+
+def _speed(needs: list[DieNeed], machine: Machine, shape: ModelShape) -> tuple[float, float, float]:
+    """(slow, point, fast) tokens/s of decoding with a full cache: the slowest die's bytes over DRAM bandwidth x efficiency, two all-reduces a layer, the host."""
+    nbytes = max(n.streamed + n.kv_cache for n in needs)
+
+    def at(bound: str) -> float:
+        def value(name: str, faster: str) -> float:
+            constant = machine.constants[name]
+            wanted = {"point": None, "fast": faster, "slow": "low" if faster == "high" else "high"}[bound]
+            found = None if wanted is None else getattr(constant, wanted)
+            return constant.value if found is None else float(found)
+
+        stream = nbytes / (value("dram.bandwidth_gbps", "high") * value("dram.efficiency", "high") * 1e9)
+        collectives = (
+            (2 * shape.layers + 2) * (value("d2d.collective_us", "low") + value("d2d.hop_us", "low")) * 1e-6 if len(needs) > 1 else 0.0
+        )
+        return 1 / (stream + collectives + (value("host.step_us", "low") + value("sync.launch_us", "low")) * 1e-6)
+
+    return at("slow"), at("point"), at("fast")
+
+
+def _check_group(shape: ModelShape, group: int | None, *, stored: bool) -> None:
+    channels = {k for _, _, k, _ in shape.linears}
+    common = math.gcd(*channels)
+    if group is not None and (group < 0 or (group == 0 and not stored) or (group and common % group)):
+        nearest = max(d for d in range(1, max(min(group, common), 1) + 1) if common % d == 0)
+        what = "the checkpoint's groups" if stored else "group size"
+        raise TyirError(
+            f"{what} of {group} do not divide the input channels {sorted(channels)}", help=f"--group-size {nearest} divides them all"
+        )
+
+
+def _memory_problems(cuts: _Cuts, group: int | None, machine: Machine) -> Iterator[Diagnostic]:
+    """At most one: what does not fit, and the nearest settings that do."""
+    options, capacity = cuts.options, machine.dram.capacity_bytes
+
+    def fits(dies: int, max_kv: int, of: _Cuts = cuts) -> bool:
+        return all(n.total <= capacity for n in of.needs(dies, max_kv))
+
+    if fits(options.dies, options.max_kv):
+        return
+    worst = max(cuts.needs(options.dies, options.max_kv), key=lambda n: n.total)
+    left = capacity - worst.weights - worst.activations
+    ways = []
+    low, high = 0, options.max_kv
+    while high - low > 1:  # the largest cache that fits; the need grows with it
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(options.dies, middle) else (low, middle)
+    if rounded := low // 256 * 256 or low:
+        ways.append(f"max-kv {rounded:,} fits")
+    if (dies := next((d for d in range(options.dies + 1, MAX_DIES + 1) if fits(d, options.max_kv)), None)) is not None:
+        ways.append(f"{dies} dies fit")
+    if group is None:
+        common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
+        smaller = replace(options, weights="int4", group_size=math.gcd(common, options.group_size))
+        if fits(options.dies, options.max_kv, _Cuts(cuts.shape, smaller)):
+            ways.append("--weights int4 fits")
+    if left > 0:
+        message = f"max-kv {options.max_kv} needs {_gib(worst.kv_cache)} per die and {_gib(left)} are left"
+    else:
+        message = f"the weights need {_gib(worst.weights)} per die, {machine.name} has {_gib(capacity)}"
+    yield Diagnostic(
+        f"{message}: {', or '.join(ways) or f'nothing up to {MAX_DIES} dies fits'}", help="change the options, or use a smaller model"
+    )
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    s, o, m = plan.shape, plan.options, plan.machine
+    kind = (
+        "fp16"
+        if plan.group is None
+        else f"int4 in groups of {plan.group or 'a row'}" + (" (the checkpoint's)" if s.group is not None else "")
+    )
+    yield f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3f} G parameters; decoder weights {kind}"
+    yield f"{o.dies} die{'s' * (o.dies > 1)} of {m.name}, lengths {','.join(map(str, o.seqlens))}, a cache of {o.max_kv} tokens"
+    yield f"{'die':>4}{'weights':>12}{'KV cache':>12}{'activations':>13}{'total':>12}{'of DRAM':>9}"
+    for i, n in enumerate(plan.dies):
+        share = f"{100 * n.total / m.dram.capacity_bytes:.0f} %"
+        yield f"{i:>4}{_gib(n.weights):>12}{_gib(n.kv_cache):>12}{_gib(n.activations):>13}{_gib(n.total):>12}{share:>9}"
+    sram = m.sram.capacity_bytes
+    state = max(o.seqlens) * s.hidden * 2
+    yield f"on-chip: the hidden state of the longest step takes {_gib(state)} of {_gib(sram)}; weights are tiled into the rest"
+    slow, point, fast = plan.tokens_per_second
+    yield f"decoding: {slow:.1f} to {fast:.1f} tokens/s (point {point:.1f}) with a full cache"
+    yield f"  = 1 / (bytes of the slowest die / (DRAM bandwidth x efficiency) + collectives + host step), constants and bounds of {m.name}"
+    yield f"host: about {_gib(plan.host_ram)} of memory, {_gib(plan.host_disk)} of disk, {plan.host_seconds[0]:.0f} to {plan.host_seconds[1]:.0f} s"
+    yield "  = libraries + the largest tensor's intermediates; artifacts; import + 0.5 to 3 s of code per die and length + 50 to 400 MB/s of weights"
+    if o.max_kv > s.positions:
+        yield f"note: the cache holds {o.max_kv} tokens, the model was trained for {s.positions} positions"
