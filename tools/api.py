@@ -53,13 +53,15 @@ def compile_path(
     warn: Callable[[str], None] = _silent,
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises `TyirError` before any work for options that cannot be."""
+    from tyir.backends.edge10.compile import CompileContext, check_target, compile_module
+
     check_options(options)
+    if model.is_dir():  # a module may have fixed its number of dies
+        check_target(out / f"{options.dies}die")
     watch = watch or Stopwatch()
     with watch.stage("import"):
         module = load_module(model)
     _warn_about_positions(module, options, warn)
-    from tyir.backends.edge10.compile import CompileContext, compile_module
-
     return compile_module(module, out, options, CompileContext(watch=watch, progress=progress, mcpu=mcpu))
 
 
@@ -74,9 +76,14 @@ def load_module(model: Path) -> Module:
             f"{model} does not exist", help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"
         )
     from tyir.parser import parse_file
+    from tyir.printer import has_elided_constants
     from tyir.verify import verify
 
     module = parse_file(model)
+    if has_elided_constants(module):
+        raise TyirError(
+            f"{model} was printed with --elide-large-constants: its constants are not in it", help="print it again without that flag"
+        )
     verify(module)
     return module
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 __all__ = ["load_tokenizer", "main", "stop_tokens"]
 
@@ -37,8 +37,10 @@ def main(argv: Sequence[str]) -> int:
             times.append(time.perf_counter())
             yield token
 
-    sys.stdout.write(prompt)
-    for text in decode_stream(tokenizer, timed()):
+    stream = decode_stream(tokenizer, timed())
+    first = next(stream, "")  # a prompt that does not fit is refused before anything is printed
+    sys.stdout.write(prompt + first)
+    for text in stream:
         sys.stdout.write(text)
         sys.stdout.flush()
     print()
@@ -90,7 +92,7 @@ def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
+    parser = ToolParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument("--prompt", help="the text to continue (default: read from stdin)")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 __all__ = ["main"]
 
@@ -93,7 +93,7 @@ def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="tyir-verify", description="Compare compiled artifacts with Hugging Face in fp32 on the same weights."
     )
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")

@@ -32,7 +32,7 @@ from tyir.stopwatch import Stopwatch
 from tyir.targets.machine import load_machine
 from tyir.weights import CheckpointReader, check_files, checkpoint_of
 
-__all__ = ["CompileContext", "compile_module"]
+__all__ = ["CompileContext", "check_target", "compile_module"]
 
 _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
@@ -114,11 +114,16 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
 # ------------------------------------------------------------------------------------------------------------- the folder
 
 
+def check_target(target: Path) -> None:
+    """`TyirError` when something stands where the artifacts would go that no earlier compile has written."""
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise TyirError(f"{target} exists and was not written by tyir-compile", help="choose another -o, or move it away")
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A temporary folder that takes `target`'s place at the end; only artifacts of an earlier compile are ever replaced."""
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise TyirError(f"{target} exists and was not written by tyir-compile", help="choose another -o, or move it away")
+    check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
