@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.program import Command, EdgeProgram
-from tyir.runtime_sim.vector_functions import softmax_block, vector_function
+from tyir.runtime_sim.vector_functions import softmax_block, top_k, vector_function
 from tyir.targets.machine import Machine
 from tyir.types import storage_dtype
 
@@ -227,6 +227,11 @@ class FunctionalDie:
         if cols:
             softmax_block(op, cols, first_key, self.pos, lambda *a, **k: self.sram(command, *a, **k))
 
+    def top_k(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.TopK)
+        top_k(op, lambda *a, **k: self.sram(command, *a, **k))
+
     # -- collectives ----------------------------------------------------------------------------------------------
     def _side(self, command: Command, memory: str, offset: int, nbytes: int, addresses: list[int], write: bool) -> Array:
         if memory == "sram":
@@ -251,7 +256,7 @@ class FunctionalDie:
 _HANDLERS: Final[dict[type, Callable[[FunctionalDie, Command], None]]] = {
     edge10.Load: FunctionalDie.load, edge10.Store: FunctionalDie.store, edge10.Gather: FunctionalDie.gather, edge10.Dequant: FunctionalDie.dequant,
     edge10.Matmul: FunctionalDie.matmul, edge10.Drain: FunctionalDie.drain, edge10.VectorOp: FunctionalDie.vector, edge10.SoftmaxBlock: FunctionalDie.softmax,
-    edge10.AllReduce: FunctionalDie.load, edge10.AllGather: FunctionalDie.load,
+    edge10.TopK: FunctionalDie.top_k, edge10.AllReduce: FunctionalDie.load, edge10.AllGather: FunctionalDie.load,
 }  # fmt: skip
 
 

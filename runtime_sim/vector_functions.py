@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.ty import silu
+from tyir.dialects.ty import comparable, select_best, silu
 from tyir.types import Type, storage_dtype
 
-__all__ = ["SramAccess", "softmax_block", "vector_function"]
+__all__ = ["SramAccess", "softmax_block", "top_k", "vector_function"]
 
 Array = npt.NDArray[Any]
 
@@ -104,3 +104,23 @@ def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, 
     sram(op.maximum, (op.rows,), np.float32, write=True)[...] = maximum
     sram(op.total, (op.rows,), np.float32, write=True)[...] = total * alpha + p.sum(axis=1, dtype=np.float32)
     sram(op.alpha, (op.rows,), np.float32, write=True)[...] = alpha
+
+
+def top_k(op: edge10.TopK, sram: SramAccess) -> None:
+    """Compute `edge10.top_k`: the best of the tile and of the lists so far."""
+    rows, dtype = op.rows, _dtype(op.element)
+    values = comparable(sram(op.values, (rows, op.cols), dtype, (op.stride, dtype.itemsize)))
+    if op.ids is None:
+        ids = np.broadcast_to(np.arange(op.first, op.first + op.cols, dtype=np.int32), values.shape)
+    else:
+        ids = sram(op.ids, (rows, op.cols), np.int32, (op.stride, 4))
+    lists = [
+        (offset, (rows, op.k), np.dtype(t), (stride, 4)) for offset, stride, t in zip(op.best, op.best_strides, (np.float32, np.int32))
+    ]
+    if op.fresh:
+        known = [np.full((rows, op.k), free, t) for free, t in ((-np.inf, np.float32), (np.iinfo(np.int32).max, np.int32))]
+    else:
+        known = [sram(*view).copy() for view in lists]
+    best = select_best(np.concatenate([known[0], values], axis=1), np.concatenate([known[1], ids], axis=1), op.k)
+    for view, found in zip(lists, best):
+        sram(*view, write=True)[...] = found

@@ -26,6 +26,7 @@ from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_re
 from tyir.backends.edge10.lower_gated import fused_products, lower_gated
 from tyir.backends.edge10.lower_linear import lower_linear
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
+from tyir.backends.edge10.lower_top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, root
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import dist, edge10, kv, ty
@@ -41,6 +42,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Silu: lower_rowwise,
     ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
     kv.Append: lower_append, kv.CachedAttention: lower_attention, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather,
+    ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
 }  # fmt: skip
 
 
@@ -273,7 +275,8 @@ class _DieLowering:
             known = fixed.get(root(value))
             if known is not None and known.base in caches:
                 continue
-            name = f"output{index}" if index else "logits"
+            given = self.main.res_attr(index).get("tyir.name")
+            name = given.value if isinstance(given, StringAttr) else f"output{index}" if index else "logits"
             self._buffer(name, "output", ty.tensor_type(value), result=index)
             if known is None:
                 fixed[root(value)] = Place("dram", 0, name)

@@ -25,7 +25,7 @@ from tyir.types import OpaqueType, TensorType, Type, i64
 
 __all__ = [
     "ADDRESS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "Drain", "For", "Gather", "Join",
-    "Load", "Matmul", "Offset", "Register", "SoftmaxBlock", "Store", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
+    "Load", "Matmul", "Offset", "Register", "SoftmaxBlock", "Store", "TopK", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
 ]  # fmt: skip
 
 TOKEN: Final = OpaqueType("edge10.token")
@@ -376,6 +376,40 @@ class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
         yield from _check_operands(self)
 
 
+class TopK(DeclaredOp, name="edge10.top_k"):
+    """Offers `cols` candidates of each row to the row's list of the `k` best, on the vector units.
+
+    Candidate c of row r is the value (`element`) at SRAM offset `values` + r * `stride` + c elements; its id is `first` + c, or the i32 at the same place
+    from `ids` on.  The lists are k f32 values at `best[0]` + r * `best_strides[0]` and k i32 ids at `best[1]` + r * `best_strides[1]`, largest first, of
+    equal values the lower id first.  `fresh` begins with empty lists, whose free places hold -inf; -inf and NaN count as the lowest finite number.
+    """
+
+    args: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    values: int = attr()
+    ids: int | None = attr(default=None)
+    stride: int = attr()
+    element: Type = attr()
+    first: int = attr(default=0)
+    rows: int = attr()
+    cols: int = attr()
+    best: tuple[int, ...] = attr()
+    best_strides: tuple[int, ...] = attr()
+    k: int = attr()
+    fresh: bool = attr(default=True)
+    done: Value = result()
+
+    def infer(self) -> Type:
+        return TOKEN
+
+    def verify(self) -> Iterator[str]:
+        yield from _check_operands(self)
+        if (len(self.best), len(self.best_strides)) != (2, 2):
+            yield "lists are values and ids: two offsets and two strides"
+        if min(self.k, self.rows, self.cols) < 1:
+            yield f"k = {self.k}, rows = {self.rows} and cols = {self.cols} must be positive"
+
+
 class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
     """The sum over all dies of `nbytes` of elements, added in f32 in die order, on every die.
 
@@ -426,7 +460,7 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
 
 
 _UNIT: Final[dict[type[Op], str]] = {
-    Store: "eodma", Gather: "eidma", Dequant: "dequant", Matmul: "cube", Drain: "drain", VectorOp: "vector", SoftmaxBlock: "vector",
+    Store: "eodma", Gather: "eidma", Dequant: "dequant", Matmul: "cube", Drain: "drain", VectorOp: "vector", SoftmaxBlock: "vector", TopK: "vector",
     AllReduce: "d2d", AllGather: "d2d",
 }  # fmt: skip
 
