@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,10 @@ class ArrayWeights(dict[str, Array]):
 
 
 class _Builder:
-    def __init__(self, shape: Shape, seed: int) -> None:
+    def __init__(self, shape: Shape, seed: int, draw: bool) -> None:
         self.shape = shape
+        self.draw = draw
+        self.named: set[str] = set()
         self.rng = np.random.default_rng(seed)
         self.module = Module.empty()
         self.module.set_attribute("tyir.stage", StringAttr("ty"))
@@ -59,11 +62,12 @@ class _Builder:
         return self.function.body.append(op).results[0]
 
     def weight(self, name: str, *dims: int, scale: float, offset: float = 0.0) -> Value:
-        if name not in self.weights:
-            self.weights[name] = (offset + scale * self.rng.standard_normal(dims)).astype(np.float16)
-            array = self.weights[name]
+        if name not in self.named:
+            self.named.add(name)
+            if self.draw:
+                self.weights[name] = (offset + scale * self.rng.standard_normal(dims)).astype(np.float16)
             self.module.body.append(
-                ty.Global(sym_name=name, type=TensorType(dims, f16), file="memory", key=name, offset=0, nbytes=array.nbytes)
+                ty.Global(sym_name=name, type=TensorType(dims, f16), file="memory", key=name, offset=0, nbytes=2 * math.prod(dims))
             )
         return self.add(ty.GetGlobal(symbol=SymbolRefAttr(name), result_types=[TensorType(dims, f16)], loc=self.loc(name)))
 
@@ -114,9 +118,9 @@ class _Builder:
         return self.module, self.weights
 
 
-def build(shape: Shape, seed: int = 0) -> tuple[Module, ArrayWeights]:
-    """The module at stage `ty` and its weights."""
-    return _Builder(shape, seed).build()
+def build(shape: Shape, seed: int = 0, draw: bool = True) -> tuple[Module, ArrayWeights]:
+    """The module at stage `ty` and its weights (none unless `draw`)."""
+    return _Builder(shape, seed, draw).build()
 
 
 def run_ty(module: Module, weights: ArrayWeights, ids: list[int]) -> Array:

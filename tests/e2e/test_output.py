@@ -14,6 +14,7 @@ from tyir.manifest import BuildOptions
 from tyir.runtime_sim.sampling import check_sampling, make_sampler
 from tyir.runtime_sim.session import ENGINES, EngineName, Session
 from tyir.tools.api import compile_path
+from tyir.tools.tyir_verify import main
 
 Artifacts = Callable[[int, str], Path]
 IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11]
@@ -75,6 +76,17 @@ def test_what_needs_logits_says_so(best: Path, top: Path) -> None:
     with pytest.raises(TyirError, match=r"--top-k 9(.|\n)*use --top-k 8"):
         check_sampling(8, 0.7, 9)
     check_sampling(None, 0.7, 50)
+
+
+@pytest.mark.parametrize(("fixture", "returned"), [("best", "1 token"), ("top", "8 tokens")])
+def test_verification_compares_what_is_returned(
+    request: pytest.FixtureRequest, model: Path, fixture: str, returned: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder: Path = request.getfixturevalue(fixture)
+    assert main([str(folder), "--against", str(model), "--prompts", "2", "--tokens", "16"]) == 0
+    out, err = capsys.readouterr()
+    assert "OK: host engine" in out
+    assert f"return {returned} of each position" in err and "--output logits" in err
 
 
 def test_the_outputs_are_in_the_buffer_config(top: Path) -> None:
