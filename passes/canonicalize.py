@@ -29,7 +29,10 @@ class Canonicalize(Pass):
     anchor: ClassVar[str] = "any"
 
     def run(self, op: Op, context: PassContext) -> None:
-        context.count("canonicalize.changes", rewrite_greedily(op, PATTERNS))
+        changes = rewrite_greedily(op, PATTERNS)
+        context.count("canonicalize.changes", changes)
+        if not changes:
+            context.nothing_changed()
 
 
 def _replace(op: Op, new: DeclaredOp, inner: Op, rewriter: Rewriter) -> bool:

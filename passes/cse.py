@@ -30,7 +30,10 @@ class Cse(Pass):
     anchor: ClassVar[str] = "any"
 
     def run(self, op: Op, context: PassContext) -> None:
-        context.count("cse.merged", merge_equal(op))
+        merged = merge_equal(op)
+        context.count("cse.merged", merged)
+        if not merged:
+            context.nothing_changed()
 
 
 @dataclass(slots=True)

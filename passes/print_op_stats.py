@@ -29,6 +29,7 @@ class PrintOpStats(Pass):
     def run(self, op: Op, context: PassContext) -> None:
         counts = dict(sorted(Counter(o.name for o in op.walk()).items()))
         print(json.dumps(counts, indent=2) if self.json else _table(counts), file=sys.stderr)
+        context.nothing_changed()
 
 
 def _table(counts: dict[str, int]) -> str:

@@ -28,6 +28,8 @@ class SymbolDce(Pass):
         dead = dead_symbols(op)
         erase_all(dead)
         context.count("symbol-dce.deleted", len(dead))
+        if not dead:
+            context.nothing_changed()
 
 
 def is_private(op: Op) -> bool:

@@ -6,7 +6,7 @@ import argparse
 
 from tyir.tools.cli import ToolParser, add_debug_option
 
-__all__ = ["make_parser", "with_mlir_spellings"]
+__all__ = ["make_parser", "split_pass_flags", "with_mlir_spellings"]
 
 _EPILOG = """\
 Each pass is also a flag, with its options as value: --cse --kv-materialize="max-kv=512".  The IR goes to standard output, everything else to
@@ -34,11 +34,18 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pass-pipeline", metavar="TEXT", help="such as 'builtin.module(cse,func.func(canonicalize))', or the name of a pipeline"
     )
+    group.add_argument(
+        "-p", "--passes", dest="pass_pipeline", metavar="TEXT", help="the same, as xdsl-opt spells it: -p 'cse,canonicalize'"
+    )
     group.add_argument("--load-pass", action="append", default=[], metavar="FILE.py", help="make the passes of a Python file known")
     group.add_argument("--load-dialect", action="append", default=[], metavar="FILE.py", help="make the ops of a Python file known")
     group.add_argument("--run-reproducer", action="store_true", help="run the pipeline that the input's metadata holds")
-    group.add_argument("--list-passes", action="store_true", help="list passes with their options, and named pipelines")
-    group.add_argument("--show-dialects", action="store_true", help="list the dialects and how many ops they have")
+    group.add_argument(
+        "--list-passes", type=_format, nargs="?", const="text", metavar="json", help="list passes with their options, and named pipelines"
+    )
+    group.add_argument(
+        "--show-dialects", type=_format, nargs="?", const="text", metavar="json", help="list the dialects and how many ops they have"
+    )
     group.add_argument("--dump-pass-pipeline", action="store_true", help="print the pipeline that will run, options spelled out")
 
 
@@ -66,13 +73,29 @@ def _add_printing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--print-ir-after-change", action="store_true", help="of those after passes, only where something changed")
     group.add_argument("--print-ir-after-failure", action="store_true")
     group.add_argument("--print-ir-module-scope", action="store_true", help="print the whole module, not only the op a pass ran on")
-    group.add_argument("--print-ir-tree-dir", metavar="DIR", help="write those prints to files in a folder")
+    group.add_argument(
+        "--print-ir-tree-dir",
+        metavar="DIR",
+        help="write those prints (without other flags: those after all passes) to files below a folder",
+    )
+    group.add_argument("--pretty", action="store_true", help="print declared ops in the short form; the default when a terminal shows it")
+    group.add_argument(
+        "--print-op-generic", action="store_true", help="print the generic form that mlir-opt and xDSL read; the default in files"
+    )
+    help = "leave constants of more than N elements (default: 16) and all resources out of what is printed; tyir-compile refuses such files"
+    group.add_argument("--elide-large-constants", type=int, nargs="?", const=16, metavar="N", help=help)
 
 
 def _add_watching(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("watching")
-    group.add_argument("--timing", action="store_true", help="wall time and peak memory per pass")
-    group.add_argument("--pass-statistics", action="store_true", help="what the passes counted")
+    group.add_argument("--timing", type=_format, nargs="?", const="text", metavar="json", help="wall time and peak memory per pass")
+    group.add_argument("--pass-statistics", type=_format, nargs="?", const="text", metavar="json", help="what the passes counted")
+    group.add_argument(
+        "--opt-bisect-limit",
+        type=int,
+        metavar="N",
+        help="skip every run of a pass after the first N and say on stderr which (-1: skip none)",
+    )
     group.add_argument("--crash-reproducer", metavar="FILE", help="if a pass fails, write the IR before it and the rest of the pipeline")
 
 
@@ -84,7 +107,20 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither 0 nor 1")
 
 
+def _format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither text nor json")
+    return text
+
+
+# Without "=value" these take a default; argparse would take the next word, which may be the file.
+_BARE = {
+    "--print-debuginfo": "1", "--verify-each": "1", "--timing": "text", "--pass-statistics": "text", "--list-passes": "text", "--show-dialects": "text",
+    "--elide-large-constants": "16",
+}  # fmt: skip
 _SPELLINGS = {
+    "--mlir-elide-elementsattrs-if-larger": "--elide-large-constants",
+    "--mlir-print-op-generic": "--print-op-generic",
     "--mlir-timing": "--timing",
     "--mlir-pass-statistics": "--pass-statistics",
     "--mlir-print-debuginfo": "--print-debuginfo",
@@ -101,7 +137,15 @@ def with_mlir_spellings(arguments: list[str]) -> list[str]:
             name = "-" + name
         if name.startswith("--mlir-print-ir"):
             name = "--" + name.removeprefix("--mlir-")
-        if name in ("--mlir-print-debuginfo", "--print-debuginfo", "--verify-each") and not equals:
-            equals, value = "=", "1"  # or argparse would take the file name for the value
-        changed.append(_SPELLINGS.get(name, name) + equals + value if name.startswith("--") else argument)
+        name = _SPELLINGS.get(name, name)
+        if name in _BARE and not equals:
+            equals, value = "=", _BARE[name]
+        changed.append(name + equals + value if name.startswith("--") else argument)
     return changed
+
+
+def split_pass_flags(arguments: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """The arguments for the parser, and flags that it does not know: passes, whose options may hold spaces (argparse takes such words for files)."""
+    known = {option for action in parser._actions for option in action.option_strings}
+    flags = [a for a in arguments if a.startswith("--") and len(a) > 2 and a.partition("=")[0] not in known]
+    return [a for a in arguments if a not in flags], flags

@@ -9,6 +9,7 @@ model's module paths, which later passes read.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from typing import TYPE_CHECKING
 
 from tyir.diagnostics import Diagnostic, Label, SourceText, TyirError, did_you_mean
 from tyir.tools.cli import run_tool, write_output
-from tyir.tools.opt_options import make_parser, with_mlir_spellings
+from tyir.tools.opt_options import make_parser, split_pass_flags, with_mlir_spellings
 
 if TYPE_CHECKING:
     import argparse
 
     from tyir.dialects.builtin import Module
-    from tyir.instruments import Timing
+    from tyir.instruments import Bisect, Timing
     from tyir.ir import Op
     from tyir.pass_registry import PassRegistry
     from tyir.pipeline import Instrument, Pipeline
@@ -38,13 +39,17 @@ _SPLIT = "// -----"
 def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
     parser = make_parser()
-    args, flags = parser.parse_known_args(with_mlir_spellings(list(argv)))
+    known, flags = split_pass_flags(with_mlir_spellings(list(argv)), parser)
+    args, unknown = parser.parse_known_args(known)
+    flags += unknown
     from tyir.pass_registry import PassRegistry
 
     registry = PassRegistry()
     _load(args, registry)
     if args.list_passes or args.show_dialects:
-        print(_pass_list(registry) if args.list_passes else _dialect_list())
+        from tyir.tools.opt_lists import dialect_list, pass_list
+
+        print(pass_list(registry, args.list_passes) if args.list_passes else dialect_list(args.show_dialects))
         return 0
     job = _Job(args, registry, _pipeline_text(args, flags, parser, registry))
     name, text = _read(args.input)
@@ -112,6 +117,7 @@ class _Job:
     pipeline_text: str | None
     failed: bool = False
     timing: Timing | None = None
+    bisect: Bisect | None = None
 
     def __post_init__(self) -> None:
         self.statistics: dict[str, int] = {}
@@ -158,9 +164,14 @@ class _Job:
         pipeline_text, verify_each = self._pipeline_of(text)
         if pipeline_text is not None:
             self._run_pipeline(module, pipeline_text, verify_each, text)
-        if self.args.verify_diagnostics:
-            return print_op(module, locations=False)
-        return print_op(module, locations=self.args.print_debuginfo)
+        locations = self.args.print_debuginfo and not self.args.verify_diagnostics
+        return print_op(module, locations, self.pretty, self.args.elide_large_constants)
+
+    @property
+    def pretty(self) -> bool:
+        """The short form is for people: on request, or when a terminal shows the output; what other tools read is generic."""
+        args = self.args
+        return args.pretty or (args.output == "-" and not args.print_op_generic and sys.stdout.isatty())
 
     def _pipeline_of(self, text: str) -> tuple[str | None, bool]:
         if not self.args.run_reproducer:
@@ -196,17 +207,29 @@ class _Job:
             raise
 
     def _instruments(self, pipeline: Pipeline, verify_each: bool) -> list[Instrument]:
-        from tyir.instruments import PrintIr, Reproducer, Timing
+        from tyir.instruments import Bisect, PrintIr, Reproducer, Timing
 
         args = self.args
         instruments: list[Instrument] = []
+        if args.opt_bisect_limit is not None:
+            self.bisect = self.bisect or Bisect(args.opt_bisect_limit)
+            instruments.append(self.bisect)
         before = _names(args.print_ir_before, args.print_ir_before_all)
         after = _names(args.print_ir_after, args.print_ir_after_all)
-        if before or after or args.print_ir_after_change or args.print_ir_after_failure:
-            folder = Path(args.print_ir_tree_dir) if args.print_ir_tree_dir else None
-            scope = args.print_ir_module_scope
+        asked = before or after or args.print_ir_after_change or args.print_ir_after_failure
+        if asked or args.print_ir_tree_dir:
             instruments.append(
-                PrintIr(before, after, args.print_ir_after_change, args.print_ir_after_failure, scope, args.print_debuginfo, folder)
+                PrintIr(
+                    before,
+                    after if asked else frozenset(("*",)),
+                    args.print_ir_after_change,
+                    args.print_ir_after_failure,
+                    args.print_ir_module_scope,
+                    args.print_debuginfo,
+                    Path(args.print_ir_tree_dir) if args.print_ir_tree_dir else None,
+                    self.pretty,
+                    args.elide_large_constants,
+                )
             )
         if args.crash_reproducer is not None:
             instruments.append(Reproducer(Path(args.crash_reproducer), pipeline, verify_each))
@@ -218,8 +241,10 @@ class _Job:
     def report(self) -> None:
         """Timing and statistics of all parts together."""
         if self.timing is not None:
-            print(self.timing.report(), file=sys.stderr)
-        if self.args.pass_statistics:
+            print(self.timing.report() if self.args.timing == "text" else json.dumps({"timing": self.timing.as_json()}), file=sys.stderr)
+        if self.args.pass_statistics == "json":
+            print(json.dumps({"statistics": dict(sorted(self.statistics.items()))}), file=sys.stderr)
+        elif self.args.pass_statistics:
             for key, value in sorted(self.statistics.items()):
                 print(f"{value:>10} {key}", file=sys.stderr)
 
@@ -285,27 +310,6 @@ def _leave_reproducer(text: str, pipeline: Pipeline) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="tyir-reproducer-", suffix=".ir", delete=False, encoding="utf-8") as file:
         file.write(reproducer_text(text, pipeline.text()))
     return f"reproducer: tyir-opt --run-reproducer {file.name}"
-
-
-def _pass_list(registry: PassRegistry) -> str:
-    from tyir.pass_options import describe_options
-
-    lines = ["passes:"]
-    for name in registry.names():
-        cls = registry.find(name)
-        if cls is None:
-            continue
-        lines.append(f"  --{name:<24} {(cls.__doc__ or '').strip().partition(chr(10))[0]}")
-        lines += [f"      {option}=<{kind}>, default {default}" for option, kind, default in describe_options(cls)]
-    lines.append("pipelines:")
-    lines += [f"  --{name:<24} {text}" for name, text in sorted(registry.pipelines().items())]
-    return "\n".join(lines)
-
-
-def _dialect_list() -> str:
-    from tyir.registry import dialect_names, dialect_ops
-
-    return "\n".join(f"{name:<12} {len(dialect_ops(name))} ops" for name in dialect_names())
 
 
 if __name__ == "__main__":

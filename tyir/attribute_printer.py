@@ -20,11 +20,12 @@ from tyir import location as l
 from tyir import types as t
 from tyir.attributes import Attribute
 
-__all__ = ["AttributeText", "attribute_text", "escape", "float_text", "key_text", "symbol_text"]
+__all__ = ["ELIDED", "AttributeText", "attribute_text", "escape", "float_text", "key_text", "symbol_text"]
 
 _BARE_ID: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
 _PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
 _UNIT: Final = a.UnitAttr()
+ELIDED: Final = "__elided__"  # the resource key that stands for a constant left out of the text, as in MLIR
 _LARGE: Final = 100  # elements beyond which a dense constant is printed as hex, as MLIR does
 
 
@@ -113,9 +114,13 @@ def _dense_body(data: bytes, shape: Sequence[int], element: t.Type) -> str:
 
 
 class AttributeText:
-    """Texts of attributes, remembered.  Call it with an attribute."""
+    """Texts of attributes, remembered.  Call it with an attribute.
 
-    def __init__(self) -> None:
+    With `elide`, dense constants of more elements, and resources whatever their size, are left out: `dense_resource<__elided__>`.
+    """
+
+    def __init__(self, elide: int | None = None) -> None:
+        self.elide = elide
         self._memo: dict[Attribute, str] = {}
         self._keys: dict[str, str] = {}
 
@@ -160,6 +165,8 @@ class AttributeText:
 
     def _dense(self, x: a.DenseElementsAttr) -> str:
         shape, element = dense_shape(x.type)
+        if self.elide is not None and math.prod(shape) > self.elide and not x.is_splat:
+            return f"dense_resource<{ELIDED}> : {self(x.type)}"
         return f"dense<{_dense_body(x.data, shape, element)}> : {self(x.type)}"
 
     def _array(self, x: a.DenseArrayAttr) -> str:
@@ -196,7 +203,7 @@ _WRITERS: Final[dict[type[Attribute], Callable[[AttributeText, Any], str]]] = {
     a.DictAttr: lambda p, x: "{" + p.entries(x) + "}",
     a.DenseArrayAttr: AttributeText._array,
     a.DenseElementsAttr: AttributeText._dense,
-    a.DenseResourceAttr: lambda p, x: f"dense_resource<{x.key}> : {p(x.type)}",
+    a.DenseResourceAttr: lambda p, x: f"dense_resource<{x.key if p.elide is None else ELIDED}> : {p(x.type)}",
     a.AffineAttr: lambda p, x: f"{x.kind}<{x.text}>",
     a.OpaqueAttr: lambda p, x: f"#{x.name}{x.body}",
     t.IntegerType: lambda p, x: f"{x.signedness}i{x.width}",

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tyir.attribute_printer import escape
+from tyir.diagnostics import TyirError
 from tyir.ir import Op
 from tyir.lexer import unescape
 from tyir.pipeline import Instrument, Pass, Pipeline
 from tyir.printer import print_op
 from tyir.stopwatch import StageTime, Stopwatch
 
-__all__ = ["PrintIr", "Reproducer", "Timing", "read_reproducer", "reproducer_text"]
+__all__ = ["Bisect", "PrintIr", "Reproducer", "Timing", "read_reproducer", "reproducer_text"]
 
 
 def _outermost(op: Op) -> Op:
@@ -29,7 +30,7 @@ class PrintIr(Instrument):
     """Dumps of the IR before and after passes, with MLIR's headings.
 
     `before_passes` and `after_passes` hold names, or `*` for all.  `after_change` prints only where the text has changed.  With `folder`, each dump is a file
-    `<number>_<pass>.ir` in it instead of text on stderr.
+    `<number>_<pass>.ir` below it instead of text on stderr, in a folder per op as mlir-opt lays them out: `builtin_module_no-symbol-name/func_func_main/`.
     """
 
     before_passes: frozenset[str] = frozenset()
@@ -39,6 +40,8 @@ class PrintIr(Instrument):
     module_scope: bool = False
     locations: bool = True
     folder: Path | None = None
+    pretty: bool = False
+    elide: int | None = None
     _texts: list[str] = field(default_factory=list)
     _count: int = 0
 
@@ -61,17 +64,47 @@ class PrintIr(Instrument):
             self._dump("After", pass_, op, " Failed")
 
     def _text(self, op: Op) -> str:
-        return print_op(_outermost(op) if self.module_scope else op, self.locations)
+        return print_op(_outermost(op) if self.module_scope else op, self.locations, self.pretty, self.elide)
 
     def _dump(self, when: str, pass_: Pass, op: Op, suffix: str = "") -> None:
         heading = f"// -----// IR Dump {when} {type(pass_).__name__}{suffix} ({pass_.name()}) //----- //"
         if self.folder is None:
             print(f"{heading}\n{self._text(op)}", file=sys.stderr)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self._count}_{when.lower()}_{pass_.name()}.ir"
-        path.write_text(f"{heading}\n{self._text(op)}", encoding="utf-8")
+        folder = self.folder.joinpath(*_nest(op))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{self._count}_{'' if when == 'After' else 'before_'}{pass_.name()}.ir"
+            path.write_text(f"{heading}\n{self._text(op)}", encoding="utf-8")
+        except OSError as error:
+            raise TyirError(f"cannot write dumps to {folder}: {error.strerror}") from None
         self._count += 1
+
+
+def _nest(op: Op) -> list[str]:
+    """The folders of an op's dumps: one per op around it, outermost first."""
+    parts: list[str] = []
+    current: Op | None = op
+    while current is not None:
+        symbol = re.sub(r"[^\w.-]", "_", current.sym_name) if current.sym_name else "no-symbol-name"
+        parts.append(f"{current.name.replace('.', '_')}_{symbol}")
+        current = current.parent_op
+    return parts[::-1]
+
+
+@dataclass
+class Bisect(Instrument):
+    """Skips every run of a pass after the first `limit` (negative: none), and says on stderr what ran: to find the pass that breaks something."""
+
+    limit: int
+    count: int = 0
+
+    def wants(self, pass_: Pass, op: Op) -> bool:
+        self.count += 1
+        runs = self.limit < 0 or self.count <= self.limit
+        symbol = f" @{op.sym_name}" if op.sym_name else ""
+        print(f"BISECT: {'' if runs else 'NOT '}running pass ({self.count}) {pass_.name()} on '{op.name}'{symbol}", file=sys.stderr)
+        return runs
 
 
 @dataclass
@@ -94,6 +127,13 @@ class Timing(Instrument):
 
     def report(self) -> str:
         """The table; verification after a pass counts as part of it."""
+        return self._merged().report()
+
+    def as_json(self) -> dict[str, object]:
+        """The same as data: seconds and peak MiB (None where the system does not tell) per pass."""
+        return self._merged().as_json()
+
+    def _merged(self) -> Stopwatch:
         merged: dict[str, StageTime] = {}
         for stage in self.watch.stages:
             before = merged.get(stage.name)
@@ -101,7 +141,7 @@ class Timing(Instrument):
                 peaks = [p for p in (before.peak_mib, stage.peak_mib) if p is not None]
                 stage = replace(stage, seconds=before.seconds + stage.seconds, peak_mib=max(peaks, default=None))
             merged[stage.name] = stage
-        return Stopwatch(list(merged.values())).report()
+        return Stopwatch(list(merged.values()))
 
 
 @dataclass

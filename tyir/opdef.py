@@ -32,6 +32,7 @@ from tyir.attributes import (
     BoolAttr,
     DenseArrayAttr,
     DenseElementsAttr,
+    DenseResourceAttr,
     DictAttr,
     FloatAttr,
     IntegerAttr,
@@ -185,6 +186,8 @@ class AttrField:
         if value is None:
             return None if self.optional or self.default is not _MISSING else f"property '{self.name}' ({self.codec.kind}) is missing"
         if not self.codec.accepts(value):
+            if isinstance(value, DenseResourceAttr) and value.key == "__elided__":
+                return f"property '{self.name}' was left out when this file was printed (--elide-large-constants); print it again without"
             return f"property '{self.name}' must be {self.codec.kind}, got {value}"
         if self.choices and isinstance(value, StringAttr) and value.value not in self.choices:
             return f"property '{self.name}' must be one of {', '.join(self.choices)}, got '{value.value}'"

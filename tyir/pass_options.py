@@ -37,7 +37,7 @@ def make_pass(pass_class: type[Any], text: PassText) -> Any:
     kinds = _kinds(pass_class)
     values: dict[str, Any] = {}
     for option in text.options:
-        kind = kinds.get(option.name)
+        kind = kinds.get(option.name.replace("_", "-"))  # xDSL writes underscores
         if kind is None:
             known = f"options of {text.name}: {', '.join(kinds)}" if kinds else f"{text.name} has no options"
             hint = did_you_mean(option.name, kinds) or known

@@ -9,15 +9,17 @@
 
 A pipeline is text (`tyir.pipeline_text`).  Items run in order on the current op, at first the module; `func.func(...)` runs its items on every function
 directly below the current op, one function after the other, as in MLIR; a pass made for functions (`anchor`) that stands at module level runs on all
-functions below.  Named pipelines (`passes/pipelines.py`) stand where a pass may.  The IR is verified after each pass.
+functions below.  Named pipelines (`passes/pipelines.py`) stand where a pass may.  After each pass the op it ran on is verified, unless the pass says that it
+changed nothing: what a pass made for functions did not reach is not looked at again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from tyir.analysis import AnalysisManager
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects.builtin import Module
 from tyir.ir import Op
@@ -57,6 +59,10 @@ class Pass:
 class Instrument:
     """Watches a pipeline; override what you need.  Called around every run of a pass on an op."""
 
+    def wants(self, pass_: Pass, op: Op) -> bool:
+        """Whether the pass may run at all; when any instrument says no, it is skipped."""
+        return True
+
     def before(self, pass_: Pass, op: Op) -> None:
         """The pass is about to run."""
 
@@ -76,6 +82,17 @@ class PassContext:
     verify_each: bool = True
     instruments: list[Instrument] = field(default_factory=list)
     registry: PassRegistry = field(default_factory=PassRegistry)
+    analyses: AnalysisManager = field(default_factory=AnalysisManager)
+    _unchanged: bool = False
+    _preserved: tuple[Callable[[Any], Any], ...] = ()
+
+    def nothing_changed(self) -> None:
+        """Said by a pass: the op is as it was, neither verification nor the analyses need to be repeated."""
+        self._unchanged = True
+
+    def preserve(self, *analyses: Callable[[Any], Any]) -> None:
+        """Said by a pass: these analyses still hold although the op has changed."""
+        self._preserved = (*self._preserved, *analyses)
 
     def count(self, key: str, amount: int = 1) -> None:
         """Add to a statistic."""
@@ -118,12 +135,17 @@ def _targets(pass_: Pass, op: Op) -> Iterable[Op]:
 
 
 def _run_pass(pass_: Pass, op: Op, context: PassContext) -> None:
+    if not all(instrument.wants(pass_, op) for instrument in context.instruments):
+        return
     for instrument in context.instruments:
         instrument.before(pass_, op)
+    context._unchanged, context._preserved = False, ()
     try:
         pass_.run(op, context)
-        if context.verify_each:
-            _verify_after(pass_, op)
+        if not context._unchanged:
+            context.analyses.invalidate(op, context._preserved)
+            if context.verify_each:
+                _verify_after(pass_, op)
     except BaseException as error:
         _add_note(error, pass_, op)
         for instrument in reversed(context.instruments):

@@ -11,29 +11,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tyir.attribute_printer import AttributeText, attribute_text
-from tyir.attributes import Attribute
+from tyir.attribute_printer import ELIDED, AttributeText, attribute_text
+from tyir.attributes import ArrayAttr, Attribute, DenseResourceAttr, DictAttr
 from tyir.dialects.builtin import Module
 from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
 from tyir.location import UNKNOWN
 from tyir.traits import IsolatedFromAbove
 
-__all__ = ["attribute_text", "op_excerpt", "print_op"]
+__all__ = ["attribute_text", "has_elided_constants", "op_excerpt", "print_op"]
 
 _Step = Iterator[Any]  # yields further steps
 _NAME: Final = re.compile(r"[A-Za-z$._-][A-Za-z0-9$._-]*")
 _NUMBERED_BLOCK: Final = re.compile(r"bb\d+")
 
 
-def print_op(op: Op, locations: bool = True) -> str:
-    """The generic text of an op and everything in it, ending in a newline; a module's resources follow it.
+def print_op(op: Op, locations: bool = True, pretty: bool = False, elide: int | None = None) -> str:
+    """The text of an op and everything in it, ending in a newline; a module's resources follow it.
 
-    `locations=False` leaves every `loc(...)` out.
+    `locations=False` leaves every `loc(...)` out.  `pretty` writes declared ops in the shorter form that people read (`tyir.pretty`) instead of the generic
+    one.  `elide=N` leaves out resources and constants of more than N elements: such text is to look at, `has_elided_constants` tells it.
     """
-    printer = _Printer(locations)
+    printer = _Printer(locations, elide)
     with collector_paused():
         printer.print(op)
-    if isinstance(op, Module) and op.resources:
+    if isinstance(op, Module) and op.resources and elide is None:
         printer.lines.append(_resources_text(op))
     printer.lines.append("")
     return "\n".join(printer.lines)
@@ -45,6 +46,28 @@ def op_excerpt(op: Op, width: int = 140) -> str:
     printer.excerpt(op)
     line = printer.lines[0]
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def has_elided_constants(op: Op) -> bool:
+    """Whether the text that `op` was read from had constants left out (`tyir-opt --elide-large-constants`): it says what the IR looks like, not what it is."""
+    seen: set[Attribute] = set()
+    stack: list[Attribute] = []
+    for inner in op.walk():
+        for entries in (inner.properties, inner.attributes):
+            if entries not in seen:
+                stack.append(entries)
+        while stack:
+            attribute = stack.pop()
+            if attribute in seen:
+                continue
+            seen.add(attribute)
+            if isinstance(attribute, DenseResourceAttr) and attribute.key == ELIDED:
+                return True
+            if isinstance(attribute, DictAttr):
+                stack.extend(attribute.values())
+            elif isinstance(attribute, ArrayAttr):
+                stack.extend(attribute.items)
+    return False
 
 
 def _resources_text(module: Module) -> str:
@@ -66,10 +89,10 @@ class _Names:
 
 
 class _Printer:
-    def __init__(self, locations: bool) -> None:
+    def __init__(self, locations: bool, elide: int | None = None) -> None:
         self.locations = locations
         self.lines: list[str] = []
-        self.text = AttributeText()
+        self.text = AttributeText(elide)
         self.names = _Names()
         self.properties: dict[Attribute, str] = {EMPTY_DICT: ""}
         self.attributes: dict[Attribute, str] = {EMPTY_DICT: ""}

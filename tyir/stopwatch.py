@@ -45,6 +45,12 @@ class Stopwatch:
         lines.append(f"{'total':<24}{total:>10.2f}{_mib(max(peaks, default=None)):>12}")
         return "\n".join(lines)
 
+    def as_json(self) -> dict[str, object]:
+        """The stages in order, for machines to read."""
+        stages = [{"name": s.name, "seconds": s.seconds, "peak_mib": s.peak_mib} for s in self.stages]
+        peaks = [s.peak_mib for s in self.stages if s.peak_mib is not None]
+        return {"stages": stages, "seconds": sum(s.seconds for s in self.stages), "peak_mib": max(peaks, default=None)}
+
 
 def _mib(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"

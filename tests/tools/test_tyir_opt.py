@@ -132,7 +132,9 @@ def test_print_ir_flags(ir: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "// -----// IR Dump After Cse (cse) //----- //" in err
     assert "IR Dump Before Dce (dce)" in err and "IR Dump After Dce" not in err
     assert main([str(ir), "--cse", "--print-ir-after-all", f"--print-ir-tree-dir={tmp_path / 'tree'}"]) == 0
-    assert [p.name for p in (tmp_path / "tree").iterdir()] == ["0_after_cse.ir"]
+    assert (tmp_path / "tree/builtin_module_no-symbol-name/0_cse.ir").is_file()
+    assert main([str(ir), "--pass-pipeline=func.func(cse)", f"--print-ir-tree-dir={tmp_path / 'tree2'}"]) == 0
+    assert (tmp_path / "tree2/builtin_module_no-symbol-name/func_func_f/0_cse.ir").is_file()
 
 
 def test_locations_can_be_left_out(ir: Path, capsys: Capture) -> None:
