@@ -44,6 +44,12 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(_summary(results, good), indent=1))
     else:
         _print(results, args.engine, good)
+    if session.choices is not None:
+        print(
+            f"these artifacts return {session.choices} token{'s' if session.choices > 1 else ''} of each position: only those and their logits were "
+            "compared; compile with --output logits to compare all",
+            file=sys.stderr,
+        )
     if good:
         return 0
     if args.engine != "edge10":
@@ -93,9 +99,7 @@ def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(
-        prog="tyir-verify", description="Compare compiled artifacts with Hugging Face in fp32 on the same weights."
-    )
+    parser = ToolParser(prog="tyir-verify", description="Compare compiled artifacts with Hugging Face in fp32 on the same weights.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument("--against", type=Path, required=True, metavar="HF_DIR", help="the checkpoint folder")
     parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")

@@ -245,13 +245,22 @@ class PromptResult:
 
 
 def check_prompt(session: Session, reference: Reference, ids: Sequence[int], count: int, states: LayerStates) -> PromptResult:
-    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position."""
+    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position.
+
+    Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's of the same tokens.
+    """
     tokens = [*ids, *reference.continue_greedily(ids, count)]
-    wanted, wanted_states = reference.run(tokens)
+    logits, wanted_states = reference.run(tokens)
     session.reset()
     states.clear()
-    got = np.concatenate([session.feed(tokens[: len(ids)]), *(session.feed([t]) for t in tokens[len(ids) : -1])])
-    wanted = wanted[: len(got)]
+    feeds = [tokens[: len(ids)], *([t] for t in tokens[len(ids) : -1])]
+    if session.choices is None:
+        got = np.concatenate([session.feed(part) for part in feeds])
+        best, wanted = got.argmax(axis=1), logits[: len(got)]
+    else:
+        found = [session.next_tokens(part) for part in feeds]
+        got, names = np.concatenate([f.values for f in found]), np.concatenate([f.ids for f in found])
+        best, wanted = names[:, 0], np.take_along_axis(logits[: len(got)], names, axis=1)
     error = np.abs(got - wanted).max(axis=1)
     result = PromptResult(
         ids=tokens,
@@ -261,9 +270,9 @@ def check_prompt(session: Session, reference: Reference, ids: Sequence[int], cou
         layer_cosine=[float(cosines(states.rows(i), s[: len(got)]).min()) for i, s in enumerate(wanted_states)] if states.seen else [],
     )
     for position in range(len(ids) - 1, len(got)):
-        mine, theirs = int(got[position].argmax()), int(wanted[position].argmax())
+        mine, theirs = int(best[position]), int(logits[position].argmax())
         if mine != theirs:
-            gap = float(wanted[position, theirs] - wanted[position, mine])
+            gap = float(logits[position, theirs] - logits[position, mine])
             (result.ties if gap <= 2 * float(error[position]) and gap < 0.05 else result.differing).append(position)
     return result
 
@@ -318,7 +327,7 @@ def locate(folder: Path, checkpoint: Path, ids: Sequence[int], engine: EngineNam
     recorder = _Recorder()
     session = Session(folder, engine, check=False, probe=recorder)
     expected = _reference_results(reference_module(checkpoint, session.manifest.options), checkpoint, ids)
-    session.feed(ids)
+    session.next_tokens(ids)
     for key, parts in recorder.parts.items():
         if key not in expected:
             continue
