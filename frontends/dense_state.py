@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tyir.constexpr import expression_ops
 from tyir.dialects.ty import GetGlobal
-from tyir.frontends.huggingface import OpenedModel, open_model
+from tyir.frontends.weights import Weights
 from tyir.interpreter import evaluate_op
 from tyir.ir import Block, Value
 from tyir.types import f32
@@ -27,23 +27,26 @@ Array = npt.NDArray[Any]
 
 def dense_state(folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """(name, array) of each parameter of the model in `folder`, each once, in f32; quantised weights are de-quantised (rounded to f16, as the chip does)."""
+    from tyir.frontends.huggingface import open_model
+
     opened = open_model(folder, "f32")
     reader, seen = CheckpointReader(opened.checkpoint.folder), set[str]()
     for name in opened.meta.state:
         canonical = opened.weights.canonical(name)
         if canonical not in seen and opened.weights.find(name) is not None:
             seen.add(canonical)
-            yield name, np.asarray(parameter_array(opened, name, reader), np.float32)
+            yield name, np.asarray(parameter_array(opened.weights, name, reader), np.float32)
 
 
-def parameter_array(opened: OpenedModel, name: str, reader: CheckpointReader) -> Array:
+def parameter_array(weights: Weights, name: str, reader: CheckpointReader) -> Array:
     """One parameter's array [the model's shape] in f32, evaluated from its weight expression."""
-    value = opened.weights.value(name, f32, Block().append)
+    value = weights.value(name, f32, Block().append)
     env: dict[Value, Array] = {}
     for op in expression_ops(value):
         if isinstance(op, GetGlobal):
-            results: Any = reader.read(opened.weights.globals[op.symbol.leaf])
+            results: Any = reader.read(weights.globals[op.symbol.leaf])
         else:
-            results = evaluate_op(op, [env[v] for v in op.operands])
+            with np.errstate(over="ignore", invalid="ignore"):  # whoever asked for the array sees what it holds
+                results = evaluate_op(op, [env[v] for v in op.operands])
         env.update(zip(op.results, results if isinstance(results, tuple) else (results,)))
     return env[value]

@@ -16,6 +16,7 @@ import numpy as np
 from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
+from tyir.frontends.check_values import value_problems
 from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
 from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
@@ -42,15 +43,16 @@ _MODEL_KEYS: Final = (
 Note = Callable[[Diagnostic], None]
 
 
-def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None) -> Module:
+def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None, check_weights: bool = False) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
     `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights stay in the folder (`ty.global`).
-    `note` receives warnings (stray tensors).  `TyirError` holds every problem of the folder, or every operation that cannot be imported.
+    `note` receives warnings (stray tensors).  `check_weights` reads them all.
+    `TyirError` holds every problem of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
         raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(DTYPES)}")
-    opened = open_model(folder, dtype, note)
+    opened = open_model(folder, dtype, note, check_weights=check_weights)
     return _build(opened.checkpoint, opened.meta, opened.weights)
 
 
@@ -63,7 +65,7 @@ class OpenedModel:
     weights: Weights
 
 
-def open_model(folder: Path, dtype: str, note: Note | None = None) -> OpenedModel:
+def open_model(folder: Path, dtype: str, note: Note | None = None, *, check_weights: bool = False) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
     problems: list[Diagnostic] = []
@@ -72,7 +74,10 @@ def open_model(folder: Path, dtype: str, note: Note | None = None) -> OpenedMode
     meta = _meta_model(checkpoint, dtype, problems, note) if checkpoint is not None and formats else None
     if checkpoint is not None and meta is not None:
         weights = Weights(checkpoint, meta.aliases, meta.state, formats)
-        problems.extend(_tensor_problems(checkpoint, meta, weights, note))
+        bad: set[str] = set()
+        problems.extend(_tensor_problems(checkpoint, meta, weights, note, bad))
+        if check_weights:
+            problems.extend(value_problems(weights, dtype, bad))
     if problems:
         raise TyirError(problems)
     assert checkpoint is not None and meta is not None
@@ -108,8 +113,8 @@ def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], 
         return None
 
 
-def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, note: Note) -> Iterable[Diagnostic]:
-    """The stored tensors against the model's: missing, of another shape, and those nobody asked for."""
+def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, note: Note, bad: set[str]) -> Iterable[Diagnostic]:
+    """The stored tensors against the model's: missing, of another shape (added to `bad`), and those nobody asked for."""
     if not checkpoint.whole:
         return
     where = str(checkpoint.folder)
@@ -124,6 +129,7 @@ def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, 
         weight_format, stored_name = found
         used.update(weight_format.stored_keys(stored_name, checkpoint.tensors))
         if (problem := weight_format.problem(stored_name, shape, checkpoint.tensors)) is not None:
+            bad.update((name, stored_name))
             yield Diagnostic(problem, where=where, help="config.json and the weights are from different models, or one of them was edited")
     if missing:
         message = f"the checkpoint lacks {len(missing)} of the model's {len(meta.state)} tensors: {_some(missing)}"

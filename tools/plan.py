@@ -196,8 +196,8 @@ def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = Non
     cuts = _Cuts(shape, options)
     needs = cuts.needs(options.dies, options.max_kv)
     weights, code = sum(n.weights for n in needs), options.dies * len(options.seqlens)
-    largest = max(shape.vocabulary, shape.width) * shape.hidden
-    ram = _BASE_RAM + largest * (4 if group is None else 14)
+    linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
+    ram = _BASE_RAM + max(4 * table, linear * (4 if group is None else 14))
     fast, slow = (_IMPORT_SECONDS + 0.1 * shape.layers + code * c + weights / r for c, r in ((0.5, 4e8), (3.0, 5e7)))
     problems = tuple(_memory_problems(cuts, group, machine))
     return Plan(

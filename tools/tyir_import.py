@@ -25,13 +25,13 @@ __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(
-        prog="tyir-import", description="Import a Hugging Face model folder as tyir IR; weights stay in the folder."
-    )
+    parser = ToolParser(prog="tyir-import", description="Import a Hugging Face model folder as tyir IR; weights stay in the folder.")
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to write the IR; - is standard output (the default)")
     parser.add_argument("--dtype", choices=("f16", "f32"), default="f16", help="element type the model computes in (default: f16)")
     parser.add_argument("--raise", dest="raise_", action="store_true", help="also run raise-aten, so that the file is at stage ty")
+    parser.add_argument("--check-weights", action="store_true", help="also read every weight: NaN, infinity and f16 overflow are errors")
+    parser.add_argument("--explain", action="store_true", help="only say what was recognised as what, with counts per layer; writes no IR")
     parser.add_argument(
         "--plan", action="store_true", help="only say, from config.json, what compiling with the options below would need and make"
     )
@@ -55,7 +55,12 @@ def main(argv: Sequence[str]) -> int:
     from tyir.frontends.huggingface import import_model
     from tyir.printer import print_op
 
-    module = import_model(options.folder, dtype=options.dtype, note=lambda d: warn(d.message))
+    module = import_model(options.folder, dtype=options.dtype, note=lambda d: warn(d.message), check_weights=options.check_weights)
+    if options.explain:
+        from tyir.tools.explain import explain
+
+        print(explain(module))
+        return 0
     if options.raise_:
         from tyir.passes.raise_aten import raise_aten
 

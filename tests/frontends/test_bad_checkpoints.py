@@ -242,3 +242,19 @@ def test_mixture_of_experts(save_model: Any) -> None:
     assert "models with a mixture of experts cannot be imported yet" in refusal(
         save_model("qwen3_moe", moe_intermediate_size=32, num_experts=4)
     )
+
+
+def test_values_are_checked_when_asked(single: Path) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"][3] = float("nan")
+        tensors["model.layers.0.mlp.up_proj.weight"][0, :2] = float("inf")
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+
+    edit_tensors(single, spoil)
+    message = refusal(single, check_weights=True)
+    assert "'model.norm.weight' holds 1 NaN values" in message
+    assert "'model.layers.0.mlp.up_proj.weight' holds 2 infinite values" in message
+    assert "'model.layers.1.mlp.up_proj.weight' holds 1 values beyond the f16 range of 65504 (largest 999424)" in message
+    assert "'lm_head.weight' has shape [95, 64]" in message
+    assert "beyond" not in refusal(single, check_weights=True, dtype="f32")

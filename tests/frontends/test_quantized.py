@@ -261,3 +261,18 @@ def words_of(module: Module) -> int:
 
 def test_nothing_is_unpacked_twice(checkpoints: dict[str, tuple[Path, Stored]]) -> None:
     assert words_of(import_model(checkpoints["awq"][0])) == 28
+
+
+def test_values_of_quantised_weights_are_checked(awq_folder: Path) -> None:
+    def spoil(t: dict[str, Any]) -> None:
+        t["model.layers.0.mlp.up_proj.scales"][0, 0] = np.nan
+        t["model.layers.1.mlp.up_proj.scales"][1 - 1, 5] = 60000
+        t["model.layers.1.input_layernorm.weight"] = t["model.layers.1.input_layernorm.weight"][1:]
+
+    edit(awq_folder, tensors=spoil)
+    with pytest.raises(TyirError) as caught:
+        import_model(awq_folder, check_weights=True)
+    message = str(caught.value)
+    assert "'model.layers.0.mlp.up_proj.weight' holds" in message and "NaN values" in message
+    assert "'model.layers.1.mlp.up_proj.weight' holds" in message and "infinite values" in message
+    assert "'model.layers.1.input_layernorm.weight' has shape [63]" in message

@@ -62,3 +62,12 @@ def test_help_loads_no_torch() -> None:
     code = "import sys; from tyir.tools.tyir_import import main; code = main(['--help']); sys.exit(code or 'torch' in sys.modules or 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--raise" in done.stdout
+
+
+def test_explain_says_what_was_recognised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(TINY), "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Qwen2ForCausalLM: 6 layers, 340 graph operations recognised as"
+    assert any("ty.attention (8 heads, 2 key/value heads)  6 = 6 layers x 1" in line for line in lines)
+    assert any(line.startswith("  ty.rms_norm") and "13 = 6 layers x 2 + 1" in line for line in lines)
+    assert lines[-2] == "weights: 74 tensors of f16"
