@@ -39,7 +39,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 
 # Libraries a package may import inside functions only.
 LAZY: dict[str, set[str]] = {
-    "tools": {"torch", "transformers", "safetensors"},
+    "tools": {"torch", "transformers", "safetensors", "scipy"},  # scipy: fitting the constants of a machine file, dev only
 }
 
 # Files and folders that may import a library nobody else may.

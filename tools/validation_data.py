@@ -48,20 +48,28 @@ def read_rows(folder: Path) -> list[Row]:
     return [row for name, read in readers.items() if (folder / name).exists() for row in read(folder / name)]
 
 
-def _gemm(kind: str, m: int, n: int, k: int, us: float, extra_us: float = 0.0, fp8_share: float = 1.0) -> Row:
+_NARROW = 512
+
+
+def _sized(kind: str, n: int, k: int) -> str:
+    """Weights with a side under 512 are a class of their own: the call is launch and latency, and language models have none."""
+    return f"{kind} narrow" if min(n, k) < _NARROW else kind
+
+
+def _gemm(kind: str, m: int, n: int, k: int, us: float, extra_us: float = 0.0) -> Row:
     product = Product(m, n, k)
     nbytes = 2.0 * (m * k + n * k + m * n)
-    return Row(kind, f"{m}x{n}x{k}", m, us, product.flops, nbytes, lambda a: gemm_ns(product, a) + extra_us * 1000)
+    return Row(_sized(kind, n, k), f"{m}x{n}x{k}", m, us, product.flops, nbytes, lambda a: gemm_ns(product, a) + extra_us * 1000)
 
 
 def _weight_only(m: int, n: int, k: int, us: float) -> Row:
     nbytes = 0.516 * n * k + 2.0 * (m * k + m * n)
-    return Row("gemm w4a16", f"{m}x{n}x{k}", m, us, 2.0 * m * n * k, nbytes, lambda a: weight_only_ns(m, n, k, a))
+    return Row(_sized("gemm w4a16", n, k), f"{m}x{n}x{k}", m, us, 2.0 * m * n * k, nbytes, lambda a: weight_only_ns(m, n, k, a))
 
 
 def _int8(m: int, n: int, k: int, us: float) -> Row:
     def predict(a: Accelerator) -> float:
-        return gemm_ns(Product(m, n, k, 1.0, matrix_speed=a.sm.macs_per_cycle_int8 / a.sm.macs_per_cycle_fp16), a)
+        return gemm_ns(Product(m, n, k, 1.0, 1.0, matrix_speed=a.sm.macs_per_cycle_int8 / a.sm.macs_per_cycle_fp16), a)
 
     return Row("gemm int8", f"{m}x{n}x{k}", m, us, m * n * k, 1.0 * (m * k + n * k + m * n), predict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tyir.diagnostics import TyirError
 from tyir.targets.accelerator import Accelerator
@@ -14,7 +14,7 @@ from tyir.tools.validation_data import Row
 __all__ = ["fit", "is_training"]
 
 _ROWS_PER_KIND = 300
-_NOT_FITTED = ("model", "add+norm", "silu*mul", "layernorm", "LLMCompass", "gemm int8")
+_NOT_FITTED = ("model", "add+norm", "silu*mul", "LLMCompass", "gemm int8")
 
 
 def is_training(row: Row) -> bool:
@@ -24,19 +24,30 @@ def is_training(row: Row) -> bool:
     return hashlib.sha256(f"{row.kind} {row.name}".encode()).digest()[0] < 128
 
 
-def fit(machine: Accelerator, rows: Sequence[Row], weights: Mapping[str, float] | None = None) -> Accelerator:
+def fit(machine: Accelerator, rows: Sequence[Row]) -> Accelerator:
     """The machine with its fitted constants replaced by those with the least mean absolute log error over the training rows.
 
-    Nelder-Mead on logarithms, from the file's values.  `TyirError` when scipy is absent or nothing can be fitted.
+    A fitted constant's `source` names the kinds of kernels it is fitted on; constants with the same source are fitted together, group after group in the file's
+    order, the earlier ones kept.  `TyirError` when scipy is absent or a kind was not measured.
     """
     try:
-        from scipy.optimize import minimize
+        import scipy.optimize  # noqa: F401
     except ImportError:
         raise TyirError("--fit needs scipy", help="pip install 'tyir[dev]'") from None
-    names = sorted(machine.fitted)
     kinds = _training(rows)
-    if not names or not kinds:
-        raise TyirError(f"nothing to fit for {machine.name}", help="the file labels no constant fitted, or no kernel was measured")
+    for group in dict.fromkeys(c.source for c in machine.fitted.values()):
+        names = [n for n, c in machine.fitted.items() if c.source == group]
+        chosen = [kinds[k] for k in group.split(", ") if k in kinds]
+        if not chosen:
+            raise TyirError(f"{names[0]} of {machine.name} is fitted on '{group}', which was not measured", help=f"measured: {', '.join(kinds)}")
+        machine = _fit_group(machine, names, chosen)
+    return machine
+
+
+def _fit_group(machine: Accelerator, names: Sequence[str], kinds: Sequence[Sequence[Row]]) -> Accelerator:
+    """Nelder-Mead on the logarithms of some constants, from the values that the machine has."""
+    from scipy.optimize import minimize
+
     start = [machine.constants[n].value for n in names]
 
     def with_logs(logs: Sequence[float]) -> Accelerator:
@@ -46,6 +57,8 @@ def fit(machine: Accelerator, rows: Sequence[Row], weights: Mapping[str, float] 
         if max(abs(x) for x in logs) > 2.0:
             return 10.0
         candidate = with_logs(logs)
+        if any(candidate.constants[n].value > 1 for n in names if n.endswith(("efficiency", "share"))):
+            return 10.0
         return sum(_kind_error(kind, candidate) for kind in kinds) / len(kinds)
 
     simplex = [[0.0] * len(names)] + [[0.12 if i == j else 0.0 for j in range(len(names))] for i in range(len(names))]
@@ -53,12 +66,12 @@ def fit(machine: Accelerator, rows: Sequence[Row], weights: Mapping[str, float] 
     return with_logs([float(x) for x in result.x])
 
 
-def _training(rows: Sequence[Row]) -> list[list[Row]]:
+def _training(rows: Sequence[Row]) -> dict[str, list[Row]]:
     kinds: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if is_training(row):
             kinds[row.kind].append(row)
-    return [found[:: max(1, len(found) // _ROWS_PER_KIND)] for found in kinds.values()]
+    return {kind: found[:: max(1, len(found) // _ROWS_PER_KIND)] for kind, found in kinds.items()}
 
 
 def _kind_error(rows: Sequence[Row], machine: Accelerator) -> float:

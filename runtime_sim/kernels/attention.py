@@ -94,7 +94,7 @@ def decode_ns(shape: Attention, machine: Accelerator) -> float:
     """
     owners = shape.batch * shape.kv_heads
     blocks = -(-shape.keys // BLOCK)
-    nbytes = shape.kv_bytes * machine.attention.kv_read_share
+    nbytes = shape.kv_bytes * (machine.attention.grouped_read_share if shape.query_heads > shape.kv_heads else 1.0)
     moved = nbytes / machine.dram_bytes_per_ns + first_touch_ns(nbytes, machine)
     ramp = machine.launch.ramp_us * 1000
     combine = machine.launch.kernel_us * 1000 + ramp / 2

@@ -7,7 +7,7 @@ For a tile of R x C and a split of k into s parts there are W = ceil(m / R) * ce
                             the same work over the power-limited rate of the whole device
                             ceil(k / s / 64) * step
     memory = the larger of  the blocks' share of the bytes / DRAM rate      and      what the blocks load / L2 rate
-    total  = launch + ramp + waves (+ for s > 1 a second launch, and partial sums in f32 through the L2)
+    total  = launch + ramp * min(1, k / 512) + waves (+ for s > 1 a second launch, and partial sums in f32 through the L2)
 
 The factor with q is the reading of operands out of shared memory: a multiprocessor that does 1024 multiply-accumulates and reads 128 bytes a cycle would need 16 rows
 for it if nothing overlapped.  Weights come from DRAM (the measurements rotate them); written bytes cost `dram.write_cost`; a working set that replaces the L2's
@@ -25,21 +25,30 @@ from tyir.targets.accelerator import Accelerator
 __all__ = ["Product", "gemm_ns", "weight_only_ns", "weight_only_product"]
 
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16)
+_WEIGHT_ONLY_SPLITS = (1, 2)
+_WEIGHT_ONLY_MIN_SPLIT_K = 2048
 _STEP = 64  # of k, per stage of a kernel's pipeline
+_PIPELINE = 8  # steps of k until loads, matrix units and stores all work
 _MIN_SPLIT_K = 256
 _MAX_WAVES_OF_SPLIT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product and what its operands weigh: bytes per weight, weights per nanosecond that one multiprocessor de-quantises (infinite: none to do)."""
+    """A product and what its operands weigh: bytes per weight and per activation, weights per nanosecond that one multiprocessor de-quantises (infinite: none to do)."""
 
     m: int
     n: int
     k: int
     weight_bytes: float = 2.0
+    activation_bytes: float = 2.0
     dequant_per_ns: float = math.inf
     matrix_speed: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weights need no de-quantisation."""
+        return self.dequant_per_ns == math.inf
 
     @property
     def flops(self) -> float:
@@ -47,23 +56,25 @@ class Product:
 
     def dram_bytes(self, machine: Accelerator) -> float:
         """Bytes' worth of DRAM time.  Example: m 1, n 4096, k 4096, write cost 1.5: 2 * 4096 * 4096 + 2 * 4096 + 1.5 * 2 * 4096 = 33,574,912."""
-        return self.n * self.k * self.weight_bytes + 2.0 * self.m * self.k + 2.0 * self.m * self.n * machine.dram.write_cost
+        return self.n * self.k * self.weight_bytes + self.activation_bytes * self.m * (self.k + self.n * machine.dram.write_cost)
 
 
 def gemm_ns(product: Product, machine: Accelerator, sustained: bool | None = None) -> float:
     """Nanoseconds of a product alone in a graph; `sustained`: whether the device is at its power limit (None: if this product alone is long enough for it)."""
     rate = matrix_rate(product.flops, machine, sustained) * product.matrix_speed
-    best = min(_tiled_ns(product, machine, tile, rate) for tile in machine.tiles)
-    start = machine.launch.kernel_us + machine.launch.ramp_us
-    if product.m == 1 and machine.gemm.gemv:
-        best = min(best, product.dram_bytes(machine) / machine.dram_bytes_per_ns)
+    tiles = machine.tiles["gemm.tiles" if product.plain else "weight_only.tiles"]
+    best = min(_tiled_ns(product, machine, tile, rate) for tile in tiles)
+    start = machine.launch.kernel_us + machine.launch.ramp_us * min(1.0, product.k / (_PIPELINE * _STEP))
+    rows = machine.gemm.gemv if product.plain else machine.weight_only.gemv_max_rows
+    if product.m <= rows:
+        best = min(best, math.hypot(product.dram_bytes(machine) / machine.dram_bytes_per_ns, 0.0 if product.plain else _latency_ns(product, product.k, machine)))
     return start * 1000 + best + first_touch_ns(product.dram_bytes(machine), machine)
 
 
 def weight_only_product(m: int, n: int, k: int, machine: Accelerator) -> Product:
     """4-bit weights with scales, f16 activations."""
     dequant = machine.weight_only.dequant_per_cycle * machine.clock.frequency_mhz * 1e-3
-    return Product(m, n, k, machine.weight_only.bytes_per_weight, dequant)
+    return Product(m, n, k, machine.weight_only.bytes_per_weight, dequant_per_ns=dequant)
 
 
 def weight_only_ns(m: int, n: int, k: int, machine: Accelerator) -> float:
@@ -91,8 +102,8 @@ def _tiled_ns(product: Product, machine: Accelerator, tile: tuple[int, int], rat
     """The best split of k for one tile shape."""
     blocks = -(-product.m // tile[0]) * -(-product.n // tile[1])
     best = math.inf
-    for parts in _SPLITS:
-        if parts > 1 and (product.k // parts < _MIN_SPLIT_K or blocks * (parts - 1) >= machine.sm.count * _MAX_WAVES_OF_SPLIT):
+    for parts in _SPLITS if product.plain else _WEIGHT_ONLY_SPLITS:
+        if parts > 1 and (product.k // parts < (_MIN_SPLIT_K if product.plain else _WEIGHT_ONLY_MIN_SPLIT_K) or blocks * (parts - 1) >= machine.sm.count * _MAX_WAVES_OF_SPLIT):
             break
         best = min(best, _split_ns(product, machine, tile, blocks, parts, rate))
     return best
@@ -108,13 +119,18 @@ def _split_ns(product: Product, machine: Accelerator, tile: tuple[int, int], blo
     own = (
         work * (1 + machine.gemm.operand_rows * (1 / rows + 1 / columns)) / (machine.sm_flops_per_ns * machine.gemm.efficiency * product.matrix_speed)
     )
-    own = max(own + columns * depth / product.dequant_per_ns, -(-depth // _STEP) * machine.gemm.step_ns)
-    loaded = (min(rows, product.m) * 2.0 + min(columns, product.n) * product.weight_bytes) * depth
+    own = max(own + columns * depth / product.dequant_per_ns, _latency_ns(product, depth, machine))
+    loaded = (min(rows, product.m) * product.activation_bytes + min(columns, product.n) * product.weight_bytes) * depth
     memory = max(product.dram_bytes(machine) / total / machine.dram_bytes_per_ns, loaded / machine.l2.bandwidth_gbps)
     time = full * _wave_ns(machine.sm.count, own, work / rate, memory, machine) + (_wave_ns(rest, own, work / rate, memory, machine) if rest else 0)
     if parts > 1:
         time += machine.launch.kernel_us * 1000 + 8.0 * parts * product.m * product.n / machine.l2.bandwidth_gbps
     return time
+
+
+def _latency_ns(product: Product, depth: int, machine: Accelerator) -> float:
+    """What a block needs to walk `depth` of k however little it computes.  Example: 1000 of k, 80 ns a step: 16 steps, 1280 ns."""
+    return -(-depth // _STEP) * (machine.gemm.step_ns if product.plain else machine.weight_only.step_ns)
 
 
 def _wave_ns(blocks: int, own: float, shared: float, memory: float, machine: Accelerator) -> float:

@@ -22,7 +22,8 @@ from tyir.targets.machine import LABELS, Constant
 __all__ = ["MAX_FITTED", "Accelerator", "load_accelerator"]
 
 MAX_FITTED: Final = 8
-_TILES: Final = "gemm.tiles"
+Tiles = tuple[tuple[int, int], ...]
+_TILES: Final = ("gemm.tiles", "weight_only.tiles")
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,24 @@ class Gemm:
 
 @dataclass(frozen=True)
 class WeightOnly:
-    """4-bit weights: bytes each with their scales, weights a multiprocessor de-quantises per cycle, and what a call costs more than a plain kernel."""
+    """4-bit weights: bytes each with their scales, weights a multiprocessor de-quantises per cycle, least time of 64 of k, start of a call."""
 
     bytes_per_weight: float
     dequant_per_cycle: float
+    step_ns: float
     call_us: float
+    gemv_max_rows: int
 
 
 @dataclass(frozen=True)
 class Attention:
-    """`efficiency` of the matrix units in prefill, `block_us` for a block of 128 keys in decode, `kv_read_share` of the cache's bytes that DRAM delivers."""
+    """`efficiency` of the matrix units in prefill, `block_us` for a block of 128 keys in decode, `grouped_read_share`:
+    part of the cache's bytes that DRAM delivers when query heads share keys; `packed_passes` over q, k, v that the library's prefill call makes besides."""
 
     efficiency: float
     block_us: float
     call_us: float
-    kv_read_share: float
+    grouped_read_share: float
     packed_passes: float
 
 
@@ -122,13 +126,15 @@ class Link:
     efficiency: float
     one_shot_us: float
     peer_us: float
+    direct_efficiency: float
     one_shot_max_bytes: float
+    two_shot_max_bytes: float
     call_us: float
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device and its links.  `constants` holds every number's provenance by dotted name; `tiles` are the library's (rows, columns), larger first or not."""
+    """One device and its links.  `constants` holds every number's provenance by dotted name; `tiles` are the library's (rows, columns): `gemm.tiles`, `weight_only.tiles`."""
 
     name: str
     clock: Clock
@@ -142,7 +148,7 @@ class Accelerator:
     attention: Attention
     rowwise: Rowwise
     link: Link
-    tiles: tuple[tuple[int, int], ...]
+    tiles: Mapping[str, Tiles]
     constants: Mapping[str, Constant]
 
     @property
@@ -174,7 +180,7 @@ class Accelerator:
         return self._from_constants(self.name, {**self.constants, **changed}, self.tiles)
 
     @classmethod
-    def _from_constants(cls, name: str, constants: Mapping[str, Constant], tiles: tuple[tuple[int, int], ...]) -> Self:
+    def _from_constants(cls, name: str, constants: Mapping[str, Constant], tiles: Mapping[str, Tiles]) -> Self:
         sections: dict[str, Any] = {}
         for section, section_class in _sections().items():
             hints = get_type_hints(section_class)
@@ -206,7 +212,7 @@ def _from_table(table: dict[str, Any], where: str) -> Accelerator:
     known = {f"{s}.{f.name}" for s, c in _sections().items() for f in fields(c)}
     entries = {f"{s}.{k}": v for s, inner in table.items() for k, v in (inner if isinstance(inner, dict) else {"": inner}).items()}
     problems: dict[str, Diagnostic] = {}
-    tiles = _tiles(entries.pop(_TILES, None), where, problems)
+    tiles = {name: _tiles(name, entries.pop(name, None), where, problems) for name in _TILES}
     constants: dict[str, Constant] = {}
     for dotted, entry in entries.items():
         problem = _entry_problem(entry) if dotted in known else "unknown constant"
@@ -224,14 +230,14 @@ def _from_table(table: dict[str, Any], where: str) -> Accelerator:
     return Accelerator._from_constants(name, constants, tiles)
 
 
-def _tiles(entry: object, where: str, problems: dict[str, Diagnostic]) -> tuple[tuple[int, int], ...]:
+def _tiles(name: str, entry: object, where: str, problems: dict[str, Diagnostic]) -> Tiles:
     """`gemm.tiles = { value = [[128, 256], ...], label, source }`."""
     value = entry.get("value") if isinstance(entry, dict) else None
     pairs = isinstance(value, list) and all(
         isinstance(t, list) and len(t) == 2 and all(isinstance(x, int) and x > 0 for x in t) for t in value
     )
     if not value or not pairs or not isinstance(value, list):
-        problems[_TILES] = Diagnostic(f"{_TILES}: needs the library's tile shapes", where=where, help="write value = [[128, 128], [128, 256]]")
+        problems[name] = Diagnostic(f"{name}: needs the library's tile shapes", where=where, help="write value = [[128, 128], [128, 256]]")
         return ()
     return tuple((t[0], t[1]) for t in value)
 
