@@ -28,7 +28,7 @@ from tyir.storage import pack, packed_shape
 from tyir.types import FloatType, storage_dtype
 from tyir.weights import WeightSource
 
-__all__ = ["ParamsFile", "write_params"]
+__all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
 
 Array = npt.NDArray[Any]
 _DTYPES: Final = {
@@ -98,7 +98,7 @@ class ParamsFile:
 
 def write_params(files: Sequence[ParamsFile], weights: WeightSource, *, progress: bool = False) -> None:
     """Evaluate every parameter and write it.  `TyirError` lists the tensors that hold NaN or infinity or overflow f16."""
-    evaluator = _Evaluator(weights)
+    evaluator = ParamEvaluator(weights)
     handles = [file.create() for file in files]
     problems: list[Diagnostic] = []
     try:
@@ -136,7 +136,7 @@ def _check(param: Param, array: Array) -> Diagnostic | None:
     )
 
 
-class _Evaluator:
+class ParamEvaluator:
     """Evaluates initializers, remembering the last few costly results across parameters that share them."""
 
     def __init__(self, weights: WeightSource, remember: int = 2) -> None:
