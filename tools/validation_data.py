@@ -87,7 +87,7 @@ def _all_reduce(nbytes: float, devices: int, us: float, call: bool = True) -> Ro
     def predict(a: Accelerator) -> float:
         return all_reduce_ns(nbytes, devices, a, custom=call)
 
-    return Row("all-reduce", f"{nbytes:.0f} B on {devices}", int(nbytes), us, 0.0, 2 * (devices - 1) / devices * nbytes, predict)
+    return Row("all-reduce" if call else "all-reduce (LLMCompass)", f"{nbytes:.0f} B on {devices}", int(nbytes), us, 0.0, 2 * (devices - 1) / devices * nbytes, predict)
 
 
 # ------------------------------------------------------------------------------------------------------------- h200

@@ -4,14 +4,15 @@ Prefill: a block of threads owns 128 query rows of one head and walks the 128-ke
 
     block = 4 * 128 * 128 * head_dim / (peak of one multiprocessor * efficiency)         two products
     owner = ramp + blocks * block                                                       first keys, last stores
-    total = launch + ramp + call + max(longest owner, sum of owners / multiprocessors + longest owner / 2)
+    run   = max(longest owner, sum of owners / multiprocessors + longest owner / 2)
+    total = launch + ramp + call + (run^2 + (bytes / DRAM rate)^2)^(1/2)
 
 The half: owners of different lengths are dealt greedily, and at the end one as long as the longest is on average half done when the others have finished
 (Graham 1969 bounds it by one).  Flash attention: Dao et al. 2022; tiles in the causal case: FlashAttention-2.
 
 Decode: one owner per sequence, group of query heads that share keys, and part of the cache (flash decoding):
 
-    walk  = waves * blocks of one part * block_us               latency of walking the keys, which a block of threads alone cannot hide
+    walk  = waves * (owner_us + blocks of one part * block_us)  latency of walking the keys; owners_per_sm of them hide each other's
     total = launch + ramp + call + (walk^2 + (bytes / DRAM rate)^2)^(1/2) [+ launch + ramp / 2 of the kernel that combines the parts]
 
 minimised over the number of parts; the cache is split from 8 blocks on.
@@ -59,7 +60,7 @@ def attention_ns(shape: Attention, machine: Accelerator, sustained: bool | None 
 def prefill_ns(shape: Attention, machine: Accelerator, sustained: bool | None = None) -> float:
     """Causal (or full) attention of several queries a sequence.
 
-    Example (block 2 us, ramp 3 us, launch and call 2 us, 4 multiprocessors, no packing): 4 heads, 256 queries: owners of 1 and 2 blocks, 5 and 7 us, 4 each:
+    Example (block 2 us, ramp 3 us, launch and call 2 us, 4 multiprocessors, no packing, much bandwidth): 4 heads, 256 queries: owners of 1 and 2 blocks, 5 and 7 us, 4 each:
     48 / 4 + 7 / 2 = 15.5 us, launch, call and ramp 5 us: 20.5 us.
     """
     tiles = -(-shape.queries // BLOCK)
@@ -75,7 +76,9 @@ def prefill_ns(shape: Attention, machine: Accelerator, sustained: bool | None = 
     longest = ramp + max(seen) * block
     owners = heads * (tiles * ramp + sum(seen) * block)
     run = longest if heads * tiles <= machine.sm.count else max(longest, owners / machine.sm.count + longest / 2)
-    return (machine.launch.kernel_us + machine.attention.call_us) * 1000 + ramp + run + _packing_ns(shape, machine)
+    moved = (shape.kv_bytes + 4.0 * heads * shape.queries * shape.head_dim) / machine.dram_bytes_per_ns
+    call = machine.attention.call_us if shape.causal or tiles > 1 else machine.attention.decode_call_us
+    return (machine.launch.kernel_us + call) * 1000 + ramp + math.hypot(run, moved) + _packing_ns(shape, machine)
 
 
 def _packing_ns(shape: Attention, machine: Accelerator) -> float:
@@ -94,6 +97,7 @@ def decode_ns(shape: Attention, machine: Accelerator) -> float:
     """
     owners = shape.batch * shape.kv_heads
     blocks = -(-shape.keys // BLOCK)
+    walked = max(shape.keys / BLOCK, 0.25)  # a warp's share is walked even for one key
     nbytes = shape.kv_bytes * (machine.attention.grouped_read_share if shape.query_heads > shape.kv_heads else 1.0)
     moved = nbytes / machine.dram_bytes_per_ns + first_touch_ns(nbytes, machine)
     ramp = machine.launch.ramp_us * 1000
@@ -102,7 +106,7 @@ def decode_ns(shape: Attention, machine: Accelerator) -> float:
     for parts in _PARTS:
         if parts > 1 and (parts > blocks or blocks < _SPLIT_FROM):
             break
-        waves = -(-owners * parts // machine.sm.count)
-        walk = waves * -(-blocks // parts) * machine.attention.block_us * 1000
+        waves = -(-owners * parts // (machine.sm.count * machine.attention.owners_per_sm))
+        walk = waves * (machine.attention.owner_us + walked / parts * machine.attention.block_us) * 1000
         best = min(best, math.hypot(walk, moved) + (combine if parts > 1 else 0.0))
-    return (machine.launch.kernel_us + machine.attention.call_us) * 1000 + ramp + best
+    return (machine.launch.kernel_us + machine.attention.decode_call_us) * 1000 + ramp + best
