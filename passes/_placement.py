@@ -10,7 +10,7 @@ from typing import Final
 
 from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Append, CachedAttention
+from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
 from tyir.dialects.ty import (
     Add,
     Cast,
@@ -38,9 +38,9 @@ Rule = tuple[list[Placement], Placement]  # what the operands must be, what the 
 
 
 def placement_of(value: Value) -> Placement:
-    """The placement written for a value."""
+    """The placement written for a value; the results of an op share theirs."""
     if isinstance(value.owner, Op):
-        return from_attribute(value.owner.attributes.get("tyir.sharding")) if value.index == 0 else REPLICATED
+        return from_attribute(value.owner.attributes.get("tyir.sharding"))
     function = value.owner.parent_op
     return from_attribute(function.arg_attr(value.index).get("tyir.sharding")) if isinstance(function, Func) else REPLICATED
 
@@ -115,8 +115,15 @@ def _attention(op: Op) -> Rule:
     q = placement_of(op.operands[0])
     caches = [placement_of(v) for v in op.operands[1:3]]
     if not isinstance(caches[0], Split):
-        return [REPLICATED] * 4, REPLICATED
-    return [q, *caches, REPLICATED], q
+        return [REPLICATED] * len(op.operands), REPLICATED
+    return [q, *caches, REPLICATED, *(placement_of(v) for v in op.operands[4:])], q
+
+
+def _quantize_rows(op: Op) -> Rule:
+    """Heads (axis 2 of the rows and of their scales) may be cut."""
+    x = placement_of(op.operands[0])
+    wanted: Placement = x if isinstance(x, Split) and x.axis == 2 else REPLICATED
+    return [wanted], wanted
 
 
 def _candidates(op: Op) -> Rule:
@@ -157,6 +164,7 @@ _RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] 
     (RmsNorm, _norm),
     (Rope, _rope),
     (Reshape, _reshape),
+    (QuantizeRows, _quantize_rows),
     (Append, _append),
     (CachedAttention, _attention),
     (TopKCandidates, _candidates),

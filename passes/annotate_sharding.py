@@ -18,7 +18,7 @@ from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Append, CachedAttention
+from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, TopK, tensor_type
 from tyir.ir import Op, Value
@@ -168,10 +168,11 @@ def _attention_block(attention: CachedAttention, dies: int) -> _Block:
     queries = even_ranges(len(heads), dies)
     groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
     _demand(attention.q, Split(2, queries), block)
-    for cache in (attention.k, attention.v):
+    for cache in (attention.k, attention.v, *attention.scales):
         append = cache.op
         assert isinstance(append, Append)
-        _demand(append.rows, Split(2, groups), block)
+        if append.rows.index == 0:  # scales come from where the 8-bit rows come from
+            _demand(append.rows, Split(2, groups), block)
         block.caches[append.cache] = Split(1, groups)
     _consumers(attention.out, Split(2, queries), block)
     return block
@@ -231,6 +232,8 @@ def _demand(value: Value, split: Split, block: _Block) -> None:
         if split.axis == tensor_type(op.out).rank - 1:
             block.cuts[op] = split
             block.add(op, split)
+    elif isinstance(op, QuantizeRows):
+        _demand(op.rows, split, block)
     elif isinstance(op, Rope) or (isinstance(op, RmsNorm) and split.axis != tensor_type(op.x).rank - 1):
         _demand(op.x, split, block)
     elif isinstance(op, Reshape):

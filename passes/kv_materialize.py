@@ -10,6 +10,8 @@
       %k0n = kv.append(%k0, %k, %pos)
       %a = kv.attention(%q, %k0n, %v0n, %pos)
 
+With `dtype=int8` the new rows are quantised before they are appended (`kv.quantize_rows`); the scales are two more caches of the layer.
+
 `pos` is the number of tokens already cached.  Caches are arguments that the function returns updated (`tyir.alias`): state, never copied.
 With `embedding-as-input` the embedded tokens [1, ?, h] are the argument instead of the ids, and the table becomes the module's `ty.param @embedding`.
 Logits leave the accumulators unrounded (f32), so that near ties are decided by the sums and not by f16 rounding.
@@ -18,12 +20,13 @@ Logits leave the accumulators unrounded (f32), so that near ties are decided by 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.constexpr import clone_expression
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Append, CachedAttention, Rows
+from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, Rows
 from tyir.dialects.ty import (
     Attention,
     Embedding,
@@ -46,10 +49,11 @@ __all__ = ["KvMaterialize"]
 
 @dataclass(frozen=True)
 class KvMaterialize(Pass):
-    """Key/value caches of fixed capacity as aliased arguments, one pair per attention."""
+    """Key/value caches of fixed capacity as aliased arguments, one pair per attention; `dtype` is what they hold."""
 
     max_kv: int = 1024
     embedding_as_input: bool = False
+    dtype: Literal["fp16", "int8"] = "fp16"
 
     def run(self, op: Op, context: PassContext) -> None:
         if self.max_kv < 1:
@@ -57,7 +61,7 @@ class KvMaterialize(Pass):
         for function in list(op.walk_type(Func)):
             if any(True for _ in function.walk_type(Attention)):
                 self._convert(function)
-                context.statistics["caches"] = 2 * sum(1 for _ in function.walk_type(CachedAttention))
+                context.statistics["caches"] = sum(1 for _ in function.walk_type(Append))
         op.set_attribute("tyir.stage", StringAttr("kv"))
 
     def _convert(self, function: Func) -> None:
@@ -116,19 +120,39 @@ class KvMaterialize(Pass):
         angles.replace_with(rows)
 
     def _cache(self, attention: Attention, pos: Value, layer: int, names: list[str]) -> list[Value]:
-        """Append and attend for one layer; adds the two cache arguments and returns the updated caches."""
-        block = attention.block
-        assert block is not None
-        batch, _, groups, width = tensor_type(attention.k).dims
-        updated = []
-        for letter, rows in (("k", attention.k), ("v", attention.v)):
-            names.append(f"{letter}{layer}")
-            cache = block.add_arg(TensorType((batch, groups, self.max_kv, width), tensor_type(rows).element), names[-1])
-            updated.append(Append(cache, rows, pos, loc=attention.loc).insert_before(attention).result)
-        heads = default_kv_heads(tensor_type(attention.q).dims[2] or 0, groups or 0)
-        keys, values = updated
+        """Append and attend for one layer; adds the cache arguments and returns the updated caches."""
+        keys, values = (
+            [self._append(rows, pos, f"{name}{layer}", attention, names) for name, rows in self._rows(letter, x, attention)]
+            for letter, x in (("k", attention.k), ("v", attention.v))
+        )
+        heads = default_kv_heads(tensor_type(attention.q).dims[2] or 0, tensor_type(attention.k).dims[2] or 0)
         cached = CachedAttention(
-            attention.q, keys, values, pos, scale=attention.scale, window=attention.window, kv_heads=heads, loc=attention.loc
+            attention.q,
+            keys[0],
+            values[0],
+            pos,
+            tuple(keys[1:] + values[1:]),
+            scale=attention.scale,
+            window=attention.window,
+            kv_heads=heads,
+            loc=attention.loc,
         ).insert_before(attention)
         attention.replace_with(cached)
-        return updated
+        return [*keys, *values]
+
+    def _rows(self, letter: str, x: Value, attention: Attention) -> list[tuple[str, Value]]:
+        """What is appended for the keys or the values: the rows themselves, or 8-bit rows and their scales."""
+        if self.dtype == "fp16":
+            return [(letter, x)]
+        quantized = QuantizeRows(x, loc=attention.loc)
+        quantized.insert_before(attention)
+        return [(letter, quantized.q), (f"{letter}_scales", quantized.scales)]
+
+    def _append(self, rows: Value, pos: Value, name: str, attention: Attention, names: list[str]) -> Value:
+        block = attention.block
+        assert block is not None
+        names.append(name)
+        t = tensor_type(rows)
+        batch, _, groups, *width = t.dims
+        cache = block.add_arg(TensorType((batch, groups, self.max_kv, *width), t.element), name)
+        return Append(cache, rows, pos, loc=attention.loc).insert_before(attention).results[0]

@@ -2,6 +2,9 @@
 
 A cache is a function argument [b, G, capacity, D]; the function returns it updated, and `tyir.alias` in `res_attrs` says which argument it is.
 `pos` [b] i32 is the number of tokens already in the cache.
+
+An 8-bit cache is i8 [b, G, capacity, D] with one f16 scale per token and head, a cache of its own [b, G, capacity]: `kv.quantize_rows` makes both from the new
+rows, `kv.append` writes each, `kv.attention` takes the scales and reads f16(q * scale).
 """
 
 from __future__ import annotations
@@ -15,17 +18,52 @@ import numpy.typing as npt
 
 from tyir.dialects.ty import as_type, attend, tensor_type
 from tyir.ir import Value
-from tyir.opdef import DeclaredOp, attr, operand, result
+from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
-from tyir.types import TensorType, Type
+from tyir.types import TensorType, Type, f16, i8
 
-__all__ = ["Append", "CachedAttention", "Rows"]
+__all__ = ["Append", "CachedAttention", "QuantizeRows", "Rows", "dequantize_rows"]
 
 Array = npt.NDArray[Any]
 
 
+class QuantizeRows(DeclaredOp, name="kv.quantize_rows", traits=(Pure,)):
+    """Symmetric 8-bit quantisation of each row of D elements: rows f16 [b, s, G, D] -> q i8 of that shape and scales f16 [b, s, G].
+
+    scale = f16(max|x| / 127);  q = clamp(round(x / scale), -127, 127), halves to even; 0 where the scale is 0.
+    """
+
+    rows: Value = operand()
+    q: Value = result()
+    scales: Value = result()
+
+    def infer(self) -> tuple[Type, ...]:
+        t = tensor_type(self.rows)
+        return t.with_element(i8), TensorType(t.dims[:-1], f16)
+
+    def verify(self) -> Iterator[str]:
+        t = tensor_type(self.rows)
+        if t.rank != 4 or t.element is not f16:
+            yield f"rows are f16 [b, s, heads, D]; got {t}"
+
+    def evaluate(self, rows: Array) -> tuple[Array, Array]:
+        wide = rows.astype(np.float32)
+        scales = as_type(np.abs(wide).max(axis=-1) / np.float32(127), f16)
+        divisor = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)[..., None]
+        q = np.fmax(np.fmin(np.rint(wide / divisor), np.float32(127)), np.float32(-127))
+        return np.where(scales[..., None] > 0, q, 0).astype(np.int8), scales
+
+
+def dequantize_rows(q: Array, scales: Array) -> npt.NDArray[np.float16]:
+    """f16(q * scale): q [.., D] i8, scales [..] f16."""
+    return (q.astype(np.float32) * scales[..., None].astype(np.float32)).astype(np.float16)
+
+
 class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
-    """Writes rows [b, s, G, D] to positions pos.. of cache [b, G, capacity, D], in place; rows beyond the capacity are dropped (padding)."""
+    """Writes rows [b, s, G, D] to positions pos.. of cache [b, G, capacity, D], in place; rows beyond the capacity are dropped (padding).
+
+    For the scales of an 8-bit cache there is no D.
+    """
 
     cache: Value = operand()
     rows: Value = operand()
@@ -37,8 +75,10 @@ class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
 
     def verify(self) -> Iterator[str]:
         cache, rows = tensor_type(self.cache), tensor_type(self.rows)
-        if cache.rank != 4 or rows.rank != 4 or (cache.dims[1], cache.dims[3]) != (rows.dims[2], rows.dims[3]):
-            yield f"cache must be [b, heads, capacity, D] and rows [b, s, heads, D]; got {cache} and {rows}"
+        if cache.rank not in (3, 4) or rows.rank != cache.rank or (cache.dims[1], *cache.dims[3:]) != rows.dims[2:]:
+            yield f"cache must be [b, heads, capacity, D] and rows [b, s, heads, D], or both without D; got {cache} and {rows}"
+        elif cache.element is not rows.element:
+            yield f"the cache holds {cache.element}, the rows are {rows.element}"
 
     def evaluate(self, cache: Array, rows: Array, pos: Array) -> Array:
         for i, start in enumerate(pos):
@@ -51,12 +91,14 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     """Causal attention of s new tokens over the cache: q [b, s, H, D] at positions pos.., k and v [b, G, capacity, D] -> [b, s, H, D].
 
     `kv_heads[h]` is the cache head that query head h reads.  Scores, softmax and sums are f32; positions after a query are never read.
+    8-bit caches come with the scales of k and of v, each f16 [b, G, capacity]; what is read is f16(q * scale).
     """
 
     q: Value = operand()
     k: Value = operand()
     v: Value = operand()
     pos: Value = operand()
+    scales: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     scale: float = attr()
     window: int = attr(default=0)
@@ -72,12 +114,19 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
             yield f"kv_heads names {len(self.kv_heads)} heads, q has {heads}"
         elif any(not 0 <= g < groups for g in self.kv_heads):
             yield f"kv_heads {list(self.kv_heads)} reads outside the {groups} heads of the cache"
+        k = tensor_type(self.k)
+        wanted = [TensorType(k.dims[:-1], f16)] * 2 if k.element is i8 else []
+        if [v.type for v in self.scales] != wanted:
+            yield f"scales of {k} are {', '.join(map(str, wanted)) or 'none'}; got {', '.join(str(v.type) for v in self.scales) or 'none'}"
 
-    def evaluate(self, q: Array, k: Array, v: Array, pos: Array) -> Array:
+    def evaluate(self, q: Array, k: Array, v: Array, pos: Array, *scales: Array) -> Array:
         out = np.empty(q.shape, np.float32)
         for i, start in enumerate(pos):
             end = min(int(start) + q.shape[1], k.shape[2])
-            out[i] = attend(q[i], k[i, :, :end], v[i, :, :end], int(start), self.scale, self.window, self.kv_heads)
+            keys, values = k[i, :, :end], v[i, :, :end]
+            if scales:
+                keys, values = (dequantize_rows(x, s[i, :, :end]) for x, s in zip((keys, values), scales))
+            out[i] = attend(q[i], keys, values, int(start), self.scale, self.window, self.kv_heads)
         return as_type(out, tensor_type(self.out).element)
 
 
