@@ -10,6 +10,7 @@ model's module paths, which later passes read.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _SPLIT = "// -----"
+_SHORT_HEAD = re.compile(r"(?:%[^=\n]*=\s*)?[A-Za-z_][\w$.]*")
 
 
 @run_tool
@@ -258,7 +260,9 @@ def _label(op: Op, source: SourceText, positions: dict[Op, int]) -> Label | None
     start = positions.get(op)
     if start is None:
         return None
-    end = source.text.find('"', source.text.find('"', start) + 1) + 1
+    quote = source.text.find('"', start)
+    short = _SHORT_HEAD.match(source.text, start)
+    end = short.end() if short is not None else source.text.find('"', quote + 1) + 1
     return Label(source, start, max(end, start + 1))
 
 

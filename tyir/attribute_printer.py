@@ -116,11 +116,12 @@ def _dense_body(data: bytes, shape: Sequence[int], element: t.Type) -> str:
 class AttributeText:
     """Texts of attributes, remembered.  Call it with an attribute.
 
-    With `elide`, dense constants of more elements, and resources whatever their size, are left out: `dense_resource<__elided__>`.
+    With `short`, integers are i64 and floats f64 unless they say otherwise (the parser reads them so).  With `elide`, dense constants of more elements, and resources whatever their size, are left out: `dense_resource<__elided__>`.
     """
 
-    def __init__(self, elide: int | None = None) -> None:
+    def __init__(self, elide: int | None = None, short: bool = False) -> None:
         self.elide = elide
+        self.short = short
         self._memo: dict[Attribute, str] = {}
         self._keys: dict[str, str] = {}
 
@@ -169,6 +170,10 @@ class AttributeText:
             return f"dense_resource<{ELIDED}> : {self(x.type)}"
         return f"dense<{_dense_body(x.data, shape, element)}> : {self(x.type)}"
 
+    def _float(self, x: a.FloatAttr) -> str:
+        text = float_text(x.value, x.type.name)
+        return text if self.short and x.type is t.f64 and not text.startswith("0x") else f"{text} : {x.type.name}"
+
     def _array(self, x: a.DenseArrayAttr) -> str:
         numbers = ", ".join([_number(v, x.element) for v in x.values])
         return f"array<{self(x.element)}{': ' if numbers else ''}{numbers}>"
@@ -195,8 +200,8 @@ def dense_shape(shaped: t.Type) -> tuple[tuple[int, ...], t.Type]:
 _WRITERS: Final[dict[type[Attribute], Callable[[AttributeText, Any], str]]] = {
     a.UnitAttr: lambda p, x: "unit",
     a.BoolAttr: lambda p, x: "true" if x.value else "false",
-    a.IntegerAttr: lambda p, x: f"{x.value} : {p(x.type)}",
-    a.FloatAttr: lambda p, x: f"{float_text(x.value, x.type.name)} : {x.type.name}",
+    a.IntegerAttr: lambda p, x: str(x.value) if p.short and x.type is t.i64 else f"{x.value} : {p(x.type)}",
+    a.FloatAttr: AttributeText._float,
     a.StringAttr: lambda p, x: escape(x.value),
     a.SymbolRefAttr: lambda p, x: "::".join(symbol_text(n) for n in x.path),
     a.ArrayAttr: lambda p, x: "[" + ", ".join([p(i) for i in x.items]) + "]",

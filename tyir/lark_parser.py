@@ -24,7 +24,8 @@ from tyir.ir import EMPTY_DICT, Region, collector_paused
 from tyir.lexer import unescape
 from tyir.parser import Parser
 from tyir.parser_state import Header
-from tyir.registry import op_class
+from tyir.pretty import split_entries
+from tyir.registry import op_class, registered_class
 from tyir.resource_parser import read_blob
 from tyir.traits import IsolatedFromAbove
 
@@ -88,8 +89,15 @@ class _Builder(Parser):
 
     # -- operations -------------------------------------------------------------------------------------------------
     def _read_op(self, tree: Node) -> None:
+        if tree.data == "short_op":
+            self._frame.entry_is_open = False
+            self._read_short_op(tree)
+            return
         results, name, operands, successors, properties, regions, attributes, signature, location = tree.children
         self._frame.entry_is_open = False
+        if tree.data == "short_op":
+            self._read_short_op(tree)
+            return
         header = Header(
             start=tree.meta.start_pos,
             name=self._string(name),
@@ -106,12 +114,42 @@ class _Builder(Parser):
         found = EMPTY_DICT if attributes is None else self._dictionary(attributes.children[0])
         self._make(header, found, list(function_type.inputs), function_type.results, loc, header.start, header.start)
 
+    def _read_short_op(self, tree: Node) -> None:
+        results, name, symbol, operands, successors, rest, location = tree.children
+        cls = registered_class(str(name))
+        if cls is None:
+            self.fail(f"no dialect declares '{name}'", name.start_pos, name.end_pos)
+        parts = {"short_dictionary": (0, 1, 2), "short_regions": (None, 0, 1), "short_type": (None, None, 0)}[rest.data]
+        entries, regions, kind = (None if i is None else rest.children[i] for i in parts)
+        sym_name = None if symbol is None else self.value(Tree("symbol", [symbol])).root  # type: ignore[attr-defined]
+        properties, attributes = split_entries(cls, sym_name, EMPTY_DICT if entries is None else self._dictionary(entries))
+        header = Header(
+            start=tree.meta.start_pos,
+            name=str(name),
+            results=[(str(v), 1 if n is None else int(n), v.start_pos) for v, n in (r.children for r in _items(results))],
+            operands=[(str(v), v.start_pos) for v in _items(operands)],
+            successors=[self._block_named(label) for label in _items(successors)],
+            properties=properties,
+        )
+        for region in _items(regions):
+            self._read_region(header, region)
+        count = sum(n for _, n, _ in header.results)
+        if kind is None and (header.operands or count):
+            self.fail("expected ':' and the operation's type", tree.meta.end_pos)
+        found = None if kind is None else self._kind(kind)
+        if found is None or isinstance(found, t.FunctionType):
+            in_types, out_types = ([], ()) if found is None else (list(found.inputs), found.results)
+        else:
+            in_types, out_types = [found] * len(header.operands), (found,) * count
+        loc = l.UNKNOWN if location is None else self._location(location)
+        self._make(header, attributes, in_types, out_types, loc, header.start, header.start)
+
     def _read_region(self, header: Header, tree: Node) -> None:
         region = Region()
         header.regions.append(region)
         self._open_region(header, region, IsolatedFromAbove in op_class(header.name).traits)
         for child in tree.children:
-            if child.data == "op":
+            if child.data in ("op", "short_op"):
                 self._read_op(child)
                 continue
             label, arguments, *ops = child.children

@@ -9,6 +9,8 @@ Two ways to read an op give the same IR (a test proves it on every file):
 The text of a part is remembered only after the full parser has consumed exactly that text, so the fast path cannot accept what the full one does
 not.  Regions are parsed with a stack of our own: nesting is not bounded by Python's recursion limit.
 
+Both read the short form of declared ops too (`tyir.pretty`), the full path op by op.
+
 Values may be used before their definition within one isolated op; what stays undefined is reported at its end, and order is the verifier's business.
 """
 
@@ -26,7 +28,8 @@ from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
 from tyir.location import UNKNOWN, Location
 from tyir.opdef import DeclaredOp
 from tyir.parser_state import Frame, Header, Scope
-from tyir.registry import op_class
+from tyir.pretty import SHORT_NAME, split_entries
+from tyir.registry import dialect_names, dialect_ops, op_class, registered_class
 from tyir.resource_parser import parse_metadata
 from tyir.source_file import read_source
 from tyir.traits import IsolatedFromAbove
@@ -46,6 +49,7 @@ _COUNT: Final = re.compile(r":\s*([0-9]+)")
 _BLOCK: Final = re.compile(r"\^([A-Za-z0-9$._-]+)")
 _NUMBERED_BLOCK: Final = re.compile(r"bb\d+")
 _ALIAS: Final = re.compile(r"([#!][A-Za-z_][A-Za-z0-9_$]*)\s*=")
+_SHORT_NAME: Final = re.compile(SHORT_NAME)
 _UNSET: Final = NoneType()  # type of a value used before its definition, until a signature tells
 MAX_PROBLEMS: Final = 20
 
@@ -142,6 +146,8 @@ class Parser(AttributeParser):
                 self._op()
             elif char == "^":
                 self._block_label()
+            elif _SHORT_NAME.match(self.text, self.pos) is not None:
+                self._op()
             elif char == "}" and len(self._frames) > 1:
                 self.pos += 1
                 self._region_end()
@@ -290,8 +296,9 @@ class Parser(AttributeParser):
     def _header(self) -> Header:
         start = self.skip_space()
         results = self._result_names() if self.text[start] == "%" else []
-        self.skip_space()
-        name_at = self.pos
+        if (short := self.match(_SHORT_NAME)) is not None:
+            return self._short_header(start, results, short)
+        name_at = self.skip_space()
         name = self.string('an operation name such as "func.func"')
         if not name or any(c.isspace() for c in name):
             self.fail(f"'{name}' is not an operation name", name_at, self.pos)
@@ -303,6 +310,26 @@ class Parser(AttributeParser):
             properties = self.entries("}")
             self.expect(">", "'>' after the properties")
         return Header(start, name, results, operands, successors, properties)
+
+    def _short_header(self, start: int, results: list[tuple[str, int, int]], name: re.Match[str]) -> Header:
+        """The rest of a header in the short form: `@symbol %operands [^successors] {entries}`."""
+        cls = registered_class(name[0])
+        if cls is None:
+            dialect = name[0].partition(".")[0]
+            known = dialect_ops(dialect) if dialect in dialect_names() else ()
+            hint = (
+                did_you_mean(name[0], known)
+                or f'ops that no dialect declares are written in the generic form: "{name[0]}"(...) : (...) -> ...'
+            )
+            self.fail(f"no dialect declares '{name[0]}'", name.start(), name.end(), help=hint)
+        symbol = self.symbol_name() if self.peek() == "@" else None
+        operands = [self._operand()] if self.peek() == "%" else []
+        while operands and self.accept(","):
+            operands.append(self._operand())
+        successors = self.listed("[", "]", self._successor) if self.peek() == "[" else []
+        has_entries = self.peek() == "{"
+        properties, attributes = split_entries(cls, symbol, self.dictionary() if has_entries else EMPTY_DICT)
+        return Header(start, name[0], results, operands, successors, properties, [], attributes, has_entries)
 
     def _result_names(self) -> list[tuple[str, int, int]]:
         names = [self._result_name()]
@@ -345,7 +372,12 @@ class Parser(AttributeParser):
         return block
 
     def _next_region(self, header: Header) -> None:
-        self.expect("{", "'{' of a region")
+        if not self.accept("{"):
+            is_short = header.attributes is not None and not header.regions
+            self.expected(
+                "'{' of a region",
+                help="dialects' own syntax is not read; mlir-opt --mlir-print-op-generic prints what is" if is_short else "",
+            )
         region = Region()
         header.regions.append(region)
         self._open_region(header, region, IsolatedFromAbove in op_class(header.name).traits)
@@ -419,10 +451,30 @@ class Parser(AttributeParser):
 
     def _finish(self, header: Header) -> None:
         """Attributes, type and location; then the op is made and put at the end of the current block."""
+        if header.attributes is not None:
+            self._finish_short(header, header.attributes)
+            return
         attributes = self.dictionary() if self.peek() == "{" and not self.text.startswith("{-#", self.pos) else EMPTY_DICT
         self.expect(":", "':' and the operation's type")
         types_at = self.skip_space()
         in_types, out_types = self._signature()
+        types_end = self.pos
+        loc = self.location() if _starts_location(self.text, self.skip_space()) else UNKNOWN
+        self._make(header, attributes, in_types, out_types, loc, types_at, types_end)
+
+    def _finish_short(self, header: Header, attributes: DictAttr) -> None:
+        """The type of the short form: a signature, or one type for all operands and results, or nothing where there is neither."""
+        types_at = self.skip_space()
+        in_types: list[Type] = []
+        out_types: tuple[Type, ...] = ()
+        if self.peek() == ":" or header.operands or header.results or not (header.has_entries or header.regions):
+            self.expect(":", "':' and the operation's type")
+            types_at = self.skip_space()
+            kind = self.type()
+            if isinstance(kind, FunctionType):
+                in_types, out_types = list(kind.inputs), kind.results
+            else:
+                in_types, out_types = [kind] * len(header.operands), (kind,) * sum(n for _, n, _ in header.results)
         types_end = self.pos
         loc = self.location() if _starts_location(self.text, self.skip_space()) else UNKNOWN
         self._make(header, attributes, in_types, out_types, loc, types_at, types_end)
@@ -526,7 +578,7 @@ def _starts_location(text: str, pos: int) -> bool:
 
 def _op_hint(text: str, pos: int) -> str:
     word = re.compile(r"[A-Za-z_][\w.]*").match(text, pos)
-    return f'tyir reads the generic form: "{word[0]}"(...) : (...) -> ...' if word else ""
+    return f'an op is written "{word[0]}"(...) : (...) -> ..., a declared one also as dialect.name' if word else ""
 
 
 def parse_module(text: str, name: str = "<string>", positions: dict[Op, int] | None = None) -> Module:

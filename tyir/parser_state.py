@@ -29,6 +29,8 @@ class Header:
     successors: list[Block]
     properties: DictAttr
     regions: list[Region] = field(default_factory=list)
+    attributes: DictAttr | None = None  # of the short form, where they stand before the regions
+    has_entries: bool = False  # the short form had a dictionary
 
 
 @dataclass(slots=True)

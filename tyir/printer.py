@@ -1,4 +1,4 @@
-"""Printing IR as the generic MLIR text that `tyir.parser`, mlir-opt and xDSL read.
+"""Printing IR as the generic MLIR text that `tyir.parser`, mlir-opt and xDSL read, or in the short form of `tyir.pretty`.
 
 One op per line, two spaces per region level, properties sorted by name, discardable attributes after the regions.  SSA names are kept (made unique
 within the nearest isolated op) and numbers are given to the nameless.  The walk keeps its own stack: nesting is not bounded by Python's recursion limit.
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tyir.attribute_printer import ELIDED, AttributeText, attribute_text
+from tyir.attribute_printer import ELIDED, AttributeText, attribute_text, symbol_text
 from tyir.attributes import ArrayAttr, Attribute, DenseResourceAttr, DictAttr
 from tyir.dialects.builtin import Module
 from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
 from tyir.location import UNKNOWN
+from tyir.pretty import common_type, merged_entries
 from tyir.traits import IsolatedFromAbove
 
 __all__ = ["attribute_text", "has_elided_constants", "op_excerpt", "print_op"]
@@ -31,7 +32,7 @@ def print_op(op: Op, locations: bool = True, pretty: bool = False, elide: int | 
     `locations=False` leaves every `loc(...)` out.  `pretty` writes declared ops in the shorter form that people read (`tyir.pretty`) instead of the generic
     one.  `elide=N` leaves out resources and constants of more than N elements: such text is to look at, `has_elided_constants` tells it.
     """
-    printer = _Printer(locations, elide)
+    printer = (_ShortPrinter if pretty else _Printer)(locations, elide)
     with collector_paused():
         printer.print(op)
     if isinstance(op, Module) and op.resources and elide is None:
@@ -318,3 +319,53 @@ class _Printer:
                 texts = [f"{text}{self._location(loc)}" for text, loc in zip(texts, locs)]
             args = f"({', '.join(texts)})"
         self.lines.append(f"{indent}^{self.block_labels[block]}{args}:")
+
+
+class _ShortPrinter(_Printer):
+    """The short form for ops whose declaration allows it."""
+
+    def __init__(self, locations: bool, elide: int | None = None) -> None:
+        super().__init__(locations, elide)
+        self.text = AttributeText(elide, short=True)
+        self.middles: dict[tuple[type[Op], Attribute, Attribute], tuple[str, str] | None] = {}
+
+    def _block(self, block: Block, indent: str) -> Iterator[_Step]:
+        for op in block:
+            if op.regions:
+                yield self._op_with_regions(op, indent)
+            else:
+                self.lines.append(f"{indent}{self._head(op)}{self._tail(op)}")
+
+    def _head(self, op: Op) -> str:
+        middle = self._middle(op)
+        if middle is None:
+            return super()._head(op)
+        results, texts = self._results(op), self.names.texts
+        operands = ", ".join([texts.get(v) or self._use_early(v) for v in op._operands])
+        successors = f" [{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]" if op.successors else ""
+        symbol, entries = middle
+        return f"{results}{op.name}{symbol}{' ' if operands else ''}{operands}{successors}{entries}"
+
+    def _tail(self, op: Op) -> str:
+        middle = self._middle(op)
+        if middle is None:
+            return super()._tail(op)
+        types = [v.type for v in (*op._operands, *op.results)]
+        common = common_type(types)
+        if common is not None:
+            signature = f" : {self.text(common)}"
+        else:
+            signature = self._signature(op) if types or not (middle[1] or op.regions) else ""
+        return signature + (self._location(op.loc) if self.locations else "")
+
+    def _middle(self, op: Op) -> tuple[str, str] | None:
+        """The texts of symbol and dictionary; None for an op to be written in the generic form."""
+        key = (type(op), op.properties, op.attributes)
+        if key not in self.middles:
+            merged = merged_entries(*key)
+            self.middles[key] = None
+            if merged is not None:
+                symbol, entries = merged
+                texts = "" if symbol is None else f" {symbol_text(symbol)}", f" {{{self.text.entries(entries)}}}" if len(entries) else ""
+                self.middles[key] = texts
+        return self.middles[key]
