@@ -20,7 +20,7 @@ from tyir.interpreter import evaluate_op
 from tyir.ir import Op, Value
 from tyir.runtime_sim.host_runtime import HostLibrary
 from tyir.storage import pack
-from tyir.types import IntegerType, TensorType, Type, bf16, f16, f32, i32, i64, storage_dtype, ui4
+from tyir.types import IntegerType, TensorType, Type, bf16, f16, f32, i8, i32, i64, storage_dtype, ui4
 
 Array = npt.NDArray[Any]
 MakeOp = Callable[[Sequence[Value]], Op]
@@ -76,6 +76,32 @@ def attention(s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tup
         return kv.CachedAttention(*values, scale=d**-0.5, kv_heads=kv_heads, window=window)
 
     return Case(f"attention_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}", types, make, ((3, pos),))
+
+
+def attention8(s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0) -> Case:
+    cache, scale = t(len(pos), max(kv_heads) + 1, capacity, d, e=i8), t(len(pos), max(kv_heads) + 1, capacity)
+    types = (t(len(pos), s, len(kv_heads), d), cache, cache, t(len(pos), e=i32), scale, scale)
+    rng = np.random.default_rng(capacity)
+    data = [(i, rng.integers(-127, 128, cache.static_shape)) for i in (1, 2)]
+    data += [(i, rng.uniform(0, 0.02, scale.static_shape)) for i in (4, 5)]
+
+    def make(values: Sequence[Value]) -> Op:
+        q, k, v, positions, *scales = values
+        return kv.CachedAttention(q, k, v, positions, tuple(scales), scale=d**-0.5, kv_heads=kv_heads, window=window)
+
+    return Case(f"attention8_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}", types, make, ((3, pos), *data))
+
+
+def quantize_rows(s: int, heads: int, d: int, size: float, b: int = 1) -> Case:
+    rows = np.random.default_rng(d).standard_normal((b, s, heads, d)) * size
+    rows[0, 0, 0] = 0
+    rows[-1, -1, -1, : d // 2] = (np.arange(d // 2) - d // 4) / 2 * size  # halves
+    return Case(f"quantize_{b}_{s}_{heads}_{d}_{size}", (t(b, s, heads, d),), lambda v: kv.QuantizeRows(*v), ((0, rows),))
+
+
+def append_scales(s: int, heads: int, capacity: int, pos: tuple[int, ...]) -> Case:
+    types = (t(len(pos), heads, capacity), t(len(pos), s, heads), t(len(pos), e=i32))
+    return Case(f"append_scales_s{s}_{heads}_{capacity}_{pos}", types, lambda v: kv.Append(*v), ((2, pos),))
 
 
 def append(s: int, heads: int, d: int, capacity: int, pos: tuple[int, ...]) -> Case:
@@ -167,6 +193,22 @@ CASES: list[Case] = [
     append(8, 3, 24, 40, (36,)),
     append(4, 2, 7, 16, (2, 15)),
     append(2, 2, 8, 16, (16,)),
+    append_scales(4, 3, 16, (2, 15)),
+    append_scales(1, 2, 16, (16,)),
+    Case(
+        "append_i8",
+        (t(1, 2, 9, 32, e=i8), t(1, 4, 2, 32, e=i8), t(1, e=i32)),
+        lambda v: kv.Append(*v),
+        ((1, np.arange(256).reshape(1, 4, 2, 32) - 128), (2, (7,))),
+    ),
+    attention8(1, (0, 0, 1, 1), 64, 64, (40,)),
+    attention8(8, (1, 0, 0), 32, 48, (29,)),
+    attention8(5, (0, 0), 12, 64, (3, 50)),
+    attention8(4, (0, 0, 1), 64, 80, (30, 0), window=9),
+    quantize_rows(1, 2, 64, 1.0),
+    quantize_rows(3, 5, 32, 3e-6),
+    quantize_rows(2, 3, 12, 1000.0, b=2),
+    quantize_rows(1, 1, 128, 1e-8),
     rows(1, 40, 16, (7,)),
     rows(8, 40, 20, (36,)),
     rows(3, 40, 5, (0, 39)),

@@ -14,6 +14,7 @@ from tyir.backends.edge10.kernels.elementwise import add, cast, mul, silu, silu_
 from tyir.backends.edge10.kernels.linear import linear
 from tyir.backends.edge10.kernels.movement import append, embedding, repeat, rows, slice_, transpose
 from tyir.backends.edge10.kernels.norm import rms_norm, rope
+from tyir.backends.edge10.kernels.quantize_rows import quantize_rows
 from tyir.backends.edge10.kernels.quantized_linear import quantized_linear
 from tyir.backends.edge10.kernels.tir import Cpu
 from tyir.backends.edge10.kernels.top_k import merge_top_k, top_k, top_k_candidates
@@ -41,6 +42,7 @@ EMITTERS: Final[dict[type[Op], Emitter]] = {
     ty.TopK: top_k,
     ty.TopKCandidates: top_k_candidates,
     ty.MergeTopK: merge_top_k,
+    kv.QuantizeRows: quantize_rows,
     kv.Append: append,
     kv.CachedAttention: attention,
     kv.Rows: rows,

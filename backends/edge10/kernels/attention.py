@@ -29,6 +29,7 @@ from tyir.backends.edge10.kernels.tir import (
     register,
     splat,
     store,
+    vector,
 )  # fmt: skip
 from tyir.dialects import kv
 
@@ -62,7 +63,8 @@ def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
 
 
 def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
-    q, k, v, pos, out = buffers
+    q, k, v, pos, *scales, out = buffers
+    k_scales, v_scales = scales or (None, None)
     b, s, heads, width = (int(d) for d in q.shape)
     capacity = int(k.shape[2])
     queries = max(d for d in range(1, _MOST_QUERIES + 1) if s % d == 0)
@@ -77,13 +79,23 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
         low = bind(T.max(first + 1 - op.window, 0)) if op.window > 0 else T.int32(0)
         work = _Work(sequence, head, bind(_group_of(head, op.kv_heads)), token0, queries, first, low, high)
         scores = T.alloc_buffer((queries, capacity + cpu.lanes), "float32")
-        _scores(op, work, q, k, scores, cpu)
+        _scores(op, work, q, k, k_scales, scores, cpu)
         totals = T.alloc_buffer((queries,), "float32")
         _softmax(work, scores, totals, cpu)
-        _weighted_values(work, v, scores, totals, out, cpu)
+        _weighted_values(work, v, v_scales, scores, totals, out, cpu)
 
 
-def _scores(op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scores: Buffer, cpu: Cpu) -> None:
+def _read(cache: Buffer, scale: Expr | None, index: Sequence[Expr], lanes: int) -> Expr:
+    """Elements of a cache row as f32; of an 8-bit cache f16(q * scale)."""
+    value = load(cache, index, lanes)
+    return value if scale is None else T.cast(T.cast(value * splat(scale, lanes), vector("float16", lanes)), vector("float32", lanes))
+
+
+def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
+    return None if scales is None else bind(T.cast(scales[work.sequence, work.group, position], "float32"))
+
+
+def _scores(op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scales: Buffer | None, scores: Buffer, cpu: Cpu) -> None:
     """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j."""
     width = int(q.shape[3])
     lanes = lanes_for(cpu.lanes, width)
@@ -92,9 +104,10 @@ def _scores(op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scores: B
         store(wide, [t, i * lanes], load(q, [work.sequence, work.token0 + t, work.head, i * lanes], lanes), lanes)
     with T.serial(0, work.high - work.low) as j:
         position = bind(work.low + j)
+        scale = _scale(scales, work, position)
         sums = [register(lanes, 0) for _ in range(work.queries)]
         with T.serial(0, width // lanes) as i:
-            key = bind(load(k, [work.sequence, work.group, position, i * lanes], lanes))
+            key = bind(_read(k, scale, [work.sequence, work.group, position, i * lanes], lanes))
             for t in range(work.queries):
                 add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
         for t in range(work.queries):
@@ -125,7 +138,7 @@ def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu) -> None:
         T.buffer_store(totals, horizontal_sum(total, lanes), [t])
 
 
-def _weighted_values(work: _Work, v: Buffer, scores: Buffer, totals: Buffer, out: Buffer, cpu: Cpu) -> None:
+def _weighted_values(work: _Work, v: Buffer, scales: Buffer | None, scores: Buffer, totals: Buffer, out: Buffer, cpu: Cpu) -> None:
     """out[t] = sum_j scores[t, j] v[j] / totals[t], a chunk of the head's width at a time so that the sums stay in registers."""
     width = int(v.shape[3])
     lanes = lanes_for(cpu.lanes, width)
@@ -134,8 +147,9 @@ def _weighted_values(work: _Work, v: Buffer, scores: Buffer, totals: Buffer, out
     with T.serial(0, vectors // chunk) as c:
         sums = [register(lanes, 0) for _ in range(work.queries * chunk)]
         with T.serial(0, work.high - work.low) as j:
+            scale = _scale(scales, work, work.low + j)
             for d in range(chunk):
-                value = bind(load(v, [work.sequence, work.group, work.low + j, (c * chunk + d) * lanes], lanes))
+                value = bind(_read(v, scale, [work.sequence, work.group, work.low + j, (c * chunk + d) * lanes], lanes))
                 for t in range(work.queries):
                     add_to(sums[t * chunk + d], splat(scores[t, j], lanes) * value, lanes)
         for t in range(work.queries):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, bind, lanes_for, load, splat, store
+from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, bind, flat, lanes_for, load, splat, store
 from tyir.dialects import kv, ty
 
 __all__ = ["append", "embedding", "repeat", "rows", "slice_", "transpose"]
@@ -62,7 +62,9 @@ def rows(op: kv.Rows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 
 def append(op: kv.Append, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     cache, new, pos = buffers
-    (b, s, heads, width), capacity = _shape(new), _shape(cache)[2]
+    b, s, heads, width = (*_shape(new), 1)[:4]
+    capacity = _shape(cache)[2]
+    cache, new = flat(cache, b, heads, capacity, width), flat(new, b, s, heads, width)  # the scales of an 8-bit cache have no width
 
     def emit(at: list[Expr]) -> None:
         sequence, token = at
