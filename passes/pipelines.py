@@ -32,6 +32,7 @@ def remaining_pipeline(
     seqlens: tuple[int, ...],
     embedding_as_input: bool,
     output: str = "logits",
+    kv_dtype: str = "fp16",
 ) -> str:
     """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.
 
@@ -40,11 +41,12 @@ def remaining_pipeline(
     """
     remap = f" remap={numbers(die_map)}" if die_map else ""
     entry = " embedding-as-input=true" if embedding_as_input else ""
+    cache = f" dtype={kv_dtype}" if kv_dtype != "fp16" else ""
     best = parse_output(output)
     entries = [
         ("aten", "to-ty"),
         ("ty", f"quantize-weights{{group-size={group_size}}}" if weights == "int4" else ""),
-        ("ty", f"kv-materialize{{max-kv={max_kv}{entry}}}"),
+        ("ty", f"kv-materialize{{max-kv={max_kv}{entry}{cache}}}"),
         ("kv", f"select-output{{kind=topk k={best}}}" if best else ""),
         ("kv", f"partition-dies{{dies={dies}{remap}}}"),
         ("dist", f"specialize-seqlen{{seqlens={numbers(seqlens)}}}"),

@@ -30,6 +30,7 @@ from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
 from tyir.stopwatch import Stopwatch
 from tyir.targets.machine import load_machine
+from tyir.types import i8
 from tyir.weights import CheckpointReader, check_files, checkpoint_of
 
 __all__ = ["CompileContext", "check_target", "compile_module"]
@@ -85,6 +86,7 @@ def _pipeline(module: Module, options: BuildOptions) -> str:
         seqlens=options.seqlens,
         embedding_as_input=options.embedding_as_input,
         output=options.output,
+        kv_dtype=options.kv_dtype,
     )
 
 
@@ -107,6 +109,7 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
         die_map=mesh.devices,
         seqlens=seqlens.ints(),
         max_kv=options.max_kv if cache is None else cache.static_shape[2],
+        kv_dtype=options.kv_dtype if cache is None else "int8" if cache.element is i8 else "fp16",
         output=output_of(next((op.k for op in module.walk() if isinstance(op, (TopK, MergeTopK))), 0)),
     )
 
