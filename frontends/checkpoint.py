@@ -1,18 +1,18 @@
-"""A Hugging Face checkpoint folder as it lies on disk: `config.json` and the safetensors headers, checked before anything is built from them.
+"""A Hugging Face checkpoint folder as it lies on disk: `config.json` and the tensor files' headers, checked before anything is built from them.
 
-No tensor is read and neither torch nor transformers is imported.  Every problem found is appended to a list, so that one run reports them all.
+Safetensors files are preferred, then `pytorch_model.bin`, then one GGUF file.  No tensor is read, and torch is imported for `pytorch_model.bin` alone.  Every problem found is appended to a list, so that one run reports them all.
 File format: https://github.com/huggingface/safetensors#format (8 bytes header length, JSON header, tensors without gaps).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tyir.diagnostics import Diagnostic
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.types import FloatType, TensorType, Type, bf16, bit_width, f16, f32, f64, i1, i8, i16, i32, i64, ui8, ui16, ui32, ui64
 from tyir.weights import FileStamp
 
@@ -20,6 +20,8 @@ __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+TORCH_FILE: Final = "pytorch_model.bin"
+TORCH_INDEX: Final = "pytorch_model.bin.index.json"
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 
 ELEMENTS: Final[dict[str, Type]] = {
@@ -31,13 +33,18 @@ ELEMENTS: Final[dict[str, Type]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of the checkpoint: `nbytes` bytes at `offset` (from the start of the file) of `file`."""
+    """A tensor of the checkpoint: `nbytes` bytes at `offset` (from the start of the file) of `file`.
+
+    `encoding`: the block format of a GGUF tensor, whose `type` then is rows of bytes; `interleaved`: heads whose halves' rows alternate, as in llama.cpp.
+    """
 
     key: str
     file: str
     type: TensorType
     offset: int
     nbytes: int
+    encoding: str = ""
+    interleaved: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,9 +152,38 @@ class _Reader:
         self.stamps[name] = FileStamp.of(self.folder / name)
         return True
 
-    def sharded(self) -> frozenset[str]:
+    def torch_file(self, name: str) -> bool:
+        """Note the tensors of a `pytorch_model.bin`; False (and problems) when the file cannot be used."""
+        path = self.folder / name
+        if not path.is_file():
+            self.problem(f"cannot read {name}: No such file or directory", "download the missing file", path)
+            return False
+        from tyir.frontends.torch_files import read_torch_file
+
+        try:
+            self.tensors.update(read_torch_file(path))
+        except TyirError as error:
+            self.problems.extend(error.diagnostics)
+            return False
+        self.stamps[name] = FileStamp.of(path)
+        return True
+
+    def gguf_file(self, path: Path) -> dict[str, Any] | None:
+        """Note the tensors of a GGUF file; returns the config in its metadata, None (and problems) when the file cannot be used."""
+        from tyir.frontends.gguf_files import read_gguf
+
+        try:
+            config, tensors = read_gguf(path, needs_config=not (self.folder / "config.json").exists())
+        except TyirError as error:
+            self.problems.extend(error.diagnostics)
+            return None
+        self.tensors.update(tensors)
+        self.stamps[path.name] = FileStamp.of(path)
+        return config
+
+    def sharded(self, index_file: str, suffix: str, read: Callable[[str], bool]) -> frozenset[str]:
         """Read all files of the index; returns the tensors that lie in unreadable files."""
-        index = self.json_file(INDEX_FILE, "download the index again")
+        index = self.json_file(index_file, "download the index again")
         if index is None:
             return frozenset()
         weight_map = index.get("weight_map")
@@ -158,14 +194,14 @@ class _Reader:
             return frozenset()
         bad: set[str] = set()
         for name in sorted(set(weight_map.values())):
-            if not _is_plain_name(name):
+            if not _is_plain_name(name, suffix):
                 self.problem(
                     f"{INDEX_FILE} refers to {name!r}, which is not a file name inside the checkpoint folder",
-                    "an index may only name *.safetensors files beside it; do not use this checkpoint unless you trust where it comes from",
+                    f"an index may only name *{suffix} files beside it; do not use this checkpoint unless you trust where it comes from",
                     self.folder / INDEX_FILE,
                 )
                 bad.add(name)
-            elif not self.tensor_file(name):
+            elif not read(name):
                 bad.add(name)
         for key, name in weight_map.items():
             if name not in bad and (key not in self.tensors or self.tensors[key].file != name):
@@ -177,8 +213,8 @@ class _Reader:
         return frozenset(key for key, name in weight_map.items() if name in bad)
 
 
-def _is_plain_name(name: str) -> bool:
-    return Path(name).name == name and "\\" not in name and name.endswith(".safetensors")
+def _is_plain_name(name: str, suffix: str) -> bool:
+    return Path(name).name == name and not set(name) & set("\\\0") and name.endswith(suffix)
 
 
 def _stored_tensor(key: str, file: str, entry: Any, base: int) -> StoredTensor | str:
@@ -203,22 +239,46 @@ def _read_tensors(reader: _Reader) -> tuple[frozenset[str], bool]:
     folder = reader.folder
     if (folder / SINGLE_FILE).exists():
         return frozenset(), reader.tensor_file(SINGLE_FILE)
-    if (folder / INDEX_FILE).exists():
-        before = len(reader.problems)
-        unreadable = reader.sharded()
-        return unreadable, len(reader.problems) == before or bool(unreadable)
+    for index_file, suffix, read in ((INDEX_FILE, ".safetensors", reader.tensor_file), (TORCH_INDEX, ".bin", reader.torch_file)):
+        if (folder / index_file).exists():
+            before = len(reader.problems)
+            unreadable = reader.sharded(index_file, suffix, read)
+            return unreadable, len(reader.problems) == before or bool(unreadable)
+        if suffix == ".safetensors" and (folder / TORCH_FILE).exists():
+            return frozenset(), reader.torch_file(TORCH_FILE)
     other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
     reader.problem(
-        f"no {SINGLE_FILE} and no {INDEX_FILE} in the folder" + (f" (it holds {', '.join(other[:5])})" if other else ""),
+        f"no {SINGLE_FILE}, no {INDEX_FILE} and no {TORCH_FILE} in the folder" + (f" (it holds {', '.join(other[:5])})" if other else ""),
         f"save the model with transformers' save_pretrained, which writes {SINGLE_FILE}, or download the missing files",
         folder,
     )
     return frozenset(), False
 
 
+def _open_gguf(path: Path, problems: list[Diagnostic]) -> Checkpoint | None:
+    """A GGUF file, with the config.json beside it when there is one."""
+    reader = _Reader(path.parent, problems)
+    config = reader.gguf_file(path)
+    if (path.parent / "config.json").exists():
+        config = reader.json_file("config.json", "restore config.json, or remove it to use the file's own metadata")
+    if config is None:
+        return None
+    return Checkpoint(path.parent, config, reader.tensors, reader.stamps, whole=path.name in reader.stamps)
+
+
 def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
     """What `folder` holds; problems are appended.  None when there is no usable config.json (tensor files are checked all the same)."""
     folder = folder.absolute()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _open_gguf(folder, problems)
+    if folder.is_dir() and not any((folder / n).exists() for n in (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)):
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) == 1:
+            return _open_gguf(files[0], problems)
+        if files:
+            message = f"the folder holds {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
+            problems.append(Diagnostic(message, where=str(folder), help="give one of the files instead of the folder"))
+            return None
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         problems.append(

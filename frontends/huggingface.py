@@ -90,6 +90,10 @@ def formats_of(checkpoint: Checkpoint, problems: list[Diagnostic]) -> tuple[Weig
     config = read_quant_config(checkpoint.folder, checkpoint.config, problems)
     if len(problems) > before:
         return ()
+    if any(t.encoding or t.interleaved for t in checkpoint.tensors.values()):
+        from tyir.frontends.gguf_files import GgufFormat
+
+        return (GgufFormat(), PlainFormat())
     return (PlainFormat(),) if config is None else (quantized_format(config, TensorReader(checkpoint.folder)), PlainFormat())
 
 

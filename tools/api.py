@@ -56,7 +56,7 @@ def compile_path(
     from tyir.backends.edge10.compile import CompileContext, check_target, compile_module
 
     check_options(options)
-    if model.is_dir():  # a module may have fixed its number of dies
+    if model.is_dir() or model.suffix == ".gguf":  # a module may have fixed its number of dies
         check_target(out / f"{options.dies}die")
     watch = watch or Stopwatch()
     with watch.stage("import"):
@@ -100,6 +100,8 @@ def check_options(options: BuildOptions) -> None:
     check_seqlens(options.seqlens, options.max_kv)
     if options.weights not in ("fp16", "int4"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4")
+    if options.kv_dtype not in ("fp16", "int8"):
+        raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")
     parse_output(options.output)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
+from tyir.tools.build_arguments import add_build_options, numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
 
-__all__ = ["main"]
+__all__ = ["main", "numbers"]
 
 
 @run_tool
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         group_size=args.group_size,
         embedding_as_input=args.embedding_as_input,
         output=args.output,
+        kv_dtype=args.kv_dtype,
     )
     if args.plan:
         return print_plan(args.model, options)
@@ -56,31 +58,6 @@ def print_plan(model: Path, options: BuildOptions) -> int:
     return 0
 
 
-def add_build_options(parser: argparse._ActionsContainer) -> None:
-    """The options that change the artifacts and their sizes."""
-    parser.add_argument("--dies", type=int, default=4, help="number of dies, 1 to 16 (default 4)")
-    parser.add_argument("--seqlens", type=numbers, default=(1, 8), metavar="N,N,..", help="tokens per step to compile for (default 1,8)")
-    parser.add_argument("--max-kv", type=int, default=1024, metavar="N", help="tokens the key/value cache holds (default 1024)")
-    parser.add_argument(
-        "--weights",
-        choices=("fp16", "int4"),
-        default="fp16",
-        help="decoder weights: fp16, or int4 by round-to-nearest groups; weights that the checkpoint holds quantised stay as they are",
-    )
-    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per int4 scale (default 128)")
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """A comma-separated list of whole numbers; `TyirError` names what is none."""
-    values = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            values.append(int(item))
-        except ValueError:
-            raise TyirError(f"'{item}' in '{text}' is not a whole number", help="write a list such as 1,8") from None
-    return tuple(values)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-compile",
@@ -93,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
     parser.add_argument("--plan", action="store_true", help="only say, from config.json, what the compile would need and make")
     parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
+    parser.add_argument(
+        "--kv-dtype", choices=("fp16", "int8"), default="fp16", help="what the caches hold: fp16, or int8 with a scale per head and token"
+    )
     parser.add_argument(
         "--output", default="logits", metavar="KIND", help="what a step returns: logits (default), argmax, or topk=K: the K best tokens"
     )

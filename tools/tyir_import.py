@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tyir.tools.build_arguments import add_build_options
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
-from tyir.tools.tyir_compile import add_build_options
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module

@@ -28,6 +28,10 @@ __all__ = ["CheckpointReader", "FileStamp", "WeightSource", "check_files", "chec
 Array = npt.NDArray[Any]
 
 
+_MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
+_OTHER_HEADER: Final = 2**20
+
+
 class WeightSource(Protocol):
     """Whatever gives the array of a `ty.global`."""
 
@@ -46,7 +50,10 @@ def checkpoint_of(module: Module) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What identifies a safetensors file without reading its tensors: its size in bytes and the SHA-256 of its header (length word included)."""
+    """What identifies a tensor file without reading its tensors: its size in bytes and the SHA-256 of its header (length word included).
+
+    A file that does not begin with the length of a safetensors header (GGUF, a torch archive) is identified by its first MiB.
+    """
 
     size: int
     header_sha256: str
@@ -57,7 +64,8 @@ class FileStamp:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), size))
+            count = int.from_bytes(length, "little")
+            header = file.read(count if count <= _MAX_HEADER else _OTHER_HEADER)
         return FileStamp(size, hashlib.sha256(length + header).hexdigest())
 
     def attribute(self) -> DictAttr:

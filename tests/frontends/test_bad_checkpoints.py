@@ -69,14 +69,17 @@ def test_folder_is_missing(tmp_path: Path) -> None:
 
 def test_empty_folder_lacks_both(tmp_path: Path) -> None:
     message = refusal(tmp_path)
-    assert "cannot read config.json: No such file" in message and "no model.safetensors and no model.safetensors.index.json" in message
+    assert (
+        "cannot read config.json: No such file" in message
+        and "no model.safetensors, no model.safetensors.index.json and no pytorch_model.bin" in message
+    )
 
 
 def test_other_weight_files(folder: Path) -> None:
     for file in folder.glob("model*"):
         file.unlink()
-    (folder / "pytorch_model.bin").touch()
-    assert "(it holds pytorch_model.bin)" in refusal(folder) and "save_pretrained" in refusal(folder)
+    (folder / "consolidated.00.pth").touch()
+    assert "(it holds consolidated.00.pth)" in refusal(folder) and "save_pretrained" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from tyir.printer import print_op
 from tyir.tools.tyir_import import main, write_atomically
 from tyir.verify import verify
 
+TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
+
 
 @pytest.mark.parametrize(("options", "stage"), [([], "aten"), (["--raise", "--dtype", "f32"], "ty")])
 def test_file_and_summary(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], stage: str) -> None:
