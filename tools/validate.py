@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Constants and their sources are in tyir/targets/<machine>.toml; whole models are never fitted.",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with h200/, a100/, orin/ (default: ../shared/validation beside the checkout, or tests/data)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with h200/, a100/, orin/ (default: ../shared/validation beside the checkout, or tests/data)",
     )
     parser.add_argument("--machine", action="append", choices=MACHINES, help="only this machine; may be repeated")
     parser.add_argument("--fit", action="store_true", help="re-fit the fitted constants on the training half of the kernels (needs scipy)")

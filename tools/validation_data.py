@@ -87,7 +87,15 @@ def _all_reduce(nbytes: float, devices: int, us: float, call: bool = True) -> Ro
     def predict(a: Accelerator) -> float:
         return all_reduce_ns(nbytes, devices, a, custom=call)
 
-    return Row("all-reduce" if call else "all-reduce (LLMCompass)", f"{nbytes:.0f} B on {devices}", int(nbytes), us, 0.0, 2 * (devices - 1) / devices * nbytes, predict)
+    return Row(
+        "all-reduce" if call else "all-reduce (LLMCompass)",
+        f"{nbytes:.0f} B on {devices}",
+        int(nbytes),
+        us,
+        0.0,
+        2 * (devices - 1) / devices * nbytes,
+        predict,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- h200
@@ -154,7 +162,9 @@ def _a100_gemm(path: Path) -> Iterator[Row]:
 def _a100_prefill(path: Path) -> Iterator[Row]:
     for row in _dicts(path):
         heads, kv, length = int(row["num_heads"]), int(row["num_key_value_heads"]), int(row["isl"])
-        yield _attention(Attention(int(row["batch_size"]), heads, kv, int(row["head_dim"]), length, length), float(row["latency_ms"]) * 1000)
+        yield _attention(
+            Attention(int(row["batch_size"]), heads, kv, int(row["head_dim"]), length, length), float(row["latency_ms"]) * 1000
+        )
 
 
 def _a100_decode(path: Path) -> Iterator[Row]:

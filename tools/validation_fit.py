@@ -39,7 +39,9 @@ def fit(machine: Accelerator, rows: Sequence[Row]) -> Accelerator:
         names = [n for n, c in machine.fitted.items() if c.source == group]
         chosen = [kinds[k] for k in group.split(", ") if k in kinds]
         if not chosen:
-            raise TyirError(f"{names[0]} of {machine.name} is fitted on '{group}', which was not measured", help=f"measured: {', '.join(kinds)}")
+            raise TyirError(
+                f"{names[0]} of {machine.name} is fitted on '{group}', which was not measured", help=f"measured: {', '.join(kinds)}"
+            )
         machine = _fit_group(machine, names, chosen)
     return machine
 
@@ -62,7 +64,9 @@ def _fit_group(machine: Accelerator, names: Sequence[str], kinds: Sequence[Seque
         return sum(_kind_error(kind, candidate) for kind in kinds) / len(kinds)
 
     simplex = [[0.0] * len(names)] + [[0.12 if i == j else 0.0 for j in range(len(names))] for i in range(len(names))]
-    result = minimize(error, simplex[0], method="Nelder-Mead", options={"initial_simplex": simplex, "maxfev": 80 * len(names), "fatol": 1e-5})
+    result = minimize(
+        error, simplex[0], method="Nelder-Mead", options={"initial_simplex": simplex, "maxfev": 80 * len(names), "fatol": 1e-5}
+    )
     return with_logs([float(x) for x in result.x])
 
 

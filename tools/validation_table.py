@@ -115,7 +115,11 @@ def markdown(found: Mapping[str, Sequence[Line]], machines: Mapping[str, Acceler
     """The page: tables, then the fitted constants."""
     parts = [_HEAD]
     for name, lines in found.items():
-        parts.append(f"## {name}\n\n| kind | M | n | MAPE | median | p90 | max | bias | held out | roofline | affine |\n| --- " + "| ---: " * 10 + "|")
+        parts.append(
+            f"## {name}\n\n| kind | M | n | MAPE | median | p90 | max | bias | held out | roofline | affine |\n| --- "
+            + "| ---: " * 10
+            + "|"
+        )
         for x in lines:
             kind = f"**{x.kind}**" if x.bucket == "all" else ""
             unseen = "" if x.held_out is None else f"{x.held_out:.1f}"

@@ -67,7 +67,12 @@ def gemm_ns(product: Product, machine: Accelerator, sustained: bool | None = Non
     start = machine.launch.kernel_us + machine.launch.ramp_us * min(1.0, product.k / (_PIPELINE * _STEP))
     rows = machine.gemm.gemv if product.plain else machine.weight_only.gemv_max_rows
     if product.m <= rows:
-        best = min(best, math.hypot(product.dram_bytes(machine) / machine.dram_bytes_per_ns, 0.0 if product.plain else _latency_ns(product, product.k, machine)))
+        best = min(
+            best,
+            math.hypot(
+                product.dram_bytes(machine) / machine.dram_bytes_per_ns, 0.0 if product.plain else _latency_ns(product, product.k, machine)
+            ),
+        )
     return start * 1000 + best + first_touch_ns(product.dram_bytes(machine), machine)
 
 
@@ -103,7 +108,10 @@ def _tiled_ns(product: Product, machine: Accelerator, tile: tuple[int, int], rat
     blocks = -(-product.m // tile[0]) * -(-product.n // tile[1])
     best = math.inf
     for parts in _SPLITS if product.plain else _WEIGHT_ONLY_SPLITS:
-        if parts > 1 and (product.k // parts < (_MIN_SPLIT_K if product.plain else _WEIGHT_ONLY_MIN_SPLIT_K) or blocks * (parts - 1) >= machine.sm.count * _MAX_WAVES_OF_SPLIT):
+        if parts > 1 and (
+            product.k // parts < (_MIN_SPLIT_K if product.plain else _WEIGHT_ONLY_MIN_SPLIT_K)
+            or blocks * (parts - 1) >= machine.sm.count * _MAX_WAVES_OF_SPLIT
+        ):
             break
         best = min(best, _split_ns(product, machine, tile, blocks, parts, rate))
     return best
@@ -117,12 +125,16 @@ def _split_ns(product: Product, machine: Accelerator, tile: tuple[int, int], blo
     full, rest = divmod(total, machine.sm.count)
     work = 2.0 * rows * columns * depth
     own = (
-        work * (1 + machine.gemm.operand_rows * (1 / rows + 1 / columns)) / (machine.sm_flops_per_ns * machine.gemm.efficiency * product.matrix_speed)
+        work
+        * (1 + machine.gemm.operand_rows * (1 / rows + 1 / columns))
+        / (machine.sm_flops_per_ns * machine.gemm.efficiency * product.matrix_speed)
     )
     own = max(own + columns * depth / product.dequant_per_ns, _latency_ns(product, depth, machine))
     loaded = (min(rows, product.m) * product.activation_bytes + min(columns, product.n) * product.weight_bytes) * depth
     memory = max(product.dram_bytes(machine) / total / machine.dram_bytes_per_ns, loaded / machine.l2.bandwidth_gbps)
-    time = full * _wave_ns(machine.sm.count, own, work / rate, memory, machine) + (_wave_ns(rest, own, work / rate, memory, machine) if rest else 0)
+    time = full * _wave_ns(machine.sm.count, own, work / rate, memory, machine) + (
+        _wave_ns(rest, own, work / rate, memory, machine) if rest else 0
+    )
     if parts > 1:
         time += machine.launch.kernel_us * 1000 + 8.0 * parts * product.m * product.n / machine.l2.bandwidth_gbps
     return time

@@ -205,7 +205,9 @@ def load_accelerator(name_or_path: str | Path) -> Accelerator:
         text = path.read_text() if path.suffix == ".toml" else (resources.files("tyir.targets") / f"{name_or_path}.toml").read_text()
         table = tomllib.loads(text)
     except OSError:
-        raise TyirError(f"there is no machine '{name_or_path}'", help="h200, a100 and orin come with tyir; or give the path of a .toml file") from None
+        raise TyirError(
+            f"there is no machine '{name_or_path}'", help="h200, a100 and orin come with tyir; or give the path of a .toml file"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise TyirError(f"not valid TOML: {error}", where=str(path)) from None
     return _from_table(table, str(path))

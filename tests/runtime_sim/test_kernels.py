@@ -1,0 +1,166 @@
+"""The kernel models: each formula worked by hand on a machine of round numbers, more hardware never slower, equal inputs equal times."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
+from tyir.runtime_sim.kernels.attention import Attention, attention_ns, decode_ns, prefill_ns
+from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, matrix_rate, weight_only_ns
+from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, silu_mul_ns
+from tyir.runtime_sim.kernels.steps import MODELS, Step, kernels, step_ns
+from tyir.targets.accelerator import Accelerator, load_accelerator
+
+MACHINES = ("h200", "a100", "orin")
+
+
+@pytest.fixture(scope="module")
+def plain() -> Accelerator:
+    """4 multiprocessors of 1000 operations a ns, 1000 bytes a ns of DRAM, launch 1 us and ramp 1 us, everything else out of the way."""
+    values = {
+        "clock.frequency_mhz": 1000, "sm.count": 4, "sm.macs_per_cycle_fp16": 500, "sm.macs_per_cycle_int8": 1000,
+        "power.burst_share": 1, "power.sustained_share": 0.5, "power.window_us": 1000,
+        "dram.bandwidth_gbps": 1000, "dram.efficiency": 1, "dram.write_cost": 1, "dram.ramp_us": 0, "l2.capacity_bytes": 1e6, "l2.bandwidth_gbps": 1e9,
+        "launch.kernel_us": 1, "launch.ramp_us": 1, "gemm.efficiency": 1, "gemm.tile_us": 0, "gemm.operand_rows": 0, "gemm.step_ns": 0, "gemm.gemv": 0,
+        "weight_only.bytes_per_weight": 0.5, "weight_only.dequant_per_cycle": 100, "weight_only.step_ns": 0, "weight_only.call_us": 1,
+        "weight_only.gemv_max_rows": 0, "attention.efficiency": 1, "attention.block_us": 1, "attention.owner_us": 0, "attention.owners_per_sm": 1,
+        "attention.call_us": 0, "attention.decode_call_us": 0, "attention.grouped_read_share": 1, "attention.packed_passes": 0,
+        "rowwise.bandwidth_gbps": 1000, "rowwise.row_ns_per_byte": 0.1, "rowwise.call_us": 0, "link.bandwidth_gbps": 200, "link.efficiency": 1,
+        "link.direct_efficiency": 0.5, "link.one_shot_us": 4, "link.peer_us": 0, "link.one_shot_max_bytes": 1e6, "link.two_shot_max_bytes": 2e6,
+        "link.call_us": 10,
+    }  # fmt: skip
+    return load_accelerator("orin").with_values(values)
+
+
+def test_product_bound_by_the_matrix_units(plain: Accelerator) -> None:
+    """512 x 512 x 4096 by 256 x 256 quarters: the tiles of 256 x 128 are 8 blocks on 4 multiprocessors, 2 waves of 2 * 256 * 128 * 4096 / 1000 = 268,435 ns.
+
+    Bytes of a wave: (512 * 4096 * 2 * 2 + 512 * 512 * 2) / 2 = 4,456,448: 4456 ns, nothing beside it; launch and ramp 2000 ns: 538,871 ns.
+    """
+    assert gemm_ns(Product(512, 512, 4096), plain) == pytest.approx(538_871, rel=1e-4)
+
+
+def test_waves_are_whole(plain: Accelerator) -> None:
+    """One tile more than fits costs a wave: 4 tiles of 128 x 128 are one wave, 5 are two, when k is too short to split (and fills half of the pipeline's ramp)."""
+    one, two = (gemm_ns(Product(128, 128 * tiles, 256), plain) - 1500 for tiles in (4, 5))
+    assert one == pytest.approx(2 * 128 * 128 * 256 / 1000, rel=0.01)
+    assert one < two <= 2 * one * 1.01
+
+
+def test_product_bound_by_bytes(plain: Accelerator) -> None:
+    """One row through 8192 x 8192: 134,217,728 + 2 * 16,384 bytes take 134,250 ns at 1000 a ns.
+
+    The matrix time of a tile of 64 rows for one, 128 blocks over 4: 32 waves * 2 * 64 * 64 * 8192 / 1000 = 2,147,483 ns, is larger: a machine with 100 times the
+    matrix units, 21,475 ns beside the bytes: (134,250^4 + 21,475^4)^(1/4) = 134,272 ns, and 2000 ns.
+    """
+    strong = plain.with_values({"sm.macs_per_cycle_fp16": 50_000})
+    assert gemm_ns(Product(1, 8192, 8192), strong) == pytest.approx(136_272, rel=1e-3)
+
+
+def test_k_is_split_when_tiles_are_few(plain: Accelerator) -> None:
+    """One tile on 4 multiprocessors: 4 parts of k take a quarter of the time and a second launch."""
+    whole = 2 * 64 * 64 * 65536 / 1000
+    assert gemm_ns(Product(64, 64, 65536), plain) == pytest.approx(2000 + whole / 4 + 1000, rel=0.02)
+
+
+def test_dequantisation_adds_to_the_matrix_time(plain: Accelerator) -> None:
+    """64 rows through 256 x 1024 at 4 bits, tiles of 16 x 256: 4 blocks, one wave: 2 * 16 * 256 * 1024 / 1000 = 8389 ns and 256 * 1024 weights at 100 a ns
+    = 2621 ns, each block its own: 11,010 ns.  Tiles of 64 x 128 would be 2 blocks of 16,777 + 1311 ns.
+    """
+    assert weight_only_ns(64, 256, 1024, plain) == pytest.approx(2000 + 11_010, rel=1e-3)
+
+
+def test_power_limit(plain: Accelerator) -> None:
+    """4000 operations a ns: 4e9 take 1000 us and are not more than the window; one more is, and runs at half the rate."""
+    assert matrix_rate(4e9, plain, None) == 4000
+    assert matrix_rate(4.01e9, plain, None) == 2000
+    assert matrix_rate(1.0, plain, True) == 2000
+
+
+def test_prefill_by_hand(plain: Accelerator) -> None:
+    """4 heads, 256 queries: a block is 4 * 128 * 128 * 128 / 1000 = 8389 ns; owners of 1 and 2 blocks and a ramp each: 4 * (9389 + 17,777) / 4 + 17,777 / 2 = 36,055.
+
+    Keys, values, queries and outputs: 4 * 4 * 128 * 256 * 2 = 1,048,576 bytes: (36,055^2 + 1049^2)^(1/2) = 36,070; launch and ramp 2000.
+    """
+    assert prefill_ns(Attention(1, 4, 4, 128, 256, 256), plain) == pytest.approx(38_070, rel=1e-4)
+
+
+def test_decode_by_hand(plain: Accelerator) -> None:
+    """2 sequences of 2 groups, 512 keys: 4 owners of 4 blocks walk 4000 ns; 4 * 2 * 2 * 128 * 512 = 1,048,576 bytes: (4000^2 + 1049^2)^(1/2) = 4135, and 2000."""
+    assert decode_ns(Attention(2, 8, 2, 128, 1, 512), plain) == pytest.approx(6135, rel=1e-3)
+
+
+def test_a_long_cache_is_split(plain: Accelerator) -> None:
+    """1 group of 4096 keys is 32 blocks; 4 parts of 8 on 4 multiprocessors: (8000^2 + 2097^2)^(1/2) + 1500 to combine; unsplit it would be 32,000."""
+    assert decode_ns(Attention(1, 4, 1, 128, 1, 4096), plain) == pytest.approx(2000 + math.hypot(8000, 2097.152) + 1500, rel=1e-6)
+
+
+def test_rows_by_hand(plain: Accelerator) -> None:
+    """1000 + 0.1 * 8192 + 128 * 8192 * 4 / 1000 = 6013.6; silu: 1000 + 3 * 128 * 8192 / 1000 = 4145.7; one row copied: 1000 + 4.1."""
+    assert add_norm_ns(128, 4096, plain) == pytest.approx(6013.6, abs=0.1)
+    assert silu_mul_ns(128, 4096, plain) == pytest.approx(4145.7, abs=0.1)
+    assert copy_ns(1, 1024, plain) == pytest.approx(1004.1, abs=0.1)
+
+
+def test_all_reduce_regimes(plain: Accelerator) -> None:
+    """2 devices. 10 kB in one shot: 4000 + 100.  1.5 MB in two: 4000 + 15,000.  NCCL eagerly from 2 MB, in a graph always:
+
+    10 MB: LL 10,000,000 / 100 = 100,000 + 7800; LL128 17,800 + 53,333; Simple 8400 + 6800 + 50,000 = 65,200, eager 75,200.
+    10 kB in a graph: LL 7800 + 100.
+    """
+    assert all_reduce_ns(10_000, 2, plain) == pytest.approx(4100)
+    assert all_reduce_ns(1_500_000, 2, plain) == pytest.approx(19_000)
+    assert all_reduce_ns(10_000_000, 2, plain) == pytest.approx(75_200)
+    assert all_reduce_ns(10_000_000, 2, plain, custom=False) == pytest.approx(65_200)
+    assert all_reduce_ns(10_000, 2, plain, custom=False) == pytest.approx(7900)
+    assert all_reduce_ns(10_000, 1, plain) == 0
+
+
+def test_a_step_is_the_sum_of_its_kernels() -> None:
+    machine = load_accelerator("h200")
+    step = Step(MODELS["llama3-8b"], 1, 1, 1, 127)
+    layer, end = kernels(step, machine, False)
+    assert step_ns(step, machine) == pytest.approx(32 * sum(layer.values()) + sum(end.values()))
+    assert layer["o all-reduce"] == 0
+    assert MODELS["llama3-8b"].weights == 7_504_658_432
+
+
+SHAPES = [Product(m, n, k) for m in (1, 16, 100, 2048) for n, k in ((4096, 4096), (1536, 8960), (37888, 3584))]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(
+    ("constant", "factor"),
+    [
+        ("dram.bandwidth_gbps", 1.3),
+        ("sm.macs_per_cycle_fp16", 1.5),
+        ("l2.bandwidth_gbps", 2.0),
+        ("launch.kernel_us", 0.5),
+        ("power.burst_share", 1.2),
+    ],
+)
+def test_more_is_never_slower(name: str, constant: str, factor: float) -> None:
+    machine = load_accelerator(name)
+    better = machine.with_values({constant: machine.constants[constant].value * factor})
+    for shape in SHAPES:
+        assert gemm_ns(shape, better) <= gemm_ns(shape, machine) * (1 + 1e-12)
+    for attention in (Attention(8, 32, 8, 128, 1, 4000), Attention(1, 32, 8, 128, 1000, 1000)):
+        assert attention_ns(attention, better) <= attention_ns(attention, machine) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_more_work_is_never_faster(name: str) -> None:
+    """Twice the k, keys or bytes takes at least as long, and any time is positive and finite."""
+    machine = load_accelerator(name)
+    for shape in SHAPES:
+        assert 0 < gemm_ns(shape, machine) <= gemm_ns(Product(shape.m, shape.n, 2 * shape.k), machine) < math.inf
+    keys = [decode_ns(Attention(1, 32, 8, 128, 1, n), machine) for n in (128, 4096, 65536)]
+    assert keys == sorted(keys)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_times_are_deterministic(name: str) -> None:
+    times = {tuple(gemm_ns(s, load_accelerator(name)) for s in SHAPES) for _ in range(2)}
+    assert len(times) == 1
