@@ -163,6 +163,10 @@ class AttrField:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
+    @property
+    def has_default(self) -> bool:
+        return self.default is not _MISSING
+
     def bind(self, annotation: str, owner: str) -> None:
         self.optional = annotation.endswith("| None")
         kind = annotation.removesuffix("| None").strip()

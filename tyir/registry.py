@@ -16,7 +16,7 @@ from types import ModuleType
 from tyir.ir import Op, unregistered_op
 from tyir.opdef import DeclaredOp
 
-__all__ = ["dialect_names", "dialect_ops", "load_dialect_module", "op_class", "registered_class"]
+__all__ = ["dialect_names", "dialect_ops", "load_dialect_module", "op_class", "registered_class", "unload_dialect"]
 
 _extra: dict[str, ModuleType] = {}
 
@@ -58,6 +58,16 @@ def load_dialect_module(module: ModuleType) -> None:
     """Make a user's dialect known: every declared op of the module, under the dialect its names begin with."""
     for name in _declared(vars(module).values()):
         _extra[name.partition(".")[0]] = module
+    _forget_lookups()
+
+
+def unload_dialect(dialect: str) -> None:
+    """Forget a dialect that `load_dialect_module` made known."""
+    _extra.pop(dialect, None)
+    _forget_lookups()
+
+
+def _forget_lookups() -> None:
     for cached in (dialect_names, dialect_ops, registered_class, op_class):
         cached.cache_clear()
 

@@ -191,7 +191,7 @@ def test_crash_reproducer_starts_at_the_failing_pass(ir: Path, tmp_path: Path, c
     assert main([str(ir), "--cse", "--kv-materialize=max-kv=0", "--dce", f"--crash-reproducer={file}"]) == 1
     text = file.read_text()
     assert text.count("ty.silu") == 1
-    assert 'pipeline: "builtin.module(kv-materialize{max-kv=0 embedding-as-input=false},dce)"' in text
+    assert 'pipeline: "builtin.module(kv-materialize{max-kv=0 ' in text and '},dce)"' in text
     capsys.readouterr()
     assert main([str(file), "--run-reproducer"]) == 1
     assert "max-kv is 0" in capsys.readouterr().err

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from tyir.attributes import (
-    ArrayAttr, BoolAttr, DenseArrayAttr, DenseElementsAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr, SymbolRefAttr, UnitAttr,
+    ArrayAttr,
+    BoolAttr,
+    DenseArrayAttr,
+    DenseElementsAttr,
+    DictAttr,
+    FloatAttr,
+    IntegerAttr,
+    StringAttr,
+    SymbolRefAttr,
+    UnitAttr,
 )  # fmt: skip
 from tyir.dialects.builtin import Module
 from tyir.ir import Block, Op, Region, unregistered_op
