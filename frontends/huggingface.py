@@ -25,6 +25,7 @@ from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weig
 from tyir.types import f64, i64
 
 if TYPE_CHECKING:
+    from tyir.frontends.plugin import ModelPlugin
     from tyir.frontends.torch_export import MetaModel
 
 __all__ = ["OpenedModel", "formats_of", "import_model", "open_model"]
@@ -43,16 +44,18 @@ _MODEL_KEYS: Final = (
 Note = Callable[[Diagnostic], None]
 
 
-def import_model(folder: Path, *, dtype: str = "f16", note: Note | None = None, check_weights: bool = False) -> Module:
+def import_model(
+    folder: Path, *, dtype: str = "f16", note: Note | None = None, check_weights: bool = False, plugin: ModelPlugin | None = None
+) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
     `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights stay in the folder (`ty.global`).
-    `note` receives warnings (stray tensors).  `check_weights` reads them all.
+    `note` receives warnings (stray tensors).  `check_weights` reads them all; `plugin` says how a checkpoint of one's own is read.
     `TyirError` holds every problem of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
         raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(DTYPES)}")
-    opened = open_model(folder, dtype, note, check_weights=check_weights)
+    opened = open_model(folder, dtype, note, check_weights=check_weights, plugin=plugin)
     return _build(opened.checkpoint, opened.meta, opened.weights)
 
 
@@ -65,13 +68,17 @@ class OpenedModel:
     weights: Weights
 
 
-def open_model(folder: Path, dtype: str, note: Note | None = None, *, check_weights: bool = False) -> OpenedModel:
+def open_model(
+    folder: Path, dtype: str, note: Note | None = None, *, check_weights: bool = False, plugin: ModelPlugin | None = None
+) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
     problems: list[Diagnostic] = []
     checkpoint = open_checkpoint(folder, problems)
-    formats = formats_of(checkpoint, problems) if checkpoint is not None else ()
-    meta = _meta_model(checkpoint, dtype, problems, note) if checkpoint is not None and formats else None
+    if checkpoint is not None and plugin is not None:
+        checkpoint = plugin.apply(checkpoint, problems)
+    formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
+    meta = _meta_model(checkpoint, dtype, problems, note, plugin) if checkpoint is not None and formats else None
     if checkpoint is not None and meta is not None:
         weights = Weights(checkpoint, meta.aliases, meta.state, formats)
         bad: set[str] = set()
@@ -84,12 +91,16 @@ def open_model(folder: Path, dtype: str, note: Note | None = None, *, check_weig
     return OpenedModel(checkpoint, meta, weights)
 
 
-def formats_of(checkpoint: Checkpoint, problems: list[Diagnostic]) -> tuple[WeightFormat, ...]:
+def formats_of(checkpoint: Checkpoint, problems: list[Diagnostic], plugin: ModelPlugin | None = None) -> tuple[WeightFormat, ...]:
     """How the checkpoint's parameters are stored; empty (and problems) when that is not known."""
     before = len(problems)
     config = read_quant_config(checkpoint.folder, checkpoint.config, problems)
     if len(problems) > before:
         return ()
+    if plugin is not None and plugin.base is not None:
+        from tyir.frontends.plugin import DeltaFormat
+
+        return (DeltaFormat(), PlainFormat())
     if any(t.encoding or t.interleaved for t in checkpoint.tensors.values()):
         from tyir.frontends.gguf_files import GgufFormat
 
@@ -101,7 +112,7 @@ def _ignore(warning: Diagnostic) -> None:
     """The `note` of callers who do not want any."""
 
 
-def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], note: Note) -> MetaModel | None:
+def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], note: Note, plugin: ModelPlugin | None) -> MetaModel | None:
     """The model without storage, None (and problems) when the config does not describe one that can be imported."""
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
     for key in _UNREAD_KEYS:
@@ -111,7 +122,7 @@ def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], 
     from tyir.frontends.torch_export import build_meta_model
 
     try:
-        return build_meta_model(checkpoint.folder, dict(config), dtype)
+        return build_meta_model(checkpoint.folder, dict(config), dtype, plugin.model_class if plugin is not None else None)
     except TyirError as error:
         problems.extend(error.diagnostics)
         return None

@@ -106,22 +106,30 @@ def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
         raise TyirError(message, where=str(folder / "config.json"), help=f'set "model_type": "{known[name]}"')
 
 
-def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str) -> MetaModel:
+def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str, model_class: type[Any] | None = None) -> MetaModel:
     """The model of `folder`'s config.json on the meta device in `dtype` ("f16" or "f32").  Code inside the folder is never executed.  `TyirError` when it cannot be built."""
-    _check_architecture(folder, raw)
+    if model_class is None:
+        _check_architecture(folder, raw)
     attention_hook.install()
+    settings = {"dtype": DTYPES[dtype], "attn_implementation": attention_hook.IMPLEMENTATION}
     try:
         with _quiet():
-            config = _config(raw)
+            config = (
+                _config(raw)
+                if model_class is None
+                else model_class.config_class.from_dict({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
+            )
             _check_rope(folder, config)
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(
-                    config, dtype=DTYPES[dtype], attn_implementation=attention_hook.IMPLEMENTATION, trust_remote_code=False
-                ).eval()
+                if model_class is None:
+                    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings).eval()
+                else:
+                    model = model_class._from_config(config, **settings).eval()
     except TyirError:
         raise
     except Exception as error:
-        message = f"transformers cannot build {raw['architectures'][0]} from this config.json: {_first_line(error)}"
+        name = model_class.__name__ if model_class is not None else raw["architectures"][0]
+        message = f"transformers cannot build {name} from this config.json: {_first_line(error)}"
         raise TyirError(message, where=str(folder / "config.json"), help="compare config.json with that of the original model") from error
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

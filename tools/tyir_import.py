@@ -30,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to write the IR; - is standard output (the default)")
     parser.add_argument("--dtype", choices=("f16", "f32"), default="f16", help="element type the model computes in (default: f16)")
     parser.add_argument("--raise", dest="raise_", action="store_true", help="also run raise-aten, so that the file is at stage ty")
+    parser.add_argument(
+        "--model-plugin",
+        type=Path,
+        metavar="FILE",
+        help="Python file with a model class, rename rules, packed tensors or a base checkpoint",
+    )
     parser.add_argument("--check-weights", action="store_true", help="also read every weight: NaN, infinity and f16 overflow are errors")
     parser.add_argument("--explain", action="store_true", help="only say what was recognised as what, with counts per layer; writes no IR")
     parser.add_argument(
@@ -55,7 +61,14 @@ def main(argv: Sequence[str]) -> int:
     from tyir.frontends.huggingface import import_model
     from tyir.printer import print_op
 
-    module = import_model(options.folder, dtype=options.dtype, note=lambda d: warn(d.message), check_weights=options.check_weights)
+    plugin = None
+    if options.model_plugin is not None:
+        from tyir.frontends.plugin import load_plugin
+
+        plugin = load_plugin(options.model_plugin)
+    module = import_model(
+        options.folder, dtype=options.dtype, note=lambda d: warn(d.message), check_weights=options.check_weights, plugin=plugin
+    )
     if options.explain:
         from tyir.tools.explain import explain
 

@@ -1,0 +1,162 @@
+"""A user's own architecture or checkpoint layout: what `--model-plugin file.py` may say.
+
+The file is Python, run because the user named it (code inside a checkpoint folder never is), and defines one `plugin = ModelPlugin(...)`.
+docs/model-plugin.md shows a whole one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects import ty
+from tyir.frontends.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from tyir.frontends.weights import Emit, PlainFormat, Weights
+from tyir.ir import Value
+from tyir.types import TensorType, Type, bit_width, f32
+
+__all__ = ["DeltaFormat", "ModelPlugin", "Split", "load_plugin"]
+
+_BASE: Final = "base."  # what stands before the name of a base checkpoint's tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """A stored tensor that holds several parameters one after the other along its rows.
+
+    `pattern` matches its whole name (after renaming); `parts` gives the parameters' names (with the pattern's groups, \\1) and the rows of each, a number
+    or a function of config.json's contents.
+    """
+
+    pattern: str
+    parts: Sequence[tuple[str, int | Callable[[Mapping[str, Any]], int]]]
+
+
+@dataclass(frozen=True)
+class ModelPlugin:
+    """Everything optional.
+
+    `model_class`: a transformers `PreTrainedModel` class for causal language modelling; its `config_class` reads config.json.
+    `rename`: (pattern, replacement) applied in order to every stored name with `re.sub`.  `split`: packed tensors.  `ignore`: patterns of tensors that
+    are not used.  `base`: folder of the checkpoint to which this one's tensors must be added (relative to the plugin file).
+    """
+
+    model_class: type[Any] | None = None
+    rename: Sequence[tuple[str, str]] = ()
+    split: Sequence[Split] = ()
+    ignore: Sequence[str] = ()
+    base: str | Path | None = None
+
+    def apply(self, checkpoint: Checkpoint, problems: list[Diagnostic]) -> Checkpoint:
+        """The checkpoint as the rules say it is to be read; what does not work out is appended to `problems`."""
+        named: dict[str, StoredTensor] = {}
+        where = str(checkpoint.folder)
+        for key, stored in checkpoint.tensors.items():
+            name = self._renamed(key)
+            if any(re.fullmatch(pattern, key) for pattern in self.ignore):
+                continue
+            for part, tensor in self._parts(name, stored, checkpoint.config, where, problems):
+                if part in named:
+                    message = f"the plugin gives the name '{part}' to both '{named[part].key}' and '{key}'"
+                    problems.append(Diagnostic(message, where=where, help="make the rename rules more exact"))
+                named[part] = tensor
+        result = replace(checkpoint, tensors=named)
+        return result if self.base is None else self._with_base(result, problems)
+
+    def _renamed(self, name: str) -> str:
+        for pattern, replacement in self.rename:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def _parts(
+        self, name: str, stored: StoredTensor, config: Mapping[str, Any], where: str, problems: list[Diagnostic]
+    ) -> Iterable[tuple[str, StoredTensor]]:
+        """The parameters in a stored tensor: ranges of its rows, which lie one after the other in the file."""
+        for rule in self.split:
+            match = re.fullmatch(rule.pattern, name)
+            if match is None:
+                continue
+            counts = [rows if isinstance(rows, int) else int(rows(config)) for _, rows in rule.parts]
+            total = stored.type.dims[0] if stored.type.dims else 0
+            if sum(counts) != total or stored.encoding or bit_width(stored.type.element) < 8:
+                message = f"'{stored.key}' of type {stored.type} cannot be split into {' + '.join(map(str, counts))} rows"
+                problems.append(Diagnostic(message, where=where, help="the rows of a plain tensor must add up"))
+                return []
+            row = stored.nbytes // max(total or 0, 1)
+            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+            return [
+                (
+                    match.expand(part),
+                    replace(
+                        stored,
+                        type=TensorType((n, *stored.type.dims[1:]), stored.type.element),
+                        offset=stored.offset + (end - n) * row,
+                        nbytes=n * row,
+                    ),
+                )
+                for (part, _), n, end in zip(rule.parts, counts, ends)
+            ]
+        return [(name, stored)]
+
+    def _with_base(self, checkpoint: Checkpoint, problems: list[Diagnostic]) -> Checkpoint:
+        """The base's tensors of the same names beside the deltas, in files named by absolute paths."""
+        assert self.base is not None
+        opened = open_checkpoint(Path(self.base), problems)
+        if opened is None:
+            return checkpoint
+        base = replace(self, base=None).apply(opened, problems)
+        tensors = dict(checkpoint.tensors)
+        for name, stored in base.tensors.items():
+            moved = replace(stored, file=str(base.folder / stored.file))
+            tensors[_BASE + name if name in checkpoint.tensors else name] = moved
+        stamps = {str(base.folder / name): stamp for name, stamp in base.stamps.items()}
+        return replace(checkpoint, tensors=tensors, stamps={**checkpoint.stamps, **stamps})
+
+
+class DeltaFormat:
+    """base + delta, added in f32 and rounded once."""
+
+    def stored_keys(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+        return (name, _BASE + name) if name in tensors and _BASE + name in tensors else ()
+
+    def problem(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]) -> str | None:
+        plain = PlainFormat()
+        return plain.problem(name, shape, tensors) or plain.problem(_BASE + name, shape, tensors)
+
+    def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
+        base, delta = (PlainFormat().value(key, f32, weights, emit) for key in (_BASE + name, name))
+        out = emit(ty.Add(base, delta)).result
+        return out if element is f32 else emit(ty.Cast(out, element=element)).result
+
+
+def load_plugin(path: Path) -> ModelPlugin:
+    """Run a plugin file and return its `plugin`.  `TyirError` when it fails or defines none."""
+    if not path.is_file():
+        raise TyirError(f"there is no plugin file {path}", help="give a Python file that defines plugin = ModelPlugin(...)")
+    spec = importlib.util.spec_from_file_location("tyir_model_plugin", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TyirError(
+            f"the plugin fails: {type(error).__name__}: {error}", where=str(path), help="run it with python to see where"
+        ) from error
+    plugin = getattr(module, "plugin", None)
+    if not isinstance(plugin, ModelPlugin):
+        raise TyirError(
+            "the plugin file defines no plugin", where=str(path), help="end it with plugin = ModelPlugin(...) from tyir.frontends.plugin"
+        )
+    if plugin.base is not None:
+        plugin = replace(plugin, base=path.parent / plugin.base)
+    for pattern in (*(p for p, _ in plugin.rename), *(s.pattern for s in plugin.split), *plugin.ignore):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise TyirError(f"'{pattern}' is no regular expression: {error}", where=str(path), help="escape special characters") from None
+    return plugin
