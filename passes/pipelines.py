@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from tyir.manifest import BuildOptions
 from tyir.passes.select_output import parse_output
 
-__all__ = ["PIPELINES", "remaining_pipeline"]
+__all__ = ["PIPELINES", "reference_pipeline", "remaining_pipeline"]
 
 PIPELINES: Final[dict[str, str]] = {
     # aten -> ty.  cse first merges what the exported graph repeats per layer (the rotary tables), dce drops position checks.
@@ -21,40 +22,41 @@ PIPELINES: Final[dict[str, str]] = {
 }
 
 
-def remaining_pipeline(
-    stage: str,
-    *,
-    weights: str,
-    group_size: int,
-    max_kv: int,
-    dies: int,
-    die_map: tuple[int, ...],
-    seqlens: tuple[int, ...],
-    embedding_as_input: bool,
-    output: str = "logits",
-    kv_dtype: str = "fp16",
-) -> str:
+def remaining_pipeline(stage: str, options: BuildOptions) -> str:
     """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation after it, so that dies are cut once.
     So does select-output: each die then chooses among its own columns of the vocabulary.
     """
-    remap = f" remap={numbers(die_map)}" if die_map else ""
-    entry = " embedding-as-input=true" if embedding_as_input else ""
-    cache = f" dtype={kv_dtype}" if kv_dtype != "fp16" else ""
-    best = parse_output(output)
+    if stage == "sharded":  # partition-dies was begun by hand; its later steps do nothing where they have been
+        return ",".join(("propagate-sharding,insert-collectives,localize-dies", remaining_pipeline("dist", options)))
+    best = parse_output(options.output)
+    cache = [f"max-kv={options.max_kv}"]
+    cache += ["embedding-as-input=true"] if options.embedding_as_input else []
+    cache += [f"dtype={options.kv_dtype}"] if options.kv_dtype != "fp16" else []
+    dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
     entries = [
         ("aten", "to-ty"),
-        ("ty", f"quantize-weights{{group-size={group_size}}}" if weights == "int4" else ""),
-        ("ty", f"kv-materialize{{max-kv={max_kv}{entry}{cache}}}"),
+        ("ty", quantization(options)),
+        ("ty", f"kv-materialize{{{' '.join(cache)}}}"),
         ("kv", f"select-output{{kind=topk k={best}}}" if best else ""),
-        ("kv", f"partition-dies{{dies={dies}{remap}}}"),
-        ("dist", f"specialize-seqlen{{seqlens={numbers(seqlens)}}}"),
+        ("kv", f"partition-dies{{{' '.join(dies)}}}"),
+        ("dist", f"specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),
         ("static", "to-program"),
     ]
     stages = [s for s, _ in entries]
     first = stages.index(stage) if stage in stages else len(entries)
     return ",".join(text for _, text in entries[first:] if text)
+
+
+def reference_pipeline(options: BuildOptions) -> str:
+    """From `aten` to `ty` with the artifacts' weights: the whole model, uncut and without a cache, that verification compares with."""
+    return ",".join(text for text in ("to-ty", quantization(options)) if text)
+
+
+def quantization(options: BuildOptions) -> str:
+    """The entry that makes the weights what `options` asks for; empty when they stay as they are."""
+    return f"quantize-weights{{group-size={options.group_size}}}" if options.weights == "int4" else ""
 
 
 def numbers(values: tuple[int, ...]) -> str:

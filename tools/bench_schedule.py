@@ -95,15 +95,14 @@ def write_sparse_checkpoint(config: dict[str, Any], folder: Path) -> Path:
 
 def program_module(checkpoint: Path, dies: int, seqlens: Sequence[int], max_kv: int, weights: str, group_size: int, output: str) -> Module:
     """A checkpoint's module at stage `program`: what both code generators read."""
+    from tyir.manifest import BuildOptions
     from tyir.passes.pipelines import remaining_pipeline
     from tyir.pipeline import run_pipeline
     from tyir.tools.api import load_module
 
     module = load_module(checkpoint)
-    pipeline = remaining_pipeline(
-        "aten", weights=weights, group_size=group_size, max_kv=max_kv, dies=dies, die_map=(), seqlens=tuple(seqlens), embedding_as_input=False, output=output
-    )  # fmt: skip
-    run_pipeline(module, pipeline)
+    options = BuildOptions(dies=dies, seqlens=tuple(seqlens), max_kv=max_kv, weights=weights, group_size=group_size, output=output)
+    run_pipeline(module, remaining_pipeline("aten", options))
     return module
 
 
@@ -135,7 +134,7 @@ def measure(module: Module, seqlen: int, pos: int, machine: Machine, *, check: b
 
 def _most_macs(timing: Timing) -> int:
     from tyir.dialects.edge10 import Matmul
-    from tyir.runtime_sim.units import macs
+    from tyir.targets.command_times import macs
 
     return max(sum(macs(c.op, c.scalars) for c in d.commands if isinstance(c.op, Matmul)) for d in timing.dies)
 

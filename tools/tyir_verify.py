@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import TyirError
+from tyir.tools.build_arguments import numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 __all__ = ["main"]
@@ -22,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
     args = _parser().parse_args(argv)
     from tyir.runtime_sim.session import Session
-    from tyir.tools.tyir_run import load_tokenizer
-    from tyir.tools.verify import PROMPTS, LayerStates, PromptResult, Reference, check_prompt, locate
+    from tyir.tools.locate import locate
+    from tyir.tools.verify import LayerStates, PromptResult, Reference, check_prompt
 
     states = LayerStates()
     session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
@@ -31,12 +32,10 @@ def main(argv: Sequence[str]) -> int:
         raise TyirError(
             f"{args.against} holds no config.json", help="--against takes the checkpoint folder the artifacts were compiled from"
         )
-    tokenizer = load_tokenizer(args.artifacts)
+    prompts = _prompts(args)
     reference = Reference(args.against, session.manifest.options)
-    prompts = [args.prompt] if args.prompt else list(PROMPTS[: args.prompts])
     results: list[PromptResult] = []
-    for prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"]
+    for ids in prompts:
         count = min(args.tokens, session.capacity - len(ids))
         results.append(check_prompt(session, reference, ids, count, states))
     good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)
@@ -60,6 +59,17 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
     return 1
+
+
+def _prompts(args: argparse.Namespace) -> list[list[int]]:
+    """The token ids of each prompt."""
+    from tyir.tools.tyir_run import load_tokenizer
+    from tyir.tools.verify import PROMPTS
+
+    if args.ids:
+        return [list(args.ids)]
+    tokenizer = load_tokenizer(args.artifacts)
+    return [tokenizer(text)["input_ids"] for text in ([args.prompt] if args.prompt else PROMPTS[: args.prompts])]
 
 
 def _print(results: Sequence[object], engine: str, good: bool) -> None:
@@ -103,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument("--against", type=Path, required=True, metavar="HF_DIR", help="the checkpoint folder")
     parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
+    parser.add_argument("--ids", type=numbers, metavar="N,N,..", help="one prompt as token ids, for models without a tokenizer")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="how many of the 8 built-in prompts (default 8)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="greedy tokens per prompt (default 64)")
     parser.add_argument(

@@ -76,18 +76,7 @@ def _pipeline(module: Module, options: BuildOptions) -> str:
     stage = module.attributes.get("tyir.stage")
     if not isinstance(stage, StringAttr):
         raise TyirError("the module does not say at which stage it is", help='set {tyir.stage = "ty"} on the module, as tyir-import does')
-    return remaining_pipeline(
-        stage.value,
-        weights=options.weights,
-        group_size=options.group_size,
-        max_kv=options.max_kv,
-        dies=options.dies,
-        die_map=options.die_map,
-        seqlens=options.seqlens,
-        embedding_as_input=options.embedding_as_input,
-        output=options.output,
-        kv_dtype=options.kv_dtype,
-    )
+    return remaining_pipeline(stage.value, options)
 
 
 def _settled(module: Module, options: BuildOptions) -> BuildOptions:

@@ -16,7 +16,7 @@ from tyir.parser import parse_file
 from tyir.pipeline import Pass, PassContext, run_pipeline
 from tyir.printer import print_op
 from tyir.tools.api import compile_path
-from tyir.tools.verify import locate
+from tyir.tools.locate import locate
 
 IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900]
 
