@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
     """Entry point."""
     from tyir.targets.accelerator import load_accelerator
     from tyir.tools.validation_data import read_rows
-    from tyir.tools.validation_table import lines_of, markdown, render
+    from tyir.tools.validation_page import markdown
+    from tyir.tools.validation_table import lines_of, render
 
     args = _parser().parse_args(argv)
     names = args.machine or list(MACHINES)

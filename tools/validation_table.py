@@ -1,9 +1,9 @@
-"""The validation table: error per kind of kernel and bucket, ours beside the roofline and the best affine fit, as text, data and Markdown."""
+"""The validation table: error per kind of kernel and bucket, ours beside the roofline and the best affine fit, as text and data."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from tyir.targets.accelerator import Accelerator
 from tyir.tools.validation_data import Row
 from tyir.tools.validation_fit import is_training
 
-__all__ = ["Line", "lines_of", "markdown", "render"]
+__all__ = ["Line", "lines_of", "render"]
 
 _BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192, 65536)
 
@@ -109,33 +109,3 @@ def render(name: str, lines: Iterable[Line]) -> str:
             f"{x.kind:<24}{x.bucket:>15}{x.count:>7}{x.mape:>8.1f}{x.median:>8.1f}{x.p90:>8.1f}{x.max:>8.0f}{x.bias:>8.1f}{unseen:>10}{x.roofline:>10.1f}{x.affine:>8.1f}"
         )
     return "\n".join(text) + "\n"
-
-
-def markdown(found: Mapping[str, Sequence[Line]], machines: Mapping[str, Accelerator]) -> str:
-    """The page: tables, then the fitted constants."""
-    parts = [_HEAD]
-    for name, lines in found.items():
-        parts.append(
-            f"## {name}\n\n| kind | M | n | MAPE | median | p90 | max | bias | held out | roofline | affine |\n| --- "
-            + "| ---: " * 10
-            + "|"
-        )
-        for x in lines:
-            kind = f"**{x.kind}**" if x.bucket == "all" else ""
-            unseen = "" if x.held_out is None else f"{x.held_out:.1f}"
-            parts.append(
-                f"| {kind} | {x.bucket} | {x.count} | {x.mape:.1f} | {x.median:.1f} | {x.p90:.1f} | {x.max:.0f} | {x.bias:+.1f} | {unseen} | {x.roofline:.1f} | {x.affine:.1f} |"
-            )
-        fitted = [f"| `{n}` | {c.value:.4g} | {c.source} |" for n, c in machines[name].fitted.items()]
-        parts.append("\n".join(["", "| fitted constant | value | fitted on |", "| --- | ---: | --- |", *fitted, ""]))
-    return "\n".join(parts)
-
-
-_HEAD = """# How far the kernel models are from machines that were measured
-
-Written by `python -m tyir.tools.validate --markdown`.  Errors in per cent of the measured time.  *Held out*: the rows that no constant was fitted on (half of the
-kernels by a hash of what was run, and every whole model, norm and elementwise kernel).  *Roofline*: the larger of operations at peak and bytes at nominal bandwidth.
-*Affine*: the best `t0 + bytes / bandwidth + operations / rate` for that kind, fitted on the very rows it is judged on.
-The models are analytic (tiles, waves, bytes, launches: `runtime_sim/kernels`); they share the machine-file form and the quantities with the event-driven command
-engine, not its event core.
-"""
