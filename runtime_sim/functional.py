@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
+from tyir.dialects.kv import dequantize_rows
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.program import Command, EdgeProgram
 from tyir.runtime_sim.vector_functions import softmax_block, top_k, vector_function
@@ -184,6 +185,17 @@ class FunctionalDie:
         weight = (q - zeros[:, :, None].astype(np.float32)) * scales[:, :, None].astype(np.float32)
         self.sram(command, op.out, (n, k), np.float16, write=True)[...] = weight.reshape(n, k)
 
+    def dequant_rows(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.DequantRows)
+        (rows,) = _sizes((op.rows,), command.scalars)
+        if rows == 0:
+            return
+        plane, row = op.plane_rows * op.k, op.k
+        q = self.sram(command, op.q, (op.planes, rows, op.k), np.int8, (plane, row, 1))
+        scales = self.sram(command, op.scales, (op.planes, rows), np.float16, (op.plane_rows * 2, 2))
+        self.sram(command, op.out, q.shape, np.float16, (plane * 2, row * 2, 2), write=True)[...] = dequantize_rows(q, scales)
+
     def matmul(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.Matmul)
@@ -256,7 +268,7 @@ class FunctionalDie:
 _HANDLERS: Final[dict[type, Callable[[FunctionalDie, Command], None]]] = {
     edge10.Load: FunctionalDie.load, edge10.Store: FunctionalDie.store, edge10.Gather: FunctionalDie.gather, edge10.Dequant: FunctionalDie.dequant,
     edge10.Matmul: FunctionalDie.matmul, edge10.Drain: FunctionalDie.drain, edge10.VectorOp: FunctionalDie.vector, edge10.SoftmaxBlock: FunctionalDie.softmax,
-    edge10.TopK: FunctionalDie.top_k, edge10.AllReduce: FunctionalDie.load, edge10.AllGather: FunctionalDie.load,
+    edge10.TopK: FunctionalDie.top_k, edge10.DequantRows: FunctionalDie.dequant_rows, edge10.AllReduce: FunctionalDie.load, edge10.AllGather: FunctionalDie.load,
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def drain_ns(m: int, n: int, machine: Machine) -> float:
 
 
 def dequant_ns(n: int, k: int, machine: Machine) -> float:
-    """4-bit weights to f16 through their own pipe.
+    """4-bit weights, or the 8-bit rows of a cache, to f16 through their own pipe.
 
     Example (128 a cycle, startup 32, 2 ns): n 48, k 3584: 32 + 1344 = 1376 cycles = 2752 ns.
     """
@@ -101,6 +101,7 @@ def vector_ns(function: str, elements: int, machine: Machine) -> float:
         "add": vector.add_cycles, "mul": vector.mul_cycles, "cast": vector.cast_cycles, "copy": vector.copy_cycles, "fill": vector.fill_value_cycles,
         "silu": vector.silu_cycles, "silu_mul": vector.silu_mul_cycles, "rms_norm": vector.rms_norm_cycles, "rope": vector.rope_cycles,
         "softmax": vector.softmax_cycles, "rescale_add": vector.rescale_add_cycles, "divide_rows": vector.divide_rows_cycles,
+        "quantize_rows": vector.rms_norm_cycles,  # like it a pass that reduces the row and one that scales it
     }[function]  # fmt: skip
     return (vector.startup_cycles + math.ceil(elements / (vector.units * vector.lanes)) * per_element) * machine.cycle_ns
 
@@ -157,6 +158,9 @@ def compute_ns(op: Op, scalars: Sequence[int], machine: Machine) -> float:
         return drain_ns(math.prod(op.m), size(op.n), machine)
     if isinstance(op, edge10.Dequant):
         return dequant_ns(op.n, op.k, machine)
+    if isinstance(op, edge10.DequantRows):
+        rows = size(op.rows)
+        return dequant_ns(op.planes * rows, op.k, machine) if rows else 0.0
     if isinstance(op, edge10.SoftmaxBlock):
         return softmax_ns(op.rows, size(op.cols), machine)
     if isinstance(op, edge10.TopK):

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
+from tyir.dialects.kv import quantize_rows
 from tyir.dialects.ty import comparable, select_best, silu
 from tyir.types import Type, storage_dtype
 
@@ -29,6 +30,10 @@ def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:
     """Compute `edge10.vector` from and to SRAM."""
     rows, cols, group = op.rows, op.cols, op.group
     name = op.function
+    if name == "quantize_rows":
+        for offset, t, made in zip(op.outputs, op.output_types, quantize_rows(sram(op.inputs[0], (rows, cols), np.float16))):
+            sram(offset, made.shape, _dtype(t), write=True)[...] = made
+        return
     shapes = _input_shapes(name, rows, cols, group)
     inputs = [sram(offset, shape, _dtype(t)) for offset, shape, t in zip(op.inputs, shapes, op.input_types)]
     value = inputs[0].copy() if name == "copy" else _compute(name, [a.astype(np.float32) for a in inputs], op)

@@ -21,7 +21,7 @@ from tyir.backends.edge10.context import Lowering, Place
 from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.lower_attention import lower_attention
-from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_rows
+from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_quantize_rows, lower_rows
 from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
 from tyir.backends.edge10.lower_gated import fused_products, lower_gated
 from tyir.backends.edge10.lower_linear import lower_linear
@@ -42,7 +42,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Silu: lower_rowwise,
     ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
     kv.Append: lower_append, kv.CachedAttention: lower_attention, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather,
-    ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
+    kv.QuantizeRows: lower_quantize_rows, ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
 }  # fmt: skip
 
 

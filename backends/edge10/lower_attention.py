@@ -5,7 +5,7 @@ For each piece of the queries (and each cache head, when all heads together do n
     for each block of keys, as many as the position asks for:
         load K block;  scores = q K^T (cube, drain);  softmax block -> p, alpha;  load V block;  pv = p V (cube, drain);  o = o * alpha + pv
     out = o / l
-The K and V blocks are handed from turn to turn by tokens of their own: the K block of the next turn loads while this turn is at its V block.
+An 8-bit cache's blocks are loaded with their scales and de-quantised to f16 first.  The K and V blocks are handed from turn to turn by tokens of their own: the K block of the next turn loads while this turn is at its V block.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def lower_attention(op: CachedAttention, low: Lowering) -> None:
     _, tokens, heads, dim = tensor_type(op.q).static_shape
     runs = _runs(op.kv_heads)
     groups = tensor_type(op.k).static_shape[1]
-    blocks = attention_blocks(tokens, heads, groups, dim, max(r.heads for r in runs), low.machine, low.plan)
+    blocks = attention_blocks(tokens, heads, groups, dim, max(r.heads for r in runs), low.machine, low.plan, quantized=bool(op.scales))
     for first, count in spans(tokens, blocks.queries):
         for members in [runs] if blocks.all_heads else [[r] for r in runs]:
             _Block(op, low, blocks, members, first, count).lower()
@@ -122,8 +122,7 @@ class _Block:
         end = outer.affine([visible], [1], size - 1, divisor=size)
         block = Emitter.body(3)
         index, *tokens = block.args
-        cache_bytes = align(self.groups * size * self.dim * 2)
-        slots = (Slot(self.at["k"], self.at["k"] + cache_bytes), Slot(self.at["v"], self.at["v"] + cache_bytes))
+        slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores"]))
         inner = Tracker(slots, tokens[:2], tokens[2])
         self.low.emitter = body = Emitter(block, inner, outer)
         try:
@@ -138,7 +137,7 @@ class _Block:
 
     def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
         at, size, dim = self.at, self.keys, self.dim
-        self._load_cache(self.low.place(self.op.k), at["k"], first_key, keys)
+        self._load_cache("k", first_key, keys)
         for run in self.runs:
             head = run.first - self.first_head
             scores = at["scores"] + head * size * 4
@@ -149,7 +148,7 @@ class _Block:
             reads=[sram_range(at["scores"], self.rows * size * 4), sram_range(at["maximum"], self.rows * 4), sram_range(at["total"], self.rows * 4)],
             writes=[sram_range(at["probabilities"], self.rows * size * 2, write=True), *(sram_range(at[n], self.rows * 4, write=True) for n in ("maximum", "total", "alpha"))],
         )  # fmt: skip
-        self._load_cache(self.low.place(self.op.v), at["v"], first_key, keys)
+        self._load_cache("v", first_key, keys)
         for run in self.runs:
             head = run.first - self.first_head
             strides = (self.heads * size * 2, size * 2)
@@ -164,14 +163,29 @@ class _Block:
             writes=[sram_range(at["sum"], total, write=True)],
         )  # fmt: skip
 
-    def _load_cache(self, cache: Place, sram: int, first_key: Value, keys: Value) -> None:
-        """The block's rows of the cache heads in use, each head's at its own plane."""
-        emitter, row = self.low.emitter, self.dim * 2
+    def _load_cache(self, name: str, first_key: Value, keys: Value) -> None:
+        """A block of the keys ("k") or the values ("v") as f16."""
+        at, op, size = self.at, self.op, self.groups * self.keys
+        cache = self.low.place(op.k if name == "k" else op.v)
+        if not op.scales:
+            self._load_rows(cache, at[name], self.dim * 2, "eidma", first_key, keys)
+            return
+        q, scales = at[f"{name}_q"], at[f"{name}_scales"]
+        self._load_rows(cache, q, self.dim, "eidma", first_key, keys)
+        self._load_rows(self.low.place(op.scales[name == "v"]), scales, 2, "ebdma", first_key, keys)
+        self.low.emitter.emit(
+            edge10.DequantRows, keys, q=q, scales=scales, out=at[name], planes=self.groups, plane_rows=self.keys, rows=edge10.DYNAMIC, k=self.dim,
+            reads=[sram_range(q, size * self.dim), sram_range(scales, size * 2)], writes=[sram_range(at[name], size * self.dim * 2, write=True)],
+        )  # fmt: skip
+
+    def _load_rows(self, cache: Place, sram: int, row: int, queue: str, first_key: Value, keys: Value) -> None:
+        """The block's rows of `row` bytes of the cache heads in use, each head's at its own plane."""
+        emitter = self.low.emitter
         address = emitter.offset(self.low.address(cache), first_key, row)
         whole = self.groups * self.keys * row
         emitter.emit(
             edge10.Load, address, keys, offset=cache.offset + self.first_group * self.capacity * row, sram=sram, shape=(self.groups, edge10.DYNAMIC, row),
-            dram_strides=(self.capacity * row, row), sram_strides=(self.keys * row, row), queue="eidma",
+            dram_strides=(self.capacity * row, row), sram_strides=(self.keys * row, row), queue=queue,
             reads=cache.access((self.first_group + self.groups) * self.capacity * row, write=False), writes=[sram_range(sram, whole, write=True)],
         )  # fmt: skip
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
+from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.allocate import align
-from tyir.backends.edge10.context import Lowering, sram_range
+from tyir.backends.edge10.context import Lowering, element_bytes, sram_range
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.kv import Append, Rows
+from tyir.dialects.kv import Append, QuantizeRows, Rows
 from tyir.dialects.ty import Embedding, tensor_type
 from tyir.ir import Op
+from tyir.types import f16, i8
 
-__all__ = ["lower_append", "lower_embedding", "lower_rows", "require_one_sequence"]
+__all__ = ["lower_append", "lower_embedding", "lower_quantize_rows", "lower_rows", "require_one_sequence"]
 
 
 def require_one_sequence(op: Op) -> None:
@@ -23,12 +25,12 @@ def require_one_sequence(op: Op) -> None:
 
 
 def lower_append(op: Append, low: Lowering) -> None:
-    """`kv.append`: rows [1, s, G, D] to positions pos.. of the cache [1, G, capacity, D]; what lies beyond the capacity is dropped."""
+    """`kv.append`: rows [1, s, G, D] (or [1, s, G]) to positions pos.. of the cache [1, G, capacity, D]; what lies beyond the capacity is dropped."""
     require_one_sequence(op)
-    _, tokens, groups, dim = tensor_type(op.rows).static_shape
+    _, tokens, groups, *dim = tensor_type(op.rows).static_shape
     capacity = tensor_type(op.cache).static_shape[2]
     cache, source, emitter = low.place(op.cache), low.place(op.rows), low.emitter
-    row, pos = dim * 2, low.emitter.position()
+    row, pos = math.prod(dim) * element_bytes(op.rows), low.emitter.position()
     for piece in low.pieces(tokens, 0 if source.in_sram else groups * row):
         sram = source.offset + piece.first * groups * row
         if not source.in_sram:
@@ -40,6 +42,28 @@ def lower_append(op: Append, low: Lowering) -> None:
             edge10.Store, address, count, offset=cache.offset, sram=sram, shape=(groups, edge10.DYNAMIC, row), dram_strides=(capacity * row, row), sram_strides=(row, groups * row),
             reads=[sram_range(sram, piece.rows * groups * row)], writes=cache.access(groups * capacity * row, write=True),
         )  # fmt: skip
+
+
+def lower_quantize_rows(op: QuantizeRows, low: Lowering) -> None:
+    """`kv.quantize_rows`: one vector command makes the 8-bit rows and their scales."""
+    *outer, dim = tensor_type(op.rows).static_shape
+    parts = [(low.place(v), size) for v, size in ((op.rows, dim * 2), (op.q, dim), (op.scales, 2))]
+    spilled = sum(align(size) for place, size in parts if not place.in_sram)
+    for piece in low.pieces(math.prod(outer), spilled):
+        offsets, temp = [], piece.temp
+        for place, size in parts:
+            offsets.append(place.offset + piece.first * size if place.in_sram else temp)
+            temp += 0 if place.in_sram else align(piece.rows * size)
+        source, *targets = (sram_range(offset, piece.rows * size, write=n > 0) for n, (offset, (_, size)) in enumerate(zip(offsets, parts)))
+        if not parts[0][0].in_sram:
+            low.load_bytes(parts[0][0].at(piece.first * dim * 2), offsets[0], piece.rows * dim * 2)
+        low.emitter.emit(
+            edge10.VectorOp, function="quantize_rows", inputs=(offsets[0],), outputs=tuple(offsets[1:]), rows=piece.rows, cols=dim,
+            input_types=ArrayAttr([f16]), output_types=ArrayAttr([i8, f16]), reads=[source], writes=targets,
+        )  # fmt: skip
+        for offset, (place, size) in zip(offsets[1:], parts[1:]):
+            if not place.in_sram:
+                low.store_bytes(place.at(piece.first * size), offset, piece.rows * size)
 
 
 def lower_rows(op: Rows, low: Lowering) -> None:

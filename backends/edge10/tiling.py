@@ -119,13 +119,18 @@ class AttentionBlocks:
     queries: int
     keys: int
     all_heads: bool
+    quantized: bool = False
 
     def layout(self, heads: int, groups: int, dim: int) -> dict[str, int]:
-        """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from turn to turn."""
-        rows = self.queries * heads
-        return {
-            "k": align(groups * self.keys * dim * 2), "v": align(groups * self.keys * dim * 2), "scores": align(rows * self.keys * 4),
-            "probabilities": align(rows * self.keys * 2), "product": align(rows * dim * 4), "sum": align(rows * dim * 4), "maximum": align(rows * 4),
+        """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from turn to turn.
+
+        Of an 8-bit cache a block is its f16 rows, and behind them the 8-bit rows and the scales that they are made of.
+        """
+        rows, block = self.queries * heads, groups * self.keys
+        parts = {"": dim * 2, "_q": dim, "_scales": 2} if self.quantized else {"": dim * 2}
+        caches = {name + part: align(block * row) for name in ("k", "v") for part, row in parts.items()}
+        return caches | {
+            "scores": align(rows * self.keys * 4), "probabilities": align(rows * self.keys * 2), "product": align(rows * dim * 4), "sum": align(rows * dim * 4), "maximum": align(rows * 4),
             "total": align(rows * 4), "alpha": align(rows * 4), "q": align(rows * dim * 2), "out": align(rows * dim * 2),
         }  # fmt: skip
 
@@ -135,20 +140,21 @@ _TURN_NS = 1000.0
 
 
 def attention_blocks(
-    tokens: int, heads: int, groups: int, dim: int, largest_group: int, machine: Machine, plan: SramPlan
+    tokens: int, heads: int, groups: int, dim: int, largest_group: int, machine: Machine, plan: SramPlan, *, quantized: bool = False
 ) -> AttentionBlocks:
     """The cheapest blocks that fit: every piece of the tokens reads the cache again, every turn of the loop has its chain of commands."""
     best: tuple[float, AttentionBlocks] | None = None
+    key_bytes = 2 * (dim + 2) if quantized else 4 * dim
     for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
         for keys in (256, 128, 64, 32, 16):
             for all_heads in (True, False):
-                blocks = AttentionBlocks(queries, keys, all_heads)
+                blocks = AttentionBlocks(queries, keys, all_heads, quantized)
                 h, g = (heads, groups) if all_heads else (largest_group, 1)
                 acc = align(queries * largest_group, machine.cube.rows) * align(max(keys, dim), machine.cube.columns) * 4
                 if sum(blocks.layout(h, g, dim).values()) > plan.temp_bytes or acc > machine.accumulator_bytes // 2:
                     continue
                 pieces = -(-tokens // queries)
-                cost = pieces * (groups * dim * 4 / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys)
+                cost = pieces * (groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys)
                 if best is None or cost < best[0]:
                     best = (cost, blocks)
     if best is not None:

@@ -24,7 +24,7 @@ from tyir.traits import Collective, Pure, Symbol, Terminator
 from tyir.types import OpaqueType, TensorType, Type, i64
 
 __all__ = [
-    "ADDRESS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "Drain", "For", "Gather", "Join",
+    "ADDRESS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "DequantRows", "Drain", "For", "Gather", "Join",
     "Load", "Matmul", "Offset", "Register", "SoftmaxBlock", "Store", "TopK", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
 ]  # fmt: skip
 
@@ -47,6 +47,7 @@ VECTOR_FUNCTIONS: Final = {
     "rope": (3, 1, "half-split rotary embedding; a [rows, cols], cos and sin [rows / group, cols / 2]"),
     "rescale_add": (3, 1, "a * s[row] + b: the running sum of blockwise attention"),
     "divide_rows": (2, 1, "a / s[row]: the end of blockwise attention"),
+    "quantize_rows": (1, 2, "a as i8 and one f16 scale per row, as kv.quantize_rows says"),
 }
 
 
@@ -259,6 +260,32 @@ class Dequant(DeclaredOp, name="edge10.dequant"):
             yield f"a tile of {self.k} columns does not hold whole groups of {self.group_size}"
 
 
+class DequantRows(DeclaredOp, name="edge10.dequant_rows"):
+    """8-bit rows to f16 in SRAM: out[p, r, j] = f16(q[p, r, j] * scale[p, r]), for `rows` rows of `k` elements of each plane.
+
+    Planes of q (i8), scales (f16) and out (f16) hold `plane_rows` rows each, without gaps.
+    """
+
+    args: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    q: int = attr()
+    scales: int = attr()
+    out: int = attr()
+    planes: int = attr()
+    plane_rows: int = attr()
+    rows: int = attr(default=DYNAMIC)
+    k: int = attr()
+    done: Value = result()
+
+    def infer(self) -> Type:
+        return TOKEN
+
+    def verify(self) -> Iterator[str]:
+        yield from _check_operands(self)
+        if self.rows > self.plane_rows:
+            yield f"{self.rows} rows are more than the {self.plane_rows} of a plane"
+
+
 class Matmul(DeclaredOp, name="edge10.matmul"):
     """acc[m, n] (+)= lhs[m, k] * rhs, f16 operands in SRAM, f32 sums in the accumulators.
 
@@ -460,7 +487,7 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
 
 
 _UNIT: Final[dict[type[Op], str]] = {
-    Store: "eodma", Gather: "eidma", Dequant: "dequant", Matmul: "cube", Drain: "drain", VectorOp: "vector", SoftmaxBlock: "vector", TopK: "vector",
+    Store: "eodma", Gather: "eidma", Dequant: "dequant", DequantRows: "dequant", Matmul: "cube", Drain: "drain", VectorOp: "vector", SoftmaxBlock: "vector", TopK: "vector",
     AllReduce: "d2d", AllGather: "d2d",
 }  # fmt: skip
 
@@ -491,6 +518,8 @@ def dynamic_sizes(op: Op) -> int:
         sizes = (op.n,)
     elif isinstance(op, SoftmaxBlock):
         sizes = (op.cols, op.first_key)
+    elif isinstance(op, DequantRows):
+        sizes = (op.rows,)
     return sizes.count(DYNAMIC)
 
 

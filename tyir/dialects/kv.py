@@ -22,7 +22,7 @@ from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
 from tyir.types import TensorType, Type, f16, i8
 
-__all__ = ["Append", "CachedAttention", "QuantizeRows", "Rows", "dequantize_rows"]
+__all__ = ["Append", "CachedAttention", "QuantizeRows", "Rows", "dequantize_rows", "quantize_rows"]
 
 Array = npt.NDArray[Any]
 
@@ -47,11 +47,16 @@ class QuantizeRows(DeclaredOp, name="kv.quantize_rows", traits=(Pure,)):
             yield f"rows are f16 [b, s, heads, D]; got {t}"
 
     def evaluate(self, rows: Array) -> tuple[Array, Array]:
-        wide = rows.astype(np.float32)
-        scales = as_type(np.abs(wide).max(axis=-1) / np.float32(127), f16)
-        divisor = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)[..., None]
-        q = np.fmax(np.fmin(np.rint(wide / divisor), np.float32(127)), np.float32(-127))
-        return np.where(scales[..., None] > 0, q, 0).astype(np.int8), scales
+        return quantize_rows(rows)
+
+
+def quantize_rows(rows: Array) -> tuple[Array, Array]:
+    """What `kv.quantize_rows` computes: rows f16 [.., D] -> i8 [.., D] and scales f16 [..]."""
+    wide = rows.astype(np.float32)
+    scales = as_type(np.abs(wide).max(axis=-1) / np.float32(127), f16)
+    divisor = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)[..., None]
+    q = np.fmax(np.fmin(np.rint(wide / divisor), np.float32(127)), np.float32(-127))
+    return np.where(scales[..., None] > 0, q, 0).astype(np.int8), scales
 
 
 def dequantize_rows(q: Array, scales: Array) -> npt.NDArray[np.float16]:
