@@ -119,10 +119,14 @@ def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], 
         if config.get(key) is not None:
             message = f"'{key}' is not used: prompts beyond the length it begins to matter at are computed with plain attention, as transformers does"
             note(Diagnostic(message, severity="warning", where=where))
-    from tyir.frontends.torch_export import build_meta_model
+    from tyir.frontends.torch_export import build_meta_model, position_limit
 
     try:
-        return build_meta_model(checkpoint.folder, dict(config), dtype, plugin.model_class if plugin is not None else None)
+        meta = build_meta_model(checkpoint.folder, dict(config), dtype, plugin.model_class if plugin is not None else None)
+        if (limit := position_limit(meta.config)) is not None:
+            message = f"rope_type '{limit[1]}' has other frequencies beyond {limit[0]} tokens; those up to there are imported (--max-kv {limit[0]} at most)"
+            note(Diagnostic(message, severity="warning", where=where))
+        return meta
     except TyirError as error:
         problems.extend(error.diagnostics)
         return None
@@ -213,9 +217,13 @@ def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights) -> Module:
 
 def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     """The facts of config.json that later stages need, with transformers' defaults filled in."""
+    from tyir.frontends.torch_export import position_limit
+
     # getattr, not to_dict: it also finds what a configuration class calls by another name (n_embd for hidden_size).
     found = {key: getattr(meta.config, key, None) for key in _MODEL_KEYS}
     facts = {key: value for key, value in found.items() if value is not None}
+    if (limit := position_limit(meta.config)) is not None:
+        facts["max_position_embeddings"] = limit[0]
     if "hidden_size" in facts and "num_attention_heads" in facts:
         facts.setdefault("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
     facts["architecture"] = checkpoint.config["architectures"][0]

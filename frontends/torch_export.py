@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.frontends import attention_hook
 
-__all__ = ["WRAPPER_PREFIX", "MetaModel", "build_meta_model", "build_plain_model", "export_model", "real_buffer"]
+__all__ = ["WRAPPER_PREFIX", "MetaModel", "build_meta_model", "build_plain_model", "export_model", "position_limit", "real_buffer"]
 
 DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
 TESTED: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
@@ -119,7 +119,6 @@ def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str, model_class:
                 if model_class is None
                 else model_class.config_class.from_dict({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
             )
-            _check_rope(folder, config)
             with torch.device("meta"):
                 if model_class is None:
                     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings).eval()
@@ -131,6 +130,7 @@ def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str, model_class:
         name = model_class.__name__ if model_class is not None else raw["architectures"][0]
         message = f"transformers cannot build {name} from this config.json: {_first_line(error)}"
         raise TyirError(message, where=str(folder / "config.json"), help="compare config.json with that of the original model") from error
+    _freeze_rope(model)
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -155,15 +155,24 @@ def _config(raw: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[raw["model_type"]].from_dict({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
 
 
-def _check_rope(folder: Path, config: Any) -> None:
+def _freeze_rope(model: torch.nn.Module) -> None:
+    """Rotary embeddings that change with the prompt's length keep the frequencies they start with, those of lengths up to `position_limit`."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in _CHANGING_ROPE:
+            module.rope_type = "default"
+
+
+def position_limit(config: Any) -> tuple[int, str] | None:
+    """Up to how many positions the imported frequencies are the model's, and the rope type that says so; None when they always are."""
     parameters = getattr(config, "rope_parameters", None) or {}
+    limits = []
     for entry in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
         if (kind := entry.get("rope_type")) in _CHANGING_ROPE:
-            raise TyirError(
-                f"rope_type '{kind}' changes its frequencies with the length of the prompt",
-                where=str(folder / "config.json"),
-                help="supported: default, linear, yarn, llama3, proportional (fixed frequencies)",
+            own = entry.get("original_max_position_embeddings") if kind == "longrope" else None
+            limits.append(
+                (int(own or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings), str(kind))
             )
+    return min(limits, default=None)
 
 
 def export_model(meta: MetaModel) -> torch.export.ExportedProgram:

@@ -100,7 +100,6 @@ def test_config_is_no_object(folder: Path, text: str, wanted: str) -> None:
         ({"architectures": None}, "config.json names no architecture"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2' but LlamaForCausalLM belongs to 'llama'"),
         ({"hidden_size": 63}, "transformers cannot build LlamaForCausalLM from this config.json"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic' changes its frequencies"),
         ({"quantization_config": {"quant_method": "awq", "bits": 3}}, "awq checkpoint with bits 3 (4 is accepted)"),
         (
             {"quantization_config": {"quant_method": "fp8"}},
