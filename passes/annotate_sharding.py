@@ -6,11 +6,16 @@
 A block (attention, MLP, embedding or head of the model) is split or left replicated, whichever the machine file says is faster for one token: a split block
 reads the largest die's share of the weights and pays for a collective, a replicated one reads everything on every die.  `strategy=split` always splits;
 `tyir.pin = "split"` or `"replicated"` on any linear or embedding of a block decides for that block.
+
+`pp=K` cuts the decoder into K stages beside that: the dies form K groups, each holds (and caches) its own share of the layers and has no share of the others.
+Every die follows the residual stream, because each all-reduce reaches all of them.  For models that outgrow the dies of one group: it divides memory, not
+the time of a single token.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tyir.attributes import StringAttr
@@ -22,10 +27,10 @@ from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, TopK, tensor_type
 from tyir.ir import Op, Value
-from tyir.location import module_path
+from tyir.location import layer_of, module_path
 from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
 from tyir.pipeline import Pass, PassContext
-from tyir.sharding import PARTIAL, Placement, Split, even_ranges, to_attribute
+from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import f16
@@ -52,6 +57,7 @@ class AnnotateSharding(Pass):
     remap: tuple[int, ...] = ()
     machine: str = "edge10"
     strategy: str = "cost"
+    pp: int = 1
 
     def run(self, op: Op, context: PassContext) -> None:
         check_dies(self.dies)
@@ -60,6 +66,12 @@ class AnnotateSharding(Pass):
         devices = self.remap or tuple(range(self.dies))
         if len(set(devices)) != self.dies or len(devices) != self.dies:
             raise TyirError(f"remap={','.join(map(str, devices))} must name {self.dies} different dies")
+        if self.pp < 1 or self.dies % self.pp:
+            fitting = [k for k in range(1, self.dies + 1) if self.dies % k == 0]
+            raise TyirError(
+                f"pp={self.pp} stages of {self.dies} dies",
+                help=f"the number of stages must divide the dies: {', '.join(map(str, fitting))}",
+            )
         assert isinstance(op, Module)
         machine = load_machine(self.machine)
         package = int(machine.d2d.package_dies)
@@ -72,13 +84,15 @@ class AnnotateSharding(Pass):
         op.set_attribute("tyir.stage", StringAttr("sharded"))
         if self.dies > 1:
             for function in [f for f in op.body if isinstance(f, Func)]:
-                for block in _blocks(function, self.dies):
+                blocks = _blocks(function, self.dies, self.pp)
+                for block in blocks:
                     self._decide(block, machine)
 
     def _decide(self, block: _Block, machine: Machine) -> None:
         split, replicated = block.split_ns(machine, self.dies), block.replicated_ns(machine)
         pin = block.pin()
-        chosen = pin or ("split" if self.strategy == "split" or split <= replicated else "replicated")
+        forced = self.strategy == "split" or self.pp > 1  # a stage's weights lie with its dies alone
+        chosen = pin or ("split" if forced or split <= replicated else "replicated")
         why = f"{chosen}: {split / 1000:.1f} us split against {replicated / 1000:.1f} us replicated" + (" (pinned)" if pin else "")
         for op, placement in block.cuts.items():
             op.set_attribute("tyir.choice", StringAttr(why))
@@ -143,14 +157,15 @@ def _weight_bytes(op: Op) -> int:
     return sum(tensor_type(v).nbytes for v in values)
 
 
-def _blocks(function: Func, dies: int) -> list[_Block]:
+def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
     constants = ConstantExpressions()
-    blocks = [_attention_block(a, dies) for a in function.walk_type(CachedAttention)]
+    group = _stages(function, dies, stages)
+    blocks = [_attention_block(a, group(a)) for a in function.walk_type(CachedAttention)]
     taken = {op for block in blocks for op in block.cuts}
     for linear in [op for op in function.body if isinstance(op, LINEAR)]:
         sources = _gated_sources(linear.x, constants)
         if sources and linear not in taken and not taken & set(sources):
-            blocks.append(_mlp_block(linear, dies))
+            blocks.append(_mlp_block(linear, group(linear)))
     blocks += [_embedding_block(e, dies) for e in function.walk_type(Embedding)]
     result = function.body.terminator.operands[0].op
     head = result.x.op if isinstance(result, TopK) else result
@@ -161,11 +176,38 @@ def _blocks(function: Func, dies: int) -> list[_Block]:
     return blocks
 
 
-def _attention_block(attention: CachedAttention, dies: int) -> _Block:
+def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
+    """Which dies share an op: those of its layer's stage, layers being dealt out evenly; all of them outside the layers."""
+    layers = sorted({layer for op in function.body if (layer := layer_of(op.loc)) is not None})
+    shares = even_ranges(len(layers), stages)
+    stage_of = {layer: next(s for s, (o, n) in enumerate(shares) if o <= i < o + n) for i, layer in enumerate(layers)}
+
+    def group(op: Op) -> _Group:
+        layer = layer_of(op.loc)
+        return _Group(dies, 0, dies) if layer is None else _Group(dies, stage_of[layer] * (dies // stages), dies // stages)
+
+    return group
+
+
+@dataclass(frozen=True)
+class _Group:
+    """`size` neighbouring dies of `total`, from die `first`."""
+
+    total: int
+    first: int
+    size: int
+
+    def ranges(self, units: int, unit: int = 1) -> tuple[Range, ...]:
+        """An even cut over the group's dies; the others get nothing."""
+        own = even_ranges(units, self.size, unit)
+        return ((0, 0),) * self.first + own + ((0, 0),) * (self.total - self.first - self.size)
+
+
+def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
     """Query heads evenly; of the key/value heads those that a die's query heads read."""
     block = _Block()
     heads = attention.kv_heads
-    queries = even_ranges(len(heads), dies)
+    queries = dies.ranges(len(heads))
     groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
     _demand(attention.q, Split(2, queries), block)
     for cache in (attention.k, attention.v, *attention.scales):
@@ -178,11 +220,11 @@ def _attention_block(attention: CachedAttention, dies: int) -> _Block:
     return block
 
 
-def _mlp_block(down: Linear | QuantizedLinear, dies: int) -> _Block:
+def _mlp_block(down: Linear | QuantizedLinear, dies: _Group) -> _Block:
     block = _Block()
     width = tensor_type(down.x).dims[-1] or 0
-    unit = mlp_unit(width, down.group_size if isinstance(down, QuantizedLinear) else 128, dies)
-    split = Split(tensor_type(down.x).rank - 1, even_ranges(width, dies, unit))
+    unit = mlp_unit(width, down.group_size if isinstance(down, QuantizedLinear) else 128, dies.size)
+    split = Split(tensor_type(down.x).rank - 1, dies.ranges(width, unit))
     _demand(down.x, split, block)
     block.add(down, split)
     block.joined_bytes = _row_bytes(down.out)

@@ -30,8 +30,9 @@ class PartitionDies(Pass):
     remap: tuple[int, ...] = ()
     machine: str = "edge10"
     strategy: str = "cost"
+    pp: int = 1
 
     def run(self, op: Op, context: PassContext) -> None:
-        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy).run(op, context)
+        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp).run(op, context)
         for step in (PropagateSharding(), InsertCollectives(), LocalizeDies()):
             step.run(op, context)

@@ -13,6 +13,7 @@ from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.ty import tensor_type
+from tyir.location import layer_of
 from tyir.pipeline import run_pipeline
 from tyir.sharding import even_ranges
 
@@ -106,3 +107,25 @@ def test_random_shapes(kv_heads: int, ratio: int, groups: int, vocabulary: int, 
     if int4 and (shape.heads * 16) % 32:
         shape = Shape(layers=1, hidden=64, heads=2, kv_heads=1, head_dim=16, width=32 * groups, vocabulary=vocabulary, tied=tied)
     check(shape, dies, "quantize-weights{group-size=32}" if int4 else "")
+
+
+@pytest.mark.parametrize(("dies", "stages"), [(2, 2), (4, 2), (6, 3), (8, 4)])
+def test_pipeline_stages(dies: int, stages: int) -> None:
+    """Each stage's dies hold its layers alone; the numbers stay the same."""
+    shape = Shape(layers=4, heads=4, kv_heads=2, width=128)
+    module, weights = build(shape)
+    wanted = run_ty(module, weights, IDS)
+    run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies} pp={stages}}}")
+    layers = [{layer_of(a.loc) for a in d.walk_type(CachedAttention)} for d in dies_of(module)]
+    size = dies // stages
+    assert all(a == b for i in range(0, dies, size) for a, b in zip(layers[i : i + size], layers[i : i + size][1:]))
+    assert sorted(layer for i in range(0, dies, size) for layer in layers[i] if layer is not None) == [0, 1, 2, 3]
+    step = Step(module, weights)
+    got = np.concatenate([step.feed(IDS[:7]), step.feed(IDS[7:])])
+    np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted.astype(np.float32)).max())
+
+
+def test_stages_must_divide_the_dies() -> None:
+    module, _ = build(Shape())
+    with pytest.raises(TyirError, match=r"pp=3 stages of 4 dies(.|\n)*must divide the dies: 1, 2, 4"):
+        run_pipeline(module, "kv-materialize{max-kv=16},partition-dies{dies=4 pp=3}")
