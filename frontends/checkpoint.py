@@ -85,6 +85,9 @@ class _Reader:
                 Diagnostic(f"{name} is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}", help=help)
             )
             return None
+        except (RecursionError, ValueError) as error:
+            self.problem(f"{name} cannot be read as JSON: {error}", help, path)
+            return None
         if not isinstance(content, dict):
             self.problem(f"{name} holds a JSON {type(content).__name__}, an object is needed", help, path)
             return None
@@ -107,7 +110,7 @@ class _Reader:
             return False
         try:
             header = json.loads(header_bytes)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.problem(f"{name} is no safetensors file: its header is not JSON", again, path)
             return False
         if not isinstance(header, dict):
@@ -223,9 +226,9 @@ def _stored_tensor(key: str, file: str, entry: Any, base: int) -> StoredTensor |
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         return f"the entry of tensor '{key}' lacks dtype, shape or data_offsets"
-    if dtype not in ELEMENTS:
+    if not isinstance(dtype, str) or dtype not in ELEMENTS:
         return f"tensor '{key}' has dtype {dtype!r}; known: {', '.join(ELEMENTS)}"
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop)):
         return f"tensor '{key}' has shape {shape} and data_offsets {[start, stop]}, which must be non-negative integers"
     tensor_type = TensorType(tuple(shape), ELEMENTS[dtype])
     wanted = tensor_type.size * max(bit_width(tensor_type.element), 8) // 8

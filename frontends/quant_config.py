@@ -74,7 +74,7 @@ def _side_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
         path = folder / name
         try:
             content = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, dict):
             return str(path), {**content, "quant_method": method}

@@ -37,9 +37,9 @@ def read_shape(folder: Path) -> ModelShape:
         raw = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise TyirError(f"cannot read {path}: {error.strerror}", help="give a checkpoint folder, or its config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TyirError(f"{path} is not valid JSON: {error}", help="restore config.json") from None
-    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str) or raw["model_type"] not in FAMILIES:
         kind = raw.get("model_type") if isinstance(raw, dict) else None
         raise TyirError(
             f"no plan can be made for model_type {kind!r}", where=str(path), help=f"planned from config.json alone: {', '.join(FAMILIES)}"
@@ -52,7 +52,7 @@ def read_shape(folder: Path) -> ModelShape:
     family, h, heads = raw["model_type"], sizes["hidden_size"], sizes["num_attention_heads"]
     attention_bias = bool(raw.get("attention_bias", False))
     return ModelShape(
-        name=str((raw.get("architectures") or [family])[0]),
+        name=_architecture(raw),
         layers=sizes["num_hidden_layers"],
         hidden=h,
         width=sizes["intermediate_size"],
@@ -68,6 +68,11 @@ def read_shape(folder: Path) -> ModelShape:
         qk_norm=family == "qwen3",
         group=None if quant is None else quant.group_size or 0,
     )
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else str(raw["model_type"])
 
 
 def _sizes(raw: Mapping[str, Any], path: Path, problems: list[Diagnostic]) -> dict[str, int]:
@@ -98,6 +103,12 @@ def _sizes(raw: Mapping[str, Any], path: Path, problems: list[Diagnostic]) -> di
     if found["num_attention_heads"] % found["num_key_value_heads"]:
         message = f"{found['num_attention_heads']} query heads are no multiple of {found['num_key_value_heads']} key/value heads"
         problems.append(Diagnostic(message, where=str(path), help="restore config.json"))
+    if found["head_dim"] % 2:
+        problems.append(
+            Diagnostic(
+                f"head_dim is {found['head_dim']}; rotary embeddings need an even number", where=str(path), help="restore config.json"
+            )
+        )
     return found
 
 
