@@ -35,7 +35,7 @@ from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import f16
 
-__all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "vocabulary_ranges"]
+__all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_stages", "vocabulary_ranges"]
 
 MAX_DIES = 16
 
@@ -44,6 +44,15 @@ def check_dies(dies: int) -> None:
     """`TyirError` unless the number of dies is in 1..16."""
     if not 1 <= dies <= MAX_DIES:
         raise TyirError(f"{dies} dies: a board has 1 to {MAX_DIES}", help=f"use {min(max(dies, 1), MAX_DIES)}")
+
+
+def check_stages(dies: int, stages: int) -> None:
+    """`TyirError` unless the pipeline stages divide the dies."""
+    if stages < 1 or dies % stages:
+        fitting = [k for k in range(1, dies + 1) if dies % k == 0]
+        raise TyirError(
+            f"pp={stages} stages of {dies} dies", help=f"the number of stages must divide the dies: {', '.join(map(str, fitting))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,7 @@ class AnnotateSharding(Pass):
         devices = self.remap or tuple(range(self.dies))
         if len(set(devices)) != self.dies or len(devices) != self.dies:
             raise TyirError(f"remap={','.join(map(str, devices))} must name {self.dies} different dies")
-        if self.pp < 1 or self.dies % self.pp:
-            fitting = [k for k in range(1, self.dies + 1) if self.dies % k == 0]
-            raise TyirError(
-                f"pp={self.pp} stages of {self.dies} dies",
-                help=f"the number of stages must divide the dies: {', '.join(map(str, fitting))}",
-            )
+        check_stages(self.dies, self.pp)
         assert isinstance(op, Module)
         machine = load_machine(self.machine)
         package = int(machine.d2d.package_dies)

@@ -35,6 +35,7 @@ def remaining_pipeline(stage: str, options: BuildOptions) -> str:
     cache += ["embedding-as-input=true"] if options.embedding_as_input else []
     cache += [f"dtype={options.kv_dtype}"] if options.kv_dtype != "fp16" else []
     dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
+    dies += [f"pp={options.pp}"] if options.pp > 1 else []
     entries = [
         ("aten", "to-ty"),
         ("ty", quantization(options)),

@@ -23,6 +23,9 @@ def numbers(text: str) -> tuple[int, ...]:
 def add_build_options(parser: argparse._ActionsContainer) -> None:
     """The options that change the artifacts and their sizes."""
     parser.add_argument("--dies", type=int, default=4, help="number of dies, 1 to 16 (default 4)")
+    parser.add_argument(
+        "--pp", type=int, default=1, metavar="K", help="pipeline stages: the layers are dealt out to K groups of dies (default 1)"
+    )
     parser.add_argument("--seqlens", type=numbers, default=(1, 8), metavar="N,N,..", help="tokens per step to compile for (default 1,8)")
     parser.add_argument("--max-kv", type=int, default=1024, metavar="N", help="tokens the key/value cache holds (default 1024)")
     parser.add_argument(

@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         embedding_as_input=args.embedding_as_input,
         output=args.output,
         kv_dtype=args.kv_dtype,
+        pp=args.pp,
     )
     if args.plan:
         return print_plan(args.model, options)

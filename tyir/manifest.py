@@ -3,7 +3,7 @@
     OUT/{n}die/manifest.json
       format, version         "tyir-artifacts", 1
       model                   what the front end knew of the model (architecture, vocabulary, ...)
-      options                 dies, die_map, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype
+      options                 dies, die_map, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, pp
       build                   versions and targets the code was generated with
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
@@ -39,6 +39,7 @@ class BuildOptions:
 
     `weights`: "fp16", "int4" (quantised by the compiler), or in a manifest "checkpoint" (the checkpoint's own quantised weights, nothing more).
     `output`: what a step returns for each token: "logits", "argmax" or "topk=K" (the K best tokens with their values).
+    `pp`: pipeline stages; the decoder's layers are dealt out to that many groups of dies.
     `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a scale per head and token.
     """
 
@@ -52,6 +53,7 @@ class BuildOptions:
     batch: int = 1
     output: str = "logits"
     kv_dtype: str = "fp16"
+    pp: int = 1
 
 
 @dataclass(frozen=True)
