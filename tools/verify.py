@@ -25,9 +25,9 @@ from tyir.attributes import IntegerAttr
 from tyir.constexpr import ConstantExpressions, expression_ops
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.func import Call
+from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, QuantizedLinear, dequantize
-from tyir.interpreter import Interpreter
+from tyir.interpreter import Interpreter, lookup_symbol
 from tyir.ir import Op, Value
 from tyir.location import module_path
 from tyir.manifest import BuildOptions
@@ -35,6 +35,7 @@ from tyir.passes.pipelines import reference_pipeline
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.runtime_sim.chunks import Chunk
 from tyir.runtime_sim.session import Session
+from tyir.verify_rules import alias_of_result
 from tyir.weights import CheckpointReader
 
 __all__ = ["PROMPTS", "LayerStates", "PromptResult", "Reference", "check_prompt", "cosine", "reference_module"]
@@ -266,5 +267,9 @@ class LayerStates:
 
     def __call__(self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None:
         if die == 0 and isinstance(op, Call) and isinstance(layer := op.attributes.get("tyir.layer"), IntegerAttr):
-            state = next(r for r in results if r.ndim == 3)
+            callee = lookup_symbol(op, op.callee.leaf)
+            assert isinstance(callee, Func)
+            state = next(
+                r for i, r in enumerate(results) if alias_of_result(callee, i) is None and r.ndim == 3
+            )  # scales of a cache have three axes too
             self.seen[layer.value].append(state[0, : chunk.count].copy())
