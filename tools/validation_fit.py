@@ -13,7 +13,7 @@ from tyir.tools.validation_data import Row
 
 __all__ = ["fit", "is_training"]
 
-_ROWS_PER_KIND = 800
+_ROWS_PER_KIND = 300
 _NOT_FITTED = ("model", "add+norm", "silu*mul", "LLMCompass", "gemm int8")
 
 
