@@ -26,7 +26,7 @@ from tyir.opdef import DeclaredOp
 from tyir.printer import op_excerpt
 from tyir.traits import Pure
 
-__all__ = ["Pattern", "Rewriter", "erase_all", "pattern", "rewrite_greedily"]
+__all__ = ["Listener", "Pattern", "Rewriter", "erase_all", "pattern", "rewrite_greedily"]
 
 _OpT = TypeVar("_OpT", bound=Op)
 _REWRITES_PER_OP: Final = 50  # more than this on average is a pair of patterns that undo each other
@@ -50,10 +50,27 @@ def pattern(op_class: type[_OpT], benefit: int = 1) -> Callable[[Callable[[_OpT,
     return lambda rewrite: Pattern(op_class, rewrite, benefit)
 
 
+class Listener:
+    """Hears of every change that goes through a rewriter; override what you need."""
+
+    def inserted(self, op: Op) -> None:
+        """A new op is in its place; its location may not be final yet."""
+
+    def replaced(self, op: Op, values: Sequence[Value]) -> None:
+        """An op is about to be replaced by these values and erased."""
+
+    def erased(self, op: Op) -> None:
+        """An unused op is about to be erased."""
+
+    def changed(self, op: Op) -> None:
+        """An op was changed in place."""
+
+
 @dataclass
 class Rewriter:
-    """What patterns change the IR with, so that the driver sees it."""
+    """What patterns change the IR with, so that the driver (and who listens) sees it."""
 
+    listeners: Sequence[Listener] = ()
     _work: list[Op] = field(default_factory=list)
     _queued: set[Op] = field(default_factory=set)
     _inserted: list[Op] = field(default_factory=list)
@@ -63,6 +80,8 @@ class Rewriter:
         op.insert_before(before)
         self._inserted.append(op)
         self._push(op)
+        for listener in self.listeners:
+            listener.inserted(op)
         return op
 
     def replace(self, op: Op, values: Sequence[Value], absorbed: Iterable[Op] = ()) -> None:
@@ -80,6 +99,8 @@ class Rewriter:
                 self._push(user)
         sources = [v.op for v in op.operands if v.op is not None]
         self._forget(op)
+        for listener in self.listeners:
+            listener.replaced(op, values)
         op.replace_with(values)
         for source in sources:
             self._push(source)
@@ -88,12 +109,16 @@ class Rewriter:
         """Erase an op without uses; its operands' makers are looked at again."""
         sources = [v.op for v in op.operands if v.op is not None]
         self._forget(op)
+        for listener in self.listeners:
+            listener.erased(op)
         op.erase()
         for source in sources:
             self._push(source)
 
     def changed(self, op: Op) -> None:
         """An op was changed in place: look at it and its users again."""
+        for listener in self.listeners:
+            listener.changed(op)
         self._push(op)
         for result in op.results:
             for user in result.uses:
@@ -119,7 +144,7 @@ class _Plan:
     removable: bool
 
 
-def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True) -> int:
+def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True, listeners: Sequence[Listener] = ()) -> int:
     """Apply patterns, folders and dead-code removal below `root` until nothing changes; returns the number of changes.
 
     Raises `TyirError` naming the pattern when the changes do not come to an end.
@@ -128,7 +153,7 @@ def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True) -
     for p in sorted(patterns, key=lambda p: -p.benefit):
         by_class.setdefault(p.op_class, []).append(p)
     plans: dict[type[Op], _Plan | None] = {}
-    rewriter = Rewriter()
+    rewriter = Rewriter(listeners)
     work, queued = rewriter._work, rewriter._queued
     total = 0
     for op in root.walk():
