@@ -59,6 +59,10 @@ class SharedBandwidth:
         """Max-min fair rates: flows in order of their caps, each at most an equal part of what is left."""
         self.version += 1
         left, count = self.rate, len(self._flows)
+        if count == 1:
+            (key,) = self._flows
+            self._rates = {key: min(self._caps[key], left)}
+            return
         self._rates = {}
         for key in sorted(self._flows, key=lambda k: self._caps[k]):
             rate = min(self._caps[key], left / count)

@@ -30,9 +30,9 @@ _ADDRESS: Final = edge10.ADDRESS
 _TOKEN: Final = edge10.TOKEN
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: a step has hundreds of thousands, and a frozen one takes three times as long to make
 class Command:
-    """One command of a step.  `deps` are indices of earlier commands; `address` is the DRAM address operand(s), `scalars` the sizes given by registers.
+    """One command of a step, not changed after it is made.  `deps` are indices of earlier commands; `address` is the DRAM address operand(s), `scalars` the sizes given by registers.
 
     `layer` is the decoder layer (the number of the call it stands in) or -1.
     """
@@ -123,6 +123,8 @@ def _block_signature(block: Block) -> Hashable:
             properties: Hashable = op.properties
             if isinstance(op, edge10.AllGather):
                 properties = (op.rows, op.sizes, op.sizes[op.die], op.source_memory, op.destination_memory)
+            elif isinstance(op, edge10.Gather) and op.index == "ids":  # which rows a die holds does not matter either
+                properties = (op.rows, op.row_bytes, op.sram, op.offset)
             rows.append((op.name, properties, tuple(numbers[v] for v in op.operands)))
             for value in op.results:
                 numbers[value] = len(numbers)
@@ -133,18 +135,26 @@ def _block_signature(block: Block) -> Hashable:
     return tuple(rows)
 
 
+def _sorted_operands(op: Op) -> tuple[str, list[Value], list[Value], list[Value]]:
+    """A command's unit and its token, address and scalar operands."""
+    tokens = [v for v in op.operands if v.type is _TOKEN]
+    addresses = [v for v in op.operands if v.type is _ADDRESS]
+    return edge10.unit_of(op), tokens, addresses, [v for v in op.operands if v.type is not _TOKEN and v.type is not _ADDRESS]
+
+
 class _Walk:
     """One step's walk through the program.  A token is the set of commands that must be done, at most one per unit since units are in order."""
 
     def __init__(self, program: EdgeProgram, pos: int) -> None:
         self.program, self.pos = program, pos
         self.commands: list[Command] = []
+        self.operands: dict[Op, tuple[str, list[Value], list[Value], list[Value]]] = {}
         self.calls = 0
 
     def run(self, block: Block, env: dict[Value, Any], layer: int) -> tuple[Any, ...]:
         """Walk a block; returns the values of its terminator."""
         for op in block:
-            if edge10.is_command(op):
+            if op in self.operands or edge10.is_command(op):
                 self._command(op, env, layer)
             elif isinstance(op, edge10.Join):
                 env[op.out] = self._merge(env[v] for v in op.operands)
@@ -167,19 +177,19 @@ class _Walk:
         raise TyirError("a block of the command program ends without a terminator")
 
     def _command(self, op: Op, env: dict[Value, Any], layer: int) -> None:
-        addresses: list[int] = []
-        scalars: list[int] = []
-        deps: set[int] = set()
-        for value in op.operands:
-            kind = value.type
-            if kind is _TOKEN:
-                deps.update(env[value])
-            elif kind is _ADDRESS:
-                addresses.append(env[value])
-            else:
-                scalars.append(env[value])
+        known = self.operands.get(op)
+        if known is None:
+            known = self.operands[op] = _sorted_operands(op)
+        unit, tokens, addresses, scalars = known
+        if len(tokens) == 1:
+            deps = env[tokens[0]]
+        else:
+            merged: set[int] = set()
+            for value in tokens:
+                merged.update(env[value])
+            deps = tuple(sorted(merged))
         index = len(self.commands)
-        self.commands.append(Command(op, edge10.unit_of(op), index, tuple(sorted(deps)), tuple(addresses), tuple(scalars), layer))
+        self.commands.append(Command(op, unit, index, deps, tuple([env[v] for v in addresses]), tuple([env[v] for v in scalars]), layer))
         env[op.results[0]] = (index,)
 
     def _merge(self, tokens: Iterable[Tokens]) -> Tokens:

@@ -16,7 +16,7 @@ from tyir.dialects import edge10
 from tyir.runtime_sim.chunks import plan_chunks
 from tyir.runtime_sim.engine import Timing, simulate
 from tyir.runtime_sim.program import EdgeProgram
-from tyir.runtime_sim.units import macs
+from tyir.targets.command_times import macs
 from tyir.targets.machine import Constant, Machine
 
 __all__ = ["Interval", "OpCost", "Predictor", "Sensitivity", "op_costs", "unit_shares"]

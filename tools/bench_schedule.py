@@ -170,17 +170,22 @@ _HEAD: Final = (
 def _row(r: Attained) -> str:
     return (
         f"{r.dies:>4}{r.seqlen:>8}{r.pos:>6}{r.step_ms:>10.3f}{r.dram_mb:>10.2f}{r.gmacs:>8.2f}{100 * r.of_dram:>7.1f} %{100 * r.of_cube:>7.1f} %  "
-        f"{r.bound_by:<9}{r.commands:>9}{r.lower_s:>9.2f}{r.simulate_s:>7.2f}" + (f"{r.checked_s:>9.2f}" if r.checked_s is not None else f"{'-':>9}")
+        f"{r.bound_by:<9}{r.commands:>9}{r.lower_s:>9.2f}{r.simulate_s:>7.2f}"
+        + (f"{r.checked_s:>9.2f}" if r.checked_s is not None else f"{'-':>9}")
     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(prog="bench_schedule", description="Hold the compiled schedule against the DRAM and cube bounds of the machine file.")
+    parser = ToolParser(
+        prog="bench_schedule", description="Hold the compiled schedule against the DRAM and cube bounds of the machine file."
+    )
     parser.add_argument("--config", type=Path, metavar="DIR", help="folder with a config.json (default: Qwen2.5-7B's shapes)")
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="other number of layers than the config's")
     parser.add_argument("--dies", type=numbers, default=(1, 4), metavar="N,N", help="numbers of dies (default 1,4)")
     parser.add_argument("--seqlens", type=numbers, default=(1, 96), metavar="N,N", help="tokens per step (default 1,96)")
-    parser.add_argument("--pos", type=int, default=128, metavar="N", help="cached tokens of a step of one token; longer ones start at 0 (default 128)")
+    parser.add_argument(
+        "--pos", type=int, default=128, metavar="N", help="cached tokens of a step of one token; longer ones start at 0 (default 128)"
+    )
     parser.add_argument("--max-kv", type=int, default=2048, metavar="N", help="positions of the cache (default 2048)")
     parser.add_argument("--weights", choices=("fp16", "int4"), default="int4", help="decoder weights (default int4; the head stays fp16)")
     parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per scale (default 128)")

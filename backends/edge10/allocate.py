@@ -14,15 +14,29 @@ from tyir.backends.edge10.dependences import Slot
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.targets.machine import Machine
 
-__all__ = ["ALIGNMENT", "DramLayout", "Interval", "Ring", "RingCursor", "SramPlan", "align", "place_intervals", "sram_plan"]
+__all__ = ["ALIGNMENT", "DramLayout", "Interval", "Ring", "RingCursor", "SramPlan", "SramShares", "align", "place_intervals", "sram_plan"]
 
 ALIGNMENT: Final = 64
-# Shares of SRAM in sixty-fourths: temp, and the slots of the rings as (size, count).  Large tiles take two neighbouring slots of `side` and `wide`;
-# with small ones, twice as many are in flight, which is what hides the latency of small matrices.
-_TEMP: Final = 11
-_SIDE: Final = (1, 4)
-_PACKED: Final = (2, 4)
-_WIDE: Final = (4, 4)
+_PARTS: Final = 128
+
+
+@dataclass(frozen=True)
+class SramShares:
+    """How SRAM is divided, in 128ths: `temp`, the slots of the rings as (size, count), and how much of the arena layers may hand their activations on in.
+
+    Large tiles take two neighbouring slots of `side` and `wide`; with small ones, twice as many are in flight, which hides the latency of small matrices.
+    Few tokens want the weight stream large, many the arena (`search`).
+    """
+
+    temp: int = 22
+    side: tuple[int, int] = (2, 4)
+    packed: tuple[int, int] = (4, 4)
+    wide: tuple[int, int] = (8, 4)
+    boundary: float = 0.5
+
+    @property
+    def arena(self) -> int:
+        return _PARTS - self.temp - sum(size * count for size, count in (self.side, self.packed, self.wide))
 
 
 def align(size: int, to: int = ALIGNMENT) -> int:
@@ -74,6 +88,7 @@ class SramPlan:
     side: Ring
     packed: Ring
     wide: Ring
+    boundary: int
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -81,19 +96,20 @@ class SramPlan:
         return (*self.side.parts(), *self.packed.parts(), *self.wide.parts())
 
 
-def sram_plan(machine: Machine) -> SramPlan:
-    """The division of a machine's SRAM."""
-    unit = machine.sram.capacity_bytes // 64 // ALIGNMENT * ALIGNMENT
-    if unit < 2 * ALIGNMENT:
+def sram_plan(machine: Machine, shares: SramShares | None = None) -> SramPlan:
+    """The division of a machine's SRAM; `boundary` is the part of the arena that layers may hand activations on in."""
+    shares = shares or SramShares()
+    unit = machine.sram.capacity_bytes // _PARTS // ALIGNMENT * ALIGNMENT
+    if unit < ALIGNMENT:
         raise TyirError(
             f"{machine.sram.capacity_bytes} bytes of SRAM are too few to stream weights",
-            help=f"sram.capacity_bytes must be at least {64 * 2 * ALIGNMENT}",
+            help=f"sram.capacity_bytes must be at least {_PARTS * ALIGNMENT}",
         )
-    arena = unit * (64 - _TEMP - sum(size * count for size, count in (_SIDE, _PACKED, _WIDE)))
-    side = _ring(arena + _TEMP * unit, unit, _SIDE, 2)
-    packed = _ring(side.end, unit, _PACKED, 1)
-    wide = _ring(packed.end, unit, _WIDE, 2)
-    return SramPlan(machine.sram.capacity_bytes, arena, arena, _TEMP * unit, side, packed, wide)
+    arena = unit * shares.arena
+    side = _ring(arena + shares.temp * unit, unit, shares.side, 2)
+    packed = _ring(side.end, unit, shares.packed, 1)
+    wide = _ring(packed.end, unit, shares.wide, 2)
+    return SramPlan(machine.sram.capacity_bytes, arena, arena, shares.temp * unit, side, packed, wide, int(arena * shares.boundary))
 
 
 def _ring(offset: int, unit: int, shape: tuple[int, int], slots_of_largest: int) -> Ring:

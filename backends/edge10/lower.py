@@ -11,12 +11,13 @@ while this layer is still at work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
-from tyir.backends.edge10.allocate import ALIGNMENT, DramLayout, SramPlan, align, sram_plan
+from tyir.backends.edge10.allocate import ALIGNMENT, DramLayout, SramPlan, SramShares, align, sram_plan
 from tyir.backends.edge10.context import Lowering, Place
 from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
@@ -25,9 +26,11 @@ from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lowe
 from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
 from tyir.backends.edge10.lower_gated import fused_products, lower_gated
 from tyir.backends.edge10.lower_linear import lower_linear
+from tyir.backends.edge10.lower_mlp import fused_mlps, fused_ops, lower_mlp
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
 from tyir.backends.edge10.lower_top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
-from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, root
+from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
+from tyir.backends.edge10.search import best_shares
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import dist, edge10, kv, ty
 from tyir.dialects.builtin import Module
@@ -46,16 +49,45 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
 }  # fmt: skip
 
 
-def lower_die(die_module: Module, seqlen: int, machine: Machine) -> Module:
+def lower_die(die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None = None) -> Module:
     """The command program of one die for `seqlen` tokens a step: a module at stage `edge10` with its buffers, `@layer_s{n}`s and `@main_s{n}`.
 
+    `shares` says how SRAM is divided; without it the best known division is searched for (`search.best_shares`).
     `die_module` is at stage `program` (passes/README.md).  `TyirError` lists every op that has no lowering, or says what does not fit.
     """
     main = die_module.lookup(f"main_s{seqlen}")
     if not isinstance(main, Func):
         known = [f.sym_name.removeprefix("main_s") for f in die_module.body if isinstance(f, Func) and f.sym_name.startswith("main_s")]
         raise TyirError(f"the module has no @main_s{seqlen}", help=f"sequence lengths here: {', '.join(known)}")
-    return _DieLowering(die_module, main, seqlen, machine).lower()
+    if shares is None:
+        shares = _chosen_shares(die_module, main, seqlen, machine)
+    return _DieLowering(die_module, main, seqlen, machine, shares).lower()
+
+
+@lru_cache(maxsize=1)
+def _searched() -> dict[Hashable, SramShares]:
+    """The results of earlier searches in this process."""
+    return {}
+
+
+def _chosen_shares(die_module: Module, main: Func, seqlen: int, machine: Machine) -> SramShares:
+    """The division of SRAM for a program: the default for few tokens, the result of the search for many."""
+    if seqlen <= machine.cube.rows:
+        return SramShares()
+    shapes = tuple(
+        (op.name, op.properties, tuple(r.type for r in op.results))
+        for f in _reached(die_module, main)
+        for op in f.body
+        if not isinstance(op, ty.GetGlobal)
+    )
+    key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), hash(shapes))
+    return best_shares(lambda s: _DieLowering(die_module, main, seqlen, machine, s).lower(), key, machine, _searched())
+
+
+def _reached(die_module: Module, main: Func) -> list[Func]:
+    """The entry function and the layers it calls, each once."""
+    names = dict.fromkeys(op.callee.leaf for op in main.body if isinstance(op, Call))
+    return [main, *(f for n in names if isinstance(f := die_module.lookup(n), Func))]
 
 
 @dataclass
@@ -75,9 +107,9 @@ class _Layer:
 
 
 class _DieLowering:
-    def __init__(self, source: Module, main: Func, seqlen: int, machine: Machine) -> None:
+    def __init__(self, source: Module, main: Func, seqlen: int, machine: Machine, shares: SramShares) -> None:
         self.source, self.main, self.machine = source, main, machine
-        self.plan: SramPlan = sram_plan(machine)
+        self.plan: SramPlan = sram_plan(machine, shares)
         die = source.attributes.get("tyir.die")
         self.die = die.value if isinstance(die, IntegerAttr) else 0
         self.module = Module.empty(source.sym_name)
@@ -93,7 +125,7 @@ class _DieLowering:
         self.suffix = main.sym_name.removeprefix("main")
         self.caches = _cache_arguments(main)
         self.layers = self._find_layers()
-        self.boundary = BoundaryPlaces(self.plan.arena // 2, "boundary")
+        self.boundary = BoundaryPlaces(self.plan.boundary, "boundary")
 
     def lower(self) -> Module:
         self._check_ops()
@@ -226,6 +258,7 @@ class _DieLowering:
         tokens = arguments[len(addresses) :]
         low = self._lowering(function, Tracker(slots, tokens[:-1], tokens[-1], self.plan.arena))
         fixed: dict[Value, Place] = {source.args[i]: p for i, p in layer.boundary.arguments.items()}
+        fixed.update(in_place(source, layer.boundary))
         fixed.update({root(source.body.terminator.operands[i]): p for i, p in layer.boundary.results.items()})
         fixed.update({source.args[i]: Place("dram", layer.offsets[i], arguments[0], constant=True) for i in layer.packed})
         fixed.update({source.args[i]: Place("dram", 0, symbol, constant=True) for i, symbol in layer.shared.items()})
@@ -306,10 +339,14 @@ class _DieLowering:
 
     def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
         spill = f"spill.{source.sym_name}"
-        fused = fused_products(source, self.plan.arena - self.boundary.sram_bytes)
-        places, spilled = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill, fused)
-        if spilled:
-            self._buffer(spill, "activation", TensorType((spilled,), ui8))
+        arena = self.plan.arena - self.boundary.sram_bytes
+        mlps = fused_mlps(source, arena, self.machine, self.plan)
+        fused = {**fused_products(source, arena), **fused_ops(mlps)}
+        scratch = {op: mlp.scratch for op, mlp in mlps.items()}
+        given = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill, fused, scratch)
+        places = given.values
+        if given.spill_bytes:
+            self._buffer(spill, "activation", TensorType((given.spill_bytes,), ui8))
         for op in source.body:
             for value in op.results:
                 if op not in fused:
@@ -321,7 +358,9 @@ class _DieLowering:
             low.emitter.begin(op)
             if isinstance(op, Call):
                 self._call(op, low)
-            elif op in fused.values():
+            elif op in mlps:
+                lower_mlp(mlps[op], low, given.scratch[op])
+            elif op not in fused and op in fused.values():
                 lower_gated(op, low)
             elif op not in fused and not isinstance(op, (ty.GetGlobal, ty.Reshape, Return)):
                 _LOWERINGS[type(op)](op, low)

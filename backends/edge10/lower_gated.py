@@ -19,14 +19,14 @@ from tyir.dialects.ty import Linear, QuantizedLinear, SiluMul, tensor_type
 from tyir.ir import Op, Value
 from tyir.types import f16
 
-__all__ = ["fused_products", "lower_gated"]
+__all__ = ["fused_products", "gated_products", "lower_gated"]
 
 
 def fused_products(function: Func, arena: int) -> dict[Op, Op]:
     """The linear ops that are computed together with the silu_mul they feed, and that silu_mul."""
     found: dict[Op, Op] = {}
     for op in function.body:
-        if isinstance(op, SiluMul) and _is_gated(op) and _worthwhile(op, arena):
+        if isinstance(op, SiluMul) and gated_products(op) is not None and _worthwhile(op, arena):
             found.update({v.op: op for v in op.operands if v.op is not None})
     return found
 
@@ -42,12 +42,14 @@ def _worthwhile(op: SiluMul, arena: int) -> bool:
     return 3 * y > arena // 2 and (y > arena or x + y <= arena)
 
 
-def _is_gated(op: SiluMul) -> bool:
+def gated_products(op: SiluMul) -> tuple[Linear | QuantizedLinear, Linear | QuantizedLinear] | None:
+    """The two products of one input that a silu_mul alone reads, if that is what it reads."""
     gate, up = _linear(op.gate), _linear(op.up)
     if gate is None or up is None or gate is up or len(gate.out.uses) != 1 or len(up.out.uses) != 1:
-        return False
+        return None
     same_kind = type(gate) is type(up) and gate.properties is up.properties
-    return same_kind and gate.x is up.x and tensor_type(op.out).element is f16 and tensor_type(gate.out).element is f16
+    is_gated = same_kind and gate.x is up.x and tensor_type(op.out).element is f16 and tensor_type(gate.out).element is f16
+    return (gate, up) if is_gated else None
 
 
 def _linear(value: Value) -> Linear | QuantizedLinear | None:

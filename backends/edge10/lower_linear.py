@@ -19,8 +19,9 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
 from tyir.ir import Value
+from tyir.types import Type, bit_width
 
-__all__ = ["InputTiles", "Product", "lower_linear", "temp_quarter"]
+__all__ = ["InputPart", "InputTiles", "Product", "lower_linear", "temp_quarter"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class InputTiles:
         self._loaded: dict[int, tuple[int, int]] = {}
         self._count = 0
 
+    @property
+    def in_sram(self) -> bool:
+        return self.place.in_sram
+
     def tile(self, m0: int, m: int, k0: int, k: int) -> tuple[int, int]:
         """Offset and row stride of x[m0:, k0:]."""
         start = self.place.at(m0 * self.row + k0 * 2)
@@ -85,33 +90,50 @@ class InputTiles:
         return offset, k * 2
 
 
+@dataclass(frozen=True)
+class InputPart:
+    """Columns of x from `first` on that lie in SRAM at `offset`, rows `row` bytes apart."""
+
+    offset: int
+    row: int
+    first: int
+    in_sram: bool = True
+
+    def tile(self, m0: int, m: int, k0: int, k: int) -> tuple[int, int]:
+        """Offset and row stride of x[m0:, k0:]."""
+        return self.offset + m0 * self.row + (k0 - self.first) * 2, self.row
+
+
 class Product:
     """One linear op: its tiles, and the commands of each."""
 
-    def __init__(self, op: Linear | QuantizedLinear, low: Lowering, inputs: InputTiles, piece_bytes: int) -> None:
+    def __init__(self, op: Linear | QuantizedLinear, low: Lowering, inputs: InputTiles | InputPart, piece_bytes: int) -> None:
         self.op, self.low, self.inputs = op, low, inputs
         *outer, k = tensor_type(op.x).static_shape
         n = tensor_type(op.out).static_shape[-1]
         group = op.group_size if isinstance(op, QuantizedLinear) else 0
-        self.shape = MatmulShape(math.prod(outer), n, k, group, inputs.place.in_sram, piece_bytes)
+        self.shape = MatmulShape(math.prod(outer), n, k, group, inputs.in_sram, piece_bytes)
         self.tiles: Tiles = choose_tiles(self.shape, low.machine, low.plan)
-        self.out_bytes = element_bytes(op.out)
         self.weight = low.place(op.q if isinstance(op, QuantizedLinear) else op.weight)
 
-    def tile(self, m0: int, m: int, n0: int, n: int, target: int, stride: int) -> None:
-        """Compute out[m0:, n0:] into SRAM, rows `stride` bytes apart."""
+    def tile(
+        self, m0: int, m: int, n0: int, n: int, target: int, stride: int, part: tuple[int, int] | None = None, element: Type | None = None
+    ) -> None:
+        """Compute out[m0:, n0:] into SRAM, rows `stride` bytes apart; `part` (first, size) of the sum only, without the bias, stored as `element`."""
         low = self.low
         side = self._load_side(n0, n)
         acc, acc_stride = next(low.accumulators), align(n, low.machine.cube.columns) * 4
-        for k0, k in spans(self.shape.k, self.tiles.k):
+        first, size = part or (0, self.shape.k)
+        for offset, k in spans(size, self.tiles.k):
+            k0 = first + offset
             weight = self._load_weight(n0, n, k0, k, side)
             x, x_stride = self.inputs.tile(m0, m, k0, k)
             low.emitter.emit(
-                edge10.Matmul, lhs=x, lhs_strides=(x_stride, 0), rhs=weight, rhs_stride=k * 2, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, k=k, accumulate=k0 > 0,
-                reads=[sram_range(x, (m - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(acc, m * acc_stride)] if k0 else [])],
+                edge10.Matmul, lhs=x, lhs_strides=(x_stride, 0), rhs=weight, rhs_stride=k * 2, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, k=k, accumulate=offset > 0,
+                reads=[sram_range(x, (m - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(acc, m * acc_stride)] if offset else [])],
                 writes=[acc_range(acc, m * acc_stride, write=True)],
             )  # fmt: skip
-        self._drain(acc, acc_stride, m, n, side.bias, target, stride)
+        self._drain(acc, acc_stride, m, n, side.bias if part is None else None, target, stride, element or tensor_type(self.op.out).element)
 
     def _load_side(self, n0: int, n: int) -> _Side:
         """Whole rows of scales and zeros (short rows would waste bursts), and the bias."""
@@ -149,9 +171,9 @@ class Product:
     def _load_tile(self, sram: int, offset: int, rows: int, row_bytes: int, dram_row: int) -> None:
         self.low.load(self.weight.at(offset), sram, (1, rows, row_bytes), dram_strides=(0, dram_row), queue="ewdma")
 
-    def _drain(self, acc: int, acc_stride: int, m: int, n: int, bias: int | None, target: int, stride: int) -> None:
+    def _drain(self, acc: int, acc_stride: int, m: int, n: int, bias: int | None, target: int, stride: int, element: Type) -> None:
         self.low.emitter.emit(
-            edge10.Drain, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, sram=target, sram_strides=(stride, 0), element=tensor_type(self.op.out).element, bias=bias,
+            edge10.Drain, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, sram=target, sram_strides=(stride, 0), element=element, bias=bias,
             reads=[acc_range(acc, m * acc_stride), *([sram_range(bias, n * 2)] if bias is not None else [])],
-            writes=[sram_range(target, (m - 1) * stride + n * self.out_bytes, write=True)],
+            writes=[sram_range(target, (m - 1) * stride + n * bit_width(element) // 8, write=True)],
         )  # fmt: skip

@@ -11,11 +11,11 @@ from tyir.backends.edge10.context import Place
 from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append
-from tyir.dialects.ty import GetGlobal, Linear, QuantizedLinear, Reshape, tensor_type
+from tyir.dialects.ty import Add, GetGlobal, Linear, QuantizedLinear, Reshape, tensor_type
 from tyir.ir import Op, Value
 from tyir.types import TensorType
 
-__all__ = ["Boundary", "BoundaryPlaces", "Lifetimes", "assign_places", "boundary_of", "root"]
+__all__ = ["Boundary", "BoundaryPlaces", "Lifetimes", "Places", "Scratch", "assign_places", "boundary_of", "in_place", "root"]
 
 
 def root(value: Value) -> Value:
@@ -139,12 +139,47 @@ def _may_overwrite(result: Value, argument: Value) -> bool:
     return not reads_argument or op.name in ("ty.add", "ty.mul", "ty.silu_mul", "ty.silu")
 
 
-def assign_places(
-    function: Func, fixed: Mapping[Value, Place], low: int, high: int, spill: str, fused: Mapping[Op, Op]
-) -> tuple[dict[Value, Place], int]:
-    """A place for every value the function computes; `fixed` ones are given (by root), results of `fused` ops need none.
+@dataclass(frozen=True)
+class Scratch:
+    """What one op needs while it runs, besides its operands and results."""
 
-    Returns the places and the bytes of the spill buffer.  Values that live across a call are spilled: a layer uses the whole arena.
+    sram_bytes: int
+    dram_bytes: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where values lie, where ops have their scratch (SRAM offset, place in the spill buffer), and the bytes of the spill buffer."""
+
+    values: dict[Value, Place]
+    scratch: dict[Op, tuple[int, Place]]
+    spill_bytes: int
+
+
+def in_place(function: Func, boundary: Boundary) -> dict[Value, Place]:
+    """Sums that may be made where an argument lies that nobody wants any more: the residual stream stays at the layers' boundary."""
+    lifetimes = Lifetimes(function)
+    returned = [root(v) for v in function.body.terminator.operands]
+    found: dict[Value, Place] = {}
+    for index, place in boundary.arguments.items():
+        argument = function.args[index]
+        heirs = [returned[i] for i, p in boundary.results.items() if p == place]
+        for op in function.body:
+            if not isinstance(op, Add) or not any(root(v) is argument for v in op.operands) or op.out in returned:
+                continue
+            order = lifetimes.first[op.out]
+            free = lifetimes.last[argument] <= order and all(lifetimes.last[op.out] <= lifetimes.first[heir] for heir in heirs)
+            if free and op.out.type is argument.type and root(op.out) is op.out:
+                found[op.out] = place
+    return found
+
+
+def assign_places(
+    function: Func, fixed: Mapping[Value, Place], low: int, high: int, spill: str, fused: Mapping[Op, Op], scratch: Mapping[Op, Scratch]
+) -> Places:
+    """A place for every value the function computes; `fixed` ones are given (by root), results of `fused` ops need none, `scratch` is what ops need besides.
+
+    Values that live across a call are spilled: a layer uses the whole arena.
     """
     lifetimes = Lifetimes(function, fused)
     own = [
@@ -157,9 +192,16 @@ def assign_places(
         size = tensor_type(value).nbytes
         heat = 1.0 + lifetimes.heat.get(value, 0.0) + isinstance(value.op, (AllReduce, AllGather))
         intervals[value] = Interval(f"%{value.name or number}", align(size), lifetimes.first[value], lifetimes.last[value], heat)
-    place_intervals([i for v, i in intervals.items() if not lifetimes.spans_call(v)], low, high)
-    spilled = [i for i in intervals.values() if i.offset is None]
+    order = {op: index for index, op in enumerate(function.body)}
+    held = {op: Interval("scratch", align(s.sram_bytes), order[op], order[op], float("inf")) for op, s in scratch.items()}
+    kept = {op: Interval("scratch", align(s.dram_bytes), order[op], order[op], 0.0) for op, s in scratch.items() if s.dram_bytes}
+    place_intervals([*held.values(), *(i for v, i in intervals.items() if not lifetimes.spans_call(v))], low, high)
+    spilled = [*(i for i in intervals.values() if i.offset is None), *kept.values()]
     places = {v: Place("sram", i.offset) for v, i in intervals.items() if i.offset is not None}
     place_intervals(spilled, 0, 1 << 62)
     places.update({v: Place("dram", i.offset or 0, spill) for v, i in intervals.items() if i in spilled})
-    return {**places, **fixed}, align(max((i.nbytes + (i.offset or 0) for i in spilled), default=0), ALIGNMENT)
+    scratches: dict[Op, tuple[int, Place]] = {}
+    for op, interval in held.items():
+        assert interval.offset is not None, "scratch is sized to fit the arena"
+        scratches[op] = interval.offset, Place("dram", (kept[op].offset or 0) if op in kept else 0, spill)
+    return Places({**places, **fixed}, scratches, align(max((i.nbytes + (i.offset or 0) for i in spilled), default=0), ALIGNMENT))

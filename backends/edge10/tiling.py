@@ -1,7 +1,7 @@
 """Choosing tiles: the sizes [m, n, k] in which a matrix product is computed, and the blocks of attention.
 
-Tiles must fit their slots in SRAM and half of the accumulators (the other half is being drained).  Among those that fit, the one that moves the
-fewest bytes wins, where each transfer also costs its latency's worth of bytes.
+Tiles must fit their slots in SRAM and half of the accumulators (the other half is being drained).  Among those that fit, the one that takes the
+least time wins, by the same formulas as the simulator's (`tyir.targets.command_times`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tyir.backends.edge10.allocate import SramPlan, align
 from tyir.diagnostics import TyirError
+from tyir.targets.command_times import dequant_ns, matmul_ns
 from tyir.targets.machine import Machine
 
 __all__ = ["AttentionBlocks", "MatmulShape", "Tiles", "attention_blocks", "choose_tiles", "spans"]
@@ -103,13 +104,21 @@ def _fits(shape: MatmulShape, tiles: Tiles, machine: Machine, plan: SramPlan) ->
 
 
 def _cost(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
-    """Bytes moved, plus what latency, issue and short runs cost in bytes."""
+    """Nanoseconds, by the formulas that the timing engine uses: the busiest of DRAM, weight queue, dequant and cube, and a little of the others' time.
+
+    The units overlap, so the busiest decides; what the others need tells apart what it leaves equal.
+    """
     pieces_m, pieces_n, pieces_k = -(-shape.m // tiles.m), -(-shape.n // tiles.n), -(-shape.k // tiles.k)
     weights = shape.n * (shape.weight_row_bytes + shape.scale_row_bytes + shape.zero_row_bytes)
     runs = shape.n * pieces_k if pieces_k > 1 else pieces_n
-    per_tile = (machine.dma.issue_ns + machine.sync.command_ns) * machine.dram_bytes_per_ns
     x_bytes = 0 if shape.x_in_sram else shape.m * shape.k * 2 * pieces_n
-    return pieces_m * (weights + runs * machine.dram.run_overhead_bytes) + x_bytes + pieces_m * pieces_n * pieces_k * per_tile
+    stored = shape.m * shape.n * shape.piece_bytes
+    dram = (pieces_m * (weights + runs * machine.dram.run_overhead_bytes) + x_bytes + stored) / machine.dram_bytes_per_ns
+    commands = pieces_m * pieces_n * pieces_k
+    queue = commands * (machine.dma.issue_ns + machine.sync.command_ns)
+    cube = commands * (machine.sync.command_ns + matmul_ns(tiles.m, tiles.n, tiles.k, machine))
+    dequant = commands * (machine.sync.command_ns + dequant_ns(tiles.n, tiles.k, machine)) if shape.group_size else 0.0
+    return max(dram + queue, cube, dequant) + 0.02 * (dram + queue + cube + dequant)
 
 
 @dataclass(frozen=True)

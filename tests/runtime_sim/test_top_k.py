@@ -18,7 +18,7 @@ from tyir.dialects.func import Func, Return
 from tyir.ir import Value
 from tyir.runtime_sim.functional import FunctionalDie, run_step
 from tyir.runtime_sim.program import EdgeProgram
-from tyir.runtime_sim.units import compute_ns, top_k_ns
+from tyir.targets.command_times import compute_ns, top_k_ns
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import TensorType, Type, f16, f32, i64
 from tyir.verify import verify

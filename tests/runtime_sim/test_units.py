@@ -1,10 +1,10 @@
-"""The formulas of `runtime_sim.units`, worked by hand (the numbers of their docstrings)."""
+"""The formulas of `tyir.targets.command_times`, worked by hand (the numbers of their docstrings)."""
 
 from __future__ import annotations
 
 import pytest
 
-from tyir.runtime_sim.units import (
+from tyir.targets.command_times import (
     Transfer,
     all_gather_ns,
     all_reduce_ns,
