@@ -138,7 +138,8 @@ class AwqFormat(_PackedFormat):
         words, zeros, scales = (emit(weights.reference(f"{base}.{part}")).result for part in self.needed)
         k = _dims(words)[0]
         q, z = (emit(quant.Unpack(v, axis=1, order=AWQ_ORDER)).result for v in (words, zeros))
-        return emit_dequantized(*(_transposed(v, emit) for v in (q, scales, z)), k // _dims(scales)[0], element, emit)
+        group = k // _dims(scales)[0]
+        return emit_dequantized(_transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit)
 
 
 class GptqFormat(_PackedFormat):
@@ -165,7 +166,8 @@ class GptqFormat(_PackedFormat):
         z = emit(quant.Unpack(zeros, axis=1, size=n)).result
         if self.config.zero_shift:
             z = emit(quant.AddWrapping(z, value=self.config.zero_shift)).result
-        return emit_dequantized(*(_transposed(v, emit) for v in (q, scales, z)), k // _dims(scales)[0], element, emit)
+        group = k // _dims(scales)[0]
+        return emit_dequantized(_transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit)
 
 
 class CompressedTensorsFormat(_PackedFormat):
@@ -217,5 +219,6 @@ def _dims(value: Value) -> tuple[int, ...]:
 
 def quantized_format(config: QuantConfig, read: ReadInts) -> AwqFormat | GptqFormat | CompressedTensorsFormat:
     """The format of a checkpoint quantised as `config` says."""
-    classes = {"awq": AwqFormat, "gptq": GptqFormat, "compressed-tensors": CompressedTensorsFormat}
-    return classes[config.method](config, read)
+    if config.method == "awq":
+        return AwqFormat(config, read)
+    return GptqFormat(config, read) if config.method == "gptq" else CompressedTensorsFormat(config, read)

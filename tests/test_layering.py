@@ -31,7 +31,7 @@ FIRST_PARTY: dict[str, set[str]] = {
 THIRD_PARTY: dict[str, set[str]] = {
     "tyir": {"numpy", "lark", "networkx"},
     "passes": {"numpy", "networkx"},
-    "frontends": {"numpy", "torch", "transformers", "safetensors"},
+    "frontends": {"numpy", "torch", "transformers", "gguf", "safetensors"},
     "backends": {"numpy", "tqdm"},  # writing artifacts takes minutes and shows that it moves
     "runtime_sim": {"numpy"},
     "tools": {"numpy", "tqdm"},

@@ -15,7 +15,7 @@ from tyir.tools.tyir_run import load_tokenizer
 from tyir.tools.verify import PROMPTS, LayerStates, Reference, check_prompt
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
-QUICK = {("awq", 3), ("ct-symmetric", 4)}
+QUICK = {("awq", 3)}
 CASES = [pytest.param(name, dies, marks=() if (name, dies) in QUICK else pytest.mark.slow) for name in KINDS for dies in (1, 3, 4)]
 
 
@@ -42,6 +42,7 @@ def test_compiled(folders: dict[str, Path], tmp_path: Path, name: str, dies: int
         assert min(result.layer_cosine) >= 0.9999
 
 
+@pytest.mark.slow
 def test_int4_of_a_quantised_checkpoint_quantises_the_rest(folders: dict[str, Path], tmp_path: Path) -> None:
     """What the checkpoint quantised stays as it is: the same tensors, bit by bit."""
     from tyir.weights import read_safetensors
