@@ -269,7 +269,6 @@ class LayerStates:
         if die == 0 and isinstance(op, Call) and isinstance(layer := op.attributes.get("tyir.layer"), IntegerAttr):
             callee = lookup_symbol(op, op.callee.leaf)
             assert isinstance(callee, Func)
-            state = next(
-                r for i, r in enumerate(results) if alias_of_result(callee, i) is None and r.ndim == 3
-            )  # scales of a cache have three axes too
+            own = [r for i, r in enumerate(results) if alias_of_result(callee, i) is None]  # the scales of a cache have three axes too
+            state = next(r for r in own if r.ndim == 3)
             self.seen[layer.value].append(state[0, : chunk.count].copy())
