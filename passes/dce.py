@@ -1,4 +1,4 @@
-"""Deletes pure ops whose results nobody uses, and what only they used.
+"""Deletes pure ops whose results nobody uses, and what only they used; blocks that no path from the entry reaches.
 
     %d = ty.transpose(%x); func.return(%y)      -->   func.return(%y)
 
@@ -7,10 +7,11 @@ Algorithm: blocks inside out, ops last to first; an op is dead when it is pure a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tyir.ir import Op
+from tyir.ir import Op, Region
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import blocks_below, erase_all
 from tyir.traits import Pure
@@ -20,19 +21,24 @@ __all__ = ["Dce"]
 
 @dataclass(frozen=True)
 class Dce(Pass):
-    """Delete unused pure ops."""
+    """Delete unused pure ops and unreachable blocks."""
 
     anchor: ClassVar[str] = "any"
 
     def run(self, op: Op, context: PassContext) -> None:
-        context.count("dce.deleted", eliminate_dead_code(op))
+        deleted = eliminate_dead_code(op)
+        context.count("dce.deleted", deleted)
+        if not deleted:
+            context.nothing_changed()
 
 
 def eliminate_dead_code(root: Op) -> int:
     """Delete below `root`; returns how many ops were deleted."""
     dead: dict[Op, None] = {}
     pure: dict[type[Op], bool] = {}
-    for block in reversed(blocks_below(root)):
+    blocks = blocks_below(root)
+    unreachable = erase_unreachable_blocks(dict.fromkeys(b.region for b in blocks if b.region is not None and len(b.region.blocks) > 1))
+    for block in reversed(blocks if not unreachable else blocks_below(root)):
         op = block.last_op
         while op is not None:
             cls = type(op)
@@ -46,7 +52,29 @@ def eliminate_dead_code(root: Op) -> int:
             op = op._prev
     outermost = [op for op in dead if op.parent_op not in dead]
     erase_all(outermost)
-    return len(dead)
+    return len(dead) + unreachable
+
+
+def erase_unreachable_blocks(regions: Iterable[Region]) -> int:
+    """Erase the blocks of declared ops' regions that no path from the entry reaches; returns how many ops were in them."""
+    erased = 0
+    for region in regions:
+        if region.op is None or not region.op.registered:
+            continue  # what the order of blocks means there is unknown
+        reached = {region.entry: None}
+        for block in (order := [region.entry]):
+            for successor in (s for op in block for s in op.successors):
+                if successor not in reached:
+                    reached[successor] = None
+                    order.append(successor)
+        gone = [block for block in region.blocks if block not in reached]
+        ops = [op for block in gone for op in block]
+        erased += sum(1 for op in ops for _ in op.walk())
+        erase_all(ops)
+        for block in gone:
+            region.blocks.remove(block)
+            block.region = None
+    return erased
 
 
 def _is_dead(op: Op, dead: dict[Op, None]) -> bool:

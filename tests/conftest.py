@@ -1,14 +1,17 @@
 """pytest's configuration: `*.ir` files are tests, `--slow` runs what is marked slow.
 
 A line `// RUN: tyir-opt --cse %s | filecheck %s` runs the tool in this process and checks its output against the file's CHECK lines (LLVM's FileCheck
-language).  `not` in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file; several RUN lines run in order.
+language).  `| same` instead compares all of the output with the `// OUT: ` lines that follow the RUN line; `pytest --bless` rewrites those after a change that
+was meant.  `not` in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file; several RUN lines run in order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
+import itertools
 import shlex
 import sys
 import tempfile
@@ -21,6 +24,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--bless", action="store_true", help="write what tools print now into the `// OUT: ` lines of .ir tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,22 +48,41 @@ class IrFile(pytest.File):
         yield IrTest.from_parent(self, name="run")
 
 
+_OUT = "// OUT:"
+
+
 class IrTestFailure(Exception):
     """A RUN line did not do what it should."""
 
 
 class IrTest(pytest.Item):
     def runtest(self) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        new = [line for line in lines if not line.startswith(_OUT)] if self.config.getoption("--bless") else None
         with tempfile.TemporaryDirectory() as folder:
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for number, line in enumerate(lines):
                 before, found, command = line.partition("// RUN:")
-                if found and not before.strip():
-                    self._run(command.strip(), folder)
+                if not found or before.strip():
+                    continue
+                expected = list(itertools.takewhile(lambda text: text.startswith(_OUT), lines[number + 1 :]))
+                output = self._run(command.strip(), folder, [text[len(_OUT) + 1 :] for text in expected], new is not None)
+                if new is not None and output is not None:
+                    place = new.index(line) + 1
+                    new[place:place] = [f"{_OUT} {text}".rstrip() for text in output]
+        if new is not None and new != lines:
+            self.path.write_text("\n".join(new) + "\n", encoding="utf-8")
 
-    def _run(self, command: str, folder: str) -> None:
+    def _run(self, command: str, folder: str, expected: list[str], bless: bool) -> list[str] | None:
+        """Run one line; the output's lines when it ends in `| same`."""
         command = command.replace("%s", shlex.quote(str(self.path))).replace("%t", shlex.quote(f"{folder}/t"))
         text = ""
         for stage in command.split(" | "):
+            if stage.strip() == "same":
+                output = [line.rstrip() for line in text.splitlines()]
+                if not bless and output != expected:
+                    difference = "\n".join(difflib.unified_diff(expected, output, "the OUT lines", "printed now", lineterm=""))
+                    raise IrTestFailure(f"$ {command}\n{difference}\nif this is what should be printed: pytest --bless {self.path}")
+                return output
             words = shlex.split(stage)
             merge = "2>&1" in words
             words = [w for w in words if w != "2>&1"]
@@ -68,6 +91,7 @@ class IrTest(pytest.Item):
             if (code != 0) != expect_failure:
                 raise IrTestFailure(f"$ {stage.strip()}\nexit code {code}\n{out}{err}")
             text = out + err if merge else out
+        return None
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, IrTestFailure):
