@@ -34,8 +34,9 @@ _WEAK: Final = """
   against 4096 x 4096 weights takes 204 us and M = 768 takes 104 us: 256 x 128 tiles in two waves, where 128 x 128 tiles would be faster.  That is the tail of the bf16 rows.
 * **A100 W4A16 at few rows** is measured with a timer tick of 1.024 us, and times jump: M = 2 differs from the geometric mean of M = 1 and M = 4 by 14 % on average
   (6 % in bf16).  No smooth model can be under about 10 % there; from 512 rows on the error is that of bf16.
-* **A100 decode attention** is not predicted well.  Three kernels with unpublished geometry take turns, and rows with shared keys move up to 3.3 TB/s of cache on a
-  2.0 TB/s memory, so the measured caches must share blocks; `attention.grouped_read_share` = 0.5 stands for that and was read off the data.
+* **A100 decode attention** misses its target of 8 %.  Kernels with unpublished geometry take turns by the size of the group, and rows with shared keys move up to
+  3.3 TB/s of cache on a 2.0 TB/s memory, so the measured caches must share blocks; `attention.grouped_read_share` = 0.5 stands for that and, like `max_group` and the owners'
+  start-up times, was read off a few rows of the data.
 * **A100 all-reduce by LLMCompass** (another library version, 4 devices) lies far above NCCL's own latency table between 64 KB and 4 MB.
 * **Elementwise kernels of the H200**: silu * mul of 18944 columns runs at 1.7 TB/s and of 8960 columns at 4.0 TB/s; one bandwidth cannot hold both.
   Prefill of models with small layers is predicted a few per cent too fast for the same reason.

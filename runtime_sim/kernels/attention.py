@@ -12,10 +12,10 @@ The half: owners of different lengths are dealt greedily, and at the end one as 
 
 Decode: one owner per sequence, group of query heads that share keys, and part of the cache (flash decoding):
 
-    walk  = waves * (owner_us + blocks of one part * block_us)  latency of walking the keys; owners_per_sm of them hide each other's
+    walk  = (waves - 1) * owner_us + waves * blocks of one part * block_us     owners_per_sm of them hide each other's latency
     total = launch + ramp + call + (walk^2 + (bytes / DRAM rate)^2)^(1/2) [+ launch + ramp / 2 of the kernel that combines the parts]
 
-minimised over the number of parts; the cache is split from 8 blocks on.
+Larger groups than `max_group` run as if every query head had its own keys.  Minimised over the number of parts; the cache is split from 8 blocks on.
 """
 
 from __future__ import annotations
@@ -95,18 +95,20 @@ def decode_ns(shape: Attention, machine: Accelerator) -> float:
     Example (launch and call 2 us, ramp 2 us, block 1 us, 4000 bytes a ns, 100 multiprocessors, 8 groups): 128 keys, 524,288 bytes:
     2 + 2 + (1^2 + 0.13^2)^(1/2) = 5.01 us.
     """
-    owners = shape.batch * shape.kv_heads
+    grouped = 1 < shape.query_heads / shape.kv_heads <= machine.attention.max_group
+    owners = shape.batch * (shape.kv_heads if grouped else shape.query_heads)
     blocks = -(-shape.keys // BLOCK)
     walked = max(shape.keys / BLOCK, 0.25)  # a warp's share is walked even for one key
-    nbytes = shape.kv_bytes * (machine.attention.grouped_read_share if shape.query_heads > shape.kv_heads else 1.0)
+    nbytes = shape.kv_bytes * (machine.attention.grouped_read_share if grouped else 1.0)
     moved = nbytes / machine.dram_bytes_per_ns + first_touch_ns(nbytes, machine)
     ramp = machine.launch.ramp_us * 1000
     combine = machine.launch.kernel_us * 1000 + ramp / 2
+    owner = machine.attention.grouped_owner_us if grouped else machine.attention.owner_us
     best = float("inf")
     for parts in _PARTS:
         if parts > 1 and (parts > blocks or blocks < _SPLIT_FROM):
             break
         waves = -(-owners * parts // (machine.sm.count * machine.attention.owners_per_sm))
-        walk = waves * (machine.attention.owner_us + walked / parts * machine.attention.block_us) * 1000
+        walk = ((waves - 1) * owner + waves * walked / parts * machine.attention.block_us) * 1000
         best = min(best, math.hypot(walk, moved) + (combine if parts > 1 else 0.0))
     return (machine.launch.kernel_us + machine.attention.decode_call_us) * 1000 + ramp + best

@@ -25,7 +25,7 @@ def plain() -> Accelerator:
         "dram.bandwidth_gbps": 1000, "dram.efficiency": 1, "dram.write_cost": 1, "dram.ramp_us": 0, "l2.capacity_bytes": 1e6, "l2.bandwidth_gbps": 1e9,
         "launch.kernel_us": 1, "launch.ramp_us": 1, "gemm.efficiency": 1, "gemm.tile_us": 0, "gemm.operand_rows": 0, "gemm.step_ns": 0, "gemm.gemv": 0,
         "weight_only.bytes_per_weight": 0.5, "weight_only.dequant_per_cycle": 100, "weight_only.step_ns": 0, "weight_only.call_us": 1,
-        "weight_only.gemv_max_rows": 0, "attention.efficiency": 1, "attention.block_us": 1, "attention.owner_us": 0, "attention.owners_per_sm": 1,
+        "weight_only.gemv_max_rows": 0, "attention.efficiency": 1, "attention.block_us": 1, "attention.owner_us": 0, "attention.grouped_owner_us": 0, "attention.max_group": 64, "attention.owners_per_sm": 1,
         "attention.call_us": 0, "attention.decode_call_us": 0, "attention.grouped_read_share": 1, "attention.packed_passes": 0,
         "rowwise.bandwidth_gbps": 1000, "rowwise.row_ns_per_byte": 0.1, "rowwise.call_us": 0, "link.bandwidth_gbps": 200, "link.efficiency": 1,
         "link.direct_efficiency": 0.5, "link.one_shot_us": 4, "link.peer_us": 0, "link.one_shot_max_bytes": 1e6, "link.two_shot_max_bytes": 2e6,
@@ -95,6 +95,13 @@ def test_decode_by_hand(plain: Accelerator) -> None:
 def test_a_long_cache_is_split(plain: Accelerator) -> None:
     """1 group of 4096 keys is 32 blocks; 4 parts of 8 on 4 multiprocessors: (8000^2 + 2097^2)^(1/2) + 1500 to combine; unsplit it would be 32,000."""
     assert decode_ns(Attention(1, 4, 1, 128, 1, 4096), plain) == pytest.approx(2000 + math.hypot(8000, 2097.152) + 1500, rel=1e-6)
+
+
+def test_groups_wait_for_a_place(plain: Accelerator) -> None:
+    """8 groups of 128 keys on 4 multiprocessors: two waves of 1000 ns and one more start; groups larger than the kernel takes are 64 owners: 16 waves."""
+    started = plain.with_values({"attention.grouped_owner_us": 3, "dram.bandwidth_gbps": 1e9})
+    assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started) == pytest.approx(2000 + 3000 + 2000)
+    assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started.with_values({"attention.max_group": 4})) == pytest.approx(2000 + 16_000)
 
 
 def test_rows_by_hand(plain: Accelerator) -> None:

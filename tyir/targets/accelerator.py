@@ -100,12 +100,15 @@ class WeightOnly:
 @dataclass(frozen=True)
 class Attention:
     """`efficiency` of the matrix units in prefill, `block_us` for a block of 128 keys in decode, `owner_us`
-    for starting a block of threads there, `owners_per_sm` of them at once; what calls cost besides; `grouped_read_share`:
+    for starting a block of threads there (`grouped_owner_us` when query heads share keys, up to
+    `max_group`), `owners_per_sm` of them at once; what calls cost besides; `grouped_read_share`:
     part of the cache's bytes that DRAM delivers when query heads share keys; `packed_passes` over q, k, v that the library's prefill call makes besides."""
 
     efficiency: float
     block_us: float
     owner_us: float
+    grouped_owner_us: float
+    max_group: int
     owners_per_sm: int
     call_us: float
     decode_call_us: float
