@@ -40,6 +40,7 @@ def remaining_pipeline(stage: str, options: BuildOptions) -> str:
         ("aten", "to-ty"),
         ("ty", quantization(options)),
         ("ty", f"kv-materialize{{{' '.join(cache)}}}"),
+        ("kv", f"specialize-batch{{batch={options.batch}}}" if options.batch > 1 else ""),
         ("kv", f"select-output{{kind=topk k={best}}}" if best else ""),
         ("kv", f"partition-dies{{{' '.join(dies)}}}"),
         ("dist", f"specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),

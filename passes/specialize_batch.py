@@ -17,9 +17,15 @@ from tyir.ir import Op
 from tyir.passes.specialize_seqlen import infer_results
 from tyir.pipeline import Pass, PassContext
 
-__all__ = ["SpecializeBatch"]
+__all__ = ["SpecializeBatch", "check_batch"]
 
 _MOST = 64
+
+
+def check_batch(batch: int) -> None:
+    """`TyirError` unless the number of sequences is in 1..64."""
+    if not 1 <= batch <= _MOST:
+        raise TyirError(f"a batch of {batch}: 1 to {_MOST} sequences", help=f"use {min(max(batch, 1), _MOST)}")
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,7 @@ class SpecializeBatch(Pass):
     batch: int = 1
 
     def run(self, op: Op, context: PassContext) -> None:
-        if not 1 <= self.batch <= _MOST:
-            raise TyirError(f"batch={self.batch}: 1 to {_MOST} sequences", help=f"use batch={min(max(self.batch, 1), _MOST)}")
+        check_batch(self.batch)
         for function in list(op.walk_type(Func)):
             self._specialize(function)
 

@@ -12,7 +12,7 @@ from tyir.manifest import Manifest
 from tyir.parser import parse_file
 from tyir.runtime_sim.chunks import Chunk
 from tyir.runtime_sim.functional import FunctionalDie, run_step
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.program import load_program
 from tyir.runtime_sim.program_engine import CacheName
 from tyir.targets.machine import load_machine
 from tyir.types import storage_dtype
@@ -74,4 +74,4 @@ class Edge10Engine:
         program = self.manifest.program(die, seqlen)
         globals_ = [g for g in parse_file(self.folder / program.ir).body if isinstance(g, Global)]
         weights = {str(g.sym_name): self._reader.read_packed(g) for g in globals_}
-        return FunctionalDie(EdgeProgram(parse_file(self.folder / program.program)), weights, self.machine)
+        return FunctionalDie(load_program(self.folder, self.manifest, die, seqlen), weights, self.machine)

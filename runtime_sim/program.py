@@ -22,7 +22,7 @@ from tyir.location import module_path
 from tyir.manifest import Manifest
 from tyir.parser import parse_file, parse_module
 
-__all__ = ["Command", "EdgeProgram", "load_programs"]
+__all__ = ["Command", "EdgeProgram", "load_program", "load_programs"]
 
 Tokens = tuple[int, ...]
 _KEPT_COMMANDS: Final = 300_000
@@ -103,7 +103,18 @@ class EdgeProgram:
 
 def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgeProgram]:
     """The command programs of all dies of an artifact folder, for one of its sequence lengths."""
-    return [EdgeProgram(parse_file(folder / manifest.program(die, seqlen).program)) for die in range(manifest.options.dies)]
+    return [load_program(folder, manifest, die, seqlen) for die in range(manifest.options.dies)]
+
+
+def load_program(folder: Path, manifest: Manifest, die: int, seqlen: int) -> EdgeProgram:
+    """One die's command program; `TyirError` when the artifacts were compiled for several sequences, which have none."""
+    path = manifest.program(die, seqlen).program
+    if not path:
+        raise TyirError(
+            f"{folder} holds no command programs: it was compiled for batch {manifest.options.batch}, they run one sequence",
+            help="compile with --batch 1",
+        )
+    return EdgeProgram(parse_file(folder / path))
 
 
 def _int_attribute(module: Module, name: str, default: int) -> int:

@@ -57,6 +57,11 @@ class Session:
     def __init__(self, folder: Path, engine: EngineName = "host", *, check: bool = True, probe: StepProbe | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder, check=check)
+        if self.manifest.options.batch > 1:
+            raise TyirError(
+                f"{self.folder} was compiled for {self.manifest.options.batch} sequences at once",
+                help="use tyir.runtime_sim.batch_session.BatchSession, or compile with --batch 1",
+            )
         self.engine = self._make_engine(engine, probe)
         self.tokens: list[int] = []
 

@@ -92,6 +92,7 @@ def check_options(options: BuildOptions) -> None:
     """`TyirError` for die counts, lengths, cache sizes and outputs that no compile can have."""
     from tyir.passes.annotate_sharding import check_dies, check_stages
     from tyir.passes.select_output import parse_output
+    from tyir.passes.specialize_batch import check_batch
     from tyir.passes.specialize_seqlen import check_seqlens
 
     check_dies(options.dies)
@@ -101,6 +102,7 @@ def check_options(options: BuildOptions) -> None:
     check_seqlens(options.seqlens, options.max_kv)
     if options.weights not in ("fp16", "int4"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4")
+    check_batch(options.batch)
     if options.kv_dtype not in ("fp16", "int8"):
         raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")
     parse_output(options.output)

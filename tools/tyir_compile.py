@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         embedding_as_input=args.embedding_as_input,
         output=args.output,
         kv_dtype=args.kv_dtype,
+        batch=args.batch,
         pp=args.pp,
     )
     if args.plan:
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", default="logits", metavar="KIND", help="what a step returns: logits (default), argmax, or topk=K: the K best tokens"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="sequences per step (default 1); above 1 there are no command programs"
     )
     parser.add_argument("--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)")
     parser.add_argument("--timing", action="store_true", help="print time and peak memory of each stage on stderr")

@@ -98,6 +98,7 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
         die_map=mesh.devices,
         seqlens=seqlens.ints(),
         max_kv=options.max_kv if cache is None else cache.static_shape[2],
+        batch=options.batch if cache is None else cache.static_shape[0],
         kv_dtype=options.kv_dtype if cache is None else "int8" if cache.element is i8 else "fp16",
         output=output_of(next((op.k for op in module.walk() if isinstance(op, (TopK, MergeTopK))), 0)),
     )
@@ -200,9 +201,10 @@ def _write_programs(
     for seqlen in options.seqlens:
         place = _program_folder(options, seqlen)
         for index, die in enumerate(dies):
-            with context.watch.stage(f"edge10 s{seqlen} die{index}"):
-                lowered = lower_die(die, seqlen, machine)
-                (folder / place / f"llm_die{index}.edge10").write_text(print_op(lowered))
+            if options.batch == 1:  # a command program runs one sequence: its position is a register
+                with context.watch.stage(f"edge10 s{seqlen} die{index}"):
+                    lowered = lower_die(die, seqlen, machine)
+                    (folder / place / f"llm_die{index}.edge10").write_text(print_op(lowered))
             with context.watch.stage(f"host code s{seqlen} die{index}"):
                 kernels = assign_kernels(_functions(die, seqlen))
                 library = folder / place / f"llm_die{index}.so"
@@ -256,7 +258,7 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, options: Buil
         seqlen=seqlen,
         function=str(main.sym_name),
         library=f"{place}/llm_die{index}.so",
-        program=f"{place}/llm_die{index}.edge10",
+        program=f"{place}/llm_die{index}.edge10" if options.batch == 1 else "",
         ir=f"{place}/llm_die{index}.ir",
         constants=f"{place}/llm_die{index}.params",
         params=f"batch_{options.batch}/common_die{index}.params",

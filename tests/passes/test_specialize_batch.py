@@ -94,7 +94,7 @@ def test_command_programs_run_one_sequence() -> None:
 
 
 def test_bad_batches() -> None:
-    with pytest.raises(TyirError, match=r"batch=0: 1 to 64(.|\n)*use batch=1"):
+    with pytest.raises(TyirError, match=r"a batch of 0: 1 to 64(.|\n)*use 1"):
         program(SHAPE, "specialize-batch{batch=0}")
     with pytest.raises(TyirError, match=r"tensor<3x\?xi64>(.|\n)*once, at stage ty or kv"):
         program(SHAPE, "specialize-batch{batch=3},specialize-batch{batch=3}")
