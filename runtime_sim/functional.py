@@ -62,13 +62,12 @@ class FunctionalDie:
         for command in self.program.expand(pos):
             if self.check:
                 self._races.begin(command)
-            handler = _HANDLERS[type(command.op)]
             if command.unit == "d2d":
                 operand = self._collective_operand(command)
                 combined = yield command, operand
                 self._collective_result(command, combined)
             else:
-                handler(self, command)
+                _HANDLERS[type(command.op)](self, command)
 
     # -- memory access: every byte a command touches goes through these -------------------------------------------
     def sram(
@@ -203,14 +202,18 @@ class FunctionalDie:
         if 0 in (n, k):
             return
         outer, inner = op.m
-        lhs = self.sram(command, op.lhs, (outer, inner, k), np.float16, (*op.lhs_strides, 2)).reshape(outer * inner, k).astype(np.float32)
+        lhs = self.sram(command, op.lhs, (outer, inner, k), np.float16, (*op.lhs_strides, 2))
         shape = (n, k) if op.transposed else (k, n)
-        rhs = self.sram(command, op.rhs, shape, np.float16, (op.rhs_stride, 2)).astype(np.float32)
-        product = lhs @ (rhs.T if op.transposed else rhs)
+        rhs = self.sram(command, op.rhs, shape, np.float16, (op.rhs_stride, 2))
+        product = self.product(lhs, rhs.T if op.transposed else rhs)
         if op.accumulate:
             product += self.acc(command, op.acc, product.shape, (op.acc_stride, 4))
         self.acc(command, op.acc, product.shape, (op.acc_stride, 4), write=True)[...] = product
         self.macs += outer * inner * n * k
+
+    def product(self, lhs: Array, rhs: Array) -> Array:
+        """[outer, inner, k] x [k, n] in f32, rows [outer * inner]."""
+        return np.asarray(lhs.reshape(-1, lhs.shape[-1]).astype(np.float32) @ rhs.astype(np.float32))
 
     def drain(self, command: Command) -> None:
         op = command.op
@@ -266,7 +269,7 @@ class FunctionalDie:
 
 
 _HANDLERS: Final[dict[type, Callable[[FunctionalDie, Command], None]]] = {
-    edge10.Load: FunctionalDie.load, edge10.Store: FunctionalDie.store, edge10.Gather: FunctionalDie.gather, edge10.Dequant: FunctionalDie.dequant,
+    edge10.Load: FunctionalDie.load, edge10.Store: FunctionalDie.store, edge10.Gather: FunctionalDie.gather, edge10.Dequant: lambda die, c: die.dequant(c),
     edge10.Matmul: FunctionalDie.matmul, edge10.Drain: FunctionalDie.drain, edge10.VectorOp: FunctionalDie.vector, edge10.SoftmaxBlock: FunctionalDie.softmax,
     edge10.TopK: FunctionalDie.top_k, edge10.DequantRows: FunctionalDie.dequant_rows, edge10.AllReduce: FunctionalDie.load, edge10.AllGather: FunctionalDie.load,
 }  # fmt: skip

@@ -30,7 +30,7 @@ from tyir.backends.edge10.lower_mlp import fused_mlps, fused_ops, lower_mlp
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
 from tyir.backends.edge10.lower_top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
-from tyir.backends.edge10.search import best_shares
+from tyir.backends.edge10.search import best_shares, estimated_ns, products_ns
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import dist, edge10, kv, ty
 from tyir.dialects.builtin import Module
@@ -81,7 +81,16 @@ def _chosen_shares(die_module: Module, main: Func, seqlen: int, machine: Machine
         if not isinstance(op, ty.GetGlobal)
     )
     key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), hash(shapes))
-    return best_shares(lambda s: _DieLowering(die_module, main, seqlen, machine, s).lower(), key, machine, _searched())
+    calls: dict[str, int] = {}
+    for op in main.body:
+        if isinstance(op, Call):
+            calls[op.callee.leaf] = calls.get(op.callee.leaf, 0) + 1
+
+    def cost(shares: SramShares) -> float:
+        layers = _DieLowering(die_module, main, seqlen, machine, shares).lower(main=False)
+        return estimated_ns(layers, machine, calls) + products_ns(main, machine, sram_plan(machine, shares))
+
+    return best_shares(cost, key, _searched())
 
 
 def _reached(die_module: Module, main: Func) -> list[Func]:
@@ -127,7 +136,8 @@ class _DieLowering:
         self.layers = self._find_layers()
         self.boundary = BoundaryPlaces(self.plan.boundary, "boundary")
 
-    def lower(self) -> Module:
+    def lower(self, *, main: bool = True) -> Module:
+        """The program; without `main` only the layers' functions, which is what divisions of SRAM are compared by."""
         self._check_ops()
         self._lay_out_weights()
         self._lay_out_arguments()
@@ -137,6 +147,8 @@ class _DieLowering:
             self._buffer(self.boundary.symbol, "activation", TensorType((self.boundary.dram_bytes,), ui8))
         for layer in self.layers.values():
             self._lower_layer(layer)
+        if not main:
+            return self.module
         self._lower_main()
         self.dram.check()
         return self.module

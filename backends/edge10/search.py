@@ -1,4 +1,4 @@
-"""Which division of SRAM suits a program: each candidate is lowered and its commands are priced with the simulator's formulas.
+"""Which division of SRAM suits a program: with each candidate the layers are lowered and their commands priced with the simulator's formulas.
 
     time = sum over the ops of the model of the busiest unit's time for that op's commands        (units overlap within an op, ops follow each other)
 
@@ -7,34 +7,36 @@ Few tokens are bound by DRAM whatever the division, so they keep the default; ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Mapping
 from typing import Final
 
-from tyir.backends.edge10.allocate import SramShares
+from tyir.backends.edge10.allocate import SramPlan, SramShares
+from tyir.backends.edge10.tiling import MatmulShape, choose_tiles, tiles_ns
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
+from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
 from tyir.ir import Op
 from tyir.targets.command_times import Transfer, compute_ns, gather_transfer, transfer_of
 from tyir.targets.machine import Machine
+from tyir.types import bit_width
 
-__all__ = ["CANDIDATES", "best_shares", "estimated_ns"]
+__all__ = ["CANDIDATES", "best_shares", "estimated_ns", "products_ns"]
 
 CANDIDATES: Final = (
     SramShares(),
     SramShares(boundary=0.0),
-    SramShares(16, (2, 4), (2, 4), (8, 4)),
     SramShares(16, (1, 4), (2, 4), (5, 4)),
     SramShares(16, (1, 4), (2, 4), (5, 4), 0.0),
-    SramShares(16, (2, 4), (2, 4), (4, 4)),
     SramShares(16, (2, 4), (2, 4), (4, 4), 0.0),
 )
 _TRANSFERS: Final = ("ewdma", "eidma", "ebdma", "eodma")
 
 
-def best_shares(lower: Callable[[SramShares], Module], key: Hashable, machine: Machine, cache: dict[Hashable, SramShares]) -> SramShares:
-    """The candidate whose program `lower` makes cheapest; `key` says what the program depends on besides, and results are kept in `cache`.
+def best_shares(cost: Callable[[SramShares], float], key: Hashable, cache: dict[Hashable, SramShares]) -> SramShares:
+    """The candidate of the least `cost` (ns); `key` says what the costs depend on, and results are kept in `cache`.
 
     A candidate that does not fit the machine is passed over; when none fits, the error is that of the default.
     """
@@ -42,7 +44,7 @@ def best_shares(lower: Callable[[SramShares], Module], key: Hashable, machine: M
         found: list[tuple[float, int]] = []
         for number, shares in enumerate(CANDIDATES):
             try:
-                found.append((estimated_ns(lower(shares), machine), number))
+                found.append((cost(shares), number))
             except TyirError:
                 if number == 0:
                     raise
@@ -50,14 +52,30 @@ def best_shares(lower: Callable[[SramShares], Module], key: Hashable, machine: M
     return cache[key]
 
 
-def estimated_ns(program: Module, machine: Machine) -> float:
-    """The time of one step of a command program, by the rule above; loops count one turn, collectives nothing (they are the same in every candidate)."""
+def estimated_ns(program: Module, machine: Machine, calls: Mapping[str, int] | None = None) -> float:
+    """The time of one step of a command program, by the rule above; loops count one turn, collectives nothing (they are the same in every candidate).
+
+    `calls` says how often each function runs; without it, the calls in the program do.
+    """
     functions = {str(f.sym_name): f for f in program.body if isinstance(f, Func)}
-    calls: dict[str, int] = {}
-    for function in functions.values():
-        for call in function.walk_type(Call):
-            calls[call.callee.leaf] = calls.get(call.callee.leaf, 0) + 1
+    if calls is None:
+        leaves = [call.callee.leaf for f in functions.values() for call in f.walk_type(Call)]
+        calls = {name: leaves.count(name) for name in set(leaves)}
     return sum(_function_ns(f, machine) * calls.get(name, 1) for name, f in functions.items())
+
+
+def products_ns(function: Func, machine: Machine, plan: SramPlan) -> float:
+    """The time of a function's products alone, by the cost of their tiles: the head of the model, without writing its thousands of tiles down."""
+    total = 0.0
+    for op in function.body:
+        if isinstance(op, (Linear, QuantizedLinear)):
+            *outer, k = tensor_type(op.x).static_shape
+            group = op.group_size if isinstance(op, QuantizedLinear) else 0
+            shape = MatmulShape(
+                math.prod(outer), tensor_type(op.out).static_shape[-1], k, group, True, bit_width(tensor_type(op.out).element) // 8
+            )
+            total += tiles_ns(shape, choose_tiles(shape, machine, plan), machine)
+    return total
 
 
 def _function_ns(function: Func, machine: Machine) -> float:

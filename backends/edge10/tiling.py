@@ -14,7 +14,7 @@ from tyir.diagnostics import TyirError
 from tyir.targets.command_times import dequant_ns, matmul_ns
 from tyir.targets.machine import Machine
 
-__all__ = ["AttentionBlocks", "MatmulShape", "Tiles", "attention_blocks", "choose_tiles", "spans"]
+__all__ = ["AttentionBlocks", "MatmulShape", "Tiles", "attention_blocks", "choose_tiles", "spans", "tiles_ns"]
 
 
 def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
@@ -60,7 +60,7 @@ class Tiles:
 def choose_tiles(shape: MatmulShape, machine: Machine, plan: SramPlan) -> Tiles:
     """The cheapest tiles that fit; `TyirError` when none does."""
     best = min(
-        ((_cost(shape, t, machine), t) for t in _candidates(shape, machine) if _fits(shape, t, machine, plan)),
+        ((tiles_ns(shape, t, machine), t) for t in _candidates(shape, machine) if _fits(shape, t, machine, plan)),
         default=None,
         key=lambda c: c[0],
     )
@@ -103,7 +103,7 @@ def _fits(shape: MatmulShape, tiles: Tiles, machine: Machine, plan: SramPlan) ->
     )
 
 
-def _cost(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
+def tiles_ns(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
     """Nanoseconds, by the formulas that the timing engine uses: the busiest of DRAM, weight queue, dequant and cube, and a little of the others' time.
 
     The units overlap, so the busiest decides; what the others need tells apart what it leaves equal.

@@ -1,0 +1,100 @@
+"""The memory plan of command programs, checked without data: what a compile can do before anybody runs the result.
+
+Static: buffers lie in the die's DRAM and do not overlap.  Replayed, at the given positions: every command's accesses, in order, on the memories of the
+functional engine: addresses in range, nothing read that was not written, no race; products and de-quantisation are not computed, so a step of a model
+of billions of parameters takes seconds.  Collectives are checked for their own die's side; that the dies meet is the timing engine's check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects import edge10
+from tyir.dialects.builtin import Module
+from tyir.runtime_sim.functional import FunctionalDie
+from tyir.runtime_sim.program import Command, EdgeProgram
+from tyir.targets.machine import Machine
+
+__all__ = ["buffer_problems", "check_plan", "check_programs"]
+
+Array = npt.NDArray[Any]
+
+
+def check_plan(module: Module, machine: Machine, positions: Sequence[int] = (0,)) -> None:
+    """Raise `TyirError` with everything wrong with the buffers of one die's program, or with the first bad access of a step at one of `positions`."""
+    check_programs([EdgeProgram(module)], machine, positions)
+
+
+def check_programs(programs: Sequence[EdgeProgram], machine: Machine, positions: Sequence[int] = (0,)) -> None:
+    """`check_plan` for several dies; dies with equal programs differ only in data and are replayed once."""
+    for program in programs:
+        if problems := list(buffer_problems(program.buffers.values(), machine)):
+            raise TyirError(problems)
+    for program in {p.signature: p for p in programs}.values():
+        for pos in positions:
+            _Replay(program, machine).replay(pos)
+
+
+def buffer_problems(buffers: Iterable[edge10.Buffer], machine: Machine) -> Iterator[Diagnostic]:
+    """Buffers outside the die's DRAM, and buffers that share bytes; every buffer lives for the whole step."""
+    ordered = sorted(buffers, key=lambda b: (b.address, b.nbytes))
+    last: edge10.Buffer | None = None
+    for buffer in ordered:
+        end = buffer.address + buffer.nbytes
+        if buffer.address < 0 or end > machine.dram.capacity_bytes:
+            yield Diagnostic(
+                f"buffer @{buffer.sym_name} at {buffer.address}..{end} lies outside the die's {machine.dram.capacity_bytes} bytes of DRAM",
+                help="use more dies, a smaller max_kv, or quantised weights",
+            )
+        if last is not None and buffer.nbytes and buffer.address < last.address + last.nbytes:
+            yield Diagnostic(
+                f"buffers @{last.sym_name} at {last.address}..{last.address + last.nbytes} and @{buffer.sym_name} at {buffer.address}..{end} overlap",
+                help="every buffer of a program needs its own addresses",
+            )
+        if last is None or end > last.address + last.nbytes:
+            last = buffer
+
+
+class _Replay(FunctionalDie):
+    """A die that touches what its commands touch; weights are zeros that take no memory until they are read."""
+
+    def __init__(self, program: EdgeProgram, machine: Machine) -> None:
+        weights = {b.sym_name: np.zeros(b.type.nbytes, np.uint8) for b in program.buffers.values() if b.kind == "weight"}
+        super().__init__(program, weights, machine)
+        for buffer in program.buffers.values():
+            if buffer.kind in ("input", "kv"):  # the host's, and the tokens before `pos`
+                self.memory.dram.write_buffer(buffer.sym_name, np.zeros(buffer.nbytes, np.uint8))
+
+    def replay(self, pos: int) -> None:
+        run = self.step(pos)
+        try:
+            command, _ = next(run)
+            while True:
+                command, _ = run.send(_received(command))
+        except StopIteration:
+            pass
+
+    def dequant(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.Dequant)
+        self.sram(command, op.q, (op.n, (op.k + 1) // 2), np.uint8, (op.q_stride, 1))
+        self.sram(command, op.scales, (op.n, op.scale_stride // 2), np.float16)
+        self.sram(command, op.zeros, (op.n, op.zero_stride), np.uint8)
+        self.sram(command, op.out, (op.n, op.k), np.float16, write=True)
+
+    def product(self, lhs: Array, rhs: Array) -> Array:
+        return np.zeros((lhs.shape[0] * lhs.shape[1], rhs.shape[1]), np.float32)
+
+
+def _received(command: Command) -> Array:
+    """What a collective gives this die, in size."""
+    op = command.op
+    if isinstance(op, edge10.AllGather):
+        return np.zeros(op.rows * sum(op.sizes), np.uint8)
+    assert isinstance(op, edge10.AllReduce)
+    return np.zeros(op.nbytes, np.uint8)

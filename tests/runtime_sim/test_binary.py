@@ -1,0 +1,43 @@
+"""The binary form of a command program: round trips, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tyir.diagnostics import TyirError
+from tyir.edge10_binary import decode, encode
+from tyir.printer import print_op
+from tyir.runtime_sim.engine import simulate
+from tyir.runtime_sim.program import EdgeProgram
+from tyir.verify import verify
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tokens": 8, "group": 16, "dies": 2}, {"window": 5, "capacity": 300}])
+def test_round_trip(make_model: Callable[..., Any], sizes: dict[str, int]) -> None:
+    model = make_model(**sizes)
+    for module in model.lowered:
+        data = encode(module)
+        again = decode(data)
+        verify(again)
+        text = print_op(module)
+        assert print_op(again) == text
+        assert encode(again) == data
+        assert len(data) < len(text) // 3
+    programs = [EdgeProgram(decode(encode(m))) for m in model.lowered]
+    assert simulate(programs, model.machine, 3).total_ns == simulate(model.programs, model.machine, 3).total_ns
+
+
+def test_what_is_refused(make_model: Callable[..., Any]) -> None:
+    data = encode(make_model().lowered[0])
+    with pytest.raises(TyirError, match="no binary command program"):
+        decode(b'"builtin.module"')
+    with pytest.raises(TyirError, match="version 63"):
+        decode(data[:5] + b"c" + data[6:])
+    for cut in range(6, len(data), max(1, len(data) // 40)):
+        with pytest.raises(TyirError, match="damaged"):
+            decode(data[:cut])
+    with pytest.raises(TyirError, match="1 bytes follow"):
+        decode(data + b"\0")
