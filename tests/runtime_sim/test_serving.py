@@ -1,0 +1,89 @@
+"""Serving metrics: the identities of vLLM's definitions, arrivals, the printed block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tyir.diagnostics import TyirError
+from tyir.runtime_sim.report import Predictor
+from tyir.runtime_sim.serving import Request, SimulatedServer, poisson, read_trace, serve, summary, text_block
+
+
+class FixedServer:
+    """Prompts take 10 ms a token, every further token 20 ms."""
+
+    capacity = 1000
+
+    def prefill(self, tokens: int) -> float:
+        return 0.01 * tokens
+
+    def decode(self, position: int) -> float:
+        return 0.02
+
+
+def test_two_requests_by_hand() -> None:
+    first, second = serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer())
+    assert first.tokens == pytest.approx((0.1, 0.12, 0.14)) and (first.ttft, first.tpot) == pytest.approx((0.1, 0.02))
+    assert (
+        second.tokens == pytest.approx((0.34,)) and second.ttft == pytest.approx(0.29) and second.tpot is None
+    )  # waits 90 ms for the first
+    assert serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer(), one_at_a_time=True)[1].ttft == pytest.approx(0.2)
+    figures = summary([first, second], {"ttft": 200})
+    assert figures["duration"] == pytest.approx(0.34) and figures["output_throughput"] == pytest.approx(4 / 0.34)
+    assert figures["request_goodput"] == pytest.approx(1 / 0.34) and figures["max_concurrent_requests"] == 2
+
+
+def test_identities() -> None:
+    rng = np.random.default_rng(1)
+    requests = [
+        Request(float(t), int(p), int(o))
+        for t, p, o in zip(np.cumsum(rng.exponential(0.5, 40)), rng.integers(1, 60, 40), rng.integers(1, 30, 40))
+    ]
+    results = serve(requests, FixedServer())
+    for r in results:
+        assert (r.tpot or 0.0) * (len(r.tokens) - 1) + r.ttft == pytest.approx(r.latency)
+    weighted = sum((r.tpot or 0.0) * (len(r.tokens) - 1) for r in results) / sum(len(r.tokens) - 1 for r in results)
+    figures = summary(results)
+    assert figures["mean_itl_ms"] == pytest.approx(weighted * 1000)
+    assert figures["total_token_throughput"] * figures["duration"] == pytest.approx(sum(r.prompt + r.output for r in requests))
+    assert all(a.tokens[-1] <= b.tokens[0] for a, b in zip(results, results[1:]))  # one stream
+
+
+def test_simulated_server(make_model: Callable[..., Any]) -> None:
+    prefill, decode = make_model(tokens=8, capacity=300), make_model(tokens=1, capacity=300)
+    predictor = Predictor(lambda s: (prefill if s == 8 else decode).programs, (1, 8), 300, decode.machine)
+    server = SimulatedServer(predictor)
+    result = serve([Request(0, 20, 3)], server)[0]
+    assert result.ttft == pytest.approx(predictor.ttft_ns(20) * 1e-9)
+    assert server.decode(128) == pytest.approx(predictor.tpot_ns(128) * 1e-9)
+    assert server.decode(100) == pytest.approx(predictor.tpot_ns(100) * 1e-9, rel=0.05)
+    with pytest.raises(TyirError, match="cache of 300"):
+        serve([Request(0, 290, 20)], server)
+
+
+def test_arrivals(tmp_path: Path) -> None:
+    assert {r.arrival for r in poisson(5, math.inf, 8, 2)} == {0.0}
+    times = [r.arrival for r in poisson(4000, 2.0, 8, 2)]
+    assert times[0] == 0 and times == sorted(times) and times[-1] / 4000 == pytest.approx(0.5, rel=0.05)
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"arrival": 1, "prompt_tokens": 3, "output_tokens": 2}\n\n{"arrival": 0, "prompt_tokens": 4, "output_tokens": 1}\n')
+    assert read_trace(path) == [Request(0, 4, 1), Request(1, 3, 2)]
+    path.write_text('{"arrival": 1}\nnonsense\n{"arrival": -1, "prompt_tokens": 3, "output_tokens": 2}\n')
+    with pytest.raises(TyirError) as error:
+        read_trace(path)
+    assert [f"t.jsonl:{n}" in str(error.value) for n in (1, 2, 3)] == [True] * 3
+
+
+def test_block_has_the_words_of_vllm() -> None:
+    text = text_block(summary(serve([Request(0, 10, 3), Request(0, 5, 2)], FixedServer())))
+    for words in (
+        " Serving Benchmark Result ", "Successful requests:", "Benchmark duration (s):", "Total input tokens:", "Total generated tokens:", "Request throughput (req/s):",
+        "Output token throughput (tok/s):", "Total Token throughput (tok/s):", "Mean TTFT (ms):", "Median TPOT (ms):", "P99 ITL (ms):", "Mean E2EL (ms):",
+    ):  # fmt: skip
+        assert words in text

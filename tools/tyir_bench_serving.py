@@ -1,0 +1,145 @@
+"""`tyir-bench-serving OUT/{n}die`: how the compiled model serves a stream of requests, in vLLM's words.
+
+tyir-bench-serving out/4die --request-rate 0.2 --num-prompts 20 --input-len 128 --output-len 64
+tyir-bench-serving out/4die --trace requests.jsonl --engine host --result result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyir.diagnostics import TyirError
+from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+
+if TYPE_CHECKING:
+    from tyir.runtime_sim.serving import Server
+    from tyir.runtime_sim.session import Session
+
+__all__ = ["main"]
+
+
+@dataclass
+class _MeasuredServer:
+    """The real runtime on this computer: each step is run and its time taken; arrivals stand on the benchmark's clock, so nobody waits for them."""
+
+    session: Session
+
+    @property
+    def capacity(self) -> int:
+        return self.session.capacity
+
+    def prefill(self, tokens: int) -> float:
+        self.session.reset()
+        return self._timed([1 + i % 97 for i in range(tokens)])
+
+    def decode(self, position: int) -> float:
+        return self._timed([1 + position % 97])
+
+    def _timed(self, tokens: list[int]) -> float:
+        start = time.perf_counter()
+        self.session.next_tokens(tokens)
+        return time.perf_counter() - start
+
+
+@run_tool
+def main(argv: Sequence[str]) -> int:
+    """Entry point."""
+    args = _parser().parse_args(argv)
+    from tyir.runtime_sim.serving import poisson, read_trace, serve, summary, text_block
+
+    if args.num_prompts < 1 or args.input_len < 1 or args.output_len < 1 or not args.request_rate > 0:
+        raise TyirError(
+            "--num-prompts, --input-len, --output-len and --request-rate must be positive", help="the defaults are 10, 128, 64, inf"
+        )
+    slos = _slos(args.goodput)
+    requests = (
+        read_trace(args.trace) if args.trace else poisson(args.num_prompts, args.request_rate, args.input_len, args.output_len, args.seed)
+    )
+    server, note = _server(args)
+    figures = summary(serve(requests, server, one_at_a_time=args.max_concurrency == 1), slos)
+    print(text_block(figures))
+    print(note)
+    if args.result:
+        write_output(
+            json.dumps({"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}, indent=1), str(args.result)
+        )
+    return 0
+
+
+def _server(args: argparse.Namespace) -> tuple[Server, str]:
+    if args.engine != "sim":
+        from tyir.runtime_sim.session import Session
+
+        return _MeasuredServer(
+            Session(args.artifacts, args.engine)
+        ), f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals"
+    from tyir.manifest import Manifest
+    from tyir.runtime_sim.program import EdgeProgram, load_programs
+    from tyir.runtime_sim.report import Predictor
+    from tyir.runtime_sim.serving import SimulatedServer
+    from tyir.targets.machine import load_machine
+
+    manifest = Manifest.load(args.artifacts)
+    loaded: dict[int, list[EdgeProgram]] = {}
+
+    def programs(seqlen: int) -> list[EdgeProgram]:
+        if seqlen not in loaded:
+            loaded[seqlen] = load_programs(args.artifacts, manifest, seqlen)
+        return loaded[seqlen]
+
+    machine = load_machine(args.machine)
+    predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
+    state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
+    return SimulatedServer(predictor), f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}"
+
+
+def _slos(items: Sequence[str]) -> dict[str, float]:
+    from tyir.runtime_sim.serving import SLOS
+
+    slos: dict[str, float] = {}
+    for item in items:
+        name, _, value = item.partition(":")
+        try:
+            slos[name] = float(value)
+        except ValueError:
+            name = ""
+        if name not in SLOS:
+            raise TyirError(f"--goodput {item} is none of {', '.join(f'{s}:MS' for s in SLOS)}", help="write --goodput ttft:500 tpot:50")
+    return slos
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="tyir-bench-serving", description="Serve a stream of requests, one at a time, and report vLLM's serving metrics."
+    )
+    parser.add_argument("artifacts", type=Path, metavar="OUT/{n}die", help="artifact folder")
+    parser.add_argument(
+        "--engine", choices=("sim", "host", "interpreter", "edge10"), default="sim", help="timing simulator (default), or run for real"
+    )
+    parser.add_argument("--trace", type=Path, metavar="FILE", help='JSON lines {"arrival": s, "prompt_tokens": n, "output_tokens": n}')
+    parser.add_argument(
+        "--request-rate", type=float, default=float("inf"), metavar="R", help="Poisson arrivals a second (default inf: all at once)"
+    )
+    parser.add_argument("--num-prompts", type=int, default=10, metavar="N", help="requests (default 10)")
+    parser.add_argument("--input-len", type=int, default=128, metavar="N", help="prompt tokens (default 128)")
+    parser.add_argument("--output-len", type=int, default=64, metavar="N", help="generated tokens (default 64)")
+    parser.add_argument(
+        "--max-concurrency", type=int, choices=(1,), help="send a request only when the one before is done; TTFT then holds no waiting"
+    )
+    parser.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="service levels, e.g. ttft:500 tpot:50 e2el:5000")
+    parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default 0)")
+    parser.add_argument("--machine", default="edge10", metavar="NAME|FILE", help="machine to simulate (default edge10)")
+    parser.add_argument("--result", type=Path, metavar="FILE", help="also write everything as JSON")
+    add_debug_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
