@@ -22,6 +22,7 @@ from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
 from tyir.targets.machine import Machine, load_machine
 from tyir.tools.plan_model import ModelShape, one_layer
+from tyir.verify_rules import alias_of_result
 
 __all__ = ["DieNeed", "Plan", "make_plan", "read_shape"]
 
@@ -147,6 +148,7 @@ class _Cuts:
         """Per die: bytes of weights without the rotary tables, of them what a token reads, and bytes per cached token of cache and tables."""
         o, module = self.options, one_layer(self.shape)
         entry = " embedding-as-input=true" if o.embedding_as_input else ""
+        entry += f" dtype={o.kv_dtype}"
         quantize = f"quantize-weights{{group-size={o.group_size}}}," if o.weights == "int4" and self.shape.group is None else ""
         run_pipeline(
             module,
@@ -168,7 +170,9 @@ class _Cuts:
             else:
                 once += nbytes
                 table += nbytes if name in rows - heads else 0  # only one row of it is read
-        cache = sum(tensor_type(a).nbytes for a in function.args if len(tensor_type(a).dims) == 4)
+        results = range(len(function.body.terminator.operands))
+        states = [alias for i in results if (alias := alias_of_result(function, i)) is not None]
+        cache = sum(tensor_type(function.args[alias]).nbytes for alias in states)
         count = self.shape.layers
         return count * layers + once, count * layers + once - table, count * cache // _PROBE, rope // _PROBE
 

@@ -37,15 +37,20 @@ def compiled_bytes(folder: Path, die: int, seqlen: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("dies", "weights"), [(3, "int4"), pytest.param(1, "fp16", marks=pytest.mark.slow), pytest.param(4, "fp16", marks=pytest.mark.slow)]
+    ("dies", "weights", "cache"),
+    [
+        (3, "int4", "int8"),
+        pytest.param(1, "fp16", "fp16", marks=pytest.mark.slow),
+        pytest.param(4, "fp16", "fp16", marks=pytest.mark.slow),
+    ],
 )
-def test_numbers_are_those_of_a_compile(tmp_path: Path, dies: int, weights: str) -> None:
-    options = BuildOptions(dies=dies, seqlens=(1, 8), max_kv=64, weights=weights)
+def test_numbers_are_those_of_a_compile(tmp_path: Path, dies: int, weights: str, cache: str) -> None:
+    options = BuildOptions(dies=dies, seqlens=(1, 8), max_kv=64, weights=weights, kv_dtype=cache)
     folder = compile_path(TINY, tmp_path, options)
     plan = make_plan(TINY, options)
     for die, need in enumerate(plan.dies):
-        found, cache, output = compiled_bytes(folder, die, 8)
-        assert (need.weights, need.kv_cache) == (found, cache)
+        found, cached, output = compiled_bytes(folder, die, 8)
+        assert (need.weights, need.kv_cache) == (found, cached)
         assert output <= need.activations
     disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert 0.5 < plan.host_disk / disk < 2
