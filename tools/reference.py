@@ -47,7 +47,7 @@ def _is_own(ops: dict[str, type[DeclaredOp]]) -> bool:
 
 def _op(cls: type[DeclaredOp]) -> str:
     rows = [(f.name, "operand", _arity(f.arity), "") for f in cls.operand_fields]
-    rows += [(f.name, "property", _property(f), _default(f)) for f in cls.attr_fields]
+    rows += [(f.key, "property", _property(f), _default(f)) for f in cls.attr_fields]
     rows += [(f.name, "region", "", "") for f in cls.region_fields]
     rows += [(f.name, "result", _arity(f.arity), "") for f in cls.result_fields]
     traits = ", ".join(sorted(t.__name__ for t in cls.traits))

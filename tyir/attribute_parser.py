@@ -105,11 +105,11 @@ class AttributeParser(LocationParser):
 
     def entries(self, closing: str) -> DictAttr:
         """What follows the opening brace, up to and with `closing`."""
-        if self.accept(closing):
-            return EMPTY_DICT
         found: dict[str, Attribute] = {}
         if self._flat_entries(found, closing):
             return DictAttr(found)
+        if not found and self.accept(closing):
+            return EMPTY_DICT
         while True:
             start = self.skip_space()
             match = self.match(_WORD)
@@ -124,19 +124,21 @@ class AttributeParser(LocationParser):
 
     def _flat_entries(self, found: dict[str, Attribute], closing: str) -> bool:
         """The fast path of `entries`: values without nesting, by one expression each.  Whether all were of that kind; else the cursor is at the next."""
-        text, memo, values = self.text, self._value_texts, self._flat_value
-        while (match := _FLAT_ENTRY.match(text, self.pos)) is not None:
+        text, get, values, next_entry = self.text, self._value_texts.get, self._flat_value, _FLAT_ENTRY.match
+        while (match := next_entry(text, self.pos)) is not None:
             key, value_text, end = match.groups()
             if key in found:
                 return False
             if value_text is None:
                 value: Attribute | None = _UNIT
+            elif (value := get(value_text)) is not None:
+                pass
             elif value_text[0] == '"':
                 value = a.StringAttr(value_text[1:-1])
             elif value_text[0] == "@":
                 value = a.SymbolRefAttr(value_text[1:])
             else:
-                value = memo.get(value_text) or values(match)
+                value = values(match)
             if value is None:
                 return False
             found[key] = value

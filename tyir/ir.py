@@ -317,30 +317,74 @@ def _clone(root: Any, mapping: dict[Value, Value]) -> Any:
     return new_root
 
 
+def _clone_ops(
+    source: Block, target: Block, mapping: dict[Value, Value], block_map: dict[Block, Block], waiting: list[tuple[Any, Any]]
+) -> None:
+    """Copy a block's ops to the end of another.  One loop without calls: specialisation copies whole functions."""
+    new_object, get = object.__new__, mapping.get
+    last: Any = target.last_op
+    op: Any = source.first_op
+    while op is not None:
+        regions = op.regions
+        if regions or op.successors:
+            new = _clone_flat(op, mapping, block_map)
+            if regions:
+                waiting.append((op, new))
+        else:
+            cls: Any = type(op)
+            new = new_object(cls)
+            operands = op._operands
+            if operands:
+                operands = tuple([get(v, v) for v in operands])
+                for value in operands:
+                    value.uses.append(new)
+            new._operands = operands
+            results = op.results
+            if len(results) == 1:
+                value = results[0]
+                mapping[value] = copy = new_object(Value)
+                copy.type = value.type
+                copy.owner = new
+                copy.index = 0
+                copy.uses = []
+                copy.name = value.name
+                new.results = (copy,)
+            elif results:
+                new.results = copies = tuple([Value(v.type, new, v.index, v.name) for v in results])
+                mapping.update(zip(results, copies))
+            else:
+                new.results = results
+            new.properties = op.properties
+            new.attributes = op.attributes
+            new.loc = op.loc
+            new.successors = new.regions = ()
+        new.block = target
+        new._prev = last
+        if last is None:
+            target.first_op = new
+        else:
+            last._next = new
+        last = new
+        op = op._next
+    if last is not None:
+        last._next = None
+    target.last_op = last
+
+
 def _clone_flat(op: Any, mapping: dict[Value, Value], block_map: dict[Block, Block]) -> Any:
-    """Copy an op without its regions.  Not through `create`: this is a hot path (specialisation copies whole functions)."""
+    """Copy an op without its regions, detached."""
     cls: Any = type(op)
     new = cls.__new__(cls)
-    operands = op._operands
-    if operands:
-        operands = tuple([mapping.get(v, v) for v in operands])
-        for value in operands:
-            value.uses.append(new)
-    new._operands = operands
-    results = op.results
-    if len(results) == 1:
-        value = results[0]
-        mapping[value] = copy = Value(value.type, new, 0, value.name)
-        results = (copy,)
-    elif results:
-        results = tuple([Value(v.type, new, v.index, v.name) for v in results])
-        mapping.update(zip(op.results, results))
-    new.results = results
+    new._operands = operands = tuple([mapping.get(v, v) for v in op._operands])
+    for value in operands:
+        value.uses.append(new)
+    new.results = tuple([Value(v.type, new, v.index, v.name) for v in op.results])
+    mapping.update(zip(op.results, new.results))
     new.properties = op.properties
     new.attributes = op.attributes
     new.loc = op.loc
     new.block = new._prev = new._next = None
-    new.successors = tuple([block_map.get(b, b) for b in op.successors]) if op.successors else ()
+    new.successors = tuple([block_map.get(b, b) for b in op.successors])
     new.regions = ()
     return new
 
@@ -356,11 +400,7 @@ def _clone_region(region: Region, mapping: dict[Value, Value], waiting: list[tup
         mapping.update(zip(block.args, copy.args))
         block_map[block] = new.append(copy)
     for block in region.blocks:
-        append = block_map[block].append
-        for op in block:
-            copied = append(_clone_flat(op, mapping, block_map))
-            if op.regions:
-                waiting.append((op, copied))
+        _clone_ops(block, block_map[block], mapping, block_map, waiting)
     if len(region.blocks) > 1:  # operands defined in a block that stands later in the text
         for block in new.blocks:
             for op in block:

@@ -151,17 +151,19 @@ class ResultField(OperandField):
 
 
 class AttrField:
-    """A property by name, seen as a Python value."""
+    """A property by name, seen as a Python value.  `key` is what the IR calls it, if that cannot be the Python name."""
 
-    def __init__(self, default: Any = _MISSING, choices: tuple[str, ...] = ()) -> None:
+    def __init__(self, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "") -> None:
         self.default: Final = default
         self.choices: Final = choices
+        self.key = key
         self.name = ""
         self.codec: _Codec
         self.optional = False
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+        self.key = self.key or name
 
     @property
     def has_default(self) -> bool:
@@ -177,24 +179,24 @@ class AttrField:
     def __get__(self, op: Any, owner: type | None = None) -> Any:
         if op is None:
             return self
-        value = op.properties._map.get(self.name)
+        value = op.properties._map.get(self.key)
         if value is None:
             return None if self.default is _MISSING else self.default
         return self.codec.decode(value)
 
     def __set__(self, op: Any, value: Any) -> None:
-        op.properties = op.properties.without(self.name) if value is None else op.properties.with_entry(self.name, self.codec.encode(value))
+        op.properties = op.properties.without(self.key) if value is None else op.properties.with_entry(self.key, self.codec.encode(value))
 
     def check(self, op: Op) -> str | None:
-        value = op.properties._map.get(self.name)
+        value = op.properties._map.get(self.key)
         if value is None:
-            return None if self.optional or self.default is not _MISSING else f"property '{self.name}' ({self.codec.kind}) is missing"
+            return None if self.optional or self.default is not _MISSING else f"property '{self.key}' ({self.codec.kind}) is missing"
         if not self.codec.accepts(value):
             if isinstance(value, DenseResourceAttr) and value.key == "__elided__":
-                return f"property '{self.name}' was left out when this file was printed (--elide-large-constants); print it again without"
-            return f"property '{self.name}' must be {self.codec.kind}, got {value}"
+                return f"property '{self.key}' was left out when this file was printed (--elide-large-constants); print it again without"
+            return f"property '{self.key}' must be {self.codec.kind}, got {value}"
         if self.choices and isinstance(value, StringAttr) and value.value not in self.choices:
-            return f"property '{self.name}' must be one of {', '.join(self.choices)}, got '{value.value}'"
+            return f"property '{self.key}' must be one of {', '.join(self.choices)}, got '{value.value}'"
         return None
 
 
@@ -236,9 +238,12 @@ def variadic_result(*, init: Literal[False] = False) -> Any:
     return ResultField("variadic")
 
 
-def attr(*, default: Any = _MISSING, choices: tuple[str, ...] = (), kw_only: bool = True) -> Any:
-    """A property, given by keyword; its kind comes from the annotation (int, float, str, bool, tuple[int, ...], TensorType, ...)."""
-    return AttrField(default, choices)
+def attr(*, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "", kw_only: bool = True) -> Any:
+    """A property, given by keyword; its kind comes from the annotation (int, float, str, bool, tuple[int, ...], TensorType, ...).
+
+    `key` is its name in the IR where that cannot be a field's (`name`, which every op has already).
+    """
+    return AttrField(default, choices, key)
 
 
 def region(*, default: Region | None = None, kw_only: bool = True) -> Any:
@@ -312,7 +317,7 @@ class DeclaredOp(_Declaration):
                 field.position = position
         cls.plain_operands = all(f.arity == "one" for f in cls.operand_fields)
         cls.operand_counts, cls.result_counts = _counts(cls.operand_fields), _counts(cls.result_fields)
-        cls.property_names = frozenset(f.name for f in cls.attr_fields)
+        cls.property_names = frozenset(f.key for f in cls.attr_fields)
         for attr_field in cls.attr_fields:
             attr_field.bind(cls.__annotations__[attr_field.name], name)
 
@@ -340,7 +345,7 @@ class DeclaredOp(_Declaration):
             if value is None and a.default is not _MISSING:
                 value = a.default
             if value is not None:
-                properties[a.name] = a.codec.encode(value)
+                properties[a.key] = a.codec.encode(value)
             elif not a.optional:
                 raise TypeError(f"{cls.name}: property '{a.name}' is missing")
         regions = [given.pop(r.name, None) or Region() for r in cls.region_fields]

@@ -25,7 +25,7 @@ from tyir.attributes import DictAttr
 from tyir.diagnostics import Diagnostic, SourceText, TyirError, did_you_mean
 from tyir.dialects.builtin import Module
 from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
-from tyir.location import UNKNOWN, Location
+from tyir.location import UNKNOWN, Location, NameLoc
 from tyir.opdef import DeclaredOp
 from tyir.parser_state import Frame, Header, Scope
 from tyir.pretty import SHORT_NAME, split_entries
@@ -49,6 +49,7 @@ _COUNT: Final = re.compile(r":\s*([0-9]+)")
 _BLOCK: Final = re.compile(r"\^([A-Za-z0-9$._-]+)")
 _NUMBERED_BLOCK: Final = re.compile(r"bb\d+")
 _ALIAS: Final = re.compile(r"([#!][A-Za-z_][A-Za-z0-9_$]*)\s*=")
+_NAME_LOC: Final = re.compile(r'loc\("([^"\\\n]*+)"\)')
 _SHORT_NAME: Final = re.compile(SHORT_NAME)
 _UNSET: Final = NoneType()  # type of a value used before its definition, until a signature tells
 MAX_PROBLEMS: Final = 20
@@ -172,15 +173,16 @@ class Parser(AttributeParser):
         pending, positions = self._scope.pending, self._positions
         classes, tails, props_memo, attrs_memo = self._classes, self._tails, self._property_texts, self._attribute_texts
         adopted = self._adopted
-        match_op, new_op = _FLAT_OP.match, object.__new__
+        tails_get, props_get, attrs_get = tails.get, props_memo.get, attrs_memo.get
+        match_op, new_op, new_value = _FLAT_OP.match, object.__new__, object.__new__
         no_names: tuple[Value, ...] = ()
         last = block.last_op
         pos = started = self.pos
         while (m := match_op(text, pos)) is not None:
             result, name, operand_text, props_text, attrs_text, tail = m.groups()
-            types = tails.get(tail) or self._tail(m)
-            properties = props_memo.get(props_text) or self._memo_dict(m, 4, props_memo, "}>")
-            attributes = attrs_memo.get(attrs_text) or self._memo_dict(m, 5, attrs_memo, "}")
+            types = tails_get(tail) or self._tail(m)
+            properties = props_get(props_text) or self._memo_dict(m, 4, props_memo, "}>")
+            attributes = attrs_get(attrs_text) or self._memo_dict(m, 5, attrs_memo, "}")
             cls = classes.get(name) or self._flat_class(name)
             if types is None or properties is None or attributes is None or cls is None:
                 break
@@ -212,7 +214,9 @@ class Parser(AttributeParser):
                 if len(out_types) != 1 or result in values or (pending and result in pending):
                     break
                 char = result[1]
-                value = Value(out_types[0], op, 0, None if "0" <= char <= "9" else result[1:])
+                value = new_value(Value)  # not through its constructor: this is the hot loop
+                value.type, value.owner, value.index, value.uses = out_types[0], op, 0, []
+                value.name = None if "0" <= char <= "9" else result[1:]
                 op.results = (value,)
                 values[result] = value
             for v in operands:
@@ -272,10 +276,13 @@ class Parser(AttributeParser):
             self._signatures[signature_text] = signature
         loc = self._locations.get(loc_text) if loc_text else UNKNOWN
         if loc is None:
-            self.pos = m.start(6) + split + 1
-            loc = self.location()
-            if self.pos != m.end(6):
-                return None
+            if (plain := _NAME_LOC.fullmatch(loc_text)) is not None:
+                loc = NameLoc(plain[1])
+            else:
+                self.pos = m.start(6) + split + 1
+                loc = self.location()
+                if self.pos != m.end(6):
+                    return None
             self._locations[loc_text] = loc
         result = (*signature, loc)
         if not loc_text:
@@ -523,7 +530,7 @@ class Parser(AttributeParser):
             return properties, attributes
         found = self._adopted.get((cls, properties, attributes))
         if found is None:
-            moved = [f.name for f in cls.attr_fields if f.name in attributes]
+            moved = [f.key for f in cls.attr_fields if f.key in attributes]
             for key in moved:
                 if key in properties:
                     self.fail(f"'{key}' of '{cls.name}' is given twice: as a property and as an attribute", at, at + 1)
@@ -573,7 +580,7 @@ class Parser(AttributeParser):
 
 
 def _starts_location(text: str, pos: int) -> bool:
-    return text.startswith("loc", pos) and text[pos + 3 :][:20].lstrip()[:1] == "("
+    return text.startswith("loc", pos) and text[pos + 3 : pos + 23].lstrip()[:1] == "("
 
 
 def _op_hint(text: str, pos: int) -> str:

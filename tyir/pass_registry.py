@@ -28,6 +28,9 @@ _PACKAGE: Final = "tyir.passes"
 _GROUP: Final = "tyir.passes"
 
 
+_loaded: dict[str, ModuleType] = {}  # what `load_module_file` has put into `sys.modules`
+
+
 @dataclass
 class PassRegistry:
     """Passes and named pipelines; `extra` holds what the user loaded from files."""
@@ -106,8 +109,10 @@ def load_module_file(path: str | Path) -> ModuleType:
     except Exception as error:
         raise TyirError(f"cannot load {path}: {type(error).__name__}: {error}") from error
     finally:
-        if shadowed is not None:
-            sys.modules[file.stem] = shadowed
+        if shadowed is not None and shadowed is not _loaded.get(file.stem):
+            sys.modules[file.stem] = shadowed  # a library's module keeps its name
+        else:
+            _loaded[file.stem] = module
     return module
 
 

@@ -97,7 +97,7 @@ class _Printer:
         self.names = _Names()
         self.properties: dict[Attribute, str] = {EMPTY_DICT: ""}
         self.attributes: dict[Attribute, str] = {EMPTY_DICT: ""}
-        self.signatures: dict[tuple[object, ...], str] = {}
+        self.signatures: dict[object, str] = {}
         self.loc_texts: dict[Attribute, str] = {UNKNOWN: ""}
         self.block_labels: dict[Block, str] = {}
 
@@ -143,8 +143,8 @@ class _Printer:
     def _block(self, block: Block, indent: str) -> Iterator[_Step]:
         """Hot loop: flat ops are written here, ops with regions are handed to the driver."""
         lines, properties, attributes, loc_texts = self.lines, self.properties, self.attributes, self.loc_texts
-        signatures, names, texts = self.signatures, self.names, self.names.texts
-        locations = self.locations
+        signatures, names, texts, get, early = self.signatures, self.names, self.names.texts, self.names.texts.get, self._use_early
+        locations, append, none = self.locations, lines.append, UNKNOWN
         op = block.first_op
         while op is not None:
             if op.regions or op.successors:
@@ -152,13 +152,22 @@ class _Printer:
                 op = op._next
                 continue
             operands, results = op._operands, op.results
-            if not operands:
-                operand_text = ""
-            elif len(operands) == 1 and operands[0] in texts:
-                operand_text = texts[operands[0]]
+            if len(results) == 1:
+                value = results[0]
+                kind = value.type
             else:
-                operand_text = ", ".join([texts.get(v) or self._use_early(v) for v in operands])
-            key = (len(results), *[v.type for v in operands], *[v.type for v in results])
+                value = kind = None
+            count = len(operands)
+            if count == 1:
+                first = operands[0]
+                operand_text = get(first) or early(first)
+                key: object = (first.type, kind) if value is not None else (first.type, len(results), *[v.type for v in results])
+            elif count:
+                operand_text = ", ".join([get(v) or early(v) for v in operands])
+                key = (count, kind, *[v.type for v in operands], *[v.type for v in results if value is None])
+            else:
+                operand_text = ""
+                key = kind if value is not None else tuple([v.type for v in results])
             signature = signatures.get(key)
             if signature is None:
                 signature = signatures[key] = self._signature(op)
@@ -168,22 +177,22 @@ class _Printer:
             attrs = attributes.get(op.attributes)
             if attrs is None:
                 attrs = self._attributes(op)
-            if len(results) == 1:
-                value = results[0]
-                if names.has_early_uses and value in texts:
-                    text = texts[value]
-                elif value.name is None:
-                    text = texts[value] = f"%{names.next_number}"
-                    names.next_number += 1
-                else:
-                    text = texts[value] = self._unique(value.name)
-                head = f'{indent}{text} = "{op.name}"('
+            if value is None:
+                result = self._results(op)
+            elif names.has_early_uses and value in texts:
+                result = texts[value] + " = "
+            elif value.name is None:
+                text = texts[value] = f"%{names.next_number}"
+                names.next_number += 1
+                result = text + " = "
             else:
-                head = f'{indent}{self._results(op)}"{op.name}"('
-            loc = ""
-            if locations and op.loc is not UNKNOWN:
-                loc = loc_texts.get(op.loc) or self._location(op.loc)
-            lines.append(f"{head}{operand_text}){props}{attrs}{signature}{loc}")
+                text = texts[value] = self._unique(value.name)
+                result = text + " = "
+            loc = op.loc
+            if locations and loc is not none:
+                append(f'{indent}{result}"{op.name}"({operand_text}){props}{attrs}{signature}{loc_texts.get(loc) or self._location(loc)}')
+            else:
+                append(f'{indent}{result}"{op.name}"({operand_text}){props}{attrs}{signature}')
             op = op._next
 
     # -- parts of an op ---------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
-from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 
@@ -35,11 +34,13 @@ def dialect_names() -> tuple[str, ...]:
 def dialect_ops(dialect: str) -> dict[str, type[DeclaredOp]]:
     """Op name to class for one dialect; empty when there is no such dialect."""
     module = _dialect_module(dialect)
-    return {} if module is None else _declared(vars(module).values())
+    return {} if module is None else _declared(module)
 
 
-def _declared(objects: Iterable[object]) -> dict[str, type[DeclaredOp]]:
-    return {o.name: o for o in objects if isinstance(o, type) and issubclass(o, DeclaredOp) and o is not DeclaredOp}
+def _declared(module: ModuleType) -> dict[str, type[DeclaredOp]]:
+    """The ops a module declares itself; those it imports from other dialects stay theirs."""
+    found = [o for o in vars(module).values() if isinstance(o, type) and issubclass(o, DeclaredOp)]
+    return {o.name: o for o in found if o.__module__ == module.__name__}
 
 
 def _dialect_module(dialect: str) -> ModuleType | None:
@@ -56,7 +57,7 @@ def _dialect_module(dialect: str) -> ModuleType | None:
 
 def load_dialect_module(module: ModuleType) -> None:
     """Make a user's dialect known: every declared op of the module, under the dialect its names begin with."""
-    for name in _declared(vars(module).values()):
+    for name in _declared(module):
         _extra[name.partition(".")[0]] = module
     _forget_lookups()
 
