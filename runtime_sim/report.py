@@ -14,12 +14,12 @@ import numpy as np
 
 from tyir.dialects import edge10
 from tyir.runtime_sim.chunks import plan_chunks
-from tyir.runtime_sim.engine import Timing, simulate
+from tyir.runtime_sim.engine import Record, Timing, simulate
 from tyir.runtime_sim.program import EdgeProgram
 from tyir.targets.command_times import macs
 from tyir.targets.machine import Constant, Machine
 
-__all__ = ["Interval", "OpCost", "Predictor", "Sensitivity", "op_costs", "unit_shares"]
+__all__ = ["Interval", "LayerCost", "OpCost", "Predictor", "Sensitivity", "layer_costs", "op_costs", "unit_shares"]
 
 _EXACT_STEPS: Final = 8  # a prompt of more steps is interpolated between simulated positions
 UNITS: Final = ("dram", "ewdma", "eidma", "ebdma", "eodma", "dequant", "cube", "drain", "vector", "d2d")
@@ -124,6 +124,39 @@ class OpCost:
     time_ns: float
     dram_bytes: int
     macs: int
+    bound_by: str = "dram"
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's share of a step (layer -1: what stands outside the layers), by the rule of `op_costs`, and the unit busiest with it."""
+
+    layer: int
+    time_ns: float
+    bound_by: str
+
+
+def layer_costs(timing: Timing, die: int = 0) -> list[LayerCost]:
+    """The step's time divided among the layers, in their order."""
+    times: dict[int, float] = {}
+    busy: dict[int, dict[str, float]] = {}
+    latest = min((r.start for r in timing.records[die]), default=0.0)
+    for record in timing.records[die]:
+        layer = record.command.layer
+        times[layer] = times.get(layer, 0.0) + max(0.0, record.end - latest)
+        latest = max(latest, record.end)
+        _add_busy(busy.setdefault(layer, {}), record)
+    return [LayerCost(layer, time, _busiest(busy[layer])) for layer, time in sorted(times.items())]
+
+
+def _add_busy(busy: dict[str, float], record: Record) -> None:
+    """A command's time on its unit; the DMA queues count as DRAM, by the time that their data moves."""
+    unit = "dram" if record.command.unit in ("ewdma", "eidma", "ebdma", "eodma") else record.command.unit
+    busy[unit] = busy.get(unit, 0.0) + record.end - record.data
+
+
+def _busiest(busy: dict[str, float]) -> str:
+    return max(busy, key=lambda unit: busy[unit], default="dram")
 
 
 def op_costs(timing: Timing, die: int = 0) -> list[OpCost]:
@@ -133,6 +166,7 @@ def op_costs(timing: Timing, die: int = 0) -> list[OpCost]:
     """
     groups: dict[tuple[str, str], list[float]] = {}
     instances: dict[tuple[str, str], set[int]] = {}
+    busy: dict[tuple[str, str], dict[str, float]] = {}
     latest = min((r.start for r in timing.records[die]), default=0.0)
     for record in timing.records[die]:
         command = record.command
@@ -145,7 +179,8 @@ def op_costs(timing: Timing, die: int = 0) -> list[OpCost]:
         entry[2] += record.dram_bytes
         entry[3] += macs(command.op, command.scalars) if isinstance(command.op, edge10.Matmul) else 0
         instances.setdefault(key, set()).add(command.layer)
-    rows = [OpCost(s, p, len(instances[s, p]), int(e[0]), e[1], int(e[2]), int(e[3])) for (s, p), e in groups.items()]
+        _add_busy(busy.setdefault(key, {}), record)
+    rows = [OpCost(s, p, len(instances[s, p]), int(e[0]), e[1], int(e[2]), int(e[3]), _busiest(busy[s, p])) for (s, p), e in groups.items()]
     return sorted(rows, key=lambda r: (-r.time_ns, r.path))
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -57,7 +58,7 @@ class Result:
 
     @property
     def itl(self) -> list[float]:
-        return [b - a for a, b in zip(self.tokens, self.tokens[1:])]
+        return [b - a for a, b in pairwise(self.tokens)]
 
 
 class Server(Protocol):

@@ -14,7 +14,7 @@ __all__ = ["chrome_trace"]
 
 def chrome_trace(timing: Timing) -> str:
     """The JSON text.  A transfer is shown while its data moves, with the time it waited for DRAM's latency and its turn in `args`."""
-    events = [*_names(timing), *(_event(die, r) for die, records in enumerate(timing.records) for r in records)]
+    events = [*_names(timing), *(_event(die, r) for die, records in enumerate(timing.records) for r in records), *_flows(timing)]
     lines = ",\n".join(json.dumps(e) for e in events)
     return f'{{"displayTimeUnit": "ns", "otherData": {{"pos": {timing.pos}, "seqlen": {timing.seqlen}}}, "traceEvents": [\n{lines}\n]}}\n'
 
@@ -25,6 +25,17 @@ def _names(timing: Timing) -> Iterator[dict[str, Any]]:
         for number, unit in enumerate(edge10.UNITS):
             yield {"ph": "M", "pid": die, "tid": number, "name": "thread_name", "args": {"name": unit}}
             yield {"ph": "M", "pid": die, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}}
+
+
+def _flows(timing: Timing) -> Iterator[dict[str, Any]]:
+    """An arrow for every collective from each die to the next one: who takes part, and where the next die stands."""
+    meetings = list(zip(*([r for r in records if r.command.unit == "d2d"] for records in timing.records)))
+    tid = edge10.UNITS.index("d2d")
+    for number, records in enumerate(meetings):
+        for die in range(len(records) - 1):
+            common = {"cat": "d2d", "name": records[die].command.op.name, "id": f"{number}.{die}", "tid": tid}
+            yield {**common, "ph": "s", "pid": die, "ts": round(records[die].data / 1000, 6)}
+            yield {**common, "ph": "f", "bp": "e", "pid": die + 1, "ts": round(records[die + 1].end / 1000, 6)}
 
 
 def _event(die: int, record: Record) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,15 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
+    if args.compare and len(args.artifacts) != 2:
+        raise TyirError(f"--compare takes two artifact folders, {len(args.artifacts)} given", help="tyir-sim --compare out/1die out/4die")
+    if args.compare:
+        return _compare(args)
     predictor, name = _predictor(args)
     prompt, pos = _positions(args, predictor)
+    if args.sweep:
+        print(_sweep(args, predictor, prompt, pos))
+        return 0
     summary = _summary(predictor, name, prompt, pos, args)
     if args.trace:
         from tyir.runtime_sim.trace import chrome_trace
@@ -32,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
         write_output(chrome_trace(predictor.step(min(predictor.seqlens), pos)), str(args.trace))
     if args.report == "json":
         print(json.dumps(summary, indent=1))
+    elif args.report == "html":
+        write_output(_html(predictor, summary, prompt, pos), args.output)
     else:
         print(_text(summary, args.top))
     return 0
@@ -177,6 +186,77 @@ def _tornado_row(s: Sensitivity) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- other reports
+
+
+def _html(predictor: Predictor, summary: dict[str, Any], prompt: int, pos: int) -> str:
+    from tyir.runtime_sim.report import layer_costs, op_costs
+    from tyir.runtime_sim.report_html import HtmlData, html_report
+
+    shortest = min(predictor.seqlens)
+    last = predictor.capacity - shortest
+    prompts = sorted({min(n, last) for n in (1, prompt // 2 or 1, prompt, prompt * 2)})
+    positions = sorted({0, min(pos, last), last // 2, last})
+
+    def curve(figure: Callable[[Predictor, int], float], points: Sequence[int]) -> list[tuple[int, float, float, float]]:
+        rows = []
+        for n in points:
+            value = predictor.interval(lambda p, n=n: figure(p, n))  # type: ignore[misc]
+            rows.append((n, value.fast * 1e-6, value.point * 1e-6, value.slow * 1e-6))
+        return rows
+
+    step = predictor.step(shortest, pos)
+    ttft, tpot = curve(lambda p, n: p.ttft_ns(n), prompts), curve(lambda p, n: p.tpot_ns(n), positions)
+    return html_report(HtmlData(summary, predictor.machine, step, op_costs(step), layer_costs(step), ttft, tpot))
+
+
+def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int) -> str:
+    """A line for each value of one constant."""
+    name, _, values = args.sweep.partition("=")
+    try:
+        numbers = [float(v) for v in values.split(",")]
+    except ValueError:
+        raise TyirError(
+            f"--sweep {args.sweep}: '{values}' is no list of numbers", help="write --sweep dram.bandwidth_gbps=17,30,34"
+        ) from None
+    lines = [f"{name:<30}{'TTFT ms':>12}{'TPOT ms':>12}{'prefill tok/s':>15}{'decode tok/s':>14}"]
+    rows = []
+    for value in numbers:
+        at = predictor.on(predictor.machine.with_overrides({name: value}))
+        ttft, tpot = at.ttft_ns(prompt), at.tpot_ns(pos)
+        rows.append({"value": value, "ttft_ms": ttft * 1e-6, "tpot_ms": tpot * 1e-6})
+        lines.append(f"{value:<30g}{ttft * 1e-6:>12.4g}{tpot * 1e-6:>12.4g}{prompt * 1e9 / ttft:>15.4g}{1e9 / tpot:>14.4g}")
+    return json.dumps({"constant": name, "rows": rows}, indent=1) if args.report == "json" else "\n".join(lines)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Two artifact folders side by side, op by op."""
+    found = []
+    for folder in args.artifacts:
+        one = argparse.Namespace(**{**vars(args), "artifacts": [folder]})
+        predictor, name = _predictor(one)
+        prompt, pos = _positions(one, predictor)
+        found.append(_summary(predictor, name, prompt, pos, one))
+    a, b = found
+    if args.report == "json":
+        print(json.dumps({"a": a, "b": b}, indent=1))
+        return 0
+    print(f"a = {a['artifacts']}, {a['dies']} dies\nb = {b['artifacts']}, {b['dies']} dies\n\n{'':<34}{'a':>12}{'b':>12}{'b / a':>9}")
+    for label, key in (
+        ("TTFT (ms)", "ttft_ms"),
+        ("TPOT (ms)", "tpot_ms"),
+        ("prefill (tokens/s)", "prefill_tokens_per_s"),
+        ("decode (tokens/s)", "decode_tokens_per_s"),
+    ):
+        print(f"{label:<34}{a[key]['point']:>12.4g}{b[key]['point']:>12.4g}{b[key]['point'] / a[key]['point']:>9.3f}")
+    times = [{(o["source"], o["path"]): o["time_ns"] / 1000 for o in s["ops"]} for s in found]
+    print(f"\n{'op (us of the decode step)':<66}{'a':>12}{'b':>12}")
+    keys = sorted(set(times[0]) | set(times[1]), key=lambda k: -max(t.get(k, 0.0) for t in times))
+    for key in keys[: args.top]:
+        print(f"{key[0]:<22}{key[1][-43:]:<44}" + "".join(f"{t[key]:>12.2f}" if key in t else f"{'-':>12}" for t in times))
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------------------- text
 
 
@@ -204,11 +284,11 @@ def _text(s: dict[str, Any], top: int) -> str:
     ]
     lines.append("busy: " + ", ".join(f"{unit} {100 * share:.0f} %" for unit, share in step["unit_shares"].items()))
     lines.append(f"DRAM: {max(step['dram_bytes']) / 1e6:.2f} MB a die, {max(step['dram_gbps']):.1f} GB/s over the step")
-    lines += ["", f"{'op':<22}{'where':<44}{'calls':>6}{'us':>10}{'share':>8}{'MB':>9}{'MMAC':>9}"]
+    lines += ["", f"{'op':<22}{'where':<44}{'calls':>6}{'us':>10}{'share':>8}{'MB':>9}{'MMAC':>9}  bounded by"]
     total = sum(o["time_ns"] for o in s["ops"]) or 1.0
     for o in s["ops"][:top]:
         lines.append(
-            f"{o['source']:<22}{o['path'][-43:]:<44}{o['calls']:>6}{o['time_ns'] / 1e3:>10.2f}{100 * o['time_ns'] / total:>7.1f}%{o['dram_bytes'] / 1e6:>9.3f}{o['macs'] / 1e6:>9.2f}"
+            f"{o['source']:<22}{o['path'][-43:]:<44}{o['calls']:>6}{o['time_ns'] / 1e3:>10.2f}{100 * o['time_ns'] / total:>7.1f}%{o['dram_bytes'] / 1e6:>9.3f}{o['macs'] / 1e6:>9.2f}  {o['bound_by']}"
         )
     if "tornado" in s:
         lines += ["", f"{'assumed constant, alone':<30}{'low':>10}{'high':>10}{'TPOT (ms)':>22}"]
@@ -235,7 +315,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--machine", metavar="NAME|FILE", help="machine to simulate (default: the one the programs were compiled for)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the decode step as a Chrome trace (JSON, opens in Perfetto)")
-    parser.add_argument("--report", choices=("text", "json"), default="text", help="how to print the result (default text)")
+    parser.add_argument("--report", choices=("text", "json", "html"), default="text", help="how to print the result (default text)")
+    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where the HTML page goes (default: standard output)")
+    parser.add_argument("--compare", action="store_true", help="compare two artifact folders")
+    parser.add_argument("--sweep", metavar="NAME=V,V,..", help="the figures for several values of one constant")
     parser.add_argument("--tornado", action="store_true", help="also show how far each assumed constant alone moves the time per token")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="how many ops to list (default 12)")
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes")

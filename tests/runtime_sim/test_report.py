@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tyir.runtime_sim.report import Predictor, op_costs, unit_shares
+from tyir.printer import print_op
+from tyir.runtime_sim.engine import simulate
+from tyir.runtime_sim.report import Predictor, layer_costs, op_costs, unit_shares
 from tyir.runtime_sim.trace import chrome_trace
 
 
@@ -71,3 +74,43 @@ def test_trace_is_valid_and_tracks_do_not_overlap(make_model: Callable[..., Any]
         key = (e["pid"], e["tid"])
         assert e["ts"] >= last.get(key, 0.0) - 1e-5
         last[key] = e["ts"] + e["dur"]
+
+
+def test_html_page_is_self_contained_and_costs_add_up(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    from tyir.tools.tyir_sim import main
+
+    model = make_model(dies=2, group=16)
+    paths = []
+    for number, module in enumerate(model.lowered):
+        paths.append(tmp_path / f"d{number}.edge10")
+        paths[-1].write_text(print_op(module))
+    out = tmp_path / "r.html"
+    assert main([*map(str, paths), "--report", "html", "-o", str(out), "--prompt-tokens", "4"]) == 0
+    page = out.read_text()
+    assert page.count("<svg") >= 6 and "Uncalibrated" in page and "bounded by" in page
+    assert "http" not in page and "<script" not in page and "nan" not in page
+    timing = simulate(model.programs, model.machine, 4)
+    assert sum(c.time_ns for c in layer_costs(timing)) == pytest.approx(sum(c.time_ns for c in op_costs(timing)))
+    assert [c.layer for c in layer_costs(timing)] == [-1, 0, 1]
+
+
+def test_trace_has_an_arrow_for_each_collective(make_model: Callable[..., Any]) -> None:
+    model = make_model(dies=2)
+    timing = simulate(model.programs, model.machine, 4)
+    events = json.loads(chrome_trace(timing))["traceEvents"]
+    starts, ends = ([e for e in events if e["ph"] == kind] for kind in "sf")
+    assert len(starts) == len(ends) == sum(r.command.unit == "d2d" for r in timing.records[0])
+    assert {e["id"] for e in starts} == {e["id"] for e in ends} and all(e["pid"] == 0 for e in starts)
+
+
+def test_sweep_prints_a_line_for_each_value(make_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tyir.tools.tyir_sim import main
+
+    path = tmp_path / "d.edge10"
+    path.write_text(print_op(make_model().lowered[0]))
+    assert main([str(path), "--prompt-tokens", "4", "--sweep", "dram.bandwidth_gbps=17,30,34"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    times = [float(line.split()[2]) for line in lines[1:]]
+    assert len(times) == 3 and times == sorted(times, reverse=True)
+    assert main([str(path), "--sweep", "dram.bandwidth_gbps"]) == 1
+    assert main([str(path), "--compare"]) == 1

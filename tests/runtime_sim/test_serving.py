@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_identities() -> None:
     figures = summary(results)
     assert figures["mean_itl_ms"] == pytest.approx(weighted * 1000)
     assert figures["total_token_throughput"] * figures["duration"] == pytest.approx(sum(r.prompt + r.output for r in requests))
-    assert all(a.tokens[-1] <= b.tokens[0] for a, b in zip(results, results[1:]))  # one stream
+    assert all(a.tokens[-1] <= b.tokens[0] for a, b in itertools.pairwise(results))  # one stream
 
 
 def test_simulated_server(make_model: Callable[..., Any]) -> None:

@@ -242,7 +242,11 @@ def load_machine(name_or_path: str | Path = "edge10") -> Machine:
         text = path.read_text() if path.suffix == ".toml" else (resources.files("tyir.targets") / f"{name_or_path}.toml").read_text()
         table = tomllib.loads(text)
     except OSError:
-        known = sorted(p.name.removesuffix(".toml") for p in resources.files("tyir.targets").iterdir() if p.name.endswith(".toml"))
+        known = sorted(
+            p.name.removesuffix(".toml")
+            for p in resources.files("tyir.targets").iterdir()
+            if p.name.endswith(".toml") and set(_sections()) <= set(tomllib.loads(p.read_text()))
+        )
         raise TyirError(
             f"there is no machine '{name_or_path}'", help=f"known machines: {', '.join(known)}; or give the path of a .toml file"
         ) from None
