@@ -83,8 +83,10 @@ class Tracker:
         for access in accesses:
             if self.rest is not None and not self._in_slot(access):
                 outside[self.rest] = None
+            low, high, write = access.low, access.high, access.write
             for done in self._live.get(access.space, ()):
-                if not access.conflicts(done.access):
+                other = done.access  # `Access.conflicts`, spelled out: this is where lowering spends its time
+                if other.low >= high or low >= other.high or not (write or other.write):
                     continue
                 if done.unit is None:
                     outside[done.token] = None
