@@ -152,11 +152,8 @@ class _Printer:
                 op = op._next
                 continue
             operands, results = op._operands, op.results
-            if len(results) == 1:
-                value = results[0]
-                kind = value.type
-            else:
-                value = kind = None
+            value: Value | None = results[0] if len(results) == 1 else None
+            kind = value.type if value is not None else None
             count = len(operands)
             if count == 1:
                 first = operands[0]
