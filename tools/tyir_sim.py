@@ -252,8 +252,8 @@ def _compare(args: argparse.Namespace) -> int:
     times = [{(o["source"], o["path"]): o["time_ns"] / 1000 for o in s["ops"]} for s in found]
     print(f"\n{'op (us of the decode step)':<66}{'a':>12}{'b':>12}")
     keys = sorted(set(times[0]) | set(times[1]), key=lambda k: -max(t.get(k, 0.0) for t in times))
-    for key in keys[: args.top]:
-        print(f"{key[0]:<22}{key[1][-43:]:<44}" + "".join(f"{t[key]:>12.2f}" if key in t else f"{'-':>12}" for t in times))
+    for op in keys[: args.top]:
+        print(f"{op[0]:<22}{op[1][-43:]:<44}" + "".join(f"{t[op]:>12.2f}" if op in t else f"{'-':>12}" for t in times))
     return 0
 
 

@@ -42,8 +42,8 @@ from tyir.types import TensorType, i64, ui8
 __all__ = ["lower_die"]
 
 _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
-    ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Silu: lower_rowwise,
-    ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
+    ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Scale: lower_rowwise,
+    ty.Silu: lower_rowwise, ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
     kv.Append: lower_append, kv.CachedAttention: lower_attention, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather,
     kv.QuantizeRows: lower_quantize_rows, ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
 }  # fmt: skip
@@ -372,7 +372,7 @@ class _DieLowering:
                 self._call(op, low)
             elif op in mlps:
                 lower_mlp(mlps[op], low, given.scratch[op])
-            elif op not in fused and op in fused.values():
+            elif isinstance(op, ty.SiluMul) and op not in fused and op in fused.values():
                 lower_gated(op, low)
             elif op not in fused and not isinstance(op, (ty.GetGlobal, ty.Reshape, Return)):
                 _LOWERINGS[type(op)](op, low)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,3 +42,14 @@ def test_what_is_refused(make_model: Callable[..., Any]) -> None:
             decode(data[:cut])
     with pytest.raises(TyirError, match="1 bytes follow"):
         decode(data + b"\0")
+
+
+def test_tool_goes_both_ways(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    from tyir.tools.tyir_dis import main
+
+    text, binary, again = (tmp_path / n for n in ("a.edge10", "a.bin", "b.edge10"))
+    text.write_text(print_op(make_model(group=16).lowered[0]))
+    assert main(["--assemble", str(text), "-o", str(binary)]) == 0
+    assert main([str(binary), "-o", str(again)]) == 0
+    assert again.read_text() == text.read_text()
+    assert main([str(text)]) == 1 and main(["--assemble", str(text)]) == 1 and main([str(tmp_path / "none.bin")]) == 1
