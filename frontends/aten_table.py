@@ -14,7 +14,7 @@ from typing import Final
 from tyir.dialects import aten, ty
 from tyir.opdef import DeclaredOp
 
-__all__ = ["ROWS", "FromResult", "Row"]
+__all__ = ["PARTS", "ROWS", "FromResult", "Row"]
 
 
 class FromResult(Enum):
@@ -51,6 +51,7 @@ ROWS: Final[dict[str, Row]] = {
     "aten.contiguous.default": Row(None, ignored=("memory_format",)),
     "aten.cos.default": Row(aten.Cos),
     "aten.detach.default": Row(None),
+    "aten.div.Tensor": Row(aten.Div, ("self", "other"), scalar="other"),
     "aten.dropout.default": Row(None, ("input",), ignored=("p",), required={"train": False}),
     "aten.embedding.default": Row(aten.Embedding, ("weight", "indices"), ignored=("padding_idx", "scale_grad_by_freq", "sparse")),
     "aten.expand.default": Row(aten.Expand, properties=_SHAPE, ignored=("size", "implicit")),
@@ -72,3 +73,6 @@ ROWS: Final[dict[str, Row]] = {
     "aten.view.default": Row(aten.View, properties=_SHAPE, ignored=("size",)),
     "tyir.attention.default": Row(ty.Attention, ("q", "k", "v"), {"scale": "scale", "window": "window"}),
 }
+
+# Nodes that cut `self` along `dim` into parts, one after the other: each part that is used becomes a slice.
+PARTS: Final = frozenset(("aten.chunk.default", "aten.split.Tensor", "aten.split.default", "aten.split_with_sizes.default"))

@@ -20,8 +20,8 @@ from torch import fx
 
 from tyir.attributes import DenseElementsAttr, DictAttr
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.dialects import func, ty
-from tyir.frontends.aten_table import ROWS, FromResult, Row
+from tyir.dialects import aten, func, ty
+from tyir.frontends.aten_table import PARTS, ROWS, FromResult, Row
 from tyir.frontends.torch_export import WRAPPER_PREFIX
 from tyir.frontends.weights import Weights
 from tyir.ir import Block, Op, Value
@@ -169,6 +169,11 @@ class _Importer:
 
     def convert(self, node: fx.Node) -> None:
         """Append the op of one node."""
+        if str(node.target) in PARTS:
+            return
+        if node.target is operator.getitem:
+            self.values[node] = self.part(node)
+            return
         row = ROWS[str(node.target)]
         arguments = _argument_map(node)
         operands = [self.operand(n) for n in _operand_nodes(row, node, arguments)]
@@ -178,6 +183,29 @@ class _Importer:
         result = tensor_type_of(node.meta["val"])
         op = row.op.create(operands, (result,), _properties(row, node, arguments, result), loc=location_of(node), result_names=(node.name,))
         self.values[node] = self.block.append(op).result
+
+    def part(self, node: fx.Node) -> Value:
+        """One part of a tensor that a node of `PARTS` cuts: a slice."""
+        whole, index = node.args
+        assert isinstance(whole, fx.Node) and isinstance(index, int)
+        arguments, sizes = _argument_map(whole), _part_sizes(whole)
+        index %= len(sizes)
+        start = sum(sizes[:index])
+        properties = {"dim": arguments["dim"], "start": start, "end": start + sizes[index]}
+        fields = {f.name: f for f in aten.Slice.attr_fields}
+        encoded = DictAttr({name: fields[name].codec.encode(value) for name, value in properties.items()})
+        x, result = self.operand(arguments["self"]), tensor_type_of(node.meta["val"])
+        op = aten.Slice.create([x], (result,), encoded, loc=location_of(whole), result_names=(node.name,))
+        return self.block.append(op).result
+
+
+def _part_sizes(node: fx.Node) -> list[int]:
+    """The lengths of the parts that a node of `PARTS` makes; they must not depend on the prompt's length."""
+    dim = _argument_map(node)["dim"]
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        raise _Skip(f"{node.target} of a dynamic dimension")
+    return sizes
 
 
 def _operand_nodes(row: Row, node: fx.Node, arguments: dict[str, Any]) -> list[fx.Node]:
@@ -221,10 +249,13 @@ def _check(nodes: Iterable[fx.Node], bound: set[str]) -> None:
         target, value = str(node.target), node.meta.get("val")
         if node.target is operator.getitem:  # one of several results: the op that made them is what is missing
             continue
-        if target not in ROWS:
+        if target not in ROWS and target not in PARTS:
             unsupported.add(target, node)
             continue
         try:
+            if target in PARTS:
+                _part_sizes(node)
+                continue
             arguments = _argument_map(node)
             _operand_nodes(ROWS[target], node, arguments)
             _check_rest(ROWS[target], node, arguments)

@@ -21,6 +21,7 @@ from tyir.dialects.ty import (
     Reshape,
     RmsNorm,
     Rope,
+    Scale,
     Silu,
     SiluMul,
     TopKCandidates,
@@ -32,7 +33,7 @@ from tyir.sharding import PARTIAL, REPLICATED, Placement, Split, from_attribute
 __all__ = ["ELEMENTWISE", "LINEAR", "Rule", "placement_of", "rule_for", "through_reshape"]
 
 Dims = Sequence[int | None]
-ELEMENTWISE: Final = (Add, Mul, Silu, SiluMul, Cast)
+ELEMENTWISE: Final = (Add, Mul, Scale, Silu, SiluMul, Cast)
 LINEAR: Final = (Linear, QuantizedLinear)
 Rule = tuple[list[Placement], Placement]  # what the operands must be, what the result then is
 

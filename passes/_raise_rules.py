@@ -91,10 +91,18 @@ def _merged(locations: list[Location]) -> Location:
 def same_type(op: Op) -> Value | None:
     """A conversion, view, expansion or slice that changes nothing --> its operand."""
     if isinstance(op, aten.Slice) and not (op.start == 0 and op.end >= 2**63 - 1):
-        return op.x if _dims(op.x) == _dims(op.out) and None not in _dims(op.x) else None
+        length = _dims(op.x)[op.dim % len(_dims(op.x))]
+        return op.x if length is not None and op.x.type is op.out.type else None
     (x,) = op.operands
     dynamic = isinstance(op, (aten.View, aten.Reshape)) and _dims(x).count(None) > 1
     return x if x.type is op.result.type and not dynamic else None
+
+
+def cat_of_one(op: Op) -> Value | None:
+    """cat(x, nothing) --> x: what a rotary embedding leaves out is empty when it turns whole heads"""
+    assert isinstance(op, aten.Cat)
+    filled = [t for t in op.tensors if 0 not in _dims(t)]
+    return filled[0] if len(filled) == 1 and filled[0].type is op.out.type else None
 
 
 # ---------------------------------------------------------------------------------------------------- structures
@@ -289,6 +297,14 @@ def mul(op: Op) -> Value | None:
     return _insert(op, ty.Mul(op.x, op.y)).out if op.y is not None and op.x.type is op.y.type else None
 
 
+def scale(op: Op) -> Value | None:
+    """x * number, x / number --> ty.scale"""
+    assert isinstance(op, (aten.Mul, aten.Div))
+    if op.scalar is None or op.x.type is not op.out.type or (isinstance(op, aten.Div) and op.scalar == 0):
+        return None
+    return _insert(op, ty.Scale(op.x, factor=op.scalar if isinstance(op, aten.Mul) else 1 / op.scalar)).out
+
+
 def silu(op: Op) -> Value | None:
     assert isinstance(op, aten.Silu)
     return _insert(op, ty.Silu(op.x)).out
@@ -350,21 +366,61 @@ def merge_reshapes(op: Op) -> Value | None:
     return None if inner is None else _insert(op, ty.Reshape(x, shape=op.shape), inner).out
 
 
+def slice_of_linear(op: Op) -> Value | None:
+    """slice(linear(x, w, b)) along its channels --> linear(x, slice(w), slice(b)), when all of the linear's results are used through such slices"""
+    assert isinstance(op, ty.Slice)
+    whole = op.x.op
+    if not isinstance(whole, (ty.Linear, ty.QuantizedLinear)) or not all(_is_channels(user) for user in op.x.users) or not _is_channels(op):
+        return None
+
+    def rows(value: Value) -> Value:
+        return _insert(op, ty.Slice(value, axis=0, offset=op.offset, size=op.size), whole).out
+
+    bias = rows(whole.bias) if whole.bias is not None else None
+    if isinstance(whole, ty.Linear):
+        return _insert(op, ty.Linear(whole.x, rows(whole.weight), bias, element=whole.element), whole).out
+    stored = (rows(value) for value in (whole.q, whole.scales, whole.zeros))
+    return _insert(op, ty.QuantizedLinear(whole.x, *stored, bias, group_size=whole.group_size, element=whole.element), whole).out
+
+
+def _is_channels(op: Op) -> bool:
+    return isinstance(op, ty.Slice) and _is_last(op.axis, op.x)
+
+
+def scale_before_linear(op: Op) -> Value | None:
+    """scale(linear(x, w)) --> linear(scale(x), w) where x has fewer channels: less to scale, and the head's sums stay unrounded"""
+    assert isinstance(op, ty.Scale)
+    whole = op.x.op
+    if not isinstance(whole, (ty.Linear, ty.QuantizedLinear)) or whole.bias is not None or len(op.x.users) != 1:
+        return None
+    inner, outer = _dims(whole.x)[-1], _dims(whole.out)[-1]
+    if inner is None or outer is None or inner >= outer:
+        return None
+    x = _insert(op, ty.Scale(whole.x, factor=op.factor)).out
+    if isinstance(whole, ty.Linear):
+        return _insert(op, ty.Linear(x, whole.weight, element=whole.element), whole).out
+    return _insert(
+        op, ty.QuantizedLinear(x, whole.q, whole.scales, whole.zeros, group_size=whole.group_size, element=whole.element), whole
+    ).out
+
+
 Phase = tuple[tuple[type[Op], Rule], ...]
 
 # Each phase is one sweep over a function from its end to its beginning, so that the largest pattern at a place is tried before its parts.
 PHASES: Final[tuple[Phase, ...]] = (
     # Identities first: the patterns below need not look through them.
-    ((aten.To, same_type), (aten.View, same_type), (aten.Reshape, same_type), (aten.Expand, same_type), (aten.Slice, same_type)),
+    ((aten.To, same_type), (aten.View, same_type), (aten.Reshape, same_type), (aten.Expand, same_type), (aten.Slice, same_type), (aten.Cat, cat_of_one)),
     # Structures whose parts (mul, to) would otherwise be raised one by one.
     ((aten.Mul, rms_norm), (aten.Mul, silu_mul), (aten.To, rope_angles), (aten.Mul, rope_angles), (aten.Cos, rope_angles), (aten.Sin, rope_angles)),
     # Rope reads the tables that the previous phase has made.
     ((aten.Add, rope),),
     # What is left, op by op.
     (
-        (aten.Linear, quantized_linear), (aten.Linear, linear), (aten.Embedding, embedding), (aten.Add, add), (aten.Mul, mul), (aten.Silu, silu), (aten.To, cast),
+        (aten.Linear, quantized_linear), (aten.Linear, linear), (aten.Embedding, embedding), (aten.Add, add), (aten.Mul, mul), (aten.Mul, scale), (aten.Div, scale), (aten.Silu, silu), (aten.To, cast),
         (aten.View, reshape), (aten.Reshape, reshape), (aten.Unsqueeze, reshape), (aten.Transpose, transpose), (aten.Slice, slice_),
     ),
+    # Parts of a packed projection become projections of their own, which dies can share out.
+    ((ty.Slice, slice_of_linear), (ty.Scale, scale_before_linear)),
     # Rope and attention work on [b, s, H, D], the graph on [b, H, s, D]: the transposes between them meet and cancel.
     ((ty.Transpose, merge_transposes), (ty.Reshape, merge_reshapes)),
 )  # fmt: skip

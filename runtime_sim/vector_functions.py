@@ -73,6 +73,8 @@ def _compute(name: str, inputs: list[Array], op: edge10.VectorOp) -> Array:
         return np.asarray(a + others[0])
     if name == "mul":
         return np.asarray(a * others[0])
+    if name == "scale":
+        return np.asarray(a * np.float32(op.constant))
     if name == "silu":
         return silu(a)
     if name == "silu_mul":

@@ -26,7 +26,7 @@ from tyir.constexpr import ConstantExpressions, expression_ops
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, QuantizedLinear, dequantize
+from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, dequantize
 from tyir.interpreter import Interpreter, lookup_symbol
 from tyir.ir import Op, Value
 from tyir.location import module_path
@@ -93,9 +93,9 @@ class Reference:
         import torch
 
         parameters = dict(self.model.named_parameters())
-        for name, array in dequantized_weights(reference_module(self.folder, options), CheckpointReader(self.folder)):
+        for name, first, array in dequantized_weights(reference_module(self.folder, options), CheckpointReader(self.folder)):
             with torch.no_grad():
-                parameters[name].copy_(torch.from_numpy(array.astype(np.float32)))
+                parameters[name][first : first + len(array)].copy_(torch.from_numpy(array.astype(np.float32)))
 
     def continue_greedily(self, ids: Sequence[int], count: int) -> list[int]:
         """`count` tokens after `ids`, always the most likely one, end-of-sequence tokens like any other."""
@@ -173,8 +173,8 @@ def reference_module(folder: Path, options: BuildOptions) -> Module:
     return module
 
 
-def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, Array]]:
-    """(parameter name, de-quantised weight [N, K]) for each quantised linear of a `ty` module."""
+def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, int, Array]]:
+    """(parameter name, its first row, de-quantised weight [N, K]) for each quantised linear of a `ty` module; packed parameters come in parts."""
     interpreter = Interpreter(module, weights)
     constants = ConstantExpressions()
     for linear in module.walk_type(QuantizedLinear):
@@ -194,7 +194,8 @@ def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[t
                 env.update(zip(op.results, out if isinstance(out, tuple) else (out,)))
         if not name.endswith(".weight"):  # one of several stored tensors: the module's path names the parameter
             name = f"{module_path(linear.loc)}.weight"
-        yield name, dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size)
+        first = sum(op.offset for op in expression_ops(linear.q) if isinstance(op, Slice) and op.axis == 0)
+        yield name, first, dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size)
 
 
 # ------------------------------------------------------------------------------------------------------------- the comparison

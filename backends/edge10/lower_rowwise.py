@@ -11,7 +11,7 @@ from tyir.backends.edge10.allocate import align
 from tyir.backends.edge10.context import Lowering, Piece, element_bytes, sram_range
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.ty import Add, Cast, Mul, RmsNorm, Rope, Silu, SiluMul, tensor_type
+from tyir.dialects.ty import Add, Cast, Mul, RmsNorm, Rope, Scale, Silu, SiluMul, tensor_type
 from tyir.ir import Op, Value
 
 __all__ = ["lower_rowwise"]
@@ -27,7 +27,7 @@ class _Operand:
 
 
 def lower_rowwise(op: Op, low: Lowering) -> None:
-    """`ty.add mul silu silu_mul cast rms_norm rope`."""
+    """`ty.add mul scale silu silu_mul cast rms_norm rope`."""
     out = op.results[0]
     *outer, cols = tensor_type(out).static_shape
     rows, group, constant = math.prod(outer), 1, 0.0
@@ -35,10 +35,12 @@ def lower_rowwise(op: Op, low: Lowering) -> None:
     if isinstance(op, RmsNorm):
         inputs[1] = _Operand(op.weight, cols * element_bytes(op.weight), per_row=False)
         constant = op.eps
+    elif isinstance(op, Scale):
+        constant = op.factor
     elif isinstance(op, Rope):
         group = outer[-1]  # heads: they share the angles of their token
         inputs[1:] = [_Operand(v, cols // 2 * element_bytes(v)) for v in (op.cos, op.sin)]
-    assert isinstance(op, (Add, Mul, Silu, SiluMul, Cast, RmsNorm, Rope))
+    assert isinstance(op, (Add, Mul, Scale, Silu, SiluMul, Cast, RmsNorm, Rope))
     _emit(op, low, inputs, _Operand(out, cols * element_bytes(out)), rows, cols, group, constant)
 
 

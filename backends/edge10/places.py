@@ -136,7 +136,7 @@ def _may_overwrite(result: Value, argument: Value) -> bool:
     if op is None:
         return False
     reads_argument = any(root(v) is argument for v in op.operands)
-    return not reads_argument or op.name in ("ty.add", "ty.mul", "ty.silu_mul", "ty.silu")
+    return not reads_argument or op.name in ("ty.add", "ty.mul", "ty.scale", "ty.silu_mul", "ty.silu")
 
 
 @dataclass(frozen=True)

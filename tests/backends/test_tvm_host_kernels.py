@@ -221,6 +221,8 @@ CASES: list[Case] = [
     rope(1, 1, 4, 64),
     rope(2, 3, 5, 24),
     rope(1, 8, 2, 10),
+    unary((1, 3, 37), lambda v: ty.Scale(*v, factor=0.22), "scale"),
+    unary((1, 3, 32), lambda v: ty.Scale(*v, factor=12.0), "scale", f32),
     unary((1, 3, 37), lambda v: ty.Silu(*v), "silu"),
     unary((1, 3, 32), lambda v: ty.Silu(*v), "silu", f32),
     Case("silu_wide", (t(1, 9),), lambda v: ty.Silu(*v), ((0, [[-60000, -100, -88, -20, 0, 20, 88, 100, 60000]]),)),

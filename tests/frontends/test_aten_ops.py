@@ -27,6 +27,8 @@ def cases() -> dict[str, Case]:
         "add_scalar": (aten.Add, {"scalar": 1e-3}, (x,), lambda a: a + 1e-3),
         "mul": (aten.Mul, {}, (x, y), torch.mul),
         "mul_scalar": (aten.Mul, {"scalar": 0.3}, (x,), lambda a: a * 0.3),
+        "div": (aten.Div, {}, (x, y), torch.div),
+        "div_scalar": (aten.Div, {"scalar": 8.0}, (x,), lambda a: a / 8.0),
         "neg": (aten.Neg, {}, (x,), torch.neg),
         "pow": (aten.Pow, {"exponent": 2.0}, (x,), lambda a: a.pow(2)),
         "rsqrt": (aten.Rsqrt, {}, (x,), lambda a: torch.rsqrt(a)),

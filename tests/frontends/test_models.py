@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Seed-OSS": ("seed_oss", {"head_dim": 16}),
     "Phi-3": ("phi3", {}),
     "OLMo 2": ("olmo2", {}),
-    "Granite": ("granite", {"logits_scaling": 8.0}),
+    "Granite": ("granite", {"logits_scaling": 8.0, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.05}),
     "StarCoder2": ("starcoder2", {}),
     "Gemma": ("gemma", {"head_dim": 16}),
     "Gemma 2": ("gemma2", {"head_dim": 16}),
@@ -52,8 +52,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("mixtral", {"num_local_experts": 4}),
 }  # fmt: skip
 SUPPORTED = ("Llama", "Llama, linear rope", "Llama, dynamic rope", "Llama, yarn", "Llama, llama3 rope", "Llama, longrope", "Llama, biases",
-             "Mistral, sliding window", "Qwen2", "Qwen2, sliding window", "Qwen3", "SmolLM3", "Ministral", "Seed-OSS", "OLMo 2")  # fmt: skip
-QUICK = ("Llama, dynamic rope", "Llama, longrope", "SmolLM3", "Gemma")
+             "Mistral, sliding window", "Qwen2", "Qwen2, sliding window", "Qwen3", "SmolLM3", "Ministral", "Seed-OSS", "OLMo 2",
+             "Granite", "Phi-3")  # fmt: skip
+QUICK = ("Granite", "Phi-3", "Llama, dynamic rope", "Llama, longrope", "SmolLM3", "Gemma")
 IDS = np.random.default_rng(0).integers(3, 96, (1, 33))
 
 

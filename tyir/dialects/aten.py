@@ -23,7 +23,7 @@ from tyir.traits import Pure
 from tyir.types import FloatType, TensorType, Type
 
 __all__ = [
-    "Add", "Cat", "Cos", "Embedding", "Expand", "Linear", "Mean", "Mul", "Neg", "Pow", "Reshape", "Rsqrt", "Silu", "Sin", "Slice", "To",
+    "Add", "Cat", "Cos", "Div", "Embedding", "Expand", "Linear", "Mean", "Mul", "Neg", "Pow", "Reshape", "Rsqrt", "Silu", "Sin", "Slice", "To",
     "Transpose", "Unsqueeze", "View",
 ]  # fmt: skip
 
@@ -67,6 +67,20 @@ class Mul(DeclaredOp, name="aten.mul", traits=(Pure,)):
     def evaluate(self, x: Array, y: Array | None = None) -> Array:
         other = _wide(y) if y is not None else np.float32(self.scalar if self.scalar is not None else 1)
         return _rounded(_wide(x) * other, self.out)
+
+
+class Div(DeclaredOp, name="aten.div", traits=(Pure,)):
+    """x / y with broadcasting, or x / scalar."""
+
+    x: Value = operand()
+    y: Value | None = optional_operand(default=None)
+    _: KW_ONLY
+    scalar: float | None = attr(default=None)
+    out: Value = result()
+
+    def evaluate(self, x: Array, y: Array | None = None) -> Array:
+        other = _wide(y) if y is not None else np.float32(self.scalar if self.scalar is not None else 1)
+        return _rounded(_wide(x) / other, self.out)
 
 
 class Neg(DeclaredOp, name="aten.neg", traits=(Pure,)):

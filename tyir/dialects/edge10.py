@@ -38,6 +38,7 @@ VECTOR_FUNCTIONS: Final = {
     # function: (inputs, outputs, meaning); all compute in f32 and round once
     "add": (2, 1, "a + b"),
     "mul": (2, 1, "a * b"),
+    "scale": (1, 1, "a * constant"),
     "silu": (1, 1, "a * sigmoid(a)"),
     "silu_mul": (2, 1, "silu(a) * b"),
     "cast": (1, 1, "a in the output's element type"),

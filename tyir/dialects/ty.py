@@ -21,7 +21,7 @@ from tyir.types import FloatType, TensorType, Type, f16, f32, i32, storage_dtype
 
 __all__ = [
     "Add", "Attention", "Cast", "Constant", "Dequantize", "Embedding", "GetGlobal", "Global", "Linear", "MergeTopK", "Mul", "Param", "QuantizeGroups",
-    "QuantizedLinear", "Repeat", "Reshape", "RmsNorm", "Rope", "RopeAngles", "RopeTable", "Silu", "SiluMul", "Slice", "TopK", "TopKCandidates",
+    "QuantizedLinear", "Repeat", "Reshape", "RmsNorm", "Rope", "RopeAngles", "RopeTable", "Scale", "Silu", "SiluMul", "Slice", "TopK", "TopKCandidates",
     "Transpose", "Yield",
 ]  # fmt: skip
 
@@ -351,6 +351,21 @@ class Mul(DeclaredOp, name="ty.mul", traits=(Pure, Commutative)):
 def silu(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """x * sigmoid(x) in f32, without overflow for large negative x."""
     return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(x, np.float32(-80)))), np.float32)
+
+
+class Scale(DeclaredOp, name="ty.scale", traits=(Pure,)):
+    """x * factor, computed in f32, rounded once: residual, embedding and logit multipliers."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    factor: float = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def evaluate(self, x: Array) -> Array:
+        return as_type(x.astype(np.float32) * np.float32(self.factor), tensor_type(self.out).element)
 
 
 class Silu(DeclaredOp, name="ty.silu", traits=(Pure,)):

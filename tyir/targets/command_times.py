@@ -98,7 +98,7 @@ def vector_ns(function: str, elements: int, machine: Machine) -> float:
         return 0.0
     vector = machine.vector
     per_element = {
-        "add": vector.add_cycles, "mul": vector.mul_cycles, "cast": vector.cast_cycles, "copy": vector.copy_cycles, "fill": vector.fill_value_cycles,
+        "add": vector.add_cycles, "mul": vector.mul_cycles, "scale": vector.mul_cycles, "cast": vector.cast_cycles, "copy": vector.copy_cycles, "fill": vector.fill_value_cycles,
         "silu": vector.silu_cycles, "silu_mul": vector.silu_mul_cycles, "rms_norm": vector.rms_norm_cycles, "rope": vector.rope_cycles,
         "softmax": vector.softmax_cycles, "rescale_add": vector.rescale_add_cycles, "divide_rows": vector.divide_rows_cycles,
         "quantize_rows": vector.rms_norm_cycles,  # like it a pass that reduces the row and one that scales it

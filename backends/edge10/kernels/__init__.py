@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tyir.backends.edge10.kernels.attention import attention
-from tyir.backends.edge10.kernels.elementwise import add, cast, mul, silu, silu_mul
+from tyir.backends.edge10.kernels.elementwise import add, cast, mul, scale, silu, silu_mul
 from tyir.backends.edge10.kernels.linear import linear
 from tyir.backends.edge10.kernels.movement import append, embedding, repeat, rows, slice_, transpose
 from tyir.backends.edge10.kernels.norm import rms_norm, rope
@@ -31,6 +31,7 @@ EMITTERS: Final[dict[type[Op], Emitter]] = {
     ty.Linear: linear,
     ty.QuantizedLinear: quantized_linear,
     ty.Rope: rope,
+    ty.Scale: scale,
     ty.Silu: silu,
     ty.SiluMul: silu_mul,
     ty.Add: add,

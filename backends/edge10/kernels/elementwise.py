@@ -11,7 +11,7 @@ from tyir.backends.edge10.kernels.tir import Buffer, Cpu, Expr, bind, exp, f32, 
 from tyir.dialects import ty
 from tyir.types import FloatType
 
-__all__ = ["add", "cast", "mul", "silu", "silu_mul"]
+__all__ = ["add", "cast", "mul", "scale", "silu", "silu_mul"]
 
 
 def _each_vector(size: int, cpu: Cpu, cost: int, emit: Callable[[Expr, int], None]) -> None:
@@ -46,6 +46,10 @@ def add(op: ty.Add, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 
 def mul(op: ty.Mul, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     _map(buffers, cpu, 1, lambda v, lanes: v[0] * v[1])
+
+
+def scale(op: ty.Scale, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    _map(buffers, cpu, 1, lambda v, lanes: v[0] * f32(op.factor, lanes))
 
 
 def silu(op: ty.Silu, buffers: Sequence[Buffer], cpu: Cpu) -> None:

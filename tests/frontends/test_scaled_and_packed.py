@@ -1,0 +1,72 @@
+"""Multipliers (Granite) and packed projections (Phi-3): how they are raised, and that compiled for three dies they decode what Hugging Face decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tyir.constexpr import ConstantExpressions
+from tyir.dialects import ty
+from tyir.dialects.builtin import Module
+from tyir.frontends.huggingface import import_model
+from tyir.manifest import BuildOptions
+from tyir.pipeline import run_pipeline
+from tyir.runtime_sim.session import Session
+from tyir.tools.api import compile_path
+from tyir.tools.verify import LayerStates, Reference, check_prompt
+
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 8.0, "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "granite": {**GRANITE, "vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "phi3": {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(save_model: Callable[..., Path]) -> dict[str, Path]:
+    return {name: save_model(name, dtype="float16", **config) for name, config in MODELS.items()}
+
+
+def raised(folder: Path) -> Module:
+    module = import_model(folder)
+    run_pipeline(module, "to-ty")
+    return module
+
+
+def test_multipliers_are_scales(folders: dict[str, Path]) -> None:
+    module = raised(folders["granite"])
+    scales = [op.factor for op in module.walk_type(ty.Scale)]
+    assert scales == [12.0, *[0.22] * 4, 0.125]
+    assert {op.scale for op in module.walk_type(ty.Attention)} == {0.05}
+    main = module.lookup("main")
+    assert main is not None
+    (logits,) = main.body.terminator.operands
+    head = logits.op  # the factor is applied before the head: fewer channels, and the head's sums can stay unrounded
+    assert isinstance(head, ty.Linear) and isinstance(head.x.op, ty.Scale)
+
+
+def test_packed_projections_become_separate_ones(folders: dict[str, Path]) -> None:
+    """qkv and gate_up: one linear per part, whose weight is a slice of the stored one."""
+    module = raised(folders["phi3"])
+    widths = [ty.tensor_type(op.out).dims[-1] for op in module.walk_type(ty.Linear)]
+    assert widths == [192, 96, 96, 192, 512, 512, 192] * 2 + [512]
+    constants, slices = ConstantExpressions(), list(module.walk_type(ty.Slice))
+    assert len(slices) == 10 and all(constants.is_constant(op.out) for op in slices)
+
+
+@pytest.mark.parametrize("name", [pytest.param("granite"), pytest.param("phi3")])
+@pytest.mark.parametrize("weights", ["fp16", pytest.param("int4", marks=pytest.mark.slow)])
+def test_on_three_dies(folders: dict[str, Path], tmp_path: Path, name: str, weights: str) -> None:
+    options = BuildOptions(dies=3, seqlens=(1, 8), max_kv=48, weights=weights, group_size=64)
+    folder = compile_path(folders[name], tmp_path, options)
+    states = LayerStates()
+    result = check_prompt(Session(folder, probe=states), Reference(folders[name], options), list(np.arange(5, 30)), 12, states)
+    assert result.differing == []
+    assert float(result.logit_cosine.min()) >= 0.9999
+    assert min(result.layer_cosine) >= 0.9999
