@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from tyir.diagnostics import Diagnostic
 from tyir.frontends.quant_formats import AwqFormat, CompressedTensorsFormat, GptqFormat
-from tyir.frontends.weights import Weights
+from tyir.frontends.weights import TensorReader, Weights
+from tyir.types import f16, i32
 
 __all__ = ["quantization_contradictions"]
 
@@ -23,7 +26,10 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
         yield Diagnostic(
             message, where=where, help="restore the config.json that came with these weights: the tensors alone do not say how to read them"
         )
+    _note_rounding(weights, note)
     for weight_format in formats:
+        if isinstance(weight_format, GptqFormat) and weight_format.config.zero_shift:
+            _note_wrapping_zeros(weights, note)
         own = [name for name in packed if name.endswith(f".{weight_format.packed}")]
         if not own:
             message = f"config.json says the weights are quantised ({weight_format.config.method}), but no tensor is"
@@ -46,6 +52,29 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
         if plain:
             message = f"{len(plain)} linears are not quantised although config.json does not exclude them (first '{plain[0]}'); the tensors decide"
             note(Diagnostic(message, severity="warning", where=where))
+
+
+def _note_rounding(weights: Weights, note: Callable[[Diagnostic], None]) -> None:
+    """Scales are f16 in the IR and on the chip: others are rounded, which libraries that compute in the scales' own type do not do."""
+    tensors = weights.checkpoint.tensors
+    wide = [n for n in tensors if n.endswith((".scales", ".weight_scale")) and tensors[n].type.element is not f16]
+    if wide:
+        kinds = " and ".join(sorted({str(tensors[n].type.element) for n in wide}))
+        message = f"{len(wide)} tensors of scales are {kinds} and are rounded to f16 (first '{wide[0]}')"
+        note(Diagnostic(message, severity="warning", where=str(weights.checkpoint.folder)))
+
+
+def _note_wrapping_zeros(weights: Weights, note: Callable[[Diagnostic], None]) -> None:
+    """GPTQ v1 stores zero - 1 in 4 bits.  A stored 15 means 0 to kernels that add within 4 bits (AutoGPTQ's) and 16 to those that do not (exllama's)."""
+    tensors, read = weights.checkpoint.tensors, TensorReader(weights.checkpoint.folder)
+    wrapping = []
+    for name in (n for n, stored in tensors.items() if n.endswith(".qzeros") and stored.type.element is i32):
+        words = np.ascontiguousarray(read(tensors[name])).view(np.uint32)
+        if (words & words >> 1 & words >> 2 & words >> 3 & np.uint32(0x11111111)).any():
+            wrapping.append(name)
+    if wrapping:
+        message = f"{len(wrapping)} tensors hold stored zero points of 15 (first '{wrapping[0]}'), read as 0: 15 + 1 within 4 bits, as AutoGPTQ does"
+        note(Diagnostic(message, severity="warning", where=str(weights.checkpoint.folder)))
 
 
 def _is_excluded(module: str, weight_format: AwqFormat | GptqFormat | CompressedTensorsFormat) -> bool:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.manifest import BuildOptions
 from tyir.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from tyir.frontends.plugin import ModelPlugin
 
 __all__ = ["build_and_compile_llm", "check_options", "compile_path", "load_module"]
 
@@ -51,8 +55,12 @@ def compile_path(
     progress: bool = False,
     mcpu: str | None = None,
     warn: Callable[[str], None] = _silent,
+    plugin: ModelPlugin | None = None,
 ) -> Path:
-    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises `TyirError` before any work for options that cannot be."""
+    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises `TyirError` before any work for options that cannot be.
+
+    `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`).
+    """
     from tyir.backends.edge10.compile import CompileContext, check_target, compile_module
 
     check_options(options)
@@ -60,17 +68,17 @@ def compile_path(
         check_target(out / f"{options.dies}die")
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model)
+        module = load_module(model, plugin, warn)
     _warn_about_positions(module, options, warn)
     return compile_module(module, out, options, CompileContext(watch=watch, progress=progress, mcpu=mcpu))
 
 
-def load_module(model: Path) -> Module:
+def load_module(model: Path, plugin: ModelPlugin | None = None, warn: Callable[[str], None] = _silent) -> Module:
     """The module of a checkpoint folder (imported) or of an `.ir` file (parsed and verified)."""
-    if model.is_dir():
+    if model.is_dir() or (plugin is not None and model.suffix != ".ir"):
         from tyir.frontends.huggingface import import_model
 
-        return import_model(model)
+        return import_model(model, note=lambda d: warn(d.message), plugin=plugin)
     if not model.exists():
         raise TyirError(
             f"{model} does not exist", help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"

@@ -40,7 +40,14 @@ def main(argv: Sequence[str]) -> int:
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
-    target = compile_path(args.model, args.out, options, watch=watch, progress=not args.quiet, mcpu=args.mcpu, warn=warn)
+    plugin = None
+    if args.model_plugin is not None:
+        if args.model.suffix == ".ir":
+            raise TyirError("--model-plugin is for checkpoint folders; a module has been imported already", help="give it to tyir-import")
+        from tyir.frontends.plugin import load_plugin
+
+        plugin = load_plugin(args.model_plugin)
+    target = compile_path(args.model, args.out, options, watch=watch, progress=not args.quiet, mcpu=args.mcpu, warn=warn, plugin=plugin)
     if args.timing:
         print(watch.report(), file=sys.stderr)
     print(target)
@@ -69,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="artifacts go to OUT/{n}die")
     add_build_options(parser)
+    parser.add_argument(
+        "--model-plugin",
+        type=Path,
+        metavar="FILE",
+        help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
+    )
     parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
     parser.add_argument("--plan", action="store_true", help="only say, from config.json, what the compile would need and make")
     parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")

@@ -28,10 +28,7 @@ def main(argv: Sequence[str]) -> int:
 
     states = LayerStates()
     session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
-    if not (args.against / "config.json").is_file():
-        raise TyirError(
-            f"{args.against} holds no config.json", help="--against takes the checkpoint folder the artifacts were compiled from"
-        )
+    _check_checkpoint(args.against)
     prompts = _prompts(args)
     reference = Reference(args.against, session.manifest.options)
     results: list[PromptResult] = []
@@ -59,6 +56,20 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
     return 1
+
+
+def _check_checkpoint(path: Path) -> None:
+    """`TyirError` unless `path` is a checkpoint; a GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model."""
+    if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".gguf"):
+        return
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        message = f"{path} holds no config.json and {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
+        raise TyirError(message, help="give the file the artifacts were compiled from")
+    if not files:
+        raise TyirError(
+            f"{path} holds no config.json and no GGUF file", help="--against takes the checkpoint folder the artifacts were compiled from"
+        )
 
 
 def _prompts(args: argparse.Namespace) -> list[list[int]]:

@@ -160,7 +160,7 @@ def _dense_model(folder: Path) -> Any:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, array in dense_state(folder):
-            parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+            parameters[name].copy_(torch.tensor(array))
     return model
 
 

@@ -226,3 +226,23 @@ def test_torch_files_that_cannot_be_mapped(torch_folder: Path) -> None:
     (torch_folder / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
     with pytest.raises(TyirError, match="truncated"):
         import_model(torch_folder)
+
+
+def test_verification_against_a_gguf_folder(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its metadata are the config; without either, or with several files, the message says so."""
+    from tyir.tools.tyir_compile import main as compile_main
+    from tyir.tools.tyir_verify import main as verify_main
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", plain, "Q4_0")
+    assert compile_main([str(folder), "-o", str(tmp_path / "out"), "--dies", "2", "--seqlens", "1", "--max-kv", "16", "-q"]) == 0
+    artifacts = capsys.readouterr().out.strip()
+    ids = ["--ids", "1,5,9", "--tokens", "4"]
+    assert verify_main([artifacts, "--against", str(folder), *ids]) == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("OK")
+    (folder / "other.gguf").write_bytes(b"")
+    assert verify_main([artifacts, "--against", str(folder), *ids]) == 1
+    assert "2 GGUF files: model.gguf, other.gguf" in capsys.readouterr().err
+    assert verify_main([artifacts, "--against", str(tmp_path), *ids]) == 1
+    assert "holds no config.json and no GGUF file" in capsys.readouterr().err

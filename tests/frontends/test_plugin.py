@@ -128,3 +128,27 @@ def test_json_stays_json(packed: Path) -> None:
     assert config["model_type"] == "llama"
     with pytest.raises(TyirError, match="lacks"):
         import_model(packed)
+
+
+def test_compile_takes_a_plugin(example: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tyir.tools.tyir_compile import main as compile_main
+
+    command = [
+        str(packed),
+        "--model-plugin",
+        str(example),
+        "-o",
+        str(tmp_path / "out"),
+        "--dies",
+        "2",
+        "--seqlens",
+        "1",
+        "--max-kv",
+        "16",
+        "-q",
+    ]
+    assert compile_main(command) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "2die")
+    (tmp_path / "m.ir").write_text("")
+    assert compile_main([str(tmp_path / "m.ir"), *command[1:]]) == 1
+    assert "has been imported already" in capsys.readouterr().err

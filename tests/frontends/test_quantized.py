@@ -255,6 +255,27 @@ def test_gptq_zero_biases_are_ignored_and_others_are_not(gptq_folder: Path) -> N
     assert f"no place for: {name}" in refusal(gptq_folder)
 
 
+def notes_of(folder: Path) -> str:
+    notes: list[Diagnostic] = []
+    import_model(folder, note=notes.append)
+    return "\n".join(n.message for n in notes)
+
+
+def test_stored_zero_points_that_wrap_are_noted(gptq_folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.qzeros"
+    edit(gptq_folder, tensors=lambda t: t.update({k: v & 0x77777777 for k, v in t.items() if k.endswith(".qzeros")}))
+    assert "zero points of 15" not in notes_of(gptq_folder)
+    edit(gptq_folder, tensors=lambda t: t[name].view(np.uint32).__ior__(np.uint32(0xF0)))
+    assert f"1 tensors hold stored zero points of 15 (first '{name}'), read as 0" in notes_of(gptq_folder)
+
+
+def test_scales_that_are_rounded_are_noted(awq_folder: Path) -> None:
+    assert "rounded to f16" not in notes_of(awq_folder)
+    name = "model.layers.0.mlp.up_proj.scales"
+    edit(awq_folder, tensors=lambda t: t.update({name: t[name].astype(np.float32)}))
+    assert f"1 tensors of scales are f32 and are rounded to f16 (first '{name}')" in notes_of(awq_folder)
+
+
 def words_of(module: Module) -> int:
     return sum(1 for _ in module.walk_type(quant.Unpack))
 
