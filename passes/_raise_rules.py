@@ -379,8 +379,8 @@ def slice_of_linear(op: Op) -> Value | None:
     bias = rows(whole.bias) if whole.bias is not None else None
     if isinstance(whole, ty.Linear):
         return _insert(op, ty.Linear(whole.x, rows(whole.weight), bias, element=whole.element), whole).out
-    stored = (rows(value) for value in (whole.q, whole.scales, whole.zeros))
-    return _insert(op, ty.QuantizedLinear(whole.x, *stored, bias, group_size=whole.group_size, element=whole.element), whole).out
+    q, scales, zeros = rows(whole.q), rows(whole.scales), rows(whole.zeros)
+    return _insert(op, ty.QuantizedLinear(whole.x, q, scales, zeros, bias, group_size=whole.group_size, element=whole.element), whole).out
 
 
 def _is_channels(op: Op) -> bool:

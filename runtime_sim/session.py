@@ -116,9 +116,10 @@ class Session:
     def save(self, path: Path) -> None:
         """Write the cache and its tokens to a file (numpy's .npz), for `restore`.  Only the positions in use are written."""
         used = len(self.tokens)
-        arrays = {f"die{die}/{name}": array[:, :, :used] for (die, name), array in self.engine.caches().items()}
+        arrays: dict[str, Any] = {f"die{die}/{name}": array[:, :, :used] for (die, name), array in self.engine.caches().items()}
+        arrays |= {"tokens": np.array(self.tokens, np.int64), "artifacts": np.array(self._fingerprint)}
         with path.open("wb") as file:
-            np.savez(file, tokens=np.array(self.tokens, np.int64), artifacts=np.array(self._fingerprint), **arrays)
+            np.savez(file, **arrays)
 
     def restore(self, path: Path) -> None:
         """Continue where `save` stopped.  `TyirError` when the file is damaged or belongs to other artifacts."""

@@ -37,7 +37,9 @@ def logits(name: str, weights: ArrayWeights, module: Module, dies: int, int4: bo
     parts = dies_of(module)
     constants: list[dict[str, Array]] = [{} for _ in parts]
     evaluator = ParamEvaluator(weights)
-    params = sorted(((str(p.sym_name), i, p) for i, d in enumerate(parts) for p in d.body if isinstance(p, Param)), key=lambda item: item[:2])
+    params = sorted(
+        ((str(p.sym_name), i, p) for i, d in enumerate(parts) for p in d.body if isinstance(p, Param)), key=lambda item: item[:2]
+    )
     for key, die, param in params:  # by tensor, so that a whole weight is quantised once for all dies
         constants[die][key] = evaluator.evaluate(param)
     runs = []
