@@ -94,8 +94,8 @@ def write_sparse_awq(folder: Path, config: dict[str, Any]) -> int:
     return total
 
 
-def _measure(folder: Path, output: Path) -> tuple[float, int]:
-    """(seconds, peak bytes of memory) of one `tyir-import`."""
+def _measure(folder: Path, output: Path) -> tuple[float, float, int]:
+    """(seconds, seconds of processor time, peak bytes of memory) of one `tyir-import`."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "tyir.tools.tyir_import", str(folder), "-o", str(output)], stderr=subprocess.PIPE, text=True
@@ -106,7 +106,7 @@ def _measure(folder: Path, output: Path) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(errors)
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 @run_tool
@@ -123,16 +123,29 @@ def main(argv: Sequence[str]) -> int:
         for name, config in MODELS.items():
             folder = Path(temporary) / name
             size = write_sparse_awq(folder, config)
-            seconds, peak = _measure(folder, Path(temporary) / "model.ir")
+            load = os.getloadavg()[0]
+            seconds, processor, peak = _measure(folder, Path(temporary) / "model.ir")
             rows.append(
-                {"model": name, "checkpoint_gib": size / 2**30, "seconds": seconds, "peak_gib": peak / 2**30, "cores": os.cpu_count()}
+                {
+                    "model": name,
+                    "checkpoint_gib": size / 2**30,
+                    "seconds": seconds,
+                    "cpu_seconds": processor,
+                    "peak_gib": peak / 2**30,
+                    "load_before": load,
+                    "cores": os.cpu_count(),
+                }
             )
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
-    print(f"{'model':<24}{'checkpoint':>12}{'seconds':>9}{'peak memory':>13}   ({os.cpu_count()} cores)")
+    print(
+        f"{'model':<24}{'checkpoint':>12}{'seconds':>9}{'processor':>11}{'peak memory':>13}{'load before':>13}   ({os.cpu_count()} cores)"
+    )
     for row in rows:
-        print(f"{row['model']:<24}{row['checkpoint_gib']:>8.1f} GiB{row['seconds']:>9.1f}{row['peak_gib']:>9.2f} GiB")
+        print(
+            f"{row['model']:<24}{row['checkpoint_gib']:>8.1f} GiB{row['seconds']:>9.1f}{row['cpu_seconds']:>9.1f} s{row['peak_gib']:>9.2f} GiB{row['load_before']:>13.1f}"
+        )
     return 0
 
 
