@@ -17,6 +17,7 @@ from typing import Any
 
 from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DenseArrayAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
 from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -34,6 +35,8 @@ from tyir.types import i8
 from tyir.weights import CheckpointReader, check_files, checkpoint_of
 
 __all__ = ["CompileContext", "check_target", "compile_module"]
+
+Memory = dict[tuple[int, int], dict[str, int]]  # (die, length) -> bytes by kind, `memory_plan.memory_summary`
 
 _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
@@ -64,10 +67,10 @@ def compile_module(module: Module, out: Path, options: BuildOptions, context: Co
     with _replacing(target) as folder:
         with context.watch.stage("weights"):
             constants = _write_weights(dies, folder, options, module, context)
-        programs = _write_programs(dies, folder, options, constants, context)
+        programs, memory = _write_programs(dies, folder, options, constants, context)
         with context.watch.stage("manifest"):
             _copy_model_files(checkpoint_of(module), folder)
-            _write_buffer_config(folder, options, programs)
+            _write_buffer_config(folder, options, programs, memory)
             _write_manifest(folder, module, options, programs, context)
     return target
 
@@ -191,12 +194,14 @@ def _write_programs(
     options: BuildOptions,
     places: dict[tuple[int, Param], tuple[ParamsFile, str]],
     context: CompileContext,
-) -> list[DieProgram]:
+) -> tuple[list[DieProgram], Memory]:
+    """Code, command program and IR of every die and length; returns their entries for the manifest and what the programs need of memory."""
     from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
     machine = load_machine("edge10")
-    programs = []
+    programs: list[DieProgram] = []
+    memory: Memory = {}
     built: dict[tuple[str, ...], Path] = {}
     for seqlen in options.seqlens:
         place = _program_folder(options, seqlen)
@@ -204,6 +209,7 @@ def _write_programs(
             if options.batch == 1:  # a command program runs one sequence: its position is a register
                 with context.watch.stage(f"edge10 s{seqlen} die{index}"):
                     lowered = lower_die(die, seqlen, machine)
+                    memory[index, seqlen] = memory_summary(lowered)
                     (folder / place / f"llm_die{index}.edge10").write_text(print_op(lowered))
             with context.watch.stage(f"host code s{seqlen} die{index}"):
                 kernels = assign_kernels(_functions(die, seqlen))
@@ -216,7 +222,7 @@ def _write_programs(
             program = _die_program(die, index, seqlen, place, options)
             (folder / program.ir).write_text(print_op(_artifact_ir(die, index, seqlen, places)))
             programs.append(program)
-    return programs
+    return programs, memory
 
 
 def _artifact_ir(die: Module, index: int, seqlen: int, places: dict[tuple[int, Param], tuple[ParamsFile, str]]) -> Module:
@@ -277,8 +283,8 @@ def _copy_model_files(checkpoint: Path, folder: Path) -> None:
     (folder / "empty.bin").write_bytes(b"")
 
 
-def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[DieProgram]) -> None:
-    """Per die, what a host must allocate: cache buffers and the step's inputs and outputs, in bytes."""
+def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[DieProgram], memory: Memory) -> None:
+    """Per die, what a host must allocate (caches, inputs and outputs of a step) and the peak bytes of each length's program in DRAM and SRAM."""
     config: dict[str, Any] = {
         "max_kv_cache_size": options.max_kv,
         "seq_len_list": list(options.seqlens),
@@ -287,7 +293,9 @@ def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[Die
     }
     for program in programs:
         aliased = {t.alias for t in program.outputs if t.alias is not None}
-        entry = config["dies"].setdefault(str(program.die), {"kv_cache": {}, "inputs": {}, "outputs": {}})
+        entry = config["dies"].setdefault(str(program.die), {"kv_cache": {}, "inputs": {}, "outputs": {}, "memory": {}})
+        if (program.die, program.seqlen) in memory:
+            entry["memory"][str(program.seqlen)] = memory[program.die, program.seqlen]
         for i, tensor in enumerate(program.inputs):
             if i in aliased:
                 entry["kv_cache"][tensor.name] = {"shape": tensor.shape, "dtype": tensor.dtype}

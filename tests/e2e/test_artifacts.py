@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -159,3 +160,6 @@ def test_buffer_config_tells_what_to_allocate(artifacts: Artifacts) -> None:
     assert config["seq_len_list"] == [1, 8]
     assert len(config["dies"]["0"]["kv_cache"]) == 12
     assert config["dies"]["0"]["inputs"]["8"]["ids"] == {"dtype": "i32", "shape": [1, 8]}
+    memory = config["dies"]["0"]["memory"]["8"]
+    assert memory["kv"] == sum(2 * math.prod(t["shape"]) for t in config["dies"]["0"]["kv_cache"].values())
+    assert 0 < memory["sram"] <= 3 << 20 and memory["dram"] >= memory["weights"] + memory["kv"]
