@@ -16,7 +16,7 @@ PIPELINE = (
     "quantize-weights{{group-size=64}},kv-materialize,select-output{{kind=topk k=4}},annotate-sharding,propagate-sharding,insert-collectives,"
     "localize-dies,specialize-seqlen,outline-params,outline-layers,symbol-dce,lower-edge10{{seqlen=1}}"
 )
-BRANCHES = ("partition-dies", "inline")  # they stand for, or undo, passes above
+BRANCHES = ("partition-dies", "inline", "specialize-batch")  # they stand for, undo or exclude passes above
 FORGETS = ("strip-debuginfo",)  # its purpose
 STRUCTURE = {
     "builtin.module",
@@ -46,7 +46,11 @@ def test_no_pass_drops_locations(imported: Path, tmp_path: Path) -> None:
     module = parse_file(imported)
     layers = _layers(module)
     assert not _lost(module) and layers == set(range(6))
-    branches = {"annotate-sharding": "partition-dies", "symbol-dce": "inline"}  # the pass before which to branch off
+    branches = {
+        "annotate-sharding": "partition-dies",
+        "symbol-dce": "inline",
+        "select-output": "specialize-batch{batch=2}",
+    }  # the pass before which to branch off
     for item in PIPELINE.split(","):
         name = item.partition("{")[0]
         if name in branches:
