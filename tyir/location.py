@@ -1,6 +1,6 @@
 """Where an op comes from.  Front ends attach the module path and the model's source line; rewrites must carry locations on.
 
-    loc("f.py":3:1)   loc("model.layers.0.mlp"("f.py":3:1))   loc(fused["a", "b"])   loc(callsite("a" at "b"))   loc(unknown)
+loc("f.py":3:1)   loc("model.layers.0.mlp"("f.py":3:1))   loc(fused["a", "b"])   loc(callsite("a" at "b"))   loc(unknown)
 """
 
 from __future__ import annotations
