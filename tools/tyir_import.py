@@ -72,8 +72,9 @@ def main(argv: Sequence[str]) -> int:
     if options.explain:
         from tyir.tools.explain import explain
 
-        print(explain(module))
-        return 0
+        print(explain(module.clone()))
+        if options.output == "-":
+            return 0
     if options.raise_:
         from tyir.passes.raise_aten import raise_aten
 
