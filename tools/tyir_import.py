@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file with a model class, rename rules, packed tensors or a base checkpoint",
     )
     parser.add_argument("--check-weights", action="store_true", help="also read every weight: NaN, infinity and f16 overflow are errors")
-    parser.add_argument("--explain", action="store_true", help="only say what was recognised as what, with counts per layer; writes no IR")
+    parser.add_argument(
+        "--explain", action="store_true", help="say what was recognised as what, with counts per layer; IR is written only with -o FILE"
+    )
     parser.add_argument(
         "--plan", action="store_true", help="only say, from config.json, what compiling with the options below would need and make"
     )
