@@ -31,7 +31,7 @@ from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
 from tyir.stopwatch import Stopwatch
 from tyir.targets.machine import load_machine
-from tyir.types import i8
+from tyir.types import i8, i64
 from tyir.weights import CheckpointReader, check_files, checkpoint_of
 
 __all__ = ["CompileContext", "check_target", "compile_module"]
@@ -235,15 +235,9 @@ def _artifact_ir(die: Module, index: int, seqlen: int, places: dict[tuple[int, P
         module.body.append(file.global_for(param, name))
     for function in functions:
         module.body.append(function.clone())
-    module.set_attribute("tyir.die", IntegerAttr(index, _i64()))
+    module.set_attribute("tyir.die", IntegerAttr(index, i64))
     module.set_attribute("tyir.stage", StringAttr("program"))
     return module
-
-
-def _i64() -> Any:
-    from tyir.types import i64
-
-    return i64
 
 
 def _die_program(die: Module, index: int, seqlen: int, place: str, options: BuildOptions) -> DieProgram:
