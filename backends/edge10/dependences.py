@@ -1,17 +1,22 @@
 """Which earlier commands a new command must wait for, from the bytes each of them reads and writes.
 
-`Tracker` keeps the accesses that can still conflict.  Regions called *slots* (the buffers of the weight stream) and everything else (*rest*) each begin
-with a token from outside, so that a function or a loop body can be written once and still overlap with what runs before it.
+`Tracker` keeps, for every byte, the last write and the reads since, as segments of neighbouring bytes with the same history: a look-up costs a bisection and the
+segments that it meets, however long the program is.  Regions called *slots* (the buffers of the weight stream) and everything else (*rest*) each begin with a
+token from outside, so that a function or a loop body can be written once and still overlap with what runs before it.
 
-Tokens that are implied are left out: a unit is in order, so what a unit has waited for, its later commands need not wait for again.
+Tokens that are implied are left out.  A unit is in order, so what it has waited for is done for its later commands too; and what a command had waited for is done
+for whoever waits for that command.  Both are kept as vector clocks (Mattern, "Virtual time and global states of distributed systems", 1989), as in the race
+detector of the functional engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tyir.dialects.edge10 import UNITS
 from tyir.ir import Value
 
 __all__ = ["ACC", "SRAM", "Access", "Slot", "Space", "Tracker"]
@@ -19,6 +24,9 @@ __all__ = ["ACC", "SRAM", "Access", "Slot", "Space", "Tracker"]
 Space = str | Value
 SRAM: Final = "sram"
 ACC: Final = "acc"
+_NUMBER: Final = {unit: number for number, unit in enumerate(UNITS)}
+_OUTSIDE: Final = len(UNITS)  # the place in a clock of the bits for tokens that are no command's
+_END: Final = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +38,6 @@ class Access:
     high: int
     write: bool
 
-    def conflicts(self, other: Access) -> bool:
-        return (self.write or other.write) and self.space == other.space and self.low < other.high and other.low < self.high
-
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -42,113 +47,144 @@ class Slot:
     high: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Done:
-    access: Access
-    token: Value
-    unit: str | None
+    """A command, or a token from outside (unit `_OUTSIDE`).
+
+    `number` counts the commands of its unit, for a token it is the token's bit; `order` counts everything.  `clock` is what is done when it is: for each unit
+    the number of its last finished command, and the bits of the finished tokens.
+    """
+
+    unit: int
     number: int
+    order: int
+    token: Value
+    clock: tuple[int, ...]
+
+    def is_known(self, clock: Sequence[int]) -> bool:
+        return bool(clock[_OUTSIDE] & self.number) if self.unit == _OUTSIDE else clock[self.unit] >= self.number
+
+
+@dataclass(slots=True)
+class _Segment:
+    """Bytes with one history: the last write, and for each unit the last read since (tokens from outside by their bit)."""
+
+    writer: _Done
+    readers: dict[int, _Done]
+
+
+class _Memory:
+    """The segments of one space.  They cover everything; the i-th goes from `starts[i]` to the next one's start."""
+
+    def __init__(self, first: _Done) -> None:
+        self.starts = [-_END, _END]
+        self.segments = [_Segment(first, {})]
+
+    def _cut(self, at: int) -> int:
+        """The index of the segment that begins at `at`, after dividing the one that holds it if need be."""
+        index = bisect_left(self.starts, at)
+        if self.starts[index] != at:
+            old = self.segments[index - 1]
+            self.starts.insert(index, at)
+            self.segments.insert(index, _Segment(old.writer, dict(old.readers)))
+        return index
+
+    def between(self, low: int, high: int) -> Sequence[_Segment]:
+        """The segments that share a byte with [low, high)."""
+        return self.segments[bisect_right(self.starts, low) - 1 : bisect_left(self.starts, high)]
+
+    def write(self, low: int, high: int, by: _Done) -> None:
+        first, last = self._cut(low), self._cut(high)
+        self.starts[first:last] = [low]
+        self.segments[first:last] = [_Segment(by, {})]
+
+    def read(self, low: int, high: int, by: _Done) -> None:
+        key = -by.number if by.unit == _OUTSIDE else by.unit
+        for index in range(self._cut(low), self._cut(high)):
+            self.segments[index].readers[key] = by
 
 
 class Tracker:
-    """The accesses of one block, in program order.  `slots` (neighbours in SRAM) and `rest` begin as if written by the given tokens.
+    """The accesses of one block, in program order.  `slots` (neighbours in SRAM) and `rest` begin as if written by the given tokens."""
 
-    In DRAM and below `arena` in SRAM, neighbouring accesses of one unit are remembered as one: who reads a tensor wants all of its tiles.
-    """
-
-    def __init__(self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value | None, arena: int = 0) -> None:
+    def __init__(self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value) -> None:
         self.slots = tuple(slots)
-        self.arena = arena
         self.log: list[Access] = []
-        self._number = 0
         self.reset(slot_tokens, rest)
 
-    def reset(self, slot_tokens: Sequence[Value], rest: Value | None) -> None:
+    def reset(self, slot_tokens: Sequence[Value], rest: Value) -> None:
         """Forget everything before this point but the given tokens: after a call."""
-        self.rest = rest
-        self._live: dict[Space, list[_Done]] = {}
-        self._waited: dict[str, dict[str, int]] = {}
-        self._waited_outside: dict[str, set[Value]] = {}
-        self._slot_tokens = tuple(slot_tokens)
+        self._clocks = [[0] * (len(UNITS) + 1) for _ in UNITS]
+        self._order = 0
+        self._bits = 1
+        self._tokens: dict[Value, _Done] = {}
+        self._rest = self._from_outside(rest)
+        self._memories: dict[Space, _Memory] = {SRAM: _Memory(self._rest)}
         for slot, token in zip(self.slots, slot_tokens):
-            self._live.setdefault(SRAM, []).append(_Done(Access(SRAM, slot.low, slot.high, True), token, None, 0))
+            self._memories[SRAM].write(slot.low, slot.high, self._from_outside(token))
 
-    def _in_slot(self, access: Access) -> bool:
-        return bool(self.slots) and access.space == SRAM and self.slots[0].low <= access.low and access.high <= self.slots[-1].high
+    def _from_outside(self, token: Value) -> _Done:
+        """A token that is no command's; the same one for the same token."""
+        if token not in self._tokens:
+            self._tokens[token] = _Done(_OUTSIDE, self._bits, self._order, token, (*[0] * len(UNITS), self._bits))
+            self._bits <<= 1
+        return self._tokens[token]
+
+    def _memory(self, space: Space) -> _Memory:
+        memory = self._memories.get(space)
+        if memory is None:
+            memory = self._memories[space] = _Memory(self._rest)
+        return memory
 
     def waits(self, accesses: Sequence[Access], unit: str | None) -> list[Value]:
-        """The tokens that a command of `unit` with these accesses must wait for; without a unit (a call, a loop) nothing is implied."""
-        latest: dict[str, _Done] = {}
-        outside: dict[Value, None] = {}
+        """The tokens that the next command of `unit` with these accesses must wait for; without a unit (a call, a loop) nothing is known to be done."""
+        found: set[_Done] = set()
         for access in accesses:
-            if self.rest is not None and not self._in_slot(access):
-                outside[self.rest] = None
-            low, high, write = access.low, access.high, access.write
-            for done in self._live.get(access.space, ()):
-                other = done.access  # `Access.conflicts`, spelled out: this is where lowering spends its time
-                if other.low >= high or low >= other.high or not (write or other.write):
-                    continue
-                if done.unit is None:
-                    outside[done.token] = None
-                elif done.unit != unit and (done.unit not in latest or latest[done.unit].number < done.number):
-                    latest[done.unit] = done
-        if unit is None:
-            return [*outside, *(d.token for d in latest.values())]
-        waited, waited_outside = self._waited.setdefault(unit, {}), self._waited_outside.setdefault(unit, set())
-        tokens = [t for t in outside if t not in waited_outside]
-        waited_outside.update(tokens)
-        for name, done in latest.items():
-            if waited.get(name, 0) < done.number:
-                waited[name] = done.number
-                tokens.append(done.token)
-        return tokens
+            for segment in self._memory(access.space).between(access.low, access.high):
+                found.add(segment.writer)
+                if access.write:
+                    found.update(segment.readers.values())
+        return _needed(found, [0] * (len(UNITS) + 1)) if unit is None else _needed(found, self._clocks[_NUMBER[unit]])
 
     def record(self, accesses: Iterable[Access], token: Value, unit: str | None) -> None:
-        """Remember a command's accesses."""
-        self._number += 1
+        """Remember a command's accesses, after `waits`."""
+        self._order += 1
+        if unit is None:
+            done = self._from_outside(token)
+        else:
+            clock = self._clocks[_NUMBER[unit]]
+            clock[_NUMBER[unit]] += 1
+            done = _Done(_NUMBER[unit], clock[_NUMBER[unit]], self._order, token, tuple(clock))
         for access in accesses:
             self.log.append(access)
-            live = self._live.setdefault(access.space, [])
-            if access.write:  # what it covers is ordered before it and can be forgotten
-                live[:] = [
-                    d for d in live if not (d.access.space == access.space and access.low <= d.access.low and d.access.high <= access.high)
-                ]
-            else:  # a later read of the same bytes by the same unit stands for the earlier one
-                live[:] = [
-                    d
-                    for d in live
-                    if d.access.write or d.unit != unit or unit is None or (d.access.low, d.access.high) != (access.low, access.high)
-                ]
-            live.append(_Done(self._merged(access, live, unit), token, unit, self._number))
-
-    def _merged(self, access: Access, live: list[_Done], unit: str | None) -> Access:
-        """`access` together with the last one in the list, taken out of it, if they are of one kind and unit and touch."""
-        if unit is None or not live or (access.space == ACC or (access.space == SRAM and access.high > self.arena)):
-            return access
-        last = live[-1]
-        old = last.access
-        if last.unit != unit or old.write != access.write or old.high < access.low or access.high < old.low:
-            return access
-        live.pop()
-        return Access(access.space, min(old.low, access.low), max(old.high, access.high), access.write)
+            if access.low < access.high:
+                (_Memory.write if access.write else _Memory.read)(self._memory(access.space), access.low, access.high, done)
 
     def finish(self) -> tuple[list[list[Value]], list[Value]]:
         """The tokens after which each slot is free, and those after which everything else is done."""
-        slots: list[list[Value]] = []
-        for slot, token in zip(self.slots, self._slot_tokens):
-            whole = Access(SRAM, slot.low, slot.high, True)
-            slots.append(_latest(d for d in self._live.get(SRAM, ()) if whole.conflicts(d.access)) or [token])
-        rest = _latest(d for live in self._live.values() for d in live if not self._in_slot(d.access))
-        return slots, [*rest, *([self.rest] if self.rest is not None else [])]
+        sram = self._memories[SRAM]
+        slots = [_needed(_all(sram.between(slot.low, slot.high)), [0] * (len(UNITS) + 1)) for slot in self.slots]
+        low, high = (self.slots[0].low, self.slots[-1].high) if self.slots else (0, 0)
+        outside = [*sram.between(-_END, low), *sram.between(high, _END)]
+        others = [s for memory in self._memories.values() if memory is not sram for s in memory.segments]
+        return slots, _needed({*_all([*outside, *others]), self._rest}, [0] * (len(UNITS) + 1))
 
 
-def _latest(entries: Iterable[_Done]) -> list[Value]:
-    """One token per unit, the last, and all tokens that belong to none."""
-    latest: dict[str, _Done] = {}
-    outside: dict[Value, None] = {}
-    for done in entries:
-        if done.unit is None:
-            outside[done.token] = None
-        elif done.unit not in latest or latest[done.unit].number < done.number:
-            latest[done.unit] = done
-    return [*outside, *(d.token for d in latest.values())]
+def _all(segments: Iterable[_Segment]) -> Iterator[_Done]:
+    for segment in segments:
+        yield segment.writer
+        yield from segment.readers.values()
+
+
+def _needed(found: Iterable[_Done], clock: list[int]) -> list[Value]:
+    """The tokens of `found` that `clock` does not know to be done, without those that others imply; `clock` learns them.
+
+    The latest first: whatever waited for others was made after them.
+    """
+    tokens: list[Value] = []
+    for done in sorted(found, key=lambda d: -d.order):
+        if not done.is_known(clock):
+            tokens.append(done.token)
+            clock[:_OUTSIDE] = map(max, clock[:_OUTSIDE], done.clock[:_OUTSIDE])
+            clock[_OUTSIDE] |= done.clock[_OUTSIDE]
+    return tokens

@@ -74,13 +74,8 @@ def _chosen_shares(die_module: Module, main: Func, seqlen: int, machine: Machine
     """The division of SRAM for a program: the default for few tokens, the result of the search for many."""
     if seqlen <= machine.cube.rows:
         return SramShares()
-    shapes = tuple(
-        (op.name, op.properties, tuple(r.type for r in op.results))
-        for f in _reached(die_module, main)
-        for op in f.body
-        if not isinstance(op, ty.GetGlobal)
-    )
-    key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), hash(shapes))
+    shapes = tuple((op.name, *(v.type for v in (*op.operands, *op.results))) for f in _reached(die_module, main) for op in f.body)
+    key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), shapes)
     calls: dict[str, int] = {}
     for op in main.body:
         if isinstance(op, Call):
@@ -268,7 +263,7 @@ class _DieLowering:
         function.sym_visibility = "private"
         arguments = function.args
         tokens = arguments[len(addresses) :]
-        low = self._lowering(function, Tracker(slots, tokens[:-1], tokens[-1], self.plan.arena))
+        low = self._lowering(function, Tracker(slots, tokens[:-1], tokens[-1]))
         fixed: dict[Value, Place] = {source.args[i]: p for i, p in layer.boundary.arguments.items()}
         fixed.update(in_place(source, layer.boundary))
         fixed.update({root(source.body.terminator.operands[i]): p for i, p in layer.boundary.results.items()})
@@ -287,7 +282,7 @@ class _DieLowering:
         function = Func.make(self.main.sym_name, [])
         start = function.body.append(edge10.Join(tokens=())).result
         slots = self.plan.slots
-        low = self._lowering(function, Tracker(slots, [start] * len(slots), start, self.plan.arena))
+        low = self._lowering(function, Tracker(slots, [start] * len(slots), start))
         fixed: dict[Value, Place] = {v: Place("dram", 0, name, constant=v not in self.caches) for v, name in self.argument_names.items()}
         for op in self.main.body:
             if isinstance(op, ty.GetGlobal):
