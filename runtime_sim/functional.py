@@ -265,6 +265,13 @@ class FunctionalDie:
         op = command.op
         assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
         addresses = list(command.addresses)[op.source_memory == "dram" :]
+        if isinstance(op, edge10.AllGather) and op.displacements is not None:
+            pieces = np.split(combined.reshape(op.rows, -1), np.cumsum(op.sizes)[:-1], axis=1)
+            for piece, displacement in zip(pieces, op.displacements):
+                if piece.size:
+                    start = addresses[0] + op.destination + displacement
+                    self.dram(command, start, piece.shape, (op.stride, 1), write=True)[...] = piece
+            return
         self._side(command, op.destination_memory, op.destination, len(combined), addresses, write=True)[...] = combined
 
 

@@ -35,7 +35,10 @@ def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:
             sram(offset, made.shape, _dtype(t), write=True)[...] = made
         return
     shapes = _input_shapes(name, rows, cols, group)
-    inputs = [sram(offset, shape, _dtype(t)) for offset, shape, t in zip(op.inputs, shapes, op.input_types)]
+    inputs = [
+        sram(offset, shape, _dtype(t), None if op.input_strides is None else (op.input_strides[i], _dtype(t).itemsize))
+        for i, (offset, shape, t) in enumerate(zip(op.inputs, shapes, op.input_types))
+    ]
     value = inputs[0].copy() if name == "copy" else _compute(name, [a.astype(np.float32) for a in inputs], op)
     dtype = _dtype(op.output_types[0])
     strides = op.output_strides

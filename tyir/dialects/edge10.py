@@ -52,6 +52,9 @@ VECTOR_FUNCTIONS: Final = {
 }
 
 
+ELEMENTWISE_FUNCTIONS: Final = ("add", "mul", "scale", "silu", "silu_mul", "cast")
+
+
 # ---------------------------------------------------------------------------------------------------- storage and scalars
 
 
@@ -340,7 +343,8 @@ class Drain(DeclaredOp, name="edge10.drain"):
 class VectorOp(DeclaredOp, name="edge10.vector"):
     """A function of rows x cols elements on the vector units (`VECTOR_FUNCTIONS`); inputs and outputs are SRAM offsets, contiguous.
 
-    With `output_strides` [outer, inner] in bytes, row r of the output lies at r // group * outer + r % group * inner.
+    With `output_strides` [outer, inner] in bytes, row r of the output lies at r // group * outer + r % group * inner.  `input_strides` gives, for each input
+    of an elementwise function, the bytes from one row to the next.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -354,6 +358,7 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     cols: int = attr()
     group: int = attr(default=1)
     constant: float = attr(default=0.0)
+    input_strides: tuple[int, ...] | None = attr(default=None)
     output_strides: tuple[int, ...] | None = attr(default=None)
     done: Value = result()
 
@@ -363,6 +368,8 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     def verify(self) -> Iterator[str]:
         yield from _check_operands(self)
         inputs, outputs, _ = VECTOR_FUNCTIONS[self.function]
+        if self.input_strides is not None and (self.function not in ELEMENTWISE_FUNCTIONS or len(self.input_strides) != inputs):
+            yield f"input_strides are for {', '.join(ELEMENTWISE_FUNCTIONS)}, one for each input"
         if (
             (len(self.inputs), len(self.outputs)) != (inputs, outputs)
             or len(self.input_types) != inputs
@@ -464,7 +471,8 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
 class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
     """Every die's [rows, sizes[die]] bytes joined along the row, in die order, on every die.
 
-    A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
+    With `displacements` (MPI_Allgatherv's: where each die's piece begins in a row of the result) and `stride` (bytes between those rows), the result is a part
+    of a larger tensor: a head's logits are gathered while the next are computed.  A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -475,6 +483,8 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
     destination_memory: str = attr(default="sram", choices=("sram", "dram"))
     rows: int = attr()
     sizes: tuple[int, ...] = attr()
+    displacements: tuple[int, ...] | None = attr(default=None)
+    stride: int = attr(default=0)
     die: int = attr()
     done: Value = result()
 
@@ -485,6 +495,8 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
         yield from _check_operands(self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram"))
         if not 0 <= self.die < len(self.sizes):
             yield f"die {self.die} is not among the {len(self.sizes)} sizes"
+        if self.displacements is not None and (len(self.displacements) != len(self.sizes) or self.destination_memory != "dram"):
+            yield "displacements are for a result in DRAM, one for each die"
 
 
 _UNIT: Final[dict[type[Op], str]] = {
