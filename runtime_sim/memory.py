@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -115,14 +115,17 @@ class DieMemory:
 
 
 class RaceDetector:
-    """Vector clocks over the units of one die: a command has seen, for each unit, how many of its commands are surely done."""
+    """Vector clocks over the units of one die: a command has seen, for each unit, how many of its commands are surely done.
+
+    Accesses are remembered by blocks of addresses, so that one is compared only with those near it.
+    """
 
     def __init__(self) -> None:
         self._number = {unit: i for i, unit in enumerate(edge10.UNITS)}
         self._clocks: list[tuple[int, ...]] = []
         self._issued = [0] * len(edge10.UNITS)
         self._last: dict[str, int] = {}
-        self._live: dict[Any, list[tuple[int, int, bool, int, Command]]] = {}
+        self._live: dict[tuple[str, int], list[_Access]] = {}
 
     def begin(self, command: Command) -> None:
         """A command starts: what it has seen is what its tokens' commands and its unit's last command have."""
@@ -136,25 +139,40 @@ class RaceDetector:
         self._last[command.unit] = command.index
         self._clocks.append(tuple(clock))
 
-    def access(self, memory: Any, low: int, high: int, write: bool, command: Command) -> None:
+    def access(self, memory: str, low: int, high: int, write: bool, command: Command) -> None:
         """Note an access; `TyirError` showing both commands when it races with an earlier one.  `memory` names the memory or DRAM buffer."""
         if high <= low:
             return
-        live = self._live.setdefault(memory, [])
-        clock = self._clocks[command.index]
-        keep = []
-        for entry in live:
-            begin, end, wrote, number, other = entry
-            if begin < high and low < end and (write or wrote) and other is not command and clock[self._number[other.unit]] < number:
-                raise TyirError(
-                    f"race on bytes {max(begin, low)}..{min(end, high)} of {memory}: nothing orders\n  {other.describe()}, which {'writes' if wrote else 'reads'} {begin}..{end}, and\n"
-                    f"  {command.describe()}, which {'writes' if write else 'reads'} {low}..{high}",
-                    help="give the later command the earlier one's token",
-                )
-            if not (write and low <= begin and end <= high):  # what a later write covers is ordered before it
+        clock, unit = self._clocks[command.index], self._number[command.unit]
+        size = _DRAM_BLOCK if memory.startswith("DRAM") else _BLOCK
+        for block in range(low // size, (high - 1) // size + 1):
+            begin, end = max(low, block * size), min(high, (block + 1) * size)
+            keep = []
+            for entry in self._live.get((memory, block), ()):
+                first, last, wrote, other_unit, number, other, extent = entry
+                if first < end and begin < last:
+                    if (write or wrote) and clock[other_unit] < number and other is not command:
+                        raise _race(memory, (low, high), write, command, extent, wrote, other)
+                    covered = begin <= first and last <= end
+                    # What a later write covers is ordered before it; a read of the same bytes by the same unit is implied by the later one.
+                    if covered and (write or (not wrote and other_unit == unit)):
+                        continue
                 keep.append(entry)
-        unit = self._number[command.unit]
-        if not write:  # an earlier read of the same bytes by the same unit is implied by this one
-            keep = [e for e in keep if e[2] or e[4].unit != command.unit or not (low <= e[0] and e[1] <= high)]
-        keep.append((low, high, write, clock[unit], command))
-        self._live[memory] = keep
+            keep.append((begin, end, write, unit, clock[unit], command, (low, high)))
+            self._live[memory, block] = keep
+
+
+_BLOCK: Final = 4096
+_DRAM_BLOCK: Final = 1 << 20  # rows of a tile lie far apart there, and an access counts from its first byte to its last
+_Access = tuple[int, int, bool, int, int, Command, tuple[int, int]]  # bytes in the block, write, unit, its number there, command, all its bytes
+
+
+def _race(
+    memory: str, mine: tuple[int, int], write: bool, command: Command, theirs: tuple[int, int], wrote: bool, other: Command
+) -> TyirError:
+    return TyirError(
+        f"race on bytes {max(mine[0], theirs[0])}..{min(mine[1], theirs[1])} of {memory}: nothing orders\n"
+        f"  {other.describe()}, which {'writes' if wrote else 'reads'} {theirs[0]}..{theirs[1]}, and\n"
+        f"  {command.describe()}, which {'writes' if write else 'reads'} {mine[0]}..{mine[1]}",
+        help="give the later command the earlier one's token",
+    )
