@@ -1,17 +1,14 @@
 """Two layers of real models' shapes with random weights, cut over 1 to 16 dies: are the numbers those of one die, how even is the load, what is held twice.
 
-    python -m tests.e2e.real_shapes [--models Llama3-8B,...] [--weights fp16,int4] [--dies 2,3,...] [--json FILE]      # minutes per model
+    pytest tests/e2e/test_real_shapes.py --slow -s      # minutes per model; -k 'Llama3 and int4' for some
 
-prints one row for each number of dies.  The reference (one die) runs once per model, weights are drawn and quantised once and sliced without copies.
+prints one line for each number of dies.  The reference (one die) runs once per model, weights are drawn and quantised once and sliced without copies.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +23,7 @@ from tyir.dialects.ty import Param, SiluMul, tensor_type
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.pipeline import run_pipeline
 
-__all__ = ["MODELS", "Cut", "RealShape", "Row", "cut_of", "measure"]
+__all__ = ["MODELS", "Cut", "RealShape", "Row", "cut_of", "measure", "partition", "table_head", "table_line"]
 
 Array = npt.NDArray[Any]
 IDS: Final = np.array([[5, 17, 300, 42, 9, 1000, 77, 3]], np.int32)
@@ -91,9 +88,10 @@ def cut_of(model: RealShape, dies: int, int4: bool) -> Cut:
     )
 
 
-def partition(module: Module, dies: int, int4: bool, then: str) -> None:
+def partition(module: Module, dies: int, int4: bool, then: str, cache: str = "max-kv=16") -> None:
+    """Cut a model at stage `ty` over the dies and run the passes `then`."""
     quantize = f"quantize-weights{{group-size={GROUP}}}," if int4 else ""
-    run_pipeline(module, f"{quantize}kv-materialize{{max-kv=16}},partition-dies{{dies={dies} strategy=split}},{then}")
+    run_pipeline(module, f"{quantize}kv-materialize{{{cache}}},partition-dies{{dies={dies} strategy=split}},{then}")
 
 
 @dataclass(frozen=True)
@@ -143,11 +141,14 @@ def _logits(module: Module, evaluator: ParamEvaluator, dies: int, int4: bool) ->
     return run_lockstep(runs)[0][0][0].astype(np.float64)
 
 
-def _heads() -> str:
+def table_head() -> str:
+    """The columns of `table_line`."""
     return f"{'model':<30}{'':>6}{'dies':>5}{'1 - cosine':>12}{'drift':>8}{'largest':>9}{'load':>7}{'KV':>6}  query heads | KV heads | MLP groups of {GROUP}"
 
 
-def _line(row: Row) -> str:
+def table_line(row: Row) -> str:
+    """One row; equal neighbouring sizes are written once."""
+
     def text(sizes: tuple[int, ...]) -> str:
         runs: list[tuple[int, int]] = []
         for size in sizes:
@@ -159,24 +160,3 @@ def _line(row: Row) -> str:
         f"{row.model:<30}{row.weights:>6}{row.dies:>5}{1 - row.cosine:>12.1e}{row.drift:>8.3f}{row.largest:>9.1e}{c.imbalance:>7.3f}{c.kv_factor:>6.2f}"
         f"  {text(c.queries)} | {text(c.kv_heads)} | {text(c.mlp_groups)}"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.e2e.real_shapes", description="N dies against one on real models' shapes.")
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--weights", default="fp16,int4")
-    parser.add_argument("--dies", default=",".join(map(str, range(2, 17))))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also add the rows to this file, one a line")
-    args = parser.parse_args()
-    print(_heads())
-    for name in args.models.split(","):
-        for kind in args.weights.split(","):
-            for row in measure(name, kind == "int4", [int(n) for n in args.dies.split(",")]):
-                print(_line(row), flush=True)
-                if args.json is not None:
-                    with args.json.open("a") as file:
-                        file.write(json.dumps(asdict(row)) + "\n")
-
-
-if __name__ == "__main__":
-    main()

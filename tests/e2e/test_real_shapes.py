@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.real_shapes import MODELS, cut_of, measure
+from tests.e2e.real_shapes import MODELS, cut_of, measure, table_head, table_line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("int4", [False, True], ids=["fp16", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_die_count(name: str, int4: bool) -> None:
+    print("\n" + table_head())
     for row in measure(name, int4, range(2, 17)):
+        print(table_line(row), flush=True)
         assert row.cosine >= 0.9999, row
         assert row.drift < 0.2, f"errors lean to one side: {row}"
 
