@@ -71,6 +71,8 @@ ROWS: Final[dict[str, Row]] = {
     "aten.transpose.int": Row(aten.Transpose, properties={"dim0": "dim0", "dim1": "dim1"}),
     "aten.unsqueeze.default": Row(aten.Unsqueeze, properties={"dim": "dim"}),
     "aten.view.default": Row(aten.View, properties=_SHAPE, ignored=("size",)),
+    "tyir.layer_begin.default": Row(None, ("x",), ignored=("path",)),
+    "tyir.layer_end.default": Row(None, ("x",), ignored=("path",)),
     "tyir.attention.default": Row(ty.Attention, ("q", "k", "v"), {"scale": "scale", "window": "window"}),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePath
@@ -22,6 +22,7 @@ from tyir.attributes import DenseElementsAttr, DictAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import aten, func, ty
 from tyir.frontends.aten_table import PARTS, ROWS, FromResult, Row
+from tyir.frontends.layer_reuse import LAYER_BEGIN, LAYER_COPY, LAYER_END
 from tyir.frontends.torch_export import WRAPPER_PREFIX
 from tyir.frontends.weights import Weights
 from tyir.ir import Block, Op, Value
@@ -38,13 +39,48 @@ _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass
+class _Layer:
+    """A traced decoder layer: the nodes between its marks, and how many layers of the model it stands for."""
+
+    begin: fx.Node
+    body: dict[fx.Node, None] = field(default_factory=dict)
+    end: fx.Node | None = None
+    count: int = 1
+
+
+def traced_layers(nodes: Iterable[fx.Node]) -> dict[str, _Layer]:
+    """The layers that `layer_reuse` has marked, by path."""
+    layers: dict[str, _Layer] = {}
+    current: _Layer | None = None
+    for node in nodes:
+        target = str(node.target)
+        if target == LAYER_BEGIN:
+            current = layers[_text(node.args[1])] = _Layer(node)
+        elif target == LAYER_END:
+            layers[_text(node.args[1])].end, current = node, None
+        elif target == LAYER_COPY:
+            layers[_text(node.args[2])].count += 1
+        elif current is not None:
+            current.body[node] = None
+    return layers
+
+
+def _text(argument: object) -> str:
+    assert isinstance(argument, str)
+    return argument
+
+
+@dataclass
 class _Unsupported:
     """Nodes that cannot be represented, by what they have in common."""
 
+    layers: Mapping[str, _Layer]
     nodes: dict[str, list[fx.Node]] = field(default_factory=dict)
 
     def add(self, what: str, node: fx.Node) -> None:
-        self.nodes.setdefault(what, []).append(node)
+        """Note a node, as often as its layer stands for layers of the model."""
+        count = next((layer.count for layer in self.layers.values() if node in layer.body), 1)
+        self.nodes.setdefault(what, []).extend([node] * count)
 
     def raise_if_any(self) -> None:
         if not self.nodes:
@@ -70,15 +106,22 @@ def describe(location: Location) -> str:
     return ", ".join(words) + (f" ({location.file}:{location.line})" if isinstance(location, FileLoc) else "")
 
 
-def location_of(node: fx.Node) -> Location:
-    """The module path and the innermost line of the model's own source."""
+def location_of(node: fx.Node, moved: tuple[str, str] | None = None) -> Location:
+    """The module path (its beginning exchanged as `moved` says) and the innermost line of the model's own source."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if "transformers/models/" in f[0].replace("\\", "/")] or frames
     file = FileLoc(PurePath(own[-1][0]).name, int(own[-1][1]), 1) if own else None
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, module_class = (str(part) for part in stack[-1]) if stack else ("", node.name)
     root = not path or path == WRAPPER_PREFIX.rstrip(".")  # the model itself has no path: its class stands for it
-    return NameLoc(module_class.rpartition(".")[2] if root else path.removeprefix(WRAPPER_PREFIX), file)
+    return NameLoc(module_class.rpartition(".")[2] if root else _moved(path.removeprefix(WRAPPER_PREFIX), moved), file)
+
+
+def _moved(path: str, moved: tuple[str, str] | None) -> str:
+    """`path`, when it is in module moved[0], as a path in moved[1]."""
+    if moved is None or not f"{path}.".startswith(f"{moved[0]}."):
+        return path
+    return moved[1] + path[len(moved[0]) :]
 
 
 def tensor_type_of(value: torch.Tensor) -> TensorType:
@@ -137,15 +180,18 @@ class _Importer:
     weights: Weights
     parameters: dict[str, str]
     buffers: dict[str, Callable[[], Any]]
+    layers: Mapping[str, _Layer]
     block: Block
     values: dict[fx.Node, Value] = field(default_factory=dict)
     emitted: dict[str, Value] = field(default_factory=dict)
+    moved: tuple[str, str] | None = None  # the traced layer whose nodes are being converted, and the layer they are converted for
 
     def operand(self, node: fx.Node) -> Value:
         """The value of a node; weights and constants are emitted at their first use."""
         if node in self.values:
             return self.values[node]
         name = self.parameters.get(node.name)
+        name = None if name is None else _moved(name, self.moved)
         key = self.weights.canonical(name) if name is not None else node.name
         if key not in self.emitted:
             self.emitted[key] = self.weight(key, node) if name is not None else self.constant(node)
@@ -171,6 +217,9 @@ class _Importer:
         """Append the op of one node."""
         if str(node.target) in PARTS:
             return
+        if str(node.target) == LAYER_COPY:
+            self.values[node] = self.layer_copy(node)
+            return
         if node.target is operator.getitem:
             self.values[node] = self.part(node)
             return
@@ -181,8 +230,22 @@ class _Importer:
             self.values[node] = operands[0]
             return
         result = tensor_type_of(node.meta["val"])
-        op = row.op.create(operands, (result,), _properties(row, node, arguments, result), loc=location_of(node), result_names=(node.name,))
+        location = location_of(node, self.moved)
+        op = row.op.create(operands, (result,), _properties(row, node, arguments, result), loc=location, result_names=(node.name,))
         self.values[node] = self.block.append(op).result
+
+    def layer_copy(self, node: fx.Node) -> Value:
+        """The nodes of a traced layer once more, for another layer's input and parameters."""
+        x, path, source = node.args
+        assert isinstance(x, fx.Node)
+        layer, outer = self.layers[_text(source)], self.values
+        assert layer.end is not None
+        self.values, self.moved = {**outer, layer.begin: self.operand(x)}, (_text(source), _text(path))
+        for inner in layer.body:
+            self.convert(inner)
+        result = self.operand(layer.end.all_input_nodes[0])
+        self.values, self.moved = outer, None
+        return result
 
     def part(self, node: fx.Node) -> Value:
         """One part of a tensor that a node of `PARTS` cuts: a slice."""
@@ -195,7 +258,7 @@ class _Importer:
         fields = {f.name: f for f in aten.Slice.attr_fields}
         encoded = DictAttr({name: fields[name].codec.encode(value) for name, value in properties.items()})
         x, result = self.operand(arguments["self"]), tensor_type_of(node.meta["val"])
-        op = aten.Slice.create([x], (result,), encoded, loc=location_of(whole), result_names=(node.name,))
+        op = aten.Slice.create([x], (result,), encoded, loc=location_of(whole, self.moved), result_names=(node.name,))
         return self.block.append(op).result
 
 
@@ -238,15 +301,17 @@ def _properties(row: Row, node: fx.Node, arguments: dict[str, Any], result: Tens
     return DictAttr({name: fields[name].codec.encode(value) for name, value in values.items()})
 
 
-def _check(nodes: Iterable[fx.Node], bound: set[str]) -> None:
+def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Layer]) -> None:
     """Report every node that has no row, an argument its row does not cover, or a result that is not one tensor with at most one dynamic dimension."""
-    unsupported = _Unsupported()
+    unsupported = _Unsupported(layers)
     for node in nodes:
         if node.op == "placeholder":
             if node.name not in bound:
                 unsupported.add(f"constant tensor {node.name}", node)
             continue
         target, value = str(node.target), node.meta.get("val")
+        if target == LAYER_COPY:
+            continue
         if node.target is operator.getitem:  # one of several results: the op that made them is what is missing
             continue
         if target not in ROWS and target not in PARTS:
@@ -284,9 +349,10 @@ def import_graph(program: torch.export.ExportedProgram, weights: Weights, buffer
     nodes = live_nodes(program.graph_module.graph)
     by_name = {n.name: n for n in program.graph_module.graph.nodes if n.op == "placeholder"}
     body = [n for n in nodes if n.op != "output"]
-    _check(body, {*inputs, *parameters, *buffers})
+    layers = traced_layers(body)
+    _check(body, {*inputs, *parameters, *buffers}, layers)
     main = func.Func.make("main", [tensor_type_of(by_name[n].meta["val"]) for n in inputs], inputs)
-    importer = _Importer(weights, parameters, buffers, main.body)
+    importer = _Importer(weights, parameters, buffers, layers, main.body)
     importer.values.update({by_name[n]: arg for n, arg in zip(inputs, main.args)})
     for node in body:
         if node.op != "placeholder":

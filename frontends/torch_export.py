@@ -22,8 +22,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.frontends import attention_hook
+from tyir.frontends.layer_reuse import layers_traced_once
 
-__all__ = ["WRAPPER_PREFIX", "MetaModel", "build_meta_model", "build_plain_model", "export_model", "position_limit", "real_buffer"]
+__all__ = [
+    "WRAPPER_PREFIX",
+    "MetaModel",
+    "build_meta_model",
+    "build_plain_model",
+    "export_model",
+    "position_limit",
+    "real_buffer",
+    "trace_all",
+]
 
 DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
 TESTED: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
@@ -176,12 +186,23 @@ def position_limit(config: Any) -> tuple[int, str] | None:
 
 
 def export_model(meta: MetaModel) -> torch.export.ExportedProgram:
-    """The exported graph of (input_ids, position_ids) [1, s] -> logits, s symbolic.  `TyirError` when the model cannot be traced."""
-    ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.long, device="meta")
-    length = torch.export.Dim("s", min=1)
+    """The exported graph of (input_ids, position_ids) [1, s] -> logits, s symbolic; equal layers are traced once where that can be (`layer_reuse`).
+
+    `TyirError` when the model cannot be traced.
+    """
     try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(_LogitsOnly(meta.model), (ids, ids.clone()), dynamic_shapes=({1: length}, {1: length}), strict=False)
+        with layers_traced_once(meta.model):
+            return _trace(meta)
+    except TyirError:
+        raise
+    except Exception:  # whatever reuse stumbles over; if the model itself cannot be traced, this says so
+        return trace_all(meta)
+
+
+def trace_all(meta: MetaModel) -> torch.export.ExportedProgram:
+    """`export_model` without reuse: every layer is traced."""
+    try:
+        return _trace(meta)
     except TyirError:
         raise
     except Exception as error:
@@ -190,6 +211,13 @@ def export_model(meta: MetaModel) -> torch.export.ExportedProgram:
             message,
             help="the model's Python code depends on values or on the length of the prompt; such models cannot be compiled ahead of time",
         ) from error
+
+
+def _trace(meta: MetaModel) -> torch.export.ExportedProgram:
+    ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.long, device="meta")
+    length = torch.export.Dim("s", min=1)
+    with _quiet(), torch.no_grad():
+        return torch.export.export(_LogitsOnly(meta.model), (ids, ids.clone()), dynamic_shapes=({1: length}, {1: length}), strict=False)
 
 
 def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:

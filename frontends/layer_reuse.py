@@ -1,0 +1,159 @@
+"""Decoder layers that are the same program are traced once: an 80-layer model is exported as quickly as one of a few layers.
+
+While `layers_traced_once` is in force, the first layer of each kind runs between the marks `tyir::layer_begin` and `tyir::layer_end`, and a later layer
+of that kind emits `tyir::layer_copy` alone, which the graph importer replaces by the first layer's nodes with the layer's own parameters.
+
+Two layers are of one kind when a trace cannot tell them apart: modules of the same classes with equal attributes and parameters of equal shapes, called with
+the same arguments beside the hidden state (the same tensors, equal numbers: a layer with another mask or other rotary tables is of another kind).  The one
+attribute that may differ is `layer_idx`, and while tracing it is replaced by an object that fails whenever it is looked at.  Whoever traces must then trace again
+without reuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = ["LAYER_BEGIN", "LAYER_COPY", "LAYER_END", "layers_traced_once"]
+
+LAYER_BEGIN: Final = "tyir.layer_begin.default"
+LAYER_END: Final = "tyir.layer_end.default"
+LAYER_COPY: Final = "tyir.layer_copy.default"
+_NUMBER: Final = "layer_idx"
+_OF_EVERY_MODULE: Final = frozenset(torch.nn.Module().__dict__) - {"training"}
+_PLAIN: Final = (bool, int, float, str, type(None))
+
+
+@torch.library.custom_op("tyir::layer_begin", mutates_args=())  # type: ignore[untyped-decorator]
+def layer_begin(x: torch.Tensor, path: str) -> torch.Tensor:
+    """The hidden state that enters layer `path`, which is traced; only ever traced, like the two ops below."""
+    return x.clone()
+
+
+@torch.library.custom_op("tyir::layer_end", mutates_args=())  # type: ignore[untyped-decorator]
+def layer_end(x: torch.Tensor, path: str) -> torch.Tensor:
+    """The hidden state that leaves layer `path`."""
+    return x.clone()
+
+
+@torch.library.custom_op("tyir::layer_copy", mutates_args=())  # type: ignore[untyped-decorator]
+def layer_copy(x: torch.Tensor, path: str, source: str) -> torch.Tensor:
+    """What layer `path` makes of x: what layer `source` would make of it with the parameters of `path`."""
+    return x.clone()
+
+
+for _op in (layer_begin, layer_end, layer_copy):
+    _op.register_fake(lambda x, *paths: torch.empty_like(x))
+
+
+class _Unreadable:
+    """In place of a layer's number: any look at it is an error."""
+
+    def _read(self, *_: object) -> Any:
+        raise RuntimeError("the layer computes with its number")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __index__ = __int__ = __float__ = _read  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __truediv__ = __str__ = (
+        __format__
+    ) = _read  # type: ignore[assignment]
+
+
+@dataclass
+class _Kinds:
+    """The layers traced so far, one of each kind: (what it is, arguments it was called with, path)."""
+
+    traced: list[tuple[object, list[Any], str]] = field(default_factory=list)
+
+    def find(self, structure: object, arguments: list[Any]) -> str | None:
+        """The path of a traced layer of this structure that was called with these arguments."""
+        for known, others, path in self.traced:
+            if known == structure and len(others) == len(arguments) and all(map(_same, others, arguments)):
+                return path
+        return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, _PLAIN) and type(a) is type(b) and a == b)
+
+
+class _Reusing:
+    """Stands before a layer's class: its `forward` traces the layer or notes that it is a copy."""
+
+    _kinds: _Kinds
+    _structure: object
+    _path: str
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        arguments = [*leaves, str(tree), str(hidden_states.shape), hidden_states.dtype]
+        source = self._kinds.find(self._structure, arguments)
+        if source is not None:
+            return torch.ops.tyir.layer_copy(hidden_states, self._path, source)
+        out = super().forward(torch.ops.tyir.layer_begin(hidden_states, self._path), *args, **kwargs)  # type: ignore[misc]
+        if not isinstance(out, torch.Tensor) or str(out.shape) != str(hidden_states.shape) or out.dtype != hidden_states.dtype:
+            raise RuntimeError("the layer does not return a hidden state alone")
+        self._kinds.traced.append((self._structure, arguments, self._path))
+        return torch.ops.tyir.layer_end(out, self._path)
+
+
+@contextlib.contextmanager
+def layers_traced_once(model: torch.nn.Module) -> Iterator[None]:
+    """Let equal layers of `model` be traced once.  The model is as before afterwards."""
+    kinds, classes, numbers = _Kinds(), [], []
+    for path, layer in _layers(model):
+        structure = _structure(layer)
+        if structure is None:
+            continue
+        classes.append((layer, type(layer)))
+        layer._kinds, layer._structure, layer._path = kinds, structure, path
+        layer.__class__ = type(type(layer).__name__, (_Reusing, type(layer)), {})
+        for module in layer.modules():
+            if _NUMBER in module.__dict__:
+                numbers.append((module, module.__dict__[_NUMBER]))
+                module.__dict__[_NUMBER] = _Unreadable()
+    try:
+        yield
+    finally:
+        for layer, own in classes:
+            layer.__class__ = own
+            del layer._kinds, layer._structure, layer._path
+        for module, number in numbers:
+            module.__dict__[_NUMBER] = number
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """The entries of the model's longest list of modules: its decoder layers."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    name, longest = max(lists, key=lambda item: len(item[1]), default=("", ()))
+    for i, layer in enumerate(longest):
+        yield f"{name}.{i}", layer
+
+
+def _structure(layer: torch.nn.Module) -> object | None:
+    """What a trace can see of a layer beside its arguments; None when it holds buffers, whose values are not known here."""
+    if next(layer.buffers(), None) is not None:
+        return None
+    return [
+        (path, type(module), [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False)], _attributes(module))
+        for path, module in layer.named_modules()
+    ]
+
+
+def _attributes(module: torch.nn.Module) -> list[tuple[str, object]]:
+    """A module's own attributes: values of plain ones, identities of others."""
+    own = {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE and k != _NUMBER}
+    hooks = {k: bool(v) for k, v in module.__dict__.items() if k.endswith("_hooks") and v}
+    return [*((k, _value(v)) for k, v in sorted(own.items())), *hooks.items()]
+
+
+def _value(value: Any) -> object:
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if isinstance(value, (list, tuple)):
+        return (type(value), [_value(v) for v in value])
+    return id(value)
