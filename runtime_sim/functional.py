@@ -268,9 +268,11 @@ class FunctionalDie:
         if isinstance(op, edge10.AllGather) and op.displacements is not None:
             pieces = np.split(combined.reshape(op.rows, -1), np.cumsum(op.sizes)[:-1], axis=1)
             for piece, displacement in zip(pieces, op.displacements):
-                if piece.size:
-                    start = addresses[0] + op.destination + displacement
-                    self.dram(command, start, piece.shape, (op.stride, 1), write=True)[...] = piece
+                start, strides = op.destination + displacement, (op.stride, 1)
+                if piece.size and op.destination_memory == "sram":
+                    self.sram(command, start, piece.shape, np.uint8, strides, write=True)[...] = piece
+                elif piece.size:
+                    self.dram(command, addresses[0] + start, piece.shape, strides, write=True)[...] = piece
             return
         self._side(command, op.destination_memory, op.destination, len(combined), addresses, write=True)[...] = combined
 

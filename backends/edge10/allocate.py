@@ -17,21 +17,21 @@ from tyir.targets.machine import Machine
 __all__ = ["ALIGNMENT", "DramLayout", "Interval", "Ring", "RingCursor", "SramPlan", "SramShares", "align", "place_intervals", "sram_plan"]
 
 ALIGNMENT: Final = 64
-_PARTS: Final = 128
+_PARTS: Final = 256
 
 
 @dataclass(frozen=True)
 class SramShares:
-    """How SRAM is divided, in 128ths: `temp`, the slots of the rings as (size, count), and how much of the arena layers may hand their activations on in.
+    """How SRAM is divided, in 256ths: `temp`, the slots of the rings as (size, count), and how much of the arena layers may hand their activations on in.
 
-    Large tiles take two neighbouring slots of `side` and `wide`; with small ones, twice as many are in flight, which hides the latency of small matrices.
+    Of four slots of `side` and `wide`, large tiles take two neighbours; with small ones, twice as many are in flight, which hides the latency of small matrices.
     Few tokens want the weight stream large, many the arena (`search`).
     """
 
-    temp: int = 22
-    side: tuple[int, int] = (2, 4)
-    packed: tuple[int, int] = (4, 4)
-    wide: tuple[int, int] = (8, 4)
+    temp: int = 44
+    side: tuple[int, int] = (4, 4)
+    packed: tuple[int, int] = (8, 4)
+    wide: tuple[int, int] = (16, 4)
     boundary: float = 0.5
 
     @property
@@ -106,15 +106,16 @@ def sram_plan(machine: Machine, shares: SramShares | None = None) -> SramPlan:
             help=f"sram.capacity_bytes must be at least {_PARTS * ALIGNMENT}",
         )
     arena = unit * shares.arena
-    side = _ring(arena + shares.temp * unit, unit, shares.side, 2)
-    packed = _ring(side.end, unit, shares.packed, 1)
-    wide = _ring(packed.end, unit, shares.wide, 2)
+    side = _ring(arena + shares.temp * unit, unit, shares.side)
+    packed = _ring(side.end, unit, shares.packed, joined=1)
+    wide = _ring(packed.end, unit, shares.wide)
     return SramPlan(machine.sram.capacity_bytes, arena, arena, shares.temp * unit, side, packed, wide, int(arena * shares.boundary))
 
 
-def _ring(offset: int, unit: int, shape: tuple[int, int], slots_of_largest: int) -> Ring:
+def _ring(offset: int, unit: int, shape: tuple[int, int], joined: int = 2) -> Ring:
+    """`joined` slots hold the largest entry, if that leaves as many for the next one."""
     size, count = shape
-    return Ring(offset, size * unit, count, size * unit * slots_of_largest)
+    return Ring(offset, size * unit, count, size * unit * (joined if count >= 2 * joined else 1))
 
 
 @dataclass

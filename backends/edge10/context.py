@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Literal
 
-from tyir.backends.edge10.allocate import RingCursor, SramPlan
+from tyir.backends.edge10.allocate import ALIGNMENT, RingCursor, SramPlan, align
 from tyir.backends.edge10.dependences import ACC, SRAM, Access, Space
 from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.tiling import spans
@@ -17,7 +17,7 @@ from tyir.ir import Value
 from tyir.targets.machine import Machine
 from tyir.types import bit_width
 
-__all__ = ["Lowering", "Piece", "Place", "acc_range", "element_bytes", "sram_range"]
+__all__ = ["Area", "Buffers", "Lowering", "Piece", "Place", "acc_range", "element_bytes", "sram_range"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,30 @@ class Piece:
     temp: int
 
 
+class Buffers:
+    """Equal parts of some bytes of SRAM, used in turn: what is made in one is taken away while the next is filled."""
+
+    def __init__(self, area: Area, nbytes: int, most: int = 2) -> None:
+        self._size = align(nbytes)
+        self._offsets = cycle(range(area.offset, area.offset + self._size * max(1, min(most, area.nbytes // self._size)), self._size))
+
+    def take(self) -> int:
+        return next(self._offsets)
+
+
+@dataclass(frozen=True)
+class Area:
+    """Bytes of SRAM."""
+
+    offset: int
+    nbytes: int
+
+    def split(self, first: int) -> tuple[Area, Area]:
+        """The first bytes, and the rest."""
+        first = first // ALIGNMENT * ALIGNMENT
+        return Area(self.offset, first), Area(self.offset + first, self.nbytes - first)
+
+
 class Lowering:
     """State of one function's lowering."""
 
@@ -81,6 +105,11 @@ class Lowering:
 
     def place(self, value: Value) -> Place:
         return self.places[value]
+
+    def results_area(self, x_in_sram: bool) -> Area:
+        """Temporaries for the results of a product; tiles of an x that lies in DRAM need the first half."""
+        whole = Area(self.plan.temp, self.plan.temp_bytes)
+        return whole if x_in_sram else whole.split(whole.nbytes // 2)[1]
 
     def address(self, place: Place) -> Value:
         """The address operand of a DRAM place."""

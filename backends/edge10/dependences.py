@@ -182,7 +182,9 @@ def _needed(found: Iterable[_Done], clock: list[int]) -> list[Value]:
     The latest first: whatever waited for others was made after them.
     """
     tokens: list[Value] = []
-    for done in sorted(found, key=lambda d: (-d.order, d.number)):  # a set has no order: without the number, programs would differ from run to run
+    for done in sorted(
+        found, key=lambda d: (-d.order, d.number)
+    ):  # a set has no order: without the number, programs would differ from run to run
         if not done.is_known(clock):
             tokens.append(done.token)
             clock[:_OUTSIDE] = map(max, clock[:_OUTSIDE], done.clock[:_OUTSIDE])

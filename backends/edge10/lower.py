@@ -18,6 +18,16 @@ from typing import Any, Final
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
 from tyir.backends.edge10.allocate import ALIGNMENT, DramLayout, SramPlan, SramShares, align, sram_plan
+from tyir.backends.edge10.columns import (
+    GatheredColumns,
+    Gathering,
+    StoredColumns,
+    SummedColumns,
+    Summing,
+    gatherings,
+    lower_nothing_to_sum,
+    summings,
+)  # fmt: skip
 from tyir.backends.edge10.context import Lowering, Place
 from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
@@ -25,8 +35,8 @@ from tyir.backends.edge10.lower_attention import lower_attention
 from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_quantize_rows, lower_rows
 from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
 from tyir.backends.edge10.lower_gated import fused_products, lower_gated
-from tyir.backends.edge10.lower_linear import lower_linear
-from tyir.backends.edge10.lower_mlp import fused_mlps, fused_ops, lower_mlp
+from tyir.backends.edge10.lower_linear import InputTiles, lower_linear, lower_product
+from tyir.backends.edge10.lower_mlp import Mlp, fused_mlps, fused_ops, lower_mlp
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
 from tyir.backends.edge10.lower_top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
@@ -348,8 +358,12 @@ class _DieLowering:
         spill = f"spill.{source.sym_name}"
         arena = self.plan.arena - self.boundary.sram_bytes
         mlps = fused_mlps(source, arena, self.machine, self.plan)
+        sums, gathers = summings(source, self.machine), gatherings(source, self.machine)
         fused = {**fused_products(source, arena), **fused_ops(mlps)}
-        scratch = {op: mlp.scratch for op, mlp in mlps.items()}
+        fused.update({op: add for add, summing in sums.items() for op in summing.ops})
+        fused.update({gathering.product: op for op, gathering in gathers.items()})
+        fused = {op: _last(op, fused) for op in fused}
+        scratch = {_last(op, fused): mlp.scratch for op, mlp in mlps.items()}
         given = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill, fused, scratch)
         places = given.values
         if given.spill_bytes:
@@ -365,8 +379,12 @@ class _DieLowering:
             low.emitter.begin(op)
             if isinstance(op, Call):
                 self._call(op, low)
-            elif op in mlps:
-                lower_mlp(mlps[op], low, given.scratch[op])
+            elif op in sums:
+                _lower_summing(sums[op], mlps, given.scratch.get(op), low)
+            elif op in gathers:
+                _lower_gathering(gathers[op], low)
+            elif op in mlps and op not in fused:
+                lower_mlp(mlps[op], low, given.scratch[op], StoredColumns(mlps[op].down.out, low, low.results_area(True)))
             elif isinstance(op, ty.SiluMul) and op not in fused and op in fused.values():
                 lower_gated(op, low)
             elif op not in fused and not isinstance(op, (ty.GetGlobal, ty.Reshape, Return)):
@@ -396,6 +414,33 @@ class _DieLowering:
         )
         emitter.block.append(call)
         emitter.tracker.reset(call.results[:-1], call.results[-1])
+
+
+def _last(op: Op, fused: Mapping[Op, Op]) -> Op:
+    """The op with which `op` is computed."""
+    while op in fused:
+        op = fused[op]
+    return op
+
+
+def _lower_summing(summing: Summing, mlps: Mapping[Op, Mlp], scratch: tuple[int, Place] | None, low: Lowering) -> None:
+    """A product, its all-reduce and the residual sum; `scratch` is that of the MLP whose last product it is, if it is one."""
+    product = summing.product
+    if product is None:
+        lower_nothing_to_sum(SummedColumns(summing, low, low.results_area(True)))
+    elif product in mlps:
+        assert scratch is not None
+        lower_mlp(mlps[product], low, scratch, SummedColumns(summing, low, low.results_area(True)))
+    else:
+        inputs = InputTiles(product.x, low)
+        lower_product(product, low, inputs, SummedColumns(summing, low, low.results_area(inputs.in_sram)))
+
+
+def _lower_gathering(gathering: Gathering, low: Lowering) -> None:
+    inputs = InputTiles(gathering.product.x, low)
+    results = GatheredColumns(gathering, low, low.results_area(inputs.in_sram))
+    lower_product(gathering.product, low, inputs, results)
+    results.finish()
 
 
 def _relative_offsets(layer: _Layer) -> dict[int, int]:

@@ -2,7 +2,7 @@
 
     %g = ty.linear(%x, %wg);  %u = ty.linear(%x, %wu);  %y = ty.silu_mul(%g, %u)
     -->
-    for each tile of rows and channels: gate tile -> temp;  up tile -> temp;  silu_mul -> y
+    for each block of rows and channels: gate block -> temp;  up block -> temp;  silu_mul -> y
 
 Small ones (decode) stay three ops: their tensors fit, and one vector command is cheaper than one a tile.
 """
@@ -10,8 +10,8 @@ Small ones (decode) stay three ops: their tensors fit, and one vector command is
 from __future__ import annotations
 
 from tyir.attributes import ArrayAttr
-from tyir.backends.edge10.context import Lowering, sram_range
-from tyir.backends.edge10.lower_linear import InputTiles, Product, temp_quarter
+from tyir.backends.edge10.context import Buffers, Lowering, sram_range
+from tyir.backends.edge10.lower_linear import InputTiles, Product
 from tyir.backends.edge10.tiling import spans
 from tyir.dialects import edge10
 from tyir.dialects.func import Func
@@ -61,16 +61,15 @@ def lower_gated(op: SiluMul, low: Lowering) -> None:
     gate_op, up_op = _linear(op.gate), _linear(op.up)
     assert gate_op is not None and up_op is not None
     inputs, out = InputTiles(gate_op.x, low), low.place(op.out)
-    gate, up = (Product(o, low, inputs, 3 * 2) for o in (gate_op, up_op))
+    area = low.results_area(inputs.in_sram)
+    gate, up = (Product(o, low, inputs, 3 * 2, area.nbytes // 2) for o in (gate_op, up_op))
+    buffers = Buffers(area, area.nbytes // 2)
     row, types = gate.shape.n * 2, ArrayAttr([f16, f16])
-    pieces = 0
     for m0, m in spans(gate.shape.m, gate.tiles.m):
-        for n0, n in spans(gate.shape.n, gate.tiles.n):
-            size, first = m * n * 2, temp_quarter(low, 2 + pieces % 2)
-            pieces += 1
+        for n0, n in spans(gate.shape.n, gate.tiles.block):
+            size, first = m * n * 2, buffers.take()
             for number, product in enumerate((gate, up)):
-                low.emitter.begin(product.op)
-                product.tile(m0, m, n0, n, first + number * size, n * 2)
+                product.columns(m0, m, n0, n, first + number * size, n * 2)
             low.emitter.begin(op)
             start = out.at(m0 * row + n0 * 2)
             target, stride = (start.offset, row) if out.in_sram else (first + 2 * size, n * 2)

@@ -1,10 +1,11 @@
 """Matrix products: the weight streams from DRAM once, tile by tile, through the slots; 4-bit tiles are dequantised on the way.
 
-For each tile of rows m0 and of output channels n0:
-    load scales, zeros, bias of the channels (ebdma -> side slot)
-    for each k0:   load the weight tile (ewdma -> packed slot, or wide slot if f16);  dequant (packed -> wide);  matmul += (wide, x -> accumulators)
-    drain (accumulators + bias -> SRAM), and store if the result lives in DRAM
-The accumulators' halves, the slots and the temporaries alternate, so every unit works on a tile of its own.
+For each tile of rows m0 and each block of output channels n0:
+    for each tile of the block and each k0:
+        load scales, zeros (ebdma -> side slot), once for as many tiles as a slot holds
+        load the weight tile (ewdma -> packed slot, or wide slot if f16);  dequant (packed -> wide);  matmul += (wide, x -> accumulators)
+    drain the block (accumulators + bias -> SRAM), and hand it to where it goes (`columns`)
+The accumulators' halves, the slots and the temporaries alternate, so every unit works on a tile or block of its own.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ import math
 from dataclasses import dataclass
 
 from tyir.backends.edge10.allocate import ALIGNMENT, align
-from tyir.backends.edge10.context import Lowering, acc_range, element_bytes, sram_range
-from tyir.backends.edge10.tiling import MatmulShape, Tiles, choose_tiles, spans
+from tyir.backends.edge10.columns import Columns, StoredColumns
+from tyir.backends.edge10.context import Lowering, acc_range, sram_range
+from tyir.backends.edge10.tiling import MatmulShape, Tiles, choose_tiles, side_columns, spans
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
 from tyir.ir import Value
 from tyir.types import Type, bit_width
 
-__all__ = ["InputPart", "InputTiles", "Product", "lower_linear", "temp_quarter"]
+__all__ = ["InputPart", "InputTiles", "Product", "lower_linear", "lower_product"]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """Where a tile's scales, zeros and bias lie in SRAM."""
+    """Where the scales and zeros of a tile's rows lie in SRAM."""
 
     scales: int
     zeros: int
-    bias: int | None
 
 
 def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
@@ -41,25 +42,20 @@ def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
             f"'{op.name}' has operands {', '.join(wrong)}; the matrix units take f16, and 4-bit weights",
             help="cast them to f16 (ty.cast) before lower-edge10",
         )
-    out, width = low.place(op.out), element_bytes(op.out)
-    product = Product(op, low, InputTiles(op.x, low), 0 if out.in_sram else width)
-    row = product.shape.n * width
-    pieces = 0
-    for m0, m in spans(product.shape.m, product.tiles.m):
-        for n0, n in spans(product.shape.n, product.tiles.n):
-            start = out.at(m0 * row + n0 * width)
-            if out.in_sram:
-                product.tile(m0, m, n0, n, start.offset, row)
-                continue
-            target = temp_quarter(low, 2 + pieces % 2)
-            pieces += 1
-            product.tile(m0, m, n0, n, target, n * width)
-            low.store(start, target, (1, m, n * width), dram_strides=(0, row))
+    inputs = InputTiles(op.x, low)
+    lower_product(op, low, inputs, StoredColumns(op.out, low, low.results_area(inputs.in_sram)))
 
 
-def temp_quarter(low: Lowering, number: int) -> int:
-    """The offset of a quarter of the temporaries: x tiles use the first two in turn, results the last two."""
-    return low.plan.temp + number * (low.plan.temp_bytes // 4 // ALIGNMENT * ALIGNMENT)
+def lower_product(op: Linear | QuantizedLinear, low: Lowering, inputs: InputTiles | InputPart, results: Columns) -> None:
+    """A whole product, its columns handed to `results`."""
+    product = Product(op, low, inputs, results.piece_bytes, results.piece_limit, results.block)
+    rows = product.shape.m
+    for r0, r in spans(rows, rows if results.block else product.tiles.m):
+        for n0, n in spans(product.shape.n, product.tiles.block):
+            target, stride = results.target(r0, r, n0, n)
+            for m0, m in spans(r, product.tiles.m):
+                product.columns(r0 + m0, m, n0, n, target + m0 * stride, stride)
+            results.deliver(target, r0, r, n0, n)
 
 
 class InputTiles:
@@ -83,7 +79,7 @@ class InputTiles:
         for offset, key in self._loaded.items():
             if key == (m0, k0):
                 return offset, k * 2
-        offset = temp_quarter(self.low, self._count % 2)
+        offset = self.low.plan.temp + self._count % 2 * (self.low.plan.temp_bytes // 4 // ALIGNMENT * ALIGNMENT)
         self._count += 1
         self._loaded[offset] = (m0, k0)
         self.low.load(start, offset, (1, m, k * 2), dram_strides=(0, self.row))
@@ -105,53 +101,74 @@ class InputPart:
 
 
 class Product:
-    """One linear op: its tiles, and the commands of each."""
+    """One linear op: its tiles, and the commands of a block of columns."""
 
-    def __init__(self, op: Linear | QuantizedLinear, low: Lowering, inputs: InputTiles | InputPart, piece_bytes: int) -> None:
+    def __init__(
+        self,
+        op: Linear | QuantizedLinear,
+        low: Lowering,
+        inputs: InputTiles | InputPart,
+        piece_bytes: int,
+        piece_limit: int = 0,
+        block: int = 0,
+    ) -> None:
         self.op, self.low, self.inputs = op, low, inputs
         *outer, k = tensor_type(op.x).static_shape
         n = tensor_type(op.out).static_shape[-1]
         group = op.group_size if isinstance(op, QuantizedLinear) else 0
-        self.shape = MatmulShape(math.prod(outer), n, k, group, inputs.in_sram, piece_bytes)
+        self.shape = MatmulShape(math.prod(outer), n, k, group, inputs.in_sram, piece_bytes, piece_limit, block)
         self.tiles: Tiles = choose_tiles(self.shape, low.machine, low.plan)
         self.weight = low.place(op.q if isinstance(op, QuantizedLinear) else op.weight)
+        self._side_columns = side_columns(self.shape, low.plan) // self.tiles.n * self.tiles.n
 
-    def tile(
+    def columns(
         self, m0: int, m: int, n0: int, n: int, target: int, stride: int, part: tuple[int, int] | None = None, element: Type | None = None
     ) -> None:
         """Compute out[m0:, n0:] into SRAM, rows `stride` bytes apart; `part` (first, size) of the sum only, without the bias, stored as `element`."""
-        low = self.low
-        side = self._load_side(n0, n)
-        acc, acc_stride = next(low.accumulators), align(n, low.machine.cube.columns) * 4
-        first, size = part or (0, self.shape.k)
+        self.low.emitter.begin(self.op)
+        acc, acc_stride = next(self.low.accumulators), align(n, self.low.machine.cube.columns) * 4
+        for s0, size in spans(n, self._side_columns):
+            side = self._load_side(n0 + s0, size)
+            for t0, tile in spans(size, self.tiles.n):
+                rows = _Side(side.scales + t0 * self.shape.scale_row_bytes, side.zeros + t0 * self.shape.zero_row_bytes)
+                self._tile(m0, m, n0 + s0 + t0, tile, acc + (s0 + t0) * 4, acc_stride, part or (0, self.shape.k), rows)
+        bias = self._load_bias(n0, n) if part is None else None
+        self._drain(acc, acc_stride, m, n, bias, target, stride, element or tensor_type(self.op.out).element)
+
+    def _tile(self, m0: int, m: int, n0: int, n: int, acc: int, acc_stride: int, part: tuple[int, int], side: _Side) -> None:
+        """The sums of a tile's columns: out[m0:, n0:] over x's columns `part` (first, size)."""
+        first, size = part
+        extent = (m - 1) * acc_stride + n * 4
         for offset, k in spans(size, self.tiles.k):
             k0 = first + offset
             weight = self._load_weight(n0, n, k0, k, side)
             x, x_stride = self.inputs.tile(m0, m, k0, k)
-            low.emitter.emit(
+            self.low.emitter.emit(
                 edge10.Matmul, lhs=x, lhs_strides=(x_stride, 0), rhs=weight, rhs_stride=k * 2, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, k=k, accumulate=offset > 0,
-                reads=[sram_range(x, (m - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(acc, m * acc_stride)] if offset else [])],
-                writes=[acc_range(acc, m * acc_stride, write=True)],
+                reads=[sram_range(x, (m - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(acc, extent)] if offset else [])],
+                writes=[acc_range(acc, extent, write=True)],
             )  # fmt: skip
-        self._drain(acc, acc_stride, m, n, side.bias if part is None else None, target, stride, element or tensor_type(self.op.out).element)
 
     def _load_side(self, n0: int, n: int) -> _Side:
-        """Whole rows of scales and zeros (short rows would waste bursts), and the bias."""
-        scale_bytes, zero_bytes = align(n * self.shape.scale_row_bytes), align(n * self.shape.zero_row_bytes)
-        start = self.low.side.take(scale_bytes + zero_bytes + n * 2) if self.shape.group_size or self.op.bias is not None else 0
-        zeros, bias = start + scale_bytes, start + scale_bytes + zero_bytes
-        if isinstance(self.op, QuantizedLinear):
-            for value, row_bytes, target in (
-                (self.op.scales, self.shape.scale_row_bytes, start),
-                (self.op.zeros, self.shape.zero_row_bytes, zeros),
-            ):
-                self.low.load_bytes(self.low.place(value).at(n0 * row_bytes), target, n * row_bytes, queue="ebdma")
-        if self.op.bias is not None:
-            self.low.load_bytes(self.low.place(self.op.bias).at(n0 * 2), bias, n * 2, queue="ebdma")
-        return _Side(start, zeros, bias if self.op.bias is not None else None)
+        """Whole rows of scales and zeros (short rows would waste bursts)."""
+        if not isinstance(self.op, QuantizedLinear):
+            return _Side(0, 0)
+        scale_bytes, zero_bytes = n * self.shape.scale_row_bytes, n * self.shape.zero_row_bytes
+        scales = self.low.side.take(align(scale_bytes) + align(zero_bytes))
+        zeros = scales + align(scale_bytes)
+        self.low.load_bytes(self.low.place(self.op.scales).at(n0 * self.shape.scale_row_bytes), scales, scale_bytes, queue="ebdma")
+        self.low.load_bytes(self.low.place(self.op.zeros).at(n0 * self.shape.zero_row_bytes), zeros, zero_bytes, queue="ebdma")
+        return _Side(scales, zeros)
+
+    def _load_bias(self, n0: int, n: int) -> int | None:
+        if self.op.bias is None:
+            return None
+        bias = self.low.side.take(n * 2)
+        self.low.load_bytes(self.low.place(self.op.bias).at(n0 * 2), bias, n * 2, queue="ebdma")
+        return bias
 
     def _load_weight(self, n0: int, n: int, k0: int, k: int, side: _Side) -> int:
-        """Bring tile [n, k] of the weight to SRAM as f16; returns its offset."""
+        """Bring tile [n, k] of the weight to SRAM as f16; returns its offset.  `side` is of the tile's rows."""
         low, group = self.low, self.shape.group_size
         row = self.shape.weight_row_bytes
         if not group:

@@ -3,8 +3,8 @@
     %g = linear(%x, %wg);  %u = linear(%x, %wu);  %y = silu_mul(%g, %u);  %d = linear(%y, %wd)
     -->
     for each part of the inner channels:                                as few as fit SRAM, one if possible
-        for each tile of the part: gate tile -> temp;  up tile -> temp;  silu_mul -> part of y in SRAM
-        for each tile of the outputs: the part's share of the sum;  plus that of the parts before (f32, in DRAM);  -> DRAM, the last one -> d
+        for each block of the part: gate block -> temp;  up block -> temp;  silu_mul -> part of y in SRAM
+        for each block of the outputs: the part's share of the sum;  plus that of the parts before (f32, in DRAM);  -> DRAM, the last one -> d
 
 Otherwise the last product would read y again from DRAM for each tile of its outputs, which takes longer than its weights.
 """
@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.allocate import SramPlan, align
-from tyir.backends.edge10.context import Lowering, Place, sram_range
+from tyir.backends.edge10.columns import Columns
+from tyir.backends.edge10.context import Area, Buffers, Lowering, Place, sram_range
 from tyir.backends.edge10.lower_gated import gated_products
-from tyir.backends.edge10.lower_linear import InputPart, InputTiles, Product, temp_quarter
+from tyir.backends.edge10.lower_linear import InputPart, InputTiles, Product, lower_product
 from tyir.backends.edge10.places import Scratch
 from tyir.backends.edge10.tiling import spans
 from tyir.dialects import edge10
@@ -27,12 +28,18 @@ from tyir.dialects.func import Func
 from tyir.dialects.ty import Linear, QuantizedLinear, SiluMul, tensor_type
 from tyir.ir import Op
 from tyir.targets.machine import Machine
-from tyir.types import f16, f32
+from tyir.types import bit_width, f16, f32
 
 __all__ = ["Mlp", "fused_mlps", "fused_ops", "lower_mlp"]
 
 _MOST_PARTS = 12
+_SHARE_BYTES = 8  # of one element of a partial sum: this part's share and what the parts before make, f32
 _Product = Linear | QuantizedLinear
+
+
+def _sum_bytes(rows: int) -> int:
+    """A block of partial sums: narrow, since the arena is worth more to y."""
+    return align(rows * _SHARE_BYTES * 48)
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,11 @@ class Mlp:
 
     @property
     def scratch(self) -> Scratch:
-        """A part of y in SRAM; the sum so far in DRAM."""
+        """A part of y in SRAM, with two blocks of partial sums behind it; the sum so far in DRAM."""
         width = tensor_type(self.down.out).static_shape[-1]
-        return Scratch(self.rows * self.part * 2, self.rows * width * 4 if self.parts > 1 else 0)
+        if self.parts == 1:
+            return Scratch(self.rows * self.part * 2, 0)
+        return Scratch(align(self.rows * self.part * 2) + 2 * _sum_bytes(self.rows), self.rows * width * 4)
 
 
 def fused_mlps(function: Func, arena: int, machine: Machine, plan: SramPlan) -> dict[Op, Mlp]:
@@ -88,7 +97,8 @@ def _match(op: SiluMul, arena: int) -> Mlp | None:
         return None
     for parts in range(1, _MOST_PARTS + 1):
         part = min(align(-(-inner // parts), unit), inner)
-        if align(x) + align(rows * part * 2) <= arena:
+        sums = 2 * _sum_bytes(rows) if part < inner else 0
+        if align(x) + align(rows * part * 2) + sums <= arena:
             return Mlp(gate, up, op, down, rows, part) if part == inner or down.bias is None else None
     return None
 
@@ -105,34 +115,30 @@ def fused_ops(mlps: Mapping[Op, Mlp]) -> dict[Op, Op]:
     return {op: mlp.down for mlp in mlps.values() for op in (mlp.gate, mlp.up, mlp.silu)}
 
 
-def lower_mlp(mlp: Mlp, low: Lowering, scratch: tuple[int, Place]) -> None:
-    """The four ops of an MLP; `scratch` is where `Mlp.scratch` lies."""
+def lower_mlp(mlp: Mlp, low: Lowering, scratch: tuple[int, Place], results: Columns) -> None:
+    """The four ops of an MLP, the columns of the last handed to `results`; `scratch` is where `Mlp.scratch` lies."""
     offset, sums = scratch
     inputs = InputTiles(mlp.gate.x, low)
-    gate, up = (Product(op, low, inputs, 4) for op in (mlp.gate, mlp.up))
-    direct = mlp.parts == 1
-    in_sram = low.place(mlp.down.out).in_sram
-    down = Product(mlp.down, low, InputPart(offset, mlp.part * 2, 0), (0 if in_sram else 2) if direct else 5)
+    area = low.results_area(inputs.in_sram)
+    gate, up = (Product(op, low, inputs, 4, area.nbytes // 2) for op in (mlp.gate, mlp.up))
+    buffers = Buffers(area, area.nbytes // 2)
+    shares = Area(offset + align(mlp.rows * mlp.part * 2), 2 * _sum_bytes(mlp.rows))
     for first, size in spans(mlp.inner, mlp.part):
-        _inner_part(mlp, low, gate, up, first, size, offset)
-        low.emitter.begin(mlp.down)
-        down.inputs = InputPart(offset, size * 2, first)
-        if direct:
-            _outputs(mlp, low, down)
+        _inner_part(mlp, low, gate, up, first, size, offset, buffers)
+        y = InputPart(offset, size * 2, first)
+        if mlp.parts == 1:
+            lower_product(mlp.down, low, y, results)
         else:
-            pieces = -(-size // down.tiles.k)
-            down.tiles = replace(down.tiles, k=align(-(-size // pieces), down.shape.group_size or 1))
-            _partial_sums(mlp, low, down, (first, size), sums)
+            _PartialSums(mlp, low, y, (first, size), sums, shares).lower(results)
 
 
-def _inner_part(mlp: Mlp, low: Lowering, gate: Product, up: Product, first: int, size: int, scratch: int) -> None:
+def _inner_part(mlp: Mlp, low: Lowering, gate: Product, up: Product, first: int, size: int, scratch: int, buffers: Buffers) -> None:
     """silu(gate) * up for inner channels [first, first + size), dense in SRAM."""
     m, row, types = mlp.rows, size * 2, ArrayAttr([f16, f16])
-    for number, (n0, n) in enumerate(spans(size, gate.tiles.n)):
-        nbytes, temp = m * n * 2, temp_quarter(low, 2 + number % 2)
+    for n0, n in spans(size, gate.tiles.block):
+        nbytes, temp = m * n * 2, buffers.take()
         for index, product in enumerate((gate, up)):
-            low.emitter.begin(product.op)
-            product.tile(0, m, first + n0, n, temp + index * nbytes, n * 2)
+            product.columns(0, m, first + n0, n, temp + index * nbytes, n * 2)
         low.emitter.begin(mlp.silu)
         target = scratch + n0 * 2
         low.emitter.emit(
@@ -141,43 +147,41 @@ def _inner_part(mlp: Mlp, low: Lowering, gate: Product, up: Product, first: int,
         )  # fmt: skip
 
 
-def _outputs(mlp: Mlp, low: Lowering, down: Product) -> None:
-    """All of y is in SRAM: the last product as any other."""
-    out, row = low.place(mlp.down.out), down.shape.n * 2
-    for number, (n0, n) in enumerate(spans(down.shape.n, down.tiles.n)):
-        start = out.at(n0 * 2)
-        if out.in_sram:
-            down.tile(0, mlp.rows, n0, n, start.offset, row)
-            continue
-        target = temp_quarter(low, number % 2)
-        down.tile(0, mlp.rows, n0, n, target, n * 2)
-        low.store(start, target, (1, mlp.rows, n * 2), dram_strides=(0, row))
+class _PartialSums:
+    """One part's share of the outputs, added to that of the parts before it: f32 in DRAM, block by block, and after the last part handed on."""
 
+    def __init__(self, mlp: Mlp, low: Lowering, y: InputPart, part: tuple[int, int], sums: Place, shares: Area) -> None:
+        self.mlp, self.low, self.part, self.sums = mlp, low, part, sums
+        self.is_last = part[0] + part[1] == mlp.inner
+        self.down = Product(mlp.down, low, y, _SHARE_BYTES, shares.nbytes // 2)
+        pieces = -(-part[1] // self.down.tiles.k)
+        self.down.tiles = replace(self.down.tiles, k=align(-(-part[1] // pieces), self.down.shape.group_size or 1))
+        self._buffers = Buffers(shares, shares.nbytes // 2)
 
-def _partial_sums(mlp: Mlp, low: Lowering, down: Product, part: tuple[int, int], sums: Place) -> None:
-    """A part's share of the outputs, added to that of the parts before it."""
-    m, out, row = mlp.rows, low.place(mlp.down.out), down.shape.n * 2
-    last = part[0] + part[1] == mlp.inner
-    for number, (n0, n) in enumerate(spans(down.shape.n, down.tiles.n)):
-        share, kept = temp_quarter(low, 2 * (number % 2)), sums.at(m * n0 * 4)
-        before, result, nbytes = share + m * n * 4, share + m * n * 8, m * n * 4
-        if part[0]:
+    def lower(self, results: Columns) -> None:
+        m, columns, width = self.mlp.rows, self.down.shape.n, bit_width(tensor_type(self.mlp.down.out).element) // 8
+        block = results.block or min(columns, results.piece_limit // (m * results.piece_bytes) if results.piece_bytes else columns)
+        for b0, b in spans(columns, block if self.is_last else columns):
+            target, stride = results.target(0, m, b0, b) if self.is_last else (0, 0)
+            for n0, n in spans(b, self.down.tiles.block):
+                self._share(b0 + n0, n, target + n0 * width, stride)
+            if self.is_last:
+                results.deliver(target, 0, m, b0, b)
+
+    def _share(self, n0: int, n: int, target: int, stride: int) -> None:
+        """The share of out[:, n0 : n0 + n] and what is known of the rest of the sum: to DRAM, or after the last part to `target`, rows `stride` bytes apart."""
+        low, m, share = self.low, self.mlp.rows, self._buffers.take()
+        kept, before, nbytes = self.sums.at(m * n0 * 4), share + m * n * 4, m * n * 4
+        low.emitter.begin(self.mlp.down)
+        if self.part[0]:
             low.load_bytes(kept, before, nbytes)
-        down.tile(0, m, n0, n, share, n * 4, part, f32)
-        if not part[0]:
+        self.down.columns(0, m, n0, n, share, n * 4, self.part, f32)
+        if self.part[0]:
+            element, out, row = (f16, target, stride) if self.is_last else (f32, share, n * 4)
+            low.emitter.emit(
+                edge10.VectorOp, function="add", inputs=(share, before), outputs=(out,), input_types=ArrayAttr([f32, f32]), output_types=ArrayAttr([element]),
+                rows=m, cols=n, output_strides=(row, 0), reads=[sram_range(share, 2 * nbytes)],
+                writes=[sram_range(out, (m - 1) * row + n * (2 if self.is_last else 4), write=True)],
+            )  # fmt: skip
+        if not self.is_last:
             low.store_bytes(kept, share, nbytes)
-            continue
-        start = out.at(n0 * 2)
-        target, stride = (start.offset, row) if out.in_sram else (result, n * 2)
-        if not last:
-            target, stride = share, n * 4
-        element = f16 if last else f32
-        low.emitter.emit(
-            edge10.VectorOp, function="add", inputs=(share, before), outputs=(target,), input_types=ArrayAttr([f32, f32]), output_types=ArrayAttr([element]),
-            rows=m, cols=n, output_strides=(stride, 0), reads=[sram_range(share, 2 * nbytes)],
-            writes=[sram_range(target, (m - 1) * stride + n * (2 if last else 4), write=True)],
-        )  # fmt: skip
-        if not last:
-            low.store_bytes(kept, share, nbytes)
-        elif not out.in_sram:
-            low.store(start, target, (1, m, n * 2), dram_strides=(0, row))

@@ -28,9 +28,10 @@ __all__ = ["CANDIDATES", "best_shares", "estimated_ns", "products_ns"]
 CANDIDATES: Final = (
     SramShares(),
     SramShares(boundary=0.0),
-    SramShares(16, (1, 4), (2, 4), (5, 4)),
-    SramShares(16, (1, 4), (2, 4), (5, 4), 0.0),
-    SramShares(16, (2, 4), (2, 4), (4, 4), 0.0),
+    SramShares(13, (1, 2), (5, 3), (19, 2)),
+    SramShares(32, (2, 4), (4, 4), (10, 4)),
+    SramShares(32, (2, 4), (4, 4), (10, 4), 0.0),
+    SramShares(32, (4, 4), (4, 4), (8, 4), 0.0),
 )
 _TRANSFERS: Final = ("ewdma", "eidma", "ebdma", "eodma")
 
@@ -71,9 +72,8 @@ def products_ns(function: Func, machine: Machine, plan: SramPlan) -> float:
         if isinstance(op, (Linear, QuantizedLinear)):
             *outer, k = tensor_type(op.x).static_shape
             group = op.group_size if isinstance(op, QuantizedLinear) else 0
-            shape = MatmulShape(
-                math.prod(outer), tensor_type(op.out).static_shape[-1], k, group, True, bit_width(tensor_type(op.out).element) // 8
-            )
+            width = bit_width(tensor_type(op.out).element) // 8
+            shape = MatmulShape(math.prod(outer), tensor_type(op.out).static_shape[-1], k, group, True, width, plan.temp_bytes // 2)
             total += tiles_ns(shape, choose_tiles(shape, machine, plan), machine)
     return total
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tyir.backends.edge10.allocate import SramPlan, align
+from tyir.backends.edge10.allocate import ALIGNMENT, SramPlan, align
 from tyir.diagnostics import TyirError
 from tyir.targets.command_times import dequant_ns, matmul_ns
 from tyir.targets.machine import Machine
 
-__all__ = ["AttentionBlocks", "MatmulShape", "Tiles", "attention_blocks", "choose_tiles", "spans", "tiles_ns"]
+__all__ = ["AttentionBlocks", "MatmulShape", "Tiles", "attention_blocks", "choose_tiles", "side_columns", "spans", "tiles_ns"]
 
 
 def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
@@ -27,7 +27,8 @@ def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
 class MatmulShape:
     """out[m, n] = x[m, k] w[n, k]; `group_size` 0 for an f16 weight; `x_in_sram` says where x lives.
 
-    `piece_bytes` is what each result of a tile needs of the temporaries before it is where it belongs, 0 when it is drained there directly.
+    `piece_bytes` is what each result needs of `piece_limit` bytes of temporaries before it is where it belongs, 0 when it is drained there directly.
+    `block` fixes how many columns, of all rows, are handed on together (0: free): what the dies agree on for a collective.
     """
 
     m: int
@@ -36,6 +37,8 @@ class MatmulShape:
     group_size: int
     x_in_sram: bool
     piece_bytes: int
+    piece_limit: int = 0
+    block: int = 0
 
     @property
     def weight_row_bytes(self) -> int:
@@ -52,55 +55,71 @@ class MatmulShape:
 
 @dataclass(frozen=True)
 class Tiles:
+    """Weight tiles of [n, k] for m rows; the sums of `block` columns (several tiles) stay in the accumulators until they are drained together."""
+
     m: int
     n: int
     k: int
+    block: int
+
+
+_WIDEST_BLOCK = 256  # columns: longer runs of results gain little, and every block is waited for by what comes next
 
 
 def choose_tiles(shape: MatmulShape, machine: Machine, plan: SramPlan) -> Tiles:
     """The cheapest tiles that fit; `TyirError` when none does."""
     best = min(
-        ((tiles_ns(shape, t, machine), t) for t in _candidates(shape, machine) if _fits(shape, t, machine, plan)),
+        (
+            (tiles_ns(shape, t, machine), -t.block, t)
+            for m, n, k in _candidates(shape, machine)
+            if (t := _fit(shape, m, n, k, machine, plan)) is not None
+        ),
         default=None,
-        key=lambda c: c[0],
+        key=lambda c: c[:2],
     )
     if best is None:
         raise TyirError(
             f"no tile of a [{shape.m}, {shape.k}] x [{shape.k}, {shape.n}] product fits {plan.capacity} bytes of SRAM and {machine.accumulator_bytes} of accumulators",
             help="use a smaller group_size or sequence length, or a machine with more SRAM",
         )
-    return best[1]
+    return best[2]
 
 
-def _candidates(shape: MatmulShape, machine: Machine) -> Iterator[Tiles]:
+def _candidates(shape: MatmulShape, machine: Machine) -> Iterator[tuple[int, int, int]]:
     cube = machine.cube
     unit = shape.group_size or 64
     ms = sorted({align(-(-shape.m // parts), cube.rows) for parts in (1, 2, 3, 4, 6, 8, 12, 16, 32)})
     ks = sorted({min(align(-(-shape.k // parts), unit), shape.k) for parts in range(1, min(65, shape.k // unit + 2))})
     wave = cube.columns * cube.count
-    ns = sorted(
-        {min(wave * i, align(shape.n, cube.columns)) for i in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)}
-        | {cube.columns, 2 * cube.columns}
-    )
+    ns = {wave * i for i in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)} | {cube.columns * i for i in (1, 2, 4, 5, 8, 16)}
+    widest = min(shape.n, shape.block or shape.n)
     for m in ms:
-        for n in ns:
+        for n in sorted({min(n, align(widest, cube.columns)) for n in ns}):
             for k in ks:
-                yield Tiles(min(m, shape.m), min(n, shape.n), k)
+                yield min(m, shape.m), min(n, widest), k
 
 
-def _fits(shape: MatmulShape, tiles: Tiles, machine: Machine, plan: SramPlan) -> bool:
-    wide = tiles.n * tiles.k * 2
-    side = align(tiles.n * shape.scale_row_bytes) + align(tiles.n * shape.zero_row_bytes) + align(tiles.n * 2)
-    piece = plan.temp_bytes // 4
-    return (
-        tiles.k <= machine.cube.max_k
-        and align(tiles.m, machine.cube.rows) * align(tiles.n, machine.cube.columns) * 4 <= machine.accumulator_bytes // 2
-        and wide <= plan.wide.largest
-        and (not shape.group_size or tiles.n * ((tiles.k + 1) // 2) <= plan.packed.largest)
-        and side <= plan.side.largest
-        and (shape.x_in_sram or tiles.m * tiles.k * 2 <= piece)
-        and tiles.m * tiles.n * shape.piece_bytes <= piece
-    )
+def _fit(shape: MatmulShape, m: int, n: int, k: int, machine: Machine, plan: SramPlan) -> Tiles | None:
+    """Tiles of these sizes with the widest block that fits, or None when they do not fit at all."""
+    if k > machine.cube.max_k or n * k * 2 > plan.wide.largest or (shape.group_size and n * ((k + 1) // 2) > plan.packed.largest):
+        return None
+    if not shape.x_in_sram and m * k * 2 > plan.temp_bytes // 4:
+        return None
+    rows = align(m, machine.cube.rows)
+    widest = machine.accumulator_bytes // 2 // 4 // rows // machine.cube.columns * machine.cube.columns
+    if shape.piece_bytes:
+        widest = min(widest, shape.piece_limit // ((shape.m if shape.block else m) * shape.piece_bytes))
+    if n > side_columns(shape, plan):
+        return None
+    if shape.block:
+        return Tiles(m, n, k, min(shape.block, shape.n)) if min(shape.block, shape.n) <= widest else None
+    blocks = min(widest, max(_WIDEST_BLOCK, n), shape.n) // n
+    return Tiles(m, n, k, min(blocks * n, shape.n)) if blocks else None
+
+
+def side_columns(shape: MatmulShape, plan: SramPlan) -> int:
+    """How many columns' scales and zeros fit a slot; the bias of a block needs one too."""
+    return (plan.side.largest - 2 * ALIGNMENT) // max(shape.scale_row_bytes + shape.zero_row_bytes, 2)
 
 
 def tiles_ns(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
@@ -116,9 +135,21 @@ def tiles_ns(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
     dram = (pieces_m * (weights + runs * machine.dram.run_overhead_bytes) + x_bytes + stored) / machine.dram_bytes_per_ns
     commands = pieces_m * pieces_n * pieces_k
     queue = commands * (machine.dma.issue_ns + machine.sync.command_ns)
-    cube = commands * (machine.sync.command_ns + matmul_ns(tiles.m, tiles.n, tiles.k, machine))
+    cube = pieces_m * sum(
+        count_n * count_k * (machine.sync.command_ns + matmul_ns(tiles.m, n, k, machine))
+        for n, count_n in _pieces(shape.n, tiles.n)
+        for k, count_k in _pieces(shape.k, tiles.k)
+    )
     dequant = commands * (machine.sync.command_ns + dequant_ns(tiles.n, tiles.k, machine)) if shape.group_size else 0.0
     return max(dram + queue, cube, dequant) + 0.02 * (dram + queue + cube + dequant)
+
+
+def _pieces(size: int, step: int) -> Iterator[tuple[int, int]]:
+    """(length, how many) of the pieces of `spans`."""
+    if size >= step:
+        yield step, size // step
+    if size % step:
+        yield size % step, 1
 
 
 @dataclass(frozen=True)

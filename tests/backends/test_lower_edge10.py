@@ -96,10 +96,10 @@ def test_intervals_that_live_together_do_not_overlap() -> None:
 def test_tiles_fit(m: int, group: int, n: int, k: int) -> None:
     plan = sram_plan(MACHINE)
     for in_sram in (True, False):
-        tiles = choose_tiles(MatmulShape(m, n, k, group, in_sram, 0 if in_sram else 4), MACHINE, plan)
+        tiles = choose_tiles(MatmulShape(m, n, k, group, in_sram, 0 if in_sram else 4, plan.temp_bytes // 4), MACHINE, plan)
         assert tiles.n * tiles.k * 2 <= plan.wide.largest and tiles.k <= MACHINE.cube.max_k
-        assert -(-tiles.m // 16) * -(-tiles.n // 16) * 1024 <= MACHINE.accumulator_bytes // 2
-        assert not group or tiles.k % group == 0
+        assert -(-tiles.m // 16) * -(-tiles.block // 16) * 1024 <= MACHINE.accumulator_bytes // 2
+        assert (not group or tiles.k % group == 0) and (tiles.block % tiles.n == 0 or tiles.block == n)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -24,14 +24,15 @@ from tyir.traits import Collective, Pure, Symbol, Terminator
 from tyir.types import OpaqueType, TensorType, Type, i64
 
 __all__ = [
-    "ADDRESS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "DequantRows", "Drain", "For", "Gather", "Join",
+    "ADDRESS", "DMA_UNITS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "DequantRows", "Drain", "For", "Gather", "Join",
     "Load", "Matmul", "Offset", "Register", "SoftmaxBlock", "Store", "TopK", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
 ]  # fmt: skip
 
 TOKEN: Final = OpaqueType("edge10.token")
 ADDRESS: Final = OpaqueType("edge10.address")
 DYNAMIC: Final = -1
-UNITS: Final = ("ewdma", "eidma", "ebdma", "eodma", "dequant", "cube", "drain", "vector", "d2d")
+DMA_UNITS: Final = ("ewdma", "eidma", "ebdma", "eodma")
+UNITS: Final = (*DMA_UNITS, "dequant", "cube", "drain", "vector", "d2d")
 BUFFER_KINDS: Final = ("weight", "kv", "activation", "input", "output")
 
 VECTOR_FUNCTIONS: Final = {
@@ -495,8 +496,8 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
         yield from _check_operands(self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram"))
         if not 0 <= self.die < len(self.sizes):
             yield f"die {self.die} is not among the {len(self.sizes)} sizes"
-        if self.displacements is not None and (len(self.displacements) != len(self.sizes) or self.destination_memory != "dram"):
-            yield "displacements are for a result in DRAM, one for each die"
+        if self.displacements is not None and len(self.displacements) != len(self.sizes):
+            yield f"{len(self.displacements)} displacements for {len(self.sizes)} dies"
 
 
 _UNIT: Final[dict[type[Op], str]] = {
