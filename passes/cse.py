@@ -68,9 +68,13 @@ def merge_equal(root: Op) -> int:
             if not mode:
                 continue
             if mode == 2:
-                operands = tuple(sorted(operands, key=id))
+                operands = _in_fixed_order(operands)
             results = op.results
-            key = (cls, operands, op.properties, op.attributes, *[r.type for r in results])
+            key: tuple[Any, ...]
+            if len(results) == 1:
+                key = (cls, operands, op.properties, op.attributes, results[0].type)
+            else:
+                key = (cls, operands, op.properties, op.attributes, *[r.type for r in results])
             first = own.get(key)
             if first is None and outer:
                 first = next((k[key] for k in outer if key in k), None)
@@ -86,6 +90,14 @@ def merge_equal(root: Op) -> int:
             levels.pop()
     _finish(replaced, dead)
     return len(dead)
+
+
+def _in_fixed_order(operands: tuple[Value, ...]) -> tuple[Value, ...]:
+    """The same tuple for all orders of the same operands."""
+    if len(operands) == 2:
+        first, second = operands
+        return operands if id(first) <= id(second) else (second, first)
+    return tuple(sorted(operands, key=id))
 
 
 def _replace_operands(op: Op, operands: tuple[Value, ...], replaced: dict[Value, Value]) -> tuple[Value, ...]:

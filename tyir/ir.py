@@ -11,12 +11,11 @@ A registered op is a class declared with `tyir.opdef`; an unregistered one gets 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from tyir.attributes import Attribute, DictAttr, StringAttr
+from tyir.collector import collector_paused
 from tyir.location import UNKNOWN, Location
 from tyir.types import Type
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from tyir.diagnostics import Diagnostic
     from tyir.traits import Trait
 
-__all__ = ["EMPTY_DICT", "Block", "Op", "Region", "Value", "collector_paused", "unregistered_op"]
+__all__ = ["EMPTY_DICT", "Block", "Op", "Region", "Value", "unregistered_op"]
 
 EMPTY_DICT = DictAttr()
 
@@ -519,18 +518,6 @@ class Region:
     @property
     def entry(self) -> Block:
         return self.blocks[0]
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Python's cyclic collector off: a bulk of new objects, none of them garbage, would be scanned again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 _unregistered: dict[str, type[Op]] = {}

@@ -17,10 +17,11 @@ from tyir import attributes as a
 from tyir import location as l
 from tyir import types as t
 from tyir.attributes import Attribute, DictAttr
+from tyir.collector import collector_paused
 from tyir.dense_literal import DenseLiteral, dense_from_literal
 from tyir.diagnostics import SourceText
 from tyir.dialects.builtin import Module
-from tyir.ir import EMPTY_DICT, Region, collector_paused
+from tyir.ir import EMPTY_DICT, Region
 from tyir.lexer import unescape
 from tyir.parser import Parser
 from tyir.parser_state import Header

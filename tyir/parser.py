@@ -22,9 +22,10 @@ from typing import Final
 
 from tyir.attribute_parser import AttributeParser
 from tyir.attributes import DictAttr
+from tyir.collector import collector_paused
 from tyir.diagnostics import Diagnostic, SourceText, TyirError, did_you_mean
 from tyir.dialects.builtin import Module
-from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
+from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
 from tyir.location import UNKNOWN, Location, NameLoc
 from tyir.opdef import DeclaredOp
 from tyir.parser_state import Frame, Header, Scope

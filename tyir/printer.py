@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from tyir.attribute_printer import ELIDED, AttributeText, attribute_text, symbol_text
 from tyir.attributes import ArrayAttr, Attribute, DenseResourceAttr, DictAttr
+from tyir.collector import collector_paused
 from tyir.dialects.builtin import Module
-from tyir.ir import EMPTY_DICT, Block, Op, Region, Value, collector_paused
+from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
 from tyir.location import UNKNOWN
 from tyir.pretty import common_type, merged_entries
 from tyir.traits import IsolatedFromAbove
@@ -143,7 +144,7 @@ class _Printer:
     def _block(self, block: Block, indent: str) -> Iterator[_Step]:
         """Hot loop: flat ops are written here, ops with regions are handed to the driver."""
         lines, properties, attributes, loc_texts = self.lines, self.properties, self.attributes, self.loc_texts
-        signatures, names, texts, get, early = self.signatures, self.names, self.names.texts, self.names.texts.get, self._use_early
+        signatures, names, texts = self.signatures, self.names, self.names.texts
         locations, append, none = self.locations, lines.append, UNKNOWN
         op = block.first_op
         while op is not None:
@@ -153,18 +154,24 @@ class _Printer:
                 continue
             operands, results = op._operands, op.results
             value: Value | None = results[0] if len(results) == 1 else None
-            kind = value.type if value is not None else None
+            kind: object = value.type if value is not None else (None, *[v.type for v in results])
             count = len(operands)
-            if count == 1:
-                first = operands[0]
-                operand_text = get(first) or early(first)
-                key: object = (first.type, kind) if value is not None else (first.type, len(results), *[v.type for v in results])
-            elif count:
-                operand_text = ", ".join([get(v) or early(v) for v in operands])
-                key = (count, kind, *[v.type for v in operands], *[v.type for v in results if value is None])
-            else:
-                operand_text = ""
-                key = kind if value is not None else tuple([v.type for v in results])
+            try:
+                if count == 0:
+                    operand_text, key = "", kind
+                elif count == 1:
+                    first = operands[0]
+                    operand_text, key = texts[first], (first.type, kind)
+                elif count == 2:
+                    first, second = operands
+                    operand_text, key = f"{texts[first]}, {texts[second]}", (first.type, second.type, kind)
+                else:
+                    operand_text, key = ", ".join([texts[v] for v in operands]), (kind, *[v.type for v in operands])
+            except KeyError:
+                for early in operands:
+                    if early not in texts:
+                        self._use_early(early)
+                continue
             signature = signatures.get(key)
             if signature is None:
                 signature = signatures[key] = self._signature(op)
@@ -174,22 +181,18 @@ class _Printer:
             attrs = attributes.get(op.attributes)
             if attrs is None:
                 attrs = self._attributes(op)
-            if value is None:
-                result = self._results(op)
-            elif names.has_early_uses and value in texts:
-                result = texts[value] + " = "
-            elif value.name is None:
-                text = texts[value] = f"%{names.next_number}"
-                names.next_number += 1
-                result = text + " = "
-            else:
-                text = texts[value] = self._unique(value.name)
-                result = text + " = "
             loc = op.loc
-            if locations and loc is not none:
-                append(f'{indent}{result}"{op.name}"({operand_text}){props}{attrs}{signature}{loc_texts.get(loc) or self._location(loc)}')
+            place = "" if loc is none or not locations else loc_texts.get(loc) or self._location(loc)
+            if value is None:
+                append(f'{indent}{self._results(op)}"{op.name}"({operand_text}){props}{attrs}{signature}{place}')
             else:
-                append(f'{indent}{result}"{op.name}"({operand_text}){props}{attrs}{signature}')
+                if value.name is None and not (names.has_early_uses and value in texts):
+                    number = names.next_number
+                    names.next_number = number + 1
+                    text = texts[value] = f"%{number}"
+                else:
+                    text = texts.get(value) or texts.setdefault(value, self._define(value))
+                append(f'{indent}{text} = "{op.name}"({operand_text}){props}{attrs}{signature}{place}')
             op = op._next
 
     # -- parts of an op ---------------------------------------------------------------------------------------------

@@ -144,8 +144,10 @@ class _Plan:
     removable: bool
 
 
-def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True, listeners: Sequence[Listener] = ()) -> int:
-    """Apply patterns, folders and dead-code removal below `root` until nothing changes; returns the number of changes.
+def rewrite_greedily(
+    root: Op, patterns: Iterable[Pattern], fold: bool = True, listeners: Sequence[Listener] = (), dead_code: bool = True
+) -> int:
+    """Apply patterns, folders (`fold`) and dead-code removal (`dead_code`) below `root` until nothing changes; returns the number of changes.
 
     Raises `TyirError` naming the pattern when the changes do not come to an end.
     """
@@ -160,7 +162,7 @@ def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True, l
         total += 1
         cls = type(op)
         if cls not in plans:
-            plans[cls] = _plan(cls, by_class, fold)
+            plans[cls] = _plan(cls, by_class, fold, dead_code)
         if plans[cls] is not None and op is not root:
             work.append(op)
     work.reverse()  # top down: definitions before uses
@@ -175,7 +177,7 @@ def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True, l
         queued.remove(op)
         cls = type(op)
         if cls not in plans:
-            plans[cls] = _plan(cls, by_class, fold)
+            plans[cls] = _plan(cls, by_class, fold, dead_code)
         plan = plans[cls]
         if plan is None:
             continue
@@ -189,10 +191,10 @@ def rewrite_greedily(root: Op, patterns: Iterable[Pattern], fold: bool = True, l
     return changes
 
 
-def _plan(cls: type[Op], by_class: dict[type[Op], list[Pattern]], fold: bool) -> _Plan | None:
+def _plan(cls: type[Op], by_class: dict[type[Op], list[Pattern]], fold: bool, dead_code: bool) -> _Plan | None:
     found = tuple(by_class.get(cls, ()))
     folds = fold and issubclass(cls, DeclaredOp) and cls.fold is not DeclaredOp.fold
-    removable = Pure in cls.traits
+    removable = dead_code and Pure in cls.traits
     return _Plan(found, folds, removable) if found or folds or removable else None
 
 
