@@ -131,6 +131,7 @@ class Link:
 
     bandwidth_gbps: float
     efficiency: float
+    hop_us: float
     one_shot_us: float
     peer_us: float
     direct_efficiency: float
