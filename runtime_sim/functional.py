@@ -278,7 +278,7 @@ class FunctionalDie:
 
 
 _HANDLERS: Final[dict[type, Callable[[FunctionalDie, Command], None]]] = {
-    edge10.Load: FunctionalDie.load, edge10.Store: FunctionalDie.store, edge10.Gather: FunctionalDie.gather, edge10.Dequant: lambda die, c: die.dequant(c),
+    edge10.Load: lambda die, c: die.load(c), edge10.Store: lambda die, c: die.store(c), edge10.Gather: FunctionalDie.gather, edge10.Dequant: lambda die, c: die.dequant(c),
     edge10.Matmul: FunctionalDie.matmul, edge10.Drain: FunctionalDie.drain, edge10.VectorOp: FunctionalDie.vector, edge10.SoftmaxBlock: FunctionalDie.softmax,
     edge10.TopK: FunctionalDie.top_k, edge10.DequantRows: FunctionalDie.dequant_rows, edge10.AllReduce: FunctionalDie.load, edge10.AllGather: FunctionalDie.load,
 }  # fmt: skip

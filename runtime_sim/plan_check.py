@@ -79,6 +79,19 @@ class _Replay(FunctionalDie):
         except StopIteration:
             pass
 
+    def transfer(self, command: Command) -> None:
+        """A load or store of data that nobody looks at: both ends are touched, nothing is copied."""
+        op = command.op
+        assert isinstance(op, (edge10.Load, edge10.Store))
+        given = iter(command.scalars)
+        shape = tuple(next(given) if s == edge10.DYNAMIC else s for s in op.shape)
+        if 0 not in shape:
+            store = isinstance(op, edge10.Store)
+            self.dram(command, command.addresses[0] + op.offset, shape, (*op.dram_strides, 1), write=store)
+            self.sram(command, op.sram, shape, np.uint8, (*op.sram_strides, 1), write=not store)
+
+    load = store = transfer
+
     def dequant(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.Dequant)

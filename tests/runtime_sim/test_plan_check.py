@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.diagnostics import TyirError
 from tyir.parser import parse_module
+from tyir.runtime_sim.functional import run_step
 from tyir.runtime_sim.plan_check import check_plan, check_programs
 from tyir.targets.machine import load_machine
 
@@ -98,3 +100,6 @@ def test_summary(make_model: Callable[..., Any]) -> None:
     assert summary["weights"] == sum(b.nbytes for b in buffers if b.kind == "weight")
     assert summary["dram"] == max(b.address + b.nbytes for b in buffers)
     assert 0 < summary["sram"] <= model.machine.sram.capacity_bytes
+    die = model.functional()[0]
+    run_step([die], {"ids": np.zeros((1, 8), np.int32)}, 0)
+    assert summary["sram"] >= int(die.memory.sram.written.nonzero()[0].max()) + 1
