@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +20,19 @@ from tyir.ir import Block, Value
 from tyir.types import f32
 from tyir.weights import CheckpointReader
 
+if TYPE_CHECKING:
+    from tyir.frontends.plugin import ModelPlugin
+
 __all__ = ["dense_state", "parameter_array"]
 
 Array = npt.NDArray[Any]
 
 
-def dense_state(folder: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+def dense_state(folder: Path, plugin: ModelPlugin | None = None) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """(name, array) of each parameter of the model in `folder`, each once, in f32; quantised weights are de-quantised (rounded to f16, as the chip does)."""
     from tyir.frontends.huggingface import open_model
 
-    opened = open_model(folder, "f32")
+    opened = open_model(folder, "f32", plugin=plugin)
     reader, seen = CheckpointReader(opened.checkpoint.folder), set[str]()
     for name in opened.meta.state:
         canonical = opened.weights.canonical(name)

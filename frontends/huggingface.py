@@ -47,18 +47,26 @@ Note = Callable[[Diagnostic], None]
 
 
 def import_model(
-    folder: Path, *, dtype: str = "f16", note: Note | None = None, check_weights: bool = False, plugin: ModelPlugin | None = None
+    folder: Path,
+    *,
+    dtype: str = "f16",
+    note: Note | None = None,
+    check_weights: bool = False,
+    plugin: ModelPlugin | None = None,
+    positions: int | None = None,
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
     `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights stay in the folder (`ty.global`).
     `note` receives warnings (stray tensors).  `check_weights` reads them all; `plugin` says how a checkpoint of one's own is read.
+    `positions`: tokens the cache will hold.  Rotary frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that
+    long, for every prompt: keys in a cache cannot be turned again when it grows.
     `TyirError` holds every problem of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
         raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(DTYPES)}")
     with _collector_paused():
-        opened = open_model(folder, dtype, note, check_weights=check_weights, plugin=plugin)
+        opened = open_model(folder, dtype, note, check_weights=check_weights, plugin=plugin, positions=positions)
         return _build(opened.checkpoint, opened.meta, opened.weights)
 
 
@@ -84,7 +92,13 @@ class OpenedModel:
 
 
 def open_model(
-    folder: Path, dtype: str, note: Note | None = None, *, check_weights: bool = False, plugin: ModelPlugin | None = None
+    folder: Path,
+    dtype: str,
+    note: Note | None = None,
+    *,
+    check_weights: bool = False,
+    plugin: ModelPlugin | None = None,
+    positions: int | None = None,
 ) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
@@ -93,7 +107,7 @@ def open_model(
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
-    meta = _meta_model(checkpoint, dtype, problems, note, plugin) if checkpoint is not None and formats else None
+    meta = _meta_model(checkpoint, dtype, problems, note, plugin, positions) if checkpoint is not None and formats else None
     if checkpoint is not None and meta is not None:
         weights = Weights(checkpoint, meta.aliases, meta.state, formats)
         bad: set[str] = set()
@@ -127,7 +141,9 @@ def _ignore(warning: Diagnostic) -> None:
     """The `note` of callers who do not want any."""
 
 
-def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], note: Note, plugin: ModelPlugin | None) -> MetaModel | None:
+def _meta_model(
+    checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], note: Note, plugin: ModelPlugin | None, positions: int | None
+) -> MetaModel | None:
     """The model without storage, None (and problems) when the config does not describe one that can be imported."""
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
     for key in _UNREAD_KEYS:
@@ -137,14 +153,26 @@ def _meta_model(checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], 
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
     try:
-        meta = build_meta_model(checkpoint.folder, dict(config), dtype, plugin.model_class if plugin is not None else None)
-        if (limit := position_limit(meta.config)) is not None:
-            message = f"rope_type '{limit[1]}' has other frequencies beyond {limit[0]} tokens; those up to there are imported (--max-kv {limit[0]} at most)"
+        model_class = plugin.model_class if plugin is not None else None
+        meta = build_meta_model(checkpoint.folder, dict(config), dtype, model_class, positions)
+        if (limit := position_limit(meta.config)) is not None and (message := _rope_note(*limit, positions)) is not None:
             note(Diagnostic(message, severity="warning", where=where))
         return meta
     except TyirError as error:
         problems.extend(error.diagnostics)
         return None
+
+
+def _rope_note(limit: int, kind: str, positions: int | None) -> str | None:
+    """What a cache of `positions` tokens means for frequencies that change beyond `limit` tokens."""
+    if positions is None:
+        return f"rope_type '{kind}' has other frequencies beyond {limit} tokens; those up to there are imported (--max-kv {limit} at most)"
+    if positions <= limit:
+        return None
+    return (
+        f"rope_type '{kind}' has other frequencies beyond {limit} tokens: a cache of {positions} takes those of {positions} tokens for every prompt, "
+        f"which for up to {limit} tokens are not the model's (--max-kv {limit} is exact there)"
+    )
 
 
 def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, note: Note, bad: set[str]) -> Iterable[Diagnostic]:
@@ -238,7 +266,7 @@ def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     found = {key: getattr(meta.config, key, None) for key in _MODEL_KEYS}
     facts = {key: value for key, value in found.items() if value is not None}
     if (limit := position_limit(meta.config)) is not None:
-        facts["max_position_embeddings"] = limit[0]
+        facts["max_position_embeddings"] = max(limit[0], meta.positions or 0)
     if "hidden_size" in facts and "num_attention_heads" in facts:
         facts.setdefault("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
     facts["architecture"] = checkpoint.config["architectures"][0]

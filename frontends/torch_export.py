@@ -30,6 +30,7 @@ __all__ = [
     "build_meta_model",
     "build_plain_model",
     "export_model",
+    "freeze_rope",
     "position_limit",
     "real_buffer",
     "trace_all",
@@ -63,11 +64,15 @@ class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]  # torch is not follow
 
 @dataclass(frozen=True)
 class MetaModel:
-    """The model without storage.  `aliases` maps each parameter name to all names of the same parameter (tied weights)."""
+    """The model without storage.  `aliases` maps each parameter name to all names of the same parameter (tied weights).
+
+    `positions`: how long the prompts are whose rotary frequencies are meant, where these change with the length; None: up to `position_limit`.
+    """
 
     model: torch.nn.Module
     config: Any
     aliases: dict[str, tuple[str, ...]]
+    positions: int | None = None
 
     @property
     def state(self) -> dict[str, tuple[int, ...]]:
@@ -116,19 +121,20 @@ def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
         raise TyirError(message, where=str(folder / "config.json"), help=f'set "model_type": "{known[name]}"')
 
 
-def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str, model_class: type[Any] | None = None) -> MetaModel:
-    """The model of `folder`'s config.json on the meta device in `dtype` ("f16" or "f32").  Code inside the folder is never executed.  `TyirError` when it cannot be built."""
+def build_meta_model(
+    folder: Path, raw: dict[str, Any], dtype: str, model_class: type[Any] | None = None, positions: int | None = None
+) -> MetaModel:
+    """The model of `folder`'s config.json on the meta device in `dtype` ("f16" or "f32"), with the rotary frequencies of prompts of `positions` tokens.
+
+    Code inside the folder is never executed.  `TyirError` when the model cannot be built.
+    """
     if model_class is None:
         _check_architecture(folder, raw)
     attention_hook.install()
     settings = {"dtype": DTYPES[dtype], "attn_implementation": attention_hook.IMPLEMENTATION}
     try:
         with _quiet():
-            config = (
-                _config(raw)
-                if model_class is None
-                else model_class.config_class.from_dict({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
-            )
+            config = _config(raw, model_class)
             with torch.device("meta"):
                 if model_class is None:
                     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings).eval()
@@ -140,14 +146,15 @@ def build_meta_model(folder: Path, raw: dict[str, Any], dtype: str, model_class:
         name = model_class.__name__ if model_class is not None else raw["architectures"][0]
         message = f"transformers cannot build {name} from this config.json: {_first_line(error)}"
         raise TyirError(message, where=str(folder / "config.json"), help="compare config.json with that of the original model") from error
-    _freeze_rope(model)
+    for module in _changing_rope(model):
+        module.rope_type = "default"  # `real_buffer` computes the frequencies
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
-    return MetaModel(model, config, {name: tuple(names) for names in groups.values() for name in names})
+    return MetaModel(model, config, {name: tuple(names) for names in groups.values() for name in names}, positions)
 
 
-def build_plain_model(folder: Path) -> Any:
+def build_plain_model(folder: Path, model_class: type[Any] | None = None) -> Any:
     """The model of config.json on the CPU in fp32 with eager attention and weights yet to be filled in, built as if nothing were quantised."""
     from tyir.frontends.checkpoint import open_checkpoint
 
@@ -156,24 +163,34 @@ def build_plain_model(folder: Path) -> Any:
     if checkpoint is None or problems:
         raise TyirError(problems)
     raw = dict(checkpoint.config)
-    _check_architecture(folder, raw)
+    settings = {"dtype": torch.float32, "attn_implementation": "eager"}
     with _quiet():
-        return transformers.AutoModelForCausalLM.from_config(_config(raw), dtype=torch.float32, attn_implementation="eager").eval()
+        if model_class is not None:
+            return model_class._from_config(_config(raw, model_class), **settings).eval()
+        _check_architecture(folder, raw)
+        return transformers.AutoModelForCausalLM.from_config(_config(raw), **settings).eval()
 
 
-def _config(raw: dict[str, Any]) -> Any:
-    return CONFIG_MAPPING[raw["model_type"]].from_dict({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
+def _config(raw: dict[str, Any], model_class: type[Any] | None = None) -> Any:
+    config_class = CONFIG_MAPPING[raw["model_type"]] if model_class is None else model_class.config_class
+    return config_class.from_dict({k: v for k, v in raw.items() if k not in _NOT_THE_MODEL})
 
 
-def _freeze_rope(model: torch.nn.Module) -> None:
-    """Rotary embeddings that change with the prompt's length keep the frequencies they start with, those of lengths up to `position_limit`."""
-    for module in model.modules():
-        if getattr(module, "rope_type", None) in _CHANGING_ROPE:
-            module.rope_type = "default"
+def _changing_rope(model: torch.nn.Module) -> list[Any]:
+    """The rotary embeddings whose frequencies depend on the length of the prompt."""
+    return [module for module in model.modules() if getattr(module, "rope_type", None) in _CHANGING_ROPE]
+
+
+def freeze_rope(model: torch.nn.Module, positions: int | None) -> None:
+    """Give the rotary embeddings of a model on the CPU the frequencies they take for a prompt of `positions` tokens, and keep them for all prompts."""
+    for module in _changing_rope(model):
+        if positions is not None:
+            module(torch.zeros(1), torch.tensor([[positions - 1]]))  # transformers sets the frequencies by the last position it sees
+        module.rope_type = "default"
 
 
 def position_limit(config: Any) -> tuple[int, str] | None:
-    """Up to how many positions the imported frequencies are the model's, and the rope type that says so; None when they always are."""
+    """From how many positions on the model takes other rotary frequencies, and the rope type that says so; None when it never does."""
     parameters = getattr(config, "rope_parameters", None) or {}
     limits = []
     for entry in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
@@ -227,6 +244,7 @@ def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
     try:
         with _quiet(), torch.device("cpu"):
             rebuilt = type(owner)(owner.config)  # the constructor every rotary embedding of transformers has
+            freeze_rope(rebuilt, meta.positions)
         return np.asarray(rebuilt.get_buffer(attribute).detach().cpu().numpy())
     except Exception as error:
         message = (

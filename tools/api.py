@@ -68,17 +68,19 @@ def compile_path(
         check_target(out / f"{options.dies}die")
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model, plugin, warn)
+        module = load_module(model, plugin, warn, options.max_kv)
     _warn_about_positions(module, options, warn)
     return compile_module(module, out, options, CompileContext(watch=watch, progress=progress, mcpu=mcpu))
 
 
-def load_module(model: Path, plugin: ModelPlugin | None = None, warn: Callable[[str], None] = _silent) -> Module:
-    """The module of a checkpoint folder (imported) or of an `.ir` file (parsed and verified)."""
+def load_module(
+    model: Path, plugin: ModelPlugin | None = None, warn: Callable[[str], None] = _silent, positions: int | None = None
+) -> Module:
+    """The module of a checkpoint folder (imported for a cache of `positions` tokens) or of an `.ir` file (parsed and verified)."""
     if model.is_dir() or (plugin is not None and model.suffix != ".ir"):
         from tyir.frontends.huggingface import import_model
 
-        return import_model(model, note=lambda d: warn(d.message), plugin=plugin)
+        return import_model(model, note=lambda d: warn(d.message), plugin=plugin, positions=positions)
     if not model.exists():
         raise TyirError(
             f"{model} does not exist", help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from tyir.runtime_sim.session import EngineName, Session
 from tyir.tools.verify import cosine, reference_module
 from tyir.traits import Collective
 from tyir.weights import CheckpointReader
+
+if TYPE_CHECKING:
+    from tyir.frontends.plugin import ModelPlugin
 
 __all__ = ["Divergence", "locate"]
 
@@ -54,11 +57,18 @@ Key = tuple[str, str, int]
 _SAME: Final = {"kv.attention": "ty.attention", "ty.quantized_linear": "ty.linear"}
 
 
-def locate(folder: Path, checkpoint: Path, ids: Sequence[int], engine: EngineName = "host", threshold: float = 0.999) -> Divergence | None:
+def locate(
+    folder: Path,
+    checkpoint: Path,
+    ids: Sequence[int],
+    engine: EngineName = "host",
+    threshold: float = 0.999,
+    plugin: ModelPlugin | None = None,
+) -> Divergence | None:
     """Run `ids` through the artifacts and through the reference, op by op; the first op whose cosine is below `threshold`, or None."""
     recorder = _Recorder()
     session = Session(folder, engine, check=False, probe=recorder)
-    expected = _reference_results(reference_module(checkpoint, session.manifest.options), checkpoint, ids)
+    expected = _reference_results(reference_module(checkpoint, session.manifest.options, plugin), checkpoint, ids)
     session.next_tokens(ids)
     for key, parts in recorder.parts.items():
         if key not in expected:

@@ -69,7 +69,12 @@ def main(argv: Sequence[str]) -> int:
 
         plugin = load_plugin(options.model_plugin)
     module = import_model(
-        options.folder, dtype=options.dtype, note=lambda d: warn(d.message), check_weights=options.check_weights, plugin=plugin
+        options.folder,
+        dtype=options.dtype,
+        note=lambda d: warn(d.message),
+        check_weights=options.check_weights,
+        plugin=plugin,
+        positions=options.max_kv,
     )
     if options.explain:
         from tyir.tools.explain import explain

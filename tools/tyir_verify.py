@@ -7,11 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
 from tyir.tools.build_arguments import numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+
+if TYPE_CHECKING:
+    from tyir.frontends.plugin import ModelPlugin
 
 __all__ = ["main"]
 
@@ -30,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     _check_checkpoint(args.against)
     prompts = _prompts(args)
-    reference = Reference(args.against, session.manifest.options)
+    plugin = _plugin(args.model_plugin)
+    reference = Reference(args.against, session.manifest.options, plugin)
     results: list[PromptResult] = []
     for ids in prompts:
         count = min(args.tokens, session.capacity - len(ids))
@@ -50,12 +54,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.engine != "edge10":
         worst = min(results, key=lambda r: r.logit_cosine.min())
-        found = locate(args.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine)
+        found = locate(args.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine, plugin=plugin)
         print(
             f"first divergence: {found}" if found else "no single op is off by more than rounding: errors add up over the layers",
             file=sys.stderr,
         )
     return 1
+
+
+def _plugin(path: Path | None) -> ModelPlugin | None:
+    if path is None:
+        return None
+    from tyir.frontends.plugin import load_plugin
+
+    return load_plugin(path)
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -123,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-verify", description="Compare compiled artifacts with Hugging Face in fp32 on the same weights.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument("--against", type=Path, required=True, metavar="HF_DIR", help="the checkpoint folder")
+    parser.add_argument("--model-plugin", type=Path, metavar="FILE", help="the plugin the artifacts were compiled with")
     parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
     parser.add_argument("--ids", type=numbers, metavar="N,N,..", help="one prompt as token ids, for models without a tokenizer")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="how many of the 8 built-in prompts (default 8)")

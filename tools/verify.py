@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,9 @@ from tyir.runtime_sim.chunks import Chunk
 from tyir.runtime_sim.session import Session
 from tyir.verify_rules import alias_of_result
 from tyir.weights import CheckpointReader
+
+if TYPE_CHECKING:
+    from tyir.frontends.plugin import ModelPlugin
 
 __all__ = ["PROMPTS", "LayerStates", "PromptResult", "Reference", "check_prompt", "cosine", "reference_module"]
 
@@ -73,27 +76,33 @@ def cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
 
 
 class Reference:
-    """Hugging Face in fp32, with the artifacts' weights: those of the checkpoint, or what quantisation made of them."""
+    """Hugging Face in fp32, with the artifacts' weights: those of the checkpoint, or what quantisation made of them.
 
-    def __init__(self, folder: Path, options: BuildOptions) -> None:
+    Rotary frequencies that change with the prompt's length are those of a full cache, as in the artifacts.  `plugin` is the one they were compiled with.
+    """
+
+    def __init__(self, folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None) -> None:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        from tyir.frontends.torch_export import freeze_rope
+
         logging.disable_progress_bar()
         self.folder = folder
-        if _is_plain(folder):
+        if plugin is None and _is_plain(folder):
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         else:
-            self.model = _dense_model(folder)
+            self.model = _dense_model(folder, plugin)
+        freeze_rope(self.model, options.max_kv)
         if options.weights == "int4":
-            self._replace_weights(options)
+            self._replace_weights(options, plugin)
 
-    def _replace_weights(self, options: BuildOptions) -> None:
+    def _replace_weights(self, options: BuildOptions, plugin: ModelPlugin | None) -> None:
         import torch
 
         parameters = dict(self.model.named_parameters())
-        for name, first, array in dequantized_weights(reference_module(self.folder, options), CheckpointReader(self.folder)):
+        for name, first, array in dequantized_weights(reference_module(self.folder, options, plugin), CheckpointReader(self.folder)):
             with torch.no_grad():
                 parameters[name][first : first + len(array)].copy_(torch.from_numpy(array.astype(np.float32)))
 
@@ -149,26 +158,26 @@ def _is_plain(folder: Path) -> bool:
     return len(formats) == 1 and isinstance(formats[0], PlainFormat)
 
 
-def _dense_model(folder: Path) -> Any:
-    """Hugging Face's model of a quantised checkpoint in fp32: built from the config alone, filled with the de-quantised parameters."""
+def _dense_model(folder: Path, plugin: ModelPlugin | None) -> Any:
+    """Hugging Face's model in fp32 of a checkpoint that is quantised or has its own layout: built from the config, filled with the parameters as imported."""
     import torch
 
     from tyir.frontends.dense_state import dense_state
     from tyir.frontends.torch_export import build_plain_model
 
-    model = build_plain_model(folder)
+    model = build_plain_model(folder, plugin.model_class if plugin is not None else None)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, array in dense_state(folder):
+        for name, array in dense_state(folder, plugin):
             parameters[name].copy_(torch.tensor(array))
     return model
 
 
-def reference_module(folder: Path, options: BuildOptions) -> Module:
+def reference_module(folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None) -> Module:
     """The unpartitioned model in `ty` ops, with the artifacts' weights."""
     from tyir.frontends.huggingface import import_model
 
-    module = import_model(folder)
+    module = import_model(folder, plugin=plugin, positions=options.max_kv)
     run_pipeline(module, reference_pipeline(options), PassContext())
     return module
 
