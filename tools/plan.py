@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tyir.backends.edge10.remedies import cheapest_remedies, gib, remedy_text
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
@@ -27,8 +28,6 @@ from tyir.verify_rules import alias_of_result
 __all__ = ["DieNeed", "Plan", "make_plan", "read_shape"]
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
-GIB: Final = 2**30
-MAX_DIES: Final = 16
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -214,7 +213,7 @@ def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = Non
     linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
     ram = _BASE_RAM + max(4 * table, linear * (4 if group is None else 14))
     fast, slow = (_IMPORT_SECONDS + 0.1 * shape.layers + code * c + weights / r for c, r in ((0.5, 4e8), (3.0, 5e7)))
-    problems = tuple(_memory_problems(cuts, group, machine))
+    problems = tuple(_memory_problems(cuts, machine))
     return Plan(
         shape,
         options,
@@ -266,42 +265,34 @@ def _check_group(shape: ModelShape, group: int | None, *, stored: bool) -> None:
         )
 
 
-def _memory_problems(cuts: _Cuts, group: int | None, machine: Machine) -> Iterator[Diagnostic]:
-    """At most one: what does not fit, and the nearest settings that do."""
-    options, capacity = cuts.options, machine.dram.capacity_bytes
-
-    def fits(dies: int, max_kv: int, of: _Cuts = cuts) -> bool:
-        return all(n.total <= capacity for n in of.needs(dies, max_kv))
-
-    if fits(options.dies, options.max_kv):
-        return
+def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
+    """At most one: what does not fit, and the cheapest options that do."""
+    options, capacity = cuts.options, int(machine.dram.capacity_bytes)
     worst = max(cuts.needs(options.dies, options.max_kv), key=lambda n: n.total)
+    if worst.total <= capacity:
+        return
+    known = {_kind(options): cuts}
+
+    def need(changed: BuildOptions) -> int | None:
+        if changed.weights != options.weights and cuts.shape.group is not None:
+            return None  # the checkpoint's weights are quantised already
+        if changed.weights == "int4":
+            common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
+            changed = replace(changed, group_size=math.gcd(common, changed.group_size))
+        of = known.setdefault(_kind(changed), _Cuts(cuts.shape, changed))
+        return max(n.total for n in of.needs(changed.dies, changed.max_kv))
+
     left = capacity - worst.weights - worst.activations
-    ways = []
-    low, high = 0, options.max_kv
-    while high - low > 1:  # the largest cache that fits; the need grows with it
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(options.dies, middle) else (low, middle)
-    if rounded := low // 256 * 256 or low:
-        ways.append(f"max-kv {rounded:,} fits")
-    if (dies := next((d for d in range(options.dies + 1, MAX_DIES + 1) if fits(d, options.max_kv)), None)) is not None:
-        ways.append(f"{dies} dies fit")
-    if group is None:
-        common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
-        smaller = replace(options, weights="int4", group_size=math.gcd(common, options.group_size))
-        if fits(options.dies, options.max_kv, _Cuts(cuts.shape, smaller)):
-            ways.append("--weights int4 fits")
     if left > 0:
-        message = f"max-kv {options.max_kv} needs {_gib(worst.kv_cache)} per die and {_gib(left)} are left"
+        message = f"max-kv {options.max_kv} needs {gib(worst.kv_cache)} per die and {gib(left)} are left"
     else:
-        message = f"the weights need {_gib(worst.weights)} per die, {machine.name} has {_gib(capacity)}"
-    yield Diagnostic(
-        f"{message}: {', or '.join(ways) or f'nothing up to {MAX_DIES} dies fits'}", help="change the options, or use a smaller model"
-    )
+        message = f"the weights need {gib(worst.weights)} per die, {machine.name} has {gib(capacity)}"
+    yield Diagnostic(message, help=remedy_text(cheapest_remedies(options, capacity, need)))
 
 
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
+def _kind(options: BuildOptions) -> BuildOptions:
+    """What a trial's bytes per die and token depend on."""
+    return replace(options, dies=1, die_map=(), max_kv=1)
 
 
 def _lines(plan: Plan) -> Iterator[str]:
@@ -316,14 +307,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{'die':>4}{'weights':>12}{'KV cache':>12}{'activations':>13}{'total':>12}{'of DRAM':>9}"
     for i, n in enumerate(plan.dies):
         share = f"{100 * n.total / m.dram.capacity_bytes:.0f} %"
-        yield f"{i:>4}{_gib(n.weights):>12}{_gib(n.kv_cache):>12}{_gib(n.activations):>13}{_gib(n.total):>12}{share:>9}"
+        yield f"{i:>4}{gib(n.weights):>12}{gib(n.kv_cache):>12}{gib(n.activations):>13}{gib(n.total):>12}{share:>9}"
     sram = m.sram.capacity_bytes
     state = max(o.seqlens) * s.hidden * 2
-    yield f"on-chip: the hidden state of the longest step takes {_gib(state)} of {_gib(sram)}; weights are tiled into the rest"
+    yield f"on-chip: the hidden state of the longest step takes {gib(state)} of {gib(sram)}; weights are tiled into the rest"
     slow, point, fast = plan.tokens_per_second
     yield f"decoding: {slow:.1f} to {fast:.1f} tokens/s (point {point:.1f}) with a full cache"
     yield f"  = 1 / (bytes of the slowest die / (DRAM bandwidth x efficiency) + collectives + host step), constants and bounds of {m.name}"
-    yield f"host: about {_gib(plan.host_ram)} of memory, {_gib(plan.host_disk)} of disk, {plan.host_seconds[0]:.0f} to {plan.host_seconds[1]:.0f} s"
+    yield f"host: about {gib(plan.host_ram)} of memory, {gib(plan.host_disk)} of disk, {plan.host_seconds[0]:.0f} to {plan.host_seconds[1]:.0f} s"
     yield "  = libraries + the largest tensor's intermediates; artifacts; import + 0.5 to 3 s of code per die and length + 50 to 400 MB/s of weights"
     if o.max_kv > s.positions:
         yield f"note: the cache holds {o.max_kv} tokens, the model was trained for {s.positions} positions"

@@ -17,6 +17,7 @@ from typing import Any
 
 from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DenseArrayAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
 from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.memory_check import check_memory
 from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.diagnostics import TyirError
@@ -59,10 +60,12 @@ def compile_module(module: Module, out: Path, options: BuildOptions, context: Co
     dies, a specialised module's lengths) overrides `options`.  Raises `TyirError` and leaves `out` as it was.
     """
     context = context or CompileContext()
+    stage, source, asked = _stage(module), module.clone(), options
     with context.watch.stage("passes"):
-        run_pipeline(module, _pipeline(module, options), context.passes)
+        run_pipeline(module, remaining_pipeline(stage, options), context.passes)
     options = _settled(module, options)
     dies = [m for m in module.body if isinstance(m, Module)]
+    check_memory(dies, replace(asked, seqlens=options.seqlens), source, stage, load_machine("edge10"))
     target = out / f"{options.dies}die"
     with _replacing(target) as folder:
         with context.watch.stage("weights"):
@@ -75,11 +78,11 @@ def compile_module(module: Module, out: Path, options: BuildOptions, context: Co
     return target
 
 
-def _pipeline(module: Module, options: BuildOptions) -> str:
+def _stage(module: Module) -> str:
     stage = module.attributes.get("tyir.stage")
     if not isinstance(stage, StringAttr):
         raise TyirError("the module does not say at which stage it is", help='set {tyir.stage = "ty"} on the module, as tyir-import does')
-    return remaining_pipeline(stage.value, options)
+    return stage.value
 
 
 def _settled(module: Module, options: BuildOptions) -> BuildOptions:

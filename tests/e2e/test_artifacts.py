@@ -9,17 +9,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.llm import dies_of
+from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
 from tyir.parser import parse_file
+from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 from tyir.runtime_sim.session import Session
+from tyir.targets.machine import load_machine
 from tyir.tools.api import build_and_compile_llm, compile_path
 from tyir.weights import read_safetensors
 
@@ -163,3 +169,30 @@ def test_buffer_config_tells_what_to_allocate(artifacts: Artifacts) -> None:
     memory = config["dies"]["0"]["memory"]["8"]
     assert memory["kv"] == sum(2 * math.prod(t["shape"]) for t in config["dies"]["0"]["kv_cache"].values())
     assert 0 < memory["sram"] <= 3 << 20 and memory["dram"] >= memory["weights"] + memory["kv"]
+
+
+def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 MiB of weights and 6 MiB of caches on a die of 11 MiB: each of the three remedies compiles; nothing was written before."""
+    small = load_machine().with_overrides({"dram.capacity_bytes": 11 << 20})
+    monkeypatch.setattr("tyir.backends.edge10.compile.load_machine", lambda name: small)
+    with pytest.raises(
+        TyirError, match=r"needs 17\.1 MiB of DRAM \(weights 11\.0 MiB, caches 6\.0 MiB\), edge10 has 11\.0 MiB per die"
+    ) as error:
+        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=4096))
+    assert not (tmp_path / "out").exists()
+    remedies = {"--weights int4": {"weights": "int4"}, "--dies 2": {"dies": 2}, "--max-kv 64": {"max_kv": 64}}
+    help = error.value.diagnostics[0].help or ""
+    for words, changes in remedies.items():
+        assert f"{words} (" in help
+        module = parse_file(imported)
+        options = replace(BuildOptions(dies=1, max_kv=4096), **changes)
+        run_pipeline(module, remaining_pipeline("aten", options))
+        for die in dies_of(module):
+            assert memory_summary(lower_die(die, 8, small))["dram"] <= 11 << 20
+
+
+def test_too_much_memory_on_any_number_of_dies(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = load_machine().with_overrides({"dram.capacity_bytes": 3 << 19})
+    monkeypatch.setattr("tyir.backends.edge10.compile.load_machine", lambda name: small)
+    with pytest.raises(TyirError, match="nothing up to 16 dies fits: use a smaller model"):
+        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=1024))

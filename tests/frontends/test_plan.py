@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -76,17 +78,32 @@ def test_what_does_not_fit_names_what_does(tmp_path: Path) -> None:
     assert read_shape(folder).parameters == 8_030_261_248  # https://huggingface.co/meta-llama/Meta-Llama-3-8B
     options = BuildOptions(dies=2, max_kv=131072, weights="int4")
     (problem,) = make_plan(folder, options).problems
-    assert "max-kv 131072 needs 8.0 GiB per die and" in problem.message and " fits, or " in problem.message
-    fitting = int(problem.message.split("max-kv ")[2].split(" fits")[0].replace(",", ""))
-    assert not make_plan(folder, BuildOptions(dies=2, max_kv=fitting, weights="int4")).problems
-    assert make_plan(folder, BuildOptions(dies=2, max_kv=fitting + 512, weights="int4")).problems
-    dies = int(problem.message.split(", or ")[1].split(" ")[0])
-    assert not make_plan(folder, BuildOptions(dies=dies, max_kv=131072, weights="int4")).problems
+    assert "max-kv 131072 needs 8.00 GiB per die and" in problem.message
+    assert problem.help is not None and problem.help.startswith("the cheapest that fit, per die: ")
+    remedies = re.findall(r"(--[^(,]+?) \(([\d.]+) GiB\)", problem.help)
+    assert len(remedies) == 3
+    for words, figure in remedies:
+        args = parser().parse_args(words.split())
+        changed = BuildOptions(dies=args.dies or 2, max_kv=args.max_kv or 131072, weights="int4", kv_dtype=args.kv_dtype or "fp16")
+        plan = make_plan(folder, changed)
+        assert not plan.problems, words
+        assert f"{max(n.total for n in plan.dies) / 2**30:.2f}" == figure
+    longest = next(int(w.split()[1]) for w, _ in remedies if w.startswith("--max-kv"))
+    assert make_plan(folder, BuildOptions(dies=2, max_kv=longest + 512, weights="int4")).problems
+
+
+def parser() -> argparse.ArgumentParser:
+    known = argparse.ArgumentParser()
+    known.add_argument("--dies", type=int)
+    known.add_argument("--max-kv", type=int)
+    known.add_argument("--kv-dtype")
+    return known
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     (problem,) = make_plan(write_config(tmp_path / "m"), BuildOptions(dies=1)).problems
-    assert "the weights need 15.0 GiB per die, edge10 has 8.0 GiB: 2 dies fit, or --weights int4 fits" in problem.message
+    assert "the weights need 14.96 GiB per die, edge10 has 8.00 GiB" in problem.message
+    assert problem.help is not None and "--weights int4 (" in problem.help and "--dies 2 (" in problem.help
 
 
 def test_bad_configs(tmp_path: Path) -> None:
