@@ -67,6 +67,14 @@ def _insert(root: Op, new: _OpT, *matched: Op | None) -> _OpT:
     return _named(new)
 
 
+def _as(type: Type, value: Value, root: Op) -> Value | None:
+    """`value` with the element type of `type`: models round to f16 in different places of one pattern, and `cast_back` removes what meets.  None when shapes differ."""
+    assert isinstance(type, TensorType) and isinstance(value.type, TensorType)
+    if value.type.dims != type.dims:
+        return None
+    return value if value.type is type else _insert(root, ty.Cast(value, element=type.element)).out
+
+
 def _named(op: _OpT) -> _OpT:
     """Name the results after the op, so that the text does not carry names of ops that are gone."""
     for value in op.results:
@@ -123,7 +131,7 @@ def rms_norm(op: Op) -> Value | None:
             if square is None or square.exponent != 2 or square.x is not wide or shifted is None or shifted.scalar is None:
                 continue
             x = _through_float(wide)
-            return _insert(op, ty.RmsNorm(x, weight, eps=shifted.scalar), scaled).out if x.type is op.out.type else None
+            return _as(op.out.type, _insert(op, ty.RmsNorm(x, _through_float(weight), eps=shifted.scalar), scaled).out, op)
     return None
 
 
@@ -185,19 +193,28 @@ def rope_angles(op: Op) -> Value | None:
     found = _match_angles(op)
     if found is None:
         return None
-    wanted = ty.RopeAngles(found.positions, inv_freq=found.inv_freq, scale=found.scale, element=_element(op.result))
-    angles: Op | None = next(
-        (u for u in found.positions.users if u is not wanted and u.name == wanted.name and u.properties is wanted.properties), None
-    )
-    if angles is None:
-        angles = wanted
-        wanted.cos.name, wanted.sin.name = "cos", "sin"
-        _insert_after_definition(found.positions, wanted)
-    else:
-        wanted.drop_references()
+    angles = _shared_angles(ty.RopeAngles(found.positions, inv_freq=found.inv_freq, scale=found.scale, element=_element(op.result)))
     angles.loc = _merged([angles.loc, found.wave.loc])
     half = angles.results[0 if isinstance(found.wave, aten.Cos) else 1]
     return _insert(op, aten.Cat.create((half, half), (op.result.type,), DictAttr({"dim": IntegerAttr(-1, i64)}))).out
+
+
+def _shared_angles(wanted: ty.RopeAngles) -> ty.RopeAngles:
+    """The function's tables that are as `wanted`, which is inserted when there are none."""
+    for user in wanted.positions.users:
+        if user is not wanted and isinstance(user, ty.RopeAngles) and user.properties is wanted.properties:
+            wanted.drop_references()
+            return user
+    wanted.cos.name, wanted.sin.name = "cos", "sin"
+    _insert_after_definition(wanted.positions, wanted)
+    return wanted
+
+
+def _angles_for(angles: ty.RopeAngles, element: Type) -> ty.RopeAngles:
+    """The same tables in the element type of what they turn."""
+    if angles.element is element:
+        return angles
+    return _shared_angles(ty.RopeAngles(angles.positions, inv_freq=angles.inv_freq, scale=angles.scale, element=element, loc=angles.loc))
 
 
 def _insert_after_definition(value: Value, op: Op) -> None:
@@ -255,12 +272,11 @@ def rope(op: Op) -> Value | None:
                     or len(_dims(x)) != 4
                 ):
                     continue
-                angles, axis = tables
-                if axis == 2:
-                    return _insert(op, ty.Rope(x, angles.cos, angles.sin), first).out
-                by_token = _insert(op, ty.Transpose(x, perm=_HEADS_FIRST)).out
-                turned_value = _insert(op, ty.Rope(by_token, angles.cos, angles.sin), first).out
-                return _insert(op, ty.Transpose(turned_value, perm=_HEADS_FIRST)).out
+                angles, axis = _angles_for(tables[0], _element(x)), tables[1]
+                by_token = x if axis == 2 else _insert(op, ty.Transpose(x, perm=_HEADS_FIRST)).out
+                out = _insert(op, ty.Rope(by_token, angles.cos, angles.sin), first).out
+                out = out if axis == 2 else _insert(op, ty.Transpose(out, perm=_HEADS_FIRST)).out
+                return _as(op.out.type, out, op)
     return None
 
 
@@ -344,6 +360,23 @@ def slice_(op: Op) -> Value | None:
 # ---------------------------------------------------------------------------------------------------- tidying
 
 
+def cast_back(op: Op) -> Value | None:
+    """cast(cast(x: f16 to f32) to f16) --> x"""
+    assert isinstance(op, ty.Cast)
+    inner = _made_by(op.x, ty.Cast)
+    wider = inner is not None and _element(inner.x) is f16 and inner.element is f32
+    return inner.x if inner is not None and wider and inner.x.type is op.out.type else None
+
+
+def norm_before_transpose(op: Op) -> Value | None:
+    """rms_norm(transpose(x)) --> transpose(rms_norm(x)) where the normed axis stays the last: between heads and tokens the transposes then cancel"""
+    assert isinstance(op, ty.RmsNorm)
+    inner = _made_by(op.x, ty.Transpose)
+    if inner is None or inner.perm[-1] != len(inner.perm) - 1:
+        return None
+    return _insert(op, ty.Transpose(_insert(op, ty.RmsNorm(inner.x, op.weight, eps=op.eps)).out, perm=inner.perm), inner).out
+
+
 def merge_transposes(op: Op) -> Value | None:
     """transpose(transpose(x)) --> x, or one transpose"""
     assert isinstance(op, ty.Transpose)
@@ -420,7 +453,7 @@ PHASES: Final[tuple[Phase, ...]] = (
         (aten.View, reshape), (aten.Reshape, reshape), (aten.Unsqueeze, reshape), (aten.Transpose, transpose), (aten.Slice, slice_),
     ),
     # Parts of a packed projection become projections of their own, which dies can share out.
-    ((ty.Slice, slice_of_linear), (ty.Scale, scale_before_linear)),
+    ((ty.Slice, slice_of_linear), (ty.Scale, scale_before_linear), (ty.RmsNorm, norm_before_transpose), (ty.Cast, cast_back)),
     # Rope and attention work on [b, s, H, D], the graph on [b, H, s, D]: the transposes between them meet and cancel.
     ((ty.Transpose, merge_transposes), (ty.Reshape, merge_reshapes)),
 )  # fmt: skip

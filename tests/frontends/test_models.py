@@ -80,7 +80,9 @@ def verdict(folder: Path) -> tuple[str, float]:
         wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.tensor(IDS)).logits.numpy()
     (got,) = run_function(module, "main", (IDS, np.arange(IDS.shape[1])[None]), CheckpointReader(folder))
     limit = re.search(r"beyond (\d+) tokens", " ".join(n.message for n in notes))
-    return "agrees" + (f", beyond {limit[1]} tokens with the frequencies of `--max-kv`" if limit else ""), float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    return "agrees" + (f", beyond {limit[1]} tokens with the frequencies of `--max-kv`" if limit else ""), float(
+        np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    )
 
 
 def reason(message: str) -> str:

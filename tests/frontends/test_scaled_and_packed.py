@@ -1,4 +1,7 @@
-"""Multipliers (Granite) and packed projections (Phi-3): how they are raised, and that compiled for three dies they decode what Hugging Face decodes."""
+"""Architectures that differ from Llama by more than sizes, compiled for three dies: they decode what Hugging Face decodes.
+
+Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4, HunYuan), layers without rotation (SmolLM3).
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,14 @@ from tyir.tools.verify import LayerStates, Reference, check_prompt
 GRANITE: dict[str, Any] = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 8.0, "tie_word_embeddings": True,
 }  # fmt: skip
+SIZES = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3}
 MODELS: dict[str, dict[str, Any]] = {
-    "granite": {**GRANITE, "vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3},
-    "phi3": {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3},
-}  # fmt: skip
+    "granite": {**SIZES, **GRANITE},
+    "phi3": SIZES,
+    "exaone4": {**SIZES, "head_dim": 32},
+    "hunyuan_v1_dense": {**SIZES, "head_dim": 32},
+    "smollm3": {**SIZES, "no_rope_layers": [1, 0]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +67,7 @@ def test_packed_projections_become_separate_ones(folders: dict[str, Path]) -> No
     assert len(slices) == 10 and all(constants.is_constant(op.out) for op in slices)
 
 
-@pytest.mark.parametrize("name", [pytest.param("granite"), pytest.param("phi3")])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("weights", ["fp16", pytest.param("int4", marks=pytest.mark.slow)])
 def test_on_three_dies(folders: dict[str, Path], tmp_path: Path, name: str, weights: str) -> None:
     options = BuildOptions(dies=3, seqlens=(1, 8), max_kv=48, weights=weights, group_size=64)
