@@ -33,6 +33,7 @@ class SramShares:
     packed: tuple[int, int] = (8, 4)
     wide: tuple[int, int] = (16, 4)
     boundary: float = 0.5
+    waiting_sums: bool = False  # in DRAM while an MLP runs, see `residual`
 
     @property
     def arena(self) -> int:

@@ -11,7 +11,7 @@ waited for.  All dies cut their blocks alike, whatever else differs between thei
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tyir.attributes import ArrayAttr
@@ -131,10 +131,13 @@ class SummedColumns:
     def __init__(self, summing: Summing, low: Lowering, area: Area) -> None:
         self.summing, self.low = summing, low
         self.residual, self.out = low.place(summing.residual), low.place(summing.add.out)
+        self.read_copy, self.written_copy = low.copies.get(summing.residual), low.copies.get(summing.add.out)
         *outer, self.columns = tensor_type(summing.add.out).static_shape
         self.rows = math.prod(outer)
-        self.piece_bytes = 2 if self.residual.in_sram else 4  # the block, and that of the residual stream
-        self.block = collective_block(self.rows, 2, low.machine) if summing.reduce is not None else 0
+        in_sram = self.residual.in_sram and self.read_copy is None
+        self.piece_bytes = 2 if in_sram else 4  # the block, and that of the residual stream
+        whole_rows = summing.reduce is not None or self.read_copy is not None or self.written_copy is not None
+        self.block = collective_block(self.rows, 2, low.machine) if whole_rows else 0
         self.piece_limit = area.nbytes // (1 if self.block else 2)
         self._buffers = Buffers(area, self.rows * self.block * self.piece_bytes or self.piece_limit, most=3)
 
@@ -160,18 +163,33 @@ class SummedColumns:
         low, row = self.low, self.columns * 2
         low.emitter.begin(self.summing.add)
         start, nbytes = m0 * row + n0 * 2, m * n * 2
-        before, before_row = self.residual.offset + start, row
-        if not self.residual.in_sram:
-            before, before_row = offset + nbytes, n * 2
-            low.load(self.residual.at(start), before, (1, m, n * 2), dram_strides=(0, row))
+        before, before_row = self._residual(offset + nbytes, m0, m, n0, n)
         target, target_row = (self.out.offset + start, row) if self.out.in_sram else (offset, n * 2)
+        written = sram_range(target, (m - 1) * target_row + n * 2, write=True)
         low.emitter.emit(
             edge10.VectorOp, function="add", inputs=(before, offset), outputs=(target,), input_types=ArrayAttr([f16, f16]), output_types=ArrayAttr([f16]), rows=m, cols=n,
-            input_strides=(before_row, n * 2), output_strides=(target_row, 0),
-            reads=[sram_range(before, (m - 1) * before_row + n * 2), sram_range(offset, nbytes)], writes=[sram_range(target, (m - 1) * target_row + n * 2, write=True)],
+            input_strides=(before_row, n * 2), output_strides=(target_row, 0), reads=[sram_range(before, (m - 1) * before_row + n * 2), sram_range(offset, nbytes)], writes=[written],
         )  # fmt: skip
         if not self.out.in_sram:
             low.store(self.out.at(start), offset, (1, m, n * 2), dram_strides=(0, row))
+        elif self.written_copy is not None:
+            low.emitter.emit(
+                edge10.VectorOp, function="copy", inputs=(target,), outputs=(offset,), input_types=ArrayAttr([f16]), output_types=ArrayAttr([f16]), rows=m, cols=n,
+                input_strides=(row,), reads=[replace(written, write=False)], writes=[sram_range(offset, nbytes, write=True)],
+            )  # fmt: skip
+            low.store_bytes(self.written_copy.at(n0), offset, nbytes)
+
+    def _residual(self, buffer: int, m0: int, m: int, n0: int, n: int) -> tuple[int, int]:
+        """Where the block of the residual stream lies, and its rows' distance; `buffer` is for one that comes from DRAM."""
+        row = self.columns * 2
+        start = m0 * row + n0 * 2
+        if self.read_copy is not None:
+            self.low.load_bytes(self.read_copy.at(n0), buffer, m * n * 2)
+        elif self.residual.in_sram:
+            return self.residual.offset + start, row
+        else:
+            self.low.load(self.residual.at(start), buffer, (1, m, n * 2), dram_strides=(0, row))
+        return buffer, n * 2
 
 
 def lower_nothing_to_sum(results: SummedColumns) -> None:

@@ -17,7 +17,7 @@ from tyir.ir import Value
 from tyir.targets.machine import Machine
 from tyir.types import bit_width
 
-__all__ = ["Area", "Buffers", "Lowering", "Piece", "Place", "acc_range", "element_bytes", "sram_range"]
+__all__ = ["Area", "Buffers", "Lowering", "Piece", "Place", "ResidualCopy", "acc_range", "element_bytes", "sram_range"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,20 @@ class Piece:
     temp: int
 
 
+@dataclass(frozen=True)
+class ResidualCopy:
+    """[rows, columns] of f16 in DRAM as blocks of `block` columns one after the other, so that each is one run of bytes."""
+
+    place: Place
+    rows: int
+    columns: int
+    block: int
+
+    def at(self, n0: int) -> Place:
+        """The block that begins at column `n0`."""
+        return self.place.at(self.rows * n0 * 2)
+
+
 class Buffers:
     """Equal parts of some bytes of SRAM, used in turn: what is made in one is taken away while the next is filled."""
 
@@ -97,6 +111,7 @@ class Lowering:
         self.plan = plan
         self.die = die
         self.places: dict[Value, Place] = {}
+        self.copies: dict[Value, ResidualCopy] = {}  # of sums whose place is needed before their last reader comes
         self.side = RingCursor(plan.side)
         self.packed = RingCursor(plan.packed)
         self.wide = RingCursor(plan.wide)

@@ -11,6 +11,7 @@ while this layer is still at work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,14 +25,15 @@ from tyir.backends.edge10.columns import (
     StoredColumns,
     SummedColumns,
     Summing,
+    collective_block,
     gatherings,
     lower_nothing_to_sum,
     summings,
 )  # fmt: skip
-from tyir.backends.edge10.context import Lowering, Place
+from tyir.backends.edge10.context import Area, Lowering, Place, ResidualCopy
 from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
-from tyir.backends.edge10.lower_attention import lower_attention
+from tyir.backends.edge10.lower_attention import attention_scratch, lower_attention
 from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_quantize_rows, lower_rows
 from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
 from tyir.backends.edge10.lower_gated import fused_products, lower_gated
@@ -39,7 +41,9 @@ from tyir.backends.edge10.lower_linear import InputTiles, lower_linear, lower_pr
 from tyir.backends.edge10.lower_mlp import Mlp, fused_mlps, fused_ops, lower_mlp
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
 from tyir.backends.edge10.lower_top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
+from tyir.backends.edge10.order import keys_first
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
+from tyir.backends.edge10.residual import waiting_sums
 from tyir.backends.edge10.search import best_shares, estimated_ns, products_ns
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import dist, edge10, kv, ty
@@ -47,14 +51,14 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
-from tyir.types import TensorType, i64, ui8
+from tyir.types import TensorType, f16, i64, ui8
 
 __all__ = ["lower_die"]
 
 _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Scale: lower_rowwise,
     ty.Silu: lower_rowwise, ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
-    kv.Append: lower_append, kv.CachedAttention: lower_attention, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather,
+    kv.Append: lower_append, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather,
     kv.QuantizeRows: lower_quantize_rows, ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
 }  # fmt: skip
 
@@ -123,6 +127,7 @@ class _Layer:
 class _DieLowering:
     def __init__(self, source: Module, main: Func, seqlen: int, machine: Machine, shares: SramShares) -> None:
         self.source, self.main, self.machine = source, main, machine
+        self.shares = shares
         self.plan: SramPlan = sram_plan(machine, shares)
         die = source.attributes.get("tyir.die")
         self.die = die.value if isinstance(die, IntegerAttr) else 0
@@ -163,7 +168,7 @@ class _DieLowering:
         return [*(layer.function for layer in self.layers.values()), self.main]
 
     def _check_ops(self) -> None:
-        known: tuple[type[Op], ...] = (*_LOWERINGS, ty.GetGlobal, ty.Reshape, Call, Return)
+        known: tuple[type[Op], ...] = (*_LOWERINGS, kv.CachedAttention, ty.GetGlobal, ty.Reshape, Call, Return)
         unknown: dict[str, Op] = {}
         for function in self._functions():
             for op in function.body:
@@ -180,13 +185,16 @@ class _DieLowering:
             )
 
     def _find_layers(self) -> dict[str, _Layer]:
+        functions = {f.sym_name: f for f in self.source.body if isinstance(f, Func)}
         layers: dict[str, _Layer] = {}
         for op in self.main.body:
             if isinstance(op, Call):
-                callee = self.source.lookup(op.callee.leaf)
-                if not isinstance(callee, Func):
-                    raise TyirError(f"@{self.main.sym_name} calls @{op.callee.leaf}, which the module does not define")
-                layers.setdefault(op.callee.leaf, _Layer(callee, [])).calls.append(op)
+                name = op.callee.leaf
+                if name not in functions:
+                    raise TyirError(f"@{self.main.sym_name} calls @{name}, which the module does not define")
+                if name not in layers:
+                    layers[name] = _Layer(keys_first(functions[name]), [])
+                layers[name].calls.append(op)
         uses = _weight_uses(self.main)
         for layer in layers.values():
             self._classify(layer, uses)
@@ -277,6 +285,8 @@ class _DieLowering:
         fixed: dict[Value, Place] = {source.args[i]: p for i, p in layer.boundary.arguments.items()}
         fixed.update(in_place(source, layer.boundary))
         fixed.update({root(source.body.terminator.operands[i]): p for i, p in layer.boundary.results.items()})
+        if self.shares.waiting_sums:
+            self._keep_sums_in_dram(source, low, fixed)
         fixed.update({source.args[i]: Place("dram", layer.offsets[i], arguments[0], constant=True) for i in layer.packed})
         fixed.update({source.args[i]: Place("dram", 0, symbol, constant=True) for i, symbol in layer.shared.items()})
         for number, index in enumerate(layer.addressed):
@@ -287,6 +297,18 @@ class _DieLowering:
         function.body.append(Return(values=[low.emitter.join(t) for t in (*slot_tokens, rest)]))
         function.refresh_type()
         self.module.body.append(function)
+
+    def _keep_sums_in_dram(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
+        """Give the norms of waiting sums the sums' places, and the sums copies in DRAM (`residual`)."""
+        sums = summings(source, self.machine)
+        for number, (value, normed) in enumerate(waiting_sums(sums).items()):
+            place = fixed.get(value)
+            if place is not None and place.in_sram:
+                fixed[normed] = place
+                *outer, columns = ty.tensor_type(value).static_shape
+                rows, name = math.prod(outer), f"waiting{number}.{source.sym_name}"
+                self._buffer(name, "activation", TensorType((rows, columns), f16))
+                low.copies[value] = ResidualCopy(Place("dram", 0, name), rows, columns, collective_block(rows, 2, self.machine))
 
     def _lower_main(self) -> None:
         function = Func.make(self.main.sym_name, [])
@@ -357,13 +379,16 @@ class _DieLowering:
     def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
         spill = f"spill.{source.sym_name}"
         arena = self.plan.arena - self.boundary.sram_bytes
-        mlps = fused_mlps(source, arena, self.machine, self.plan)
+        held = [v for v, place in fixed.items() if place.in_sram]
+        mlps = fused_mlps(source, arena, self.machine, self.plan, held)
         sums, gathers = summings(source, self.machine), gatherings(source, self.machine)
         fused = {**fused_products(source, arena), **fused_ops(mlps)}
         fused.update({op: add for add, summing in sums.items() for op in summing.ops})
         fused.update({gathering.product: op for op, gathering in gathers.items()})
         fused = {op: _last(op, fused) for op in fused}
         scratch = {_last(op, fused): mlp.scratch for op, mlp in mlps.items()}
+        attentions = [op for op in source.body if isinstance(op, kv.CachedAttention)]
+        scratch.update({op: s for op in attentions if (s := attention_scratch(op, arena, self.machine)) is not None})
         given = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill, fused, scratch)
         places = given.values
         if given.spill_bytes:
@@ -381,6 +406,8 @@ class _DieLowering:
                 self._call(op, low)
             elif op in sums:
                 _lower_summing(sums[op], mlps, given.scratch.get(op), low)
+            elif isinstance(op, kv.CachedAttention):
+                lower_attention(op, low, Area(given.scratch[op][0], scratch[op].sram_bytes) if op in scratch else None)
             elif op in gathers:
                 _lower_gathering(gathers[op], low)
             elif op in mlps and op not in fused:

@@ -3,31 +3,36 @@
 For each piece of the queries (and each cache head, when all heads together do not fit):
     fill m = -1e30, l = 0, o = 0
     for each block of keys, as many as the position asks for:
-        load K block;  scores = q K^T (cube, drain);  softmax block -> p, alpha;  load V block;  pv = p V (cube, drain);  o = o * alpha + pv
+        load K and V blocks;  for each strip of heads:  scores = q K^T (cube, drain);  softmax block -> p, alpha;  pv = p V (cube, drain);  o = o * alpha + pv
     out = o / l
-An 8-bit cache's blocks are loaded with their scales and de-quantised to f16 first.  The K and V blocks are handed from turn to turn by tokens of their own: the K block of the next turn loads while this turn is at its V block.
+The strips of a turn are two steps apart: the cube is at one strip's scores while another's are drained and a third's softmax runs.  An 8-bit cache's blocks are
+loaded with their scales and de-quantised to f16 first.  The K and V blocks are handed from turn to turn by tokens of their own: the K block of the next turn loads
+while this turn is at its last products with V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.allocate import align
-from tyir.backends.edge10.context import Lowering, Place, acc_range, sram_range
+from tyir.backends.edge10.context import Area, Lowering, Place, acc_range, sram_range
 from tyir.backends.edge10.dependences import Access, Slot, Tracker
 from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.lower_cache import require_one_sequence
-from tyir.backends.edge10.tiling import AttentionBlocks, attention_blocks, spans
+from tyir.backends.edge10.places import Scratch
+from tyir.backends.edge10.tiling import AttentionBlocks, accumulator_bytes, attention_blocks, spans
+from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Value
+from tyir.targets.machine import Machine
 from tyir.types import f16, f32
 
-__all__ = ["lower_attention"]
+__all__ = ["attention_scratch", "lower_attention"]
 
 _LOWEST = -1.0e30  # the running maximum before the first key: finite, so that differences with it are numbers
 
@@ -51,22 +56,60 @@ def _runs(kv_heads: Sequence[int]) -> list[_Run]:
     return runs
 
 
-def lower_attention(op: CachedAttention, low: Lowering) -> None:
-    """`kv.attention`."""
+@dataclass(frozen=True)
+class _Strip:
+    """Some heads of a block, rows numbered [query, head]: `offset` rows after the block's first in what is kept from turn to turn, `buffer` the set of temporaries."""
+
+    runs: Sequence[_Run]
+    first: int
+    heads: int
+    offset: int
+    buffer: int
+
+
+def attention_scratch(op: CachedAttention, arena: int, machine: Machine) -> Scratch | None:
+    """What the attention of many tokens takes of an arena beside its queries, whose place its result takes; few tokens do with the temporaries."""
+    room = arena - align(tensor_type(op.q).nbytes)
+    if tensor_type(op.q).static_shape[1] <= machine.cube.rows or room <= 0:
+        return None
+    try:
+        return Scratch(_bytes(op, _blocks(op, room, machine, transfers=False)), 0)
+    except TyirError:
+        return None
+
+
+def lower_attention(op: CachedAttention, low: Lowering, scratch: Area | None = None) -> None:
+    """`kv.attention`, with the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
     require_one_sequence(op)
-    _, tokens, heads, dim = tensor_type(op.q).static_shape
-    runs = _runs(op.kv_heads)
-    groups = tensor_type(op.k).static_shape[1]
-    blocks = attention_blocks(tokens, heads, groups, dim, max(r.heads for r in runs), low.machine, low.plan, quantized=bool(op.scales))
-    for first, count in spans(tokens, blocks.queries):
+    area = Area(low.plan.temp, low.plan.temp_bytes)
+    in_sram = low.place(op.q).in_sram and low.place(op.out).in_sram
+    if scratch is not None and in_sram and scratch.nbytes > area.nbytes:
+        area = scratch
+    blocks, runs = _blocks(op, area.nbytes, low.machine, transfers=not in_sram), _runs(op.kv_heads)
+    for first, count in spans(tensor_type(op.q).static_shape[1], blocks.queries):
         for members in [runs] if blocks.all_heads else [[r] for r in runs]:
-            _Block(op, low, blocks, members, first, count).lower()
+            _Block(op, low, blocks, members, first, count, area.offset).lower()
+
+
+def _blocks(op: CachedAttention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
+    _, tokens, heads, dim = tensor_type(op.q).static_shape
+    groups, largest = tensor_type(op.k).static_shape[1], max(r.heads for r in _runs(op.kv_heads))
+    return attention_blocks(tokens, heads, groups, dim, largest, machine, room, transfers=transfers, quantized=bool(op.scales))
+
+
+def _bytes(op: CachedAttention, blocks: AttentionBlocks) -> int:
+    """What the blocks take of SRAM, queries and result not counted."""
+    _, _, heads, dim = tensor_type(op.q).static_shape
+    heads, groups = (heads, tensor_type(op.k).static_shape[1]) if blocks.all_heads else (max(r.heads for r in _runs(op.kv_heads)), 1)
+    return sum(blocks.layout(heads, groups, dim, transfers=False).values())
 
 
 class _Block:
-    """`count` queries from `first` on, for some runs of heads.  Rows are numbered [query, head of these runs]."""
+    """`count` queries from `first` on, for some runs of heads; temporaries from `start` on."""
 
-    def __init__(self, op: CachedAttention, low: Lowering, blocks: AttentionBlocks, runs: Sequence[_Run], first: int, count: int) -> None:
+    def __init__(
+        self, op: CachedAttention, low: Lowering, blocks: AttentionBlocks, runs: Sequence[_Run], first: int, count: int, start: int
+    ) -> None:
         self.op, self.low, self.runs, self.first, self.count = op, low, runs, first, count
         self.keys = blocks.keys
         _, _, self.all_heads, self.dim = tensor_type(op.q).static_shape
@@ -74,11 +117,31 @@ class _Block:
         self.first_group, self.groups = (0, groups) if blocks.all_heads else (runs[0].group, 1)
         self.first_head, self.heads = runs[0].first, sum(r.heads for r in runs)
         self.rows = count * self.heads
+        self.strips = self._cut(blocks.strip)
         self.at: dict[str, int] = {}
-        offset = low.plan.temp
         for name, size in blocks.layout(self.heads, self.groups, self.dim).items():
-            self.at[name] = offset
-            offset += size
+            self.at[name] = start
+            start += size
+        self._accumulators = self._accumulator_offsets()
+
+    def _cut(self, most: int) -> list[_Strip]:
+        """The heads in strips of at most `most`; one strip for all of them if they are few, else each of heads of one cache head."""
+        if self.heads <= most:
+            return [_Strip(self.runs, self.first_head, self.heads, 0, 0)]
+        strips: list[_Strip] = []
+        for run in self.runs:
+            for start, heads in spans(run.heads, most):
+                part, number = _Run(run.group, run.first + start, heads), len(strips)
+                strips.append(_Strip([part], part.first, heads, (part.first - self.first_head) * self.count, number % 3))
+        return strips
+
+    def _accumulator_offsets(self) -> Iterator[int]:
+        most = max(r.heads for s in self.strips for r in s.runs) * self.count
+        machine = self.low.machine
+        part = machine.accumulator_bytes // (
+            4 if accumulator_bytes(most, max(self.keys, self.dim), machine) * 4 <= machine.accumulator_bytes else 2
+        )
+        return cycle(range(0, part * (machine.accumulator_bytes // part), part))
 
     def lower(self) -> None:
         emitter = self.low.emitter
@@ -105,14 +168,20 @@ class _Block:
         place, row = self.low.place(self.op.out), self.dim * 2
         start = (self.first * self.all_heads + self.first_head) * row
         target, outer = (place.offset + start, self.all_heads * row) if place.in_sram else (self.at["out"], self.heads * row)
-        self.low.emitter.emit(
-            edge10.VectorOp, function="divide_rows", inputs=(self.at["sum"], self.at["total"]), outputs=(target,), rows=self.rows, cols=self.dim, group=self.heads,
-            output_strides=(outer, row), input_types=ArrayAttr([f32, f32]), output_types=ArrayAttr([f16]),
-            reads=[sram_range(self.at["sum"], self.rows * self.dim * 4), sram_range(self.at["total"], self.rows * 4)],
-            writes=[sram_range(target, (self.count - 1) * outer + self.heads * row, write=True)],
-        )  # fmt: skip
+        for strip in self.strips:
+            total, sums, rows = self._kept("total", strip, 4), self._kept("sum", strip, self.dim * 4), self.count * strip.heads
+            out = target + (strip.first - self.first_head) * row
+            self.low.emitter.emit(
+                edge10.VectorOp, function="divide_rows", inputs=(sums, total), outputs=(out,), rows=rows, cols=self.dim, group=strip.heads,
+                output_strides=(outer, row), input_types=ArrayAttr([f32, f32]), output_types=ArrayAttr([f16]),
+                reads=[sram_range(sums, rows * self.dim * 4), sram_range(total, rows * 4)], writes=[sram_range(out, (self.count - 1) * outer + strip.heads * row, write=True)],
+            )  # fmt: skip
         if not place.in_sram:
             self.low.store(place.at(start), target, (1, self.count, self.heads * row), dram_strides=(0, self.all_heads * row))
+
+    def _kept(self, name: str, strip: _Strip, row: int) -> int:
+        """Where a strip's rows of what is kept from turn to turn begin."""
+        return self.at[name] + strip.offset * row
 
     # -- the loop -------------------------------------------------------------------------------------------------
     def _loop(self, q: int, q_strides: tuple[int, int]) -> None:
@@ -122,7 +191,7 @@ class _Block:
         end = outer.affine([visible], [1], size - 1, divisor=size)
         block = Emitter.body(3)
         index, *tokens = block.args
-        slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores"]))
+        slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores0"]))
         inner = Tracker(slots, tokens[:2], tokens[2])
         self.low.emitter = body = Emitter(block, inner, outer)
         try:
@@ -136,31 +205,46 @@ class _Block:
         outer.loop(start, end, block, inner)
 
     def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
-        at, size, dim = self.at, self.keys, self.dim
         self._load_cache("k", first_key, keys)
-        for run in self.runs:
-            head = run.first - self.first_head
-            scores = at["scores"] + head * size * 4
-            self._product(run, q + head * q_strides[1], q_strides, at["k"], True, keys, scores, size * 4)
-        self.low.emitter.emit(
-            edge10.SoftmaxBlock, keys, first_key, scores=at["scores"], score_stride=size * 4, probabilities=at["probabilities"], probability_stride=size * 2,
-            maximum=at["maximum"], total=at["total"], alpha=at["alpha"], rows=self.rows, heads=self.heads, first_query=self.first, window=self.op.window, scale=self.op.scale,
-            reads=[sram_range(at["scores"], self.rows * size * 4), sram_range(at["maximum"], self.rows * 4), sram_range(at["total"], self.rows * 4)],
-            writes=[sram_range(at["probabilities"], self.rows * size * 2, write=True), *(sram_range(at[n], self.rows * 4, write=True) for n in ("maximum", "total", "alpha"))],
-        )  # fmt: skip
         self._load_cache("v", first_key, keys)
-        for run in self.runs:
-            head = run.first - self.first_head
-            strides = (self.heads * size * 2, size * 2)
-            self._product(
-                run, at["probabilities"] + head * size * 2, strides, at["v"], False, keys, at["product"] + head * dim * 4, dim * 4
-            )
-        total = self.rows * dim * 4
+        behind = min(2, len(self.strips) - 1)
+        for number in range(len(self.strips) + behind):
+            if number < len(self.strips):
+                self._weigh(self.strips[number], q, q_strides, first_key, keys)
+            if number >= behind:
+                self._sum_up(self.strips[number - behind], keys)
+
+    def _weigh(self, strip: _Strip, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
+        """A strip's scores and their softmax."""
+        size, rows = self.keys, self.count * strip.heads
+        scores, probabilities, alpha = (self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha"))
+        maximum, total = self._kept("maximum", strip, 4), self._kept("total", strip, 4)
+        for run in strip.runs:
+            lhs = q + (run.first - self.first_head) * q_strides[1]
+            target = scores + (run.first - strip.first) * size * 4
+            self._product(strip, run, lhs, q_strides, self.at["k"], True, keys, target, size * 4)
         self.low.emitter.emit(
-            edge10.VectorOp, function="rescale_add", inputs=(at["sum"], at["alpha"], at["product"]), outputs=(at["sum"],), rows=self.rows, cols=dim,
+            edge10.SoftmaxBlock, keys, first_key, scores=scores, score_stride=size * 4, probabilities=probabilities, probability_stride=size * 2,
+            maximum=maximum, total=total, alpha=alpha, rows=rows, heads=strip.heads, first_query=self.first, window=self.op.window, scale=self.op.scale,
+            reads=[sram_range(scores, rows * size * 4), sram_range(maximum, rows * 4), sram_range(total, rows * 4)],
+            writes=[sram_range(probabilities, rows * size * 2, write=True), *(sram_range(at, rows * 4, write=True) for at in (maximum, total, alpha))],
+        )  # fmt: skip
+
+    def _sum_up(self, strip: _Strip, keys: Value) -> None:
+        """A strip's values, added to what it has of the blocks before."""
+        size, dim, rows = self.keys, self.dim, self.count * strip.heads
+        product, probabilities, alpha = (self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha"))
+        for run in strip.runs:
+            head = run.first - strip.first
+            strides = (strip.heads * size * 2, size * 2)
+            self._product(
+                strip, run, probabilities + head * size * 2, strides, self.at["v"], False, keys, product + head * dim * 4, dim * 4
+            )
+        sums, nbytes = self._kept("sum", strip, dim * 4), rows * dim * 4
+        self.low.emitter.emit(
+            edge10.VectorOp, function="rescale_add", inputs=(sums, alpha, product), outputs=(sums,), rows=rows, cols=dim,
             input_types=ArrayAttr([f32, f32, f32]), output_types=ArrayAttr([f32]),
-            reads=[sram_range(at["sum"], total), sram_range(at["alpha"], self.rows * 4), sram_range(at["product"], total)],
-            writes=[sram_range(at["sum"], total, write=True)],
+            reads=[sram_range(sums, nbytes), sram_range(alpha, rows * 4), sram_range(product, nbytes)], writes=[sram_range(sums, nbytes, write=True)],
         )  # fmt: skip
 
     def _load_cache(self, name: str, first_key: Value, keys: Value) -> None:
@@ -190,12 +274,21 @@ class _Block:
         )  # fmt: skip
 
     def _product(
-        self, run: _Run, lhs: int, strides: tuple[int, int], cache: int, transposed: bool, keys: Value, target: int, target_row: int
+        self,
+        strip: _Strip,
+        run: _Run,
+        lhs: int,
+        strides: tuple[int, int],
+        cache: int,
+        transposed: bool,
+        keys: Value,
+        target: int,
+        target_row: int,
     ) -> None:
-        """scores = q K^T (`transposed`: the columns are keys) or p V, for one run of heads."""
+        """scores = q K^T (`transposed`: the columns are keys) or p V, for one run of a strip's heads."""
         low, row = self.low, self.dim * 2
         rhs = cache + (run.group - self.first_group) * self.keys * row
-        acc, width = next(low.accumulators), align(self.keys if transposed else self.dim, low.machine.cube.columns) * 4
+        acc, width = next(self._accumulators), align(self.keys if transposed else self.dim, low.machine.cube.columns) * 4
         n, k = (edge10.DYNAMIC, self.dim) if transposed else (self.dim, edge10.DYNAMIC)
         acc_bytes = self.count * run.heads * width
         lhs_bytes = (self.count - 1) * strides[0] + (run.heads - 1) * strides[1] + (row if transposed else self.keys * 2)
@@ -204,9 +297,9 @@ class _Block:
             edge10.Matmul, keys, lhs=lhs, lhs_strides=strides, rhs=rhs, rhs_stride=row, transposed=transposed, acc=acc, acc_stride=width, m=(self.count, run.heads), n=n, k=k,
             reads=reads, writes=[acc_range(acc, acc_bytes, write=True)],
         )  # fmt: skip
-        extent = (self.count - 1) * self.heads * target_row + run.heads * target_row
+        extent = (self.count - 1) * strip.heads * target_row + run.heads * target_row
         low.emitter.emit(
             edge10.Drain, *([keys] if transposed else []), acc=acc, acc_stride=width, m=(self.count, run.heads), n=n, sram=target,
-            sram_strides=(self.heads * target_row, target_row), element=f32,
+            sram_strides=(strip.heads * target_row, target_row), element=f32,
             reads=[acc_range(acc, acc_bytes)], writes=[sram_range(target, extent, write=True)],
         )  # fmt: skip

@@ -12,7 +12,7 @@ Otherwise the last product would read y again from DRAM for each tile of its out
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from tyir.attributes import ArrayAttr
@@ -26,7 +26,7 @@ from tyir.backends.edge10.tiling import spans
 from tyir.dialects import edge10
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Linear, QuantizedLinear, SiluMul, tensor_type
-from tyir.ir import Op
+from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import bit_width, f16, f32
 
@@ -70,19 +70,19 @@ class Mlp:
         return Scratch(align(self.rows * self.part * 2) + 2 * _sum_bytes(self.rows), self.rows * width * 4)
 
 
-def fused_mlps(function: Func, arena: int, machine: Machine, plan: SramPlan) -> dict[Op, Mlp]:
-    """The MLPs to be computed part by part, by their last product; `arena` is what a function may use of SRAM for activations.
+def fused_mlps(function: Func, arena: int, machine: Machine, plan: SramPlan, held: Collection[Value] = ()) -> dict[Op, Mlp]:
+    """The MLPs to be computed part by part, by their last product; `arena` is what a function may use of SRAM for activations beside those `held` there.
 
     Small ones (decode) stay four ops: their tensors fit, and one vector command is cheaper than one a tile.
     """
     found: dict[Op, Mlp] = {}
     for op in function.body:
-        if isinstance(op, SiluMul) and (mlp := _match(op, arena)) is not None and _single_pass(mlp, machine, plan):
+        if isinstance(op, SiluMul) and (mlp := _match(op, arena, held)) is not None and _single_pass(mlp, machine, plan):
             found[mlp.down] = mlp
     return found
 
 
-def _match(op: SiluMul, arena: int) -> Mlp | None:
+def _match(op: SiluMul, arena: int, held: Collection[Value]) -> Mlp | None:
     products = gated_products(op)
     if products is None or len(op.out.uses) != 1:
         return None
@@ -91,7 +91,7 @@ def _match(op: SiluMul, arena: int) -> Mlp | None:
     if not isinstance(down, (Linear, QuantizedLinear)) or down.x is not op.out or tensor_type(down.out).element is not f16:
         return None
     *outer, inner = tensor_type(op.out).static_shape
-    rows, x, y = math.prod(outer), tensor_type(gate.x).nbytes, tensor_type(op.out).nbytes
+    rows, x, y = math.prod(outer), 0 if gate.x in held else tensor_type(gate.x).nbytes, tensor_type(op.out).nbytes
     unit = math.lcm(down.group_size if isinstance(down, QuantizedLinear) else 16, 16)
     if 3 * y <= arena // 2:
         return None

@@ -10,7 +10,7 @@ from tyir.backends.edge10.allocate import ALIGNMENT, Interval, align, place_inte
 from tyir.backends.edge10.context import Place
 from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Call, Func
-from tyir.dialects.kv import Append
+from tyir.dialects.kv import Append, CachedAttention
 from tyir.dialects.ty import Add, GetGlobal, Linear, QuantizedLinear, Reshape, tensor_type
 from tyir.ir import Op, Value
 from tyir.types import TensorType
@@ -19,10 +19,17 @@ __all__ = ["Boundary", "BoundaryPlaces", "Lifetimes", "Places", "Scratch", "assi
 
 
 def root(value: Value) -> Value:
-    """The value whose storage this one shares: through reshapes and appends in place."""
-    while isinstance(op := value.op, (Reshape, Append)):
+    """The value whose storage this one shares: through reshapes, appends in place, and attention, whose result takes the place of its queries."""
+    while isinstance(op := value.op, (Reshape, Append)) or (isinstance(op, CachedAttention) and _only_reader(op.q)):
         value = op.operands[0]
     return value
+
+
+def _only_reader(q: Value) -> bool:
+    """Whether nothing but the attention reads the queries, under any shape, and an op of this function has made them."""
+    while len(q.uses) == 1 and isinstance(q.op, Reshape):
+        q = q.op.operands[0]
+    return len(q.uses) == 1 and q.op is not None and not isinstance(q.op, (Call, GetGlobal))
 
 
 class Lifetimes:

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from tyir.backends.edge10.allocate import ALIGNMENT, SramPlan, align
 from tyir.diagnostics import TyirError
 from tyir.targets.command_times import dequant_ns, matmul_ns
 from tyir.targets.machine import Machine
 
-__all__ = ["AttentionBlocks", "MatmulShape", "Tiles", "attention_blocks", "choose_tiles", "side_columns", "spans", "tiles_ns"]
+__all__ = [
+    "STRIP_ROWS",
+    "AttentionBlocks",
+    "MatmulShape",
+    "Tiles",
+    "accumulator_bytes",
+    "attention_blocks",
+    "choose_tiles",
+    "side_columns",
+    "spans",
+    "tiles_ns",
+]
 
 
 def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
@@ -95,6 +107,8 @@ def _candidates(shape: MatmulShape, machine: Machine) -> Iterator[tuple[int, int
     widest = min(shape.n, shape.block or shape.n)
     for m in ms:
         for n in sorted({min(n, align(widest, cube.columns)) for n in ns}):
+            if shape.block % n and n < widest:  # a narrow last tile leaves the next one no time to be dequantised
+                continue
             for k in ks:
                 yield min(m, shape.m), min(n, widest), k
 
@@ -152,27 +166,41 @@ def _pieces(size: int, step: int) -> Iterator[tuple[int, int]]:
         yield size % step, 1
 
 
+STRIP_ROWS: Final = 128  # a strip's scores fit a quarter of the accumulators
+
+
 @dataclass(frozen=True)
 class AttentionBlocks:
-    """`queries` tokens at a time over blocks of `keys` cached rows; either all heads together or one cache head with its queries after the other."""
+    """`queries` tokens at a time over blocks of `keys` cached rows; either all heads together or one cache head with its queries after the other.
+
+    The heads are worked on in strips of at most `strip` heads, `STRIP_ROWS` rows: while one strip's softmax runs, the cube is at another's product.
+    """
 
     queries: int
     keys: int
     all_heads: bool
+    strip: int
     quantized: bool = False
 
-    def layout(self, heads: int, groups: int, dim: int) -> dict[str, int]:
+    def strips(self, heads: int) -> int:
+        return -(-heads // self.strip)
+
+    def layout(self, heads: int, groups: int, dim: int, *, transfers: bool = True) -> dict[str, int]:
         """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from turn to turn.
 
-        Of an 8-bit cache a block is its f16 rows, and behind them the 8-bit rows and the scales that they are made of.
+        Of an 8-bit cache a block is its f16 rows, and behind them the 8-bit rows and the scales that they are made of.  Up to three strips are under way at a
+        time.  `transfers`: the queries or the result lie in DRAM.
         """
         rows, block = self.queries * heads, groups * self.keys
         parts = {"": dim * 2, "_q": dim, "_scales": 2} if self.quantized else {"": dim * 2}
-        caches = {name + part: align(block * row) for name in ("k", "v") for part, row in parts.items()}
-        return caches | {
-            "scores": align(rows * self.keys * 4), "probabilities": align(rows * self.keys * 2), "product": align(rows * dim * 4), "sum": align(rows * dim * 4), "maximum": align(rows * 4),
-            "total": align(rows * 4), "alpha": align(rows * 4), "q": align(rows * dim * 2), "out": align(rows * dim * 2),
-        }  # fmt: skip
+        sizes = {name + part: align(block * row) for name in ("k", "v") for part, row in parts.items()}
+        of_strip = self.queries * min(self.strip, heads)
+        for number in range(min(3, self.strips(heads))):
+            sizes[f"scores{number}"] = align(of_strip * max(self.keys, dim) * 4)  # and the product with V, once the scores are used
+            sizes[f"probabilities{number}"] = align(of_strip * self.keys * 2)
+            sizes[f"alpha{number}"] = align(of_strip * 4)
+        sizes |= {"sum": align(rows * dim * 4), "maximum": align(rows * 4), "total": align(rows * 4)}
+        return sizes | ({"q": align(rows * dim * 2), "out": align(rows * dim * 2)} if transfers else {})
 
 
 # One turn of the attention loop is a chain of about ten commands on four units; what does not overlap of it costs about this much.
@@ -180,18 +208,28 @@ _TURN_NS = 1000.0
 
 
 def attention_blocks(
-    tokens: int, heads: int, groups: int, dim: int, largest_group: int, machine: Machine, plan: SramPlan, *, quantized: bool = False
+    tokens: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    largest_group: int,
+    machine: Machine,
+    room: int,
+    *,
+    transfers: bool = True,
+    quantized: bool = False,
 ) -> AttentionBlocks:
-    """The cheapest blocks that fit: every piece of the tokens reads the cache again, every turn of the loop has its chain of commands."""
+    """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn of the loop has its chain of commands."""
     best: tuple[float, AttentionBlocks] | None = None
     key_bytes = 2 * (dim + 2) if quantized else 4 * dim
     for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
         for keys in (256, 128, 64, 32, 16):
             for all_heads in (True, False):
-                blocks = AttentionBlocks(queries, keys, all_heads, quantized)
                 h, g = (heads, groups) if all_heads else (largest_group, 1)
-                acc = align(queries * largest_group, machine.cube.rows) * align(max(keys, dim), machine.cube.columns) * 4
-                if sum(blocks.layout(h, g, dim).values()) > plan.temp_bytes or acc > machine.accumulator_bytes // 2:
+                strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
+                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized)
+                acc = accumulator_bytes(queries * min(strip, largest_group), max(keys, dim), machine)
+                if sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room or acc > machine.accumulator_bytes // 2:
                     continue
                 pieces = -(-tokens // queries)
                 cost = pieces * (groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys)
@@ -200,6 +238,11 @@ def attention_blocks(
     if best is not None:
         return best[1]
     raise TyirError(
-        f"one token's attention over {heads} heads of {dim} does not fit {plan.temp_bytes} bytes of SRAM for temporaries",
+        f"one token's attention over {heads} heads of {dim} does not fit {room} bytes of SRAM for temporaries",
         help="use more dies, so that each holds fewer heads",
     )
+
+
+def accumulator_bytes(rows: int, columns: int, machine: Machine) -> int:
+    """What a product's sums take of the accumulators."""
+    return align(rows, machine.cube.rows) * align(columns, machine.cube.columns) * 4

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(TyirError, match=r"no tile of a \[1, 4096\] x \[4096, 64\] product fits 16384 bytes of SRAM"):
         choose_tiles(MatmulShape(1, 64, 4096, 128, True, 0), small, sram_plan(small))
     with pytest.raises(TyirError, match="one token's attention over 64 heads of 256 does not fit"):
-        attention_blocks(1, 64, 8, 256, 8, small, sram_plan(small))
+        attention_blocks(1, 64, 8, 256, 8, small, sram_plan(small).temp_bytes)
 
 
 def test_layers_are_lowered_once() -> None:
