@@ -1,4 +1,8 @@
-"""A bandwidth that several transfers share fairly at the same time (processor sharing), by events."""
+"""A bandwidth that transfers under way at the same time share equally (processor sharing), by events.
+
+Every transfer gets the same rate, so a clock that runs at that rate ("bytes served to each") tells when each is done: it is, when the clock has advanced by its
+size since it began.  Only the next end is ever looked at, and a change of the number of transfers changes only the speed of the clock.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +10,46 @@ import math
 
 __all__ = ["SharedBandwidth"]
 
-_DONE = 1e-6  # bytes
-
 
 class SharedBandwidth:
-    """`rate` bytes per nanosecond divided equally among the active flows; a flow never gets more than its cap, what it leaves goes to the others."""
+    """`rate` bytes per nanosecond divided equally among the transfers; none gets more than `port`.
 
-    __slots__ = ("_caps", "_flows", "_rates", "_since", "busy_ns", "moved", "rate", "version")
+    `next_end` is when the first of them ends if nothing changes (infinity without transfers), `busy_ns` for how long there was at least one.
+    """
 
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self.version = 0
+    __slots__ = ("_goals", "_now", "_served", "_speed", "busy_ns", "next_end", "port", "rate")
+
+    def __init__(self, rate: float, port: float) -> None:
+        self.rate, self.port = rate, port
+        self.next_end = math.inf
         self.busy_ns = 0.0
-        self.moved = 0.0
-        self._flows: dict[int, float] = {}
-        self._caps: dict[int, float] = {}
-        self._rates: dict[int, float] = {}
-        self._since = 0.0
+        self._goals: dict[int, float] = {}
+        self._served = self._now = 0.0
+        self._speed = 0.0
 
-    def add(self, now: float, key: int, nbytes: float, cap: float) -> None:
-        """A flow of `nbytes` begins."""
+    def begin(self, now: float, key: int, nbytes: float) -> None:
+        """A transfer of `nbytes` begins; `now` never goes back."""
         self._advance(now)
-        self._flows[key] = nbytes
-        self._caps[key] = cap
-        self.moved += nbytes
+        self._goals[key] = self._served + nbytes
         self._share()
 
-    def finished(self, now: float) -> list[int]:
-        """Take out the flows that end now."""
-        self._advance(now)
-        # What is left of a flow is rounding when it would take less time than the clock can tell apart.
-        done = [k for k, left in self._flows.items() if left <= _DONE or left / self._rates[k] <= math.ulp(now) * 4]
-        for key in done:
-            del self._flows[key], self._caps[key]
-        if done:
-            self._share()
-        return done
-
-    def next_end(self) -> float:
-        """When the first of the active flows ends, if nothing changes; infinity without flows."""
-        return self._since + min((left / self._rates[k] for k, left in self._flows.items()), default=math.inf)
+    def end(self) -> int:
+        """Let time pass until `next_end` and take out the transfer that ends then; of several the one that began first."""
+        self._advance(self.next_end)
+        key = min(self._goals, key=self._goals.__getitem__)
+        self._served = self._goals.pop(key)
+        self._share()
+        return key
 
     def _advance(self, now: float) -> None:
-        elapsed = now - self._since
-        if elapsed > 0 and self._flows:
-            self.busy_ns += elapsed
-            for key, rate in self._rates.items():
-                self._flows[key] -= rate * elapsed
-        self._since = now
+        if self._goals:
+            self.busy_ns += now - self._now
+            self._served += (now - self._now) * self._speed
+        self._now = now
 
     def _share(self) -> None:
-        """Max-min fair rates: flows in order of their caps, each at most an equal part of what is left."""
-        self.version += 1
-        left, count = self.rate, len(self._flows)
-        if count == 1:
-            (key,) = self._flows
-            self._rates = {key: min(self._caps[key], left)}
+        if not self._goals:
+            self.next_end, self._served = math.inf, 0.0  # from zero, for the sake of rounding
             return
-        self._rates = {}
-        for key in sorted(self._flows, key=lambda k: self._caps[k]):
-            rate = min(self._caps[key], left / count)
-            self._rates[key] = rate
-            left, count = left - rate, count - 1
+        self._speed = min(self.port, self.rate / len(self._goals))
+        self.next_end = self._now + max(0.0, min(self._goals.values()) - self._served) / self._speed

@@ -4,33 +4,36 @@ Rules
 - A unit takes its commands in program order; a command starts when its tokens are done and its unit can take it.
 - dequant, cube, drain, vector: one command at a time, dispatch (`sync.command_ns`) and then the time of `tyir.targets.command_times`.
 - DMA queues: commands are issued one after the other (`sync.command_ns + dma.issue_ns`), up to `dma.outstanding` are in flight, so that the DRAM's latency
-  is hidden behind the data of the transfers before; data moves in order, all queues of a die (and its collectives) sharing the DRAM bandwidth fairly.
+  is hidden behind the data of the transfers before; data moves in order, all queues of a die (and its collectives) sharing the DRAM bandwidth fairly, none
+  faster than its port of the on-chip memory.
 - A collective starts when all dies have reached it, and ends at the same time on all of them.
+
+`die_engine` follows one die; here the dies meet.
 """
 
 from __future__ import annotations
 
-import gc
-import heapq
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from tyir.collector import collector_paused
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.runtime_sim.bandwidth import SharedBandwidth
-from tyir.runtime_sim.program import Command, EdgeProgram
-from tyir.targets.command_times import Transfer, all_gather_ns, all_reduce_ns, collective_transfer, compute_ns, gather_transfer, transfer_of
+from tyir.ir import Op
+from tyir.runtime_sim.die_engine import DieEngine, Durations
+from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.unroll import Command, Step
+from tyir.targets.command_times import Transfer, Work, all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine
 
 __all__ = ["DieTiming", "Record", "Timing", "simulate"]
 
-_DMA: Final = ("ewdma", "eidma", "ebdma", "eodma")
-_END, _DATA, _FLOW, _LINKS = range(
-    4
-)  # kinds of events: a command ends, a transfer's latency is over, a flow may have ended, a collective's links are done
+Times = npt.NDArray[np.float64]
 
 
 class Record(NamedTuple):
@@ -43,24 +46,25 @@ class Record(NamedTuple):
     dram_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DieTiming:
-    """One die's step: its commands with their times, and how long each unit is busy (`dram`: any transfer moves data)."""
+    """One die's step: its commands with their times in ns and the DRAM bytes they move, and how long each unit is busy (`dram`: any transfer moves data)."""
 
-    commands: Sequence[Command]
-    start: Sequence[float]
-    data: Sequence[float]
-    end: Sequence[float]
-    command_bytes: Sequence[int]
+    commands: Step
+    start: Times
+    data: Times
+    end: Times
+    command_bytes: npt.NDArray[np.int64]
     busy: Mapping[str, float]
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
-        return tuple(map(Record, self.commands, self.start, self.data, self.end, self.command_bytes))
+        """Every command with its times, as objects."""
+        return tuple(map(Record, self.commands, self.start.tolist(), self.data.tolist(), self.end.tolist(), self.command_bytes.tolist()))
 
     @property
     def dram_bytes(self) -> int:
-        return sum(self.command_bytes)
+        return int(self.command_bytes.sum())
 
 
 @dataclass(frozen=True)
@@ -92,257 +96,102 @@ class Timing:
 
 
 def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Timing:
-    """Time one step of all dies at position `pos`.  Deterministic; `TyirError` when the dies' programs do not meet or a program cannot proceed."""
-    with _without_collector():
-        return _Simulation(programs, machine, pos).run()
+    """Time one step of all dies at position `pos`.  Deterministic; `TyirError` when the dies' programs do not meet or a program cannot proceed.
 
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Without the cycle collector: a step makes a million objects in no cycles, and looking through them takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@dataclass(slots=True)
-class _Queue:
-    """One unit's commands and how far it is: `issued` commands have been taken, `moved` have moved their data."""
-
-    commands: list[int] = field(default_factory=list)
-    issued: int = 0
-    moved: int = 0
-    in_flight: int = 0
-    free_at: float = 0.0
-    moving: bool = False
+    Dies with the same program run alike to the nanosecond: one of each kind is simulated.
+    """
+    kinds = {signature: number for number, signature in enumerate(dict.fromkeys(p.signature for p in programs))}
+    kind_of_die = [kinds[p.signature] for p in programs]
+    with collector_paused():
+        dies = [_Die(programs[kind_of_die.index(n)].expand(pos), machine) for n in range(len(kinds))]
+        _run(dies, len(programs), machine)
+        launch = machine.sync.launch_us * 1000
+        timings = [die.timing(launch) for die in dies]
+    total = max((float(t.end.max(initial=launch)) for t in timings), default=launch)
+    return Timing(total, tuple(timings[k] for k in kind_of_die), pos, programs[0].seqlen)
 
 
 class _Die:
-    """One die's state."""
+    """A die's step, what it costs on a machine, and the engine that follows it."""
 
-    def __init__(self, number: int, program: EdgeProgram, machine: Machine, pos: int) -> None:
-        self.number = number
-        self.commands = program.expand(pos)
-        count = len(self.commands)
-        self.waiting = [len(c.deps) for c in self.commands]
-        self.dependents: list[list[int]] = [[] for _ in range(count)]
-        self.queues: dict[str, _Queue] = {u: _Queue() for u in edge10.UNITS}
-        for command in self.commands:
-            self.queues[command.unit].commands.append(command.index)
-            for dep in command.deps:
-                self.dependents[dep].append(command.index)
-        self.start = [0.0] * count
-        self.data = [0.0] * count
-        self.end = [-1.0] * count
-        self.ready = [False] * count  # transfers whose latency is over
-        self.dram_bytes = [0] * count
-        self.dram = SharedBandwidth(machine.dram_bytes_per_ns)
-
-
-class _Simulation:
-    def __init__(self, programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> None:
+    def __init__(self, step: Step, machine: Machine) -> None:
+        self.step = step
         self.machine = machine
-        self.pos = pos
-        self.seqlen = programs[0].seqlen
-        # Dies with the same program run alike to the nanosecond: one of each kind is simulated.
-        kinds = {signature: number for number, signature in enumerate(dict.fromkeys(p.signature for p in programs))}
-        self.kind = [kinds[p.signature] for p in programs]
-        self.dies = [_Die(n, programs[self.kind.index(n)], machine, pos) for n in range(len(kinds))]
-        self.events: list[tuple[float, int, int, int, int]] = []
-        self.sequence = 0
-        self.now = 0.0
-        self.port = machine.sram.port_bytes_per_cycle / machine.cycle_ns
-        self.issue_ns = machine.sync.command_ns + machine.dma.issue_ns
-        self.outstanding = max(1, int(machine.dma.outstanding))
-        self._times: dict[tuple[int, tuple[int, ...]], float] = {}
-        self._transfers: dict[tuple[int, tuple[int, ...]], Transfer] = {}
-        self._meeting: dict[int, dict[int, int]] = {}  # number of the collective -> die -> command
-        self._collective_left: dict[int, int] = {}
+        prices = {cost: _price(cost, machine) for cost in {kind.cost for kind in step.kinds}}
+        durations = Durations(
+            work=[prices[kind.cost] for kind in step.kinds],
+            issue_ns=machine.sync.command_ns + machine.dma.issue_ns,
+            latency_ns=machine.dram.latency_ns,
+            outstanding=max(1, int(machine.dma.outstanding)),
+            dram_rate=machine.dram_bytes_per_ns,
+            port_rate=machine.sram.port_bytes_per_cycle / machine.cycle_ns,
+        )
+        self.engine = DieEngine(step, durations)
 
-    # -- the loop -------------------------------------------------------------------------------------------------
-    def run(self) -> Timing:
-        for die in self.dies:
-            for unit in edge10.UNITS:
-                self._advance(die, unit)
-        while self.events:
-            self.now, _, kind, number, index = heapq.heappop(self.events)
-            if kind == _LINKS:
-                self._part_done(index)
-                continue
-            die = self.dies[number]
-            if kind == _END:
-                self._finish(die, index)
-            elif kind == _DATA:
-                die.ready[index] = True
-                self._move_next(die, die.commands[index].unit)
-            elif index == die.dram.version:
-                for key in die.dram.finished(self.now):
-                    self._data_done(die, key)
-                self._watch_dram(die)
-        self._check_finished()
-        return self._timing()
+    @property
+    def waits_with(self) -> Command | None:
+        """The collective that the die has reached."""
+        return self.step[self.engine.arrival[0]] if self.engine.arrival else None
 
-    def _push(self, time: float, kind: int, die: int, index: int) -> None:
-        self.sequence += 1
-        heapq.heappush(self.events, (time, self.sequence, kind, die, index))
-
-    def _advance(self, die: _Die, unit: str) -> None:
-        """Start as many of a unit's next commands as can start now."""
-        queue = die.queues[unit]
-        limit = self.outstanding if unit in _DMA else 1
-        while queue.issued < len(queue.commands) and queue.in_flight < limit:
-            index = queue.commands[queue.issued]
-            if die.waiting[index]:
-                return
-            queue.issued += 1
-            queue.in_flight += 1
-            if unit in _DMA:
-                self._issue(die, queue, index)
-            elif unit == "d2d":
-                self._arrive(die, queue.issued - 1, index)
-            else:
-                die.start[index] = die.data[index] = self.now
-                self._push(self.now + self._compute(die.commands[index]), _END, die.number, index)
-
-    def _finish(self, die: _Die, index: int) -> None:
-        """A command is done: release what waits for it."""
-        die.end[index] = self.now
-        unit = die.commands[index].unit
-        die.queues[unit].in_flight -= 1
-        units = [unit]
-        for dependent in die.dependents[index]:
-            die.waiting[dependent] -= 1
-            if not die.waiting[dependent]:
-                units.append(die.commands[dependent].unit)
-        for name in sorted(set(units)) if len(units) > 1 else units:
-            self._advance(die, name)
-
-    # -- compute --------------------------------------------------------------------------------------------------
-    def _compute(self, command: Command) -> float:
-        key = (id(command.op), command.scalars)
-        time = self._times.get(key)
-        if time is None:
-            time = self._times[key] = self.machine.sync.command_ns + compute_ns(command.op, command.scalars, self.machine)
-        return time
-
-    # -- transfers ------------------------------------------------------------------------------------------------
-    def _transfer(self, command: Command) -> Transfer:
-        key = (id(command.op), command.scalars)
-        found = self._transfers.get(key)
-        if found is None:
-            op = command.op
-            if isinstance(op, edge10.Gather):
-                found = gather_transfer(op)
-            else:
-                assert isinstance(op, (edge10.Load, edge10.Store))
-                given = iter(command.scalars)
-                found = transfer_of([next(given) if s == edge10.DYNAMIC else s for s in op.shape], op.dram_strides)
-            self._transfers[key] = found
-        return found
-
-    def _issue(self, die: _Die, queue: _Queue, index: int) -> None:
-        start = max(self.now, queue.free_at)
-        queue.free_at = start + self.issue_ns
-        die.start[index] = start
-        self._push(queue.free_at + self.machine.dram.latency_ns, _DATA, die.number, index)
-
-    def _move_next(self, die: _Die, unit: str) -> None:
-        """Let the queue's next transfer move its data if its latency is over and the one before it has moved."""
-        queue = die.queues[unit]
-        if queue.moving or queue.moved >= queue.issued or not die.ready[queue.commands[queue.moved]]:
-            return
-        index = queue.commands[queue.moved]
-        transfer = self._transfer(die.commands[index])
-        die.data[index] = self.now
-        queue.moving = True
-        die.dram_bytes[index] = transfer.nbytes
-        die.dram.add(self.now, index, transfer.cost_bytes(self.machine), self.port)
-        self._watch_dram(die)
-
-    def _watch_dram(self, die: _Die) -> None:
-        end = die.dram.next_end()
-        if end != float("inf"):
-            self._push(max(end, self.now), _FLOW, die.number, die.dram.version)
-
-    def _data_done(self, die: _Die, index: int) -> None:
-        """A flow has ended: a transfer is done, or a die's part of a collective is."""
-        unit = die.commands[index].unit
-        if unit == "d2d":
-            self._part_done(die.queues["d2d"].issued - 1)
-            return
-        queue = die.queues[unit]
-        queue.moving = False
-        queue.moved += 1
-        self._finish(die, index)
-        self._move_next(die, unit)
-
-    # -- collectives ----------------------------------------------------------------------------------------------
-    def _arrive(self, die: _Die, number: int, index: int) -> None:
-        """A die has reached its `number`-th collective; when all have, it begins."""
-        meeting = self._meeting.setdefault(number, {})
-        meeting[die.number] = index
-        if len(meeting) < len(self.dies):
-            return
-        commands = [self.dies[d].commands[i] for d, i in sorted(meeting.items())]
-        if any(type(c.op) is not type(commands[0].op) for c in commands):
-            raise TyirError(f"the dies do not meet: {', '.join(c.describe() for c in commands)}")
-        self._collective_left[number] = 1
-        for other, command in zip(self.dies, commands):
-            other.start[command.index] = other.data[command.index] = self.now
-            op = command.op
-            assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
-            transfer = collective_transfer(op)
-            if transfer.nbytes:
-                self._collective_left[number] += 1
-                other.dram_bytes[command.index] = transfer.nbytes
-                other.dram.add(self.now, command.index, transfer.cost_bytes(self.machine), self.port)
-                self._watch_dram(other)
-        self._push(self.now + self._collective_ns(commands[0]), _LINKS, 0, number)
-
-    def _collective_ns(self, command: Command) -> float:
-        op = command.op
-        if isinstance(op, edge10.AllReduce):
-            return self.machine.sync.command_ns + all_reduce_ns(op.nbytes, op.element, len(self.kind), self.machine)
-        assert isinstance(op, edge10.AllGather)
-        return self.machine.sync.command_ns + all_gather_ns(op.rows, op.sizes, self.machine)
-
-    def _part_done(self, number: int) -> None:
-        """The links, or one die's DRAM side, have finished; the last one ends the collective everywhere."""
-        self._collective_left[number] -= 1
-        if not self._collective_left[number]:
-            for other in self.dies:
-                self._finish(other, self._meeting[number][other.number])
-
-    # -- the result -----------------------------------------------------------------------------------------------
-    def _check_finished(self) -> None:
-        stuck = [d.commands[i].describe() for d in self.dies for i, end in enumerate(d.end) if end < 0]
-        if stuck:
-            raise TyirError(
-                f"{len(stuck)} commands can never run; the first: {stuck[0]}",
-                help="the dies' programs do not hold the same collectives, or tokens form a circle",
-            )
-
-    def _timing(self) -> Timing:
-        launch = self.machine.sync.launch_us * 1000
-        timings = [_die_timing(die, launch) for die in self.dies]
-        return Timing(self.now + launch, tuple(timings[k] for k in self.kind), self.pos, self.seqlen)
+    def timing(self, launch: float) -> DieTiming:
+        """The finished step, all times later by `launch`."""
+        engine = self.engine
+        start, data, end = (np.array(times) for times in (engine.start, engine.data, engine.end))
+        moved = np.array([kind.cost.nbytes if isinstance(kind.cost, Transfer) else 0 for kind in self.step.kinds], np.int64)
+        busy = {unit: _covered(start[queue], end[queue]) for unit, queue in zip(edge10.UNITS, engine.queues)}
+        busy["dram"] = engine.dram.busy_ns
+        return DieTiming(self.step, start + launch, data + launch, end + launch, moved[self.step.kind], busy)
 
 
-def _die_timing(die: _Die, launch: float) -> DieTiming:
-    busy = {unit: _covered(die, queue) for unit, queue in die.queues.items()}
-    busy["dram"] = die.dram.busy_ns
-    start, data, end = ([t + launch for t in times] for times in (die.start, die.data, die.end))
-    return DieTiming(die.commands, start, data, end, die.dram_bytes, busy)
+def _price(cost: Transfer | Work, machine: Machine) -> float:
+    """ns on its unit, dispatch included; for a transfer its bytes' worth of DRAM time."""
+    return cost.cost_bytes(machine) if isinstance(cost, Transfer) else machine.sync.command_ns + cost.ns(machine)
 
 
-def _covered(die: _Die, queue: _Queue) -> float:
-    """Time in which at least one of a unit's commands is under way."""
-    total = last = 0.0
-    for index in queue.commands:
-        total += max(0.0, die.end[index] - max(die.start[index], last))
-        last = max(last, die.end[index])
-    return total
+def _covered(start: Times, end: Times) -> float:
+    """Time in which at least one of a unit's commands is under way; they end in order."""
+    before = np.concatenate([[0.0], end[:-1]])
+    return float(np.maximum(0.0, end - np.maximum(start, before)).sum())
+
+
+def _run(dies: Sequence[_Die], count: int, machine: Machine) -> None:
+    """Follow all dies from collective to collective."""
+    while True:
+        for die in dies:
+            die.engine.run()
+        if any(die.engine.arrival is None for die in dies):
+            return _check_finished(dies)
+        _meet(dies, count, machine)
+
+
+def _meet(dies: Sequence[_Die], count: int, machine: Machine) -> None:
+    """All dies have arrived: the collective begins with the last, and ends when the links and every die's DRAM side have."""
+    commands = [command for die in dies if (command := die.waits_with) is not None]
+    if any(type(c.op) is not type(commands[0].op) for c in commands):
+        raise TyirError(f"the dies do not meet: {', '.join(c.describe() for c in commands)}")
+    begin = max(die.engine.arrival[1] for die in dies if die.engine.arrival is not None)
+    links_ns = machine.sync.command_ns + _links_ns(commands[0].op, count, machine)
+    for die, command in zip(dies, commands):
+        transfer = command.kind.cost
+        die.engine.join(begin, links_ns, transfer.cost_bytes(machine) if isinstance(transfer, Transfer) and transfer.nbytes else 0.0)
+    for die in dies:
+        die.engine.run()
+    end = max(die.engine.part_end for die in dies)
+    for die in dies:
+        die.engine.leave(end)
+
+
+def _links_ns(op: Op, dies: int, machine: Machine) -> float:
+    if isinstance(op, edge10.AllReduce):
+        return all_reduce_ns(op.nbytes, op.element, dies, machine)
+    assert isinstance(op, edge10.AllGather)
+    return all_gather_ns(op.rows, op.sizes, machine)
+
+
+def _check_finished(dies: Sequence[_Die]) -> None:
+    stuck = [die.step[i] for die in dies for i, end in enumerate(die.engine.end) if end < 0]
+    if stuck:
+        raise TyirError(
+            f"{len(stuck)} commands can never run; the first: {stuck[0].describe()}",
+            help="the dies' programs do not hold the same collectives, or tokens form a circle",
+        )

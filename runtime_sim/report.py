@@ -6,23 +6,20 @@ constant at its faster bound, as the file has it, at its slower bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
-from tyir.dialects import edge10
 from tyir.runtime_sim.chunks import plan_chunks
-from tyir.runtime_sim.engine import Record, Timing, simulate
+from tyir.runtime_sim.engine import Timing, simulate
 from tyir.runtime_sim.program import EdgeProgram
-from tyir.targets.command_times import macs
 from tyir.targets.machine import Constant, Machine
 
-__all__ = ["Interval", "LayerCost", "OpCost", "Predictor", "Sensitivity", "layer_costs", "op_costs", "unit_shares"]
+__all__ = ["Interval", "Predictor", "Sensitivity"]
 
 _EXACT_STEPS: Final = 8  # a prompt of more steps is interpolated between simulated positions
-UNITS: Final = ("dram", "ewdma", "eidma", "ebdma", "eodma", "dequant", "cube", "drain", "vector", "d2d")
+_GRID_STEPS: Final = 8  # ... so many of them, at most, over the whole cache
+_GRID: Final = 64  # ... at multiples of this
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,10 @@ class Interval:
     fast: float
     point: float
     slow: float
+
+    def map(self, change: Callable[[float], float]) -> Interval:
+        """The interval of something computed from the figure."""
+        return Interval(change(self.fast), change(self.point), change(self.slow))
 
 
 @dataclass(frozen=True)
@@ -69,27 +70,38 @@ class Predictor:
             self._steps[key] = simulate(self._programs(seqlen), self.machine, pos)
         return self._steps[key]
 
-    def tpot_ns(self, pos: int) -> float:
-        """Time per output token when `pos` tokens are cached: one step of the shortest length, and the host's constant."""
-        return self.step(min(self.seqlens), pos).total_ns + self.machine.host.step_us * 1000
+    @property
+    def dies(self) -> int:
+        return len(self._programs(min(self.seqlens)))
 
-    def ttft_ns(self, tokens: int) -> float:
+    def tpot_ns(self, pos: int, *, exact: bool = True) -> float:
+        """Time per output token when `pos` tokens are cached: one step of the shortest length, and the host's constant.  Not `exact`: see `between`."""
+        seqlen = min(self.seqlens)
+        step = self.step(seqlen, pos).total_ns if exact else self.between(seqlen, pos)
+        return step + self.machine.host.step_us * 1000
+
+    def ttft_ns(self, tokens: int, *, exact: bool = True) -> float:
         """Time to first token of a prompt: its chunks one after the other (`plan_chunks`), the host's constant for each.
 
-        Steps of one length differ only in the cached rows they read; of more than eight of them, eight are simulated and the others interpolated.
+        Steps of one length differ only in the cached rows they read; when there are more than eight, or when not `exact`, see `between`.
         """
         chunks = list(plan_chunks(tokens, 0, self.seqlens, self.capacity))
-        total = len(chunks) * self.machine.host.step_us * 1000
-        for seqlen in {c.seqlen for c in chunks}:
-            total += self._sum_of_steps(seqlen, [c.start for c in chunks if c.seqlen == seqlen])
-        return total
+        exact = exact and len(chunks) <= _EXACT_STEPS
+        steps = [self.step(c.seqlen, c.start).total_ns if exact else self.between(c.seqlen, c.start) for c in chunks]
+        return sum(steps) + len(chunks) * self.machine.host.step_us * 1000
 
-    def _sum_of_steps(self, seqlen: int, starts: Sequence[int]) -> float:
-        if len(starts) <= _EXACT_STEPS:
-            return sum(self.step(seqlen, p).total_ns for p in starts)
-        chosen = sorted({starts[round(i * (len(starts) - 1) / (_EXACT_STEPS - 1))] for i in range(_EXACT_STEPS)})
-        times = [self.step(seqlen, p).total_ns for p in chosen]
-        return float(np.interp(starts, chosen, times).sum())
+    def between(self, seqlen: int, pos: int) -> float:
+        """A step's ns at a position, between those simulated at the nearest of a few positions below and above.
+
+        What is read of the cache grows in proportion to `pos`, by whole blocks: Qwen2.5-7B on 4 dies is within 0.1 % of the simulated step everywhere.
+        """
+        spacing = -(-self.capacity // (_GRID_STEPS * _GRID)) * _GRID
+        low = pos // spacing * spacing
+        high = min(low + spacing, self.capacity - seqlen)
+        if pos in (low, high) or high <= low:
+            return self.step(seqlen, pos).total_ns
+        share = (pos - low) / (high - low)
+        return self.step(seqlen, low).total_ns * (1 - share) + self.step(seqlen, high).total_ns * share
 
     def interval(self, figure: Callable[[Predictor], float]) -> Interval:
         """A figure of this predictor with its bounds: `interval(lambda p: p.tpot_ns(100))`."""
@@ -111,79 +123,3 @@ class Predictor:
 def _high_is_fast(name: str) -> bool:
     """Rates, efficiencies and counts help; times, cycles and overheads hurt."""
     return not name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))
-
-
-@dataclass(frozen=True)
-class OpCost:
-    """What one op of the model costs in a step, over all layers: `time_ns` is by how much it delays the end of everything before it on the main die."""
-
-    source: str
-    path: str
-    calls: int
-    commands: int
-    time_ns: float
-    dram_bytes: int
-    macs: int
-    bound_by: str = "dram"
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """One layer's share of a step (layer -1: what stands outside the layers), by the rule of `op_costs`, and the unit busiest with it."""
-
-    layer: int
-    time_ns: float
-    bound_by: str
-
-
-def layer_costs(timing: Timing, die: int = 0) -> list[LayerCost]:
-    """The step's time divided among the layers, in their order."""
-    times: dict[int, float] = {}
-    busy: dict[int, dict[str, float]] = {}
-    latest = min((r.start for r in timing.records[die]), default=0.0)
-    for record in timing.records[die]:
-        layer = record.command.layer
-        times[layer] = times.get(layer, 0.0) + max(0.0, record.end - latest)
-        latest = max(latest, record.end)
-        _add_busy(busy.setdefault(layer, {}), record)
-    return [LayerCost(layer, time, _busiest(busy[layer])) for layer, time in sorted(times.items())]
-
-
-def _add_busy(busy: dict[str, float], record: Record) -> None:
-    """A command's time on its unit; the DMA queues count as DRAM, by the time that their data moves."""
-    unit = "dram" if record.command.unit in ("ewdma", "eidma", "ebdma", "eodma") else record.command.unit
-    busy[unit] = busy.get(unit, 0.0) + record.end - record.data
-
-
-def _busiest(busy: dict[str, float]) -> str:
-    return max(busy, key=lambda unit: busy[unit], default="dram")
-
-
-def op_costs(timing: Timing, die: int = 0) -> list[OpCost]:
-    """The step's time divided among the model's ops, the most expensive first; the times add up to the step's without its launch.
-
-    Commands overlap, so "the time of an op" needs a rule: in program order, an op is charged with what it adds to the latest end so far.
-    """
-    groups: dict[tuple[str, str], list[float]] = {}
-    instances: dict[tuple[str, str], set[int]] = {}
-    busy: dict[tuple[str, str], dict[str, float]] = {}
-    latest = min((r.start for r in timing.records[die]), default=0.0)
-    for record in timing.records[die]:
-        command = record.command
-        path = command.path.replace(f".{command.layer}.", ".*.") if command.layer >= 0 else command.path
-        key = (command.source, path)
-        entry = groups.setdefault(key, [0.0, 0.0, 0.0, 0.0])
-        entry[0] += 1
-        entry[1] += max(0.0, record.end - latest)
-        latest = max(latest, record.end)
-        entry[2] += record.dram_bytes
-        entry[3] += macs(command.op, command.scalars) if isinstance(command.op, edge10.Matmul) else 0
-        instances.setdefault(key, set()).add(command.layer)
-        _add_busy(busy.setdefault(key, {}), record)
-    rows = [OpCost(s, p, len(instances[s, p]), int(e[0]), e[1], int(e[2]), int(e[3]), _busiest(busy[s, p])) for (s, p), e in groups.items()]
-    return sorted(rows, key=lambda r: (-r.time_ns, r.path))
-
-
-def unit_shares(timing: Timing) -> Mapping[str, float]:
-    """Busy share of each unit on the die where it is busiest; `dram` is any transfer moving data."""
-    return {unit: timing.share(unit) for unit in UNITS}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,7 +22,6 @@ from tyir.runtime_sim.report import Predictor
 
 __all__ = ["Request", "Result", "Server", "SimulatedServer", "goodput", "poisson", "read_trace", "serve", "summary", "text_block"]
 
-_GRID: Final = 64  # decode steps are simulated at multiples of this position; between two the time grows linearly with the cached rows
 SLOS: Final = ("ttft", "tpot", "e2el")
 
 
@@ -74,10 +73,9 @@ class Server(Protocol):
 
 @dataclass
 class SimulatedServer:
-    """The timing engine: device time and the machine's host constant."""
+    """The timing engine: device time and the machine's host constant; decode steps are interpolated between a few simulated positions."""
 
     predictor: Predictor
-    _steps: dict[int, float] = field(default_factory=dict)
 
     @property
     def capacity(self) -> int:
@@ -87,15 +85,7 @@ class SimulatedServer:
         return self.predictor.ttft_ns(tokens) * 1e-9
 
     def decode(self, position: int) -> float:
-        low = position // _GRID * _GRID
-        high = min(low + _GRID, self.capacity - min(self.predictor.seqlens))
-        share = (position - low) / (high - low) if high > low else 0.0
-        return self._at(low) * (1 - share) + (self._at(high) * share if share else 0.0)
-
-    def _at(self, position: int) -> float:
-        if position not in self._steps:
-            self._steps[position] = self.predictor.tpot_ns(position) * 1e-9
-        return self._steps[position]
+        return self.predictor.tpot_ns(position, exact=False) * 1e-9
 
 
 def read_trace(path: Path) -> list[Request]:

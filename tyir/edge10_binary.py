@@ -16,6 +16,7 @@ or argument is a type and a name (the empty string for none); properties and att
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from tyir.attribute_parser import parse_attribute_text, parse_type_text
@@ -26,13 +27,28 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import Location
+from tyir.parser import parse_file
 from tyir.registry import op_class
 from tyir.types import Type
 
-__all__ = ["MAGIC", "decode", "encode"]
+__all__ = ["MAGIC", "decode", "encode", "is_binary", "read_program"]
 
 MAGIC: Final = b"EDG10"
 VERSION: Final = 1
+
+
+def is_binary(path: Path) -> bool:
+    """Whether a file holds a command program as bytes; what has another beginning is text."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise TyirError(f"cannot read {path}: {error.strerror}", help="give an .edge10 or .bin file that tyir-compile wrote") from None
+
+
+def read_program(path: Path) -> Module:
+    """A command program from its file: bytes (`.bin`) or text (`.edge10`), whichever it holds."""
+    return decode(path.read_bytes(), str(path)) if is_binary(path) else parse_file(path)
 
 
 def encode(module: Module) -> bytes:

@@ -61,13 +61,18 @@ def test_two_queues_share_dram_fairly() -> None:
     assert ends == pytest.approx([230 + 1500, 230 + 1000])  # 10 bytes per ns each until the shorter is done
 
 
-def test_shared_bandwidth_gives_what_a_capped_flow_leaves_to_the_others() -> None:
-    dram = SharedBandwidth(20)
-    dram.add(0, 1, 1000, cap=5)
-    dram.add(0, 2, 1000, cap=64)
-    assert dram.next_end() == pytest.approx(1000 / 15)
-    assert dram.finished(1000 / 15) == [2]
-    assert dram.next_end() == pytest.approx(200)
+def test_shared_bandwidth_is_divided_equally_and_capped_by_the_port() -> None:
+    """20 bytes per ns, at most 15 for one.  From 0: 1500 bytes alone at 15; from 20: two at 10 each, 1200 and 900 left.
+
+    The second ends at 20 + 90 = 110, when the first has 300 left: 300 / 15 more, 130.
+    """
+    dram = SharedBandwidth(rate=20, port=15)
+    dram.begin(0, 1, 1500)
+    assert dram.next_end == pytest.approx(100)
+    dram.begin(20, 2, 900)
+    assert dram.next_end == pytest.approx(110) and dram.end() == 2
+    assert dram.next_end == pytest.approx(130) and dram.end() == 1
+    assert dram.busy_ns == pytest.approx(130) and dram.next_end == float("inf")
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -135,7 +140,7 @@ def test_equal_dies_are_simulated_once_and_exactly(make_model: Callable[..., Any
     together, apart = simulate([program, program], model.machine, 13), simulate([program, renamed], model.machine, 13)
     assert together.dies[0] is together.dies[1] and apart.dies[0] is not apart.dies[1]
     assert together.total_ns == apart.total_ns
-    assert together.dies[0].end == apart.dies[0].end == apart.dies[1].end
+    assert together.dies[0].end.tolist() == apart.dies[0].end.tolist() == apart.dies[1].end.tolist()
 
 
 def test_dies_wait_for_each_other(make_model: Callable[..., Any]) -> None:

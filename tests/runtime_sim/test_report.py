@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tyir.printer import print_op
+from tyir.runtime_sim.costs import layer_costs, op_costs, unit_shares
 from tyir.runtime_sim.engine import simulate
-from tyir.runtime_sim.report import Predictor, layer_costs, op_costs, unit_shares
+from tyir.runtime_sim.report import Predictor
 from tyir.runtime_sim.trace import chrome_trace
 
 

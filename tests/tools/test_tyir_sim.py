@@ -41,7 +41,7 @@ def test_json_and_overrides(program: str, capsys: pytest.CaptureFixture[str]) ->
             main([program, "--report", "json", "--set", setting, "--set", "dram.efficiency=1", "--set", "dram.run_overhead_bytes=0"]) == 0
         )
         figures.append(json.loads(capsys.readouterr().out))
-    slow, fast = (f["step"]["device_ms"] for f in figures)
+    slow, fast = (f["decode_step"]["device_ms"] for f in figures)
     assert slow - fast == pytest.approx(1048576 * (1 / 20 - 1 / 40) * 1e-6)
     assert figures[0]["overrides"]["dram.bandwidth_gbps"] == 20 and not figures[0]["calibrated"]
     assert figures[0]["tpot_ms"]["fast"] < figures[0]["tpot_ms"]["point"] < figures[0]["tpot_ms"]["slow"]

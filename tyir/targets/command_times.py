@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tyir.dialects import edge10
 from tyir.ir import Op
@@ -15,13 +15,12 @@ from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine
 
 __all__ = [
-    "Transfer", "all_gather_ns", "all_reduce_ns", "collective_transfer", "compute_ns", "dequant_ns", "drain_ns", "gather_transfer", "macs", "matmul_ns", "softmax_ns", "top_k_ns",
-    "transfer_of", "vector_ns",
+    "Transfer", "Work", "all_gather_ns", "all_reduce_ns", "collective_transfer", "compute_ns", "dequant_ns", "drain_ns", "gather_transfer", "macs", "matmul_ns", "softmax_ns",
+    "top_k_ns", "transfer_of", "transfer_of_command", "vector_ns", "work_of",
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """What a DMA command asks of DRAM: bytes, in how many runs of consecutive addresses."""
 
     nbytes: int
@@ -46,6 +45,15 @@ def transfer_of(shape: Sequence[int], dram_strides: Sequence[int]) -> Transfer:
         return Transfer(0, 0)
     runs, extent = (1, rows * row) if rows == 1 or dram_strides[1] == row else (rows, 0)
     return Transfer(nbytes, 1 if runs == 1 and (planes == 1 or dram_strides[0] == extent) else runs * planes)
+
+
+def transfer_of_command(op: Op, scalars: Sequence[int]) -> Transfer:
+    """What a load, a store or a gather moves; a size of -1 is the next of `scalars`."""
+    if isinstance(op, edge10.Gather):
+        return gather_transfer(op)
+    assert isinstance(op, (edge10.Load, edge10.Store))
+    given = iter(scalars)
+    return transfer_of([next(given) if size == edge10.DYNAMIC else size for size in op.shape], op.dram_strides)
 
 
 def gather_transfer(op: edge10.Gather) -> Transfer:
@@ -144,8 +152,29 @@ def top_k_ns(rows: int, cols: int, k: int, machine: Machine) -> float:
     return (vector.startup_cycles + (compares + shifts) * vector.add_cycles) * machine.cycle_ns
 
 
-def compute_ns(op: Op, scalars: Sequence[int], machine: Machine) -> float:
-    """Time of a command on `dequant`, `cube`, `drain` or `vector`, without its dispatch."""
+class Work(NamedTuple):
+    """What the time of a command on `dequant`, `cube`, `drain` or `vector` depends on: what it does, and the sizes that the formula of that name takes."""
+
+    what: str
+    sizes: tuple[int, ...]
+
+    def ns(self, machine: Machine) -> float:
+        """Its time, without its dispatch."""
+        if self.what == "matmul":
+            m, n, k = self.sizes
+            return matmul_ns(m, n, k, machine)
+        if self.what == "top_k":
+            rows, cols, k = self.sizes
+            return top_k_ns(rows, cols, k, machine)
+        if self.what in ("drain", "dequant"):
+            n, k = self.sizes
+            return 0.0 if 0 in (n, k) else drain_ns(n, k, machine) if self.what == "drain" else dequant_ns(n, k, machine)
+        (elements,) = self.sizes
+        return vector_ns(self.what, elements, machine)
+
+
+def work_of(op: Op, scalars: Sequence[int]) -> Work:
+    """A command's work; a size of -1 is the next of `scalars`."""
     given = iter(scalars)
 
     def size(value: int) -> int:
@@ -153,17 +182,21 @@ def compute_ns(op: Op, scalars: Sequence[int], machine: Machine) -> float:
 
     if isinstance(op, edge10.Matmul):
         n, k = size(op.n), size(op.k)
-        return matmul_ns(math.prod(op.m), n, k, machine)
+        return Work("matmul", (math.prod(op.m), n, k))
     if isinstance(op, edge10.Drain):
-        return drain_ns(math.prod(op.m), size(op.n), machine)
+        return Work("drain", (math.prod(op.m), size(op.n)))
     if isinstance(op, edge10.Dequant):
-        return dequant_ns(op.n, op.k, machine)
+        return Work("dequant", (op.n, op.k))
     if isinstance(op, edge10.DequantRows):
-        rows = size(op.rows)
-        return dequant_ns(op.planes * rows, op.k, machine) if rows else 0.0
+        return Work("dequant", (op.planes * size(op.rows), op.k))
     if isinstance(op, edge10.SoftmaxBlock):
-        return softmax_ns(op.rows, size(op.cols), machine)
+        return Work("softmax", (op.rows * size(op.cols),))
     if isinstance(op, edge10.TopK):
-        return top_k_ns(op.rows, op.cols, op.k, machine)
+        return Work("top_k", (op.rows, op.cols, op.k))
     assert isinstance(op, edge10.VectorOp)
-    return vector_ns(op.function, op.rows * op.cols, machine)
+    return Work(op.function, (op.rows * op.cols,))
+
+
+def compute_ns(op: Op, scalars: Sequence[int], machine: Machine) -> float:
+    """Time of a command on `dequant`, `cube`, `drain` or `vector`, without its dispatch."""
+    return work_of(op, scalars).ns(machine)
