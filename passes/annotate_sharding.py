@@ -171,7 +171,7 @@ def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
         if sources and linear not in taken and not taken & set(sources):
             blocks.append(_mlp_block(linear, group(linear)))
     blocks += [_embedding_block(e, dies) for e in function.walk_type(Embedding)]
-    result = function.body.terminator.operands[0].op
+    result = next((value.op for value in function.body.terminator.operands), None)
     head = result.x.op if isinstance(result, TopK) else result
     if isinstance(head, LINEAR) and head not in taken:
         blocks.append(_head_block(head, dies))

@@ -113,7 +113,9 @@ class _Localizer:
             elif isinstance(op, Embedding):
                 self._embedding(op, operands)
             else:
-                self._adjust(self._copy(op, operands), op)
+                copy = self._copy(op, operands)
+                if copy.results:
+                    self._adjust(copy, op)
 
     def _operands(self, op: Op) -> list[Value]:
         """The local operands, cut where the op wants a part of something whole."""
@@ -137,7 +139,7 @@ class _Localizer:
 
     def _annotate(self, new: Op, op: Op) -> None:
         """Say which part of the whole a result is, in place of the annotations that the steps before needed."""
-        placement = placement_of(op.results[0])
+        placement = placement_of(op.results[0]) if op.results else None
         new.attributes = new.attributes.without("tyir.sharding", "sdy.sharding", "tyir.choice", "tyir.pin")
         if isinstance(placement, Split):
             new.set_attribute("tyir.shard", DenseArrayAttr.i64((placement.axis, self._range(placement)[0])))

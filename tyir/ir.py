@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from tyir.attributes import Attribute, DictAttr, StringAttr
 from tyir.collector import collector_paused
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.location import UNKNOWN, Location
 from tyir.types import Type
 
 if TYPE_CHECKING:
-    from tyir.diagnostics import Diagnostic
     from tyir.traits import Trait
 
 __all__ = ["EMPTY_DICT", "Block", "Op", "Region", "Value", "unregistered_op"]
@@ -235,7 +235,9 @@ class Op:
 
     @property
     def body(self) -> Block:
-        """The entry block of the first region."""
+        """The entry block of the first region; `TyirError` when there is none (a function that is only declared)."""
+        if not self.regions or not self.regions[0].blocks:
+            raise TyirError(f"'{self.name}'{' @' + self.sym_name if self.sym_name else ''} has no body")
         return self.regions[0].blocks[0]
 
     def set_attribute(self, key: str, value: Attribute) -> None:

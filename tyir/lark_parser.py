@@ -68,7 +68,7 @@ class _Builder(Parser):
         blobs: dict[str, tuple[int, bytes]] = {}
         for child in _items(tree):
             if child.data in ("attribute_alias", "type_alias"):
-                self.define_alias(str(child.children[0]), self.value(child.children[1]))
+                self.define_alias(str(child.children[0]), self.value(child.children[1]), child.meta.start_pos)
             elif child.data == "metadata":
                 blobs = self._metadata(child)
             else:

@@ -16,6 +16,7 @@ __all__ = ["LocationParser"]
 _WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
 _DECIMAL: Final = re.compile(r"[0-9]+")
 _ALIAS_USE: Final = re.compile(r'"(?:[^"\\]|\\.)*"|([#!][A-Za-z_][A-Za-z0-9_$]*)(?![A-Za-z0-9_$.<])')
+_ALIAS_DEFINITION: Final = re.compile(r"^[ \t]*(#[A-Za-z_][A-Za-z0-9_$]*)[ \t]*=[ \t]*loc\(", re.MULTILINE)
 
 
 class LocationParser(Scanner):
@@ -24,6 +25,9 @@ class LocationParser(Scanner):
     def __init__(self, source: SourceText) -> None:
         super().__init__(source)
         self.aliases: dict[str, Attribute] = {}
+        self._later: dict[str, int] = {}  # where aliases of locations are defined below their first use
+        self._looked_for_later = False
+        self._being_read: set[str] = set()
 
     def listed(self, opening: str, closing: str, item: Callable[[], Any]) -> list[Any]:
         """`( item (, item)* )?` between brackets."""
@@ -38,14 +42,34 @@ class LocationParser(Scanner):
         return items
 
     # -- aliases ----------------------------------------------------------------------------------------------------
-    def define_alias(self, name: str, value: Attribute) -> None:
+    def define_alias(self, name: str, value: Attribute, start: int) -> None:
+        """Give the alias defined at `start` its value."""
+        if name in self.aliases and self._later.get(name) != start:
+            self.fail(f"alias {name} is defined twice", start, start + len(name))
         self.aliases[name] = value
 
     def _alias(self, name: str, start: int) -> Attribute:
-        value = self.aliases.get(name)
+        value = self.aliases.get(name) or self._later_alias(name)
         if value is None:
             hint = did_you_mean(name, self.aliases) or f"define it above its first use: {name} = ..."
             self.fail(f"unknown alias {name}", start, self.pos, help=hint)
+        return value
+
+    def _later_alias(self, name: str) -> Attribute | None:
+        """The location of an alias that is defined further below: mlir-opt writes the aliases of locations behind the module."""
+        if not self._looked_for_later:
+            self._looked_for_later = True
+            self._later = {m[1]: m.start(1) for m in _ALIAS_DEFINITION.finditer(self.text, self.pos)}
+        at = self._later.get(name)
+        if at is None or name in self._being_read:
+            return None
+        before, self.pos = self.pos, at + len(name)
+        self._being_read.add(name)
+        self.expect("=")
+        value = self.location()
+        self._being_read.remove(name)
+        self.define_alias(name, value, at)
+        self.pos = before
         return value
 
     def expand_aliases(self, body: str) -> str:

@@ -80,6 +80,7 @@ class Parser(AttributeParser):
         self._open_region(None, outer, isolated=True)
         self._aliases()
         self._ops()
+        self._aliases()
         resources: dict[str, tuple[int, bytes]] = {}
         if self.text.startswith("{-#", self.skip_space()):
             resources = parse_metadata(self)
@@ -103,9 +104,7 @@ class Parser(AttributeParser):
         while (match := _ALIAS.match(self.text, self.skip_space())) is not None:
             name, start = match[1], self.pos
             self.pos = match.end()
-            if name in self.aliases:
-                self.fail(f"alias {name} is defined twice", start, start + len(name))
-            self.define_alias(name, self.type() if name[0] == "!" else self.attribute())
+            self.define_alias(name, self.type() if name[0] == "!" else self.attribute(), start)
 
     # -- regions ----------------------------------------------------------------------------------------------------
     def _open_region(self, header: Header | None, region: Region, isolated: bool) -> None:
@@ -153,7 +152,7 @@ class Parser(AttributeParser):
             elif char == "}" and len(self._frames) > 1:
                 self.pos += 1
                 self._region_end()
-            elif len(self._frames) == 1 and (char == "" or self.text.startswith("{-#", self.pos)):
+            elif len(self._frames) == 1 and (char in ("", "#", "!") or self.text.startswith("{-#", self.pos)):
                 return
             elif char == "":
                 start = self._frame.header.start if self._frame.header is not None else 0

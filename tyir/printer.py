@@ -25,6 +25,7 @@ __all__ = ["attribute_text", "has_elided_constants", "op_excerpt", "print_op"]
 _Step = Iterator[Any]  # yields further steps
 _NAME: Final = re.compile(r"[A-Za-z$._-][A-Za-z0-9$._-]*")
 _NUMBERED_BLOCK: Final = re.compile(r"bb\d+")
+_NUMBER_BEHIND: Final = re.compile(r"_\d+$")
 
 
 def print_op(op: Op, locations: bool = True, pretty: bool = False, elide: int | None = None) -> str:
@@ -85,6 +86,7 @@ class _Names:
 
     texts: dict[Value, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    suffixes: dict[str, int] = field(default_factory=dict)  # the next number to try behind a name
     next_number: int = 0
     next_arg: int = 0
     has_early_uses: bool = False
@@ -259,16 +261,19 @@ class _Printer:
         return f"%{self.names.next_number - 1}"
 
     def _unique(self, name: str) -> str:
-        used = self.names.used
-        if name in used or not _NAME.fullmatch(name):
+        """`%name`, or with another number behind it when the name is taken: never two numbers, which xDSL would mix up."""
+        names = self.names
+        if not _NAME.fullmatch(name):
             name = re.sub(r"[^A-Za-z0-9$._-]", "_", name) or "_"
             if name[0].isdigit():
                 name = "_" + name
-            base, counter = name, 0
-            while name in used:
-                name = f"{base}_{counter}"
-                counter += 1
-        used.add(name)
+        if name in names.used:
+            base = _NUMBER_BEHIND.sub("", name) or name
+            number = names.suffixes.get(base, 0)
+            while (name := f"{base}_{number}") in names.used:
+                number += 1
+            names.suffixes[base] = number + 1
+        names.used.add(name)
         return "%" + name
 
     def _name_arg(self, value: Value) -> str:

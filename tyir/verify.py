@@ -236,6 +236,8 @@ class _Verifier:
             messages = list(op.check_declaration())
             if not messages and facts.own_verify:
                 messages = list(op.verify())
+        except TyirError as error:
+            messages = [f"has operands of the wrong kind: {d.message}" for d in error.diagnostics]
         except (TypeError, ValueError, AssertionError, IndexError, AttributeError) as error:
             messages = [f"has operands of the wrong kind: {error}" if str(error) else "has operands or properties of the wrong kind"]
         for message in messages:

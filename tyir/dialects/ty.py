@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.attributes import DenseElementsAttr, SymbolRefAttr
+from tyir.diagnostics import TyirError
 from tyir.ir import Region, Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, region, result
 from tyir.traits import Commutative, ConstantLike, IsolatedFromAbove, Pure, Symbol, Terminator
@@ -29,9 +30,9 @@ Array = npt.NDArray[Any]
 
 
 def tensor_type(value: Value) -> TensorType:
-    """The type of a value that must be a ranked tensor."""
+    """The type of a value that must be a ranked tensor; `TyirError` when it is none."""
     if not isinstance(value.type, TensorType) or value.type.shape is None:
-        raise TypeError(f"expected a ranked tensor, got {value.type}")
+        raise TyirError(f"expected a ranked tensor, got {value.type}")
     return value.type
 
 
