@@ -6,6 +6,7 @@ The last three are the weight stream's slots; they lie together so that a functi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -132,21 +133,35 @@ class Interval:
 
 
 def place_intervals(intervals: Sequence[Interval], low: int, high: int) -> None:
-    """Give offsets in SRAM [low, high) to the intervals, the most valuable first, each at the lowest offset free during its life; the rest keep None.
+    """Give offsets in SRAM [low, high) to the intervals, each at the lowest offset free during its life; the rest keep None.
 
-    Greedy by value is within a few per cent of the optimum on chains with residuals, and never moves anything.
+    The most valuable first is within a few per cent of the optimum on chains with residuals, but may leave the large ones no gap; the largest first does not.
+    What places more weighted bytes is taken.
     """
-    placed: list[Interval] = []
-    for interval in sorted(intervals, key=lambda i: (-i.weight, -i.nbytes, i.start)):
-        busy = sorted((p.offset or 0, (p.offset or 0) + p.nbytes) for p in placed if p.start <= interval.end and interval.start <= p.end)
+    by_value = sorted(intervals, key=lambda i: (-i.weight, -i.nbytes, i.start))
+    by_size = sorted(intervals, key=lambda i: (i.weight != math.inf, -i.nbytes, i.start))
+    best = max((_offsets(order, low, high) for order in (by_value, by_size)), key=_value)
+    for interval, offset in best:
+        interval.offset = offset
+
+
+def _offsets(order: Sequence[Interval], low: int, high: int) -> list[tuple[Interval, int]]:
+    placed: list[tuple[Interval, int]] = []
+    for interval in order:
+        busy = sorted((at, at + p.nbytes) for p, at in placed if p.start <= interval.end and interval.start <= p.end)
         offset = low
         for begin, end in busy:
             if offset + interval.nbytes <= begin:
                 break
             offset = max(offset, align(end))
         if offset + interval.nbytes <= high:
-            interval.offset = offset
-            placed.append(interval)
+            placed.append((interval, offset))
+    return placed
+
+
+def _value(placed: Sequence[tuple[Interval, int]]) -> tuple[int, float]:
+    """How many of those that must be placed are, and the weighted bytes of the others."""
+    return sum(i.weight == math.inf for i, _ in placed), sum(i.weight * i.nbytes for i, _ in placed if i.weight != math.inf)
 
 
 @dataclass

@@ -12,7 +12,7 @@ detector of the functional engine.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -105,10 +105,14 @@ class _Memory:
 
 
 class Tracker:
-    """The accesses of one block, in program order.  `slots` (neighbours in SRAM) and `rest` begin as if written by the given tokens."""
+    """The accesses of one block, in program order.  `slots` (neighbours in SRAM) and `rest` begin as if written by the given tokens.
 
-    def __init__(self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value) -> None:
+    So do the spaces in `given`, which the block only reads: the cache in a loop over it.
+    """
+
+    def __init__(self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value, given: Mapping[Space, Value] | None = None) -> None:
         self.slots = tuple(slots)
+        self.given = dict(given or {})
         self.log: list[Access] = []
         self.reset(slot_tokens, rest)
 
@@ -120,6 +124,8 @@ class Tracker:
         self._tokens: dict[Value, _Done] = {}
         self._rest = self._from_outside(rest)
         self._memories: dict[Space, _Memory] = {SRAM: _Memory(self._rest)}
+        for space, token in self.given.items():
+            self._memories[space] = _Memory(self._from_outside(token))
         for slot, token in zip(self.slots, slot_tokens):
             self._memories[SRAM].write(slot.low, slot.high, self._from_outside(token))
 
@@ -166,7 +172,7 @@ class Tracker:
         slots = [_needed(_all(sram.between(slot.low, slot.high)), [0] * (len(UNITS) + 1)) for slot in self.slots]
         low, high = (self.slots[0].low, self.slots[-1].high) if self.slots else (0, 0)
         outside = [*sram.between(-_END, low), *sram.between(high, _END)]
-        others = [s for memory in self._memories.values() if memory is not sram for s in memory.segments]
+        others = [s for space, memory in self._memories.items() if space != SRAM and space not in self.given for s in memory.segments]
         return slots, _needed({*_all([*outside, *others]), self._rest}, [0] * (len(UNITS) + 1))
 
 

@@ -93,12 +93,14 @@ class Emitter:
 
     def loop(self, low: Value, high: Value, body: Block, inner: Tracker) -> None:
         """Append a loop whose body has been written under `inner`; the loop stands in this block for all the accesses of its body."""
-        slot_accesses = [[a for a in inner.log if a.space == "sram" and a.low < s.high and s.low < a.high] for s in inner.slots]
-        others = [a for a in inner.log if not any(a in group for group in slot_accesses)]
+        log = list(dict.fromkeys(inner.log))
+        slot_accesses = [[a for a in log if a.space == "sram" and a.low < s.high and s.low < a.high] for s in inner.slots]
+        given = [a for a in log if a.space in inner.given]
+        others = [a for a in log if a not in given and not any(a in group for group in slot_accesses)]
         initial = [self.join(self.tracker.waits(accesses, None) or self._nothing()) for accesses in (*slot_accesses, others)]
         op = edge10.For(args=(low, high, *initial), body_region=Region([body]), result_types=[edge10.TOKEN] * len(initial), loc=self.loc)
         self.block.append(op)
-        for accesses, token in zip((*slot_accesses, others), op.results):
+        for accesses, token in zip((*slot_accesses, [*others, *given]), op.results):
             self.tracker.record(accesses, token, None)
 
     def _nothing(self) -> list[Value]:

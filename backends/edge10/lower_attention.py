@@ -19,7 +19,7 @@ from itertools import cycle, groupby
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.allocate import align
 from tyir.backends.edge10.context import Area, Lowering, Place, acc_range, sram_range
-from tyir.backends.edge10.dependences import Access, Slot, Tracker
+from tyir.backends.edge10.dependences import Access, Slot, Space, Tracker
 from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.lower_cache import require_one_sequence
 from tyir.backends.edge10.places import Scratch
@@ -192,7 +192,7 @@ class _Block:
         block = Emitter.body(3)
         index, *tokens = block.args
         slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores0"]))
-        inner = Tracker(slots, tokens[:2], tokens[2])
+        inner = Tracker(slots, tokens[:2], tokens[2], self._caches(outer))
         self.low.emitter = body = Emitter(block, inner, outer)
         try:
             first_key = body.affine([index], [size])
@@ -203,6 +203,12 @@ class _Block:
         finally:
             self.low.emitter = outer
         outer.loop(start, end, block, inner)
+
+    def _caches(self, outer: Emitter) -> dict[Space, Value]:
+        """The caches as the loop finds them: their blocks need not wait for the queries."""
+        places = [self.low.place(v) for v in (self.op.k, self.op.v, *self.op.scales)]
+        reads = {p.base: p.access(tensor_type(v).nbytes, write=False) for p, v in zip(places, (self.op.k, self.op.v, *self.op.scales))}
+        return {space: outer.join(outer.tracker.waits(accesses, None)) for space, accesses in reads.items()}
 
     def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
         self._load_cache("k", first_key, keys)

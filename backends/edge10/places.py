@@ -11,7 +11,7 @@ from tyir.backends.edge10.context import Place
 from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append, CachedAttention
-from tyir.dialects.ty import Add, GetGlobal, Linear, QuantizedLinear, Reshape, tensor_type
+from tyir.dialects.ty import Add, GetGlobal, Linear, QuantizedLinear, Reshape, Rope, tensor_type
 from tyir.ir import Op, Value
 from tyir.types import TensorType
 
@@ -19,17 +19,17 @@ __all__ = ["Boundary", "BoundaryPlaces", "Lifetimes", "Places", "Scratch", "assi
 
 
 def root(value: Value) -> Value:
-    """The value whose storage this one shares: through reshapes, appends in place, and attention, whose result takes the place of its queries."""
-    while isinstance(op := value.op, (Reshape, Append)) or (isinstance(op, CachedAttention) and _only_reader(op.q)):
+    """The value whose storage this one shares: through reshapes, appends in place, and ops that may write their result over their first operand."""
+    while isinstance(op := value.op, (Reshape, Append)) or (isinstance(op, (Rope, CachedAttention)) and _only_reader(op.operands[0])):
         value = op.operands[0]
     return value
 
 
-def _only_reader(q: Value) -> bool:
-    """Whether nothing but the attention reads the queries, under any shape, and an op of this function has made them."""
-    while len(q.uses) == 1 and isinstance(q.op, Reshape):
-        q = q.op.operands[0]
-    return len(q.uses) == 1 and q.op is not None and not isinstance(q.op, (Call, GetGlobal))
+def _only_reader(value: Value) -> bool:
+    """Whether one op alone reads a value, under any shape, and an op of this function has made it."""
+    while len(value.uses) == 1 and isinstance(value.op, Reshape):
+        value = value.op.operands[0]
+    return len(value.uses) == 1 and value.op is not None and not isinstance(value.op, (Call, GetGlobal))
 
 
 class Lifetimes:

@@ -31,7 +31,7 @@ def compare(model: Any, pos: int, steps: int = 1) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"tokens": 64, "group": 16}, {"tokens": 64, "inter": 256, "dies": 2}, {"tokens": 8, "group": 16, "window": 5}]
+    "sizes", [{"tokens": 64, "group": 16, "hidden": 128}, {"tokens": 64, "inter": 256, "dies": 2}, {"tokens": 8, "group": 16, "window": 5}]
 )
 def test_what_does_not_fit_sram_goes_through_dram(make_model: Callable[..., Any], sizes: dict[str, int]) -> None:
     small = load_machine("edge10").with_overrides({"sram.capacity_bytes": 48 << 10})
