@@ -111,12 +111,18 @@ class Lowering:
         self.plan = plan
         self.die = die
         self.places: dict[Value, Place] = {}
+        self.halved: set[Value] = set()  # made in two halves of `half_rows`, of which a product may begin with the first
         self.copies: dict[Value, ResidualCopy] = {}  # of sums whose place is needed before their last reader comes
         self.side = RingCursor(plan.side)
         self.packed = RingCursor(plan.packed)
         self.wide = RingCursor(plan.wide)
         half = machine.accumulator_bytes // 2
         self.accumulators: Iterator[int] = cycle((0, half))
+
+    def half_rows(self, rows: int) -> int:
+        """Half of the rows in whole blocks of the cube; all of them when they are few."""
+        unit = self.machine.cube.rows
+        return rows if rows <= 2 * unit else align(rows // 2, unit)
 
     def place(self, value: Value) -> Place:
         return self.places[value]
@@ -194,10 +200,11 @@ class Lowering:
             reads=[sram_range(source, nbytes)], writes=[sram_range(target, nbytes, write=True)],
         )  # fmt: skip
 
-    def pieces(self, rows: int, bytes_per_row: int) -> Iterator[Piece]:
-        """Rows in pieces whose temporaries fit half of the temp area; neighbours use different halves so that their transfers overlap."""
+    def pieces(self, rows: int, bytes_per_row: int, most: int | None = None) -> Iterator[Piece]:
+        """Rows in pieces of at most `most` whose temporaries fit half of the temp area; neighbours use different halves so that their transfers overlap."""
         half = self.plan.temp_bytes // 2
-        step = max(1, min(rows, half // bytes_per_row)) if bytes_per_row else rows
+        step = min(rows, most or rows)
+        step = max(1, min(step, half // bytes_per_row)) if bytes_per_row else step
         for number, (first, count) in enumerate(spans(rows, step)):
             yield Piece(first, count, self.plan.temp + number % 2 * half)
 

@@ -110,7 +110,9 @@ class Tracker:
     So do the spaces in `given`, which the block only reads: the cache in a loop over it.
     """
 
-    def __init__(self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value, given: Mapping[Space, Value] | None = None) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], slot_tokens: Sequence[Value], rest: Value, given: Mapping[Space, Value] | None = None
+    ) -> None:
         self.slots = tuple(slots)
         self.given = dict(given or {})
         self.log: list[Access] = []

@@ -138,16 +138,24 @@ class Product:
     def _tile(self, m0: int, m: int, n0: int, n: int, acc: int, acc_stride: int, part: tuple[int, int], side: _Side) -> None:
         """The sums of a tile's columns: out[m0:, n0:] over x's columns `part` (first, size)."""
         first, size = part
-        extent = (m - 1) * acc_stride + n * 4
         for offset, k in spans(size, self.tiles.k):
             k0 = first + offset
             weight = self._load_weight(n0, n, k0, k, side)
-            x, x_stride = self.inputs.tile(m0, m, k0, k)
-            self.low.emitter.emit(
-                edge10.Matmul, lhs=x, lhs_strides=(x_stride, 0), rhs=weight, rhs_stride=k * 2, acc=acc, acc_stride=acc_stride, m=(m, 1), n=n, k=k, accumulate=offset > 0,
-                reads=[sram_range(x, (m - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(acc, extent)] if offset else [])],
-                writes=[acc_range(acc, extent, write=True)],
-            )  # fmt: skip
+            for r0, rows in spans(m, self._rows_at_once(m)):
+                x, x_stride = self.inputs.tile(m0 + r0, rows, k0, k)
+                sums, extent = acc + r0 * acc_stride, (rows - 1) * acc_stride + n * 4
+                self.low.emitter.emit(
+                    edge10.Matmul, lhs=x, lhs_strides=(x_stride, 0), rhs=weight, rhs_stride=k * 2, acc=sums, acc_stride=acc_stride, m=(rows, 1), n=n, k=k, accumulate=offset > 0,
+                    reads=[sram_range(x, (rows - 1) * x_stride + k * 2), sram_range(weight, n * k * 2), *([acc_range(sums, extent)] if offset else [])],
+                    writes=[acc_range(sums, extent, write=True)],
+                )  # fmt: skip
+
+    def _rows_at_once(self, m: int) -> int:
+        """All rows, but half of them in the first product with an x that is made in halves."""
+        if self.op.x not in self.low.halved or not self.inputs.in_sram:
+            return m
+        self.low.halved.discard(self.op.x)
+        return self.low.half_rows(m)
 
     def _load_side(self, n0: int, n: int) -> _Side:
         """Whole rows of scales and zeros (short rows would waste bursts)."""

@@ -50,7 +50,10 @@ def _emit(op: Op, low: Lowering, inputs: Sequence[_Operand], out: _Operand, rows
     shared = [_shared_vector(o, low) if not o.per_row else None for o in inputs]
     spilled = [o for o in (*inputs, out) if o.per_row and not low.place(o.value).in_sram]
     bytes_per_group = sum(align(o.row_bytes * (1 if o in others and group > 1 else group)) for o in spilled)
-    for piece in low.pieces(rows // group, bytes_per_group):
+    most = low.half_rows(rows) if isinstance(op, RmsNorm) else None  # the product after a norm begins with the first half
+    if most is not None and not spilled:
+        low.halved.add(op.results[0])
+    for piece in low.pieces(rows // group, bytes_per_group, most):
         temp = piece.temp
         offsets: list[int] = []
         for operand, vector in zip(inputs, shared):

@@ -1,8 +1,8 @@
 """The order of a layer's ops: keys and values before the queries, so that their way to the cache and back is over when the attention begins.
 
-    q = linear(x); k = linear(x); v = linear(x); q = rope(q); k = rope(k); append(k); append(v); attention(q, ...)
-    -->
-    k = linear(x); v = linear(x); k = rope(k); append(k); append(v); q = linear(x); q = rope(q); attention(q, ...)
+q = linear(x); k = linear(x); v = linear(x); q = rope(q); k = rope(k); append(k); append(v); attention(q, ...)
+-->
+k = linear(x); v = linear(x); k = rope(k); append(k); append(v); q = linear(x); q = rope(q); attention(q, ...)
 """
 
 from __future__ import annotations
