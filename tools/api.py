@@ -77,7 +77,7 @@ def load_module(
     model: Path, plugin: ModelPlugin | None = None, warn: Callable[[str], None] = _silent, positions: int | None = None
 ) -> Module:
     """The module of a checkpoint folder (imported for a cache of `positions` tokens) or of an `.ir` file (parsed and verified)."""
-    if model.is_dir() or (plugin is not None and model.suffix != ".ir"):
+    if model.is_dir() or model.suffix == ".gguf" or (plugin is not None and model.suffix != ".ir"):
         from tyir.frontends.huggingface import import_model
 
         return import_model(model, note=lambda d: warn(d.message), plugin=plugin, positions=positions)

@@ -1,4 +1,4 @@
-"""What a compile would make and need, from config.json alone: no tensor is read, torch is not imported.
+"""What a compile would make and need, from config.json (or a GGUF file's metadata) alone: no tensor is read, torch is not imported.
 
 Weights and caches are those of the real passes, run on a model of one layer with the config's sizes (a test holds them against compiled artifacts).  Speed and host figures are
 estimates; how they are made is said beside them.
@@ -6,111 +6,27 @@ estimates; how they are made is said beside them.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tyir.backends.edge10.remedies import cheapest_remedies, gib, remedy_text
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
-from tyir.frontends.quant_config import read_quant_config
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
+from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine, load_machine
-from tyir.tools.plan_model import ModelShape, one_layer
+from tyir.tools.plan_model import ModelShape, few_layers
+from tyir.tools.plan_shape import read_shape
 from tyir.verify_rules import alias_of_result
 
-__all__ = ["DieNeed", "Plan", "make_plan", "read_shape"]
-
-FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def read_shape(folder: Path) -> ModelShape:
-    """The sizes in `folder`'s config.json (or in a config.json itself).  `TyirError` lists every value that is missing or cannot be."""
-    path = folder / "config.json" if folder.is_dir() else folder
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise TyirError(f"cannot read {path}: {error.strerror}", help="give a checkpoint folder, or its config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise TyirError(f"{path} is not valid JSON: {error}", help="restore config.json") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str) or raw["model_type"] not in FAMILIES:
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise TyirError(
-            f"no plan can be made for model_type {kind!r}", where=str(path), help=f"planned from config.json alone: {', '.join(FAMILIES)}"
-        )
-    problems: list[Diagnostic] = []
-    quant = read_quant_config(path.parent, raw, problems)
-    sizes = _sizes(raw, path, problems)
-    if problems:
-        raise TyirError(problems)
-    family, h, heads = raw["model_type"], sizes["hidden_size"], sizes["num_attention_heads"]
-    attention_bias = bool(raw.get("attention_bias", False))
-    return ModelShape(
-        name=_architecture(raw),
-        layers=sizes["num_hidden_layers"],
-        hidden=h,
-        width=sizes["intermediate_size"],
-        heads=heads,
-        kv_heads=sizes["num_key_value_heads"],
-        head_dim=sizes["head_dim"],
-        vocabulary=sizes["vocab_size"],
-        positions=sizes["max_position_embeddings"],
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=family in ("llama", "qwen3") and attention_bias,
-        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
-        group=None if quant is None else quant.group_size or 0,
-    )
-
-
-def _architecture(raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else str(raw["model_type"])
-
-
-def _sizes(raw: Mapping[str, Any], path: Path, problems: list[Diagnostic]) -> dict[str, int]:
-    """The whole numbers of a config, with transformers' defaults."""
-    found: dict[str, int] = {}
-    heads = raw.get("num_attention_heads")
-    hidden = raw.get("hidden_size")
-    derived = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
-    defaults = {"num_key_value_heads": heads, "head_dim": derived, "max_position_embeddings": 32768}
-    for key in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "max_position_embeddings",
-    ):
-        value = raw.get(key)
-        value = defaults.get(key) if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(
-                Diagnostic(f"{key} is {value!r}; a positive whole number is needed", where=str(path), help="restore config.json")
-            )
-            value = 1
-        found[key] = value
-    if found["num_attention_heads"] % found["num_key_value_heads"]:
-        message = f"{found['num_attention_heads']} query heads are no multiple of {found['num_key_value_heads']} key/value heads"
-        problems.append(Diagnostic(message, where=str(path), help="restore config.json"))
-    if found["head_dim"] % 2:
-        problems.append(
-            Diagnostic(
-                f"head_dim is {found['head_dim']}; rotary embeddings need an even number", where=str(path), help="restore config.json"
-            )
-        )
-    return found
-
+__all__ = ["DieNeed", "Plan", "make_plan"]
 
 # ---------------------------------------------------------------------------------------------------- bytes
 
@@ -130,7 +46,7 @@ class DieNeed:
 
 
 class _Cuts:
-    """Needs of one model with one kind of weights, for any number of dies: the real passes, run once per number on a model of one layer."""
+    """Needs of one model with one kind of weights, for any number of dies: the real passes, run once per number on a model of one layer per pipeline stage."""
 
     def __init__(self, shape: ModelShape, options: BuildOptions) -> None:
         self.shape, self.options = shape, options
@@ -145,25 +61,27 @@ class _Cuts:
 
     def _run(self, dies: int) -> list[tuple[int, int, int, int]]:
         """Per die: bytes of weights without the rotary tables, of them what a token reads, and bytes per cached token of cache and tables."""
-        o, module = self.options, one_layer(self.shape)
+        o, module = self.options, few_layers(self.shape, self.options.pp)
         entry = " embedding-as-input=true" if o.embedding_as_input else ""
         entry += f" dtype={o.kv_dtype}"
         quantize = f"quantize-weights{{group-size={o.group_size}}}," if o.weights == "int4" and self.shape.group is None else ""
         run_pipeline(
             module,
-            f"{quantize}kv-materialize{{max-kv={_PROBE}{entry}}},partition-dies{{dies={dies}}},specialize-seqlen{{seqlens=1}},outline-params",
+            f"{quantize}kv-materialize{{max-kv={_PROBE}{entry}}},partition-dies{{dies={dies} pp={o.pp}}},specialize-seqlen{{seqlens=1}},outline-params",
         )
-        return [self._die(die) for die in module.body if isinstance(die, Module)]
+        shares = [count for _, count in even_ranges(self.shape.layers, o.pp)]  # how many layers each layer of the trial stands for
+        parts = [die for die in module.body if isinstance(die, Module)]
+        return [self._die(die, shares, number * o.pp // dies) for number, die in enumerate(parts)]
 
-    def _die(self, die: Module) -> tuple[int, int, int, int]:
+    def _die(self, die: Module, shares: Sequence[int], stage: int) -> tuple[int, int, int, int]:
         layers, once, table, rope = 0, 0, 0, 0
         (function,) = [f for f in die.body if isinstance(f, Func)]
         rows = {g.symbol.leaf for e in function.walk_type(Embedding) for g in [e.table.op] if isinstance(g, GetGlobal)}
         heads = {v.symbol.leaf for op in function.walk_type(Linear) for v in [op.weight.op] if isinstance(v, GetGlobal)}
         for param in die.walk_type(Param):
             name, nbytes = str(param.sym_name), param.type.nbytes
-            if ".layers." in name:
-                layers += nbytes
+            if (match := re.search(r"\.layers\.(\d+)\.", name)) is not None:
+                layers += nbytes * shares[int(match[1])]
             elif name.startswith("rope."):
                 rope += nbytes
             else:
@@ -172,8 +90,7 @@ class _Cuts:
         results = range(len(function.body.terminator.operands))
         states = [alias for i in results if (alias := alias_of_result(function, i)) is not None]
         cache = sum(tensor_type(function.args[alias]).nbytes for alias in states)
-        count = self.shape.layers
-        return count * layers + once, count * layers + once - table, count * cache // _PROBE, rope // _PROBE
+        return layers + once, layers + once - table, shares[stage] * cache // _PROBE, rope // _PROBE
 
 
 _PROBE: Final = 64  # tokens of the cache in the trial; caches and tables are proportional to it
@@ -276,6 +193,8 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
     def need(changed: BuildOptions) -> int | None:
         if changed.weights != options.weights and cuts.shape.group is not None:
             return None  # the checkpoint's weights are quantised already
+        if changed.dies % changed.pp:
+            return None
         if changed.weights == "int4":
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
             changed = replace(changed, group_size=math.gcd(common, changed.group_size))
@@ -303,7 +222,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         else f"int4 in groups of {plan.group or 'a row'}" + (" (the checkpoint's)" if s.group is not None else "")
     )
     yield f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3f} G parameters; decoder weights {kind}"
-    yield f"{o.dies} die{'s' * (o.dies > 1)} of {m.name}, lengths {','.join(map(str, o.seqlens))}, a cache of {o.max_kv} tokens"
+    stages = f" in {o.pp} pipeline stages" if o.pp > 1 else ""
+    yield f"{o.dies} die{'s' * (o.dies > 1)} of {m.name}{stages}, lengths {','.join(map(str, o.seqlens))}, a cache of {o.max_kv} tokens"
     yield f"{'die':>4}{'weights':>12}{'KV cache':>12}{'activations':>13}{'total':>12}{'of DRAM':>9}"
     for i, n in enumerate(plan.dies):
         share = f"{100 * n.total / m.dram.capacity_bytes:.0f} %"

@@ -1,4 +1,4 @@
-"""A model of given sizes with one decoder layer, in `ty` ops: what `--plan` runs the real passes on, so that its cuts and bytes are the compiler's own."""
+"""A model of given sizes with a few decoder layers, in `ty` ops: what `--plan` runs the real passes on, so that its cuts and bytes are the compiler's own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from tyir.ir import Op, Value
 from tyir.location import NameLoc
 from tyir.types import TensorType, Type, f16, i64, ui4
 
-__all__ = ["ModelShape", "one_layer"]
+__all__ = ["ModelShape", "few_layers"]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder's sizes; the flags say which small tensors exist.  `group`: input channels per scale of a quantised checkpoint, 0 for one scale a row, None for fp16."""
+    """A decoder's sizes; the flags say which small tensors exist.
+
+    `group`: input channels per scale of a quantised checkpoint, 0 for one scale a row, None for fp16; `quantised_head`: its head is quantised too.
+    """
 
     name: str
     layers: int
@@ -37,6 +40,7 @@ class ModelShape:
     mlp_bias: bool
     qk_norm: bool
     group: int | None = None
+    quantised_head: bool = False
 
     @property
     def linears(self) -> list[tuple[str, int, int, bool]]:
@@ -84,8 +88,8 @@ class _Builder:
     def norm(self, path: str, x: Value, size: int) -> Value:
         return self.add(ty.RmsNorm(x, self.weight(f"{path}.weight", (size,)), eps=1e-6, loc=NameLoc(path)))
 
-    def layer(self, x: Value, cos: Value, sin: Value) -> Value:
-        s, root = self.shape, "model.layers.0"
+    def layer(self, number: int, x: Value, cos: Value, sin: Value) -> Value:
+        s, root = self.shape, f"model.layers.{number}"
         sizes = {name: (n, k, bias) for name, n, k, bias in s.linears}
         loc = NameLoc(f"{root}.self_attn")
         h = self.norm(f"{root}.input_layernorm", x, s.hidden)
@@ -105,8 +109,8 @@ class _Builder:
         return self.add(ty.Add(x, self.linear(f"{root}.mlp.down_proj", act, *sizes["down_proj"]), loc=NameLoc(root)))
 
 
-def one_layer(shape: ModelShape) -> Module:
-    """`@main` at stage ty: embedding, one decoder layer, final norm and head of a model of these sizes."""
+def few_layers(shape: ModelShape, layers: int) -> Module:
+    """`@main` at stage ty: embedding, `layers` decoder layers, final norm and head of a model of these sizes."""
     module = Module.empty()
     module.set_attribute("tyir.stage", StringAttr("ty"))
     tokens = TensorType((1, None), i64)
@@ -117,9 +121,15 @@ def one_layer(shape: ModelShape) -> Module:
     frequencies = DenseElementsAttr.from_numpy(np.ones(shape.head_dim // 2, np.float32))
     angles = ty.RopeAngles(positions, inv_freq=frequencies, loc=NameLoc("model.rotary_emb"))
     builder.add(angles)
-    x = builder.norm("model.norm", builder.layer(x, angles.cos, angles.sin), shape.hidden)
-    head = table if shape.tied else builder.weight("lm_head.weight", (shape.vocabulary, shape.hidden))
-    builder.function.body.append(Return(values=[builder.add(ty.Linear(x, head, loc=NameLoc("lm_head")))]))
+    for number in range(layers):
+        x = builder.layer(number, x, angles.cos, angles.sin)
+    x = builder.norm("model.norm", x, shape.hidden)
+    if shape.quantised_head:
+        logits = builder.linear("lm_head", x, shape.vocabulary, shape.hidden, bias=False)
+    else:
+        head = table if shape.tied else builder.weight("lm_head.weight", (shape.vocabulary, shape.hidden))
+        logits = builder.add(ty.Linear(x, head, loc=NameLoc("lm_head")))
+    builder.function.body.append(Return(values=[logits]))
     builder.function.refresh_type()
     module.body.append(builder.function)
     return module

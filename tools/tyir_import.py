@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan", action="store_true", help="only say, from config.json, what compiling with the options below would need and make"
     )
-    add_build_options(parser.add_argument_group("options of --plan"))
+    add_build_options(parser.add_argument_group("options of --plan; --max-kv also chooses the frequencies of rope types that change with the length"))
     add_debug_option(parser)
     return parser
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         from tyir.manifest import BuildOptions
         from tyir.tools.tyir_compile import print_plan
 
-        build = {key: getattr(options, key) for key in ("dies", "seqlens", "max_kv", "weights", "group_size")}
+        build = {key: getattr(options, key) for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")}
         return print_plan(options.folder, BuildOptions(**build))
     if options.output != "-":
         _check_output(Path(options.output))

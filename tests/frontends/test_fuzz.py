@@ -16,7 +16,8 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.checkpoint import open_checkpoint
 from tyir.frontends.huggingface import import_model
 from tyir.frontends.quant_config import read_quant_config
-from tyir.tools.plan import make_plan, read_shape
+from tyir.tools.plan import make_plan
+from tyir.tools.plan_shape import read_shape
 
 STRANGE: list[Any] = [None, True, -1, 0, 3, 10**30, 1.5, "", "x", "\x00", "../../etc/passwd", [], [1, "a"], {}, {"a": {}}]
 

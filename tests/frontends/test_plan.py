@@ -8,18 +8,21 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.frontends.quantized import KINDS, write_quantized
+from tests.frontends.test_gguf_and_torch import SMALL, write_gguf
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.manifest import BuildOptions
 from tyir.parser import parse_file
 from tyir.tools.api import compile_path
-from tyir.tools.plan import make_plan, read_shape
+from tyir.tools.plan import make_plan
+from tyir.tools.plan_shape import FAMILIES, read_shape
 from tyir.weights import read_safetensors
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
@@ -39,15 +42,16 @@ def compiled_bytes(folder: Path, die: int, seqlen: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("dies", "weights", "cache"),
+    ("dies", "weights", "cache", "stages"),
     [
-        (3, "int4", "int8"),
-        pytest.param(1, "fp16", "fp16", marks=pytest.mark.slow),
-        pytest.param(4, "fp16", "fp16", marks=pytest.mark.slow),
+        (3, "int4", "int8", 1),
+        pytest.param(4, "int4", "fp16", 2, marks=pytest.mark.slow),
+        pytest.param(1, "fp16", "fp16", 1, marks=pytest.mark.slow),
+        pytest.param(4, "fp16", "fp16", 1, marks=pytest.mark.slow),
     ],
 )
-def test_numbers_are_those_of_a_compile(tmp_path: Path, dies: int, weights: str, cache: str) -> None:
-    options = BuildOptions(dies=dies, seqlens=(1, 8), max_kv=64, weights=weights, kv_dtype=cache)
+def test_numbers_are_those_of_a_compile(tmp_path: Path, dies: int, weights: str, cache: str, stages: int) -> None:
+    options = BuildOptions(dies=dies, seqlens=(1, 8), max_kv=64, weights=weights, kv_dtype=cache, pp=stages)
     folder = compile_path(TINY, tmp_path, options)
     plan = make_plan(TINY, options)
     for die, need in enumerate(plan.dies):
@@ -65,6 +69,43 @@ def test_numbers_of_a_quantised_checkpoint(tmp_path: Path) -> None:
     folder = compile_path(tmp_path / "awq", tmp_path / "out", options)
     plan = make_plan(tmp_path / "awq", options)
     assert [n.weights for n in plan.dies] == [compiled_bytes(folder, d, 1)[0] for d in range(3)]
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in ("seed_oss", "hunyuan_v1_dense") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def test_numbers_of_every_family(save_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    """A config with nothing but sizes: whatever else the model has comes from the family's defaults, as in transformers."""
+    folder = save_model(family, dtype="float16", vocab_size=256, head_dim=16, num_hidden_layers=3)
+    options = BuildOptions(dies=2, seqlens=(1,), max_kv=64)
+    plan = make_plan(folder, options)
+    compiled = compile_path(folder, tmp_path, options)
+    assert [(n.weights, n.kv_cache) for n in plan.dies] == [compiled_bytes(compiled, d, 1)[:2] for d in range(2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 32, "num_hidden_layers": 2, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+    shape, config = read_shape(tmp_path), AutoConfig.for_model(family, **sizes)
+    assert shape.kv_heads == config.num_key_value_heads
+    assert shape.head_dim == (getattr(config, "head_dim", None) or 64)
+    assert shape.tied == config.tie_word_embeddings
+    assert shape.positions == config.max_position_embeddings
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_numbers_of_a_gguf_file(save_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """Q4_0 stays 4-bit in groups of 32, the other formats become dense.  Zero points that are all 8 are stored once, which the plan does not count on."""
+    write_gguf(tmp_path / "model.gguf", save_model("llama", dtype="float16", **SMALL), kind)
+    options = BuildOptions(dies=2, seqlens=(1,), max_kv=64)
+    plan = make_plan(tmp_path / "model.gguf", options)
+    assert plan.group == (32 if kind == "Q4_0" else None)
+    compiled = compile_path(tmp_path / "model.gguf", tmp_path / "out", options)
+    for die, need in enumerate(plan.dies):
+        assert 0 <= need.weights - compiled_bytes(compiled, die, 1)[0] <= (0.01 * need.weights if kind == "Q4_0" else 0)
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
