@@ -59,8 +59,8 @@ def test_the_pattern(folder: Path) -> None:
 
     load_dialect_module(load_module_file("mine.py"))
     module = parse_module(
-        "func.func @f {function_type = (f16) -> f16} ({\n^bb0(%x: f16):\n"
-        '%c = mine.clamp %x {limit = 1.0} : f16 loc("a")\n%y = ty.silu %c : f16 loc("b")\nfunc.return %y : f16\n})'
+        "func.func @f(%x: f16) -> f16 {\n"
+        '%c = mine.clamp %x {limit = 1.0} : f16 loc("a")\n%y = ty.silu %c : f16 loc("b")\nreturn %y : f16\n}'
     )
     assert rewrite_greedily(module, [load_module_file("patterns.py").silu_of_clamp]) == 2
     assert '"ty.silu"(%x) : (f16) -> f16 loc(fused["a", "b"])' in print_op(module)

@@ -6,9 +6,10 @@ the code the fast parser uses; everything the grammar describes is read from lar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Final
 
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
@@ -21,14 +22,15 @@ from tyir.collector import collector_paused
 from tyir.dense_literal import DenseLiteral, dense_from_literal
 from tyir.diagnostics import SourceText
 from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
 from tyir.ir import EMPTY_DICT, Region
 from tyir.lexer import unescape
 from tyir.parser import Parser
-from tyir.parser_state import Header
-from tyir.pretty import split_entries
+from tyir.parser_state import Argument, Header
+from tyir.pretty import FULL_NAMES
 from tyir.registry import op_class, registered_class
 from tyir.resource_parser import read_blob
-from tyir.traits import IsolatedFromAbove
+from tyir.traits import IsolatedFromAbove, Terminator
 
 __all__ = ["parse_with_grammar"]
 
@@ -90,15 +92,12 @@ class _Builder(Parser):
 
     # -- operations -------------------------------------------------------------------------------------------------
     def _read_op(self, tree: Node) -> None:
-        if tree.data == "short_op":
+        if tree.data in _SHORT_FORMS:
             self._frame.entry_is_open = False
-            self._read_short_op(tree)
+            _SHORT_FORMS[tree.data](self, tree)
             return
         results, name, operands, successors, properties, regions, attributes, signature, location = tree.children
         self._frame.entry_is_open = False
-        if tree.data == "short_op":
-            self._read_short_op(tree)
-            return
         header = Header(
             start=tree.meta.start_pos,
             name=self._string(name),
@@ -116,17 +115,23 @@ class _Builder(Parser):
         self._make(header, found, list(function_type.inputs), function_type.results, loc, header.start, header.start)
 
     def _read_short_op(self, tree: Node) -> None:
-        results, name, symbol, operands, successors, rest, location = tree.children
-        cls = registered_class(str(name))
+        results, (name,), values, successors, rest, location = (x.children if i == 1 else x for i, x in enumerate(tree.children))
+        full_name = FULL_NAMES.get(str(name), str(name))
+        cls = registered_class(full_name)
         if cls is None:
-            self.fail(f"no dialect declares '{name}'", name.start_pos, name.end_pos)
-        parts = {"short_dictionary": (0, 1, 2), "short_regions": (None, 0, 1), "short_type": (None, None, 0)}[rest.data]
+            self.fail(f"no dialect declares '{full_name}'", name.start_pos, name.end_pos)
+        symbol, operands = values.children if values is not None and values.data == "symbol_and_operands" else (None, values)
+        places = {"short_dictionary": (0, 1, 2), "short_regions": (None, 0, 1), "short_type": (None, None, 0)}
+        parts = (None, None, None) if rest is None else places[rest.data]
         entries, regions, kind = (None if i is None else rest.children[i] for i in parts)
-        sym_name = None if symbol is None else self.value(Tree("symbol", [symbol])).root  # type: ignore[attr-defined]
-        properties, attributes = split_entries(cls, sym_name, EMPTY_DICT if entries is None else self._dictionary(entries))
+        reference = None if symbol is None else self.value(symbol)
+        assert reference is None or isinstance(reference, a.SymbolRefAttr)
+        properties, attributes = self.split(
+            cls, reference, EMPTY_DICT if entries is None else self._dictionary(entries), tree.meta.start_pos
+        )
         header = Header(
             start=tree.meta.start_pos,
-            name=str(name),
+            name=full_name,
             results=[(str(v), 1 if n is None else int(n), v.start_pos) for v, n in (r.children for r in _items(results))],
             operands=[(str(v), v.start_pos) for v in _items(operands)],
             successors=[self._block_named(label) for label in _items(successors)],
@@ -135,7 +140,7 @@ class _Builder(Parser):
         for region in _items(regions):
             self._read_region(header, region)
         count = sum(n for _, n, _ in header.results)
-        if kind is None and (header.operands or count):
+        if kind is None and (header.operands or count or (rest is None and Terminator not in cls.traits)):
             self.fail("expected ':' and the operation's type", tree.meta.end_pos)
         found = None if kind is None else self._kind(kind)
         if found is None or isinstance(found, t.FunctionType):
@@ -145,12 +150,57 @@ class _Builder(Parser):
         loc = l.UNKNOWN if location is None else self._location(location)
         self._make(header, attributes, in_types, out_types, loc, header.start, header.start)
 
+    def _read_module(self, tree: Node) -> None:
+        symbol, entries, region, location = tree.children
+        at = tree.meta.start_pos
+        reference = None if symbol is None else a.SymbolRefAttr(self._symbol(symbol))
+        properties, attributes = self.split(Module, reference, EMPTY_DICT if entries is None else self._dictionary(entries), at)
+        self._read_bare(Header(at, Module.name, [], [], [], properties, attributes=attributes, bare=True), region, location)
+
+    def _read_function(self, tree: Node) -> None:
+        visibility, symbol, parameters, outputs, entries, region, location = tree.children
+        at = tree.meta.start_pos
+        arguments = [self._parameter_of(p) for p in _items(parameters)]
+        if outputs is not None and outputs.data == "one_output":
+            results = [(self._kind(outputs.children[0]), EMPTY_DICT)]
+        else:
+            results = [
+                (self._kind(kind), EMPTY_DICT if d is None else self._dictionary(d)) for kind, d in (o.children for o in _items(outputs))
+            ]
+        given = EMPTY_DICT if entries is None else self._dictionary(entries)
+        word = None if visibility is None else str(visibility)
+        properties, attributes = self.function_entries(self._symbol(symbol), word, arguments, results, given, at)
+        header = Header(at, Func.name, [], [], [], properties, attributes=attributes, bare=True, arguments=arguments)
+        self._read_bare(header, region, location)
+
+    def _parameter_of(self, tree: Node) -> Argument:
+        name, kind, entries, location = tree.children
+        return Argument(
+            "" if name is None else str(name),
+            tree.meta.start_pos,
+            self._kind(kind),
+            EMPTY_DICT if entries is None else self._dictionary(entries),
+            l.UNKNOWN if location is None else self._location(location),
+        )
+
+    def _read_bare(self, header: Header, region: Node, location: Node) -> None:
+        if region is None:
+            header.regions.append(Region())
+        else:
+            self._read_region(header, region)
+        loc = l.UNKNOWN if location is None else self._location(location)
+        self._make(header, header.attributes or EMPTY_DICT, [], (), loc, header.start, header.start)
+
+    def _symbol(self, token: Token) -> str:
+        return self._string(token, 2) if token[1] == '"' else str(token[1:])
+
     def _read_region(self, header: Header, tree: Node) -> None:
         region = Region()
         header.regions.append(region)
         self._open_region(header, region, IsolatedFromAbove in op_class(header.name).traits)
+        self.add_arguments(header)
         for child in tree.children:
-            if child.data in ("op", "short_op"):
+            if child.data in ("op", *_SHORT_FORMS):
                 self._read_op(child)
                 continue
             label, arguments, *ops = child.children
@@ -227,7 +277,7 @@ class _Builder(Parser):
         return self._dictionary(node)
 
     def _at_symbol(self, node: Node) -> Attribute:
-        return a.SymbolRefAttr(*(self._string(s, 2) if s[1] == '"' else str(s[1:]) for s in node.children))
+        return a.SymbolRefAttr(*[self._symbol(s) for s in node.children])
 
     def _at_dense_array(self, node: Node) -> Attribute:
         kind, items = node.children
@@ -360,3 +410,10 @@ class _Builder(Parser):
 
     def _at_alias_location(self, node: Node) -> Attribute:
         return self._alias(str(node.children[0]), node.meta.start_pos)
+
+
+_SHORT_FORMS: Final[dict[str, Callable[[_Builder, Node], None]]] = {
+    "short_op": _Builder._read_short_op,
+    "module_op": _Builder._read_module,
+    "function_op": _Builder._read_function,
+}

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from tyir.attributes import DictAttr
 from tyir.ir import Block, Region, Value
+from tyir.location import Location
+from tyir.types import Type
 
-__all__ = ["Frame", "Header", "Scope"]
+__all__ = ["Argument", "Frame", "Header", "Scope"]
 
 
 @dataclass(slots=True)
@@ -16,6 +18,17 @@ class Scope:
 
     values: dict[str, Value] = field(default_factory=dict)
     pending: dict[str, tuple[Value, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A parameter in the head of a function; without a name where the function is only declared."""
+
+    name: str
+    at: int
+    type: Type
+    attributes: DictAttr
+    loc: Location
 
 
 @dataclass(slots=True)
@@ -31,6 +44,8 @@ class Header:
     regions: list[Region] = field(default_factory=list)
     attributes: DictAttr | None = None  # of the short form, where they stand before the regions
     has_entries: bool = False  # the short form had a dictionary
+    bare: bool = False  # a module or function of the short form: one region without parentheses, no types
+    arguments: list[Argument] = field(default_factory=list)  # of a function's body
 
 
 @dataclass(slots=True)

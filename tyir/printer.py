@@ -15,10 +15,13 @@ from tyir.attribute_printer import ELIDED, AttributeText, attribute_text, symbol
 from tyir.attributes import ArrayAttr, Attribute, DenseResourceAttr, DictAttr
 from tyir.collector import collector_paused
 from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
 from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
 from tyir.location import UNKNOWN
-from tyir.pretty import common_type, merged_entries
-from tyir.traits import IsolatedFromAbove
+from tyir.opdef import DeclaredOp
+from tyir.pretty import SHORT_NAMES, FunctionHead, common_type, function_head, is_plain_module, merged_entries
+from tyir.traits import IsolatedFromAbove, Terminator
+from tyir.types import FunctionType
 
 __all__ = ["attribute_text", "has_elided_constants", "op_excerpt", "print_op"]
 
@@ -335,13 +338,29 @@ class _Printer:
         self.lines.append(f"{indent}^{self.block_labels[block]}{args}:")
 
 
+@dataclass(frozen=True, slots=True)
+class _Middle:
+    """What stands between an op's results and its types, but for the operands."""
+
+    name: str  # with the symbol
+    opening: str  # before and after the operands, where there are any
+    closing: str
+    entries: str
+
+
 class _ShortPrinter(_Printer):
     """The short form for ops whose declaration allows it."""
 
     def __init__(self, locations: bool, elide: int | None = None) -> None:
         super().__init__(locations, elide)
         self.text = AttributeText(elide, short=True)
-        self.middles: dict[tuple[type[Op], Attribute, Attribute], tuple[str, str] | None] = {}
+        self.middles: dict[tuple[type[Op], Attribute, Attribute], _Middle | None] = {}
+
+    def _op_with_regions(self, op: Op, indent: str) -> Iterator[_Step]:
+        if is_plain_module(op):
+            return self._module(op, indent)
+        head = function_head(op)
+        return super()._op_with_regions(op, indent) if head is None else self._function(op, head, indent)
 
     def _block(self, block: Block, indent: str) -> Iterator[_Step]:
         for op in block:
@@ -350,15 +369,69 @@ class _ShortPrinter(_Printer):
             else:
                 self.lines.append(f"{indent}{self._head(op)}{self._tail(op)}")
 
+    # -- modules and functions --------------------------------------------------------------------------------------
+    def _module(self, op: Op, indent: str) -> Iterator[_Step]:
+        middle = self._middle(op)
+        assert middle is not None
+        symbol = middle.name.removeprefix(op.name)
+        self.lines.append(f"{indent}module{symbol}{' attributes' if middle.entries else ''}{middle.entries} {{")
+        yield from self._body(op, indent)
+
+    def _function(self, op: Op, head: FunctionHead, indent: str) -> Iterator[_Step]:
+        region = op.regions[0]
+        outer, self.names = self.names, _Names()
+        entry = region.blocks[0] if region.blocks else None
+        names = [f"{self._name_arg(v)}: " for v in entry.args] if entry is not None else [""] * len(head.type.inputs)
+        locs = [self._location(loc) for loc in entry.arg_locs] if entry is not None and self.locations else []
+        locs += [""] * (len(names) - len(locs))
+        arguments = [
+            f"{n}{self.text(t)}{self._braces(d)}{loc}" for n, t, d, loc in zip(names, head.type.inputs, head.arg_attrs, locs, strict=True)
+        ]
+        attributes = f" attributes{self._braces(head.attributes)}" if len(head.attributes) else ""
+        visibility = f"{head.visibility} " if head.visibility else ""
+        line = f"{indent}func.func {visibility}{symbol_text(head.symbol)}({', '.join(arguments)}){self._outputs(head)}{attributes}"
+        if entry is None:
+            self.lines.append(line + (self._location(op.loc) if self.locations else ""))
+        else:
+            self.lines.append(line + " {")
+            yield from self._body(op, indent)
+        self.names = outer
+
+    def _outputs(self, head: FunctionHead) -> str:
+        texts = [f"{self.text(kind)}{self._braces(d)}" for kind, d in zip(head.type.results, head.res_attrs, strict=True)]
+        if not texts:
+            return ""
+        bare = len(texts) == 1 and not len(head.res_attrs[0]) and not isinstance(head.type.results[0], FunctionType)
+        return f" -> {texts[0]}" if bare else f" -> ({', '.join(texts)})"
+
+    def _braces(self, entries: DictAttr) -> str:
+        return f" {{{self.text.entries(entries)}}}" if len(entries) else ""
+
+    def _body(self, op: Op, indent: str) -> Iterator[_Step]:
+        """The blocks of an isolated op's region and the closing brace; the entry block's arguments have been printed."""
+        outer = self.names
+        if isinstance(op, Module):
+            self.names = _Names()
+        region = op.regions[0]
+        self._name_blocks(region)
+        for position, block in enumerate(region.blocks):
+            if position:
+                self._block_label(block, position, indent)
+            yield from self._block(block, indent + "  ")
+        self.names = outer
+        self.lines.append(f"{indent}}}{self._location(op.loc) if self.locations else ''}")
+
+    # -- parts of an op ---------------------------------------------------------------------------------------------
     def _head(self, op: Op) -> str:
         middle = self._middle(op)
         if middle is None:
             return super()._head(op)
-        results, texts = self._results(op), self.names.texts
+        texts = self.names.texts
         operands = ", ".join([texts.get(v) or self._use_early(v) for v in op._operands])
+        if operands or middle.opening == "(":
+            operands = f"{middle.opening}{operands}{middle.closing}"
         successors = f" [{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]" if op.successors else ""
-        symbol, entries = middle
-        return f"{results}{op.name}{symbol}{' ' if operands else ''}{operands}{successors}{entries}"
+        return f"{self._results(op)}{middle.name}{operands}{successors}{middle.entries}"
 
     def _tail(self, op: Op) -> str:
         middle = self._middle(op)
@@ -368,18 +441,21 @@ class _ShortPrinter(_Printer):
         common = common_type(types)
         if common is not None:
             signature = f" : {self.text(common)}"
+        elif types or not (middle.entries or op.regions or Terminator in op.traits):
+            signature = self._signature(op)
         else:
-            signature = self._signature(op) if types or not (middle[1] or op.regions) else ""
+            signature = ""
         return signature + (self._location(op.loc) if self.locations else "")
 
-    def _middle(self, op: Op) -> tuple[str, str] | None:
-        """The texts of symbol and dictionary; None for an op to be written in the generic form."""
+    def _middle(self, op: Op) -> _Middle | None:
+        """The texts of name, symbol and dictionary; None for an op to be written in the generic form."""
         key = (type(op), op.properties, op.attributes)
         if key not in self.middles:
             merged = merged_entries(*key)
             self.middles[key] = None
-            if merged is not None:
+            if merged is not None and isinstance(op, DeclaredOp) and not isinstance(op, Func):
                 symbol, entries = merged
-                texts = "" if symbol is None else f" {symbol_text(symbol)}", f" {{{self.text.entries(entries)}}}" if len(entries) else ""
-                self.middles[key] = texts
+                name = SHORT_NAMES.get(op.name, op.name) + (f" {self.text(symbol)}" if symbol is not None else "")
+                brackets = ("(", ")") if symbol is not None and op.operand_fields else (" ", "")
+                self.middles[key] = _Middle(name, *brackets, self._braces(entries))
         return self.middles[key]

@@ -21,15 +21,14 @@ from tyir.tools.tyir_reduce import main
 from tyir.verify import verify
 
 FUNCTION = """
-func.func @main {function_type = (tensor<1x?x4xf32>, tensor<2xf32>) -> tensor<1x?x4xf32>} ({
-^bb0(%x: tensor<1x?x4xf32>, %unused: tensor<2xf32>):
+func.func @main(%x: tensor<1x?x4xf32>, %unused: tensor<2xf32>) -> tensor<1x?x4xf32> {
   %w = ty.constant {value = dense<[[1.0, 2.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]> : tensor<4x4xf32>} : tensor<4x4xf32>
   %a = ty.silu %x : tensor<1x?x4xf32>
   %b = ty.linear %a, %w : (tensor<1x?x4xf32>, tensor<4x4xf32>) -> tensor<1x?x4xf32>
   %c = ty.add %b, %a : tensor<1x?x4xf32>
   %d = ty.mul %c, %x : tensor<1x?x4xf32>
-  func.return %d : tensor<1x?x4xf32>
-})
+  return %d : tensor<1x?x4xf32>
+}
 """
 
 

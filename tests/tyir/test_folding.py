@@ -21,12 +21,12 @@ from tyir.traits import Pure
 from tyir.types import Type
 
 TEXT = """
-func.func @f {function_type = () -> tensor<2xf32>} ({
+func.func @f() -> tensor<2xf32> {
   %a = ty.constant {value = dense<[1.0, 2.0]> : tensor<2xf32>} : tensor<2xf32>
   %b = folding.twice %a : tensor<2xf32> loc("first")
   %c = folding.twice %b : tensor<2xf32> loc("second")
-  func.return %c : tensor<2xf32>
-})
+  return %c : tensor<2xf32>
+}
 """
 
 
