@@ -46,7 +46,7 @@ class DieEngine:
         count = len(step)
         self.step, self.durations = step, durations
         self.start, self.data, self.end = [0.0] * count, [0.0] * count, [_UNKNOWN] * count
-        self.dram = SharedBandwidth(durations.dram_rate, durations.port_rate)
+        self.dram = SharedBandwidth(durations.dram_rate, durations.port_rate, _QUEUES + 1)
         self.queues: list[list[int]] = [[] for _ in range(_UNITS)]
         appends = [self.queues[edge10.UNITS.index(kind.unit)].append for kind in step.kinds]
         for index, kind in enumerate(step.kind):
@@ -111,21 +111,24 @@ class DieEngine:
     # -- commands whose times are known -------------------------------------------------------------------------------
     def _settle(self, units: list[int]) -> None:
         """Give the next commands of these units their times, and those of units that waited for them, as far as they are known."""
-        end, deps, queues, taken, free = self.end, self.step.deps, self.queues, self.taken, self.free
+        end, near, base, queues, taken, free = self.end, self.step.near, self.step.base, self.queues, self.taken, self.free
         start, data, kind, work, waiting = self.start, self.data, self.step.kind, self.durations.work, self.waiting
         while units:
             unit = units.pop()
+            if self.blocked[unit]:
+                continue  # it was among them twice, and waits again
             queue, position = queues[unit], taken[unit]
             while position < len(queue):
                 if unit < _QUEUES and position - self.moved[unit] >= self.durations.outstanding:
                     break  # tried again when a transfer of the queue is done
                 index = queue[position]
-                time = free[unit]
-                for dep in deps[index]:
-                    if end[dep] > time:
-                        time = end[dep]
-                    elif end[dep] < 0:
-                        waiting.setdefault(dep, []).append(unit)
+                time, first = free[unit], base[index]
+                for dep in near[index]:
+                    done = end[first + dep]
+                    if done > time:
+                        time = done
+                    elif done < 0:
+                        waiting.setdefault(first + dep, []).append(unit)
                         self.blocked[unit] = True
                         break
                 else:

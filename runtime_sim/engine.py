@@ -26,7 +26,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.ir import Op
 from tyir.runtime_sim.die_engine import DieEngine, Durations
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.program import EdgeProgram, alike_programs
 from tyir.runtime_sim.unroll import Command, Step
 from tyir.targets.command_times import Transfer, Work, all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine
@@ -100,15 +100,15 @@ def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Tim
 
     Dies with the same program run alike to the nanosecond: one of each kind is simulated.
     """
-    kinds = {signature: number for number, signature in enumerate(dict.fromkeys(p.signature for p in programs))}
-    kind_of_die = [kinds[p.signature] for p in programs]
+    groups = alike_programs(programs)
     with collector_paused():
-        dies = [_Die(programs[kind_of_die.index(n)].expand(pos), machine) for n in range(len(kinds))]
+        dies = [_Die(programs[group[0]].expand(pos), machine) for group in groups]
         _run(dies, len(programs), machine)
         launch = machine.sync.launch_us * 1000
         timings = [die.timing(launch) for die in dies]
     total = max((float(t.end.max(initial=launch)) for t in timings), default=launch)
-    return Timing(total, tuple(timings[k] for k in kind_of_die), pos, programs[0].seqlen)
+    of_die = {number: timing for group, timing in zip(groups, timings) for number in group}
+    return Timing(total, tuple(of_die[number] for number in range(len(programs))), pos, programs[0].seqlen)
 
 
 class _Die:

@@ -17,7 +17,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.runtime_sim.functional import FunctionalDie
-from tyir.runtime_sim.program import Command, EdgeProgram
+from tyir.runtime_sim.program import Command, EdgeProgram, alike_programs
 from tyir.targets.machine import Machine
 
 __all__ = ["buffer_problems", "check_plan", "check_programs"]
@@ -35,7 +35,7 @@ def check_programs(programs: Sequence[EdgeProgram], machine: Machine, positions:
     for program in programs:
         if problems := list(buffer_problems(program.buffers.values(), machine)):
             raise TyirError(problems)
-    for program in {p.signature: p for p in programs}.values():
+    for program in (programs[group[0]] for group in alike_programs(programs)):
         for pos in positions:
             _Replay(program, machine).replay(pos)
 

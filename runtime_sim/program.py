@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final, Self
+from weakref import WeakKeyDictionary
 
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
@@ -18,7 +19,7 @@ from tyir.manifest import Manifest
 from tyir.parser import parse_module
 from tyir.runtime_sim.unroll import Command, Kinds, Step, unroll
 
-__all__ = ["Command", "EdgeProgram", "load_program", "load_programs"]
+__all__ = ["Command", "EdgeProgram", "alike_programs", "load_program", "load_programs"]
 
 _KEPT_COMMANDS: Final = 300_000
 
@@ -40,6 +41,7 @@ class EdgeProgram:
         self.seqlen = _int_attribute(module, "tyir.seqlen", int(self.entry.removeprefix("main_s")))
         self.die = _int_attribute(module, "tyir.die", 0)
         self._kinds = Kinds()
+        self._alike: WeakKeyDictionary[EdgeProgram, bool] = WeakKeyDictionary()
         self._expanded: dict[int, Step] = {}
 
     @classmethod
@@ -56,9 +58,28 @@ class EdgeProgram:
         return self._expanded[pos]
 
     @cached_property
-    def signature(self) -> Hashable:
-        """Equal for programs that differ at most in where and what their data is: same functions, ops, properties and operands."""
+    def _signature(self) -> Hashable:
         return tuple((name, self.functions[name].function_type, _block_signature(self.functions[name].body)) for name in self.functions)
+
+    def alike(self, other: EdgeProgram) -> bool:
+        """Whether two programs differ at most in where and what their data is: same functions, ops, properties and operands.  Compared once."""
+        if other is self:
+            return True
+        if other not in self._alike:
+            self._alike[other] = other._alike[self] = self._signature == other._signature
+        return self._alike[other]
+
+
+def alike_programs(programs: Sequence[EdgeProgram]) -> list[list[int]]:
+    """The programs' numbers in groups that are alike, in order of the first of each."""
+    groups: list[list[int]] = []
+    for number, program in enumerate(programs):
+        group = next((g for g in groups if programs[g[0]].alike(program)), None)
+        if group is None:
+            groups.append([number])
+        else:
+            group.append(number)
+    return groups
 
 
 def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgeProgram]:

@@ -139,18 +139,24 @@ class Command:
         return f"#{self.index} {self.op.name} on {self.unit}" + (f" ({self.path})" if self.path else "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Step(Sequence[Command]):
     """All commands of one step in program order, by columns: a model has hundreds of thousands, of a few thousand kinds.
 
-    `kind[i]` is command i's number in `kinds`; `addresses` holds those of commands that have some.
+    `kind[i]` is command i's number in `kinds`; it waits for the commands `base[i] + d` for d in `near[i]`, which equal layers share.
     """
 
     kinds: list[Kind]
     kind: list[int]
-    deps: list[Tokens]
+    near: list[Tokens]
+    base: list[int]
     layer: list[int]
-    addresses: dict[int, tuple[int, ...]]
+    _body: _Body
+
+    @cached_property
+    def addresses(self) -> dict[int, tuple[int, ...]]:
+        """The DRAM addresses of commands that have some.  Only the functional engine asks."""
+        return {index: tuple([offset for _, offset in pairs]) for index, pairs in self._body.all_addresses([]).items()}
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -162,12 +168,13 @@ class Step(Sequence[Command]):
     def __getitem__(self, index: int | slice) -> Command | list[Command]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        return Command(self.kinds[self.kind[index]], index, self.deps[index], self.addresses.get(index, ()), self.layer[index])
+        index, base = range(len(self))[index], self.base[index]
+        deps = tuple([base + d for d in self.near[index]])
+        return Command(self.kinds[self.kind[index]], index, deps, self.addresses.get(index, ()), self.layer[index])
 
     def __iter__(self) -> Iterator[Command]:
-        for index, (kind, deps, layer) in enumerate(zip(self.kind, self.deps, self.layer)):
-            yield Command(self.kinds[kind], index, deps, self.addresses.get(index, ()), layer)
+        for index, (kind, near, base, layer) in enumerate(zip(self.kind, self.near, self.base, self.layer)):
+            yield Command(self.kinds[kind], index, tuple([base + d for d in near]), self.addresses.get(index, ()), layer)
 
 
 def unroll(functions: Mapping[str, Func], buffers: Mapping[str, edge10.Buffer], entry: str, kinds: Kinds, pos: int) -> Step:
@@ -176,16 +183,51 @@ def unroll(functions: Mapping[str, Func], buffers: Mapping[str, edge10.Buffer], 
         return _Unroller(functions, buffers, kinds, pos).step(entry)
 
 
+class _Placed(NamedTuple):
+    """A call: where the callee's commands begin, and the address that each of its arguments is (anything for those that are none)."""
+
+    base: int
+    callee: _Body
+    given: list[Address]
+
+
 @dataclass(slots=True)
 class _Body:
-    """A function's commands for given scalars, numbered from 0; `Tokens` and `Address` say how what its arguments give is left open."""
+    """A function's commands for given scalars, numbered from 0 (`Step` says what the columns are); `Tokens` and `Address` say what its arguments leave open."""
 
     kind: list[int] = field(default_factory=list)
-    deps: list[Tokens] = field(default_factory=list)
+    near: list[Tokens] = field(default_factory=list)
+    base: list[int] = field(default_factory=list)
     layer: list[int] = field(default_factory=list)
+    waits_outside: list[int] = field(default_factory=list)  # the commands that wait for a token argument; their base is 0
     addresses: dict[int, tuple[Address, ...]] = field(default_factory=dict)
-    calls: int = 0
+    calls: list[_Placed] = field(default_factory=list)
     results: tuple[Any, ...] = ()
+
+    def add(self, kind: int, deps: Tokens) -> int:
+        """Append a command; returns its number."""
+        index = len(self.kind)
+        self.kind.append(kind)
+        self.near.append(deps)
+        self.base.append(0)
+        self.layer.append(-1)
+        if deps and deps[0] < 0:
+            self.waits_outside.append(index)
+        return index
+
+    def all_addresses(self, given: Sequence[Address]) -> dict[int, tuple[Address, ...]]:
+        """Those of the calls too, when the arguments are `given`."""
+        found = {index: tuple([_address(pair, given) for pair in pairs]) for index, pairs in self.addresses.items()}
+        for call in self.calls:
+            inner = [_address(pair, given) for pair in call.given]
+            found.update({call.base + index: pairs for index, pairs in call.callee.all_addresses(inner).items()})
+        return found
+
+
+def _address(pair: Address, given: Sequence[Address]) -> Address:
+    """An address with its argument's in place of it."""
+    argument, offset = pair
+    return pair if argument == _ABSOLUTE else (given[argument][0], given[argument][1] + offset)
 
 
 class _Unroller:
@@ -200,8 +242,7 @@ class _Unroller:
 
     def step(self, entry: str) -> Step:
         body = self.function(entry, ())
-        addresses = {index: tuple([offset for _, offset in pairs]) for index, pairs in body.addresses.items()}
-        return Step(self.kinds.all, body.kind, body.deps, body.layer, addresses)
+        return Step(self.kinds.all, body.kind, body.near, body.base, body.layer, body)
 
     def function(self, name: str, scalars: tuple[int, ...]) -> _Body:
         """A function's commands when its scalar arguments are `scalars`; walked once."""
@@ -247,12 +288,9 @@ class _Unroller:
     def command(self, op: Op, env: dict[Value, Any], body: _Body) -> None:
         known = self.kinds.operands(op)
         kind = self.kinds.number(op, tuple([env[v] for v in known.scalars]))
-        index = len(body.kind)
+        index = body.add(kind, self.merge([env[v] for v in known.tokens], body))
         if known.addresses:
             body.addresses[index] = tuple([env[v] for v in known.addresses])
-        body.kind.append(kind)
-        body.deps.append(self.merge([env[v] for v in known.tokens], body))
-        body.layer.append(-1)
         env[op.results[0]] = (index,)
 
     def merge(self, tokens: Sequence[Tokens], body: _Body) -> Tokens:
@@ -287,26 +325,23 @@ class _Unroller:
         scalars = tuple([env[v] for v in op.operands if v.type is not _TOKEN and v.type is not _ADDRESS])
         callee = self.function(op.callee.leaf, scalars)
         number = op.attributes.get("tyir.layer")
-        layer = number.value if isinstance(number, IntegerAttr) else body.calls
-        body.calls += 1
+        layer = number.value if isinstance(number, IntegerAttr) else len(body.calls)
         base = len(body.kind)
+        body.kind += callee.kind
+        body.near += callee.near
+        body.base += [base + inner for inner in callee.base]
+        body.layer += [layer if inner < 0 else inner for inner in callee.layer]
 
         def placed(tokens: Tokens) -> Tokens:
-            if not tokens or tokens[0] >= 0:
-                return tuple([index + base for index in tokens])
-            return self.merge([(index + base,) if index >= 0 else given[-1 - index] for index in tokens], body)
+            return self.merge([(base + index,) if index >= 0 else given[-1 - index] for index in tokens], body)
 
-        def address(pair: Address) -> Address:
-            argument, offset = pair
-            return pair if argument == _ABSOLUTE else (given[argument][0], given[argument][1] + offset)
-
-        body.kind += callee.kind
-        body.deps += map(placed, callee.deps)
-        body.layer += [layer if own < 0 else own for own in callee.layer]
-        for index, pairs in callee.addresses.items():
-            body.addresses[base + index] = tuple(map(address, pairs))
+        for index in callee.waits_outside:
+            body.near[base + index], body.base[base + index] = deps, _ = placed(callee.near[index]), 0
+            if deps and deps[0] < 0:
+                body.waits_outside.append(base + index)
+        body.calls.append(_Placed(base, callee, [env[v] if v.type is _ADDRESS else (_ABSOLUTE, 0) for v in op.operands]))
         for value, result in zip(op.results, callee.results):
-            env[value] = placed(result) if value.type is _TOKEN else address(result) if value.type is _ADDRESS else result
+            env[value] = placed(result) if value.type is _TOKEN else _address(result, given) if value.type is _ADDRESS else result
 
 
 def _affine(op: edge10.Affine, env: dict[Value, Any]) -> int:

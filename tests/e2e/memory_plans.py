@@ -14,7 +14,7 @@ from tests.llm import build, dies_of
 from tyir.backends.edge10.lower import lower_die
 from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.runtime_sim.plan_check import check_programs
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.program import EdgeProgram, alike_programs
 from tyir.targets.machine import load_machine
 
 __all__ = ["CAPACITY", "Checked", "checked_plans", "table_head", "table_line"]
@@ -52,7 +52,7 @@ def checked_plans(name: str, int4: bool, kv: str, dies: Sequence[int]) -> Iterat
                 memory = {k: max(v, memory.get(k, 0)) for k, v in memory_summary(lowered).items()}
                 programs.append(EdgeProgram(lowered))
             check_programs(programs, machine, (position,))
-            different = {p.signature: p for p in programs}.values()
+            different = [programs[alike[0]] for alike in alike_programs(programs)]
             commands, kinds = commands + sum(len(p.expand(position)) for p in different), kinds + len(different)
         yield Checked(name, "int4" if int4 else "fp16", kv, count, memory, commands, kinds)
 

@@ -66,7 +66,7 @@ def test_shared_bandwidth_is_divided_equally_and_capped_by_the_port() -> None:
 
     The second ends at 20 + 90 = 110, when the first has 300 left: 300 / 15 more, 130.
     """
-    dram = SharedBandwidth(rate=20, port=15)
+    dram = SharedBandwidth(rate=20, port=15, most=2)
     dram.begin(0, 1, 1500)
     assert dram.next_end == pytest.approx(100)
     dram.begin(20, 2, 900)
