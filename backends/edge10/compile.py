@@ -25,7 +25,8 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import GetGlobal, MergeTopK, Param, QuantizedLinear, QuantizeGroups, TopK, tensor_type
-from tyir.manifest import MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
+from tyir.edge10_binary import encode
+from tyir.manifest import MACHINE, MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.passes.select_output import output_of
 from tyir.pipeline import PassContext, run_pipeline
@@ -45,11 +46,16 @@ _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer
 
 @dataclass
 class CompileContext:
-    """What a compile carries along: where it reports, and whether it shows progress."""
+    """What a compile carries along: where it reports, whether it shows progress, and what it builds for.
+
+    `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's name, or a machine file, which goes to the artifacts.
+    """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
     progress: bool = False
     mcpu: str | None = None
+    binary: bool = False
+    machine: str | Path = "edge10"
     passes: PassContext = field(default_factory=PassContext)
 
 
@@ -73,8 +79,9 @@ def compile_module(module: Module, out: Path, options: BuildOptions, context: Co
         programs, memory = _write_programs(dies, folder, options, constants, context)
         with context.watch.stage("manifest"):
             _copy_model_files(checkpoint_of(module), folder)
+            machine = _copy_machine(folder, context)
             _write_buffer_config(folder, options, programs, memory)
-            _write_manifest(folder, module, options, programs, context)
+            _write_manifest(folder, module, options, programs, context, machine)
     return target
 
 
@@ -202,7 +209,7 @@ def _write_programs(
     from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
-    machine = load_machine("edge10")
+    machine = load_machine(context.machine)
     programs: list[DieProgram] = []
     memory: Memory = {}
     built: dict[tuple[str, ...], Path] = {}
@@ -213,7 +220,7 @@ def _write_programs(
                 with context.watch.stage(f"edge10 s{seqlen} die{index}"):
                     lowered = lower_die(die, seqlen, machine)
                     memory[index, seqlen] = memory_summary(lowered)
-                    (folder / place / f"llm_die{index}.edge10").write_text(print_op(lowered))
+                    _write_command_program(lowered, folder / _command_program(place, index, context))
             with context.watch.stage(f"host code s{seqlen} die{index}"):
                 kernels = assign_kernels(_functions(die, seqlen))
                 library = folder / place / f"llm_die{index}.so"
@@ -222,10 +229,22 @@ def _write_programs(
                     build_library(kernels, target, library)
                 else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
                     shutil.copyfile(same, library)
-            program = _die_program(die, index, seqlen, place, options)
+            commands = _command_program(place, index, context) if options.batch == 1 else ""
+            program = _die_program(die, index, seqlen, place, commands)
             (folder / program.ir).write_text(print_op(_artifact_ir(die, index, seqlen, places)))
             programs.append(program)
     return programs, memory
+
+
+def _command_program(place: str, die: int, context: CompileContext) -> str:
+    return f"{place}/llm_die{die}.{'bin' if context.binary else 'edge10'}"
+
+
+def _write_command_program(lowered: Module, path: Path) -> None:
+    if path.suffix == ".bin":
+        path.write_bytes(encode(lowered))
+    else:
+        path.write_text(print_op(lowered))
 
 
 def _artifact_ir(die: Module, index: int, seqlen: int, places: dict[tuple[int, Param], tuple[ParamsFile, str]]) -> Module:
@@ -243,7 +262,7 @@ def _artifact_ir(die: Module, index: int, seqlen: int, places: dict[tuple[int, P
     return module
 
 
-def _die_program(die: Module, index: int, seqlen: int, place: str, options: BuildOptions) -> DieProgram:
+def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str) -> DieProgram:
     main = _functions(die, seqlen)[-1]
 
     def info(type_of: Any, attrs: DictAttr) -> TensorInfo:
@@ -261,10 +280,10 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, options: Buil
         seqlen=seqlen,
         function=str(main.sym_name),
         library=f"{place}/llm_die{index}.so",
-        program=f"{place}/llm_die{index}.edge10" if options.batch == 1 else "",
+        program=commands,
         ir=f"{place}/llm_die{index}.ir",
         constants=f"{place}/llm_die{index}.params",
-        params=f"batch_{options.batch}/common_die{index}.params",
+        params=f"{Path(place).parent.as_posix()}/common_die{index}.params",
         inputs=tuple(info(a, main.arg_attr(i)) for i, a in enumerate(main.args)),
         outputs=tuple(info(v, main.res_attr(i)) for i, v in enumerate(main.body.terminator.operands)),
     )
@@ -278,6 +297,14 @@ def _copy_model_files(checkpoint: Path, folder: Path) -> None:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
     (folder / "empty.bin").write_bytes(b"")
+
+
+def _copy_machine(folder: Path, context: CompileContext) -> str:
+    """What the manifest says of the machine: its name, or the file of one's own, copied to the artifacts."""
+    if Path(context.machine).suffix != ".toml":
+        return str(context.machine)
+    shutil.copyfile(context.machine, folder / MACHINE)
+    return MACHINE
 
 
 def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[DieProgram], memory: Memory) -> None:
@@ -304,7 +331,9 @@ def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[Die
     (folder / "buffer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def _write_manifest(folder: Path, module: Module, options: BuildOptions, programs: list[DieProgram], context: CompileContext) -> None:
+def _write_manifest(
+    folder: Path, module: Module, options: BuildOptions, programs: list[DieProgram], context: CompileContext, machine: str
+) -> None:
     import importlib.metadata
 
     from tyir.backends.edge10.tvm_host import HostTarget
@@ -314,7 +343,7 @@ def _write_manifest(folder: Path, module: Module, options: BuildOptions, program
         "tyir": importlib.metadata.version("tyir"),
         "tvm": importlib.metadata.version("apache-tvm"),
         "host": {"mcpu": target.mcpu},
-        "machine": "edge10",
+        "machine": machine,
     }
     model = to_json(module.attributes.get("tyir.model", DictAttr()))
     files = {p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -24,6 +24,8 @@ class Emitter:
         self.tracker = tracker
         self.loc: Location = UNKNOWN if entry is None else entry.loc
         self.source: str = "" if entry is None else entry.source
+        self.path: str = "" if entry is None else entry.path
+        self._paths: dict[Op, str] = {} if entry is None else entry._paths
         self._outer = entry
         self._addresses: dict[str, Value] = {}
         self._pos: Value | None = None
@@ -31,8 +33,13 @@ class Emitter:
 
     def begin(self, op: Op) -> None:
         """The op that the next commands implement."""
-        self.loc = op.loc
-        self.source = op.name
+        if op not in self._paths:
+            self._paths[op] = str(op.loc)
+        self.loc, self.source, self.path = op.loc, op.name, self._paths[op]
+
+    def nested(self, block: Block, tracker: Tracker) -> Emitter:
+        """An emitter for a loop's body."""
+        return Emitter(block, tracker, self)
 
     # -- values that cost nothing ---------------------------------------------------------------------------------
     def address_of(self, symbol: str) -> Value:

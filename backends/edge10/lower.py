@@ -44,7 +44,7 @@ from tyir.backends.edge10.lower_top_k import lower_merge_top_k, lower_top_k, low
 from tyir.backends.edge10.order import keys_first
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
 from tyir.backends.edge10.residual import waiting_sums
-from tyir.backends.edge10.search import best_shares, estimated_ns, products_ns
+from tyir.backends.edge10.search import PricedEmitter, Prices, best_shares, products_ns
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import dist, edge10, kv, ty
 from tyir.dialects.builtin import Module
@@ -53,7 +53,7 @@ from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16, i64, ui8
 
-__all__ = ["lower_die"]
+__all__ = ["estimated_ns", "lower_die"]
 
 _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Scale: lower_rowwise,
@@ -90,16 +90,20 @@ def _chosen_shares(die_module: Module, main: Func, seqlen: int, machine: Machine
         return SramShares()
     shapes = tuple((op.name, *(v.type for v in (*op.operands, *op.results))) for f in _reached(die_module, main) for op in f.body)
     key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), shapes)
-    calls: dict[str, int] = {}
-    for op in main.body:
-        if isinstance(op, Call):
-            calls[op.callee.leaf] = calls.get(op.callee.leaf, 0) + 1
+    return best_shares(lambda shares: _estimated_ns(die_module, main, seqlen, machine, shares), key, _searched())
 
-    def cost(shares: SramShares) -> float:
-        layers = _DieLowering(die_module, main, seqlen, machine, shares).lower(main=False)
-        return estimated_ns(layers, machine, calls) + products_ns(main, machine, sram_plan(machine, shares))
 
-    return best_shares(cost, key, _searched())
+def estimated_ns(die_module: Module, seqlen: int, machine: Machine, shares: SramShares) -> float:
+    """About how long a step of `seqlen` tokens takes with this division of SRAM: what divisions are compared by (`search`)."""
+    main = die_module.lookup(f"main_s{seqlen}")
+    assert isinstance(main, Func)
+    return _estimated_ns(die_module, main, seqlen, machine, shares)
+
+
+def _estimated_ns(die_module: Module, main: Func, seqlen: int, machine: Machine, shares: SramShares) -> float:
+    layers = _DieLowering(die_module, main, seqlen, machine, shares).layers_ns()
+    calls = [op.callee.leaf for op in main.body if isinstance(op, Call)]
+    return sum(ns * calls.count(name) for name, ns in layers.items()) + products_ns(main, machine, sram_plan(machine, shares))
 
 
 def _reached(die_module: Module, main: Func) -> list[Func]:
@@ -145,9 +149,28 @@ class _DieLowering:
         self.caches = _cache_arguments(main)
         self.layers = self._find_layers()
         self.boundary = BoundaryPlaces(self.plan.boundary, "boundary")
+        self.prices: Prices | None = None  # when divisions of SRAM are compared, commands are priced and not written
 
-    def lower(self, *, main: bool = True) -> Module:
-        """The program; without `main` only the layers' functions, which is what divisions of SRAM are compared by."""
+    def lower(self) -> Module:
+        """The program."""
+        self._lay_out()
+        for layer in self.layers.values():
+            self._lower_layer(layer)
+        self._lower_main()
+        self.dram.check()
+        return self.module
+
+    def layers_ns(self) -> dict[str, float]:
+        """About how long each layer function takes, from the prices of its commands."""
+        self._lay_out()
+        found: dict[str, float] = {}
+        for name, layer in self.layers.items():
+            self.prices = Prices(self.machine)
+            self._lower_layer(layer)
+            found[name] = self.prices.total_ns()
+        return found
+
+    def _lay_out(self) -> None:
         self._check_ops()
         self._lay_out_weights()
         self._lay_out_arguments()
@@ -155,13 +178,6 @@ class _DieLowering:
             layer.boundary = boundary_of(layer.function, layer.activations, layer.aliased, self.boundary)
         if self.boundary.dram_bytes:
             self._buffer(self.boundary.symbol, "activation", TensorType((self.boundary.dram_bytes,), ui8))
-        for layer in self.layers.values():
-            self._lower_layer(layer)
-        if not main:
-            return self.module
-        self._lower_main()
-        self.dram.check()
-        return self.module
 
     # -- what there is --------------------------------------------------------------------------------------------
     def _functions(self) -> list[Func]:
@@ -374,7 +390,8 @@ class _DieLowering:
                 fixed[value] = place
 
     def _lowering(self, function: Func, tracker: Tracker) -> Lowering:
-        return Lowering(Emitter(function.body, tracker), self.machine, self.plan, self.die)
+        emitter = Emitter(function.body, tracker) if self.prices is None else PricedEmitter(function.body, tracker, self.prices)
+        return Lowering(emitter, self.machine, self.plan, self.die)
 
     def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
         spill = f"spill.{source.sym_name}"

@@ -193,7 +193,7 @@ class _Block:
         index, *tokens = block.args
         slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores0"]))
         inner = Tracker(slots, tokens[:2], tokens[2], self._caches(outer))
-        self.low.emitter = body = Emitter(block, inner, outer)
+        self.low.emitter = body = outer.nested(block, inner)
         try:
             first_key = body.affine([index], [size])
             keys = body.affine([visible, first_key], [1, -1], high=size)

@@ -1,4 +1,4 @@
-"""Which division of SRAM suits a program: with each candidate the layers are lowered and their commands priced with the simulator's formulas.
+"""Which division of SRAM suits a program: with each candidate the layers' commands are priced with the simulator's formulas, without being written down.
 
     time = sum over the ops of the model of the busiest unit's time for that op's commands        (units overlap within an op, ops follow each other)
 
@@ -8,22 +8,24 @@ Few tokens are bound by DRAM whatever the division, so they keep the default; ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import Final
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Final
 
 from tyir.backends.edge10.allocate import SramPlan, SramShares
+from tyir.backends.edge10.dependences import Access, Tracker
+from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.tiling import MatmulShape, choose_tiles, tiles_ns
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.builtin import Module
-from tyir.dialects.func import Call, Func
+from tyir.dialects.func import Func
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
-from tyir.ir import Op
-from tyir.targets.command_times import Transfer, compute_ns, gather_transfer, transfer_of
+from tyir.ir import Block, Value
+from tyir.opdef import DeclaredOp
+from tyir.targets.command_times import compute_ns, gather_transfer, transfer_of
 from tyir.targets.machine import Machine
-from tyir.types import bit_width
+from tyir.types import bit_width, i64
 
-__all__ = ["CANDIDATES", "best_shares", "estimated_ns", "products_ns"]
+__all__ = ["CANDIDATES", "PricedEmitter", "Prices", "best_shares", "products_ns"]
 
 CANDIDATES: Final = (
     SramShares(),
@@ -35,7 +37,6 @@ CANDIDATES: Final = (
     SramShares(32, (2, 4), (4, 4), (10, 4), 0.0),
     SramShares(32, (4, 4), (4, 4), (8, 4), 0.0),
 )
-_TRANSFERS: Final = ("ewdma", "eidma", "ebdma", "eodma")
 
 
 def best_shares(cost: Callable[[SramShares], float], key: Hashable, cache: dict[Hashable, SramShares]) -> SramShares:
@@ -55,16 +56,47 @@ def best_shares(cost: Callable[[SramShares], float], key: Hashable, cache: dict[
     return cache[key]
 
 
-def estimated_ns(program: Module, machine: Machine, calls: Mapping[str, int] | None = None) -> float:
-    """The time of one step of a command program, by the rule above; loops count one turn, collectives nothing (they are the same in every candidate).
+class Prices:
+    """The time of commands by op of the model; loops count one turn, collectives nothing (they are the same in every candidate)."""
 
-    `calls` says how often each function runs; without it, the calls in the program do.
-    """
-    functions = {str(f.sym_name): f for f in program.body if isinstance(f, Func)}
-    if calls is None:
-        leaves = [call.callee.leaf for f in functions.values() for call in f.walk_type(Call)]
-        calls = {name: leaves.count(name) for name in set(leaves)}
-    return sum(_function_ns(f, machine) * calls.get(name, 1) for name, f in functions.items())
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._known: dict[Hashable, tuple[str, float]] = {}
+        self._busy: dict[str, dict[str, float]] = {}
+
+    def add(self, source: str, command: type[DeclaredOp], properties: Mapping[str, Any]) -> None:
+        """Count a command that implements the op `source`."""
+        key = (command, *(properties.get(name) for name in _SIZES[command]))
+        if key not in self._known:
+            self._known[key] = _price(command, properties, self.machine)
+        unit, ns = self._known[key]
+        units = self._busy.setdefault(source, {})
+        units[unit] = units.get(unit, 0.0) + ns
+
+    def total_ns(self) -> float:
+        return sum(max(units.values()) for units in self._busy.values())
+
+
+class PricedEmitter(Emitter):
+    """Prices commands instead of writing them; tokens mean nothing."""
+
+    def __init__(self, block: Block, tracker: Tracker, prices: Prices, outer: Emitter | None = None) -> None:
+        super().__init__(block, tracker, outer)
+        self.prices = prices
+        self._token = block.append(edge10.Join(tokens=())).result
+
+    def nested(self, block: Block, tracker: Tracker) -> Emitter:
+        return PricedEmitter(block, tracker, self.prices, self)
+
+    def emit(
+        self, command: type[DeclaredOp], *operands: Value, reads: Sequence[Access] = (), writes: Sequence[Access] = (), **properties: Any
+    ) -> Value:
+        if command in _SIZES and not any(v.type is i64 for v in operands):
+            self.prices.add(self.path, command, properties)
+        return self._token
+
+    def loop(self, low: Value, high: Value, body: Block, inner: Tracker) -> None:
+        pass
 
 
 def products_ns(function: Func, machine: Machine, plan: SramPlan) -> float:
@@ -80,46 +112,19 @@ def products_ns(function: Func, machine: Machine, plan: SramPlan) -> float:
     return total
 
 
-def _function_ns(function: Func, machine: Machine) -> float:
-    busy: dict[str, dict[str, float]] = {}
-    known: dict[Hashable, tuple[str, float]] = {}
-    for op in function.walk():
-        if not edge10.is_command(op) or edge10.dynamic_sizes(op):
-            continue
-        unit = edge10.unit_of(op)
-        if unit == "d2d":
-            continue
-        key = (type(op), _size(op))
-        if key not in known:
-            known[key] = _price(op, unit, machine)
-        name, ns = known[key]
-        units = busy.setdefault(str(op.loc), {})
-        units[name] = units.get(name, 0.0) + ns
-    return sum(max(units.values()) for units in busy.values())
+# What the time of a command depends on.  Collectives are not compared.
+_SIZES: Final[dict[type[DeclaredOp], tuple[str, ...]]] = {
+    edge10.Load: ("shape", "dram_strides"), edge10.Store: ("shape", "dram_strides"), edge10.Gather: ("index", "rows", "row_bytes"), edge10.Matmul: ("m", "n", "k"),
+    edge10.Drain: ("m", "n"), edge10.Dequant: ("n", "k"), edge10.VectorOp: ("function", "rows", "cols"), edge10.TopK: ("rows", "cols", "k"),
+}  # fmt: skip
 
 
-def _size(op: Op) -> Hashable:
-    """What the time of a command depends on."""
+def _price(command: type[DeclaredOp], properties: Mapping[str, Any], machine: Machine) -> tuple[str, float]:
+    op = command(args=(), **properties)
     if isinstance(op, (edge10.Load, edge10.Store)):
-        return (op.shape, op.dram_strides)
-    if isinstance(op, edge10.Matmul):
-        return (op.m, op.n, op.k)
-    if isinstance(op, edge10.Drain):
-        return (op.m, op.n)
-    if isinstance(op, edge10.Dequant):
-        return (op.n, op.k)
-    if isinstance(op, edge10.VectorOp):
-        return (op.function, op.rows, op.cols)
-    return id(op)
-
-
-def _price(op: Op, unit: str, machine: Machine) -> tuple[str, float]:
-    if unit not in _TRANSFERS:
-        return unit, machine.sync.command_ns + compute_ns(op, (), machine)
-    transfer: Transfer
-    if isinstance(op, edge10.Gather):
+        transfer = transfer_of(op.shape, op.dram_strides)
+    elif isinstance(op, edge10.Gather):
         transfer = gather_transfer(op)
     else:
-        assert isinstance(op, (edge10.Load, edge10.Store))
-        transfer = transfer_of(op.shape, op.dram_strides)
+        return edge10.unit_of(op), machine.sync.command_ns + compute_ns(op, (), machine)
     return "dram", transfer.cost_bytes(machine) / machine.dram_bytes_per_ns

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tyir.backends.edge10.allocate import SramShares, sram_plan
-from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.lower import estimated_ns, lower_die
 from tyir.backends.edge10.lower_mlp import fused_mlps
-from tyir.backends.edge10.search import CANDIDATES, estimated_ns
+from tyir.backends.edge10.search import CANDIDATES
 from tyir.dialects.func import Func
 from tyir.runtime_sim.engine import simulate
 from tyir.runtime_sim.program import EdgeProgram
@@ -54,5 +54,6 @@ def test_the_estimate_is_near_the_simulation(make_model: Callable[..., Any]) -> 
     """What the search compares is what the timing engine then says, up to what does not overlap."""
     model = make_model(tokens=64, hidden=512, inter=2048, heads=8, dim=64, vocab=2048, group=64, layers=2)
     machine = model.machine.with_overrides({"sync.launch_us": 0})
-    estimate, simulated = estimated_ns(model.lowered[0], machine), simulate(model.programs, machine, 0).total_ns
-    assert 0.5 * simulated < estimate < 1.1 * simulated
+    for shares in CANDIDATES:
+        simulated = simulate([EdgeProgram(lower_die(m, 64, machine, shares)) for m in model.modules], machine, 0).total_ns
+        assert 0.5 * simulated < estimated_ns(model.modules[0], 64, machine, shares) < 1.1 * simulated
