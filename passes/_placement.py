@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from tyir.dialects.dist import AllGather, AllReduce
+from tyir.attributes import DenseArrayAttr, DictAttr
+from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
 from tyir.dialects.ty import (
@@ -30,7 +31,7 @@ from tyir.dialects.ty import (
 from tyir.ir import Op, Value
 from tyir.sharding import PARTIAL, REPLICATED, Placement, Split, from_attribute
 
-__all__ = ["ELEMENTWISE", "LINEAR", "Rule", "placement_of", "rule_for", "through_reshape"]
+__all__ = ["ELEMENTWISE", "LINEAR", "Rule", "executing_dies", "holding_dies", "placement_of", "rule_for", "through_reshape"]
 
 Dims = Sequence[int | None]
 ELEMENTWISE: Final = (Add, Mul, Scale, Silu, SiluMul, Cast)
@@ -44,6 +45,24 @@ def placement_of(value: Value) -> Placement:
         return from_attribute(value.owner.attributes.get("tyir.sharding"))
     function = value.owner.parent_op
     return from_attribute(function.arg_attr(value.index).get("tyir.sharding")) if isinstance(function, Func) else REPLICATED
+
+
+def executing_dies(op: Op) -> tuple[int, ...]:
+    """The dies that execute an op; empty: all."""
+    return _named_dies(op.attributes)
+
+
+def holding_dies(value: Value) -> tuple[int, ...]:
+    """The dies that have a value, whole or in part; empty: all."""
+    if isinstance(value.owner, Op):
+        return executing_dies(value.owner)
+    function = value.owner.parent_op
+    return _named_dies(function.arg_attr(value.index)) if isinstance(function, Func) else ()
+
+
+def _named_dies(attributes: DictAttr) -> tuple[int, ...]:
+    named = attributes.get("tyir.dies")
+    return named.ints() if isinstance(named, DenseArrayAttr) else ()
 
 
 def rule_for(op: Op) -> Rule:
@@ -169,5 +188,5 @@ _RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] 
     (Append, _append),
     (CachedAttention, _attention),
     (TopKCandidates, _candidates),
-    ((AllReduce, AllGather), _already_joined),
+    ((AllReduce, AllGather, CollectivePermute), _already_joined),
 )

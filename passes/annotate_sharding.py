@@ -7,9 +7,8 @@ A block (attention, MLP, embedding or head of the model) is split or left replic
 reads the largest die's share of the weights and pays for a collective, a replicated one reads everything on every die.  `strategy=split` always splits;
 `tyir.pin = "split"` or `"replicated"` on any linear or embedding of a block decides for that block.
 
-`pp=K` cuts the decoder into K stages beside that: the dies form K groups, each holds (and caches) its own share of the layers and has no share of the others.
-Every die follows the residual stream, because each all-reduce reaches all of them.  For models that outgrow the dies of one group: it divides memory, not
-the time of a single token.
+`pp=K` cuts the decoder into K stages beside that: the dies form K groups of neighbours, each executes (and caches) its own share of the layers, named by
+`tyir.dies`; its all-reduces stay within the group, and the residual stream is handed from group to group.  Embedding and head are cut over all dies.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tyir.attributes import StringAttr
+from tyir.attributes import Attribute, DenseArrayAttr, StringAttr
 from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
@@ -78,12 +77,7 @@ class AnnotateSharding(Pass):
         check_stages(self.dies, self.pp)
         assert isinstance(op, Module)
         machine = load_machine(self.machine)
-        package = int(machine.d2d.package_dies)
-        axes = (
-            [("group", self.dies // package), ("die", package)]
-            if self.dies > package and self.dies % package == 0
-            else [("die", self.dies)]
-        )
+        axes = _axes(self.dies, self.pp, int(machine.d2d.package_dies))
         op.body.append(Mesh.make(axes, devices))
         op.set_attribute("tyir.stage", StringAttr("sharded"))
         if self.dies > 1:
@@ -91,11 +85,15 @@ class AnnotateSharding(Pass):
                 blocks = _blocks(function, self.dies, self.pp)
                 for block in blocks:
                     self._decide(block, machine)
+                if self.pp > 1:
+                    _name_dies(function, _stages(function, self.dies, self.pp))
 
     def _decide(self, block: _Block, machine: Machine) -> None:
-        split, replicated = block.split_ns(machine, self.dies), block.replicated_ns(machine)
+        if block.dies == 1:
+            return  # a stage of one die
+        split, replicated = block.split_ns(machine), block.replicated_ns(machine)
         pin = block.pin()
-        forced = self.strategy == "split" or self.pp > 1  # a stage's weights lie with its dies alone
+        forced = self.strategy == "split" or self.pp > 1  # stages are for models that do not fit otherwise
         chosen = pin or ("split" if forced or split <= replicated else "replicated")
         why = f"{chosen}: {split / 1000:.1f} us split against {replicated / 1000:.1f} us replicated" + (" (pinned)" if pin else "")
         for op, placement in block.cuts.items():
@@ -107,12 +105,36 @@ class AnnotateSharding(Pass):
                 _annotate_argument(cache, placement)
 
 
+def _axes(dies: int, stages: int, package: int) -> list[tuple[str, int]]:
+    """The mesh: stages of groups (packages) of dies, an axis only where there is more than one."""
+    axes = [("stage", stages)] if stages > 1 else []
+    size = dies // stages
+    return [*axes, ("group", size // package), ("die", package)] if size > package and size % package == 0 else [*axes, ("die", size)]
+
+
+def _name_dies(function: Func, group: Callable[[Op], _Group]) -> None:
+    """Say which dies execute each op of a layer and hold its caches."""
+    constants = ConstantExpressions()
+    for op in function.body:
+        stage = group(op)
+        if stage.size < stage.total and op.results and not constants.is_constant(op.results[0]):
+            dies = DenseArrayAttr.i64(range(stage.first, stage.first + stage.size))
+            op.set_attribute("tyir.dies", dies)
+            if isinstance(op, Append):
+                _set_arg_attr(op.cache, "tyir.dies", dies)
+
+
 def _annotate_argument(value: Value, placement: Placement) -> None:
-    function = value.block.parent_op if value.block is not None else None
     written = to_attribute(placement)
-    assert isinstance(function, Func) and written is not None
+    assert written is not None
+    _set_arg_attr(value, "tyir.sharding", written)
+
+
+def _set_arg_attr(value: Value, name: str, attribute: Attribute) -> None:
+    function = value.block.parent_op if value.block is not None else None
+    assert isinstance(function, Func)
     attrs = [function.arg_attr(i) for i in range(len(function.args))]
-    attrs[value.index] = attrs[value.index].with_entry("tyir.sharding", written)
+    attrs[value.index] = attrs[value.index].with_entry(name, attribute)
     function.set_arg_attrs(attrs)
 
 
@@ -121,8 +143,9 @@ def _annotate_argument(value: Value, placement: Placement) -> None:
 
 @dataclass
 class _Block:
-    """Ops that are split together: their cuts, the weights' bytes per unit of the cut, and what the joining collective moves for one token."""
+    """Ops that are split together over `dies` dies: their cuts, the weights' bytes per unit of the cut, and what the joining collective moves for one token."""
 
+    dies: int
     cuts: dict[Op, Placement] = field(default_factory=dict)
     caches: dict[Value, Placement] = field(default_factory=dict)
     weights: list[tuple[int, float]] = field(default_factory=list)  # (bytes, largest die's share)
@@ -132,12 +155,12 @@ class _Block:
     def replicated_ns(self, machine: Machine) -> float:
         return sum(b for b, _ in self.weights) / machine.dram_bytes_per_ns
 
-    def split_ns(self, machine: Machine, dies: int) -> float:
+    def split_ns(self, machine: Machine) -> float:
         """The largest share of the weights, and a collective's latency and bytes."""
         share = sum(b * s for b, s in self.weights) / machine.dram_bytes_per_ns
         if self.gathers:
-            return share + all_gather_ns(1, [self.joined_bytes // dies] * dies, machine)
-        return share + all_reduce_ns(self.joined_bytes, f16, dies, machine)
+            return share + all_gather_ns(1, [self.joined_bytes // self.dies] * self.dies, machine)
+        return share + all_reduce_ns(self.joined_bytes, f16, self.dies, machine)
 
     def pin(self) -> str | None:
         found = {p.value for op in self.cuts if isinstance(p := op.attributes.get("tyir.pin"), StringAttr)}
@@ -183,6 +206,11 @@ def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
 def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
     """Which dies share an op: those of its layer's stage, layers being dealt out evenly; all of them outside the layers."""
     layers = sorted({layer for op in function.body if (layer := layer_of(op.loc)) is not None})
+    if stages > max(len(layers), 1):
+        fitting = [k for k in range(1, len(layers) + 1) if dies % k == 0]
+        raise TyirError(
+            f"pp={stages} stages for a decoder of {len(layers)} layers: every stage needs one", help=f"use pp={fitting[-1] if fitting else 1}"
+        )
     shares = even_ranges(len(layers), stages)
     stage_of = {layer: next(s for s, (o, n) in enumerate(shares) if o <= i < o + n) for i, layer in enumerate(layers)}
 
@@ -209,7 +237,7 @@ class _Group:
 
 def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
     """Query heads evenly; of the key/value heads those that a die's query heads read."""
-    block = _Block()
+    block = _Block(dies.size)
     heads = attention.kv_heads
     queries = dies.ranges(len(heads))
     groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
@@ -225,7 +253,7 @@ def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
 
 
 def _mlp_block(down: Linear | QuantizedLinear, dies: _Group) -> _Block:
-    block = _Block()
+    block = _Block(dies.size)
     width = tensor_type(down.x).dims[-1] or 0
     unit = mlp_unit(width, down.group_size if isinstance(down, QuantizedLinear) else 128, dies.size)
     split = Split(tensor_type(down.x).rank - 1, dies.ranges(width, unit))
@@ -237,7 +265,7 @@ def _mlp_block(down: Linear | QuantizedLinear, dies: _Group) -> _Block:
 
 def _embedding_block(embedding: Embedding, dies: int) -> _Block:
     """The table is read one row a token, so what counts is its place in memory: it is split whenever something else is."""
-    block = _Block(cuts={embedding: PARTIAL})
+    block = _Block(dies, cuts={embedding: PARTIAL})
     block.joined_bytes = _row_bytes(embedding.out)
     rows = tensor_type(embedding.table).static_shape[0]
     block.weights.append((_weight_bytes(embedding), max(s for _, s in vocabulary_ranges(rows, dies)) / rows))
@@ -246,7 +274,7 @@ def _embedding_block(embedding: Embedding, dies: int) -> _Block:
 
 def _head_block(head: Linear | QuantizedLinear, dies: int) -> _Block:
     split = Split(tensor_type(head.out).rank - 1, vocabulary_ranges(tensor_type(head.out).dims[-1] or 0, dies))
-    block = _Block(cuts={head: split}, gathers=True)
+    block = _Block(dies, cuts={head: split}, gathers=True)
     block.add(head, split)
     block.joined_bytes = _row_bytes(head.out)
     return block

@@ -5,7 +5,8 @@
                                                                      %h = ty.linear(%x, %s) {tyir.shard = [2, 0]} }
                                                             -->    module @die1 { the same with the other rows }
 
-A die left without a share (more dies than heads) has no op for it, and takes part in the all-reduce with nothing.  `tyir.shard = [axis, offset]` and
+A die left without a share (more dies than heads) has no op for it, and takes part in the all-reduce with nothing.  A die of another pipeline stage has
+nothing of a layer at all; what is handed on between stages becomes a `dist.send` and a `dist.recv`.  `tyir.shard = [axis, offset]` and
 `tyir.partial` say which part of the whole a result is: verification compares by them.
 """
 
@@ -18,13 +19,13 @@ from tyir.attributes import DenseArrayAttr, DictAttr, IntegerAttr, StringAttr, U
 from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.dist import AllGather, AllReduce
+from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute, Recv, Send
 from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import Embedding, Linear, QuantizedLinear, Repeat, Reshape, Slice, TopKCandidates, tensor_type
 from tyir.ir import Block, Op, Region, Value
-from tyir.passes._placement import placement_of, rule_for
+from tyir.passes._placement import holding_dies, placement_of, rule_for
 from tyir.passes.annotate_sharding import vocabulary_ranges
 from tyir.passes.dce import eliminate_dead_code
 from tyir.passes.specialize_seqlen import infer_results
@@ -67,6 +68,7 @@ class _Localizer:
         self.local: dict[Value, Value] = {}
         self.slices: dict[tuple[Value, int, int, int], Value] = {}
         self.block = Block()
+        self.tags = {op: number for number, op in enumerate(o for o in function.body if isinstance(o, CollectivePermute))}
 
     def run(self) -> Func:
         source = self.function
@@ -82,7 +84,7 @@ class _Localizer:
         for op in source.body:
             self._localize(op)
         result.refresh_type()
-        result.set_arg_attrs([source.arg_attr(i).without("tyir.sharding") for i in kept])
+        result.set_arg_attrs([source.arg_attr(i).without("tyir.sharding", "tyir.dies") for i in kept])
         result.set_res_attrs([self._res_attr(i, kept) for i, v in enumerate(source.body.terminator.operands) if v in self.local])
         eliminate_dead_code(result)
         return result
@@ -96,11 +98,17 @@ class _Localizer:
         return split.ranges[self.die]
 
     def _is_absent(self, value: Value) -> bool:
-        split = placement_of(value)
-        return isinstance(split, Split) and self._range(split)[1] == 0
+        split, dies = placement_of(value), holding_dies(value)
+        return bool(dies and self.die not in dies) or (isinstance(split, Split) and self._range(split)[1] == 0)
 
     def _localize(self, op: Op) -> None:
-        if isinstance(op, (AllReduce, AllGather)):
+        if isinstance(op, CollectivePermute):
+            self._hand_on(op)
+        elif isinstance(op, (AllReduce, AllGather)) and op.dies and self.die not in op.dies:
+            return
+        elif isinstance(op, (AllReduce, AllGather)) and op.dies == (self.die,):
+            self.local[op.out] = self.local[op.operands[0]]  # a stage of one die
+        elif isinstance(op, (AllReduce, AllGather)):
             self._copy(op, [self.local[v] for v in op.operands if v in self.local])
         elif isinstance(op, Return):
             self.block.append(Return(values=[self.local[v] for v in op.operands if v in self.local], loc=op.loc))
@@ -116,6 +124,18 @@ class _Localizer:
                 copy = self._copy(op, operands)
                 if copy.results:
                     self._adjust(copy, op)
+
+    def _hand_on(self, op: CollectivePermute) -> None:
+        """The die's part: it sends, receives, or has the value already and keeps it."""
+        targets = tuple(target for source, target in op.routes if source == self.die)
+        source = next((source for source, target in op.routes if target == self.die), None)
+        if targets:
+            self.block.append(Send(self.local[op.x], targets=targets, tag=self.tags[op], loc=op.loc))
+        if source is not None:
+            received = Recv(source=source, tag=self.tags[op], loc=op.loc, result_types=[op.out.type])
+            self.local[op.out] = self.block.append(received).results[0]
+        elif not self._is_absent(op.out):
+            self.local[op.out] = self.local[op.x]
 
     def _operands(self, op: Op) -> list[Value]:
         """The local operands, cut where the op wants a part of something whole."""
@@ -140,7 +160,7 @@ class _Localizer:
     def _annotate(self, new: Op, op: Op) -> None:
         """Say which part of the whole a result is, in place of the annotations that the steps before needed."""
         placement = placement_of(op.results[0]) if op.results else None
-        new.attributes = new.attributes.without("tyir.sharding", "sdy.sharding", "tyir.choice", "tyir.pin")
+        new.attributes = new.attributes.without("tyir.sharding", "sdy.sharding", "tyir.choice", "tyir.pin", "tyir.dies")
         if isinstance(placement, Split):
             new.set_attribute("tyir.shard", DenseArrayAttr.i64((placement.axis, self._range(placement)[0])))
         elif placement is PARTIAL:

@@ -18,7 +18,7 @@ from tyir.dialects.func import Func
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import MergeTopK, TopK, TopKCandidates, tensor_type
 from tyir.ir import Op
-from tyir.passes._placement import placement_of, rule_for
+from tyir.passes._placement import executing_dies, placement_of, rule_for
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import Placement, Split, shardy_attribute, to_attribute
 from tyir.types import TensorType
@@ -67,5 +67,6 @@ def set_placement(op: Op, placement: Placement, axes: Sequence[str]) -> None:
     if written is not None and isinstance(type, TensorType):
         attributes = attributes.with_entry("tyir.sharding", written)
         if len(op.results) == 1:
-            attributes = attributes.with_entry("sdy.sharding", shardy_attribute(placement, type.rank, axes))
+            own = [axis for axis in axes if axis != "stage"] if executing_dies(op) else axes  # a stage's op is cut within its stage
+            attributes = attributes.with_entry("sdy.sharding", shardy_attribute(placement, type.rank, own))
     op.attributes = attributes

@@ -113,10 +113,10 @@ def collective_counts(timing: Timing, die: int = 0) -> list[CollectiveCount]:
 
 def _collective_bytes(kind: Kind) -> int:
     op = kind.op
-    if isinstance(op, edge10.AllReduce):
-        return op.nbytes
-    assert isinstance(op, edge10.AllGather)
-    return op.rows * sum(op.sizes)
+    if isinstance(op, edge10.AllGather):
+        return op.rows * sum(op.sizes)
+    assert isinstance(op, (edge10.AllReduce, edge10.Send, edge10.Recv))
+    return op.nbytes
 
 
 def _macs(kind: Kind) -> int:

@@ -6,16 +6,16 @@ Rules
 - DMA queues: commands are issued one after the other (`sync.command_ns + dma.issue_ns`), up to `dma.outstanding` are in flight, so that the DRAM's latency
   is hidden behind the data of the transfers before; data moves in order, all queues of a die (and its collectives) sharing the DRAM bandwidth fairly, none
   faster than its port of the on-chip memory.
-- A collective starts when all dies have reached it, and ends at the same time on all of them.
+- A collective starts when all its dies have reached it, and ends at the same time on all of them; a send meets its receives.
 
 `die_engine` follows one die; here the dies meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +24,11 @@ import numpy.typing as npt
 from tyir.collector import collector_paused
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.ir import Op
 from tyir.runtime_sim.die_engine import DieEngine, Durations
 from tyir.runtime_sim.program import EdgeProgram, alike_programs
 from tyir.runtime_sim.unroll import Command, Step
-from tyir.targets.command_times import Transfer, Work, all_gather_ns, all_reduce_ns
+from tyir.targets.collectives import all_gather_ns, all_reduce_ns, send_ns
+from tyir.targets.command_times import Transfer, Work
 from tyir.targets.machine import Machine
 
 __all__ = ["DieTiming", "Record", "Timing", "simulate"]
@@ -101,14 +101,15 @@ def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Tim
     Dies with the same program run alike to the nanosecond: one of each kind is simulated.
     """
     groups = alike_programs(programs)
+    kinds = {die: kind for kind, group in enumerate(groups) for die in group}
+    kind_of_die = [kinds[die] for die in range(len(programs))]
     with collector_paused():
         dies = [_Die(programs[group[0]].expand(pos), machine) for group in groups]
-        _run(dies, len(programs), machine)
+        _run(dies, kind_of_die, machine)
         launch = machine.sync.launch_us * 1000
         timings = [die.timing(launch) for die in dies]
     total = max((float(t.end.max(initial=launch)) for t in timings), default=launch)
-    of_die = {number: timing for group, timing in zip(groups, timings) for number in group}
-    return Timing(total, tuple(of_die[number] for number in range(len(programs))), pos, programs[0].seqlen)
+    return Timing(total, tuple(timings[kind] for kind in kind_of_die), pos, programs[0].seqlen)
 
 
 class _Die:
@@ -154,26 +155,53 @@ def _covered(start: Times, end: Times) -> float:
     return float(np.maximum(0.0, end - np.maximum(start, before)).sum())
 
 
-def _run(dies: Sequence[_Die], count: int, machine: Machine) -> None:
-    """Follow all dies from collective to collective."""
+def _run(dies: Sequence[_Die], kind_of_die: Sequence[int], machine: Machine) -> None:
+    """Follow all dies from collective to collective; dies that do not take part in the same ones go on independently."""
     while True:
         for die in dies:
             die.engine.run()
-        if any(die.engine.arrival is None for die in dies):
+        meetings = list(_meetings(dies, kind_of_die))
+        if not meetings:
             return _check_finished(dies)
-        _meet(dies, count, machine)
+        for members, links_ns in meetings:
+            _meet([dies[kind] for kind in members], links_ns(machine) + machine.sync.command_ns)
 
 
-def _meet(dies: Sequence[_Die], count: int, machine: Machine) -> None:
-    """All dies have arrived: the collective begins with the last, and ends when the links and every die's DRAM side have."""
-    commands = [command for die in dies if (command := die.waits_with) is not None]
-    if any(type(c.op) is not type(commands[0].op) for c in commands):
-        raise TyirError(f"the dies do not meet: {', '.join(c.describe() for c in commands)}")
+def _meetings(dies: Sequence[_Die], kind_of_die: Sequence[int]) -> Iterator[tuple[list[int], Callable[[Machine], float]]]:
+    """The collectives that all their dies have reached: which kinds of dies, and how long the links are busy."""
+    waiting = [die.waits_with for die in dies]
+    seen: set[int] = set()
+    for kind, command in enumerate(waiting):
+        if command is None or kind in seen:
+            continue
+        op = command.op
+        if isinstance(op, edge10.Send):
+            die = kind_of_die.index(kind)
+            peers = [kind_of_die[target] for target in op.targets]
+            if all(_receives(waiting[peer], die, op.tag) for peer in peers):
+                yield [kind, *peers], partial(_send_ns, op, die)
+        elif not isinstance(op, edge10.Recv):
+            assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
+            numbers = op.dies or range(len(kind_of_die))
+            members = sorted({kind_of_die[number] for number in numbers})
+            others = [waiting[member] for member in members]
+            if all(o is not None and type(o.op) is type(op) and o.op.dies == op.dies for o in others):
+                seen.update(members)
+                yield members, partial(_links_ns, op, len(numbers))
+
+
+def _receives(command: Command | None, peer: int, tag: int) -> bool:
+    return command is not None and isinstance(command.op, edge10.Recv) and (command.op.peer, command.op.tag) == (peer, tag)
+
+
+def _meet(dies: Sequence[_Die], links_ns: float) -> None:
+    """The collective begins with the last die's arrival, and ends when the links and every die's DRAM side have."""
     begin = max(die.engine.arrival[1] for die in dies if die.engine.arrival is not None)
-    links_ns = machine.sync.command_ns + _links_ns(commands[0].op, count, machine)
-    for die, command in zip(dies, commands):
+    for die in dies:
+        command = die.waits_with
+        assert command is not None
         transfer = command.kind.cost
-        die.engine.join(begin, links_ns, transfer.cost_bytes(machine) if isinstance(transfer, Transfer) and transfer.nbytes else 0.0)
+        die.engine.join(begin, links_ns, transfer.cost_bytes(die.machine) if isinstance(transfer, Transfer) and transfer.nbytes else 0.0)
     for die in dies:
         die.engine.run()
     end = max(die.engine.part_end for die in dies)
@@ -181,11 +209,14 @@ def _meet(dies: Sequence[_Die], count: int, machine: Machine) -> None:
         die.engine.leave(end)
 
 
-def _links_ns(op: Op, dies: int, machine: Machine) -> float:
+def _links_ns(op: edge10.AllReduce | edge10.AllGather, dies: int, machine: Machine) -> float:
     if isinstance(op, edge10.AllReduce):
         return all_reduce_ns(op.nbytes, op.element, dies, machine)
-    assert isinstance(op, edge10.AllGather)
     return all_gather_ns(op.rows, op.sizes, machine)
+
+
+def _send_ns(op: edge10.Send, source: int, machine: Machine) -> float:
+    return send_ns(op.nbytes, source, op.targets, machine)
 
 
 def _check_finished(dies: Sequence[_Die]) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import dequantize_rows
+from tyir.lockstep import Meet, Recv, Request, Send, drive
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.program import Command, EdgeProgram
 from tyir.runtime_sim.vector_functions import softmax_block, top_k, vector_function
@@ -255,16 +256,22 @@ class FunctionalDie:
 
     def _collective_operand(self, command: Command) -> Array:
         op = command.op
-        assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
+        if isinstance(op, edge10.Recv):
+            return np.empty(0, np.uint8)
+        assert isinstance(op, (edge10.AllReduce, edge10.AllGather, edge10.Send))
         if op.source_memory == "none":
             return np.empty(0, np.uint8)
-        nbytes = op.nbytes if isinstance(op, edge10.AllReduce) else op.rows * op.sizes[op.die]
+        nbytes = op.rows * op.sizes[op.die] if isinstance(op, edge10.AllGather) else op.nbytes
         return self._side(command, op.source_memory, op.source, nbytes, list(command.addresses), write=False).copy()
 
     def _collective_result(self, command: Command, combined: Array) -> None:
         op = command.op
-        assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
-        addresses = list(command.addresses)[op.source_memory == "dram" :]
+        if isinstance(op, edge10.Send):
+            return
+        assert isinstance(op, (edge10.AllReduce, edge10.AllGather, edge10.Recv))
+        addresses = list(command.addresses)
+        if not isinstance(op, edge10.Recv) and op.source_memory == "dram":
+            addresses = addresses[1:]
         if isinstance(op, edge10.AllGather) and op.displacements is not None:
             pieces = np.split(combined.reshape(op.rows, -1), np.cumsum(op.sizes)[:-1], axis=1)
             for piece, displacement in zip(pieces, op.displacements):
@@ -280,7 +287,7 @@ class FunctionalDie:
 _HANDLERS: Final[dict[type, Callable[[FunctionalDie, Command], None]]] = {
     edge10.Load: lambda die, c: die.load(c), edge10.Store: lambda die, c: die.store(c), edge10.Gather: FunctionalDie.gather, edge10.Dequant: lambda die, c: die.dequant(c),
     edge10.Matmul: FunctionalDie.matmul, edge10.Drain: FunctionalDie.drain, edge10.VectorOp: FunctionalDie.vector, edge10.SoftmaxBlock: FunctionalDie.softmax,
-    edge10.TopK: FunctionalDie.top_k, edge10.DequantRows: FunctionalDie.dequant_rows, edge10.AllReduce: FunctionalDie.load, edge10.AllGather: FunctionalDie.load,
+    edge10.TopK: FunctionalDie.top_k, edge10.DequantRows: FunctionalDie.dequant_rows,
 }  # fmt: skip
 
 
@@ -306,46 +313,51 @@ def _nibbles(packed: Array) -> Array:
     return out
 
 
-def _combine(commands: Sequence[Command], parts: Sequence[Array]) -> Array:
+def _combine(command: Command, parts: Sequence[Array | None]) -> Array:
     """What a collective gives every die, from the dies' operands in die order."""
-    op = commands[0].op
-    if any(type(c.op) is not type(op) for c in commands):
-        raise TyirError(f"the dies do not meet: {', '.join(c.describe() for c in commands)}")
+    op, operands = command.op, [p for p in parts if p is not None]
     if isinstance(op, edge10.AllReduce):
         dtype = storage_dtype(op.element)
-        present = [p for p in parts if len(p)]
+        present = [p for p in operands if len(p)]
         total = present[0].view(dtype).astype(np.float32)
         for part in present[1:]:
             total = total + part.view(dtype).astype(np.float32)
         with np.errstate(over="ignore"):
             return total.astype(dtype).view(np.uint8)
     assert isinstance(op, edge10.AllGather)
-    if len(op.sizes) != len(parts):
-        raise TyirError(f"{commands[0].describe()} is for {len(op.sizes)} dies, {len(parts)} are running")
-    return np.concatenate([p.reshape(op.rows, -1) for p in parts], axis=1).reshape(-1)
+    if len(op.sizes) != len(operands):
+        raise TyirError(f"{command.describe()} is for {len(op.sizes)} dies, {len(operands)} are running")
+    return np.concatenate([p.reshape(op.rows, -1) for p in operands], axis=1).reshape(-1)
+
+
+def _requests(step: Generator[tuple[Command, Array], Array, None]) -> Generator[Request, Array | None, None]:
+    """A die's step as what it asks of the other dies."""
+    message: Array | None = None
+    while True:
+        try:
+            command, operand = next(step) if message is None else step.send(message)
+        except StopIteration:
+            return
+        message = yield _request(command, operand)
+
+
+def _request(command: Command, operand: Array) -> Request:
+    op = command.op
+    if isinstance(op, edge10.Send):
+        return Send(op.targets, op.tag, operand, command.describe())
+    if isinstance(op, edge10.Recv):
+        return Recv(op.peer, op.tag, command.describe())
+    assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
+    return Meet(op.name, op.dies or (), operand, lambda parts: _combine(command, parts), command.describe())
 
 
 def run_step(dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: int) -> dict[str, Array]:
-    """One step of all dies in lockstep: fills the input buffers, runs the programs, returns the output buffers of the main die by name."""
+    """One step of all dies (`tyir.lockstep`): fills the input buffers, runs the programs, returns the output buffers of the main die by name."""
     for die in dies:
         for name, array in inputs.items():
             die.memory.dram.write_buffer(name, array)
-    runs = [die.step(pos) for die in dies]
-    inbox: list[Array | None] = [None] * len(dies)
-    while True:
-        waiting: list[tuple[Command, Array]] = []
-        finished = 0
-        for run, message in zip(runs, inbox):
-            try:
-                waiting.append(next(run) if message is None else run.send(message))
-            except StopIteration:
-                finished += 1
-        if not waiting:
-            return _outputs(dies[0])
-        if finished:
-            raise TyirError(f"the dies do not meet: {finished} have finished while another waits at {waiting[0][0].describe()}")
-        combined = _combine([c for c, _ in waiting], [a for _, a in waiting])
-        inbox = [combined] * len(dies)
+    drive([_requests(die.step(pos)) for die in dies])
+    return _outputs(dies[0])
 
 
 def _outputs(die: FunctionalDie) -> dict[str, Array]:

@@ -114,7 +114,7 @@ def _block_signature(block: Block) -> Hashable:
         for op in inner:
             properties: Hashable = op.properties
             if isinstance(op, edge10.AllGather):
-                properties = (op.rows, op.sizes, op.sizes[op.die], op.source_memory, op.destination_memory, op.displacements, op.stride)
+                properties = (op.rows, op.sizes, op.sizes[op.die], op.source_memory, op.destination_memory, op.displacements, op.stride, op.dies)
             elif isinstance(op, edge10.Gather) and op.index == "ids":  # which rows a die holds does not matter either
                 properties = (op.rows, op.row_bytes, op.sram, op.offset)
             rows.append((op.name, properties, tuple(numbers[v] for v in op.operands)))

@@ -54,7 +54,7 @@ class Kind:
     @cached_property
     def cost(self) -> Transfer | Work:
         """What their time depends on: bytes and runs of a transfer (for a collective on its own die's side), sizes of anything else."""
-        if isinstance(self.op, (edge10.AllReduce, edge10.AllGather)):
+        if isinstance(self.op, edge10.COLLECTIVES):
             return collective_transfer(self.op)
         if self.unit in edge10.DMA_UNITS:
             return transfer_of_command(self.op, self.scalars)

@@ -261,10 +261,11 @@ def check_prompt(session: Session, reference: Reference, ids: Sequence[int], cou
 
 
 class LayerStates:
-    """A `StepProbe` that keeps each decoder layer's output of die 0."""
+    """A `StepProbe` that keeps each decoder layer's output of the first die that has the layer."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[Array]] = defaultdict(list)
+        self.owner: dict[int, int] = {}
 
     def clear(self) -> None:
         self.seen.clear()
@@ -276,7 +277,8 @@ class LayerStates:
         return np.concatenate(self.seen[layer])
 
     def __call__(self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None:
-        if die == 0 and isinstance(op, Call) and isinstance(layer := op.attributes.get("tyir.layer"), IntegerAttr):
+        layer = op.attributes.get("tyir.layer") if isinstance(op, Call) else None
+        if isinstance(op, Call) and isinstance(layer, IntegerAttr) and self.owner.setdefault(layer.value, die) == die:
             callee = lookup_symbol(op, op.callee.leaf)
             assert isinstance(callee, Func)
             own = [r for i, r in enumerate(results) if alias_of_result(callee, i) is None]  # the scales of a cache have three axes too

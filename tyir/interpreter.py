@@ -1,7 +1,7 @@
 """Running IR on numpy, op by op: the oracle of every pass, and the walk that the compiled runtime shares.
 
-`Interpreter.run` is a generator: it yields at every collective with the die's operand and is resumed with the combined result, which lets
-`run_lockstep` drive any number of dies in one thread.  What an op *does* is the `evaluator`'s business: the reference evaluator calls the op's own
+`Interpreter.run` is a generator: it yields at every collective and is resumed with what the other dies give, which lets `run_lockstep` drive any number of
+dies in one thread.  What an op *does* is the `evaluator`'s business: the reference evaluator calls the op's own
 `evaluate`; the runtime's calls a compiled kernel.  A `probe` sees every op with its results (verification compares two runs through it).
 """
 
@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tyir import lockstep
 from tyir.diagnostics import TyirError
 from tyir.dialects import func
 from tyir.dialects.builtin import Module
-from tyir.dialects.dist import AllGather, AllReduce
+from tyir.dialects.dist import AllGather, AllReduce, Recv, Send
 from tyir.dialects.ty import GetGlobal, Global, Param
 from tyir.ir import Block, Op, Value
 from tyir.opdef import DeclaredOp
@@ -27,7 +28,7 @@ __all__ = ["Evaluator", "Interpreter", "Probe", "evaluate_op", "evaluate_param",
 
 Array = npt.NDArray[Any]
 Evaluator = Callable[[Op, Sequence[Array]], "Array | tuple[Array, ...]"]
-Collectives = Generator[tuple[Op, Array | None], Array, tuple[Array, ...]]
+Collectives = Generator[lockstep.Request, Array | None, tuple[Array, ...]]
 
 
 class Probe(Protocol):
@@ -81,7 +82,7 @@ class Interpreter:
         self._functions: dict[str, func.Func] = {op.sym_name: op for op in module.body if isinstance(op, func.Func)}
 
     def run(self, name: str, args: Sequence[Array]) -> Collectives:
-        """Run a function; yields (collective op, operand) and is sent the combined array; returns the function's results."""
+        """Run a function; yields what it asks of the other dies at each collective and is sent what that gives; returns the function's results."""
         if name not in self._functions:
             raise TyirError(f"there is no function @{name}", help=f"functions here: {', '.join('@' + f for f in self._functions)}")
         return self._run_block(self._functions[name].body, args, ())
@@ -102,7 +103,8 @@ class Interpreter:
                 env.pop(value, None)
             results: Any
             if op.has_trait(Collective):
-                results = yield op, operands[0] if operands else None
+                received = yield _request(op, operands[0] if operands else None)
+                results = received if op.results else ()
             elif isinstance(op, func.Call):
                 results = yield from self._run_block(self._functions[op.callee.leaf].body, operands, (*stack, op))
             elif isinstance(op, GetGlobal):
@@ -156,27 +158,21 @@ def evaluate_param(param: Param, weights: WeightSource | None) -> Array:
     raise TyirError(f"the initializer of @{param.sym_name} holds a collective")
 
 
+def _request(op: Op, operand: Array | None) -> lockstep.Request:
+    """What a collective asks of the other dies."""
+    if isinstance(op, (AllReduce, AllGather)):
+        return lockstep.Meet(op.name, op.dies or (), operand, op.combine, op.name)
+    if isinstance(op, Send):
+        assert operand is not None
+        return lockstep.Send(op.targets, op.tag, operand, op.name)
+    if isinstance(op, Recv):
+        return lockstep.Recv(op.source, op.tag, op.name)
+    raise TyirError(f"'{op.name}' cannot be executed", help="run localize-dies first")
+
+
 def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:
-    """Drive all dies' runs together: at each collective every die's operand is combined and the result given to all.  Returns each die's results."""
-    inbox: list[Array | None] = [None] * len(runs)
-    while True:
-        waiting: list[tuple[Op, Array | None]] = []
-        finished: list[tuple[Array, ...]] = []
-        for run, message in zip(runs, inbox):
-            try:
-                waiting.append(run.send(message) if message is not None else next(run))
-            except StopIteration as stop:
-                finished.append(stop.value)
-        if not waiting:
-            return finished
-        op = waiting[0][0]
-        if finished or any(type(other) is not type(op) for other, _ in waiting):
-            raise TyirError(
-                f"the dies do not meet: {', '.join(o.name for o, _ in waiting)}; {len(finished)} of {len(runs)} dies have finished"
-            )
-        assert isinstance(op, (AllReduce, AllGather))
-        combined = op.combine([operand for _, operand in waiting])
-        inbox = [combined] * len(runs)
+    """Drive all dies' runs together (`tyir.lockstep`); returns each die's results."""
+    return lockstep.drive(runs)
 
 
 def run_function(

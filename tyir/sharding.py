@@ -1,9 +1,11 @@
 """Where a value lives on the dies, and how that is written on an op.
 
 A placement is `REPLICATED` (every die has all of it), `PARTIAL` (every die has an addend) or a `Split` (every die has a range along one axis; ranges may be
-uneven, and may overlap: that is how key/value heads are replicated only where a query group crosses dies).
+uneven, and may overlap: that is how key/value heads are replicated only where a query group crosses dies).  `tyir.dies` names the dies that execute an op (or
+hold an argument) when these are not all: those of a pipeline stage.
 
     tyir.sharding = {axis = 2 : i64, offsets = array<i64: 0, 3, 6>, sizes = array<i64: 3, 3, 2>}      (absent: replicated; "partial")
+    tyir.dies = array<i64: 2, 3>                                                                      (absent: all)
     sdy.sharding = #sdy.sharding_per_value<[<@mesh, [{}, {}, {"die"}]>]>                              (the same for Shardy's tools, without the ranges)
 """
 

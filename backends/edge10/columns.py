@@ -155,7 +155,7 @@ class SummedColumns:
         emitter.begin(self.summing.reduce)
         given = self.summing.product is not None
         emitter.emit(
-            edge10.AllReduce, source=offset if given else 0, source_memory="sram" if given else "none", destination=offset, nbytes=nbytes, element=f16,
+            edge10.AllReduce, source=offset if given else 0, source_memory="sram" if given else "none", destination=offset, nbytes=nbytes, element=f16, dies=self.summing.reduce.dies,
             reads=[sram_range(offset, nbytes)] if given else [], writes=[sram_range(offset, nbytes, write=True)],
         )  # fmt: skip
 
@@ -214,7 +214,7 @@ def gatherings(function: Func, machine: Machine) -> dict[Op, Gathering]:
     """The products of many tokens whose columns are gathered block by block, by their `all_gather`."""
     found: dict[Op, Gathering] = {}
     for op in function.body:
-        if isinstance(op, AllGather) and op.x is not None and op.axis == len(tensor_type(op.out).dims) - 1 and min(op.sizes) > 0:
+        if isinstance(op, AllGather) and op.dies is None and op.x is not None and op.axis == len(tensor_type(op.out).dims) - 1 and min(op.sizes) > 0:
             product = op.x.op
             if isinstance(product, (Linear, QuantizedLinear)) and len(op.x.uses) == 1 and _block_of(op.out, machine):
                 found[op] = Gathering(product, op)

@@ -35,7 +35,7 @@ from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
 from tyir.backends.edge10.lower_attention import attention_scratch, lower_attention
 from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_quantize_rows, lower_rows
-from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce
+from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce, lower_recv, lower_send
 from tyir.backends.edge10.lower_gated import fused_products, lower_gated
 from tyir.backends.edge10.lower_linear import InputTiles, lower_linear, lower_product
 from tyir.backends.edge10.lower_mlp import Mlp, fused_mlps, fused_ops, lower_mlp
@@ -58,7 +58,7 @@ __all__ = ["estimated_ns", "lower_die"]
 _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Scale: lower_rowwise,
     ty.Silu: lower_rowwise, ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
-    kv.Append: lower_append, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather,
+    kv.Append: lower_append, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather, dist.Send: lower_send, dist.Recv: lower_recv,
     kv.QuantizeRows: lower_quantize_rows, ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ def _sram_end(op: Op) -> int:
         return max(op.probabilities + op.rows * op.probability_stride, max(op.maximum, op.total, op.alpha) + op.rows * 4)
     if isinstance(op, edge10.TopK):
         return max(offset + (op.rows - 1) * stride + op.k * 4 for offset, stride in zip(op.best, op.best_strides))
-    if isinstance(op, edge10.AllReduce) and op.destination_memory == "sram":
+    if isinstance(op, (edge10.AllReduce, edge10.Recv)) and op.destination_memory == "sram":
         return op.destination + op.nbytes
     if isinstance(op, edge10.AllGather) and op.destination_memory == "sram":
         if op.displacements is None:

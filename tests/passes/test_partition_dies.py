@@ -125,6 +125,12 @@ def test_pipeline_stages(dies: int, stages: int) -> None:
     np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted.astype(np.float32)).max())
 
 
+def test_every_stage_needs_a_layer() -> None:
+    module, _ = build(Shape(layers=2))
+    with pytest.raises(TyirError, match=r"pp=4 stages for a decoder of 2 layers(.|\n)*use pp=2"):
+        run_pipeline(module, "kv-materialize{max-kv=16},partition-dies{dies=4 pp=4}")
+
+
 def test_stages_must_divide_the_dies() -> None:
     module, _ = build(Shape())
     with pytest.raises(TyirError, match=r"pp=3 stages of 4 dies(.|\n)*must divide the dies: 1, 2, 4"):

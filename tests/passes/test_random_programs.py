@@ -35,7 +35,7 @@ def cases(draw: st.DrawFn) -> tuple[Shape, int, int, bool, tuple[int, ...], list
         tied=draw(st.booleans()),
     )
     dies = draw(st.integers(1, 16))
-    stages = draw(st.sampled_from([k for k in (1, 2, 4) if dies % k == 0]))
+    stages = draw(st.sampled_from([k for k in (1, 2, 3) if dies % k == 0 and k <= shape.layers]))
     lengths = tuple(sorted(draw(st.sets(st.sampled_from([2, 3, 4, 8]), max_size=2)) | {1}))
     count = draw(st.integers(2, CAPACITY))
     tokens = [draw(st.integers(0, shape.vocabulary - 1)) for _ in range(count)]

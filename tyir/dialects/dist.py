@@ -1,6 +1,7 @@
-"""`dist`: what dies do together.  Each die's program holds the same collectives in the same order; they are executed in lockstep.
+"""`dist`: what dies do together.  Dies that take part in the same collectives hold them in the same order; how they meet is `tyir.lockstep`.
 
-After `partition-dies` the file holds one `sdy.mesh` and one module `@die{i}` per die.
+After `partition-dies` the file holds one `sdy.mesh` and one module `@die{i}` per die.  `dies` of a collective are those that take part, without it all do; the
+dies of a pipeline stage meet among themselves, and hand the residual stream on with `dist.send` and `dist.recv`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy.typing as npt
 
 from tyir.dialects.ty import as_type, tensor_type
 from tyir.ir import Value
-from tyir.opdef import DeclaredOp, attr, optional_operand, result
+from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result
 from tyir.traits import Collective
+from tyir.types import Type
 
-__all__ = ["AllGather", "AllReduce"]
+__all__ = ["AllGather", "AllReduce", "CollectivePermute", "Recv", "Send"]
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +31,8 @@ class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
     """
 
     x: Value | None = optional_operand(default=None)
+    _: KW_ONLY
+    dies: tuple[int, ...] | None = attr(default=None)
     out: Value = result()
 
     def verify(self) -> Iterator[str]:
@@ -45,7 +49,7 @@ class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
 
 
 class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
-    """All dies' operands joined along `axis`, in die order; `sizes` are the dies' lengths along it, which may differ.
+    """All dies' operands joined along `axis`, in die order; `sizes` are the lengths of those that take part, which may differ.
 
     A die whose length is 0 takes part without an operand.  Until localize-dies the operand has its global shape.
     """
@@ -54,6 +58,7 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
     _: KW_ONLY
     axis: int = attr()
     sizes: tuple[int, ...] = attr()
+    dies: tuple[int, ...] | None = attr(default=None)
     out: Value = result()
 
     def verify(self) -> Iterator[str]:
@@ -66,3 +71,51 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
     def combine(self, parts: Sequence[Array | None]) -> Array:
         """The result from the operands of all dies, in die order; None for a die whose length is 0."""
         return np.concatenate([part for part in parts if part is not None], axis=self.axis)
+
+
+class CollectivePermute(DeclaredOp, name="dist.collective_permute", traits=(Collective,)):
+    """A value goes from each source to its target: `pairs` are source, target, source, target, ...; a die that has it already keeps it.
+
+    As `stablehlo.collective_permute`, except that a source may have several targets.  Exists from insert-collectives to localize-dies, which makes a
+    `dist.send` of it on the sources and a `dist.recv` on the targets.
+    """
+
+    x: Value = operand()
+    _: KW_ONLY
+    pairs: tuple[int, ...] = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    @property
+    def routes(self) -> tuple[tuple[int, int], ...]:
+        """(source, target) of each transfer."""
+        return tuple(zip(self.pairs[::2], self.pairs[1::2]))
+
+    def verify(self) -> Iterator[str]:
+        targets = self.pairs[1::2]
+        if len(self.pairs) % 2 or len(set(targets)) != len(targets):
+            yield f"pairs {list(self.pairs)} must be source and target in turn, each target once"
+
+
+class Send(DeclaredOp, name="dist.send", traits=(Collective,)):
+    """Hands `x` to the `targets`, which take it with a `dist.recv` of the same `tag`.  Does not wait for them."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    targets: tuple[int, ...] = attr()
+    tag: int = attr(default=0)
+
+    def verify(self) -> Iterator[str]:
+        if not self.targets:
+            yield "a send without targets"
+
+
+class Recv(DeclaredOp, name="dist.recv", traits=(Collective,)):
+    """What die `source` sends with this `tag`."""
+
+    _: KW_ONLY
+    source: int = attr()
+    tag: int = attr(default=0)
+    out: Value = result()

@@ -24,8 +24,8 @@ from tyir.traits import Collective, Pure, Symbol, Terminator
 from tyir.types import OpaqueType, TensorType, Type, i64
 
 __all__ = [
-    "ADDRESS", "DMA_UNITS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "DequantRows", "Drain", "For", "Gather", "Join",
-    "Load", "Matmul", "Offset", "Register", "SoftmaxBlock", "Store", "TopK", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
+    "ADDRESS", "COLLECTIVES", "DMA_UNITS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "DequantRows", "Drain", "For", "Gather", "Join",
+    "Load", "Matmul", "Offset", "Recv", "Register", "Send", "SoftmaxBlock", "Store", "TopK", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
 ]  # fmt: skip
 
 TOKEN: Final = OpaqueType("edge10.token")
@@ -447,7 +447,7 @@ class TopK(DeclaredOp, name="edge10.top_k"):
 
 
 class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
-    """The sum over all dies of `nbytes` of elements, added in f32 in die order, on every die.
+    """The sum over all dies (or those named by `dies`) of `nbytes` of elements, added in f32 in die order, on each of them.
 
     A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
     """
@@ -460,6 +460,7 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
     destination_memory: str = attr(default="sram", choices=("sram", "dram"))
     nbytes: int = attr()
     element: Type = attr()
+    dies: tuple[int, ...] | None = attr(default=None)
     done: Value = result()
 
     def infer(self) -> Type:
@@ -469,8 +470,49 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
         yield from _check_operands(self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram"))
 
 
+class Send(DeclaredOp, name="edge10.send", traits=(Collective,)):
+    """Hands `nbytes` to each die of `targets`, which takes them with an `edge10.recv` of the same `tag`: the step from one pipeline stage to the next.
+
+    A source in DRAM takes its address from an operand.
+    """
+
+    args: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    source: int = attr()
+    source_memory: str = attr(default="sram", choices=("sram", "dram"))
+    nbytes: int = attr()
+    targets: tuple[int, ...] = attr()
+    tag: int = attr(default=0)
+    done: Value = result()
+
+    def infer(self) -> Type:
+        return TOKEN
+
+    def verify(self) -> Iterator[str]:
+        yield from _check_operands(self, addresses=int(self.source_memory == "dram"))
+
+
+class Recv(DeclaredOp, name="edge10.recv", traits=(Collective,)):
+    """Takes the `nbytes` that die `peer` sends with this `tag`.  A destination in DRAM takes its address from an operand."""
+
+    args: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    destination: int = attr()
+    destination_memory: str = attr(default="sram", choices=("sram", "dram"))
+    nbytes: int = attr()
+    peer: int = attr()
+    tag: int = attr(default=0)
+    done: Value = result()
+
+    def infer(self) -> Type:
+        return TOKEN
+
+    def verify(self) -> Iterator[str]:
+        yield from _check_operands(self, addresses=int(self.destination_memory == "dram"))
+
+
 class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
-    """Every die's [rows, sizes[die]] bytes joined along the row, in die order, on every die.
+    """Every die's [rows, sizes[die]] bytes joined along the row, in die order, on every die; with `dies` of those named, `die` being the number among them.
 
     With `displacements` (MPI_Allgatherv's: where each die's piece begins in a row of the result) and `stride` (bytes between those rows), the result is a part
     of a larger tensor: a head's logits are gathered while the next are computed.  A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
@@ -487,6 +529,7 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
     displacements: tuple[int, ...] | None = attr(default=None)
     stride: int = attr(default=0)
     die: int = attr()
+    dies: tuple[int, ...] | None = attr(default=None)
     done: Value = result()
 
     def infer(self) -> Type:
@@ -502,8 +545,11 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
 
 _UNIT: Final[dict[type[Op], str]] = {
     Store: "eodma", Gather: "eidma", Dequant: "dequant", DequantRows: "dequant", Matmul: "cube", Drain: "drain", VectorOp: "vector", SoftmaxBlock: "vector", TopK: "vector",
-    AllReduce: "d2d", AllGather: "d2d",
+    AllReduce: "d2d", AllGather: "d2d", Send: "d2d", Recv: "d2d",
 }  # fmt: skip
+
+
+COLLECTIVES: Final = (AllReduce, AllGather, Send, Recv)
 
 
 def is_command(op: Op) -> bool:

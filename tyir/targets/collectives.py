@@ -1,14 +1,16 @@
-"""How long a collective takes: the one formula that the compiler's choices and the timing engine share."""
+"""Collectives: how long one takes (the one formula that the compiler's choices and the timing engine share), and how few a step can do with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width
 
-__all__ = ["all_gather_ns", "all_reduce_ns"]
+__all__ = ["CollectiveNeed", "all_gather_ns", "all_reduce_ns", "minimal_collectives", "send_ns"]
 
 
 def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine) -> float:
@@ -62,3 +64,67 @@ def all_gather_ns(rows: int, sizes: Sequence[int], machine: Machine) -> float:
         return machine.d2d.collective_us * 1000 + inside
     between = machine.c2c.hop_us * 1000 + (total - total / packages) / group / machine.c2c.bandwidth_gbps
     return machine.d2d.collective_us * 1000 + inside + between + (total - total / packages) / machine.d2d.bandwidth_gbps
+
+
+def send_ns(nbytes: int, source: int, targets: Sequence[int], machine: Machine) -> float:
+    """One die's bytes to each of some others: software, the longest hop, and the copies one after the other over the source's port.
+
+    Dies are numbered by package.  Example (7168 bytes to one die of the package, B 32, h 1000, software 2000): 2000 + 1000 + 224 = 3224 ns.
+    """
+    package = int(machine.d2d.package_dies)
+    links = [machine.d2d if target // package == source // package else machine.c2c for target in targets]
+    hop = max(link.hop_us for link in links) * 1000
+    return float(machine.d2d.collective_us * 1000 + hop + sum(nbytes / link.bandwidth_gbps for link in links))
+
+
+@dataclass(frozen=True)
+class CollectiveNeed:
+    """`count` collectives of `dies` dies, each leaving `nbytes` on a die (a send: taking them from it)."""
+
+    what: Literal["all_reduce", "all_gather", "send", "recv"]
+    dies: int
+    count: int
+    nbytes: int
+
+
+def minimal_collectives(
+    layers: int,
+    hidden: int,
+    vocabulary: int,
+    tokens: int,
+    dies: int,
+    *,
+    stages: int = 1,
+    stage: int = 0,
+    top_k: int = 0,
+    embedding_as_input: bool = False,
+) -> tuple[CollectiveNeed, ...]:
+    """The fewest collectives, and their bytes, of a step on a die of pipeline stage `stage` when attention, MLPs, embedding and head are split over the dies.
+
+    Two sums a layer of the stage, of one f16 hidden vector a token: what follows each needs the whole vector (Shoeybi et al., Megatron-LM,
+    arXiv:1909.08053); one for the embedding; the residual stream handed from stage to stage and at the end to all dies; one gather of the logits (f32), or of
+    every die's `top_k` best values and ids.  `tokens` counts those of all sequences.
+    Example (28 layers of 3584, 4 dies, 1 token, vocabulary 152064): 57 sums of 7168 bytes and a gather of 608,256.
+    """
+    if dies == 1:
+        return ()
+    vector, size = tokens * hidden * 2, dies // stages
+    own = layers // stages + (stage < layers % stages)
+    sends = 1 if stages > 1 else 0
+    received = (0 if stage == 0 else 1) + (0 if stage == stages - 1 else 1) if stages > 1 else 0
+    columns = vocabulary if not top_k else 2 * sum(min(top_k, n) for n in _even(vocabulary, dies))
+    needs = (
+        CollectiveNeed("all_reduce", size, 2 * own if size > 1 else 0, vector),
+        CollectiveNeed("all_reduce", dies, int(not embedding_as_input), vector),
+        CollectiveNeed("send", 2, sends, vector),
+        CollectiveNeed("recv", 2, received, vector),
+        CollectiveNeed("all_gather", dies, 1, tokens * columns * 4),
+    )
+    return tuple(need for need in needs if need.count)
+
+
+def _even(total: int, parts: int) -> list[int]:
+    """The rows of a vocabulary on each die, in units of 16 where there are enough."""
+    unit = math.gcd(total, 16) if total >= 16 * parts else 1
+    units = total // unit
+    return [(units // parts + (part < units % parts)) * unit for part in range(parts)]

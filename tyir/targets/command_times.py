@@ -122,9 +122,12 @@ def softmax_ns(rows: int, cols: int, machine: Machine) -> float:
     return vector_ns("softmax", rows * cols, machine)
 
 
-def collective_transfer(op: edge10.AllReduce | edge10.AllGather) -> Transfer:
+def collective_transfer(op: edge10.AllReduce | edge10.AllGather | edge10.Send | edge10.Recv) -> Transfer:
     """What a collective reads and writes in its own die's DRAM; nothing when both sides are in SRAM."""
     nbytes = runs = 0
+    if isinstance(op, (edge10.Send, edge10.Recv)):
+        memory = op.source_memory if isinstance(op, edge10.Send) else op.destination_memory
+        return Transfer(op.nbytes, 1) if memory == "dram" else Transfer(0, 0)
     if isinstance(op, edge10.AllReduce):
         for memory in (op.source_memory, op.destination_memory):
             if memory == "dram":
