@@ -269,9 +269,19 @@ def _open_gguf(path: Path, problems: list[Diagnostic]) -> Checkpoint | None:
     return Checkpoint(path.parent, config, reader.tensors, reader.stamps, whole=path.name in reader.stamps)
 
 
+def _no_folder(given: Path, folder: Path) -> Diagnostic:
+    """What is wrong with a place that is no folder."""
+    if folder.exists():
+        return Diagnostic(f"checkpoint folder {folder} is a file, not a folder", help=f"give the folder it lies in: {folder.parent}")
+    help = "give the folder that holds config.json and the *.safetensors files"
+    if not given.is_absolute() and len(given.parts) == 2 and ".." not in given.parts and not folder.parent.exists():
+        help += f"; a model of the hub is downloaded first: hf download {given.as_posix()} --local-dir {given.name}"
+    return Diagnostic(f"checkpoint folder {folder} does not exist", help=help)
+
+
 def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
     """What `folder` holds; problems are appended.  None when there is no usable config.json (tensor files are checked all the same)."""
-    folder = folder.absolute()
+    given, folder = folder, folder.absolute()
     if folder.suffix == ".gguf" and folder.is_file():
         return _open_gguf(folder, problems)
     if folder.is_dir() and not any((folder / n).exists() for n in (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)):
@@ -283,10 +293,7 @@ def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | No
             problems.append(Diagnostic(message, where=str(folder), help="give one of the files instead of the folder"))
             return None
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        problems.append(
-            Diagnostic(f"checkpoint folder {folder} {what}", help="give the folder that holds config.json and the *.safetensors files")
-        )
+        problems.append(_no_folder(given, folder))
         return None
     reader = _Reader(folder, problems)
     config = reader.json_file("config.json", "give a folder in the Hugging Face layout: config.json beside the *.safetensors files")

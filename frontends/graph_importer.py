@@ -89,7 +89,11 @@ class _Unsupported:
         lines = [f"{what}: {_times(len(nodes))}, first {describe(location_of(nodes[0]))}" for what, nodes in sorted(self.nodes.items())]
         kinds = f"{len(self.nodes)} kinds of operations" if len(self.nodes) > 1 else "1 kind of operation"
         message = f"the model uses {kinds} ({total} node{'s' if total > 1 else ''}) that cannot be imported:\n  " + "\n  ".join(lines)
-        raise TyirError(Diagnostic(message, help="each needs a row in frontends/aten_table.py and an op in tyir/dialects/aten.py"))
+        raise TyirError(
+            Diagnostic(
+                message, help="models with these operations cannot be imported yet; frontends/README.md says how an operation is added"
+            )
+        )
 
 
 def _times(count: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,9 @@ def _meta_model(
     try:
         model_class = plugin.model_class if plugin is not None else None
         meta = build_meta_model(checkpoint.folder, dict(config), dtype, model_class, positions)
-        if (limit := position_limit(meta.config)) is not None and (message := _rope_note(*limit, positions)) is not None:
-            note(Diagnostic(message, severity="warning", where=where))
+        limit = position_limit(meta.config)
+        if limit is not None and (rope := _rope_note(*limit, positions)) is not None:
+            note(Diagnostic(rope, severity="warning", where=where))
         return meta
     except TyirError as error:
         problems.extend(error.diagnostics)
@@ -196,10 +198,12 @@ def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, 
     if missing:
         message = f"the checkpoint lacks {len(missing)} of the model's {len(meta.state)} tensors: {_some(missing)}"
         experts = any(".experts." in name for name in missing)
+        stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
+        layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored < wanted else ""
         help = (
             "models with a mixture of experts cannot be imported yet"
             if experts
-            else "download the missing files, or use the config.json that belongs to these weights"
+            else "download the missing files, or use the config.json that belongs to these weights" + layers
         )
         yield Diagnostic(message, where=where, help=help)
     yield from quantization_contradictions(weights, note)
@@ -226,7 +230,16 @@ def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: N
             wrong.append(name)
     if wrong:
         message = f"the checkpoint holds {len(wrong)} tensors that the model of config.json has no place for: {_some(wrong)}"
-        yield Diagnostic(message, where=where, help="config.json and the weights are from different models, or one of them was edited")
+        stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
+        layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored > wanted else ""
+        yield Diagnostic(
+            message, where=where, help=f"config.json and the weights are from different models, or one of them was edited{layers}"
+        )
+
+
+def _layer_count(names: Iterable[str]) -> int:
+    """One more than the highest layer number in `names`."""
+    return max((int(m[1]) + 1 for name in names if (m := re.search(r"\.layers\.(\d+)\.", name)) is not None), default=0)
 
 
 def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:

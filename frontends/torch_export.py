@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -93,8 +94,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _summary(error: BaseException) -> str:
+    """The beginning of an exception's text as one line; a missing key's name alone would say nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or not text else text
 
 
 def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
@@ -114,11 +118,30 @@ def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
             f"architecture {name} is not a causal language model that can be imported",
             where=str(folder / "config.json"),
             help=f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the same ops"
-            + (f"; {hint}" if hint else ""),
+            + (
+                "; code in the folder is not run: give the class with --model-plugin"
+                if raw.get("auto_map")
+                else f"; {hint}"
+                if hint
+                else ""
+            ),
         )
     if raw.get("model_type") != known[name]:
         message = f"config.json is inconsistent: model_type is {raw.get('model_type')!r} but {name} belongs to {known[name]!r}"
         raise TyirError(message, where=str(folder / "config.json"), help=f'set "model_type": "{known[name]}"')
+
+
+def _check_rope(folder: Path, raw: dict[str, Any]) -> None:
+    """`TyirError` for a kind of rotary scaling that transformers does not know."""
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    for key in ("rope_parameters", "rope_scaling"):
+        entry = raw.get(key)
+        kind = entry.get("rope_type", entry.get("type")) if isinstance(entry, dict) else None
+        if isinstance(kind, str) and kind not in known:
+            message = f"config.json asks for {key} of type '{kind}', which transformers {transformers.__version__} does not know"
+            raise TyirError(
+                message, where=str(folder / "config.json"), help=f"known: {', '.join(known)}. {did_you_mean(kind, known)}".rstrip()
+            )
 
 
 def build_meta_model(
@@ -130,6 +153,7 @@ def build_meta_model(
     """
     if model_class is None:
         _check_architecture(folder, raw)
+    _check_rope(folder, raw)
     attention_hook.install()
     settings = {"dtype": DTYPES[dtype], "attn_implementation": attention_hook.IMPLEMENTATION}
     try:
@@ -144,7 +168,7 @@ def build_meta_model(
         raise
     except Exception as error:
         name = model_class.__name__ if model_class is not None else raw["architectures"][0]
-        message = f"transformers cannot build {name} from this config.json: {_first_line(error)}"
+        message = f"transformers cannot build {name} from this config.json: {_summary(error)}"
         raise TyirError(message, where=str(folder / "config.json"), help="compare config.json with that of the original model") from error
     for module in _changing_rope(model):
         module.rope_type = "default"  # `real_buffer` computes the frequencies
@@ -223,7 +247,7 @@ def trace_all(meta: MetaModel) -> torch.export.ExportedProgram:
     except TyirError:
         raise
     except Exception as error:
-        message = f"torch.export cannot trace {type(meta.model).__name__} with a symbolic sequence length: {_first_line(error)}"
+        message = f"torch.export cannot trace {type(meta.model).__name__} with a symbolic sequence length: {_summary(error)}"
         raise TyirError(
             message,
             help="the model's Python code depends on values or on the length of the prompt; such models cannot be compiled ahead of time",
@@ -248,6 +272,6 @@ def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
         return np.asarray(rebuilt.get_buffer(attribute).detach().cpu().numpy())
     except Exception as error:
         message = (
-            f"buffer {name} is not in the checkpoint and {type(owner).__name__} cannot be built from the config alone: {_first_line(error)}"
+            f"buffer {name} is not in the checkpoint and {type(owner).__name__} cannot be built from the config alone: {_summary(error)}"
         )
         raise TyirError(message, help="only buffers that follow from config.json can be imported") from error

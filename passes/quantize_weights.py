@@ -51,16 +51,19 @@ class QuantizeWeights(Pass):
         context.statistics["quantized"] = len(linears)
 
     def _check_group_size(self, linears: Sequence[Linear]) -> None:
-        """`TyirError` naming every linear whose input channels are no whole number of groups, with the largest size that suits them all."""
-        channels = [tensor_type(linear.weight).static_shape[1] for linear in linears]
-        bad = [(linear, k) for linear, k in zip(linears, channels) if self.group_size < 1 or k % self.group_size]
+        """`TyirError` naming the numbers of input channels that are no whole number of groups, with the largest size that suits all linears."""
+        by_channels: dict[int, list[Linear]] = {}
+        for linear in linears:
+            by_channels.setdefault(tensor_type(linear.weight).static_shape[1], []).append(linear)
+        bad = {k: some for k, some in by_channels.items() if self.group_size < 1 or k % self.group_size}
         if bad:
-            common = math.gcd(*channels)
+            common = math.gcd(*by_channels)
             nearest = max(d for d in range(1, max(min(self.group_size, common), 1) + 1) if common % d == 0)
             raise TyirError(
                 Diagnostic(
-                    f"group size {self.group_size} does not divide the {k} input channels of {module_path(linear.loc)}",
+                    f"group size {self.group_size} does not divide the {k} input channels of {module_path(some[0].loc)}"
+                    + (f" and {len(some) - 1} more linear{'s' * (len(some) > 2)}" if len(some) > 1 else ""),
                     help=f"group-size={nearest} divides the input channels of every decoder linear",
                 )
-                for linear, k in bad
+                for k, some in bad.items()
             )

@@ -86,14 +86,14 @@ class Diagnostic:
 
 @dataclass(eq=False)
 class TyirError(Exception):
-    """Something the user can mend; holds every diagnostic found, in order."""
+    """Something the user can mend; holds every diagnostic found, in order, each once (several dies may meet the same one)."""
 
     diagnostics: Sequence[Diagnostic] = field(default_factory=tuple)
 
     def __init__(self, diagnostics: str | Diagnostic | Iterable[Diagnostic], *, help: str = "", where: str = "") -> None:
         if isinstance(diagnostics, str):
             diagnostics = Diagnostic(diagnostics, help=help, where=where)
-        self.diagnostics = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(diagnostics)
+        self.diagnostics = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(dict.fromkeys(diagnostics))
         super().__init__(self.render())
 
     def render(self) -> str:

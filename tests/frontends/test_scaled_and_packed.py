@@ -77,3 +77,5 @@ def test_on_three_dies(folders: dict[str, Path], tmp_path: Path, name: str, weig
     assert result.differing == []
     assert float(result.logit_cosine.min()) >= 0.9999
     assert min(result.layer_cosine) >= 0.9999
+    commands = check_prompt(Session(folder, "edge10"), Reference(folders[name], options), list(np.arange(5, 16)), 2, LayerStates())
+    assert commands.differing == [] and float(commands.logit_cosine.min()) >= 0.9999

@@ -470,7 +470,7 @@ class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
             yield f"bias {self.bias.type} does not match the {n} rows of the weight"
 
     def evaluate(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        out = x.astype(np.float32) @ weight.astype(np.float32).T
+        out = x.astype(np.float32) @ weight.astype(np.float32, copy=False).T
         return as_type(out if bias is None else out + bias.astype(np.float32), tensor_type(self.out).element)
 
 
@@ -500,7 +500,7 @@ class QuantizedLinear(DeclaredOp, name="ty.quantized_linear", traits=(Pure,)):
             yield f"scales {self.scales.type} and zeros {self.zeros.type} must be {n}x{k // self.group_size} for groups of {self.group_size}"
 
     def evaluate(self, x: Array, q: Array, scales: Array, zeros: Array, bias: Array | None = None) -> Array:
-        out = x.astype(np.float32) @ dequantize(q, scales, zeros, self.group_size).astype(np.float32).T
+        out = x.astype(np.float32) @ dequantize(q, scales, zeros, self.group_size).astype(np.float32, copy=False).T
         return as_type(out if bias is None else out + bias.astype(np.float32), tensor_type(self.out).element)
 
 
