@@ -54,11 +54,21 @@ def check_stages(dies: int, stages: int) -> None:
         )
 
 
+def check_mesh(mesh: tuple[int, ...], dies: int) -> None:
+    """`TyirError` unless the mesh is empty, a number of dies, or groups and dies of a group, and counts the dies (of a stage)."""
+    if mesh and (len(mesh) > 2 or min(mesh) < 1 or math.prod(mesh) != dies):
+        pairs = [f"{dies // n},{n}" for n in range(2, dies) if dies % n == 0]
+        raise TyirError(
+            f"mesh={','.join(map(str, mesh))} is no arrangement of {dies} dies", help=f"use mesh={' or mesh='.join([str(dies), *pairs])}"
+        )
+
+
 @dataclass(frozen=True)
 class AnnotateSharding(Pass):
     """The mesh and the cuts that are a matter of choice.
 
-    `remap` lists the physical dies, the main one first; `machine` is the machine file the choice is made with; `strategy` is `cost` or `split`.
+    `remap` lists the physical dies, the main one first; `machine` is the machine file the choice is made with; `strategy` is `cost` or `split`.  `mesh` says how the
+    dies (of one stage) are grouped, `mesh=2,3` being 2 groups of 3: sums then go first within a group and then between them.  Without it whole packages are groups.
     """
 
     dies: int = 4
@@ -66,6 +76,7 @@ class AnnotateSharding(Pass):
     machine: str = "edge10"
     strategy: str = "cost"
     pp: int = 1
+    mesh: tuple[int, ...] = ()
 
     def run(self, op: Op, context: PassContext) -> None:
         check_dies(self.dies)
@@ -77,7 +88,8 @@ class AnnotateSharding(Pass):
         check_stages(self.dies, self.pp)
         assert isinstance(op, Module)
         machine = load_machine(self.machine)
-        axes = _axes(self.dies, self.pp, int(machine.d2d.package_dies))
+        check_mesh(self.mesh, self.dies // self.pp)
+        axes = _axes(self.dies // self.pp, self.pp, int(machine.d2d.package_dies), self.mesh)
         op.body.append(Mesh.make(axes, devices))
         op.set_attribute("tyir.stage", StringAttr("sharded"))
         if self.dies > 1:
@@ -105,11 +117,10 @@ class AnnotateSharding(Pass):
                 _annotate_argument(cache, placement)
 
 
-def _axes(dies: int, stages: int, package: int) -> list[tuple[str, int]]:
-    """The mesh: stages of groups (packages) of dies, an axis only where there is more than one."""
-    axes = [("stage", stages)] if stages > 1 else []
-    size = dies // stages
-    return [*axes, ("group", size // package), ("die", package)] if size > package and size % package == 0 else [*axes, ("die", size)]
+def _axes(dies: int, stages: int, package: int, mesh: tuple[int, ...]) -> list[tuple[str, int]]:
+    """The mesh: stages of groups of dies, an axis only where there is more than one; `dies` are a stage's."""
+    own = mesh or ((dies // package, package) if dies > package and dies % package == 0 else (dies,))
+    return [*([("stage", stages)] if stages > 1 else []), *([("group", own[0])] if len(own) == 2 else []), ("die", own[-1])]
 
 
 def _name_dies(function: Func, group: Callable[[Op], _Group]) -> None:
@@ -209,7 +220,8 @@ def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
     if stages > max(len(layers), 1):
         fitting = [k for k in range(1, len(layers) + 1) if dies % k == 0]
         raise TyirError(
-            f"pp={stages} stages for a decoder of {len(layers)} layers: every stage needs one", help=f"use pp={fitting[-1] if fitting else 1}"
+            f"pp={stages} stages for a decoder of {len(layers)} layers: every stage needs one",
+            help=f"use pp={fitting[-1] if fitting else 1}",
         )
     shares = even_ranges(len(layers), stages)
     stage_of = {layer: next(s for s, (o, n) in enumerate(shares) if o <= i < o + n) for i, layer in enumerate(layers)}

@@ -47,7 +47,7 @@ class InsertCollectives(Pass):
                     if isinstance(inner, Return) and isinstance(value.op, Append):
                         continue  # caches stay where they are
                     if placement_of(value) != placement:
-                        _join(value, inner)
+                        _join(value, inner, mesh)
                     if mesh is not None and not isinstance(inner, CollectivePermute) and not constants.is_constant(inner.operands[index]):
                         _hand_on(inner, index, tuple(range(mesh.dies)), handed)
             context.statistics["collectives"] = sum(isinstance(o, (AllReduce, AllGather, CollectivePermute)) for o in function.body)
@@ -69,7 +69,7 @@ def _hand_on(user: Op, index: int, everybody: tuple[int, ...], handed: dict[tupl
     user.set_operand(index, handed[value, need])
 
 
-def _join(value: Value, user: Op) -> None:
+def _join(value: Value, user: Op, mesh: Mesh | None) -> None:
     """Make the value available in full before `user`."""
     placement = placement_of(value)
     if placement is REPLICATED:
@@ -81,7 +81,9 @@ def _join(value: Value, user: Op) -> None:
         sizes = tuple(s for die, (_, s) in enumerate(placement.ranges) if not dies or die in dies)
         collective = AllGather(value, axis=placement.axis, sizes=sizes, dies=dies or None, loc=value.op.loc, result_types=[value.type])
     else:
-        collective = AllReduce(value, dies=dies or None, loc=value.op.loc, result_types=[value.type])
+        axes = dict(mesh.axes) if mesh is not None else {}
+        group = axes["die"] if "group" in axes else None
+        collective = AllReduce(value, dies=dies or None, group=group, loc=value.op.loc, result_types=[value.type])
     if dies:
         collective.set_attribute("tyir.dies", DenseArrayAttr.i64(dies))
     collective.insert_before(user)

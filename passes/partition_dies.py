@@ -31,8 +31,9 @@ class PartitionDies(Pass):
     machine: str = "edge10"
     strategy: str = "cost"
     pp: int = 1
+    mesh: tuple[int, ...] = ()
 
     def run(self, op: Op, context: PassContext) -> None:
-        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp).run(op, context)
+        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp, self.mesh).run(op, context)
         for step in (PropagateSharding(), InsertCollectives(), LocalizeDies()):
             step.run(op, context)

@@ -211,7 +211,7 @@ def _meet(dies: Sequence[_Die], links_ns: float) -> None:
 
 def _links_ns(op: edge10.AllReduce | edge10.AllGather, dies: int, machine: Machine) -> float:
     if isinstance(op, edge10.AllReduce):
-        return all_reduce_ns(op.nbytes, op.element, dies, machine)
+        return all_reduce_ns(op.nbytes, op.element, dies, machine, op.group)
     return all_gather_ns(op.rows, op.sizes, machine)
 
 

@@ -155,7 +155,7 @@ class SummedColumns:
         emitter.begin(self.summing.reduce)
         given = self.summing.product is not None
         emitter.emit(
-            edge10.AllReduce, source=offset if given else 0, source_memory="sram" if given else "none", destination=offset, nbytes=nbytes, element=f16, dies=self.summing.reduce.dies,
+            edge10.AllReduce, source=offset if given else 0, source_memory="sram" if given else "none", destination=offset, nbytes=nbytes, element=f16, dies=self.summing.reduce.dies, group=self.summing.reduce.group,
             reads=[sram_range(offset, nbytes)] if given else [], writes=[sram_range(offset, nbytes, write=True)],
         )  # fmt: skip
 

@@ -28,7 +28,7 @@ def lower_all_reduce(op: AllReduce, low: Lowering) -> None:
     offset, memory = _source(source)
     low.emitter.emit(
         edge10.AllReduce, *_addresses(low, source, target), source=offset, source_memory=memory, destination=target.offset, destination_memory=target.memory,
-        nbytes=t.nbytes, element=t.element, dies=op.dies, reads=source.access(t.nbytes, write=False) if source else [], writes=target.access(t.nbytes, write=True),
+        nbytes=t.nbytes, element=t.element, dies=op.dies, group=op.group, reads=source.access(t.nbytes, write=False) if source else [], writes=target.access(t.nbytes, write=True),
     )  # fmt: skip
 
 

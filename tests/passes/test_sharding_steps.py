@@ -18,6 +18,9 @@ from tyir.parser import parse_module
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 from tyir.sharding import PARTIAL, Split, from_attribute, to_attribute
+from tyir.targets.collectives import all_reduce_ns
+from tyir.targets.machine import load_machine
+from tyir.types import f16
 
 STEPS = ("annotate-sharding{dies=3 strategy=split}", "propagate-sharding", "insert-collectives", "localize-dies")
 
@@ -103,3 +106,27 @@ def test_attributes_round_trip() -> None:
     assert from_attribute(to_attribute(split)) == split
     assert from_attribute(to_attribute(PARTIAL)) is PARTIAL
     assert math.prod(s for _, s in split.ranges) == 0
+
+
+def test_a_mesh_of_the_users_own() -> None:
+    """6 dies as 2 groups of 3: sums say so, and what travels between the groups is the larger part of their time."""
+    module, _ = build(Shape())
+    run_pipeline(module, "kv-materialize{max-kv=16},partition-dies{dies=6 mesh=[2,3] strategy=split}")
+    assert next(module.walk_type(Mesh)).axes == (("group", 2), ("die", 3))
+    assert {op.group for op in module.walk_type(AllReduce)} == {3}
+    machine = load_machine()
+    assert all_reduce_ns(7168, f16, 6, machine, 3) > all_reduce_ns(7168, f16, 6, machine, 6)
+
+
+def test_stages_of_groups() -> None:
+    module, _ = build(Shape(layers=2))
+    run_pipeline(module, "kv-materialize{max-kv=16},partition-dies{dies=8 pp=2 mesh=2,2}")
+    assert next(module.walk_type(Mesh)).axes == (("stage", 2), ("group", 2), ("die", 2))
+    assert {(len(op.dies or ()), op.group) for op in module.walk_type(AllReduce)} == {(0, 2), (4, 2)}
+
+
+@pytest.mark.parametrize("mesh", ["4,2", "3", "2,3,1", "0,6"])
+def test_meshes_that_do_not_count_the_dies_name_those_that_do(mesh: str) -> None:
+    module, _ = build(Shape())
+    with pytest.raises(TyirError, match=rf"mesh={mesh} is no arrangement of 6 dies(.|\n)*use mesh=6 or mesh=3,2 or mesh=2,3"):
+        run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies=6 mesh={mesh}}}")

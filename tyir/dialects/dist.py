@@ -27,12 +27,14 @@ Array = npt.NDArray[Any]
 class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
     """The sum of all dies' operands, on every die: added in f32 in die order, rounded once, so that every die gets the same bits.
 
-    A die that has nothing to add (more dies than heads) takes part without an operand.
+    A die that has nothing to add (more dies than heads) takes part without an operand.  On a mesh of two levels `group` neighbouring dies share a package: what
+    travels between the packages is then a part of the sum for each of them.
     """
 
     x: Value | None = optional_operand(default=None)
     _: KW_ONLY
     dies: tuple[int, ...] | None = attr(default=None)
+    group: int | None = attr(default=None)
     out: Value = result()
 
     def verify(self) -> Iterator[str]:

@@ -449,7 +449,8 @@ class TopK(DeclaredOp, name="edge10.top_k"):
 class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
     """The sum over all dies (or those named by `dies`) of `nbytes` of elements, added in f32 in die order, on each of them.
 
-    A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
+    A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".  `group` is how many neighbouring dies are added
+    first, where there are two levels (without it: those of a package).
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -461,6 +462,7 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
     nbytes: int = attr()
     element: Type = attr()
     dies: tuple[int, ...] | None = attr(default=None)
+    group: int | None = attr(default=None)
     done: Value = result()
 
     def infer(self) -> Type:

@@ -13,19 +13,19 @@ from tyir.types import Type, bit_width
 __all__ = ["CollectiveNeed", "all_gather_ns", "all_reduce_ns", "minimal_collectives", "send_ns"]
 
 
-def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine) -> float:
+def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine, group: int | None = None) -> float:
     """Sum over the dies: software, then the faster of one-shot (everybody sends everything to everybody) and reduce-scatter + all-gather.
 
     Within a package (all-to-all links of bandwidth B per direction and die), N dies, n bytes, one hop h:
         one-shot    h + (N - 1) n / B + adds of (N - 1) n                two-phase   2 (h + (N - 1) / N n / B) + adds of (N - 1) / N n
-    Over packages, two levels: reduce-scatter inside, all-reduce of n / g bytes between them, all-gather inside.
+    Over packages (`group` dies each, by default as many as a package has), two levels: reduce-scatter inside, all-reduce of n / g bytes between them, all-gather inside.
     Thakur et al., "Optimization of collective communication operations in MPICH", 2005; two levels as in TyLLM's group of dies.
     Example (4 dies, 7168 bytes f16, B 32, h 1000, software 2000, 256 lanes, add 1 cycle, 2 ns): one-shot 1000 + 672 + 84 = 1756, two-phase 2000 + 336 + 22 = 2358;
     with the software 3756 ns.
     """
     if dies <= 1:
         return 0.0
-    group = min(dies, machine.d2d.package_dies)
+    group = min(dies, group or int(machine.d2d.package_dies))
     packages = -(-dies // group)
     width = bit_width(element) // 8
     hop, rate = machine.d2d.hop_us * 1000, machine.d2d.bandwidth_gbps
