@@ -27,10 +27,11 @@ from tyir.targets.machine import Machine
 from tyir.types import bit_width, f16
 
 __all__ = [
+    "MOST_ROWS",
     "Columns", "GatheredColumns", "Gathering", "StoredColumns", "SummedColumns", "Summing", "collective_block", "gatherings", "lower_nothing_to_sum", "summings",
 ]  # fmt: skip
 
-_MOST_ROWS = 128  # above, blocks would be so narrow that their latency counts
+MOST_ROWS = 128  # above, blocks would be so narrow that their latency counts
 _WIDEST = 256
 
 
@@ -51,7 +52,7 @@ class Columns(Protocol):
 def collective_block(rows: int, width: int, machine: Machine) -> int:
     """Columns of `width` bytes that one collective brings at a time; 0 when it shall bring the whole tensor."""
     cube, plan = machine.cube, sram_plan(machine)
-    if not cube.rows < rows <= _MOST_ROWS:
+    if not cube.rows < rows <= MOST_ROWS:
         return 0
     sums = machine.accumulator_bytes // 2 // 4 // (-(-rows // cube.rows) * cube.rows)
     return min(sums, plan.temp_bytes // 2 // (2 * rows * width), _WIDEST) // cube.columns * cube.columns
@@ -214,7 +215,13 @@ def gatherings(function: Func, machine: Machine) -> dict[Op, Gathering]:
     """The products of many tokens whose columns are gathered block by block, by their `all_gather`."""
     found: dict[Op, Gathering] = {}
     for op in function.body:
-        if isinstance(op, AllGather) and op.dies is None and op.x is not None and op.axis == len(tensor_type(op.out).dims) - 1 and min(op.sizes) > 0:
+        if (
+            isinstance(op, AllGather)
+            and op.dies is None
+            and op.x is not None
+            and op.axis == len(tensor_type(op.out).dims) - 1
+            and min(op.sizes) > 0
+        ):
             product = op.x.op
             if isinstance(product, (Linear, QuantizedLinear)) and len(op.x.uses) == 1 and _block_of(op.out, machine):
                 found[op] = Gathering(product, op)

@@ -40,7 +40,7 @@ from tyir.backends.edge10.lower_gated import fused_products, lower_gated
 from tyir.backends.edge10.lower_linear import InputTiles, lower_linear, lower_product
 from tyir.backends.edge10.lower_mlp import Mlp, fused_mlps, fused_ops, lower_mlp
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
-from tyir.backends.edge10.lower_top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
+from tyir.backends.edge10.lower_top_k import RankedColumns, lower_merge_top_k, lower_top_k, lower_top_k_candidates, rankings
 from tyir.backends.edge10.order import keys_first
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
 from tyir.backends.edge10.residual import waiting_sums
@@ -398,10 +398,10 @@ class _DieLowering:
         arena = self.plan.arena - self.boundary.sram_bytes
         held = [v for v, place in fixed.items() if place.in_sram]
         mlps = fused_mlps(source, arena, self.machine, self.plan, held)
-        sums, gathers = summings(source, self.machine), gatherings(source, self.machine)
+        sums, gathers, ranks = (find(source, self.machine) for find in (summings, gatherings, rankings))
         fused = {**fused_products(source, arena), **fused_ops(mlps)}
         fused.update({op: add for add, summing in sums.items() for op in summing.ops})
-        fused.update({gathering.product: op for op, gathering in gathers.items()})
+        fused.update({found.product: op for op, found in (*gathers.items(), *ranks.items())})
         fused = {op: _last(op, fused) for op in fused}
         scratch = {_last(op, fused): mlp.scratch for op, mlp in mlps.items()}
         attentions = [op for op in source.body if isinstance(op, kv.CachedAttention)]
@@ -427,6 +427,9 @@ class _DieLowering:
                 lower_attention(op, low, Area(given.scratch[op][0], scratch[op].sram_bytes) if op in scratch else None)
             elif op in gathers:
                 _lower_gathering(gathers[op], low)
+            elif op in ranks:
+                inputs = InputTiles(ranks[op].product.x, low)
+                lower_product(ranks[op].product, low, inputs, RankedColumns(ranks[op], low, low.results_area(inputs.in_sram)))
             elif op in mlps and op not in fused:
                 lower_mlp(mlps[op], low, given.scratch[op], StoredColumns(mlps[op].down.out, low, low.results_area(True)))
             elif isinstance(op, ty.SiluMul) and op not in fused and op in fused.values():

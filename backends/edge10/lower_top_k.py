@@ -1,6 +1,8 @@
 """The best tokens: `edge10.top_k` over the logits, piece by piece when they do not lie in SRAM.
 
 For each piece of the rows:   for each tile of columns: load (if x is in DRAM), top_k tile -> the rows' lists;   store the lists (if the result is in DRAM)
+
+The logits of many tokens are ranked block by block as the product makes them (`RankedColumns`), and are never in DRAM.
 """
 
 from __future__ import annotations
@@ -9,16 +11,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tyir.backends.edge10.allocate import align
-from tyir.backends.edge10.context import Lowering, Place, element_bytes, sram_range
+from tyir.backends.edge10.allocate import align, sram_plan
+from tyir.backends.edge10.columns import MOST_ROWS
+from tyir.backends.edge10.context import Area, Buffers, Lowering, Place, element_bytes, sram_range
 from tyir.backends.edge10.tiling import spans
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.ty import MergeTopK, TopK, TopKCandidates, tensor_type
-from tyir.ir import Value
+from tyir.dialects.func import Func
+from tyir.dialects.ty import Linear, MergeTopK, QuantizedLinear, TopK, TopKCandidates, tensor_type
+from tyir.ir import Op, Value
+from tyir.targets.machine import Machine
 from tyir.types import f32
 
-__all__ = ["lower_merge_top_k", "lower_top_k", "lower_top_k_candidates"]
+__all__ = ["RankedColumns", "Ranking", "lower_merge_top_k", "lower_top_k", "lower_top_k_candidates", "rankings"]
 
 _ROWS = 16  # of a piece: longer runs of columns are better than more rows
 
@@ -54,14 +59,10 @@ def lower_top_k(op: TopK, low: Lowering) -> None:
 def lower_top_k_candidates(op: TopKCandidates, low: Lowering) -> None:
     """`ty.top_k_candidates`: each range gives its own list."""
     *lead, columns = tensor_type(op.x).static_shape
-    total, first, entry = sum(op.counts()), 0, 0
-    out = low.place(op.out)
-    for size, count in zip(op.sizes, op.counts()):
-        if count:
-            source = _Source(op.x, low.place(op.x), columns * element_bytes(op.x), first, size, op.offset + first)
-            targets = [_Target(out.at(row * total * 4 + entry * 4), 2 * total * 4) for row in (0, 1)]
-            _lower(source, targets, math.prod(lead), count, low)
-        first, entry = first + size, entry + count
+    for part in _ranges(op, low):
+        if part.count:
+            source = _Source(op.x, low.place(op.x), columns * element_bytes(op.x), part.first, part.size, part.name)
+            _lower(source, part.targets, math.prod(lead), part.count, low)
 
 
 def lower_merge_top_k(op: MergeTopK, low: Lowering) -> None:
@@ -69,6 +70,88 @@ def lower_merge_top_k(op: MergeTopK, low: Lowering) -> None:
     *lead, _, columns = tensor_type(op.candidates).static_shape
     source = _Source(op.candidates, low.place(op.candidates), 2 * columns * 4, 0, columns, ids=columns * 4)
     _lower(source, [_Target(low.place(r), op.k * 4) for r in op.results], math.prod(lead), op.k, low)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best tokens of a product that nothing else reads."""
+
+    product: Linear | QuantizedLinear
+    best: TopK | TopKCandidates
+
+
+def rankings(function: Func, machine: Machine) -> dict[Op, Ranking]:
+    """The products of many tokens that are ranked block by block, by the op that ranks them."""
+    found: dict[Op, Ranking] = {}
+    for op in function.body:
+        if isinstance(op, (TopK, TopKCandidates)) and isinstance(op.x.op, (Linear, QuantizedLinear)) and len(op.x.uses) == 1:
+            rows = math.prod(tensor_type(op.x).static_shape[:-1])
+            lists = 4 * align(rows * op.k * 4)
+            if machine.cube.rows < rows <= MOST_ROWS and lists <= sram_plan(machine).temp_bytes // 4:
+                found[op] = Ranking(op.x.op, op)
+    return found
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Columns [first, first + size) whose `count` best go to `targets`; the first column's token is `name`."""
+
+    first: int
+    size: int
+    count: int
+    name: int
+    targets: Sequence[_Target]
+
+
+class RankedColumns:
+    """The blocks of a product, each offered to the lists of its rows; two sets of lists, one filled while the other is stored."""
+
+    block = 0
+
+    def __init__(self, ranking: Ranking, low: Lowering, area: Area) -> None:
+        self.low, self.x = low, ranking.best.x
+        self.piece_bytes = element_bytes(self.x)
+        self._op = ranking.best
+        self._ranges = _ranges(ranking.best, low)
+        self._list = align(math.prod(tensor_type(self.x).static_shape[:-1]) * ranking.best.k * 4)
+        lists, rest = area.split(4 * self._list)
+        self._lists, self.piece_limit = lists.offset, rest.nbytes // 2
+        self._buffers = Buffers(rest, self.piece_limit)
+
+    def target(self, m0: int, m: int, n0: int, n: int) -> tuple[int, int]:
+        return self._buffers.take(), n * self.piece_bytes
+
+    def deliver(self, offset: int, m0: int, m: int, n0: int, n: int) -> None:
+        self.low.emitter.begin(self._op)
+        for number, part in enumerate(self._ranges):
+            low, high = max(n0, part.first), min(n0 + n, part.first + part.size)
+            if low < high and part.count:
+                self._offer(part, number, offset + (low - n0) * self.piece_bytes, n * self.piece_bytes, (m0, m), (low, high))
+
+    def _offer(self, part: _Range, number: int, values: int, stride: int, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+        m0, m = rows
+        base, row = self._lists + number % 2 * 2 * self._list, part.count * 4
+        ends = [
+            (t.place.offset + m0 * t.stride, t.stride) if t.place.in_sram else (base + side * self._list, row)
+            for side, t in enumerate(part.targets)
+        ]
+        source = _Source(self.x, Place("sram", values), stride, part.first, part.size, part.name)
+        _offer(source, values, stride, None, columns[0] - part.first, m, columns[1] - columns[0], part.count, ends, self.low)
+        if columns[1] == part.first + part.size:
+            for target, (sram, _) in zip(part.targets, ends):
+                if not target.place.in_sram:
+                    self.low.store(target.place.at(m0 * target.stride), sram, (1, m, row), dram_strides=(0, target.stride))
+
+
+def _ranges(op: TopK | TopKCandidates, low: Lowering) -> list[_Range]:
+    if isinstance(op, TopK):
+        return [_Range(0, tensor_type(op.x).static_shape[-1], op.k, 0, [_Target(low.place(r), op.k * 4) for r in op.results])]
+    total, first, entry, found = sum(op.counts()), 0, 0, []
+    for size, count in zip(op.sizes, op.counts()):
+        targets = [_Target(low.place(op.out).at(row * total * 4 + entry * 4), 2 * total * 4) for row in (0, 1)]
+        found.append(_Range(first, size, count, op.offset + first, targets))
+        first, entry = first + size, entry + count
+    return found
 
 
 def _lower(source: _Source, targets: Sequence[_Target], rows: int, k: int, low: Lowering) -> None:

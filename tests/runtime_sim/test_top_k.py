@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tyir.attributes import DictAttr, IntegerAttr, StringAttr
+from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
 from tyir.backends.edge10.lower import lower_die
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10, ty
@@ -89,3 +89,34 @@ def test_time() -> None:
     assert top_k_ns(0, 38016, 8, MACHINE) == 0.0
     commands = [op for op in program(TensorType((1, 1, 640), f32), 8, (640,), MACHINE).walk() if isinstance(op, edge10.TopK)]
     assert compute_ns(commands[0], (), MACHINE) == top_k_ns(1, 640, 8, MACHINE)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("machine", [MACHINE, SMALL], ids=["large", "small"])
+def test_logits_of_many_tokens_are_ranked_as_they_are_made(machine: Machine, halves: bool) -> None:
+    """Whole numbers, exact in f16 products; the logits themselves are never stored."""
+    rng = np.random.default_rng(3)
+    x, w = (rng.integers(-3, 4, shape).astype(np.float16) for shape in ((1, 40, 64), (700, 64)))
+    function = Func.make("main_s40", [TensorType(x.shape, f16)], ["x"])
+    weight = function.body.append(ty.GetGlobal(symbol=SymbolRefAttr("w"), result_types=[TensorType(w.shape, f16)])).result
+    logits = function.body.append(ty.Linear(function.args[0], weight, element=f32)).result
+    if halves:
+        candidates = function.body.append(ty.TopKCandidates(logits, k=5, sizes=(200, 3, 497))).result
+        results = function.body.append(ty.MergeTopK(candidates, k=5)).results
+    else:
+        results = function.body.append(ty.TopK(logits, k=5)).results
+    function.body.append(Return(values=list(results)))
+    function.refresh_type()
+    function.set_res_attrs([DictAttr({"tyir.name": StringAttr(n)}) for n in ("values", "ids")])
+    module = Module.empty("die0")
+    module.attributes = DictAttr({"tyir.die": IntegerAttr(0, i64), "tyir.stage": StringAttr("program")})
+    module.body.append(function)
+    lowered = lower_die(module, 40, machine)
+    verify(lowered)
+    got = run_step([FunctionalDie(EdgeProgram(lowered), {"w": w}, machine)], {"x": x}, 0)
+    expected = x.astype(np.float32) @ w.astype(np.float32).T
+    values, ids = ty.select_best(expected, np.broadcast_to(np.arange(700), expected.shape), 5)
+    np.testing.assert_array_equal(got["values"], values)
+    np.testing.assert_array_equal(got["ids"], ids)
+    stores = [op for op in lowered.walk_type(edge10.Store) if op.shape[1] * op.shape[2] > 40 * 5 * 4]
+    assert machine is SMALL or not stores
