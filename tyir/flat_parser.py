@@ -287,6 +287,11 @@ class FlatParser(ScopeParser):
             self._short_tails[text] = tail
         return tail
 
+    def check_name(self, name: str, start: int, end: int) -> None:
+        """Refuse what cannot be the name of an op."""
+        if not name or any(c.isspace() for c in name):
+            self.fail(f"'{name}' is not an operation name", start, end)
+
     # -- one op -----------------------------------------------------------------------------------------------------
     def _make(
         self,

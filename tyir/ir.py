@@ -53,13 +53,13 @@ class Value:
         """Make every user (except those for which `unless` holds) use `new`; `new` takes over the name if it has none."""
         if new is self:
             return
-        kept: list[Op] = []
-        for user in self.uses:
-            if unless is not None and unless(user):
-                kept.append(user)
-            else:
-                user._operands = tuple([new if v is self else v for v in user._operands])
-                new.uses.append(user)
+        kept, moved = [], self.uses
+        if unless is not None:
+            kept = [user for user in self.uses if unless(user)]
+            moved = [user for user in self.uses if not unless(user)]
+        for user in dict.fromkeys(moved):
+            user._operands = tuple([new if v is self else v for v in user._operands])
+        new.uses.extend(moved)
         self.uses = kept
         if new.name is None:
             new.name = self.name

@@ -29,7 +29,7 @@ from tyir.parser import Parser
 from tyir.parser_state import Argument, Header
 from tyir.pretty import FULL_NAMES
 from tyir.registry import op_class, registered_class
-from tyir.resource_parser import read_blob
+from tyir.resource_parser import check_dialect, check_new, read_blob
 from tyir.traits import IsolatedFromAbove, Terminator
 
 __all__ = ["parse_with_grammar"]
@@ -85,8 +85,10 @@ class _Builder(Parser):
         for section in _items(tree):
             if section.data != "dialect_section":
                 continue
-            for dialect in _items(section):
-                for key, value in (resource.children for resource in _items(dialect)[1:]):
+            for dialect, *blobs_of_dialect in (d.children for d in _items(section)):
+                check_dialect(self, str(dialect), dialect.start_pos)
+                for key, value in (resource.children for resource in blobs_of_dialect if resource is not None):
+                    check_new(self, str(key), blobs, key.start_pos)
                     blobs[str(key)] = read_blob(self, str(key), self._string(value), key.start_pos)
         return blobs
 
@@ -100,7 +102,7 @@ class _Builder(Parser):
         self._frame.entry_is_open = False
         header = Header(
             start=tree.meta.start_pos,
-            name=self._string(name),
+            name=self._op_name(name),
             results=[(str(v), 1 if n is None else int(n), v.start_pos) for v, n in (r.children for r in _items(results))],
             operands=[(str(v), v.start_pos) for v in _items(operands)],
             successors=[self._block_named(label) for label in _items(successors)],
@@ -113,6 +115,11 @@ class _Builder(Parser):
         loc = l.UNKNOWN if location is None else self._location(location)
         found = EMPTY_DICT if attributes is None else self._dictionary(attributes.children[0])
         self._make(header, found, list(function_type.inputs), function_type.results, loc, header.start, header.start)
+
+    def _op_name(self, token: Token) -> str:
+        name = self._string(token)
+        self.check_name(name, token.start_pos or 0, token.end_pos or 0)
+        return name
 
     def _read_short_op(self, tree: Node) -> None:
         results, (name,), values, successors, rest, location = (x.children if i == 1 else x for i, x in enumerate(tree.children))

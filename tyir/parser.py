@@ -113,8 +113,7 @@ class Parser(ShortParser):
             return self._short_header(start, results, short)
         name_at = self.skip_space()
         name = self.string('an operation name such as "func.func"')
-        if not name or any(c.isspace() for c in name):
-            self.fail(f"'{name}' is not an operation name", name_at, self.pos)
+        self.check_name(name, name_at, self.pos)
         operands = self.listed("(", ")", self._operand)
         successors = self.listed("[", "]", self._successor) if self.peek() == "[" else []
         properties = EMPTY_DICT

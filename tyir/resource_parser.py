@@ -10,7 +10,7 @@ from typing import Final
 
 from tyir.lexer import Scanner
 
-__all__ = ["parse_metadata", "read_blob"]
+__all__ = ["check_dialect", "check_new", "parse_metadata", "read_blob"]
 
 _KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
 _KEY_AND_COLON: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*\s*:")
@@ -54,8 +54,7 @@ def _dialects(scanner: Scanner, resources: Resources) -> None:
     while not scanner.accept("}"):
         start = scanner.skip_space()
         dialect = _key(scanner)
-        if dialect != "builtin":
-            scanner.fail(f"resources of dialect '{dialect}' are not known", start, start + len(dialect), help="write them under builtin")
+        check_dialect(scanner, dialect, start)
         scanner.expect("{")
         _entries(scanner, resources)
         scanner.accept(",")
@@ -73,9 +72,20 @@ def _entries(scanner: Scanner, resources: Resources) -> None:
             value = scanner.string("a blob")
             if not scanner.accept(",") and scanner.peek() != "}":
                 scanner.expected("',' or '}'")
-        if key in resources:
-            scanner.fail(f"resource '{key}' is given twice", start, start + len(key))
+        check_new(scanner, key, resources, start)
         resources[key] = read_blob(scanner, key, value, start)
+
+
+def check_dialect(scanner: Scanner, dialect: str, start: int) -> None:
+    """Refuse resources of dialects other than `builtin`, as mlir-opt and xDSL do."""
+    if dialect != "builtin":
+        scanner.fail(f"resources of dialect '{dialect}' are not known", start, start + len(dialect), help="write them under builtin")
+
+
+def check_new(scanner: Scanner, key: str, resources: Resources, start: int) -> None:
+    """Refuse a second blob of the same key."""
+    if key in resources:
+        scanner.fail(f"resource '{key}' is given twice", start, start + len(key))
 
 
 def read_blob(scanner: Scanner, key: str, value: str, start: int) -> tuple[int, bytes]:
