@@ -153,7 +153,7 @@ class SummedColumns:
     def _reduce(self, offset: int, nbytes: int) -> None:
         emitter = self.low.emitter
         assert self.summing.reduce is not None
-        emitter.begin(self.summing.reduce)
+        emitter.begin(self.summing.reduce, self.summing.product)
         given = self.summing.product is not None
         emitter.emit(
             edge10.AllReduce, source=offset if given else 0, source_memory="sram" if given else "none", destination=offset, nbytes=nbytes, element=f16, dies=self.summing.reduce.dies, group=self.summing.reduce.group,
@@ -162,7 +162,7 @@ class SummedColumns:
 
     def _add(self, offset: int, m0: int, m: int, n0: int, n: int) -> None:
         low, row = self.low, self.columns * 2
-        low.emitter.begin(self.summing.add)
+        low.emitter.begin(self.summing.add, self.summing.product)
         start, nbytes = m0 * row + n0 * 2, m * n * 2
         before, before_row = self._residual(offset + nbytes, m0, m, n0, n)
         target, target_row = (self.out.offset + start, row) if self.out.in_sram else (offset, n * 2)

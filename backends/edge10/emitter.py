@@ -31,11 +31,12 @@ class Emitter:
         self._pos: Value | None = None
         self._head: Op | None = None  # the last of the values at the block's beginning
 
-    def begin(self, op: Op) -> None:
-        """The op that the next commands implement."""
-        if op not in self._paths:
-            self._paths[op] = str(op.loc)
-        self.loc, self.source, self.path = op.loc, op.name, self._paths[op]
+    def begin(self, op: Op, beside: Op | None = None) -> None:
+        """The op that the next commands implement, and the op whose commands they run beside: their times are not added up."""
+        leader = beside or op
+        if leader not in self._paths:
+            self._paths[leader] = str(leader.loc)
+        self.loc, self.source, self.path = op.loc, op.name, self._paths[leader]
 
     def nested(self, block: Block, tracker: Tracker) -> Emitter:
         """An emitter for a loop's body."""
