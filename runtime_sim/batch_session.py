@@ -19,8 +19,9 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.manifest import Manifest
 from tyir.runtime_sim.chunks import Chunk
-from tyir.runtime_sim.program_engine import ProgramEngine
+from tyir.runtime_sim.program_engine import StepProbe
 from tyir.runtime_sim.sampling import Sampler, greedy
+from tyir.runtime_sim.session import EngineName, make_engine
 
 __all__ = ["BatchSession"]
 
@@ -28,12 +29,12 @@ Array = npt.NDArray[Any]
 
 
 class BatchSession:
-    """As many conversations as the artifacts were compiled for; `compiled` False runs the ops' reference meaning."""
+    """As many conversations as the artifacts were compiled for, one of them also."""
 
-    def __init__(self, folder: Path, *, compiled: bool = True, check: bool = True) -> None:
+    def __init__(self, folder: Path, engine: EngineName = "host", *, check: bool = True, probe: StepProbe | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder, check=check)
-        self.engine = ProgramEngine(self.folder, self.manifest, compiled=compiled)
+        self.engine = make_engine(engine, self.folder, self.manifest, probe)
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
 
     def reset(self) -> None:

@@ -39,8 +39,8 @@ class Edge10Engine:
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """One step of all dies; the main die's outputs by name."""
-        given = {name: array for name, array in inputs.items() if name != "pos"}  # a register of the command processor, not a buffer
-        return run_step(self._programs(chunk.seqlen), given, chunk.start)
+        given = {name: array for name, array in inputs.items() if name != "pos"}  # registers of the command processor, not a buffer
+        return run_step(self._programs(chunk.seqlen), given, tuple(inputs["pos"].tolist()))
 
     def caches(self) -> dict[CacheName, Array]:
         """The `kv` buffers of every die."""

@@ -19,6 +19,7 @@ from tyir.dialects.kv import dequantize_rows
 from tyir.lockstep import Meet, Recv, Request, Send, drive
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.program import Command, EdgeProgram
+from tyir.runtime_sim.unroll import Position, position_of
 from tyir.runtime_sim.vector_functions import softmax_block, top_k, vector_function
 from tyir.targets.machine import Machine
 from tyir.types import storage_dtype
@@ -42,7 +43,7 @@ class FunctionalDie:
         self._races = RaceDetector()
         self.loaded_bytes = 0
         self.macs = 0
-        self.pos = 0
+        self.pos: Position = 0
 
     def share_memory(self, other: FunctionalDie) -> None:
         """Use another program's caches and weights (another sequence length of the same die): buffers of the same name become one."""
@@ -54,7 +55,7 @@ class FunctionalDie:
                 mine.data[number] = other.memory.dram.data[source]
                 mine.written[number] = other.memory.dram.written[source]
 
-    def step(self, pos: int) -> Generator[tuple[Command, Array], Array, None]:
+    def step(self, pos: Position) -> Generator[tuple[Command, Array], Array, None]:
         """Run one step: yields (collective, the die's operand as bytes) and is sent what the collective gives, as bytes."""
         self.pos = pos
         self._races = RaceDetector()
@@ -165,7 +166,7 @@ class FunctionalDie:
         if op.index == "ids":
             rows = self.sram(command, op.ids, (op.rows,), np.int32).astype(np.int64) - op.first
         else:
-            rows = np.minimum(self.pos + op.first + np.arange(op.rows), op.table_rows - 1)
+            rows = np.minimum(position_of(self.pos, op.sequence) + op.first + np.arange(op.rows), op.table_rows - 1)
         inside = (rows >= 0) & (rows < op.table_rows)
         table = self.dram(command, command.addresses[0] + op.offset, (op.table_rows, op.row_bytes), (op.row_bytes, 1))
         target = self.sram(command, op.sram, (op.rows, op.row_bytes), np.uint8, write=True)
@@ -241,7 +242,7 @@ class FunctionalDie:
         assert isinstance(op, edge10.SoftmaxBlock)
         cols, first_key = _sizes((op.cols, op.first_key), command.scalars)
         if cols:
-            softmax_block(op, cols, first_key, self.pos, lambda *a, **k: self.sram(command, *a, **k))
+            softmax_block(op, cols, first_key, position_of(self.pos, op.sequence), lambda *a, **k: self.sram(command, *a, **k))
 
     def top_k(self, command: Command) -> None:
         op = command.op
@@ -351,7 +352,7 @@ def _request(command: Command, operand: Array) -> Request:
     return Meet(op.name, op.dies or (), operand, lambda parts: _combine(command, parts), command.describe())
 
 
-def run_step(dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: int) -> dict[str, Array]:
+def run_step(dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: Position) -> dict[str, Array]:
     """One step of all dies (`tyir.lockstep`): fills the input buffers, runs the programs, returns the output buffers of the main die by name."""
     for die in dies:
         for name, array in inputs.items():

@@ -18,6 +18,7 @@ from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.runtime_sim.functional import FunctionalDie
 from tyir.runtime_sim.program import Command, EdgeProgram, alike_programs
+from tyir.runtime_sim.unroll import Position
 from tyir.targets.machine import Machine
 
 __all__ = ["buffer_problems", "check_plan", "check_programs"]
@@ -25,12 +26,12 @@ __all__ = ["buffer_problems", "check_plan", "check_programs"]
 Array = npt.NDArray[Any]
 
 
-def check_plan(module: Module, machine: Machine, positions: Sequence[int] = (0,)) -> None:
+def check_plan(module: Module, machine: Machine, positions: Sequence[Position] = (0,)) -> None:
     """Raise `TyirError` with everything wrong with the buffers of one die's program, or with the first bad access of a step at one of `positions`."""
     check_programs([EdgeProgram(module)], machine, positions)
 
 
-def check_programs(programs: Sequence[EdgeProgram], machine: Machine, positions: Sequence[int] = (0,)) -> None:
+def check_programs(programs: Sequence[EdgeProgram], machine: Machine, positions: Sequence[Position] = (0,)) -> None:
     """`check_plan` for several dies; dies with equal programs differ only in data and are replayed once."""
     for program in programs:
         if problems := list(buffer_problems(program.buffers.values(), machine)):
@@ -70,7 +71,7 @@ class _Replay(FunctionalDie):
             if buffer.kind in ("input", "kv"):  # the host's, and the tokens before `pos`
                 self.memory.dram.write_buffer(buffer.sym_name, np.zeros(buffer.nbytes, np.uint8))
 
-    def replay(self, pos: int) -> None:
+    def replay(self, pos: Position) -> None:
         run = self.step(pos)
         try:
             command, _ = next(run)

@@ -17,7 +17,7 @@ from tyir.edge10_binary import read_program
 from tyir.ir import Block, Value
 from tyir.manifest import Manifest
 from tyir.parser import parse_module
-from tyir.runtime_sim.unroll import Command, Kinds, Step, unroll
+from tyir.runtime_sim.unroll import Command, Kinds, Position, Step, unroll
 
 __all__ = ["Command", "EdgeProgram", "alike_programs", "load_program", "load_programs"]
 
@@ -42,15 +42,15 @@ class EdgeProgram:
         self.die = _int_attribute(module, "tyir.die", 0)
         self._kinds = Kinds()
         self._alike: WeakKeyDictionary[EdgeProgram, bool] = WeakKeyDictionary()
-        self._expanded: dict[int, Step] = {}
+        self._expanded: dict[Position, Step] = {}
 
     @classmethod
     def parse(cls, text: str, name: str = "<string>") -> Self:
         """A program from its printed form."""
         return cls(parse_module(text, name))
 
-    def expand(self, pos: int) -> Step:
-        """All commands of one step at position `pos`, in program order.  The last few steps are kept: a report times them on several machines."""
+    def expand(self, pos: Position) -> Step:
+        """All commands of one step at position `pos` (of each sequence, where there are several), in program order.  The last few steps are kept: a report times them on several machines."""
         if pos not in self._expanded:
             while self._expanded and sum(map(len, self._expanded.values())) > _KEPT_COMMANDS:
                 del self._expanded[next(iter(self._expanded))]
@@ -88,14 +88,8 @@ def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgePro
 
 
 def load_program(folder: Path, manifest: Manifest, die: int, seqlen: int) -> EdgeProgram:
-    """One die's command program; `TyirError` when the artifacts were compiled for several sequences, which have none."""
-    path = manifest.program(die, seqlen).program
-    if not path:
-        raise TyirError(
-            f"{folder} holds no command programs: it was compiled for batch {manifest.options.batch}, they run one sequence",
-            help="compile with --batch 1",
-        )
-    return EdgeProgram(read_program(folder / path))
+    """One die's command program."""
+    return EdgeProgram(read_program(folder / manifest.program(die, seqlen).program))
 
 
 def _int_attribute(module: Module, name: str, default: int) -> int:
@@ -114,7 +108,16 @@ def _block_signature(block: Block) -> Hashable:
         for op in inner:
             properties: Hashable = op.properties
             if isinstance(op, edge10.AllGather):
-                properties = (op.rows, op.sizes, op.sizes[op.die], op.source_memory, op.destination_memory, op.displacements, op.stride, op.dies)
+                properties = (
+                    op.rows,
+                    op.sizes,
+                    op.sizes[op.die],
+                    op.source_memory,
+                    op.destination_memory,
+                    op.displacements,
+                    op.stride,
+                    op.dies,
+                )
             elif isinstance(op, edge10.Gather) and op.index == "ids":  # which rows a die holds does not matter either
                 properties = (op.rows, op.row_bytes, op.sram, op.offset)
             rows.append((op.name, properties, tuple(numbers[v] for v in op.operands)))

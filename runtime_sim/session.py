@@ -28,7 +28,7 @@ from tyir.runtime_sim.chunks import Chunk, plan_chunks
 from tyir.runtime_sim.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.sampling import Candidates, Sampler, greedy
 
-__all__ = ["ENGINES", "Engine", "EngineName", "Session"]
+__all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
 
 Array = npt.NDArray[Any]
 EngineName = Literal["host", "interpreter", "edge10"]
@@ -39,7 +39,7 @@ class Engine(Protocol):
     """Executes one step of all dies and keeps their caches."""
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """The main die's outputs by name, caches excepted, each [1, seqlen, ..], for `inputs` by name (`pos` and `ids` or `embeddings`, padded to `chunk.seqlen`)."""
+        """The main die's outputs by name, caches excepted, each [b, seqlen, ..], for `inputs` by name (`pos` and `ids` or `embeddings`, padded to `chunk.seqlen`)."""
 
     def reset(self) -> None:
         """Forget the caches."""
@@ -51,28 +51,33 @@ class Engine(Protocol):
         """Take over caches that `caches` gave."""
 
 
-class Session:
-    """One conversation: artifacts, an engine, and the tokens that its cache holds."""
+def make_engine(name: str, folder: Path, manifest: Manifest, probe: StepProbe | None = None) -> Engine:
+    """The engine of a name, for an artifact folder.  `probe` sees the ops of the engines that walk IR."""
+    if name == "edge10":
+        from tyir.runtime_sim.edge10_engine import Edge10Engine
 
-    def __init__(self, folder: Path, engine: EngineName = "host", *, check: bool = True, probe: StepProbe | None = None) -> None:
+        return Edge10Engine(folder, manifest)
+    if name not in ENGINES:
+        raise TyirError(f"there is no engine '{name}'", help=did_you_mean(name, ENGINES) or f"one of {', '.join(ENGINES)}")
+    return ProgramEngine(folder, manifest, compiled=name == "host", probe=probe)
+
+
+class Session:
+    """One conversation: artifacts, an engine, and the tokens that its cache holds.
+
+    Artifacts for a batch run it as their sequence `sequence`, the others being padding; `BatchSession` runs several conversations.
+    """
+
+    def __init__(
+        self, folder: Path, engine: EngineName = "host", *, check: bool = True, probe: StepProbe | None = None, sequence: int = 0
+    ) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder, check=check)
-        if self.manifest.options.batch > 1:
-            raise TyirError(
-                f"{self.folder} was compiled for {self.manifest.options.batch} sequences at once",
-                help="use tyir.runtime_sim.batch_session.BatchSession, or compile with --batch 1",
-            )
-        self.engine = self._make_engine(engine, probe)
+        self.sequence = sequence
+        if not 0 <= sequence < self.manifest.options.batch:
+            raise TyirError(f"there is no sequence {sequence}", help=f"{self.folder} runs {self.manifest.options.batch}, numbered from 0")
+        self.engine = make_engine(engine, self.folder, self.manifest, probe)
         self.tokens: list[int] = []
-
-    def _make_engine(self, name: str, probe: StepProbe | None) -> Engine:
-        if name == "edge10":
-            from tyir.runtime_sim.edge10_engine import Edge10Engine
-
-            return Edge10Engine(self.folder, self.manifest)
-        if name not in ENGINES:
-            raise TyirError(f"there is no engine '{name}'", help=did_you_mean(name, ENGINES) or f"one of {', '.join(ENGINES)}")
-        return ProgramEngine(self.folder, self.manifest, compiled=name == "host", probe=probe)
 
     @property
     def capacity(self) -> int:
@@ -179,13 +184,15 @@ class Session:
         for chunk in plan_chunks(len(ids), first, self.manifest.options.seqlens, self.capacity):
             part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
             for name, array in self.engine.step(self._inputs(part, chunk), chunk).items():
-                rows.setdefault(name, []).append(np.asarray(array[0, : chunk.count]))
+                rows.setdefault(name, []).append(np.asarray(array[self.sequence, : chunk.count]))
             self.tokens += part
         return {name: np.concatenate(parts) for name, parts in rows.items()}
 
     def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
-        padded = np.array([ids + [0] * (chunk.seqlen - len(ids))], np.int32)
-        pos = np.array([chunk.start], np.int32)
+        padded = np.zeros((self.manifest.options.batch, chunk.seqlen), np.int32)
+        padded[self.sequence, : len(ids)] = ids
+        pos = np.zeros(self.manifest.options.batch, np.int32)
+        pos[self.sequence] = chunk.start
         if self.manifest.options.embedding_as_input:
             return {"embeddings": self._embedding_table[padded], "pos": pos}
         return {"ids": padded, "pos": pos}

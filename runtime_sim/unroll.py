@@ -23,7 +23,7 @@ from tyir.ir import Block, Op, Value
 from tyir.location import module_path
 from tyir.targets.command_times import Transfer, Work, collective_transfer, transfer_of_command, work_of
 
-__all__ = ["Command", "Kind", "Kinds", "Step", "unroll"]
+__all__ = ["Command", "Kind", "Kinds", "Position", "Step", "position_of", "unroll"]
 
 Tokens = tuple[int, ...]  # commands that must be done, by number; in a function's body -1 - i is everything that argument i stands for
 Address = tuple[int, int]  # the argument it is relative to (_ABSOLUTE for none) and a byte offset
@@ -177,7 +177,15 @@ class Step(Sequence[Command]):
             yield Command(self.kinds[kind], index, tuple([base + d for d in near]), self.addresses.get(index, ()), layer)
 
 
-def unroll(functions: Mapping[str, Func], buffers: Mapping[str, edge10.Buffer], entry: str, kinds: Kinds, pos: int) -> Step:
+Position = int | tuple[int, ...]  # tokens cached: of all sequences, or of each
+
+
+def position_of(pos: Position, sequence: int) -> int:
+    """The register `pos` of one sequence."""
+    return pos if isinstance(pos, int) else pos[sequence]
+
+
+def unroll(functions: Mapping[str, Func], buffers: Mapping[str, edge10.Buffer], entry: str, kinds: Kinds, pos: Position) -> Step:
     """One step at position `pos` of the program that begins at function `entry`; its kinds are added to `kinds`.  `TyirError` for what is no command program."""
     with collector_paused():
         return _Unroller(functions, buffers, kinds, pos).step(entry)
@@ -236,7 +244,7 @@ class _Unroller:
     Values of the program are a token's `Tokens`, an address's `Address` or a scalar's number, in `env` by SSA value.
     """
 
-    def __init__(self, functions: Mapping[str, Func], buffers: Mapping[str, edge10.Buffer], kinds: Kinds, pos: int) -> None:
+    def __init__(self, functions: Mapping[str, Func], buffers: Mapping[str, edge10.Buffer], kinds: Kinds, pos: Position) -> None:
         self.functions, self.buffers, self.kinds, self.pos = functions, buffers, kinds, pos
         self.bodies: dict[tuple[str, tuple[int, ...]], _Body] = {}
 
@@ -274,7 +282,7 @@ class _Unroller:
             elif isinstance(op, edge10.Affine):
                 env[op.out] = _affine(op, env)
             elif isinstance(op, edge10.Register):
-                env[op.out] = self.pos
+                env[op.out] = position_of(self.pos, op.sequence)
             elif isinstance(op, edge10.For):
                 self.loop(op, env, body)
             elif isinstance(op, Call):

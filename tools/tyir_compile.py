@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", default="logits", metavar="KIND", help="what a step returns: logits (default), argmax, or topk=K: the K best tokens"
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="sequences per step (default 1); above 1 there are no command programs"
+        "--batch", type=int, default=1, metavar="B", help="sequences per step (default 1); weights are read once for all of them"
     )
     parser.add_argument("--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)")
     parser.add_argument("--timing", action="store_true", help="print time and peak memory of each stage on stderr")

@@ -7,10 +7,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+
+if TYPE_CHECKING:
+    from tyir.runtime_sim.sampling import Sampler
 
 __all__ = ["load_tokenizer", "main", "stop_tokens"]
 
@@ -26,20 +29,22 @@ def main(argv: Sequence[str]) -> int:
     session = Session(args.artifacts, args.engine, check=not args.no_check)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(args.artifacts)
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    ids = tokenizer(prompt)["input_ids"]
+    prompts = args.prompt or [sys.stdin.read()]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     stops = stop_tokens(args.artifacts)
+    if len(prompts) > 1:
+        return _run_batch(args, prompts, ids, tokenizer, sampler, stops)
     start = time.perf_counter()
     times: list[float] = []
 
     def timed() -> Iterator[int]:
-        for token in session.generate(ids, args.max_tokens, sampler=sampler, stop=lambda t: t in stops):
+        for token in session.generate(ids[0], args.max_tokens, sampler=sampler, stop=lambda t: t in stops):
             times.append(time.perf_counter())
             yield token
 
     stream = decode_stream(tokenizer, timed())
     first = next(stream, "")  # a prompt that does not fit is refused before anything is printed
-    sys.stdout.write(prompt + first)
+    sys.stdout.write(prompts[0] + first)
     for text in stream:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -47,10 +52,36 @@ def main(argv: Sequence[str]) -> int:
     if times:
         decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
         print(
-            f"{len(ids)} prompt tokens, first token after {times[0] - start:.3f} s; {len(times)} tokens at {decode:.1f} tokens/s "
+            f"{len(ids[0])} prompt tokens, first token after {times[0] - start:.3f} s; {len(times)} tokens at {decode:.1f} tokens/s "
             f"({args.engine} engine on this machine, not the device)",
             file=sys.stderr,
         )
+    return 0
+
+
+def _run_batch(
+    args: argparse.Namespace, prompts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: Any, sampler: Sampler, stops: set[int]
+) -> int:
+    """Continue several prompts at once, each printed when all are done."""
+    from tyir.runtime_sim.batch_session import BatchSession
+
+    session = BatchSession(args.artifacts, args.engine, check=False)
+    if len(prompts) > len(session.tokens):
+        raise TyirError(
+            f"{len(prompts)} prompts, and {args.artifacts} runs {len(session.tokens)} at once",
+            help=f"compile with --batch {len(prompts)}, or give fewer",
+        )
+    start = time.perf_counter()
+    waiting: list[list[int]] = [[] for _ in range(len(session.tokens) - len(ids))]
+    made = session.generate([*ids, *waiting], args.max_tokens, sampler=sampler, stop=lambda t: t in stops)
+    seconds = time.perf_counter() - start
+    for prompt, tokens in zip(prompts, made):
+        print(prompt + tokenizer.decode(tokens, skip_special_tokens=True))
+    total = sum(map(len, made))
+    print(
+        f"{len(prompts)} prompts, {total} tokens in {seconds:.3f} s: {total / seconds:.1f} tokens/s ({args.engine} engine on this machine, not the device)",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -94,7 +125,9 @@ def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
-    parser.add_argument("--prompt", help="the text to continue (default: read from stdin)")
+    parser.add_argument(
+        "--prompt", action="append", help="the text to continue (default: read from stdin); several with artifacts compiled for a batch"
+    )
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (0: all that the program returns)")

@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     plugin = _plugin(args.model_plugin)
     reference = Reference(args.against, session.manifest.options, plugin)
     results: list[PromptResult] = []
-    for ids in prompts:
+    for number, ids in enumerate(prompts):
+        session.sequence = states.sequence = number % session.manifest.options.batch  # every sequence of a batch has its turn
         count = min(args.tokens, session.capacity - len(ids))
         results.append(check_prompt(session, reference, ids, count, states))
     good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)

@@ -266,6 +266,7 @@ class LayerStates:
     def __init__(self) -> None:
         self.seen: dict[int, list[Array]] = defaultdict(list)
         self.owner: dict[int, int] = {}
+        self.sequence = 0  # of a batch
 
     def clear(self) -> None:
         self.seen.clear()
@@ -283,4 +284,4 @@ class LayerStates:
             assert isinstance(callee, Func)
             own = [r for i, r in enumerate(results) if alias_of_result(callee, i) is None]  # the scales of a cache have three axes too
             state = next(r for r in own if r.ndim == 3)
-            self.seen[layer.value].append(state[0, : chunk.count].copy())
+            self.seen[layer.value].append(state[self.sequence, : chunk.count].copy())

@@ -216,11 +216,10 @@ def _write_programs(
     for seqlen in options.seqlens:
         place = _program_folder(options, seqlen)
         for index, die in enumerate(dies):
-            if options.batch == 1:  # a command program runs one sequence: its position is a register
-                with context.watch.stage(f"edge10 s{seqlen} die{index}"):
-                    lowered = lower_die(die, seqlen, machine)
-                    memory[index, seqlen] = memory_summary(lowered)
-                    _write_command_program(lowered, folder / _command_program(place, index, context))
+            with context.watch.stage(f"edge10 s{seqlen} die{index}"):
+                lowered = lower_die(die, seqlen, machine)
+                memory[index, seqlen] = memory_summary(lowered)
+                _write_command_program(lowered, folder / _command_program(place, index, context))
             with context.watch.stage(f"host code s{seqlen} die{index}"):
                 kernels = assign_kernels(_functions(die, seqlen))
                 library = folder / place / f"llm_die{index}.so"
@@ -229,8 +228,7 @@ def _write_programs(
                     build_library(kernels, target, library)
                 else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
                     shutil.copyfile(same, library)
-            commands = _command_program(place, index, context) if options.batch == 1 else ""
-            program = _die_program(die, index, seqlen, place, commands)
+            program = _die_program(die, index, seqlen, place, _command_program(place, index, context))
             (folder / program.ir).write_text(print_op(_artifact_ir(die, index, seqlen, places)))
             programs.append(program)
     return programs, memory

@@ -28,7 +28,7 @@ class Emitter:
         self._paths: dict[Op, str] = {} if entry is None else entry._paths
         self._outer = entry
         self._addresses: dict[str, Value] = {}
-        self._pos: Value | None = None
+        self._positions: dict[int, Value] = {}
         self._head: Op | None = None  # the last of the values at the block's beginning
 
     def begin(self, op: Op, beside: Op | None = None) -> None:
@@ -51,13 +51,13 @@ class Emitter:
             self._addresses[symbol] = self._first(edge10.AddressOf(symbol=SymbolRefAttr(symbol)))
         return self._addresses[symbol]
 
-    def position(self) -> Value:
-        """The register `pos`."""
+    def position(self, sequence: int = 0) -> Value:
+        """The register `pos` of a sequence."""
         if self._outer is not None:
-            return self._outer.position()
-        if self._pos is None:
-            self._pos = self._first(edge10.Register(register="pos"))
-        return self._pos
+            return self._outer.position(sequence)
+        if sequence not in self._positions:
+            self._positions[sequence] = self._first(edge10.Register(register="pos", sequence=sequence))
+        return self._positions[sequence]
 
     def _first(self, op: Op) -> Value:
         self.block.insert(op, before=self.block.first_op if self._head is None else self._head.next_op)

@@ -86,7 +86,7 @@ def _searched() -> dict[Hashable, SramShares]:
 
 def _chosen_shares(die_module: Module, main: Func, seqlen: int, machine: Machine) -> SramShares:
     """The division of SRAM for a program: the default for few tokens, the result of the search for many."""
-    if seqlen <= machine.cube.rows:
+    if seqlen * _sequences(main) <= machine.cube.rows:
         return SramShares()
     shapes = tuple((op.name, *(v.type for v in (*op.operands, *op.results))) for f in _reached(die_module, main) for op in f.body)
     key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), shapes)
@@ -515,6 +515,11 @@ def _weight_uses(main: Func) -> dict[str, int]:
 
 def _weight_types(main: Func) -> dict[str, TensorType]:
     return {op.symbol.leaf: ty.tensor_type(op.result) for op in main.body if isinstance(op, ty.GetGlobal)}
+
+
+def _sequences(main: Func) -> int:
+    """How many sequences a step runs: as many as it has positions."""
+    return next((ty.tensor_type(a).static_shape[0] for a in main.args if _is_position(a.type)), 1)
 
 
 def _is_position(type: object) -> bool:

@@ -21,7 +21,6 @@ from tyir.backends.edge10.allocate import align
 from tyir.backends.edge10.context import Area, Lowering, Place, acc_range, sram_range
 from tyir.backends.edge10.dependences import Access, Slot, Space, Tracker
 from tyir.backends.edge10.emitter import Emitter
-from tyir.backends.edge10.lower_cache import require_one_sequence
 from tyir.backends.edge10.places import Scratch
 from tyir.backends.edge10.tiling import AttentionBlocks, accumulator_bytes, attention_blocks, spans
 from tyir.diagnostics import TyirError
@@ -80,15 +79,16 @@ def attention_scratch(op: CachedAttention, arena: int, machine: Machine) -> Scra
 
 def lower_attention(op: CachedAttention, low: Lowering, scratch: Area | None = None) -> None:
     """`kv.attention`, with the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
-    require_one_sequence(op)
     area = Area(low.plan.temp, low.plan.temp_bytes)
     in_sram = low.place(op.q).in_sram and low.place(op.out).in_sram
     if scratch is not None and in_sram and scratch.nbytes > area.nbytes:
         area = scratch
     blocks, runs = _blocks(op, area.nbytes, low.machine, transfers=not in_sram), _runs(op.kv_heads)
-    for first, count in spans(tensor_type(op.q).static_shape[1], blocks.queries):
-        for members in [runs] if blocks.all_heads else [[r] for r in runs]:
-            _Block(op, low, blocks, members, first, count, area.offset).lower()
+    batch, tokens, *_ = tensor_type(op.q).static_shape
+    for sequence in range(batch):
+        for first, count in spans(tokens, blocks.queries):
+            for members in [runs] if blocks.all_heads else [[r] for r in runs]:
+                _Block(op, low, blocks, members, sequence, first, count, area.offset).lower()
 
 
 def _blocks(op: CachedAttention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
@@ -105,12 +105,20 @@ def _bytes(op: CachedAttention, blocks: AttentionBlocks) -> int:
 
 
 class _Block:
-    """`count` queries from `first` on, for some runs of heads; temporaries from `start` on."""
+    """`count` queries of a sequence from `first` on, for some runs of heads; temporaries from `start` on."""
 
     def __init__(
-        self, op: CachedAttention, low: Lowering, blocks: AttentionBlocks, runs: Sequence[_Run], first: int, count: int, start: int
+        self,
+        op: CachedAttention,
+        low: Lowering,
+        blocks: AttentionBlocks,
+        runs: Sequence[_Run],
+        sequence: int,
+        first: int,
+        count: int,
+        start: int,
     ) -> None:
-        self.op, self.low, self.runs, self.first, self.count = op, low, runs, first, count
+        self.op, self.low, self.runs, self.sequence, self.first, self.count = op, low, runs, sequence, first, count
         self.keys = blocks.keys
         _, _, self.all_heads, self.dim = tensor_type(op.q).static_shape
         _, groups, self.capacity, _ = tensor_type(op.k).static_shape
@@ -154,10 +162,18 @@ class _Block:
         self._loop(q, q_strides)
         self._finish()
 
+    def _place(self, value: Value) -> Place:
+        """Where the sequence's part of a tensor lies."""
+        return self.low.place(value).at(self.sequence * self._sequence_bytes(value))
+
+    @staticmethod
+    def _sequence_bytes(value: Value) -> int:
+        return tensor_type(value).nbytes // tensor_type(value).static_shape[0]
+
     # -- queries and result ---------------------------------------------------------------------------------------
     def _queries(self) -> tuple[int, tuple[int, int]]:
         """Offset of the first query row in SRAM and the strides [token, head]."""
-        place, row = self.low.place(self.op.q), self.dim * 2
+        place, row = self._place(self.op.q), self.dim * 2
         start = (self.first * self.all_heads + self.first_head) * row
         if place.in_sram:
             return place.offset + start, (self.all_heads * row, row)
@@ -165,7 +181,7 @@ class _Block:
         return self.at["q"], (self.heads * row, row)
 
     def _finish(self) -> None:
-        place, row = self.low.place(self.op.out), self.dim * 2
+        place, row = self._place(self.op.out), self.dim * 2
         start = (self.first * self.all_heads + self.first_head) * row
         target, outer = (place.offset + start, self.all_heads * row) if place.in_sram else (self.at["out"], self.heads * row)
         for strip in self.strips:
@@ -185,7 +201,7 @@ class _Block:
 
     # -- the loop -------------------------------------------------------------------------------------------------
     def _loop(self, q: int, q_strides: tuple[int, int]) -> None:
-        outer, pos, size = self.low.emitter, self.low.emitter.position(), self.keys
+        outer, pos, size = self.low.emitter, self.low.emitter.position(self.sequence), self.keys
         visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
         start = outer.affine([pos], [1], self.first - self.op.window + 1, divisor=size) if self.op.window else outer.affine([], [])
         end = outer.affine([visible], [1], size - 1, divisor=size)
@@ -206,8 +222,8 @@ class _Block:
 
     def _caches(self, outer: Emitter) -> dict[Space, Value]:
         """The caches as the loop finds them: their blocks need not wait for the queries."""
-        places = [self.low.place(v) for v in (self.op.k, self.op.v, *self.op.scales)]
-        reads = {p.base: p.access(tensor_type(v).nbytes, write=False) for p, v in zip(places, (self.op.k, self.op.v, *self.op.scales))}
+        values = (self.op.k, self.op.v, *self.op.scales)
+        reads = {p.base: p.access(self._sequence_bytes(v), write=False) for v in values for p in [self._place(v)]}
         return {space: outer.join(outer.tracker.waits(accesses, None)) for space, accesses in reads.items()}
 
     def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
@@ -231,7 +247,7 @@ class _Block:
             self._product(strip, run, lhs, q_strides, self.at["k"], True, keys, target, size * 4)
         self.low.emitter.emit(
             edge10.SoftmaxBlock, keys, first_key, scores=scores, score_stride=size * 4, probabilities=probabilities, probability_stride=size * 2,
-            maximum=maximum, total=total, alpha=alpha, rows=rows, heads=strip.heads, first_query=self.first, window=self.op.window, scale=self.op.scale,
+            maximum=maximum, total=total, alpha=alpha, rows=rows, heads=strip.heads, first_query=self.first, window=self.op.window, sequence=self.sequence, scale=self.op.scale,
             reads=[sram_range(scores, rows * size * 4), sram_range(maximum, rows * 4), sram_range(total, rows * 4)],
             writes=[sram_range(probabilities, rows * size * 2, write=True), *(sram_range(at, rows * 4, write=True) for at in (maximum, total, alpha))],
         )  # fmt: skip
@@ -256,13 +272,13 @@ class _Block:
     def _load_cache(self, name: str, first_key: Value, keys: Value) -> None:
         """A block of the keys ("k") or the values ("v") as f16."""
         at, op, size = self.at, self.op, self.groups * self.keys
-        cache = self.low.place(op.k if name == "k" else op.v)
+        cache = self._place(op.k if name == "k" else op.v)
         if not op.scales:
             self._load_rows(cache, at[name], self.dim * 2, "eidma", first_key, keys)
             return
         q, scales = at[f"{name}_q"], at[f"{name}_scales"]
         self._load_rows(cache, q, self.dim, "eidma", first_key, keys)
-        self._load_rows(self.low.place(op.scales[name == "v"]), scales, 2, "ebdma", first_key, keys)
+        self._load_rows(self._place(op.scales[name == "v"]), scales, 2, "ebdma", first_key, keys)
         self.low.emitter.emit(
             edge10.DequantRows, keys, q=q, scales=scales, out=at[name], planes=self.groups, plane_rows=self.keys, rows=edge10.DYNAMIC, k=self.dim,
             reads=[sram_range(q, size * self.dim), sram_range(scales, size * 2)], writes=[sram_range(at[name], size * self.dim * 2, write=True)],

@@ -6,31 +6,29 @@ import math
 
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.allocate import align
-from tyir.backends.edge10.context import Lowering, element_bytes, sram_range
-from tyir.diagnostics import TyirError
+from tyir.backends.edge10.context import Lowering, Place, element_bytes, sram_range
 from tyir.dialects import edge10
 from tyir.dialects.kv import Append, QuantizeRows, Rows
 from tyir.dialects.ty import Embedding, tensor_type
-from tyir.ir import Op
 from tyir.types import f16, i8
 
-__all__ = ["lower_append", "lower_embedding", "lower_quantize_rows", "lower_rows", "require_one_sequence"]
-
-
-def require_one_sequence(op: Op) -> None:
-    """The command program is for batch 1: `pos` is one register."""
-    batch = tensor_type(op.results[0]).static_shape[0]
-    if batch != 1:
-        raise TyirError(f"'{op.name}' has batch {batch}; edge10 programs run one sequence", help="compile with batch 1")
+__all__ = ["lower_append", "lower_embedding", "lower_quantize_rows", "lower_rows"]
 
 
 def lower_append(op: Append, low: Lowering) -> None:
-    """`kv.append`: rows [1, s, G, D] (or [1, s, G]) to positions pos.. of the cache [1, G, capacity, D]; what lies beyond the capacity is dropped."""
-    require_one_sequence(op)
-    _, tokens, groups, *dim = tensor_type(op.rows).static_shape
+    """`kv.append`: rows [b, s, G, D] (or [b, s, G]) to positions pos.. of each sequence's cache [G, capacity, D]; what lies beyond the capacity is dropped."""
+    batch, tokens, groups, *dim = tensor_type(op.rows).static_shape
     capacity = tensor_type(op.cache).static_shape[2]
-    cache, source, emitter = low.place(op.cache), low.place(op.rows), low.emitter
-    row, pos = math.prod(dim) * element_bytes(op.rows), low.emitter.position()
+    row = math.prod(dim) * element_bytes(op.rows)
+    for sequence in range(batch):
+        source, cache = low.place(op.rows).at(sequence * tokens * groups * row), low.place(op.cache).at(sequence * groups * capacity * row)
+        _append(source, cache, sequence, (tokens, groups, capacity, row), low)
+
+
+def _append(source: Place, cache: Place, sequence: int, sizes: tuple[int, int, int, int], low: Lowering) -> None:
+    """One sequence: `sizes` are tokens, heads, positions of the cache, and bytes of a row."""
+    tokens, groups, capacity, row = sizes
+    emitter, pos = low.emitter, low.emitter.position(sequence)
     for piece in low.pieces(tokens, 0 if source.in_sram else groups * row):
         sram = source.offset + piece.first * groups * row
         if not source.in_sram:
@@ -67,36 +65,37 @@ def lower_quantize_rows(op: QuantizeRows, low: Lowering) -> None:
 
 
 def lower_rows(op: Rows, low: Lowering) -> None:
-    """`kv.rows`: rows pos.. of a table."""
-    require_one_sequence(op)
-    _gather(op, low, "position")
+    """`kv.rows`: rows pos.. of a table, for each sequence."""
+    batch, tokens, _ = tensor_type(op.out).static_shape
+    table_rows = tensor_type(op.table).static_shape[0]
+    row = tensor_type(op.table).nbytes // table_rows
+    table = low.place(op.table)
+    for sequence in range(batch):
+        target = low.place(op.out).at(sequence * tokens * row)
+        for piece in low.pieces(tokens, 0 if target.in_sram else row):
+            sram = target.offset + piece.first * row if target.in_sram else piece.temp
+            low.emitter.emit(
+                edge10.Gather, low.address(table), index="position", first=piece.first, sram=sram, rows=piece.rows, row_bytes=row, table_rows=table_rows,
+                offset=table.offset, sequence=sequence, writes=[sram_range(sram, piece.rows * row, write=True)],
+            )  # fmt: skip
+            if not target.in_sram:
+                low.store_bytes(target.at(piece.first * row), sram, piece.rows * row)
 
 
 def lower_embedding(op: Embedding, low: Lowering) -> None:
     """`ty.embedding`: rows by token id; the ids come to SRAM first."""
-    _gather(op, low, "ids")
-
-
-def _gather(op: Embedding | Rows, low: Lowering, index: str) -> None:
-    table, target = low.place(op.table), low.place(op.out)
+    table, source, target = low.place(op.table), low.place(op.ids), low.place(op.out)
     table_rows = tensor_type(op.table).static_shape[0]
     row = tensor_type(op.table).nbytes // table_rows
-    rows = math.prod(tensor_type(op.out).static_shape[:-1])
-    offset = op.offset if isinstance(op, Embedding) else 0
-    ids_bytes = rows * 4 if index == "ids" else 0
+    rows = math.prod(tensor_type(op.ids).static_shape)
     for piece in low.pieces(rows, 0 if target.in_sram else row + 2 * align(4)):
-        sram, ids, reads = target.offset + piece.first * row, 0, []
-        if isinstance(op, Embedding):
-            source = low.place(op.ids)
-            ids = source.offset + piece.first * 4 if source.in_sram else piece.temp
-            if not source.in_sram:
-                low.load_bytes(source.at(piece.first * 4), ids, piece.rows * 4)
-            reads = [sram_range(ids, piece.rows * 4)]
-        if not target.in_sram:
-            sram = piece.temp + align(piece.rows * 4) * bool(ids_bytes)
+        ids = source.offset + piece.first * 4 if source.in_sram else piece.temp
+        if not source.in_sram:
+            low.load_bytes(source.at(piece.first * 4), ids, piece.rows * 4)
+        sram = target.offset + piece.first * row if target.in_sram else piece.temp + align(piece.rows * 4)
         low.emitter.emit(
-            edge10.Gather, low.address(table), index=index, ids=ids, first=offset if index == "ids" else piece.first, sram=sram, rows=piece.rows, row_bytes=row,
-            table_rows=table_rows, offset=table.offset, reads=reads, writes=[sram_range(sram, piece.rows * row, write=True)],
+            edge10.Gather, low.address(table), index="ids", ids=ids, first=op.offset, sram=sram, rows=piece.rows, row_bytes=row, table_rows=table_rows,
+            offset=table.offset, reads=[sram_range(ids, piece.rows * 4)], writes=[sram_range(sram, piece.rows * row, write=True)],
         )  # fmt: skip
         if not target.in_sram:
             low.store_bytes(target.at(piece.first * row), sram, piece.rows * row)

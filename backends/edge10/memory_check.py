@@ -76,7 +76,7 @@ def _need(module: Module, stage: str, options: BuildOptions, machine: Machine, c
         dies = [m for m in module.body if isinstance(m, Module)]
         worst = max(dies, key=lambda die: _die_bytes(die, options))
         needed = _die_bytes(worst, options)
-        if needed > capacity or options.batch > 1:
+        if needed > capacity:
             return needed
         return max(memory_summary(lower_die(worst, s, machine))["dram"] for s in options.seqlens)
     except TyirError:  # options that this module cannot be compiled with are no remedy

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.llm import ArrayWeights, Shape, Step, build, dies_of
+from tyir.attributes import StringAttr
 from tyir.backends.edge10.lower import lower_die
 from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
 from tyir.diagnostics import TyirError
@@ -16,7 +17,9 @@ from tyir.dialects.func import Func
 from tyir.dialects.ty import Param
 from tyir.interpreter import Interpreter, evaluate_param, run_lockstep
 from tyir.pipeline import run_pipeline
+from tyir.runtime_sim.functional import FunctionalDie, run_step
 from tyir.runtime_sim.host_runtime import HostLibrary
+from tyir.runtime_sim.program import EdgeProgram
 from tyir.storage import pack
 from tyir.targets.machine import load_machine
 from tyir.types import storage_dtype
@@ -87,10 +90,28 @@ def test_compiled_kernels_take_several_sequences(tmp_path: Path) -> None:
 TO_PROGRAM = "specialize-seqlen{seqlens=4},to-program"
 
 
-def test_command_programs_run_one_sequence() -> None:
-    module, _ = program(SHAPE, f"specialize-batch{{batch=3}},kv-materialize{{max-kv=16}},partition-dies{{dies=1}},{TO_PROGRAM}")
-    with pytest.raises(TyirError, match=r"batch 3; edge10 programs run one sequence(.|\n)*compile with batch 1"):
-        lower_die(dies_of(module)[0], 4, load_machine("edge10"))
+@pytest.mark.parametrize("kv", ["max-kv=16", "max-kv=16 dtype=int8"])
+@pytest.mark.parametrize("dies", [1, 3])
+def test_command_programs_take_several_sequences(kv: str, dies: int) -> None:
+    """Each at its own position of its own cache, one of them beyond its end (padding is dropped)."""
+    cut = f"partition-dies{{dies={dies} strategy=split}}"
+    module, weights = program(SHAPE, f"specialize-batch{{batch=3}},kv-materialize{{{kv}}},{cut},{TO_PROGRAM}")
+    pos = [0, 5, 14]
+    state, programs = [], []
+    for die in dies_of(module):
+        main = die.lookup("main_s4")
+        assert isinstance(main, Func)
+        state.append(caches(main, np.random.default_rng(2)))
+        packed = {str(p.sym_name): pack(evaluate_param(p, weights), p.type) for p in die.body if isinstance(p, Param)}
+        functional = FunctionalDie(EdgeProgram(lower_die(die, 4, load_machine("edge10"))), packed, load_machine("edge10"))
+        names = [name.value for i in range(2, len(main.args)) if isinstance(name := main.arg_attr(i)["tyir.name"], StringAttr)]
+        for name, cache in zip(names, state[-1]):
+            functional.memory.dram.write_buffer(name, cache)
+        programs.append(functional)
+    got = run_step(programs, {"ids": IDS}, tuple(pos))["logits"]
+    wanted = step(module, weights, "main_s4", IDS, pos, [[c.copy() for c in own] for own in state])[0]
+    for sequence, rows in enumerate((4, 4, 2)):
+        np.testing.assert_allclose(got[sequence, :rows], wanted[sequence, :rows], atol=0.02 * np.abs(wanted).max())
 
 
 def test_bad_batches() -> None:

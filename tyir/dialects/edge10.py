@@ -99,10 +99,11 @@ class Offset(DeclaredOp, name="edge10.offset", traits=(Pure,)):
 
 
 class Register(DeclaredOp, name="edge10.register", traits=(Pure,)):
-    """A register set by the host before the step; `pos` is the number of tokens already in the cache."""
+    """A register set by the host before the step; `pos` is the number of tokens already in the cache of a sequence, one register for each of a batch."""
 
     _: KW_ONLY
     register: str = attr(choices=("pos",))
+    sequence: int = attr(default=0)
     out: Value = result()
 
     def infer(self) -> Type:
@@ -213,7 +214,8 @@ class Store(DeclaredOp, name="edge10.store"):
 class Gather(DeclaredOp, name="edge10.gather"):
     """Rows of a DRAM table to consecutive rows in SRAM.
 
-    index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index = "position": table[min(pos + first + r, last)].
+    index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index = "position": table[min(pos + first + r, last)], `pos` being
+    that of `sequence`.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -226,6 +228,7 @@ class Gather(DeclaredOp, name="edge10.gather"):
     row_bytes: int = attr()
     table_rows: int = attr()
     offset: int = attr(default=0)
+    sequence: int = attr(default=0)
     done: Value = result()
 
     def infer(self) -> Type:
@@ -382,7 +385,7 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
 class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
     """One block of an online softmax (Milakov and Gimelshein, arXiv:1805.02867) over scores [rows, cols] f32 of `cols` keys from `first_key` on.
 
-    Row r is query `pos + first_query + r // heads`; keys after it, or `window` or more before it, are hidden.  With the running maximum m and sum l of a row:
+    Row r is query `pos + first_query + r // heads` of `sequence`; keys after it, or `window` or more before it, are hidden.  With the running maximum m and sum l of a row:
     m' = max(m, max(scale * s)), alpha = exp(m - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16.
     Scalars: the number of columns (size -1), then `first_key`.
     """
@@ -402,6 +405,7 @@ class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
     heads: int = attr()
     first_query: int = attr(default=0)
     window: int = attr(default=0)
+    sequence: int = attr(default=0)
     scale: float = attr()
     done: Value = result()
 
