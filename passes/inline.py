@@ -3,8 +3,8 @@
     %y = func.call @layer(%x, %w) loc("b")      -->      %y = ty.linear(%x, %w) loc(callsite("a" at "b"))
     func.func private @layer(..) { %r = ty.linear(..) loc("a"); func.return %r }      (deleted, when every call of it was inlined)
 
-A function is inlined when it has one block and does not call itself, directly or through others; what it calls is inlined into it first, so that one pass
-finds everything.  `functions=a,b` inlines only those.  Calls that stay are counted in the statistic `inline.left`.
+A function is inlined when it returns in one place and does not call itself, directly or through others; what it calls is inlined into it first, so that one
+pass finds everything.  Several blocks are spliced between the two halves of the calling block.  `functions=a,b` inlines only those.  Calls that stay are counted in the statistic `inline.left`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tyir.dialects.func import Call, Func, Return
-from tyir.ir import Op, Value
+from tyir.ir import Op
 from tyir.location import UNKNOWN, CallSiteLoc, Location
 from tyir.passes.symbol_dce import dead_symbols
 from tyir.pipeline import Pass, PassContext
@@ -68,7 +68,7 @@ def call_graph(root: Op) -> CallGraph:
 
 @dataclass(frozen=True)
 class Inline(Pass):
-    """Inline calls of functions with one block."""
+    """Inline calls of functions that return in one place."""
 
     functions: tuple[str, ...] = ()
 
@@ -79,11 +79,11 @@ class Inline(Pass):
         left = done = 0
         for function, is_recursive in graph.bottom_up():
             wanted = not self.functions or function.sym_name in self.functions
-            if wanted and not is_recursive and len(function.regions[0].blocks) == 1 and isinstance(function.body.last_op, Return):
+            if wanted and not is_recursive and _fits(function):
                 fits.add(function)
             for call in list(function.walk_type(Call)):
                 callee = graph.callees.get(call)  # None for what was copied from an inlined body: it did not fit there either
-                if callee in fits and callee is not function:
+                if callee in fits and callee is not function and _takes(call, callee):
                     inline_call(call, callee)
                     inlined.add(callee)
                     done += 1
@@ -97,17 +97,46 @@ class Inline(Pass):
 
 
 def inline_call(call: Call, callee: Func) -> None:
-    """Replace a call by a copy of the callee's one block; the ops' locations say both places."""
-    mapping: dict[Value, Value] = dict(zip(callee.args, call.operands))
-    results: list[Value] = []
-    for op in callee.body:
-        if isinstance(op, Return):
-            results = [mapping.get(v, v) for v in op.operands]
-            break
-        copy = op.clone(mapping).insert_before(call)
-        for inner in copy.walk():
-            inner.loc = _called(inner.loc, call.loc)
+    """Put a copy of the callee's blocks in the place of a call; the ops' locations say both places.
+
+    The entry block's ops come before the call in its block, what follows the call goes behind the ops of the block that returned: nothing branches anew.
+    """
+    copy = callee.clone()
+    for op in copy.walk():
+        op.loc = _called(op.loc, call.loc)
+    entry, *others = copy.regions[0].blocks
+    for argument, operand in zip(entry.args, call.operands):
+        argument.replace_all_uses_with(operand)
+    last = _returning(copy)[0]
+    assert last.block is not None and call.block is not None and call.block.region is not None
+    end, here = last.block, call.block
+    results = last.operands
+    last.erase()
+    for op in entry:
+        op.detach().insert_before(call)
+    if others:
+        while call.next_op is not None:
+            end.append(call.next_op.detach())
+        blocks = call.block.region.blocks
+        for block in others:
+            block.region = call.block.region
+        blocks[blocks.index(here) + 1 : blocks.index(here) + 1] = others
     call.replace_with(results)
+
+
+def _returning(function: Func) -> list[Return]:
+    """The returns of a function."""
+    return [op for block in function.regions[0].blocks for op in (block.last_op,) if isinstance(op, Return)]
+
+
+def _fits(function: Func) -> bool:
+    """Whether calls of a function can be replaced: with one return no branch is needed that was not there."""
+    return not function.is_external and len(_returning(function)) == 1
+
+
+def _takes(call: Call, callee: Func) -> bool:
+    """Whether the callee's blocks may stand where the call does; several only directly in a function."""
+    return len(callee.regions[0].blocks) == 1 or isinstance(call.parent_op, Func)
 
 
 def _called(callee: Location, caller: Location) -> Location:

@@ -438,7 +438,7 @@ class _ShortPrinter(_Printer):
         if middle is None:
             return super()._tail(op)
         types = [v.type for v in (*op._operands, *op.results)]
-        common = common_type(types)
+        common = common_type(types) if middle.opening != "(" else None  # calls show their signature
         if common is not None:
             signature = f" : {self.text(common)}"
         elif types or not (middle.entries or op.regions or Terminator in op.traits):
