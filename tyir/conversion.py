@@ -4,7 +4,8 @@
     convert(module, target, patterns)
 
 Unlike the greedy driver, patterns are tried on illegal ops alone, each illegal op that a pattern makes is converted in turn, and nothing is folded.  An op
-that the target does not speak of is illegal; with `partial=True` it may stay, and only what is declared illegal counts.
+that the target does not speak of is illegal; with `partial=True` it may stay, and only what is declared illegal counts.  Values may change their types:
+`tyir.type_conversion`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import UnrealizedConversionCast
 from tyir.ir import Op
 from tyir.printer import op_excerpt
 from tyir.rewrite import Listener, Pattern, Rewriter
+from tyir.type_conversion import ConversionRewriter, TypeConverter, convert_functions, resolve_casts
 
 __all__ = ["Target", "convert"]
 
@@ -46,21 +49,30 @@ class Target:
         return None
 
 
-def convert(root: Op, target: Target, patterns: Iterable[Pattern], partial: bool = False, listeners: Sequence[Listener] = ()) -> int:
+def convert(
+    root: Op,
+    target: Target,
+    patterns: Iterable[Pattern],
+    partial: bool = False,
+    listeners: Sequence[Listener] = (),
+    types: TypeConverter | None = None,
+) -> int:
     """Convert everything below `root` in place; returns the number of rewrites.
+
+    With `types`, functions, calls and returns get the converted types first, patterns receive a `ConversionRewriter`, and casts are resolved at the end.
 
     Raises `TyirError` that counts the illegal ops by name, each with its first place, when some remain; the IR is then half converted.
     """
     by_class: dict[type[Op], list[Pattern]] = {}
     for p in sorted(patterns, key=lambda p: -p.benefit):
         by_class.setdefault(p.op_class, []).append(p)
-    rewriter = Rewriter(listeners)
+    changes = 0 if types is None else convert_functions(root, types, listeners)
+    rewriter = Rewriter(listeners) if types is None else ConversionRewriter(listeners, types=types)
     work, queued = rewriter._work, rewriter._queued
     work.extend(op for op in root.walk() if op is not root)
     work.reverse()
     queued.update(work)
-    limit = _MAX_STEPS_PER_OP * (len(work) + 20)
-    changes = 0
+    limit = _MAX_STEPS_PER_OP * (len(work) + 20) + changes
     while work:
         op = work.pop()
         if op not in queued:
@@ -78,11 +90,13 @@ def convert(root: Op, target: Target, patterns: Iterable[Pattern], partial: bool
                 Diagnostic("the conversion does not come to an end: patterns make ops that are illegal again", excerpt=op_excerpt(op))
             )
     _check(root, target, partial)
+    if types is not None:
+        resolve_casts(root, types, partial)
     return changes
 
 
 def _may_stay(op: Op, target: Target, partial: bool) -> bool:
-    legal = target.is_legal(op)
+    legal = True if isinstance(op, UnrealizedConversionCast) else target.is_legal(op)
     return partial if legal is None else legal
 
 

@@ -11,13 +11,17 @@ import pytest
 from tyir.analysis import AnalysisManager
 from tyir.conversion import Target, convert
 from tyir.diagnostics import TyirError
+from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.ty import Add, Mul, Silu
+from tyir.dialects.ty import Add, Cast, Mul, Silu
 from tyir.ir import Op, Value
 from tyir.parser import parse_module
 from tyir.passes.inline import call_graph
 from tyir.pipeline import Pass, PassContext, run_pipeline
-from tyir.rewrite import Listener, Rewriter, pattern, rewrite_greedily
+from tyir.printer import print_op
+from tyir.rewrite import Listener, Pattern, Rewriter, pattern, rewrite_greedily
+from tyir.type_conversion import ConversionRewriter, TypeConverter
+from tyir.types import TensorType, Type, f16, f32
 from tyir.verify import verify
 
 TEXT = """
@@ -152,3 +156,78 @@ def test_passes_share_analyses(pipeline: str, computed: int) -> None:
     context.registry.extra["ask"] = Ask
     run_pipeline(parse_module(TEXT), pipeline, context)
     assert context.analyses.computed == computed
+
+
+# ------------------------------------------------------------------------------------------------ types
+
+CALLS = """
+func.func @main(%x: tensor<4xf16>, %n: i32) -> tensor<4xf16> {
+  %y = ty.silu %x : tensor<4xf16>
+  %z = call @other(%y) : (tensor<4xf16>) -> tensor<4xf16>
+  %w = ty.add %z, %y : tensor<4xf16>
+  return %w : tensor<4xf16>
+}
+func.func @other(%x: tensor<4xf16>) -> tensor<4xf16> {
+  "x.br"(%x)[^next] : (tensor<4xf16>) -> ()
+^next(%y: tensor<4xf16>):
+  return %y : tensor<4xf16>
+}
+func.func private @external(tensor<4xf16>) -> i32
+"""
+
+
+def _wide(kind: Type) -> Type:
+    return TensorType(kind.shape, f32) if isinstance(kind, TensorType) and kind.element is f16 else kind
+
+
+def _cast(value: Value, kind: Type) -> Op:
+    assert isinstance(kind, TensorType)
+    return Cast(value, element=kind.element)
+
+
+@pattern(Silu)
+def widen_silu(op: Silu, rewriter: ConversionRewriter) -> bool:
+    rewriter.replace(op, rewriter.insert(Silu(rewriter.converted(op.x)), before=op).results)
+    return True
+
+
+@pattern(Add)
+def widen_add(op: Add, rewriter: ConversionRewriter) -> bool:
+    rewriter.replace(op, rewriter.insert(Add(*[rewriter.converted(v) for v in op.operands]), before=op).results)
+    return True
+
+
+def _convert_types(patterns: list[Pattern], types: TypeConverter) -> Module:
+    module = parse_module(CALLS)
+    target = Target(
+        legal_dialects={"builtin", "func", "x"}, legal_if={"ty.silu": types.is_legal, "ty.add": types.is_legal, "ty.cast": lambda op: True}
+    )
+    convert(module, target, patterns, partial=True, types=types)
+    verify(module)
+    return module
+
+
+def test_types_change_in_functions_calls_and_ops() -> None:
+    text = print_op(_convert_types([widen_silu, widen_add], TypeConverter(_wide, _cast)), pretty=True)
+    assert "func.func @main(%x: tensor<4xf32>, %n: i32) -> tensor<4xf32> {\n    %0 = ty.silu %x : tensor<4xf32>" in text
+    assert "call @other(%0) : (tensor<4xf32>) -> tensor<4xf32>" in text.replace("%y", "%0")
+    assert "^next(%y: tensor<4xf32>):" in text
+    assert "func.func private @external(tensor<4xf32>) -> i32" in text
+    assert "unrealized_conversion_cast" not in text
+    assert text.count("ty.cast") == 1  # x.br has no pattern: it keeps the old type
+
+
+def test_casts_that_nobody_makes_are_counted() -> None:
+    types = TypeConverter(_wide)
+    module = parse_module(
+        CALLS.replace('  "x.br"(%x)[^next] : (tensor<4xf16>) -> ()\n^next(%y: tensor<4xf16>):\n  return %y', "  return %x")
+    )
+    target = Target(legal_dialects={"builtin", "func"}, legal_if={"ty.silu": types.is_legal}, legal_ops={"ty.add"})
+    with pytest.raises(TyirError, match=r"2 x from tensor<4xf32> to tensor<4xf16>, 1 x from tensor<4xf16> to tensor<4xf32>"):
+        convert(module, target, [widen_silu], types=types)
+
+
+def test_a_partial_conversion_leaves_casts() -> None:
+    text = print_op(_convert_types([widen_silu, widen_add], TypeConverter(_wide)))
+    assert '"builtin.unrealized_conversion_cast"(%x) : (tensor<4xf32>) -> tensor<4xf16>' in text
+    assert print_op(parse_module(text)) == text

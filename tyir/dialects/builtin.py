@@ -1,15 +1,16 @@
-"""`builtin`: the module."""
+"""`builtin`: the module, and the cast that stands between types while they are converted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any, Self
 
 from tyir.ir import Block, Op, Region, Value
-from tyir.opdef import DeclaredOp, attr, region
-from tyir.traits import IsolatedFromAbove, NoTerminator, Symbol, SymbolTable
+from tyir.opdef import DeclaredOp, attr, region, variadic_operand, variadic_result
+from tyir.traits import IsolatedFromAbove, NoTerminator, Pure, Symbol, SymbolTable
 
-__all__ = ["Module"]
+__all__ = ["Module", "UnrealizedConversionCast"]
 
 
 class Module(DeclaredOp, name="builtin.module", traits=(IsolatedFromAbove, NoTerminator, Symbol, SymbolTable)):
@@ -49,3 +50,10 @@ class Module(DeclaredOp, name="builtin.module", traits=(IsolatedFromAbove, NoTer
             if op.sym_name == name:
                 return op
         return None
+
+
+class UnrealizedConversionCast(DeclaredOp, name="builtin.unrealized_conversion_cast", traits=(Pure,)):
+    """The same values in other types, while a conversion is under way (`tyir.type_conversion`)."""
+
+    inputs: Sequence[Value] = variadic_operand(default=())
+    outputs: Sequence[Value] = variadic_result()
