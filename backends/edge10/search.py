@@ -30,8 +30,8 @@ __all__ = ["CANDIDATES", "PricedEmitter", "Prices", "best_shares", "products_ns"
 CANDIDATES: Final = (
     SramShares(),
     SramShares(boundary=0.0),
-    SramShares(25, (1, 2), (10, 2), (38, 2), waiting_sums=True),
-    SramShares(25, (1, 2), (5, 4), (19, 2), waiting_sums=True),
+    SramShares(16, (1, 2), (10, 3), (38, 2), waiting_sums=True),
+    SramShares(16, (1, 2), (5, 5), (19, 2), waiting_sums=True),
     SramShares(13, (1, 2), (5, 3), (19, 2)),
     SramShares(32, (2, 4), (4, 4), (10, 4)),
     SramShares(32, (2, 4), (4, 4), (10, 4), 0.0),

@@ -53,7 +53,7 @@ VECTOR_FUNCTIONS: Final = {
 }
 
 
-ELEMENTWISE_FUNCTIONS: Final = ("add", "mul", "scale", "silu", "silu_mul", "cast")
+ELEMENTWISE_FUNCTIONS: Final = ("add", "mul", "scale", "silu", "silu_mul", "cast", "copy")
 
 
 # ---------------------------------------------------------------------------------------------------- storage and scalars
