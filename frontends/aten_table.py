@@ -61,10 +61,15 @@ ROWS: Final[dict[str, Row]] = {
     "aten.neg.default": Row(aten.Neg),
     "aten.pow.Tensor_Scalar": Row(aten.Pow, properties={"exponent": "exponent"}),
     "aten.reshape.default": Row(aten.Reshape, properties=_SHAPE, ignored=("shape",)),
+    "aten.flatten.using_ints": Row(aten.Reshape, properties=_SHAPE, ignored=("start_dim", "end_dim")),
+    "aten.repeat_interleave.self_int": Row(
+        aten.RepeatInterleave, properties={"repeats": "repeats", "dim": "dim"}, ignored=("output_size",)
+    ),
+    "aten.stack.default": Row(aten.Stack, ("tensors",), {"dim": "dim"}),
     "aten.rsqrt.default": Row(aten.Rsqrt),
     "aten.silu.default": Row(aten.Silu),
     "aten.sin.default": Row(aten.Sin),
-    "aten.slice.Tensor": Row(aten.Slice, properties={"dim": "dim", "start": "start", "end": "end"}),
+    "aten.slice.Tensor": Row(aten.Slice, properties={"dim": "dim", "start": "start", "end": "end", "step": "step"}),
     "aten.to.device": Row(aten.To, properties=_TO, ignored=("device", "dtype", *_COPY)),
     "aten.to.dtype": Row(aten.To, properties=_TO, ignored=("dtype", *_COPY)),
     "aten.to.dtype_layout": Row(aten.To, properties=_TO, ignored=("dtype", "layout", "device", "pin_memory", *_COPY)),

@@ -26,7 +26,7 @@ from tyir.constexpr import ConstantExpressions, expression_ops
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, dequantize
+from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, Take, dequantize, tensor_type
 from tyir.interpreter import Interpreter, lookup_symbol
 from tyir.ir import Op, Value
 from tyir.location import module_path
@@ -41,7 +41,7 @@ from tyir.weights import CheckpointReader
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["PROMPTS", "LayerStates", "PromptResult", "Reference", "check_prompt", "cosine", "reference_module"]
+__all__ = ["PROMPTS", "LayerStates", "PromptResult", "Reference", "check_prompt", "cosine", "dense_model", "reference_module"]
 
 Array = npt.NDArray[Any]
 
@@ -93,7 +93,7 @@ class Reference:
         if plugin is None and _is_plain(folder):
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         else:
-            self.model = _dense_model(folder, plugin)
+            self.model = dense_model(folder, plugin)
         freeze_rope(self.model, options.max_kv)
         if options.weights == "int4":
             self._replace_weights(options, plugin)
@@ -102,9 +102,9 @@ class Reference:
         import torch
 
         parameters = dict(self.model.named_parameters())
-        for name, first, array in dequantized_weights(reference_module(self.folder, options, plugin), CheckpointReader(self.folder)):
+        for name, rows, array in dequantized_weights(reference_module(self.folder, options, plugin), CheckpointReader(self.folder)):
             with torch.no_grad():
-                parameters[name][first : first + len(array)].copy_(torch.from_numpy(array.astype(np.float32)))
+                parameters[name][torch.from_numpy(rows)] = torch.from_numpy(array.astype(np.float32))
 
     def continue_greedily(self, ids: Sequence[int], count: int) -> list[int]:
         """`count` tokens after `ids`, always the most likely one, end-of-sequence tokens like any other."""
@@ -158,7 +158,7 @@ def _is_plain(folder: Path) -> bool:
     return len(formats) == 1 and isinstance(formats[0], PlainFormat)
 
 
-def _dense_model(folder: Path, plugin: ModelPlugin | None) -> Any:
+def dense_model(folder: Path, plugin: ModelPlugin | None) -> Any:
     """Hugging Face's model in fp32 of a checkpoint that is quantised or has its own layout: built from the config, filled with the parameters as imported."""
     import torch
 
@@ -182,8 +182,11 @@ def reference_module(folder: Path, options: BuildOptions, plugin: ModelPlugin | 
     return module
 
 
-def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, int, Array]]:
-    """(parameter name, its first row, de-quantised weight [N, K]) for each quantised linear of a `ty` module; packed parameters come in parts."""
+def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, Array, Array]]:
+    """(parameter name, row numbers [N], de-quantised weight [N, K]) for each quantised linear of a `ty` module.
+
+    Rows of a parameter come in parts where it is packed, and in another order where heads are turned otherwise (`raise-aten`).
+    """
     interpreter = Interpreter(module, weights)
     constants = ConstantExpressions()
     for linear in module.walk_type(QuantizedLinear):
@@ -203,8 +206,21 @@ def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[t
                 env.update(zip(op.results, out if isinstance(out, tuple) else (out,)))
         if not name.endswith(".weight"):  # one of several stored tensors: the module's path names the parameter
             name = f"{module_path(linear.loc)}.weight"
-        first = sum(op.offset for op in expression_ops(linear.q) if isinstance(op, Slice) and op.axis == 0)
-        yield name, first, dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size)
+        yield name, _rows(linear.q), dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size)
+
+
+def _rows(q: Value) -> Array:
+    """Which rows of the stored parameter the rows of a quantised weight are: what its expression does to rows, done to their numbers."""
+    rows: Array = np.empty(0, np.int64)
+    for op in expression_ops(q):
+        if isinstance(op, GetGlobal):
+            rows = np.arange(tensor_type(op.result).static_shape[0])
+        elif isinstance(op, Slice) and op.axis == 0:
+            rows = rows[op.offset : op.offset + op.size]
+        elif isinstance(op, Take):  # between two reshapes: rows [heads x channels] as [heads, channels, K]
+            heads = tensor_type(op.x).static_shape[0]
+            rows = rows.reshape(heads, -1)[:, list(op.indices)].ravel()
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- the comparison

@@ -46,6 +46,9 @@ def cases() -> dict[str, Case]:
         "unsqueeze": (aten.Unsqueeze, {"dim": -1}, (x,), lambda a: a.unsqueeze(-1)),
         "transpose": (aten.Transpose, {"dim0": 0, "dim1": -1}, (x,), lambda a: a.transpose(0, -1)),
         "slice": (aten.Slice, {"dim": -1, "start": -3, "end": 2**63 - 1}, (x,), lambda a: a[..., -3:]),
+        "slice_step": (aten.Slice, {"dim": -1, "start": 1, "end": 2**63 - 1, "step": 2}, (x,), lambda a: a[..., 1::2]),
+        "repeat_interleave": (aten.RepeatInterleave, {"repeats": 2, "dim": -1}, (x,), lambda a: a.repeat_interleave(2, dim=-1)),
+        "stack": (aten.Stack, {"dim": -1}, (x, x), lambda a, b: torch.stack([a, b], -1)),
         "cat": (aten.Cat, {"dim": 1}, (x, (2, 1, 4)), lambda a, b: torch.cat([a, b], 1)),
     }
 
@@ -84,9 +87,10 @@ def test_rows_name_arguments_that_exist() -> None:
     """Every argument a row speaks of is one of the operator's schema, and every property one of the op's."""
     import torch
 
-    from tyir.frontends import attention_hook
+    from tyir.frontends import attention_hook, layer_reuse
 
     attention_hook.install()
+    assert layer_reuse.LAYER_BEGIN in ROWS
     for target, row in ROWS.items():
         namespace, name, overload = target.split(".")
         schema = getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.frontends.huggingface import import_model
+from tyir.frontends.plugin import load_plugin
 from tyir.weights import check_files
 
 Edit = Callable[[dict[str, Any]], None]
@@ -225,8 +227,29 @@ def test_every_unsupported_operation_is_listed(save_model: Any) -> None:
     assert "aten.type_as.default: 5 times" in message
 
 
-def test_argument_that_a_row_does_not_cover(save_model: Any) -> None:
-    assert "aten.slice.Tensor with step = 2: 8 times" in refusal(save_model("glm4"))
+def test_three_unsupported_operations_of_many_layers(save_model: Any) -> None:
+    """Counts are those of the whole model, although equal layers are traced once."""
+    message = refusal(save_model("nemotron", num_hidden_layers=6))
+    assert "the model uses 3 kinds of operations (25 nodes) that cannot be imported" in message
+    assert re.search(
+        r"aten\.layer_norm\.default: 13 times, first in layer 0, model\.layers\.0\.input_layernorm \(modeling_nemotron\.py:\d+\)", message
+    )
+    assert re.search(r"aten\.relu\.default: 6 times, first in layer 0, model\.layers\.0\.mlp\.act_fn \(.*\.py:\d+\)", message)
+    assert "aten.square.default: 6 times, first in layer 0" in message
+
+
+def test_argument_that_a_row_does_not_cover(save_model: Any, tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "import torch\nfrom transformers import LlamaForCausalLM\nfrom tyir.frontends.plugin import ModelPlugin\n"
+        "class Model(LlamaForCausalLM):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        out = super().forward(*args, **kwargs)\n"
+        "        out.logits = torch.add(out.logits, out.logits, alpha=2)\n"
+        "        return out\n"
+        "plugin = ModelPlugin(model_class=Model)\n"
+    )
+    assert "aten.add.Tensor with alpha = 2: once, first outside the layers" in refusal(save_model("llama"), plugin=load_plugin(plugin))
 
 
 @pytest.mark.parametrize(

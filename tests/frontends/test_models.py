@@ -40,6 +40,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Seed-OSS": ("seed_oss", {"head_dim": 16}),
     "Phi-3": ("phi3", {}),
     "OLMo 2": ("olmo2", {}),
+    "Phi-4-mini": ("phi3", {"partial_rotary_factor": 0.75, "max_position_embeddings": 128, "original_max_position_embeddings": 20, "rope_parameters": {
+        "rope_type": "longrope", "short_factor": [1.1] * 6, "long_factor": [3.0] * 6, **ROPE}}),
+    "GLM": ("glm", {"head_dim": 16}),
+    "GLM-4": ("glm4", {"head_dim": 16}),
+    "Ernie 4.5": ("ernie4_5", {"head_dim": 16}),
+    "Helium": ("helium", {"head_dim": 16}),
     "OLMo 3": ("olmo3", {}),
     "EXAONE 4": ("exaone4", {"head_dim": 16}),
     "HunYuan": ("hunyuan_v1_dense", {"head_dim": 16}),
@@ -49,10 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma": ("gemma", {"head_dim": 16}),
     "Gemma 2": ("gemma2", {"head_dim": 16}),
     "Cohere": ("cohere", {}),
-    "GLM": ("glm", {"head_dim": 16}),
     "StableLM": ("stablelm", {}),
-    "Ernie 4.5": ("ernie4_5", {"head_dim": 16}),
-    "Helium": ("helium", {"head_dim": 16}),
     "Gemma 3": ("gemma3_text", {"head_dim": 16}),
     "GPT-2": ("gpt2", {}),
     "Qwen2-MoE": ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
@@ -60,8 +63,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 SUPPORTED = ("Llama", "Llama, linear rope", "Llama, dynamic rope", "Llama, yarn", "Llama, llama3 rope", "Llama, longrope", "Llama, biases",
              "Mistral, sliding window", "Qwen2", "Qwen2, sliding window", "Qwen3", "SmolLM3", "Ministral", "Seed-OSS", "OLMo 2",
-             "OLMo 3", "EXAONE 4", "HunYuan", "CWM", "Granite", "Phi-3")  # fmt: skip
-QUICK = ("Granite", "Phi-3", "Llama, dynamic rope", "Llama, longrope", "SmolLM3", "Gemma")
+             "OLMo 3", "Phi-4-mini", "GLM", "GLM-4", "Ernie 4.5", "Helium", "EXAONE 4", "HunYuan", "CWM", "Granite", "Phi-3")  # fmt: skip
+QUICK = ("Granite", "Phi-3", "Llama, dynamic rope", "Llama, longrope", "SmolLM3", "Gemma", "GLM", "Phi-4-mini")
 IDS = np.random.default_rng(0).integers(3, 96, (1, 33))
 
 

@@ -1,6 +1,6 @@
 """`aten`: PyTorch's operators as `torch.export` leaves them, one op per node of the exported graph; `raise-aten` turns them into `ty`.
 
-Only what causal language models of the Llama family contain is declared: the front end's table (`frontends/aten_table.py`) maps graph nodes
+Only what causal language models contain is declared: the front end's table (`frontends/aten_table.py`) maps graph nodes
 to these classes and reports every node it has no row for.  Names are PyTorch's operator names without the overload; where an overload takes a
 number in place of a tensor, the number is the property `scalar`.
 
@@ -23,7 +23,7 @@ from tyir.traits import Pure
 from tyir.types import FloatType, TensorType, Type
 
 __all__ = [
-    "Add", "Cat", "Cos", "Div", "Embedding", "Expand", "Linear", "Mean", "Mul", "Neg", "Pow", "Reshape", "Rsqrt", "Silu", "Sin", "Slice", "To",
+    "Add", "Cat", "Cos", "Div", "Embedding", "Expand", "Linear", "Mean", "Mul", "Neg", "Pow", "RepeatInterleave", "Reshape", "Rsqrt", "Silu", "Sin", "Slice", "Stack", "To",
     "Transpose", "Unsqueeze", "View",
 ]  # fmt: skip
 
@@ -269,18 +269,44 @@ class Transpose(DeclaredOp, name="aten.transpose", traits=(Pure,)):
 
 
 class Slice(DeclaredOp, name="aten.slice", traits=(Pure,)):
-    """Entries `start`..`end` (exclusive, clamped; 2**63-1 means the end) along `dim`."""
+    """Every `step`-th of the entries `start`..`end` (exclusive, clamped; 2**63-1 means the end) along `dim`."""
 
     x: Value = operand()
     _: KW_ONLY
     dim: int = attr()
     start: int = attr()
     end: int = attr()
+    step: int = attr(default=1)
     out: Value = result()
 
     def evaluate(self, x: Array) -> Array:
         axis = self.dim % x.ndim
-        return x[(slice(None),) * axis + (slice(self.start, self.end),)]
+        return x[(slice(None),) * axis + (slice(self.start, self.end, self.step),)]
+
+
+class RepeatInterleave(DeclaredOp, name="aten.repeat_interleave", traits=(Pure,)):
+    """Every entry along `dim` `repeats` times in place: [a, b] -> [a, a, b, b]."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    repeats: int = attr()
+    dim: int = attr()
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return np.repeat(x, self.repeats, axis=self.dim)
+
+
+class Stack(DeclaredOp, name="aten.stack", traits=(Pure,)):
+    """The tensors along a new dimension `dim`."""
+
+    tensors: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    dim: int = attr()
+    out: Value = result()
+
+    def evaluate(self, *tensors: Array) -> Array:
+        return np.stack(tensors, axis=self.dim)
 
 
 class Cat(DeclaredOp, name="aten.cat", traits=(Pure,)):

@@ -22,7 +22,7 @@ from tyir.types import FloatType, TensorType, Type, f16, f32, i32, storage_dtype
 
 __all__ = [
     "Add", "Attention", "Cast", "Constant", "Dequantize", "Embedding", "GetGlobal", "Global", "Linear", "MergeTopK", "Mul", "Param", "QuantizeGroups",
-    "QuantizedLinear", "Repeat", "Reshape", "RmsNorm", "Rope", "RopeAngles", "RopeTable", "Scale", "Silu", "SiluMul", "Slice", "TopK", "TopKCandidates",
+    "QuantizedLinear", "Repeat", "Reshape", "RmsNorm", "Rope", "RopeAngles", "RopeTable", "Scale", "Silu", "SiluMul", "Slice", "Take", "TopK", "TopKCandidates",
     "Transpose", "Yield",
 ]  # fmt: skip
 
@@ -185,8 +185,37 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
         return np.repeat(x, self.times, axis=self.axis)
 
 
+class Take(DeclaredOp, name="ty.take", traits=(Pure,)):
+    """The entries `indices` along `axis`, in that order: channels of a head in another order, in weight expressions."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    axis: int = attr()
+    indices: tuple[int, ...] = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return tensor_type(self.x).with_shape(len(self.indices) if i == self.axis else d for i, d in enumerate(tensor_type(self.x).dims))
+
+    def verify(self) -> Iterator[str]:
+        t = tensor_type(self.x)
+        if not 0 <= self.axis < t.rank:
+            yield f"axis {self.axis} is not in 0..{t.rank - 1}"
+        elif (d := t.dims[self.axis]) is not None and not all(0 <= i < d for i in self.indices):
+            yield f"an index lies outside the dimension of {d}"
+
+    def evaluate(self, x: Array) -> Array:
+        return np.take(x, self.indices, axis=self.axis)
+
+
+def rope_tables(angles: Array, inv_freq: Array, scale: float, element: Type) -> tuple[Array, Array]:
+    """cos and sin of `angles` times `scale`; channels of frequency 0 are not turned and keep their size: 1 and 0."""
+    factor = np.where(inv_freq == 0, np.float32(1), np.float32(scale))
+    return as_type(np.cos(angles) * factor, element), as_type(np.sin(angles) * factor, element)
+
+
 class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
-    """cos and sin of position * inv_freq, times `scale`, for positions 0..positions-1: two tensors [positions, D/2] of element type `element`."""
+    """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0, for positions 0..positions-1: two tensors [positions, D/2] of type `element`."""
 
     _: KW_ONLY
     inv_freq: DenseElementsAttr = attr()
@@ -201,10 +230,8 @@ class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
         return t, t
 
     def evaluate(self) -> tuple[Array, Array]:
-        angles = np.arange(self.positions, dtype=np.float32)[:, None] * self.inv_freq.to_numpy()[None, :]
-        return as_type(np.cos(angles) * np.float32(self.scale), self.element), as_type(
-            np.sin(angles) * np.float32(self.scale), self.element
-        )
+        frequencies = self.inv_freq.to_numpy()
+        return rope_tables(np.arange(self.positions, dtype=np.float32)[:, None] * frequencies, frequencies, self.scale, self.element)
 
 
 # ---------------------------------------------------------------------------------------------------- shape and elementwise
@@ -505,7 +532,7 @@ class QuantizedLinear(DeclaredOp, name="ty.quantized_linear", traits=(Pure,)):
 
 
 class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
-    """cos and sin of position * inv_freq, times `scale`: positions [b, s] -> two tensors [b, s, D/2] of element type `element`."""
+    """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0: positions [b, s] -> two tensors [b, s, D/2] of type `element`."""
 
     positions: Value = operand()
     _: KW_ONLY
@@ -520,10 +547,8 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
         return t, t
 
     def evaluate(self, positions: Array) -> tuple[Array, Array]:
-        angles = positions.astype(np.float32)[..., None] * self.inv_freq.to_numpy()
-        return as_type(np.cos(angles) * np.float32(self.scale), self.element), as_type(
-            np.sin(angles) * np.float32(self.scale), self.element
-        )
+        frequencies = self.inv_freq.to_numpy()
+        return rope_tables(positions.astype(np.float32)[..., None] * frequencies, frequencies, self.scale, self.element)
 
 
 class Rope(DeclaredOp, name="ty.rope", traits=(Pure,)):

@@ -1,6 +1,7 @@
 """Architectures that differ from Llama by more than sizes, compiled for three dies: they decode what Hugging Face decodes.
 
-Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4, HunYuan), layers without rotation (SmolLM3).
+Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4, HunYuan), layers without rotation (SmolLM3),
+rotations of neighbouring channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini).
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.frontends.quantized import KINDS, write_quantized
 from tyir.constexpr import ConstantExpressions
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.frontends.huggingface import import_model
+from tyir.interpreter import run_function
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.session import Session
 from tyir.tools.api import compile_path
-from tyir.tools.verify import LayerStates, Reference, check_prompt
+from tyir.tools.verify import LayerStates, Reference, check_prompt, dense_model
+from tyir.weights import CheckpointReader
 
 GRANITE: dict[str, Any] = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 8.0, "tie_word_embeddings": True,
@@ -32,12 +36,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "exaone4": {**SIZES, "head_dim": 32},
     "hunyuan_v1_dense": {**SIZES, "head_dim": 32},
     "smollm3": {**SIZES, "no_rope_layers": [1, 0]},
+    "glm4": {**SIZES, "head_dim": 32},
+    "ernie4_5": {**SIZES, "head_dim": 32},
+    "phi3-partial": {**SIZES, "partial_rotary_factor": 0.75},
 }
 
 
 @pytest.fixture(scope="module")
 def folders(save_model: Callable[..., Path]) -> dict[str, Path]:
-    return {name: save_model(name, dtype="float16", **config) for name, config in MODELS.items()}
+    return {name: save_model(name.partition("-")[0], dtype="float16", **config) for name, config in MODELS.items()}
 
 
 def raised(folder: Path) -> Module:
@@ -65,6 +72,23 @@ def test_packed_projections_become_separate_ones(folders: dict[str, Path]) -> No
     assert widths == [192, 96, 96, 192, 512, 512, 192] * 2 + [512]
     constants, slices = ConstantExpressions(), list(module.walk_type(ty.Slice))
     assert len(slices) == 10 and all(constants.is_constant(op.out) for op in slices)
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "ct-symmetric"])
+def test_quantised_heads_in_another_order(save_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """Rows of words, scales and zero points are reordered alike: the logits are those of the de-quantised weights."""
+    import torch
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    write_quantized(save_model("ernie4_5", dtype="float16", tie_word_embeddings=False, **sizes), tmp_path / "q", KINDS[kind])
+    module = import_model(tmp_path / "q", dtype="f32")
+    run_pipeline(module, "to-ty")
+    assert len(list(module.walk_type(ty.QuantizedLinear))) == 14
+    ids = np.arange(3, 20)[None]
+    (got,) = run_function(module, "main", (ids, np.arange(17)[None]), CheckpointReader(tmp_path / "q"))
+    with torch.no_grad():
+        wanted = dense_model(tmp_path / "q", None)(torch.from_numpy(ids)).logits.numpy()
+    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
