@@ -228,8 +228,8 @@ def reordered_rope(op: Op) -> Value | None:
     q, k = _heads(op.q), _heads(op.k)
     if q is None or k is None or q.order != k.order or q.angles is not k.angles:
         return None
-    turned = [_turned_heads(op, part, element_of(value)) for part, value in ((q, op.q), (k, op.k))]
-    return insert(op, ty.Attention(*turned, op.v, scale=op.scale, window=op.window)).out
+    turned_q, turned_k = _turned_heads(op, q, element_of(op.q)), _turned_heads(op, k, element_of(op.k))
+    return insert(op, ty.Attention(turned_q, turned_k, op.v, scale=op.scale, window=op.window)).out
 
 
 def _heads(value: Value) -> _Heads | None:
