@@ -12,9 +12,8 @@ from tyir.manifest import Manifest
 from tyir.parser import parse_file
 from tyir.runtime_sim.chunks import Chunk
 from tyir.runtime_sim.functional import FunctionalDie, run_step
-from tyir.runtime_sim.program import load_program
+from tyir.runtime_sim.program import load_program, machine_of
 from tyir.runtime_sim.program_engine import CacheName
-from tyir.targets.machine import load_machine
 from tyir.types import storage_dtype
 from tyir.weights import CheckpointReader
 
@@ -29,7 +28,7 @@ class Edge10Engine:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.machine = load_machine(manifest.build["machine"])
+        self.machine = machine_of(folder, manifest)
         self._reader = CheckpointReader(folder)
         self._dies: dict[int, list[FunctionalDie]] = {}
 

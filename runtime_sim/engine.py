@@ -26,7 +26,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.runtime_sim.die_engine import DieEngine, Durations
 from tyir.runtime_sim.program import EdgeProgram, alike_programs
-from tyir.runtime_sim.unroll import Command, Step
+from tyir.runtime_sim.unroll import Command, Kind, Step
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns, send_ns
 from tyir.targets.command_times import Transfer, Work
 from tyir.targets.machine import Machine
@@ -130,9 +130,9 @@ class _Die:
         self.engine = DieEngine(step, durations)
 
     @property
-    def waits_with(self) -> Command | None:
+    def waits_with(self) -> Kind | None:
         """The collective that the die has reached."""
-        return self.step[self.engine.arrival[0]] if self.engine.arrival else None
+        return self.step.kinds[self.step.kind[self.engine.arrival[0]]] if self.engine.arrival else None
 
     def timing(self, launch: float) -> DieTiming:
         """The finished step, all times later by `launch`."""
@@ -171,10 +171,10 @@ def _meetings(dies: Sequence[_Die], kind_of_die: Sequence[int]) -> Iterator[tupl
     """The collectives that all their dies have reached: which kinds of dies, and how long the links are busy."""
     waiting = [die.waits_with for die in dies]
     seen: set[int] = set()
-    for kind, command in enumerate(waiting):
-        if command is None or kind in seen:
+    for kind, reached in enumerate(waiting):
+        if reached is None or kind in seen:
             continue
-        op = command.op
+        op = reached.op
         if isinstance(op, edge10.Send):
             die = kind_of_die.index(kind)
             peers = [kind_of_die[target] for target in op.targets]
@@ -190,17 +190,17 @@ def _meetings(dies: Sequence[_Die], kind_of_die: Sequence[int]) -> Iterator[tupl
                 yield members, partial(_links_ns, op, len(numbers))
 
 
-def _receives(command: Command | None, peer: int, tag: int) -> bool:
-    return command is not None and isinstance(command.op, edge10.Recv) and (command.op.peer, command.op.tag) == (peer, tag)
+def _receives(waiting: Kind | None, peer: int, tag: int) -> bool:
+    return waiting is not None and isinstance(waiting.op, edge10.Recv) and (waiting.op.peer, waiting.op.tag) == (peer, tag)
 
 
 def _meet(dies: Sequence[_Die], links_ns: float) -> None:
     """The collective begins with the last die's arrival, and ends when the links and every die's DRAM side have."""
     begin = max(die.engine.arrival[1] for die in dies if die.engine.arrival is not None)
     for die in dies:
-        command = die.waits_with
-        assert command is not None
-        transfer = command.kind.cost
+        kind = die.waits_with
+        assert kind is not None
+        transfer = kind.cost
         die.engine.join(begin, links_ns, transfer.cost_bytes(die.machine) if isinstance(transfer, Transfer) and transfer.nbytes else 0.0)
     for die in dies:
         die.engine.run()

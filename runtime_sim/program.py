@@ -15,11 +15,12 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.edge10_binary import read_program
 from tyir.ir import Block, Value
-from tyir.manifest import Manifest
+from tyir.manifest import MACHINE, Manifest
 from tyir.parser import parse_module
 from tyir.runtime_sim.unroll import Command, Kinds, Position, Step, unroll
+from tyir.targets.machine import Machine, load_machine
 
-__all__ = ["Command", "EdgeProgram", "alike_programs", "load_program", "load_programs"]
+__all__ = ["Command", "EdgeProgram", "alike_programs", "load_program", "load_programs", "machine_of"]
 
 _KEPT_COMMANDS: Final = 300_000
 
@@ -90,6 +91,12 @@ def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgePro
 def load_program(folder: Path, manifest: Manifest, die: int, seqlen: int) -> EdgeProgram:
     """One die's command program."""
     return EdgeProgram(read_program(folder / manifest.program(die, seqlen).program))
+
+
+def machine_of(folder: Path, manifest: Manifest) -> Machine:
+    """The machine that an artifact folder's programs were compiled for."""
+    name = str(manifest.build["machine"])
+    return load_machine(folder / name if name == MACHINE else name)
 
 
 def _int_attribute(module: Module, name: str, default: int) -> int:

@@ -81,7 +81,7 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
             Session(args.artifacts, args.engine)
         ), f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals"
     from tyir.manifest import Manifest
-    from tyir.runtime_sim.program import EdgeProgram, load_programs
+    from tyir.runtime_sim.program import EdgeProgram, load_programs, machine_of
     from tyir.runtime_sim.report import Predictor
     from tyir.runtime_sim.serving import SimulatedServer
     from tyir.targets.machine import load_machine
@@ -94,7 +94,7 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
             loaded[seqlen] = load_programs(args.artifacts, manifest, seqlen)
         return loaded[seqlen]
 
-    machine = load_machine(args.machine)
+    machine = load_machine(args.machine) if args.machine else machine_of(args.artifacts, manifest)
     predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
     state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
     return SimulatedServer(predictor), f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}"
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="service levels, e.g. ttft:500 tpot:50 e2el:5000")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default 0)")
-    parser.add_argument("--machine", default="edge10", metavar="NAME|FILE", help="machine to simulate (default edge10)")
+    parser.add_argument("--machine", metavar="NAME|FILE", help="machine to simulate (default: the one compiled for)")
     parser.add_argument("--result", type=Path, metavar="FILE", help="also write everything as JSON")
     add_debug_option(parser)
     return parser

@@ -47,7 +47,18 @@ def main(argv: Sequence[str]) -> int:
         from tyir.frontends.plugin import load_plugin
 
         plugin = load_plugin(args.model_plugin)
-    target = compile_path(args.model, args.out, options, watch=watch, progress=not args.quiet, mcpu=args.mcpu, warn=warn, plugin=plugin)
+    target = compile_path(
+        args.model,
+        args.out,
+        options,
+        watch=watch,
+        progress=not args.quiet,
+        mcpu=args.mcpu,
+        warn=warn,
+        plugin=plugin,
+        binary=args.binary,
+        machine=args.machine,
+    )
     if args.timing:
         print(watch.report(), file=sys.stderr)
     print(target)
@@ -93,6 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch", type=int, default=1, metavar="B", help="sequences per step (default 1); weights are read once for all of them"
+    )
+    parser.add_argument(
+        "--machine",
+        default="edge10",
+        metavar="NAME|FILE",
+        help="die that the command programs are scheduled for (default edge10; docs/machines.md)",
+    )
+    parser.add_argument(
+        "--binary", action="store_true", help="write command programs as bytes (.bin, a sixth of the size) instead of text (.edge10)"
     )
     parser.add_argument("--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)")
     parser.add_argument("--timing", action="store_true", help="print time and peak memory of each stage on stderr")

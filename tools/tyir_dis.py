@@ -1,6 +1,6 @@
-"""`tyir-dis FILE.bin`: a binary command program as text; with `--assemble`, the text of an `.edge10` file as bytes.
+"""`tyir-dis FILE`: a command program, as bytes or as text, printed as text; with `--assemble`, written as bytes.
 
-tyir-dis llm_die0.bin | less
+tyir-dis out/4die/batch_1/seqlen_1/llm_die0.bin | less
 tyir-dis --assemble llm_die0.edge10 -o llm_die0.bin
 """
 
@@ -21,27 +21,35 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
-    from tyir.edge10_binary import decode, encode
+    from tyir.edge10_binary import encode, read_program
     from tyir.printer import print_op
 
     if not args.file.is_file():
-        raise TyirError(f"{args.file} is not a file", help="give a .bin file, or with --assemble an .edge10 file")
+        raise TyirError(f"{args.file} is not a file", help=_programs_in(args.file))
+    module = read_program(args.file)
     if not args.assemble:
-        write_output(print_op(decode(args.file.read_bytes(), str(args.file))), args.output)
-        return 0
-    from tyir.parser import parse_file
-
-    if args.output == "-":
+        write_output(print_op(module), args.output)
+    elif args.output == "-":
         raise TyirError("bytes are not written to a terminal", help="add -o FILE.bin")
-    Path(args.output).write_bytes(encode(parse_file(args.file)))
+    else:
+        try:
+            Path(args.output).write_bytes(encode(module))
+        except OSError as error:
+            raise TyirError(f"cannot write {args.output}: {error.strerror}") from None
     return 0
 
 
+def _programs_in(folder: Path) -> str:
+    """A program below a folder, to suggest."""
+    found = min((p for s in ("bin", "edge10") for p in folder.glob(f"**/llm_die*.{s}")), default=None)
+    return f"did you mean {found}?" if found else "give a .bin or .edge10 file that tyir-compile wrote"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(prog="tyir-dis", description="Print a binary command program as text, or make one from text.")
-    parser.add_argument("file", type=Path, metavar="FILE.bin", help="binary program (with --assemble: FILE.edge10)")
+    parser = ToolParser(prog="tyir-dis", description="Print a command program as text, or write one as bytes.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="command program, .bin or .edge10")
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to write; - is standard output (the default)")
-    parser.add_argument("--assemble", action="store_true", help="text to bytes instead")
+    parser.add_argument("--assemble", action="store_true", help="write bytes instead of text")
     add_debug_option(parser)
     return parser
 

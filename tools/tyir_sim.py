@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predict
                 help="give the files of all dies of one length",
             )
         name = str(paths[0]) if len(paths) == 1 else f"{len(programs)} programs"
-        return Predictor(lambda s: programs, tuple(lengths), _capacity(programs), _machine(args, programs)), name
+        return Predictor(lambda s: programs, tuple(lengths), _capacity(programs), _machine(args, lambda: _named_machine(programs[0]))), name
     if len(paths) > 1:
         missing = [str(p) for p in paths if not p.exists()]
         raise TyirError(
@@ -67,7 +67,7 @@ def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predict
             help="give one artifact folder, or the .edge10 files of all dies for one length; --compare takes two folders",
         )
     from tyir.manifest import Manifest
-    from tyir.runtime_sim.program import load_programs
+    from tyir.runtime_sim.program import load_programs, machine_of
 
     manifest = Manifest.load(paths[0], check=not args.no_check)
     loaded: dict[int, list[EdgeProgram]] = {}
@@ -77,7 +77,7 @@ def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predict
             loaded[seqlen] = load_programs(paths[0], manifest, seqlen)
         return loaded[seqlen]
 
-    machine = _machine(args, programs_of(min(manifest.options.seqlens)))
+    machine = _machine(args, lambda: machine_of(paths[0], manifest))
     return Predictor(programs_of, manifest.options.seqlens, manifest.options.max_kv, machine), str(paths[0])
 
 
@@ -86,13 +86,11 @@ def _capacity(programs: Sequence[EdgeProgram]) -> int:
     return min((b.type.static_shape[2] for p in programs for b in p.buffers.values() if b.kind == "kv"), default=1 << 30)
 
 
-def _machine(args: argparse.Namespace, programs: Sequence[EdgeProgram]) -> Machine:
+def _machine(args: argparse.Namespace, compiled_for: Callable[[], Machine]) -> Machine:
     """The machine asked for, or the one that the programs were compiled for, with `--set` applied."""
-    from tyir.attributes import StringAttr
     from tyir.targets.machine import load_machine
 
-    compiled_for = programs[0].module.attributes.get("tyir.machine")
-    machine = load_machine(args.machine or (compiled_for.value if isinstance(compiled_for, StringAttr) else "edge10"))
+    machine = load_machine(args.machine) if args.machine else compiled_for()
     values: dict[str, float] = {}
     for setting in args.set:
         name, equals, value = setting.partition("=")
@@ -104,6 +102,15 @@ def _machine(args: argparse.Namespace, programs: Sequence[EdgeProgram]) -> Machi
                 help="write --set dram.bandwidth_gbps=34.1",
             ) from None
     return machine.with_overrides(values)
+
+
+def _named_machine(program: EdgeProgram) -> Machine:
+    """The machine that a program names."""
+    from tyir.attributes import StringAttr
+    from tyir.targets.machine import load_machine
+
+    name = program.module.attributes.get("tyir.machine")
+    return load_machine(name.value if isinstance(name, StringAttr) else "edge10")
 
 
 def _positions(args: argparse.Namespace, predictor: Predictor) -> tuple[int, int]:

@@ -4,7 +4,7 @@
       format, version         "tyir-artifacts", 1
       model                   what the front end knew of the model (architecture, vocabulary, ...)
       options                 dies, die_map, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, pp
-      build                   versions and targets the code was generated with
+      build                   versions and targets the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
       files                   every file: size in bytes and sha256
@@ -26,9 +26,10 @@ import numpy as np
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.types import FloatType, IntegerType, storage_dtype
 
-__all__ = ["MANIFEST", "BuildOptions", "DieProgram", "Manifest", "TensorInfo", "file_record", "sha256_file"]
+__all__ = ["MACHINE", "MANIFEST", "BuildOptions", "DieProgram", "Manifest", "TensorInfo", "file_record", "sha256_file"]
 
 MANIFEST: Final = "manifest.json"
+MACHINE: Final = "machine.toml"  # a machine file of the user's own that the programs were compiled for
 FORMAT: Final = "tyir-artifacts"
 VERSION: Final = 1
 

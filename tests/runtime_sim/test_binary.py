@@ -52,4 +52,5 @@ def test_tool_goes_both_ways(make_model: Callable[..., Any], tmp_path: Path) -> 
     assert main(["--assemble", str(text), "-o", str(binary)]) == 0
     assert main([str(binary), "-o", str(again)]) == 0
     assert again.read_text() == text.read_text()
-    assert main([str(text)]) == 1 and main(["--assemble", str(text)]) == 1 and main([str(tmp_path / "none.bin")]) == 1
+    assert main([str(text), "-o", str(again)]) == 0 and again.read_text() == text.read_text()  # text is read too
+    assert main(["--assemble", str(text)]) == 1 and main([str(tmp_path / "none.bin")]) == 1
