@@ -130,13 +130,14 @@ def test_json_stays_json(packed: Path) -> None:
         import_model(packed)
 
 
-def test_compile_takes_a_plugin(example: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compile_and_verify_take_a_plugin(example: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tyir.tools.tyir_compile import main as compile_main
+    from tyir.tools.tyir_verify import main as verify_main
 
+    plugin = ["--model-plugin", str(example)]
     command = [
         str(packed),
-        "--model-plugin",
-        str(example),
+        *plugin,
         "-o",
         str(tmp_path / "out"),
         "--dies",
@@ -145,10 +146,20 @@ def test_compile_takes_a_plugin(example: Path, packed: Path, tmp_path: Path, cap
         "1",
         "--max-kv",
         "16",
+        "--weights",
+        "int4",
+        "--group-size",
+        "16",
         "-q",
     ]
     assert compile_main(command) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "2die")
+    artifacts = capsys.readouterr().out.strip()
+    assert artifacts == str(tmp_path / "out" / "2die")
+    check = [artifacts, "--against", str(packed), "--ids", "1,5,9", "--tokens", "4"]
+    assert verify_main([*check, *plugin]) == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("OK")
+    assert verify_main(check) == 1  # the folder alone does not say how it is to be read
+    assert "lacks" in capsys.readouterr().err
     (tmp_path / "m.ir").write_text("")
     assert compile_main([str(tmp_path / "m.ir"), *command[1:]]) == 1
     assert "has been imported already" in capsys.readouterr().err
