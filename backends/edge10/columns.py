@@ -102,7 +102,7 @@ def summings(function: Func, machine: Machine) -> dict[Op, Summing]:
     """The sums of many tokens that are made block by block, by their `add`."""
     found: dict[Op, Summing] = {}
     for op in function.body:
-        if isinstance(op, Add) and op.out.type.element is f16 and _block_of(op.out, machine):
+        if isinstance(op, Add) and tensor_type(op.out).element is f16 and _block_of(op.out, machine):
             for value, residual in ((op.rhs, op.lhs), (op.lhs, op.rhs)):
                 if residual is not value and residual.type is value.type and (match := _summing(op, value, residual)) is not None:
                     found[op] = match

@@ -12,41 +12,23 @@ while this layer is still at work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
 from tyir.backends.edge10.allocate import ALIGNMENT, DramLayout, SramPlan, SramShares, align, sram_plan
-from tyir.backends.edge10.columns import (
-    GatheredColumns,
-    Gathering,
-    StoredColumns,
-    SummedColumns,
-    Summing,
-    collective_block,
-    gatherings,
-    lower_nothing_to_sum,
-    summings,
-)  # fmt: skip
-from tyir.backends.edge10.context import Area, Lowering, Place, ResidualCopy
+from tyir.backends.edge10.columns import collective_block, summings
+from tyir.backends.edge10.context import Lowering, Place, ResidualCopy
 from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
-from tyir.backends.edge10.lower_attention import attention_scratch, lower_attention
-from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_quantize_rows, lower_rows
-from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce, lower_recv, lower_send
-from tyir.backends.edge10.lower_gated import fused_products, lower_gated
-from tyir.backends.edge10.lower_linear import InputTiles, lower_linear, lower_product
-from tyir.backends.edge10.lower_mlp import Mlp, fused_mlps, fused_ops, lower_mlp
-from tyir.backends.edge10.lower_rowwise import lower_rowwise
-from tyir.backends.edge10.lower_top_k import RankedColumns, lower_merge_top_k, lower_top_k, lower_top_k_candidates, rankings
+from tyir.backends.edge10.lower_body import find_groups, is_known
 from tyir.backends.edge10.order import keys_first
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
 from tyir.backends.edge10.residual import waiting_sums
 from tyir.backends.edge10.search import PricedEmitter, Prices, best_shares, products_ns
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.dialects import dist, edge10, kv, ty
+from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
 from tyir.ir import Op, Value
@@ -54,13 +36,6 @@ from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16, i64, ui8
 
 __all__ = ["estimated_ns", "lower_die"]
-
-_LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
-    ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Scale: lower_rowwise,
-    ty.Silu: lower_rowwise, ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
-    kv.Append: lower_append, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather, dist.Send: lower_send, dist.Recv: lower_recv,
-    kv.QuantizeRows: lower_quantize_rows, ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
-}  # fmt: skip
 
 
 def lower_die(die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None = None) -> Module:
@@ -184,11 +159,10 @@ class _DieLowering:
         return [*(layer.function for layer in self.layers.values()), self.main]
 
     def _check_ops(self) -> None:
-        known: tuple[type[Op], ...] = (*_LOWERINGS, kv.CachedAttention, ty.GetGlobal, ty.Reshape, Call, Return)
         unknown: dict[str, Op] = {}
         for function in self._functions():
             for op in function.body:
-                if not isinstance(op, known):
+                if not is_known(op):
                     unknown.setdefault(op.name, op)
         if unknown:
             raise TyirError(
@@ -394,48 +368,21 @@ class _DieLowering:
         return Lowering(emitter, self.machine, self.plan, self.die)
 
     def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
-        spill = f"spill.{source.sym_name}"
-        arena = self.plan.arena - self.boundary.sram_bytes
+        spill, first = f"spill.{source.sym_name}", self.boundary.sram_bytes
         held = [v for v, place in fixed.items() if place.in_sram]
-        mlps = fused_mlps(source, arena, self.machine, self.plan, held)
-        sums, gathers, ranks = (find(source, self.machine) for find in (summings, gatherings, rankings))
-        fused = {**fused_products(source, arena), **fused_ops(mlps)}
-        fused.update({op: add for add, summing in sums.items() for op in summing.ops})
-        fused.update({found.product: op for op, found in (*gathers.items(), *ranks.items())})
-        fused = {op: _last(op, fused) for op in fused}
-        scratch = {_last(op, fused): mlp.scratch for op, mlp in mlps.items()}
-        attentions = [op for op in source.body if isinstance(op, kv.CachedAttention)]
-        scratch.update({op: s for op in attentions if (s := attention_scratch(op, arena, self.machine)) is not None})
-        given = assign_places(source, fixed, self.boundary.sram_bytes, self.plan.arena, spill, fused, scratch)
-        places = given.values
+        groups = find_groups(source, self.plan.arena - first, self.machine, self.plan, held)
+        given = assign_places(source, fixed, first, self.plan.arena, spill, groups.anchors, groups.scratch)
         if given.spill_bytes:
             self._buffer(spill, "activation", TensorType((given.spill_bytes,), ui8))
+        for value in (*source.args, *(v for op in source.body if op not in groups.anchors for v in op.results)):
+            if root(value) in given.values:
+                low.places[value] = given.values[root(value)]
         for op in source.body:
-            for value in op.results:
-                if op not in fused:
-                    low.places[value] = places[root(value)]
-        for value in source.args:
-            if value in places:
-                low.places[value] = places[value]
-        for op in source.body:
-            low.emitter.begin(op)
             if isinstance(op, Call):
+                low.emitter.begin(op)
                 self._call(op, low)
-            elif op in sums:
-                _lower_summing(sums[op], mlps, given.scratch.get(op), low)
-            elif isinstance(op, kv.CachedAttention):
-                lower_attention(op, low, Area(given.scratch[op][0], scratch[op].sram_bytes) if op in scratch else None)
-            elif op in gathers:
-                _lower_gathering(gathers[op], low)
-            elif op in ranks:
-                inputs = InputTiles(ranks[op].product.x, low)
-                lower_product(ranks[op].product, low, inputs, RankedColumns(ranks[op], low, low.results_area(inputs.in_sram)))
-            elif op in mlps and op not in fused:
-                lower_mlp(mlps[op], low, given.scratch[op], StoredColumns(mlps[op].down.out, low, low.results_area(True)))
-            elif isinstance(op, ty.SiluMul) and op not in fused and op in fused.values():
-                lower_gated(op, low)
-            elif op not in fused and not isinstance(op, (ty.GetGlobal, ty.Reshape, Return)):
-                _LOWERINGS[type(op)](op, low)
+            else:
+                groups.lower(op, low, given.scratch)
 
     def _call(self, op: Call, low: Lowering) -> None:
         layer = self.layers[op.callee.leaf]
@@ -461,33 +408,6 @@ class _DieLowering:
         )
         emitter.block.append(call)
         emitter.tracker.reset(call.results[:-1], call.results[-1])
-
-
-def _last(op: Op, fused: Mapping[Op, Op]) -> Op:
-    """The op with which `op` is computed."""
-    while op in fused:
-        op = fused[op]
-    return op
-
-
-def _lower_summing(summing: Summing, mlps: Mapping[Op, Mlp], scratch: tuple[int, Place] | None, low: Lowering) -> None:
-    """A product, its all-reduce and the residual sum; `scratch` is that of the MLP whose last product it is, if it is one."""
-    product = summing.product
-    if product is None:
-        lower_nothing_to_sum(SummedColumns(summing, low, low.results_area(True)))
-    elif product in mlps:
-        assert scratch is not None
-        lower_mlp(mlps[product], low, scratch, SummedColumns(summing, low, low.results_area(True)))
-    else:
-        inputs = InputTiles(product.x, low)
-        lower_product(product, low, inputs, SummedColumns(summing, low, low.results_area(inputs.in_sram)))
-
-
-def _lower_gathering(gathering: Gathering, low: Lowering) -> None:
-    inputs = InputTiles(gathering.product.x, low)
-    results = GatheredColumns(gathering, low, low.results_area(inputs.in_sram))
-    lower_product(gathering.product, low, inputs, results)
-    results.finish()
 
 
 def _relative_offsets(layer: _Layer) -> dict[int, int]:

@@ -40,7 +40,7 @@ def test_parts_add_up(make_model: Callable[..., Any], inter: int, parts: int, gr
 
 @pytest.mark.parametrize("shares", CANDIDATES)
 def test_every_division_computes_the_same(make_model: Callable[..., Any], shares: SramShares) -> None:
-    machine = load_machine("edge10").with_overrides({"sram.capacity_bytes": 96 << 10})
+    machine = load_machine("edge10").with_overrides({"sram.capacity_bytes": 128 << 10})
     model = make_model(machine=machine, tokens=32, inter=256, group=64, dies=2)
     model.lowered = [lower_die(m, 32, machine, shares) for m in model.modules]
     model.programs = [EdgeProgram(m) for m in model.lowered]
