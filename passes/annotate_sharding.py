@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tyir.attributes import Attribute, DenseArrayAttr, StringAttr
 from tyir.constexpr import ConstantExpressions
@@ -28,6 +29,7 @@ from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, R
 from tyir.ir import Op, Value
 from tyir.location import layer_of, module_path
 from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
+from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
@@ -54,6 +56,17 @@ def check_stages(dies: int, stages: int) -> None:
         )
 
 
+def check_remap(devices: tuple[int, ...], dies: int) -> None:
+    """`TyirError` unless `devices` are as many different physical dies."""
+    if len(set(devices)) != dies or len(devices) != dies or min(devices) < 0:
+        known = list(dict.fromkeys(d for d in devices if d >= 0))[:dies]
+        filled = [*known, *(d for d in range(MAX_DIES + dies) if d not in known)][:dies]
+        raise TyirError(
+            f"remap={','.join(map(str, devices))} must name {dies} different dies, the main one first",
+            help=f"use remap={','.join(map(str, filled))}",
+        )
+
+
 def check_mesh(mesh: tuple[int, ...], dies: int) -> None:
     """`TyirError` unless the mesh is empty, a number of dies, or groups and dies of a group, and counts the dies (of a stage)."""
     if mesh and (len(mesh) > 2 or min(mesh) < 1 or math.prod(mesh) != dies):
@@ -74,17 +87,15 @@ class AnnotateSharding(Pass):
     dies: int = 4
     remap: tuple[int, ...] = ()
     machine: str = "edge10"
-    strategy: str = "cost"
+    strategy: Literal["cost", "split"] = "cost"
     pp: int = 1
     mesh: tuple[int, ...] = ()
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "annotate-sharding", "kv")
         check_dies(self.dies)
-        if self.strategy not in ("cost", "split"):
-            raise TyirError(f"strategy '{self.strategy}': one of cost, split")
         devices = self.remap or tuple(range(self.dies))
-        if len(set(devices)) != self.dies or len(devices) != self.dies:
-            raise TyirError(f"remap={','.join(map(str, devices))} must name {self.dies} different dies")
+        check_remap(devices, self.dies)
         check_stages(self.dies, self.pp)
         assert isinstance(op, Module)
         machine = load_machine(self.machine)

@@ -24,6 +24,7 @@ from tyir.dialects.sdy import Mesh
 from tyir.ir import Op, Value
 from tyir.location import NameLoc
 from tyir.passes._placement import executing_dies, holding_dies, placement_of, rule_for
+from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import REPLICATED, Split
 
@@ -35,6 +36,7 @@ class InsertCollectives(Pass):
     """`dist.all_reduce` for addends and `dist.all_gather` for cut values that are needed whole."""
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "insert-collectives", "sharded")
         assert isinstance(op, Module)
         for function in [f for f in op.body if isinstance(f, Func)]:
             constants = ConstantExpressions()

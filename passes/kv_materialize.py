@@ -41,6 +41,7 @@ from tyir.dialects.ty import (
 )
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import layer_of
+from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.types import TensorType, f32, i32, i64
 
@@ -56,6 +57,7 @@ class KvMaterialize(Pass):
     dtype: Literal["fp16", "int8"] = "fp16"
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "kv-materialize", "ty")
         if self.max_kv < 1:
             raise TyirError(f"max-kv is {self.max_kv}; a cache holds at least 1 token", help="use max-kv=1024")
         for function in list(op.walk_type(Func)):

@@ -26,6 +26,7 @@ from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import Embedding, Linear, QuantizedLinear, Repeat, Reshape, Slice, TopKCandidates, tensor_type
 from tyir.ir import Block, Op, Region, Value
 from tyir.passes._placement import holding_dies, placement_of, rule_for
+from tyir.passes._stages import require_stage
 from tyir.passes.annotate_sharding import vocabulary_ranges
 from tyir.passes.dce import eliminate_dead_code
 from tyir.passes.specialize_seqlen import infer_results
@@ -41,6 +42,7 @@ class LocalizeDies(Pass):
     """A module `@die{i} {tyir.die = i}` for each die of the mesh."""
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "localize-dies", "sharded")
         mesh = next(op.walk_type(Mesh), None)
         if mesh is None:
             raise TyirError("the module has no sdy.mesh", help="run annotate-sharding first, or partition-dies, which runs all four steps")

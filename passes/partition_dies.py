@@ -11,8 +11,10 @@ Any number of dies works for any number of heads, groups and vocabulary rows.  R
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tyir.ir import Op
+from tyir.passes._stages import require_stage
 from tyir.passes.annotate_sharding import AnnotateSharding
 from tyir.passes.insert_collectives import InsertCollectives
 from tyir.passes.localize_dies import LocalizeDies
@@ -29,11 +31,12 @@ class PartitionDies(Pass):
     dies: int = 4
     remap: tuple[int, ...] = ()
     machine: str = "edge10"
-    strategy: str = "cost"
+    strategy: Literal["cost", "split"] = "cost"
     pp: int = 1
     mesh: tuple[int, ...] = ()
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "partition-dies", "kv")
         AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp, self.mesh).run(op, context)
         for step in (PropagateSharding(), InsertCollectives(), LocalizeDies()):
             step.run(op, context)

@@ -19,6 +19,7 @@ from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import MergeTopK, TopK, TopKCandidates, tensor_type
 from tyir.ir import Op
 from tyir.passes._placement import executing_dies, placement_of, rule_for
+from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import Placement, Split, shardy_attribute, to_attribute
 from tyir.types import TensorType
@@ -31,6 +32,7 @@ class PropagateSharding(Pass):
     """Placements for all values, by one rule per op."""
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "propagate-sharding", "sharded")
         mesh = next(op.walk_type(Mesh), None)
         if mesh is None or mesh.dies == 1:
             return

@@ -17,6 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import TopK, tensor_type
 from tyir.ir import Op
+from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["SelectOutput", "output_of", "parse_output"]
@@ -54,6 +55,7 @@ class SelectOutput(Pass):
     k: int = 0
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "select-output", "kv")
         count = self._count()
         functions = [f for f in op.walk_type(Func) if f.body.terminator.operands and f.res_attr(0) == LOGITS]
         if not functions:

@@ -14,6 +14,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Reshape, tensor_type
 from tyir.ir import Op
+from tyir.passes._stages import require_stage
 from tyir.passes.specialize_seqlen import infer_results
 from tyir.pipeline import Pass, PassContext
 
@@ -35,6 +36,7 @@ class SpecializeBatch(Pass):
     batch: int = 1
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_stage(op, "specialize-batch", "ty", "kv")
         check_batch(self.batch)
         for function in list(op.walk_type(Func)):
             self._specialize(function)

@@ -78,7 +78,7 @@ def test_die_counts_out_of_range_name_the_nearest(dies: int) -> None:
 
 def test_remap_must_name_every_die_once() -> None:
     module, _ = build(Shape())
-    with pytest.raises(TyirError, match="must name 2 different dies"):
+    with pytest.raises(TyirError, match=r"remap=1,1 must name 2 different dies(.|\n)*use remap=1,0"):
         run_pipeline(module, "kv-materialize{max-kv=16},partition-dies{dies=2 remap=1,1}")
 
 
