@@ -33,10 +33,11 @@ __all__ = ["DieNeed", "Plan", "make_plan"]
 
 @dataclass(frozen=True)
 class DieNeed:
-    """Bytes of DRAM on one die; `streamed` is the part of the weights that every token reads."""
+    """Bytes of DRAM on one die; of the weights every token reads `streamed` in the layers and `head` after them."""
 
     weights: int
     streamed: int
+    head: int
     kv_cache: int
     activations: int
 
@@ -50,17 +51,20 @@ class _Cuts:
 
     def __init__(self, shape: ModelShape, options: BuildOptions) -> None:
         self.shape, self.options = shape, options
-        self._per_token: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._per_token: dict[int, list[tuple[int, ...]]] = {}
 
     def needs(self, dies: int, max_kv: int) -> list[DieNeed]:
         if dies not in self._per_token:
             self._per_token[dies] = self._run(dies)
         s, o = self.shape, self.options
         activations = max(o.seqlens) * o.batch * (s.vocabulary * 4 + 4)
-        return [DieNeed(w + rope * max_kv, streamed, kv * max_kv * o.batch, activations) for w, streamed, kv, rope in self._per_token[dies]]
+        return [
+            DieNeed(w + rope * max_kv, streamed, head, kv * max_kv * o.batch, activations)
+            for w, streamed, head, kv, rope in self._per_token[dies]
+        ]
 
-    def _run(self, dies: int) -> list[tuple[int, int, int, int]]:
-        """Per die: bytes of weights without the rotary tables, of them what a token reads, and bytes per cached token of cache and tables."""
+    def _run(self, dies: int) -> list[tuple[int, ...]]:
+        """Per die: bytes of weights without the rotary tables, of them what a token reads in layers and outside, and bytes per cached token of cache and tables."""
         o, module = self.options, few_layers(self.shape, self.options.pp)
         entry = " embedding-as-input=true" if o.embedding_as_input else ""
         entry += f" dtype={o.kv_dtype}"
@@ -73,7 +77,7 @@ class _Cuts:
         parts = [die for die in module.body if isinstance(die, Module)]
         return [self._die(die, shares, number * o.pp // dies) for number, die in enumerate(parts)]
 
-    def _die(self, die: Module, shares: Sequence[int], stage: int) -> tuple[int, int, int, int]:
+    def _die(self, die: Module, shares: Sequence[int], stage: int) -> tuple[int, ...]:
         layers, once, table, rope = 0, 0, 0, 0
         (function,) = [f for f in die.body if isinstance(f, Func)]
         rows = {g.symbol.leaf for e in function.walk_type(Embedding) for g in [e.table.op] if isinstance(g, GetGlobal)}
@@ -90,7 +94,7 @@ class _Cuts:
         results = range(len(function.body.terminator.operands))
         states = [alias for i in results if (alias := alias_of_result(function, i)) is not None]
         cache = sum(tensor_type(function.args[alias]).nbytes for alias in states)
-        return layers + once, layers + once - table, shares[stage] * cache // _PROBE, rope // _PROBE
+        return layers + once, layers, once - table, shares[stage] * cache // _PROBE, rope // _PROBE
 
 
 _PROBE: Final = 64  # tokens of the cache in the trial; caches and tables are proportional to it
@@ -137,7 +141,7 @@ def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = Non
         machine,
         group,
         tuple(needs),
-        _speed(needs, machine, shape),
+        _speed(needs, machine, shape, options.pp),
         ram,
         weights + code * _CODE_BYTES,
         (fast, slow),
@@ -151,9 +155,14 @@ _CODE_BYTES: Final = 2**19
 _IMPORT_SECONDS: Final = 5.0
 
 
-def _speed(needs: list[DieNeed], machine: Machine, shape: ModelShape) -> tuple[float, float, float]:
-    """(slow, point, fast) tokens/s of decoding with a full cache: the slowest die's bytes over DRAM bandwidth x efficiency, two all-reduces a layer, the host."""
-    nbytes = max(n.streamed + n.kv_cache for n in needs)
+def _speed(needs: list[DieNeed], machine: Machine, shape: ModelShape, stages: int) -> tuple[float, float, float]:
+    """(slow, point, fast) tokens/s of decoding with a full cache: the slowest die's bytes over DRAM bandwidth x efficiency, two all-reduces a layer, the host.
+
+    Pipeline stages read one after the other, the head on all dies together.
+    """
+    size = len(needs) // stages
+    groups = [needs[first : first + size] for first in range(0, len(needs), size)]
+    nbytes = sum(max(n.streamed + n.kv_cache for n in group) for group in groups) + max(n.head for n in needs)
 
     def at(bound: str) -> float:
         def value(name: str, faster: str) -> float:
