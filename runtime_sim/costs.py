@@ -26,7 +26,10 @@ _BOUNDS: Final = ("dram", *(u for u in edge10.UNITS if u not in edge10.DMA_UNITS
 
 @dataclass(frozen=True)
 class OpCost:
-    """What one op of the model costs in a step, over all layers, on one die; `bound_by` is the unit that is busiest with it."""
+    """What one op of the model costs in a step, over all layers, on one die; `bound_by` is the unit that is busiest with it, for `busy_ns`.
+
+    What runs beside other ops is busy for longer than it adds to the step.
+    """
 
     source: str
     path: str
@@ -35,7 +38,8 @@ class OpCost:
     time_ns: float
     dram_bytes: int
     macs: int
-    bound_by: str = "dram"
+    busy_ns: float
+    bound_by: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def op_costs(timing: Timing, die: int = 0) -> list[OpCost]:
             float(table.delay[n]),
             int(table.nbytes[n]),
             int(products[n]),
+            float(table.busy[n].max()),
             table.bound_by(n),
         )
         for (source, path), n in groups.items()

@@ -92,9 +92,14 @@ def curve(points: Sequence[Point], x_label: str, y_label: str) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 4, 8 times a power of ten: four equal steps have short names."""
+    """The next number whose quarters have short names."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(m * power for m in (1, 2, 4, 8, 10, 20) if m * power >= value)
+    return next(m * power for m in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 4.8, 6, 8, 10) if m * power >= value * (1 - 1e-9))
+
+
+def _duration(ns: float) -> str:
+    """In the unit that gives a short number."""
+    return f"{ns:.4g} ns" if ns < 1e3 else f"{ns / 1e3:.4g} us" if ns < 1e6 else f"{ns / 1e6:.4g} ms"
 
 
 def unit_bars(shares: dict[str, float], bound_by: str) -> str:
@@ -115,10 +120,10 @@ def layer_bars(layers: Sequence[LayerCost]) -> str:
     """A bar for each layer, by the time it adds to the step."""
     most = max(c.time_ns for c in layers) or 1.0
     width = min((WIDTH - 100) / len(layers), 60)
-    body = [_text(74, 16, f"{most / 1000:,.4g} us", "end"), _text(74, 160, "0", "end"), _line(80, 160, WIDTH - 20, 160, "#999")]
+    body = [_text(74, 16, _duration(most), "end"), _text(74, 160, "0", "end"), _line(80, 160, WIDTH - 20, 160, "#999")]
     for number, c in enumerate(layers):
         h, label = 150 * c.time_ns / most, "outside" if c.layer < 0 else str(c.layer)
-        tip = f"{'outside the layers' if c.layer < 0 else f'layer {label}'}: {c.time_ns / 1000:,.1f} us, {c.dram_bytes / 1e6:.2f} MB, bounded by {c.bound_by}"
+        tip = f"{'outside the layers' if c.layer < 0 else f'layer {label}'}: {_duration(c.time_ns)}, {c.dram_bytes / 1e6:.2f} MB, bounded by {c.bound_by}"
         body.append(_rect(80 + number * width + 1, 160 - h, width - 2, h, COLORS[c.bound_by], tip))
         if width > 18 or number % 4 == 1:
             body.append(_text(80 + (number + 0.5) * width, 176, "rest" if c.layer < 0 else label, "middle"))
@@ -232,11 +237,11 @@ def _times(low: float, high: float) -> list[str]:
 
 
 def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
-    """GMAC/s over MAC per byte of DRAM, both logarithmic: one dot per op with products, its area by its time; the most expensive ones are named."""
+    """GMAC/s while an op's busiest unit works on it, over MAC per byte of DRAM, both logarithmic: one dot per op with products, its area by the time that it adds."""
     peak, bandwidth = machine.macs_per_cycle_fp16 / machine.cycle_ns, machine.dram_bytes_per_ns
     dots = sorted((o for o in ops if o.macs and o.dram_bytes and o.time_ns), key=lambda o: -o.time_ns)
     xs = [o.macs / o.dram_bytes for o in dots] + [0.5, peak / bandwidth * 10]
-    ys = [o.macs / o.time_ns for o in dots] + [peak * 2, bandwidth * min(xs)]
+    ys = [_rate(o) for o in dots] + [peak * 2, bandwidth * min(xs)]
     x0, x1, y0, y1 = math.log10(min(xs)) - 0.1, math.log10(max(xs)) + 0.1, math.log10(min(ys)) - 0.2, math.log10(max(ys)) + 0.1
     left, width, height = 62, 510, 320
 
@@ -253,17 +258,28 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
         f"<polyline points='{' '.join(f'{x:.1f},{y:.1f}' for x, y in (start, ridge, end))}' fill='none' stroke='#555' stroke-width='2'/>"
     )
     total = sum(o.time_ns for o in ops) or 1.0
-    for number, o in enumerate(dots):
-        x, y = at(o.macs / o.dram_bytes, o.macs / o.time_ns)
-        tip = f"{o.path or o.source}: {o.macs / o.time_ns:.1f} GMAC/s, {o.macs / o.dram_bytes:.2f} MAC/byte, {100 * o.time_ns / total:.1f} % of the step, bounded by {o.bound_by}"
+    named: dict[tuple[float, float], list[str]] = {}
+    for o in dots:
+        x, y = at(o.macs / o.dram_bytes, _rate(o))
+        name = o.path or o.source
+        tip = f"{name}: {_rate(o):.1f} GMAC/s, {o.macs / o.dram_bytes:.2f} MAC/byte, {100 * o.time_ns / total:.1f} % of the step, bounded by {o.bound_by}"
         body.append(
             f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{3 + 14 * math.sqrt(o.time_ns / total):.1f}' fill='{COLORS[o.bound_by]}' fill-opacity='.6'><title>{escape(tip)}</title></circle>"
         )
-        if number < 3:
-            body.append(_text(x + 8, y + 14 + 11 * number, (o.path or o.source).rpartition(".")[2], css="small"))
+        if o.time_ns > 0.02 * total:
+            near = next((place for place in named if abs(place[0] - x) < 60 and abs(place[1] - y) < 14), (x, y))
+            named.setdefault(near, []).append(name.rpartition(".")[2])
+    for (x, y), names in named.items():
+        right = x < width - 160
+        body.append(_text(x + (14 if right else -14), y + 18, ", ".join(names), "start" if right else "end", "small"))
     body += [
         _text(width - 4, end[1] - 6, f"cubes {peak:,.0f} GMAC/s", "end"),
-        _text((start[0] + ridge[0]) / 2 - 8, (start[1] + ridge[1]) / 2 - 8, f"DRAM {bandwidth:.1f} GB/s", "end"),
+        _text(0.3 * start[0] + 0.7 * ridge[0] - 8, 0.3 * start[1] + 0.7 * ridge[1] - 8, f"DRAM {bandwidth:.1f} GB/s", "end"),
         _text((left + width) / 2, height + 6, "MAC per byte of DRAM", "middle"), _text(left, 12, "GMAC/s", css="head"),
     ]  # fmt: skip
     return _svg(width + 10, height + 12, body)
+
+
+def _rate(op: OpCost) -> float:
+    """GMAC/s."""
+    return op.macs / max(op.time_ns, op.busy_ns)

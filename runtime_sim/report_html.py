@@ -22,7 +22,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
 td.l,th.l{text-align:left}th{color:#555;font-weight:600}.note{color:#8a4b00;background:#fff6e5;padding:6px 10px;border-radius:4px}
 .cards{display:flex;gap:14px;margin:14px 0}.card{flex:1;border:1px solid #ddd;border-radius:6px;padding:10px 14px}.card b{font-size:26px;display:block}.card span{color:#555}
 .two{display:flex;gap:20px}.two>div{flex:1;min-width:0}summary{cursor:pointer;color:#1f6f8b}
-svg{display:block;font:12px system-ui,sans-serif}svg text{fill:#333}svg .bold{font-weight:700}svg .head{fill:#555}svg .small{font-size:11px;fill:#555}
+svg{display:block;font:12px system-ui,sans-serif}svg text{fill:#333}svg .bold{font-weight:700}svg .head{fill:#555}svg .small{font-size:11px;fill:#222;paint-order:stroke;stroke:#fff;stroke-width:3px}
 .key span{display:inline-block;margin-right:14px}.key i{display:inline-block;width:11px;height:11px;margin-right:5px;border-radius:2px}
 """
 
@@ -31,7 +31,6 @@ def html_report(s: Summary, predictor: Predictor) -> str:
     """The page's text; `predictor` is what `s` was made with."""
     title = f"{s.artifacts} on {s.dies} x {s.machine}"
     step = predictor.step(s.decode_step.seqlen, s.decode_step.pos)
-    layers = [c.layer for c in s.decode_step.layers if c.layer >= 0]
     parts = [f"<h1>{escape(title)}</h1>", *_head(s), _cards(s)]
     if s.ttft_by_prompt:
         parts += [
@@ -41,15 +40,11 @@ def html_report(s: Summary, predictor: Predictor) -> str:
     parts += ["<h2>What bounds a step</h2>", _two(*(_bounds(r) for r in _steps(s)))]
     parts += [f"<h2>Where the time of {_name(s.decode_step)} goes, by layer</h2>", key(dict.fromkeys(c.bound_by for c in s.decode_step.layers)), layer_bars(s.decode_step.layers)]  # fmt: skip
     parts.append("<p>Height: what the layer adds to the step; colour: the unit busiest with it; rest: what stands outside the layers (embedding, norm, head).</p>")  # fmt: skip
-    if layers:
-        middle = layers[len(layers) // 2]
-        parts += [f"<h2>Timeline of layer {middle} in {_name(s.decode_step)}, die 0</h2>", layer_tracks(step, middle)]
-        parts.append(
-            "<p>Paler: commands of the layers before and after. A transfer is shown while its data moves. Hover for names and times.</p>"
-        )
+    for report in _steps(s):
+        parts += _layer_timeline(report, predictor)
     parts += [f"<h2>Timeline of {_name(s.decode_step)}, die 0</h2>", step_tracks(step), "<p>The darker, the busier.</p>"]
     parts += ["<h2>Roofline</h2>", _two(*(f"<h3>{_name(r)}</h3>{roofline(r.ops, predictor.machine)}" for r in _steps(s)))]
-    parts += [key(dict.fromkeys(o.bound_by for r in _steps(s) for o in r.ops if o.macs)), "<p>One dot per op of the model with products, area by its time; below the line is time lost to other things than the roof.</p>"]  # fmt: skip
+    parts += [key(dict.fromkeys(o.bound_by for r in _steps(s) for o in r.ops if o.macs)), "<p>One dot per op of the model with products, area by the time that it adds to the step; rate while its busiest unit works on it.</p>"]  # fmt: skip
     if s.tornado:
         parts += ["<h2>Which assumed constant moves the time per token</h2>", tornado_bars(s.tornado, s.tpot_ms.point)]
     for report in _steps(s):
@@ -58,6 +53,18 @@ def html_report(s: Summary, predictor: Predictor) -> str:
         parts += ["<h2>Collectives</h2>", *(_collectives(r) for r in _steps(s))]
     parts += ["<h2>Machine</h2>", _constants(predictor.machine)]
     return f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+
+
+def _layer_timeline(report: StepReport, predictor: Predictor) -> list[str]:
+    """The middle layer of a step."""
+    layers = [c.layer for c in report.layers if c.layer >= 0]
+    if not layers:
+        return []
+    middle = layers[len(layers) // 2]
+    return [
+        f"<h2>Timeline of layer {middle} in {_name(report)}, die 0</h2>", layer_tracks(predictor.step(report.seqlen, report.pos), middle),
+        "<p>Paler: commands of other layers in the same time. A transfer is shown while its data moves. Hover for names and times.</p>",
+    ]  # fmt: skip
 
 
 def _steps(s: Summary) -> list[StepReport]:
@@ -92,7 +99,7 @@ def _cards(s: Summary) -> str:
 
     return "<div class='cards'>" + "".join(
         (
-            card(f"time to first token, prompt of {s.prompt_tokens}", s.ttft_ms, "ms"), card(f"time per output token at {s.pos}", s.tpot_ms, "ms"),
+            card(f"first token, prompt of {s.prompt_tokens}", s.ttft_ms, "ms"), card(f"each token after {s.pos} cached", s.tpot_ms, "ms"),
             card("decode", s.decode_tokens_per_s, "tokens/s"), card("prefill", s.prefill_tokens_per_s, "tokens/s"),
         )
     ) + "</div>"  # fmt: skip

@@ -96,7 +96,7 @@ def _layers(layers: Sequence[LayerCost]) -> Iterator[str]:
         first, last = costs[0].layer, costs[-1].layer
         where = "outside" if first < 0 else str(first) if first == last else f"{first}-{last}"
         mean = sum(c.time_ns for c in costs) / len(costs)
-        yield f"{where}: {mean / 1000:.4g} us{' each' if len(costs) > 1 else ''}, bounded by {bound_by}"
+        yield f"{where}: {mean / 1e6:.4g} ms{' each' if len(costs) > 1 else ''}, bounded by {bound_by}"
 
 
 def compare_text(a: Summary, b: Summary, top: int) -> str:
