@@ -11,9 +11,6 @@ program on modelled memories.
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +24,7 @@ from tyir.manifest import Manifest
 from tyir.runtime_sim.chunks import Chunk, plan_chunks
 from tyir.runtime_sim.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.sampling import Candidates, Sampler, greedy
+from tyir.runtime_sim.saved_cache import identity_of, read_cache, write_cache
 
 __all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
 
@@ -119,37 +117,14 @@ class Session:
         return ids[len(self.tokens) :]
 
     def save(self, path: Path) -> None:
-        """Write the cache and its tokens to a file (numpy's .npz), for `restore`.  Only the positions in use are written."""
-        used = len(self.tokens)
-        arrays: dict[str, Any] = {f"die{die}/{name}": array[:, :, :used] for (die, name), array in self.engine.caches().items()}
-        arrays |= {"tokens": np.array(self.tokens, np.int64), "artifacts": np.array(self._fingerprint)}
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
+        """Write the cache and its tokens to a file, for `restore`."""
+        write_cache(path, identity_of(self.manifest), self.tokens, self.engine.caches())
 
     def restore(self, path: Path) -> None:
-        """Continue where `save` stopped.  `TyirError` when the file is damaged or belongs to other artifacts."""
-        try:
-            with path.open("rb") as file, np.load(file) as saved:
-                data = {name: saved[name] for name in saved.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise TyirError(f"cannot read the saved cache {path}: {error}", help="run the prompt again") from None
-        if str(data.pop("artifacts", "")) != self._fingerprint:
-            raise TyirError(f"{path} was saved with other artifacts than {self.folder}", help="run the prompt again")
-        tokens = data.pop("tokens")
-        caches = {}
-        for name, array in data.items():
-            die, _, cache = name.partition("/")
-            whole = np.zeros((*array.shape[:2], self.capacity, *array.shape[3:]), array.dtype)
-            whole[:, :, : array.shape[2]] = array
-            caches[int(die.removeprefix("die")), cache] = whole
+        """Continue where `save` stopped.  `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was."""
+        tokens, caches = read_cache(path, identity_of(self.manifest), self.capacity)
         self.engine.load_caches(caches)
-        self.tokens = [int(t) for t in tokens]
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        """What a saved cache must agree with: the weights' hashes and the options."""
-        weights = sorted((n, r["sha256"]) for n, r in self.manifest.files.items() if n.endswith(".params"))
-        return hashlib.sha256(repr((weights, self.manifest.options)).encode()).hexdigest()
+        self.tokens = tokens
 
     def feed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens to the cache; logits [len(ids), V] f32, row i predicting what follows ids[i].

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -50,10 +51,45 @@ def test_caches_of_other_artifacts_and_damaged_files_are_refused(artifacts: Arti
     session.feed(IDS)
     path = tmp_path / "cache.npz"
     session.save(path)
-    with pytest.raises(TyirError, match="was saved with other artifacts"):
-        Session(artifacts(3, "int4")).restore(path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TyirError, match="cannot read the saved cache"):
-        session.restore(path)
+    other = Session(artifacts(3, "int4"))
+    with pytest.raises(
+        TyirError, match=r"was saved with other artifacts: dies 2 there, 3 here; weights fp16 there, int4 here(.|\n)*restore it with"
+    ):
+        other.restore(path)
+    assert other.tokens == []
+    for damaged in (path.read_bytes()[:1000], b"hello", b""):
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        with pytest.raises(TyirError, match=r"is no saved cache, or is cut off or damaged(.|\n)*run the prompt again"):
+            session.restore(tmp_path / "damaged.npz")
+    np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
+    with pytest.raises(TyirError, match="is no saved cache"):
+        session.restore(tmp_path / "foreign.npz")
+    with pytest.raises(TyirError, match=r"cannot read the saved cache .*none\.npz: No such file"):
+        session.restore(tmp_path / "none.npz")
     with pytest.raises(TyirError, match="cannot rewind to 99 tokens"):
         session.rewind(99)
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_old_one(artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(artifacts(2, "fp16"))
+    session.feed(IDS)
+    session.save(tmp_path / "cache.npz")
+    before = (tmp_path / "cache.npz").read_bytes()
+    with pytest.raises(TyirError, match=r"cannot write the cache .*missing.*No such file(.|\n)*choose another file"):
+        session.save(tmp_path / "missing" / "cache.npz")
+
+    def full(file: IO[bytes], **arrays: object) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(TyirError, match=r"cannot write the cache .*No space left on device"):
+        session.save(tmp_path / "cache.npz")
+
+    def interrupted(file: IO[bytes], **arrays: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.save(tmp_path / "cache.npz")
+    assert (tmp_path / "cache.npz").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
