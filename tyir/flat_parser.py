@@ -39,6 +39,7 @@ _SHORT_OP: Final = re.compile(
     rf"(?: \{{{_BRACED}\}})?"  # dictionary
     r'(| : [^\n]*+| loc\([^\n]*+)\n(?=\s*+["%}^A-Za-z])'  # type and location; the next line begins an op or ends the block
 )
+_NEXT_VALUE: Final = re.compile(r"\s*%")
 _NAME_LOC: Final = re.compile(r'loc\("([^"\\\n]*+)"\)')
 
 _ShortTail = tuple[list[Type], tuple[Type, ...], Type | None, Location]  # types of operands and results, or the one of all; the location
@@ -229,7 +230,7 @@ class FlatParser(ScopeParser):
             in_types, out_types, common, loc = tail
             if common is not None:
                 in_types, out_types = [common] * len(operands), (common,) * (result is not None)
-            elif not tail_text.startswith(" : ") and (operands or result or not (entries_text is not None or Terminator in cls.traits)):
+            elif not tail_text.startswith(" : ") and (operands or result or not self._may_lack_type(cls, entries_text, tail_text, m.end())):
                 return
             if [v.type for v in operands] != in_types or len(out_types) != (result is not None):
                 return
@@ -242,6 +243,12 @@ class FlatParser(ScopeParser):
                 self._positions[op] = m.start(2) if result is None else m.start(1)
             self._frame.entry_is_open = False
             self.pos = m.end()
+
+    def _may_lack_type(self, cls: type[Op], entries_text: str | None, tail_text: str, end: int) -> bool:
+        """Whether an op without operands and results needs no type: it has a dictionary, or ends its block and no `%` follows, which would be an operand."""
+        if entries_text is not None:
+            return True
+        return Terminator in cls.traits and (tail_text != "" or _NEXT_VALUE.match(self.text, end) is None)
 
     def _short_class(self, name: str) -> type[DeclaredOp] | None:
         """The class of a short line's op; None for those whose form is not that of a line."""

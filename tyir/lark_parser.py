@@ -122,12 +122,13 @@ class _Builder(Parser):
         return name
 
     def _read_short_op(self, tree: Node) -> None:
-        results, (name,), values, successors, rest, location = (x.children if i == 1 else x for i, x in enumerate(tree.children))
+        symbol = tree.children.pop(2) if tree.data == "symbol_op" else None
+        results, short_name, operands, successors, rest, location = tree.children
+        name = short_name.children[0]
         full_name = FULL_NAMES.get(str(name), str(name))
         cls = registered_class(full_name)
         if cls is None:
             self.fail(f"no dialect declares '{full_name}'", name.start_pos, name.end_pos)
-        symbol, operands = values.children if values is not None and values.data == "symbol_and_operands" else (None, values)
         places = {"short_dictionary": (0, 1, 2), "short_regions": (None, 0, 1), "short_type": (None, None, 0)}
         parts = (None, None, None) if rest is None else places[rest.data]
         entries, regions, kind = (None if i is None else rest.children[i] for i in parts)
@@ -421,6 +422,7 @@ class _Builder(Parser):
 
 _SHORT_FORMS: Final[dict[str, Callable[[_Builder, Node], None]]] = {
     "short_op": _Builder._read_short_op,
+    "symbol_op": _Builder._read_short_op,
     "module_op": _Builder._read_module,
     "function_op": _Builder._read_function,
 }

@@ -343,8 +343,8 @@ class _Middle:
     """What stands between an op's results and its types, but for the operands."""
 
     name: str  # with the symbol
-    opening: str  # before and after the operands, where there are any
-    closing: str
+    has_symbol: bool  # operands stand in parentheses
+    is_call: bool  # a symbol, and operands are declared: parentheses and the signature are always there
     entries: str
 
 
@@ -428,8 +428,8 @@ class _ShortPrinter(_Printer):
             return super()._head(op)
         texts = self.names.texts
         operands = ", ".join([texts.get(v) or self._use_early(v) for v in op._operands])
-        if operands or middle.opening == "(":
-            operands = f"{middle.opening}{operands}{middle.closing}"
+        if operands or middle.is_call:
+            operands = f"({operands})" if middle.has_symbol else f" {operands}"
         successors = f" [{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]" if op.successors else ""
         return f"{self._results(op)}{middle.name}{operands}{successors}{middle.entries}"
 
@@ -438,10 +438,10 @@ class _ShortPrinter(_Printer):
         if middle is None:
             return super()._tail(op)
         types = [v.type for v in (*op._operands, *op.results)]
-        common = common_type(types) if middle.opening != "(" else None  # calls show their signature
+        common = None if middle.is_call else common_type(types)
         if common is not None:
             signature = f" : {self.text(common)}"
-        elif types or not (middle.entries or op.regions or Terminator in op.traits):
+        elif types or not (middle.entries or op.regions or (Terminator in op.traits and op._next is None)):
             signature = self._signature(op)
         else:
             signature = ""
@@ -456,6 +456,6 @@ class _ShortPrinter(_Printer):
             if merged is not None and isinstance(op, DeclaredOp) and not isinstance(op, Func):
                 symbol, entries = merged
                 name = SHORT_NAMES.get(op.name, op.name) + (f" {self.text(symbol)}" if symbol is not None else "")
-                brackets = ("(", ")") if symbol is not None and op.operand_fields else (" ", "")
-                self.middles[key] = _Middle(name, *brackets, self._braces(entries))
+                has_symbol = symbol is not None
+                self.middles[key] = _Middle(name, has_symbol, has_symbol and bool(op.operand_fields), self._braces(entries))
         return self.middles[key]

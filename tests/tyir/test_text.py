@@ -182,13 +182,6 @@ def _both_parsers_read(module: Module, generic: str) -> None:
         assert print_op(parse_with_grammar(text)) == generic
 
 
-@pytest.mark.slow
-@settings(max_examples=20000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(modules())
-def test_module_round_trip_many(module: Module) -> None:
-    _both_parsers_read(module, print_op(module))
-
-
 @pytest.mark.parametrize("name", ["f16", "bf16", "f32", "f8E4M3FN", "f8E5M2", "tf32"])
 def test_floats_of_every_width(name: str) -> None:
     kind = t.FloatType(name)
