@@ -43,6 +43,8 @@ def write_cache(path: Path, identity: Mapping[str, Any], tokens: Sequence[int], 
     """Write the positions that hold `tokens`.  `TyirError` when the file cannot be written; what was there then stays."""
     arrays: dict[str, Any] = {f"die{die}/{name}": array[:, :, : len(tokens)] for (die, name), array in caches.items()}
     arrays |= {"tokens": np.array(tokens, np.int64), "identity": np.array(json.dumps(identity))}
+    if path.exists() and not path.is_file():
+        raise TyirError(f"cannot write the cache {path}: it is no file", help="choose another file")
     temporary: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

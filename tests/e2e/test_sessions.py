@@ -77,6 +77,8 @@ def test_a_cache_that_cannot_be_written_leaves_the_old_one(artifacts: Artifacts,
     before = (tmp_path / "cache.npz").read_bytes()
     with pytest.raises(TyirError, match=r"cannot write the cache .*missing.*No such file(.|\n)*choose another file"):
         session.save(tmp_path / "missing" / "cache.npz")
+    with pytest.raises(TyirError, match="it is no file"):
+        session.save(tmp_path)
 
     def full(file: IO[bytes], **arrays: object) -> None:
         file.write(b"half of it")
