@@ -111,9 +111,19 @@ class AnnotateSharding(Pass):
                 if self.pp > 1:
                     _name_dies(function, _stages(function, self.dies, self.pp))
 
+    def _leave_whole(self, norm: Op) -> None:
+        """Attention whose queries or keys are normed over all heads (OLMo 2) is computed by every die."""
+        if self.pp > 1:
+            what = f"{module_path(norm.loc)} is a norm over all heads, which the dies of a pipeline stage cannot share"
+            raise TyirError(Diagnostic(what, help=f"use pp={self.dies}, one die a stage, or pp=1"))
+        norm.set_attribute("tyir.choice", StringAttr("replicated: the norm reads all heads"))
+
     def _decide(self, block: _Block, machine: Machine) -> None:
         if block.dies == 1:
             return  # a stage of one die
+        if block.normed is not None:
+            self._leave_whole(block.normed)
+            return
         split, replicated = block.split_ns(machine), block.replicated_ns(machine)
         pin = block.pin()
         forced = self.strategy == "split" or self.pp > 1  # stages are for models that do not fit otherwise
@@ -173,6 +183,7 @@ class _Block:
     weights: list[tuple[int, float]] = field(default_factory=list)  # (bytes, largest die's share)
     joined_bytes: int = 0
     gathers: bool = False  # the head's columns are gathered, everything else is reduced
+    normed: Op | None = None  # a norm over what would be cut: every die needs all of it
 
     def replicated_ns(self, machine: Machine) -> float:
         return sum(b for b, _ in self.weights) / machine.dram_bytes_per_ns
@@ -333,6 +344,8 @@ def _demand(value: Value, split: Split, block: _Block) -> None:
         _demand(op.rows, split, block)
     elif isinstance(op, Rope) or (isinstance(op, RmsNorm) and split.axis != tensor_type(op.x).rank - 1):
         _demand(op.x, split, block)
+    elif isinstance(op, RmsNorm):
+        block.normed = op
     elif isinstance(op, Reshape):
         if (back := through_reshape(split, tensor_type(op.out).dims, tensor_type(op.x).dims)) is not None:
             _demand(op.x, back, block)

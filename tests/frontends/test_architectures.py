@@ -1,6 +1,7 @@
 """Architectures that differ from Llama by more than sizes, compiled for three dies: they decode what Hugging Face decodes.
 
-Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4, HunYuan), layers without rotation (SmolLM3),
+Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4, HunYuan) and of all heads
+together (OLMo 2), layers without rotation (SmolLM3),
 rotations of neighbouring channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini).
 """
 
@@ -36,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "exaone4": {**SIZES, "head_dim": 32},
     "hunyuan_v1_dense": {**SIZES, "head_dim": 32},
     "smollm3": {**SIZES, "no_rope_layers": [1, 0]},
+    "olmo2": SIZES,
     "glm4": {**SIZES, "head_dim": 32},
     "ernie4_5": {**SIZES, "head_dim": 32},
     "phi3-partial": {**SIZES, "partial_rotary_factor": 0.75},
