@@ -1,9 +1,10 @@
 """`tyir-opt --verify-diagnostics`: the errors a file should give stand in it as comments, in MLIR's notation.
 
     // expected-error @below {{redefines symbol}}        also @above, @+2, @-1, @unknown; without @: the comment's own line
-    // expected-note-re {{while running pass '.*'}}      a regular expression
+    // expected-note-re {{while running pass '{{.*}}'}}   regular expressions stand in inner braces
 
-Every annotation must be met by a diagnostic of its severity on its line whose message holds the text, and every error by an annotation.
+Every annotation must be met by a diagnostic of its severity on its line whose message holds the text, and every error by an annotation (not so with
+`only-expected`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from tyir.diagnostics import Diagnostic
 
 __all__ = ["check_expected"]
 
-_ANNOTATION = re.compile(r"//.*?\bexpected-(error|warning|note|remark)(-re)?\s*(?:@\s*([+-]\d+|above|below|unknown))?\s*\{\{(.*?)\}\}")
+_ANNOTATION = re.compile(
+    r"//.*?\bexpected-(error|warning|note|remark)(?P<re>-re)?\s*(?:@\s*([+-]\d+|above|below|unknown))?\s*\{\{(?(re)(.*)|(.*?))\}\}"
+)
 _LINE = re.compile(r":(\d+):\d+(?:\)|$|,)")
 
 
@@ -34,9 +37,16 @@ def _annotations(text: str) -> Iterator[_Expected]:
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         for match in _ANNOTATION.finditer(line):
-            severity, is_pattern, offset, message = match.groups()
-            pattern = re.compile(message if is_pattern else re.escape(message))
+            severity, is_pattern, offset, with_patterns, message = match.groups()
+            message = with_patterns or message or ""
+            pattern = re.compile(_with_patterns(message) if is_pattern else re.escape(message))
             yield _Expected(severity, pattern, message, _target(lines, number, offset), number)
+
+
+def _with_patterns(message: str) -> str:
+    """`text {{pattern}} text` as one regular expression."""
+    parts = re.split(r"\{\{(.*?)\}\}", message)
+    return "".join(part if index % 2 else re.escape(part) for index, part in enumerate(parts))
 
 
 def _target(lines: list[str], number: int, offset: str | None) -> int | None:
@@ -65,8 +75,8 @@ def _line_of(diagnostic: Diagnostic) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_expected(text: str, diagnostics: Iterable[Diagnostic], name: str) -> list[str]:
-    """What does not agree between annotations and diagnostics; empty when all is as expected."""
+def check_expected(text: str, diagnostics: Iterable[Diagnostic], name: str, only_expected: bool = False) -> list[str]:
+    """What does not agree between annotations and diagnostics; empty when all is as expected.  `only_expected` ignores diagnostics without annotation."""
     expected = list(_annotations(text))
     problems: list[str] = []
     for diagnostic in _flattened(diagnostics):
@@ -75,7 +85,7 @@ def check_expected(text: str, diagnostics: Iterable[Diagnostic], name: str) -> l
         unmet = next((e for e in fitting if not e.met), None)
         if unmet is not None:
             unmet.met = True
-        elif not fitting and diagnostic.severity in ("error", "warning"):
+        elif not fitting and not only_expected and diagnostic.severity in ("error", "warning"):
             problems.append(f"{name}:{line or '?'}: error: unexpected {diagnostic.severity}: {diagnostic.message}")
     for e in expected:
         if not e.met:

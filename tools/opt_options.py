@@ -26,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_printing(parser)
     _add_watching(parser)
     add_debug_option(parser)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     return parser
 
 
@@ -58,7 +59,11 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--verify-roundtrip", action="store_true", help="check that printing and parsing gives the same IR back")
     group.add_argument(
-        "--verify-diagnostics", action="store_true", help="check errors against the file's // expected-error {{...}} comments"
+        "--verify-diagnostics",
+        choices=("all", "only-expected"),
+        nargs="?",
+        const="all",
+        help="check errors against the file's // expected-error {{...}} comments; only-expected: others do not count",
     )
 
 
@@ -99,6 +104,16 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--crash-reproducer", metavar="FILE", help="if a pass fails, write the IR before it and the rest of the pipeline")
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes longer than everything else here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        from importlib.metadata import version
+
+        print(f"tyir {version('tyir')}")
+        parser.exit()
+
+
 def _boolean(text: str) -> bool:
     if text.lower() in ("1", "true", "on", "yes"):
         return True
@@ -116,16 +131,19 @@ def _format(text: str) -> str:
 # Without "=value" these take a default; argparse would take the next word, which may be the file.
 _BARE = {
     "--print-debuginfo": "1", "--verify-each": "1", "--timing": "text", "--pass-statistics": "text", "--list-passes": "text", "--show-dialects": "text",
-    "--elide-large-constants": "16",
+    "--elide-large-constants": "16", "--verify-diagnostics": "all",
 }  # fmt: skip
 _SPELLINGS = {
     "--mlir-elide-elementsattrs-if-larger": "--elide-large-constants",
+    "--mlir-elide-resource-strings-if-larger": "--elide-large-constants",
     "--mlir-print-op-generic": "--print-op-generic",
     "--mlir-timing": "--timing",
     "--mlir-pass-statistics": "--pass-statistics",
     "--mlir-print-debuginfo": "--print-debuginfo",
     "--mlir-pass-pipeline-crash-reproducer": "--crash-reproducer",
 }
+# Of mlir-opt's, what holds here anyway: one thread, locations where they belong.
+_GIVEN = ("--mlir-disable-threading", "--mlir-print-local-scope")
 
 
 def with_mlir_spellings(arguments: list[str]) -> list[str]:
@@ -138,6 +156,8 @@ def with_mlir_spellings(arguments: list[str]) -> list[str]:
         if name.startswith("--mlir-print-ir"):
             name = "--" + name.removeprefix("--mlir-")
         name = _SPELLINGS.get(name, name)
+        if name in _GIVEN:
+            continue
         if name in _BARE and not equals:
             equals, value = "=", _BARE[name]
         changed.append(name + equals + value if name.startswith("--") else argument)

@@ -98,8 +98,10 @@ def _pipeline_text(args: argparse.Namespace, flags: list[str], parser: argparse.
     """The pipeline of `--pass-pipeline` or of the pass flags, None when there are neither."""
     items: list[str] = []
     for flag in flags:
+        if not flag.startswith("--"):
+            raise TyirError(f"too many inputs: '{args.input}' and '{flag}'", help="tyir-opt reads one file")
         name, _, options = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or (registry.find(name) is None and name not in registry.pipelines()):
+        if registry.find(name) is None and name not in registry.pipelines():
             known = [*(o for action in parser._actions for o in action.option_strings), *("--" + n for n in registry.names())]
             raise TyirError(
                 f"unknown argument '{flag}'", help=did_you_mean(flag.partition("=")[0], known) or "tyir-opt --list-passes lists the passes"
@@ -142,7 +144,7 @@ class _Job:
             result = self._process(name, text)
         except TyirError as error:
             found = list(error.diagnostics)
-        problems = check_expected(text, found, name)
+        problems = check_expected(text, found, name, self.args.verify_diagnostics == "only-expected")
         for problem in problems:
             print(problem, file=sys.stderr)
         self.failed = self.failed or bool(problems)
@@ -216,8 +218,8 @@ class _Job:
         if args.opt_bisect_limit is not None:
             self.bisect = self.bisect or Bisect(args.opt_bisect_limit)
             instruments.append(self.bisect)
-        before = _names(args.print_ir_before, args.print_ir_before_all)
-        after = _names(args.print_ir_after, args.print_ir_after_all)
+        before = _pass_names(args.print_ir_before, args.print_ir_before_all, self.registry)
+        after = _pass_names(args.print_ir_after, args.print_ir_after_all, self.registry)
         asked = before or after or args.print_ir_after_change or args.print_ir_after_failure
         if asked or args.print_ir_tree_dir:
             instruments.append(
@@ -251,8 +253,17 @@ class _Job:
                 print(f"{value:>10} {key}", file=sys.stderr)
 
 
-def _names(lists: list[str], all_passes: bool) -> frozenset[str]:
-    return frozenset(("*",) if all_passes else (name for names in lists for name in names.split(",") if name))
+def _pass_names(lists: list[str], all_passes: bool, registry: PassRegistry) -> frozenset[str]:
+    """The passes that a flag names; `*` for all."""
+    if all_passes:
+        return frozenset(("*",))
+    names = frozenset(name for names in lists for name in names.split(",") if name)
+    unknown = sorted(name for name in names if registry.find(name) is None)
+    if unknown:
+        raise TyirError(
+            [Diagnostic(f"there is no pass '{name}' to print the IR at", help=did_you_mean(name, registry.names())) for name in unknown]
+        )
+    return names
 
 
 def _label(op: Op, source: SourceText, positions: dict[Op, int]) -> Label | None:

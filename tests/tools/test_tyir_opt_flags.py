@@ -90,3 +90,38 @@ def test_only_changed_ops_are_verified(ir: Path, monkeypatch: pytest.MonkeyPatch
     assert verified == ["func.func"]  # the statistics change nothing, and the second cse finds nothing
     assert main([str(ir), "--cse", "--verify-each=0"]) == 0
     assert verified == ["func.func"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cse", "--print-ir-after=css"], "there is no pass 'css' to print the IR at\nhelp: did you mean 'cse'?"),
+        (["other.ir"], "too many inputs: "),
+        (["--verify-diagnostics=some"], "invalid choice: 'some' (choose from 'all', 'only-expected')"),
+    ],
+)
+def test_wrong_flags(ir: Path, capsys: Capture, arguments: list[str], message: str) -> None:
+    assert main([str(ir), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_flags_of_mlir_opt_that_hold_anyway(ir: Path, capsys: Capture) -> None:
+    assert main([str(ir), "-cse", "--mlir-disable-threading", "--mlir-print-local-scope", "-mlir-print-op-generic"]) == 0
+    assert capsys.readouterr().out.count("ty.silu") == 1
+
+
+def test_version(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("tyir 0.")
+
+
+def test_only_expected_diagnostics_and_patterns(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "in.ir"
+    wrong = '%a = "ty.silu"(%y) : (tensor<4xf16>) -> tensor<4xf16>\n'
+    path.write_text(wrong)
+    assert main([str(path), "--verify-diagnostics"]) == 1
+    assert main([str(path), "--verify-diagnostics=only-expected"]) == 0
+    path.write_text("// expected-error-re @below {{use of {{[a-z]+}} value %y{{$}}}}\n" + wrong)
+    assert main([str(path), "--verify-diagnostics"]) == 0
+    path.write_text("// expected-error-re @below {{use.of}}\n" + wrong)
+    assert main([str(path), "--verify-diagnostics"]) == 1
