@@ -35,7 +35,7 @@ def ops_reference() -> str:
     parts.append("Dialects: " + ", ".join(f"[{name}](#{name})" for name in dialects))
     for name in dialects:
         ops = dialect_ops(name)
-        module = importlib.import_module(next(iter(ops.values())).__module__)
+        module = importlib.import_module(f"tyir.dialects.{name}")
         parts.append(f"## {name}\n\n{_text(module.__doc__)}")
         parts += [_op(cls) for _, cls in sorted(ops.items())]
     return "\n\n".join(parts) + "\n"

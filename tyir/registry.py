@@ -38,9 +38,9 @@ def dialect_ops(dialect: str) -> dict[str, type[DeclaredOp]]:
 
 
 def _declared(module: ModuleType) -> dict[str, type[DeclaredOp]]:
-    """The ops a module declares itself; those it imports from other dialects stay theirs."""
+    """The ops a module (or package) declares itself; those it imports from other dialects stay theirs."""
     found = [o for o in vars(module).values() if isinstance(o, type) and issubclass(o, DeclaredOp)]
-    return {o.name: o for o in found if o.__module__ == module.__name__}
+    return {o.name: o for o in found if f"{o.__module__}.".startswith(f"{module.__name__}.")}
 
 
 def _dialect_module(dialect: str) -> ModuleType | None:

@@ -1,0 +1,207 @@
+"""Shapes, and ops element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.dialects.ty.tensors import Array, as_type, bf16_to_f32, tensor_type
+from tyir.ir import Value
+from tyir.opdef import DeclaredOp, attr, operand, result
+from tyir.traits import Commutative, Pure
+from tyir.types import FloatType, Type
+
+__all__ = ["Add", "Cast", "Mul", "Reshape", "Scale", "Silu", "SiluMul", "Slice", "Transpose", "silu"]
+
+
+class Cast(DeclaredOp, name="ty.cast", traits=(Pure,)):
+    """Converts elements (bf16 and f32 checkpoints to f16, ids to i32), rounding to nearest even."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    element: Type = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return tensor_type(self.x).with_element(self.element)
+
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type else None
+
+    def evaluate(self, x: Array) -> Array:
+        source = tensor_type(self.x).element
+        return as_type(bf16_to_f32(x) if isinstance(source, FloatType) and source.name == "bf16" else x, self.element)
+
+
+class Slice(DeclaredOp, name="ty.slice", traits=(Pure,)):
+    """`size` entries from `offset` along `axis`."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    axis: int = attr()
+    offset: int = attr()
+    size: int = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        t = tensor_type(self.x)
+        return t.with_shape(self.size if i == self.axis else d for i, d in enumerate(t.dims))
+
+    def verify(self) -> Iterator[str]:
+        t = tensor_type(self.x)
+        if not 0 <= self.axis < t.rank:
+            yield f"axis {self.axis} is not in 0..{t.rank - 1}"
+        elif (d := t.dims[self.axis]) is not None and not 0 <= self.offset <= self.offset + self.size <= d:
+            yield f"rows {self.offset}..{self.offset + self.size} lie outside the dimension of {d}"
+
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type else None
+
+    def evaluate(self, x: Array) -> Array:
+        return x[(slice(None),) * self.axis + (slice(self.offset, self.offset + self.size),)]
+
+
+class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
+    """Same elements in another shape; -1 stands for the dimension that follows from the others (`?` when the input is dynamic)."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    shape: tuple[int, ...] = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        t = tensor_type(self.x)
+        if -1 not in self.shape:
+            return t.with_shape(self.shape)
+        if not t.is_static:
+            return t.with_shape(None if d == -1 else d for d in self.shape)
+        known = int(np.prod([d for d in self.shape if d != -1]))
+        return t.with_shape(t.size // known if d == -1 else d for d in self.shape)
+
+    def verify(self) -> Iterator[str]:
+        t = tensor_type(self.x)
+        if self.shape.count(-1) > 1:
+            yield "more than one dimension is -1"
+        elif t.is_static:
+            known = int(np.prod([d for d in self.shape if d != -1]))
+            if t.size % known or (-1 not in self.shape and t.size != known):
+                yield f"{t} cannot be reshaped to {list(self.shape)}: {t.size} elements against {known}"
+
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type and tensor_type(self.x).dims.count(None) <= 1 else None
+
+    def evaluate(self, x: Array) -> Array:
+        return x.reshape(self.shape)
+
+
+class Transpose(DeclaredOp, name="ty.transpose", traits=(Pure,)):
+    """Axes permuted: out.shape[i] = x.shape[perm[i]]."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    perm: tuple[int, ...] = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        t = tensor_type(self.x)
+        return t.with_shape(t.dims[p] for p in self.perm)
+
+    def verify(self) -> Iterator[str]:
+        if sorted(self.perm) != list(range(tensor_type(self.x).rank)):
+            yield f"perm {list(self.perm)} is no permutation of 0..{tensor_type(self.x).rank - 1}"
+
+    def fold(self) -> tuple[Value] | None:
+        return (self.x,) if self.out.type is self.x.type and self.perm == tuple(range(len(self.perm))) else None
+
+    def evaluate(self, x: Array) -> Array:
+        return np.transpose(x, self.perm)
+
+
+class Add(DeclaredOp, name="ty.add", traits=(Pure, Commutative)):
+    """lhs + rhs of equal shapes, computed in f32, rounded once."""
+
+    lhs: Value = operand()
+    rhs: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.lhs.type
+
+    def verify(self) -> Iterator[str]:
+        if self.lhs.type is not self.rhs.type:
+            yield f"operand types differ: {self.lhs.type} and {self.rhs.type}"
+
+    def evaluate(self, lhs: Array, rhs: Array) -> Array:
+        return as_type(lhs.astype(np.float32) + rhs.astype(np.float32), tensor_type(self.out).element)
+
+
+class Mul(DeclaredOp, name="ty.mul", traits=(Pure, Commutative)):
+    """lhs * rhs of equal shapes, computed in f32, rounded once."""
+
+    lhs: Value = operand()
+    rhs: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.lhs.type
+
+    def verify(self) -> Iterator[str]:
+        if self.lhs.type is not self.rhs.type:
+            yield f"operand types differ: {self.lhs.type} and {self.rhs.type}"
+
+    def evaluate(self, lhs: Array, rhs: Array) -> Array:
+        return as_type(lhs.astype(np.float32) * rhs.astype(np.float32), tensor_type(self.out).element)
+
+
+def silu(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """x * sigmoid(x) in f32, without overflow for large negative x."""
+    return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(x, np.float32(-80)))), np.float32)
+
+
+class Scale(DeclaredOp, name="ty.scale", traits=(Pure,)):
+    """x * factor, computed in f32, rounded once: residual, embedding and logit multipliers."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    factor: float = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def evaluate(self, x: Array) -> Array:
+        return as_type(x.astype(np.float32) * np.float32(self.factor), tensor_type(self.out).element)
+
+
+class Silu(DeclaredOp, name="ty.silu", traits=(Pure,)):
+    """x * sigmoid(x), computed in f32."""
+
+    x: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def evaluate(self, x: Array) -> Array:
+        return as_type(silu(x.astype(np.float32)), tensor_type(self.out).element)
+
+
+class SiluMul(DeclaredOp, name="ty.silu_mul", traits=(Pure,)):
+    """silu(gate) * up, computed in f32, rounded once: the activation of a gated MLP."""
+
+    gate: Value = operand()
+    up: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.gate.type
+
+    def verify(self) -> Iterator[str]:
+        if self.gate.type is not self.up.type:
+            yield f"operand types differ: {self.gate.type} and {self.up.type}"
+
+    def evaluate(self, gate: Array, up: Array) -> Array:
+        return as_type(silu(gate.astype(np.float32)) * up.astype(np.float32), tensor_type(self.out).element)

@@ -1,0 +1,176 @@
+"""Weights: tensors of files, parameters of dies, constants, and what makes the ones of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.attributes import DenseElementsAttr, SymbolRefAttr
+from tyir.dialects.ty.tensors import Array, tensor_type
+from tyir.ir import Region, Value
+from tyir.opdef import DeclaredOp, attr, operand, region, result
+from tyir.traits import ConstantLike, IsolatedFromAbove, Pure, Symbol, Terminator
+from tyir.types import TensorType, Type, f16, ui4
+
+__all__ = ["Constant", "Dequantize", "GetGlobal", "Global", "Param", "QuantizeGroups", "Repeat", "Take", "Yield", "dequantize"]
+
+
+class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
+    """A tensor of the checkpoint, by reference: `nbytes` little-endian bytes at `offset` of `file` (relative to the module's `tyir.checkpoint`).
+
+    `key` is the tensor's name in the file.  Weights never travel in the text.
+    """
+
+    _: KW_ONLY
+    sym_name: str = attr()
+    type: TensorType = attr()
+    file: str = attr()
+    key: str = attr()
+    offset: int = attr()
+    nbytes: int = attr()
+
+    def verify(self) -> Iterator[str]:
+        if self.type.is_static and self.type.nbytes != self.nbytes:
+            yield f"{self.type} takes {self.type.nbytes} bytes but nbytes is {self.nbytes}"
+
+
+class Param(DeclaredOp, name="ty.param", traits=(Symbol, IsolatedFromAbove)):
+    """A tensor of the artifact: its initializer says how it is made from the checkpoint (slice, cast, quantize, ...).
+
+    Initializers are evaluated one at a time, when the `.params` file is written.  They refer to `ty.global`s only, never to other parameters.
+    """
+
+    _: KW_ONLY
+    sym_name: str = attr()
+    type: TensorType = attr()
+    initializer: Region = region()
+
+
+class Yield(DeclaredOp, name="ty.yield", traits=(Terminator,)):
+    """Ends an initializer with its tensor."""
+
+    value: Value = operand()
+
+
+class GetGlobal(DeclaredOp, name="ty.get_global", traits=(Pure, ConstantLike)):
+    """The tensor of a `ty.global` or `ty.param`, looked up in the enclosing modules from the inside out."""
+
+    _: KW_ONLY
+    symbol: SymbolRefAttr = attr()
+    out: Value = result()
+
+
+class Constant(DeclaredOp, name="ty.constant", traits=(Pure, ConstantLike)):
+    """A small constant tensor."""
+
+    _: KW_ONLY
+    value: DenseElementsAttr = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.value.type
+
+    def evaluate(self) -> Array:
+        return self.value.to_numpy()
+
+
+class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
+    """Round-to-nearest asymmetric 4-bit quantisation of a weight [N, K], one scale and zero point per `group_size` columns of a row.
+
+    scale = f16(max(max(w, 0) - min(w, 0), 1e-5) / 15);  zero = clamp(-round(min / scale), 0, 15);  q = clamp(round(w / scale) + zero, 0, 15)
+    (the pseudo-quantisation of AutoAWQ, with the range widened to hold zero).  Results: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4.
+    """
+
+    weight: Value = operand()
+    _: KW_ONLY
+    group_size: int = attr()
+    q: Value = result()
+    scales: Value = result()
+    zeros: Value = result()
+
+    def infer(self) -> tuple[Type, ...]:
+        n, k = tensor_type(self.weight).static_shape
+        groups = (n, k // self.group_size)
+        return TensorType((n, k), ui4), TensorType(groups, f16), TensorType(groups, ui4)
+
+    def verify(self) -> Iterator[str]:
+        if tensor_type(self.weight).static_shape[1] % self.group_size:
+            yield f"group_size {self.group_size} does not divide the {tensor_type(self.weight).static_shape[1]} input channels"
+
+    def evaluate(self, weight: Array) -> tuple[Array, Array, Array]:
+        n, k = weight.shape
+        w = weight.astype(np.float32).reshape(n, -1, self.group_size)
+        low = np.minimum(w.min(axis=2), 0)
+        span = np.maximum(w.max(axis=2), 0) - low
+        scales = (np.maximum(span, 1e-5) / 15).astype(np.float16)
+        s = scales.astype(np.float32)
+        zeros = np.clip(-np.rint(low / s), 0, 15)
+        q = np.clip(np.rint(w / s[:, :, None]) + zeros[:, :, None], 0, 15)
+        return q.astype(np.uint8).reshape(n, k), scales, zeros.astype(np.uint8)
+
+
+def dequantize(q: Array, scales: Array, zeros: Array, group_size: int) -> npt.NDArray[np.float16]:
+    """f16((q - zero) * scale), the weight [N, K] that the matrix unit sees (AutoAWQ's GEMM kernel rounds alike)."""
+    n, k = q.shape
+    centred = q.reshape(n, -1, group_size).astype(np.float32) - zeros[:, :, None].astype(np.float32)
+    return (centred * scales[:, :, None].astype(np.float32)).astype(np.float16).reshape(n, k)
+
+
+class Dequantize(DeclaredOp, name="ty.dequantize", traits=(Pure,)):
+    """f16((q - zero) * scale) by groups of columns: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4 -> [N, K] f16."""
+
+    q: Value = operand()
+    scales: Value = operand()
+    zeros: Value = operand()
+    _: KW_ONLY
+    group_size: int = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return tensor_type(self.q).with_element(f16)
+
+    def evaluate(self, q: Array, scales: Array, zeros: Array) -> Array:
+        return dequantize(q, scales, zeros, self.group_size)
+
+
+class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
+    """Every slice along `axis` repeated `times` times in place: [a, b] -> [a, a, b, b].  Refines quantisation groups exactly."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    axis: int = attr()
+    times: int = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        t = tensor_type(self.x)
+        return t.with_shape(d * self.times if i == self.axis and d is not None else d for i, d in enumerate(t.dims))
+
+    def evaluate(self, x: Array) -> Array:
+        return np.repeat(x, self.times, axis=self.axis)
+
+
+class Take(DeclaredOp, name="ty.take", traits=(Pure,)):
+    """The entries `indices` along `axis`, in that order: channels of a head in another order, in weight expressions."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    axis: int = attr()
+    indices: tuple[int, ...] = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return tensor_type(self.x).with_shape(len(self.indices) if i == self.axis else d for i, d in enumerate(tensor_type(self.x).dims))
+
+    def verify(self) -> Iterator[str]:
+        t = tensor_type(self.x)
+        if not 0 <= self.axis < t.rank:
+            yield f"axis {self.axis} is not in 0..{t.rank - 1}"
+        elif (d := t.dims[self.axis]) is not None and not all(0 <= i < d for i in self.indices):
+            yield f"an index lies outside the dimension of {d}"
+
+    def evaluate(self, x: Array) -> Array:
+        return np.take(x, self.indices, axis=self.axis)
