@@ -208,7 +208,8 @@ def _kernels(models: Sequence[Model], shards: Sequence[int]) -> Iterator[dict[st
                 if batch * keys <= 16384:
                     yield _attention(batch, query, kv, dim, keys, keys)
     for model in models:
-        yield from _elementwise(model, shards)
+        for s in shards:
+            yield from _elementwise(model, s)
 
 
 def _products(model: Model, shards: int) -> list[tuple[int, int]]:
@@ -242,29 +243,42 @@ def _attention(batch: int, query: int, kv: int, dim: int, length: int, keys: int
     return {"kind": "op", "what": "attention", **shape, "us": us}
 
 
-def _elementwise(model: Model, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _elementwise(model: Model, shards: int) -> Iterator[dict[str, Any]]:
+    """The kernels between the products, compiled for this model alone: a second width would make PyTorch compile them for any, which is slower."""
+    import torch
+
+    torch._dynamo.reset()
     kernels = _compiled()
-    for rows in (1, 8, 128, 512, 2048, 8192):
-        weight = _random(model.hidden)
+    hidden, inter, dim = model.hidden, model.intermediate // shards, model.head_dim
+    heads, kv = model.query_heads // shards, max(1, model.kv_heads // shards)
+    for rows in (1, 8, 32, 128, 512, 2048, 8192):
 
-        def norm(rows: int = rows, weight: Any = weight) -> Callable[[], object]:
-            x, residual = _random(rows, model.hidden), _random(rows, model.hidden)
-            return lambda: kernels.add_norm(x, residual, weight)
+        def norm(rows: int = rows) -> Callable[[], object]:
+            return partial(kernels.add_norm, _random(rows, hidden), _random(rows, hidden), _random(hidden))
 
+        def silu(rows: int = rows) -> Callable[[], object]:
+            return partial(kernels.silu_mul, _random(rows, 2 * inter))
+
+        def rope(rows: int = rows) -> Callable[[], object]:
+            mixed = _random(1, rows, heads + 2 * kv, dim)
+            return partial(kernels.rope, mixed[:, :, : heads + kv], _random(rows, 1, dim), _random(rows, 1, dim))
+
+        def copy(rows: int = rows) -> Callable[[], object]:
+            return partial(
+                _random(1, kv, rows + 1024, dim)[:, :, 1024:].copy_,
+                _random(1, rows, heads + 2 * kv, dim)[:, :, heads + kv :].transpose(1, 2),
+            )
+
+        yield {"kind": "op", "what": "add_rmsnorm", "tokens": rows, "hidden": hidden, "us": _rotated_us(norm, 8.0 * rows * hidden)}
+        yield {"kind": "op", "what": "silu_mul", "tokens": rows, "inter": inter, "us": _rotated_us(silu, 6.0 * rows * inter)}
         yield {
             "kind": "op",
-            "what": "add_rmsnorm",
+            "what": "rope",
             "tokens": rows,
-            "hidden": model.hidden,
-            "us": _rotated_us(norm, 8.0 * rows * model.hidden),
+            "width": (heads + kv) * dim,
+            "us": _rotated_us(rope, 4.0 * rows * (heads + kv) * dim),
         }
-        for inter in [model.intermediate // s for s in shards]:
-
-            def silu(rows: int = rows, inter: int = inter) -> Callable[[], object]:
-                x = _random(rows, 2 * inter)
-                return lambda: kernels.silu_mul(x)
-
-            yield {"kind": "op", "what": "silu_mul", "tokens": rows, "inter": inter, "us": _rotated_us(silu, 6.0 * rows * inter)}
+        yield {"kind": "op", "what": "copy", "tokens": rows, "width": kv * dim, "us": _rotated_us(copy, 4.0 * rows * kv * dim)}
 
 
 def _collectives(world: int) -> Iterator[dict[str, Any]]:

@@ -35,12 +35,12 @@ def main(argv: Sequence[str]) -> int:
     names = args.machine or list(MACHINES)
     found: dict[str, list[Line]] = {}
     for name in names:
-        folder = _folder(name, args.data)
+        folders = _folders(name, args.data)
         machine = load_accelerator(name)
-        if folder is None:
+        if not folders:
             print(f"{name}: no measurements here, skipped (looked in {', '.join(map(str, _candidates(name, args.data)))})")
             continue
-        rows = read_rows(folder)
+        rows = read_rows(*folders)
         if args.fit:
             from tyir.tools.validation_fit import fit
 
@@ -57,13 +57,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _candidates(name: str, data: Path | None) -> list[Path]:
-    """Where a machine's measurements may be: the folder given, or beside the checkout, or the copies in the tests."""
+    """Where a machine's measurements may be: the folder given, or beside the checkout, and what was measured for the project itself."""
     root = Path(__file__).resolve().parents[1]
     return [data / name] if data is not None else [root.parent / "shared" / "validation" / name, root / "tests" / "data" / name]
 
 
-def _folder(name: str, data: Path | None) -> Path | None:
-    return next((f for f in _candidates(name, data) if f.is_dir()), None)
+def _folders(name: str, data: Path | None) -> list[Path]:
+    return [f for f in _candidates(name, data) if f.is_dir()]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,22 +9,29 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
 from tyir.runtime_sim.kernels.attention import Attention, attention_ns
-from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, weight_only_ns
-from tyir.runtime_sim.kernels.rowwise import add_norm_ns, norm_ns, silu_mul_ns
+from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, is_long, weight_only_ns
+from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns
 from tyir.runtime_sim.kernels.steps import MODELS, Step, step_ns
 from tyir.targets.accelerator import Accelerator
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["NARROW", "NEW", "Row", "read_rows"]
+
+NEW: Final = "(new)"
+_CALLS: Final = 24  # of one product in a graph, tools/measure_gpu.py
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `predict` gives nanoseconds; `flops` and `nbytes` (DRAM and links) are for the roofline and the affine fit; `m` sorts it into a bucket."""
+    """One measurement: `predict` gives nanoseconds; `flops` and `nbytes` (DRAM and links) are for the roofline and the affine fit; `m` sorts it into a bucket.
+
+    `shape` holds the positive sizes of what was run: where a row lies among the others of its kind.
+    """
 
     kind: str
     name: str
@@ -33,45 +40,60 @@ class Row:
     flops: float
     nbytes: float
     predict: Callable[[Accelerator], float]
+    shape: tuple[int, ...] = (1,)
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """All rows of a machine's folder, in the files' order."""
+def read_rows(*folders: Path) -> list[Row]:
+    """All rows of a machine's folders, in the files' order; a file that several have is read from the first."""
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         "peaks_and_ops.jsonl": _ops, "collectives.jsonl": _collectives, "models.jsonl": _models,
+        "new_kernels.jsonl": _ops, "new_elementwise.jsonl": _ops, "new_collectives.jsonl": _collectives, "new_models.jsonl": _models,
         "a100_sxm_gemm_trtllm_1.0.0.csv": _a100_gemm, "matmul_A100.csv": _llmcompass_matmul, "layernorm_A100.csv": _llmcompass_norm,
         "a100_sxm_context_attention_trtllm_1.0.0.csv": _a100_prefill, "a100_sxm_generation_attention_trtllm_1.0.0.csv": _a100_decode,
         "a100_sxm_custom_allreduce_trtllm_1.0.0.csv": _a100_all_reduce, "allreduce_A100x4_NVLink3.csv": _llmcompass_all_reduce,
         "cutlass_perf_log.Orin.json": _orin_gemm, "marlin_perf_log.json": _orin_marlin, "flashattn_perf_log.Orin.json": _orin_attention,
         "layernorm_perf_log.Orin.json": _orin_norm,
     }  # fmt: skip
-    return [row for name, read in readers.items() if (folder / name).exists() for row in read(folder / name)]
+    found = [(name, read, next((f / name for f in folders if (f / name).exists()), None)) for name, read in readers.items()]
+    return [row for name, read, path in found if path is not None for row in _marked(name, read(path))]
 
 
+def _marked(file: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows of the files `new_*`, measured after the models were fitted, are kinds of their own: nothing is fitted on them."""
+    for row in rows:
+        yield replace(row, kind=f"{row.kind} {NEW}") if file.startswith("new_") else row
+
+
+NARROW: Final = " narrow"
 _NARROW = 512
 
 
 def _sized(kind: str, n: int, k: int) -> str:
     """Weights with a side under 512 are a class of their own: the call is launch and latency, and language models have none."""
-    return f"{kind} narrow" if min(n, k) < _NARROW else kind
+    return f"{kind}{NARROW}" if min(n, k) < _NARROW else kind
 
 
-def _gemm(kind: str, m: int, n: int, k: int, us: float, extra_us: float = 0.0) -> Row:
+def _gemm(kind: str, m: int, n: int, k: int, us: float, extra_us: float = 0.0, calls: int = 1) -> Row:
+    """`calls`: how many were timed in a row, for the power limit."""
     product = Product(m, n, k)
+
+    def predict(a: Accelerator) -> float:
+        return gemm_ns(product, a, is_long(calls * product.flops, a)) + extra_us * 1000
+
     nbytes = 2.0 * (m * k + n * k + m * n)
-    return Row(_sized(kind, n, k), f"{m}x{n}x{k}", m, us, product.flops, nbytes, lambda a: gemm_ns(product, a) + extra_us * 1000)
+    return Row(_sized(kind, n, k), f"{m}x{n}x{k}", m, us, product.flops, nbytes, predict, (m, n, k))
 
 
 def _weight_only(m: int, n: int, k: int, us: float) -> Row:
     nbytes = 0.516 * n * k + 2.0 * (m * k + m * n)
-    return Row(_sized("gemm w4a16", n, k), f"{m}x{n}x{k}", m, us, 2.0 * m * n * k, nbytes, lambda a: weight_only_ns(m, n, k, a))
+    return Row(_sized("gemm w4a16", n, k), f"{m}x{n}x{k}", m, us, 2.0 * m * n * k, nbytes, lambda a: weight_only_ns(m, n, k, a), (m, n, k))
 
 
 def _int8(m: int, n: int, k: int, us: float) -> Row:
     def predict(a: Accelerator) -> float:
         return gemm_ns(Product(m, n, k, 1.0, 1.0, matrix_speed=a.sm.macs_per_cycle_int8 / a.sm.macs_per_cycle_fp16), a)
 
-    return Row("gemm int8", f"{m}x{n}x{k}", m, us, m * n * k, 1.0 * (m * k + n * k + m * n), predict)
+    return Row("gemm int8", f"{m}x{n}x{k}", m, us, m * n * k, 1.0 * (m * k + n * k + m * n), predict, (m, n, k))
 
 
 def _attention(shape: Attention, us: float) -> Row:
@@ -80,7 +102,8 @@ def _attention(shape: Attention, us: float) -> Row:
     flops = 4.0 * shape.batch * shape.query_heads * shape.head_dim * shape.queries * seen
     nbytes = shape.kv_bytes + 4.0 * shape.batch * shape.queries * shape.query_heads * shape.head_dim
     name = f"b{shape.batch} {shape.query_heads}/{shape.kv_heads}x{shape.head_dim} q{shape.queries} kv{shape.keys}"
-    return Row(kind, name, shape.keys, us, flops, nbytes, lambda a: attention_ns(shape, a))
+    place = (shape.batch, shape.query_heads, shape.kv_heads, shape.queries, shape.keys)
+    return Row(kind, name, shape.keys, us, flops, nbytes, lambda a: attention_ns(shape, a), place)
 
 
 def _all_reduce(nbytes: float, devices: int, us: float, call: bool = True) -> Row:
@@ -112,7 +135,7 @@ def _ops(path: Path) -> Iterator[Row]:
         if row["kind"] != "op":
             continue
         if row["what"] == "linear":
-            yield _gemm("gemm bf16", size["m"], size["n"], size["k"], us)
+            yield _gemm("gemm bf16", size["m"], size["n"], size["k"], us, calls=_CALLS if path.name.startswith("new_") else 1)
         elif row["what"] == "attention":
             yield _attention(
                 Attention(size["batch"], size["q_heads"], size["kv_heads"], size["head_dim"], size["q_len"], size["kv_len"]), us
@@ -121,6 +144,10 @@ def _ops(path: Path) -> Iterator[Row]:
             yield _rowwise("add+norm", size["tokens"], size["hidden"], 4, us, add_norm_ns)
         elif row["what"] == "silu_mul":
             yield _rowwise("silu*mul", size["tokens"], size["inter"], 3, us, silu_mul_ns)
+        elif row["what"] == "rope":
+            yield _rowwise("rotation", size["tokens"], size["width"], 2, us, rope_ns)
+        elif row["what"] == "copy":
+            yield _rowwise("cache copy", size["tokens"], size["width"], 2, us, copy_ns)
 
 
 def _rowwise(kind: str, rows: int, width: int, passes: int, us: float, model: Callable[[int, int, Accelerator], float]) -> Row:

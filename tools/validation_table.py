@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tyir.targets.accelerator import Accelerator
-from tyir.tools.validation_data import Row
+from tyir.tools.validation_data import NARROW, Row
 from tyir.tools.validation_fit import is_training
+from tyir.tools.validation_floor import neighbour_floor
 
 __all__ = ["Line", "lines_of", "render"]
 
@@ -20,7 +21,7 @@ _BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192, 65536)
 
 @dataclass(frozen=True)
 class Line:
-    """Errors in per cent over some rows of one kind: ours, and the mean absolute error of the roofline and of the affine fit."""
+    """Errors in per cent over some rows of one kind: ours, and the mean absolute error of the roofline and of the affine fit; `floor`: see `validation_floor`."""
 
     kind: str
     bucket: str
@@ -33,27 +34,31 @@ class Line:
     held_out: float | None
     roofline: float
     affine: float
+    floor: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def lines_of(rows: Sequence[Row], machine: Accelerator) -> list[Line]:
-    """One line per kind, then its buckets when there are several."""
+    """One line per kind, then its buckets when there are several; kinds that are told apart by size once more together."""
     kinds: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         kinds[row.kind].append(row)
+    for narrow in [k for k in kinds if k.endswith(NARROW) and k.removesuffix(NARROW) in kinds]:
+        kinds[narrow.removesuffix(NARROW) + " of any size"] = kinds[narrow.removesuffix(NARROW)] + kinds[narrow]
     lines = []
     for kind, found in kinds.items():
         ours = np.array([r.predict(machine) / 1000 / r.us - 1 for r in found])
         roofline = np.array([_roofline_us(r, machine) / r.us - 1 for r in found])
         affine = _affine_errors(found)
         groups = {"all": np.arange(len(found))}
-        if len(found) > 12 and not kind.startswith("model"):
+        if len(found) > 12 and not kind.startswith("model") and not kind.endswith("of any size"):
             groups |= _buckets(found)
         for name, index in groups.items():
             unseen = [i for i in index if not is_training(found[i])]
-            lines.append(_line(kind, name, ours[index], ours[unseen], roofline[index], affine[index]))
+            line = _line(kind, name, ours[index], ours[unseen], roofline[index], affine[index])
+            lines.append(replace(line, floor=neighbour_floor(found, machine)) if name == "all" else line)
     return lines
 
 
@@ -102,10 +107,10 @@ def _affine_errors(rows: Sequence[Row]) -> Any:
 
 def render(name: str, lines: Iterable[Line]) -> str:
     """Fixed-width text."""
-    text = [f"{name}: errors in per cent", f"{'kind':<24}{'M':>15}{'n':>7}{'MAPE':>8}{'median':>8}{'p90':>8}{'max':>8}{'bias':>8}{'held out':>10}{'roofline':>10}{'affine':>8}"]  # fmt: skip
+    text = [f"{name}: errors in per cent", f"{'kind':<24}{'M':>15}{'n':>7}{'MAPE':>8}{'median':>8}{'p90':>8}{'max':>8}{'bias':>8}{'held out':>10}{'roofline':>10}{'affine':>8}{'floor':>8}"]  # fmt: skip
     for x in lines:
-        unseen = "" if x.held_out is None else f"{x.held_out:.1f}"
+        unseen, floor = ("" if value is None else f"{value:.1f}" for value in (x.held_out, x.floor))
         text.append(
-            f"{x.kind:<24}{x.bucket:>15}{x.count:>7}{x.mape:>8.1f}{x.median:>8.1f}{x.p90:>8.1f}{x.max:>8.0f}{x.bias:>8.1f}{unseen:>10}{x.roofline:>10.1f}{x.affine:>8.1f}"
+            f"{x.kind:<24}{x.bucket:>15}{x.count:>7}{x.mape:>8.1f}{x.median:>8.1f}{x.p90:>8.1f}{x.max:>8.0f}{x.bias:>8.1f}{unseen:>10}{x.roofline:>10.1f}{x.affine:>8.1f}{floor:>8}"
         )
     return "\n".join(text) + "\n"

@@ -10,12 +10,17 @@ Prefill: a block of threads owns 128 query rows of one head and walks the 128-ke
 The half: owners of different lengths are dealt greedily, and at the end one as long as the longest is on average half done when the others have finished
 (Graham 1969 bounds it by one).  Flash attention: Dao et al. 2022; tiles in the causal case: FlashAttention-2.
 
-Decode: one owner per sequence, group of query heads that share keys, and part of the cache (flash decoding):
+Decode, by one of two kernels, each with constants of its own (`attention.DecodeKernel`): *grouped* reads keys once for all query heads that share them, with one owner
+per sequence and group; *heads* has one owner per query head.  The library takes the grouped one for groups of up to `max_group` heads whose blocks of 128 keys, times
+`grouped_fill`, are at least as many as the multiprocessors (TensorRT-LLM, decoderXQARunner.h: 4).  Both may split a cache into parts (flash decoding):
 
-    walk  = (waves - 1) * owner_us + waves * blocks of one part * block_us     owners_per_sm of them hide each other's latency
-    total = launch + ramp + call + (walk^2 + (bytes / DRAM rate)^2)^(1/2) [+ launch + ramp / 2 of the kernel that combines the parts]
+    walk   = start + blocks of one part * block_us
+    start  = nothing for one wave, wave_us for a second; beyond, the larger of wave_us and owner_us * owners / multiprocessors
+    memory = the larger of  distinct bytes * read_share / DRAM rate  and  bytes of all owners * read_share / (L2 rate * l2_share); and touch_us * (1 - exp(-bytes / L2))
+    total  = launch + ramp + call + (walk^2 + memory^2)^(1/2) * rows of 16 query heads beyond the first [+ launch + ramp / 2 of the kernel that combines the parts]
 
-Larger groups than `max_group` run as if every query head had its own keys.  Minimised over the number of parts; the cache is split from 8 blocks on.
+Blocks of threads come in sizes of which 1, 2, ... `resident` fit a multiprocessor; the library keeps the largest until a quarter more owners wait than fit.
+Minimised over the number of parts; the cache is split from 8 blocks on, and not into more parts than fit at once.
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tyir.runtime_sim.kernels.gemm import first_touch_ns, matrix_rate
+from tyir.runtime_sim.kernels.gemm import matrix_rate
 from tyir.runtime_sim.kernels.rowwise import stream_ns
-from tyir.targets.accelerator import Accelerator
+from tyir.targets.accelerator import Accelerator, DecodeKernel
 
 __all__ = ["Attention", "attention_ns", "decode_ns", "prefill_ns"]
 
 BLOCK = 128
 _SPLIT_FROM = 8  # blocks
+_ROW_TILE = 16  # query heads of one matrix instruction
+_CROWDED = 1.25
 _PARTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -95,20 +102,45 @@ def decode_ns(shape: Attention, machine: Accelerator) -> float:
     Example (launch and call 2 us, ramp 2 us, block 1 us, 4000 bytes a ns, 100 multiprocessors, 8 groups): 128 keys, 524,288 bytes:
     2 + 2 + (1^2 + 0.13^2)^(1/2) = 5.01 us.
     """
-    grouped = 1 < shape.query_heads / shape.kv_heads <= machine.attention.max_group
+    grouped = _is_grouped(shape, machine)
+    kernel = machine.grouped_decode if grouped else machine.head_decode
     owners = shape.batch * (shape.kv_heads if grouped else shape.query_heads)
     blocks = -(-shape.keys // BLOCK)
     walked = max(shape.keys / BLOCK, 0.25)  # a warp's share is walked even for one key
-    nbytes = shape.kv_bytes * (machine.attention.grouped_read_share if grouped else 1.0)
-    moved = nbytes / machine.dram_bytes_per_ns + first_touch_ns(nbytes, machine)
+    moved = _cache_ns(shape, owners, kernel, machine)
     ramp = machine.launch.ramp_us * 1000
     combine = machine.launch.kernel_us * 1000 + ramp / 2
-    owner = machine.attention.grouped_owner_us if grouped else machine.attention.owner_us
+    tiles = 1 + kernel.row_tile_share * (-(-shape.query_heads // shape.kv_heads // _ROW_TILE) - 1) if grouped else 1.0
     best = float("inf")
     for parts in _PARTS:
-        if parts > 1 and (parts > blocks or blocks < _SPLIT_FROM):
+        if parts > 1 and (parts > blocks or blocks < _SPLIT_FROM or owners * parts > machine.sm.count * kernel.resident):
             break
-        waves = -(-owners * parts // (machine.sm.count * machine.attention.owners_per_sm))
-        walk = ((waves - 1) * owner + waves * walked / parts * machine.attention.block_us) * 1000
-        best = min(best, math.hypot(walk, moved) + (combine if parts > 1 else 0.0))
+        walk = _start_ns(owners * parts, kernel, machine) + walked / parts * kernel.block_us * 1000
+        best = min(best, math.hypot(walk, moved) * tiles + (combine if parts > 1 else 0.0))
     return (machine.launch.kernel_us + machine.attention.decode_call_us) * 1000 + ramp + best
+
+
+def _is_grouped(shape: Attention, machine: Accelerator) -> bool:
+    """Whether the library reads keys once per group."""
+    fill = shape.batch * shape.kv_heads * max(1, shape.keys // BLOCK) * machine.attention.grouped_fill
+    return 1 < shape.query_heads / shape.kv_heads <= machine.attention.max_group and fill >= machine.sm.count
+
+
+def _cache_ns(shape: Attention, owners: int, kernel: DecodeKernel, machine: Accelerator) -> float:
+    """Reading the cache: DRAM delivers distinct bytes, the L2 what every owner asks for."""
+    distinct = shape.kv_bytes * kernel.read_share
+    asked = 4.0 * owners * shape.head_dim * shape.keys * kernel.read_share
+    touch = kernel.touch_us * 1000 * -math.expm1(-shape.kv_bytes / machine.l2.capacity_bytes)
+    return max(distinct / machine.dram_bytes_per_ns, asked / (machine.l2.bandwidth_gbps * kernel.l2_share)) + touch
+
+
+def _start_ns(owners: int, kernel: DecodeKernel, machine: Accelerator) -> float:
+    """What starting the owners costs beyond the first wave.
+
+    Example (100 multiprocessors, resident 2, wave 8 us, owner 2 us): 100 owners 0; 120: 8; 200: 0; 1000: 2 * 10 = 20 us.
+    """
+    count = machine.sm.count
+    for held in range(1, kernel.resident + 1):
+        if owners <= _CROWDED * count * held:
+            return 0.0 if owners <= count * held else kernel.wave_us * 1000
+    return max(kernel.wave_us, kernel.owner_us * owners / count) * 1000

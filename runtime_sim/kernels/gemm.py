@@ -2,13 +2,15 @@
 
 For a tile of R x C and a split of k into s parts there are W = ceil(m / R) * ceil(n / C) * s blocks, run in waves of at most one per multiprocessor:
 
-    wave of c blocks = (matrix^4 + memory^4)^(1/4) + tile         overlap of both, rounded where they meet
+    wave of c blocks = (matrix^4 + memory^4)^(1/4) + tile R C / 128^2         overlap of both, rounded where they meet; the stores of a tile wait for its last product
     matrix = the larger of  2 R C (k / s) (1 + q (1 / R + 1 / C)) / (peak of one multiprocessor * efficiency)      q = gemm.operand_rows
                             the same work over the power-limited rate of the whole device
-                            ceil(k / s / 64) * step
-    memory = the larger of  the blocks' share of the bytes / DRAM rate      and      what the blocks load / L2 rate
-    total  = launch + ramp * min(1, k / 512) + waves (+ for s > 1 a second launch, and partial sums in f32 through the L2)
+    memory = (bytes^2 + latency^2)^(1/2)          few blocks cannot ask for enough bytes at once to fill the DRAM: 14 blocks of the H200 get 1.6 TB/s, 28 get 2.5, 80 get 4.0
+    bytes  = the larger of  the blocks' share of the bytes / DRAM rate      and      what the blocks load / L2 rate
+    latency = ceil(k / s / 64) * step
+    total  = launch + ramp * min(1, k / 512) + waves (+ for s > 1 split_us, or another call of the 4-bit kernels, to add the parts, and partial sums in f32 through the L2)
 
+De-quantising a block's weights, columns * (k / s) / dequant, hides half behind the matrix units: (own^1.5 + dequant^1.5)^(2/3).
 The factor with q is the reading of operands out of shared memory: a multiprocessor that does 1024 multiply-accumulates and reads 128 bytes a cycle would need 16 rows
 for it if nothing overlapped.  Weights come from DRAM (the measurements rotate them); written bytes cost `dram.write_cost`; a working set that replaces the L2's
 contents costs `dram.ramp_us * (1 - exp(-bytes / L2))`.
@@ -19,14 +21,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tyir.targets.accelerator import Accelerator
 
-__all__ = ["Product", "gemm_ns", "weight_only_ns", "weight_only_product"]
+__all__ = ["Product", "gemm_ns", "is_long", "weight_only_ns", "weight_only_product"]
 
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16)
-_WEIGHT_ONLY_SPLITS = (1, 2)
-_WEIGHT_ONLY_MIN_SPLIT_K = 2048
+_WEIGHT_ONLY_SPLITS = (1, 2, 3, 4)
+_WEIGHT_ONLY_MIN_SPLIT_K = 1024
+_DEQUANT_OVERLAP = 1.5  # between 1 (one after the other) and infinity (the longer alone)
+_TILE_AREA = 128 * 128  # of which `gemm.tile_us` is the time
 _STEP = 64  # of k, per stage of a kernel's pipeline
 _PIPELINE = 8  # steps of k until loads, matrix units and stores all work
 _MIN_SPLIT_K = 256
@@ -93,9 +98,14 @@ def matrix_rate(flops: float, machine: Accelerator, sustained: bool | None) -> f
     Example (peak 1000 per ns, burst 0.8, sustained 0.7, window 900 us): 1e9 operations take 1250 us at 800, more than the window, so 700.
     """
     peak = machine.sm_flops_per_ns * machine.sm.count
-    burst = peak * machine.power.burst_share
-    long = flops / burst > machine.power.window_us * 1000 if sustained is None else sustained
-    return peak * machine.power.sustained_share if long else burst
+    long = is_long(flops, machine) if sustained is None else sustained
+    return peak * (machine.power.sustained_share if long else machine.power.burst_share)
+
+
+def is_long(flops: float, machine: Accelerator) -> bool:
+    """Whether so much matrix work in a row lasts beyond the window after which power limits the clock."""
+    burst = machine.sm_flops_per_ns * machine.sm.count * machine.power.burst_share
+    return flops / burst > machine.power.window_us * 1000
 
 
 def first_touch_ns(nbytes: float, machine: Accelerator) -> float:
@@ -129,14 +139,14 @@ def _split_ns(product: Product, machine: Accelerator, tile: tuple[int, int], blo
         * (1 + machine.gemm.operand_rows * (1 / rows + 1 / columns))
         / (machine.sm_flops_per_ns * machine.gemm.efficiency * product.matrix_speed)
     )
-    own = max(own + columns * depth / product.dequant_per_ns, _latency_ns(product, depth, machine))
+    own = (own**_DEQUANT_OVERLAP + (columns * depth / product.dequant_per_ns) ** _DEQUANT_OVERLAP) ** (1 / _DEQUANT_OVERLAP)
     loaded = (min(rows, product.m) * product.activation_bytes + min(columns, product.n) * product.weight_bytes) * depth
     memory = max(product.dram_bytes(machine) / total / machine.dram_bytes_per_ns, loaded / machine.l2.bandwidth_gbps)
-    time = full * _wave_ns(machine.sm.count, own, work / rate, memory, machine) + (
-        _wave_ns(rest, own, work / rate, memory, machine) if rest else 0
-    )
+    wave = _Wave(own, work / rate, memory, _latency_ns(product, depth, machine), machine.gemm.tile_us * 1000 * rows * columns / _TILE_AREA)
+    time = full * wave.ns(machine.sm.count) + (wave.ns(rest) if rest else 0)
     if parts > 1:
-        time += machine.launch.kernel_us * 1000 + 8.0 * parts * product.m * product.n / machine.l2.bandwidth_gbps
+        starts = machine.gemm.split_us if product.plain else machine.weight_only.call_us
+        time += starts * 1000 + 8.0 * parts * product.m * product.n / machine.l2.bandwidth_gbps
     return time
 
 
@@ -145,9 +155,19 @@ def _latency_ns(product: Product, depth: int, machine: Accelerator) -> float:
     return -(-depth // _STEP) * (machine.gemm.step_ns if product.plain else machine.weight_only.step_ns)
 
 
-def _wave_ns(blocks: int, own: float, shared: float, memory: float, machine: Accelerator) -> float:
-    """One wave: `own` is a block's matrix time on its multiprocessor, `shared` its share of the device's power-limited rate, `memory` its share of bytes.
+class _Wave(NamedTuple):
+    """What blocks of one wave need, in ns: `own` matrix time on a multiprocessor, `shared` part of the power-limited rate, `memory` part of the bytes, `latency` of its k."""
 
-    Example (tile 0.2 us): 100 blocks, own 5000, shared 40, memory 30: matrix 5000, memory 3000: (5000^4 + 3000^4)^(1/4) + 200 = 5357 ns.
-    """
-    return float((max(own, blocks * shared) ** 4 + (blocks * memory) ** 4) ** 0.25 + machine.gemm.tile_us * 1000)
+    own: float
+    shared: float
+    memory: float
+    latency: float
+    tile: float
+
+    def ns(self, blocks: int) -> float:
+        """Time of a wave of so many blocks.
+
+        Example (tile 200 ns): 100 blocks, own 5000, shared 40, memory 30, latency 4000: matrix 5000, memory (3000^2 + 4000^2)^(1/2) = 5000: 2^(1/4) * 5000 + 200 = 6146 ns.
+        """
+        matrix, memory = max(self.own, blocks * self.shared), math.hypot(blocks * self.memory, self.latency)
+        return float((matrix**4 + memory**4) ** 0.25 + self.tile)

@@ -39,10 +39,18 @@ def silu_mul_ns(rows: int, width: int, machine: Accelerator) -> float:
 
 
 def rope_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """Rotating queries and keys of `width` elements a token: in and out."""
-    return copy_ns(rows, width, machine)
+    """Rotating queries and keys of `width` elements a token, a view of a product's output: in and out.  A generated kernel, without the start of a strided copy."""
+    return (machine.launch.kernel_us + machine.rowwise.call_us) * 1000 + _strided_ns(rows, width, machine)
 
 
 def copy_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """One tensor in, one out.  Example (launch 1 us, 2000 GB/s): 1 row of 1024: 1000 + 4096 / 2000 = 1002 ns."""
-    return (machine.launch.kernel_us + machine.rowwise.call_us) * 1000 + stream_ns(2.0 * rows * width * _F16, machine)
+    """One tensor from a view into another.
+
+    Example (launch 1 us, strided 0.5 us and 1000 GB/s): 1 row of 1024: 1000 + 500 + 4096 / 1000 = 1504 ns.
+    """
+    return (machine.launch.kernel_us + machine.rowwise.call_us + machine.rowwise.strided_us) * 1000 + _strided_ns(rows, width, machine)
+
+
+def _strided_ns(rows: int, width: int, machine: Accelerator) -> float:
+    """In and out at the rate of kernels that compute an address for every element."""
+    return 2.0 * rows * width * _F16 / machine.rowwise.strided_gbps

@@ -7,16 +7,20 @@ Kernels run one after another in a graph, so their times add; a step with much m
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
 from tyir.runtime_sim.kernels.attention import Attention, attention_ns
-from tyir.runtime_sim.kernels.gemm import Product, gemm_ns
+from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, is_long
 from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns
 from tyir.targets.accelerator import Accelerator
 
-__all__ = ["MODELS", "Model", "Step", "kernels", "step_ns"]
+__all__ = ["MODELS", "Model", "Step", "is_sustained", "kernels", "model_of", "step_ns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,33 @@ MODELS: Final = {
 }
 
 
+def model_of(name_or_path: str) -> Model:
+    """A model of `MODELS` by name, or one described by a Hugging Face `config.json`.  `TyirError` for unknown names and for keys that the file lacks, all at once."""
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        if name_or_path not in MODELS:
+            help = did_you_mean(name_or_path, MODELS) or f"known: {', '.join(MODELS)}; or the path of a config.json"
+            raise TyirError(f"there is no model '{name_or_path}'", help=help)
+        return MODELS[name_or_path]
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TyirError(f"cannot read the model's configuration: {error}", where=str(path)) from None
+    return _from_config(config, str(path))
+
+
+def _from_config(config: Mapping[str, int], where: str) -> Model:
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    missing = [k for k in keys if not isinstance(config.get(k), int)]
+    if missing:
+        raise TyirError([Diagnostic(f"the configuration has no '{k}'", where=where) for k in missing])
+    if config.get("num_experts") or config.get("num_local_experts"):
+        raise TyirError("mixtures of experts are not modelled", where=where, help="the recipe of steps.py is a dense decoder's")
+    layers, hidden, heads, intermediate, vocabulary = (config[k] for k in keys)
+    kv = config.get("num_key_value_heads") or heads
+    return Model(layers, hidden, heads, kv, config.get("head_dim") or hidden // heads, intermediate, vocabulary)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """`batch` sequences, each with `past` tokens in the cache and `tokens` new ones."""
@@ -60,6 +91,17 @@ class Step:
     batch: int
     tokens: int
     past: int
+
+    def __post_init__(self) -> None:
+        """`TyirError` for sizes that are not positive, and for a number of devices that does not divide heads and columns."""
+        problems = [f"{n} = {v}: must be at least {least}" for n, v, least in (("devices", self.devices, 1), ("batch", self.batch, 1), ("tokens", self.tokens, 1), ("past", self.past, 0)) if v < least]  # fmt: skip
+        for name in ("query_heads", "intermediate") if self.devices > 0 else ():
+            size = getattr(self.model, name)
+            if size % self.devices:
+                near = max(d for d in range(1, self.devices + 1) if size % d == 0)
+                problems.append(f"{size} {name} cannot be split over {self.devices} devices: {near} devices divide them")
+        if problems:
+            raise TyirError([Diagnostic(p) for p in problems])
 
     @property
     def rows(self) -> int:
@@ -95,9 +137,12 @@ def kernels(step: Step, machine: Accelerator, sustained: bool) -> tuple[dict[str
     return layer, end
 
 
+def is_sustained(step: Step, machine: Accelerator) -> bool:
+    """Whether the step's products together are long enough for the power limit."""
+    return is_long(2.0 * step.rows * step.model.weights / step.devices, machine)
+
+
 def step_ns(step: Step, machine: Accelerator) -> float:
     """Nanoseconds of the step."""
-    burst = machine.sm_flops_per_ns * machine.sm.count * machine.power.burst_share
-    work = 2.0 * step.rows * step.model.weights / step.devices
-    layer, end = kernels(step, machine, work / burst > machine.power.window_us * 1000)
+    layer, end = kernels(step, machine, is_sustained(step, machine))
     return step.model.layers * sum(layer.values()) + sum(end.values())

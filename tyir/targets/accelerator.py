@@ -19,7 +19,7 @@ from typing import Any, Final, Self, get_type_hints
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.targets.machine import LABELS, Constant
 
-__all__ = ["MAX_FITTED", "Accelerator", "load_accelerator"]
+__all__ = ["MAX_FITTED", "Accelerator", "DecodeKernel", "load_accelerator"]
 
 MAX_FITTED: Final = 8
 Tiles = tuple[tuple[int, int], ...]
@@ -77,12 +77,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Gemm:
-    """Matrix product kernels of the library.  `operand_rows`: see `kernels.gemm`; `step_ns`: least time of 64 of k; `gemv`: 1 if there is a kernel for M = 1."""
+    """Matrix product kernels of the library.  `operand_rows`: see `kernels.gemm`; `step_ns`: least time of 64 of k; `split_us`: starting the kernel that adds
+    the parts of a split k; `gemv`: 1 if there is a kernel for M = 1."""
 
     efficiency: float
     tile_us: float
     operand_rows: float
     step_ns: float
+    split_us: float
     gemv: int
 
 
@@ -99,29 +101,41 @@ class WeightOnly:
 
 @dataclass(frozen=True)
 class Attention:
-    """`efficiency` of the matrix units in prefill, `block_us` for a block of 128 keys in decode, `owner_us`
-    for starting a block of threads there (`grouped_owner_us` when query heads share keys, up to
-    `max_group`), `owners_per_sm` of them at once; what calls cost besides; `grouped_read_share`:
-    part of the cache's bytes that DRAM delivers when query heads share keys; `packed_passes` over q, k, v that the library's prefill call makes besides."""
+    """`efficiency` of the matrix units in prefill; what calls cost besides the launch; `packed_passes` over q, k, v that the library's prefill call makes besides.
+    In decode the grouped kernel takes up to `max_group` query heads that share keys, and is chosen when `grouped_fill` times its blocks fill the multiprocessors."""
 
     efficiency: float
-    block_us: float
-    owner_us: float
-    grouped_owner_us: float
-    max_group: int
-    owners_per_sm: int
     call_us: float
     decode_call_us: float
-    grouped_read_share: float
     packed_passes: float
+    max_group: int
+    grouped_fill: float
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """Attention of one query: `resident` owners a multiprocessor, `block_us` to walk 128 keys, `wave_us` and `owner_us` for starting owners that do not fit at once,
+    `touch_us` for a cache beyond the L2, `read_share` of its bytes that DRAM delivers, `l2_share` of the L2's rate that owners get, `row_tile_share` for every 16 query heads of a group beyond the first 16."""
+
+    resident: int
+    block_us: float
+    wave_us: float
+    owner_us: float
+    touch_us: float
+    read_share: float
+    l2_share: float
+    row_tile_share: float
 
 
 @dataclass(frozen=True)
 class Rowwise:
-    """Norms and elementwise kernels: `bandwidth_gbps` of reads and writes together, `row_ns_per_byte`: latency of one row in one block of threads."""
+    """Norms and elementwise kernels: `bandwidth_gbps` of reads and writes together, `row_ns_per_byte`: latency of one row in one block of threads;
+    `strided_us` and `strided_gbps`: what copies and rotations of views that are not contiguous cost beyond a launch, and their rate."""
 
     bandwidth_gbps: float
     row_ns_per_byte: float
+    strided_us: float
+    strided_gbps: float
     call_us: float
 
 
@@ -132,6 +146,7 @@ class Link:
     bandwidth_gbps: float
     efficiency: float
     hop_us: float
+    spread_us: float
     one_shot_us: float
     peer_us: float
     direct_efficiency: float
@@ -154,6 +169,8 @@ class Accelerator:
     gemm: Gemm
     weight_only: WeightOnly
     attention: Attention
+    grouped_decode: DecodeKernel
+    head_decode: DecodeKernel
     rowwise: Rowwise
     link: Link
     tiles: Mapping[str, Tiles]
