@@ -134,16 +134,15 @@ def _ops(ops: Sequence[OpCost]) -> str:
 
 def _collectives(step: StepReport) -> str:
     c = step.collectives
-    least = f"at least {c.least_sums}" + (f" with {c.least_sum_bytes:,} bytes" if c.least_sum_bytes is not None else "")
+    least = (
+        "" if c.least_count is None else f"; the closed form of a model split in everything is {c.least_count} with {c.least_bytes:,} bytes"
+    )
     rows = "".join(
         f"<tr><td class='l'>{i.what}</td><td class='l'>{escape(i.path)}</td><td>{i.count}</td><td>{i.nbytes:,}</td><td>{i.count * i.nbytes:,}</td></tr>"
         for i in c.items
     )
     head = "<th class='l'>collective</th><th class='l'>where</th><th>in a step</th><th>bytes of one</th><th>bytes of all</th>"
-    return (
-        f"<p>{_name(step).capitalize()}: {c.sums} sums with {c.sum_bytes:,} bytes; tensor parallelism needs {least} (two a layer, one of a split embedding).</p>"
-        f"<table><tr>{head}</tr>{rows}</table>"
-    )
+    return f"<p>{_name(step).capitalize()}: {c.count} collectives with {c.nbytes:,} bytes{least}.</p><table><tr>{head}</tr>{rows}</table>"
 
 
 def _constants(machine: Machine) -> str:

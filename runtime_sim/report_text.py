@@ -78,8 +78,8 @@ def _collectives(step: StepReport) -> Iterator[str]:
     c = step.collectives
     if not c.count:
         return
-    least = f"least {c.least_sums}" + (f" with {c.least_sum_bytes:,} bytes" if c.least_sum_bytes is not None else "")
-    yield f"collectives: {c.count} with {c.nbytes:,} bytes; of them {c.sums} sums with {c.sum_bytes:,} bytes ({least}: two a layer, one of a split embedding)"
+    least = "" if c.least_count is None else f"; with everything split the closed form is {c.least_count} with {c.least_bytes:,} bytes"
+    yield f"collectives: {c.count} with {c.nbytes:,} bytes; of them {c.sums} sums with {c.sum_bytes:,} bytes{least}"
     for item in c.items:
         yield f"  {item.count} x {item.what} of {item.nbytes:,} bytes  {item.path}"
 

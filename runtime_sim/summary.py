@@ -9,6 +9,7 @@ from typing import Any
 from tyir.runtime_sim.costs import CollectiveCount, LayerCost, OpCost, collective_counts, layer_costs, op_costs, unit_shares
 from tyir.runtime_sim.engine import Timing
 from tyir.runtime_sim.report import Interval, Predictor
+from tyir.targets.collectives import CollectiveNeed
 
 __all__ = ["Collectives", "Point", "StepReport", "Summary", "SweepRow", "TornadoRow", "summarize", "sweep"]
 
@@ -21,18 +22,18 @@ class Point:
     ms: Interval
 
 
+Least = Callable[[int], Sequence[CollectiveNeed]]
+
+
 @dataclass(frozen=True)
 class Collectives:
-    """A step's collectives beside what tensor parallelism needs at least.
-
-    That is two sums a layer, after the attention's output and after the MLP's (Shoeybi et al., Megatron-LM, arXiv:1909.08053), and one of an embedding that is split
-    over the dies, each of one f16 hidden vector a token; `least_sum_bytes` is None where the hidden size is not known.  Sums may be cut into parts to overlap
-    with products: then there are more of them with the same bytes.
+    """A step's collectives on die 0 beside the closed form's: the fewest, and their bytes, when everything is split (`tyir.targets.collectives`); None where the
+    model's sizes are not known.  Sums may be cut into parts to overlap with products: then there are more of them with the same bytes.
     """
 
     items: tuple[CollectiveCount, ...]
-    least_sums: int
-    least_sum_bytes: int | None
+    least_count: int | None
+    least_bytes: int | None
 
     @property
     def count(self) -> int:
@@ -116,13 +117,13 @@ def summarize(
     prompt: int,
     pos: int,
     *,
-    hidden_size: int | None = None,
+    least: Least | None = None,
     curves: bool = True,
     tornado: bool = False,
 ) -> Summary:
     """All figures for a prompt of `prompt` tokens and a decode step at position `pos`.
 
-    `curves`: also for other prompts and positions; `tornado`: also one run of the decode step for each bound of each assumed constant.
+    `least` gives the closed form's collectives of a step of so many tokens.  `curves`: also for other prompts and positions; `tornado`: also one run of the decode step for each bound of each assumed constant.
     """
     machine = predictor.machine
     shortest, longest = min(predictor.seqlens), max(predictor.seqlens)
@@ -146,8 +147,8 @@ def summarize(
         decode_tokens_per_s=tpot.map(lambda ns: 1e9 / ns),
         ttft_by_prompt=_curve(predictor, prompts, lambda p, n: p.ttft_ns(n, exact=False)),
         tpot_by_position=_curve(predictor, positions, lambda p, n: p.tpot_ns(n, exact=False)),
-        decode_step=_step_report(predictor.step(shortest, pos), hidden_size),
-        prefill_step=_step_report(predictor.step(longest, 0), hidden_size) if longest > shortest else None,
+        decode_step=_step_report(predictor.step(shortest, pos), least),
+        prefill_step=_step_report(predictor.step(longest, 0), least) if longest > shortest else None,
         tornado=_tornado(predictor, pos) if tornado else (),
     )
 
@@ -168,7 +169,7 @@ def _curve(predictor: Predictor, points: Sequence[int], figure: Callable[[Predic
     return tuple(Point(n, predictor.interval(lambda p, n=n: figure(p, n)).map(_ms)) for n in points)  # type: ignore[misc]
 
 
-def _step_report(timing: Timing, hidden_size: int | None) -> StepReport:
+def _step_report(timing: Timing, least: Least | None) -> StepReport:
     return StepReport(
         seqlen=timing.seqlen,
         pos=timing.pos,
@@ -180,16 +181,16 @@ def _step_report(timing: Timing, hidden_size: int | None) -> StepReport:
         commands=sum(len(die.commands) for die in timing.dies),
         layers=tuple(layer_costs(timing)),
         ops=tuple(op_costs(timing)),
-        collectives=_collectives(timing, hidden_size),
+        collectives=_collectives(timing, least),
     )
 
 
-def _collectives(timing: Timing, hidden_size: int | None) -> Collectives:
+def _collectives(timing: Timing, least: Least | None) -> Collectives:
     items = tuple(collective_counts(timing))
-    layers = len({layer for layer in timing.dies[0].commands.layer if layer >= 0})
-    outside = sum(c.what == "all_reduce" and not c.in_layer for c in items)
-    least = 2 * layers + min(outside, 1) if len(timing.dies) > 1 else 0
-    return Collectives(items, least, least * hidden_size * 2 * timing.seqlen if hidden_size is not None else None)
+    if least is None:
+        return Collectives(items, None, None)
+    needs = least(timing.seqlen)
+    return Collectives(items, sum(n.count for n in needs), sum(n.count * n.nbytes for n in needs))
 
 
 def _tornado(predictor: Predictor, pos: int) -> tuple[TornadoRow, ...]:

@@ -121,7 +121,7 @@ def _page_s(folder: Path, seqlens: Sequence[int], max_kv: int, machine: Machine)
 
     def page() -> str:
         predictor = Predictor(lambda s: programs[s], tuple(seqlens), max_kv, machine)
-        return html_report(summarize(predictor, "bench", 128, 128, hidden_size=QWEN2_5_7B["hidden_size"]), predictor)
+        return html_report(summarize(predictor, "bench", 128, 128), predictor)
 
     seconds, text = _timed(page)
     return seconds, len(text)

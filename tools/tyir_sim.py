@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tyir.runtime_sim.program import EdgeProgram
     from tyir.runtime_sim.report import Predictor
     from tyir.runtime_sim.summary import Summary
+    from tyir.targets.collectives import CollectiveNeed
     from tyir.targets.machine import Machine
 
 __all__ = ["main"]
@@ -155,19 +156,35 @@ def _summary(args: argparse.Namespace, predictor: Predictor, name: str, prompt: 
         name,
         prompt,
         pos,
-        hidden_size=_hidden_size(Path(name)),
+        least=_least(Path(name)),
         curves=not args.compare,
         tornado=args.tornado and not args.compare,
     )
 
 
-def _hidden_size(folder: Path) -> int | None:
-    """From the model's config.json, where there is one."""
-    try:
-        size = json.loads((folder / "config.json").read_text()).get("hidden_size")
-    except (OSError, ValueError, AttributeError):
+def _least(folder: Path) -> Callable[[int], Sequence[CollectiveNeed]] | None:
+    """The closed form of the collectives on the main die, for a step of so many tokens; None where the manifest does not say the model's sizes."""
+    from tyir.manifest import MANIFEST, Manifest
+    from tyir.passes.select_output import parse_output
+    from tyir.targets.collectives import minimal_collectives
+
+    if not (folder / MANIFEST).is_file():
         return None
-    return size if isinstance(size, int) else None
+    manifest = Manifest.load(folder, check=False)
+    layers, hidden, vocabulary = (manifest.model.get(name) for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    if not (isinstance(layers, int) and isinstance(hidden, int) and isinstance(vocabulary, int)):
+        return None
+    options = manifest.options
+    return lambda tokens: minimal_collectives(
+        layers,
+        hidden,
+        vocabulary,
+        tokens * options.batch,
+        options.dies,
+        stages=options.pp,
+        top_k=parse_output(options.output),
+        embedding_as_input=options.embedding_as_input,
+    )
 
 
 def _compare(args: argparse.Namespace) -> str:

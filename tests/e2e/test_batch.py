@@ -112,3 +112,6 @@ def test_tools_take_batches(three: Path, model: Path, capsys: pytest.CaptureFixt
     assert run([str(three), "--prompt", "The old house", "--max-tokens", "5", "--engine", "edge10"]) == 0
     assert capsys.readouterr().out.startswith(out.splitlines()[0])
     assert sim([str(three)]) == 0
+    lines = re.findall(r"^collectives: (.*?);.* the closed form is (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) == 2 and lines[0][0] == lines[0][1]
+    assert lines[1][0].split(" with ")[1] == lines[1][1].split(" with ")[1], "24 rows go in blocks: more collectives, the same bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tyir.runtime_sim.program import load_programs
 from tyir.runtime_sim.session import ENGINES, EngineName, Session
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
+from tyir.tools.tyir_sim import main as simulate
 from tyir.tools.tyir_verify import main
 
 Artifacts = Callable[[int, str], Path]
@@ -71,3 +73,11 @@ def test_a_saved_cache_continues(logits: Path, tmp_path: Path) -> None:
 def test_verified_against_hugging_face(logits: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(logits), "--against", str(model), "--prompts", "2", "--tokens", "8"]) == 0
     assert "OK: host engine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fixture", ["logits", "tokens"])
+def test_the_report_shows_the_minimum(request: pytest.FixtureRequest, fixture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counts and bytes of the collectives of every step are those of the closed form."""
+    assert simulate([str(request.getfixturevalue(fixture))]) == 0
+    lines = re.findall(r"^collectives: (.*?);.* the closed form is (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) == 2 and all(found == least for found, least in lines)
