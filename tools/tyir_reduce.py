@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where the smaller IR goes; - (the default) is standard output")
     parser.add_argument("--pretty", action="store_true", help="write it in the short form")
     shrink = parser.add_argument_group("shrinking")
-    shrink.add_argument("--command", metavar="CMD", help="the command that fails")
+    shrink.add_argument("--command", "--test", metavar="CMD", help="the command that fails (mlir-reduce calls it --test)")
     shrink.add_argument("--match", metavar="REGEX", help="what a failure that counts prints")
     shrink.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="a run that takes longer counts as exit code 124")
     cut = parser.add_argument_group("cutting")
