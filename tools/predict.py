@@ -2,7 +2,7 @@
 
     python -m tyir.tools.predict --machine h200 --model llama3-70b --devices 4 --batch 8 --past 1023
     python -m tyir.tools.predict --machine mine.toml --model path/to/config.json --phase prefill --tokens 2048 --measured-us 45687
-    python -m tyir.tools.predict --machine h200 --rows tests/data/h200/new_models.jsonl
+    python -m tyir.tools.predict --machine h200 --rows tests/data/h200/new_models.jsonl --one-model
 
 The machine is a file with a number, a label and a source for everything (`tyir/targets/README.md` says how to write one); the model a name or a Hugging Face `config.json`.
 Nothing here is fitted: a step is the sum of its kernels (`runtime_sim/kernels/steps.py`).
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     machine = load_accelerator(args.machine)
     if args.rows is not None:
-        print(_compare(args.rows, machine))
+        print(_compare(args.rows, machine, not args.one_model))
         return 0
     if args.model is None:
         raise TyirError("which model?", help="--model NAME or --model path/to/config.json; or --rows FILE to compare with measured rows")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     if prefill and args.tokens is None:
         raise TyirError("--phase prefill needs --tokens", help="--tokens 2048: new tokens of each sequence")
     tokens, past = (args.tokens, args.past or 0) if prefill else (1, 1023 if args.past is None else args.past)
-    step = Step(model_of(args.model), args.devices, args.batch, tokens, past)
+    step = Step(model_of(args.model), args.devices, args.batch, tokens, past, not args.one_model)
     summary = _summary(step, machine, args.measured_us)
     print(json.dumps(summary, indent=1) if args.json else _text(summary))
     return 0
@@ -80,7 +80,7 @@ def _text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _compare(path: Path, machine: Accelerator) -> str:
+def _compare(path: Path, machine: Accelerator, any_width: bool) -> str:
     """Every row of a file in the form of `tests/data/h200/models.jsonl`, and the mean errors by phase."""
     from tyir.runtime_sim.kernels.steps import Step, model_of, step_ns
 
@@ -90,7 +90,7 @@ def _compare(path: Path, machine: Accelerator) -> str:
         row = json.loads(text)
         if row.get("kind") != "model":
             continue
-        step = Step(model_of(row["model"]), row["world"], row["batch"], row["tokens"], row["past"])
+        step = Step(model_of(row["model"]), row["world"], row["batch"], row["tokens"], row["past"], any_width)
         us = step_ns(step, machine) / 1000
         error = 100 * (us / row["us"] - 1)
         errors.setdefault("decode" if step.tokens == 1 else "prefill", []).append(error)
@@ -121,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
     parser.add_argument("--tokens", type=int, help="new tokens of each sequence, in prefill")
     parser.add_argument("--past", type=int, help="tokens in the cache (default: 1023 in decode, 0 in prefill)")
+    parser.add_argument(
+        "--one-model",
+        action="store_true",
+        help="elementwise kernels are compiled for this model's widths alone (default: for any, as in a process that ran others)",
+    )
     parser.add_argument("--measured-us", type=float, metavar="US", help="what was measured: print the error")
     parser.add_argument(
         "--rows",

@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -129,6 +130,8 @@ def _json_lines(path: Path) -> list[dict[str, object]]:
 
 
 def _ops(path: Path) -> Iterator[Row]:
+    """`peaks_and_ops.jsonl` was measured in one process: its elementwise kernels are compiled for one width at the first and for any from the second on."""
+    first: dict[str, int] = {}
     for row in _json_lines(path):
         us = float(str(row["us"]))
         size = {k: int(str(v)) for k, v in row.items() if k not in ("kind", "what", "us", "gbps", "tflops")}
@@ -141,9 +144,11 @@ def _ops(path: Path) -> Iterator[Row]:
                 Attention(size["batch"], size["q_heads"], size["kv_heads"], size["head_dim"], size["q_len"], size["kv_len"]), us
             )
         elif row["what"] == "add_rmsnorm":
-            yield _rowwise("add+norm", size["tokens"], size["hidden"], 4, us, add_norm_ns)
+            several = not path.name.startswith("new_") and size["hidden"] != first.setdefault("norm", size["hidden"])
+            yield _rowwise("add+norm", size["tokens"], size["hidden"], 4, us, partial(add_norm_ns, any_width=several))
         elif row["what"] == "silu_mul":
-            yield _rowwise("silu*mul", size["tokens"], size["inter"], 3, us, silu_mul_ns)
+            several = not path.name.startswith("new_") and size["inter"] != first.setdefault("silu", size["inter"])
+            yield _rowwise("silu*mul", size["tokens"], size["inter"], 3, us, partial(silu_mul_ns, any_width=several))
         elif row["what"] == "rope":
             yield _rowwise("rotation", size["tokens"], size["width"], 2, us, rope_ns)
         elif row["what"] == "copy":
@@ -162,7 +167,8 @@ def _collectives(path: Path) -> Iterator[Row]:
 def _models(path: Path) -> Iterator[Row]:
     for row in _json_lines(path):
         model = MODELS[str(row["model"])]
-        step = Step(model, *(int(str(row[k])) for k in ("world", "batch", "tokens", "past")))
+        several = not path.name.startswith("new_")
+        step = Step(model, *(int(str(row[k])) for k in ("world", "batch", "tokens", "past")), any_width=several)
         kind = "model decode" if step.tokens == 1 else "model prefill"
         name = f"{row['model']} x{step.devices} b{step.batch} t{step.tokens} past{step.past}"
         flops = 2.0 * step.rows * model.weights / step.devices

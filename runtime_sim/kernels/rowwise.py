@@ -1,4 +1,8 @@
-"""Time of norms and elementwise kernels: launch, latency of a row, bytes at the rate that mixed reads and writes get."""
+"""Time of norms and elementwise kernels: launch, latency of a row, and the slower of moving bytes and computing addresses.
+
+A just-in-time compiler makes a kernel for the one width it has seen, whose rate is the DRAM's; after a second width it makes one for any (`any_width`; PyTorch: automatic
+dynamic shapes), which divides by the width for every element and is bound by that.  Copies and rotations of views that are not contiguous are always of that sort.
+"""
 
 from __future__ import annotations
 
@@ -14,43 +18,47 @@ def stream_ns(nbytes: float, machine: Accelerator) -> float:
     return nbytes / machine.rowwise.bandwidth_gbps
 
 
-def _rows_ns(rows: int, width: int, passes: int, machine: Accelerator) -> float:
-    """A kernel with one block of threads per row, which waits for its row once (mean, then product).
+def _launch_ns(machine: Accelerator) -> float:
+    return (machine.launch.kernel_us + machine.rowwise.call_us) * 1000
 
-    Example (launch 1 us, call 0, row 0.05 ns per byte, 2000 GB/s): 128 rows of 4096, 4 passes: 1000 + 0.05 * 8192 + 128 * 8192 * 4 / 2000 = 3507 ns.
+
+def _elements_ns(rows: int, width: int, passes: int, machine: Accelerator, any_width: bool) -> float:
+    """`passes` reads or writes of rows x width elements.
+
+    Example (2000 GB/s, 200 elements a ns for any width): 128 rows of 4096, 4 passes: 128 * 8192 * 4 / 2000 = 2097 ns; for any width 128 * 4096 / 200 = 2621 ns.
     """
-    latency = machine.rowwise.row_ns_per_byte * width * _F16
-    return (machine.launch.kernel_us + machine.rowwise.call_us) * 1000 + latency + stream_ns(float(rows) * width * _F16 * passes, machine)
+    moved = stream_ns(float(rows) * width * _F16 * passes, machine)
+    return max(moved, rows * width / machine.rowwise.any_width_per_ns) if any_width else moved
 
 
-def add_norm_ns(rows: int, width: int, machine: Accelerator) -> float:
+def _row_ns(width: int, machine: Accelerator, any_width: bool) -> float:
+    """One block of threads per row waits for its row once (mean, then product)."""
+    return (machine.rowwise.any_width_row_ns_per_byte if any_width else machine.rowwise.row_ns_per_byte) * width * _F16
+
+
+def add_norm_ns(rows: int, width: int, machine: Accelerator, any_width: bool = False) -> float:
     """Residual sum and RMS norm: two tensors in, two out."""
-    return _rows_ns(rows, width, 4, machine)
+    return _launch_ns(machine) + _row_ns(width, machine, any_width) + _elements_ns(rows, width, 4, machine, any_width)
 
 
-def norm_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """A norm alone: one tensor in, one out."""
-    return _rows_ns(rows, width, 2, machine)
+def norm_ns(rows: int, width: int, machine: Accelerator, any_width: bool = False) -> float:
+    """A norm alone: one tensor in, one out.
+
+    Example (launch 1 us, call 0, row 0.05 ns per byte, 2000 GB/s): 128 rows of 4096: 1000 + 0.05 * 8192 + 128 * 8192 * 2 / 2000 = 2458 ns.
+    """
+    return _launch_ns(machine) + _row_ns(width, machine, any_width) + _elements_ns(rows, width, 2, machine, any_width)
 
 
-def silu_mul_ns(rows: int, width: int, machine: Accelerator) -> float:
+def silu_mul_ns(rows: int, width: int, machine: Accelerator, any_width: bool = False) -> float:
     """silu(gate) * up: two tensors in, one out; elements are independent, so no row waits."""
-    return (machine.launch.kernel_us + machine.rowwise.call_us) * 1000 + stream_ns(3.0 * rows * width * _F16, machine)
+    return _launch_ns(machine) + _elements_ns(rows, width, 3, machine, any_width)
 
 
 def rope_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """Rotating queries and keys of `width` elements a token, a view of a product's output: in and out.  A generated kernel, without the start of a strided copy."""
-    return (machine.launch.kernel_us + machine.rowwise.call_us) * 1000 + _strided_ns(rows, width, machine)
+    """Rotating queries and keys of `width` elements a token, a view of a product's output: in and out."""
+    return _launch_ns(machine) + rows * width / machine.rowwise.any_width_per_ns
 
 
 def copy_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """One tensor from a view into another.
-
-    Example (launch 1 us, strided 0.5 us and 1000 GB/s): 1 row of 1024: 1000 + 500 + 4096 / 1000 = 1504 ns.
-    """
-    return (machine.launch.kernel_us + machine.rowwise.call_us + machine.rowwise.strided_us) * 1000 + _strided_ns(rows, width, machine)
-
-
-def _strided_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """In and out at the rate of kernels that compute an address for every element."""
-    return 2.0 * rows * width * _F16 / machine.rowwise.strided_gbps
+    """One tensor from a view into another.  Example (launch 1 us, strided 0.5 us, 200 elements a ns): 100 rows of 1024: 1000 + 500 + 512 = 2012 ns."""
+    return _launch_ns(machine) + machine.rowwise.strided_us * 1000 + rows * width / machine.rowwise.any_width_per_ns

@@ -84,13 +84,17 @@ def _from_config(config: Mapping[str, int], where: str) -> Model:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`batch` sequences, each with `past` tokens in the cache and `tokens` new ones."""
+    """`batch` sequences, each with `past` tokens in the cache and `tokens` new ones.
+
+    `any_width`: elementwise kernels are compiled for any width, as in a process that has run other models too (see `rowwise`); False: for this model alone.
+    """
 
     model: Model
     devices: int
     batch: int
     tokens: int
     past: int
+    any_width: bool = True
 
     def __post_init__(self) -> None:
         """`TyirError` for sizes that are not positive, and for a number of devices that does not divide heads and columns."""
@@ -120,20 +124,20 @@ def kernels(step: Step, machine: Accelerator, sustained: bool) -> tuple[dict[str
     shape = Attention(step.batch, heads, kv, model.head_dim, step.tokens, step.past + step.tokens)
     reduce = all_reduce_ns(2.0 * rows * model.hidden, devices, machine)
     layer = {
-        "attention norm": add_norm_ns(rows, model.hidden, machine),
+        "attention norm": add_norm_ns(rows, model.hidden, machine, step.any_width),
         "qkv": linear(width + 2 * kv * model.head_dim, model.hidden),
         "rope": rope_ns(rows, width + kv * model.head_dim, machine),
         "cache copies": 2 * copy_ns(rows, kv * model.head_dim, machine),
         "attention": attention_ns(shape, machine, sustained),
         "o": linear(model.hidden, width),
         "o all-reduce": reduce,
-        "mlp norm": add_norm_ns(rows, model.hidden, machine),
+        "mlp norm": add_norm_ns(rows, model.hidden, machine, step.any_width),
         "gate_up": linear(2 * inter, model.hidden),
-        "silu*mul": silu_mul_ns(rows, inter, machine),
+        "silu*mul": silu_mul_ns(rows, inter, machine, step.any_width),
         "down": linear(model.hidden, inter),
         "down all-reduce": reduce,
     }
-    end = {"norm": norm_ns(step.batch, model.hidden, machine), "head": linear(model.vocabulary, model.hidden, step.batch)}
+    end = {"norm": norm_ns(step.batch, model.hidden, machine, step.any_width), "head": linear(model.vocabulary, model.hidden, step.batch)}
     return layer, end
 
 

@@ -27,7 +27,7 @@ def plain() -> Accelerator:
         "weight_only.bytes_per_weight": 0.5, "weight_only.dequant_per_cycle": 100, "weight_only.step_ns": 0, "weight_only.call_us": 1,
         "weight_only.gemv_max_rows": 0, "attention.efficiency": 1, "attention.max_group": 64, "attention.grouped_fill": 1000,
         "attention.call_us": 0, "attention.decode_call_us": 0, "attention.packed_passes": 0,
-        "rowwise.bandwidth_gbps": 1000, "rowwise.row_ns_per_byte": 0.1, "rowwise.strided_us": 0.5, "rowwise.strided_gbps": 1000, "rowwise.call_us": 0, "link.bandwidth_gbps": 200, "link.efficiency": 1, "link.hop_us": 0.6, "link.spread_us": 0,
+        "rowwise.bandwidth_gbps": 1000, "rowwise.row_ns_per_byte": 0.1, "rowwise.strided_us": 0.5, "rowwise.any_width_per_ns": 200, "rowwise.any_width_row_ns_per_byte": 0.2, "rowwise.call_us": 0, "link.bandwidth_gbps": 200, "link.efficiency": 1, "link.hop_us": 0.6, "link.spread_us": 0,
         "link.direct_efficiency": 0.5, "link.one_shot_us": 4, "link.peer_us": 0, "link.one_shot_max_bytes": 1e6, "link.two_shot_max_bytes": 2e6,
         "link.call_us": 10,
         **{f"{k}_decode.{n}": v for k in ("grouped", "head") for n, v in
@@ -110,10 +110,14 @@ def test_a_long_cache_is_split(plain: Accelerator) -> None:
 
 def test_groups_wait_for_a_place(plain: Accelerator) -> None:
     """One more start for a quarter more owners than places; far more cost owner_us for each of a multiprocessor's: 8 groups on 4: 2 * 3; 64 heads: 16 * 3 us; and a block of 1 us."""
-    started = plain.with_values({"grouped_decode.wave_us": 5, "grouped_decode.owner_us": 3, "head_decode.owner_us": 3, "dram.bandwidth_gbps": 1e9})
+    started = plain.with_values(
+        {"grouped_decode.wave_us": 5, "grouped_decode.owner_us": 3, "head_decode.owner_us": 3, "dram.bandwidth_gbps": 1e9}
+    )
     assert decode_ns(Attention(1, 40, 5, 128, 1, 128), started) == pytest.approx(2000 + 5000 + 1000)
     assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started) == pytest.approx(2000 + 6000 + 1000)
-    assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started.with_values({"attention.max_group": 4})) == pytest.approx(2000 + 48_000 + 1000)
+    assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started.with_values({"attention.max_group": 4})) == pytest.approx(
+        2000 + 48_000 + 1000
+    )
 
 
 def test_grouped_kernel_only_when_it_fills(plain: Accelerator) -> None:
@@ -132,10 +136,17 @@ def test_cache_beyond_the_l2_is_touched_first(plain: Accelerator) -> None:
 
 
 def test_rows_by_hand(plain: Accelerator) -> None:
-    """1000 + 0.1 * 8192 + 128 * 8192 * 4 / 1000 = 6013.6; silu: 1000 + 3 * 128 * 8192 / 1000 = 4145.7; one row copied: 1500 + 4.1."""
+    """1000 + 0.1 * 8192 + 128 * 8192 * 4 / 1000 = 6013.6; silu: 1000 + 3 * 128 * 8192 / 1000 = 4145.7; one row copied: 1500 + 1024 / 200.
+
+    For any width, 512 rows of 64 Ki columns: norm 1000 + 0.2 * 131,072 + the larger of 268,435 and 512 * 65,536 / 200 = 167,772; on four times the bandwidth 167,772.
+    """
     assert add_norm_ns(128, 4096, plain) == pytest.approx(6013.6, abs=0.1)
     assert silu_mul_ns(128, 4096, plain) == pytest.approx(4145.7, abs=0.1)
-    assert copy_ns(1, 1024, plain) == pytest.approx(1504.1, abs=0.1)
+    assert copy_ns(1, 1024, plain) == pytest.approx(1505.1, abs=0.1)
+    assert add_norm_ns(512, 65536, plain, any_width=True) == pytest.approx(1000 + 26_214.4 + 268_435.5, abs=1)
+    assert add_norm_ns(512, 65536, plain.with_values({"rowwise.bandwidth_gbps": 4000}), any_width=True) == pytest.approx(
+        1000 + 26_214.4 + 167_772.2, abs=1
+    )
 
 
 def test_all_reduce_regimes(plain: Accelerator) -> None:
