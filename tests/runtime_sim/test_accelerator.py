@@ -31,6 +31,26 @@ def test_shipped_files(name: str, peak: float) -> None:
     assert not any("model" in c.source for c in machine.fitted.values()), "whole models are never fitted"
 
 
+def test_like_another_machine(tmp_path: Path) -> None:
+    """Only what differs is written; the rest is the other machine's and no longer fitted or published."""
+    mine = load_text('like = "h200"\n[sm]\ncount = { value = 66, label = "published", source = "half" }\n', tmp_path)
+    whole = load_accelerator("h200")
+    assert mine.peak_tflops == pytest.approx(whole.peak_tflops / 2)
+    assert mine.launch == whole.launch and not mine.fitted
+    assert mine.constants["sm.count"].label == "published"
+    assert mine.constants["launch.ramp_us"].label == "assumed" and mine.constants["launch.ramp_us"].source.startswith("as h200: ")
+    assert load_accelerator("h100").dram_bytes_per_ns == pytest.approx(3350 / 4800 * whole.dram_bytes_per_ns)
+
+
+def test_like_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(TyirError, match="there is no machine 'h300'"):
+        load_text('like = "h300"\n', tmp_path)
+    with pytest.raises(TyirError, match="'h100' is itself like 'h200'"):
+        load_text('like = "h100"\n', tmp_path)
+    with pytest.raises(TyirError, match=r"sm.cont: unknown constant"):
+        load_text('like = "h200"\n[sm]\ncont = { value = 66, label = "published", source = "half" }\n', tmp_path)
+
+
 def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
     text = shipped("orin").replace("frequency_mhz", "frequenzy_mhz").replace("write_cost = { value = 1.0", "write_cost = { value = -1.0")
     text = text.replace('label = "published", source = "LLMCompassPlus, Orin_hw.json"', 'label = "guess", source = "x"', 1)

@@ -221,18 +221,45 @@ def _sections() -> dict[str, Any]:
 
 
 def load_accelerator(name_or_path: str | Path) -> Accelerator:
-    """An accelerator by name (`tyir/targets/<name>.toml`) or by the path of a file.  Everything wrong with the file is reported at once."""
+    """An accelerator by name (`tyir/targets/<name>.toml`) or by the path of a file.  Everything wrong with the file is reported at once.
+
+    A file with `like = "h200"` needs only what differs: the other constants are that machine's, labelled assumed.
+    """
+    table, where = _table(name_or_path)
+    like = table.pop("like", None)
+    if like is None:
+        return _from_table(table, where)
+    base, base_where = _table(str(like))
+    if "like" in base:
+        raise TyirError(f"'{like}' is itself like '{base['like']}'", where=where, help=f'write like = "{base["like"]}"')
+    return _from_table(_merged(table, base, str(like)), f"{where} (like {base_where})")
+
+
+def _merged(table: dict[str, Any], base: dict[str, Any], like: str) -> dict[str, Any]:
+    """The sections of `table` with what they lack from `base`, whose numbers are assumptions here."""
+    base.pop("name", None)
+    merged: dict[str, Any] = dict(table)
+    for section, entries in base.items():
+        own = table.get(section, {})
+        if isinstance(own, dict):
+            assumed = {k: {**v, "label": "assumed", "source": f"as {like}: {v['source']}"} for k, v in entries.items() if k not in own}
+            merged[section] = {**own, **assumed}
+    return merged
+
+
+def _table(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
+    """The contents of a machine file, and where they are."""
     path = Path(name_or_path)
     try:
         text = path.read_text() if path.suffix == ".toml" else (resources.files("tyir.targets") / f"{name_or_path}.toml").read_text()
         table = tomllib.loads(text)
     except OSError:
         raise TyirError(
-            f"there is no machine '{name_or_path}'", help="h200, a100 and orin come with tyir; or give the path of a .toml file"
+            f"there is no machine '{name_or_path}'", help="h200, h100, a100 and orin come with tyir; or give the path of a .toml file"
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise TyirError(f"not valid TOML: {error}", where=str(path)) from None
-    return _from_table(table, str(path))
+    return table, str(path)
 
 
 def _from_table(table: dict[str, Any], where: str) -> Accelerator:
