@@ -1,26 +1,46 @@
-"""Serving one request at a time: arrivals, a first-in-first-out server on a clock of its own, and vLLM's metrics over what happened.
+"""Serving requests: arrivals, a first-in-first-out server on a clock of its own, and vLLM's metrics over what happened.
 
 Definitions as in vLLM's `benchmarks/serve.py` and `lib/endpoint_request_func.py`: TTFT is the first token minus the sending, ITL the gaps between tokens of all
 requests together, TPOT (latency - TTFT) / (tokens - 1) of each request with more than one, duration from the first sending to the last token.
-A request is sent when it arrives, so waiting for the server is part of its TTFT; with one request allowed at a time it is sent when the server is free.
+A request is sent when it arrives, so waiting for the server is part of its TTFT; with a limit of requests under way it is sent when the limit allows it.
+
+Artifacts for a batch serve as many requests at once, scheduled between steps (Yu et al., "Orca", OSDI 2022): prompts that wait for a free sequence run first and
+together, otherwise every running request gets its next token.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.runtime_sim.report import Predictor
 
-__all__ = ["Request", "Result", "Server", "SimulatedServer", "goodput", "poisson", "read_trace", "serve", "summary", "text_block"]
+if TYPE_CHECKING:
+    from tyir.runtime_sim.batch_session import BatchSession
+
+__all__ = [
+    "MeasuredServer",
+    "Request",
+    "Result",
+    "Server",
+    "SimulatedServer",
+    "goodput",
+    "poisson",
+    "read_trace",
+    "serve",
+    "summary",
+    "text_block",
+]
 
 SLOS: Final = ("ttft", "tpot", "e2el")
 
@@ -61,31 +81,70 @@ class Result:
 
 
 class Server(Protocol):
-    """What takes time.  Seconds for a prompt up to its first token, and for the next token when `position` tokens are cached."""
+    """What takes time, in seconds: prompts up to their first tokens, and one more token each.  Sequences are numbered from 0 to `slots` - 1."""
 
     @property
     def capacity(self) -> int: ...
 
-    def prefill(self, tokens: int) -> float: ...
+    @property
+    def slots(self) -> int: ...
 
-    def decode(self, position: int) -> float: ...
+    def prefill(self, prompts: Mapping[int, int]) -> float:
+        """New requests, by sequence their number of prompt tokens."""
+        ...
+
+    def decode(self, positions: Mapping[int, int]) -> float:
+        """Running requests, by sequence how many tokens are cached."""
+        ...
 
 
 @dataclass
 class SimulatedServer:
-    """The timing engine: device time and the machine's host constant; decode steps are interpolated between a few simulated positions."""
+    """The timing engine: device time and the machine's host constant; decode steps are interpolated between a few simulated positions.
+
+    Sequences of a batch run the same program: they are timed as if all stood where the longest stands.
+    """
 
     predictor: Predictor
+    slots: int = 1
 
     @property
     def capacity(self) -> int:
         return self.predictor.capacity
 
-    def prefill(self, tokens: int) -> float:
-        return self.predictor.ttft_ns(tokens) * 1e-9
+    def prefill(self, prompts: Mapping[int, int]) -> float:
+        return self.predictor.ttft_ns(max(prompts.values())) * 1e-9
 
-    def decode(self, position: int) -> float:
-        return self.predictor.tpot_ns(position, exact=False) * 1e-9
+    def decode(self, positions: Mapping[int, int]) -> float:
+        return self.predictor.tpot_ns(max(positions.values()), exact=False) * 1e-9
+
+
+@dataclass
+class MeasuredServer:
+    """The runtime on this computer: each step is run and its time taken.  Tokens are arbitrary; their number is what counts."""
+
+    session: BatchSession
+
+    @property
+    def capacity(self) -> int:
+        return self.session.manifest.options.max_kv
+
+    @property
+    def slots(self) -> int:
+        return len(self.session.tokens)
+
+    def prefill(self, prompts: Mapping[int, int]) -> float:
+        for slot in prompts:
+            self.session.tokens[slot] = []
+        return self._timed({slot: [1 + i % 97 for i in range(count)] for slot, count in prompts.items()})
+
+    def decode(self, positions: Mapping[int, int]) -> float:
+        return self._timed({slot: [1 + position % 97] for slot, position in positions.items()})
+
+    def _timed(self, tokens: Mapping[int, list[int]]) -> float:
+        start = time.perf_counter()
+        self.session.generate([tokens.get(slot, []) for slot in range(self.slots)], 1)
+        return time.perf_counter() - start
 
 
 def read_trace(path: Path) -> list[Request]:
@@ -121,8 +180,21 @@ def poisson(count: int, rate: float, prompt: int, output: int, seed: int = 0) ->
     return [Request(float(t), prompt, output) for t in np.cumsum(gaps) - gaps[0]]
 
 
-def serve(requests: Iterable[Request], server: Server, *, one_at_a_time: bool = False) -> list[Result]:
-    """Run the requests in the order of their arrival, one after the other; `one_at_a_time`: each is sent only when the one before is done."""
+@dataclass
+class _Running:
+    """A request in one of the server's sequences."""
+
+    request: Request
+    sent: float
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        return self.request.prompt + len(self.tokens) - 1
+
+
+def serve(requests: Iterable[Request], server: Server, *, max_concurrency: int | None = None) -> list[Result]:
+    """Run the requests in the order of their arrival; at most `max_concurrency` are sent and not yet done.  Results in the order of arrival."""
     todo = sorted(requests, key=lambda r: r.arrival)
     long = [r for r in todo if r.prompt + r.output - 1 > server.capacity]
     if long:
@@ -130,15 +202,32 @@ def serve(requests: Iterable[Request], server: Server, *, one_at_a_time: bool = 
             f"{len(long)} requests do not fit the cache of {server.capacity} tokens, the first has {long[0].prompt} + {long[0].output}",
             help="shorten them, or compile with a larger --max-kv",
         )
-    free, results = 0.0, []
-    for request in todo:
-        begin = max(request.arrival, free)
-        times = [begin + server.prefill(request.prompt)]
-        for number in range(request.output - 1):
-            times.append(times[-1] + server.decode(request.prompt + number))
-        free = times[-1]
-        results.append(Result(request, begin if one_at_a_time else request.arrival, tuple(times)))
-    return results
+    permits = [0.0] * min(max_concurrency or len(todo), len(todo))  # when each may be taken
+    order = {id(r): number for number, r in enumerate(todo)}
+    running: dict[int, _Running] = {}
+    results: list[Result] = []
+    clock = 0.0
+    while todo or running:
+        if not running:
+            clock = max(clock, todo[0].arrival, permits[0])
+        free = [slot for slot in range(server.slots) if slot not in running]
+        admitted: dict[int, _Running] = {}
+        while todo and free and permits and max(todo[0].arrival, permits[0]) <= clock:
+            request = todo.pop(0)
+            admitted[free.pop(0)] = _Running(request, max(request.arrival, heapq.heappop(permits)))
+        if admitted:
+            clock += server.prefill({slot: r.request.prompt for slot, r in admitted.items()})
+        else:
+            clock += server.decode({slot: r.cached for slot, r in running.items()})
+        running.update(admitted)
+        for slot in admitted or list(running):
+            one = running[slot]
+            one.tokens.append(clock)
+            if len(one.tokens) == one.request.output:
+                results.append(Result(one.request, one.sent, tuple(one.tokens)))
+                heapq.heappush(permits, clock)
+                del running[slot]
+    return sorted(results, key=lambda r: order[id(r.request)])
 
 
 def goodput(results: Sequence[Result], slos: Mapping[str, float], duration: float) -> float:
@@ -172,7 +261,7 @@ def summary(results: Sequence[Result], slos: Mapping[str, float] | None = None) 
         ms = np.array(seconds_of or [0.0]) * 1000
         figures = {"mean": np.mean(ms), "median": np.median(ms), "std": np.std(ms), "p99": np.percentile(ms, 99)}
         found.update({f"{figure}_{name}_ms": float(value) for figure, value in figures.items()})
-    found["requests"] = [{**asdict(r.request), "ttft": r.ttft, "tpot": r.tpot, "e2el": r.latency, "itl": r.itl} for r in results]
+    found["requests"] = [{**asdict(r.request), "sent": r.sent, "ttft": r.ttft, "tpot": r.tpot, "e2el": r.latency, "itl": r.itl} for r in results]
     return found
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,32 +18,8 @@ from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.serving import Server
-    from tyir.runtime_sim.session import Session
 
 __all__ = ["main"]
-
-
-@dataclass
-class _MeasuredServer:
-    """The real runtime on this computer: each step is run and its time taken; arrivals stand on the benchmark's clock, so nobody waits for them."""
-
-    session: Session
-
-    @property
-    def capacity(self) -> int:
-        return self.session.capacity
-
-    def prefill(self, tokens: int) -> float:
-        self.session.reset()
-        return self._timed([1 + i % 97 for i in range(tokens)])
-
-    def decode(self, position: int) -> float:
-        return self._timed([1 + position % 97])
-
-    def _timed(self, tokens: list[int]) -> float:
-        start = time.perf_counter()
-        self.session.next_tokens(tokens)
-        return time.perf_counter() - start
 
 
 @run_tool
@@ -54,16 +28,13 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     from tyir.runtime_sim.serving import poisson, read_trace, serve, summary, text_block
 
-    if args.num_prompts < 1 or args.input_len < 1 or args.output_len < 1 or not args.request_rate > 0:
-        raise TyirError(
-            "--num-prompts, --input-len, --output-len and --request-rate must be positive", help="the defaults are 10, 128, 64, inf"
-        )
+    _check_positive(args)
     slos = _slos(args.goodput)
     requests = (
         read_trace(args.trace) if args.trace else poisson(args.num_prompts, args.request_rate, args.input_len, args.output_len, args.seed)
     )
     server, note = _server(args)
-    figures = summary(serve(requests, server, one_at_a_time=args.max_concurrency == 1), slos)
+    figures = summary(serve(requests, server, max_concurrency=args.max_concurrency), slos)
     print(text_block(figures))
     print(note)
     if args.result:
@@ -73,13 +44,26 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check_positive(args: argparse.Namespace) -> None:
+    bad = [
+        f"--{name.replace('_', '-')} {value:g}"
+        for name in ("num_prompts", "input_len", "output_len", "request_rate", "max_concurrency")
+        if (value := getattr(args, name)) is not None and not value > 0
+    ]
+    if bad:
+        raise TyirError(
+            f"{', '.join(bad)} must be positive",
+            help="the defaults are --num-prompts 10 --input-len 128 --output-len 64 --request-rate inf",
+        )
+
+
 def _server(args: argparse.Namespace) -> tuple[Server, str]:
     if args.engine != "sim":
-        from tyir.runtime_sim.session import Session
+        from tyir.runtime_sim.batch_session import BatchSession
+        from tyir.runtime_sim.serving import MeasuredServer
 
-        return _MeasuredServer(
-            Session(args.artifacts, args.engine)
-        ), f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals"
+        session = BatchSession(args.artifacts, args.engine)
+        return MeasuredServer(session), f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals"
     from tyir.manifest import Manifest
     from tyir.runtime_sim.program import EdgeProgram, load_programs, machine_of
     from tyir.runtime_sim.report import Predictor
@@ -97,7 +81,9 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
     machine = load_machine(args.machine) if args.machine else machine_of(args.artifacts, manifest)
     predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
     state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
-    return SimulatedServer(predictor), f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}"
+    return SimulatedServer(
+        predictor, manifest.options.batch
+    ), f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}"
 
 
 def _slos(items: Sequence[str]) -> dict[str, float]:
@@ -117,7 +103,8 @@ def _slos(items: Sequence[str]) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
-        prog="tyir-bench-serving", description="Serve a stream of requests, one at a time, and report vLLM's serving metrics."
+        prog="tyir-bench-serving",
+        description="Serve a stream of requests, as many at once as the artifacts' batch, and report vLLM's serving metrics.",
     )
     parser.add_argument("artifacts", type=Path, metavar="OUT/{n}die", help="artifact folder")
     parser.add_argument(
@@ -131,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input-len", type=int, default=128, metavar="N", help="prompt tokens (default 128)")
     parser.add_argument("--output-len", type=int, default=64, metavar="N", help="generated tokens (default 64)")
     parser.add_argument(
-        "--max-concurrency", type=int, choices=(1,), help="send a request only when the one before is done; TTFT then holds no waiting"
+        "--max-concurrency",
+        type=int,
+        metavar="N",
+        help="requests sent and not yet done, at most; TTFT then holds no waiting for the others",
     )
     parser.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="service levels, e.g. ttft:500 tpot:50 e2el:5000")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default 0)")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from tyir.runtime_sim.report import Predictor
 from tyir.runtime_sim.serving import Request, SimulatedServer, poisson, read_trace, serve, summary, text_block
 
 
+@dataclass
 class FixedServer:
-    """Prompts take 10 ms a token, every further token 20 ms."""
+    """Prompts take 10 ms for each token of the longest, every further token 20 ms."""
 
-    capacity = 1000
+    slots: int = 1
+    capacity: int = 1000
 
-    def prefill(self, tokens: int) -> float:
-        return 0.01 * tokens
+    def prefill(self, prompts: Mapping[int, int]) -> float:
+        return 0.01 * max(prompts.values())
 
-    def decode(self, position: int) -> float:
+    def decode(self, positions: Mapping[int, int]) -> float:
         return 0.02
 
 
@@ -34,10 +37,25 @@ def test_two_requests_by_hand() -> None:
     assert (
         second.tokens == pytest.approx((0.34,)) and second.ttft == pytest.approx(0.29) and second.tpot is None
     )  # waits 90 ms for the first
-    assert serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer(), one_at_a_time=True)[1].ttft == pytest.approx(0.2)
+    assert serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer(), max_concurrency=1)[1].ttft == pytest.approx(0.2)
     figures = summary([first, second], {"ttft": 200})
     assert figures["duration"] == pytest.approx(0.34) and figures["output_throughput"] == pytest.approx(4 / 0.34)
     assert figures["request_goodput"] == pytest.approx(1 / 0.34) and figures["max_concurrent_requests"] == 2
+
+
+def test_three_requests_on_two_sequences_by_hand() -> None:
+    """Prompts of 10, 20 and 5 tokens at 0, 0.05 and 0.06; outputs 4, 2 and 2.
+
+    The first prompt ends at 0.1.  The second has come meanwhile: 0.1 to 0.3 its prompt, while the first waits.  Then both get a token: 0.32, the second is done.  Now
+    the third's prompt: 0.37.  Both: 0.39, the third is done.  The first: 0.41.
+    """
+    requests = [Request(0, 10, 4), Request(0.05, 20, 2), Request(0.06, 5, 2)]
+    first, second, third = serve(requests, FixedServer(slots=2))
+    assert first.tokens == pytest.approx((0.1, 0.32, 0.39, 0.41))
+    assert second.tokens == pytest.approx((0.3, 0.32)) and third.tokens == pytest.approx((0.37, 0.39))
+    assert [r.sent for r in serve(requests, FixedServer(slots=2), max_concurrency=2)] == pytest.approx([0, 0.05, 0.32])
+    together = serve([Request(0, 10, 2), Request(0, 30, 1)], FixedServer(slots=2))
+    assert [r.tokens for r in together] == [pytest.approx((0.3, 0.32)), pytest.approx((0.3,))]
 
 
 def test_identities() -> None:
@@ -62,8 +80,8 @@ def test_simulated_server(make_model: Callable[..., Any]) -> None:
     server = SimulatedServer(predictor)
     result = serve([Request(0, 20, 3)], server)[0]
     assert result.ttft == pytest.approx(predictor.ttft_ns(20) * 1e-9)
-    assert server.decode(128) == pytest.approx(predictor.tpot_ns(128) * 1e-9)
-    assert server.decode(100) == pytest.approx(predictor.tpot_ns(100) * 1e-9, rel=0.05)
+    assert server.decode({0: 128}) == pytest.approx(predictor.tpot_ns(128) * 1e-9)
+    assert server.decode({0: 100}) == pytest.approx(predictor.tpot_ns(100) * 1e-9, rel=0.05)
     with pytest.raises(TyirError, match="cache of 300"):
         serve([Request(0, 290, 20)], server)
 
