@@ -107,14 +107,15 @@ class Session:
         return self.feed(self._new_of(ids))
 
     def _new_of(self, ids: Sequence[int]) -> Sequence[int]:
-        """Keep what the cache shares with `ids`, the last token excepted; the tokens that are still to be computed."""
-        shared = 0
-        for mine, theirs in zip(self.tokens, ids):
-            if mine != theirs:
-                break
-            shared += 1
-        self.rewind(min(shared, max(len(ids) - 1, 0)))
+        """Keep what the cache shares with `ids`; the tokens that are still to be computed."""
+        self.rewind(self.shared_prefix(ids))
         return ids[len(self.tokens) :]
+
+    def shared_prefix(self, ids: Sequence[int]) -> int:
+        """How many of the first tokens of `ids` the cache holds, the last one excepted: its logits must be computed."""
+        differing = (number for number, (mine, theirs) in enumerate(zip(self.tokens, ids)) if mine != theirs)
+        shared = next(differing, min(len(self.tokens), len(ids)))
+        return min(shared, max(len(ids) - 1, 0))
 
     def save(self, path: Path) -> None:
         """Write the cache and its tokens to a file, for `restore`."""

@@ -34,7 +34,11 @@ def main(argv: Sequence[str]) -> int:
     stops = stop_tokens(args.artifacts)
     if len(prompts) > 1:
         return _run_batch(args, prompts, ids, tokenizer, sampler, stops)
+    if args.cache is not None and args.cache.exists():
+        session.restore(args.cache)
     start = time.perf_counter()
+    shared = session.shared_prefix(ids[0])
+    reused = f", {shared} of them from the cache" if shared else ""
     times: list[float] = []
 
     def timed() -> Iterator[int]:
@@ -49,10 +53,12 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
     print()
+    if args.cache is not None:
+        session.save(args.cache)
     if times:
         decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
         print(
-            f"{len(ids[0])} prompt tokens, first token after {times[0] - start:.3f} s; {len(times)} tokens at {decode:.1f} tokens/s "
+            f"{len(ids[0])} prompt tokens{reused}, first token after {times[0] - start:.3f} s; {len(times)} tokens at {decode:.1f} tokens/s "
             f"({args.engine} engine on this machine, not the device)",
             file=sys.stderr,
         )
@@ -65,6 +71,8 @@ def _run_batch(
     """Continue several prompts at once, each printed when all are done."""
     from tyir.runtime_sim.batch_session import BatchSession
 
+    if args.cache is not None:
+        raise TyirError("--cache is for one prompt", help="give one --prompt")
     session = BatchSession(args.artifacts, args.engine, check=False)
     if len(prompts) > len(session.tokens):
         raise TyirError(
@@ -127,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument(
         "--prompt", action="append", help="the text to continue (default: read from stdin); several with artifacts compiled for a batch"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="begin with the cache in this file, if it exists, and write it there at the end: a longer prompt computes only its new tokens",
     )
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")

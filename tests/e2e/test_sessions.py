@@ -11,6 +11,7 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.session import EngineName, Session
+from tyir.tools.tyir_run import main
 
 Artifacts = Callable[[int, str], Path]
 IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11]
@@ -95,3 +96,18 @@ def test_a_cache_that_cannot_be_written_leaves_the_old_one(artifacts: Artifacts,
     with pytest.raises(KeyboardInterrupt):
         session.save(tmp_path / "cache.npz")
     assert (tmp_path / "cache.npz").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_tyir_run_goes_on_from_a_file(artifacts: Artifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two turns in two processes' worth of calls: the second computes its new tokens only, and says the same as one that starts anew."""
+    command = [str(artifacts(2, "fp16")), "--max-tokens", "6"]
+    cached = [*command, "--cache", str(tmp_path / "chat.npz")]
+    assert main([*cached, "--prompt", "The old house stood at the end of"]) == 0
+    first, notes = capsys.readouterr()
+    assert "from the cache" not in notes
+    second = first.strip() + " the road, and"
+    assert main([*cached, "--prompt", second]) == 0
+    continued, notes = capsys.readouterr()
+    assert "of them from the cache" in notes
+    assert main([*command, "--prompt", second]) == 0
+    assert capsys.readouterr().out == continued
