@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.frontends.quantized import KINDS, write_quantized
+from tests.frontends.test_gguf_and_torch import SMALL, write_gguf
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.checkpoint import open_checkpoint
 from tyir.frontends.huggingface import import_model
@@ -162,3 +163,22 @@ def test_plans_of_strange_sizes(small: Path, tmp_path: Path) -> None:
         }
         (folder / "config.json").write_text(json.dumps({**config, **changed, "num_key_value_heads": 1}))
         outcome(folder, lambda f: make_plan(f, BuildOptions(dies=rng.choice((1, 3, 16)), weights=rng.choice(("fp16", "int4")))))
+
+
+def test_damaged_gguf_files(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    """200 files with bytes of the metadata changed, lengths that lie, and cuts."""
+    write_gguf(tmp_path / "model.gguf", save_model("llama", dtype="float16", **SMALL), "Q8_0")
+    good, rng, seen = (tmp_path / "model.gguf").read_bytes(), random.Random(0), set[str]()
+    for kind in [0, 1, 2, 3] * 50:
+        data, place = bytearray(good), rng.randrange(3000)
+        if kind == 0:
+            data[place] = rng.randrange(256)
+        elif kind == 1:
+            data = data[: rng.randrange(len(good))]
+        elif kind == 2:
+            data[place : place + 8] = rng.choice([2**64 - 1, 2**63, 2**40, 2**31, 0]).to_bytes(8, "little")
+        else:
+            data[place:place] = rng.randbytes(rng.randint(1, 9))
+        (tmp_path / "model.gguf").write_bytes(data)
+        seen.add(outcome(tmp_path, headers).partition(":")[0])
+    assert len(seen) > 1
