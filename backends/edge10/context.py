@@ -111,6 +111,7 @@ class Lowering:
         self.plan = plan
         self.die = die
         self.places: dict[Value, Place] = {}
+        self.first_token = 0  # of the rows that are being lowered (`rows`)
         self.halved: set[Value] = set()  # made in two halves of `half_rows`, of which a product may begin with the first
         self.copies: dict[Value, ResidualCopy] = {}  # of sums whose place is needed before their last reader comes
         self.side = RingCursor(plan.side)
@@ -126,6 +127,11 @@ class Lowering:
 
     def place(self, value: Value) -> Place:
         return self.places[value]
+
+    def position(self, sequence: int = 0) -> Value:
+        """How many tokens of a sequence come before the first row."""
+        pos = self.emitter.position(sequence)
+        return self.emitter.affine([pos], [1], self.first_token) if self.first_token else pos
 
     def results_area(self, x_in_sram: bool) -> Area:
         """Temporaries for the results of a product; tiles of an x that lies in DRAM need the first half."""

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
 from tyir.backends.edge10.allocate import ALIGNMENT, DramLayout, SramPlan, SramShares, align, sram_plan
-from tyir.backends.edge10.columns import collective_block, summings
+from tyir.backends.edge10.columns import MOST_ROWS, collective_block, summings
 from tyir.backends.edge10.context import Lowering, Place, ResidualCopy
 from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
@@ -26,6 +26,7 @@ from tyir.backends.edge10.lower_body import find_groups, is_known
 from tyir.backends.edge10.order import keys_first
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
 from tyir.backends.edge10.residual import waiting_sums
+from tyir.backends.edge10.rows import row_blocks, rows_part
 from tyir.backends.edge10.search import PricedEmitter, Prices, best_shares, products_ns
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import edge10, ty
@@ -105,7 +106,7 @@ class _Layer:
 
 class _DieLowering:
     def __init__(self, source: Module, main: Func, seqlen: int, machine: Machine, shares: SramShares) -> None:
-        self.source, self.main, self.machine = source, main, machine
+        self.source, self.main, self.machine, self.seqlen = source, main, machine, seqlen
         self.shares = shares
         self.plan: SramPlan = sram_plan(machine, shares)
         die = source.attributes.get("tyir.die")
@@ -123,7 +124,8 @@ class _DieLowering:
         self.suffix = main.sym_name.removeprefix("main")
         self.caches = _cache_arguments(main)
         self.layers = self._find_layers()
-        self.boundary = BoundaryPlaces(self.plan.boundary, "boundary")
+        # Activations of very many tokens lie in DRAM between layers: SRAM is for the rows that are worked on.
+        self.boundary = BoundaryPlaces(self.plan.boundary if seqlen <= MOST_ROWS else 0, "boundary")
         self.prices: Prices | None = None  # when divisions of SRAM are compared, commands are priced and not written
 
     def lower(self) -> Module:
@@ -272,21 +274,67 @@ class _DieLowering:
         arguments = function.args
         tokens = arguments[len(addresses) :]
         low = self._lowering(function, Tracker(slots, tokens[:-1], tokens[-1]))
-        fixed: dict[Value, Place] = {source.args[i]: p for i, p in layer.boundary.arguments.items()}
-        fixed.update(in_place(source, layer.boundary))
-        fixed.update({root(source.body.terminator.operands[i]): p for i, p in layer.boundary.results.items()})
-        if self.shares.waiting_sums:
-            self._keep_sums_in_dram(source, low, fixed)
-        fixed.update({source.args[i]: Place("dram", layer.offsets[i], arguments[0], constant=True) for i in layer.packed})
-        fixed.update({source.args[i]: Place("dram", 0, symbol, constant=True) for i, symbol in layer.shared.items()})
-        for number, index in enumerate(layer.addressed):
-            is_weight = isinstance(layer.calls[0].operands[index].op, ty.GetGlobal)
-            fixed[source.args[index]] = Place("dram", 0, arguments[1 + number], constant=is_weight)
-        self._lower_body(source, low, fixed)
+        given = self._given(layer, arguments)
+        if self._takes_rows(layer):
+            for first, count in self._row_blocks():
+                self._lower_rows(layer, low, given, first, count)
+        else:
+            self._lower_layer_body(source, layer.boundary, low, given, self.boundary.sram_bytes)
         slot_tokens, rest = low.emitter.tracker.finish()
         function.body.append(Return(values=[low.emitter.join(t) for t in (*slot_tokens, rest)]))
         function.refresh_type()
         self.module.body.append(function)
+
+    @staticmethod
+    def _given(layer: _Layer, arguments: Sequence[Value]) -> dict[int, Place]:
+        """Where a layer's weights and caches lie, by argument: its own arguments are addresses."""
+        given = {i: Place("dram", layer.offsets[i], arguments[0], constant=True) for i in layer.packed}
+        given.update({i: Place("dram", 0, symbol, constant=True) for i, symbol in layer.shared.items()})
+        for number, index in enumerate(layer.addressed):
+            is_weight = isinstance(layer.calls[0].operands[index].op, ty.GetGlobal)
+            given[index] = Place("dram", 0, arguments[1 + number], constant=is_weight)
+        return given
+
+    def _lower_layer_body(self, source: Func, boundary: Boundary, low: Lowering, given: Mapping[int, Place], first: int) -> None:
+        """A layer's ops; its own activations lie in SRAM from offset `first` on."""
+        fixed: dict[Value, Place] = {source.args[i]: p for i, p in boundary.arguments.items()}
+        fixed.update(in_place(source, boundary))
+        fixed.update({root(source.body.terminator.operands[i]): p for i, p in boundary.results.items()})
+        if self.shares.waiting_sums:
+            self._keep_sums_in_dram(source, low, fixed)
+        fixed.update({source.args[i]: place for i, place in given.items()})
+        self._lower_body(source, low, fixed, first)
+
+    def _takes_rows(self, layer: _Layer) -> bool:
+        """Whether a layer has more tokens than are worked on at once, in all that it takes and gives."""
+        types = [ty.tensor_type(layer.function.args[i]) for i in layer.activations]
+        return self.seqlen > MOST_ROWS and all(t.rank >= 3 and t.static_shape[:2] == (1, self.seqlen) for t in types)
+
+    def _row_blocks(self) -> list[tuple[int, int]]:
+        """The blocks of rows; when they are only priced, one of each size."""
+        blocks = list(row_blocks(self.seqlen, self.machine))
+        if self.prices is None:
+            return blocks
+        return list({count: (first, count) for first, count in blocks}.values())
+
+    def _lower_rows(self, layer: _Layer, low: Lowering, given: Mapping[int, Place], first: int, count: int) -> None:
+        """A layer for `count` tokens: their rows are brought to where the layer works, and its results back."""
+        assert layer.boundary is not None
+        part = rows_part(layer.function, self.seqlen, first, count)
+        start = self.boundary.sram_bytes
+        places = BoundaryPlaces(max(self.plan.boundary - start, 0), f"rows.{part.sym_name}", start)
+        boundary = boundary_of(part, layer.activations, layer.aliased, places)
+        if places.dram_bytes:
+            self._buffer(places.symbol, "activation", TensorType((places.dram_bytes,), ui8))
+        low.first_token = first
+        low.emitter.begin(next(iter(part.body)))
+        for index, place in boundary.arguments.items():
+            nbytes = ty.tensor_type(part.args[index]).nbytes
+            low.move(layer.boundary.arguments[index].at(nbytes // count * first), place, nbytes)
+        self._lower_layer_body(part, boundary, low, given, start + places.sram_bytes)
+        for index, place in boundary.results.items():
+            nbytes = ty.tensor_type(part.body.terminator.operands[index]).nbytes
+            low.move(place, layer.boundary.results[index].at(nbytes // count * first), nbytes)
 
     def _keep_sums_in_dram(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
         """Give the norms of waiting sums the sums' places, and the sums copies in DRAM (`residual`)."""
@@ -310,7 +358,7 @@ class _DieLowering:
             if isinstance(op, ty.GetGlobal):
                 fixed[op.result] = Place("dram", 0, op.symbol.leaf, constant=True)
         late = self._fix_results(fixed)
-        self._lower_body(self.main, low, fixed)
+        self._lower_body(self.main, low, fixed, self.boundary.sram_bytes)
         for value, place in late:
             low.move(low.place(value), place, ty.tensor_type(value).nbytes)
         function.body.append(Return(values=[]))
@@ -367,8 +415,8 @@ class _DieLowering:
         emitter = Emitter(function.body, tracker) if self.prices is None else PricedEmitter(function.body, tracker, self.prices)
         return Lowering(emitter, self.machine, self.plan, self.die)
 
-    def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place]) -> None:
-        spill, first = f"spill.{source.sym_name}", self.boundary.sram_bytes
+    def _lower_body(self, source: Func, low: Lowering, fixed: dict[Value, Place], first: int) -> None:
+        spill = f"spill.{source.sym_name}"
         held = [v for v, place in fixed.items() if place.in_sram]
         groups = find_groups(source, self.plan.arena - first, self.machine, self.plan, held)
         given = assign_places(source, fixed, first, self.plan.arena, spill, groups.anchors, groups.scratch)

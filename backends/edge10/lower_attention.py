@@ -201,7 +201,7 @@ class _Block:
 
     # -- the loop -------------------------------------------------------------------------------------------------
     def _loop(self, q: int, q_strides: tuple[int, int]) -> None:
-        outer, pos, size = self.low.emitter, self.low.emitter.position(self.sequence), self.keys
+        outer, pos, size = self.low.emitter, self.low.position(self.sequence), self.keys
         visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
         start = outer.affine([pos], [1], self.first - self.op.window + 1, divisor=size) if self.op.window else outer.affine([], [])
         end = outer.affine([visible], [1], size - 1, divisor=size)
@@ -247,7 +247,7 @@ class _Block:
             self._product(strip, run, lhs, q_strides, self.at["k"], True, keys, target, size * 4)
         self.low.emitter.emit(
             edge10.SoftmaxBlock, keys, first_key, scores=scores, score_stride=size * 4, probabilities=probabilities, probability_stride=size * 2,
-            maximum=maximum, total=total, alpha=alpha, rows=rows, heads=strip.heads, first_query=self.first, window=self.op.window, sequence=self.sequence, scale=self.op.scale,
+            maximum=maximum, total=total, alpha=alpha, rows=rows, heads=strip.heads, first_query=self.low.first_token + self.first, window=self.op.window, sequence=self.sequence, scale=self.op.scale,
             reads=[sram_range(scores, rows * size * 4), sram_range(maximum, rows * 4), sram_range(total, rows * 4)],
             writes=[sram_range(probabilities, rows * size * 2, write=True), *(sram_range(at, rows * 4, write=True) for at in (maximum, total, alpha))],
         )  # fmt: skip

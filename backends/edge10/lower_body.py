@@ -27,7 +27,7 @@ from tyir.backends.edge10.lower_attention import attention_scratch, lower_attent
 from tyir.backends.edge10.lower_cache import lower_append, lower_embedding, lower_quantize_rows, lower_rows
 from tyir.backends.edge10.lower_collective import lower_all_gather, lower_all_reduce, lower_recv, lower_send
 from tyir.backends.edge10.lower_gated import fused_products, lower_gated
-from tyir.backends.edge10.lower_linear import InputTiles, lower_linear, lower_product
+from tyir.backends.edge10.lower_linear import InputTiles, lower_linear, lower_product, product_scratch
 from tyir.backends.edge10.lower_mlp import Mlp, fused_mlps, fused_ops, lower_mlp
 from tyir.backends.edge10.lower_rowwise import lower_rowwise
 from tyir.backends.edge10.lower_top_k import RankedColumns, Ranking, lower_merge_top_k, lower_top_k, lower_top_k_candidates, rankings
@@ -40,12 +40,12 @@ from tyir.targets.machine import Machine
 __all__ = ["Groups", "find_groups", "is_known"]
 
 _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
-    ty.Linear: lower_linear, ty.QuantizedLinear: lower_linear, ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Scale: lower_rowwise,
+    ty.Add: lower_rowwise, ty.Mul: lower_rowwise, ty.Scale: lower_rowwise,
     ty.Silu: lower_rowwise, ty.SiluMul: lower_rowwise, ty.Cast: lower_rowwise, ty.RmsNorm: lower_rowwise, ty.Rope: lower_rowwise, ty.Embedding: lower_embedding,
     kv.Append: lower_append, kv.Rows: lower_rows, dist.AllReduce: lower_all_reduce, dist.AllGather: lower_all_gather, dist.Send: lower_send, dist.Recv: lower_recv,
     kv.QuantizeRows: lower_quantize_rows, ty.TopK: lower_top_k, ty.TopKCandidates: lower_top_k_candidates, ty.MergeTopK: lower_merge_top_k,
 }  # fmt: skip
-_OTHERS: Final = (kv.CachedAttention, ty.GetGlobal, ty.Reshape, Call, Return)
+_OTHERS: Final = (ty.Linear, ty.QuantizedLinear, kv.CachedAttention, ty.GetGlobal, ty.Reshape, Call, Return)
 
 
 def is_known(op: Op) -> bool:
@@ -55,14 +55,14 @@ def is_known(op: Op) -> bool:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a function by their anchors, MLPs by their last product, gated products by the silu_mul; and the scratch of attentions."""
+    """The groups of a function by their anchors, MLPs by their last product, gated products by the silu_mul; and the scratch of single ops."""
 
     sums: Mapping[Op, Summing]
     gathers: Mapping[Op, Gathering]
     ranks: Mapping[Op, Ranking]
     mlps: Mapping[Op, Mlp]
     gated: Mapping[Op, Op]
-    attentions: Mapping[Op, Scratch]
+    single: Mapping[Op, Scratch]
 
     @cached_property
     def anchors(self) -> dict[Op, Op]:
@@ -75,8 +75,9 @@ class Groups:
 
     @cached_property
     def scratch(self) -> dict[Op, Scratch]:
-        """What anchors and attentions take of SRAM and DRAM while they run."""
-        return {**{self.anchors.get(op, op): mlp.scratch for op, mlp in self.mlps.items()}, **self.attentions}
+        """What anchors, attentions and products of very many rows take of SRAM and DRAM while they run."""
+        others = {op: scratch for op, scratch in self.single.items() if op not in self.anchors}
+        return {**{self.anchors.get(op, op): mlp.scratch for op, mlp in self.mlps.items()}, **others}
 
     def lower(self, op: Op, low: Lowering, scratch: Mapping[Op, tuple[int, Place]]) -> None:
         """The commands of an op, with its group if it is an anchor; `scratch` says where `self.scratch` lies."""
@@ -93,11 +94,16 @@ class Groups:
         elif op in self.mlps:
             lower_mlp(self.mlps[op], low, scratch[op], StoredColumns(self.mlps[op].down.out, low, low.results_area(True)))
         elif isinstance(op, kv.CachedAttention):
-            lower_attention(op, low, Area(scratch[op][0], self.attentions[op].sram_bytes) if op in scratch else None)
+            lower_attention(op, low, self._area(op, scratch))
+        elif isinstance(op, (ty.Linear, ty.QuantizedLinear)):
+            lower_linear(op, low, self._area(op, scratch))
         elif isinstance(op, ty.SiluMul) and op in self.anchors.values():
             lower_gated(op, low)
         else:
             _LOWERINGS[type(op)](op, low)
+
+    def _area(self, op: Op, scratch: Mapping[Op, tuple[int, Place]]) -> Area | None:
+        return Area(scratch[op][0], self.single[op].sram_bytes) if op in scratch else None
 
     def _lower_sum(self, summing: Summing, low: Lowering, scratch: tuple[int, Place] | None) -> None:
         """A product, its all-reduce and the residual sum; `scratch` is that of the MLP whose last product it is, if it is one."""
@@ -114,14 +120,17 @@ class Groups:
 
 def find_groups(function: Func, arena: int, machine: Machine, plan: SramPlan, held: Collection[Value]) -> Groups:
     """The groups of a function; `arena` is what it may use of SRAM for activations, beside those `held` there."""
-    attentions = {op: attention_scratch(op, arena, machine) for op in function.body if isinstance(op, kv.CachedAttention)}
+    single = {
+        op: attention_scratch(op, arena, machine) if isinstance(op, kv.CachedAttention) else product_scratch(op, arena, machine)
+        for op in function.body
+    }
     return Groups(
         summings(function, machine),
         gatherings(function, machine),
         rankings(function, machine),
         fused_mlps(function, arena, machine, plan, held),
         fused_products(function, arena),
-        {op: scratch for op, scratch in attentions.items() if scratch is not None},
+        {op: scratch for op, scratch in single.items() if scratch is not None},
     )
 
 

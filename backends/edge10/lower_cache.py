@@ -28,7 +28,7 @@ def lower_append(op: Append, low: Lowering) -> None:
 def _append(source: Place, cache: Place, sequence: int, sizes: tuple[int, int, int, int], low: Lowering) -> None:
     """One sequence: `sizes` are tokens, heads, positions of the cache, and bytes of a row."""
     tokens, groups, capacity, row = sizes
-    emitter, pos = low.emitter, low.emitter.position(sequence)
+    emitter, pos = low.emitter, low.position(sequence)
     for piece in low.pieces(tokens, 0 if source.in_sram else groups * row):
         sram = source.offset + piece.first * groups * row
         if not source.in_sram:

@@ -14,16 +14,18 @@ import math
 from dataclasses import dataclass
 
 from tyir.backends.edge10.allocate import ALIGNMENT, align
-from tyir.backends.edge10.columns import Columns, StoredColumns
-from tyir.backends.edge10.context import Lowering, acc_range, sram_range
+from tyir.backends.edge10.columns import MOST_ROWS, Columns, StoredColumns
+from tyir.backends.edge10.context import Area, Lowering, acc_range, sram_range
+from tyir.backends.edge10.places import Scratch
 from tyir.backends.edge10.tiling import MatmulShape, Tiles, choose_tiles, side_columns, spans
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
-from tyir.ir import Value
+from tyir.ir import Op, Value
+from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width
 
-__all__ = ["InputPart", "InputTiles", "Product", "lower_linear", "lower_product"]
+__all__ = ["InputPart", "InputTiles", "Product", "lower_linear", "lower_product", "product_scratch"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class _Side:
     zeros: int
 
 
-def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
-    """`ty.linear` and `ty.quantized_linear`; `TyirError` when an operand is not what the matrix units take."""
+def lower_linear(op: Linear | QuantizedLinear, low: Lowering, rows: Area | None = None) -> None:
+    """`ty.linear` and `ty.quantized_linear`; `TyirError` when an operand is not what the matrix units take.
+
+    `rows` is room for some rows of an x of very many: the weight is then read once for each time it is filled.
+    """
     wrong = [str(v.type) for v in op.operands if str(tensor_type(v).element) not in ("f16", "ui4")]
     if wrong:
         raise TyirError(
@@ -43,14 +48,35 @@ def lower_linear(op: Linear | QuantizedLinear, low: Lowering) -> None:
             help="cast them to f16 (ty.cast) before lower-edge10",
         )
     inputs = InputTiles(op.x, low)
-    lower_product(op, low, inputs, StoredColumns(op.out, low, low.results_area(inputs.in_sram)))
+    if rows is None or inputs.in_sram:
+        lower_product(op, low, inputs, StoredColumns(op.out, low, low.results_area(inputs.in_sram)))
+        return
+    results = StoredColumns(op.out, low, low.results_area(True))
+    count = tensor_type(op.x).nbytes // inputs.row
+    for first, size in spans(count, rows.nbytes // inputs.row):
+        low.load_bytes(inputs.place.at(first * inputs.row), rows.offset, size * inputs.row)
+        part = InputPart(rows.offset - first * inputs.row, inputs.row, 0)
+        lower_product(op, low, part, results, (first, size))
 
 
-def lower_product(op: Linear | QuantizedLinear, low: Lowering, inputs: InputTiles | InputPart, results: Columns) -> None:
-    """A whole product, its columns handed to `results`."""
-    product = Product(op, low, inputs, results.piece_bytes, results.piece_limit, results.block)
-    rows = product.shape.m
-    for r0, r in spans(rows, rows if results.block else product.tiles.m):
+def product_scratch(op: Op, arena: int, machine: Machine) -> Scratch | None:
+    """Room for rows of x, for products of more rows than are worked on at once: as many as the arena takes, in parts of nearly equal size."""
+    if not isinstance(op, (Linear, QuantizedLinear)):
+        return None
+    *outer, k = tensor_type(op.x).static_shape
+    rows, most = math.prod(outer), arena // (k * 2) // machine.cube.rows * machine.cube.rows
+    if rows <= MOST_ROWS or most < machine.cube.rows:
+        return None
+    return Scratch(align(-(-rows // -(-rows // most)), machine.cube.rows) * k * 2, 0)
+
+
+def lower_product(
+    op: Linear | QuantizedLinear, low: Lowering, inputs: InputTiles | InputPart, results: Columns, part: tuple[int, int] | None = None
+) -> None:
+    """A whole product, or `part` (first, count) of its rows, its columns handed to `results`."""
+    product = Product(op, low, inputs, results.piece_bytes, results.piece_limit, results.block, None if part is None else part[1])
+    first, rows = part or (0, product.shape.m)
+    for r0, r in ((first + r0, r) for r0, r in spans(rows, rows if results.block else product.tiles.m)):
         for n0, n in spans(product.shape.n, product.tiles.block):
             target, stride = results.target(r0, r, n0, n)
             for m0, m in spans(r, product.tiles.m):
@@ -111,12 +137,13 @@ class Product:
         piece_bytes: int,
         piece_limit: int = 0,
         block: int = 0,
+        rows: int | None = None,
     ) -> None:
         self.op, self.low, self.inputs = op, low, inputs
         *outer, k = tensor_type(op.x).static_shape
         n = tensor_type(op.out).static_shape[-1]
         group = op.group_size if isinstance(op, QuantizedLinear) else 0
-        self.shape = MatmulShape(math.prod(outer), n, k, group, inputs.in_sram, piece_bytes, piece_limit, block)
+        self.shape = MatmulShape(rows or math.prod(outer), n, k, group, inputs.in_sram, piece_bytes, piece_limit, block)
         self.tiles: Tiles = choose_tiles(self.shape, low.machine, low.plan)
         self.weight = low.place(op.q if isinstance(op, QuantizedLinear) else op.weight)
         self._side_columns = side_columns(self.shape, low.plan) // self.tiles.n * self.tiles.n

@@ -77,12 +77,13 @@ class Boundary:
 class BoundaryPlaces:
     """Places that all layer functions of a program share: the n-th argument of a type has the same place in each.
 
-    At most `sram_limit` bytes are given out in SRAM, from offset 0; what exceeds them lies in the DRAM buffer `symbol`.
+    At most `sram_limit` bytes are given out in SRAM, from offset `start`; what exceeds them lies in the DRAM buffer `symbol`.
     """
 
-    def __init__(self, sram_limit: int, symbol: str) -> None:
+    def __init__(self, sram_limit: int, symbol: str, start: int = 0) -> None:
         self.sram_limit = sram_limit
         self.symbol = symbol
+        self.start = start
         self.sram_bytes = self.dram_bytes = 0
         self._places: dict[tuple[str, TensorType, int], Place] = {}
 
@@ -96,7 +97,7 @@ class BoundaryPlaces:
     def _new(self, size: int) -> Place:
         if self.sram_bytes + size <= self.sram_limit:
             self.sram_bytes += size
-            return Place("sram", self.sram_bytes - size)
+            return Place("sram", self.start + self.sram_bytes - size)
         self.dram_bytes += size
         return Place("dram", self.dram_bytes - size, self.symbol)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tyir.dialects import edge10
 from tyir.targets.machine import load_machine
 
 
@@ -74,3 +75,14 @@ def test_caches_persist_and_lengths_share_them(make_model: Callable[..., Any]) -
     for pos in range(9):
         single = decode.step(alone, ids[:, pos : pos + 1], pos)
     np.testing.assert_allclose(chunked, single, atol=4e-3 * np.abs(single).max(), rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [{"tokens": 150, "group": 16, "dies": 2}, {"tokens": 208, "inter": 512, "hidden": 128}])
+@pytest.mark.parametrize("capacity", [3 << 20, 192 << 10], ids=["large SRAM", "small SRAM"])
+def test_very_many_tokens_go_through_a_layer_in_blocks_of_rows(
+    make_model: Callable[..., Any], sizes: dict[str, int], capacity: int
+) -> None:
+    machine = load_machine("edge10").with_overrides({"sram.capacity_bytes": capacity})
+    model = make_model(machine=machine, capacity=240, **sizes)
+    assert {op.first_query for op in model.lowered[0].walk_type(edge10.SoftmaxBlock)} >= {0, 80}
+    compare(model, 17)
