@@ -75,8 +75,11 @@ class FlatParser(ScopeParser):
         while (m := match_op(text, pos)) is not None:
             result, name, operand_text, props_text, attrs_text, tail = m.groups()
             types = tails_get(tail) or self._tail(m)
-            properties = props_get(props_text) or self._memo_dict(m, 4, props_memo, "}>")
-            attributes = attrs_get(attrs_text) or self._memo_dict(m, 5, attrs_memo, "}")
+            properties, attributes = props_get(props_text), attrs_get(attrs_text)
+            if properties is None:  # not `or`: an empty dictionary is false
+                properties = self._memo_dict(m, 4, props_memo, "}>")
+            if attributes is None:
+                attributes = self._memo_dict(m, 5, attrs_memo, "}")
             cls = classes.get(name) or self._flat_class(name)
             if types is None or properties is None or attributes is None or cls is None:
                 break
