@@ -4,7 +4,7 @@
     python -m tyir.tools.predict --machine mine.toml --model path/to/config.json --phase prefill --tokens 2048 --measured-us 45687
     python -m tyir.tools.predict --machine h200 --rows tests/data/h200/new_models.jsonl --one-model
 
-The machine is a file with a number, a label and a source for everything (`tyir/targets/README.md` says how to write one); the model a name or a Hugging Face `config.json`.
+The machine is a file with a number, a label and a source for everything (`runtime_sim/kernels/README.md` says how to write one); the model a name or a Hugging Face `config.json`.
 Nothing here is fitted: a step is the sum of its kernels (`runtime_sim/kernels/steps.py`).
 """
 
