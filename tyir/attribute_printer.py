@@ -10,6 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from tyir import attributes as a
 from tyir import location as l
 from tyir import types as t
 from tyir.attributes import Attribute
+from tyir.diagnostics import TyirError
 
 __all__ = ["ELIDED", "AttributeText", "attribute_text", "escape", "float_text", "key_text", "symbol_text"]
 
@@ -198,7 +200,8 @@ def dense_shape(shaped: t.Type) -> tuple[tuple[int, ...], t.Type]:
     if isinstance(shaped, t.VectorType) and (match := re.fullmatch(r"((?:\d+x)*)([a-z]+[0-9A-Z][\w]*|index)", shaped.body)):
         from tyir.attribute_parser import parse_type_text
 
-        return tuple(int(d) for d in match[1].split("x")[:-1]), parse_type_text(match[2])
+        with suppress(TyirError):  # what is wrong is said of the vector, where it stands
+            return tuple(int(d) for d in match[1].split("x")[:-1]), parse_type_text(match[2])
     raise ValueError(f"{shaped} is not a static tensor or vector type")
 
 
