@@ -184,7 +184,8 @@ def _write_weights(
         params = [p for p in die.body if isinstance(p, Param)]
         users = {s: {g.symbol.leaf for f in _functions(die, s) for g in f.walk_type(GetGlobal)} for s in options.seqlens}
         own = {s: [p for p in params if [t for t in users if p.sym_name in users[t]] == [s]] if len(users) > 1 else [] for s in users}
-        common = [p for p in params if not any(p in ps for ps in own.values())]
+        owned = {p for ps in own.values() for p in ps}
+        common = [p for p in params if p not in owned]
         add(index, common, f"batch_{options.batch}/common_die{index}.params")
         for seqlen in options.seqlens:
             add(index, own[seqlen], f"{_program_folder(options, seqlen)}/llm_die{index}.params")
