@@ -168,7 +168,8 @@ def _models(path: Path) -> Iterator[Row]:
     for row in _json_lines(path):
         model = MODELS[str(row["model"])]
         several = not path.name.startswith("new_")
-        step = Step(model, *(int(str(row[k])) for k in ("world", "batch", "tokens", "past")), any_width=several)
+        devices, batch, tokens, past = (int(str(row[k])) for k in ("world", "batch", "tokens", "past"))
+        step = Step(model, devices, batch, tokens, past, several)
         kind = "model decode" if step.tokens == 1 else "model prefill"
         name = f"{row['model']} x{step.devices} b{step.batch} t{step.tokens} past{step.past}"
         flops = 2.0 * step.rows * model.weights / step.devices

@@ -42,7 +42,8 @@ _WEAK: Final = """
   new), but 4.6 % and 8.0 % on two and four, 5.5 % and 15 % on eight and llama3-70b on two; products of new shapes 9.9 %, all-reduce of four and eight devices 21 and 28 %.  What was wrong was found
   at kernels and mended by mechanism (ring primitives, few blocks bound by their own bytes, the price of a split k, kernels compiled for any width): the tables above are after that, so for those
   mechanisms the rows are no longer blind; no constant is fitted on them, a few are read off them and say so in `tyir/targets/h200.toml`.
-* **Eight devices**: prefill is predicted about 7 % too slow, most of it products with an eighth of the columns and large all-reduces; isolated all-reduces of 16 to 64 KiB take 33 us on eight devices
+* **Eight devices**: prefill is predicted about 7 % too slow, more the larger the share of all-reduce in the step: the model keeps the power-limited clock, and a device that waits for
+  its links a third of the time seems to run above it.  Isolated all-reduces of 16 to 64 KiB take 33 us on eight devices
   where the same ones inside a step take 18, and the model says the latter.  Two hosts differ by a quarter in small all-reduces.
 * **Elementwise kernels** depend on what else the process compiled: `models.jsonl` looks like kernels for any width, `new_models.jsonl` was measured with kernels for one model
   (`predict --one-model`).  The recipe of `models.jsonl` is known as a list of kernels only; the rows measured afresh repeat its decode steps within 0 to 4 % and its prefill steps within 2 to 12 %.
