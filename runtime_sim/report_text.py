@@ -48,11 +48,16 @@ def _figures(s: Summary) -> tuple[tuple[str, Interval], ...]:
 
 
 def _interval(value: Interval) -> str:
-    return "".join(f"{figure:>10.4g}" for figure in (value.fast, value.point, value.slow))
+    return "".join(f"{_number(figure):>10}" for figure in (value.fast, value.point, value.slow))
+
+
+def _number(value: float) -> str:
+    """Four digits, never an exponent."""
+    return f"{value:.4g}" if value < 9999.5 else f"{value:.0f}"
 
 
 def _point(label: str, p: Point, tokens: int) -> str:
-    return f"{label + ' ' + str(p.tokens):<34}{_interval(p.ms)}{tokens * 1000 / p.ms.point:>10.4g}"
+    return f"{label + ' ' + str(p.tokens):<34}{_interval(p.ms)}{_number(tokens * 1000 / p.ms.point):>10}"
 
 
 def _step(step: StepReport, top: int) -> Iterator[str]:
@@ -105,7 +110,7 @@ def compare_text(a: Summary, b: Summary, top: int) -> str:
     lines += ["", f"{'':<34}{'a':>12}{'b':>12}{'b / a':>9}"]
     for (label, left), (other, right) in zip(_figures(a), _figures(b)):
         label = label if label == other else f"{label.partition(',')[0]} ({other.rpartition('(')[2]}"
-        lines.append(f"{label:<34}{left.point:>12.4g}{right.point:>12.4g}{_ratio(left.point, right.point)}")
+        lines.append(f"{label:<34}{_number(left.point):>12}{_number(right.point):>12}{_ratio(left.point, right.point)}")
     steps = (a.decode_step, b.decode_step)
     lines.append(f"{'decode bound by':<34}{steps[0].bound_by:>12}{steps[1].bound_by:>12}")
     for unit in steps[0].unit_shares:
@@ -131,5 +136,8 @@ def _ratio(a: float, b: float) -> str:
 def sweep_text(constant: str, rows: Sequence[SweepRow], prompt: int) -> str:
     """A line for each value of one constant."""
     lines = [f"{constant:<30}{'TTFT ms':>12}{'TPOT ms':>12}{'prefill tok/s':>15}{'decode tok/s':>14}"]
-    lines += [f"{r.value:<30g}{r.ttft_ms:>12.4g}{r.tpot_ms:>12.4g}{prompt * 1e3 / r.ttft_ms:>15.4g}{1e3 / r.tpot_ms:>14.4g}" for r in rows]
+    lines += [
+        f"{r.value:<30g}{r.ttft_ms:>12.4g}{r.tpot_ms:>12.4g}{_number(prompt * 1e3 / r.ttft_ms):>15}{_number(1e3 / r.tpot_ms):>14}"
+        for r in rows
+    ]
     return "\n".join(lines)

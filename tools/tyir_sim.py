@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,19 +27,25 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
+    if missing := [str(p) for p in args.artifacts if not p.exists()]:
+        raise TyirError(f"{', '.join(missing)} does not exist", help="give the folder that tyir-compile printed, for example out/4die")
+    if args.top < 0:
+        raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")
+    if args.report == "html" and (args.compare or args.sweep):
+        raise TyirError("there is no HTML page of a comparison or a sweep", help="use --report text or json")
     if args.compare:
-        write_output(_compare(args), args.output)
+        write_output(_compare(args) + "\n", args.output)
         return 0
     predictor, name = _predictor(args.artifacts, args)
     prompt, pos = _positions(args, predictor)
     if args.sweep:
-        write_output(_sweep(args, predictor, prompt, pos), args.output)
+        write_output(_sweep(args, predictor, prompt, pos) + "\n", args.output)
         return 0
     if args.trace:
         from tyir.runtime_sim.trace import chrome_trace
 
         write_output(chrome_trace(predictor.step(min(predictor.seqlens), pos)), str(args.trace))
-    write_output(_report(args, predictor, name, prompt, pos), args.output)
+    write_output(_report(args, predictor, name, prompt, pos) + "\n", args.output)
     return 0
 
 
@@ -62,9 +69,8 @@ def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predict
         name = str(paths[0]) if len(paths) == 1 else f"{len(programs)} programs"
         return Predictor(lambda s: programs, tuple(lengths), _capacity(programs), _machine(args, lambda: _named_machine(programs[0]))), name
     if len(paths) > 1:
-        missing = [str(p) for p in paths if not p.exists()]
         raise TyirError(
-            f"{', '.join(missing)} does not exist" if missing else "more than one folder given",
+            "more than one folder given",
             help="give one artifact folder, or the .edge10 files of all dies for one length; --compare takes two folders",
         )
     from tyir.manifest import Manifest
@@ -124,7 +130,9 @@ def _positions(args: argparse.Namespace, predictor: Predictor) -> tuple[int, int
             f"--prompt-tokens {prompt} is not in 1..{capacity}, the cache's positions",
             help=f"the nearest possible is {min(max(prompt, 1), capacity)}",
         )
-    if not 0 <= pos <= capacity - shortest:
+    if pos < 0:
+        raise TyirError(f"--pos {pos} is negative", help="it is the number of tokens in the cache, 0 for the first")
+    if pos > capacity - shortest:
         raise TyirError(
             f"--pos {pos} leaves no room for a step of {shortest} in a cache of {capacity}",
             help=f"give a position in 0..{capacity - shortest}",
@@ -249,3 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes")
     add_debug_option(parser)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -47,13 +47,74 @@ def test_overrides_are_checked_together() -> None:
     assert MACHINE.with_overrides({"dram.bandwidth_gbps": 34.1}).constants["dram.bandwidth_gbps"].label == "override"
 
 
+BAD = """
+name = "mine"
+speed = 3
+[clock]
+frequency_mhz = { value = 1, label = "guessed", source = "?" }
+[cube]
+count = { value = 2.5, label = "assumed", low = 1, high = 4, source = "drawing" }
+rows = 16
+[dram]
+bandwidth_mbps = { value = 30400, label = "published", source = "datasheet" }
+efficiency = { value = 1.2, label = "published", source = "datasheet" }
+latency_ns = { value = 150, label = "assumed", source = "a guess" }
+[dma]
+issue_ns = { value = 40, low = 50, high = 60, label = "assumed", source = "measured" }
+outstanding = { value = -4, label = "published", source = "datasheet" }
+[turbo]
+boost = { value = 1, label = "published", source = "datasheet" }
+"""
+
+
 def test_a_bad_machine_file_lists_everything_wrong(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('[clock]\nfrequency_mhz = { value = 1, label = "guessed", source = "?" }\nspeed = 3\n')
+    path.write_text(BAD)
     with pytest.raises(TyirError) as caught:
         load_machine(path)
     text = str(caught.value)
-    assert "label 'guessed'" in text and "unknown constant 'clock.speed'" in text and "'dram.efficiency' is missing" in text
+    for said in (
+        "unknown constant 'speed'", "clock.frequency_mhz: label 'guessed' is none of published, derived, assumed, fitted",
+        "cube.count: value 2.5: this constant is a whole number, the nearest is 2", "cube.rows: needs value, label and source",
+        "unknown constant 'dram.bandwidth_mbps'", "did you mean 'dram.bandwidth_gbps'?", "dram.efficiency: value 1.2: a share of the bandwidth is at most 1",
+        "dram.latency_ns: an assumed constant needs low and high", "dma.issue_ns: value 40 lies outside its bounds 50..60",
+        "dma.outstanding: value -4: rates, sizes, counts and times must be positive", "unknown constant 'turbo.boost'", "sections are clock, cube, vector",
+        "constants are missing: c2c.bandwidth_gbps",
+    ):  # fmt: skip
+        assert said in text, said
+    path.write_text("[clock\n")
+    with pytest.raises(TyirError, match="not valid TOML"):
+        load_machine(path)
+    with pytest.raises(TyirError, match=r"cannot read the machine file .*none.toml: No such file"):
+        load_machine(tmp_path / "none.toml")
+    with pytest.raises(TyirError, match="describes no die that runs command programs"):
+        load_machine("h200")
+
+
+def test_a_machine_may_stand_on_another(tmp_path: Path) -> None:
+    path = tmp_path / "fast.toml"
+    path.write_text(
+        'name = "fast"\nbase = "edge10"\n[dram]\nbandwidth_gbps = { value = 60, label = "published", source = "datasheet, page 3" }\n'
+    )
+    machine = load_machine(path)
+    assert (machine.name, machine.dram.bandwidth_gbps, machine.cube) == ("fast", 60, MACHINE.cube)
+    assert machine.constants["dram.bandwidth_gbps"].source == "datasheet, page 3"
+    path.write_text('base = "other.toml"\n')
+    with pytest.raises(TyirError, match="is no known machine's name"):
+        load_machine(path)
+    path.write_text('base = "edge11"\n')
+    with pytest.raises(TyirError, match="there is no machine 'edge11'"):
+        load_machine(path)
+
+
+def test_the_documented_variant_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "machines.md").read_text()
+    path = tmp_path / "variant.toml"
+    path.write_text(page.split("```toml\n")[1].split("```")[0])
+    machine = load_machine(path)
+    assert machine.name == "edge10-lpddr5" and machine.dram_bytes_per_ns == pytest.approx(51.2 * 0.7)
+    sections = {row.split("`")[1] for row in page.split("## The sections")[1].splitlines() if row.startswith("| `")}
+    assert sections | {"c2c"} == {name.partition(".")[0] for name in machine.constants}
 
 
 def test_unknown_machine_names_the_known_ones() -> None:

@@ -190,15 +190,8 @@ class Machine:
                         f"{self.name} has no constant '{name}'", help=did_you_mean(name, self.constants) or "names are section.constant"
                     )
                 )
-            elif not 0 <= value < float("inf") or (value == 0 and not name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))):
-                problems.append(
-                    Diagnostic(
-                        f"{name} = {value} makes no sense: rates, sizes and counts must be positive",
-                        help=f"the file has {self.constants[name].value}",
-                    )
-                )
-            elif _is_integer(name) and value != int(value):
-                problems.append(Diagnostic(f"{name} = {value}: this constant is a whole number", help=f"the nearest is {round(value)}"))
+            elif problem := _value_problem(name, value):
+                problems.append(Diagnostic(f"{name} = {value:g}: {problem}", help=f"the file has {self.constants[name].value:g}"))
         if problems:
             raise TyirError(problems)
         changed = {n: Constant(float(v), "override", "given on the command line or by the caller") for n, v in values.items()}
@@ -225,10 +218,18 @@ class Machine:
         return cls(name=name, constants=dict(constants), **sections)
 
 
-def _is_integer(name: str) -> bool:
-    """Whether a constant is a count or a size."""
+def _value_problem(name: str, value: float) -> str | None:
+    """What is wrong with a value: times and overheads may be 0, nothing may be negative, counts and sizes are whole."""
+    if not 0 <= value < float("inf"):
+        return "rates, sizes, counts and times must be positive numbers"
+    if value == 0 and not name.endswith(("_ns", "_us", "_cycles", "overhead_bytes")):
+        return "rates, sizes and counts must be positive"
+    if name == "dram.efficiency" and value > 1:
+        return "a share of the bandwidth is at most 1"
     section, _, key = name.partition(".")
-    return get_type_hints(_sections()[section])[key] is int
+    if get_type_hints(_sections()[section])[key] is int and value != int(value):
+        return f"this constant is a whole number, the nearest is {round(value)}"
+    return None
 
 
 def _sections() -> dict[str, Any]:
@@ -238,61 +239,96 @@ def _sections() -> dict[str, Any]:
 def load_machine(name_or_path: str | Path = "edge10") -> Machine:
     """A machine by name (`tyir/targets/<name>.toml`) or by the path of a machine file.  Everything wrong with the file is reported at once."""
     path = Path(name_or_path)
+    own = path.suffix == ".toml"
     try:
-        text = path.read_text() if path.suffix == ".toml" else (resources.files("tyir.targets") / f"{name_or_path}.toml").read_text()
-        table = tomllib.loads(text)
-    except OSError:
-        known = sorted(
-            p.name.removesuffix(".toml")
-            for p in resources.files("tyir.targets").iterdir()
-            if p.name.endswith(".toml") and set(_sections()) <= set(tomllib.loads(p.read_text()))
-        )
+        table = tomllib.loads(path.read_text() if own else (resources.files("tyir.targets") / f"{name_or_path}.toml").read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise TyirError(
-            f"there is no machine '{name_or_path}'", help=f"known machines: {', '.join(known)}; or give the path of a .toml file"
+            f"cannot read the machine file {path}{reason}" if own else f"there is no machine '{name_or_path}'",
+            help=f"known machines: {', '.join(_known_machines())}; or give the path of a .toml file",
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise TyirError(f"not valid TOML: {error}", where=str(path)) from None
+        raise TyirError(f"not valid TOML: {error}", where=str(path), help="a machine file is described in docs/machines.md") from None
+    if not own and not set(_sections()) <= set(table):
+        raise TyirError(
+            f"{name_or_path} describes no die that runs command programs: it is for the kernel models (python -m tyir.tools.validate)",
+            help=f"machines that do: {', '.join(_known_machines())}; or give the path of a .toml file",
+        )
     return _machine_from_table(table, str(path))
 
 
+def _known_machines() -> list[str]:
+    """The shipped files that describe a die; others are for the kernel models."""
+    return sorted(
+        p.name.removesuffix(".toml")
+        for p in resources.files("tyir.targets").iterdir()
+        if p.name.endswith(".toml") and set(_sections()) <= set(tomllib.loads(p.read_text()))
+    )
+
+
 def _machine_from_table(table: dict[str, Any], where: str) -> Machine:
-    name = table.pop("name", Path(where).stem)
+    """`base = "edge10"` takes every constant that the file does not give from that machine."""
+    name, base = table.pop("name", Path(where).stem), table.pop("base", None)
     known = {f"{s}.{f.name}" for s, c in _sections().items() for f in fields(c)}
-    constants: dict[str, Constant] = {}
-    problems: list[Diagnostic] = []
+    named = isinstance(base, str) and not base.endswith(".toml")  # a file would be missing beside the artifacts that this one goes to
+    constants = dict(load_machine(base).constants) if named else {}
+    problems = (
+        []
+        if named or base is None
+        else [Diagnostic(f"base = {base!r} is no known machine's name", where=where, help='write base = "edge10"')]
+    )
+    given: set[str] = set()
     for section, entries in table.items():
         for key, entry in (entries if isinstance(entries, dict) else {"": entries}).items():
-            dotted = f"{section}.{key}"
+            dotted = f"{section}.{key}" if key else section
+            given.add(dotted)
             if dotted not in known:
-                problems.append(Diagnostic(f"unknown constant '{dotted}'", where=where, help=did_you_mean(dotted, known)))
-            elif (problem := _entry_problem(entry)) is not None:
                 problems.append(
-                    Diagnostic(
-                        f"{dotted}: {problem}",
-                        where=where,
-                        help='write { value = 1, label = "assumed", low = 0.5, high = 2, source = "..." }',
-                    )
+                    Diagnostic(f"unknown constant '{dotted}'", where=where, help=did_you_mean(dotted, known) or _help_for(dotted))
                 )
+            elif (problem := _entry_problem(dotted, entry)) is not None:
+                problems.append(Diagnostic(f"{dotted}: {problem}", where=where, help=_FORM))
             else:
                 constants[dotted] = Constant(entry["value"], entry["label"], entry["source"], entry.get("low"), entry.get("high"))
-    problems += [
-        Diagnostic(f"constant '{m}' is missing", where=where)
-        for m in sorted(known - set(constants))
-        if not any(f"'{m}'" in p.message or p.message.startswith(m) for p in problems)
-    ]
+    if missing := sorted(known - set(constants) - given):
+        plural = "constant is" if len(missing) == 1 else "constants are"
+        what = f"{len(missing)} {plural} missing: {', '.join(missing)}"
+        problems.append(Diagnostic(what, where=where, help='give them, or write base = "edge10" at the top to take them from there'))
     if problems:
         raise TyirError(problems)
-    return Machine._from_constants(name, constants)
+    return Machine._from_constants(str(name), constants)
 
 
-def _entry_problem(entry: object) -> str | None:
+_FORM: Final = 'write { value = 1, label = "assumed", low = 0.5, high = 2, source = "..." }'
+
+
+def _help_for(dotted: str) -> str:
+    """Where an unknown constant of a known section could belong."""
+    section = dotted.partition(".")[0]
+    if section in _sections():
+        return f"[{section}] has {', '.join(f.name for f in fields(_sections()[section]))}"
+    return f"sections are {', '.join(_sections())}"
+
+
+def _entry_problem(name: str, entry: object) -> str | None:
     if not isinstance(entry, dict) or not {"value", "label", "source"} <= set(entry):
         return "needs value, label and source"
-    if entry["label"] not in LABELS:
-        return f"label '{entry['label']}' is none of {', '.join(LABELS)}"
-    if not isinstance(entry["value"], (int, float)) or isinstance(entry["value"], bool):
-        return f"value {entry['value']!r} is not a number"
+    if unknown := sorted(set(entry) - {"value", "label", "source", "low", "high"}):
+        return f"has no field {', '.join(unknown)}"
+    if entry["label"] not in LABELS[:-1]:
+        return f"label '{entry['label']}' is none of {', '.join(LABELS[:-1])}"
+    if not isinstance(entry["source"], str) or not entry["source"].strip():
+        return "the source is empty: say where the number comes from"
+    for field in ("value", "low", "high"):
+        value = entry.get(field, entry["value"])
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return f"{field} {value!r} is not a number"
+        if problem := _value_problem(name, value):
+            return f"{field} {value:g}: {problem}"
     low, high = entry.get("low", entry["value"]), entry.get("high", entry["value"])
     if not low <= entry["value"] <= high:
         return f"value {entry['value']} lies outside its bounds {low}..{high}"
+    if entry["label"] == "assumed" and not {"low", "high"} <= set(entry):
+        return "an assumed constant needs low and high: results are reported as an interval"
     return None
