@@ -43,6 +43,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3-partial": {**SIZES, "partial_rotary_factor": 0.75},
 }
 
+QUICK = ("granite", "phi3-partial")
+
 
 @pytest.fixture(scope="module")
 def folders(save_model: Callable[..., Path]) -> dict[str, Path]:
@@ -76,7 +78,9 @@ def test_packed_projections_become_separate_ones(folders: dict[str, Path]) -> No
     assert len(slices) == 10 and all(constants.is_constant(op.out) for op in slices)
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq", "ct-symmetric"])
+@pytest.mark.parametrize(
+    "kind", ["awq", pytest.param("gptq", marks=pytest.mark.slow), pytest.param("ct-symmetric", marks=pytest.mark.slow)]
+)
 def test_quantised_heads_in_another_order(save_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     """Rows of words, scales and zero points are reordered alike: the logits are those of the de-quantised weights."""
     import torch
@@ -93,7 +97,7 @@ def test_quantised_heads_in_another_order(save_model: Callable[..., Path], tmp_p
     assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-4
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 @pytest.mark.parametrize("weights", ["fp16", pytest.param("int4", marks=pytest.mark.slow)])
 def test_on_three_dies(folders: dict[str, Path], tmp_path: Path, name: str, weights: str) -> None:
     options = BuildOptions(dies=3, seqlens=(1, 8), max_kv=48, weights=weights, group_size=64)

@@ -32,7 +32,7 @@ def text_of(module: Module) -> str:
     return re.sub(r"%\w+", lambda match: numbers.setdefault(match[0], f"%{len(numbers)}"), print_op(module))
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", [m if m in ("qwen2", "smollm3") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 def test_the_same_module(save_model: SaveModel, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     config, kinds = MODELS[model_type]
     folder = save_model(model_type, num_hidden_layers=5, **config)

@@ -71,9 +71,7 @@ def test_numbers_of_a_quantised_checkpoint(tmp_path: Path) -> None:
     assert [n.weights for n in plan.dies] == [compiled_bytes(folder, d, 1)[0] for d in range(3)]
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in ("seed_oss", "hunyuan_v1_dense") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", [f if f == "seed_oss" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_numbers_of_every_family(save_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """A config with nothing but sizes: whatever else the model has comes from the family's defaults, as in transformers."""
     folder = save_model(family, dtype="float16", vocab_size=256, head_dim=16, num_hidden_layers=3)
@@ -96,7 +94,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None
     assert shape.positions == config.max_position_embeddings
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
 def test_numbers_of_a_gguf_file(save_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     """Q4_0 stays 4-bit in groups of 32, the other formats become dense.  Zero points that are all 8 are stored once, which the plan does not count on."""
     write_gguf(tmp_path / "model.gguf", save_model("llama", dtype="float16", **SMALL), kind)

@@ -79,7 +79,7 @@ def error(got: Array, wanted: Array) -> float:
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("name", [n if n == "longrope" else pytest.param(n, marks=pytest.mark.slow) for n in CHANGING])
 def test_frequencies_are_those_of_the_length_asked_for(save_model: SaveModel, name: str) -> None:
     model_type, config = CHANGING[name]
     folder, notes = save_model(model_type, dtype="float32", **config), list[str]()
@@ -99,7 +99,7 @@ def test_frequencies_are_those_of_the_length_asked_for(save_model: SaveModel, na
     assert len(notes) == 4
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", [n if n == "window in some layers" else pytest.param(n, marks=pytest.mark.slow) for n in STATEFUL])
 def test_beyond_the_window_with_and_without_past(save_model: SaveModel, name: str) -> None:
     model_type, config = STATEFUL[name]
     folder = save_model(model_type, dtype="float32", **config)
@@ -111,7 +111,7 @@ def test_beyond_the_window_with_and_without_past(save_model: SaveModel, name: st
     assert error(with_past(module, folder, parts), hugging_face(folder, parts)) < 1e-4
 
 
-@pytest.mark.parametrize("max_kv", [24, 48])
+@pytest.mark.parametrize("max_kv", [pytest.param(24, marks=pytest.mark.slow), 48])
 def test_artifacts_on_both_sides_of_the_change(save_model: SaveModel, tmp_path: Path, max_kv: int) -> None:
     """Compiled for a cache that stays below the change, and for one beyond it: the reference of tyir-verify takes the same frequencies."""
     folder = save_model("llama", dtype="float16", vocab_size=256, **CHANGING["longrope"][1])
