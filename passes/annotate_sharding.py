@@ -31,12 +31,12 @@ from tyir.location import layer_of, module_path
 from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
 from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
-from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute
+from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute, vocabulary_ranges
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import f16
 
-__all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_stages", "vocabulary_ranges"]
+__all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_stages"]
 
 MAX_DIES = 16
 
@@ -320,11 +320,6 @@ def mlp_unit(width: int, group_size: int, dies: int) -> int:
     while width // unit < dies and unit % 2 == 0 and unit > 16:
         unit //= 2
     return unit
-
-
-def vocabulary_ranges(vocabulary: int, dies: int) -> tuple[tuple[int, int], ...]:
-    """Rows of embedding and head per die, in units of 16 where the vocabulary allows (whole tiles on every die)."""
-    return even_ranges(vocabulary, dies, math.gcd(vocabulary, 16) if vocabulary >= 16 * dies else 1)
 
 
 def _row_bytes(value: Value) -> int:

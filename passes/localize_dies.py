@@ -27,11 +27,10 @@ from tyir.dialects.ty import Embedding, Linear, QuantizedLinear, Repeat, Reshape
 from tyir.ir import Block, Op, Region, Value
 from tyir.passes._placement import holding_dies, placement_of, rule_for
 from tyir.passes._stages import require_stage
-from tyir.passes.annotate_sharding import vocabulary_ranges
 from tyir.passes.dce import eliminate_dead_code
 from tyir.passes.specialize_seqlen import infer_results
 from tyir.pipeline import Pass, PassContext
-from tyir.sharding import PARTIAL, REPLICATED, Split
+from tyir.sharding import PARTIAL, REPLICATED, Split, vocabulary_ranges
 from tyir.types import FunctionType, i64
 
 __all__ = ["LocalizeDies"]

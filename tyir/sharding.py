@@ -11,6 +11,7 @@ hold an argument) when these are not all: those of a pipeline stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +19,18 @@ from typing import Final
 from tyir.attributes import Attribute, DenseArrayAttr, DictAttr, IntegerAttr, OpaqueAttr, StringAttr
 from tyir.types import i64
 
-__all__ = ["PARTIAL", "REPLICATED", "Placement", "Range", "Split", "even_ranges", "from_attribute", "shardy_text", "to_attribute"]
+__all__ = [
+    "PARTIAL",
+    "REPLICATED",
+    "Placement",
+    "Range",
+    "Split",
+    "even_ranges",
+    "from_attribute",
+    "shardy_text",
+    "to_attribute",
+    "vocabulary_ranges",
+]
 
 Range = tuple[int, int]
 
@@ -60,6 +72,11 @@ def even_ranges(total: int, dies: int, unit: int = 1) -> tuple[Range, ...]:
         ranges.append((offset, size))
         offset += size
     return tuple(ranges)
+
+
+def vocabulary_ranges(vocabulary: int, dies: int) -> tuple[Range, ...]:
+    """Rows of embedding and head per die, in units of 16 where the vocabulary allows (whole tiles on every die)."""
+    return even_ranges(vocabulary, dies, math.gcd(vocabulary, 16) if vocabulary >= 16 * dies else 1)
 
 
 def to_attribute(placement: Placement) -> Attribute | None:

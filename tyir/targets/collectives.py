@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tyir.sharding import vocabulary_ranges
 from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width
 
@@ -108,23 +109,16 @@ def minimal_collectives(
     """
     if dies == 1:
         return ()
-    vector, size = tokens * hidden * 2, dies // stages
+    vector, members = tokens * hidden * 2, dies // stages
     own = layers // stages + (stage < layers % stages)
     sends = 1 if stages > 1 else 0
     received = (0 if stage == 0 else 1) + (0 if stage == stages - 1 else 1) if stages > 1 else 0
-    columns = vocabulary if not top_k else 2 * sum(min(top_k, n) for n in _even(vocabulary, dies))
+    columns = vocabulary if not top_k else 2 * sum(min(top_k, size) for _, size in vocabulary_ranges(vocabulary, dies))
     needs = (
-        CollectiveNeed("all_reduce", size, 2 * own if size > 1 else 0, vector),
+        CollectiveNeed("all_reduce", members, 2 * own if members > 1 else 0, vector),
         CollectiveNeed("all_reduce", dies, int(not embedding_as_input), vector),
         CollectiveNeed("send", 2, sends, vector),
         CollectiveNeed("recv", 2, received, vector),
         CollectiveNeed("all_gather", dies, 1, tokens * columns * 4),
     )
     return tuple(need for need in needs if need.count)
-
-
-def _even(total: int, parts: int) -> list[int]:
-    """The rows of a vocabulary on each die, in units of 16 where there are enough."""
-    unit = math.gcd(total, 16) if total >= 16 * parts else 1
-    units = total // unit
-    return [(units // parts + (part < units % parts)) * unit for part in range(parts)]
