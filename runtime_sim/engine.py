@@ -177,7 +177,7 @@ def _meetings(dies: Sequence[_Die], kind_of_die: Sequence[int]) -> Iterator[tupl
         op = reached.op
         if isinstance(op, edge10.Send):
             die = kind_of_die.index(kind)
-            peers = [kind_of_die[target] for target in op.targets]
+            peers = sorted({kind_of_die[target] for target in op.targets})
             if all(_receives(waiting[peer], die, op.tag) for peer in peers):
                 yield [kind, *peers], partial(_send_ns, op, die)
         elif not isinstance(op, edge10.Recv):

@@ -134,7 +134,7 @@ def tornado_bars(rows: Sequence[TornadoRow], point_ms: float) -> str:
     """A bar for each constant from the time at its low bound to that at its high one."""
     ends = [ms for r in rows for ms in (r.tpot_ms_at_low, r.tpot_ms_at_high)]
     low, high = min(*ends, point_ms), max(*ends, point_ms)
-    left, scale = 230, (WIDTH - 330) / ((high - low) or 1.0)
+    left, scale = 250, (WIDTH - 420) / ((high - low) or 1.0)
     body = []
     for number, r in enumerate(rows):
         y = number * 21
@@ -270,8 +270,9 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
             near = next((place for place in named if abs(place[0] - x) < 60 and abs(place[1] - y) < 14), (x, y))
             named.setdefault(near, []).append(name.rpartition(".")[2])
     for (x, y), names in named.items():
-        right = x < width - 160
-        body.append(_text(x + (14 if right else -14), y + 18, ", ".join(names), "start" if right else "end", "small"))
+        right = x < width - 210
+        label = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        body.append(_text(x + (14 if right else -14), y + 18, label, "start" if right else "end", "small"))
     body += [
         _text(width - 4, end[1] - 6, f"cubes {peak:,.0f} GMAC/s", "end"),
         _text(0.3 * start[0] + 0.7 * ridge[0] - 8, 0.3 * start[1] + 0.7 * ridge[1] - 8, f"DRAM {bandwidth:.1f} GB/s", "end"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from tyir.dialects import edge10
@@ -28,14 +29,23 @@ def _names(timing: Timing) -> Iterator[dict[str, Any]]:
 
 
 def _flows(timing: Timing) -> Iterator[dict[str, Any]]:
-    """An arrow for every collective from each die to the next one: who takes part, and where the next die stands."""
-    meetings = list(zip(*([r for r in records if r.command.unit == "d2d"] for records in timing.records)))
+    """An arrow for every collective from each of its dies to the next one, for a send from the sender to each receiver: who takes part.
+
+    Those who take part begin and end at the same time.
+    """
+    meetings: dict[tuple[float, float], list[tuple[int, Record]]] = {}
+    for die, records in enumerate(timing.records):
+        for record in records:
+            if record.command.unit == "d2d":
+                meetings.setdefault((record.data, record.end), []).append((die, record))
     tid = edge10.UNITS.index("d2d")
-    for number, records in enumerate(meetings):
-        for die in range(len(records) - 1):
-            common = {"cat": "d2d", "name": records[die].command.op.name, "id": f"{number}.{die}", "tid": tid}
-            yield {**common, "ph": "s", "pid": die, "ts": round(records[die].data / 1000, 6)}
-            yield {**common, "ph": "f", "bp": "e", "pid": die + 1, "ts": round(records[die + 1].end / 1000, 6)}
+    for number, members in enumerate(meetings.values()):
+        sender = next((m for m in members if isinstance(m[1].command.op, edge10.Send)), None)
+        pairs = [(sender, m) for m in members if m is not sender] if sender else list(pairwise(members))
+        for arrow, ((source, start), (target, end)) in enumerate(pairs):
+            common = {"cat": "d2d", "name": start.command.op.name, "id": f"{number}.{arrow}", "tid": tid}
+            yield {**common, "ph": "s", "pid": source, "ts": round(start.data / 1000, 6)}
+            yield {**common, "ph": "f", "bp": "e", "pid": target, "ts": round(end.end / 1000, 6)}
 
 
 def _event(die: int, record: Record) -> dict[str, Any]:

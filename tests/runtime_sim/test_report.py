@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
+from tests.runtime_sim.test_hand_worked import MACHINE, Die
+from tyir.dialects import edge10
 from tyir.printer import print_op
 from tyir.runtime_sim.costs import layer_costs, op_costs, unit_shares
 from tyir.runtime_sim.engine import simulate
 from tyir.runtime_sim.report import Predictor
+from tyir.runtime_sim.report_text import compare_text, text_report
+from tyir.runtime_sim.summary import Summary, summarize
 from tyir.runtime_sim.trace import chrome_trace
+from tyir.types import f16
 
 
 @pytest.fixture
@@ -102,6 +107,42 @@ def test_trace_has_an_arrow_for_each_collective(make_model: Callable[..., Any]) 
     starts, ends = ([e for e in events if e["ph"] == kind] for kind in "sf")
     assert len(starts) == len(ends) == sum(r.command.unit == "d2d" for r in timing.records[0])
     assert {e["id"] for e in starts} == {e["id"] for e in ends} and all(e["pid"] == 0 for e in starts)
+
+
+def test_trace_arrows_of_a_send_lead_to_its_receivers() -> None:
+    """Die 0 hands 7168 bytes to dies 1 and 2, after dies 1 and 2 have added among themselves."""
+    programs = []
+    for number in range(3):
+        die = Die(number, 3)
+        if number == 0:
+            die.add(edge10.Send((), source=0, nbytes=7168, targets=(1, 2)))
+        else:
+            total = die.add(edge10.AllReduce((), source=0, destination=0, nbytes=64, element=f16, dies=(1, 2)))
+            die.add(edge10.Recv((total,), destination=0, nbytes=7168, peer=0))
+        programs.append(die.program())
+    events = json.loads(chrome_trace(simulate(programs, MACHINE, 0)))["traceEvents"]
+    arrows = {(e["id"], e["name"]): e["pid"] for e in events if e["ph"] == "s"}
+    targets = {e["id"]: e["pid"] for e in events if e["ph"] == "f"}
+    found = sorted((name, pid, targets[arrow]) for (arrow, name), pid in arrows.items())
+    assert found == [("edge10.all_reduce", 1, 2), ("edge10.send", 0, 1), ("edge10.send", 0, 2)]
+
+
+def test_figures_side_by_side(make_model: Callable[..., Any]) -> None:
+    def summary(dies: int) -> Summary:
+        models = {n: make_model(tokens=n, group=16, dies=dies) for n in (1, 8)}
+        predictor = Predictor(lambda s: models[s].programs, (1, 8), 40, models[1].machine)
+        return summarize(predictor, f"out/{dies}die", 12, 12, curves=dies > 1)
+
+    one, two = summary(1), summary(2)
+    text = text_report(two, 3)
+    assert "collectives: 5 with" in text  # two sums in each of two layers, one gather of logits
+    assert [p.tokens for p in two.ttft_by_prompt] == [1, 6, 12, 24, 39] and [p.tokens for p in two.tpot_by_position] == [0, 9, 12, 19, 39]
+    assert all(p.ms.fast < p.ms.point < p.ms.slow for p in (*two.ttft_by_prompt, *two.tpot_by_position))
+    assert two.prefill_step is not None and two.prefill_step.seqlen == 8 and "one step of 8 at position 0" in text
+    shown = compare_text(one, two, 4).splitlines()
+    ratio = next(line for line in shown if line.startswith("TPOT at position 12")).split()[-1]
+    assert float(ratio) == pytest.approx(two.tpot_ms.point / one.tpot_ms.point, abs=6e-4)
+    assert json.loads(json.dumps(two.as_json()))["decode_step"]["layers"][1]["layer"] == 0
 
 
 def test_sweep_prints_a_line_for_each_value(make_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,17 @@ def test_trace_is_written(program: str, tmp_path: Path, capsys: pytest.CaptureFi
         (["--set", "dram.bandwidth_gbps"], "lacks a value"),
         (["--pos", "200"], "leaves no room for a step of 1 in a cache of 128"),
         (["--prompt-tokens", "0"], "the nearest possible is 1"),
+        (["--pos", "-1"], "--pos -1 is negative"),
         (["--machine", "edge11"], "known machines: "),
+        (["--machine", "h200"], "describes no die that runs command programs"),
+        (["--machine", "mine.toml"], "cannot read the machine file mine.toml"),
+        (["--set", "dram.bandwidth_gbps=-3"], "must be positive"),
+        (["--sweep", "dram.bandwith=1,2"], "has no constant 'dram.bandwith'"),
+        (["--sweep", "dram.bandwidth_gbps=1,x"], "'1,x' is no list of numbers"),
+        (["--report", "html", "--sweep", "dram.bandwidth_gbps=1"], "no HTML page"),
+        (["--compare"], "--compare takes two artifact folders, 1 given"),
+        (["--top", "-1"], "--top 0 lists no ops"),
+        (["nothing"], "nothing does not exist"),
     ],
 )
 def test_refusals(program: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
