@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan", action="store_true", help="only say, from config.json, what compiling with the options below would need and make"
     )
-    add_build_options(parser.add_argument_group("options of --plan; --max-kv also chooses the frequencies of rope types that change with the length"))
+    add_build_options(
+        parser.add_argument_group("options of --plan; --max-kv also chooses the frequencies of rope types that change with the length")
+    )
     add_debug_option(parser)
     return parser
 
