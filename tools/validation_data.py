@@ -24,6 +24,7 @@ from tyir.targets.accelerator import Accelerator
 __all__ = ["NARROW", "NEW", "Row", "read_rows"]
 
 NEW: Final = "(new)"
+_MARKS: Final = {"new_": NEW, "blind_": "(blind)"}
 _CALLS: Final = 24  # of one product in a graph, tools/measure_gpu.py
 
 
@@ -49,6 +50,7 @@ def read_rows(*folders: Path) -> list[Row]:
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         "peaks_and_ops.jsonl": _ops, "collectives.jsonl": _collectives, "models.jsonl": _models,
         "new_kernels.jsonl": _ops, "new_elementwise.jsonl": _ops, "new_collectives.jsonl": _collectives, "new_models.jsonl": _models,
+        "blind_models.jsonl": _models,
         "a100_sxm_gemm_trtllm_1.0.0.csv": _a100_gemm, "matmul_A100.csv": _llmcompass_matmul, "layernorm_A100.csv": _llmcompass_norm,
         "a100_sxm_context_attention_trtllm_1.0.0.csv": _a100_prefill, "a100_sxm_generation_attention_trtllm_1.0.0.csv": _a100_decode,
         "a100_sxm_custom_allreduce_trtllm_1.0.0.csv": _a100_all_reduce, "allreduce_A100x4_NVLink3.csv": _llmcompass_all_reduce,
@@ -60,9 +62,10 @@ def read_rows(*folders: Path) -> list[Row]:
 
 
 def _marked(file: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows of the files `new_*`, measured after the models were fitted, are kinds of their own: nothing is fitted on them."""
+    """Rows of the files `new_*` and `blind_*`, measured after the models were fitted, are kinds of their own: nothing is fitted on them."""
+    mark = next((m for start, m in _MARKS.items() if file.startswith(start)), None)
     for row in rows:
-        yield replace(row, kind=f"{row.kind} {NEW}") if file.startswith("new_") else row
+        yield row if mark is None else replace(row, kind=f"{row.kind} {mark}")
 
 
 NARROW: Final = " narrow"
@@ -167,7 +170,7 @@ def _collectives(path: Path) -> Iterator[Row]:
 def _models(path: Path) -> Iterator[Row]:
     for row in _json_lines(path):
         model = MODELS[str(row["model"])]
-        several = not path.name.startswith("new_")
+        several = not path.name.startswith(tuple(_MARKS))
         devices, batch, tokens, past = (int(str(row[k])) for k in ("world", "batch", "tokens", "past"))
         step = Step(model, devices, batch, tokens, past, several)
         kind = "model decode" if step.tokens == 1 else "model prefill"
