@@ -10,14 +10,14 @@ Prefill: a block of threads owns 128 query rows of one head and walks the 128-ke
 The half: owners of different lengths are dealt greedily, and at the end one as long as the longest is on average half done when the others have finished
 (Graham 1969 bounds it by one).  Flash attention: Dao et al. 2022; tiles in the causal case: FlashAttention-2.
 
-Decode, by one of two kernels, each with constants of its own (`attention.DecodeKernel`): *grouped* reads keys once for all query heads that share them, with one owner
+Decode, by one of two kernels, each with constants of its own (`accelerator.DecodeKernel`): *grouped* reads keys once for all query heads that share them, with one owner
 per sequence and group; *heads* has one owner per query head.  The library takes the grouped one for groups of up to `max_group` heads whose blocks of 128 keys, times
 `grouped_fill`, are at least as many as the multiprocessors (TensorRT-LLM, decoderXQARunner.h: 4).  Both may split a cache into parts (flash decoding):
 
     walk   = start + blocks of one part * block_us
     start  = nothing for one wave, wave_us for a second; beyond, the larger of wave_us and owner_us * owners / multiprocessors
     memory = the larger of  distinct bytes * read_share / DRAM rate  and  bytes of all owners * read_share / (L2 rate * l2_share); and touch_us * (1 - exp(-bytes / L2))
-    total  = launch + ramp + call + (walk^2 + memory^2)^(1/2) * rows of 16 query heads beyond the first [+ launch + ramp / 2 of the kernel that combines the parts]
+    total  = launch + ramp + call + (walk^2 + memory^2)^(1/2) * (1 + row_tile_share for every 16 heads of a group beyond 16) [+ launch + ramp / 2 of the kernel that combines the parts]
 
 Blocks of threads come in sizes of which 1, 2, ... `resident` fit a multiprocessor; the library keeps the largest until a quarter more owners wait than fit.
 Minimised over the number of parts; the cache is split from 8 blocks on, and not into more parts than fit at once.
