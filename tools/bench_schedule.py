@@ -17,6 +17,7 @@ Seconds are processor time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -49,6 +50,7 @@ class Attained:
     """One step: what the schedule takes, the bounds it is held against, and the processor seconds that building and simulating it took."""
 
     dies: int
+    output: str
     seqlen: int
     pos: int
     step_ms: float
@@ -108,7 +110,7 @@ def program_module(checkpoint: Path, dies: int, seqlens: Sequence[int], max_kv: 
     return module
 
 
-def measure(module: Module, seqlen: int, pos: int, machine: Machine, *, check: bool = False) -> Attained:
+def measure(module: Module, seqlen: int, pos: int, machine: Machine, *, output: str = "logits", check: bool = False) -> Attained:
     """Lower all dies of a `program`-stage module for `seqlen` and time one step at `pos`; with `check`, its memory accesses are replayed too."""
     from tyir.backends.edge10.lower import lower_die
     from tyir.dialects.builtin import Module as ModuleOp
@@ -128,7 +130,7 @@ def measure(module: Module, seqlen: int, pos: int, machine: Machine, *, check: b
         checked = time.process_time() - simulated
     macs, moved = _most_macs(timing), max(timing.dram_bytes)
     return Attained(
-        len(programs), seqlen, pos, timing.total_ns * 1e-6, moved * 1e-6, macs * 1e-9, moved / machine.dram_bytes_per_ns * 1e-6,
+        len(programs), output, seqlen, pos, timing.total_ns * 1e-6, moved * 1e-6, macs * 1e-9, moved / machine.dram_bytes_per_ns * 1e-6,
         macs / machine.macs_per_cycle_fp16 * machine.cycle_ns * 1e-6, timing.bound_by, sum(map(len, (d.commands for d in timing.dies))),
         lowered - started, simulated - lowered, checked,
     )  # fmt: skip
@@ -152,10 +154,10 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         config = QWEN2_5_7B if args.config is None else json.loads((args.config / "config.json").read_text())
         folder = write_sparse_checkpoint({**config, **({"num_hidden_layers": args.layers} if args.layers else {})}, Path(temporary))
-        for dies in args.dies:
-            module = program_module(folder, dies, args.seqlens, args.max_kv, args.weights, args.group_size, args.output)
+        for dies, output in itertools.product(args.dies, args.output.split(",")):
+            module = program_module(folder, dies, args.seqlens, args.max_kv, args.weights, args.group_size, output)
             for seqlen in args.seqlens:
-                rows.append(measure(module, seqlen, args.pos if seqlen == 1 else 0, machine, check=args.check))
+                rows.append(measure(module, seqlen, args.pos if seqlen == 1 else 0, machine, output=output, check=args.check))
                 if not args.json:
                     print(_row(rows[-1]) if len(rows) > 1 else f"{_HEAD}\n{_row(rows[-1])}", flush=True)
     if args.json:
@@ -164,14 +166,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 _HEAD: Final = (
-    f"{'dies':>4}{'tokens':>8}{'at':>6}{'step ms':>10}{'DRAM MB':>10}{'GMAC':>8}{'of DRAM':>9}{'of cube':>9}  "
+    f"{'dies':>4}{'output':>8}{'tokens':>8}{'at':>6}{'step ms':>10}{'DRAM MB':>10}{'GMAC':>8}{'of DRAM':>9}{'of cube':>9}  "
     f"{'bound by':<9}{'commands':>9}{'lower s':>9}{'sim s':>7}{'check s':>9}"
 )
 
 
 def _row(r: Attained) -> str:
     return (
-        f"{r.dies:>4}{r.seqlen:>8}{r.pos:>6}{r.step_ms:>10.3f}{r.dram_mb:>10.2f}{r.gmacs:>8.2f}{100 * r.of_dram:>7.1f} %{100 * r.of_cube:>7.1f} %  "
+        f"{r.dies:>4}{r.output:>8}{r.seqlen:>8}{r.pos:>6}{r.step_ms:>10.3f}{r.dram_mb:>10.2f}{r.gmacs:>8.2f}{100 * r.of_dram:>7.1f} %{100 * r.of_cube:>7.1f} %  "
         f"{r.bound_by:<9}{r.commands:>9}{r.lower_s:>9.2f}{r.simulate_s:>7.2f}"
         + (f"{r.checked_s:>9.2f}" if r.checked_s is not None else f"{'-':>9}")
     )
@@ -191,7 +193,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-kv", type=int, default=2048, metavar="N", help="positions of the cache (default 2048)")
     parser.add_argument("--weights", choices=("fp16", "int4"), default="int4", help="decoder weights (default int4; the head stays fp16)")
     parser.add_argument("--group-size", type=int, default=128, metavar="N", help="input channels per scale (default 128)")
-    parser.add_argument("--output", default="logits", metavar="KIND", help="logits (default), argmax or topk=K")
+    parser.add_argument(
+        "--output",
+        default="logits,argmax",
+        metavar="KIND,KIND",
+        help="logits, argmax or topk=K, one after the other (default logits,argmax)",
+    )
     parser.add_argument("--machine", default="edge10", metavar="NAME|FILE", help="machine file (default edge10)")
     parser.add_argument("--check", action="store_true", help="replay every command's memory accesses: bounds, unwritten bytes, races")
     parser.add_argument("--json", action="store_true", help="print JSON")
