@@ -11,6 +11,7 @@ from tyir.dialects.ty import Global
 from tyir.manifest import Manifest
 from tyir.parser import parse_file
 from tyir.runtime_sim.chunks import Chunk
+from tyir.runtime_sim.command_trace import Observer
 from tyir.runtime_sim.functional import FunctionalDie, run_step
 from tyir.runtime_sim.program import load_program, machine_of
 from tyir.runtime_sim.program_engine import CacheName
@@ -23,7 +24,9 @@ Array = npt.NDArray[Any]
 
 
 class Edge10Engine:
-    """All dies of all lengths; the programs of one die share weights and caches, which stay in its DRAM between steps."""
+    """All dies of all lengths; the programs of one die share weights and caches, which stay in its DRAM between steps.  `observer` sees every command."""
+
+    observer: Observer | None = None
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -39,7 +42,10 @@ class Edge10Engine:
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """One step of all dies; the main die's outputs by name."""
         given = {name: array for name, array in inputs.items() if name != "pos"}  # registers of the command processor, not a buffer
-        return run_step(self._programs(chunk.seqlen), given, tuple(inputs["pos"].tolist()))
+        dies = self._programs(chunk.seqlen)
+        for die in dies:
+            die.observer = self.observer
+        return run_step(dies, given, tuple(inputs["pos"].tolist()))
 
     def caches(self) -> dict[CacheName, Array]:
         """The `kv` buffers of every die."""

@@ -17,6 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import dequantize_rows
 from tyir.lockstep import Meet, Recv, Request, Send, drive
+from tyir.runtime_sim.command_trace import Access, Observer
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.program import Command, EdgeProgram
 from tyir.runtime_sim.unroll import Position, position_of
@@ -33,7 +34,10 @@ class FunctionalDie:
     """One die: its program and memories.
 
     `weights` maps buffer names to packed arrays (`tyir.storage.pack`).  With `check`, bytes never written and races are errors (bounds always are).
+    `observer` is told of every command after it (`command_trace`).
     """
+
+    observer: Observer | None = None
 
     def __init__(self, program: EdgeProgram, weights: Mapping[str, Array], machine: Machine, *, check: bool = True) -> None:
         self.program = program
@@ -44,6 +48,7 @@ class FunctionalDie:
         self.loaded_bytes = 0
         self.macs = 0
         self.pos: Position = 0
+        self._accesses: list[Access] = []
 
     def share_memory(self, other: FunctionalDie) -> None:
         """Use another program's caches and weights (another sequence length of the same die): buffers of the same name become one."""
@@ -70,6 +75,9 @@ class FunctionalDie:
                 self._collective_result(command, combined)
             else:
                 _HANDLERS[type(command.op)](self, command)
+            if self.observer is not None:
+                self.observer(self.program.die, command, self._accesses)
+                self._accesses = []
 
     # -- memory access: every byte a command touches goes through these -------------------------------------------
     def sram(
@@ -97,7 +105,8 @@ class FunctionalDie:
         data = memory.view(offset, extent, command)
         if self.check and extent:
             self._note(command, name, memory.written[offset : offset + extent], shape, strides, dtype.itemsize, offset, write)
-        return np.ndarray(tuple(shape), dtype, buffer=data, strides=tuple(strides)) if extent else np.zeros(tuple(shape), dtype)
+        array = np.ndarray(tuple(shape), dtype, buffer=data, strides=tuple(strides)) if extent else np.zeros(tuple(shape), dtype)
+        return self._observed(name, offset, array, write)
 
     def dram(self, command: Command, address: int, shape: Sequence[int], strides: Sequence[int], write: bool = False) -> Array:
         """A view of DRAM as bytes [.., row bytes]; it must lie in one buffer."""
@@ -113,7 +122,13 @@ class FunctionalDie:
             self._note(command, f"DRAM buffer @{buffer.sym_name}", marks, shape, strides, 1, offset, write)
         elif write and written is not None:
             written[offset : offset + extent] = True
-        return np.ndarray(tuple(shape), np.uint8, buffer=data, strides=tuple(strides)) if extent else np.zeros(tuple(shape), np.uint8)
+        array = np.ndarray(tuple(shape), np.uint8, buffer=data, strides=tuple(strides)) if extent else np.zeros(tuple(shape), np.uint8)
+        return self._observed(f"@{buffer.sym_name}", offset, array, write)
+
+    def _observed(self, memory: str, offset: int, array: Array, write: bool) -> Array:
+        if self.observer is not None:
+            self._accesses.append(Access(memory, offset, array, write))
+        return array
 
     def _note(
         self,

@@ -14,6 +14,7 @@ from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.sampling import Sampler
+    from tyir.runtime_sim.session import Session
 
 __all__ = ["load_tokenizer", "main", "stop_tokens"]
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     session = Session(args.artifacts, args.engine, check=not args.no_check)
+    if args.trace_commands is not None:
+        _trace_commands(session, args.trace_commands)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(args.artifacts)
     prompts = args.prompt or [sys.stdin.read()]
@@ -65,6 +68,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _trace_commands(session: Session, path: Path) -> None:
+    """Write a line for every command to a file, while the session runs."""
+    from tyir.runtime_sim.command_trace import CommandTrace
+    from tyir.runtime_sim.edge10_engine import Edge10Engine
+
+    if not isinstance(session.engine, Edge10Engine):
+        raise TyirError("--trace-commands needs the engine that executes commands", help="add --engine edge10")
+    try:
+        session.engine.observer = CommandTrace(path.open("w", encoding="utf-8", buffering=1))
+    except OSError as error:
+        raise TyirError(f"cannot write {path}: {error.strerror}") from None
+
+
 def _run_batch(
     args: argparse.Namespace, prompts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: Any, sampler: Sampler, stops: set[int]
 ) -> int:
@@ -73,6 +89,8 @@ def _run_batch(
 
     if args.cache is not None:
         raise TyirError("--cache is for one prompt", help="give one --prompt")
+    if args.trace_commands is not None:
+        raise TyirError("--trace-commands is for one prompt", help="give one --prompt")
     session = BatchSession(args.artifacts, args.engine, check=False)
     if len(prompts) > len(session.tokens):
         raise TyirError(
@@ -151,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)"
     )
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes first")
+    parser.add_argument(
+        "--trace-commands", type=Path, metavar="FILE", help="with --engine edge10: a line for every command, with what it reads and writes"
+    )
     add_debug_option(parser)
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tyir.dialects import edge10
+from tyir.runtime_sim.command_trace import CommandTrace
 from tyir.targets.machine import load_machine
 
 
@@ -86,3 +88,19 @@ def test_very_many_tokens_go_through_a_layer_in_blocks_of_rows(
     model = make_model(machine=machine, capacity=240, **sizes)
     assert {op.first_query for op in model.lowered[0].walk_type(edge10.SoftmaxBlock)} >= {0, 80}
     compare(model, 17)
+
+
+def test_every_command_can_be_observed(make_model: Callable[..., Any]) -> None:
+    """One line each, in order; what a command has written is what the next one reads."""
+    model = make_model(group=16, layers=1)
+    dies = model.functional()
+    file = io.StringIO()
+    dies[0].observer = CommandTrace(file)
+    model.step(dies, np.zeros((1, 1), np.int32), 0)
+    lines = file.getvalue().splitlines()
+    commands = model.programs[0].expand(0)
+    assert [line.partition(":")[0] for line in lines] == [f"die 0 {command.describe()}" for command in commands]
+    norm = next(i for i, line in enumerate(lines) if "input_layernorm" in line and "vector" in line)
+    assert lines[norm].count("reads SRAM") == 2 and "writes SRAM" in lines[norm] and "64 float16, " in lines[norm]
+    stored = next(line for line in lines if "edge10.store" in line and "@k0" in line)
+    assert "reads SRAM at" in stored and "writes @k0 at 0 (" in stored
