@@ -287,6 +287,8 @@ class FlatParser(ScopeParser):
             kind = self.type()
             if isinstance(kind, FunctionType):
                 in_types, out_types = list(kind.inputs), kind.results
+            elif self.text.startswith(", ", self.pos):
+                return None  # a list of types: the full parser's
             else:
                 common = kind
         loc = self.location() if self.text.startswith(" loc(", self.pos) else UNKNOWN

@@ -150,9 +150,14 @@ class _Builder(Parser):
         count = sum(n for _, n, _ in header.results)
         if kind is None and (header.operands or count or (rest is None and Terminator not in cls.traits)):
             self.fail("expected ':' and the operation's type", tree.meta.end_pos)
-        found = None if kind is None else self._kind(kind)
+        kinds = [] if kind is None else [self._kind(child) for child in kind.children]
+        if len(kinds) > 1 and (count or isinstance(kinds[0], t.FunctionType)):
+            self.fail("one type stands for all operands and results", tree.meta.end_pos)
+        found = kinds[0] if kinds else None
         if found is None or isinstance(found, t.FunctionType):
             in_types, out_types = ([], ()) if found is None else (list(found.inputs), found.results)
+        elif len(kinds) > 1:
+            in_types, out_types = kinds, ()
         else:
             in_types, out_types = [found] * len(header.operands), (found,) * count
         loc = l.UNKNOWN if location is None else self._location(location)

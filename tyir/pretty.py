@@ -11,7 +11,7 @@
 
 Against the generic form: no quotes; the op's symbol (`sym_name`, or the only property that refers to one) stands behind its name; operands have no parentheses
 unless a symbol precedes them; properties and attributes share one dictionary in front of the regions (the declaration says which is which); one type that all
-operands and results have is written once (not by calls), and ops without operands and results need none when they have a dictionary, regions or end their block.  Modules and
+operands and results have is written once (not by calls), an op without results lists its operands' types, and ops without operands and results need none when they have a dictionary, regions or end their block.  Modules and
 functions are written as MLIR writes them, `func.return` and `func.call` without their dialect.  Ops that this cannot say (undeclared names, properties that the
 op does not have) are printed in the generic form; both forms may stand in one file.
 """

@@ -371,10 +371,11 @@ class _ShortPrinter(_Printer):
 
     # -- modules and functions --------------------------------------------------------------------------------------
     def _module(self, op: Op, indent: str) -> Iterator[_Step]:
-        middle = self._middle(op)
-        assert middle is not None
-        symbol = middle.name.removeprefix(op.name)
-        self.lines.append(f"{indent}module{symbol}{' attributes' if middle.entries else ''}{middle.entries} {{")
+        merged = merged_entries(type(op), op.properties, op.attributes)
+        assert merged is not None
+        symbol, entries = merged
+        name = "" if symbol is None else f" {self.text(symbol)}"
+        self.lines.append(f"{indent}module{name}{' attributes' if len(entries) else ''}{self._braces(entries)} {{")
         yield from self._body(op, indent)
 
     def _function(self, op: Op, head: FunctionHead, indent: str) -> Iterator[_Step]:
@@ -439,7 +440,9 @@ class _ShortPrinter(_Printer):
             return super()._tail(op)
         types = [v.type for v in (*op._operands, *op.results)]
         common = None if middle.is_call else common_type(types)
-        if common is not None:
+        if not op.results and len(types) > 1 and not middle.is_call and not isinstance(types[0], FunctionType):
+            signature = f" : {', '.join([self.text(t) for t in types])}"
+        elif common is not None:
             signature = f" : {self.text(common)}"
         elif types or not (middle.entries or op.regions or (Terminator in op.traits and op._next is None)):
             signature = self._signature(op)
@@ -453,7 +456,7 @@ class _ShortPrinter(_Printer):
         if key not in self.middles:
             merged = merged_entries(*key)
             self.middles[key] = None
-            if merged is not None and isinstance(op, DeclaredOp) and not isinstance(op, Func):
+            if merged is not None and isinstance(op, DeclaredOp) and not isinstance(op, (Func, Module)):
                 symbol, entries = merged
                 name = SHORT_NAMES.get(op.name, op.name) + (f" {self.text(symbol)}" if symbol is not None else "")
                 has_symbol = symbol is not None

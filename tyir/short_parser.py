@@ -40,7 +40,7 @@ class ShortParser(FlatParser):
             self._unknown_op(name, match)
         if cls is Func:
             return self._function_header(start, results)
-        if match[0] == "module":
+        if cls is Module:
             return self._module_header(start, results)
         at = self.skip_space()
         symbol = self.symbol_reference() if self.peek() == "@" else None
@@ -70,7 +70,7 @@ class ShortParser(FlatParser):
             self.fail(str(error), at, self.pos)
 
     def _finish_short(self, header: Header, attributes: DictAttr) -> None:
-        """The type of the short form: a signature, or one type for all operands and results, or nothing where there is neither."""
+        """The type of the short form: a signature, one type for all operands and results, operand types alone, or nothing where there is neither."""
         types_at = self.skip_space()
         in_types: list[Type] = []
         out_types: tuple[Type, ...] = ()
@@ -81,6 +81,10 @@ class ShortParser(FlatParser):
             kind = self.type()
             if isinstance(kind, FunctionType):
                 in_types, out_types = list(kind.inputs), kind.results
+            elif not header.results and self.peek() == ",":
+                in_types = [kind]
+                while self.accept(","):
+                    in_types.append(self.type())
             else:
                 in_types, out_types = [kind] * len(header.operands), (kind,) * sum(n for _, n, _ in header.results)
         types_end = self.pos

@@ -29,13 +29,14 @@ class _Tool:
     """How to call a tool."""
 
     spellings: tuple[str, ...]
-    flags: tuple[str, ...]  # for the generic form with locations
+    generic: str
+    locations: str
     keeps_resources: bool = True  # False: resources met before in the same process are renamed
 
 
 TOOLS = {
-    "mlir-opt": _Tool(("mlir-opt", "mlir-opt-19"), ("--mlir-print-op-generic", "--mlir-print-debuginfo")),
-    "xdsl-opt": _Tool(("xdsl-opt",), ("--print-op-generic", "--print-debuginfo"), keeps_resources=False),
+    "mlir-opt": _Tool(("mlir-opt", "mlir-opt-19"), "--mlir-print-op-generic", "--mlir-print-debuginfo"),
+    "xdsl-opt": _Tool(("xdsl-opt",), "--print-op-generic", "--print-debuginfo", keeps_resources=False),
 }
 
 
@@ -53,22 +54,23 @@ class Answer:
     complaint: str = ""
 
 
-def ask(name: str, texts: list[str]) -> list[Answer]:
-    """Give texts to a tool, many in one run of it; when it refuses some, the answers say which."""
+def ask(name: str, texts: list[str], generic: bool) -> list[Answer]:
+    """What a tool prints for texts, in the generic form or in its own; many go in one run of it, and when it refuses some, the answers say which."""
+    flags = [TOOLS[name].locations, *([TOOLS[name].generic] if generic else [])]
     if TOOLS[name].keeps_resources:
-        return _run(name, texts)
-    answers = {text: _run(name, [text])[0] for text in texts if "{-#" in text}
+        return _run(name, texts, flags)
+    answers = {text: _run(name, [text], flags)[0] for text in texts if "{-#" in text}
     rest = [text for text in texts if text not in answers]
-    answers.update(zip(rest, _run(name, rest)))
+    answers.update(zip(rest, _run(name, rest, flags)))
     return [answers[text] for text in texts]
 
 
-def _run(name: str, texts: list[str]) -> list[Answer]:
+def _run(name: str, texts: list[str], flags: list[str]) -> list[Answer]:
     if not texts:
         return []
     tool = find_tool(name)
     assert tool is not None
-    command = [tool, "--allow-unregistered-dialect", "--split-input-file", *TOOLS[name].flags]
+    command = [tool, "--allow-unregistered-dialect", "--split-input-file", *flags]
     done = subprocess.run(command, input=f"\n{SPLIT}\n".join(texts), capture_output=True, text=True, check=False)
     parts = done.stdout.split(SPLIT)
     if done.returncode == 0 and len(parts) == len(texts):
@@ -76,7 +78,7 @@ def _run(name: str, texts: list[str]) -> list[Answer]:
     if len(texts) == 1:
         return [Answer(None, done.stderr or f"{len(parts)} texts came back")]
     half = len(texts) // 2
-    return [*_run(name, texts[:half]), *_run(name, texts[half:])]
+    return [*_run(name, texts[:half], flags), *_run(name, texts[half:], flags)]
 
 
 def differences(ours: Iterable[str], theirs: Iterable[Answer]) -> list[str]:
