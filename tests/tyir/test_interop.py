@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tyir.interop import SPLIT, TOOLS, ask, differences, find_tool
+from tests.tyir.interop import SPLIT, ask, differences, find_tool
 from tyir.diagnostics import TyirError
 from tyir.parser import parse_module
 from tyir.pass_registry import PassRegistry
