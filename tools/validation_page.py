@@ -52,7 +52,7 @@ _WEAK: Final = """
   (`predict --one-model`).  The recipe of `models.jsonl` is known as a list of kernels only; the rows measured afresh repeat its decode steps within 0 to 4 % and its prefill steps within 2 to 12 %.
 * **Which kernel a library picks is not public.** The models search tiles for the least time; a library's heuristic often does not take it.  On the A100, M = 1024
   against 4096 x 4096 weights takes 204 us and M = 768 takes 104 us: 256 x 128 tiles in two waves, where 128 x 128 tiles would be faster.  That is the tail of the bf16 rows.
-* **A100 W4A16** misses its target of 8 % by little: measured times jump (4096 x 8192 at M = 64, 80, 96: 68, 261, 86 us), and a correction by measured neighbours still leaves the floor in the table.
+* **A100 W4A16** jumps where it was measured (4096 x 8192 at M = 64, 80, 96: 68, 261, 86 us): a correction by measured neighbours still leaves the floor in the table.
 * **A100 decode attention** misses its target of 8 %.  The rule by which TensorRT-LLM takes turns between a kernel for groups of heads and one for single heads is public and in the model; the grouped
   one (half of the rows) is within 8 %.  Single heads with short caches are read at up to 2.7 TB/s of a 2.0 TB/s memory, and long grouped ones at 3.3: the measured caches share blocks or stay in the L2;
   `read_share` = 0.5 stands for the latter only.

@@ -1,6 +1,6 @@
 """Time of one matrix product [m, k] x [k, n] by the best of the library's kernels: tiles dealt to multiprocessors in waves, k split when there are few tiles.
 
-For a tile of R x C and a split of k into s parts there are W = ceil(m / R) * ceil(n / C) * s blocks, run in waves of at most one per multiprocessor:
+For a tile of R x C and a split of k into s parts there are W = ceil(m / R) * ceil(n / C) * s blocks, run in waves of at most one per multiprocessor (two where said below):
 
     wave of c blocks = (matrix^4 + memory^4)^(1/4) + tile R C / 128^2         overlap of both, rounded where they meet; the stores of a tile wait for its last product
     matrix = the larger of  2 R C (k / s) (1 + q (1 / R + 1 / C)) / (peak of one multiprocessor * efficiency)      q = gemm.operand_rows
@@ -10,7 +10,8 @@ For a tile of R x C and a split of k into s parts there are W = ceil(m / R) * ce
     latency = ceil(k / s / 64) * step
     total  = launch + ramp * min(1, k / 512) + waves (+ for s > 1 split_us, or another call of the 4-bit kernels, to add the parts, and partial sums in f32 through the L2)
 
-De-quantising a block's weights, columns * (k / s) / dequant, hides half behind the matrix units: (own^1.5 + dequant^1.5)^(2/3).
+De-quantising a block's weights, columns * (k / s) / dequant, hides half behind the matrix units: (own^1.5 + dequant^1.5)^(2/3).  A block alone waits for its
+own chain of loads, shifts and conversions: two on one multiprocessor, which the 4-bit kernels of few rows allow, de-quantise twice as much in the same time.
 The factor with q is the reading of operands out of shared memory: a multiprocessor that does 1024 multiply-accumulates and reads 128 bytes a cycle would need 16 rows
 for it if nothing overlapped.  Weights come from DRAM (the measurements rotate them); written bytes cost `dram.write_cost`; a working set that replaces the L2's
 contents costs `dram.ramp_us * (1 - exp(-bytes / L2))`.
@@ -132,18 +133,26 @@ def _split_ns(product: Product, machine: Accelerator, tile: tuple[int, int], blo
     rows, columns = tile
     depth = -(-product.k // parts)
     total = blocks * parts
-    full, rest = divmod(total, machine.sm.count)
+    resident = 1 if product.plain or rows > machine.weight_only.two_blocks_rows else 2
+    full, rest = divmod(total, machine.sm.count * resident)
     work = 2.0 * rows * columns * depth
     own = (
         work
         * (1 + machine.gemm.operand_rows * (1 / rows + 1 / columns))
         / (machine.sm_flops_per_ns * machine.gemm.efficiency * product.matrix_speed)
     )
-    own = (own**_DEQUANT_OVERLAP + (columns * depth / product.dequant_per_ns) ** _DEQUANT_OVERLAP) ** (1 / _DEQUANT_OVERLAP)
     loaded = (min(rows, product.m) * product.activation_bytes + min(columns, product.n) * product.weight_bytes) * depth
     memory = max(product.dram_bytes(machine) / total / machine.dram_bytes_per_ns, loaded / machine.l2.bandwidth_gbps)
-    wave = _Wave(own, work / rate, memory, _latency_ns(product, depth, machine), machine.gemm.tile_us * 1000 * rows * columns / _TILE_AREA)
-    time = full * wave.ns(machine.sm.count) + (wave.ns(rest) if rest else 0)
+    wave = _Wave(
+        machine.sm.count,
+        own,
+        columns * depth / product.dequant_per_ns,
+        work / rate,
+        memory,
+        _latency_ns(product, depth, machine),
+        machine.gemm.tile_us * 1000 * rows * columns / _TILE_AREA,
+    )
+    time = full * wave.ns(machine.sm.count * resident) + (wave.ns(rest) if rest else 0)
     if parts > 1:
         starts = machine.gemm.split_us if product.plain else machine.weight_only.call_us
         time += starts * 1000 + 8.0 * parts * product.m * product.n / machine.l2.bandwidth_gbps
@@ -156,18 +165,24 @@ def _latency_ns(product: Product, depth: int, machine: Accelerator) -> float:
 
 
 class _Wave(NamedTuple):
-    """What blocks of one wave need, in ns: `own` matrix time on a multiprocessor, `shared` part of the power-limited rate, `memory` part of the bytes, `latency` of its k."""
+    """What blocks of one wave need, in ns, on `count` multiprocessors: `own` matrix time and `dequant` of one block, `shared` part of the power-limited rate,
+    `memory` part of the bytes, `latency` of its k, `tile` to store."""
 
+    count: int
     own: float
+    dequant: float
     shared: float
     memory: float
     latency: float
     tile: float
 
     def ns(self, blocks: int) -> float:
-        """Time of a wave of so many blocks.
+        """Time of a wave of so many blocks; those on one multiprocessor share its matrix units, and the stores of one hide behind the other.
 
-        Example (tile 200 ns): 100 blocks, own 5000, shared 40, memory 30, latency 4000: matrix 5000, memory (3000^2 + 4000^2)^(1/2) = 5000: 2^(1/4) * 5000 + 200 = 6146 ns.
+        Example (tile 200 ns, nothing to de-quantise): 100 blocks on 108, own 5000, shared 40, memory 30, latency 4000: matrix 5000,
+        memory (3000^2 + 4000^2)^(1/2) = 5000: 2^(1/4) * 5000 + 200 = 6146 ns.
         """
-        matrix, memory = max(self.own, blocks * self.shared), math.hypot(blocks * self.memory, self.latency)
+        own = self.own * -(-blocks // self.count)
+        own = (own**_DEQUANT_OVERLAP + self.dequant**_DEQUANT_OVERLAP) ** (1 / _DEQUANT_OVERLAP)
+        matrix, memory = max(own, blocks * self.shared), math.hypot(blocks * self.memory, self.latency)
         return float((matrix**4 + memory**4) ** 0.25 + self.tile)

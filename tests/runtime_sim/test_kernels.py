@@ -25,7 +25,7 @@ def plain() -> Accelerator:
         "dram.bandwidth_gbps": 1000, "dram.efficiency": 1, "dram.write_cost": 1, "dram.ramp_us": 0, "l2.capacity_bytes": 1e6, "l2.bandwidth_gbps": 1e9,
         "launch.kernel_us": 1, "launch.ramp_us": 1, "gemm.efficiency": 1, "gemm.tile_us": 0, "gemm.operand_rows": 0, "gemm.step_ns": 0, "gemm.split_us": 1.5, "gemm.gemv": 0,
         "weight_only.bytes_per_weight": 0.5, "weight_only.dequant_per_cycle": 100, "weight_only.step_ns": 0, "weight_only.call_us": 1,
-        "weight_only.gemv_max_rows": 0, "attention.efficiency": 1, "attention.max_group": 64, "attention.grouped_fill": 1000,
+        "weight_only.gemv_max_rows": 0, "weight_only.two_blocks_rows": 0, "attention.efficiency": 1, "attention.max_group": 64, "attention.grouped_fill": 1000,
         "attention.call_us": 0, "attention.decode_call_us": 0, "attention.packed_passes": 0,
         "rowwise.bandwidth_gbps": 1000, "rowwise.row_ns_per_byte": 0.1, "rowwise.strided_us": 0.5, "rowwise.any_width_per_ns": 200, "rowwise.any_width_row_ns_per_byte": 0.2, "rowwise.call_us": 0, "link.bandwidth_gbps": 200, "link.efficiency": 1, "link.hop_us": 0.6, "link.spread_us": 0,
         "link.direct_efficiency": 0.5, "link.one_shot_us": 4, "link.peer_us": 0, "link.one_shot_max_bytes": 1e6, "link.two_shot_max_bytes": 2e6,
@@ -81,6 +81,16 @@ def test_dequantisation_adds_to_the_matrix_time(plain: Accelerator) -> None:
     = 2621 ns, half hidden: (8389^1.5 + 2621^1.5)^(2/3) = 9339 ns.  Tiles of 64 x 128 would be 2 blocks of 16,777 ns and more.
     """
     assert weight_only_ns(64, 256, 1024, plain) == pytest.approx(2000 + 9339, rel=1e-3)
+
+
+def test_two_blocks_on_a_multiprocessor_dequantise_twice_as_much(plain: Accelerator) -> None:
+    """16 rows through 2048 x 1000 at 4 bits, tiles of 16 x 256: 8 blocks on 4 multiprocessors; 25 weights a ns: 256 * 1000 / 25 = 10,240 ns a block.
+
+    Matrix 2 * 16 * 256 * 1000 / 1000 = 8192 ns: alone (8192^1.5 + 10,240^1.5)^(2/3) = 14,675, two waves; two at once (16,384^1.5 + 10,240^1.5)^(2/3) = 21,413.
+    """
+    slow = plain.with_values({"weight_only.dequant_per_cycle": 25})
+    assert weight_only_ns(16, 2048, 1000, slow) == pytest.approx(2000 + 2 * 14_675, rel=1e-3)
+    assert weight_only_ns(16, 2048, 1000, slow.with_values({"weight_only.two_blocks_rows": 16})) == pytest.approx(2000 + 21_413, rel=1e-3)
 
 
 def test_power_limit(plain: Accelerator) -> None:

@@ -90,13 +90,15 @@ class Gemm:
 
 @dataclass(frozen=True)
 class WeightOnly:
-    """4-bit weights: bytes each with their scales, weights a multiprocessor de-quantises per cycle, least time of 64 of k, start of a call."""
+    """4-bit weights: bytes each with their scales, weights a block de-quantises per cycle, least time of 64 of k, start of a call; kernels of up to
+    `two_blocks_rows` rows keep two blocks on a multiprocessor."""
 
     bytes_per_weight: float
     dequant_per_cycle: float
     step_ns: float
     call_us: float
     gemv_max_rows: int
+    two_blocks_rows: int
 
 
 @dataclass(frozen=True)
