@@ -261,7 +261,9 @@ def summary(results: Sequence[Result], slos: Mapping[str, float] | None = None) 
         ms = np.array(seconds_of or [0.0]) * 1000
         figures = {"mean": np.mean(ms), "median": np.median(ms), "std": np.std(ms), "p99": np.percentile(ms, 99)}
         found.update({f"{figure}_{name}_ms": float(value) for figure, value in figures.items()})
-    found["requests"] = [{**asdict(r.request), "sent": r.sent, "ttft": r.ttft, "tpot": r.tpot, "e2el": r.latency, "itl": r.itl} for r in results]
+    found["requests"] = [
+        {**asdict(r.request), "sent": r.sent, "ttft": r.ttft, "tpot": r.tpot, "e2el": r.latency, "itl": r.itl} for r in results
+    ]
     return found
 
 
