@@ -165,10 +165,10 @@ def _latency_ns(product: Product, depth: int, machine: Accelerator) -> float:
 
 
 class _Wave(NamedTuple):
-    """What blocks of one wave need, in ns, on `count` multiprocessors: `own` matrix time and `dequant` of one block, `shared` part of the power-limited rate,
+    """What blocks of one wave need, in ns, on so many `multiprocessors`: `own` matrix time and `dequant` of one block, `shared` part of the power-limited rate,
     `memory` part of the bytes, `latency` of its k, `tile` to store."""
 
-    count: int
+    multiprocessors: int
     own: float
     dequant: float
     shared: float
@@ -182,7 +182,7 @@ class _Wave(NamedTuple):
         Example (tile 200 ns, nothing to de-quantise): 100 blocks on 108, own 5000, shared 40, memory 30, latency 4000: matrix 5000,
         memory (3000^2 + 4000^2)^(1/2) = 5000: 2^(1/4) * 5000 + 200 = 6146 ns.
         """
-        own = self.own * -(-blocks // self.count)
+        own = self.own * -(-blocks // self.multiprocessors)
         own = (own**_DEQUANT_OVERLAP + self.dequant**_DEQUANT_OVERLAP) ** (1 / _DEQUANT_OVERLAP)
         matrix, memory = max(own, blocks * self.shared), math.hypot(blocks * self.memory, self.latency)
         return float((matrix**4 + memory**4) ** 0.25 + self.tile)
