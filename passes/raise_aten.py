@@ -88,7 +88,10 @@ def _check(functions: list[func.Func]) -> None:
         kinds = f"{len(left)} kinds of operations" if len(left) > 1 else "1 kind of operation"
         message = f"raise-aten left {kinds} ({total} op{'s' if total > 1 else ''}) that no rule knows:\n  " + "\n  ".join(lines)
         raise TyirError(
-            Diagnostic(message, help="the model computes something that is not among the rules of passes/_raise_rules.py and _raise_rotary.py; add a rule there")
+            Diagnostic(
+                message,
+                help="the model computes something that is not among the rules of passes/_raise_rules.py and _raise_rotary.py; add a rule there",
+            )
         )
 
 

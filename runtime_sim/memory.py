@@ -164,7 +164,9 @@ class RaceDetector:
 
 _BLOCK: Final = 65536
 _DRAM_BLOCK: Final = 1 << 20  # rows of a tile lie far apart there, and an access counts from its first byte to its last
-_Access = tuple[int, int, bool, int, int, Command, tuple[int, int]]  # bytes in the block, write, unit, its number there, command, all its bytes
+_Access = tuple[
+    int, int, bool, int, int, Command, tuple[int, int]
+]  # bytes in the block, write, unit, its number there, command, all its bytes
 
 
 def _race(
