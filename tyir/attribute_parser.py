@@ -225,9 +225,7 @@ class AttributeParser(LocationParser):
     def _array(self) -> Attribute:
         self.expect("<")
         start = self.skip_space()
-        element = self.type()
-        if str(element) not in _ARRAY_TYPES or not isinstance(element, (t.IntegerType, t.FloatType)):
-            self.fail(f"array<> cannot hold {element}", start, self.pos, help=f"it holds {', '.join(sorted(_ARRAY_TYPES))}")
+        element = self.array_element(self.type(), start, self.pos)
         values: list[int | float] = []
         if self.accept(":"):
             values.append(self._array_value(element))
@@ -235,6 +233,12 @@ class AttributeParser(LocationParser):
                 values.append(self._array_value(element))
         self.expect(">", "',' or '>'")
         return a.DenseArrayAttr(element, values)
+
+    def array_element(self, kind: t.Type, start: int, end: int) -> t.IntegerType | t.FloatType:
+        """The type of an `array<>`'s numbers; an error for what it cannot hold."""
+        if str(kind) not in _ARRAY_TYPES or not isinstance(kind, (t.IntegerType, t.FloatType)):
+            self.fail(f"array<> cannot hold {kind}", start, end, help=f"it holds {', '.join(sorted(_ARRAY_TYPES))}")
+        return kind
 
     def _array_value(self, element: t.IntegerType | t.FloatType) -> int | float:
         start = self.skip_space()

@@ -294,8 +294,7 @@ class _Builder(Parser):
 
     def _at_dense_array(self, node: Node) -> Attribute:
         kind, items = node.children
-        element = self._kind(kind)
-        assert isinstance(element, (t.IntegerType, t.FloatType))
+        element = self.array_element(self._kind(kind), node.meta.start_pos, node.meta.end_pos)
         return a.DenseArrayAttr(element, [self._array_item(item.children[0], element) for item in _items(items)])
 
     def _array_item(self, token: Token, element: t.IntegerType | t.FloatType) -> int | float:

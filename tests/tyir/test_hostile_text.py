@@ -121,6 +121,16 @@ def test_mutated_files() -> None:
     _mutations(1500, seed=1)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['"x.y"() <{a = array<i764: 4>}> : () -> ()', '"x.y"() <{a = array<index: 4>}> : () -> ()', "moduleattributes {a} {\n}", "returned"],
+)
+def test_refused_by_both_parsers(text: str) -> None:
+    for parse in (parse_module, parse_with_grammar):
+        with pytest.raises(TyirError):
+            parse(text)
+
+
 def test_mutated_files_by_the_grammar() -> None:
     _same_by_the_grammar(500, seed=4)
 
