@@ -6,6 +6,7 @@ Blobs are hex: four little-endian bytes of alignment, then the data.  `external_
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final
 
 from tyir.lexer import Scanner
@@ -13,8 +14,7 @@ from tyir.lexer import Scanner
 __all__ = ["check_dialect", "check_new", "parse_metadata", "read_blob"]
 
 _KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
-_KEY_AND_COLON: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*\s*:")
-_ENTRY: Final = re.compile(r'\s*+([A-Za-z_][A-Za-z0-9_$.]*+): "(0x[0-9A-Fa-f]++)",?')
+_ENTRY: Final = re.compile(r'([A-Za-z_][A-Za-z0-9_$.]*+): "(0x[0-9A-Fa-f]++)"')
 _SCALAR: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|true|false|-?[0-9]+')
 
 Resources = dict[str, tuple[int, bytes]]
@@ -24,12 +24,12 @@ def parse_metadata(scanner: Scanner) -> Resources:
     """The blobs by key; the cursor stands at `{-#`."""
     scanner.expect("{-#")
     resources: Resources = {}
-    while not scanner.accept("#-}"):
+    for _ in _items(scanner, "#-}", last_comma=True):
         section = _key(scanner)
         if section == "dialect_resources":
             _dialects(scanner, resources)
         elif section == "external_resources":
-            _skip(scanner)
+            _skip_map(scanner)
         else:
             scanner.fail(
                 f"unknown metadata section '{section}'",
@@ -37,8 +37,18 @@ def parse_metadata(scanner: Scanner) -> Resources:
                 scanner.pos - 1,
                 help="sections: dialect_resources, external_resources",
             )
-        scanner.accept(",")
     return resources
+
+
+def _items(scanner: Scanner, close: str, last_comma: bool = False) -> Iterator[None]:
+    """A turn for each item of a list with commas between, up to and over `close`."""
+    while not scanner.accept(close):
+        yield
+        if scanner.accept(","):
+            if not last_comma and scanner.peek() == close[0]:
+                scanner.expected("another key")
+        elif scanner.peek() != close[0]:
+            scanner.expected(f"',' or '{close}'")
 
 
 def _key(scanner: Scanner) -> str:
@@ -51,27 +61,23 @@ def _key(scanner: Scanner) -> str:
 
 def _dialects(scanner: Scanner, resources: Resources) -> None:
     scanner.expect("{")
-    while not scanner.accept("}"):
+    for _ in _items(scanner, "}"):
         start = scanner.skip_space()
         dialect = _key(scanner)
         check_dialect(scanner, dialect, start)
         scanner.expect("{")
         _entries(scanner, resources)
-        scanner.accept(",")
 
 
 def _entries(scanner: Scanner, resources: Resources) -> None:
-    while not scanner.accept("}"):
-        fast = _ENTRY.match(scanner.text, scanner.pos)
+    for _ in _items(scanner, "}"):
+        start = scanner.skip_space()
+        fast = scanner.match(_ENTRY)
         if fast is not None:
-            key, value, start = fast[1], fast[2], fast.start(1)
-            scanner.pos = fast.end()
+            key, value = fast[1], fast[2]
         else:
-            start = scanner.skip_space()
             key = _key(scanner)
             value = scanner.string("a blob")
-            if not scanner.accept(",") and scanner.peek() != "}":
-                scanner.expected("',' or '}'")
         check_new(scanner, key, resources, start)
         resources[key] = read_blob(scanner, key, value, start)
 
@@ -104,20 +110,17 @@ def read_blob(scanner: Scanner, key: str, value: str, start: int) -> tuple[int, 
     return alignment, data[4:]
 
 
-def _skip(scanner: Scanner) -> None:
-    """Pass over a value: `{ key: value, ... }`, a string, a number or a boolean."""
-    depth = 0
-    while True:
-        if scanner.accept("{"):
-            depth += 1
-        elif scanner.accept("}"):
-            depth -= 1
-            scanner.accept(",")
-        elif scanner.match(_KEY_AND_COLON) is not None:
-            continue
-        elif scanner.match(_SCALAR) is not None:
-            scanner.accept(",")
-        elif depth:
-            scanner.expected("a key, a value or '}'")
-        if depth == 0:
-            return
+def _skip_map(scanner: Scanner) -> None:
+    """Pass over `{ key: value, ... }`; a value is such a map, a string, a number or a boolean.  No recursion: maps may be nested deeply."""
+    scanner.expect("{")
+    maps = [_items(scanner, "}")]
+    while maps:
+        for _ in maps[-1]:
+            _key(scanner)
+            if scanner.accept("{"):
+                maps.append(_items(scanner, "}"))
+                break
+            if scanner.match(_SCALAR) is None:
+                scanner.expected("a value")
+        else:
+            maps.pop()

@@ -123,7 +123,17 @@ def test_mutated_files() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ['"x.y"() <{a = array<i764: 4>}> : () -> ()', '"x.y"() <{a = array<index: 4>}> : () -> ()', "moduleattributes {a} {\n}", "returned"],
+    [
+        '"x.y"() <{a = array<i764: 4>}> : () -> ()',
+        '"x.y"() <{a = array<index: 4>}> : () -> ()',
+        "moduleattributes {a} {\n}",
+        "returned",
+        '{-# dialect_resources: { builtin: { a: "0x01000000" } ,} #-}',
+        '{-# dialect_resources: { builtin: { a: "0x01000000", } } #-}',
+        "{-# external_resources: { a: 1 b: 2 } #-}",
+        "{-# external_resources: { a: { b: 1, } } #-}",
+        "{-# external_resources: { a: 1 #-}",
+    ],
 )
 def test_refused_by_both_parsers(text: str) -> None:
     for parse in (parse_module, parse_with_grammar):
