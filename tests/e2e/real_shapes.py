@@ -1,31 +1,39 @@
 """Two layers of real models' shapes with random weights, cut over 1 to 16 dies: are the numbers those of one die, how even is the load, what is held twice.
 
-    pytest tests/e2e/test_real_shapes.py --slow -s      # minutes per model; -k 'Llama3 and int4' for some
+    pytest tests/e2e/test_real_shapes.py --slow -s      # minutes per model; -k 'Llama3 and awq' for some
 
-prints one line for each number of dies.  The reference (one die) runs once per model, weights are drawn and quantised once and sliced without copies.
+prints one line for each number of dies.  fp16 weights and those quantised by the compiler ("int4") are drawn in memory; "awq" is a checkpoint folder in AutoAWQ's
+layout, imported as a user's is.  The reference (one die) runs once per model, weights are drawn, unpacked and quantised once and sliced without copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from tests.frontends.real_models import write_checkpoint
 from tests.llm import Shape, build, dies_of
 from tyir.backends.edge10.params import ParamEvaluator
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.ty import Param, SiluMul, tensor_type
+from tyir.frontends.huggingface import import_model
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.pipeline import run_pipeline
+from tyir.weights import CheckpointReader, WeightSource
 
-__all__ = ["MODELS", "Cut", "RealShape", "Row", "cut_of", "measure", "partition", "table_head", "table_line"]
+__all__ = ["MODELS", "WEIGHTS", "Cut", "RealShape", "Row", "Weights", "cut_of", "measure", "partition", "table_head", "table_line"]
 
 Array = npt.NDArray[Any]
+Weights = Literal["fp16", "int4", "awq"]
+WEIGHTS: Final[tuple[Weights, ...]] = ("fp16", "int4", "awq")
+VOCABULARY: Final = 4099  # a prime, small enough for the logits of many runs
 IDS: Final = np.array([[5, 17, 300, 42, 9, 1000, 77, 3]], np.int32)
 GROUP: Final = 128
 
@@ -111,21 +119,35 @@ class Row:
     cut: Cut
 
 
-def measure(name: str, int4: bool, dies: Sequence[int]) -> Iterator[Row]:
-    """Rows for the given numbers of dies.  The vocabulary is cut to 4099 (a prime) to keep the numbers in memory."""
+def measure(name: str, weights: Weights, dies: Sequence[int], folder: Path) -> Iterator[Row]:
+    """Rows for the given numbers of dies; `folder` is for a checkpoint."""
     model = MODELS[name]
-    shape = model.shape(2, 4099)
-    module, weights = build(shape)
-    evaluator = ParamEvaluator(weights, remember=1 << 20)
-    wanted = _logits(module, evaluator, 1, int4)
+    make, source = _checkpoint(name, folder) if weights == "awq" else _in_memory(model)
+    evaluator = ParamEvaluator(source, remember=1 << 20)
+    quantize = weights == "int4"
+    wanted = _logits(make(), evaluator, 1, quantize)
     norm = np.linalg.norm(wanted, axis=1)
     for count in dies:
-        got = _logits(build(shape, draw=False)[0], evaluator, count, int4)
+        got = _logits(make(), evaluator, count, quantize)
         cosine = (got * wanted).sum(axis=1) / (np.linalg.norm(got, axis=1) * norm)
         error = got - wanted
         drift = abs(float(error.mean())) / float(np.abs(error).mean() + 1e-12)
         largest = float(np.abs(error).max() / np.abs(wanted).max())
-        yield Row(name, "int4" if int4 else "fp16", count, float(cosine.min()), drift, largest, cut_of(model, count, int4))
+        yield Row(name, weights, count, float(cosine.min()), drift, largest, cut_of(model, count, weights != "fp16"))
+
+
+def _in_memory(model: RealShape) -> tuple[Callable[[], Module], WeightSource]:
+    """A maker of the module at stage `ty`, and random weights."""
+    shape = model.shape(2, VOCABULARY)
+    return lambda: build(shape, draw=False)[0], build(shape)[1]
+
+
+def _checkpoint(name: str, folder: Path) -> tuple[Callable[[], Module], WeightSource]:
+    """The same from a checkpoint in AutoAWQ's GEMM layout that is written to `folder`, groups of 128."""
+    write_checkpoint(folder, name, "awq", vocabulary=VOCABULARY)
+    module = import_model(folder)
+    run_pipeline(module, "to-ty")
+    return module.clone, CheckpointReader(folder)
 
 
 def _logits(module: Module, evaluator: ParamEvaluator, dies: int, int4: bool) -> Array:

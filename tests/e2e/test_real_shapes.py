@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
-from tests.e2e.real_shapes import MODELS, cut_of, measure, table_head, table_line
+from tests.e2e.real_shapes import MODELS, WEIGHTS, Weights, cut_of, measure, table_head, table_line
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("int4", [False, True], ids=["fp16", "int4"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_die_count(name: str, int4: bool) -> None:
+def test_every_die_count(name: str, weights: Weights, tmp_path: Path) -> None:
+    check(name, weights, range(2, 17), tmp_path / "model")
+
+
+def test_awq_on_three_dies(tmp_path: Path) -> None:
+    """Heads 4/4/4, key/value heads 1/2/1, groups 24/23/23: packed words of eight columns and groups of 128 rows are cut where neither divides."""
+    check("Qwen2.5-1.5B", "awq", (3,), tmp_path / "model")
+
+
+def check(name: str, weights: Weights, dies: Sequence[int], folder: Path) -> None:
     print("\n" + table_head())
-    for row in measure(name, int4, range(2, 17)):
+    for row in measure(name, weights, dies, folder):
         print(table_line(row), flush=True)
         assert row.cosine >= 0.9999, row
         assert row.drift < 0.2, f"errors lean to one side: {row}"

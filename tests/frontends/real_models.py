@@ -141,9 +141,12 @@ def _write(file: BinaryIO, rng: np.random.Generator, name: str, shape: tuple[int
         file.write(_draw(rng, name, (min(rows, shape[0] - first), *shape[1:]), layout).tobytes())
 
 
-def write_checkpoint(folder: Path, name: str, layout: str = "fp16", layers: int = 2, seed: int = 0) -> None:
-    """A checkpoint of model `name` with `layers` layers, stored as "fp16", "awq" (AutoAWQ GEMM) or "gptq" (v1), in one safetensors file."""
-    config = {**MODELS[name], "num_hidden_layers": layers}
+def write_checkpoint(folder: Path, name: str, layout: str = "fp16", layers: int = 2, seed: int = 0, vocabulary: int | None = None) -> None:
+    """A checkpoint of model `name` with `layers` layers, stored as "fp16", "awq" (AutoAWQ GEMM) or "gptq" (v1), in one safetensors file.
+
+    `vocabulary`: other than the model's own, to keep the logits of many runs in memory.
+    """
+    config = {**MODELS[name], "num_hidden_layers": layers, **({} if vocabulary is None else {"vocab_size": vocabulary})}
     folder.mkdir(parents=True)
     extra = {"quantization_config": _QUANTIZATION[layout]} if layout in _QUANTIZATION else {}
     (folder / "config.json").write_text(json.dumps({**config, **extra}, indent=2))
