@@ -36,7 +36,7 @@ from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import f16
 
-__all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_stages"]
+__all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_mesh", "check_stages"]
 
 MAX_DIES = 16
 

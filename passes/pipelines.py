@@ -12,6 +12,8 @@ from tyir.passes.select_output import parse_output
 
 __all__ = ["PIPELINES", "reference_pipeline", "remaining_pipeline"]
 
+_MACHINE: Final = "edge10"
+
 PIPELINES: Final[dict[str, str]] = {
     # aten -> ty.  cse first merges what the exported graph repeats per layer (the rotary tables), dce drops position checks.
     "to-ty": "raise-aten,canonicalize,cse,dce",
@@ -22,20 +24,22 @@ PIPELINES: Final[dict[str, str]] = {
 }
 
 
-def remaining_pipeline(stage: str, options: BuildOptions) -> str:
-    """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.
+def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHINE) -> str:
+    """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.  `machine` (a name or a file) is what cuts are chosen for.
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation after it, so that dies are cut once.
     So does select-output: each die then chooses among its own columns of the vocabulary.
     """
     if stage == "sharded":  # partition-dies was begun by hand; its later steps do nothing where they have been
-        return ",".join(("propagate-sharding,insert-collectives,localize-dies", remaining_pipeline("dist", options)))
+        return ",".join(("propagate-sharding,insert-collectives,localize-dies", remaining_pipeline("dist", options, machine)))
     best = parse_output(options.output)
     cache = [f"max-kv={options.max_kv}"]
     cache += ["embedding-as-input=true"] if options.embedding_as_input else []
     cache += [f"dtype={options.kv_dtype}"] if options.kv_dtype != "fp16" else []
     dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
     dies += [f"pp={options.pp}"] if options.pp > 1 else []
+    dies += [f"mesh={numbers(options.mesh)}"] if options.mesh else []
+    dies += [f"machine='{machine}'"] if machine != _MACHINE else []
     entries = [
         ("aten", "to-ty"),
         ("ty", quantization(options)),

@@ -104,13 +104,14 @@ def load_module(
 
 def check_options(options: BuildOptions) -> None:
     """`TyirError` for die counts, lengths, cache sizes and outputs that no compile can have."""
-    from tyir.passes.annotate_sharding import check_dies, check_stages
+    from tyir.passes.annotate_sharding import check_dies, check_mesh, check_stages
     from tyir.passes.select_output import parse_output
     from tyir.passes.specialize_batch import check_batch
     from tyir.passes.specialize_seqlen import check_seqlens
 
     check_dies(options.dies)
     check_stages(options.dies, options.pp)
+    check_mesh(options.mesh, options.dies // options.pp)
     if options.max_kv < 1:
         raise TyirError(f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024")
     check_seqlens(options.seqlens, options.max_kv)

@@ -220,7 +220,7 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
 
 def _kind(options: BuildOptions) -> BuildOptions:
     """What a trial's bytes per die and token depend on."""
-    return replace(options, dies=1, die_map=(), max_kv=1)
+    return replace(options, dies=1, die_map=(), mesh=(), max_kv=1)
 
 
 def _lines(plan: Plan) -> Iterator[str]:

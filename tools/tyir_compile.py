@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         kv_dtype=args.kv_dtype,
         batch=args.batch,
         pp=args.pp,
+        mesh=args.mesh,
     )
     if args.plan:
         return print_plan(args.model, options)
@@ -94,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
     parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
+    parser.add_argument(
+        "--mesh",
+        type=numbers,
+        default=(),
+        metavar="G,N",
+        help="the dies of a stage as G groups of N: sums go first within a group, then between them (default: packages)",
+    )
     parser.add_argument("--plan", action="store_true", help="only say, from config.json, what the compile would need and make")
     parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
     parser.add_argument(

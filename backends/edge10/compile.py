@@ -68,10 +68,10 @@ def compile_module(module: Module, out: Path, options: BuildOptions, context: Co
     context = context or CompileContext()
     stage, source, asked = _stage(module), module.clone(), options
     with context.watch.stage("passes"):
-        run_pipeline(module, remaining_pipeline(stage, options), context.passes)
+        run_pipeline(module, remaining_pipeline(stage, options, str(context.machine)), context.passes)
     options = _settled(module, options)
     dies = [m for m in module.body if isinstance(m, Module)]
-    check_memory(dies, replace(asked, seqlens=options.seqlens), source, stage, load_machine("edge10"))
+    check_memory(dies, replace(asked, seqlens=options.seqlens), source, stage, load_machine(context.machine))
     target = out / f"{options.dies}die"
     with _replacing(target) as folder:
         with context.watch.stage("weights"):
@@ -109,12 +109,19 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
         weights="checkpoint" if stored else options.weights,
         dies=mesh.dies,
         die_map=mesh.devices,
+        mesh=_groups(mesh),
         seqlens=seqlens.ints(),
         max_kv=options.max_kv if cache is None else cache.static_shape[2],
         batch=options.batch if cache is None else cache.static_shape[0],
         kv_dtype=options.kv_dtype if cache is None else "int8" if cache.element is i8 else "fp16",
         output=output_of(next((op.k for op in module.walk() if isinstance(op, (TopK, MergeTopK))), 0)),
     )
+
+
+def _groups(mesh: Mesh) -> tuple[int, ...]:
+    """The sizes of a stage's axes, `BuildOptions.mesh`, when there are groups."""
+    axes = dict(mesh.axes)
+    return (axes["group"], axes["die"]) if "group" in axes else ()
 
 
 # ------------------------------------------------------------------------------------------------------------- the folder

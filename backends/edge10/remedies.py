@@ -92,9 +92,9 @@ def _changes(options: BuildOptions) -> Iterator[tuple[str, BuildOptions, float]]
 def _fewest_dies(options: BuildOptions, capacity: int, need: Need, most: int) -> Remedy | None:
     """The smallest larger number of dies that the pipeline stages divide."""
     numbers = range(options.dies + options.pp, most + 1, options.pp)
-    least = need(replace(options, dies=numbers[-1], die_map=())) if numbers else None
+    least = need(replace(options, dies=numbers[-1], die_map=(), mesh=())) if numbers else None
     for dies in numbers if least is not None and least <= capacity else ():
-        nbytes = need(replace(options, dies=dies, die_map=()))
+        nbytes = need(replace(options, dies=dies, die_map=(), mesh=()))
         if nbytes is not None and nbytes <= capacity:
             return Remedy(f"--dies {dies}", nbytes, dies / options.dies)
     return None

@@ -131,6 +131,7 @@ def test_a_failing_compile_leaves_the_old_artifacts(
         (BuildOptions(seqlens=(1, 2048)), "2048 is larger than the cache of 1024 tokens"),
         (BuildOptions(max_kv=0), "a cache of 0 tokens"),
         (BuildOptions(weights="int3"), "one of fp16, int4"),
+        (BuildOptions(dies=6, mesh=(2, 2)), "mesh=2,2 is no arrangement of 6 dies(.|\n)*mesh=3,2 or mesh=2,3"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_any_work(model: Path, tmp_path: Path, options: BuildOptions, message: str) -> None:
@@ -171,14 +172,23 @@ def test_buffer_config_tells_what_to_allocate(artifacts: Artifacts) -> None:
     assert 0 < memory["sram"] <= 3 << 20 and memory["dram"] >= memory["weights"] + memory["kv"]
 
 
-def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_machine(folder: Path, capacity: int) -> Path:
+    """A machine file: Edge10 with less DRAM."""
+    file = folder / "small.toml"
+    file.write_text(
+        f'name = "small"\nbase = "edge10"\n[dram]\ncapacity_bytes = {{ value = {capacity}, label = "derived", source = "a test" }}\n'
+    )
+    return file
+
+
+def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path) -> None:
     """11 MiB of weights and 6 MiB of caches on a die of 11 MiB: each of the three remedies compiles; nothing was written before."""
-    small = load_machine().with_overrides({"dram.capacity_bytes": 11 << 20})
-    monkeypatch.setattr("tyir.backends.edge10.compile.load_machine", lambda name: small)
+    file = small_machine(tmp_path, 11 << 20)
+    small = load_machine(file)
     with pytest.raises(
-        TyirError, match=r"needs 17\.1 MiB of DRAM \(weights 11\.0 MiB, caches 6\.0 MiB\), edge10 has 11\.0 MiB per die"
+        TyirError, match=r"needs 17\.1 MiB of DRAM \(weights 11\.0 MiB, caches 6\.0 MiB\), small has 11\.0 MiB per die"
     ) as error:
-        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=4096))
+        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=4096), machine=file)
     assert not (tmp_path / "out").exists()
     remedies = {"--weights int4": {"weights": "int4"}, "--dies 2": {"dies": 2}, "--max-kv 64": {"max_kv": 64}}
     help = error.value.diagnostics[0].help or ""
@@ -191,8 +201,6 @@ def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path,
             assert memory_summary(lower_die(die, 8, small))["dram"] <= 11 << 20
 
 
-def test_too_much_memory_on_any_number_of_dies(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load_machine().with_overrides({"dram.capacity_bytes": 3 << 19})
-    monkeypatch.setattr("tyir.backends.edge10.compile.load_machine", lambda name: small)
+def test_too_much_memory_on_any_number_of_dies(imported: Path, tmp_path: Path) -> None:
     with pytest.raises(TyirError, match="nothing up to 16 dies fits: use a smaller model"):
-        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=1024))
+        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=1024), machine=small_machine(tmp_path, 3 << 19))
