@@ -17,6 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import dequantize_rows
 from tyir.lockstep import Meet, Recv, Request, Send, drive
+from tyir.runtime_sim.buffer_check import KEPT, shared_problems
 from tyir.runtime_sim.command_trace import Access, Observer
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.program import Command, EdgeProgram
@@ -51,11 +52,13 @@ class FunctionalDie:
         self._accesses: list[Access] = []
 
     def share_memory(self, other: FunctionalDie) -> None:
-        """Use another program's caches and weights (another sequence length of the same die): buffers of the same name become one."""
+        """Use another program's caches and weights (another sequence length of the same die).  `TyirError` where the two would not find them at the same place."""
+        if problems := list(shared_problems(list(self.program.buffers.values()), list(other.program.buffers.values()))):
+            raise TyirError(problems)
         theirs = {b.sym_name: i for i, b in enumerate(other.memory.dram.buffers)}
         mine = self.memory.dram
         for number, buffer in enumerate(mine.buffers):
-            if buffer.kind in ("weight", "kv") and buffer.sym_name in theirs:
+            if buffer.kind in KEPT and buffer.sym_name in theirs:
                 source = theirs[buffer.sym_name]
                 mine.data[number] = other.memory.dram.data[source]
                 mine.written[number] = other.memory.dram.written[source]

@@ -1,27 +1,29 @@
 """The memory plan of command programs, checked without data: what a compile can do before anybody runs the result.
 
-Static: buffers lie in the die's DRAM and do not overlap.  Replayed, at the given positions: every command's accesses, in order, on the memories of the
+First the buffers (`buffer_check`).  Then, replayed at the given positions, every command's accesses, in order, on the memories of the
 functional engine: addresses in range, nothing read that was not written, no race; products and de-quantisation are not computed, so a step of a model
 of billions of parameters takes seconds.  Collectives are checked for their own die's side; that the dies meet is the timing engine's check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
+from tyir.runtime_sim.buffer_check import buffer_problems, shared_problems
 from tyir.runtime_sim.functional import FunctionalDie
 from tyir.runtime_sim.program import Command, EdgeProgram, alike_programs
 from tyir.runtime_sim.unroll import Position
 from tyir.targets.machine import Machine
 
-__all__ = ["buffer_problems", "check_plan", "check_programs"]
+__all__ = ["check_lengths", "check_plan", "check_programs"]
 
 Array = npt.NDArray[Any]
 
@@ -41,24 +43,21 @@ def check_programs(programs: Sequence[EdgeProgram], machine: Machine, positions:
             _Replay(program, machine).replay(pos)
 
 
-def buffer_problems(buffers: Iterable[edge10.Buffer], machine: Machine) -> Iterator[Diagnostic]:
-    """Buffers outside the die's DRAM, and buffers that share bytes; every buffer lives for the whole step."""
-    ordered = sorted(buffers, key=lambda b: (b.address, b.nbytes))
-    last: edge10.Buffer | None = None
-    for buffer in ordered:
-        end = buffer.address + buffer.nbytes
-        if buffer.address < 0 or end > machine.dram.capacity_bytes:
-            yield Diagnostic(
-                f"buffer @{buffer.sym_name} at {buffer.address}..{end} lies outside the die's {machine.dram.capacity_bytes} bytes of DRAM",
-                help="use more dies, a smaller max_kv, or quantised weights",
-            )
-        if last is not None and buffer.nbytes and buffer.address < last.address + last.nbytes:
-            yield Diagnostic(
-                f"buffers @{last.sym_name} at {last.address}..{last.address + last.nbytes} and @{buffer.sym_name} at {buffer.address}..{end} overlap",
-                help="every buffer of a program needs its own addresses",
-            )
-        if last is None or end > last.address + last.nbytes:
-            last = buffer
+def check_lengths(programs: Mapping[int, Sequence[EdgeProgram]], machine: Machine, capacity: int) -> int:
+    """All programs of a board, by sequence length and die: what they share, and a step of each over an empty and into a full cache of `capacity` tokens.
+
+    Returns how many commands were replayed; raises as `check_programs`.
+    """
+    for one, other in combinations(programs.values(), 2):
+        for mine, theirs in zip(one, other):
+            if problems := list(shared_problems(list(mine.buffers.values()), list(theirs.buffers.values()))):
+                raise TyirError(problems)
+    commands = 0
+    for length, dies in programs.items():
+        positions = sorted({0, capacity - length})
+        check_programs(dies, machine, positions)
+        commands += sum(len(dies[group[0]].expand(pos)) for group in alike_programs(dies) for pos in positions)
+    return commands
 
 
 class _Replay(FunctionalDie):

@@ -53,7 +53,7 @@ class Predictor:
     """Figures of a compiled model on a machine.  `programs(seqlen)` gives all dies' programs; `seqlens` are the compiled lengths, `capacity` the cache's."""
 
     def __init__(self, programs: Callable[[int], Sequence[EdgeProgram]], seqlens: Sequence[int], capacity: int, machine: Machine) -> None:
-        self._programs = programs
+        self.programs = programs
         self.seqlens = tuple(seqlens)
         self.capacity = capacity
         self.machine = machine
@@ -61,18 +61,18 @@ class Predictor:
 
     def on(self, machine: Machine) -> Predictor:
         """The same programs on another machine."""
-        return Predictor(self._programs, self.seqlens, self.capacity, machine)
+        return Predictor(self.programs, self.seqlens, self.capacity, machine)
 
     def step(self, seqlen: int, pos: int) -> Timing:
         """One step, simulated once."""
         key = (seqlen, pos)
         if key not in self._steps:
-            self._steps[key] = simulate(self._programs(seqlen), self.machine, pos)
+            self._steps[key] = simulate(self.programs(seqlen), self.machine, pos)
         return self._steps[key]
 
     @property
     def dies(self) -> int:
-        return len(self._programs(min(self.seqlens)))
+        return len(self.programs(min(self.seqlens)))
 
     def tpot_ns(self, pos: int, *, exact: bool = True) -> float:
         """Time per output token when `pos` tokens are cached: one step of the shortest length, and the host's constant.  Not `exact`: see `between`."""

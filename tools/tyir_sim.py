@@ -37,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
         write_output(_compare(args) + "\n", args.output)
         return 0
     predictor, name = _predictor(args.artifacts, args)
+    if args.check_plan:
+        write_output(_check_plan(predictor) + "\n", args.output)
+        return 0
     prompt, pos = _positions(args, predictor)
     if args.sweep:
         write_output(_sweep(args, predictor, prompt, pos) + "\n", args.output)
@@ -210,6 +213,19 @@ def _compare(args: argparse.Namespace) -> str:
     return compare_text(found[0], found[1], args.top)
 
 
+def _check_plan(predictor: Predictor) -> str:
+    """Replay the memory plan of all programs; `TyirError` at the first thing wrong."""
+    from tyir.runtime_sim.plan_check import check_lengths
+
+    programs = {length: predictor.programs(length) for length in predictor.seqlens}
+    commands = check_lengths(programs, predictor.machine, predictor.capacity)
+    dies, lengths = len(next(iter(programs.values()))), ", ".join(map(str, programs))
+    return (
+        f"memory plan of {dies} die{'s' * (dies > 1)}, lengths {lengths}: {commands:,} commands replayed with an empty and a full cache; "
+        "all within memory, nothing read before it is written, no live bytes shared, no race, weights and caches at one address for all lengths"
+    )
+
+
 def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int) -> str:
     """The figures for several values of one constant."""
     from tyir.runtime_sim.report_text import sweep_text
@@ -253,6 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", action="store_true", help="compare two artifact folders")
     parser.add_argument("--sweep", metavar="NAME=V,V,..", help="the figures for several values of one constant")
     parser.add_argument("--tornado", action="store_true", help="also show how far each assumed constant alone moves the time per token")
+    parser.add_argument(
+        "--check-plan", action="store_true", help="no times: replay every command's memory accesses and say whether the memory plan holds"
+    )
     parser.add_argument("--top", type=int, default=12, metavar="N", help="how many ops to list (default 12)")
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes")
     add_debug_option(parser)

@@ -224,7 +224,10 @@ class _DieLowering:
         self.module.body.append(edge10.Buffer(sym_name=name, address=address, nbytes=type.nbytes, kind=kind, type=type, attributes=notes))
 
     def _lay_out_weights(self) -> None:
-        """Parameters in the order of the module, except that a layer's lie together, each argument's at the same distance from the first."""
+        """Parameters in the order of the module, except that a layer's lie together, each argument's at the same distance from the first.
+
+        What another sequence length alone uses has its place too: weights and caches are shared, so all lengths' programs must find them at the same addresses.
+        """
         types = {p.sym_name: p.type for p in self.source.body if isinstance(p, ty.Param)}
         for name, value in _weight_types(self.main).items():
             types.setdefault(name, value)
@@ -238,6 +241,7 @@ class _DieLowering:
         done: set[Call] = set()
         for name in types:
             if name not in used:
+                self.dram.take("weight", types[name].nbytes)
                 continue
             if name not in in_layers:
                 self._buffer(name, "weight", types[name])
@@ -250,10 +254,10 @@ class _DieLowering:
                     self._buffer(symbol, "weight", types[symbol], 4096 if number == 0 else ALIGNMENT)
 
     def _lay_out_arguments(self) -> None:
+        """The caches first, after the weights: what follows them differs from length to length."""
         self.argument_names: dict[Value, str] = {}
-        for index, value in enumerate(self.main.args):
-            if _is_position(value.type):
-                continue
+        arguments = [(i, v) for i, v in enumerate(self.main.args) if not _is_position(v.type)]
+        for index, value in sorted(arguments, key=lambda pair: pair[1] not in self.caches):
             given = self.main.arg_attr(index).get("tyir.name")
             name = given.value if isinstance(given, StringAttr) else value.name or f"arg{index}"
             self.argument_names[value] = name

@@ -10,9 +10,11 @@ import pytest
 
 from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.diagnostics import TyirError
+from tyir.dialects.builtin import Module
 from tyir.parser import parse_module
 from tyir.runtime_sim.functional import run_step
-from tyir.runtime_sim.plan_check import check_plan, check_programs
+from tyir.runtime_sim.plan_check import check_lengths, check_plan, check_programs
+from tyir.runtime_sim.program import EdgeProgram
 from tyir.targets.machine import load_machine
 
 MACHINE = load_machine("edge10")
@@ -52,10 +54,15 @@ X, W, Y = buffer("x", 0, "input"), buffer("w", 4096, "weight"), buffer("y", 8192
 LOAD, STORE = transfer("load", "a", "x", 0, 0), transfer("store", "b", "y", 0, 0, "a")
 
 
+def step_of(buffers: str, body: str) -> Module:
+    """A program of one function."""
+    text = f'"builtin.module"() ({{\n{buffers}"func.func"() <{{function_type = () -> (), sym_name = "main_s1"}}> ({{\n{body}"func.return"() : () -> ()\n}}) : () -> ()\n}}) : () -> ()\n'
+    return parse_module(text)
+
+
 def check(body: str, buffers: str = X + W + Y) -> None:
     heads = "".join(f'%{n} = "edge10.address_of"() <{{symbol = @{n}}}> : () -> {ADDRESS}\n' for n in "xwy")
-    text = f'"builtin.module"() ({{\n{buffers}"func.func"() <{{function_type = () -> (), sym_name = "main_s1"}}> ({{\n{heads}{body}"func.return"() : () -> ()\n}}) : () -> ()\n}}) : () -> ()\n'
-    check_plan(parse_module(text), MACHINE)
+    check_plan(step_of(buffers, heads + body), MACHINE)
 
 
 def test_a_good_plan() -> None:
@@ -84,6 +91,29 @@ def test_a_bad_plan(name: str) -> None:
     body, buffers, message = BAD[name]
     with pytest.raises(TyirError, match=message):
         check(body, buffers or X + W + Y)
+
+
+SHARED = {
+    "a cache at another address": (buffer("k", 8192, "kv"), "@k is kept between steps, but lies at 4096 in one program and at 8192"),
+    "an activation over the other's cache": (buffer("y", 4000, "activation"), "@y of one program lies over @k, which another program"),
+    "a cache over the other's weight": (buffer("k2", 64, "kv"), "@k2 of one program lies over @w(.|\n)*@w of one program lies over @k2"),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_lengths_that_do_not_share(name: str) -> None:
+    """Two programs of a die; each has a good plan by itself."""
+    line, message = SHARED[name]
+    programs = [EdgeProgram(step_of(buffers, "")) for buffers in (buffer("w", 0, "weight") + buffer("k", 4096, "kv"), line)]
+    with pytest.raises(TyirError, match=message):
+        check_lengths({1: programs[:1], 8: programs[1:]}, MACHINE, 16)
+
+
+@pytest.mark.parametrize("tokens", [2, 1200])
+def test_compiled_lengths_share(make_model: Callable[..., Any], tokens: int) -> None:
+    """Longer steps have larger inputs, and weights and caches all the same where the others look for them."""
+    models = {n: make_model(tokens=n, dies=2, capacity=1300) for n in (1, tokens)}
+    assert check_lengths({n: m.programs for n, m in models.items()}, MACHINE, 1300) > 0
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": 8, "group": 16, "dies": 2}, {"tokens": 1, "capacity": 300}])

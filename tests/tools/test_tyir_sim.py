@@ -82,3 +82,12 @@ def test_refusals(program: str, arguments: list[str], message: str, capsys: pyte
 def test_folders_without_artifacts_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert "holds no manifest.json" in capsys.readouterr().err
+
+
+def test_check_plan(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([program, "--check-plan"]) == 0
+    assert "memory plan of 1 die, lengths 1: 2 commands replayed with an empty and a full cache" in capsys.readouterr().out
+    Path(program).write_text(PROGRAM.replace("address = 1048576", "address = 1048000"))
+    assert main([program, "--check-plan"]) == 1
+    captured = capsys.readouterr()
+    assert not captured.out and "buffers @w at 0..1048576 and @k at 1048000..1113536 overlap" in captured.err
