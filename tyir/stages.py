@@ -63,7 +63,7 @@ STAGES: Final[dict[str, Stage]] = {
         Stage("sharded", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
         Stage("dist", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
         Stage("static", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}, static=True),
-        Stage("program", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}, in_functions=_WEIGHT_WORK, static=True),
+        Stage("program", _BASE | {"ty", "kv", "dist"}, frozenset(("edge10.buffer",)), {**_TO_KV, **_NO_COMMANDS}, _WEIGHT_WORK, static=True),  # buffers: plan-memory
         Stage("edge10", _BASE | {"edge10"}, frozenset((*_WEIGHTS, "sdy.mesh")), {**_TO_KV, "ty.*": "lower-edge10", "kv.*": "lower-edge10", "dist.*": "lower-edge10"}),
     )
 }  # fmt: skip

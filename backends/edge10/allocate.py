@@ -172,10 +172,10 @@ class DramLayout:
     end: int = 0
     parts: list[tuple[str, int]] = field(default_factory=list)
 
-    def take(self, what: str, nbytes: int, alignment: int = 4096) -> int:
-        """The address of the next `nbytes`; `what` is the kind reported if the die's DRAM does not suffice."""
-        address = align(self.end, alignment)
-        self.end = address + nbytes
+    def take(self, what: str, nbytes: int, alignment: int = 4096, planned: int | None = None) -> int:
+        """The address of the next `nbytes`, or `planned`; `what` is the kind reported if the die's DRAM does not suffice."""
+        address = align(self.end, alignment) if planned is None else planned
+        self.end = max(self.end, address + nbytes)
         self.parts.append((what, nbytes))
         return address
 

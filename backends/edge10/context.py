@@ -113,6 +113,7 @@ class Lowering:
         self.places: dict[Value, Place] = {}
         self.first_token = 0  # of the rows that are being lowered (`rows`)
         self.halved: set[Value] = set()  # made in two halves of `half_rows`, of which a product may begin with the first
+        self.waits: dict[Value, Value] = {}  # sums that are in `copies`, and what takes their place
         self.copies: dict[Value, ResidualCopy] = {}  # of sums whose place is needed before their last reader comes
         self.side = RingCursor(plan.side)
         self.packed = RingCursor(plan.packed)

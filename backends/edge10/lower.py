@@ -22,9 +22,20 @@ from tyir.backends.edge10.columns import MOST_ROWS, collective_block, summings
 from tyir.backends.edge10.context import Lowering, Place, ResidualCopy
 from tyir.backends.edge10.dependences import Tracker
 from tyir.backends.edge10.emitter import Emitter
+from tyir.backends.edge10.live_check import live_problems
 from tyir.backends.edge10.lower_body import find_groups, is_known
+from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.backends.edge10.order import keys_first
-from tyir.backends.edge10.places import Boundary, BoundaryPlaces, assign_places, boundary_of, in_place, root
+from tyir.backends.edge10.places import Boundary, BoundaryPlaces, Places, Scratch, assign_places, boundary_of, in_place, root
+from tyir.backends.edge10.planned import (
+    activation_address,
+    address_in,
+    planned_places,
+    read_shares,
+    with_address,
+    write_places,
+    write_shares,
+)
 from tyir.backends.edge10.residual import waiting_sums
 from tyir.backends.edge10.rows import row_blocks, rows_part
 from tyir.backends.edge10.search import PricedEmitter, Prices, best_shares, products_ns
@@ -36,22 +47,36 @@ from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16, i64, ui8
 
-__all__ = ["estimated_ns", "lower_die"]
+__all__ = ["estimated_ns", "lower_die", "plan_die"]
 
 
 def lower_die(die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None = None) -> Module:
     """The command program of one die for `seqlen` tokens a step: a module at stage `edge10` with its buffers, `@layer_s{n}`s and `@main_s{n}`.
 
-    `shares` says how SRAM is divided; without it the best known division is searched for (`search.best_shares`).
+    `shares` says how SRAM is divided; without it (and without a plan's word on it, `planned`) the best known division is searched for (`search.best_shares`).
     `die_module` is at stage `program` (passes/README.md).  `TyirError` lists every op that has no lowering, or says what does not fit.
     """
+    return _lowering_of(die_module, seqlen, machine, shares).lower()
+
+
+def plan_die(die_module: Module, seqlen: int, machine: Machine) -> dict[str, int]:
+    """Write the memory plan of a program on it, as attributes (`planned`): what `lower_die` decides, to be seen and changed before it is lowered.
+
+    Returns what `memory_summary` says of the lowered program.  Raises as `lower_die`.
+    """
+    lowering = _lowering_of(die_module, seqlen, machine, None)
+    summary = memory_summary(lowering.lower())
+    lowering.write_plan()
+    return summary
+
+
+def _lowering_of(die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None) -> _DieLowering:
     main = die_module.lookup(f"main_s{seqlen}")
     if not isinstance(main, Func):
         known = [f.sym_name.removeprefix("main_s") for f in die_module.body if isinstance(f, Func) and f.sym_name.startswith("main_s")]
         raise TyirError(f"the module has no @main_s{seqlen}", help=f"sequence lengths here: {', '.join(known)}")
-    if shares is None:
-        shares = _chosen_shares(die_module, main, seqlen, machine)
-    return _DieLowering(die_module, main, seqlen, machine, shares).lower()
+    shares = shares or read_shares(main) or _chosen_shares(die_module, main, seqlen, machine)
+    return _DieLowering(die_module, main, seqlen, machine, shares)
 
 
 @lru_cache(maxsize=1)
@@ -125,7 +150,8 @@ class _DieLowering:
         self.caches = _cache_arguments(main)
         self.layers = self._find_layers()
         # Activations of very many tokens lie in DRAM between layers: SRAM is for the rows that are worked on.
-        self.boundary = BoundaryPlaces(self.plan.boundary if seqlen <= MOST_ROWS else 0, "boundary")
+        self.boundary = BoundaryPlaces(self.plan.boundary if seqlen <= MOST_ROWS else 0, f"boundary{self.suffix}")
+        self.placed: dict[Func, tuple[Places, Mapping[Op, Scratch]]] = {}
         self.prices: Prices | None = None  # when divisions of SRAM are compared, commands are priced and not written
 
     def lower(self) -> Module:
@@ -136,6 +162,33 @@ class _DieLowering:
         self._lower_main()
         self.dram.check()
         return self.module
+
+    def write_plan(self) -> None:
+        """After `lower`: say on the source where everything lies.  Layer functions are replaced by their copies in the order in which they are lowered."""
+        buffers = {b.sym_name: b for b in self.module.body if isinstance(b, edge10.Buffer)}
+        for param in [p for p in self.source.body if isinstance(p, ty.Param) and p.sym_name in buffers]:
+            param.attributes = with_address(param.attributes, buffers[param.sym_name].address)
+        given, made = ([main_attr(i) for i in range(count)] for main_attr, count in
+                       ((self.main.arg_attr, len(self.main.args)), (self.main.res_attr, len(self.main.function_type.results))))  # fmt: skip
+        for buffer in buffers.values():
+            for key, dicts in (("tyir.argument", given), ("tyir.result", made)):
+                if isinstance(index := buffer.attributes.get(key), IntegerAttr):
+                    dicts[index.value] = with_address(dicts[index.value], buffer.address)
+            if buffer.kind == "activation":
+                if (old := self.source.lookup(buffer.sym_name)) is not None:
+                    old.erase()
+                buffer.clone().insert_before(self.main)
+        self.main.set_arg_attrs(given)
+        self.main.set_res_attrs(made)
+        write_shares(self.main, self.shares)
+        for name, layer in self.layers.items():
+            original = self.source.lookup(name)
+            assert original is not None
+            layer.function.insert_before(original)
+            original.erase()
+        for function, (places, scratch) in self.placed.items():
+            if function.parent_op is self.source:  # not the blocks of rows of a long step, which are made while lowering
+                write_places(function, places, scratch)
 
     def layers_ns(self) -> dict[str, float]:
         """About how long each layer function takes, from the prices of its commands."""
@@ -154,7 +207,7 @@ class _DieLowering:
         for layer in self.layers.values():
             layer.boundary = boundary_of(layer.function, layer.activations, layer.aliased, self.boundary)
         if self.boundary.dram_bytes:
-            self._buffer(self.boundary.symbol, "activation", TensorType((self.boundary.dram_bytes,), ui8))
+            self._activations(self.boundary.symbol, TensorType((self.boundary.dram_bytes,), ui8))
 
     # -- what there is --------------------------------------------------------------------------------------------
     def _functions(self) -> list[Func]:
@@ -218,17 +271,23 @@ class _DieLowering:
                 layer.aliased[index] = layer.function.args.index(returned)
 
     # -- DRAM -----------------------------------------------------------------------------------------------------
-    def _buffer(self, name: str, kind: str, type: TensorType, alignment: int = 4096, **attributes: int) -> None:
-        address = self.dram.take(kind, type.nbytes, alignment)
+    def _buffer(self, name: str, kind: str, type: TensorType, planned: int | None, alignment: int = 4096, **attributes: int) -> None:
+        """Declare a buffer, at the address that a plan gives it or at the next one."""
+        address = self.dram.take(kind, type.nbytes, alignment, planned)
         notes = DictAttr({f"tyir.{k}": IntegerAttr(v, i64) for k, v in attributes.items()})
         self.module.body.append(edge10.Buffer(sym_name=name, address=address, nbytes=type.nbytes, kind=kind, type=type, attributes=notes))
+
+    def _activations(self, name: str, type: TensorType) -> None:
+        self._buffer(name, "activation", type, activation_address(self.source, name))
 
     def _lay_out_weights(self) -> None:
         """Parameters in the order of the module, except that a layer's lie together, each argument's at the same distance from the first.
 
         What another sequence length alone uses has its place too: weights and caches are shared, so all lengths' programs must find them at the same addresses.
         """
-        types = {p.sym_name: p.type for p in self.source.body if isinstance(p, ty.Param)}
+        params = {p.sym_name: p for p in self.source.body if isinstance(p, ty.Param)}
+        planned = {name: address_in(p.attributes) for name, p in params.items()}
+        types = {name: p.type for name, p in params.items()}
         for name, value in _weight_types(self.main).items():
             types.setdefault(name, value)
         in_layers: dict[str, tuple[_Layer, Call]] = {}
@@ -241,17 +300,17 @@ class _DieLowering:
         done: set[Call] = set()
         for name in types:
             if name not in used:
-                self.dram.take("weight", types[name].nbytes)
+                self.dram.take("weight", types[name].nbytes, planned=planned.get(name))
                 continue
             if name not in in_layers:
-                self._buffer(name, "weight", types[name])
+                self._buffer(name, "weight", types[name], planned.get(name))
                 continue
             layer, call = in_layers[name]
             if call not in done:
                 done.add(call)
                 for number, index in enumerate(layer.packed):
                     symbol = _symbol(call.operands[index])
-                    self._buffer(symbol, "weight", types[symbol], 4096 if number == 0 else ALIGNMENT)
+                    self._buffer(symbol, "weight", types[symbol], planned.get(symbol), 4096 if number == 0 else ALIGNMENT)
 
     def _lay_out_arguments(self) -> None:
         """The caches first, after the weights: what follows them differs from length to length."""
@@ -261,7 +320,8 @@ class _DieLowering:
             given = self.main.arg_attr(index).get("tyir.name")
             name = given.value if isinstance(given, StringAttr) else value.name or f"arg{index}"
             self.argument_names[value] = name
-            self._buffer(name, "kv" if value in self.caches else "input", ty.tensor_type(value), argument=index)
+            kind = "kv" if value in self.caches else "input"
+            self._buffer(name, kind, ty.tensor_type(value), address_in(self.main.arg_attr(index)), argument=index)
 
     # -- functions ------------------------------------------------------------------------------------------------
     def _lower_layer(self, layer: _Layer) -> None:
@@ -329,7 +389,7 @@ class _DieLowering:
         places = BoundaryPlaces(max(self.plan.boundary - start, 0), f"rows.{part.sym_name}", start)
         boundary = boundary_of(part, layer.activations, layer.aliased, places)
         if places.dram_bytes:
-            self._buffer(places.symbol, "activation", TensorType((places.dram_bytes,), ui8))
+            self._activations(places.symbol, TensorType((places.dram_bytes,), ui8))
         low.first_token = first
         low.emitter.begin(next(iter(part.body)))
         for index, place in boundary.arguments.items():
@@ -349,7 +409,8 @@ class _DieLowering:
                 fixed[normed] = place
                 *outer, columns = ty.tensor_type(value).static_shape
                 rows, name = math.prod(outer), f"waiting{number}.{source.sym_name}"
-                self._buffer(name, "activation", TensorType((rows, columns), f16))
+                self._activations(name, TensorType((rows, columns), f16))
+                low.waits[value] = normed
                 low.copies[value] = ResidualCopy(Place("dram", 0, name), rows, columns, collective_block(rows, 2, self.machine))
 
     def _lower_main(self) -> None:
@@ -391,7 +452,7 @@ class _DieLowering:
                 continue
             given = self.main.res_attr(index).get("tyir.name")
             name = given.value if isinstance(given, StringAttr) else f"output{index}" if index else "logits"
-            self._buffer(name, "output", ty.tensor_type(value), result=index)
+            self._buffer(name, "output", ty.tensor_type(value), address_in(self.main.res_attr(index)), result=index)
             if known is None:
                 fixed[root(value)] = Place("dram", 0, name)
             else:
@@ -423,9 +484,13 @@ class _DieLowering:
         spill = f"spill.{source.sym_name}"
         held = [v for v, place in fixed.items() if place.in_sram]
         groups = find_groups(source, self.plan.arena - first, self.machine, self.plan, held)
-        given = assign_places(source, fixed, first, self.plan.arena, spill, groups.anchors, groups.scratch)
+        decided = assign_places(source, fixed, first, self.plan.arena, spill, groups.anchors, groups.scratch)
+        given = planned_places(source, decided, fixed, groups.scratch)
+        if problems := list(live_problems(source, given, fixed, groups.scratch, groups.anchors, low.waits)):
+            raise TyirError(problems)
+        self.placed[source] = given, groups.scratch
         if given.spill_bytes:
-            self._buffer(spill, "activation", TensorType((given.spill_bytes,), ui8))
+            self._activations(spill, TensorType((given.spill_bytes,), ui8))
         for value in (*source.args, *(v for op in source.body if op not in groups.anchors for v in op.results)):
             if root(value) in given.values:
                 low.places[value] = given.values[root(value)]

@@ -4,7 +4,8 @@
     -->
     builtin.module @die0 { edge10.buffer ..., @layer_s8 (commands), @main_s8 (commands) }
 
-Runs on a module at stage `program`; what is written to `llm_die{i}.edge10` is one of the die modules.  The work is `lower.lower_die`.
+Runs on a module at stage `program`; what is written to `llm_die{i}.edge10` is one of the die modules.  A memory plan on the program is followed (plan-memory).  The work is
+`lower.lower_die`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 from tyir.attributes import StringAttr
 from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.plan_memory import lengths_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.func import Func
 from tyir.dialects.ty import Global, Param
 from tyir.ir import Op
 from tyir.pipeline import Pass, PassContext
@@ -50,7 +51,7 @@ class LowerEdge10(Pass):
 
 def _only_length(die: Module) -> int:
     """The sequence length of a die that has one program."""
-    lengths = [int(f.sym_name.removeprefix("main_s")) for f in die.body if isinstance(f, Func) and f.sym_name.startswith("main_s")]
+    lengths = lengths_of(die)
     if len(lengths) != 1:
         raise TyirError(
             f"the module has programs for {len(lengths)} sequence lengths: {', '.join(map(str, lengths))}",
