@@ -205,9 +205,11 @@ def _a100_prefill(path: Path) -> Iterator[Row]:
 
 
 def _a100_decode(path: Path) -> Iterator[Row]:
+    """The collector's cache holds no values (`CacheType.SELFKONLY` in its collect_attn.py): they are read from the keys' blocks, in every replay the same."""
     for row in _dicts(path):
         heads, kv, keys = int(row["num_heads"]), int(row["num_key_value_heads"]), int(row["isl"]) + int(row["step"])
-        yield _attention(Attention(int(row["batch_size"]), heads, kv, int(row["head_dim"]), 1, keys), float(row["latency_ms"]) * 1000)
+        shape = Attention(int(row["batch_size"]), heads, kv, int(row["head_dim"]), 1, keys, keys_alone=True)
+        yield _attention(shape, float(row["latency_ms"]) * 1000)
 
 
 def _a100_all_reduce(path: Path) -> Iterator[Row]:

@@ -53,9 +53,10 @@ _WEAK: Final = """
 * **Which kernel a library picks is not public.** The models search tiles for the least time; a library's heuristic often does not take it.  On the A100, M = 1024
   against 4096 x 4096 weights takes 204 us and M = 768 takes 104 us: 256 x 128 tiles in two waves, where 128 x 128 tiles would be faster.  That is the tail of the bf16 rows.
 * **A100 W4A16** jumps where it was measured (4096 x 8192 at M = 64, 80, 96: 68, 261, 86 us): a correction by measured neighbours still leaves the floor in the table.
-* **A100 decode attention** misses its target of 8 %.  The rule by which TensorRT-LLM takes turns between a kernel for groups of heads and one for single heads is public and in the model; the grouped
-  one (half of the rows) is within 8 %.  Single heads with short caches are read at up to 2.7 TB/s of a 2.0 TB/s memory, and long grouped ones at 3.3: the measured caches share blocks or stay in the L2;
-  `read_share` = 0.5 stands for the latter only.
+* **A100 decode attention** was measured on caches that hold no values: the collector (aiconfigurator, `collector/trtllm/collect_attn.py`) allocates keys alone (`CacheType.SELFKONLY`), which are then
+  read as values too, and replays one call.  So up to 3.3 TB/s seem to come from a memory of 2.0.  The model follows the bytes: values that the L2 still holds from the keys (27 MB of running heads at
+  256 keys each, not 55 at 512), caches that fit it from call to call; it would predict a real cache, without these, up to twice as slow.  The rule by which TensorRT-LLM takes turns between
+  a kernel for groups of heads and one for single heads is public and in the model; where a cache is split is not.
 * **A100 all-reduce by LLMCompass** (another library version, 4 devices) lies far above NCCL's own latency table between 64 KB and 4 MB.
 * **H200 long products** run at the power limit: the window after which the clock drops is a constant of the measurement as much as of the machine.
 * **Assumed and derived constants** were chosen with the data at hand (tile lists, split rules, `step_ns`, `operand_rows`, starts of waves in decode): they are not counted as fitted, and a

@@ -31,7 +31,7 @@ def plain() -> Accelerator:
         "link.direct_efficiency": 0.5, "link.one_shot_us": 4, "link.peer_us": 0, "link.one_shot_max_bytes": 1e6, "link.two_shot_max_bytes": 2e6,
         "link.call_us": 10,
         **{f"{k}_decode.{n}": v for k in ("grouped", "head") for n, v in
-           {"resident": 1, "block_us": 1, "wave_us": 0, "owner_us": 0, "touch_us": 0, "read_share": 1, "l2_share": 1, "row_tile_share": 0}.items()},
+           {"resident": 1, "block_us": 1, "wave_us": 0, "owner_us": 0, "first_keys_us": 0, "flat_keys": 0, "touch_us": 0, "l2_share": 1, "row_tile_share": 0}.items()},
     }  # fmt: skip
     return load_accelerator("orin").with_values(values)
 
@@ -119,15 +119,46 @@ def test_a_long_cache_is_split(plain: Accelerator) -> None:
 
 
 def test_groups_wait_for_a_place(plain: Accelerator) -> None:
-    """One more start for a quarter more owners than places; far more cost owner_us for each of a multiprocessor's: 8 groups on 4: 2 * 3; 64 heads: 16 * 3 us; and a block of 1 us."""
+    """One more start for a quarter more owners than places; far more cost owner_us for each wave after the first, as many times as fit a multiprocessor, and a block of 1 us.
+
+    8 groups on 4 are 2 waves: 3, less than the 5 of a start; 64 heads on 4 are 16: 45; two at once: 8 waves, 7 * 2 * 3 = 42; with 2 us for keys beyond 8: 7 * 2 * 5 = 70.
+    """
     started = plain.with_values(
         {"grouped_decode.wave_us": 5, "grouped_decode.owner_us": 3, "head_decode.owner_us": 3, "dram.bandwidth_gbps": 1e9}
     )
     assert decode_ns(Attention(1, 40, 5, 128, 1, 128), started) == pytest.approx(2000 + 5000 + 1000)
-    assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started) == pytest.approx(2000 + 6000 + 1000)
-    assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started.with_values({"attention.max_group": 4})) == pytest.approx(
-        2000 + 48_000 + 1000
-    )
+    assert decode_ns(Attention(1, 64, 8, 128, 1, 128), started) == pytest.approx(2000 + 5000 + 1000)
+    for changes, start in (
+        ({}, 45_000),
+        ({"head_decode.resident": 2}, 42_000),
+        ({"head_decode.resident": 2, "head_decode.first_keys_us": 2}, 70_000),
+    ):
+        heads = started.with_values({"attention.max_group": 4, **changes})
+        assert decode_ns(Attention(1, 64, 8, 128, 1, 128), heads) == pytest.approx(2000 + start + 1000)
+    assert decode_ns(Attention(1, 64, 8, 128, 1, 8), heads) == pytest.approx(2000 + 42_000 + 250)
+
+
+def test_keys_that_are_walked_at_once(plain: Accelerator) -> None:
+    """256 at once: 64 take the 2 us of two blocks, 32 half of it; 512 keys take four."""
+    flat = plain.with_values({"grouped_decode.flat_keys": 256, "dram.bandwidth_gbps": 1e9})
+    for keys, walk in ((32, 1000), (64, 2000), (256, 2000), (512, 4000)):
+        assert decode_ns(Attention(1, 8, 4, 128, 1, keys), flat) == pytest.approx(2000 + walk)
+
+
+def test_a_cache_of_keys_alone(plain: Accelerator) -> None:
+    """4 heads of 16,384 keys are 16.8 MB of a 1 MB L2: nothing is held, all keys are read twice, 33.6 us; a group's kernel reads them once, 16.8.
+
+    32 of 1024 keys, two at once on 4 multiprocessors: 8.4 MB are not held, but the 2.1 MB of the 8 that run are by an L2 of 4 MB, 1 / (1 + 0.524^6) = 0.98 of them:
+    8.4 * 1.02 = 8.56 us from DRAM, the other 8.22 MB from the L2 at 4000 a ns: 2.1 us.  And 2 heads of 1024 are held from call to call: 1.05 MB at 4000.
+    """
+    quick = plain.with_values({"head_decode.block_us": 0, "grouped_decode.block_us": 0, "launch.ramp_us": 0})
+    long = Attention(1, 4, 4, 128, 1, 16_384, keys_alone=True)
+    assert decode_ns(long, quick) == pytest.approx(1000 + 33_554, rel=1e-3)
+    assert decode_ns(Attention(1, 4, 4, 128, 1, 16_384), quick) == pytest.approx(1000 + 33_554, rel=1e-3)
+    assert decode_ns(Attention(1, 8, 4, 128, 1, 16_384, keys_alone=True), quick) == pytest.approx(1000 + 16_777, rel=1e-3)
+    held = quick.with_values({"l2.capacity_bytes": 4e6, "l2.bandwidth_gbps": 4000, "head_decode.resident": 2})
+    assert decode_ns(Attention(1, 32, 32, 128, 1, 1024, keys_alone=True), held) == pytest.approx(1000 + 8477 + 2074, rel=0.02)
+    assert decode_ns(Attention(1, 2, 2, 128, 1, 1024, keys_alone=True), held) == pytest.approx(1000 + 262, rel=0.02)
 
 
 def test_grouped_kernel_only_when_it_fills(plain: Accelerator) -> None:

@@ -116,15 +116,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class DecodeKernel:
-    """Attention of one query: `resident` owners a multiprocessor, `block_us` to walk 128 keys, `wave_us` and `owner_us` for starting owners that do not fit at once,
-    `touch_us` for a cache beyond the L2, `read_share` of its bytes that DRAM delivers, `l2_share` of the L2's rate that owners get, `row_tile_share` for every 16 query heads of a group beyond the first 16."""
+    """Attention of one query: `resident` owners a multiprocessor, `block_us` to walk 128 keys (`flat_keys` are walked at once), `wave_us`, `owner_us` and `first_keys_us` for starting
+    owners that do not fit at once, `touch_us` for a cache beyond the L2, `l2_share` of the L2's rate that owners get, `row_tile_share` for every 16 query heads of a group beyond the first 16."""
 
     resident: int
     block_us: float
+    flat_keys: float
     wave_us: float
     owner_us: float
+    first_keys_us: float
     touch_us: float
-    read_share: float
     l2_share: float
     row_tile_share: float
 
