@@ -25,10 +25,11 @@ _UNKNOWN: Final = -1.0
 
 @dataclass(frozen=True)
 class Durations:
-    """A machine's figures for one die: `work[kind]` is a command's ns on its unit, for a transfer its bytes' worth of DRAM time."""
+    """A machine's figures for one die: `work[kind]` is a command's ns on its unit, for a transfer its bytes' worth of DRAM time; `issue[kind]` the ns of issuing a transfer."""
 
     work: Sequence[float]
-    issue_ns: float
+    issue: Sequence[float]
+    fetch_ns: float
     latency_ns: float
     outstanding: int
     dram_rate: float
@@ -113,6 +114,7 @@ class DieEngine:
         """Give the next commands of these units their times, and those of units that waited for them, as far as they are known."""
         end, near, base, queues, taken, free = self.end, self.step.near, self.step.base, self.queues, self.taken, self.free
         start, data, kind, work, waiting = self.start, self.data, self.step.kind, self.durations.work, self.waiting
+        fetch = self.durations.fetch_ns
         while units:
             unit = units.pop()
             if self.blocked[unit]:
@@ -122,7 +124,7 @@ class DieEngine:
                 if unit < _QUEUES and position - self.moved[unit] >= self.durations.outstanding:
                     break  # tried again when a transfer of the queue is done
                 index = queue[position]
-                time, first = free[unit], base[index]
+                time, first = free[unit] + fetch, base[index]
                 for dep in near[index]:
                     done = end[first + dep]
                     if done > time:
@@ -156,7 +158,7 @@ class DieEngine:
         if done >= 0:
             time = max(time, self.end[self.queues[unit][done]])
             self.start[index] = time
-        self.free[unit] = time + self.durations.issue_ns
+        self.free[unit] = time + self.durations.issue[self.step.kind[index]]
         self.data[index] = self.free[unit] + self.durations.latency_ns
         if self.moved[unit] == position - 1:
             before = self.end[self.queues[unit][position - 2]] if position > 1 else 0.0

@@ -1,9 +1,9 @@
 """Time: when each command of each die starts and ends.  Events only, no ticking; the commands are the ones `functional` executes.
 
 Rules
-- A unit takes its commands in program order; a command starts when its tokens are done and its unit can take it.
+- A unit takes its commands in program order; a command starts when its tokens are done and its unit can take it: `sync.fetch_ns` after the one before, which passes while it waits for tokens.
 - dequant, cube, drain, vector: one command at a time, dispatch (`sync.command_ns`) and then the time of `tyir.targets.command_times`.
-- DMA queues: commands are issued one after the other (`sync.command_ns + dma.issue_ns`), up to `dma.outstanding` are in flight, so that the DRAM's latency
+- DMA queues: commands are issued one after the other (`sync.command_ns + dma.issue_ns`, and `dma.run_ns` for each run of addresses), up to `dma.outstanding` are in flight, so that the DRAM's latency
   is hidden behind the data of the transfers before; data moves in order, all queues of a die (and its collectives) sharing the DRAM bandwidth fairly, none
   faster than its port of the on-chip memory.
 - A collective starts when all its dies have reached it, and ends at the same time on all of them; a send meets its receives.
@@ -121,7 +121,8 @@ class _Die:
         prices = {cost: _price(cost, machine) for cost in {kind.cost for kind in step.kinds}}
         durations = Durations(
             work=[prices[kind.cost] for kind in step.kinds],
-            issue_ns=machine.sync.command_ns + machine.dma.issue_ns,
+            fetch_ns=machine.sync.fetch_ns,
+            issue=[_issue_ns(kind.cost, machine) for kind in step.kinds],
             latency_ns=machine.dram.latency_ns,
             outstanding=max(1, int(machine.dma.outstanding)),
             dram_rate=machine.dram_bytes_per_ns,
@@ -147,6 +148,12 @@ class _Die:
 def _price(cost: Transfer | Work, machine: Machine) -> float:
     """ns on its unit, dispatch included; for a transfer its bytes' worth of DRAM time."""
     return cost.cost_bytes(machine) if isinstance(cost, Transfer) else machine.sync.command_ns + cost.ns(machine)
+
+
+def _issue_ns(cost: Transfer | Work, machine: Machine) -> float:
+    """ns of issuing a transfer, dispatch included.  Example (40 each, 2 a run): 48 runs 176."""
+    runs = cost.runs if isinstance(cost, Transfer) else 0
+    return machine.sync.command_ns + machine.dma.issue_ns + runs * machine.dma.run_ns
 
 
 def _covered(start: Times, end: Times) -> float:

@@ -126,5 +126,5 @@ def _price(command: type[DeclaredOp], properties: Mapping[str, Any], machine: Ma
     elif isinstance(op, edge10.Gather):
         transfer = gather_transfer(op)
     else:
-        return edge10.unit_of(op), machine.sync.command_ns + compute_ns(op, (), machine)
+        return edge10.unit_of(op), machine.sync.dispatch_ns + compute_ns(op, (), machine)
     return "dram", transfer.cost_bytes(machine) / machine.dram_bytes_per_ns

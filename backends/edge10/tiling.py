@@ -148,13 +148,13 @@ def tiles_ns(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
     stored = shape.m * shape.n * shape.piece_bytes
     dram = (pieces_m * (weights + runs * machine.dram.run_overhead_bytes) + x_bytes + stored) / machine.dram_bytes_per_ns
     commands = pieces_m * pieces_n * pieces_k
-    queue = commands * (machine.dma.issue_ns + machine.sync.command_ns)
+    queue = commands * (machine.dma.issue_ns + machine.sync.dispatch_ns) + pieces_m * runs * machine.dma.run_ns
     cube = pieces_m * sum(
-        count_n * count_k * (machine.sync.command_ns + matmul_ns(tiles.m, n, k, machine))
+        count_n * count_k * (machine.sync.dispatch_ns + matmul_ns(tiles.m, n, k, machine))
         for n, count_n in _pieces(shape.n, tiles.n)
         for k, count_k in _pieces(shape.k, tiles.k)
     )
-    dequant = commands * (machine.sync.command_ns + dequant_ns(tiles.n, tiles.k, machine)) if shape.group_size else 0.0
+    dequant = commands * (machine.sync.dispatch_ns + dequant_ns(tiles.n, tiles.k, machine)) if shape.group_size else 0.0
     return max(dram + queue, cube, dequant) + 0.02 * (dram + queue + cube + dequant)
 
 

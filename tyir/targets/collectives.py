@@ -11,7 +11,7 @@ from tyir.sharding import vocabulary_ranges
 from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width
 
-__all__ = ["CollectiveNeed", "all_gather_ns", "all_reduce_ns", "minimal_collectives", "send_ns"]
+__all__ = ["CollectiveNeed", "all_gather_ns", "all_reduce_ns", "all_reduce_phases", "minimal_collectives", "send_ns"]
 
 
 def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine, group: int | None = None) -> float:
@@ -29,9 +29,7 @@ def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine, group
     group = min(dies, group or int(machine.d2d.package_dies))
     packages = -(-dies // group)
     width = bit_width(element) // 8
-    hop, rate = machine.d2d.hop_us * 1000, machine.d2d.bandwidth_gbps
-    two_phase = 2 * (hop + (group - 1) / group * nbytes / rate) + _adds(nbytes * (group - 1) // group // width, machine)
-    one_shot = hop + (group - 1) * nbytes / rate + _adds((group - 1) * nbytes // width, machine)
+    one_shot, two_phase = _within_package_ns(nbytes, width, group, machine)
     software = machine.d2d.collective_us * 1000
     if packages == 1:
         return software + min(one_shot, two_phase)
@@ -40,6 +38,19 @@ def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine, group
         int(share * (packages - 1) / packages / width), machine
     )
     return software + two_phase + between
+
+
+def all_reduce_phases(nbytes: int, element: Type, dies: int, machine: Machine) -> int:
+    """How often the dies of one package exchange: 1 when everybody sends everything, 2 for reduce-scatter and all-gather."""
+    one_shot, two_phase = _within_package_ns(nbytes, bit_width(element) // 8, dies, machine)
+    return 1 if one_shot <= two_phase else 2
+
+
+def _within_package_ns(nbytes: int, width: int, dies: int, machine: Machine) -> tuple[float, float]:
+    """Both algorithms, without the software."""
+    hop, rate = machine.d2d.hop_us * 1000, machine.d2d.bandwidth_gbps
+    one_shot = hop + (dies - 1) * nbytes / rate + _adds((dies - 1) * nbytes // width, machine)
+    return one_shot, 2 * (hop + (dies - 1) / dies * nbytes / rate) + _adds(nbytes * (dies - 1) // dies // width, machine)
 
 
 def _adds(elements: int, machine: Machine) -> float:

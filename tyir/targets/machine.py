@@ -96,6 +96,7 @@ class Dram:
 @dataclass(frozen=True)
 class Dma:
     issue_ns: float
+    run_ns: float
     outstanding: int
 
 
@@ -115,8 +116,14 @@ class PackageLink:
 
 @dataclass(frozen=True)
 class Sync:
+    fetch_ns: float
     command_ns: float
     launch_us: float
+
+    @property
+    def dispatch_ns(self) -> float:
+        """Of a command that waits for nothing but the one before it on its unit."""
+        return self.fetch_ns + self.command_ns
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,7 @@ def load_machine(name_or_path: str | Path = "edge10") -> Machine:
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise TyirError(f"not valid TOML: {error}", where=str(path), help="a machine file is described in docs/machines.md") from None
-    if not own and not set(_sections()) <= set(table):
+    if not own and not _describes_die(table):
         raise TyirError(
             f"{name_or_path} describes no die that runs command programs: it is for the kernel models (python -m tyir.tools.validate)",
             help=f"machines that do: {', '.join(_known_machines())}; or give the path of a .toml file",
@@ -263,8 +270,13 @@ def _known_machines() -> list[str]:
     return sorted(
         p.name.removesuffix(".toml")
         for p in resources.files("tyir.targets").iterdir()
-        if p.name.endswith(".toml") and set(_sections()) <= set(tomllib.loads(p.read_text()))
+        if p.name.endswith(".toml") and _describes_die(tomllib.loads(p.read_text()))
     )
+
+
+def _describes_die(table: Mapping[str, Any]) -> bool:
+    """Whether a machine file is for command programs, and not for the kernel models."""
+    return "base" in table or set(_sections()) <= set(table)
 
 
 def _machine_from_table(table: dict[str, Any], where: str) -> Machine:
