@@ -22,7 +22,7 @@ from tyir.dialects.func import Func, Return
 from tyir.ir import Value
 from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.program import EdgeProgram
-from tyir.targets.machine import Machine, load_machine
+from tyir.targets.machine import Machine
 from tyir.tools.plan_model import ModelShape, few_layers
 from tyir.types import TensorType, f16, f32, ui8
 
