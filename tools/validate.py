@@ -1,4 +1,4 @@
-"""`python -m tyir.tools.validate`: the kernel models against machines that were measured, beside the roofline and the best affine fit.
+"""`python -m tyir.tools.validate`: the kernel models (and, for the page, the timing engine) against machines that were measured, beside the roofline and the best affine fit.
 
 Per kind of kernel and bucket of rows: mean, median, 90th percentile and maximum of the absolute relative error, and the signed mean (bias).
 Every constant that a machine file calls fitted is re-fitted by `--fit` on the training half of the kernels; the table tells both halves apart.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-MACHINES = ("h200", "a100", "orin")
+MACHINES = ("h200", "h100", "a100", "orin")
 
 
 @run_tool
@@ -52,8 +52,17 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps({n: [line.as_dict() for line in lines] for n, lines in found.items()}, indent=1))
     if args.markdown:
-        print(markdown(found, {n: load_accelerator(n) for n in found}))
+        print(markdown(found, {n: load_accelerator(n) for n in found}, [] if args.machine else _engine_lines()))
     return 0
+
+
+def _engine_lines() -> list[str]:
+    """The table of the timing engine on silicon."""
+    from tyir.targets.machine import load_machine
+    from tyir.tools.engine_programs import MACHINE
+    from tyir.tools.validate_engine import engine_rows, read_measured, summary_lines
+
+    return summary_lines(engine_rows(read_measured(), load_machine(MACHINE)))
 
 
 def _candidates(name: str, data: Path | None) -> list[Path]:

@@ -24,7 +24,7 @@ from tyir.targets.accelerator import Accelerator
 __all__ = ["NARROW", "NEW", "Row", "read_rows"]
 
 NEW: Final = "(new)"
-_MARKS: Final = {"new_": NEW, "blind_": "(blind)"}
+_MARKS: Final = {"new_": NEW, "blind_": "(blind)", "repeat_": "(repeat)"}
 _CALLS: Final = 24  # of one product in a graph, tools/measure_gpu.py
 
 
@@ -48,9 +48,9 @@ class Row:
 def read_rows(*folders: Path) -> list[Row]:
     """All rows of a machine's folders, in the files' order; a file that several have is read from the first."""
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        "peaks_and_ops.jsonl": _ops, "collectives.jsonl": _collectives, "models.jsonl": _models,
+        "peaks_and_ops.jsonl": _ops, "kernels.jsonl": _ops, "collectives.jsonl": _collectives, "models.jsonl": _models,
         "new_kernels.jsonl": _ops, "new_elementwise.jsonl": _ops, "new_collectives.jsonl": _collectives, "new_models.jsonl": _models,
-        "blind_models.jsonl": _models,
+        "blind_models.jsonl": _models, "repeat_models.jsonl": _models,
         "a100_sxm_gemm_trtllm_1.0.0.csv": _a100_gemm, "matmul_A100.csv": _llmcompass_matmul, "layernorm_A100.csv": _llmcompass_norm,
         "a100_sxm_context_attention_trtllm_1.0.0.csv": _a100_prefill, "a100_sxm_generation_attention_trtllm_1.0.0.csv": _a100_decode,
         "a100_sxm_custom_allreduce_trtllm_1.0.0.csv": _a100_all_reduce, "allreduce_A100x4_NVLink3.csv": _llmcompass_all_reduce,
@@ -62,7 +62,7 @@ def read_rows(*folders: Path) -> list[Row]:
 
 
 def _marked(file: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows of the files `new_*` and `blind_*`, measured after the models were fitted, are kinds of their own: nothing is fitted on them."""
+    """Rows of the files `new_*`, `blind_*` and `repeat_*`, measured after the models were fitted, are kinds of their own: nothing is fitted on them."""
     mark = next((m for start, m in _MARKS.items() if file.startswith(start)), None)
     for row in rows:
         yield row if mark is None else replace(row, kind=f"{row.kind} {mark}")
@@ -135,25 +135,26 @@ def _json_lines(path: Path) -> list[dict[str, object]]:
 def _ops(path: Path) -> Iterator[Row]:
     """`peaks_and_ops.jsonl` was measured in one process: its elementwise kernels are compiled for one width at the first and for any from the second on."""
     first: dict[str, int] = {}
+    ours = path.name != "peaks_and_ops.jsonl"  # by `measure_gpu`: a process for each model, many calls in a row
     for row in _json_lines(path):
         us = float(str(row["us"]))
         size = {k: int(str(v)) for k, v in row.items() if k not in ("kind", "what", "us", "gbps", "tflops")}
         if row["kind"] != "op":
             continue
         if row["what"] == "linear":
-            yield _gemm("gemm bf16", size["m"], size["n"], size["k"], us, calls=_CALLS if path.name.startswith("new_") else 1)
+            yield _gemm("gemm bf16", size["m"], size["n"], size["k"], us, calls=_CALLS if ours else 1)
         elif row["what"] == "attention":
             yield _attention(
                 Attention(size["batch"], size["q_heads"], size["kv_heads"], size["head_dim"], size["q_len"], size["kv_len"]), us
             )
         elif row["what"] == "add_rmsnorm":
-            several = not path.name.startswith("new_") and size["hidden"] != first.setdefault("norm", size["hidden"])
+            several = not ours and size["hidden"] != first.setdefault("norm", size["hidden"])
             yield _rowwise("add+norm", size["tokens"], size["hidden"], 4, us, partial(add_norm_ns, any_width=several))
         elif row["what"] == "silu_mul":
-            several = not path.name.startswith("new_") and size["inter"] != first.setdefault("silu", size["inter"])
+            several = not ours and size["inter"] != first.setdefault("silu", size["inter"])
             yield _rowwise("silu*mul", size["tokens"], size["inter"], 3, us, partial(silu_mul_ns, any_width=several))
         elif row["what"] == "rope":
-            yield _rowwise("rotation", size["tokens"], size["width"], 2, us, rope_ns)
+            yield _rowwise("rotation", size["tokens"], size["width"], 2, us, partial(rope_ns, any_width=False))
         elif row["what"] == "copy":
             yield _rowwise("cache copy", size["tokens"], size["width"], 2, us, copy_ns)
 

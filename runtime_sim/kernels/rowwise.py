@@ -54,9 +54,13 @@ def silu_mul_ns(rows: int, width: int, machine: Accelerator, any_width: bool = F
     return _launch_ns(machine) + _elements_ns(rows, width, 3, machine, any_width)
 
 
-def rope_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """Rotating queries and keys of `width` elements a token, a view of a product's output: in and out."""
-    return _launch_ns(machine) + rows * width / machine.rowwise.any_width_per_ns
+def rope_ns(rows: int, width: int, machine: Accelerator, any_width: bool = True) -> float:
+    """Rotating queries and keys of `width` elements a token, a view of a product's output: in and out.
+
+    Example (launch 1 us, 200 elements a ns for any width, 400 for one): 100 rows of 2048: 1000 + 1024 = 2024 ns, or 1512.
+    """
+    rate = machine.rowwise.any_width_per_ns if any_width else machine.rowwise.rotate_per_ns
+    return _launch_ns(machine) + rows * width / rate
 
 
 def copy_ns(rows: int, width: int, machine: Accelerator) -> float:

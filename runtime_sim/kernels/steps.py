@@ -131,7 +131,7 @@ def kernels(step: Step, machine: Accelerator, sustained: bool) -> tuple[dict[str
     layer = {
         "attention norm": add_norm_ns(rows, model.hidden, machine, step.any_width),
         "qkv": linear(width + 2 * kv * model.head_dim, model.hidden),
-        "rope": rope_ns(rows, width + kv * model.head_dim, machine),
+        "rope": rope_ns(rows, width + kv * model.head_dim, machine, step.any_width),
         "cache copies": 2 * copy_ns(rows, kv * model.head_dim, machine),
         "attention": attention_ns(shape, machine, sustained),
         "o": linear(model.hidden, width),

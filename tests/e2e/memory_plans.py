@@ -13,6 +13,9 @@ from tests.e2e.real_shapes import MODELS, partition
 from tests.llm import build, dies_of
 from tyir.backends.edge10.lower import lower_die
 from tyir.backends.edge10.memory_plan import memory_summary
+from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
+from tyir.runtime_sim.buffer_check import shared_problems
 from tyir.runtime_sim.plan_check import check_programs
 from tyir.runtime_sim.program import EdgeProgram, alike_programs
 from tyir.targets.machine import load_machine
@@ -45,6 +48,7 @@ def checked_plans(name: str, int4: bool, kv: str, dies: Sequence[int]) -> Iterat
         partition(module, count, int4, f"specialize-seqlen{{seqlens={lengths}}},to-program", f"max-kv={CAPACITY} dtype={kv}")
         memory: dict[str, int] = {}
         commands = kinds = 0
+        buffers: list[list[list[edge10.Buffer]]] = []  # by length and die
         for length, position in LENGTHS.items():
             programs = []
             for die in dies_of(module):
@@ -52,8 +56,11 @@ def checked_plans(name: str, int4: bool, kv: str, dies: Sequence[int]) -> Iterat
                 memory = {k: max(v, memory.get(k, 0)) for k, v in memory_summary(lowered).items()}
                 programs.append(EdgeProgram(lowered))
             check_programs(programs, machine, (position,))
+            buffers.append([list(p.buffers.values()) for p in programs])
             different = [programs[alike[0]] for alike in alike_programs(programs)]
             commands, kinds = commands + sum(len(p.expand(position)) for p in different), kinds + len(different)
+        if problems := [p for first, second in zip(*buffers) for p in shared_problems(first, second)]:
+            raise TyirError(problems)
         yield Checked(name, "int4" if int4 else "fp16", kv, count, memory, commands, kinds)
 
 

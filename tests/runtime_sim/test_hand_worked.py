@@ -132,6 +132,25 @@ def test_outstanding_transfers_hide_the_latency() -> None:
         assert timed(six, machine=machine).total_ns == pytest.approx(expected)
 
 
+def test_runs_take_time_to_issue() -> None:
+    """Eight runs at 5 ns each: 40 more before the first of two transfers has been issued, and before the second: 2 * (80 + 40) + 150 + 8 * 200 / 20 = 470."""
+    machine = MACHINE.with_overrides({"dma.run_ns": 5})
+    assert timed(lambda die: [die.load(200, rows=8) for _ in range(2)], machine=machine).total_ns == pytest.approx(470)
+
+
+def test_a_command_is_fetched_while_its_unit_waits() -> None:
+    """Fetching takes 30 ns.  Two drains of 128 bytes (2 ns) after each other: 2 * (30 + 40 + 2) = 144.  The second waiting for a load that ends at 30 + 230 + 1 = 261: 261 + 42."""
+    machine = MACHINE.with_overrides({"sync.fetch_ns": 30})
+    assert timed(lambda die: (die.drain(1, 32), die.drain(1, 32)), machine=machine).total_ns == pytest.approx(144)
+
+    def waiting(die: Die) -> None:
+        loaded = die.load(20)
+        die.drain(1, 32)
+        die.drain(1, 32, loaded)
+
+    assert timed(waiting, machine=machine).total_ns == pytest.approx(303)
+
+
 def test_a_queue_issues_one_transfer_at_a_time() -> None:
     """Four transfers of 20 bytes (1 ns): issued every 80 ns, the last at 240: 240 + 80 + 150 + 1 = 471.  On four queues all are issued at once.
 

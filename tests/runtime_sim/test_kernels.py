@@ -9,7 +9,7 @@ import pytest
 from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
 from tyir.runtime_sim.kernels.attention import Attention, attention_ns, decode_ns, prefill_ns
 from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, matrix_rate, weight_only_ns
-from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, silu_mul_ns
+from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, rope_ns, silu_mul_ns
 from tyir.runtime_sim.kernels.steps import MODELS, Step, kernels, step_ns
 from tyir.targets.accelerator import Accelerator, load_accelerator
 
@@ -27,7 +27,7 @@ def plain() -> Accelerator:
         "weight_only.bytes_per_weight": 0.5, "weight_only.dequant_per_cycle": 100, "weight_only.step_ns": 0, "weight_only.call_us": 1,
         "weight_only.gemv_max_rows": 0, "weight_only.two_blocks_rows": 0, "attention.efficiency": 1, "attention.max_group": 64, "attention.grouped_fill": 1000,
         "attention.call_us": 0, "attention.decode_call_us": 0, "attention.packed_passes": 0,
-        "rowwise.bandwidth_gbps": 1000, "rowwise.row_ns_per_byte": 0.1, "rowwise.strided_us": 0.5, "rowwise.any_width_per_ns": 200, "rowwise.any_width_row_ns_per_byte": 0.2, "rowwise.call_us": 0, "link.bandwidth_gbps": 200, "link.efficiency": 1, "link.hop_us": 0.6, "link.spread_us": 0,
+        "rowwise.bandwidth_gbps": 1000, "rowwise.row_ns_per_byte": 0.1, "rowwise.strided_us": 0.5, "rowwise.any_width_per_ns": 200, "rowwise.rotate_per_ns": 400, "rowwise.any_width_row_ns_per_byte": 0.2, "rowwise.call_us": 0, "link.bandwidth_gbps": 200, "link.efficiency": 1, "link.hop_us": 0.6, "link.spread_us": 0,
         "link.direct_efficiency": 0.5, "link.one_shot_us": 4, "link.peer_us": 0, "link.one_shot_max_bytes": 1e6, "link.two_shot_max_bytes": 2e6,
         "link.call_us": 10,
         **{f"{k}_decode.{n}": v for k in ("grouped", "head") for n, v in
@@ -177,13 +177,14 @@ def test_cache_beyond_the_l2_is_touched_first(plain: Accelerator) -> None:
 
 
 def test_rows_by_hand(plain: Accelerator) -> None:
-    """1000 + 0.1 * 8192 + 128 * 8192 * 4 / 1000 = 6013.6; silu: 1000 + 3 * 128 * 8192 / 1000 = 4145.7; one row copied: 1500 + 1024 / 200.
+    """1000 + 0.1 * 8192 + 128 * 8192 * 4 / 1000 = 6013.6; silu: 1000 + 3 * 128 * 8192 / 1000 = 4145.7; one row copied: 1500 + 1024 / 200; 100 rows of 2048 rotated: 1000 + 204,800 / 200 or / 400.
 
     For any width, 512 rows of 64 Ki columns: norm 1000 + 0.2 * 131,072 + the larger of 268,435 and 512 * 65,536 / 200 = 167,772; on four times the bandwidth 167,772.
     """
     assert add_norm_ns(128, 4096, plain) == pytest.approx(6013.6, abs=0.1)
     assert silu_mul_ns(128, 4096, plain) == pytest.approx(4145.7, abs=0.1)
     assert copy_ns(1, 1024, plain) == pytest.approx(1505.1, abs=0.1)
+    assert rope_ns(100, 2048, plain) == pytest.approx(2024) and rope_ns(100, 2048, plain, any_width=False) == pytest.approx(1512)
     assert add_norm_ns(512, 65536, plain, any_width=True) == pytest.approx(1000 + 26_214.4 + 268_435.5, abs=1)
     assert add_norm_ns(512, 65536, plain.with_values({"rowwise.bandwidth_gbps": 4000}), any_width=True) == pytest.approx(
         1000 + 26_214.4 + 167_772.2, abs=1

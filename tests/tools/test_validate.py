@@ -22,6 +22,7 @@ LIMITS = {
     "gemm bf16": 5.0, "attention decode": 6.0, "attention prefill": 6.0, "all-reduce": 6.0, "model decode": 3.0, "model prefill": 3.0,
     "add+norm": 8.0, "silu*mul": 8.0, "gemm bf16 (new)": 6.0, "attention decode (new)": 8.0, "attention prefill (new)": 6.0, "all-reduce (new)": 10.0,
     "model decode (new)": 3.0, "model prefill (new)": 4.0, "model decode (blind)": 4.0, "model prefill (blind)": 4.0,
+    "model decode (repeat)": 3.0, "model prefill (repeat)": 4.0,
 }  # fmt: skip
 
 
@@ -34,6 +35,15 @@ def table() -> dict[tuple[str, str], dict[str, Any]]:
     with contextlib.redirect_stdout(out):
         assert main(["--machine", "h200", "--data", str(DATA), "--json"]) == 0
     return {(line["kind"], line["bucket"]): line for line in json.loads(out.getvalue())["h200"]}
+
+
+def test_h100_within_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two constants are fitted to products, none to whole models."""
+    assert main(["--machine", "h100", "--data", str(DATA), "--json"]) == 0
+    table = {(line["kind"], line["bucket"]): line["mape"] for line in json.loads(capsys.readouterr().out)["h100"]}
+    limits = {"gemm bf16": 6.0, "attention decode": 6.0, "attention prefill": 7.0, "model decode (new)": 2.0, "model prefill (new)": 3.0}
+    assert all(table[kind, "all"] <= limit for kind, limit in limits.items()), table
+    assert set(load_accelerator("h100").fitted) == {"power.sustained_share", "power.window_us"}
 
 
 @pytest.mark.parametrize("kind", LIMITS)
@@ -89,7 +99,7 @@ def test_floor_is_what_neighbours_cannot_explain() -> None:
 
 def test_absent_data_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("no measurements here, skipped") == 3
+    assert capsys.readouterr().out.count("no measurements here, skipped") == 4
 
 
 def test_text_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,11 +133,12 @@ class DecodeKernel:
 @dataclass(frozen=True)
 class Rowwise:
     """Norms and elementwise kernels: `bandwidth_gbps` of reads and writes together, `row_ns_per_byte`: latency of one row in one block of threads.  Kernels that were compiled for
-    any width compute `any_width_per_ns` elements' addresses a ns; `strided_us`: what a copy between views that are not contiguous costs beyond a launch."""
+    any width compute `any_width_per_ns` elements' addresses a ns, rotations for one width `rotate_per_ns`; `strided_us`: what a copy between views that are not contiguous costs beyond a launch."""
 
     bandwidth_gbps: float
     row_ns_per_byte: float
     any_width_per_ns: float
+    rotate_per_ns: float
     any_width_row_ns_per_byte: float
     strided_us: float
     call_us: float
