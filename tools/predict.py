@@ -51,9 +51,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _summary(step: Step, machine: Accelerator, measured_us: float | None) -> dict[str, Any]:
     """Microseconds of every kernel of a layer, of what follows the layers, and of the step."""
-    from tyir.runtime_sim.kernels.steps import is_sustained, kernels, step_ns
+    from tyir.runtime_sim.kernels.steps import kernels, step_ns
 
-    layer, end = kernels(step, machine, is_sustained(step, machine))
+    layer, end = kernels(step, machine)
     us = step_ns(step, machine) / 1000
     found: dict[str, Any] = {
         "machine": machine.name, "devices": step.devices, "batch": step.batch, "tokens": step.tokens, "past": step.past,

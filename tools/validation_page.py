@@ -70,8 +70,8 @@ _WEAK: Final = """
   mechanisms the rows are no longer blind; no constant is fitted on them, a few are read off them and say so in `tyir/targets/h200.toml`.
   The *(blind)* rows were measured last: qwen2.5-3b, phi3-mini (no shared keys, heads of 96) and llama3.2-1b (heads of 64) on one device (phi3-mini on two as well), mistral-nemo-12b on one, two and four,
   qwen2.5-14b and qwen2.5-72b on four.
-* **Eight devices**: prefill is predicted about 7 % too slow, more the larger the share of all-reduce in the step: the model keeps the power-limited clock, and a device that waits for
-  its links a third of the time seems to run above it.  Isolated all-reduces of 16 to 64 KiB take 33 us on eight devices
+* **Several devices in prefill** were 4 % (four) and 7 % (eight) too slow while the model kept the power-limited clock; a device that waits for its links a third of the time runs above it.  By the
+  cube law that stands in `runtime_sim/kernels/steps.py`, which has no fitted constant but was added with these rows at hand, they are within 2 and 3 %.  Isolated all-reduces of 16 to 64 KiB take 33 us on eight devices
   where the same ones inside a step take 18, and the model says the latter.  Two hosts differ by a quarter in small all-reduces.
 * **Elementwise kernels** depend on what else the process compiled: `models.jsonl` looks like kernels for any width, `new_models.jsonl` was measured with kernels for one model
   (`predict --one-model`).  The recipe of `models.jsonl` is known as a list of kernels only; the rows measured afresh repeat its decode steps within 0 to 4 % and its prefill steps within 2 to 12 %.

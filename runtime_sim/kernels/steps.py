@@ -3,6 +3,10 @@
 Per layer: add+norm, qkv, rope, two cache copies, attention, o (all-reduce), add+norm, gate_up, silu * mul, down (all-reduce); at the end a norm and the head on the
 last token of each sequence.  Tensor parallel over `devices`: heads and intermediate columns are split; every device has the whole head (the recipe gathers nothing).
 Kernels run one after another in a graph, so their times add; a step with much matrix work runs at the sustained clock, as its kernels follow each other.
+
+The sustained clock is what a power limit leaves when there is always work.  While a device waits for its links it draws little, and the budget of that time is spent by the
+other kernels: power goes with the clock's third power (frequency times voltage squared, the two in proportion), so that the clock is the sustained one by
+(the share of the time in which the device works)^(-1/3), at most the burst's.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, is_long
 from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns
 from tyir.targets.accelerator import Accelerator
 
-__all__ = ["MODELS", "Model", "Step", "is_sustained", "kernels", "model_of", "step_ns"]
+__all__ = ["MODELS", "Model", "Step", "kernels", "model_of", "step_ns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,35 @@ class Step:
         return self.batch * self.tokens
 
 
-def kernels(step: Step, machine: Accelerator, sustained: bool) -> tuple[dict[str, float], dict[str, float]]:
+Times = tuple[dict[str, float], dict[str, float]]
+_POWER: Final = 3  # of the clock
+_ROUNDS: Final = 4  # until clock and times agree
+
+
+def kernels(step: Step, machine: Accelerator) -> Times:
     """Nanoseconds of each kernel of a layer, and of what follows the layers."""
+    if not is_long(2.0 * step.rows * step.model.weights / step.devices, machine):
+        return _kernels(step, machine, sustained=False)
+    times, limit = _kernels(step, machine, sustained=True), machine.power.sustained_share
+    for _ in range(_ROUNDS if step.devices > 1 else 0):
+        share = min(limit * _working_share(step, times) ** (-1 / _POWER), machine.power.burst_share)
+        times = _kernels(step, machine.with_values({"power.sustained_share": share}), sustained=True)
+    return times
+
+
+def _working_share(step: Step, times: Times) -> float:
+    """Which part of the step a device does not wait for its links.  Example: two all-reduces of 10 us in layers of 100 us, nothing else: 0.8."""
+    layer, end = times
+    links = step.model.layers * sum(ns for name, ns in layer.items() if name.endswith("all-reduce"))
+    return 1 - links / _total(step, times)
+
+
+def _total(step: Step, times: Times) -> float:
+    layer, end = times
+    return step.model.layers * sum(layer.values()) + sum(end.values())
+
+
+def _kernels(step: Step, machine: Accelerator, sustained: bool) -> Times:
     model, rows, devices = step.model, step.rows, step.devices
     heads, kv = model.query_heads // devices, max(1, model.kv_heads // devices)
     width, inter = heads * model.head_dim, model.intermediate // devices
@@ -146,12 +177,6 @@ def kernels(step: Step, machine: Accelerator, sustained: bool) -> tuple[dict[str
     return layer, end
 
 
-def is_sustained(step: Step, machine: Accelerator) -> bool:
-    """Whether the step's products together are long enough for the power limit."""
-    return is_long(2.0 * step.rows * step.model.weights / step.devices, machine)
-
-
 def step_ns(step: Step, machine: Accelerator) -> float:
     """Nanoseconds of the step."""
-    layer, end = kernels(step, machine, is_sustained(step, machine))
-    return step.model.layers * sum(layer.values()) + sum(end.values())
+    return _total(step, kernels(step, machine))

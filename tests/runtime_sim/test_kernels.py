@@ -208,10 +208,24 @@ def test_all_reduce_regimes(plain: Accelerator) -> None:
     assert all_reduce_ns(1_000_000, 8, spread, custom=False) - all_reduce_ns(1_000_000, 8, plain, custom=False) == pytest.approx(1400)
 
 
+def test_waiting_for_links_leaves_power_to_the_products() -> None:
+    """At the clock that a long step ends with, clock^3 times the working share is the sustained clock^3, up to the burst's; one device has nothing to wait for."""
+    machine = load_accelerator("h200")
+    for devices in (1, 4, 8):
+        step = Step(MODELS["llama3-8b"], devices, 1, 8192, 0)
+        layer, end = kernels(step, machine)
+        total = step_ns(step, machine)
+        working = 1 - 32 * (layer["o all-reduce"] + layer["down all-reduce"]) / total
+        share = min(machine.power.sustained_share * working ** (-1 / 3), machine.power.burst_share)
+        product = gemm_ns(Product(8192, 2 * 14336 // devices, 4096), machine.with_values({"power.sustained_share": share}), True)
+        assert layer["gate_up"] == pytest.approx(product, rel=1e-3)
+        assert (working == 1) == (devices == 1) and total == pytest.approx(32 * sum(layer.values()) + sum(end.values()))
+
+
 def test_a_step_is_the_sum_of_its_kernels() -> None:
     machine = load_accelerator("h200")
     step = Step(MODELS["llama3-8b"], 1, 1, 1, 127)
-    layer, end = kernels(step, machine, False)
+    layer, end = kernels(step, machine)
     assert step_ns(step, machine) == pytest.approx(32 * sum(layer.values()) + sum(end.values()))
     assert layer["o all-reduce"] == 0
     assert MODELS["llama3-8b"].weights == 7_504_658_432
