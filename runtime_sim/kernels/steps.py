@@ -139,8 +139,7 @@ def kernels(step: Step, machine: Accelerator) -> Times:
 
 def _working_share(step: Step, times: Times) -> float:
     """Which part of the step a device does not wait for its links.  Example: two all-reduces of 10 us in layers of 100 us, nothing else: 0.8."""
-    layer, end = times
-    links = step.model.layers * sum(ns for name, ns in layer.items() if name.endswith("all-reduce"))
+    links = step.model.layers * sum(ns for name, ns in times[0].items() if name.endswith("all-reduce"))
     return 1 - links / _total(step, times)
 
 
