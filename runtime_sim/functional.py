@@ -16,8 +16,8 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import dequantize_rows
+from tyir.edge10_buffers import KEPT, shared_problems
 from tyir.lockstep import Meet, Recv, Request, Send, drive
-from tyir.runtime_sim.buffer_check import KEPT, shared_problems
 from tyir.runtime_sim.command_trace import Access, Observer
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.program import Command, EdgeProgram

@@ -39,10 +39,11 @@ from tyir.backends.edge10.planned import (
 from tyir.backends.edge10.residual import waiting_sums
 from tyir.backends.edge10.rows import row_blocks, rows_part
 from tyir.backends.edge10.search import PricedEmitter, Prices, best_shares, products_ns
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
+from tyir.edge10_buffers import buffer_problems
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16, i64, ui8
@@ -161,7 +162,20 @@ class _DieLowering:
             self._lower_layer(layer)
         self._lower_main()
         self.dram.check()
+        self._check_buffers()
         return self.module
+
+    def _check_buffers(self) -> None:
+        """Addresses and buffers come from a plan that anybody may have changed."""
+        buffers = {b.sym_name: b for b in self.module.body if isinstance(b, edge10.Buffer)}
+        problems = list(buffer_problems(buffers.values(), self.machine))
+        for op in self.module.walk_type(edge10.AddressOf):
+            if op.symbol.leaf not in buffers:
+                problems.append(
+                    Diagnostic(f"there is no buffer @{op.symbol.leaf}", where=str(op.loc), help=did_you_mean(op.symbol.leaf, buffers))
+                )
+        if problems:
+            raise TyirError(problems)
 
     def write_plan(self) -> None:
         """After `lower`: say on the source where everything lies.  Layer functions are replaced by their copies in the order in which they are lowered."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tyir.attributes import StringAttr
 from tyir.backends.edge10.lower import lower_die
-from tyir.backends.edge10.plan_memory import lengths_of
+from tyir.backends.edge10.plan_memory import dies_of, lengths_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.ty import Global, Param
@@ -34,12 +34,7 @@ class LowerEdge10(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         machine = load_machine(self.machine)
-        dies = [o for o in op.body if isinstance(o, Module)]
-        if not dies:
-            raise TyirError(
-                "the module holds no dies", help="run partition-dies, specialize-seqlen, outline-params and outline-layers first"
-            )
-        for die in dies:
+        for die in dies_of(op):
             lowered = lower_die(die, self.seqlen or _only_length(die), machine)
             context.statistics["commands"] = context.statistics.get("commands", 0) + sum(1 for _ in lowered.walk())
             lowered.insert_before(die)

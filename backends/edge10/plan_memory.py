@@ -21,7 +21,7 @@ from tyir.ir import Op
 from tyir.pipeline import Pass, PassContext
 from tyir.targets.machine import load_machine
 
-__all__ = ["PlanMemory", "lengths_of"]
+__all__ = ["PlanMemory", "dies_of", "lengths_of"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,18 @@ class PlanMemory(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         machine = load_machine(self.machine)
-        dies = [o for o in op.body if isinstance(o, Module)]
-        if not dies:
-            raise TyirError(
-                "the module holds no dies", help="run partition-dies, specialize-seqlen, outline-params and outline-layers first"
-            )
-        for die in dies:
+        for die in dies_of(op):
             for length in lengths_of(die):
                 for kind, nbytes in plan_die(die, length, machine).items():
                     context.statistics[kind] = max(context.statistics.get(kind, 0), nbytes)
+
+
+def dies_of(op: Op) -> list[Module]:
+    """The dies of a module at stage `program`; `TyirError` when it has none."""
+    dies = [o for o in op.body if isinstance(o, Module)]
+    if not dies:
+        raise TyirError("the module holds no dies", help="run partition-dies, specialize-seqlen, outline-params and outline-layers first")
+    return dies
 
 
 def lengths_of(die: Module) -> list[int]:

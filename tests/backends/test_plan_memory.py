@@ -106,6 +106,8 @@ def test_a_place_on_top_of_another_is_found_out() -> None:
     [
         (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "sram 0..8"', r"needs 256 bytes, its place 'sram 0\.\.8' has 8\n(.|\n)*\"sram 0\.\.256\""),
         (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "dram"', r"'dram' is no place(.|\n)*write \"sram 4096\.\.8192\""),
+        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "@spil.layer_s1 0..256"', "there is no buffer @spil.layer_s1"),
+        (r'("ty\.param"\(\) <\{sym_name = "model\.norm\.weight"(?:.|\n)*?\}\) \{tyir\.address = )\d+', r"\g<1>64", r"@model\.\S+ at 0\.\.\d+ and @\S+ at 64\.\.320 overlap"),
         (r"temp = 44 : i64", "temp = 250 : i64", r"leaves -\d+ of 256 parts"),
         (r"temp = 44 : i64", "temp = true", r"is no division of SRAM(.|\n)*write \{temp = 44 : i64, side = array<i64: 4, 4>"),
     ],
