@@ -23,7 +23,7 @@ from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
+from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, head_axis
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, TopK, tensor_type
 from tyir.ir import Op, Value
@@ -281,7 +281,7 @@ def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
         assert isinstance(append, Append)
         if append.rows.index == 0:  # scales come from where the 8-bit rows come from
             _demand(append.rows, Split(2, groups), block)
-        block.caches[append.cache] = Split(1, groups)
+        block.caches[append.cache] = Split(head_axis(append.layout), groups)
     _consumers(attention.out, Split(2, queries), block)
     return block
 

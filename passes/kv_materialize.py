@@ -10,6 +10,8 @@
       %k0n = kv.append(%k0, %k, %pos)
       %a = kv.attention(%q, %k0n, %v0n, %pos)
 
+`layout=NHD` makes the caches `tensor<1xCAPxGxDxf16>`: a token's heads lie together, not a head's tokens.
+
 With `dtype=int8` the new rows are quantised before they are appended (`kv.quantize_rows`); the scales are two more caches of the layer.
 
 `pos` is the number of tokens already cached.  Caches are arguments that the function returns updated (`tyir.alias`): state, never copied.
@@ -26,7 +28,7 @@ from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.constexpr import clone_expression
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, Rows
+from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, Rows, cache_shape
 from tyir.dialects.ty import (
     Attention,
     Embedding,
@@ -50,11 +52,12 @@ __all__ = ["KvMaterialize"]
 
 @dataclass(frozen=True)
 class KvMaterialize(Pass):
-    """Key/value caches of fixed capacity as aliased arguments, one pair per attention; `dtype` is what they hold."""
+    """Key/value caches of fixed capacity as aliased arguments, one pair per attention; `dtype` is what they hold, `layout` what follows what: a head's tokens (HND) or a token's heads (NHD)."""
 
     max_kv: int = 1024
     embedding_as_input: bool = False
     dtype: Literal["fp16", "int8"] = "fp16"
+    layout: Literal["HND", "NHD"] = "HND"
 
     def run(self, op: Op, context: PassContext) -> None:
         require_stage(op, "kv-materialize", "ty")
@@ -137,6 +140,7 @@ class KvMaterialize(Pass):
             scale=attention.scale,
             window=attention.window,
             kv_heads=heads,
+            layout=self.layout,
             loc=attention.loc,
         ).insert_before(attention)
         attention.replace_with(cached)
@@ -156,5 +160,5 @@ class KvMaterialize(Pass):
         names.append(name)
         t = tensor_type(rows)
         batch, _, groups, *width = t.dims
-        cache = block.add_arg(TensorType((batch, groups, self.max_kv, *width), t.element), name)
-        return Append(cache, rows, pos, loc=attention.loc).insert_before(attention).results[0]
+        cache = block.add_arg(TensorType(cache_shape(self.layout, batch, groups, self.max_kv, *width), t.element), name)
+        return Append(cache, rows, pos, layout=self.layout, loc=attention.loc).insert_before(attention).results[0]

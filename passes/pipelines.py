@@ -36,6 +36,7 @@ def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHIN
     cache = [f"max-kv={options.max_kv}"]
     cache += ["embedding-as-input=true"] if options.embedding_as_input else []
     cache += [f"dtype={options.kv_dtype}"] if options.kv_dtype != "fp16" else []
+    cache += [f"layout={options.kv_layout}"] if options.kv_layout != "HND" else []
     dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
     dies += [f"pp={options.pp}"] if options.pp > 1 else []
     dies += [f"mesh={numbers(options.mesh)}"] if options.mesh else []

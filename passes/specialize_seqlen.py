@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from tyir.attributes import DenseArrayAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
-from tyir.ir import Op, Value
+from tyir.dialects.kv import Append
+from tyir.ir import Op
 from tyir.opdef import DeclaredOp
 from tyir.pipeline import Pass, PassContext
 from tyir.types import TensorType, Type
@@ -84,8 +85,4 @@ class SpecializeSeqlen(Pass):
 
 def cache_capacity(function: Func) -> int | None:
     """The number of tokens the function's caches hold, None without caches."""
-
-    def dims(value: Value) -> tuple[int | None, ...]:
-        return value.type.dims if isinstance(value.type, TensorType) else ()
-
-    return next((d[2] for a in function.args if len(d := dims(a)) == 4), None)
+    return next((append.capacity for append in function.walk_type(Append)), None)

@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
+from tyir.dialects.kv import position_axis
 from tyir.manifest import Manifest
 from tyir.runtime_sim.program_engine import CacheName
 
 __all__ = ["identity_of", "read_cache", "write_cache"]
 
 Array = npt.NDArray[Any]
-_OPTIONS = ("dies", "pp", "batch", "max_kv", "kv_dtype", "weights", "group_size")
+_OPTIONS = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights", "group_size")
 
 
 def identity_of(manifest: Manifest) -> dict[str, Any]:
@@ -41,7 +42,8 @@ def identity_of(manifest: Manifest) -> dict[str, Any]:
 
 def write_cache(path: Path, identity: Mapping[str, Any], tokens: Sequence[int], caches: Mapping[CacheName, Array]) -> None:
     """Write the positions that hold `tokens`.  `TyirError` when the file cannot be written; what was there then stays."""
-    arrays: dict[str, Any] = {f"die{die}/{name}": array[:, :, : len(tokens)] for (die, name), array in caches.items()}
+    used = (slice(None),) * position_axis(identity["kv-layout"]) + (slice(len(tokens)),)
+    arrays: dict[str, Any] = {f"die{die}/{name}": array[used] for (die, name), array in caches.items()}
     arrays |= {"tokens": np.array(tokens, np.int64), "identity": np.array(json.dumps(identity))}
     if path.exists() and not path.is_file():
         raise TyirError(f"cannot write the cache {path}: it is no file", help="choose another file")
@@ -68,7 +70,8 @@ def read_cache(path: Path, identity: Mapping[str, Any], capacity: int) -> tuple[
             data = {name: saved[name] for name in saved.files}
         theirs = json.loads(str(data.pop("identity")))
         tokens = [int(token) for token in data.pop("tokens")]
-        caches = {_cache_name(name): _with_room(array, capacity) for name, array in data.items()}
+        axis = position_axis(theirs.setdefault("kv-layout", "HND"))
+        caches = {_cache_name(name): _with_room(array, capacity, axis) for name, array in data.items()}
     except OSError as error:
         raise TyirError(f"cannot read the saved cache {path}: {error.strerror or error}", help="run the prompt again") from None
     except (KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
@@ -87,8 +90,9 @@ def _cache_name(text: str) -> CacheName:
     return int(die.removeprefix("die")), cache
 
 
-def _with_room(array: Array, capacity: int) -> Array:
-    """A cache [b, heads, used, ..] at its full size."""
-    whole = np.zeros((*array.shape[:2], max(capacity, array.shape[2]), *array.shape[3:]), array.dtype)
-    whole[:, :, : array.shape[2]] = array
+def _with_room(array: Array, capacity: int, axis: int) -> Array:
+    """A cache whose `axis` has the used positions, at its full size."""
+    used = array.shape[axis]
+    whole = np.zeros((*array.shape[:axis], max(capacity, used), *array.shape[axis + 1 :]), array.dtype)
+    whole[(slice(None),) * axis + (slice(used),)] = array
     return whole

@@ -120,6 +120,8 @@ def check_options(options: BuildOptions) -> None:
     check_batch(options.batch)
     if options.kv_dtype not in ("fp16", "int8"):
         raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")
+    if options.kv_layout not in ("HND", "NHD"):
+        raise TyirError(f"a cache laid out as '{options.kv_layout}': one of HND, NHD")
     parse_output(options.output)
 
 

@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         embedding_as_input=args.embedding_as_input,
         output=args.output,
         kv_dtype=args.kv_dtype,
+        kv_layout=args.kv_layout,
         batch=args.batch,
         pp=args.pp,
         mesh=args.mesh,
@@ -106,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
     parser.add_argument(
         "--kv-dtype", choices=("fp16", "int8"), default="fp16", help="what the caches hold: fp16, or int8 with a scale per head and token"
+    )
+    parser.add_argument(
+        "--kv-layout",
+        choices=("HND", "NHD"),
+        default="HND",
+        help="what follows what in a cache: a head's tokens (HND, default: attention reads long runs) or a token's heads (NHD: a token is written as one)",
     )
     parser.add_argument(
         "--output", default="logits", metavar="KIND", help="what a step returns: logits (default), argmax, or topk=K: the K best tokens"

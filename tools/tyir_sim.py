@@ -14,6 +14,7 @@ from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
 
 if TYPE_CHECKING:
+    from tyir.ir import Op
     from tyir.runtime_sim.program import EdgeProgram
     from tyir.runtime_sim.report import Predictor
     from tyir.runtime_sim.summary import Summary
@@ -93,7 +94,17 @@ def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predict
 
 def _capacity(programs: Sequence[EdgeProgram]) -> int:
     """Positions of the cache, from its buffers."""
-    return min((b.type.static_shape[2] for p in programs for b in p.buffers.values() if b.kind == "kv"), default=1 << 30)
+    return min(
+        (_int_attribute(b, "tyir.capacity") or b.type.static_shape[2] for p in programs for b in p.buffers.values() if b.kind == "kv"),
+        default=1 << 30,
+    )
+
+
+def _int_attribute(op: Op, name: str) -> int | None:
+    from tyir.attributes import IntegerAttr
+
+    value = op.attributes.get(name)
+    return value.value if isinstance(value, IntegerAttr) else None
 
 
 def _machine(args: argparse.Namespace, compiled_for: Callable[[], Machine]) -> Machine:

@@ -3,7 +3,7 @@
     OUT/{n}die/manifest.json
       format, version         "tyir-artifacts", 1
       model                   what the front end knew of the model (architecture, vocabulary, ...)
-      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, pp
+      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp
       build                   versions and targets the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
@@ -42,7 +42,7 @@ class BuildOptions:
     `output`: what a step returns for each token: "logits", "argmax" or "topk=K" (the K best tokens with their values).
     `pp`: pipeline stages; the decoder's layers are dealt out to that many groups of dies.
     `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3; empty: whole packages are groups.
-    `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a scale per head and token.
+    `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).
     """
 
     dies: int = 4
@@ -55,6 +55,7 @@ class BuildOptions:
     batch: int = 1
     output: str = "logits"
     kv_dtype: str = "fp16"
+    kv_layout: str = "HND"
     pp: int = 1
     mesh: tuple[int, ...] = ()
 

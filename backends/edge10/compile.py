@@ -23,6 +23,7 @@ from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
+from tyir.dialects.kv import Append
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import GetGlobal, MergeTopK, Param, QuantizedLinear, QuantizeGroups, TopK, tensor_type
 from tyir.edge10_binary import encode
@@ -101,7 +102,8 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
             "the module has no dies or no sequence lengths",
             help="run partition-dies and specialize-seqlen, or compile from an earlier stage",
         )
-    cache = next((tensor_type(a) for f in module.walk_type(Func) for a in f.args if len(tensor_type(a).dims) == 4), None)
+    append = next((a for a in module.walk_type(Append) if tensor_type(a.cache).rank == 4), None)  # not of scales
+    cache = None if append is None else tensor_type(append.cache)
     quantised, by_us = (any(True for _ in module.walk_type(kind)) for kind in (QuantizedLinear, QuantizeGroups))
     stored = quantised and not by_us and options.weights == "fp16"
     return replace(
@@ -111,7 +113,8 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
         die_map=mesh.devices,
         mesh=_groups(mesh),
         seqlens=seqlens.ints(),
-        max_kv=options.max_kv if cache is None else cache.static_shape[2],
+        max_kv=options.max_kv if append is None else append.capacity,
+        kv_layout=options.kv_layout if append is None else append.layout,
         batch=options.batch if cache is None else cache.static_shape[0],
         kv_dtype=options.kv_dtype if cache is None else "int8" if cache.element is i8 else "fp16",
         output=output_of(next((op.k for op in module.walk() if isinstance(op, (TopK, MergeTopK))), 0)),

@@ -43,6 +43,7 @@ from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
+from tyir.dialects.kv import Append
 from tyir.edge10_buffers import buffer_problems
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
@@ -149,6 +150,8 @@ class _DieLowering:
         self.dram = DramLayout(int(machine.dram.capacity_bytes))
         self.suffix = main.sym_name.removeprefix("main")
         self.caches = _cache_arguments(main)
+        appends = (a for f in _reached(source, main) for a in f.walk_type(Append))
+        self.capacity = next((a.capacity for a in appends), 0)  # positions of the caches
         self.layers = self._find_layers()
         # Activations of very many tokens lie in DRAM between layers: SRAM is for the rows that are worked on.
         self.boundary = BoundaryPlaces(self.plan.boundary if seqlen <= MOST_ROWS else 0, f"boundary{self.suffix}")
@@ -335,7 +338,8 @@ class _DieLowering:
             name = given.value if isinstance(given, StringAttr) else value.name or f"arg{index}"
             self.argument_names[value] = name
             kind = "kv" if value in self.caches else "input"
-            self._buffer(name, kind, ty.tensor_type(value), address_in(self.main.arg_attr(index)), argument=index)
+            notes = {"argument": index, **({"capacity": self.capacity} if kind == "kv" else {})}
+            self._buffer(name, kind, ty.tensor_type(value), address_in(self.main.arg_attr(index)), **notes)
 
     # -- functions ------------------------------------------------------------------------------------------------
     def _lower_layer(self, layer: _Layer) -> None:

@@ -93,14 +93,14 @@ def lower_attention(op: CachedAttention, low: Lowering, scratch: Area | None = N
 
 def _blocks(op: CachedAttention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
     _, tokens, heads, dim = tensor_type(op.q).static_shape
-    groups, largest = tensor_type(op.k).static_shape[1], max(r.heads for r in _runs(op.kv_heads))
+    groups, largest = op.cache_heads, max(r.heads for r in _runs(op.kv_heads))
     return attention_blocks(tokens, heads, groups, dim, largest, machine, room, transfers=transfers, quantized=bool(op.scales))
 
 
 def _bytes(op: CachedAttention, blocks: AttentionBlocks) -> int:
     """What the blocks take of SRAM, queries and result not counted."""
     _, _, heads, dim = tensor_type(op.q).static_shape
-    heads, groups = (heads, tensor_type(op.k).static_shape[1]) if blocks.all_heads else (max(r.heads for r in _runs(op.kv_heads)), 1)
+    heads, groups = (heads, op.cache_heads) if blocks.all_heads else (max(r.heads for r in _runs(op.kv_heads)), 1)
     return sum(blocks.layout(heads, groups, dim, transfers=False).values())
 
 
@@ -121,8 +121,8 @@ class _Block:
         self.op, self.low, self.runs, self.sequence, self.first, self.count = op, low, runs, sequence, first, count
         self.keys = blocks.keys
         _, _, self.all_heads, self.dim = tensor_type(op.q).static_shape
-        _, groups, self.capacity, _ = tensor_type(op.k).static_shape
-        self.first_group, self.groups = (0, groups) if blocks.all_heads else (runs[0].group, 1)
+        self.cache_heads, self.capacity = op.cache_heads, op.capacity
+        self.first_group, self.groups = (0, op.cache_heads) if blocks.all_heads else (runs[0].group, 1)
         self.first_head, self.heads = runs[0].first, sum(r.heads for r in runs)
         self.rows = count * self.heads
         self.strips = self._cut(blocks.strip)
@@ -286,13 +286,16 @@ class _Block:
 
     def _load_rows(self, cache: Place, sram: int, row: int, queue: str, first_key: Value, keys: Value) -> None:
         """The block's rows of `row` bytes of the cache heads in use, each head's at its own plane."""
-        emitter = self.low.emitter
-        address = emitter.offset(self.low.address(cache), first_key, row)
+        emitter, heads, capacity = self.low.emitter, self.cache_heads, self.capacity
+        by_head = self.op.layout == "HND"
+        to_head, to_key = (capacity * row, row) if by_head else (row, heads * row)
+        address = emitter.offset(self.low.address(cache), first_key, to_key)
         whole = self.groups * self.keys * row
+        read = (self.first_group + self.groups) * capacity * row if by_head else capacity * heads * row
         emitter.emit(
-            edge10.Load, address, keys, offset=cache.offset + self.first_group * self.capacity * row, sram=sram, shape=(self.groups, edge10.DYNAMIC, row),
-            dram_strides=(self.capacity * row, row), sram_strides=(self.keys * row, row), queue=queue,
-            reads=cache.access((self.first_group + self.groups) * self.capacity * row, write=False), writes=[sram_range(sram, whole, write=True)],
+            edge10.Load, address, keys, offset=cache.offset + self.first_group * to_head, sram=sram, shape=(self.groups, edge10.DYNAMIC, row),
+            dram_strides=(to_head, to_key), sram_strides=(self.keys * row, row), queue=queue,
+            reads=cache.access(read, write=False), writes=[sram_range(sram, whole, write=True)],
         )  # fmt: skip
 
     def _product(

@@ -16,13 +16,16 @@ __all__ = ["lower_append", "lower_embedding", "lower_quantize_rows", "lower_rows
 
 
 def lower_append(op: Append, low: Lowering) -> None:
-    """`kv.append`: rows [b, s, G, D] (or [b, s, G]) to positions pos.. of each sequence's cache [G, capacity, D]; what lies beyond the capacity is dropped."""
+    """`kv.append`: rows [b, s, G, D] (or [b, s, G]) to positions pos.. of each sequence's cache; what lies beyond the capacity is dropped."""
     batch, tokens, groups, *dim = tensor_type(op.rows).static_shape
-    capacity = tensor_type(op.cache).static_shape[2]
+    capacity = op.capacity
     row = math.prod(dim) * element_bytes(op.rows)
     for sequence in range(batch):
         source, cache = low.place(op.rows).at(sequence * tokens * groups * row), low.place(op.cache).at(sequence * groups * capacity * row)
-        _append(source, cache, sequence, (tokens, groups, capacity, row), low)
+        if op.layout == "HND":
+            _append(source, cache, sequence, (tokens, groups, capacity, row), low)
+        else:  # all heads of a token are one row
+            _append(source, cache, sequence, (tokens, 1, capacity, groups * row), low)
 
 
 def _append(source: Place, cache: Place, sequence: int, sizes: tuple[int, int, int, int], low: Lowering) -> None:

@@ -15,11 +15,12 @@ from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.chunks import plan_chunks
 
 CAPACITY = 24
+Case = tuple[Shape, int, int, bool, str, tuple[int, ...], list[int], int]
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Shape, int, int, bool, tuple[int, ...], list[int], int]:
-    """Shape, dies, stages, int4, lengths, tokens, where to interrupt."""
+def cases(draw: st.DrawFn) -> Case:
+    """Shape, dies, stages, int4, layout of the caches, lengths, tokens, where to interrupt."""
     kv_heads, ratio = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     int4 = draw(st.booleans())
     dim = draw(st.sampled_from([8, 16] if not int4 else [32]))
@@ -39,16 +40,16 @@ def cases(draw: st.DrawFn) -> tuple[Shape, int, int, bool, tuple[int, ...], list
     lengths = tuple(sorted(draw(st.sets(st.sampled_from([2, 3, 4, 8]), max_size=2)) | {1}))
     count = draw(st.integers(2, CAPACITY))
     tokens = [draw(st.integers(0, shape.vocabulary - 1)) for _ in range(count)]
-    return shape, dies, stages, int4, lengths, tokens, draw(st.integers(1, count - 1))
+    return shape, dies, stages, int4, draw(st.sampled_from(["HND", "NHD"])), lengths, tokens, draw(st.integers(1, count - 1))
 
 
-def check(case: tuple[Shape, int, int, bool, tuple[int, ...], list[int], int]) -> None:
-    shape, dies, stages, int4, lengths, tokens, cut = case
+def check(case: Case) -> None:
+    shape, dies, stages, int4, layout, lengths, tokens, cut = case
     module, weights = build(shape)
     if int4:
         run_pipeline(module, "quantize-weights{group-size=32}")
     wanted = run_ty(module, weights, tokens).astype(np.float32)
-    run_pipeline(module, f"kv-materialize{{max-kv={CAPACITY}}},partition-dies{{dies={dies} pp={stages} strategy=split}}")
+    run_pipeline(module, f"kv-materialize{{max-kv={CAPACITY} layout={layout}}},partition-dies{{dies={dies} pp={stages} strategy=split}}")
     run_pipeline(module, f"specialize-seqlen{{seqlens={','.join(map(str, lengths))}}},to-program")
 
     def feed(step: Step, ids: list[int]) -> list[np.ndarray]:  # type: ignore[type-arg]
@@ -67,12 +68,12 @@ def check(case: tuple[Shape, int, int, bool, tuple[int, ...], list[int], int]) -
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=cases())
-def test_a_few(case: tuple[Shape, int, int, bool, tuple[int, ...], list[int], int]) -> None:
+def test_a_few(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=cases())
-def test_hundreds(case: tuple[Shape, int, int, bool, tuple[int, ...], list[int], int]) -> None:
+def test_hundreds(case: Case) -> None:
     check(case)

@@ -1,9 +1,10 @@
 """`kv`: the key/value cache as aliased state of fixed capacity.
 
-A cache is a function argument [b, G, capacity, D]; the function returns it updated, and `tyir.alias` in `res_attrs` says which argument it is.
-`pos` [b] i32 is the number of tokens already in the cache.
+A cache is a function argument; the function returns it updated, and `tyir.alias` in `res_attrs` says which argument it is.
+`pos` [b] i32 is the number of tokens already in the cache.  Its `layout` is "HND", [b, G, capacity, D], where a head's rows follow each other, or "NHD", [b, capacity, G, D], where a
+token's do (the names are FlashInfer's: heads, n tokens, dimension).
 
-An 8-bit cache is i8 [b, G, capacity, D] with one f16 scale per token and head, a cache of its own [b, G, capacity]: `kv.quantize_rows` makes both from the new
+An 8-bit cache is of i8 with one f16 scale per token and head, a cache of its own without D: `kv.quantize_rows` makes both from the new
 rows, `kv.append` writes each, `kv.attention` takes the scales and reads f16(q * scale).
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,38 @@ from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
 from tyir.types import TensorType, Type, f16, i8
 
-__all__ = ["Append", "CachedAttention", "QuantizeRows", "Rows", "dequantize_rows", "quantize_rows"]
+__all__ = [
+    "LAYOUTS",
+    "Append",
+    "CachedAttention",
+    "QuantizeRows",
+    "Rows",
+    "cache_shape",
+    "dequantize_rows",
+    "head_axis",
+    "position_axis",
+    "quantize_rows",
+]
 
 Array = npt.NDArray[Any]
+
+
+LAYOUTS: Final = ("HND", "NHD")
+
+
+def head_axis(layout: str) -> int:
+    """The axis of a cache's heads."""
+    return 1 if layout == "HND" else 2
+
+
+def position_axis(layout: str) -> int:
+    """The axis of a cache's positions."""
+    return 3 - head_axis(layout)
+
+
+def cache_shape(layout: str, batch: int | None, heads: int | None, capacity: int, *width: int | None) -> tuple[int | None, ...]:
+    """The dimensions of a cache; `width` is D, nothing for scales."""
+    return (batch, heads, capacity, *width) if layout == "HND" else (batch, capacity, heads, *width)
 
 
 class QuantizeRows(DeclaredOp, name="kv.quantize_rows", traits=(Pure,)):
@@ -65,7 +95,7 @@ def dequantize_rows(q: Array, scales: Array) -> npt.NDArray[np.float16]:
 
 
 class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
-    """Writes rows [b, s, G, D] to positions pos.. of cache [b, G, capacity, D], in place; rows beyond the capacity are dropped (padding).
+    """Writes rows [b, s, G, D] to positions pos.. of a cache, in place; rows beyond the capacity are dropped (padding).
 
     For the scales of an 8-bit cache there is no D.
     """
@@ -73,30 +103,39 @@ class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
     cache: Value = operand()
     rows: Value = operand()
     pos: Value = operand()
+    _: KW_ONLY
+    layout: str = attr(default="HND", choices=LAYOUTS)
     out: Value = result()
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the cache."""
+        return tensor_type(self.cache).static_shape[position_axis(self.layout)]
 
     def infer(self) -> Type:
         return self.cache.type
 
     def verify(self) -> Iterator[str]:
         cache, rows = tensor_type(self.cache), tensor_type(self.rows)
-        if cache.rank not in (3, 4) or rows.rank != cache.rank or (cache.dims[1], *cache.dims[3:]) != rows.dims[2:]:
-            yield f"cache must be [b, heads, capacity, D] and rows [b, s, heads, D], or both without D; got {cache} and {rows}"
+        axes = "heads, capacity" if self.layout == "HND" else "capacity, heads"
+        if cache.rank not in (3, 4) or rows.rank != cache.rank or (cache.dims[head_axis(self.layout)], *cache.dims[3:]) != rows.dims[2:]:
+            yield f"cache must be [b, {axes}, D] and rows [b, s, heads, D], or both without D; got {cache} and {rows}"
         elif cache.element is not rows.element:
             yield f"the cache holds {cache.element}, the rows are {rows.element}"
 
     def evaluate(self, cache: Array, rows: Array, pos: Array) -> Array:
+        by_head = cache if self.layout == "HND" else cache.swapaxes(1, 2)  # a view
         for i, start in enumerate(pos):
-            count = min(rows.shape[1], cache.shape[2] - int(start))
-            cache[i, :, start : start + count] = rows[i, :count].swapaxes(0, 1)
+            count = min(rows.shape[1], by_head.shape[2] - int(start))
+            by_head[i, :, start : start + count] = rows[i, :count].swapaxes(0, 1)
         return cache
 
 
 class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
-    """Causal attention of s new tokens over the cache: q [b, s, H, D] at positions pos.., k and v [b, G, capacity, D] -> [b, s, H, D].
+    """Causal attention of s new tokens over the cache: q [b, s, H, D] at positions pos.., k and v caches -> [b, s, H, D].
 
     `kv_heads[h]` is the cache head that query head h reads.  Scores, softmax and sums are f32; positions after a query are never read.
-    8-bit caches come with the scales of k and of v, each f16 [b, G, capacity]; what is read is f16(q * scale).
+    8-bit caches come with the scales of k and of v, each f16; what is read is f16(q * scale).
     """
 
     q: Value = operand()
@@ -108,13 +147,24 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     scale: float = attr()
     window: int = attr(default=0)
     kv_heads: tuple[int, ...] = attr()
+    layout: str = attr(default="HND", choices=LAYOUTS)
     out: Value = result()
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads of each cache."""
+        return tensor_type(self.k).static_shape[head_axis(self.layout)]
+
+    @property
+    def capacity(self) -> int:
+        """Positions of each cache."""
+        return tensor_type(self.k).static_shape[position_axis(self.layout)]
 
     def infer(self) -> Type:
         return self.q.type
 
     def verify(self) -> Iterator[str]:
-        heads, groups = tensor_type(self.q).dims[2], tensor_type(self.k).dims[1] or 0
+        heads, groups = tensor_type(self.q).dims[2], tensor_type(self.k).dims[head_axis(self.layout)] or 0
         if len(self.kv_heads) != heads:
             yield f"kv_heads names {len(self.kv_heads)} heads, q has {heads}"
         elif any(not 0 <= g < groups for g in self.kv_heads):
@@ -126,6 +176,8 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
 
     def evaluate(self, q: Array, k: Array, v: Array, pos: Array, *scales: Array) -> Array:
         out = np.empty(q.shape, np.float32)
+        if self.layout == "NHD":
+            k, v, *scales = (x.swapaxes(1, 2) for x in (k, v, *scales))
         for i, start in enumerate(pos):
             end = min(int(start) + q.shape[1], k.shape[2])
             keys, values = k[i, :, :end], v[i, :, :end]

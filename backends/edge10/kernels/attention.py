@@ -51,6 +51,11 @@ class _Work:
     first: Expr
     low: Expr
     high: Expr
+    by_head: bool
+
+    def row(self, position: Expr) -> list[Expr]:
+        """Where the head's row of a position lies in a cache."""
+        return [self.sequence, *((self.group, position) if self.by_head else (position, self.group))]
 
 
 def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
@@ -66,7 +71,7 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
     q, k, v, pos, *scales, out = buffers
     k_scales, v_scales = scales or (None, None)
     b, s, heads, width = (int(d) for d in q.shape)
-    capacity = int(k.shape[2])
+    capacity = op.capacity
     queries = max(d for d in range(1, _MOST_QUERIES + 1) if s % d == 0)
     tiles = s // queries
     # The length is not known here: the work of a half-full cache decides about threads.
@@ -77,7 +82,7 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
         first = bind(pos[sequence] + token0)
         high = bind(T.min(first + queries, capacity))
         low = bind(T.max(first + 1 - op.window, 0)) if op.window > 0 else T.int32(0)
-        work = _Work(sequence, head, bind(_group_of(head, op.kv_heads)), token0, queries, first, low, high)
+        work = _Work(sequence, head, bind(_group_of(head, op.kv_heads)), token0, queries, first, low, high, op.layout == "HND")
         scores = T.alloc_buffer((queries, capacity + cpu.lanes), "float32")
         _scores(op, work, q, k, k_scales, scores, cpu)
         totals = T.alloc_buffer((queries,), "float32")
@@ -92,7 +97,7 @@ def _read(cache: Buffer, scale: Expr | None, index: Sequence[Expr], lanes: int) 
 
 
 def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
-    return None if scales is None else bind(T.cast(scales[work.sequence, work.group, position], "float32"))
+    return None if scales is None else bind(T.cast(scales[tuple(work.row(position))], "float32"))
 
 
 def _scores(op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scales: Buffer | None, scores: Buffer, cpu: Cpu) -> None:
@@ -107,7 +112,7 @@ def _scores(op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scales: B
         scale = _scale(scales, work, position)
         sums = [register(lanes, 0) for _ in range(work.queries)]
         with T.serial(0, width // lanes) as i:
-            key = bind(_read(k, scale, [work.sequence, work.group, position, i * lanes], lanes))
+            key = bind(_read(k, scale, [*work.row(position), i * lanes], lanes))
             for t in range(work.queries):
                 add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
         for t in range(work.queries):
@@ -149,7 +154,7 @@ def _weighted_values(work: _Work, v: Buffer, scales: Buffer | None, scores: Buff
         with T.serial(0, work.high - work.low) as j:
             scale = _scale(scales, work, work.low + j)
             for d in range(chunk):
-                value = bind(_read(v, scale, [work.sequence, work.group, work.low + j, (c * chunk + d) * lanes], lanes))
+                value = bind(_read(v, scale, [*work.row(work.low + j), (c * chunk + d) * lanes], lanes))
                 for t in range(work.queries):
                     add_to(sums[t * chunk + d], splat(scores[t, j], lanes) * value, lanes)
         for t in range(work.queries):

@@ -63,14 +63,15 @@ def rows(op: kv.Rows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 def append(op: kv.Append, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     cache, new, pos = buffers
     b, s, heads, width = (*_shape(new), 1)[:4]
-    capacity = _shape(cache)[2]
-    cache, new = flat(cache, b, heads, capacity, width), flat(new, b, s, heads, width)  # the scales of an 8-bit cache have no width
+    capacity, by_head = op.capacity, op.layout == "HND"
+    outer = (heads, capacity) if by_head else (capacity, heads)
+    cache, new = flat(cache, b, *outer, width), flat(new, b, s, heads, width)  # the scales of an 8-bit cache have no width
 
     def emit(at: list[Expr]) -> None:
         sequence, token = at
         row = bind(pos[sequence] + token)
         with T.If(T.And(row >= 0, row < capacity)), T.Then(), T.serial(0, heads) as head:
-            _copy_row(new, [sequence, token, head, 0], cache, [sequence, head, row, 0], width, cpu)
+            _copy_row(new, [sequence, token, head, 0], cache, [sequence, *((head, row) if by_head else (row, head)), 0], width, cpu)
 
     _grid((b, s), emit)
 
