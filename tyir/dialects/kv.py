@@ -177,7 +177,7 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     def evaluate(self, q: Array, k: Array, v: Array, pos: Array, *scales: Array) -> Array:
         out = np.empty(q.shape, np.float32)
         if self.layout == "NHD":
-            k, v, *scales = (x.swapaxes(1, 2) for x in (k, v, *scales))
+            k, v, scales = k.swapaxes(1, 2), v.swapaxes(1, 2), tuple([x.swapaxes(1, 2) for x in scales])
         for i, start in enumerate(pos):
             end = min(int(start) + q.shape[1], k.shape[2])
             keys, values = k[i, :, :end], v[i, :, :end]
