@@ -15,12 +15,12 @@ from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.chunks import plan_chunks
 
 CAPACITY = 24
-Case = tuple[Shape, int, int, bool, str, tuple[int, ...], list[int], int]
+Case = tuple[Shape, int, int, int, str, tuple[int, ...], list[int], int]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Shape, dies, stages, int4, layout of the caches, lengths, tokens, where to interrupt."""
+    """Shape, dies, stages, group size of 4-bit weights (0: f16), layout of the caches, lengths, tokens, where to interrupt."""
     kv_heads, ratio = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     int4 = draw(st.booleans())
     dim = draw(st.sampled_from([8, 16] if not int4 else [32]))
@@ -40,14 +40,16 @@ def cases(draw: st.DrawFn) -> Case:
     lengths = tuple(sorted(draw(st.sets(st.sampled_from([2, 3, 4, 8]), max_size=2)) | {1}))
     count = draw(st.integers(2, CAPACITY))
     tokens = [draw(st.integers(0, shape.vocabulary - 1)) for _ in range(count)]
-    return shape, dies, stages, int4, draw(st.sampled_from(["HND", "NHD"])), lengths, tokens, draw(st.integers(1, count - 1))
+    inputs = (shape.hidden, shape.width, shape.heads * shape.head_dim)
+    group = draw(st.sampled_from([g for g in (8, 16, 32, 64, 96) if all(k % g == 0 for k in inputs)])) if int4 else 0
+    return shape, dies, stages, group, draw(st.sampled_from(["HND", "NHD"])), lengths, tokens, draw(st.integers(1, count - 1))
 
 
 def check(case: Case) -> None:
-    shape, dies, stages, int4, layout, lengths, tokens, cut = case
+    shape, dies, stages, group, layout, lengths, tokens, cut = case
     module, weights = build(shape)
-    if int4:
-        run_pipeline(module, "quantize-weights{group-size=32}")
+    if group:
+        run_pipeline(module, f"quantize-weights{{group-size={group}}}")
     wanted = run_ty(module, weights, tokens).astype(np.float32)
     run_pipeline(module, f"kv-materialize{{max-kv={CAPACITY} layout={layout}}},partition-dies{{dies={dies} pp={stages} strategy=split}}")
     run_pipeline(module, f"specialize-seqlen{{seqlens={','.join(map(str, lengths))}}},to-program")
