@@ -1,4 +1,4 @@
-// A die's command program on one multiprocessor of a Hopper GPU: what the timing engine's rules are held against (docs/engine-on-silicon.md).
+// A die's command program on one multiprocessor of a Hopper GPU: what the timing engine's rules are held against (docs/performance.md).
 //
 // One block of threads is one die.  Its warps are the die's units, its shared memory is the die's SRAM, its counters are the tokens.  Every unit takes its commands in
 // program order, waits until the units it depends on have done as many commands as it needs, and does work of the command's size: bulk copies between global and shared
@@ -411,8 +411,8 @@ int main(int argc, char** argv) {
     check(cudaEventElapsedTime(&ms, begin, end), "event");
     return ms * 1e6;
   };
-  spin<<<1, 1>>>(1000000000);  // until the clock has risen
   check(cudaMalloc(&nowhere, 4), "nowhere");
+  spin<<<1, 1>>>(1000000000);  // until the clock has risen
 
   for (uint32_t p = 0; p < programs; ++p) {
     std::string name(word(), ' ');
@@ -429,7 +429,7 @@ int main(int argc, char** argv) {
       for (int unit = 0; unit < kUnits; ++unit) {
         die.count[unit] = word();
         std::vector<uint32_t> commands(static_cast<size_t>(die.count[unit]) * kWords);
-        if (!commands.empty() && std::fread(commands.data(), 4, commands.size(), file) != commands.size()) return 1;
+        for (uint32_t& value : commands) value = word();
         void* target = nullptr;
         check(cudaMalloc(&target, std::max<size_t>(commands.size() * 4, 64)), "commands");
         check(cudaMemcpy(target, commands.data(), commands.size() * 4, cudaMemcpyHostToDevice), "commands");
