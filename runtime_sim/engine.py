@@ -96,11 +96,16 @@ class Timing:
 
 
 def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Timing:
-    """Time one step of all dies at position `pos`.  Deterministic; `TyirError` when the dies' programs do not meet or a program cannot proceed.
+    """Time one step of all dies at position `pos`.  Deterministic; `TyirError` when the dies' programs do not meet, a program cannot proceed, or needs more SRAM than there is.
 
     Dies with the same program run alike to the nanosecond: one of each kind is simulated.
     """
     groups = alike_programs(programs)
+    if (needed := max((programs[group[0]].sram_bytes for group in groups), default=0)) > machine.sram.capacity_bytes:
+        raise TyirError(
+            f"the programs use {needed:,} bytes of SRAM, {machine.name} has {machine.sram.capacity_bytes:,}",
+            help="compile for that machine: tyir-compile --machine",
+        )
     kinds = {die: kind for kind, group in enumerate(groups) for die in group}
     kind_of_die = [kinds[die] for die in range(len(programs))]
     with collector_paused():

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import dequantize_rows
-from tyir.edge10_buffers import KEPT, shared_problems
+from tyir.edge10_memory import KEPT, shared_problems
 from tyir.lockstep import Meet, Recv, Request, Send, drive
 from tyir.runtime_sim.command_trace import Access, Observer
 from tyir.runtime_sim.memory import DieMemory, Dram, RaceDetector

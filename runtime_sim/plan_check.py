@@ -1,6 +1,6 @@
 """The memory plan of command programs, checked without data: what a compile can do before anybody runs the result.
 
-First the buffers (`tyir.edge10_buffers`).  Then, replayed at the given positions, every command's accesses, in order, on the memories of the
+First the buffers (`tyir.edge10_memory`).  Then, replayed at the given positions, every command's accesses, in order, on the memories of the
 functional engine: addresses in range, nothing read that was not written, no race; products and de-quantisation are not computed, so a step of a model
 of billions of parameters takes seconds.  Collectives are checked for their own die's side; that the dies meet is the timing engine's check.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
-from tyir.edge10_buffers import buffer_problems, shared_problems
+from tyir.edge10_memory import buffer_problems, shared_problems
 from tyir.runtime_sim.functional import FunctionalDie
 from tyir.runtime_sim.program import Command, EdgeProgram, alike_programs
 from tyir.runtime_sim.unroll import Position

@@ -14,6 +14,7 @@ from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.edge10_binary import read_program
+from tyir.edge10_memory import sram_bytes
 from tyir.ir import Block, Value
 from tyir.manifest import MACHINE, Manifest
 from tyir.parser import parse_module
@@ -44,6 +45,11 @@ class EdgeProgram:
         self._kinds = Kinds()
         self._alike: WeakKeyDictionary[EdgeProgram, bool] = WeakKeyDictionary()
         self._expanded: dict[Position, Step] = {}
+
+    @cached_property
+    def sram_bytes(self) -> int:
+        """SRAM that the program needs."""
+        return sram_bytes(self.module)
 
     @classmethod
     def parse(cls, text: str, name: str = "<string>") -> Self:

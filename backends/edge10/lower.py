@@ -44,7 +44,7 @@ from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.kv import Append
-from tyir.edge10_buffers import buffer_problems
+from tyir.edge10_memory import buffer_problems
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16, i64, ui8

@@ -15,7 +15,7 @@ from tyir.backends.edge10.lower import lower_die
 from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.edge10_buffers import shared_problems
+from tyir.edge10_memory import shared_problems
 from tyir.runtime_sim.plan_check import check_programs
 from tyir.runtime_sim.program import EdgeProgram, alike_programs
 from tyir.targets.machine import load_machine

@@ -91,3 +91,10 @@ def test_check_plan(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([program, "--check-plan"]) == 1
     captured = capsys.readouterr()
     assert not captured.out and "buffers @w at 0..1048576 and @k at 1048000..1113536 overlap" in captured.err
+
+
+def test_a_machine_with_less_sram_than_the_program_uses(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The program loads a MiB; half of that cannot have been."""
+    assert main([program, "--set", "sram.capacity_bytes=524288"]) == 1
+    captured = capsys.readouterr()
+    assert not captured.out and "use 1,048,576 bytes of SRAM, edge10 has 524,288" in captured.err and "tyir-compile --machine" in captured.err
