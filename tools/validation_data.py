@@ -17,7 +17,7 @@ from typing import Final
 from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
 from tyir.runtime_sim.kernels.attention import Attention, attention_ns
 from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, is_long, weight_only_ns
-from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns
+from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns, stream_ns
 from tyir.runtime_sim.kernels.steps import MODELS, Step, step_ns
 from tyir.targets.accelerator import Accelerator
 
@@ -52,6 +52,7 @@ def read_rows(*folders: Path) -> list[Row]:
         "new_kernels.jsonl": _ops, "new_elementwise.jsonl": _ops, "new_collectives.jsonl": _collectives, "new_models.jsonl": _models,
         "blind_models.jsonl": _models, "repeat_models.jsonl": _models,
         "a100_sxm_gemm_trtllm_1.0.0.csv": _a100_gemm, "matmul_A100.csv": _llmcompass_matmul, "layernorm_A100.csv": _llmcompass_norm,
+        "transformer_A100.csv": partial(_llmcompass_layer, tokens=2048), "transformerAR_A100.csv": partial(_llmcompass_layer, tokens=1),
         "a100_sxm_context_attention_trtllm_1.0.0.csv": _a100_prefill, "a100_sxm_generation_attention_trtllm_1.0.0.csv": _a100_decode,
         "a100_sxm_custom_allreduce_trtllm_1.0.0.csv": _a100_all_reduce, "allreduce_A100x4_NVLink3.csv": _llmcompass_all_reduce,
         "cutlass_perf_log.Orin.json": _orin_gemm, "marlin_perf_log.json": _orin_marlin, "flashattn_perf_log.Orin.json": _orin_attention,
@@ -238,6 +239,59 @@ def _llmcompass_norm(path: Path) -> Iterator[Row]:
 def _llmcompass_all_reduce(path: Path) -> Iterator[Row]:
     for row in _dicts(path):
         yield _all_reduce(float(row["size_bytes"]), 4, float(row["measured_us"]), call=False)
+
+
+_PYTHON_SOFTMAX_US = 12.0
+_Part = tuple[float, float, Callable[[Accelerator], float]]  # operations, bytes, nanoseconds
+
+
+def _llmcompass_layer(path: Path, tokens: int) -> Iterator[Row]:
+    """A layer of GPT-3 175B (12,288 wide, 96 heads of 128) on 4 devices, 8 sequences: a prompt of 2048, or one token after 3071; seconds by part, one a line, and their sum.
+
+    Scores and their products with the values are one product each over all heads; softmax and GELU are streams.  LLMCompass calls each part from Python.
+    """
+    hidden, heads, dim, sequences, devices = 12288, 24, 128, 8, 4
+    rows, keys, own = sequences * tokens, 2048 if tokens > 1 else 3072, hidden // devices
+    every = sequences * heads  # heads of all sequences
+
+    def product(m: int, n: int, k: int) -> _Part:
+        shape = Product(m, n, k)
+        return shape.flops, 2.0 * (m * k + n * k + m * n), lambda a: gemm_ns(shape, a) + (_PYTHON_MATMUL_US - 2.5) * 1000
+
+    def stream(elements: int, launch_us: float) -> _Part:
+        return 0.0, 4.0 * elements, lambda a: stream_ns(4.0 * elements, a) + launch_us * 1000
+
+    def norm() -> _Part:
+        return 0.0, 4.0 * rows * hidden, lambda a: norm_ns(rows, hidden, a) + (_PYTHON_NORM_US - 2.5) * 1000
+
+    def reduce() -> _Part:
+        nbytes = 2.0 * rows * hidden
+        return 0.0, 2 * (devices - 1) / devices * nbytes, lambda a: all_reduce_ns(nbytes, devices, a, custom=False)
+
+    def attend(width: int, depth: int) -> _Part:
+        """All heads against rows of their own: a token reads them, a prompt's are read from the caches."""
+        return product(every * tokens, width, depth) if tokens > 1 else product(1, every * width, depth)
+
+    parts = {
+        "qkv": product(rows, 3 * own, hidden), "q k": attend(keys, dim), "p v": attend(dim, keys), "o": product(rows, hidden, own),
+        "up": product(rows, 4 * own, hidden), "down": product(rows, hidden, 4 * own),
+        "softmax": stream(every * tokens * keys, _PYTHON_SOFTMAX_US), "attention norm": norm(), "mlp norm": norm(), "gelu": stream(rows * 4 * own, _PYTHON_NORM_US),
+        "attention all-reduce": reduce(), "mlp all-reduce": reduce(),
+    }  # fmt: skip
+    measured = [float(text) * 1e6 for text in path.read_text().split()]
+    phase = "prefill" if tokens > 1 else "decode"
+    for (name, (flops, nbytes, predict)), us in zip(parts.items(), measured, strict=True):
+        yield Row(f"GPT-3 layer {phase}, parts (LLMCompass)", name, rows, us, flops, nbytes, predict)
+    flops, nbytes = (sum(part[i] for part in parts.values()) for i in (0, 1))
+    yield Row(
+        f"GPT-3 layer {phase} (LLMCompass)",
+        "layer",
+        rows,
+        sum(measured),
+        flops,
+        nbytes,
+        lambda a: sum(part[2](a) for part in parts.values()),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- orin

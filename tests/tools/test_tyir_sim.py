@@ -97,4 +97,6 @@ def test_a_machine_with_less_sram_than_the_program_uses(program: str, capsys: py
     """The program loads a MiB; half of that cannot have been."""
     assert main([program, "--set", "sram.capacity_bytes=524288"]) == 1
     captured = capsys.readouterr()
-    assert not captured.out and "use 1,048,576 bytes of SRAM, edge10 has 524,288" in captured.err and "tyir-compile --machine" in captured.err
+    assert (
+        not captured.out and "use 1,048,576 bytes of SRAM, edge10 has 524,288" in captured.err and "tyir-compile --machine" in captured.err
+    )

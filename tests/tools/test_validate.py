@@ -120,3 +120,23 @@ def test_fit_comes_back_from_a_wrong_start() -> None:
     constants = {n: replace(c, label="assumed") if c.label == "fitted" and n != name else c for n, c in whole.constants.items()}
     moved = replace(whole, constants=constants).with_values({name: whole.constants[name].value * 0.6})
     assert fit(moved, rows).constants[name].value == pytest.approx(whole.constants[name].value, rel=0.1)
+
+
+def test_a_layer_by_part(tmp_path: Path) -> None:
+    """12 parts of which the file has seconds, and their sum; GELU of 8 * 2048 rows of 12,288: 2 * 2 * 201,326,592 bytes at 1540 a ns, and 45 us of Python."""
+    (tmp_path / "transformer_A100.csv").write_text("\n".join(["0.001"] * 12))
+    rows = read_rows(tmp_path)
+    machine = load_accelerator("a100")
+    assert len(rows) == 13 and rows[-1].us == pytest.approx(12_000)
+    assert rows[-1].predict(machine) == pytest.approx(sum(r.predict(machine) for r in rows[:-1]))
+    assert rows[9].name == "gelu" and rows[9].predict(machine) == pytest.approx(4 * 201_326_592 / 1540 + 45_000)
+    assert rows[0].flops == 2 * 8 * 2048 * 12288 * 9216 and not any(is_training(r) for r in rows)
+
+
+def test_layers_of_another_library() -> None:
+    """GPT-3 on four A100 by LLMCompass: nothing was fitted to any part of it."""
+    folder = DATA.parents[1].parent / "shared" / "validation" / "a100"
+    rows = [r for r in read_rows(folder) if r.name == "layer"] if folder.is_dir() else []
+    if not rows:
+        pytest.skip("the A100's measurements are not here")
+    assert [abs(r.predict(load_accelerator("a100")) / 1000 / r.us - 1) < 0.05 for r in rows] == [True, True]
