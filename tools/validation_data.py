@@ -17,7 +17,7 @@ from typing import Final
 from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
 from tyir.runtime_sim.kernels.attention import Attention, attention_ns
 from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, is_long, weight_only_ns
-from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns, stream_ns
+from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns, softmax_ns, stream_ns
 from tyir.runtime_sim.kernels.steps import MODELS, Step, step_ns
 from tyir.targets.accelerator import Accelerator
 
@@ -51,7 +51,7 @@ def read_rows(*folders: Path) -> list[Row]:
         "peaks_and_ops.jsonl": _ops, "kernels.jsonl": _ops, "collectives.jsonl": _collectives, "models.jsonl": _models,
         "new_kernels.jsonl": _ops, "new_elementwise.jsonl": _ops, "new_collectives.jsonl": _collectives, "new_models.jsonl": _models,
         "blind_models.jsonl": _models, "repeat_models.jsonl": _models,
-        "a100_sxm_gemm_trtllm_1.0.0.csv": _a100_gemm, "matmul_A100.csv": _llmcompass_matmul, "layernorm_A100.csv": _llmcompass_norm,
+        "a100_sxm_gemm_trtllm_1.0.0.csv": _a100_gemm, "matmul_A100.csv": _llmcompass_matmul, "layernorm_A100.csv": _llmcompass_norm, "softmax_A100.csv": _llmcompass_softmax,
         "transformer_A100.csv": partial(_llmcompass_layer, tokens=2048), "transformerAR_A100.csv": partial(_llmcompass_layer, tokens=1),
         "a100_sxm_context_attention_trtllm_1.0.0.csv": _a100_prefill, "a100_sxm_generation_attention_trtllm_1.0.0.csv": _a100_decode,
         "a100_sxm_custom_allreduce_trtllm_1.0.0.csv": _a100_all_reduce, "allreduce_A100x4_NVLink3.csv": _llmcompass_all_reduce,
@@ -219,7 +219,7 @@ def _a100_all_reduce(path: Path) -> Iterator[Row]:
         yield _all_reduce(2.0 * int(row["message_size"]), int(row["num_gpus"]), float(row["latency_ms"]) * 1000)
 
 
-_PYTHON_MATMUL_US, _PYTHON_NORM_US = 21.0, 45.0  # LLMCompass' launches, by its authors
+_PYTHON_MATMUL_US, _PYTHON_SOFTMAX_US, _PYTHON_NORM_US = 21.0, 12.0, 45.0  # LLMCompass' launches, by its authors
 
 
 def _llmcompass_matmul(path: Path) -> Iterator[Row]:
@@ -229,11 +229,20 @@ def _llmcompass_matmul(path: Path) -> Iterator[Row]:
 
 
 def _llmcompass_norm(path: Path) -> Iterator[Row]:
+    yield from _llmcompass_rows(path, "layernorm", norm_ns, _PYTHON_NORM_US)
+
+
+def _llmcompass_softmax(path: Path) -> Iterator[Row]:
+    yield from _llmcompass_rows(path, "softmax", softmax_ns, _PYTHON_SOFTMAX_US)
+
+
+def _llmcompass_rows(path: Path, kind: str, model: Callable[[int, int, Accelerator], float], launch_us: float) -> Iterator[Row]:
+    """Rows, columns and G elements/s; a launch from Python in place of one in a graph."""
     for line in path.read_text().splitlines():
         rows, width, rate = line.split(",")
         m, n = int(rows), int(width)
         us = m * n / (float(rate) * 1e3)
-        yield Row("layernorm", f"{m}x{n}", m, us, 0.0, 4.0 * m * n, lambda a, m=m, n=n: norm_ns(m, n, a) + (_PYTHON_NORM_US - 2.5) * 1000)  # type: ignore[misc]
+        yield Row(kind, f"{m}x{n}", m, us, 0.0, 4.0 * m * n, lambda a, m=m, n=n: model(m, n, a) + (launch_us - 2.5) * 1000)  # type: ignore[misc]
 
 
 def _llmcompass_all_reduce(path: Path) -> Iterator[Row]:
@@ -241,14 +250,13 @@ def _llmcompass_all_reduce(path: Path) -> Iterator[Row]:
         yield _all_reduce(float(row["size_bytes"]), 4, float(row["measured_us"]), call=False)
 
 
-_PYTHON_SOFTMAX_US = 12.0
 _Part = tuple[float, float, Callable[[Accelerator], float]]  # operations, bytes, nanoseconds
 
 
 def _llmcompass_layer(path: Path, tokens: int) -> Iterator[Row]:
     """A layer of GPT-3 175B (12,288 wide, 96 heads of 128) on 4 devices, 8 sequences: a prompt of 2048, or one token after 3071; seconds by part, one a line, and their sum.
 
-    Scores and their products with the values are one product each over all heads; softmax and GELU are streams.  LLMCompass calls each part from Python.
+    Scores and their products with the values are one product each over all heads; GELU is a stream.  LLMCompass calls each part from Python.
     """
     hidden, heads, dim, sequences, devices = 12288, 24, 128, 8, 4
     rows, keys, own = sequences * tokens, 2048 if tokens > 1 else 3072, hidden // devices
@@ -261,8 +269,8 @@ def _llmcompass_layer(path: Path, tokens: int) -> Iterator[Row]:
     def stream(elements: int, launch_us: float) -> _Part:
         return 0.0, 4.0 * elements, lambda a: stream_ns(4.0 * elements, a) + launch_us * 1000
 
-    def norm() -> _Part:
-        return 0.0, 4.0 * rows * hidden, lambda a: norm_ns(rows, hidden, a) + (_PYTHON_NORM_US - 2.5) * 1000
+    def by_row(model: Callable[[int, int, Accelerator], float], count: int, width: int, launch_us: float) -> _Part:
+        return 0.0, 4.0 * count * width, lambda a: model(count, width, a) + (launch_us - 2.5) * 1000
 
     def reduce() -> _Part:
         nbytes = 2.0 * rows * hidden
@@ -275,7 +283,8 @@ def _llmcompass_layer(path: Path, tokens: int) -> Iterator[Row]:
     parts = {
         "qkv": product(rows, 3 * own, hidden), "q k": attend(keys, dim), "p v": attend(dim, keys), "o": product(rows, hidden, own),
         "up": product(rows, 4 * own, hidden), "down": product(rows, hidden, 4 * own),
-        "softmax": stream(every * tokens * keys, _PYTHON_SOFTMAX_US), "attention norm": norm(), "mlp norm": norm(), "gelu": stream(rows * 4 * own, _PYTHON_NORM_US),
+        "softmax": by_row(softmax_ns, every * tokens, keys, _PYTHON_SOFTMAX_US),
+        "attention norm": by_row(norm_ns, rows, hidden, _PYTHON_NORM_US), "mlp norm": by_row(norm_ns, rows, hidden, _PYTHON_NORM_US), "gelu": stream(rows * 4 * own, _PYTHON_NORM_US),
         "attention all-reduce": reduce(), "mlp all-reduce": reduce(),
     }  # fmt: skip
     measured = [float(text) * 1e6 for text in path.read_text().split()]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from tyir.targets.accelerator import Accelerator
 
-__all__ = ["add_norm_ns", "copy_ns", "norm_ns", "rope_ns", "silu_mul_ns", "stream_ns"]
+__all__ = ["add_norm_ns", "copy_ns", "norm_ns", "rope_ns", "silu_mul_ns", "softmax_ns", "stream_ns"]
 
 _F16 = 2
+_SOFTMAX_IN_REGISTERS = 1024
 
 
 def stream_ns(nbytes: float, machine: Accelerator) -> float:
@@ -47,6 +48,15 @@ def norm_ns(rows: int, width: int, machine: Accelerator, any_width: bool = False
     Example (launch 1 us, call 0, row 0.05 ns per byte, 2000 GB/s): 128 rows of 4096: 1000 + 0.05 * 8192 + 128 * 8192 * 2 / 2000 = 2458 ns.
     """
     return _launch_ns(machine) + _row_ns(width, machine, any_width) + _elements_ns(rows, width, 2, machine, any_width)
+
+
+def softmax_ns(rows: int, width: int, machine: Accelerator) -> float:
+    """PyTorch's softmax over rows: up to 1024 columns stay in registers (in and out), longer rows are read again for the result (softmax_warp_forward, cunn_SoftMaxForward).
+
+    Example (launch 1 us, call 0, row 0.05 ns per byte, 2000 GB/s): 100 rows of 4096: 1000 + 0.05 * 8192 + 3 * 819,200 / 2000 = 2638 ns.
+    """
+    passes = 2 if width <= _SOFTMAX_IN_REGISTERS else 3
+    return _launch_ns(machine) + _row_ns(width, machine, False) + _elements_ns(rows, width, passes, machine, False)
 
 
 def silu_mul_ns(rows: int, width: int, machine: Accelerator, any_width: bool = False) -> float:

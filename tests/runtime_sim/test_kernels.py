@@ -9,7 +9,7 @@ import pytest
 from tyir.runtime_sim.kernels.allreduce import all_reduce_ns
 from tyir.runtime_sim.kernels.attention import Attention, attention_ns, decode_ns, prefill_ns
 from tyir.runtime_sim.kernels.gemm import Product, gemm_ns, matrix_rate, weight_only_ns
-from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, rope_ns, silu_mul_ns
+from tyir.runtime_sim.kernels.rowwise import add_norm_ns, copy_ns, rope_ns, silu_mul_ns, softmax_ns
 from tyir.runtime_sim.kernels.steps import MODELS, Step, kernels, step_ns
 from tyir.targets.accelerator import Accelerator, load_accelerator
 
@@ -177,13 +177,17 @@ def test_cache_beyond_the_l2_is_touched_first(plain: Accelerator) -> None:
 
 
 def test_rows_by_hand(plain: Accelerator) -> None:
-    """1000 + 0.1 * 8192 + 128 * 8192 * 4 / 1000 = 6013.6; silu: 1000 + 3 * 128 * 8192 / 1000 = 4145.7; one row copied: 1500 + 1024 / 200; 100 rows of 2048 rotated: 1000 + 204,800 / 200 or / 400.
+    """1000 + 0.1 * 8192 + 128 * 8192 * 4 / 1000 = 6013.6; silu: 1000 + 3 * 128 * 8192 / 1000 = 4145.7; one row copied: 1500 + 1024 / 200; 100 rows of 2048 rotated: 1000 + 204,800 / 200 or / 400;
+    100 rows of 4096 softmaxed 1000 + 0.1 * 8192 + 3 * 819,200 / 1000, of 1024 in two passes.
 
     For any width, 512 rows of 64 Ki columns: norm 1000 + 0.2 * 131,072 + the larger of 268,435 and 512 * 65,536 / 200 = 167,772; on four times the bandwidth 167,772.
     """
     assert add_norm_ns(128, 4096, plain) == pytest.approx(6013.6, abs=0.1)
     assert silu_mul_ns(128, 4096, plain) == pytest.approx(4145.7, abs=0.1)
     assert copy_ns(1, 1024, plain) == pytest.approx(1505.1, abs=0.1)
+    assert softmax_ns(100, 4096, plain) == pytest.approx(1000 + 819.2 + 3 * 819.2) and softmax_ns(100, 1024, plain) == pytest.approx(
+        1000 + 204.8 + 2 * 204.8
+    )
     assert rope_ns(100, 2048, plain) == pytest.approx(2024) and rope_ns(100, 2048, plain, any_width=False) == pytest.approx(1512)
     assert add_norm_ns(512, 65536, plain, any_width=True) == pytest.approx(1000 + 26_214.4 + 268_435.5, abs=1)
     assert add_norm_ns(512, 65536, plain.with_values({"rowwise.bandwidth_gbps": 4000}), any_width=True) == pytest.approx(
