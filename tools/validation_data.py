@@ -291,7 +291,7 @@ def _llmcompass_layer(path: Path, tokens: int) -> Iterator[Row]:
     phase = "prefill" if tokens > 1 else "decode"
     for (name, (flops, nbytes, predict)), us in zip(parts.items(), measured, strict=True):
         yield Row(f"GPT-3 layer {phase}, parts (LLMCompass)", name, rows, us, flops, nbytes, predict)
-    flops, nbytes = (sum(part[i] for part in parts.values()) for i in (0, 1))
+    flops, nbytes = sum(part[0] for part in parts.values()), sum(part[1] for part in parts.values())
     yield Row(
         f"GPT-3 layer {phase} (LLMCompass)",
         "layer",
