@@ -3,6 +3,7 @@
     units     one unit alone, or two that wait for each other: every figure of `hopper_sm.toml` is the slope or the intercept of two of them
     streams   loads, conversions and products that overlap, written by hand: one rule of the engine each
     models    decoder steps that the compiler makes for this machine: many sizes, weights, tokens, positions, dies, and machines with less SRAM or fewer transfers in flight
+    blind     more of them, with other sizes, caches and numbers of dies, measured when neither the engine nor the machine file was changed any more
 
 A die's SRAM and transfers in flight are set by the program, everything else is the multiprocessor's.
 """
@@ -10,7 +11,7 @@ A die's SRAM and transfers in flight are set by the program, everything else is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final, Literal
 
@@ -39,7 +40,7 @@ class EnginePrograms:
     """All dies' programs of one step, by what they are for; `machine` changes the machine that the multiprocessor plays into the one they were made for."""
 
     name: str
-    kind: Literal["unit", "stream", "model"]
+    kind: Literal["unit", "stream", "model", "blind"]
     make: Callable[[Machine], list[EdgeProgram]] = field(repr=False)
     group: str = ""
     pos: int = 0
@@ -241,29 +242,33 @@ SHAPES: Final = {
         _shape("b", 768, 2048, 12, 12, 64, 3000),
         _shape("c", 1024, 2816, 8, 4, 128, 8000),
         _shape("d", 1536, 4096, 12, 2, 128, 2000),
+        _shape("e", 896, 2432, 14, 2, 64, 5000),
+        _shape("f", 1280, 3456, 10, 5, 128, 6000),
     )
 }
 
 
 @cache
-def _module(shape: str, int4: bool, tokens: int, dies: int) -> Module:
+def _module(shape: str, int4: bool, tokens: int, dies: int, kv: str) -> Module:
     """A model at stage `program`, cut over the dies."""
     module = few_layers(SHAPES[shape], 2)
     quantize = "quantize-weights{group-size=128}," if int4 else ""
     cut = f"partition-dies{{dies={dies} strategy=split mesh={dies}}}"
-    run_pipeline(module, f"{quantize}kv-materialize{{max-kv={_CAPACITY}}},{cut},specialize-seqlen{{seqlens={tokens}}},to-program")
+    run_pipeline(
+        module, f"{quantize}kv-materialize{{max-kv={_CAPACITY} dtype={kv}}},{cut},specialize-seqlen{{seqlens={tokens}}},to-program"
+    )
     return module
 
 
-def _model(shape: str, int4: bool, tokens: int, pos: int, dies: int = 1, **changes: float) -> EnginePrograms:
+def _model(shape: str, int4: bool, tokens: int, pos: int, dies: int = 1, kv: str = "fp16", **changes: float) -> EnginePrograms:
     def make(machine: Machine) -> list[EdgeProgram]:
-        module = _module(shape, int4, tokens, dies)
+        module = _module(shape, int4, tokens, dies, kv)
         parts = [op for op in module.body if isinstance(op, Module)] or [module]
         return [EdgeProgram(lower_die(die, tokens, machine)) for die in parts]
 
     settings = {"sram.capacity_bytes": _SRAM, **{k.replace("__", "."): v for k, v in changes.items()}}
     note = f", {text}" if (text := changes_text(changes)) else ""
-    name = f"{shape} {'int4' if int4 else 'fp16'} s{tokens} at {pos} on {dies}{note}"
+    name = f"{shape} {'int4' if int4 else 'fp16'} s{tokens} at {pos} on {dies}{note}" + (f", {kv} cache" if kv != "fp16" else "")
     group = f"{dies} dies" if dies > 1 else changes_text(changes) or f"{'int4' if int4 else 'fp16'}, {tokens} token{'s' * (tokens > 1)}"
     return EnginePrograms(name, "model", make, group, pos, tuple(settings.items()))
 
@@ -287,7 +292,20 @@ def _models() -> Iterator[EnginePrograms]:
             yield _model(shape, True, 16, 0, dies)
 
 
+def _blind() -> Iterator[EnginePrograms]:
+    for shape in ("e", "f"):
+        for int4 in (False, True):
+            for dies, tokens, pos in ((1, 1, 700), (1, 4, 1000), (1, 64, 0), (3, 1, 700), (3, 24, 50), (6, 1, 0), (6, 12, 1200)):
+                yield _as_blind(_model(shape, int4, tokens, pos, dies), f"{dies} die{'s' * (dies > 1)}")
+        for tokens, pos in ((1, 2000), (8, 1000)):
+            yield _as_blind(_model(shape, True, tokens, pos, kv="int8"), "8-bit cache")
+
+
+def _as_blind(entry: EnginePrograms, group: str) -> EnginePrograms:
+    return replace(entry, kind="blind", group=group)
+
+
 @cache
 def all_programs() -> dict[str, EnginePrograms]:
     """By name."""
-    return {p.name: p for p in (*_units(), *_streams(), *_models())}
+    return {p.name: p for p in (*_units(), *_streams(), *_models(), *_blind())}

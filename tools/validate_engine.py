@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineRow", "derive", "engine_rows", "main", "read_measured", "summary_lines"]
 
-_DATA: Final = Path(__file__).resolve().parents[1] / "tests" / "data" / "h100_sm" / "engine.jsonl"
+_DATA: Final = Path(__file__).resolve().parents[1] / "tests" / "data" / "h100_sm"
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_measured(path: Path = _DATA) -> dict[str, float]:
-    """ns by program, from the lines that `die` printed."""
+    """ns by program, from the lines that `die` printed: a file, or all of a folder's."""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise TyirError(f"cannot read {path}: {error}", help="python -m tyir.tools.measure_engine says how it is made") from None
     return {str(line["name"]): float(line["ns"]) for line in lines if "name" in line}
@@ -93,7 +94,7 @@ def engine_rows(measured: Mapping[str, float], machine: Machine) -> list[EngineR
 def summary_lines(rows: Sequence[EngineRow]) -> list[str]:
     """A table of the errors by kind and group, in Markdown."""
     lines = ["| programs | | n | MAPE | median | p90 | max | bias |", "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    kinds = {"unit": "one unit (read off)", "stream": "overlaps by hand", "model": "compiled steps"}
+    kinds = {"unit": "one unit (read off)", "stream": "overlaps by hand", "model": "compiled steps", "blind": "compiled steps, blind"}
     for kind, title in kinds.items():
         own = [r for r in rows if r.kind == kind]
         groups = [("all", own), *((g, [r for r in own if r.group == g]) for g in dict.fromkeys(r.group for r in own) if g)]
@@ -170,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-validate-engine", description="Compare the timing engine with command programs executed on a multiprocessor of a GPU."
     )
-    parser.add_argument("--data", type=Path, default=_DATA, metavar="FILE", help="lines that `die` printed (default: those of the project)")
+    parser.add_argument(
+        "--data", type=Path, default=_DATA, metavar="FILE|DIR", help="lines that `die` printed (default: those of the project)"
+    )
     parser.add_argument("--derive", action="store_true", help="print the machine's figures as the programs of one unit give them")
     parser.add_argument("--all", action="store_true", help="a line for each program")
     parser.add_argument("--json", action="store_true", help="all programs as JSON")

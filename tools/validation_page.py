@@ -49,6 +49,7 @@ the silicon and by the engine.
 * *One unit*: programs from which the machine file's figures are read off (slopes and intercepts: `python -m tyir.tools.validate_engine --derive`).
 * *Overlaps by hand*: loads, conversions, products, drains and sums through 1, 2 and 4 slots, with 1, 2 and 4 transfers in flight.
 * *Compiled steps*: four models of two layers (hidden 512 to 1536), fp16 and int4, 1 to 32 tokens, positions 0 to 1500, on 1 to 8 dies.  No figure is fitted to these, nor to the overlaps.
+* *Blind*: two more models (hidden 896 and 1280), 1 to 64 tokens, 8-bit caches, 1, 3 and 6 dies, measured when neither the engine nor the machine file was changed any more.
 
 {table}
 
