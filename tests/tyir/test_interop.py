@@ -28,10 +28,11 @@ STAGES = (
     "",
     "to-ty",
     "quantize-weights",
-    "kv-materialize{max-kv=64}",
+    "kv-materialize{max-kv=64 layout=NHD}",
     "partition-dies{dies=3}",
     "specialize-seqlen{seqlens=1,8}",
     "to-program",
+    "plan-memory",
 )
 
 
