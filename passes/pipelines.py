@@ -40,7 +40,8 @@ def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHIN
     dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
     dies += [f"pp={options.pp}"] if options.pp > 1 else []
     dies += [f"mesh={numbers(options.mesh)}"] if options.mesh else []
-    dies += [f"machine='{machine}'"] if machine != _MACHINE else []
+    quote = '"' if "'" in machine else "'"  # of a path
+    dies += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []
     entries = [
         ("aten", "to-ty"),
         ("ty", quantization(options)),

@@ -201,6 +201,14 @@ def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path)
             assert memory_summary(lower_die(die, 8, small))["dram"] <= 11 << 20
 
 
+def test_a_machine_file_of_any_name(imported: Path, tmp_path: Path) -> None:
+    """The cuts are chosen with it, in a pipeline's text."""
+    folder = tmp_path / "it's a machine"
+    folder.mkdir()
+    done = compile_path(imported, tmp_path / "out", BuildOptions(dies=2, seqlens=(1,), max_kv=64), machine=small_machine(folder, 1 << 30))
+    assert "machine.toml" in Manifest.load(done).files
+
+
 def test_too_much_memory_on_any_number_of_dies(imported: Path, tmp_path: Path) -> None:
     with pytest.raises(TyirError, match="nothing up to 16 dies fits: use a smaller model"):
         compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=1024), machine=small_machine(tmp_path, 3 << 19))
