@@ -104,6 +104,7 @@ def load_module(
 
 def check_options(options: BuildOptions) -> None:
     """`TyirError` for die counts, lengths, cache sizes and outputs that no compile can have."""
+    from tyir.dialects.kv import LAYOUTS
     from tyir.passes.annotate_sharding import check_dies, check_mesh, check_stages
     from tyir.passes.select_output import parse_output
     from tyir.passes.specialize_batch import check_batch
@@ -120,8 +121,8 @@ def check_options(options: BuildOptions) -> None:
     check_batch(options.batch)
     if options.kv_dtype not in ("fp16", "int8"):
         raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")
-    if options.kv_layout not in ("HND", "NHD"):
-        raise TyirError(f"a cache laid out as '{options.kv_layout}': one of HND, NHD")
+    if options.kv_layout not in LAYOUTS:
+        raise TyirError(f"a cache laid out as '{options.kv_layout}': one of {', '.join(LAYOUTS)}")
     parse_output(options.output)
 
 

@@ -27,9 +27,11 @@ from tyir.targets.machine import Machine
 from tyir.tools.plan_model import ModelShape, few_layers
 from tyir.types import TensorType, f16, f32, ui8
 
-__all__ = ["MACHINE", "EnginePrograms", "all_programs"]
+__all__ = ["MACHINE", "PASSES", "EnginePrograms", "all_programs"]
 
 MACHINE: Final = "hopper_sm"
+# Passes over its elements that a vector function makes, as `edge10.toml` has them in cycles.
+PASSES: Final = {"add": 1, "mul": 1, "cast": 1, "copy": 1, "fill_value": 1, "silu": 4, "silu_mul": 5, "rms_norm": 4, "rope": 4, "softmax": 8, "rescale_add": 2, "divide_rows": 2}  # fmt: skip
 _BYTES: Final = 256 << 20  # of DRAM that unit programs read, several times the GPU's L2
 _SRAM: Final = 192 << 10
 _CAPACITY: Final = 2048
@@ -37,7 +39,10 @@ _CAPACITY: Final = 2048
 
 @dataclass(frozen=True)
 class EnginePrograms:
-    """All dies' programs of one step, by what they are for; `machine` changes the machine that the multiprocessor plays into the one they were made for."""
+    """All dies' programs of one step, by what they are for; `machine` changes the machine that the multiprocessor plays into the one they were made for.
+
+    `count`: commands of each die of a unit program.
+    """
 
     name: str
     kind: Literal["unit", "stream", "model", "blind"]
@@ -45,6 +50,7 @@ class EnginePrograms:
     group: str = ""
     pos: int = 0
     changes: tuple[tuple[str, float], ...] = ()
+    count: int = 0
 
     def machine(self, base: Machine) -> Machine:
         return base.with_overrides(dict(self.changes))
@@ -155,7 +161,7 @@ def _unit(name: str, count: int, write: Callable[[_Writer, int], object], dies: 
     def make(machine: Machine) -> list[EdgeProgram]:
         return [program(die) for die in range(dies)]
 
-    return EnginePrograms(name, "unit", make, changes=tuple((k.replace("__", "."), v) for k, v in changes.items()))
+    return EnginePrograms(name, "unit", make, changes=_settings(changes), count=count)
 
 
 def _alternate(name: str, count: int, steps: Sequence[Callable[[_Writer, Value | None], Value]]) -> EnginePrograms:
@@ -167,7 +173,7 @@ def _alternate(name: str, count: int, steps: Sequence[Callable[[_Writer, Value |
             token = steps[index % len(steps)](w, token)
         return [w.program()]
 
-    return EnginePrograms(name, "unit", make)
+    return EnginePrograms(name, "unit", make, count=count)
 
 
 def _units() -> Iterator[EnginePrograms]:
@@ -215,7 +221,7 @@ def _stream(name: str, tiles: int, slots: int, load: int, steps: Sequence[tuple[
             last[tile % slots] = token
         return [w.program()]
 
-    return EnginePrograms(name, "stream", make, changes=tuple((k.replace("__", "."), v) for k, v in changes.items()))
+    return EnginePrograms(name, "stream", make, changes=_settings(changes))
 
 
 def _streams() -> Iterator[EnginePrograms]:
@@ -266,14 +272,19 @@ def _model(shape: str, int4: bool, tokens: int, pos: int, dies: int = 1, kv: str
         parts = [op for op in module.body if isinstance(op, Module)] or [module]
         return [EdgeProgram(lower_die(die, tokens, machine)) for die in parts]
 
-    settings = {"sram.capacity_bytes": _SRAM, **{k.replace("__", "."): v for k, v in changes.items()}}
-    note = f", {text}" if (text := changes_text(changes)) else ""
+    settings = _settings({"sram__capacity_bytes": _SRAM, **changes})
+    note = f", {text}" if (text := _changes_text(changes)) else ""
     name = f"{shape} {'int4' if int4 else 'fp16'} s{tokens} at {pos} on {dies}{note}" + (f", {kv} cache" if kv != "fp16" else "")
-    group = f"{dies} dies" if dies > 1 else changes_text(changes) or f"{'int4' if int4 else 'fp16'}, {tokens} token{'s' * (tokens > 1)}"
-    return EnginePrograms(name, "model", make, group, pos, tuple(settings.items()))
+    group = f"{dies} dies" if dies > 1 else _changes_text(changes) or f"{'int4' if int4 else 'fp16'}, {tokens} token{'s' * (tokens > 1)}"
+    return EnginePrograms(name, "model", make, group, pos, settings)
 
 
-def changes_text(changes: Mapping[str, float]) -> str:
+def _settings(changes: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """`dma__outstanding=1` as `EnginePrograms` has it."""
+    return tuple((name.replace("__", "."), value) for name, value in changes.items())
+
+
+def _changes_text(changes: Mapping[str, float]) -> str:
     """What a machine has less of, in words."""
     words = {"dma__outstanding": "one transfer in flight", "sram__capacity_bytes": "half of the SRAM"}
     return ", ".join(words[name] for name in changes)

@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.runtime_sim.program import EdgeProgram
 from tyir.runtime_sim.unroll import Step
@@ -22,6 +23,7 @@ from tyir.targets.collectives import all_reduce_phases
 from tyir.targets.command_times import Transfer, Work
 from tyir.targets.machine import Machine, load_machine
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.engine_programs import MACHINE, PASSES, all_programs
 from tyir.types import bit_width
 
 __all__ = ["main"]
@@ -30,18 +32,16 @@ Words = npt.NDArray[np.uint32]
 _MAGIC: Final = 0x79746469
 _WORDS: Final = 16
 _GRAIN: Final = 16  # bytes that bulk copies are multiples of
-# Passes over its elements that a vector function makes, as `edge10.toml` has them in cycles.
-_PASSES: Final = {"silu": 4, "silu_mul": 5, "rms_norm": 4, "rope": 4, "softmax": 8, "rescale_add": 2, "divide_rows": 2, "quantize_rows": 4}
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    from tyir.tools.engine_programs import MACHINE, all_programs
-
     args = _parser().parse_args(argv)
     base = load_machine(MACHINE)
     chosen = [p for p in all_programs().values() if not args.only or args.only in p.name or args.only == p.kind]
+    if not chosen:
+        raise TyirError(f"no program is of the kind '{args.only}' or has it in its name", help="kinds: unit, stream, model, blind")
     parts = [np.array([_MAGIC, len(chosen)], np.uint32)]
     for entry in chosen:
         machine = entry.machine(base)
@@ -122,7 +122,8 @@ def _iterations(work: Work, machine: Machine) -> int:
         return -(-work.sizes[0] * work.sizes[1] * 4 // 512)
     if work.what == "dequant":
         return -(-work.sizes[0] * work.sizes[1] // 256)
-    return -(-work.sizes[0] // 64) * _PASSES.get(work.what, 1)
+    function = "rms_norm" if work.what == "quantize_rows" else work.what  # as `vector_ns` has it
+    return -(-work.sizes[0] // 64) * PASSES.get(function, 1)
 
 
 def _grains(nbytes: int) -> int:
@@ -132,7 +133,7 @@ def _grains(nbytes: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-measure-engine", description="Write the command programs that hold the timing engine against a GPU.")
     parser.add_argument("--export", type=Path, required=True, metavar="FILE", help="where the programs go")
-    parser.add_argument("--only", metavar="TEXT", help="only programs of this kind (unit, stream, model) or with this in their name")
+    parser.add_argument("--only", metavar="TEXT", help="only programs of this kind (unit, stream, model, blind) or with this in their name")
     add_debug_option(parser)
     return parser
 

@@ -1,7 +1,7 @@
 """`python -m tyir.tools.validate_engine`: the timing engine against command programs that a multiprocessor of a GPU executed (`tools/silicon/die.cu`).
 
-Three kinds of programs: `unit` ones use one unit alone and give the machine its figures (`--derive` prints them); `stream` and `model` ones judge the engine and have no
-part in any figure.  `measure_engine` says how to measure afresh.
+Programs of kind `unit` use one unit alone and give the machine its figures (`--derive` prints them); the others (`engine_programs`) judge the engine and have no part in any
+figure.  `measure_engine` says how to measure afresh.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name} = {value:.5g}  # {source}")
         return 0
     rows = engine_rows(measured, load_machine(MACHINE))
+    if not rows:
+        raise TyirError(f"{args.data} has no measurement of a program", help="python -m tyir.tools.measure_engine says how it is made")
     if args.json:
         print(json.dumps([{**vars(r), "error": r.error} for r in rows], indent=1))
         return 0
@@ -111,13 +113,16 @@ def summary_lines(rows: Sequence[EngineRow]) -> list[str]:
 
 
 def derive(measured: Mapping[str, float]) -> dict[str, tuple[float, str]]:
-    """The figures of `hopper_sm.toml` from the programs of one unit, each by arithmetic on two or three of them."""
-    counts = {"load": 600, "store": 600}
+    """The figures of `hopper_sm.toml` from the programs of one unit, each by arithmetic on two or three of them; `TyirError` when one was not measured."""
+    from tyir.tools.engine_programs import PASSES, all_programs
+
+    programs = all_programs()
 
     def each(name: str) -> float:
         """ns of one command."""
-        count = 300 if "one in flight" in name else 200 if name.startswith("all-") else counts.get(name.split()[0], 400)
-        return measured[name] / count
+        if name not in measured:
+            raise TyirError(f"'{name}' was not measured", help="a machine's figures need all programs of kind unit")
+        return measured[name] / programs[name].count
 
     product = (each("cube 16x16x4096") - each("cube 16x16x512")) / 224
     row = (each("vector 16384") - each("vector 1024")) / 240
@@ -157,11 +162,10 @@ def derive(measured: Mapping[str, float]) -> dict[str, tuple[float, str]]:
         "sync.fetch_ns": (dispatch - command, "drains of 512 bytes after each other less their time and the command"),
         "sync.command_ns": (command, "an addition and a drain that wait for each other, less their time"),
     }
-    passes = {"add": 1, "mul": 1, "cast": 1, "copy": 1, "fill_value": 1, "silu": 4, "silu_mul": 5, "rms_norm": 4, "rope": 4, "softmax": 8, "rescale_add": 2, "divide_rows": 2}  # fmt: skip
     found.update(
         {
             f"vector.{name}_cycles": (count * row / product, f"16,384 elements less 1024, {count} times over")
-            for name, count in passes.items()
+            for name, count in PASSES.items()
         }
     )
     return found

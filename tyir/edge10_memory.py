@@ -8,16 +8,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from tyir.attributes import Attribute
-from tyir.diagnostics import Diagnostic
+from tyir.diagnostics import Diagnostic, did_you_mean
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.ir import Op
 from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width, f16
 
-__all__ = ["KEPT", "buffer_problems", "shared_problems", "sram_bytes"]
+__all__ = ["KEPT", "buffer_problems", "program_problems", "shared_problems", "sram_bytes"]
 
 KEPT: Final = ("weight", "kv")  # kinds of buffers that outlive a step: the programs of all sequence lengths share them
+
+
+def program_problems(module: Module, machine: Machine) -> Iterator[Diagnostic]:
+    """`buffer_problems`, and addresses taken of buffers that the program does not have."""
+    buffers = {b.sym_name: b for b in module.body if isinstance(b, edge10.Buffer)}
+    yield from buffer_problems(buffers.values(), machine)
+    for op in module.walk_type(edge10.AddressOf):
+        if op.symbol.leaf not in buffers:
+            yield Diagnostic(f"there is no buffer @{op.symbol.leaf}", where=str(op.loc), help=did_you_mean(op.symbol.leaf, buffers))
 
 
 def buffer_problems(buffers: Iterable[edge10.Buffer], machine: Machine) -> Iterator[Diagnostic]:

@@ -27,24 +27,16 @@ from tyir.backends.edge10.lower_body import find_groups, is_known
 from tyir.backends.edge10.memory_plan import memory_summary
 from tyir.backends.edge10.order import keys_first
 from tyir.backends.edge10.places import Boundary, BoundaryPlaces, Places, Scratch, assign_places, boundary_of, in_place, root
-from tyir.backends.edge10.planned import (
-    activation_address,
-    address_in,
-    planned_places,
-    read_shares,
-    with_address,
-    write_places,
-    write_shares,
-)
+from tyir.backends.edge10.planned import activation_address, address_in, planned_places, read_shares, write_plan
 from tyir.backends.edge10.residual import waiting_sums
 from tyir.backends.edge10.rows import row_blocks, rows_part
 from tyir.backends.edge10.search import PricedEmitter, Prices, best_shares, products_ns
-from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.kv import Append
-from tyir.edge10_memory import buffer_problems
+from tyir.edge10_memory import program_problems
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16, i64, ui8
@@ -165,47 +157,14 @@ class _DieLowering:
             self._lower_layer(layer)
         self._lower_main()
         self.dram.check()
-        self._check_buffers()
+        if problems := list(program_problems(self.module, self.machine)):
+            raise TyirError(problems)
         return self.module
 
-    def _check_buffers(self) -> None:
-        """Addresses and buffers come from a plan that anybody may have changed."""
-        buffers = {b.sym_name: b for b in self.module.body if isinstance(b, edge10.Buffer)}
-        problems = list(buffer_problems(buffers.values(), self.machine))
-        for op in self.module.walk_type(edge10.AddressOf):
-            if op.symbol.leaf not in buffers:
-                problems.append(
-                    Diagnostic(f"there is no buffer @{op.symbol.leaf}", where=str(op.loc), help=did_you_mean(op.symbol.leaf, buffers))
-                )
-        if problems:
-            raise TyirError(problems)
-
     def write_plan(self) -> None:
-        """After `lower`: say on the source where everything lies.  Layer functions are replaced by their copies in the order in which they are lowered."""
-        buffers = {b.sym_name: b for b in self.module.body if isinstance(b, edge10.Buffer)}
-        for param in [p for p in self.source.body if isinstance(p, ty.Param) and p.sym_name in buffers]:
-            param.attributes = with_address(param.attributes, buffers[param.sym_name].address)
-        given, made = ([main_attr(i) for i in range(count)] for main_attr, count in
-                       ((self.main.arg_attr, len(self.main.args)), (self.main.res_attr, len(self.main.function_type.results))))  # fmt: skip
-        for buffer in buffers.values():
-            for key, dicts in (("tyir.argument", given), ("tyir.result", made)):
-                if isinstance(index := buffer.attributes.get(key), IntegerAttr):
-                    dicts[index.value] = with_address(dicts[index.value], buffer.address)
-            if buffer.kind == "activation":
-                if (old := self.source.lookup(buffer.sym_name)) is not None:
-                    old.erase()
-                buffer.clone().insert_before(self.main)
-        self.main.set_arg_attrs(given)
-        self.main.set_res_attrs(made)
-        write_shares(self.main, self.shares)
-        for name, layer in self.layers.items():
-            original = self.source.lookup(name)
-            assert original is not None
-            layer.function.insert_before(original)
-            original.erase()
-        for function, (places, scratch) in self.placed.items():
-            if function.parent_op is self.source:  # not the blocks of rows of a long step, which are made while lowering
-                write_places(function, places, scratch)
+        """After `lower`: say on the source where everything lies."""
+        functions = {name: layer.function for name, layer in self.layers.items()}
+        write_plan(self.source, self.main, self.module, self.shares, functions, self.placed)
 
     def layers_ns(self) -> dict[str, float]:
         """About how long each layer function takes, from the prices of its commands."""

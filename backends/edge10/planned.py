@@ -28,7 +28,7 @@ from tyir.dialects.func import Call, Func
 from tyir.ir import Op, Value
 from tyir.types import f64, i64
 
-__all__ = ["activation_address", "address_in", "planned_places", "read_shares", "with_address", "write_places", "write_shares"]
+__all__ = ["activation_address", "address_in", "planned_places", "read_shares", "write_plan"]
 
 ADDRESS: Final = "tyir.address"
 SRAM: Final = "tyir.sram"
@@ -37,10 +37,51 @@ SCRATCH: Final = "tyir.scratch"
 _PLACE: Final = re.compile(r"(sram|@\S+) (\d+)\.\.(\d+)")
 
 
+# ------------------------------------------------------------------------------------------------------------- the whole plan
+
+
+def write_plan(
+    source: Module,
+    main: Func,
+    program: Module,
+    shares: SramShares,
+    layers: Mapping[str, Func],
+    placed: Mapping[Func, tuple[Places, Mapping[Op, Scratch]]],
+) -> None:
+    """Say on `source` where `program`, lowered from its function `main`, has everything.
+
+    `layers` are replaced by their copies in the order in which they were lowered; `placed`: where each function's values lie, and the sizes of its ops' scratch.
+    """
+    buffers = {b.sym_name: b for b in program.body if isinstance(b, edge10.Buffer)}
+    for param in [p for p in source.body if isinstance(p, ty.Param) and p.sym_name in buffers]:
+        param.attributes = _with_address(param.attributes, buffers[param.sym_name].address)
+    given = [main.arg_attr(index) for index in range(len(main.args))]
+    made = [main.res_attr(index) for index in range(len(main.function_type.results))]
+    for buffer in buffers.values():
+        for key, dicts in (("tyir.argument", given), ("tyir.result", made)):
+            if isinstance(index := buffer.attributes.get(key), IntegerAttr):
+                dicts[index.value] = _with_address(dicts[index.value], buffer.address)
+        if buffer.kind == "activation":
+            if (old := source.lookup(buffer.sym_name)) is not None:
+                old.erase()
+            buffer.clone().insert_before(main)
+    main.set_arg_attrs(given)
+    main.set_res_attrs(made)
+    _write_shares(main, shares)
+    for name, function in layers.items():
+        original = source.lookup(name)
+        assert original is not None
+        function.insert_before(original)
+        original.erase()
+    for function, (places, scratch) in placed.items():
+        if function.parent_op is source:  # not the blocks of rows of a long step, which are made while lowering
+            _write_places(function, places, scratch)
+
+
 # ------------------------------------------------------------------------------------------------------------- the division of SRAM
 
 
-def write_shares(main: Func, shares: SramShares) -> None:
+def _write_shares(main: Func, shares: SramShares) -> None:
     """Say on the entry function of a length how SRAM is divided."""
     main.set_attribute(SRAM, DictAttr({f.name: _share(getattr(shares, f.name)) for f in fields(shares)}))
 
@@ -80,7 +121,7 @@ def _value(attribute: Attribute) -> Any:
 # ------------------------------------------------------------------------------------------------------------- places in a function
 
 
-def write_places(function: Func, places: Places, scratch: Mapping[Op, Scratch]) -> None:
+def _write_places(function: Func, places: Places, scratch: Mapping[Op, Scratch]) -> None:
     """Say on each op where its results and its scratch lie.  What a call gives lies where its function says."""
     for op in [op for op in function.body if not isinstance(op, Call)]:
         named = [places.values.get(v) if root(v) is v else None for v in op.results]
@@ -142,7 +183,7 @@ def _place(op: Op, text: str, nbytes: int) -> Place:
 # ------------------------------------------------------------------------------------------------------------- addresses in DRAM
 
 
-def with_address(attributes: DictAttr, address: int) -> DictAttr:
+def _with_address(attributes: DictAttr, address: int) -> DictAttr:
     """The dictionary of an argument, a result or a parameter, with the address of its buffer."""
     return attributes.with_entry(ADDRESS, IntegerAttr(address, i64))
 

@@ -84,3 +84,15 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "vector 64" in out and "| **one unit (read off)** | all | 1 |" in out
     assert main(["--data", str(tmp_path / "none.jsonl")]) == 1
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(["--export", str(tmp_path / "p.bin"), "--only", "modle"]) == 1
+    assert "'modle'" in capsys.readouterr().err and not (tmp_path / "p.bin").exists()
+    some = tmp_path / "some.jsonl"
+    some.write_text('{"name": "vector 64", "ns": 68332}\n')
+    assert main(["--data", str(some), "--derive"]) == 1
+    assert "was not measured" in capsys.readouterr().err
+    some.write_text('{"device": "a GPU"}\n')
+    assert main(["--data", str(some)]) == 1
+    assert "no measurement of a program" in capsys.readouterr().err
