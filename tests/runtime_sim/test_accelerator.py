@@ -21,7 +21,7 @@ def load_text(text: str, folder: Path) -> Accelerator:
     return load_accelerator(file)
 
 
-@pytest.mark.parametrize(("name", "peak"), [("h200", 1070), ("a100", 312), ("orin", 42.6)])
+@pytest.mark.parametrize(("name", "peak"), [("h200", 1070), ("h100", 1070), ("a100", 312), ("orin", 42.6)])
 def test_shipped_files(name: str, peak: float) -> None:
     """Peaks: 132 * 4096 * 1.98 GHz; 108 * 2048 * 1.41 GHz; 16 * 2048 * 1.301 GHz."""
     machine = load_accelerator(name)
@@ -39,6 +39,10 @@ def test_like_another_machine(tmp_path: Path) -> None:
     assert mine.launch == whole.launch and not mine.fitted
     assert mine.constants["sm.count"].label == "published"
     assert mine.constants["launch.ramp_us"].label == "assumed" and mine.constants["launch.ramp_us"].source.startswith("as h200: ")
+    faster = load_text(
+        'like = "h200"\n[dram]\nbandwidth_gbps = { value = 3350, label = "published", source = "its data sheet" }\n', tmp_path
+    )
+    assert faster.dram_bytes_per_ns == pytest.approx(3350 / 4800 * whole.dram_bytes_per_ns) and faster.sm == whole.sm
     assert load_accelerator("h100").sm == whole.sm
 
 
