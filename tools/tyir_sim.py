@@ -233,7 +233,7 @@ def _check_plan(predictor: Predictor) -> str:
     dies, lengths = len(next(iter(programs.values()))), ", ".join(map(str, programs))
     return (
         f"memory plan of {dies} die{'s' * (dies > 1)}, lengths {lengths}: {commands:,} commands replayed with an empty and a full cache; "
-        "all within memory, nothing read before it is written, no live bytes shared, no race, weights and caches at one address for all lengths"
+        "all within memory, nothing read before it is written, no buffers share bytes, no race, weights and caches at one address for all lengths"
     )
 
 
