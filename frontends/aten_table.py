@@ -1,7 +1,9 @@
 """Which `aten` op of tyir stands for which node of an exported graph: one row per ATen overload.
 
-A row accounts for every argument of the overload's schema: tensors (`operands`), numbers kept as properties, arguments that do not change the result
-(`ignored`), arguments that must have one value (`required`).  Any other argument must have its default value, otherwise the node is reported as unsupported.  Nothing here needs torch.
+A row accounts for every argument of the overload's schema: tensors (`operands`), numbers kept as properties,
+arguments that do not change the result (`ignored`), arguments that must have one value (`required`).  Any
+other argument must have its default value, otherwise the node is reported as unsupported.  Nothing here needs
+torch.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class FromResult(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """`op` None: the node is the identity on its first operand.  `scalar`: an operand that may be a number, kept in the property `scalar`.
+    """`op` None: the node is the identity on its first operand.  `scalar`: an operand that may be a number,
+    kept in the property `scalar`.
 
     `required`: values that arguments must have for the row to hold.
     """
@@ -53,7 +56,9 @@ ROWS: Final[dict[str, Row]] = {
     "aten.detach.default": Row(None),
     "aten.div.Tensor": Row(aten.Div, ("self", "other"), scalar="other"),
     "aten.dropout.default": Row(None, ("input",), ignored=("p",), required={"train": False}),
-    "aten.embedding.default": Row(aten.Embedding, ("weight", "indices"), ignored=("padding_idx", "scale_grad_by_freq", "sparse")),
+    "aten.embedding.default": Row(
+        aten.Embedding, ("weight", "indices"), ignored=("padding_idx", "scale_grad_by_freq", "sparse")
+    ),
     "aten.expand.default": Row(aten.Expand, properties=_SHAPE, ignored=("size", "implicit")),
     "aten.linear.default": Row(aten.Linear, ("input", "weight", "bias")),
     "aten.mean.dim": Row(aten.Mean, properties={"dim": "dim", "keepdim": "keepdim"}),
@@ -69,10 +74,14 @@ ROWS: Final[dict[str, Row]] = {
     "aten.rsqrt.default": Row(aten.Rsqrt),
     "aten.silu.default": Row(aten.Silu),
     "aten.sin.default": Row(aten.Sin),
-    "aten.slice.Tensor": Row(aten.Slice, properties={"dim": "dim", "start": "start", "end": "end", "step": "step"}),
+    "aten.slice.Tensor": Row(
+        aten.Slice, properties={"dim": "dim", "start": "start", "end": "end", "step": "step"}
+    ),
     "aten.to.device": Row(aten.To, properties=_TO, ignored=("device", "dtype", *_COPY)),
     "aten.to.dtype": Row(aten.To, properties=_TO, ignored=("dtype", *_COPY)),
-    "aten.to.dtype_layout": Row(aten.To, properties=_TO, ignored=("dtype", "layout", "device", "pin_memory", *_COPY)),
+    "aten.to.dtype_layout": Row(
+        aten.To, properties=_TO, ignored=("dtype", "layout", "device", "pin_memory", *_COPY)
+    ),
     "aten.transpose.int": Row(aten.Transpose, properties={"dim0": "dim0", "dim1": "dim1"}),
     "aten.unsqueeze.default": Row(aten.Unsqueeze, properties={"dim": "dim"}),
     "aten.view.default": Row(aten.View, properties=_SHAPE, ignored=("size",)),
@@ -82,4 +91,6 @@ ROWS: Final[dict[str, Row]] = {
 }
 
 # Nodes that cut `self` along `dim` into parts, one after the other: each part that is used becomes a slice.
-PARTS: Final = frozenset(("aten.chunk.default", "aten.split.Tensor", "aten.split.default", "aten.split_with_sizes.default"))
+PARTS: Final = frozenset(
+    ("aten.chunk.default", "aten.split.Tensor", "aten.split.default", "aten.split_with_sizes.default")
+)

@@ -1,8 +1,10 @@
-"""Makes attention come out of `torch.export` as one op: an attention implementation named `tyir` in transformers' registries.
+"""Makes attention come out of `torch.export` as one op: an attention implementation named `tyir` in
+transformers' registries.
 
-Every model of transformers that uses `AttentionInterface` calls `_attention` with q, k, v as [b, heads, s, D]; it emits `tyir::attention` on
-[b, s, heads, D].  The mask registry hands the model an integer in place of a mask tensor: the length of the sliding window, 0 for plain causal attention.  A
-mask or an argument that this op cannot express is refused, never dropped.
+Every model of transformers that uses `AttentionInterface` calls `_attention` with q, k, v as [b, heads, s,
+D]; it emits `tyir::attention` on [b, s, heads, D].  The mask registry hands the model an integer in place of
+a mask tensor: the length of the sliding window, 0 for plain causal attention.  A mask or an argument that
+this op cannot express is refused, never dropped.
 """
 
 from __future__ import annotations
@@ -20,9 +22,23 @@ __all__ = ["IMPLEMENTATION", "install"]
 
 IMPLEMENTATION = "tyir"
 
-# Arguments of transformers' attention functions that do not change the result of a forward pass without cache.
-_HARMLESS = {"position_ids", "use_cache", "cache_position", "dropout", "output_attentions", "output_hidden_states", "is_causal", "return_dict",
-             "past_key_values", "inputs_embeds", "logits_to_keep", "position_embeddings", "layer_type"}  # fmt: skip
+# Arguments of transformers' attention functions that do not change the result of a forward pass without
+# cache.
+_HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "dropout",
+    "output_attentions",
+    "output_hidden_states",
+    "is_causal",
+    "return_dict",
+    "past_key_values",
+    "inputs_embeds",
+    "logits_to_keep",
+    "position_embeddings",
+    "layer_type",
+}
 
 
 @torch.library.custom_op("tyir::attention", mutates_args=())  # type: ignore[untyped-decorator]
@@ -32,7 +48,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, w
 
 
 @attention.register_fake  # type: ignore[untyped-decorator]
-def _attention_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+def _attention_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
 
@@ -55,7 +73,9 @@ def _attention(
         )
     causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise TyirError(f"{name} is not causal", help="only decoder models that generate text can be imported")
+        raise TyirError(
+            f"{name} is not causal", help="only decoder models that generate text can be imported"
+        )
     if not isinstance(attention_mask, int) or attention_mask != (sliding_window or 0):
         mask = f"a window of {attention_mask}" if isinstance(attention_mask, int) else "a mask of its own"
         raise TyirError(
@@ -63,7 +83,9 @@ def _attention(
             help="supported: a causal mask, or one sliding window in both places",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, attention_mask), None
+    return attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, attention_mask
+    ), None
 
 
 def _mask(*positional: Any, mask_function: Callable[..., Any] = causal_mask_function, **others: Any) -> int:
@@ -80,13 +102,19 @@ def _mask(*positional: Any, mask_function: Callable[..., Any] = causal_mask_func
 
 
 def _sliding_window(mask_function: Callable[..., Any]) -> int | None:
-    """The window of `and_masks(sliding_window_overlay(w), causal_mask_function)`, None for any other mask function."""
+    """The window of `and_masks(sliding_window_overlay(w), causal_mask_function)`, None for any other mask
+    function.
+    """
     (parts,) = _closure(mask_function).values() or ((),)
     if not isinstance(parts, tuple) or len(parts) != 2 or causal_mask_function not in parts:
         return None
     overlay = next(p for p in parts if p is not causal_mask_function)
     window = _closure(overlay).get("sliding_window")
-    return window if overlay.__qualname__.startswith("sliding_window_overlay.") and isinstance(window, int) else None
+    return (
+        window
+        if overlay.__qualname__.startswith("sliding_window_overlay.") and isinstance(window, int)
+        else None
+    )
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:

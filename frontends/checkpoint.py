@@ -1,7 +1,10 @@
-"""A Hugging Face checkpoint folder as it lies on disk: `config.json` and the tensor files' headers, checked before anything is built from them.
+"""A Hugging Face checkpoint folder as it lies on disk: `config.json` and the tensor files' headers, checked
+before anything is built from them.
 
-Safetensors files are preferred, then `pytorch_model.bin`, then one GGUF file.  No tensor is read, and torch is imported for `pytorch_model.bin` alone.  Every problem found is appended to a list, so that one run reports them all.
-File format: https://github.com/huggingface/safetensors#format (8 bytes header length, JSON header, tensors without gaps).
+Safetensors files are preferred, then `pytorch_model.bin`, then one GGUF file.  No tensor is read, and torch
+is imported for `pytorch_model.bin` alone.  Every problem found is appended to a list, so that one run reports
+them all. File format: https://github.com/huggingface/safetensors#format (8 bytes header length, JSON header,
+tensors without gaps).
 """
 
 from __future__ import annotations
@@ -13,8 +16,26 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.types import FloatType, TensorType, Type, bf16, bit_width, f16, f32, f64, i1, i8, i16, i32, i64, ui8, ui16, ui32, ui64
-from tyir.weights import FileStamp
+from tyir.execution.weights import FileStamp
+from tyir.types import (
+    FloatType,
+    TensorType,
+    Type,
+    bf16,
+    bit_width,
+    f16,
+    f32,
+    f64,
+    i1,
+    i8,
+    i16,
+    i32,
+    i64,
+    ui8,
+    ui16,
+    ui32,
+    ui64,
+)
 
 __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
 
@@ -25,17 +46,30 @@ TORCH_INDEX: Final = "pytorch_model.bin.index.json"
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 
 ELEMENTS: Final[dict[str, Type]] = {
-    "F64": f64, "F32": f32, "F16": f16, "BF16": bf16, "F8_E4M3": FloatType("f8E4M3FN"), "F8_E5M2": FloatType("f8E5M2"),
-    "I64": i64, "I32": i32, "I16": i16, "I8": i8, "U8": ui8, "U16": ui16, "U32": ui32,
-    "U64": ui64, "BOOL": i1,
-}  # fmt: skip
+    "F64": f64,
+    "F32": f32,
+    "F16": f16,
+    "BF16": bf16,
+    "F8_E4M3": FloatType("f8E4M3FN"),
+    "F8_E5M2": FloatType("f8E5M2"),
+    "I64": i64,
+    "I32": i32,
+    "I16": i16,
+    "I8": i8,
+    "U8": ui8,
+    "U16": ui16,
+    "U32": ui32,
+    "U64": ui64,
+    "BOOL": i1,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor of the checkpoint: `nbytes` bytes at `offset` (from the start of the file) of `file`.
 
-    `encoding`: the block format of a GGUF tensor, whose `type` then is rows of bytes; `interleaved`: heads whose halves' rows alternate, as in llama.cpp.
+    `encoding`: the block format of a GGUF tensor, whose `type` then is rows of bytes; `interleaved`: heads
+    whose halves' rows alternate, as in llama.cpp.
     """
 
     key: str
@@ -49,7 +83,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds.  `unreadable` names the tensors that lie in files which could not be read (already reported)."""
+    """What a folder holds.
+
+    `unreadable` names the tensors that lie in files which could not be read (already reported).
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -82,7 +119,11 @@ class _Reader:
             return None
         except json.JSONDecodeError as error:
             self.problems.append(
-                Diagnostic(f"{name} is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}", help=help)
+                Diagnostic(
+                    f"{name} is not valid JSON: {error.msg}",
+                    where=f"{path}:{error.lineno}:{error.colno}",
+                    help=help,
+                )
             )
             return None
         except (RecursionError, ValueError) as error:
@@ -106,7 +147,9 @@ class _Reader:
             self.problem(f"cannot read {name}: {error.strerror}", "download the missing file", path)
             return False
         if size < 8 or not header_bytes:
-            self.problem(f"{name} is truncated: its header needs {length} bytes, the file has {size}", again, path)
+            self.problem(
+                f"{name} is truncated: its header needs {length} bytes, the file has {size}", again, path
+            )
             return False
         try:
             header = json.loads(header_bytes)
@@ -114,7 +157,9 @@ class _Reader:
             self.problem(f"{name} is no safetensors file: its header is not JSON", again, path)
             return False
         if not isinstance(header, dict):
-            self.problem(f"{name} is no safetensors file: its header is a JSON {type(header).__name__}", again, path)
+            self.problem(
+                f"{name} is no safetensors file: its header is a JSON {type(header).__name__}", again, path
+            )
             return False
         return self.header(name, header, 8 + length, size)
 
@@ -126,11 +171,15 @@ class _Reader:
                 continue
             tensor = _stored_tensor(key, name, entry, base)
             if isinstance(tensor, str):
-                self.problem(f"{name}: {tensor}", "the file is damaged; download it again", self.folder / name)
+                self.problem(
+                    f"{name}: {tensor}", "the file is damaged; download it again", self.folder / name
+                )
                 return False
             if (other := self.tensors.get(key)) is not None:
                 self.problem(
-                    f"tensor '{key}' is in both {other.file} and {name}", "remove the file that does not belong", self.folder / name
+                    f"tensor '{key}' is in both {other.file} and {name}",
+                    "remove the file that does not belong",
+                    self.folder / name,
                 )
             self.tensors[key] = tensor
             spans.append((tensor.offset, tensor.offset + tensor.nbytes, key))
@@ -172,7 +221,9 @@ class _Reader:
         return True
 
     def gguf_file(self, path: Path) -> dict[str, Any] | None:
-        """Note the tensors of a GGUF file; returns the config in its metadata, None (and problems) when the file cannot be used."""
+        """Note the tensors of a GGUF file; returns the config in its metadata, None (and problems) when the
+        file cannot be used.
+        """
         from tyir.frontends.gguf_files import read_gguf
 
         try:
@@ -192,7 +243,9 @@ class _Reader:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             self.problem(
-                f"{INDEX_FILE} has no 'weight_map' from tensor names to file names", "download the index again", self.folder / INDEX_FILE
+                f"{INDEX_FILE} has no 'weight_map' from tensor names to file names",
+                "download the index again",
+                self.folder / INDEX_FILE,
             )
             return frozenset()
         bad: set[str] = set()
@@ -200,7 +253,8 @@ class _Reader:
             if not _is_plain_name(name, suffix):
                 self.problem(
                     f"{INDEX_FILE} refers to {name!r}, which is not a file name inside the checkpoint folder",
-                    f"an index may only name *{suffix} files beside it; do not use this checkpoint unless you trust where it comes from",
+                    f"an index may only name *{suffix} files beside it; do not use this checkpoint unless you"
+                    " trust where it comes from",
                     self.folder / INDEX_FILE,
                 )
                 bad.add(name)
@@ -228,31 +282,48 @@ def _stored_tensor(key: str, file: str, entry: Any, base: int) -> StoredTensor |
         return f"the entry of tensor '{key}' lacks dtype, shape or data_offsets"
     if not isinstance(dtype, str) or dtype not in ELEMENTS:
         return f"tensor '{key}' has dtype {dtype!r}; known: {', '.join(ELEMENTS)}"
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop)):
-        return f"tensor '{key}' has shape {shape} and data_offsets {[start, stop]}, which must be non-negative integers"
+    if not isinstance(shape, list) or not all(
+        type(n) is int and 0 <= n < 2**62 for n in (*shape, start, stop)
+    ):
+        return (
+            f"tensor '{key}' has shape {shape} and data_offsets {[start, stop]}, which must be non-negative"
+            " integers"
+        )
     tensor_type = TensorType(tuple(shape), ELEMENTS[dtype])
     wanted = tensor_type.size * max(bit_width(tensor_type.element), 8) // 8
     if stop - start != wanted:
-        return f"tensor '{key}' of shape {shape} and dtype {dtype} takes {wanted} bytes, its data_offsets span {stop - start}"
+        return (
+            f"tensor '{key}' of shape {shape} and dtype {dtype} takes {wanted} bytes, its data_offsets span"
+            f" {stop - start}"
+        )
     return StoredTensor(key, file, tensor_type, base + start, stop - start)
 
 
 def _read_tensors(reader: _Reader) -> tuple[frozenset[str], bool]:
-    """Headers of all tensor files: the tensors in unreadable files, and whether the list of tensors is complete."""
+    """Headers of all tensor files: the tensors in unreadable files, and whether the list of tensors is
+    complete.
+    """
     folder = reader.folder
     if (folder / SINGLE_FILE).exists():
         return frozenset(), reader.tensor_file(SINGLE_FILE)
-    for index_file, suffix, read in ((INDEX_FILE, ".safetensors", reader.tensor_file), (TORCH_INDEX, ".bin", reader.torch_file)):
+    for index_file, suffix, read in (
+        (INDEX_FILE, ".safetensors", reader.tensor_file),
+        (TORCH_INDEX, ".bin", reader.torch_file),
+    ):
         if (folder / index_file).exists():
             before = len(reader.problems)
             unreadable = reader.sharded(index_file, suffix, read)
             return unreadable, len(reader.problems) == before or bool(unreadable)
         if suffix == ".safetensors" and (folder / TORCH_FILE).exists():
             return frozenset(), reader.torch_file(TORCH_FILE)
-    other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+    other = sorted(
+        p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+    )
     reader.problem(
-        f"no {SINGLE_FILE}, no {INDEX_FILE} and no {TORCH_FILE} in the folder" + (f" (it holds {', '.join(other[:5])})" if other else ""),
-        f"save the model with transformers' save_pretrained, which writes {SINGLE_FILE}, or download the missing files",
+        f"no {SINGLE_FILE}, no {INDEX_FILE} and no {TORCH_FILE} in the folder"
+        + (f" (it holds {', '.join(other[:5])})" if other else ""),
+        f"save the model with transformers' save_pretrained, which writes {SINGLE_FILE}, or download the"
+        " missing files",
         folder,
     )
     return frozenset(), False
@@ -263,7 +334,9 @@ def _open_gguf(path: Path, problems: list[Diagnostic]) -> Checkpoint | None:
     reader = _Reader(path.parent, problems)
     config = reader.gguf_file(path)
     if (path.parent / "config.json").exists():
-        config = reader.json_file("config.json", "restore config.json, or remove it to use the file's own metadata")
+        config = reader.json_file(
+            "config.json", "restore config.json, or remove it to use the file's own metadata"
+        )
     if config is None:
         return None
     return Checkpoint(path.parent, config, reader.tensors, reader.stamps, whole=path.name in reader.stamps)
@@ -272,30 +345,54 @@ def _open_gguf(path: Path, problems: list[Diagnostic]) -> Checkpoint | None:
 def _no_folder(given: Path, folder: Path) -> Diagnostic:
     """What is wrong with a place that is no folder."""
     if folder.exists():
-        return Diagnostic(f"checkpoint folder {folder} is a file, not a folder", help=f"give the folder it lies in: {folder.parent}")
+        return Diagnostic(
+            f"checkpoint folder {folder} is a file, not a folder",
+            help=f"give the folder it lies in: {folder.parent}",
+        )
     help = "give the folder that holds config.json and the *.safetensors files"
-    if not given.is_absolute() and len(given.parts) == 2 and ".." not in given.parts and not folder.parent.exists():
-        help += f"; a model of the hub is downloaded first: hf download {given.as_posix()} --local-dir {given.name}"
+    if (
+        not given.is_absolute()
+        and len(given.parts) == 2
+        and ".." not in given.parts
+        and not folder.parent.exists()
+    ):
+        help += (
+            f"; a model of the hub is downloaded first: hf download {given.as_posix()} --local-dir"
+            f" {given.name}"
+        )
     return Diagnostic(f"checkpoint folder {folder} does not exist", help=help)
 
 
 def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
-    """What `folder` holds; problems are appended.  None when there is no usable config.json (tensor files are checked all the same)."""
+    """What `folder` holds; problems are appended.
+
+    None when there is no usable config.json (tensor files are checked all the same).
+    """
     given, folder = folder, folder.absolute()
     if folder.suffix == ".gguf" and folder.is_file():
         return _open_gguf(folder, problems)
-    if folder.is_dir() and not any((folder / n).exists() for n in (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)):
+    if folder.is_dir() and not any(
+        (folder / n).exists() for n in (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
+    ):
         files = sorted(folder.glob("*.gguf"))
         if len(files) == 1:
             return _open_gguf(files[0], problems)
         if files:
             message = f"the folder holds {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
-            problems.append(Diagnostic(message, where=str(folder), help="give one of the files instead of the folder"))
+            problems.append(
+                Diagnostic(message, where=str(folder), help="give one of the files instead of the folder")
+            )
             return None
     if not folder.is_dir():
         problems.append(_no_folder(given, folder))
         return None
     reader = _Reader(folder, problems)
-    config = reader.json_file("config.json", "give a folder in the Hugging Face layout: config.json beside the *.safetensors files")
+    config = reader.json_file(
+        "config.json", "give a folder in the Hugging Face layout: config.json beside the *.safetensors files"
+    )
     unreadable, whole = _read_tensors(reader)
-    return None if config is None else Checkpoint(folder, config, reader.tensors, reader.stamps, unreadable, whole)
+    return (
+        None
+        if config is None
+        else Checkpoint(folder, config, reader.tensors, reader.stamps, unreadable, whole)
+    )

@@ -1,7 +1,8 @@
 """GGUF files: tensors under Hugging Face's names, and the model's config from the metadata.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.  Read with the `gguf` package (extra `gguf`), imported when a file is opened; no tensor is
-read.  A config.json beside the file is preferred to the metadata.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.  Read with the `gguf` package (extra
+`gguf`), imported when a file is opened; no tensor is read.  A config.json beside the file is preferred to the
+metadata.
 """
 
 from __future__ import annotations
@@ -29,27 +30,47 @@ _ARCHITECTURES: Final = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
 }
 _KEYS: Final = {
-    "context_length": "max_position_embeddings", "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
-    "embedding_length": "hidden_size", "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.key_length": "head_dim",
-}  # fmt: skip
-_TOKENS: Final = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+}
+_TOKENS: Final = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "padding_token_id": "pad_token_id",
+}
 _TOP: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
 _PARTS: Final = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _PLAIN: Final[dict[str, Type]] = {"F32": f32, "F16": f16, "BF16": bf16}
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def read_gguf(path: Path, *, needs_config: bool = True) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """(config as config.json would have it, empty unless needed; tensors by transformers' names).  `TyirError` holds everything that cannot be imported."""
+    """(config as config.json would have it, empty unless needed; tensors by transformers' names).
+
+    `TyirError` holds everything that cannot be imported.
+    """
     reader = _open(path)
     fields = {
         name: field.contents()
@@ -59,7 +80,11 @@ def read_gguf(path: Path, *, needs_config: bool = True) -> tuple[dict[str, Any],
     architecture = fields.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         message = f"{path.name} holds architecture {architecture!r}, which cannot be imported from GGUF"
-        raise TyirError(message, where=str(path), help=f"architectures: {', '.join(_ARCHITECTURES)}; others import from safetensors")
+        raise TyirError(
+            message,
+            where=str(path),
+            help=f"architectures: {', '.join(_ARCHITECTURES)}; others import from safetensors",
+        )
     problems: list[Diagnostic] = []
     tensors: dict[str, StoredTensor] = {}
     for tensor in reader.tensors:
@@ -68,7 +93,11 @@ def read_gguf(path: Path, *, needs_config: bool = True) -> tuple[dict[str, Any],
             tensors[_name(tensor.name)] = found
         else:
             problems.append(
-                Diagnostic(found, where=str(path), help=f"types: {', '.join((*_PLAIN, *GGML_BLOCKS))}; convert the file with llama.cpp")
+                Diagnostic(
+                    found,
+                    where=str(path),
+                    help=f"types: {', '.join((*_PLAIN, *GGML_BLOCKS))}; convert the file with llama.cpp",
+                )
             )
     if problems:
         raise TyirError(problems)
@@ -86,7 +115,11 @@ def _open(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except Exception as error:
         text = next(iter(str(error).splitlines()), type(error).__name__)
-        raise TyirError(f"{path.name} is no GGUF file, or damaged: {text}", where=str(path), help="download the file again") from None
+        raise TyirError(
+            f"{path.name} is no GGUF file, or damaged: {text}",
+            where=str(path),
+            help="download the file again",
+        ) from None
 
 
 def _name(name: str) -> str:
@@ -106,22 +139,42 @@ def _stored(tensor: Any, path: Path, fields: Mapping[str, Any], architecture: st
     elif kind in GGML_BLOCKS:
         elements, size, _ = GGML_BLOCKS[kind]
         if len(dims) != 2 or dims[1] % elements:
-            return f"tensor '{tensor.name}' of type {kind} has shape {list(dims)}; rows must be whole blocks of {elements}"
+            return (
+                f"tensor '{tensor.name}' of type {kind} has shape {list(dims)}; rows must be whole blocks of"
+                f" {elements}"
+            )
         type = TensorType((dims[0], dims[1] // elements * size), ui8)
     else:
         return f"tensor '{tensor.name}' has type {kind}, which cannot be imported"
     if type.nbytes != nbytes or offset + nbytes > path.stat().st_size:
         return f"tensor '{tensor.name}' lies outside the file"
-    heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2]) if architecture == "llama" else None
-    count = int(fields.get(f"llama.attention.{heads}", fields.get("llama.attention.head_count", 0))) if heads else 0
-    return StoredTensor(tensor.name, path.name, type, offset, nbytes, kind if kind in GGML_BLOCKS else "", count)
+    heads = (
+        {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2])
+        if architecture == "llama"
+        else None
+    )
+    count = (
+        int(fields.get(f"llama.attention.{heads}", fields.get("llama.attention.head_count", 0)))
+        if heads
+        else 0
+    )
+    return StoredTensor(
+        tensor.name, path.name, type, offset, nbytes, kind if kind in GGML_BLOCKS else "", count
+    )
 
 
-def _config(path: Path, fields: Mapping[str, Any], architecture: str, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def _config(
+    path: Path, fields: Mapping[str, Any], architecture: str, tensors: Mapping[str, StoredTensor]
+) -> dict[str, Any]:
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
-        message = f"{path.name} scales its rotary frequencies ({scaling if scaling != 'none' else 'rope_freqs.weight'})"
-        raise TyirError(message, where=str(path), help="put the original model's config.json beside the file: it says how")
+        message = (
+            f"{path.name} scales its rotary frequencies"
+            f" ({scaling if scaling != 'none' else 'rope_freqs.weight'})"
+        )
+        raise TyirError(
+            message, where=str(path), help="put the original model's config.json beside the file: it says how"
+        )
     model_type, name = _ARCHITECTURES[architecture]
     config: dict[str, Any] = {"model_type": model_type, "architectures": [name], "hidden_act": "silu"}
     for source, key in _KEYS.items():
@@ -129,7 +182,10 @@ def _config(path: Path, fields: Mapping[str, Any], architecture: str, tensors: M
             config[key] = value
     config.setdefault("head_dim", fields.get(f"{architecture}.rope.dimension_count") or None)
     config = {k: v for k, v in config.items() if v is not None}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": float(fields.get(f"{architecture}.rope.freq_base", 10000.0))}
+    config["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": float(fields.get(f"{architecture}.rope.freq_base", 10000.0)),
+    }
     for source, key in _TOKENS.items():
         if (token := fields.get(f"tokenizer.ggml.{source}")) is not None:
             config[key] = int(token)
@@ -140,7 +196,10 @@ def _config(path: Path, fields: Mapping[str, Any], architecture: str, tensors: M
 
 
 class GgufFormat:
-    """GGUF's blocks, and llama.cpp's order of q and k rows (the two halves of a head interleaved).  Q4_0 stays 4-bit, the other formats become dense."""
+    """GGUF's blocks, and llama.cpp's order of q and k rows (the two halves of a head interleaved).
+
+    Q4_0 stays 4-bit, the other formats become dense.
+    """
 
     def stored_keys(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
         stored = tensors.get(name)

@@ -1,7 +1,8 @@
 """An exported graph to `@main` at stage `aten`, one op per node, in one walk.
 
-Dead nodes (assertions, checks of position ids) are dropped first.  Then every remaining node must have a row in `aten_table.ROWS`; those without are
-collected and reported together, with counts, the first layer and the model's source line.  Symbolic sizes vanish: result types carry `?` instead.
+Dead nodes (assertions, checks of position ids) are dropped first.  Then every remaining node must have a row
+in `aten_table.ROWS`; those without are collected and reported together, with counts, the first layer and the
+model's source line.  Symbolic sizes vanish: result types carry `?` instead.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ from tyir.types import TensorType, Type, bf16, f16, f32, f64, i1, i8, i16, i32, 
 __all__ = ["import_graph"]
 
 _ELEMENTS: Final[dict[torch.dtype, Type]] = {
-    torch.float16: f16, torch.bfloat16: bf16, torch.float32: f32, torch.float64: f64, torch.bool: i1, torch.int8: i8, torch.uint8: ui8,
-    torch.int16: i16, torch.int32: i32, torch.int64: i64,
-}  # fmt: skip
+    torch.float16: f16,
+    torch.bfloat16: bf16,
+    torch.float32: f32,
+    torch.float64: f64,
+    torch.bool: i1,
+    torch.int8: i8,
+    torch.uint8: ui8,
+    torch.int16: i16,
+    torch.int32: i32,
+    torch.int64: i64,
+}
 _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -86,12 +95,22 @@ class _Unsupported:
         if not self.nodes:
             return
         total = sum(len(nodes) for nodes in self.nodes.values())
-        lines = [f"{what}: {_times(len(nodes))}, first {describe(location_of(nodes[0]))}" for what, nodes in sorted(self.nodes.items())]
+        lines = [
+            f"{what}: {_times(len(nodes))}, first {describe(location_of(nodes[0]))}"
+            for what, nodes in sorted(self.nodes.items())
+        ]
         kinds = f"{len(self.nodes)} kinds of operations" if len(self.nodes) > 1 else "1 kind of operation"
-        message = f"the model uses {kinds} ({total} node{'s' if total > 1 else ''}) that cannot be imported:\n  " + "\n  ".join(lines)
+        message = (
+            f"the model uses {kinds} ({total} node{'s' if total > 1 else ''}) that cannot be imported:\n  "
+            + "\n  ".join(lines)
+        )
         raise TyirError(
             Diagnostic(
-                message, help="models with these operations cannot be imported yet; frontends/README.md says how an operation is added"
+                message,
+                help=(
+                    "models with these operations cannot be imported yet; frontends/README.md says how an"
+                    " operation is added"
+                ),
             )
         )
 
@@ -111,14 +130,20 @@ def describe(location: Location) -> str:
 
 
 def location_of(node: fx.Node, moved: tuple[str, str] | None = None) -> Location:
-    """The module path (its beginning exchanged as `moved` says) and the innermost line of the model's own source."""
+    """The module path (its beginning exchanged as `moved` says) and the innermost line of the model's own
+    source.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if "transformers/models/" in f[0].replace("\\", "/")] or frames
     file = FileLoc(PurePath(own[-1][0]).name, int(own[-1][1]), 1) if own else None
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, module_class = (str(part) for part in stack[-1]) if stack else ("", node.name)
-    root = not path or path == WRAPPER_PREFIX.rstrip(".")  # the model itself has no path: its class stands for it
-    return NameLoc(module_class.rpartition(".")[2] if root else _moved(path.removeprefix(WRAPPER_PREFIX), moved), file)
+    root = not path or path == WRAPPER_PREFIX.rstrip(
+        "."
+    )  # the model itself has no path: its class stands for it
+    return NameLoc(
+        module_class.rpartition(".")[2] if root else _moved(path.removeprefix(WRAPPER_PREFIX), moved), file
+    )
 
 
 def _moved(path: str, moved: tuple[str, str] | None) -> str:
@@ -134,7 +159,9 @@ def tensor_type_of(value: torch.Tensor) -> TensorType:
 
 
 def live_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that the output depends on, in order, leaving out pure size arithmetic (which result types replace)."""
+    """The nodes that the output depends on, in order, leaving out pure size arithmetic (which result types
+    replace).
+    """
     live: set[fx.Node] = set()
     stack = [n for n in graph.nodes if n.op == "output"]
     while stack:
@@ -188,7 +215,9 @@ class _Importer:
     block: Block
     values: dict[fx.Node, Value] = field(default_factory=dict)
     emitted: dict[str, Value] = field(default_factory=dict)
-    moved: tuple[str, str] | None = None  # the traced layer whose nodes are being converted, and the layer they are converted for
+    moved: tuple[str, str] | None = (
+        None  # the traced layer whose nodes are being converted, and the layer they are converted for
+    )
 
     def operand(self, node: fx.Node) -> Value:
         """The value of a node; weights and constants are emitted at their first use."""
@@ -235,7 +264,13 @@ class _Importer:
             return
         result = tensor_type_of(node.meta["val"])
         location = location_of(node, self.moved)
-        op = row.op.create(operands, (result,), _properties(row, node, arguments, result), loc=location, result_names=(node.name,))
+        op = row.op.create(
+            operands,
+            (result,),
+            _properties(row, node, arguments, result),
+            loc=location,
+            result_names=(node.name,),
+        )
         self.values[node] = self.block.append(op).result
 
     def layer_copy(self, node: fx.Node) -> Value:
@@ -262,7 +297,9 @@ class _Importer:
         fields = {f.name: f for f in aten.Slice.attr_fields}
         encoded = DictAttr({name: fields[name].codec.encode(value) for name, value in properties.items()})
         x, result = self.operand(arguments["self"]), tensor_type_of(node.meta["val"])
-        op = aten.Slice.create([x], (result,), encoded, loc=location_of(whole, self.moved), result_names=(node.name,))
+        op = aten.Slice.create(
+            [x], (result,), encoded, loc=location_of(whole, self.moved), result_names=(node.name,)
+        )
         return self.block.append(op).result
 
 
@@ -276,7 +313,9 @@ def _part_sizes(node: fx.Node) -> list[int]:
 
 
 def _operand_nodes(row: Row, node: fx.Node, arguments: dict[str, Any]) -> list[fx.Node]:
-    """The nodes whose values are the op's operands; a list argument counts as many, None and numbers as none."""
+    """The nodes whose values are the op's operands; a list argument counts as many, None and numbers as
+    none.
+    """
     nodes: list[fx.Node] = []
     for name in row.operands:
         value = arguments[name]
@@ -306,7 +345,9 @@ def _properties(row: Row, node: fx.Node, arguments: dict[str, Any], result: Tens
 
 
 def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Layer]) -> None:
-    """Report every node that has no row, an argument its row does not cover, or a result that is not one tensor with at most one dynamic dimension."""
+    """Report every node that has no row, an argument its row does not cover, or a result that is not one
+    tensor with at most one dynamic dimension.
+    """
     unsupported = _Unsupported(layers)
     for node in nodes:
         if node.op == "placeholder":
@@ -316,7 +357,9 @@ def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Laye
         target, value = str(node.target), node.meta.get("val")
         if target == LAYER_COPY:
             continue
-        if node.target is operator.getitem:  # one of several results: the op that made them is what is missing
+        if (
+            node.target is operator.getitem
+        ):  # one of several results: the op that made them is what is missing
             continue
         if target not in ROWS and target not in PARTS:
             unsupported.add(target, node)
@@ -328,7 +371,11 @@ def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Laye
             arguments = _argument_map(node)
             _operand_nodes(ROWS[target], node, arguments)
             _check_rest(ROWS[target], node, arguments)
-            if not isinstance(value, torch.Tensor) or value.dtype not in _ELEMENTS or tensor_type_of(value).dims.count(None) > 1:
+            if (
+                not isinstance(value, torch.Tensor)
+                or value.dtype not in _ELEMENTS
+                or tensor_type_of(value).dims.count(None) > 1
+            ):
                 raise _Skip(f"{target} with result {value}")
             if ROWS[target].op is not None:
                 _properties(ROWS[target], node, arguments, tensor_type_of(value))
@@ -337,8 +384,13 @@ def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Laye
     unsupported.raise_if_any()
 
 
-def import_graph(program: torch.export.ExportedProgram, weights: Weights, buffer: Callable[[str], Any]) -> func.Func:
-    """`@main` of an exported program.  `buffer` gives the array of a buffer that is not stored.  `TyirError` lists everything unsupported."""
+def import_graph(
+    program: torch.export.ExportedProgram, weights: Weights, buffer: Callable[[str], Any]
+) -> func.Func:
+    """`@main` of an exported program.
+
+    `buffer` gives the array of a buffer that is not stored.  `TyirError` lists everything unsupported.
+    """
     inputs: list[str] = []
     parameters: dict[str, str] = {}
     buffers: dict[str, Callable[[], Any]] = {}

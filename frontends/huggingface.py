@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint folder to a module at stage `aten`; the front end's public entry.
 
-Everything that can be wrong with a folder is checked before the model is exported, and reported together: `config.json`, the safetensors files, the
-tensors against what the model needs.  No weight is read; they become `ty.global` references.
+Everything that can be wrong with a folder is checked before the model is exported, and reported together:
+`config.json`, the safetensors files, the tensors against what the model needs.  No weight is read; they
+become `ty.global` references.
 """
 
 from __future__ import annotations
@@ -35,14 +36,35 @@ __all__ = ["OpenedModel", "formats_of", "import_model", "open_model"]
 
 DTYPES: Final = ("f16", "f32")
 # Buffers that old releases of transformers stored although they follow from the config.
-_STRAY_ENDINGS: Final = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias")
-# Keys of config.json that change a model's result on long prompts and that transformers' own models do not read.
+_STRAY_ENDINGS: Final = (
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".attn.bias",
+    ".attn.masked_bias",
+)
+# Keys of config.json that change a model's result on long prompts and that transformers' own models do not
+# read.
 _UNREAD_KEYS: Final = ("dual_chunk_attention_config",)
 # What later stages and the artifacts need to know of config.json.
 _MODEL_KEYS: Final = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 Note = Callable[[Diagnostic], None]
 
@@ -58,22 +80,30 @@ def import_model(
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
-    `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights stay in the folder (`ty.global`).
-    `note` receives warnings (stray tensors).  `check_weights` reads them all; `plugin` says how a checkpoint of one's own is read.
-    `positions`: tokens the cache will hold.  Rotary frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that
-    long, for every prompt: keys in a cache cannot be turned again when it grows.
-    `TyirError` holds every problem of the folder, or every operation that cannot be imported.
+    `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights
+    stay in the folder (`ty.global`). `note` receives warnings (stray tensors).  `check_weights` reads them
+    all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
+    frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
+    for every prompt: keys in a cache cannot be turned again when it grows. `TyirError` holds every problem of
+    the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
-        raise TyirError(f"dtype {dtype!r} is not one a model can be imported in", help=f"choose one of {', '.join(DTYPES)}")
+        raise TyirError(
+            f"dtype {dtype!r} is not one a model can be imported in",
+            help=f"choose one of {', '.join(DTYPES)}",
+        )
     with _collector_paused():
-        opened = open_model(folder, dtype, note, check_weights=check_weights, plugin=plugin, positions=positions)
+        opened = open_model(
+            folder, dtype, note, check_weights=check_weights, plugin=plugin, positions=positions
+        )
         return _build(opened.checkpoint, opened.meta, opened.weights)
 
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No cycle collection meanwhile: importing torch and tracing make millions of objects that stay, and looking through them takes a fifth of the time."""
+    """No cycle collection meanwhile: importing torch and tracing make millions of objects that stay, and
+    looking through them takes a fifth of the time.
+    """
     running = gc.isenabled()
     gc.disable()
     try:
@@ -85,7 +115,9 @@ def _collector_paused() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A checkpoint that has been checked: what is stored, the model without weights, and how its parameters are made of what is stored."""
+    """A checkpoint that has been checked: what is stored, the model without weights, and how its parameters
+    are made of what is stored.
+    """
 
     checkpoint: Checkpoint
     meta: MetaModel
@@ -108,7 +140,11 @@ def open_model(
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
-    meta = _meta_model(checkpoint, dtype, problems, note, plugin, positions) if checkpoint is not None and formats else None
+    meta = (
+        _meta_model(checkpoint, dtype, problems, note, plugin, positions)
+        if checkpoint is not None and formats
+        else None
+    )
     if checkpoint is not None and meta is not None:
         weights = Weights(checkpoint, meta.aliases, meta.state, formats)
         bad: set[str] = set()
@@ -121,7 +157,9 @@ def open_model(
     return OpenedModel(checkpoint, meta, weights)
 
 
-def formats_of(checkpoint: Checkpoint, problems: list[Diagnostic], plugin: ModelPlugin | None = None) -> tuple[WeightFormat, ...]:
+def formats_of(
+    checkpoint: Checkpoint, problems: list[Diagnostic], plugin: ModelPlugin | None = None
+) -> tuple[WeightFormat, ...]:
     """How the checkpoint's parameters are stored; empty (and problems) when that is not known."""
     before = len(problems)
     config = read_quant_config(checkpoint.folder, checkpoint.config, problems)
@@ -135,7 +173,11 @@ def formats_of(checkpoint: Checkpoint, problems: list[Diagnostic], plugin: Model
         from tyir.frontends.gguf_files import GgufFormat
 
         return (GgufFormat(), PlainFormat())
-    return (PlainFormat(),) if config is None else (quantized_format(config, TensorReader(checkpoint.folder)), PlainFormat())
+    return (
+        (PlainFormat(),)
+        if config is None
+        else (quantized_format(config, TensorReader(checkpoint.folder)), PlainFormat())
+    )
 
 
 def _ignore(warning: Diagnostic) -> None:
@@ -143,13 +185,23 @@ def _ignore(warning: Diagnostic) -> None:
 
 
 def _meta_model(
-    checkpoint: Checkpoint, dtype: str, problems: list[Diagnostic], note: Note, plugin: ModelPlugin | None, positions: int | None
+    checkpoint: Checkpoint,
+    dtype: str,
+    problems: list[Diagnostic],
+    note: Note,
+    plugin: ModelPlugin | None,
+    positions: int | None,
 ) -> MetaModel | None:
-    """The model without storage, None (and problems) when the config does not describe one that can be imported."""
+    """The model without storage, None (and problems) when the config does not describe one that can be
+    imported.
+    """
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
     for key in _UNREAD_KEYS:
         if config.get(key) is not None:
-            message = f"'{key}' is not used: prompts beyond the length it begins to matter at are computed with plain attention, as transformers does"
+            message = (
+                f"'{key}' is not used: prompts beyond the length it begins to matter at are computed with"
+                " plain attention, as transformers does"
+            )
             note(Diagnostic(message, severity="warning", where=where))
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
@@ -168,17 +220,25 @@ def _meta_model(
 def _rope_note(limit: int, kind: str, positions: int | None) -> str | None:
     """What a cache of `positions` tokens means for frequencies that change beyond `limit` tokens."""
     if positions is None:
-        return f"rope_type '{kind}' has other frequencies beyond {limit} tokens; those up to there are imported (--max-kv {limit} at most)"
+        return (
+            f"rope_type '{kind}' has other frequencies beyond {limit} tokens; those up to there are imported"
+            f" (--max-kv {limit} at most)"
+        )
     if positions <= limit:
         return None
     return (
-        f"rope_type '{kind}' has other frequencies beyond {limit} tokens: a cache of {positions} takes those of {positions} tokens for every prompt, "
-        f"which for up to {limit} tokens are not the model's (--max-kv {limit} is exact there)"
+        f"rope_type '{kind}' has other frequencies beyond {limit} tokens: a cache of {positions} takes those"
+        f" of {positions} tokens for every prompt, which for up to {limit} tokens are not the model's"
+        f" (--max-kv {limit} is exact there)"
     )
 
 
-def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, note: Note, bad: set[str]) -> Iterable[Diagnostic]:
-    """The stored tensors against the model's: missing, of another shape (added to `bad`), and those nobody asked for."""
+def _tensor_problems(
+    checkpoint: Checkpoint, meta: MetaModel, weights: Weights, note: Note, bad: set[str]
+) -> Iterable[Diagnostic]:
+    """The stored tensors against the model's: missing, of another shape (added to `bad`), and those nobody
+    asked for.
+    """
     if not checkpoint.whole:
         return
     where = str(checkpoint.folder)
@@ -194,9 +254,15 @@ def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, 
         used.update(weight_format.stored_keys(stored_name, checkpoint.tensors))
         if (problem := weight_format.problem(stored_name, shape, checkpoint.tensors)) is not None:
             bad.update((name, stored_name))
-            yield Diagnostic(problem, where=where, help="config.json and the weights are from different models, or one of them was edited")
+            yield Diagnostic(
+                problem,
+                where=where,
+                help="config.json and the weights are from different models, or one of them was edited",
+            )
     if missing:
-        message = f"the checkpoint lacks {len(missing)} of the model's {len(meta.state)} tensors: {_some(missing)}"
+        message = (
+            f"the checkpoint lacks {len(missing)} of the model's {len(meta.state)} tensors: {_some(missing)}"
+        )
         experts = any(".experts." in name for name in missing)
         stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
         layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored < wanted else ""
@@ -211,35 +277,63 @@ def _tensor_problems(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, 
 
 
 def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: Note) -> Iterable[Diagnostic]:
-    """Tensors the model does not use: a note when that is harmless, an error when the config seems to describe another model."""
+    """Tensors the model does not use: a note when that is harmless, an error when the config seems to
+    describe another model.
+    """
     where, wrong = str(checkpoint.folder), []
     read = TensorReader(checkpoint.folder)
     for name in sorted(checkpoint.tensors.keys() - used):
         tied = next((a for a in meta.aliases.get(name, ()) if a in used), None)
         if tied is not None:
             if _same_bytes(checkpoint, name, tied):
-                note(Diagnostic(f"'{name}' is a copy of the tied '{tied}' and is not used", severity="warning", where=where))
+                note(
+                    Diagnostic(
+                        f"'{name}' is a copy of the tied '{tied}' and is not used",
+                        severity="warning",
+                        where=where,
+                    )
+                )
             else:
                 help = 'set "tie_word_embeddings": false in config.json if the model has two separate tensors'
-                yield Diagnostic(f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help)
-        elif name.endswith(".bias") and f"{name.removesuffix('.bias')}.qweight" in used and not read(checkpoint.tensors[name]).any():
-            note(Diagnostic(f"'{name}' is all zeros and is not used", severity="warning", where=where))  # AutoGPTQ writes these
+                yield Diagnostic(
+                    f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help
+                )
+        elif (
+            name.endswith(".bias")
+            and f"{name.removesuffix('.bias')}.qweight" in used
+            and not read(checkpoint.tensors[name]).any()
+        ):
+            note(
+                Diagnostic(f"'{name}' is all zeros and is not used", severity="warning", where=where)
+            )  # AutoGPTQ writes these
         elif name.endswith(_STRAY_ENDINGS):
-            note(Diagnostic(f"'{name}' follows from the config and is not used", severity="warning", where=where))
+            note(
+                Diagnostic(
+                    f"'{name}' follows from the config and is not used", severity="warning", where=where
+                )
+            )
         else:
             wrong.append(name)
     if wrong:
-        message = f"the checkpoint holds {len(wrong)} tensors that the model of config.json has no place for: {_some(wrong)}"
+        message = (
+            f"the checkpoint holds {len(wrong)} tensors that the model of config.json has no place for:"
+            f" {_some(wrong)}"
+        )
         stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
         layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored > wanted else ""
         yield Diagnostic(
-            message, where=where, help=f"config.json and the weights are from different models, or one of them was edited{layers}"
+            message,
+            where=where,
+            help=f"config.json and the weights are from different models, or one of them was edited{layers}",
         )
 
 
 def _layer_count(names: Iterable[str]) -> int:
     """One more than the highest layer number in `names`."""
-    return max((int(m[1]) + 1 for name in names if (m := re.search(r"\.layers\.(\d+)\.", name)) is not None), default=0)
+    return max(
+        (int(m[1]) + 1 for name in names if (m := re.search(r"\.layers\.(\d+)\.", name)) is not None),
+        default=0,
+    )
 
 
 def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
@@ -275,7 +369,8 @@ def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     """The facts of config.json that later stages need, with transformers' defaults filled in."""
     from tyir.frontends.torch_export import position_limit
 
-    # getattr, not to_dict: it also finds what a configuration class calls by another name (n_embd for hidden_size).
+    # getattr, not to_dict: it also finds what a configuration class calls by another name (n_embd for
+    # hidden_size).
     found = {key: getattr(meta.config, key, None) for key in _MODEL_KEYS}
     facts = {key: value for key, value in found.items() if value is not None}
     if (limit := position_limit(meta.config)) is not None:

@@ -1,12 +1,15 @@
-"""Decoder layers that are the same program are traced once: an 80-layer model is exported as quickly as one of a few layers.
+"""Decoder layers that are the same program are traced once: an 80-layer model is exported as quickly as one
+of a few layers.
 
-While `layers_traced_once` is in force, the first layer of each kind runs between the marks `tyir::layer_begin` and `tyir::layer_end`, and a later layer
-of that kind emits `tyir::layer_copy` alone, which the graph importer replaces by the first layer's nodes with the layer's own parameters.
+While `layers_traced_once` is in force, the first layer of each kind runs between the marks
+`tyir::layer_begin` and `tyir::layer_end`, and a later layer of that kind emits `tyir::layer_copy` alone,
+which the graph importer replaces by the first layer's nodes with the layer's own parameters.
 
-Two layers are of one kind when a trace cannot tell them apart: modules of the same classes with equal attributes and parameters of equal shapes, called with
-the same arguments beside the hidden state (the same tensors, equal numbers: a layer with another mask or other rotary tables is of another kind).  The one
-attribute that may differ is `layer_idx`, and while tracing it is replaced by an object that fails whenever it is looked at.  Whoever traces must then trace again
-without reuse.
+Two layers are of one kind when a trace cannot tell them apart: modules of the same classes with equal
+attributes and parameters of equal shapes, called with the same arguments beside the hidden state (the same
+tensors, equal numbers: a layer with another mask or other rotary tables is of another kind).  The one
+attribute that may differ is `layer_idx`, and while tracing it is replaced by an object that fails whenever it
+is looked at.  Whoever traces must then trace again without reuse.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ _PLAIN: Final = (bool, int, float, str, type(None))
 
 @torch.library.custom_op("tyir::layer_begin", mutates_args=())  # type: ignore[untyped-decorator]
 def layer_begin(x: torch.Tensor, path: str) -> torch.Tensor:
-    """The hidden state that enters layer `path`, which is traced; only ever traced, like the two ops below."""
+    """The hidden state that enters layer `path`, which is traced; only ever traced, like the two ops
+    below.
+    """
     return x.clone()
 
 
@@ -57,8 +62,12 @@ class _Unreadable:
     def _read(self, *_: object) -> Any:
         raise RuntimeError("the layer computes with its number")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __index__ = __int__ = __float__ = _read
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __truediv__ = _read
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __index__ = __int__ = (
+        __float__
+    ) = _read
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = (
+        __truediv__
+    ) = _read
     __str__ = __format__ = _read
 
 
@@ -94,7 +103,11 @@ class _Reusing:
         if source is not None:
             return torch.ops.tyir.layer_copy(hidden_states, self._path, source)
         out = super().forward(torch.ops.tyir.layer_begin(hidden_states, self._path), *args, **kwargs)  # type: ignore[misc]
-        if not isinstance(out, torch.Tensor) or str(out.shape) != str(hidden_states.shape) or out.dtype != hidden_states.dtype:
+        if (
+            not isinstance(out, torch.Tensor)
+            or str(out.shape) != str(hidden_states.shape)
+            or out.dtype != hidden_states.dtype
+        ):
             raise RuntimeError("the layer does not return a hidden state alone")
         self._kinds.traced.append((self._structure, arguments, self._path))
         return torch.ops.tyir.layer_end(out, self._path)
@@ -134,11 +147,18 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _structure(layer: torch.nn.Module) -> object | None:
-    """What a trace can see of a layer beside its arguments; None when it holds buffers, whose values are not known here."""
+    """What a trace can see of a layer beside its arguments; None when it holds buffers, whose values are not
+    known here.
+    """
     if next(layer.buffers(), None) is not None:
         return None
     return [
-        (path, type(module), [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False)], _attributes(module))
+        (
+            path,
+            type(module),
+            [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False)],
+            _attributes(module),
+        )
         for path, module in layer.named_modules()
     ]
 

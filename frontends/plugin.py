@@ -1,7 +1,7 @@
 """A user's own architecture or checkpoint layout: what `--model-plugin file.py` may say.
 
-The file is Python, run because the user named it (code inside a checkpoint folder never is), and defines one `plugin = ModelPlugin(...)`.
-docs/model-plugin.md shows a whole one.
+The file is Python, run because the user named it (code inside a checkpoint folder never is), and defines one
+`plugin = ModelPlugin(...)`. docs/model-plugin.md shows a whole one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _BASE: Final = "base."  # what stands before the name of a base checkpoint's ten
 class Split:
     """A stored tensor that holds several parameters one after the other along its rows.
 
-    `pattern` matches its whole name (after renaming); `parts` gives the parameters' names (with the pattern's groups, \\1) and the rows of each, a number
-    or a function of config.json's contents.
+    `pattern` matches its whole name (after renaming); `parts` gives the parameters' names (with the pattern's
+    groups, \\1) and the rows of each, a number or a function of config.json's contents.
     """
 
     pattern: str
@@ -41,9 +41,10 @@ class Split:
 class ModelPlugin:
     """Everything optional.
 
-    `model_class`: a transformers `PreTrainedModel` class for causal language modelling; its `config_class` reads config.json.
-    `rename`: (pattern, replacement) applied in order to every stored name with `re.sub`.  `split`: packed tensors.  `ignore`: patterns of tensors that
-    are not used.  `base`: folder of the checkpoint to which this one's tensors must be added (relative to the plugin file).
+    `model_class`: a transformers `PreTrainedModel` class for causal language modelling; its `config_class`
+    reads config.json. `rename`: (pattern, replacement) applied in order to every stored name with `re.sub`.
+    `split`: packed tensors.  `ignore`: patterns of tensors that are not used.  `base`: folder of the
+    checkpoint to which this one's tensors must be added (relative to the plugin file).
     """
 
     model_class: type[Any] | None = None
@@ -53,7 +54,9 @@ class ModelPlugin:
     base: str | Path | None = None
 
     def apply(self, checkpoint: Checkpoint, problems: list[Diagnostic]) -> Checkpoint:
-        """The checkpoint as the rules say it is to be read; what does not work out is appended to `problems`."""
+        """The checkpoint as the rules say it is to be read; what does not work out is appended to
+        `problems`.
+        """
         named: dict[str, StoredTensor] = {}
         where = str(checkpoint.folder)
         for key, stored in checkpoint.tensors.items():
@@ -74,9 +77,16 @@ class ModelPlugin:
         return name
 
     def _parts(
-        self, name: str, stored: StoredTensor, config: Mapping[str, Any], where: str, problems: list[Diagnostic]
+        self,
+        name: str,
+        stored: StoredTensor,
+        config: Mapping[str, Any],
+        where: str,
+        problems: list[Diagnostic],
     ) -> Iterable[tuple[str, StoredTensor]]:
-        """The parameters in a stored tensor: ranges of its rows, which lie one after the other in the file."""
+        """The parameters in a stored tensor: ranges of its rows, which lie one after the other in the
+        file.
+        """
         for rule in self.split:
             match = re.fullmatch(rule.pattern, name)
             if match is None:
@@ -84,8 +94,13 @@ class ModelPlugin:
             counts = [rows if isinstance(rows, int) else int(rows(config)) for _, rows in rule.parts]
             total = stored.type.dims[0] if stored.type.dims else 0
             if sum(counts) != total or stored.encoding or bit_width(stored.type.element) < 8:
-                message = f"'{stored.key}' of type {stored.type} cannot be split into {' + '.join(map(str, counts))} rows"
-                problems.append(Diagnostic(message, where=where, help="the rows of a plain tensor must add up"))
+                message = (
+                    f"'{stored.key}' of type {stored.type} cannot be split into"
+                    f" {' + '.join(map(str, counts))} rows"
+                )
+                problems.append(
+                    Diagnostic(message, where=where, help="the rows of a plain tensor must add up")
+                )
                 return []
             row = stored.nbytes // max(total or 0, 1)
             ends = [sum(counts[: i + 1]) for i in range(len(counts))]
@@ -137,7 +152,10 @@ class DeltaFormat:
 def load_plugin(path: Path) -> ModelPlugin:
     """Run a plugin file and return its `plugin`.  `TyirError` when it fails or defines none."""
     if not path.is_file():
-        raise TyirError(f"there is no plugin file {path}", help="give a Python file that defines plugin = ModelPlugin(...)")
+        raise TyirError(
+            f"there is no plugin file {path}",
+            help="give a Python file that defines plugin = ModelPlugin(...)",
+        )
     spec = importlib.util.spec_from_file_location("tyir_model_plugin", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -145,12 +163,16 @@ def load_plugin(path: Path) -> ModelPlugin:
         spec.loader.exec_module(module)
     except Exception as error:
         raise TyirError(
-            f"the plugin fails: {type(error).__name__}: {error}", where=str(path), help="run it with python to see where"
+            f"the plugin fails: {type(error).__name__}: {error}",
+            where=str(path),
+            help="run it with python to see where",
         ) from error
     plugin = getattr(module, "plugin", None)
     if not isinstance(plugin, ModelPlugin):
         raise TyirError(
-            "the plugin file defines no plugin", where=str(path), help="end it with plugin = ModelPlugin(...) from tyir.frontends.plugin"
+            "the plugin file defines no plugin",
+            where=str(path),
+            help="end it with plugin = ModelPlugin(...) from tyir.frontends.plugin",
         )
     if plugin.base is not None:
         plugin = replace(plugin, base=path.parent / plugin.base)
@@ -158,5 +180,9 @@ def load_plugin(path: Path) -> ModelPlugin:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise TyirError(f"'{pattern}' is no regular expression: {error}", where=str(path), help="escape special characters") from None
+            raise TyirError(
+                f"'{pattern}' is no regular expression: {error}",
+                where=str(path),
+                help="escape special characters",
+            ) from None
     return plugin

@@ -1,4 +1,7 @@
-"""The quantisation a config states against the tensors that are there.  The tensors decide; what the config says otherwise is reported."""
+"""The quantisation a config states against the tensors that are there.
+
+The tensors decide; what the config says otherwise is reported.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,23 @@ _PACKED_ENDINGS = (".qweight", ".weight_packed")
 
 
 def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], None]) -> Iterator[Diagnostic]:
-    """Contradictions: errors when nothing can be read as stated, notes when tensors and lists of names merely disagree."""
+    """Contradictions: errors when nothing can be read as stated, notes when tensors and lists of names merely
+    disagree.
+    """
     tensors, where = weights.checkpoint.tensors, str(weights.checkpoint.folder / "config.json")
     formats = [f for f in weights.formats if isinstance(f, (AwqFormat, GptqFormat, CompressedTensorsFormat))]
     packed = [name for name in tensors if name.endswith(_PACKED_ENDINGS)]
     if packed and not formats:
-        message = f"{len(packed)} tensors are quantised ('{packed[0]}'), but config.json has no quantization_config"
+        message = (
+            f"{len(packed)} tensors are quantised ('{packed[0]}'), but config.json has no quantization_config"
+        )
         yield Diagnostic(
-            message, where=where, help="restore the config.json that came with these weights: the tensors alone do not say how to read them"
+            message,
+            where=where,
+            help=(
+                "restore the config.json that came with these weights: the tensors alone do not say how to"
+                " read them"
+            ),
         )
     _note_rounding(weights, note)
     for weight_format in formats:
@@ -32,12 +44,20 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
             _note_wrapping_zeros(weights, note)
         own = [name for name in packed if name.endswith(f".{weight_format.packed}")]
         if not own:
-            message = f"config.json says the weights are quantised ({weight_format.config.method}), but no tensor is"
-            yield Diagnostic(message, where=where, help="remove quantization_config from config.json if these are the unquantised weights")
+            message = (
+                f"config.json says the weights are quantised ({weight_format.config.method}), but no"
+                " tensor is"
+            )
+            yield Diagnostic(
+                message,
+                where=where,
+                help="remove quantization_config from config.json if these are the unquantised weights",
+            )
         excluded = [n for n in own if _is_excluded(n.rpartition(".")[0], weight_format)]
         if excluded:
             message = (
-                f"{len(excluded)} tensors are quantised although config.json excludes them (first '{excluded[0]}'); the tensors decide"
+                f"{len(excluded)} tensors are quantised although config.json excludes them (first"
+                f" '{excluded[0]}'); the tensors decide"
             )
             note(Diagnostic(message, severity="warning", where=where))
         plain = (
@@ -46,18 +66,27 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
             else [
                 n
                 for n in weights.shapes
-                if n.endswith("_proj.weight") and n in tensors and not _is_excluded(n.removesuffix(".weight"), weight_format)
+                if n.endswith("_proj.weight")
+                and n in tensors
+                and not _is_excluded(n.removesuffix(".weight"), weight_format)
             ]
         )
         if plain:
-            message = f"{len(plain)} linears are not quantised although config.json does not exclude them (first '{plain[0]}'); the tensors decide"
+            message = (
+                f"{len(plain)} linears are not quantised although config.json does not exclude them (first"
+                f" '{plain[0]}'); the tensors decide"
+            )
             note(Diagnostic(message, severity="warning", where=where))
 
 
 def _note_rounding(weights: Weights, note: Callable[[Diagnostic], None]) -> None:
-    """Scales are f16 in the IR and on the chip: others are rounded, which libraries that compute in the scales' own type do not do."""
+    """Scales are f16 in the IR and on the chip: others are rounded, which libraries that compute in the
+    scales' own type do not do.
+    """
     tensors = weights.checkpoint.tensors
-    wide = [n for n in tensors if n.endswith((".scales", ".weight_scale")) and tensors[n].type.element is not f16]
+    wide = [
+        n for n in tensors if n.endswith((".scales", ".weight_scale")) and tensors[n].type.element is not f16
+    ]
     if wide:
         kinds = " and ".join(sorted({str(tensors[n].type.element) for n in wide}))
         message = f"{len(wide)} tensors of scales are {kinds} and are rounded to f16 (first '{wide[0]}')"
@@ -65,7 +94,11 @@ def _note_rounding(weights: Weights, note: Callable[[Diagnostic], None]) -> None
 
 
 def _note_wrapping_zeros(weights: Weights, note: Callable[[Diagnostic], None]) -> None:
-    """GPTQ v1 stores zero - 1 in 4 bits.  A stored 15 means 0 to kernels that add within 4 bits (AutoGPTQ's) and 16 to those that do not (exllama's)."""
+    """GPTQ v1 stores zero - 1 in 4 bits.
+
+    A stored 15 means 0 to kernels that add within 4 bits (AutoGPTQ's) and 16 to those that do not
+    (exllama's).
+    """
     tensors, read = weights.checkpoint.tensors, TensorReader(weights.checkpoint.folder)
     wrapping = []
     for name in (n for n, stored in tensors.items() if n.endswith(".qzeros") and stored.type.element is i32):
@@ -73,12 +106,17 @@ def _note_wrapping_zeros(weights: Weights, note: Callable[[Diagnostic], None]) -
         if (words & words >> 1 & words >> 2 & words >> 3 & np.uint32(0x11111111)).any():
             wrapping.append(name)
     if wrapping:
-        message = f"{len(wrapping)} tensors hold stored zero points of 15 (first '{wrapping[0]}'), read as 0: 15 + 1 within 4 bits, as AutoGPTQ does"
+        message = (
+            f"{len(wrapping)} tensors hold stored zero points of 15 (first '{wrapping[0]}'), read as 0: 15 +"
+            " 1 within 4 bits, as AutoGPTQ does"
+        )
         note(Diagnostic(message, severity="warning", where=str(weights.checkpoint.folder)))
 
 
 def _is_excluded(module: str, weight_format: AwqFormat | GptqFormat | CompressedTensorsFormat) -> bool:
-    """Whether the config's list names the module: by substring for AWQ and GPTQ, by name or last part for compressed-tensors."""
+    """Whether the config's list names the module: by substring for AWQ and GPTQ, by name or last part for
+    compressed-tensors.
+    """
     names = weight_format.config.excluded
     if isinstance(weight_format, CompressedTensorsFormat):
         return any(module == name or module.endswith(f".{name}") for name in names)

@@ -1,7 +1,8 @@
-"""What a checkpoint says about its own quantisation: `quantization_config` of config.json, or the side files that older tools wrote.
+"""What a checkpoint says about its own quantisation: `quantization_config` of config.json, or the side files
+that older tools wrote.
 
-The tensors decide what is quantised; the config only says how to read them.  Everything that cannot be read is a problem that names the value and what is
-accepted.
+The tensors decide what is quantised; the config only says how to read them.  Everything that cannot be read
+is a problem that names the value and what is accepted.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from tyir.diagnostics import Diagnostic
 __all__ = ["QuantConfig", "read_quant_config"]
 
 METHODS: Final = ("awq", "gptq", "compressed-tensors")
-_SIDE_FILES: Final = (("quant_config.json", "awq"), ("quantize_config.json", "gptq"))  # before transformers knew the formats
+_SIDE_FILES: Final = (
+    ("quant_config.json", "awq"),
+    ("quantize_config.json", "gptq"),
+)  # before transformers knew the formats
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """`group_size` None: one group per row, or not said.  `excluded`: name parts (or names) of what is said not to be quantised.
+    """`group_size` None: one group per row, or not said.  `excluded`: name parts (or names) of what is said
+    not to be quantised.
 
-    `zero_shift` is what must be added to stored zero points; `reordered` that groups may not be contiguous (GPTQ's desc_act, actorder).
+    `zero_shift` is what must be added to stored zero points; `reordered` that groups may not be contiguous
+    (GPTQ's desc_act, actorder).
     """
 
     method: str
@@ -35,8 +41,12 @@ class QuantConfig:
     symmetric: bool = False
 
 
-def read_quant_config(folder: Path, config: Mapping[str, Any], problems: list[Diagnostic]) -> QuantConfig | None:
-    """The quantisation of a checkpoint, None when it has none or one that cannot be read (then a problem is appended)."""
+def read_quant_config(
+    folder: Path, config: Mapping[str, Any], problems: list[Diagnostic]
+) -> QuantConfig | None:
+    """The quantisation of a checkpoint, None when it has none or one that cannot be read (then a problem is
+    appended).
+    """
     where = str(folder / "config.json")
     raw = config.get("quantization_config") or config.get("compression_config")
     if raw is None:
@@ -44,21 +54,37 @@ def read_quant_config(folder: Path, config: Mapping[str, Any], problems: list[Di
     if raw is None:
         return None
     if not isinstance(raw, dict):
-        problems.append(Diagnostic(f"quantization_config is {raw!r}, an object is needed", where=where, help="restore config.json"))
+        problems.append(
+            Diagnostic(
+                f"quantization_config is {raw!r}, an object is needed",
+                where=where,
+                help="restore config.json",
+            )
+        )
         return None
     method = str(raw.get("quant_method", "unknown")).lower()
     reader = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}.get(method)
     if reader is None:
-        help = f"formats that can be imported: {', '.join(METHODS)} (4 bits each), GGUF, and unquantised checkpoints"
+        help = (
+            f"formats that can be imported: {', '.join(METHODS)} (4 bits each), GGUF, and unquantised"
+            " checkpoints"
+        )
         problems.append(
-            Diagnostic(f"the checkpoint is quantised with quant_method '{method}', which cannot be imported", where=where, help=help)
+            Diagnostic(
+                f"the checkpoint is quantised with quant_method '{method}', which cannot be imported",
+                where=where,
+                help=help,
+            )
         )
         return None
     found = reader(raw)
     if isinstance(found, QuantConfig):
         return found
     help = f"import the unquantised checkpoint, or quantise it again as {_ACCEPTED[method]}"
-    problems.extend(Diagnostic(f"{method} checkpoint with {what} cannot be imported", where=where, help=help) for what in found)
+    problems.extend(
+        Diagnostic(f"{method} checkpoint with {what} cannot be imported", where=where, help=help)
+        for what in found
+    )
     return None
 
 
@@ -86,7 +112,9 @@ def _group(value: Any) -> int | str | None:
     if value is None or value == -1:
         return None
     return (
-        value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else f"group_size {value!r} (a positive number or -1)"
+        value
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0
+        else f"group_size {value!r} (a positive number or -1)"
     )
 
 
@@ -99,7 +127,11 @@ def _awq(raw: Mapping[str, Any]) -> QuantConfig | list[str]:
     group = _group(raw.get("group_size", raw.get("q_group_size", 128)))
     wrong = [f"bits {bits!r} (4 is accepted)"] if bits != 4 else []
     wrong += [f"version '{version}' ('gemm' is accepted)"] if version != "gemm" else []
-    wrong += [f"zero_point {raw['zero_point']!r} (true is accepted)"] if raw.get("zero_point", True) is not True else []
+    wrong += (
+        [f"zero_point {raw['zero_point']!r} (true is accepted)"]
+        if raw.get("zero_point", True) is not True
+        else []
+    )
     if isinstance(group, str):
         return [*wrong, group]
     return wrong or QuantConfig("awq", group, _names(raw.get("modules_to_not_convert")))
@@ -109,12 +141,21 @@ def _gptq(raw: Mapping[str, Any]) -> QuantConfig | list[str]:
     bits, form = raw.get("bits", 4), str(raw.get("checkpoint_format", raw.get("format", "gptq"))).lower()
     group = _group(raw.get("group_size", 128))
     wrong = [f"bits {bits!r} (4 is accepted)"] if bits != 4 else []
-    wrong += [f"checkpoint_format '{form}' (gptq and gptq_v2 are accepted)"] if form not in ("gptq", "gptq_v2") else []
+    wrong += (
+        [f"checkpoint_format '{form}' (gptq and gptq_v2 are accepted)"]
+        if form not in ("gptq", "gptq_v2")
+        else []
+    )
     if isinstance(group, str):
         return [*wrong, group]
     shift, reordered = int(form == "gptq"), bool(raw.get("desc_act", False))
     return wrong or QuantConfig(
-        "gptq", group, _names(raw.get("modules_in_block_to_not_quantize")), shift, reordered, bool(raw.get("sym", True))
+        "gptq",
+        group,
+        _names(raw.get("modules_in_block_to_not_quantize")),
+        shift,
+        reordered,
+        bool(raw.get("sym", True)),
     )
 
 
@@ -134,11 +175,22 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig | list[str]:
         "input_activations": (schemes[0].get("input_activations"), (None,)),
         "kv_cache_scheme": (raw.get("kv_cache_scheme"), (None,)),
     }
-    wrong = [f"{key} {value!r} ({', '.join(map(str, ok))} is accepted)" for key, (value, ok) in wanted.items() if value not in ok]
+    wrong = [
+        f"{key} {value!r} ({', '.join(map(str, ok))} is accepted)"
+        for key, (value, ok) in wanted.items()
+        if value not in ok
+    ]
     group = _group(weights.get("group_size"))
     if isinstance(group, str):
         return [*wrong, group]
     if weights.get("strategy") == "channel":
         group = None
     reordered = weights.get("actorder") not in (None, False, "weight", "static")
-    return wrong or QuantConfig("compressed-tensors", group, _names(raw.get("ignore")), 0, reordered, bool(weights.get("symmetric", True)))
+    return wrong or QuantConfig(
+        "compressed-tensors",
+        group,
+        _names(raw.get("ignore")),
+        0,
+        reordered,
+        bool(weights.get("symmetric", True)),
+    )

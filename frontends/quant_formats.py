@@ -1,7 +1,8 @@
-"""Quantised checkpoints, one `WeightFormat` each; all end in the same ops: q [N, K], scales and zeros [N, K/g], `ty.dequantize`.
+"""Quantised checkpoints, one `WeightFormat` each; all end in the same ops: q [N, K], scales and zeros [N,
+K/g], `ty.dequantize`.
 
-A weight is quantised if and only if its packed tensor exists.  Layouts: AutoAWQ's WQLinear_GEMM, GPTQModel's README (formats gptq and gptq_v2),
-compressed-tensors' pack_to_int32.
+A weight is quantised if and only if its packed tensor exists.  Layouts: AutoAWQ's WQLinear_GEMM, GPTQModel's
+README (formats gptq and gptq_v2), compressed-tensors' pack_to_int32.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALE_ELEMENTS: Final = ("f16", "bf16", "f32")
 
 
-def emit_dequantized(q: Value, scales: Value, zeros: Value | None, group_size: int, element: Type, emit: Emit) -> Value:
+def emit_dequantized(
+    q: Value, scales: Value, zeros: Value | None, group_size: int, element: Type, emit: Emit
+) -> Value:
     """The weight [N, K] of q, scales [N, K/g] and zeros (None: 8 everywhere) in `element`."""
     scale_type = scales.type
     assert isinstance(scale_type, TensorType)
@@ -48,7 +51,10 @@ def _transposed(value: Value, emit: Emit) -> Value:
 
 @dataclass(frozen=True)
 class _PackedFormat(ABC):
-    """What the three formats share: names, and shapes that follow from [N, K] and the group size.  `read` gives the values of small index tensors."""
+    """What the three formats share: names, and shapes that follow from [N, K] and the group size.
+
+    `read` gives the values of small index tensors.
+    """
 
     config: QuantConfig
     read: ReadInts
@@ -71,7 +77,10 @@ class _PackedFormat(ABC):
         """Everything that keeps the stored tensors from being a weight of this shape."""
         missing = [f"{base}.{part}" for part in self.needed if f"{base}.{part}" not in tensors]
         if missing:
-            yield f"'{base}' is quantised, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
+            yield (
+                f"'{base}' is quantised, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'}"
+                " missing"
+            )
             return
         if len(shape) != 2:
             yield f"'{base}' is quantised, but the model's weight has {len(shape)} dimensions"
@@ -87,9 +96,15 @@ class _PackedFormat(ABC):
         for part, wanted, elements in self.layout(n, k, group, base, tensors):
             stored = tensors.get(f"{base}.{part}")
             if stored is not None and stored.type.dims != wanted:
-                yield f"tensor '{stored.key}' has shape {list(stored.type.dims)}, a {n}x{k} weight in groups of {group} needs {list(wanted)}"
+                yield (
+                    f"tensor '{stored.key}' has shape {list(stored.type.dims)}, a {n}x{k} weight in groups of"
+                    f" {group} needs {list(wanted)}"
+                )
             if stored is not None and str(stored.type.element) not in elements:
-                yield f"tensor '{stored.key}' has element type {stored.type.element}, expected {' or '.join(elements)}"
+                yield (
+                    f"tensor '{stored.key}' has element type {stored.type.element}, expected"
+                    f" {' or '.join(elements)}"
+                )
         yield from self.index_problems(base, k, group, tensors)
 
     def index_problems(self, base: str, k: int, group: int, tensors: Tensors) -> Iterator[str]:
@@ -102,14 +117,19 @@ class _PackedFormat(ABC):
         if stored.type.dims != (k,):
             yield f"tensor '{stored.key}' has shape {list(stored.type.dims)}, expected {[k]}"
         elif not np.array_equal(self.read(stored), np.arange(k) // group):
-            yield f"'{base}' has input channels whose groups are not contiguous (desc_act / actorder): dies cannot be given whole groups; quantise with desc_act = false"
+            yield (
+                f"'{base}' has input channels whose groups are not contiguous (desc_act / actorder): dies"
+                " cannot be given whole groups; quantise with desc_act = false"
+            )
 
     @abstractmethod
     def group(self, base: str, k: int, tensors: Tensors) -> int | None:
         """Input channels per scale, from the shape of the scales."""
 
     @abstractmethod
-    def layout(self, n: int, k: int, group: int, base: str, tensors: Tensors) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    def layout(
+        self, n: int, k: int, group: int, base: str, tensors: Tensors
+    ) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         """(part, shape, element types) of each stored tensor."""
 
     @abstractmethod
@@ -129,9 +149,15 @@ class AwqFormat(_PackedFormat):
     def group(self, base: str, k: int, tensors: Tensors) -> int | None:
         return _rows_to_group(tensors[f"{base}.scales"], 0, k)
 
-    def layout(self, n: int, k: int, group: int, base: str, tensors: Tensors) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    def layout(
+        self, n: int, k: int, group: int, base: str, tensors: Tensors
+    ) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         words = -(-n // 8)
-        return [("qweight", (k, words), ("i32",)), ("qzeros", (k // group, words), ("i32",)), ("scales", (k // group, n), _SCALE_ELEMENTS)]
+        return [
+            ("qweight", (k, words), ("i32",)),
+            ("qzeros", (k // group, words), ("i32",)),
+            ("scales", (k // group, n), _SCALE_ELEMENTS),
+        ]
 
     def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
         base = name.removesuffix(".weight")
@@ -139,18 +165,24 @@ class AwqFormat(_PackedFormat):
         k = _dims(words)[0]
         q, z = (emit(quant.Unpack(v, axis=1, order=AWQ_ORDER)).result for v in (words, zeros))
         group = k // _dims(scales)[0]
-        return emit_dequantized(_transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit)
+        return emit_dequantized(
+            _transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit
+        )
 
 
 class GptqFormat(_PackedFormat):
-    """GPTQ: qweight [K/8, N] packed along K, qzeros [K/g, N/8] along N, both in natural order; format 1 stores zero - 1 (modulo 16)."""
+    """GPTQ: qweight [K/8, N] packed along K, qzeros [K/g, N/8] along N, both in natural order; format 1
+    stores zero - 1 (modulo 16).
+    """
 
     packed, needed, optional, index = "qweight", ("qweight", "qzeros", "scales"), ("g_idx",), "g_idx"
 
     def group(self, base: str, k: int, tensors: Tensors) -> int | None:
         return _rows_to_group(tensors[f"{base}.scales"], 0, k)
 
-    def layout(self, n: int, k: int, group: int, base: str, tensors: Tensors) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    def layout(
+        self, n: int, k: int, group: int, base: str, tensors: Tensors
+    ) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         return [
             ("qweight", (-(-k // 8), n), ("i32",)),
             ("qzeros", (k // group, -(-n // 8)), ("i32",)),
@@ -167,11 +199,15 @@ class GptqFormat(_PackedFormat):
         if self.config.zero_shift:
             z = emit(quant.AddWrapping(z, value=self.config.zero_shift)).result
         group = k // _dims(scales)[0]
-        return emit_dequantized(_transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit)
+        return emit_dequantized(
+            _transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit
+        )
 
 
 class CompressedTensorsFormat(_PackedFormat):
-    """compressed-tensors "pack-quantized": weight_packed [N, K/8] of value + 8, weight_scale [N, K/g], weight_zero_point [N/8, K/g] of zero + 8."""
+    """compressed-tensors "pack-quantized": weight_packed [N, K/8] of value + 8, weight_scale [N, K/g],
+    weight_zero_point [N/8, K/g] of zero + 8.
+    """
 
     packed, needed, index = "weight_packed", ("weight_packed", "weight_scale"), "weight_g_idx"
     optional = ("weight_zero_point", "weight_shape", "weight_g_idx")
@@ -188,11 +224,15 @@ class CompressedTensorsFormat(_PackedFormat):
             and str(stated.type.element) in ("i32", "i64")
             and tuple(self.read(stated)) != shape
         ):
-            yield f"'{base}.weight_shape' says {self.read(stated).tolist()}, config.json asks for {list(shape)}"
+            yield (
+                f"'{base}.weight_shape' says {self.read(stated).tolist()}, config.json asks for {list(shape)}"
+            )
         if not self.config.symmetric and f"{base}.weight_zero_point" not in tensors:
             yield f"'{base}' is quantised asymmetrically, but {base}.weight_zero_point is missing"
 
-    def layout(self, n: int, k: int, group: int, base: str, tensors: Tensors) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    def layout(
+        self, n: int, k: int, group: int, base: str, tensors: Tensors
+    ) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         return [
             ("weight_packed", (n, -(-k // 8)), ("i32",)),
             ("weight_scale", (n, k // group), _SCALE_ELEMENTS),

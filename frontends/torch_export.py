@@ -1,6 +1,8 @@
-"""A transformers model as a graph without weights: built on torch's `meta` device, exported with a symbolic sequence length.
+"""A transformers model as a graph without weights: built on torch's `meta` device, exported with a symbolic
+sequence length.
 
-No parameter is ever allocated, so a 72B model costs as little as a small one.  Loaded lazily: importing this file imports torch and transformers.
+No parameter is ever allocated, so a 72B model costs as little as a small one.  Loaded lazily: importing this
+file imports torch and transformers.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]  # torch is not follow
         self.model_ = model
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        # A padding mask of ones keeps transformers from looking for packed sequences in the position ids; the attention hook ignores it.
+        # A padding mask of ones keeps transformers from looking for packed sequences in the position ids; the
+        # attention hook ignores it.
         everything = torch.ones_like(input_ids)
         logits: torch.Tensor = self.model_(
             input_ids=input_ids, attention_mask=everything, position_ids=position_ids, use_cache=False
@@ -65,9 +68,11 @@ class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]  # torch is not follow
 
 @dataclass(frozen=True)
 class MetaModel:
-    """The model without storage.  `aliases` maps each parameter name to all names of the same parameter (tied weights).
+    """The model without storage.  `aliases` maps each parameter name to all names of the same parameter (tied
+    weights).
 
-    `positions`: how long the prompts are whose rotary frequencies are meant, where these change with the length; None: up to `position_limit`.
+    `positions`: how long the prompts are whose rotary frequencies are meant, where these change with the
+    length; None: up to `position_limit`.
     """
 
     model: torch.nn.Module
@@ -83,7 +88,9 @@ class MetaModel:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' and torch's advice, which concerns training and eager execution; failures arrive as exceptions."""
+    """Silence transformers' and torch's advice, which concerns training and eager execution; failures arrive
+    as exceptions.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -103,7 +110,11 @@ def _summary(error: BaseException) -> str:
 
 def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
     """`TyirError` unless transformers itself knows the architecture as a causal language model."""
-    known = {n: k for k, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() for n in ((names,) if isinstance(names, str) else names)}
+    known = {
+        n: k
+        for k, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        for n in ((names,) if isinstance(names, str) else names)
+    }
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise TyirError(
@@ -117,7 +128,10 @@ def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
         raise TyirError(
             f"architecture {name} is not a causal language model that can be imported",
             where=str(folder / "config.json"),
-            help=f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the same ops"
+            help=(
+                f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the"
+                " same ops"
+            )
             + (
                 "; code in the folder is not run: give the class with --model-plugin"
                 if raw.get("auto_map")
@@ -127,7 +141,10 @@ def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
             ),
         )
     if raw.get("model_type") != known[name]:
-        message = f"config.json is inconsistent: model_type is {raw.get('model_type')!r} but {name} belongs to {known[name]!r}"
+        message = (
+            f"config.json is inconsistent: model_type is {raw.get('model_type')!r} but {name} belongs to"
+            f" {known[name]!r}"
+        )
         raise TyirError(message, where=str(folder / "config.json"), help=f'set "model_type": "{known[name]}"')
 
 
@@ -138,16 +155,26 @@ def _check_rope(folder: Path, raw: dict[str, Any]) -> None:
         entry = raw.get(key)
         kind = entry.get("rope_type", entry.get("type")) if isinstance(entry, dict) else None
         if isinstance(kind, str) and kind not in known:
-            message = f"config.json asks for {key} of type '{kind}', which transformers {transformers.__version__} does not know"
+            message = (
+                f"config.json asks for {key} of type '{kind}', which transformers {transformers.__version__}"
+                " does not know"
+            )
             raise TyirError(
-                message, where=str(folder / "config.json"), help=f"known: {', '.join(known)}. {did_you_mean(kind, known)}".rstrip()
+                message,
+                where=str(folder / "config.json"),
+                help=f"known: {', '.join(known)}. {did_you_mean(kind, known)}".rstrip(),
             )
 
 
 def build_meta_model(
-    folder: Path, raw: dict[str, Any], dtype: str, model_class: type[Any] | None = None, positions: int | None = None
+    folder: Path,
+    raw: dict[str, Any],
+    dtype: str,
+    model_class: type[Any] | None = None,
+    positions: int | None = None,
 ) -> MetaModel:
-    """The model of `folder`'s config.json on the meta device in `dtype` ("f16" or "f32"), with the rotary frequencies of prompts of `positions` tokens.
+    """The model of `folder`'s config.json on the meta device in `dtype` ("f16" or "f32"), with the rotary
+    frequencies of prompts of `positions` tokens.
 
     Code inside the folder is never executed.  `TyirError` when the model cannot be built.
     """
@@ -161,7 +188,9 @@ def build_meta_model(
             config = _config(raw, model_class)
             with torch.device("meta"):
                 if model_class is None:
-                    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings).eval()
+                    model = transformers.AutoModelForCausalLM.from_config(
+                        config, trust_remote_code=False, **settings
+                    ).eval()
                 else:
                     model = model_class._from_config(config, **settings).eval()
     except TyirError:
@@ -169,17 +198,25 @@ def build_meta_model(
     except Exception as error:
         name = model_class.__name__ if model_class is not None else raw["architectures"][0]
         message = f"transformers cannot build {name} from this config.json: {_summary(error)}"
-        raise TyirError(message, where=str(folder / "config.json"), help="compare config.json with that of the original model") from error
+        raise TyirError(
+            message,
+            where=str(folder / "config.json"),
+            help="compare config.json with that of the original model",
+        ) from error
     for module in _changing_rope(model):
         module.rope_type = "default"  # `real_buffer` computes the frequencies
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
-    return MetaModel(model, config, {name: tuple(names) for names in groups.values() for name in names}, positions)
+    return MetaModel(
+        model, config, {name: tuple(names) for names in groups.values() for name in names}, positions
+    )
 
 
 def build_plain_model(folder: Path, model_class: type[Any] | None = None) -> Any:
-    """The model of config.json on the CPU in fp32 with eager attention and weights yet to be filled in, built as if nothing were quantised."""
+    """The model of config.json on the CPU in fp32 with eager attention and weights yet to be filled in, built
+    as if nothing were quantised.
+    """
     from tyir.frontends.checkpoint import open_checkpoint
 
     problems: list[Diagnostic] = []
@@ -206,28 +243,42 @@ def _changing_rope(model: torch.nn.Module) -> list[Any]:
 
 
 def freeze_rope(model: torch.nn.Module, positions: int | None) -> None:
-    """Give the rotary embeddings of a model on the CPU the frequencies they take for a prompt of `positions` tokens, and keep them for all prompts."""
+    """Give the rotary embeddings of a model on the CPU the frequencies they take for a prompt of `positions`
+    tokens, and keep them for all prompts.
+    """
     for module in _changing_rope(model):
         if positions is not None:
-            module(torch.zeros(1), torch.tensor([[positions - 1]]))  # transformers sets the frequencies by the last position it sees
+            module(
+                torch.zeros(1), torch.tensor([[positions - 1]])
+            )  # transformers sets the frequencies by the last position it sees
         module.rope_type = "default"
 
 
 def position_limit(config: Any) -> tuple[int, str] | None:
-    """From how many positions on the model takes other rotary frequencies, and the rope type that says so; None when it never does."""
+    """From how many positions on the model takes other rotary frequencies, and the rope type that says so;
+    None when it never does.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     limits = []
     for entry in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
         if (kind := entry.get("rope_type")) in _CHANGING_ROPE:
             own = entry.get("original_max_position_embeddings") if kind == "longrope" else None
             limits.append(
-                (int(own or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings), str(kind))
+                (
+                    int(
+                        own
+                        or getattr(config, "original_max_position_embeddings", None)
+                        or config.max_position_embeddings
+                    ),
+                    str(kind),
+                )
             )
     return min(limits, default=None)
 
 
 def export_model(meta: MetaModel) -> torch.export.ExportedProgram:
-    """The exported graph of (input_ids, position_ids) [1, s] -> logits, s symbolic; equal layers are traced once where that can be (`layer_reuse`).
+    """The exported graph of (input_ids, position_ids) [1, s] -> logits, s symbolic; equal layers are traced
+    once where that can be (`layer_reuse`).
 
     `TyirError` when the model cannot be traced.
     """
@@ -247,10 +298,16 @@ def trace_all(meta: MetaModel) -> torch.export.ExportedProgram:
     except TyirError:
         raise
     except Exception as error:
-        message = f"torch.export cannot trace {type(meta.model).__name__} with a symbolic sequence length: {_summary(error)}"
+        message = (
+            f"torch.export cannot trace {type(meta.model).__name__} with a symbolic sequence length:"
+            f" {_summary(error)}"
+        )
         raise TyirError(
             message,
-            help="the model's Python code depends on values or on the length of the prompt; such models cannot be compiled ahead of time",
+            help=(
+                "the model's Python code depends on values or on the length of the prompt; such models cannot"
+                " be compiled ahead of time"
+            ),
         ) from error
 
 
@@ -258,11 +315,18 @@ def _trace(meta: MetaModel) -> torch.export.ExportedProgram:
     ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.long, device="meta")
     length = torch.export.Dim("s", min=1)
     with _quiet(), torch.no_grad():
-        return torch.export.export(_LogitsOnly(meta.model), (ids, ids.clone()), dynamic_shapes=({1: length}, {1: length}), strict=False)
+        return torch.export.export(
+            _LogitsOnly(meta.model),
+            (ids, ids.clone()),
+            dynamic_shapes=({1: length}, {1: length}),
+            strict=False,
+        )
 
 
 def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
-    """The value of a buffer that no checkpoint stores (rotary frequencies): its submodule, built again on the CPU from the config."""
+    """The value of a buffer that no checkpoint stores (rotary frequencies): its submodule, built again on the
+    CPU from the config.
+    """
     owner_path, _, attribute = name.rpartition(".")
     owner = meta.model.get_submodule(owner_path)
     try:
@@ -272,6 +336,7 @@ def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
         return np.asarray(rebuilt.get_buffer(attribute).detach().cpu().numpy())
     except Exception as error:
         message = (
-            f"buffer {name} is not in the checkpoint and {type(owner).__name__} cannot be built from the config alone: {_summary(error)}"
+            f"buffer {name} is not in the checkpoint and {type(owner).__name__} cannot be built from the"
+            f" config alone: {_summary(error)}"
         )
         raise TyirError(message, help="only buffers that follow from config.json can be imported") from error

@@ -1,7 +1,9 @@
-"""`pytorch_model.bin`: where each tensor lies in the file, found without reading data and without executing the pickle.
+"""`pytorch_model.bin`: where each tensor lies in the file, found without reading data and without executing
+the pickle.
 
-`torch.load(weights_only=True)` admits tensors and plain containers only; in fake-tensor mode it notes each storage's offset in the zip archive instead of
-reading it (torch.serialization).  Loaded lazily: imports torch.
+`torch.load(weights_only=True)` admits tensors and plain containers only; in fake-tensor mode it notes each
+storage's offset in the zip archive instead of reading it (torch.serialization).  Loaded lazily: imports
+torch.
 """
 
 from __future__ import annotations
@@ -20,27 +22,54 @@ from tyir.types import TensorType
 
 __all__ = ["read_torch_file"]
 
-_NAMES: Final = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-                 torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
-_CONVERT: Final = "load it with torch.load(weights_only=True) and save the model with save_pretrained, which writes safetensors"
+_NAMES: Final = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CONVERT: Final = (
+    "load it with torch.load(weights_only=True) and save the model with save_pretrained, which writes"
+    " safetensors"
+)
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file that `torch.save` wrote, by name.  `TyirError` when it holds anything else, or in a way that cannot be mapped."""
+    """The tensors of a file that `torch.save` wrote, by name.
+
+    `TyirError` when it holds anything else, or in a way that cannot be mapped.
+    """
     if not zipfile.is_zipfile(path):
         raise TyirError(
-            f"{path.name} is no archive as torch.save has written since version 1.6, or it is truncated", where=str(path), help=_CONVERT
+            f"{path.name} is no archive as torch.save has written since version 1.6, or it is truncated",
+            where=str(path),
+            help=_CONVERT,
         )
     try:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        message = f"{path.name} holds Python objects other than tensors, which are never loaded: they could run code"
+        message = (
+            f"{path.name} holds Python objects other than tensors, which are never loaded: they could run"
+            " code"
+        )
         raise TyirError(message, where=str(path), help="use the model's safetensors files") from None
     except Exception as error:
         text = next(iter(str(error).splitlines()), "")
-        raise TyirError(f"{path.name} cannot be read: {text}", where=str(path), help="the file is damaged; download it again") from None
-    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        raise TyirError(
+            f"{path.name} cannot be read: {text}",
+            where=str(path),
+            help="the file is damaged; download it again",
+        ) from None
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
+    ):
         raise TyirError(f"{path.name} is not a dictionary of tensors", where=str(path), help=_CONVERT)
     size = path.stat().st_size
     return {name: _stored(name, tensor, path, size) for name, tensor in content.items()}
@@ -48,13 +77,23 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(name: str, tensor: Any, path: Path, size: int) -> StoredTensor:
     if tensor.dtype not in _NAMES:
-        raise TyirError(f"tensor '{name}' has dtype {tensor.dtype}", where=str(path), help=f"known: {', '.join(map(str, _NAMES))}")
+        raise TyirError(
+            f"tensor '{name}' has dtype {tensor.dtype}",
+            where=str(path),
+            help=f"known: {', '.join(map(str, _NAMES))}",
+        )
     if not tensor.is_contiguous():
-        raise TyirError(f"tensor '{name}' is a strided view, which cannot be mapped", where=str(path), help=_CONVERT)
+        raise TyirError(
+            f"tensor '{name}' is a strided view, which cannot be mapped", where=str(path), help=_CONVERT
+        )
     type = TensorType(tuple(tensor.shape), ELEMENTS[_NAMES[tensor.dtype]])
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     nbytes = tensor.numel() * tensor.element_size()
     start = None if offset is None else offset + tensor.storage_offset() * tensor.element_size()
     if start is None or start + nbytes > size:
-        raise TyirError(f"tensor '{name}' lies outside the file", where=str(path), help="the file is damaged; download it again")
+        raise TyirError(
+            f"tensor '{name}' lies outside the file",
+            where=str(path),
+            help="the file is damaged; download it again",
+        )
     return StoredTensor(name, path.name, type, start, nbytes)

@@ -1,7 +1,9 @@
-"""Where the model's parameters come from: a `WeightFormat` says which stored tensors make a parameter and writes the IR that does so.
+"""Where the model's parameters come from: a `WeightFormat` says which stored tensors make a parameter and
+writes the IR that does so.
 
-A parameter is one stored tensor of the same name (`PlainFormat`), or what a format of `quant_formats.py` makes of several: it claims `q_proj.weight`
-when `q_proj.qweight` exists and emits the ops that combine it with scales and zero points.
+A parameter is one stored tensor of the same name (`PlainFormat`), or what a format of `quant_formats.py`
+makes of several: it claims `q_proj.weight` when `q_proj.qweight` exists and emits the ops that combine it
+with scales and zero points.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import numpy.typing as npt
 
 from tyir.attributes import DictAttr, SymbolRefAttr
 from tyir.dialects import ty
+from tyir.execution.weights import CheckpointReader
 from tyir.frontends.checkpoint import Checkpoint, StoredTensor
 from tyir.ir import Op, Value
 from tyir.types import FloatType, TensorType, Type
-from tyir.weights import CheckpointReader
 
 __all__ = ["PlainFormat", "TensorReader", "WeightFormat", "Weights", "global_of"]
 
@@ -49,7 +51,10 @@ class PlainFormat:
         if stored.dims != shape:
             return f"tensor '{name}' has shape {list(stored.dims)}, config.json asks for {list(shape)}"
         if not isinstance(stored.element, FloatType) or stored.element.name not in _PLAIN_ELEMENTS:
-            return f"tensor '{name}' has element type {stored.element}; a plain weight is one of {', '.join(_PLAIN_ELEMENTS)}"
+            return (
+                f"tensor '{name}' has element type {stored.element}; a plain weight is one of"
+                f" {', '.join(_PLAIN_ELEMENTS)}"
+            )
         return None
 
     def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
@@ -64,7 +69,14 @@ _PLAIN_ELEMENTS: Final = ("f16", "bf16", "f32", "f64")
 
 def global_of(key: str, stored: StoredTensor) -> ty.Global:
     """The `ty.global` named `key` of a stored tensor."""
-    return ty.Global(sym_name=key, type=stored.type, file=stored.file, key=stored.key, offset=stored.offset, nbytes=stored.nbytes)
+    return ty.Global(
+        sym_name=key,
+        type=stored.type,
+        file=stored.file,
+        key=stored.key,
+        offset=stored.offset,
+        nbytes=stored.nbytes,
+    )
 
 
 class TensorReader:
@@ -81,7 +93,8 @@ class TensorReader:
 class Weights:
     """The parameters of one import; collects the `ty.global`s they refer to, in order of first use.
 
-    `aliases`: all names of each parameter; `shapes`: what the model needs; `formats`: asked in order which of them holds a parameter.
+    `aliases`: all names of each parameter; `shapes`: what the model needs; `formats`: asked in order which of
+    them holds a parameter.
     """
 
     checkpoint: Checkpoint
@@ -92,10 +105,14 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape the model needs parameter `name` (or one of its aliases) in."""
-        return next(self.shapes[alias] for alias in (name, *self.aliases.get(name, ())) if alias in self.shapes)
+        return next(
+            self.shapes[alias] for alias in (name, *self.aliases.get(name, ())) if alias in self.shapes
+        )
 
     def find(self, name: str) -> tuple[WeightFormat, str] | None:
-        """The format that holds parameter `name` and the name it is stored under (a tied parameter may be stored under any of its names)."""
+        """The format that holds parameter `name` and the name it is stored under (a tied parameter may be
+        stored under any of its names).
+        """
         for stored_name in self.aliases.get(name, (name,)):
             for weight_format in self.formats:
                 if weight_format.stored_keys(stored_name, self.checkpoint.tensors):

@@ -1,6 +1,8 @@
-"""One rule per op: how it wants its operands placed, and where that leaves its result.  All steps of partitioning ask here.
+"""One rule per op: how it wants its operands placed, and where that leaves its result.  All steps of
+partitioning ask here.
 
-Placements are read from and written to the IR (`tyir.sharding` on ops and in `arg_attrs`), so each step is a pass whose result can be printed and edited.
+Placements are read from and written to the IR (`tyir.sharding` on ops and in `arg_attrs`), so each step is a
+pass whose result can be printed and edited.
 """
 
 from __future__ import annotations
@@ -31,7 +33,16 @@ from tyir.dialects.ty import (
 from tyir.ir import Op, Value
 from tyir.sharding import PARTIAL, REPLICATED, Placement, Split, from_attribute
 
-__all__ = ["ELEMENTWISE", "LINEAR", "Rule", "executing_dies", "holding_dies", "placement_of", "rule_for", "through_reshape"]
+__all__ = [
+    "ELEMENTWISE",
+    "LINEAR",
+    "Rule",
+    "executing_dies",
+    "holding_dies",
+    "placement_of",
+    "rule_for",
+    "through_reshape",
+]
 
 Dims = Sequence[int | None]
 ELEMENTWISE: Final = (Add, Mul, Scale, Silu, SiluMul, Cast)
@@ -44,7 +55,11 @@ def placement_of(value: Value) -> Placement:
     if isinstance(value.owner, Op):
         return from_attribute(value.owner.attributes.get("tyir.sharding"))
     function = value.owner.parent_op
-    return from_attribute(function.arg_attr(value.index).get("tyir.sharding")) if isinstance(function, Func) else REPLICATED
+    return (
+        from_attribute(function.arg_attr(value.index).get("tyir.sharding"))
+        if isinstance(function, Func)
+        else REPLICATED
+    )
 
 
 def executing_dies(op: Op) -> tuple[int, ...]:
@@ -66,7 +81,10 @@ def _named_dies(attributes: DictAttr) -> tuple[int, ...]:
 
 
 def rule_for(op: Op) -> Rule:
-    """The rule of an op whose operands' placements are known.  An op without a rule of its own needs everything whole."""
+    """The rule of an op whose operands' placements are known.
+
+    An op without a rule of its own needs everything whole.
+    """
     for op_class, rule in _RULES:
         if isinstance(op, op_class):
             return rule(op)
@@ -78,7 +96,10 @@ def _last_axis(value: Value) -> int:
 
 
 def _linear(op: Op) -> Rule:
-    """x cut along its channels: the weight's columns are cut alike and the result is an addend.  Otherwise the annotation says how rows are cut."""
+    """x cut along its channels: the weight's columns are cut alike and the result is an addend.
+
+    Otherwise the annotation says how rows are cut.
+    """
     x = placement_of(op.operands[0])
     rest: list[Placement] = [REPLICATED] * (len(op.operands) - 1)
     if isinstance(x, Split) and x.axis == _last_axis(op.operands[0]):
@@ -88,7 +109,9 @@ def _linear(op: Op) -> Rule:
 
 
 def _embedding(op: Op) -> Rule:
-    """Rows of the vocabulary, if so annotated: each die looks up what it has, ids of other dies give zeros."""
+    """Rows of the vocabulary, if so annotated: each die looks up what it has, ids of other dies give
+    zeros.
+    """
     return [REPLICATED, REPLICATED], placement_of(op.results[0])
 
 
@@ -153,7 +176,9 @@ def _candidates(op: Op) -> Rule:
     if not isinstance(x, Split) or x.axis != _last_axis(op.x):
         return [REPLICATED], REPLICATED
     counts = op.counts()
-    return [x], Split(_last_axis(op.out), tuple((sum(counts[:die]), count) for die, count in enumerate(counts)))
+    return [x], Split(
+        _last_axis(op.out), tuple((sum(counts[:die]), count) for die, count in enumerate(counts))
+    )
 
 
 def _already_joined(op: Op) -> Rule:
@@ -161,7 +186,9 @@ def _already_joined(op: Op) -> Rule:
 
 
 def through_reshape(split: Split, source: Dims, target: Dims) -> Split | None:
-    """The same cut seen on the other side of a reshape that splits or joins axes at the cut one; None when it cannot be expressed."""
+    """The same cut seen on the other side of a reshape that splits or joins axes at the cut one; None when it
+    cannot be expressed.
+    """
     axis = split.axis
     if tuple(source[:axis]) != tuple(target[:axis]) or axis >= len(target):
         return None
@@ -174,7 +201,11 @@ def through_reshape(split: Split, source: Dims, target: Dims) -> Split | None:
         return None
     if after >= before:
         return split.scaled(axis, ratio)
-    return split.scaled(axis, 1, ratio) if all(o % ratio == 0 and s % ratio == 0 for o, s in split.ranges) else None
+    return (
+        split.scaled(axis, 1, ratio)
+        if all(o % ratio == 0 and s % ratio == 0 for o, s in split.ranges)
+        else None
+    )
 
 
 _RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] = (

@@ -10,7 +10,17 @@ from tyir.ir import Op, Value
 from tyir.location import UNKNOWN, Location, fuse, module_path
 from tyir.types import TensorType, Type, f16, f32
 
-__all__ = ["dims_of", "either_order", "element_of", "insert", "is_last", "made_by", "merged_locations", "through_float", "with_element_of"]
+__all__ = [
+    "dims_of",
+    "either_order",
+    "element_of",
+    "insert",
+    "is_last",
+    "made_by",
+    "merged_locations",
+    "through_float",
+    "with_element_of",
+]
 
 _OpT = TypeVar("_OpT", bound=Op)
 
@@ -39,7 +49,10 @@ def either_order(op: aten.Mul | aten.Add) -> Iterator[tuple[Value, Value]]:
 
 def through_float(value: Value) -> Value:
     """The value before f16 <-> f32 conversions."""
-    while (to := made_by(value, aten.To)) is not None and {element_of(to.x), element_of(to.out)} <= {f16, f32}:
+    while (to := made_by(value, aten.To)) is not None and {element_of(to.x), element_of(to.out)} <= {
+        f16,
+        f32,
+    }:
         value = to.x
     return value
 
@@ -56,7 +69,9 @@ def insert(root: Op, new: _OpT, *matched: Op | None) -> _OpT:
 
 
 def with_element_of(type: Type, value: Value, root: Op) -> Value | None:
-    """`value` with the element type of `type`: models round to f16 in different places of one pattern, and `cast_back` removes what meets.  None when shapes differ."""
+    """`value` with the element type of `type`: models round to f16 in different places of one pattern, and
+    `cast_back` removes what meets.  None when shapes differ.
+    """
     assert isinstance(type, TensorType) and isinstance(value.type, TensorType)
     if value.type.dims != type.dims:
         return None
@@ -71,7 +86,9 @@ def named(op: _OpT) -> _OpT:
 
 
 def merged_locations(locations: list[Location]) -> Location:
-    """Fused locations with one entry, the last, for each module path: an RMS norm is one place of the model, not six lines of it."""
+    """Fused locations with one entry, the last, for each module path: an RMS norm is one place of the model,
+    not six lines of it.
+    """
     by_module: dict[str | None, Location] = {}
     for location in locations:
         if location is not UNKNOWN:

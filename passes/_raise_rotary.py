@@ -1,4 +1,6 @@
-"""Rules of `raise-aten` for rotary embeddings: the tables, the rotation, and rotations of other channels than halves of whole heads."""
+"""Rules of `raise-aten` for rotary embeddings: the tables, the rotation, and rotations of other channels than
+halves of whole heads.
+"""
 
 from __future__ import annotations
 
@@ -72,14 +74,23 @@ def _match_angles(root: Op) -> _Angles | None:
 
 
 def rope_angles(op: Op) -> Value | None:
-    """to(cos(cat(p * f, p * f)) * scale) --> aten.cat(c, c) with c, s = ty.rope_angles p; likewise for sin.  One op serves both tables."""
+    """to(cos(cat(p * f, p * f)) * scale) --> aten.cat(c, c) with c, s = ty.rope_angles p; likewise for sin.
+
+    One op serves both tables.
+    """
     found = _match_angles(op)
     if found is None:
         return None
-    angles = _shared_angles(ty.RopeAngles(found.positions, inv_freq=found.inv_freq, scale=found.scale, element=element_of(op.result)))
+    angles = _shared_angles(
+        ty.RopeAngles(
+            found.positions, inv_freq=found.inv_freq, scale=found.scale, element=element_of(op.result)
+        )
+    )
     angles.loc = merged_locations([angles.loc, found.wave.loc])
     half = angles.results[0 if isinstance(found.wave, aten.Cos) else 1]
-    return insert(op, aten.Cat.create((half, half), (op.result.type,), DictAttr({"dim": IntegerAttr(-1, i64)}))).out
+    return insert(
+        op, aten.Cat.create((half, half), (op.result.type,), DictAttr({"dim": IntegerAttr(-1, i64)}))
+    ).out
 
 
 def _shared_angles(wanted: ty.RopeAngles) -> ty.RopeAngles:
@@ -97,7 +108,11 @@ def _angles_for(angles: ty.RopeAngles, element: Type) -> ty.RopeAngles:
     """The same tables in the element type of what they turn."""
     if angles.element is element:
         return angles
-    return _shared_angles(ty.RopeAngles(angles.positions, inv_freq=angles.inv_freq, scale=angles.scale, element=element, loc=angles.loc))
+    return _shared_angles(
+        ty.RopeAngles(
+            angles.positions, inv_freq=angles.inv_freq, scale=angles.scale, element=element, loc=angles.loc
+        )
+    )
 
 
 def _insert_after_definition(value: Value, op: Op) -> None:
@@ -110,7 +125,8 @@ def _insert_after_definition(value: Value, op: Op) -> None:
 
 
 def _table(value: Value, index: int) -> tuple[ty.RopeAngles, int, bool] | None:
-    """The `ty.rope_angles` whose result c (number `index`) a table was made of, its heads axis, and whether it stands for neighbouring channels.
+    """The `ty.rope_angles` whose result c (number `index`) a table was made of, its heads axis, and whether
+    it stands for neighbouring channels.
 
     unsqueeze(cat(c, c), axis), or repeat_interleave(its first half, 2)
     """
@@ -128,10 +144,16 @@ def _table(value: Value, index: int) -> tuple[ty.RopeAngles, int, bool] | None:
     angles = made_by(doubled.tensors[0], ty.RopeAngles) if doubled and len(doubled.tensors) == 2 else None
     if row is None or doubled is None or angles is None or doubled.tensors[0] is not doubled.tensors[1]:
         return None
-    return (angles, row.dim % len(dims_of(row.out)), spread is not None) if doubled.tensors[0] is angles.results[index] else None
+    return (
+        (angles, row.dim % len(dims_of(row.out)), spread is not None)
+        if doubled.tensors[0] is angles.results[index]
+        else None
+    )
 
 
-def _parts(x: Value, first: aten.Slice | None, second: aten.Slice | None) -> tuple[tuple[int, int, int], ...] | None:
+def _parts(
+    x: Value, first: aten.Slice | None, second: aten.Slice | None
+) -> tuple[tuple[int, int, int], ...] | None:
     """(start, end, step) of two slices of x's channels."""
     size = dims_of(x)[-1]
     if size is None or first is None or second is None:
@@ -170,7 +192,9 @@ def _turns_neighbours(value: Value, x: Value) -> bool:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """x * cos + turned(x) * sin over all channels of x [.., D]; `axis` is that of the heads, `neighbours` says which channels are turned together."""
+    """x * cos + turned(x) * sin over all channels of x [.., D]; `axis` is that of the heads, `neighbours`
+    says which channels are turned together.
+    """
 
     x: Value
     angles: ty.RopeAngles
@@ -185,7 +209,9 @@ def _rotation(value: Value) -> _Rotation | None:
         first, second = made_by(straight, aten.Mul), made_by(turned, aten.Mul)
         for x, cos in either_order(first) if first and second else ():
             table = _table(cos, 0)
-            for rotated, sin in either_order(second) if first and second and table and len(dims_of(x)) == 4 else ():
+            for rotated, sin in (
+                either_order(second) if first and second and table and len(dims_of(x)) == 4 else ()
+            ):
                 if table is None or first is None or _table(sin, 1) != table or table[1] not in (1, 2):
                     continue
                 if (_turns_neighbours if table[2] else _turns_halves)(rotated, x):
@@ -205,12 +231,14 @@ def rope(op: Op) -> Value | None:
     return with_element_of(op.out.type, out, op) if isinstance(op, aten.Add) else None
 
 
-# ---------------------------------------------------------------------------------------------------- other channels
+# --------------------------------------------------------------------------------------------- other channels
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """q or k of an attention, rotated in some of its channels: `projected` [b, s, H D] before the rotation, `order` of a head's channels in which halves turn."""
+    """q or k of an attention, rotated in some of its channels: `projected` [b, s, H D] before the rotation,
+    `order` of a head's channels in which halves turn.
+    """
 
     projected: Value
     heads: int
@@ -221,9 +249,9 @@ class _Heads:
 def reordered_rope(op: Op) -> Value | None:
     """attention(rotated(linear(h, wq)), rotated(linear(h, wk)), v) --> the same with rows of wq and wk reordered so that `ty.rope` turns whole heads.
 
-    For rotations of neighbouring channels (GLM, Ernie, Helium) and of the first channels only (Phi, GLM; the others get frequency 0).  A common order of
-    q's and k's channels does not change their products.
-    """
+    For rotations of neighbouring channels (GLM, Ernie, Helium) and of the first channels only (Phi, GLM;
+    the others get frequency 0).  A common order of q's and k's channels does not change their products.
+    """  # noqa: E501
     assert isinstance(op, ty.Attention)
     q, k = _heads(op.q), _heads(op.k)
     if q is None or k is None or q.order != k.order or q.angles is not k.angles:
@@ -252,13 +280,25 @@ def _heads(value: Value) -> _Heads | None:
     if not isinstance(split, (aten.View, aten.Reshape)) or len(dims_of(split.x)) != 3 or (size - turned) % 2:
         return None
     heads = dims_of(split.result)[2]
-    projected = split.x if _projection(split.x) is not None and dims_of(split.x)[2] == (heads or 0) * size else None
-    return None if projected is None or heads is None else _Heads(projected, heads, found.angles, _order(turned, size, found.neighbours))
+    projected = (
+        split.x if _projection(split.x) is not None and dims_of(split.x)[2] == (heads or 0) * size else None
+    )
+    return (
+        None
+        if projected is None or heads is None
+        else _Heads(projected, heads, found.angles, _order(turned, size, found.neighbours))
+    )
 
 
 def _order(turned: int, size: int, neighbours: bool) -> tuple[int, ...]:
-    """The channels of a head whose first `turned` are rotated, such that channel i is rotated with channel i + size / 2."""
-    first, second = (range(0, turned, 2), range(1, turned, 2)) if neighbours else (range(turned // 2), range(turned // 2, turned))
+    """The channels of a head whose first `turned` are rotated, such that channel i is rotated with channel i
+    + size / 2.
+    """
+    first, second = (
+        (range(0, turned, 2), range(1, turned, 2))
+        if neighbours
+        else (range(turned // 2), range(turned // 2, turned))
+    )
     middle = (turned + size) // 2
     return (*first, *range(turned, middle), *second, *range(middle, size))
 
@@ -280,19 +320,27 @@ def _turned_heads(root: Op, part: _Heads, element: Type) -> Value:
     if linear.bias is not None:
         operands.append(_reordered(root, linear.bias, first, part))
     projected = insert(root, aten.Linear.create(operands, (part.projected.type,), DictAttr({})), linear).out
-    x = insert(root, ty.Reshape(projected, shape=(dims_of(projected)[0] or 1, -1, part.heads, size)), linear).out
+    x = insert(
+        root, ty.Reshape(projected, shape=(dims_of(projected)[0] or 1, -1, part.heads, size)), linear
+    ).out
     frequencies = part.angles.inv_freq.to_numpy()
     padded = np.concatenate([frequencies, np.zeros(size // 2 - len(frequencies), frequencies.dtype)])
     angles = part.angles
     wanted = ty.RopeAngles(
-        angles.positions, inv_freq=DenseElementsAttr.from_numpy(padded), scale=angles.scale, element=element, loc=angles.loc
+        angles.positions,
+        inv_freq=DenseElementsAttr.from_numpy(padded),
+        scale=angles.scale,
+        element=element,
+        loc=angles.loc,
     )
     shared = _shared_angles(wanted)
     return insert(root, ty.Rope(x, shared.cos, shared.sin)).out
 
 
 def _reordered(root: Op, value: Value, first: int, part: _Heads) -> Value:
-    """The rows of a projection's weight that make `part`, each head's in the new order; of a quantised weight, those of all its tensors."""
+    """The rows of a projection's weight that make `part`, each head's in the new order; of a quantised
+    weight, those of all its tensors.
+    """
     made = value.op
     if isinstance(made, ty.Cast):
         return insert(root, ty.Cast(_reordered(root, made.x, first, part), element=made.element)).out

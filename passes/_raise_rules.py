@@ -1,8 +1,9 @@
 """The rewrite rules of `raise-aten`, in the order they are tried.
 
-A rule takes the op at the root of its pattern and returns the value that replaces the op's result, or None when the pattern is not there.  It inserts
-new ops before the root and erases nothing: what the pattern consumed is dead afterwards and the driver removes it.  Every rule keeps the value's type
-and its meaning up to rounding: `ty` ops compute in f32 and round once where the graph rounds after every op.
+A rule takes the op at the root of its pattern and returns the value that replaces the op's result, or None
+when the pattern is not there.  It inserts new ops before the root and erases nothing: what the pattern
+consumed is dead afterwards and the driver removes it.  Every rule keeps the value's type and its meaning up
+to rounding: `ty` ops compute in f32 and round once where the graph rounds after every op.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Final
 
 from tyir.dialects import aten, ty
 from tyir.ir import Op, Value
-from tyir.passes._raise_matching import dims_of, either_order, element_of, insert, is_last, made_by, through_float, with_element_of
+from tyir.passes._raise_matching import (
+    dims_of,
+    either_order,
+    element_of,
+    insert,
+    is_last,
+    made_by,
+    through_float,
+    with_element_of,
+)
 from tyir.passes._raise_rotary import reordered_rope, rope, rope_angles
 from tyir.types import f16, f32
 
@@ -21,7 +31,7 @@ __all__ = ["PHASES", "Phase", "Rule"]
 Rule = Callable[[Op], Value | None]
 
 
-# ---------------------------------------------------------------------------------------------------- identities
+# ------------------------------------------------------------------------------------------------- identities
 
 
 def same_type(op: Op) -> Value | None:
@@ -41,7 +51,7 @@ def cat_of_one(op: Op) -> Value | None:
     return filled[0] if len(filled) == 1 and filled[0].type is op.out.type else None
 
 
-# ---------------------------------------------------------------------------------------------------- structures
+# ------------------------------------------------------------------------------------------------- structures
 
 
 def rms_norm(op: Op) -> Value | None:
@@ -55,11 +65,25 @@ def rms_norm(op: Op) -> Value | None:
             rsqrt = made_by(scale, aten.Rsqrt)
             shifted = made_by(rsqrt.x, aten.Add) if rsqrt else None
             mean = made_by(shifted.x, aten.Mean) if shifted and shifted.scalar is not None else None
-            square = made_by(mean.x, aten.Pow) if mean and len(mean.dim) == 1 and mean.keepdim and is_last(mean.dim[0], mean.x) else None
-            if square is None or square.exponent != 2 or square.x is not wide or shifted is None or shifted.scalar is None:
+            square = (
+                made_by(mean.x, aten.Pow)
+                if mean and len(mean.dim) == 1 and mean.keepdim and is_last(mean.dim[0], mean.x)
+                else None
+            )
+            if (
+                square is None
+                or square.exponent != 2
+                or square.x is not wide
+                or shifted is None
+                or shifted.scalar is None
+            ):
                 continue
             x = through_float(wide)
-            return with_element_of(op.out.type, insert(op, ty.RmsNorm(x, through_float(weight), eps=shifted.scalar), scaled).out, op)
+            return with_element_of(
+                op.out.type,
+                insert(op, ty.RmsNorm(x, through_float(weight), eps=shifted.scalar), scaled).out,
+                op,
+            )
     return None
 
 
@@ -73,7 +97,7 @@ def silu_mul(op: Op) -> Value | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- op by op
+# --------------------------------------------------------------------------------------------------- op by op
 
 
 def quantized_linear(op: Op) -> Value | None:
@@ -83,7 +107,12 @@ def quantized_linear(op: Op) -> Value | None:
     stored = made_by(weight.x if weight is not None else op.weight, ty.Dequantize)
     if stored is None:
         return None
-    return insert(op, ty.QuantizedLinear(op.x, stored.q, stored.scales, stored.zeros, op.bias, group_size=stored.group_size)).out
+    return insert(
+        op,
+        ty.QuantizedLinear(
+            op.x, stored.q, stored.scales, stored.zeros, op.bias, group_size=stored.group_size
+        ),
+    ).out
 
 
 def linear(op: Op) -> Value | None:
@@ -162,12 +191,16 @@ def cast_back(op: Op) -> Value | None:
 
 
 def norm_before_transpose(op: Op) -> Value | None:
-    """rms_norm(transpose(x)) --> transpose(rms_norm(x)) where the normed axis stays the last: between heads and tokens the transposes then cancel"""
+    """rms_norm(transpose(x)) --> transpose(rms_norm(x)) where the normed axis stays the last: between heads
+    and tokens the transposes then cancel
+    """
     assert isinstance(op, ty.RmsNorm)
     inner = made_by(op.x, ty.Transpose)
     if inner is None or inner.perm[-1] != len(inner.perm) - 1:
         return None
-    return insert(op, ty.Transpose(insert(op, ty.RmsNorm(inner.x, op.weight, eps=op.eps)).out, perm=inner.perm), inner).out
+    return insert(
+        op, ty.Transpose(insert(op, ty.RmsNorm(inner.x, op.weight, eps=op.eps)).out, perm=inner.perm), inner
+    ).out
 
 
 def merge_transposes(op: Op) -> Value | None:
@@ -179,7 +212,11 @@ def merge_transposes(op: Op) -> Value | None:
     if inner is None:
         return None
     perm = tuple(inner.perm[p] for p in op.perm)
-    return inner.x if perm == tuple(range(len(perm))) else insert(op, ty.Transpose(inner.x, perm=perm), inner).out
+    return (
+        inner.x
+        if perm == tuple(range(len(perm)))
+        else insert(op, ty.Transpose(inner.x, perm=perm), inner).out
+    )
 
 
 def merge_reshapes(op: Op) -> Value | None:
@@ -193,10 +230,16 @@ def merge_reshapes(op: Op) -> Value | None:
 
 
 def slice_of_linear(op: Op) -> Value | None:
-    """slice(linear(x, w, b)) along its channels --> linear(x, slice(w), slice(b)), when all of the linear's results are used through such slices"""
+    """slice(linear(x, w, b)) along its channels --> linear(x, slice(w), slice(b)), when all of the linear's
+    results are used through such slices
+    """
     assert isinstance(op, ty.Slice)
     whole = op.x.op
-    if not isinstance(whole, (ty.Linear, ty.QuantizedLinear)) or not all(_is_channels(user) for user in op.x.users) or not _is_channels(op):
+    if (
+        not isinstance(whole, (ty.Linear, ty.QuantizedLinear))
+        or not all(_is_channels(user) for user in op.x.users)
+        or not _is_channels(op)
+    ):
         return None
 
     def rows(value: Value) -> Value:
@@ -206,7 +249,13 @@ def slice_of_linear(op: Op) -> Value | None:
     if isinstance(whole, ty.Linear):
         return insert(op, ty.Linear(whole.x, rows(whole.weight), bias, element=whole.element), whole).out
     q, scales, zeros = rows(whole.q), rows(whole.scales), rows(whole.zeros)
-    return insert(op, ty.QuantizedLinear(whole.x, q, scales, zeros, bias, group_size=whole.group_size, element=whole.element), whole).out
+    return insert(
+        op,
+        ty.QuantizedLinear(
+            whole.x, q, scales, zeros, bias, group_size=whole.group_size, element=whole.element
+        ),
+        whole,
+    ).out
 
 
 def _is_channels(op: Op) -> bool:
@@ -214,10 +263,16 @@ def _is_channels(op: Op) -> bool:
 
 
 def scale_before_linear(op: Op) -> Value | None:
-    """scale(linear(x, w)) --> linear(scale(x), w) where x has fewer channels: less to scale, and the head's sums stay unrounded"""
+    """scale(linear(x, w)) --> linear(scale(x), w) where x has fewer channels: less to scale, and the head's
+    sums stay unrounded
+    """
     assert isinstance(op, ty.Scale)
     whole = op.x.op
-    if not isinstance(whole, (ty.Linear, ty.QuantizedLinear)) or whole.bias is not None or len(op.x.users) != 1:
+    if (
+        not isinstance(whole, (ty.Linear, ty.QuantizedLinear))
+        or whole.bias is not None
+        or len(op.x.users) != 1
+    ):
         return None
     inner, outer = dims_of(whole.x)[-1], dims_of(whole.out)[-1]
     if inner is None or outer is None or inner >= outer:
@@ -226,28 +281,66 @@ def scale_before_linear(op: Op) -> Value | None:
     if isinstance(whole, ty.Linear):
         return insert(op, ty.Linear(x, whole.weight, element=whole.element), whole).out
     return insert(
-        op, ty.QuantizedLinear(x, whole.q, whole.scales, whole.zeros, group_size=whole.group_size, element=whole.element), whole
+        op,
+        ty.QuantizedLinear(
+            x, whole.q, whole.scales, whole.zeros, group_size=whole.group_size, element=whole.element
+        ),
+        whole,
     ).out
 
 
 Phase = tuple[tuple[type[Op], Rule], ...]
 
-# Each phase is one sweep over a function from its end to its beginning, so that the largest pattern at a place is tried before its parts.
+# Each phase is one sweep over a function from its end to its beginning, so that the largest pattern at a
+# place is tried before its parts.
 PHASES: Final[tuple[Phase, ...]] = (
     # Identities first: the patterns below need not look through them.
-    ((aten.To, same_type), (aten.View, same_type), (aten.Reshape, same_type), (aten.Expand, same_type), (aten.Slice, same_type), (aten.Cat, cat_of_one)),
+    (
+        (aten.To, same_type),
+        (aten.View, same_type),
+        (aten.Reshape, same_type),
+        (aten.Expand, same_type),
+        (aten.Slice, same_type),
+        (aten.Cat, cat_of_one),
+    ),
     # Structures whose parts (mul, to) would otherwise be raised one by one.
-    ((aten.Mul, rms_norm), (aten.Mul, silu_mul), (aten.To, rope_angles), (aten.Mul, rope_angles), (aten.Cos, rope_angles), (aten.Sin, rope_angles)),
-    # Rope reads the tables that the previous phase has made; rotations of other channels than halves of whole heads must be seen before it takes a part of one.
+    (
+        (aten.Mul, rms_norm),
+        (aten.Mul, silu_mul),
+        (aten.To, rope_angles),
+        (aten.Mul, rope_angles),
+        (aten.Cos, rope_angles),
+        (aten.Sin, rope_angles),
+    ),
+    # Rope reads the tables that the previous phase has made; rotations of other channels than halves of whole
+    # heads must be seen before it takes a part of one.
     ((ty.Attention, reordered_rope),),
     ((aten.Add, rope),),
     # What is left, op by op.
     (
-        (aten.Linear, quantized_linear), (aten.Linear, linear), (aten.Embedding, embedding), (aten.Add, add), (aten.Mul, mul), (aten.Mul, scale), (aten.Div, scale), (aten.Silu, silu), (aten.To, cast),
-        (aten.View, reshape), (aten.Reshape, reshape), (aten.Unsqueeze, reshape), (aten.Transpose, transpose), (aten.Slice, slice_),
+        (aten.Linear, quantized_linear),
+        (aten.Linear, linear),
+        (aten.Embedding, embedding),
+        (aten.Add, add),
+        (aten.Mul, mul),
+        (aten.Mul, scale),
+        (aten.Div, scale),
+        (aten.Silu, silu),
+        (aten.To, cast),
+        (aten.View, reshape),
+        (aten.Reshape, reshape),
+        (aten.Unsqueeze, reshape),
+        (aten.Transpose, transpose),
+        (aten.Slice, slice_),
     ),
     # Parts of a packed projection become projections of their own, which dies can share out.
-    ((ty.Slice, slice_of_linear), (ty.Scale, scale_before_linear), (ty.RmsNorm, norm_before_transpose), (ty.Cast, cast_back)),
-    # Rope and attention work on [b, s, H, D], the graph on [b, H, s, D]: the transposes between them meet and cancel.
+    (
+        (ty.Slice, slice_of_linear),
+        (ty.Scale, scale_before_linear),
+        (ty.RmsNorm, norm_before_transpose),
+        (ty.Cast, cast_back),
+    ),
+    # Rope and attention work on [b, s, H, D], the graph on [b, H, s, D]: the transposes between them meet and
+    # cancel.
     ((ty.Transpose, merge_transposes), (ty.Reshape, merge_reshapes)),
-)  # fmt: skip
+)

@@ -1,4 +1,6 @@
-"""Which stage a module must stand at for a pass that takes it to the next: a wrong one is an error that says what to run, before anything is changed."""
+"""Which stage a module must stand at for a pass that takes it to the next: a wrong one is an error that says
+what to run, before anything is changed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _WAY: Final = {
 
 
 def require_stage(module: Op, pass_name: str, *wanted: str) -> None:
-    """`TyirError` unless the module stands at one of the stages `wanted`, or does not say where it stands (hand-written IR)."""
+    """`TyirError` unless the module stands at one of the stages `wanted`, or does not say where it stands
+    (hand-written IR).
+    """
     attribute = module.attributes.get("tyir.stage")
     if not isinstance(attribute, StringAttr) or attribute.value in wanted or attribute.value not in _WAY:
         return
@@ -34,5 +38,10 @@ def require_stage(module: Op, pass_name: str, *wanted: str) -> None:
         ways = [_WAY[stage] for stage in order[here:first] if stage != "sharded"]
         help = f"run {','.join(ways)} first"
     else:
-        help = f"{pass_name} has been run on it, or what comes after it: start from a file of stage {wanted[0]}"
-    raise TyirError(f"{pass_name} runs at stage {' or '.join(wanted)}, this module is at stage {attribute.value}", help=help)
+        help = (
+            f"{pass_name} has been run on it, or what comes after it: start from a file of stage {wanted[0]}"
+        )
+    raise TyirError(
+        f"{pass_name} runs at stage {' or '.join(wanted)}, this module is at stage {attribute.value}",
+        help=help,
+    )

@@ -1,15 +1,18 @@
-"""What is cut how: heads for attention, whole quantisation groups for the MLP, rows for the vocabulary.  The first step of partition-dies.
+"""What is cut how: heads for attention, whole quantisation groups for the MLP, rows for the vocabulary.
+The first step of partition-dies.
 
     %q = ty.linear(%x, %wq)        -->     %q = ty.linear(%x, %wq) {tyir.sharding = {axis = 2 : i64, offsets = ..., sizes = ...},
                                                                     tyir.choice = "split: 3.1 us against 9.6 us replicated"}
 
-A block (attention, MLP, embedding or head of the model) is split or left replicated, whichever the machine file says is faster for one token: a split block
-reads the largest die's share of the weights and pays for a collective, a replicated one reads everything on every die.  `strategy=split` always splits;
-`tyir.pin = "split"` or `"replicated"` on any linear or embedding of a block decides for that block.
+A block (attention, MLP, embedding or head of the model) is split or left replicated, whichever the machine
+file says is faster for one token: a split block reads the largest die's share of the weights and pays for
+a collective, a replicated one reads everything on every die.  `strategy=split` always splits; `tyir.pin =
+"split"` or `"replicated"` on any linear or embedding of a block decides for that block.
 
-`pp=K` cuts the decoder into K stages beside that: the dies form K groups of neighbours, each executes (and caches) its own share of the layers, named by
-`tyir.dies`; its all-reduces stay within the group, and the residual stream is handed from group to group.  Embedding and head are cut over all dies.
-"""
+`pp=K` cuts the decoder into K stages beside that: the dies form K groups of neighbours, each executes (and
+caches) its own share of the layers, named by `tyir.dies`; its all-reduces stay within the group, and the
+residual stream is handed from group to group.  Embedding and head are cut over all dies.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -19,13 +22,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tyir.attributes import Attribute, DenseArrayAttr, StringAttr
-from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, head_axis
 from tyir.dialects.sdy import Mesh
-from tyir.dialects.ty import Embedding, Linear, Mul, QuantizedLinear, Reshape, RmsNorm, Rope, Silu, SiluMul, TopK, tensor_type
+from tyir.dialects.ty import (
+    Embedding,
+    Linear,
+    Mul,
+    QuantizedLinear,
+    Reshape,
+    RmsNorm,
+    Rope,
+    Silu,
+    SiluMul,
+    TopK,
+    tensor_type,
+)
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
 from tyir.location import layer_of, module_path
 from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
@@ -44,7 +59,9 @@ MAX_DIES = 16
 def check_dies(dies: int) -> None:
     """`TyirError` unless the number of dies is in 1..16."""
     if not 1 <= dies <= MAX_DIES:
-        raise TyirError(f"{dies} dies: a board has 1 to {MAX_DIES}", help=f"use {min(max(dies, 1), MAX_DIES)}")
+        raise TyirError(
+            f"{dies} dies: a board has 1 to {MAX_DIES}", help=f"use {min(max(dies, 1), MAX_DIES)}"
+        )
 
 
 def check_stages(dies: int, stages: int) -> None:
@@ -52,7 +69,8 @@ def check_stages(dies: int, stages: int) -> None:
     if stages < 1 or dies % stages:
         fitting = [k for k in range(1, dies + 1) if dies % k == 0]
         raise TyirError(
-            f"pp={stages} stages of {dies} dies", help=f"the number of stages must divide the dies: {', '.join(map(str, fitting))}"
+            f"pp={stages} stages of {dies} dies",
+            help=f"the number of stages must divide the dies: {', '.join(map(str, fitting))}",
         )
 
 
@@ -68,11 +86,14 @@ def check_remap(devices: tuple[int, ...], dies: int) -> None:
 
 
 def check_mesh(mesh: tuple[int, ...], dies: int) -> None:
-    """`TyirError` unless the mesh is empty, a number of dies, or groups and dies of a group, and counts the dies (of a stage)."""
+    """`TyirError` unless the mesh is empty, a number of dies, or groups and dies of a group, and counts the
+    dies (of a stage).
+    """
     if mesh and (len(mesh) > 2 or min(mesh) < 1 or math.prod(mesh) != dies):
         pairs = [f"{dies // n},{n}" for n in range(2, dies) if dies % n == 0]
         raise TyirError(
-            f"mesh={','.join(map(str, mesh))} is no arrangement of {dies} dies", help=f"use mesh={' or mesh='.join([str(dies), *pairs])}"
+            f"mesh={','.join(map(str, mesh))} is no arrangement of {dies} dies",
+            help=f"use mesh={' or mesh='.join([str(dies), *pairs])}",
         )
 
 
@@ -80,8 +101,10 @@ def check_mesh(mesh: tuple[int, ...], dies: int) -> None:
 class AnnotateSharding(Pass):
     """The mesh and the cuts that are a matter of choice.
 
-    `remap` lists the physical dies, the main one first; `machine` is the machine file the choice is made with; `strategy` is `cost` or `split`.  `mesh` says how the
-    dies (of one stage) are grouped, `mesh=2,3` being 2 groups of 3: sums then go first within a group and then between them.  Without it whole packages are groups.
+    `remap` lists the physical dies, the main one first; `machine` is the machine file the choice is made
+    with; `strategy` is `cost` or `split`.  `mesh` says how the dies (of one stage) are grouped, `mesh=2,3`
+    being 2 groups of 3: sums then go first within a group and then between them.  Without it whole packages
+    are groups.
     """
 
     dies: int = 4
@@ -114,7 +137,10 @@ class AnnotateSharding(Pass):
     def _leave_whole(self, norm: Op) -> None:
         """Attention whose queries or keys are normed over all heads (OLMo 2) is computed by every die."""
         if self.pp > 1:
-            what = f"{module_path(norm.loc)} is a norm over all heads, which the dies of a pipeline stage cannot share"
+            what = (
+                f"{module_path(norm.loc)} is a norm over all heads, which the dies of a pipeline stage cannot"
+                " share"
+            )
             raise TyirError(Diagnostic(what, help=f"use pp={self.dies}, one die a stage, or pp=1"))
         norm.set_attribute("tyir.choice", StringAttr("replicated: the norm reads all heads"))
 
@@ -128,7 +154,9 @@ class AnnotateSharding(Pass):
         pin = block.pin()
         forced = self.strategy == "split" or self.pp > 1  # stages are for models that do not fit otherwise
         chosen = pin or ("split" if forced or split <= replicated else "replicated")
-        why = f"{chosen}: {split / 1000:.1f} us split against {replicated / 1000:.1f} us replicated" + (" (pinned)" if pin else "")
+        why = f"{chosen}: {split / 1000:.1f} us split against {replicated / 1000:.1f} us replicated" + (
+            " (pinned)" if pin else ""
+        )
         for op, placement in block.cuts.items():
             op.set_attribute("tyir.choice", StringAttr(why))
             if chosen == "split" and (written := to_attribute(placement)) is not None:
@@ -141,7 +169,11 @@ class AnnotateSharding(Pass):
 def _axes(dies: int, stages: int, package: int, mesh: tuple[int, ...]) -> list[tuple[str, int]]:
     """The mesh: stages of groups of dies, an axis only where there is more than one; `dies` are a stage's."""
     own = mesh or ((dies // package, package) if dies > package and dies % package == 0 else (dies,))
-    return [*([("stage", stages)] if stages > 1 else []), *([("group", own[0])] if len(own) == 2 else []), ("die", own[-1])]
+    return [
+        *([("stage", stages)] if stages > 1 else []),
+        *([("group", own[0])] if len(own) == 2 else []),
+        ("die", own[-1]),
+    ]
 
 
 def _name_dies(function: Func, group: Callable[[Op], _Group]) -> None:
@@ -170,12 +202,14 @@ def _set_arg_attr(value: Value, name: str, attribute: Attribute) -> None:
     function.set_arg_attrs(attrs)
 
 
-# ------------------------------------------------------------------------------------------------------------- blocks
+# ----------------------------------------------------------------------------------------------------- blocks
 
 
 @dataclass
 class _Block:
-    """Ops that are split together over `dies` dies: their cuts, the weights' bytes per unit of the cut, and what the joining collective moves for one token."""
+    """Ops that are split together over `dies` dies: their cuts, the weights' bytes per unit of the cut, and
+    what the joining collective moves for one token.
+    """
 
     dies: int
     cuts: dict[Op, Placement] = field(default_factory=dict)
@@ -237,7 +271,9 @@ def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
 
 
 def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
-    """Which dies share an op: those of its layer's stage, layers being dealt out evenly; all of them outside the layers."""
+    """Which dies share an op: those of its layer's stage, layers being dealt out evenly; all of them outside
+    the layers.
+    """
     layers = sorted({layer for op in function.body if (layer := layer_of(op.loc)) is not None})
     if stages > max(len(layers), 1):
         fitting = [k for k in range(1, len(layers) + 1) if dies % k == 0]
@@ -246,11 +282,17 @@ def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
             help=f"use pp={fitting[-1] if fitting else 1}",
         )
     shares = even_ranges(len(layers), stages)
-    stage_of = {layer: next(s for s, (o, n) in enumerate(shares) if o <= i < o + n) for i, layer in enumerate(layers)}
+    stage_of = {
+        layer: next(s for s, (o, n) in enumerate(shares) if o <= i < o + n) for i, layer in enumerate(layers)
+    }
 
     def group(op: Op) -> _Group:
         layer = layer_of(op.loc)
-        return _Group(dies, 0, dies) if layer is None else _Group(dies, stage_of[layer] * (dies // stages), dies // stages)
+        return (
+            _Group(dies, 0, dies)
+            if layer is None
+            else _Group(dies, stage_of[layer] * (dies // stages), dies // stages)
+        )
 
     return group
 
@@ -298,7 +340,9 @@ def _mlp_block(down: Linear | QuantizedLinear, dies: _Group) -> _Block:
 
 
 def _embedding_block(embedding: Embedding, dies: int) -> _Block:
-    """The table is read one row a token, so what counts is its place in memory: it is split whenever something else is."""
+    """The table is read one row a token, so what counts is its place in memory: it is split whenever
+    something else is.
+    """
     block = _Block(dies, cuts={embedding: PARTIAL})
     block.joined_bytes = _row_bytes(embedding.out)
     rows = tensor_type(embedding.table).static_shape[0]
@@ -307,7 +351,9 @@ def _embedding_block(embedding: Embedding, dies: int) -> _Block:
 
 
 def _head_block(head: Linear | QuantizedLinear, dies: int) -> _Block:
-    split = Split(tensor_type(head.out).rank - 1, vocabulary_ranges(tensor_type(head.out).dims[-1] or 0, dies))
+    split = Split(
+        tensor_type(head.out).rank - 1, vocabulary_ranges(tensor_type(head.out).dims[-1] or 0, dies)
+    )
     block = _Block(dies, cuts={head: split}, gathers=True)
     block.add(head, split)
     block.joined_bytes = _row_bytes(head.out)
@@ -315,7 +361,9 @@ def _head_block(head: Linear | QuantizedLinear, dies: int) -> _Block:
 
 
 def mlp_unit(width: int, group_size: int, dies: int) -> int:
-    """The granule of an MLP cut: whole quantisation groups where there is one for every die, else the largest halving of them that gives one."""
+    """The granule of an MLP cut: whole quantisation groups where there is one for every die, else the largest
+    halving of them that gives one.
+    """
     unit = math.gcd(width, group_size)
     while width // unit < dies and unit % 2 == 0 and unit > 16:
         unit //= 2

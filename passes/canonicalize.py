@@ -1,4 +1,5 @@
-"""One form for what can be written in several ways; runs between other passes, in any order and any number of times.
+"""One form for what can be written in several ways; runs between other passes, in any order and any number
+of times.
 
     %b = ty.reshape(%a) {shape = [s1]}; %c = ty.reshape(%b) {shape = [s2]}      -->   %c = ty.reshape(%a) {shape = [s2]}
     %b = ty.transpose(%a) {perm = p};   %c = ty.transpose(%b) {perm = q}        -->   %c = ty.transpose(%a) {perm = p[q]}
@@ -6,7 +7,7 @@
     unused pure ops   -->   (deleted)
 
 Algorithm: the greedy driver of `tyir.rewrite` with the patterns below and every op's own `fold`.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Canonicalize(Pass):
 
 
 def _replace(op: Op, new: DeclaredOp, inner: Op, rewriter: Rewriter) -> bool:
-    """Put `new` in the place of `op`, which did its work together with `inner`; not when the type would change."""
+    """Put `new` in the place of `op`, which did its work together with `inner`; not when the type would
+    change.
+    """
     if new.results[0].type is not op.results[0].type:
         new.drop_references()
         return False
@@ -49,7 +52,9 @@ def _replace(op: Op, new: DeclaredOp, inner: Op, rewriter: Rewriter) -> bool:
 def reshape_of_reshape(op: Reshape, rewriter: Rewriter) -> bool:
     """Only the last shape counts."""
     inner = op.x.op
-    return isinstance(inner, Reshape) and _replace(op, Reshape(inner.x, shape=op.shape, attributes=op.attributes), inner, rewriter)
+    return isinstance(inner, Reshape) and _replace(
+        op, Reshape(inner.x, shape=op.shape, attributes=op.attributes), inner, rewriter
+    )
 
 
 @pattern(Transpose)
@@ -68,7 +73,9 @@ def slice_of_slice(op: Slice, rewriter: Rewriter) -> bool:
     inner = op.x.op
     if not isinstance(inner, Slice) or inner.axis != op.axis:
         return False
-    new = Slice(inner.x, axis=op.axis, offset=inner.offset + op.offset, size=op.size, attributes=op.attributes)
+    new = Slice(
+        inner.x, axis=op.axis, offset=inner.offset + op.offset, size=op.size, attributes=op.attributes
+    )
     return _replace(op, new, inner, rewriter)
 
 

@@ -2,8 +2,9 @@
 
     %c1 = ty.rope_table() {...}; ...; %c2 = ty.rope_table() {...}      -->   uses of %c2 become %c1
 
-Two ops are equal when class, operands (in any order if `Commutative`), properties, attributes and result types are; locations do not count, the
-remaining op keeps its own.  Algorithm: one walk in dominance order with a replacement map.  Attributes are uniqued, so a key is a tuple of identities.
+Two ops are equal when class, operands (in any order if `Commutative`), properties, attributes and result
+types are; locations do not count, the remaining op keeps its own.  Algorithm: one walk in dominance order
+with a replacement map.  Attributes are uniqued, so a key is a tuple of identities.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tyir.dominance import DominanceTree
+from tyir.checking.dominance import DominanceTree
 from tyir.ir import Block, Op, Region, Value
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import erase_all
@@ -38,7 +39,9 @@ class Cse(Pass):
 
 @dataclass(slots=True)
 class _Level:
-    """A block being walked: its ops, and what is known there (dominating and enclosing blocks' ops by key)."""
+    """A block being walked: its ops, and what is known there (dominating and enclosing blocks' ops by
+    key).
+    """
 
     ops: Iterator[Op]
     known: list[Known]

@@ -1,8 +1,10 @@
-"""Deletes pure ops whose results nobody uses, and what only they used; blocks that no path from the entry reaches.
+"""Deletes pure ops whose results nobody uses, and what only they used; blocks that no path from the entry
+reaches.
 
     %d = ty.transpose(%x); func.return(%y)      -->   func.return(%y)
 
-Algorithm: blocks inside out, ops last to first; an op is dead when it is pure and all users of its results are dead.  One pass finds everything.
+Algorithm: blocks inside out, ops last to first; an op is dead when it is pure and all users of its results
+are dead.  One pass finds everything.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def eliminate_dead_code(root: Op) -> int:
     dead: dict[Op, None] = {}
     pure: dict[type[Op], bool] = {}
     blocks = blocks_below(root)
-    unreachable = erase_unreachable_blocks(dict.fromkeys(b.region for b in blocks if b.region is not None and len(b.region.blocks) > 1))
+    unreachable = erase_unreachable_blocks(
+        dict.fromkeys(b.region for b in blocks if b.region is not None and len(b.region.blocks) > 1)
+    )
     for block in reversed(blocks if not unreachable else blocks_below(root)):
         op = block.last_op
         while op is not None:
@@ -56,7 +60,9 @@ def eliminate_dead_code(root: Op) -> int:
 
 
 def erase_unreachable_blocks(regions: Iterable[Region]) -> int:
-    """Erase the blocks of declared ops' regions that no path from the entry reaches; returns how many ops were in them."""
+    """Erase the blocks of declared ops' regions that no path from the entry reaches; returns how many ops
+    were in them.
+    """
     erased = 0
     for region in regions:
         if region.op is None or not region.op.registered:

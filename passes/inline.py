@@ -3,22 +3,24 @@
     %y = func.call @layer(%x, %w) loc("b")      -->      %y = ty.linear(%x, %w) loc(callsite("a" at "b"))
     func.func private @layer(..) { %r = ty.linear(..) loc("a"); func.return %r }      (deleted, when every call of it was inlined)
 
-A function is inlined when it returns in one place and does not call itself, directly or through others; what it calls is inlined into it first, so that one
-pass finds everything.  Several blocks are spliced between the two halves of the calling block.  `functions=a,b` inlines only those.  Calls that stay are counted in the statistic `inline.left`.
-"""
+A function is inlined when it returns in one place and does not call itself, directly or through others;
+what it calls is inlined into it first, so that one pass finds everything.  Several blocks are spliced
+between the two halves of the calling block.  `functions=a,b` inlines only those.  Calls that stay are
+counted in the statistic `inline.left`.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tyir.checking.rules import SymbolTables
 from tyir.dialects.func import Call, Func, Return
 from tyir.ir import Op
 from tyir.location import UNKNOWN, CallSiteLoc, Location
 from tyir.passes.symbol_dce import dead_symbols
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import erase_all
-from tyir.verify_rules import SymbolTables
 
 __all__ = ["CallGraph", "Inline", "call_graph"]
 
@@ -82,7 +84,9 @@ class Inline(Pass):
             if wanted and not is_recursive and _fits(function):
                 fits.add(function)
             for call in list(function.walk_type(Call)):
-                callee = graph.callees.get(call)  # None for what was copied from an inlined body: it did not fit there either
+                callee = graph.callees.get(
+                    call
+                )  # None for what was copied from an inlined body: it did not fit there either
                 if callee in fits and callee is not function and _takes(call, callee):
                     inline_call(call, callee)
                     inlined.add(callee)
@@ -99,7 +103,8 @@ class Inline(Pass):
 def inline_call(call: Call, callee: Func) -> None:
     """Put a copy of the callee's blocks in the place of a call; the ops' locations say both places.
 
-    The entry block's ops come before the call in its block, what follows the call goes behind the ops of the block that returned: nothing branches anew.
+    The entry block's ops come before the call in its block, what follows the call goes behind the ops of the
+    block that returned: nothing branches anew.
     """
     copy = callee.clone()
     for op in copy.walk():

@@ -4,10 +4,11 @@
     %z = ty.add(%x, %y)                                  -->     %r = dist.all_reduce(%y)
                                                                  %z = ty.add(%x, %r)
 
-Each value is joined once, right before its first such use, and all its users take the joined one: two all-reduces a decoder layer, one for the embedding,
-one gather of the logits.  What the dies of one pipeline stage have and those of the next need is handed on (`dist.collective_permute`).  The third step of
+Each value is joined once, right before its first such use, and all its users take the joined one: two
+all-reduces a decoder layer, one for the embedding, one gather of the logits.  What the dies of one
+pipeline stage have and those of the next need is handed on (`dist.collective_permute`).  The third step of
 partition-dies.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from tyir.attributes import DenseArrayAttr
-from tyir.constexpr import ConstantExpressions
 from tyir.dialects.builtin import Module
 from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute
 from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import Append
 from tyir.dialects.sdy import Mesh
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
 from tyir.location import NameLoc
 from tyir.passes._placement import executing_dies, holding_dies, placement_of, rule_for
@@ -50,13 +51,23 @@ class InsertCollectives(Pass):
                         continue  # caches stay where they are
                     if placement_of(value) != placement:
                         _join(value, inner, mesh)
-                    if mesh is not None and not isinstance(inner, CollectivePermute) and not constants.is_constant(inner.operands[index]):
+                    if (
+                        mesh is not None
+                        and not isinstance(inner, CollectivePermute)
+                        and not constants.is_constant(inner.operands[index])
+                    ):
                         _hand_on(inner, index, tuple(range(mesh.dies)), handed)
-            context.statistics["collectives"] = sum(isinstance(o, (AllReduce, AllGather, CollectivePermute)) for o in function.body)
+            context.statistics["collectives"] = sum(
+                isinstance(o, (AllReduce, AllGather, CollectivePermute)) for o in function.body
+            )
 
 
-def _hand_on(user: Op, index: int, everybody: tuple[int, ...], handed: dict[tuple[Value, tuple[int, ...]], Value]) -> None:
-    """Bring an operand that other dies have to the dies that execute `user`; the dies of two stages in pairs, in turn when they are more."""
+def _hand_on(
+    user: Op, index: int, everybody: tuple[int, ...], handed: dict[tuple[Value, tuple[int, ...]], Value]
+) -> None:
+    """Bring an operand that other dies have to the dies that execute `user`; the dies of two stages in pairs,
+    in turn when they are more.
+    """
     value = user.operands[index]
     have, need = holding_dies(value) or everybody, executing_dies(user) or everybody
     missing = [die for die in need if die not in have]
@@ -81,11 +92,20 @@ def _join(value: Value, user: Op, mesh: Mesh | None) -> None:
     dies = holding_dies(value)
     if isinstance(placement, Split):
         sizes = tuple(s for die, (_, s) in enumerate(placement.ranges) if not dies or die in dies)
-        collective = AllGather(value, axis=placement.axis, sizes=sizes, dies=dies or None, loc=value.op.loc, result_types=[value.type])
+        collective = AllGather(
+            value,
+            axis=placement.axis,
+            sizes=sizes,
+            dies=dies or None,
+            loc=value.op.loc,
+            result_types=[value.type],
+        )
     else:
         axes = dict(mesh.axes) if mesh is not None else {}
         group = axes["die"] if "group" in axes else None
-        collective = AllReduce(value, dies=dies or None, group=group, loc=value.op.loc, result_types=[value.type])
+        collective = AllReduce(
+            value, dies=dies or None, group=group, loc=value.op.loc, result_types=[value.type]
+        )
     if dies:
         collective.set_attribute("tyir.dies", DenseArrayAttr.i64(dies))
     collective.insert_before(user)

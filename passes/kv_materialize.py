@@ -12,12 +12,14 @@
 
 `layout=NHD` makes the caches `tensor<1xCAPxGxDxf16>`: a token's heads lie together, not a head's tokens.
 
-With `dtype=int8` the new rows are quantised before they are appended (`kv.quantize_rows`); the scales are two more caches of the layer.
+With `dtype=int8` the new rows are quantised before they are appended (`kv.quantize_rows`); the scales are
+two more caches of the layer.
 
-`pos` is the number of tokens already cached.  Caches are arguments that the function returns updated (`tyir.alias`): state, never copied.
-With `embedding-as-input` the embedded tokens [1, ?, h] are the argument instead of the ids, and the table becomes the module's `ty.param @embedding`.
-Logits leave the accumulators unrounded (f32), so that near ties are decided by the sums and not by f16 rounding.
-"""
+`pos` is the number of tokens already cached.  Caches are arguments that the function returns updated
+(`tyir.alias`): state, never copied. With `embedding-as-input` the embedded tokens [1, ?, h] are the
+argument instead of the ids, and the table becomes the module's `ty.param @embedding`. Logits leave the
+accumulators unrounded (f32), so that near ties are decided by the sums and not by f16 rounding.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -25,7 +27,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
-from tyir.constexpr import clone_expression
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, Rows, cache_shape
@@ -41,6 +42,7 @@ from tyir.dialects.ty import (
     default_kv_heads,
     tensor_type,
 )
+from tyir.execution.constexpr import clone_expression
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import layer_of
 from tyir.passes._stages import require_stage
@@ -52,7 +54,9 @@ __all__ = ["KvMaterialize"]
 
 @dataclass(frozen=True)
 class KvMaterialize(Pass):
-    """Key/value caches of fixed capacity as aliased arguments, one pair per attention; `dtype` is what they hold, `layout` what follows what: a head's tokens (HND) or a token's heads (NHD)."""
+    """Key/value caches of fixed capacity as aliased arguments, one pair per attention; `dtype` is what they
+    hold, `layout` what follows what: a head's tokens (HND) or a token's heads (NHD).
+    """
 
     max_kv: int = 1024
     embedding_as_input: bool = False
@@ -62,7 +66,9 @@ class KvMaterialize(Pass):
     def run(self, op: Op, context: PassContext) -> None:
         require_stage(op, "kv-materialize", "ty")
         if self.max_kv < 1:
-            raise TyirError(f"max-kv is {self.max_kv}; a cache holds at least 1 token", help="use max-kv=1024")
+            raise TyirError(
+                f"max-kv is {self.max_kv}; a cache holds at least 1 token", help="use max-kv=1024"
+            )
         for function in list(op.walk_type(Func)):
             if any(True for _ in function.walk_type(Attention)):
                 self._convert(function)
@@ -72,10 +78,17 @@ class KvMaterialize(Pass):
     def _convert(self, function: Func) -> None:
         block = function.body
         if len(block.args) != 2:
-            raise TyirError(f"@{function.sym_name} must take input ids and position ids, it takes {len(block.args)} arguments")
+            raise TyirError(
+                f"@{function.sym_name} must take input ids and position ids, it takes {len(block.args)}"
+                " arguments"
+            )
         input_ids, position_ids = block.args
         batch, tokens = tensor_type(input_ids).dims
-        entry = self._embeddings(function) if self.embedding_as_input else block.add_arg(TensorType((batch, tokens), i32), "ids")
+        entry = (
+            self._embeddings(function)
+            if self.embedding_as_input
+            else block.add_arg(TensorType((batch, tokens), i32), "ids")
+        )
         pos = block.add_arg(TensorType((batch,), i32), "pos")
         names, caches = [str(entry.name), "pos"], []
         for angles in list(function.walk_type(RopeAngles)):
@@ -100,26 +113,46 @@ class KvMaterialize(Pass):
         terminator.operands = [logits, *caches]
         function.refresh_type()
         function.set_arg_attrs([DictAttr({"tyir.name": StringAttr(n)}) for n in names])
-        aliases = [DictAttr({"tyir.alias": IntegerAttr(2 + i, i64), "tyir.name": StringAttr(names[2 + i])}) for i in range(len(caches))]
+        aliases = [
+            DictAttr({"tyir.alias": IntegerAttr(2 + i, i64), "tyir.name": StringAttr(names[2 + i])})
+            for i in range(len(caches))
+        ]
         function.set_res_attrs([DictAttr({"tyir.name": StringAttr("logits")}), *aliases])
 
     def _embeddings(self, function: Func) -> Value:
-        """Take the embedded tokens as argument `embeddings`; the table leaves the step as the outermost module's `ty.param @embedding`."""
+        """Take the embedded tokens as argument `embeddings`; the table leaves the step as the outermost
+        module's `ty.param @embedding`.
+        """
         lookups = list(function.walk_type(Embedding))
         if len(lookups) != 1 or function.parent_op is None:
-            raise TyirError(f"embedding-as-input needs exactly one embedding in @{function.sym_name}, there are {len(lookups)}")
+            raise TyirError(
+                f"embedding-as-input needs exactly one embedding in @{function.sym_name}, there are"
+                f" {len(lookups)}"
+            )
         (lookup,) = lookups
         block = Block()
         block.append(Yield(clone_expression(lookup.table, block)))
         function.parent_op.body.insert(
-            Param(sym_name="embedding", type=tensor_type(lookup.table), initializer=Region([block]), loc=lookup.loc), before=function
+            Param(
+                sym_name="embedding",
+                type=tensor_type(lookup.table),
+                initializer=Region([block]),
+                loc=lookup.loc,
+            ),
+            before=function,
         )
         entry = function.body.add_arg(lookup.out.type, "embeddings")
         lookup.replace_with([entry])
         return entry
 
     def _tabulate(self, angles: RopeAngles, pos: Value, like: Value) -> None:
-        table = RopeTable(inv_freq=angles.inv_freq, positions=self.max_kv, scale=angles.scale, element=angles.element, loc=angles.loc)
+        table = RopeTable(
+            inv_freq=angles.inv_freq,
+            positions=self.max_kv,
+            scale=angles.scale,
+            element=angles.element,
+            loc=angles.loc,
+        )
         table.insert_before(angles)
         rows = [Rows(t, pos, like, loc=angles.loc).insert_before(angles).result for t in table.results]
         angles.replace_with(rows)
@@ -127,7 +160,10 @@ class KvMaterialize(Pass):
     def _cache(self, attention: Attention, pos: Value, layer: int, names: list[str]) -> list[Value]:
         """Append and attend for one layer; adds the cache arguments and returns the updated caches."""
         keys, values = (
-            [self._append(rows, pos, f"{name}{layer}", attention, names) for name, rows in self._rows(letter, x, attention)]
+            [
+                self._append(rows, pos, f"{name}{layer}", attention, names)
+                for name, rows in self._rows(letter, x, attention)
+            ]
             for letter, x in (("k", attention.k), ("v", attention.v))
         )
         heads = default_kv_heads(tensor_type(attention.q).dims[2] or 0, tensor_type(attention.k).dims[2] or 0)
@@ -147,7 +183,9 @@ class KvMaterialize(Pass):
         return [*keys, *values]
 
     def _rows(self, letter: str, x: Value, attention: Attention) -> list[tuple[str, Value]]:
-        """What is appended for the keys or the values: the rows themselves, or 8-bit rows and their scales."""
+        """What is appended for the keys or the values: the rows themselves, or 8-bit rows and their
+        scales.
+        """
         if self.dtype == "fp16":
             return [(letter, x)]
         quantized = QuantizeRows(x, loc=attention.loc)
@@ -160,5 +198,11 @@ class KvMaterialize(Pass):
         names.append(name)
         t = tensor_type(rows)
         batch, _, groups, *width = t.dims
-        cache = block.add_arg(TensorType(cache_shape(self.layout, batch, groups, self.max_kv, *width), t.element), name)
-        return Append(cache, rows, pos, layout=self.layout, loc=attention.loc).insert_before(attention).results[0]
+        cache = block.add_arg(
+            TensorType(cache_shape(self.layout, batch, groups, self.max_kv, *width), t.element), name
+        )
+        return (
+            Append(cache, rows, pos, layout=self.layout, loc=attention.loc)
+            .insert_before(attention)
+            .results[0]
+        )

@@ -5,10 +5,11 @@
                                                                      %h = ty.linear(%x, %s) {tyir.shard = [2, 0]} }
                                                             -->    module @die1 { the same with the other rows }
 
-A die left without a share (more dies than heads) has no op for it, and takes part in the all-reduce with nothing.  A die of another pipeline stage has
-nothing of a layer at all; what is handed on between stages becomes a `dist.send` and a `dist.recv`.  `tyir.shard = [axis, offset]` and
-`tyir.partial` say which part of the whole a result is: verification compares by them.
-"""
+A die left without a share (more dies than heads) has no op for it, and takes part in the all-reduce with
+nothing.  A die of another pipeline stage has nothing of a layer at all; what is handed on between stages
+becomes a `dist.send` and a `dist.recv`.  `tyir.shard = [axis, offset]` and `tyir.partial` say which part
+of the whole a result is: verification compares by them.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -16,14 +17,23 @@ import math
 from dataclasses import dataclass
 
 from tyir.attributes import DenseArrayAttr, DictAttr, IntegerAttr, StringAttr, UnitAttr
-from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute, Recv, Send
 from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.sdy import Mesh
-from tyir.dialects.ty import Embedding, Linear, QuantizedLinear, Repeat, Reshape, Slice, TopKCandidates, tensor_type
+from tyir.dialects.ty import (
+    Embedding,
+    Linear,
+    QuantizedLinear,
+    Repeat,
+    Reshape,
+    Slice,
+    TopKCandidates,
+    tensor_type,
+)
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Block, Op, Region, Value
 from tyir.passes._placement import holding_dies, placement_of, rule_for
 from tyir.passes._stages import require_stage
@@ -44,7 +54,10 @@ class LocalizeDies(Pass):
         require_stage(op, "localize-dies", "sharded")
         mesh = next(op.walk_type(Mesh), None)
         if mesh is None:
-            raise TyirError("the module has no sdy.mesh", help="run annotate-sharding first, or partition-dies, which runs all four steps")
+            raise TyirError(
+                "the module has no sdy.mesh",
+                help="run annotate-sharding first, or partition-dies, which runs all four steps",
+            )
         assert isinstance(op, Module)
         functions = [f for f in op.body if isinstance(f, Func)]
         for die in range(mesh.dies):
@@ -69,7 +82,10 @@ class _Localizer:
         self.local: dict[Value, Value] = {}
         self.slices: dict[tuple[Value, int, int, int], Value] = {}
         self.block = Block()
-        self.tags = {op: number for number, op in enumerate(o for o in function.body if isinstance(o, CollectivePermute))}
+        self.tags = {
+            op: number
+            for number, op in enumerate(o for o in function.body if isinstance(o, CollectivePermute))
+        }
 
     def run(self) -> Func:
         source = self.function
@@ -79,28 +95,47 @@ class _Localizer:
             split = placement_of(arg)
             arg_type = tensor_type(arg)
             if isinstance(split, Split):
-                arg_type = arg_type.with_shape(self._range(split)[1] if i == split.axis else d for i, d in enumerate(arg_type.dims))
+                arg_type = arg_type.with_shape(
+                    self._range(split)[1] if i == split.axis else d for i, d in enumerate(arg_type.dims)
+                )
             self.local[arg] = self.block.add_arg(arg_type, arg.name)
-        result = Func(sym_name=source.sym_name, function_type=FunctionType((), ()), body_region=Region([self.block]), loc=source.loc)
+        result = Func(
+            sym_name=source.sym_name,
+            function_type=FunctionType((), ()),
+            body_region=Region([self.block]),
+            loc=source.loc,
+        )
         for op in source.body:
             self._localize(op)
         result.refresh_type()
         result.set_arg_attrs([source.arg_attr(i).without("tyir.sharding", "tyir.dies") for i in kept])
-        result.set_res_attrs([self._res_attr(i, kept) for i, v in enumerate(source.body.terminator.operands) if v in self.local])
+        result.set_res_attrs(
+            [
+                self._res_attr(i, kept)
+                for i, v in enumerate(source.body.terminator.operands)
+                if v in self.local
+            ]
+        )
         eliminate_dead_code(result)
         return result
 
     def _res_attr(self, index: int, kept: list[int]) -> DictAttr:
         attrs = self.function.res_attr(index)
         alias = attrs.get("tyir.alias")
-        return attrs.with_entry("tyir.alias", IntegerAttr(kept.index(alias.value), i64)) if isinstance(alias, IntegerAttr) else attrs
+        return (
+            attrs.with_entry("tyir.alias", IntegerAttr(kept.index(alias.value), i64))
+            if isinstance(alias, IntegerAttr)
+            else attrs
+        )
 
     def _range(self, split: Split) -> tuple[int, int]:
         return split.ranges[self.die]
 
     def _is_absent(self, value: Value) -> bool:
         split, dies = placement_of(value), holding_dies(value)
-        return bool(dies and self.die not in dies) or (isinstance(split, Split) and self._range(split)[1] == 0)
+        return bool(dies and self.die not in dies) or (
+            isinstance(split, Split) and self._range(split)[1] == 0
+        )
 
     def _localize(self, op: Op) -> None:
         if isinstance(op, CollectivePermute):
@@ -112,7 +147,9 @@ class _Localizer:
         elif isinstance(op, (AllReduce, AllGather)):
             self._copy(op, [self.local[v] for v in op.operands if v in self.local])
         elif isinstance(op, Return):
-            self.block.append(Return(values=[self.local[v] for v in op.operands if v in self.local], loc=op.loc))
+            self.block.append(
+                Return(values=[self.local[v] for v in op.operands if v in self.local], loc=op.loc)
+            )
         elif op.results and self.constants.is_constant(op.results[0]):
             self._copy(op, [self.local[v] for v in op.operands])
         elif all(v in self.local for v in op.operands) and not any(self._is_absent(r) for r in op.results):
@@ -150,7 +187,12 @@ class _Localizer:
 
     def _copy(self, op: Op, operands: list[Value]) -> Op:
         new = type(op).create(
-            operands, [r.type for r in op.results], op.properties, op.attributes, loc=op.loc, result_names=[r.name for r in op.results]
+            operands,
+            [r.type for r in op.results],
+            op.properties,
+            op.attributes,
+            loc=op.loc,
+            result_names=[r.name for r in op.results],
         )
         self.block.append(new)
         infer_results(new)
@@ -159,9 +201,13 @@ class _Localizer:
         return new
 
     def _annotate(self, new: Op, op: Op) -> None:
-        """Say which part of the whole a result is, in place of the annotations that the steps before needed."""
+        """Say which part of the whole a result is, in place of the annotations that the steps before
+        needed.
+        """
         placement = placement_of(op.results[0]) if op.results else None
-        new.attributes = new.attributes.without("tyir.sharding", "sdy.sharding", "tyir.choice", "tyir.pin", "tyir.dies")
+        new.attributes = new.attributes.without(
+            "tyir.sharding", "sdy.sharding", "tyir.choice", "tyir.pin", "tyir.dies"
+        )
         if isinstance(placement, Split):
             new.set_attribute("tyir.shard", DenseArrayAttr.i64((placement.axis, self._range(placement)[0])))
         elif placement is PARTIAL:
@@ -172,7 +218,13 @@ class _Localizer:
             return value
         key = (value, axis, offset, size)
         if key not in self.slices:
-            new = Slice(value, axis=axis, offset=offset, size=size, loc=value.op.loc if value.op is not None else self.function.loc)
+            new = Slice(
+                value,
+                axis=axis,
+                offset=offset,
+                size=size,
+                loc=value.op.loc if value.op is not None else self.function.loc,
+            )
             self.slices[key] = self.block.append(new).results[0]
         return self.slices[key]
 
@@ -194,7 +246,9 @@ class _Localizer:
         infer_results(new)
 
     def _embedding(self, op: Embedding, operands: list[Value]) -> None:
-        """Rows of the vocabulary; ids outside give zeros, the all-reduce that follows adds the one die that has the row."""
+        """Rows of the vocabulary; ids outside give zeros, the all-reduce that follows adds the one die that
+        has the row.
+        """
         table, ids = operands
         if placement_of(op.out) is not PARTIAL:
             self._copy(op, operands)
@@ -224,10 +278,20 @@ class _Localizer:
             self._copy(op, [operands[0], self._slice(operands[1], 1, offset, size), *bias])
             return
         x, q, scales, zeros = operands[:4]
-        group = math.gcd(op.group_size, *(o for o, s in split.ranges if s), *(s for _, s in split.ranges if s))
-        if group != op.group_size:  # a cut inside a group: finer groups with repeated scales are exactly the same weights
+        group = math.gcd(
+            op.group_size, *(o for o, s in split.ranges if s), *(s for _, s in split.ranges if s)
+        )
+        if (
+            group != op.group_size
+        ):  # a cut inside a group: finer groups with repeated scales are exactly the same weights
             times = op.group_size // group
-            scales, zeros = (self.block.append(Repeat(v, axis=1, times=times, loc=op.loc)).results[0] for v in (scales, zeros))
-        parts = [self._slice(q, 1, offset, size), *(self._slice(v, 1, offset // group, size // group) for v in (scales, zeros))]
+            scales, zeros = (
+                self.block.append(Repeat(v, axis=1, times=times, loc=op.loc)).results[0]
+                for v in (scales, zeros)
+            )
+        parts = [
+            self._slice(q, 1, offset, size),
+            *(self._slice(v, 1, offset // group, size // group) for v in (scales, zeros)),
+        ]
         new = self._copy(op, [x, *parts, *bias])
         new.set_property("group_size", IntegerAttr(group, i64))

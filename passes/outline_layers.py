@@ -4,9 +4,10 @@
     %h0 = ty.linear(%x, %w0)                                     -->     %y1 = func.call @layer_s8(%y0, %w1, ...)  loc("model.layers.1")
     ... the same for layer 1 ...                                         func.func @layer_s8(%x, %w, ...)
 
-Layers are found by module path (`tyir.location.layer_of`) and compared op by op; layers that differ in structure get functions of their own
-(`@layer_s8_1`).  Kernels, command programs and compile time then do not grow with depth.  Runs after outline-params: weights enter as arguments.
-"""
+Layers are found by module path (`tyir.location.layer_of`) and compared op by op; layers that differ in
+structure get functions of their own (`@layer_s8_1`).  Kernels, command programs and compile time then do
+not grow with depth.  Runs after outline-params: weights enter as arguments.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -78,7 +79,9 @@ class _Segment:
         members = set(ops)
         rows: list[Any] = []
         for op in ops:
-            refs = [inside[v] if v in inside else externals.setdefault(v, len(externals)) for v in op.operands]
+            refs = [
+                inside[v] if v in inside else externals.setdefault(v, len(externals)) for v in op.operands
+            ]
             rows.append((op.name, op.properties, tuple(refs), tuple(r.type for r in op.results)))
         self.inputs = list(externals)
         self.outputs = [v for v in inside if any(user not in members for user in v.uses)]
@@ -116,7 +119,11 @@ def _alias(value: Value, inputs: Sequence[Value]) -> DictAttr:
     current = value
     while (op := current.op) is not None and op.has_trait(InPlace):
         current = op.operands[0]
-    return DictAttr({"tyir.alias": IntegerAttr(inputs.index(current), i64)}) if current is not value and current in inputs else DictAttr()
+    return (
+        DictAttr({"tyir.alias": IntegerAttr(inputs.index(current), i64)})
+        if current is not value and current in inputs
+        else DictAttr()
+    )
 
 
 _LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks)\.)(\d+)(\.?.*)$")

@@ -8,8 +8,8 @@
     %s = ty.get_global @model.layers.0.self_attn.q_proj.weight
     %y = ty.linear(%x, %s)
 
-Equal expressions become one parameter, so all sequence lengths share the weights.  Runs after specialize-seqlen; what remains in the functions depends on
-the step's inputs alone.
+Equal expressions become one parameter, so all sequence lengths share the weights.  Runs after
+specialize-seqlen; what remains in the functions depends on the step's inputs alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tyir.attributes import SymbolRefAttr
-from tyir.constexpr import ConstantExpressions, clone_expression, expression_ops
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.ty import GetGlobal, Param, QuantizeGroups, RopeTable, Yield, tensor_type
+from tyir.execution.constexpr import ConstantExpressions, clone_expression, expression_ops
 from tyir.ir import Block, Op, Region, Value
 from tyir.pipeline import Pass, PassContext
 
@@ -52,7 +52,9 @@ def outline(module: Module) -> int:
                 param = params[key] = _make_param(value, names)
                 module.body.insert(param, before=first)
             ref = GetGlobal(
-                symbol=SymbolRefAttr(str(param.sym_name)), result_types=[param.type], loc=value.op.loc if value.op else user.loc
+                symbol=SymbolRefAttr(str(param.sym_name)),
+                result_types=[param.type],
+                loc=value.op.loc if value.op else user.loc,
             )
             user.set_operand(index, ref.insert_before(user).result)
         for op in reversed(function.body):
@@ -85,7 +87,9 @@ def _make_param(value: Value, names: set[str]) -> Param:
 
 
 def _base_name(value: Value) -> str:
-    """The checkpoint tensor's name, with what was made of it: `...q_proj.weight`, `...q_proj.weight.scales`, `rope.cos`."""
+    """The checkpoint tensor's name, with what was made of it: `...q_proj.weight`, `...q_proj.weight.scales`,
+    `rope.cos`.
+    """
     suffix = ""
     current = value
     while (op := current.op) is not None and op.operands:

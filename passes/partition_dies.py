@@ -5,7 +5,8 @@
     insert-collectives    all-reduces and gathers where the dies must meet
     localize-dies         one module per die, local shapes, sliced weights
 
-Any number of dies works for any number of heads, groups and vocabulary rows.  Runs on the step with dynamic length, before specialize-seqlen.
+Any number of dies works for any number of heads, groups and vocabulary rows.  Runs on the step with dynamic
+length, before specialize-seqlen.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class PartitionDies(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         require_stage(op, "partition-dies", "kv")
-        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp, self.mesh).run(op, context)
+        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp, self.mesh).run(
+            op, context
+        )
         for step in (PropagateSharding(), InsertCollectives(), LocalizeDies()):
             step.run(op, context)

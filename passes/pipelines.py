@@ -1,6 +1,7 @@
 """The named pipelines, as text; where the order matters the reason stands beside the entry.
 
-Usable wherever a pass name is: `--pass-pipeline=to-ty`, `--pass-pipeline='builtin.module(to-ty,kv-materialize{max-kv=512})'`.
+Usable wherever a pass name is: `--pass-pipeline=to-ty`,
+`--pass-pipeline='builtin.module(to-ty,kv-materialize{max-kv=512})'`.
 """
 
 from __future__ import annotations
@@ -15,23 +16,36 @@ __all__ = ["PIPELINES", "reference_pipeline", "remaining_pipeline"]
 _MACHINE: Final = "edge10"
 
 PIPELINES: Final[dict[str, str]] = {
-    # aten -> ty.  cse first merges what the exported graph repeats per layer (the rotary tables), dce drops position checks.
+    # aten -> ty.  cse first merges what the exported graph repeats per layer (the rotary tables), dce drops
+    # position checks.
     "to-ty": "raise-aten,canonicalize,cse,dce",
     # ty -> program with the default options: 4 dies, lengths 1 and 8, a cache of 1024 tokens.
-    "llm": "to-ty,kv-materialize{max-kv=1024},partition-dies{dies=4},specialize-seqlen{seqlens=1,8},to-program",
-    # static -> program.  Parameters first: a layer's body must not hold weight expressions, or no two layers would be equal.
+    "llm": (
+        "to-ty,kv-materialize{max-kv=1024},partition-dies{dies=4},specialize-seqlen{seqlens=1,8},to-program"
+    ),
+    # static -> program.  Parameters first: a layer's body must not hold weight expressions, or no two layers
+    # would be equal.
     "to-program": "outline-params,outline-layers",
 }
 
 
 def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHINE) -> str:
-    """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.  `machine` (a name or a file) is what cuts are chosen for.
+    """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.
+    `machine` (a name or a file) is what cuts are chosen for.
 
-    Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation after it, so that dies are cut once.
-    So does select-output: each die then chooses among its own columns of the vocabulary.
+    Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation
+    after it, so that dies are cut once. So does select-output: each die then chooses among its own columns of
+    the vocabulary.
     """
-    if stage == "sharded":  # partition-dies was begun by hand; its later steps do nothing where they have been
-        return ",".join(("propagate-sharding,insert-collectives,localize-dies", remaining_pipeline("dist", options, machine)))
+    if (
+        stage == "sharded"
+    ):  # partition-dies was begun by hand; its later steps do nothing where they have been
+        return ",".join(
+            (
+                "propagate-sharding,insert-collectives,localize-dies",
+                remaining_pipeline("dist", options, machine),
+            )
+        )
     best = parse_output(options.output)
     cache = [f"max-kv={options.max_kv}"]
     cache += ["embedding-as-input=true"] if options.embedding_as_input else []
@@ -58,7 +72,9 @@ def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHIN
 
 
 def reference_pipeline(options: BuildOptions) -> str:
-    """From `aten` to `ty` with the artifacts' weights: the whole model, uncut and without a cache, that verification compares with."""
+    """From `aten` to `ty` with the artifacts' weights: the whole model, uncut and without a cache, that
+    verification compares with.
+    """
     return ",".join(text for text in ("to-ty", quantization(options)) if text)
 
 

@@ -34,4 +34,6 @@ class PrintOpStats(Pass):
 
 def _table(counts: dict[str, int]) -> str:
     width = max(map(len, counts))
-    return "Operations encountered:\n" + "\n".join(f"  {name:<{width}}, {count}" for name, count in counts.items())
+    return "Operations encountered:\n" + "\n".join(
+        f"  {name:<{width}}, {count}" for name, count in counts.items()
+    )

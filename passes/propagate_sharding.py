@@ -4,19 +4,21 @@
     %a = ty.silu_mul(%g, %h)                                    -->      %a = ... {tyir.sharding = {axis = 2, ...}, sdy.sharding = ...}
     %y = ty.linear(%a, %down)                                            %y = ... {tyir.sharding = "partial", sdy.sharding = ... unreduced={"die"}}
 
-A top-k over a cut vocabulary becomes the dies' candidates and their merge.  No collective is inserted yet: where an op needs whole what is partial or cut, insert-collectives does it.  The second step of partition-dies.
-"""
+A top-k over a cut vocabulary becomes the dies' candidates and their merge.  No collective is inserted yet:
+where an op needs whole what is partial or cut, insert-collectives does it.  The second step of
+partition-dies.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tyir.constexpr import ConstantExpressions
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import MergeTopK, TopK, TopKCandidates, tensor_type
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
 from tyir.passes._placement import executing_dies, placement_of, rule_for
 from tyir.passes._stages import require_stage
@@ -48,7 +50,9 @@ class PropagateSharding(Pass):
 
 
 def _in_parts(top: TopK) -> Op:
-    """The op itself, or, when the axis it looks along is cut, the dies' candidates that take its place before a merge."""
+    """The op itself, or, when the axis it looks along is cut, the dies' candidates that take its place before
+    a merge.
+    """
     placement = placement_of(top.x)
     if not isinstance(placement, Split) or placement.axis != tensor_type(top.x).rank - 1:
         return top
@@ -69,6 +73,8 @@ def set_placement(op: Op, placement: Placement, axes: Sequence[str]) -> None:
     if written is not None and isinstance(type, TensorType):
         attributes = attributes.with_entry("tyir.sharding", written)
         if len(op.results) == 1:
-            own = [axis for axis in axes if axis != "stage"] if executing_dies(op) else axes  # a stage's op is cut within its stage
+            own = (
+                [axis for axis in axes if axis != "stage"] if executing_dies(op) else axes
+            )  # a stage's op is cut within its stage
             attributes = attributes.with_entry("sdy.sharding", shardy_attribute(placement, type.rank, own))
     op.attributes = attributes

@@ -5,8 +5,9 @@
     %q, %s, %z = ty.quantize_groups(%w) {group_size = 128}
     %y = ty.quantized_linear(%x, %q, %s, %z, %b) {group_size = 128}
 
-Only linears inside decoder layers whose weight is a weight expression are touched; embedding and head stay as they are, as in AWQ checkpoints.
-Runs before kv-materialize and partition-dies, which cut the MLP in whole groups.
+Only linears inside decoder layers whose weight is a weight expression are touched; embedding and head stay as
+they are, as in AWQ checkpoints. Runs before kv-materialize and partition-dies, which cut the MLP in whole
+groups.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import Linear, QuantizedLinear, QuantizeGroups, tensor_type
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
 from tyir.location import layer_of, module_path
 from tyir.pipeline import Pass, PassContext
@@ -33,10 +34,16 @@ class QuantizeWeights(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         constants = ConstantExpressions()
-        linears = [op for op in op.walk_type(Linear) if layer_of(op.loc) is not None and constants.is_constant(op.weight)]
+        linears = [
+            op
+            for op in op.walk_type(Linear)
+            if layer_of(op.loc) is not None and constants.is_constant(op.weight)
+        ]
         self._check_group_size(linears)
         for linear in linears:
-            groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc).insert_before(linear)
+            groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc).insert_before(
+                linear
+            )
             new = QuantizedLinear(
                 linear.x,
                 groups.q,
@@ -51,7 +58,9 @@ class QuantizeWeights(Pass):
         context.statistics["quantized"] = len(linears)
 
     def _check_group_size(self, linears: Sequence[Linear]) -> None:
-        """`TyirError` naming the numbers of input channels that are no whole number of groups, with the largest size that suits all linears."""
+        """`TyirError` naming the numbers of input channels that are no whole number of groups, with the
+        largest size that suits all linears.
+        """
         by_channels: dict[int, list[Linear]] = {}
         for linear in linears:
             by_channels.setdefault(tensor_type(linear.weight).static_shape[1], []).append(linear)
@@ -61,7 +70,8 @@ class QuantizeWeights(Pass):
             nearest = max(d for d in range(1, max(min(self.group_size, common), 1) + 1) if common % d == 0)
             raise TyirError(
                 Diagnostic(
-                    f"group size {self.group_size} does not divide the {k} input channels of {module_path(some[0].loc)}"
+                    f"group size {self.group_size} does not divide the {k} input channels of"
+                    f" {module_path(some[0].loc)}"
                     + (f" and {len(some) - 1} more linear{'s' * (len(some) > 2)}" if len(some) > 1 else ""),
                     help=f"group-size={nearest} divides the input channels of every decoder linear",
                 )

@@ -10,10 +10,12 @@
     %7   = aten.to %6 {element = f16}
     %8   = aten.mul %w, %7
 
-Runs first, on what `tyir-import` wrote: every later pass knows `ty` only.  Rules are tried phase by phase (`_raise_rules.PHASES`); after each
-phase nothing dead remains.  Afterwards only `func` and `ty` ops are left, and `quant` ops in weight expressions.  What no rule raised is an error that lists every such op with its
-count, the first layer and the model's source line.  Numbers change by rounding alone: `ty` ops compute in f32 and round once.
-"""
+Runs first, on what `tyir-import` wrote: every later pass knows `ty` only.  Rules are tried phase by phase
+(`_raise_rules.PHASES`); after each phase nothing dead remains.  Afterwards only `func` and `ty` ops are
+left, and `quant` ops in weight expressions.  What no rule raised is an error that lists every such op with
+its count, the first layer and the model's source line.  Numbers change by rounding alone: `ty` ops compute
+in f32 and round once.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class RaiseAten(Pass):
 
 
 def raise_aten(module: Module, statistics: dict[str, int] | None = None) -> None:
-    """Raise every function of `module` in place; `statistics` counts the uses of each rule.  `TyirError` lists the ops that no rule raises."""
+    """Raise every function of `module` in place; `statistics` counts the uses of each rule.  `TyirError`
+    lists the ops that no rule raises.
+    """
     functions = [f for f in module.body if isinstance(f, func.Func) and not f.is_external]
     for function in functions:
         for phase in PHASES:
@@ -61,7 +65,9 @@ def _sweep(block: Block, phase: Phase, statistics: dict[str, int]) -> None:
         for root, rule in phase:
             if isinstance(op, root) and (value := rule(op)) is not None:
                 if value.type is not op.result.type:
-                    raise AssertionError(f"rule {rule.__name__} makes {value.type} of {op.result.type} at {op.loc}")
+                    raise AssertionError(
+                        f"rule {rule.__name__} makes {value.type} of {op.result.type} at {op.loc}"
+                    )
                 op.replace_with([value])
                 statistics[rule.__name__] = statistics.get(rule.__name__, 0) + 1
                 break
@@ -84,13 +90,21 @@ def _check(functions: list[func.Func]) -> None:
                 left.setdefault(op.name, []).append(op)
     if left:
         total = sum(map(len, left.values()))
-        lines = [f"{name}: {_times(len(ops))}, first {_place(ops[0].loc)}" for name, ops in sorted(left.items())]
+        lines = [
+            f"{name}: {_times(len(ops))}, first {_place(ops[0].loc)}" for name, ops in sorted(left.items())
+        ]
         kinds = f"{len(left)} kinds of operations" if len(left) > 1 else "1 kind of operation"
-        message = f"raise-aten left {kinds} ({total} op{'s' if total > 1 else ''}) that no rule knows:\n  " + "\n  ".join(lines)
+        message = (
+            f"raise-aten left {kinds} ({total} op{'s' if total > 1 else ''}) that no rule knows:\n  "
+            + "\n  ".join(lines)
+        )
         raise TyirError(
             Diagnostic(
                 message,
-                help="the model computes something that is not among the rules of passes/_raise_rules.py and _raise_rotary.py; add a rule there",
+                help=(
+                    "the model computes something that is not among the rules of passes/_raise_rules.py and"
+                    " _raise_rotary.py; add a rule there"
+                ),
             )
         )
 

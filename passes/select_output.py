@@ -3,8 +3,9 @@
     func.return %logits, %k0n, ...     -->     %values, %ids = ty.top_k(%logits) {k = 8}
                                                func.return %values, %ids, %k0n, ...
 
-`argmax` is k = 1.  The results are called `top_values` (f32 [b, s, k]) and `top_ids` (i32 [b, s, k]).  Runs before partition-dies, which then lets each die
-choose among its own columns of the vocabulary and gathers the few candidates instead of the logits.
+`argmax` is k = 1.  The results are called `top_values` (f32 [b, s, k]) and `top_ids` (i32 [b, s, k]).  Runs
+before partition-dies, which then lets each die choose among its own columns of the vocabulary and gathers the
+few candidates instead of the logits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ LOGITS: Final = DictAttr({"tyir.name": StringAttr("logits")})
 
 
 def parse_output(text: str) -> int:
-    """How many tokens of each position a program with this output returns: `logits` 0, `argmax` 1, `topk=8` 8.  Raises `TyirError` for anything else."""
+    """How many tokens of each position a program with this output returns: `logits` 0, `argmax` 1, `topk=8`
+    8.  Raises `TyirError` for anything else.
+    """
     if text in ("logits", "argmax"):
         return int(text == "argmax")
     kind, equals, count = text.partition("=")
@@ -66,10 +69,15 @@ class SelectOutput(Pass):
     def _count(self) -> int:
         if self.kind == "topk":
             if self.k < 1:
-                raise TyirError(f"k={self.k}: at least 1 token must be returned", help="use select-output{kind=topk k=8}")
+                raise TyirError(
+                    f"k={self.k}: at least 1 token must be returned", help="use select-output{kind=topk k=8}"
+                )
             return self.k
         if self.k not in (0, 1):
-            raise TyirError(f"k={self.k} goes with kind=topk, not with kind={self.kind}", help=f"use select-output{{kind=topk k={self.k}}}")
+            raise TyirError(
+                f"k={self.k} goes with kind=topk, not with kind={self.kind}",
+                help=f"use select-output{{kind=topk k={self.k}}}",
+            )
         return int(self.kind == "argmax")
 
 
@@ -78,10 +86,14 @@ def _select(function: Func, k: int) -> None:
     logits, *rest = terminator.operands
     vocabulary = tensor_type(logits).dims[-1] or 0
     if k > vocabulary:
-        raise TyirError(f"k={k} is more than the {vocabulary} tokens of the vocabulary", help=f"use k={vocabulary}")
+        raise TyirError(
+            f"k={k} is more than the {vocabulary} tokens of the vocabulary", help=f"use k={vocabulary}"
+        )
     top = TopK(logits, k=k, loc=terminator.loc if logits.op is None else logits.op.loc)
     top.insert_before(terminator)
     attrs = [function.res_attr(i) for i in range(1, 1 + len(rest))]
     terminator.operands = [*top.results, *rest]
     function.refresh_type()
-    function.set_res_attrs([*(DictAttr({"tyir.name": StringAttr(n)}) for n in ("top_values", "top_ids")), *attrs])
+    function.set_res_attrs(
+        [*(DictAttr({"tyir.name": StringAttr(n)}) for n in ("top_values", "top_ids")), *attrs]
+    )

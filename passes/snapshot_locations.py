@@ -1,9 +1,11 @@
-"""Writes the IR to a file and makes every op point at its line there: an error of a later pass then names a line of that file.
+"""Writes the IR to a file and makes every op point at its line there: an error of a later pass then names
+a line of that file.
 
     %y = ty.silu(%x) loc("model.layers.0.mlp")      -->   %y = ty.silu(%x) loc(fused["step1.ir":3:3, "model.layers.0.mlp"])
 
-MLIR's `--snapshot-op-locations`.  The old location stays behind the new one, because passes read the model's module path from it; `replace=true` drops it.
-"""
+MLIR's `--snapshot-op-locations`.  The old location stays behind the new one, because passes read the
+model's module path from it; `replace=true` drops it.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ __all__ = ["SnapshotLocations"]
 
 @dataclass(frozen=True)
 class SnapshotLocations(Pass):
-    """Write the IR to `filename` and give ops their places in it; with `tag` the place is `loc("tag"("file":1:2))`."""
+    """Write the IR to `filename` and give ops their places in it; with `tag` the place is
+    `loc("tag"("file":1:2))`.
+    """
 
     filename: str = "snapshot.ir"
     tag: str | None = None

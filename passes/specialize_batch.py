@@ -2,17 +2,18 @@
 
     @main(%ids: tensor<1x?xi32>, %pos: tensor<1xi32>, %k0: tensor<1xGxCAPxDxf16>)   -->   @main(%ids: tensor<4x?xi32>, %pos: tensor<4xi32>, %k0: tensor<4x...>)
 
-Each sequence has its own position and its own part of the caches; weights are read once for all.  Runs at stage ty or kv, before partition-dies.
-"""
+Each sequence has its own position and its own part of the caches; weights are read once for all.  Runs at
+stage ty or kv, before partition-dies.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tyir.constexpr import ConstantExpressions
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Reshape, tensor_type
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
 from tyir.passes._stages import require_stage
 from tyir.passes.specialize_seqlen import infer_results
@@ -26,7 +27,9 @@ _MOST = 64
 def check_batch(batch: int) -> None:
     """`TyirError` unless the number of sequences is in 1..64."""
     if not 1 <= batch <= _MOST:
-        raise TyirError(f"a batch of {batch}: 1 to {_MOST} sequences", help=f"use {min(max(batch, 1), _MOST)}")
+        raise TyirError(
+            f"a batch of {batch}: 1 to {_MOST} sequences", help=f"use {min(max(batch, 1), _MOST)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class SpecializeBatch(Pass):
         others = [a for a in function.args if tensor_type(a).dims[:1] != (1,)]
         if others:
             raise TyirError(
-                f"@{function.sym_name} takes %{others[0].name or others[0].index}: {others[0].type}, whose first dimension is not one sequence",
+                f"@{function.sym_name} takes %{others[0].name or others[0].index}: {others[0].type}, whose"
+                " first dimension is not one sequence",
                 help="run specialize-batch once, at stage ty or kv",
             )
         for arg in function.args:
@@ -59,7 +63,10 @@ class SpecializeBatch(Pass):
             if isinstance(op, Reshape):
                 if op.shape[0] not in (1, -1):
                     problems.append(
-                        Diagnostic(f"a reshape to {list(op.shape)} mixes the sequences with other dimensions", where=str(op.loc))
+                        Diagnostic(
+                            f"a reshape to {list(op.shape)} mixes the sequences with other dimensions",
+                            where=str(op.loc),
+                        )
                     )
                 op.shape = tuple(self.batch if i == 0 and d == 1 else d for i, d in enumerate(op.shape))
             infer_results(op)

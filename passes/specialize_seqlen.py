@@ -1,10 +1,11 @@
-"""One function per sequence length: `@main` over `?` tokens becomes `@main_s1`, `@main_s8`, ... with static shapes.
+"""One function per sequence length: `@main` over `?` tokens becomes `@main_s1`, `@main_s8`, ... with
+static shapes.
 
     @main(%ids: tensor<1x?xi32>, ...)   -->   @main_s1(%ids: tensor<1x1xi32>, ...)  @main_s8(%ids: tensor<1x8xi32>, ...)
 
-A prompt runs as chunks of these lengths over the cache, the last one padded.  All lengths share the weights.  Runs after partition-dies, so that the dies
-are cut once.
-"""
+A prompt runs as chunks of these lengths over the cache, the last one padded.  All lengths share the
+weights. Runs after partition-dies, so that the dies are cut once.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ def check_seqlens(seqlens: Sequence[int], capacity: int) -> None:
             else f"{max(seqlens)} is larger than the cache of {capacity} tokens" if max(seqlens) > capacity
             else "must ascend without repetition"
         )  # fmt: skip
-        raise TyirError(f"sequence lengths {','.join(map(str, seqlens))}: {what}", help=f"use seqlens={','.join(map(str, wanted))}")
+        raise TyirError(
+            f"sequence lengths {','.join(map(str, seqlens))}: {what}",
+            help=f"use seqlens={','.join(map(str, wanted))}",
+        )
 
 
 def infer_results(op: Op) -> None:
@@ -60,7 +64,11 @@ class SpecializeSeqlen(Pass):
     seqlens: tuple[int, ...] = (1, 8)
 
     def run(self, op: Op, context: PassContext) -> None:
-        dynamic = [f for f in op.walk_type(Func) if any(isinstance(a.type, TensorType) and not a.type.is_static for a in f.args)]
+        dynamic = [
+            f
+            for f in op.walk_type(Func)
+            if any(isinstance(a.type, TensorType) and not a.type.is_static for a in f.args)
+        ]
         capacities = [c for f in dynamic if (c := cache_capacity(f)) is not None]
         check_seqlens(self.seqlens, min(capacities, default=1 << 31))
         for function in dynamic:

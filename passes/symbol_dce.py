@@ -2,8 +2,8 @@
 
     func.func @helper {sym_visibility = "private"} (no call of it)      -->   (deleted)
 
-A symbol is private when `sym_visibility` says so.  Algorithm: mark from everything that is not a private symbol, following symbol references in
-properties and attributes; what stays unmarked goes.
+A symbol is private when `sym_visibility` says so.  Algorithm: mark from everything that is not a private
+symbol, following symbol references in properties and attributes; what stays unmarked goes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tyir.attributes import ArrayAttr, Attribute, DictAttr, StringAttr, SymbolRefAttr
+from tyir.checking.rules import SymbolTables
 from tyir.ir import Op
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import erase_all
-from tyir.verify_rules import SymbolTables
 
 __all__ = ["SymbolDce"]
 
@@ -52,8 +52,14 @@ def dead_symbols(root: Op) -> list[Op]:
             target = tables.resolve(reference, tables.nearest(op), outward=True)
             if target is not None:
                 stack.append(target)
-        stack.extend(o for region in op.regions for block in region.blocks for o in block if not is_private(o))
-    return [op for op in root.walk() if is_private(op) and op not in live and (op.parent_op in live or op.parent_op is root)]
+        stack.extend(
+            o for region in op.regions for block in region.blocks for o in block if not is_private(o)
+        )
+    return [
+        op
+        for op in root.walk()
+        if is_private(op) and op not in live and (op.parent_op in live or op.parent_op is root)
+    ]
 
 
 def _references(op: Op) -> Iterator[SymbolRefAttr]:

@@ -3,7 +3,7 @@
 %y = ty.silu(%x); func.return(%y)      -->      n0 [label="%x"]; n1 [label="ty.silu\\nmodel.layers.0.mlp"]; n0 -> n1 [label="1x?x256xf16"]; ...
 
 tyir-opt --view-op-graph model.ir -o out.ir 2> model.dot; dot -Tsvg model.dot > model.svg
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ __all__ = ["ViewOpGraph", "dot_text"]
 
 @dataclass(frozen=True)
 class ViewOpGraph(Pass):
-    """Print the graph of ops in dot (`file=...`: not on stderr; `constants=false`: without weights and constants)."""
+    """Print the graph of ops in dot (`file=...`: not on stderr; `constants=false`: without weights and
+    constants).
+    """
 
     anchor: ClassVar[str] = "any"
     file: str | None = None
@@ -41,10 +43,19 @@ class ViewOpGraph(Pass):
 
 
 def dot_text(root: Op, *, constants: bool = True, max_label: int = 40) -> str:
-    """The dot text of everything below `root`: ops as boxes, values as edges, ops with regions as clusters."""
+    """The dot text of everything below `root`: ops as boxes, values as edges, ops with regions as
+    clusters.
+    """
     writer = _Writer(constants, max_label)
     return "\n".join(
-        ["digraph ir {", "  node [shape=box, fontname=monospace]", "  compound=true", *writer.op(root, "  "), *writer.edges, "}"]
+        [
+            "digraph ir {",
+            "  node [shape=box, fontname=monospace]",
+            "  compound=true",
+            *writer.op(root, "  "),
+            *writer.edges,
+            "}",
+        ]
     )
 
 
@@ -97,7 +108,9 @@ class _Writer:
             source: Op | Value = value.op or value
             if self.constants or not isinstance(source, Op) or not source.has_trait(ConstantLike):
                 kind = str(value.type).removeprefix("tensor<").removesuffix(">")
-                self.edges.append(f"  {self.node(source)} -> {self.node(op)} [label={json.dumps(self._short(kind))}]")
+                self.edges.append(
+                    f"  {self.node(source)} -> {self.node(op)} [label={json.dumps(self._short(kind))}]"
+                )
 
     def _label(self, op: Op) -> str:
         head = f"{op.name} @{op.sym_name}" if op.sym_name else op.name

@@ -1,8 +1,10 @@
 """pytest's configuration: `*.ir` files are tests, `--slow` runs what is marked slow.
 
-A line `// RUN: tyir-opt --cse %s | filecheck %s` runs the tool in this process and checks its output against the file's CHECK lines (LLVM's FileCheck
-language).  `| same` instead compares all of the output with the `// OUT: ` lines that follow the RUN line; `pytest --bless` rewrites those after a change that
-was meant.  `not` in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file; several RUN lines run in order.
+A line `// RUN: tyir-opt --cse %s | filecheck %s` runs the tool in this process and checks its output against
+the file's CHECK lines (LLVM's FileCheck language).  `| same` instead compares all of the output with the `//
+OUT: ` lines that follow the RUN line; `pytest --bless` rewrites those after a change that was meant.  `not`
+in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file; several
+RUN lines run in order.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption("--bless", action="store_true", help="write what tools print now into the `// OUT: ` lines of .ir tests")
+    parser.addoption(
+        "--bless",
+        action="store_true",
+        help="write what tools print now into the `// OUT: ` lines of .ir tests",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,14 +64,20 @@ class IrTestFailure(Exception):
 class IrTest(pytest.Item):
     def runtest(self) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        new = [line for line in lines if not line.startswith(_OUT)] if self.config.getoption("--bless") else None
+        new = (
+            [line for line in lines if not line.startswith(_OUT)]
+            if self.config.getoption("--bless")
+            else None
+        )
         with tempfile.TemporaryDirectory() as folder:
             for number, line in enumerate(lines):
                 before, found, command = line.partition("// RUN:")
                 if not found or before.strip():
                     continue
                 expected = list(itertools.takewhile(lambda text: text.startswith(_OUT), lines[number + 1 :]))
-                output = self._run(command.strip(), folder, [text[len(_OUT) + 1 :] for text in expected], new is not None)
+                output = self._run(
+                    command.strip(), folder, [text[len(_OUT) + 1 :] for text in expected], new is not None
+                )
                 if new is not None and output is not None:
                     place = new.index(line) + 1
                     new[place:place] = [f"{_OUT} {text}".rstrip() for text in output]
@@ -80,8 +92,13 @@ class IrTest(pytest.Item):
             if stage.strip() == "same":
                 output = [line.rstrip() for line in text.splitlines()]
                 if not bless and output != expected:
-                    difference = "\n".join(difflib.unified_diff(expected, output, "the OUT lines", "printed now", lineterm=""))
-                    raise IrTestFailure(f"$ {command}\n{difference}\nif this is what should be printed: pytest --bless {self.path}")
+                    difference = "\n".join(
+                        difflib.unified_diff(expected, output, "the OUT lines", "printed now", lineterm="")
+                    )
+                    raise IrTestFailure(
+                        f"$ {command}\n{difference}\nif this is what should be printed: pytest --bless"
+                        f" {self.path}"
+                    )
                 return output
             words = shlex.split(stage)
             merge = "2>&1" in words

@@ -1,6 +1,7 @@
 """A small random language model as a `ty` module, built without torch: what pass tests run on.
 
-`build(Shape(...))` gives the module and an in-memory `WeightSource`; it is the structure raise-aten makes of a Qwen2 graph.
+`build(Shape(...))` gives the module and an in-memory `WeightSource`; it is the structure raise-aten makes of
+a Qwen2 graph.
 """
 
 from __future__ import annotations
@@ -67,9 +68,18 @@ class _Builder:
             if self.draw:
                 self.weights[name] = (offset + scale * self.rng.standard_normal(dims)).astype(np.float16)
             self.module.body.append(
-                ty.Global(sym_name=name, type=TensorType(dims, f16), file="memory", key=name, offset=0, nbytes=2 * math.prod(dims))
+                ty.Global(
+                    sym_name=name,
+                    type=TensorType(dims, f16),
+                    file="memory",
+                    key=name,
+                    offset=0,
+                    nbytes=2 * math.prod(dims),
+                )
             )
-        return self.add(ty.GetGlobal(symbol=SymbolRefAttr(name), result_types=[TensorType(dims, f16)], loc=self.loc(name)))
+        return self.add(
+            ty.GetGlobal(symbol=SymbolRefAttr(name), result_types=[TensorType(dims, f16)], loc=self.loc(name))
+        )
 
     def loc(self, path: str) -> NameLoc:
         return NameLoc(path.removesuffix(".weight").removesuffix(".bias"), FileLoc("llm.py", 1, 1))
@@ -90,14 +100,24 @@ class _Builder:
         for name, heads in (("q", s.heads), ("k", s.kv_heads), ("v", s.kv_heads)):
             y = self.linear(f"{path}.self_attn.{name}_proj", h, heads * s.head_dim, s.hidden, s.bias)
             y = self.add(ty.Reshape(y, shape=(1, -1, heads, s.head_dim), loc=self.loc(f"{path}.self_attn")))
-            parts.append(y if name == "v" else self.add(ty.Rope(y, cos, sin, loc=self.loc(f"{path}.self_attn"))))
+            parts.append(
+                y if name == "v" else self.add(ty.Rope(y, cos, sin, loc=self.loc(f"{path}.self_attn")))
+            )
         a = self.add(ty.Attention(*parts, scale=s.head_dim**-0.5, loc=self.loc(f"{path}.self_attn")))
         a = self.add(ty.Reshape(a, shape=(1, -1, s.heads * s.head_dim), loc=self.loc(f"{path}.self_attn")))
-        x = self.add(ty.Add(x, self.linear(f"{path}.self_attn.o_proj", a, s.hidden, s.heads * s.head_dim), loc=self.loc(path)))
+        x = self.add(
+            ty.Add(
+                x,
+                self.linear(f"{path}.self_attn.o_proj", a, s.hidden, s.heads * s.head_dim),
+                loc=self.loc(path),
+            )
+        )
         h = self.norm(f"{path}.post_attention_layernorm", x)
         gate, up = (self.linear(f"{path}.mlp.{n}_proj", h, s.width, s.hidden) for n in ("gate", "up"))
         act = self.add(ty.SiluMul(gate, up, loc=self.loc(f"{path}.mlp")))
-        return self.add(ty.Add(x, self.linear(f"{path}.mlp.down_proj", act, s.hidden, s.width), loc=self.loc(path)))
+        return self.add(
+            ty.Add(x, self.linear(f"{path}.mlp.down_proj", act, s.hidden, s.width), loc=self.loc(path))
+        )
 
     def build(self) -> tuple[Module, ArrayWeights]:
         s = self.shape
@@ -105,12 +125,16 @@ class _Builder:
         table = self.weight("model.embed_tokens.weight", s.vocabulary, s.hidden, scale=1.0)
         x = self.add(ty.Embedding(table, ids, loc=self.loc("model.embed_tokens")))
         inv_freq = (10000.0 ** (-np.arange(0, s.head_dim, 2) / s.head_dim)).astype(np.float32)
-        angles = ty.RopeAngles(positions, inv_freq=DenseElementsAttr.from_numpy(inv_freq), loc=self.loc("model.rotary_emb"))
+        angles = ty.RopeAngles(
+            positions, inv_freq=DenseElementsAttr.from_numpy(inv_freq), loc=self.loc("model.rotary_emb")
+        )
         self.add(angles)
         for index in range(s.layers):
             x = self.layer(index, x, angles.cos, angles.sin)
         x = self.norm("model.norm", x)
-        head = table if s.tied else self.weight("lm_head.weight", s.vocabulary, s.hidden, scale=s.hidden**-0.5)
+        head = (
+            table if s.tied else self.weight("lm_head.weight", s.vocabulary, s.hidden, scale=s.hidden**-0.5)
+        )
         logits = self.add(ty.Linear(x, head, loc=self.loc("lm_head")))
         self.function.body.append(Return(values=[logits]))
         self.function.refresh_type()
@@ -126,7 +150,9 @@ def build(shape: Shape, seed: int = 0, draw: bool = True) -> tuple[Module, Array
 def run_ty(module: Module, weights: ArrayWeights, ids: list[int]) -> Array:
     """Logits [n, V] of a `ty` module."""
     n = len(ids)
-    return run_lockstep([Interpreter(module, weights).run("main", [np.array([ids]), np.arange(n)[None]])])[0][0][0]
+    return run_lockstep([Interpreter(module, weights).run("main", [np.array([ids]), np.arange(n)[None]])])[0][
+        0
+    ][0]
 
 
 def dies_of(module: Module) -> list[Module]:
@@ -147,10 +173,16 @@ class Step:
         """Logits [len(ids), V] for tokens after those fed before."""
         functions = [f for d in self.dies if isinstance(f := d.lookup(function), Func)]
         if self.caches is None:
-            self.caches = [[np.zeros(a.type.static_shape, storage_dtype(a.type.element)) for a in f.args[2:]] for f in functions]
+            self.caches = [
+                [np.zeros(a.type.static_shape, storage_dtype(a.type.element)) for a in f.args[2:]]
+                for f in functions
+            ]
         tokens = np.array([ids + [0] * ((padded or len(ids)) - len(ids))], np.int32)
         pos = np.array([self.position], np.int32)
-        runs = [Interpreter(d, self.weights).run(function, [tokens, pos, *c]) for d, c in zip(self.dies, self.caches)]
+        runs = [
+            Interpreter(d, self.weights).run(function, [tokens, pos, *c])
+            for d, c in zip(self.dies, self.caches)
+        ]
         self.outputs = run_lockstep(runs)[0]
         logits = self.outputs[0][0, : len(ids)]
         self.position += len(ids)

@@ -16,7 +16,19 @@ ty.global @w {file = "f", key = "k", nbytes = 4, offset = 0, type = tensor<2xf16
 
 
 def _pytest(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *flags, str(folder)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(folder),
+        *flags,
+        str(folder),
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
@@ -29,5 +41,9 @@ def test_bless(tmp_path: Path) -> None:
     assert file.read_text() == TEXT
     assert _pytest(tmp_path, "--bless").returncode == 0
     lines = file.read_text().splitlines()
-    assert lines[1] == '// OUT: "builtin.module"() ({' and lines.count(lines[1]) == 2 and "// OUT: old" not in lines
+    assert (
+        lines[1] == '// OUT: "builtin.module"() ({'
+        and lines.count(lines[1]) == 2
+        and "// OUT: old" not in lines
+    )
     assert _pytest(tmp_path).returncode == 0

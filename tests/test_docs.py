@@ -1,4 +1,6 @@
-"""What the documents say is so: examples in docstrings run, commands in READMEs exist with the flags they are given, links lead somewhere."""
+"""What the documents say is so: examples in docstrings run, commands in READMEs exist with the flags they are
+given, links lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 
 
 def module_files() -> dict[str, Path]:
-    """Import name to file of every module; the six roots are named because nothing walks across `package-dir`."""
+    """Import name to file of every module; the six roots are named because nothing walks across
+    `package-dir`.
+    """
     found = {}
     for package, folder in FOLDERS.items():
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -32,10 +36,17 @@ def module_files() -> dict[str, Path]:
 
 
 MODULES = module_files()
-READMES = sorted({ROOT / "README.md", *(path for folder in FOLDERS.values() for path in (ROOT / folder).rglob("README.md"))})
+READMES = sorted(
+    {
+        ROOT / "README.md",
+        *(path for folder in FOLDERS.values() for path in (ROOT / folder).rglob("README.md")),
+    }
+)
 
 
-@pytest.mark.parametrize("name", [name for name, file in MODULES.items() if ">>> " in file.read_text(encoding="utf-8")])
+@pytest.mark.parametrize(
+    "name", [name for name, file in MODULES.items() if ">>> " in file.read_text(encoding="utf-8")]
+)
 def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
@@ -76,9 +87,16 @@ def unknown_parts(command: str) -> list[str]:
     for position, word in enumerate(words := shlex.split(command, comments=True)):
         if position == 0 or words[position - 1] in ("|", "&&", ";"):
             script = word
-            if (script.startswith("tyir-") and script not in SCRIPTS) or (script.startswith("./") and not (ROOT / script).is_file()):
+            if (script.startswith("tyir-") and script not in SCRIPTS) or (
+                script.startswith("./") and not (ROOT / script).is_file()
+            ):
                 unknown.append(script)
-        elif script in SCRIPTS and word.startswith("-") and word != "-" and word.partition("=")[0] not in help_flags(script):
+        elif (
+            script in SCRIPTS
+            and word.startswith("-")
+            and word != "-"
+            and word.partition("=")[0] not in help_flags(script)
+        ):
             unknown.append(f"{script} {word}")
     return unknown
 
@@ -96,6 +114,9 @@ def test_links_in_readme_lead_somewhere(readme: Path) -> None:
 
 
 def test_console_commands_are_found() -> None:
-    text = "text\n```console\n$ tyir-opt a.ir \\\n    --timing\noutput\n$ ./tools/test\n```\n```python\n$ no\n```\n"
+    text = (
+        "text\n```console\n$ tyir-opt a.ir \\\n    --timing\noutput\n$ ./tools/test\n```\n```python\n$"
+        " no\n```\n"
+    )
     assert console_commands(text) == ["tyir-opt a.ir --timing", "./tools/test"]
     assert unknown_parts("tyir-nothing a.ir && ./tools/nothing") == ["tyir-nothing", "./tools/nothing"]

@@ -1,4 +1,6 @@
-"""Nothing heavy is loaded before it is needed: `import tyir` and every tool's `--help` leave torch, transformers and tvm alone."""
+"""Nothing heavy is loaded before it is needed: `import tyir` and every tool's `--help` leave torch,
+transformers and tvm alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "transformers", "tvm", "tvm_ffi", "safetensors")
-PYPROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+PYPROJECT = tomllib.loads(
+    (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+)
 SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 
 REPORT = f"import sys; print(*(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)"
@@ -20,7 +24,9 @@ REPORT = f"import sys; print(*(name for name in {HEAVY!r} if name in sys.modules
 
 def loaded_heavy(code: str, folder: Path) -> list[str]:
     """The heavy libraries a fresh process has loaded after `code`; run away from the checkout."""
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{REPORT}"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{REPORT}"], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr.split()
 

@@ -1,7 +1,9 @@
-"""Who may import whom: all arrows point at `tyir`, neighbours meet in a printable dialect and never in each other's Python.
+"""Who may import whom: all arrows point at `tyir`, neighbours meet in a printable dialect and never in each
+other's Python.
 
-The table is enforced on the syntax trees, so an import inside a function counts too.  Where a heavy library may stand, and whether it may
-stand at the top of a module, is part of the table: `import tyir` and `tyir-opt --help` must stay light (`test_imports.py`).
+The table is enforced on the syntax trees, so an import inside a function counts too.  Where a heavy library
+may stand, and whether it may stand at the top of a module, is part of the table: `import tyir` and `tyir-opt
+--help` must stay light (`test_imports.py`).
 """
 
 from __future__ import annotations
@@ -39,19 +41,26 @@ THIRD_PARTY: dict[str, set[str]] = {
 
 # Libraries a package may import inside functions only.
 LAZY: dict[str, set[str]] = {
-    "tools": {"torch", "transformers", "safetensors", "scipy"},  # scipy: fitting the constants of a machine file, dev only
+    "tools": {
+        "torch",
+        "transformers",
+        "safetensors",
+        "scipy",
+    },  # scipy: fitting the constants of a machine file, dev only
 }
 
 # Files and folders that may import a library nobody else may.
 SPECIAL: dict[str, tuple[str, ...]] = {
-    "tvm": ("backends/edge10/tvm_host.py", "backends/edge10/kernels/", "runtime_sim/host_runtime.py"),
-    "tvm_ffi": ("backends/edge10/tvm_host.py", "backends/edge10/kernels/", "runtime_sim/host_runtime.py"),
+    "tvm": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
+    "tvm_ffi": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
 }
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, by absolute name; `lazy` when it stands in a function, `typing_only` under `if TYPE_CHECKING`."""
+    """One imported module, by absolute name; `lazy` when it stands in a function, `typing_only` under `if
+    TYPE_CHECKING`.
+    """
 
     module: str
     line: int
@@ -85,8 +94,14 @@ def _imported(node: ast.AST) -> list[str]:
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         base = "." * node.level + (node.module or "")
-        return [f"{base}.{alias.name}" for alias in node.names]  # `from tyir import backends` means tyir.backends
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+        return [
+            f"{base}.{alias.name}" for alias in node.names
+        ]  # `from tyir import backends` means tyir.backends
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        "importlib.import_module",
+        "import_module",
+        "__import__",
+    ):
         return [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     return []
 
@@ -112,9 +127,15 @@ def _refused(path: str, package: str, item: Import) -> str:
     if library in sys.stdlib_module_names or library in THIRD_PARTY[package]:
         return ""
     if library in SPECIAL:
-        return "" if path.startswith(SPECIAL[library]) else f"only {', '.join(SPECIAL[library])} may import {library}"
+        return (
+            ""
+            if path.startswith(SPECIAL[library])
+            else f"only {', '.join(SPECIAL[library])} may import {library}"
+        )
     if library in LAZY.get(package, ()):
-        return "" if item.lazy or item.typing_only else f"{package} may import {library} inside functions only"
+        return (
+            "" if item.lazy or item.typing_only else f"{package} may import {library} inside functions only"
+        )
     return f"{package} may import the standard library and {', '.join(sorted(THIRD_PARTY[package]))}"
 
 
@@ -155,9 +176,9 @@ def test_the_table_refuses(path: str, source: str) -> None:
         ("tyir/a.py", "import json, numpy\nfrom tyir.dialects import ty"),
         ("passes/a.py", "from tyir.ir import Op\nfrom tyir.passes.dce import Dce"),
         ("frontends/a.py", "def f():\n    import torch"),
-        ("backends/edge10/tvm_host.py", "from tvm import relax"),
-        ("backends/edge10/kernels/gemv.py", "import tvm"),
-        ("runtime_sim/host_runtime.py", "import tvm"),
+        ("backends/host/tvm_host.py", "from tvm import relax"),
+        ("backends/host/kernels/gemv.py", "import tvm"),
+        ("runtime_sim/session/host_runtime.py", "import tvm"),
         ("tools/a.py", "def f():\n    import torch\n    from tyir.runtime_sim import engine"),
         ("tools/a.py", "if TYPE_CHECKING:\n    import torch"),
     ],

@@ -1,4 +1,6 @@
-"""The wheel holds what the folders hold: `packages` in pyproject.toml is written by hand, and a forgotten one would be missing silently."""
+"""The wheel holds what the folders hold: `packages` in pyproject.toml is written by hand, and a forgotten one
+would be missing silently.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +60,19 @@ def pip(arguments: list[str], folder: Path) -> None:
 
 
 def test_packages_on_disk_are_the_packages_of_pyproject() -> None:
-    on_disk = {name.rpartition("/")[0].replace("/", ".") for name, _ in project_files() if name.endswith("/__init__.py")}
+    on_disk = {
+        name.rpartition("/")[0].replace("/", ".")
+        for name, _ in project_files()
+        if name.endswith("/__init__.py")
+    }
     assert on_disk == set(SETUPTOOLS["packages"])
 
 
 def test_every_folder_with_modules_is_a_package() -> None:
     folders = {file.parent for _, file in project_files() if file.suffix == ".py"}
-    assert [folder.relative_to(ROOT) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+    assert [
+        folder.relative_to(ROOT) for folder in sorted(folders) if not (folder / "__init__.py").exists()
+    ] == []
 
 
 def test_no_core_module_is_hidden_by_a_mapped_folder() -> None:
@@ -91,12 +99,16 @@ def test_wheel_holds_exactly_the_project(wheel: Path) -> None:
     assert len({name.partition("/")[0] for name in metadata}) == 1
     expected = {name for name, file in project_files() if shipped(file)}
     missing, unexpected = sorted(expected - names), sorted(names - metadata - expected)
-    assert not missing, f"not in the wheel: {missing}; add the kind of file to package-data, or the file to NOT_SHIPPED"
+    assert not missing, (
+        f"not in the wheel: {missing}; add the kind of file to package-data, or the file to NOT_SHIPPED"
+    )
     assert not unexpected, f"in the wheel but not in the checkout: {unexpected}"
 
 
 def test_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which finds the libraries (not the editable tyir) of this one by a path file."""
+    """In an environment of its own, which finds the libraries (not the editable tyir) of this one by a path
+    file.
+    """
     environment = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"
@@ -104,11 +116,16 @@ def test_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Pat
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
 
-    where = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]), sep='\\n')"
+    where = (
+        "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]),"
+        " sep='\\n')"
+    )
     done = subprocess.run([python, "-c", where, *FOLDERS], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(Path(line).is_relative_to(site) for line in done.stdout.split()), done.stdout
 
-    done = subprocess.run([environment / "bin" / "tyir-opt", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [environment / "bin" / "tyir-opt", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "tyir-opt" in done.stdout

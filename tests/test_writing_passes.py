@@ -1,4 +1,6 @@
-"""The worked example of docs/writing-passes.md: its files are written, its commands run, what they print is what the page says."""
+"""The worked example of docs/writing-passes.md: its files are written, its commands run, what they print is
+what the page says.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tyir.pass_registry import load_module_file
+from tyir.pass_manager.registry import load_module_file
 from tyir.registry import unload_dialect
 from tyir.rewrite import rewrite_greedily
 

@@ -1,6 +1,7 @@
 """The Python entry points: compile a checkpoint or a module in one call.
 
-`build_and_compile_llm` has the signature and the defaults of TyLLM's function of that name, so that a TyLLM script changes one import.
+`build_and_compile_llm` has the signature and the defaults of TyLLM's function of that name, so that a TyLLM
+script changes one import.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.manifest import BuildOptions
-from tyir.stopwatch import Stopwatch
+from tyir.pass_manager.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
@@ -34,14 +35,20 @@ def build_and_compile_llm(
     *,
     weights: str = "fp16",
 ) -> Path:
-    """Compile the checkpoint folder `model_path` and return the artifact folder `artifacts_path/{dev_count}die`.
+    """Compile the checkpoint folder `model_path` and return the artifact folder
+    `artifacts_path/{dev_count}die`.
 
-    `artifacts_path` defaults to `{model_path}_tyir` beside the model.  `weights` ("fp16" or "int4") is ours.  Raises `TyirError`.
+    `artifacts_path` defaults to `{model_path}_tyir` beside the model.  `weights` ("fp16" or "int4") is ours.
+    Raises `TyirError`.
     """
     model = Path(model_path)
     out = Path(artifacts_path) if artifacts_path is not None else model.with_name(model.name + "_tyir")
     options = BuildOptions(
-        dies=dev_count, seqlens=tuple(seq_len_list), max_kv=max_kv_cache_size, embedding_as_input=embedding_as_input, weights=weights
+        dies=dev_count,
+        seqlens=tuple(seq_len_list),
+        max_kv=max_kv_cache_size,
+        embedding_as_input=embedding_as_input,
+        weights=weights,
     )
     return compile_path(model, out, options)
 
@@ -59,9 +66,11 @@ def compile_path(
     binary: bool = False,
     machine: str | Path = "edge10",
 ) -> Path:
-    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises `TyirError` before any work for options that cannot be.
+    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises
+    `TyirError` before any work for options that cannot be.
 
-    `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`); `binary` and `machine` are `CompileContext`'s.
+    `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`); `binary` and `machine` are
+    `CompileContext`'s.
     """
     from tyir.backends.edge10.compile import CompileContext, check_target, compile_module
     from tyir.targets.machine import load_machine
@@ -74,20 +83,31 @@ def compile_path(
     with watch.stage("import"):
         module = load_module(model, plugin, warn, options.max_kv)
     _warn_about_positions(module, options, warn)
-    return compile_module(module, out, options, CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine))
+    return compile_module(
+        module,
+        out,
+        options,
+        CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine),
+    )
 
 
 def load_module(
-    model: Path, plugin: ModelPlugin | None = None, warn: Callable[[str], None] = _silent, positions: int | None = None
+    model: Path,
+    plugin: ModelPlugin | None = None,
+    warn: Callable[[str], None] = _silent,
+    positions: int | None = None,
 ) -> Module:
-    """The module of a checkpoint folder (imported for a cache of `positions` tokens) or of an `.ir` file (parsed and verified)."""
+    """The module of a checkpoint folder (imported for a cache of `positions` tokens) or of an `.ir` file
+    (parsed and verified).
+    """
     if model.is_dir() or model.suffix == ".gguf" or (plugin is not None and model.suffix != ".ir"):
         from tyir.frontends.huggingface import import_model
 
         return import_model(model, note=lambda d: warn(d.message), plugin=plugin, positions=positions)
     if not model.exists():
         raise TyirError(
-            f"{model} does not exist", help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"
+            f"{model} does not exist",
+            help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt",
         )
     from tyir.parser import parse_file
     from tyir.printer import has_elided_constants
@@ -96,7 +116,8 @@ def load_module(
     module = parse_file(model)
     if has_elided_constants(module):
         raise TyirError(
-            f"{model} was printed with --elide-large-constants: its constants are not in it", help="print it again without that flag"
+            f"{model} was printed with --elide-large-constants: its constants are not in it",
+            help="print it again without that flag",
         )
     verify(module)
     return module
@@ -114,7 +135,9 @@ def check_options(options: BuildOptions) -> None:
     check_stages(options.dies, options.pp)
     check_mesh(options.mesh, options.dies // options.pp)
     if options.max_kv < 1:
-        raise TyirError(f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024")
+        raise TyirError(
+            f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024"
+        )
     check_seqlens(options.seqlens, options.max_kv)
     if options.weights not in ("fp16", "int4"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4")

@@ -47,10 +47,18 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
             code = main(arguments)
             sys.stdout.flush()
             if argv is None:
-                gc.freeze()  # the process ends: its memory goes as a whole, not object by object (0.8 s for a module of 100,000 ops)
+                # the process ends: its memory goes as a whole, not object by object (0.8 s for a module of
+                # 100,000 ops)
+                gc.freeze()
             return code
         except SystemExit as exit:
-            return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else _say(str(exit.code), 1)
+            return (
+                exit.code
+                if isinstance(exit.code, int)
+                else 0
+                if exit.code is None
+                else _say(str(exit.code), 1)
+            )
         except TyirError as error:
             return _say((_traceback() if debug else "") + error.render(), 1)
         except KeyboardInterrupt:
@@ -109,7 +117,9 @@ def _silence_stdout() -> None:
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `TyirError`s: exit code 1, in the style of all other messages; flags are never abbreviated."""
+    """An argument parser whose complaints are `TyirError`s: exit code 1, in the style of all other messages;
+    flags are never abbreviated.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -119,7 +129,10 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def write_output(text: str, path: str) -> None:
-    """Write text to a file, which appears complete or not at all, or to standard output for `-`.  `TyirError` when it cannot be written."""
+    """Write text to a file, which appears complete or not at all, or to standard output for `-`.
+
+    `TyirError` when it cannot be written.
+    """
     if path == "-":
         sys.stdout.write(text)
         return

@@ -34,7 +34,10 @@ def _head(module: Module, nodes: int) -> Iterator[str]:
     assert isinstance(model, DictAttr)
     architecture, layers = model.get("architecture"), model.get("num_hidden_layers")
     name = architecture.value if isinstance(architecture, StringAttr) else "model"
-    yield f"{name}: {layers.value if isinstance(layers, IntegerAttr) else '?'} layers, {nodes} graph operations recognised as"
+    yield (
+        f"{name}: {layers.value if isinstance(layers, IntegerAttr) else '?'} layers, {nodes} graph operations"
+        " recognised as"
+    )
 
 
 def _ops(module: Module) -> Iterator[str]:
@@ -42,7 +45,11 @@ def _ops(module: Module) -> Iterator[str]:
     groups: dict[str, list[Op]] = defaultdict(list)
     for function in module.walk_type(Func):
         for op in function.body:
-            if not isinstance(op, (Return, ty.GetGlobal, ty.Constant)) and op.dialect != "quant" and not _of_weights(op):
+            if (
+                not isinstance(op, (Return, ty.GetGlobal, ty.Constant))
+                and op.dialect != "quant"
+                and not _of_weights(op)
+            ):
                 groups[_kind(op)].append(op)
     width = max(map(len, groups), default=0)
     for kind, ops in sorted(groups.items()):
@@ -52,13 +59,16 @@ def _ops(module: Module) -> Iterator[str]:
 def _of_weights(op: Op) -> bool:
     """Whether the op works on nothing but weights."""
     return bool(op.operands) and all(
-        isinstance(v.op, (ty.GetGlobal, ty.Constant)) or (v.op is not None and _of_weights(v.op)) for v in op.operands
+        isinstance(v.op, (ty.GetGlobal, ty.Constant)) or (v.op is not None and _of_weights(v.op))
+        for v in op.operands
     )
 
 
 def _kind(op: Op) -> str:
     if isinstance(op, ty.QuantizedLinear):
-        return f"ty.quantized_linear (int4, groups of {op.group_size}{', bias' if op.bias is not None else ''})"
+        return (
+            f"ty.quantized_linear (int4, groups of {op.group_size}{', bias' if op.bias is not None else ''})"
+        )
     if isinstance(op, ty.Linear):
         return "ty.linear" + (" (bias)" if op.bias is not None else "")
     if isinstance(op, ty.Attention):
@@ -75,7 +85,9 @@ def _counts(ops: list[Op]) -> str:
         return str(len(ops))
     low, high = min(layers.values()), max(layers.values())
     each = str(low) if low == high else f"{low}..{high}"
-    return f"{len(ops)} = {len(layers)} layer{'s' * (len(layers) > 1)} x {each}" + (f" + {outside}" if outside else "")
+    return f"{len(ops)} = {len(layers)} layer{'s' * (len(layers) > 1)} x {each}" + (
+        f" + {outside}" if outside else ""
+    )
 
 
 def _places(ops: list[Op], most: int = 4) -> str:
@@ -83,7 +95,10 @@ def _places(ops: list[Op], most: int = 4) -> str:
     names: dict[str, None] = {}
     for op in ops:
         path, layer = module_path(op.loc) or "", layer_of(op.loc)
-        names[path.partition(f".{layer}.")[2] or (f"layer {layer}" if layer is not None and path.endswith(f".{layer}") else path)] = None
+        names[
+            path.partition(f".{layer}.")[2]
+            or (f"layer {layer}" if layer is not None and path.endswith(f".{layer}") else path)
+        ] = None
         if len(names) > most:
             break
     shown = [n if not n.startswith("layer ") else "the layer itself" for n in names]
@@ -102,7 +117,9 @@ def _line(location: Location | None) -> str:
 
 def _weights(module: Module) -> Iterator[str]:
     stored = Counter(str(op.type.element) for op in module.body if isinstance(op, ty.Global))
-    yield "weights: " + ", ".join(f"{count} tensors of {element}" for element, count in sorted(stored.items()))
+    yield "weights: " + ", ".join(
+        f"{count} tensors of {element}" for element, count in sorted(stored.items())
+    )
 
 
 def _rules(rules: dict[str, int]) -> Iterator[str]:

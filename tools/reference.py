@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tyir.attribute_printer import attribute_text
 from tyir.opdef import AttrField, DeclaredOp
-from tyir.pass_options import describe_options
-from tyir.pass_registry import PassRegistry
+from tyir.pass_manager.options import describe_options
+from tyir.pass_manager.registry import PassRegistry
 from tyir.pipeline import Pass
 from tyir.registry import dialect_names, dialect_ops
 from tyir.stages import STAGES
+from tyir.text.attribute_printer import attribute_text
 from tyir.tools.cli import ToolParser, run_tool, write_output
 
 __all__ = ["main", "ops_reference", "passes_reference"]
@@ -31,7 +31,9 @@ _HEAD = "<!-- written by python -m tyir.tools.reference; do not edit -->\n"
 def ops_reference() -> str:
     """The Markdown of all dialects that come with tyir."""
     dialects = [name for name in dialect_names() if dialect_ops(name) and _is_own(dialect_ops(name))]
-    parts = [_HEAD + "# Ops\n\nEvery op as declared; how to declare one: [tyir/README.md](../tyir/README.md)."]
+    parts = [
+        _HEAD + "# Ops\n\nEvery op as declared; how to declare one: [tyir/README.md](../tyir/README.md)."
+    ]
     parts.append("Dialects: " + ", ".join(f"[{name}](#{name})" for name in dialects))
     for name in dialects:
         ops = dialect_ops(name)
@@ -56,7 +58,12 @@ def _op(cls: type[DeclaredOp]) -> str:
     if cls.infer is not DeclaredOp.infer and cls.result_fields:
         facts.append("Result types follow from the operands.")
     facts.append("Legal at every stage." if len(legal) == len(STAGES) else f"Legal at: {', '.join(legal)}.")
-    parts = [f"### {cls.name}", _text(cls.__doc__), " ".join(facts), _table(("name", "what", "kind", "default"), rows)]
+    parts = [
+        f"### {cls.name}",
+        _text(cls.__doc__),
+        " ".join(facts),
+        _table(("name", "what", "kind", "default"), rows),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -78,12 +85,18 @@ def _default(field: AttrField) -> str:
 def passes_reference() -> str:
     """The Markdown of all passes and named pipelines."""
     registry = PassRegistry()
-    parts = [_HEAD + "# Passes\n\nEvery pass as declared; how to write one: [writing-passes.md](writing-passes.md)."]
+    parts = [
+        _HEAD
+        + "# Passes\n\nEvery pass as declared; how to write one: [writing-passes.md](writing-passes.md)."
+    ]
     for name in registry.names():
         cls = registry.find(name)
         if cls is not None:
             parts.append(_pass(name, cls))
-    parts.append("# Pipelines\n\n" + _table(("name", "text"), [(f"`{n}`", f"`{t}`") for n, t in sorted(registry.pipelines().items())]))
+    parts.append(
+        "# Pipelines\n\n"
+        + _table(("name", "text"), [(f"`{n}`", f"`{t}`") for n, t in sorted(registry.pipelines().items())])
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -110,14 +123,24 @@ def _text(docstring: str | None) -> str:
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    return "\n".join([f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles), *(f"| {line} |" for line in lines)]) if lines else ""
+    return (
+        "\n".join(
+            [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles), *(f"| {line} |" for line in lines)]
+        )
+        if lines
+        else ""
+    )
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Write both files."""
-    parser = ToolParser(prog="reference", description="Write docs/ops.md and docs/passes.md from the declarations.")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the two files (default: docs)")
+    parser = ToolParser(
+        prog="reference", description="Write docs/ops.md and docs/passes.md from the declarations."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs"), help="folder of the two files (default: docs)"
+    )
     args: argparse.Namespace = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     write_output(ops_reference(), str(args.out / "ops.md"))

@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
 
 if TYPE_CHECKING:
-    from tyir.runtime_sim.serving import Server
+    from tyir.runtime_sim.session.serving import Server
 
 __all__ = ["main"]
 
@@ -26,12 +26,14 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
-    from tyir.runtime_sim.serving import poisson, read_trace, serve, summary, text_block
+    from tyir.runtime_sim.session.serving import poisson, read_trace, serve, summary, text_block
 
     _check_positive(args)
     slos = _slos(args.goodput)
     requests = (
-        read_trace(args.trace) if args.trace else poisson(args.num_prompts, args.request_rate, args.input_len, args.output_len, args.seed)
+        read_trace(args.trace)
+        if args.trace
+        else poisson(args.num_prompts, args.request_rate, args.input_len, args.output_len, args.seed)
     )
     server, note = _server(args)
     figures = summary(serve(requests, server, max_concurrency=args.max_concurrency), slos)
@@ -39,7 +41,10 @@ def main(argv: Sequence[str]) -> int:
     print(note)
     if args.result:
         write_output(
-            json.dumps({"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}, indent=1), str(args.result)
+            json.dumps(
+                {"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}, indent=1
+            ),
+            str(args.result),
         )
     return 0
 
@@ -59,15 +64,18 @@ def _check_positive(args: argparse.Namespace) -> None:
 
 def _server(args: argparse.Namespace) -> tuple[Server, str]:
     if args.engine != "sim":
-        from tyir.runtime_sim.batch_session import BatchSession
-        from tyir.runtime_sim.serving import MeasuredServer
+        from tyir.runtime_sim.session.batch_session import BatchSession
+        from tyir.runtime_sim.session.serving import MeasuredServer
 
         session = BatchSession(args.artifacts, args.engine)
-        return MeasuredServer(session), f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals"
+        return (
+            MeasuredServer(session),
+            f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals",
+        )
     from tyir.manifest import Manifest
-    from tyir.runtime_sim.program import EdgeProgram, load_programs, machine_of
-    from tyir.runtime_sim.report import Predictor
-    from tyir.runtime_sim.serving import SimulatedServer
+    from tyir.runtime_sim.session.serving import SimulatedServer
+    from tyir.runtime_sim.timing.predictor import Predictor
+    from tyir.runtime_sim.timing.program import EdgeProgram, load_programs, machine_of
     from tyir.targets.machine import load_machine
 
     manifest = Manifest.load(args.artifacts)
@@ -81,13 +89,14 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
     machine = load_machine(args.machine) if args.machine else machine_of(args.artifacts, manifest)
     predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
     state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
-    return SimulatedServer(
-        predictor, manifest.options.batch
-    ), f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}"
+    return (
+        SimulatedServer(predictor, manifest.options.batch),
+        f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}",
+    )
 
 
 def _slos(items: Sequence[str]) -> dict[str, float]:
-    from tyir.runtime_sim.serving import SLOS
+    from tyir.runtime_sim.session.serving import SLOS
 
     slos: dict[str, float] = {}
     for item in items:
@@ -97,35 +106,63 @@ def _slos(items: Sequence[str]) -> dict[str, float]:
         except ValueError:
             name = ""
         if name not in SLOS:
-            raise TyirError(f"--goodput {item} is none of {', '.join(f'{s}:MS' for s in SLOS)}", help="write --goodput ttft:500 tpot:50")
+            raise TyirError(
+                f"--goodput {item} is none of {', '.join(f'{s}:MS' for s in SLOS)}",
+                help="write --goodput ttft:500 tpot:50",
+            )
     return slos
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-bench-serving",
-        description="Serve a stream of requests, as many at once as the artifacts' batch, and report vLLM's serving metrics.",
+        description=(
+            "Serve a stream of requests, as many at once as the artifacts' batch, and report vLLM's serving"
+            " metrics."
+        ),
     )
     parser.add_argument("artifacts", type=Path, metavar="OUT/{n}die", help="artifact folder")
     parser.add_argument(
-        "--engine", choices=("sim", "host", "interpreter", "edge10"), default="sim", help="timing simulator (default), or run for real"
+        "--engine",
+        choices=("sim", "host", "interpreter", "edge10"),
+        default="sim",
+        help="timing simulator (default), or run for real",
     )
-    parser.add_argument("--trace", type=Path, metavar="FILE", help='JSON lines {"arrival": s, "prompt_tokens": n, "output_tokens": n}')
     parser.add_argument(
-        "--request-rate", type=float, default=float("inf"), metavar="R", help="Poisson arrivals a second (default inf: all at once)"
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines {"arrival": s, "prompt_tokens": n, "output_tokens": n}',
+    )
+    parser.add_argument(
+        "--request-rate",
+        type=float,
+        default=float("inf"),
+        metavar="R",
+        help="Poisson arrivals a second (default inf: all at once)",
     )
     parser.add_argument("--num-prompts", type=int, default=10, metavar="N", help="requests (default 10)")
     parser.add_argument("--input-len", type=int, default=128, metavar="N", help="prompt tokens (default 128)")
-    parser.add_argument("--output-len", type=int, default=64, metavar="N", help="generated tokens (default 64)")
+    parser.add_argument(
+        "--output-len", type=int, default=64, metavar="N", help="generated tokens (default 64)"
+    )
     parser.add_argument(
         "--max-concurrency",
         type=int,
         metavar="N",
         help="requests sent and not yet done, at most; TTFT then holds no waiting for the others",
     )
-    parser.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="service levels, e.g. ttft:500 tpot:50 e2el:5000")
+    parser.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="service levels, e.g. ttft:500 tpot:50 e2el:5000",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default 0)")
-    parser.add_argument("--machine", metavar="NAME|FILE", help="machine to simulate (default: the one compiled for)")
+    parser.add_argument(
+        "--machine", metavar="NAME|FILE", help="machine to simulate (default: the one compiled for)"
+    )
     parser.add_argument("--result", type=Path, metavar="FILE", help="also write everything as JSON")
     add_debug_option(parser)
     return parser

@@ -1,4 +1,6 @@
-"""`tyir-compile (HF_DIR | model.ir) -o out/`: a checkpoint or a module at any stage becomes a folder of artifacts."""
+"""`tyir-compile (HF_DIR | model.ir) -o out/`: a checkpoint or a module at any stage becomes a folder of
+artifacts.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ __all__ = ["main", "numbers"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
-    from tyir.stopwatch import Stopwatch
+    from tyir.pass_manager.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
     options = BuildOptions(
@@ -45,7 +47,10 @@ def main(argv: Sequence[str]) -> int:
     plugin = None
     if args.model_plugin is not None:
         if args.model.suffix == ".ir":
-            raise TyirError("--model-plugin is for checkpoint folders; a module has been imported already", help="give it to tyir-import")
+            raise TyirError(
+                "--model-plugin is for checkpoint folders; a module has been imported already",
+                help="give it to tyir-import",
+            )
         from tyir.frontends.plugin import load_plugin
 
         plugin = load_plugin(args.model_plugin)
@@ -70,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 def print_plan(model: Path, options: BuildOptions) -> int:
     """Print the plan of a compile; 1 when something does not fit."""
     from tyir.tools.api import check_options
-    from tyir.tools.plan import make_plan
+    from tyir.tools.estimate.plan import make_plan
 
     check_options(options)
     plan = make_plan(model, options)
@@ -83,8 +88,14 @@ def print_plan(model: Path, options: BuildOptions) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-compile",
-        description="Compile a Hugging Face checkpoint, or a module written by tyir-import or tyir-opt, into OUT/{n}die.",
-        epilog="On success the only line on stdout is the folder of the artifacts; nothing has to be renamed, copied or deleted by hand.",
+        description=(
+            "Compile a Hugging Face checkpoint, or a module written by tyir-import or tyir-opt, into"
+            " OUT/{n}die."
+        ),
+        epilog=(
+            "On success the only line on stdout is the folder of the artifacts; nothing has to be renamed,"
+            " copied or deleted by hand."
+        ),
     )
     parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="artifacts go to OUT/{n}die")
@@ -95,30 +106,58 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
-    parser.add_argument("--die-map", type=numbers, default=(), metavar="D,D,..", help="physical dies, the main one first (default 0,1,..)")
+    parser.add_argument(
+        "--die-map",
+        type=numbers,
+        default=(),
+        metavar="D,D,..",
+        help="physical dies, the main one first (default 0,1,..)",
+    )
     parser.add_argument(
         "--mesh",
         type=numbers,
         default=(),
         metavar="G,N",
-        help="the dies of a stage as G groups of N: sums go first within a group, then between them (default: packages)",
+        help=(
+            "the dies of a stage as G groups of N: sums go first within a group, then between them (default:"
+            " packages)"
+        ),
     )
-    parser.add_argument("--plan", action="store_true", help="only say, from config.json, what the compile would need and make")
-    parser.add_argument("--embedding-as-input", action="store_true", help="the host embeds the tokens; the table goes to embedding.params")
     parser.add_argument(
-        "--kv-dtype", choices=("fp16", "int8"), default="fp16", help="what the caches hold: fp16, or int8 with a scale per head and token"
+        "--plan", action="store_true", help="only say, from config.json, what the compile would need and make"
+    )
+    parser.add_argument(
+        "--embedding-as-input",
+        action="store_true",
+        help="the host embeds the tokens; the table goes to embedding.params",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("fp16", "int8"),
+        default="fp16",
+        help="what the caches hold: fp16, or int8 with a scale per head and token",
     )
     parser.add_argument(
         "--kv-layout",
         choices=("HND", "NHD"),
         default="HND",
-        help="what follows what in a cache: a head's tokens (HND, default: attention reads long runs) or a token's heads (NHD: a token is written as one)",
+        help=(
+            "what follows what in a cache: a head's tokens (HND, default: attention reads long runs) or a"
+            " token's heads (NHD: a token is written as one)"
+        ),
     )
     parser.add_argument(
-        "--output", default="logits", metavar="KIND", help="what a step returns: logits (default), argmax, or topk=K: the K best tokens"
+        "--output",
+        default="logits",
+        metavar="KIND",
+        help="what a step returns: logits (default), argmax, or topk=K: the K best tokens",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="sequences per step (default 1); weights are read once for all of them"
+        "--batch",
+        type=int,
+        default=1,
+        metavar="B",
+        help="sequences per step (default 1); weights are read once for all of them",
     )
     parser.add_argument(
         "--machine",
@@ -127,10 +166,16 @@ def _parser() -> argparse.ArgumentParser:
         help="die that the command programs are scheduled for (default edge10; docs/machines.md)",
     )
     parser.add_argument(
-        "--binary", action="store_true", help="write command programs as bytes (.bin, a sixth of the size) instead of text (.edge10)"
+        "--binary",
+        action="store_true",
+        help="write command programs as bytes (.bin, a sixth of the size) instead of text (.edge10)",
     )
-    parser.add_argument("--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)")
-    parser.add_argument("--timing", action="store_true", help="print time and peak memory of each stage on stderr")
+    parser.add_argument(
+        "--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)"
+    )
+    parser.add_argument(
+        "--timing", action="store_true", help="print time and peak memory of each stage on stderr"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     add_debug_option(parser)
     return parser

@@ -1,4 +1,5 @@
-"""`tyir-dis FILE`: a command program, as bytes or as text, printed as text; with `--assemble`, written as bytes.
+"""`tyir-dis FILE`: a command program, as bytes or as text, printed as text; with `--assemble`, written as
+bytes.
 
 tyir-dis out/4die/batch_1/seqlen_1/llm_die0.bin | less
 tyir-dis --assemble llm_die0.edge10 -o llm_die0.bin
@@ -21,7 +22,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
-    from tyir.edge10_binary import encode, read_program
+    from tyir.edge10.binary import encode, read_program
     from tyir.printer import print_op
 
     if not args.file.is_file():
@@ -46,9 +47,17 @@ def _programs_in(folder: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(prog="tyir-dis", description="Print a command program as text, or write one as bytes.")
+    parser = ToolParser(
+        prog="tyir-dis", description="Print a command program as text, or write one as bytes."
+    )
     parser.add_argument("file", type=Path, metavar="FILE", help="command program, .bin or .edge10")
-    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to write; - is standard output (the default)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="where to write; - is standard output (the default)",
+    )
     parser.add_argument("--assemble", action="store_true", help="write bytes instead of text")
     add_debug_option(parser)
     return parser

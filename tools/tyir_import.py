@@ -2,7 +2,8 @@
 
     tyir-import HF_DIR -o model.ir [--dtype f16|f32] [--raise]
 
-Writes the module as text (`-o -`: standard output) and one line about it to standard error.  The file appears complete or not at all.
+Writes the module as text (`-o -`: standard output) and one line about it to standard error.  The file appears
+complete or not at all.
 """
 
 from __future__ import annotations
@@ -25,26 +26,58 @@ __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(prog="tyir-import", description="Import a Hugging Face model folder as tyir IR; weights stay in the folder.")
-    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors")
-    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to write the IR; - is standard output (the default)")
-    parser.add_argument("--dtype", choices=("f16", "f32"), default="f16", help="element type the model computes in (default: f16)")
-    parser.add_argument("--raise", dest="raise_", action="store_true", help="also run raise-aten, so that the file is at stage ty")
+    parser = ToolParser(
+        prog="tyir-import",
+        description="Import a Hugging Face model folder as tyir IR; weights stay in the folder.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="HF_DIR", help="folder with config.json and *.safetensors"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="where to write the IR; - is standard output (the default)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("f16", "f32"),
+        default="f16",
+        help="element type the model computes in (default: f16)",
+    )
+    parser.add_argument(
+        "--raise",
+        dest="raise_",
+        action="store_true",
+        help="also run raise-aten, so that the file is at stage ty",
+    )
     parser.add_argument(
         "--model-plugin",
         type=Path,
         metavar="FILE",
         help="Python file with a model class, rename rules, packed tensors or a base checkpoint",
     )
-    parser.add_argument("--check-weights", action="store_true", help="also read every weight: NaN, infinity and f16 overflow are errors")
     parser.add_argument(
-        "--explain", action="store_true", help="say what was recognised as what, with counts per layer; IR is written only with -o FILE"
+        "--check-weights",
+        action="store_true",
+        help="also read every weight: NaN, infinity and f16 overflow are errors",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="only say, from config.json, what compiling with the options below would need and make"
+        "--explain",
+        action="store_true",
+        help="say what was recognised as what, with counts per layer; IR is written only with -o FILE",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say, from config.json, what compiling with the options below would need and make",
     )
     add_build_options(
-        parser.add_argument_group("options of --plan; --max-kv also chooses the frequencies of rope types that change with the length")
+        parser.add_argument_group(
+            "options of --plan; --max-kv also chooses the frequencies of rope types that change with the"
+            " length"
+        )
     )
     add_debug_option(parser)
     return parser
@@ -58,7 +91,9 @@ def main(argv: Sequence[str]) -> int:
         from tyir.manifest import BuildOptions
         from tyir.tools.tyir_compile import print_plan
 
-        build = {key: getattr(options, key) for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")}
+        build = {
+            key: getattr(options, key) for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
+        }
         return print_plan(options.folder, BuildOptions(**build))
     if options.output != "-":
         _check_output(Path(options.output))
@@ -108,7 +143,9 @@ def _check_output(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one beside it; an existing file keeps its permissions' defaults and is replaced whole."""
+    """Write a file by way of a temporary one beside it; an existing file keeps its permissions' defaults and
+    is replaced whole.
+    """
     if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
         path.write_text(text, encoding="utf-8")
         return
@@ -139,13 +176,19 @@ def _summary(module: Module) -> str:
     ops = sum(1 for op in module.walk()) - len(weights)
     plural = "" if len(files) == 1 else "s"
     return (
-        f"{architecture.value}: {layers.value} layers, {_count(parameters)} parameters in {len(files)} file{plural} ({size / 2**20:.1f} MiB), "
-        f"{ops} ops at stage {stage.value}"
+        f"{architecture.value}: {layers.value} layers, {_count(parameters)} parameters in {len(files)}"
+        f" file{plural} ({size / 2**20:.1f} MiB), {ops} ops at stage {stage.value}"
     )
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
+    return (
+        f"{number / 1e9:.2f} G"
+        if number >= 1e9
+        else f"{number / 1e6:.1f} M"
+        if number >= 1e6
+        else f"{number / 1e3:.1f} k"
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     tyir-opt --pass-pipeline='builtin.module(canonicalize,cse)' model.ir -o out.ir
     tyir-opt --canonicalize --cse < model.ir
 
-IR goes to standard output, everything else to standard error; exit code 0 or 1.  Unlike mlir-opt's, locations are printed by default: they hold the
-model's module paths, which later passes read.
+IR goes to standard output, everything else to standard error; exit code 0 or 1.  Unlike mlir-opt's, locations
+are printed by default: they hold the model's module paths, which later passes read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 
 from tyir.diagnostics import Diagnostic, Label, SourceText, TyirError, did_you_mean
 from tyir.tools.cli import run_tool, write_output
-from tyir.tools.opt_options import make_parser, split_pass_flags, with_mlir_spellings
+from tyir.tools.opt.options import make_parser, split_pass_flags, with_mlir_spellings
 
 if TYPE_CHECKING:
     import argparse
 
     from tyir.dialects.builtin import Module
-    from tyir.instruments import Bisect, Timing
     from tyir.ir import Op
-    from tyir.pass_registry import PassRegistry
+    from tyir.pass_manager.instruments import Bisect, Timing
+    from tyir.pass_manager.registry import PassRegistry
     from tyir.pipeline import Instrument, Pipeline
 
 __all__ = ["main"]
@@ -44,12 +44,12 @@ def main(argv: Sequence[str]) -> int:
     known, flags = split_pass_flags(with_mlir_spellings(list(argv)), parser)
     args, unknown = parser.parse_known_args(known)
     flags += unknown
-    from tyir.pass_registry import PassRegistry
+    from tyir.pass_manager.registry import PassRegistry
 
     registry = PassRegistry()
     _load(args, registry)
     if args.list_passes or args.show_dialects:
-        from tyir.tools.opt_lists import dialect_list, pass_list
+        from tyir.tools.opt.lists import dialect_list, pass_list
 
         print(pass_list(registry, args.list_passes) if args.list_passes else dialect_list(args.show_dialects))
         return 0
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _load(args: argparse.Namespace, registry: PassRegistry) -> None:
-    from tyir.pass_registry import load_module_file
+    from tyir.pass_manager.registry import load_module_file
 
     for path in args.load_dialect:
         from tyir.registry import load_dialect_module
@@ -76,15 +76,21 @@ def _load(args: argparse.Namespace, registry: PassRegistry) -> None:
 
 
 def _read(path: str) -> tuple[str, str]:
-    from tyir.source_file import decode_source, read_source
+    from tyir.text.source_file import decode_source, read_source
 
     if path == "-":
-        return "<stdin>", decode_source(sys.stdin.buffer.read(), "<stdin>") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        return "<stdin>", (
+            decode_source(sys.stdin.buffer.read(), "<stdin>")
+            if hasattr(sys.stdin, "buffer")
+            else sys.stdin.read()
+        )
     return path, read_source(path)
 
 
 def _parts(text: str) -> list[str]:
-    """The parts between `// -----` lines, each padded with empty lines so that line numbers stay the file's."""
+    """The parts between `// -----` lines, each padded with empty lines so that line numbers stay the
+    file's.
+    """
     parts: list[list[str]] = [[]]
     for number, line in enumerate(text.splitlines()):
         if line.startswith(_SPLIT):
@@ -94,7 +100,9 @@ def _parts(text: str) -> list[str]:
     return ["\n".join(lines) + "\n" for lines in parts]
 
 
-def _pipeline_text(args: argparse.Namespace, flags: list[str], parser: argparse.ArgumentParser, registry: PassRegistry) -> str | None:
+def _pipeline_text(
+    args: argparse.Namespace, flags: list[str], parser: argparse.ArgumentParser, registry: PassRegistry
+) -> str | None:
     """The pipeline of `--pass-pipeline` or of the pass flags, None when there are neither."""
     items: list[str] = []
     for flag in flags:
@@ -102,13 +110,20 @@ def _pipeline_text(args: argparse.Namespace, flags: list[str], parser: argparse.
             raise TyirError(f"too many inputs: '{args.input}' and '{flag}'", help="tyir-opt reads one file")
         name, _, options = flag.removeprefix("--").partition("=")
         if registry.find(name) is None and name not in registry.pipelines():
-            known = [*(o for action in parser._actions for o in action.option_strings), *("--" + n for n in registry.names())]
+            known = [
+                *(o for action in parser._actions for o in action.option_strings),
+                *("--" + n for n in registry.names()),
+            ]
             raise TyirError(
-                f"unknown argument '{flag}'", help=did_you_mean(flag.partition("=")[0], known) or "tyir-opt --list-passes lists the passes"
+                f"unknown argument '{flag}'",
+                help=did_you_mean(flag.partition("=")[0], known) or "tyir-opt --list-passes lists the passes",
             )
         items.append(f"{name}{{{options}}}" if options else name)
     if items and args.pass_pipeline is not None:
-        raise TyirError(f"--pass-pipeline and the flag '{flags[0]}' exclude each other", help="write all passes into --pass-pipeline")
+        raise TyirError(
+            f"--pass-pipeline and the flag '{flags[0]}' exclude each other",
+            help="write all passes into --pass-pipeline",
+        )
     return ",".join(items) if items else args.pass_pipeline
 
 
@@ -137,7 +152,7 @@ class _Job:
                 print(error.render(), file=sys.stderr)
                 self.failed = True
                 return None
-        from tyir.tools.opt_diagnostics import check_expected
+        from tyir.tools.opt.diagnostics import check_expected
 
         result, found = None, []
         try:
@@ -173,19 +188,22 @@ class _Job:
 
     @property
     def pretty(self) -> bool:
-        """The short form is for people: on request, or when a terminal shows the output; what other tools read is generic."""
+        """The short form is for people: on request, or when a terminal shows the output; what other tools
+        read is generic.
+        """
         args = self.args
         return args.pretty or (args.output == "-" and not args.print_op_generic and sys.stdout.isatty())
 
     def _pipeline_of(self, text: str) -> tuple[str | None, bool]:
         if not self.args.run_reproducer:
             return self.pipeline_text, self.args.verify_each
-        from tyir.instruments import read_reproducer
+        from tyir.pass_manager.instruments import read_reproducer
 
         found = read_reproducer(text)
         if found is None:
             raise TyirError(
-                "the input holds no reproducer", help="a reproducer has mlir_reproducer: { pipeline: ... } in its metadata section"
+                "the input holds no reproducer",
+                help="a reproducer has mlir_reproducer: { pipeline: ... } in its metadata section",
             )
         return found[0], found[1] and self.args.verify_each
 
@@ -211,7 +229,7 @@ class _Job:
             raise
 
     def _instruments(self, pipeline: Pipeline, verify_each: bool) -> list[Instrument]:
-        from tyir.instruments import Bisect, PrintIr, Reproducer, Timing
+        from tyir.pass_manager.instruments import Bisect, PrintIr, Reproducer, Timing
 
         args = self.args
         instruments: list[Instrument] = []
@@ -245,7 +263,14 @@ class _Job:
     def report(self) -> None:
         """Timing and statistics of all parts together."""
         if self.timing is not None:
-            print(self.timing.report() if self.args.timing == "text" else json.dumps({"timing": self.timing.as_json()}), file=sys.stderr)
+            print(
+                (
+                    self.timing.report()
+                    if self.args.timing == "text"
+                    else json.dumps({"timing": self.timing.as_json()})
+                ),
+                file=sys.stderr,
+            )
         if self.args.pass_statistics == "json":
             print(json.dumps({"statistics": dict(sorted(self.statistics.items()))}), file=sys.stderr)
         elif self.args.pass_statistics:
@@ -261,7 +286,12 @@ def _pass_names(lists: list[str], all_passes: bool, registry: PassRegistry) -> f
     unknown = sorted(name for name in names if registry.find(name) is None)
     if unknown:
         raise TyirError(
-            [Diagnostic(f"there is no pass '{name}' to print the IR at", help=did_you_mean(name, registry.names())) for name in unknown]
+            [
+                Diagnostic(
+                    f"there is no pass '{name}' to print the IR at", help=did_you_mean(name, registry.names())
+                )
+                for name in unknown
+            ]
         )
     return names
 
@@ -278,7 +308,9 @@ def _label(op: Op, source: SourceText, positions: dict[Op, int]) -> Label | None
 
 
 def _locate(source: SourceText, positions: dict[Op, int]) -> None:
-    """Give every op its place in the file as location, as mlir-opt does, so that errors of passes have a line."""
+    """Give every op its place in the file as location, as mlir-opt does, so that errors of passes have a
+    line.
+    """
     from tyir.location import FileLoc
 
     for op, offset in positions.items():
@@ -299,8 +331,10 @@ def _check_registered(module: Module, source: SourceText, positions: dict[Op, in
         known = dialect_ops(op.dialect) if op.dialect in dialect_names() else {}
         everywhere = [n for d in dialect_names() for n in dialect_ops(d)] if not known else list(known)
         hint = did_you_mean(op.name, everywhere)
-        help = f"{hint} {'(' if hint else ''}--allow-unregistered-dialect accepts any op{')' if hint else ''}".strip()
-        what = f"dialect '{op.dialect}' has no op '{op.name}'" if known else f"no dialect declares '{op.name}'"
+        help = f"{hint} {'(' if hint else ''}--allow-unregistered-dialect accepts any op{')' if hint else ''}".strip()  # noqa: E501
+        what = (
+            f"dialect '{op.dialect}' has no op '{op.name}'" if known else f"no dialect declares '{op.name}'"
+        )
         problems.append(Diagnostic(what, label=_label(op, source, positions), help=help))
     if problems:
         raise TyirError(problems[:20])
@@ -314,15 +348,20 @@ def _check_round_trip(module: Module) -> None:
     second = print_op(parse_module(first, "<printed>"))
     if first != second:
         lines = zip(first.splitlines(), second.splitlines())
-        different = next((f"printed:  {a}\nreprinted: {b}" for a, b in lines if a != b), "one text is longer than the other")
+        different = next(
+            (f"printed:  {a}\nreprinted: {b}" for a, b in lines if a != b),
+            "one text is longer than the other",
+        )
         raise TyirError(Diagnostic("printing and parsing does not give the same IR back", excerpt=different))
 
 
 def _leave_reproducer(text: str, pipeline: Pipeline) -> str:
     """After an internal error: the input and the pipeline in a temporary file; a sentence that says where."""
-    from tyir.instruments import reproducer_text
+    from tyir.pass_manager.instruments import reproducer_text
 
-    with tempfile.NamedTemporaryFile("w", prefix="tyir-reproducer-", suffix=".ir", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="tyir-reproducer-", suffix=".ir", delete=False, encoding="utf-8"
+    ) as file:
         file.write(reproducer_text(text, pipeline.text()))
     return f"reproducer: tyir-opt --run-reproducer {file.name}"
 

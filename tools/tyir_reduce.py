@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
     args = _parser().parse_args(argv)
     if (args.command is None) == (args.cut is None):
-        raise TyirError("tyir-reduce needs either --command or --cut", help="for example --command 'tyir-opt --cse {}'")
+        raise TyirError(
+            "tyir-reduce needs either --command or --cut", help="for example --command 'tyir-opt --cse {}'"
+        )
     from tyir.parser import parse_file
 
     module = parse_file(args.file)
@@ -57,9 +59,15 @@ class _Command:
         """Learn the exit code; `TyirError` when the command does not fail, or not as `--match` says."""
         self.code, said = self.run(module)
         if self.code == 0:
-            raise TyirError("the command succeeds on the file as it is", help="tyir-reduce looks for a smaller file that makes it fail")
+            raise TyirError(
+                "the command succeeds on the file as it is",
+                help="tyir-reduce looks for a smaller file that makes it fail",
+            )
         if self.match is not None and not self.match.search(said):
-            raise TyirError(f"the command fails, but what it prints does not match '{self.match.pattern}'", help=said.strip()[-500:])
+            raise TyirError(
+                f"the command fails, but what it prints does not match '{self.match.pattern}'",
+                help=said.strip()[-500:],
+            )
 
     def __call__(self, module: Module) -> bool:
         code, said = self.run(module)
@@ -72,7 +80,9 @@ class _Command:
         self.path.write_text(print_op(module), encoding="utf-8")
         words = [word.replace("{}", str(self.path)) for word in self.words]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=self.timeout, check=False)
+            done = subprocess.run(
+                words, capture_output=True, text=True, errors="replace", timeout=self.timeout, check=False
+            )
         except subprocess.TimeoutExpired:
             return 124, ""
         except OSError as error:
@@ -81,7 +91,7 @@ class _Command:
 
 
 def _reduce(module: Module, args: argparse.Namespace) -> Module:
-    from tyir.tools.reduce_ir import reduce_module
+    from tyir.tools.reduce.reduce_ir import reduce_module
 
     with tempfile.TemporaryDirectory() as folder:
         command = _Command(args, folder)
@@ -96,7 +106,7 @@ def _cut(module: Module, args: argparse.Namespace) -> Module:
     import numpy as np
 
     from tyir.dialects.func import Func
-    from tyir.tools.cut_ir import check_array, cut_ops, sample_arguments
+    from tyir.tools.reduce.cut_ir import check_array, cut_ops, sample_arguments
 
     first, dots, last = args.cut.partition("..")
     if not dots:
@@ -109,9 +119,14 @@ def _cut(module: Module, args: argparse.Namespace) -> Module:
     for entry in args.arg:
         name, _, path = entry.partition("=")
         if name not in positions:
-            raise TyirError(f"@{args.function} has no argument %{name}", help=f"its arguments: {', '.join(f'%{n}' for n in positions)}")
+            raise TyirError(
+                f"@{args.function} has no argument %{name}",
+                help=f"its arguments: {', '.join(f'%{n}' for n in positions)}",
+            )
         try:
-            arrays[positions[name]] = check_array(function.args[positions[name]], np.load(path, allow_pickle=False))
+            arrays[positions[name]] = check_array(
+                function.args[positions[name]], np.load(path, allow_pickle=False)
+            )
         except (OSError, ValueError) as error:
             raise TyirError(f"cannot read {path}: {error}") from None
     cut = cut_ops(module, first, last, arrays, args.function)
@@ -124,22 +139,55 @@ def _cut(module: Module, args: argparse.Namespace) -> Module:
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-reduce",
-        description="Shrink an IR file that makes a command fail, or cut ops out of it with the numbers that flow in.",
-        epilog="The command's failure is its exit code, and with --match also what it prints; {} in it stands for the file.",
+        description=(
+            "Shrink an IR file that makes a command fail, or cut ops out of it with the numbers that flow in."
+        ),
+        epilog=(
+            "The command's failure is its exit code, and with --match also what it prints; {} in it stands"
+            " for the file."
+        ),
     )
     parser.add_argument("file", help="IR file")
-    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where the smaller IR goes; - (the default) is standard output")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="where the smaller IR goes; - (the default) is standard output",
+    )
     parser.add_argument("--pretty", action="store_true", help="write it in the short form")
     shrink = parser.add_argument_group("shrinking")
-    shrink.add_argument("--command", "--test", metavar="CMD", help="the command that fails (mlir-reduce calls it --test)")
+    shrink.add_argument(
+        "--command", "--test", metavar="CMD", help="the command that fails (mlir-reduce calls it --test)"
+    )
     shrink.add_argument("--match", metavar="REGEX", help="what a failure that counts prints")
-    shrink.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="a run that takes longer counts as exit code 124")
+    shrink.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="a run that takes longer counts as exit code 124",
+    )
     cut = parser.add_argument_group("cutting")
-    cut.add_argument("--cut", metavar="A..B", help="ops from %%A to %%B, named by their results or by their numbers in the function")
+    cut.add_argument(
+        "--cut",
+        metavar="A..B",
+        help="ops from %%A to %%B, named by their results or by their numbers in the function",
+    )
     cut.add_argument("--function", default="main", metavar="NAME", help="of this function (default: main)")
-    cut.add_argument("--arg", action="append", default=[], metavar="NAME=FILE.npy", help="run the function on this argument")
-    cut.add_argument("--tokens", type=int, default=4, metavar="N", help="size of '?' in arguments made up (default: 4)")
-    cut.add_argument("--arrays", type=Path, metavar="DIR", help="save what flows into and out of the cut as .npy files")
+    cut.add_argument(
+        "--arg",
+        action="append",
+        default=[],
+        metavar="NAME=FILE.npy",
+        help="run the function on this argument",
+    )
+    cut.add_argument(
+        "--tokens", type=int, default=4, metavar="N", help="size of '?' in arguments made up (default: 4)"
+    )
+    cut.add_argument(
+        "--arrays", type=Path, metavar="DIR", help="save what flows into and out of the cut as .npy files"
+    )
     cut.add_argument("--constants", action="store_true", help="put the inputs into the IR as constants")
     add_debug_option(parser)
     return parser

@@ -1,4 +1,6 @@
-"""`tyir-run OUT/{n}die --prompt "..."`: continue a prompt with compiled artifacts, all dies in this process."""
+"""`tyir-run OUT/{n}die --prompt "..."`: continue a prompt with compiled artifacts, all dies in this
+process.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
-    from tyir.runtime_sim.sampling import Sampler
-    from tyir.runtime_sim.session import Session
+    from tyir.runtime_sim.session.sampling import Sampler
+    from tyir.runtime_sim.session.session import Session
 
 __all__ = ["load_tokenizer", "main", "stop_tokens"]
 
@@ -23,8 +25,8 @@ __all__ = ["load_tokenizer", "main", "stop_tokens"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
-    from tyir.runtime_sim.sampling import check_sampling, make_sampler
-    from tyir.runtime_sim.session import Session
+    from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
+    from tyir.runtime_sim.session.session import Session
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     session = Session(args.artifacts, args.engine, check=not args.no_check)
@@ -61,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
     if times:
         decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
         print(
-            f"{len(ids[0])} prompt tokens{reused}, first token after {times[0] - start:.3f} s; {len(times)} tokens at {decode:.1f} tokens/s "
-            f"({args.engine} engine on this machine, not the device)",
+            f"{len(ids[0])} prompt tokens{reused}, first token after {times[0] - start:.3f} s; {len(times)}"
+            f" tokens at {decode:.1f} tokens/s ({args.engine} engine on this machine, not the device)",
             file=sys.stderr,
         )
     return 0
@@ -70,11 +72,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _trace_commands(session: Session, path: Path) -> None:
     """Write a line for every command to a file, while the session runs."""
-    from tyir.runtime_sim.command_trace import CommandTrace
-    from tyir.runtime_sim.edge10_engine import Edge10Engine
+    from tyir.runtime_sim.execution.command_trace import CommandTrace
+    from tyir.runtime_sim.session.edge10_engine import Edge10Engine
 
     if not isinstance(session.engine, Edge10Engine):
-        raise TyirError("--trace-commands needs the engine that executes commands", help="add --engine edge10")
+        raise TyirError(
+            "--trace-commands needs the engine that executes commands", help="add --engine edge10"
+        )
     try:
         session.engine.observer = CommandTrace(path.open("w", encoding="utf-8", buffering=1))
     except OSError as error:
@@ -82,10 +86,15 @@ def _trace_commands(session: Session, path: Path) -> None:
 
 
 def _run_batch(
-    args: argparse.Namespace, prompts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: Any, sampler: Sampler, stops: set[int]
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    tokenizer: Any,
+    sampler: Sampler,
+    stops: set[int],
 ) -> int:
     """Continue several prompts at once, each printed when all are done."""
-    from tyir.runtime_sim.batch_session import BatchSession
+    from tyir.runtime_sim.session.batch_session import BatchSession
 
     if args.cache is not None:
         raise TyirError("--cache is for one prompt", help="give one --prompt")
@@ -105,7 +114,8 @@ def _run_batch(
         print(prompt + tokenizer.decode(tokens, skip_special_tokens=True))
     total = sum(map(len, made))
     print(
-        f"{len(prompts)} prompts, {total} tokens in {seconds:.3f} s: {total / seconds:.1f} tokens/s ({args.engine} engine on this machine, not the device)",
+        f"{len(prompts)} prompts, {total} tokens in {seconds:.3f} s: {total / seconds:.1f} tokens/s"
+        f" ({args.engine} engine on this machine, not the device)",
         file=sys.stderr,
     )
     return 0
@@ -114,7 +124,10 @@ def _run_batch(
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer saved with the artifacts or the checkpoint; `TyirError` when there is none."""
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise TyirError(f"{folder} holds no tokenizer", help="copy the model's tokenizer.json there, or compile from a folder that has one")
+        raise TyirError(
+            f"{folder} holds no tokenizer",
+            help="copy the model's tokenizer.json there, or compile from a folder that has one",
+        )
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
@@ -133,7 +146,9 @@ def stop_tokens(folder: Path) -> set[int]:
 
 
 def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes final: a token may end in the middle of a character, which is held back until it is whole."""
+    """Text as it becomes final: a token may end in the middle of a character, which is held back until it is
+    whole.
+    """
     pending: list[int] = []
     shown = 0
     for token in tokens:
@@ -152,25 +167,47 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument(
-        "--prompt", action="append", help="the text to continue (default: read from stdin); several with artifacts compiled for a batch"
+        "--prompt",
+        action="append",
+        help="the text to continue (default: read from stdin); several with artifacts compiled for a batch",
     )
     parser.add_argument(
         "--cache",
         type=Path,
         metavar="FILE",
-        help="begin with the cache in this file, if it exists, and write it there at the end: a longer prompt computes only its new tokens",
+        help=(
+            "begin with the cache in this file, if it exists, and write it there at the end: a longer prompt"
+            " computes only its new tokens"
+        ),
     )
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens (0: all that the program returns)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the fewest tokens of this total probability")
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the most likely token"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="sample among the k most likely tokens (0: all that the program returns)",
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample among the fewest tokens of this total probability"
+    )
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument(
-        "--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)"
+        "--engine",
+        choices=("host", "interpreter", "edge10"),
+        default="host",
+        help="what executes the programs (default host)",
     )
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes first")
     parser.add_argument(
-        "--trace-commands", type=Path, metavar="FILE", help="with --engine edge10: a line for every command, with what it reads and writes"
+        "--trace-commands",
+        type=Path,
+        metavar="FILE",
+        help="with --engine edge10: a line for every command, with what it reads and writes",
     )
     add_debug_option(parser)
     return parser

@@ -1,4 +1,6 @@
-"""`tyir-verify OUT/{n}die --against HF_DIR`: compare artifacts with Hugging Face, and name the op at fault when they differ."""
+"""`tyir-verify OUT/{n}die --against HF_DIR`: compare artifacts with Hugging Face, and name the op at fault
+when they differ.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ LOGIT_COSINE: Final = 0.9999
 def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
     args = _parser().parse_args(argv)
-    from tyir.runtime_sim.session import Session
-    from tyir.tools.locate import locate
-    from tyir.tools.verify import LayerStates, PromptResult, Reference, check_prompt
+    from tyir.runtime_sim.session.session import Session
+    from tyir.tools.verify.compare import LayerStates, PromptResult, Reference, check_prompt
+    from tyir.tools.verify.locate import locate
 
     states = LayerStates()
     session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
@@ -37,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
     reference = Reference(args.against, session.manifest.options, plugin)
     results: list[PromptResult] = []
     for number, ids in enumerate(prompts):
-        session.sequence = states.sequence = number % session.manifest.options.batch  # every sequence of a batch has its turn
+        session.sequence = states.sequence = (
+            number % session.manifest.options.batch
+        )  # every sequence of a batch has its turn
         count = min(args.tokens, session.capacity - len(ids))
         results.append(check_prompt(session, reference, ids, count, states))
     good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)
@@ -47,17 +51,24 @@ def main(argv: Sequence[str]) -> int:
         _print(results, args.engine, good)
     if session.choices is not None:
         print(
-            f"these artifacts return {session.choices} token{'s' if session.choices > 1 else ''} of each position: only those and their logits were "
-            "compared; compile with --output logits to compare all",
+            f"these artifacts return {session.choices} token{'s' if session.choices > 1 else ''} of each"
+            " position: only those and their logits were compared; compile with --output logits to"
+            " compare all",
             file=sys.stderr,
         )
     if good:
         return 0
     if args.engine != "edge10":
         worst = min(results, key=lambda r: r.logit_cosine.min())
-        found = locate(args.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine, plugin=plugin)
+        found = locate(
+            args.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine, plugin=plugin
+        )
         print(
-            f"first divergence: {found}" if found else "no single op is off by more than rounding: errors add up over the layers",
+            (
+                f"first divergence: {found}"
+                if found
+                else "no single op is off by more than rounding: errors add up over the layers"
+            ),
             file=sys.stderr,
         )
     return 1
@@ -72,35 +83,44 @@ def _plugin(path: Path | None) -> ModelPlugin | None:
 
 
 def _check_checkpoint(path: Path) -> None:
-    """`TyirError` unless `path` is a checkpoint; a GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model."""
+    """`TyirError` unless `path` is a checkpoint; a GGUF file, or a folder that holds one, needs no
+    config.json: its metadata describe the model.
+    """
     if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".gguf"):
         return
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        message = f"{path} holds no config.json and {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
+        message = (
+            f"{path} holds no config.json and {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
+        )
         raise TyirError(message, help="give the file the artifacts were compiled from")
     if not files:
         raise TyirError(
-            f"{path} holds no config.json and no GGUF file", help="--against takes the checkpoint folder the artifacts were compiled from"
+            f"{path} holds no config.json and no GGUF file",
+            help="--against takes the checkpoint folder the artifacts were compiled from",
         )
 
 
 def _prompts(args: argparse.Namespace) -> list[list[int]]:
     """The token ids of each prompt."""
     from tyir.tools.tyir_run import load_tokenizer
-    from tyir.tools.verify import PROMPTS
+    from tyir.tools.verify.compare import PROMPTS
 
     if args.ids:
         return [list(args.ids)]
     tokenizer = load_tokenizer(args.artifacts)
-    return [tokenizer(text)["input_ids"] for text in ([args.prompt] if args.prompt else PROMPTS[: args.prompts])]
+    return [
+        tokenizer(text)["input_ids"] for text in ([args.prompt] if args.prompt else PROMPTS[: args.prompts])
+    ]
 
 
 def _print(results: Sequence[object], engine: str, good: bool) -> None:
-    from tyir.tools.verify import PromptResult
+    from tyir.tools.verify.compare import PromptResult
 
     rows = [r for r in results if isinstance(r, PromptResult)]
-    print(f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'max logit error':>17}{'same greedy tokens':>20}")
+    print(
+        f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'max logit error':>17}{'same greedy tokens':>20}"  # noqa: E501
+    )
     for number, r in enumerate(rows):
         same = r.positions - len(r.differing) - len(r.ties)
         ties = f" (+{len(r.ties)} tied)" if r.ties else ""
@@ -114,11 +134,14 @@ def _print(results: Sequence[object], engine: str, good: bool) -> None:
             print(f"{i:>5}  {layer:.7f}")
     tied = sum(len(r.ties) for r in rows)
     note = f"; {tied} near ties of Hugging Face's own logits fell the other way" if tied else ""
-    print(f"\n{'OK' if good else 'DIFFERENT'}: {engine} engine against Hugging Face fp32 on the same weights{note}")
+    print(
+        f"\n{'OK' if good else 'DIFFERENT'}: {engine} engine against Hugging Face fp32 on the same"
+        f" weights{note}"
+    )
 
 
 def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
-    from tyir.tools.verify import PromptResult
+    from tyir.tools.verify.compare import PromptResult
 
     rows = [r for r in results if isinstance(r, PromptResult)]
     return {
@@ -133,16 +156,33 @@ def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(prog="tyir-verify", description="Compare compiled artifacts with Hugging Face in fp32 on the same weights.")
+    parser = ToolParser(
+        prog="tyir-verify",
+        description="Compare compiled artifacts with Hugging Face in fp32 on the same weights.",
+    )
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument("--against", type=Path, required=True, metavar="HF_DIR", help="the checkpoint folder")
-    parser.add_argument("--model-plugin", type=Path, metavar="FILE", help="the plugin the artifacts were compiled with")
-    parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
-    parser.add_argument("--ids", type=numbers, metavar="N,N,..", help="one prompt as token ids, for models without a tokenizer")
-    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="how many of the 8 built-in prompts (default 8)")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="greedy tokens per prompt (default 64)")
     parser.add_argument(
-        "--engine", choices=("host", "interpreter", "edge10"), default="host", help="what executes the programs (default host)"
+        "--model-plugin", type=Path, metavar="FILE", help="the plugin the artifacts were compiled with"
+    )
+    parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
+    parser.add_argument(
+        "--ids",
+        type=numbers,
+        metavar="N,N,..",
+        help="one prompt as token ids, for models without a tokenizer",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=8, metavar="N", help="how many of the 8 built-in prompts (default 8)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=64, metavar="N", help="greedy tokens per prompt (default 64)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("host", "interpreter", "edge10"),
+        default="host",
+        help="what executes the programs (default host)",
     )
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
     add_debug_option(parser)

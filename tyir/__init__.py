@@ -3,8 +3,8 @@
     from tyir import build_and_compile_llm
     build_and_compile_llm("Qwen2.5-1.5B", "out", seq_len_list=[1, 8], dev_count=4)
 
-The IR is in `tyir.ir`, `tyir.types`, `tyir.attributes` and `tyir.dialects`; passes are in `tyir.passes`.  Importing `tyir` loads neither torch nor TVM:
-names are loaded when first used.
+The IR is in `tyir.ir`, `tyir.types`, `tyir.attributes` and `tyir.dialects`; passes are in `tyir.passes`.
+Importing `tyir` loads neither torch nor TVM: names are loaded when first used.
 """
 
 from __future__ import annotations
@@ -17,19 +17,51 @@ if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
     from tyir.interpreter import Interpreter, run_function
     from tyir.ir import Block, Op, Region, Value
-    from tyir.opdef import DeclaredOp, attr, operand, optional_operand, region, result, variadic_operand, variadic_result
+    from tyir.opdef import (
+        DeclaredOp,
+        attr,
+        operand,
+        optional_operand,
+        region,
+        result,
+        variadic_operand,
+        variadic_result,
+    )
     from tyir.parser import parse_file, parse_module
     from tyir.pipeline import Pass, PassContext, run_pipeline
     from tyir.printer import print_op
     from tyir.verify import verify
 
 __all__ = [
-    "Block", "DeclaredOp", "Diagnostic", "Interpreter", "Module", "Op", "Pass", "PassContext", "Region", "TyirError", "Value", "attr",
-    "build_and_compile_llm", "operand", "optional_operand", "parse_file", "parse_module", "print_op", "region", "result", "run_function", "run_pipeline",
-    "variadic_operand", "variadic_result", "verify",
-]  # fmt: skip
+    "Block",
+    "DeclaredOp",
+    "Diagnostic",
+    "Interpreter",
+    "Module",
+    "Op",
+    "Pass",
+    "PassContext",
+    "Region",
+    "TyirError",
+    "Value",
+    "attr",
+    "build_and_compile_llm",
+    "operand",
+    "optional_operand",
+    "parse_file",
+    "parse_module",
+    "print_op",
+    "region",
+    "result",
+    "run_function",
+    "run_pipeline",
+    "variadic_operand",
+    "variadic_result",
+    "verify",
+]
 
-# Where each name lives.  build_and_compile_llm is named by string only: nothing in this package imports the packages built on it.
+# Where each name lives.  build_and_compile_llm is named by string only: nothing in this package imports the
+# packages built on it.
 _HOMES: Final = {
     "Diagnostic": "tyir.diagnostics",
     "TyirError": "tyir.diagnostics",
@@ -38,7 +70,17 @@ _HOMES: Final = {
     "run_function": "tyir.interpreter",
     **dict.fromkeys(("Block", "Op", "Region", "Value"), "tyir.ir"),
     **dict.fromkeys(
-        ("DeclaredOp", "attr", "operand", "optional_operand", "region", "result", "variadic_operand", "variadic_result"), "tyir.opdef"
+        (
+            "DeclaredOp",
+            "attr",
+            "operand",
+            "optional_operand",
+            "region",
+            "result",
+            "variadic_operand",
+            "variadic_result",
+        ),
+        "tyir.opdef",
     ),
     "parse_file": "tyir.parser",
     "parse_module": "tyir.parser",

@@ -1,8 +1,9 @@
 """Attributes: the immutable, uniqued values that ops carry.
 
-Every attribute (types included, `tyir.types`) is *uniqued*: two attributes that print alike are the same Python
-object, so equality is identity and hashing costs nothing.  That is what lets CSE key on tuples of attributes
-and lets thousands of ops share one property dictionary.  As in an MLIR context, uniqued attributes live as long as the process.
+Every attribute (types included, `tyir.types`) is *uniqued*: two attributes that print alike are the same
+Python object, so equality is identity and hashing costs nothing.  That is what lets CSE key on tuples of
+attributes and lets thousands of ops share one property dictionary.  As in an MLIR context, uniqued attributes
+live as long as the process.
 
 The text form of each class is written in `tyir.printer` and read in `tyir.parser`.
 """
@@ -73,7 +74,8 @@ class Attribute(metaclass=_Uniqued):
     """Base of everything that can stand as the value of a property or attribute."""
 
     __slots__ = ("__weakref__",)
-    # Constructor arguments may be used as a look-up key (False where 0.0 and -0.0, or 1 and True, must differ).
+    # Constructor arguments may be used as a look-up key (False where 0.0 and -0.0, or 1 and True, must
+    # differ).
     _args_are_key: ClassVar[bool] = True
 
     def _key(self) -> Any:
@@ -115,7 +117,10 @@ class BoolAttr(Attribute):
 
 @final
 class IntegerAttr(Attribute):
-    """`3 : i64`.  Values outside the type's range raise `ValueError`; unsigned spellings of signless types wrap as in MLIR."""
+    """`3 : i64`.
+
+    Values outside the type's range raise `ValueError`; unsigned spellings of signless types wrap as in MLIR.
+    """
 
     __slots__ = ("type", "value")
     _args_are_key = False
@@ -196,13 +201,21 @@ class ArrayAttr(Attribute):
 
 @final
 class DictAttr(Attribute):
-    """`{a = 1 : i64, b}`: an immutable mapping with sorted keys; also what an op's properties and attributes are."""
+    """`{a = 1 : i64, b}`: an immutable mapping with sorted keys; also what an op's properties and attributes
+    are.
+    """
 
     __slots__ = ("_map",)
     _args_are_key = False
 
-    def __init__(self, entries: DictAttr | Mapping[str, Attribute] | Iterable[tuple[str, Attribute]] = ()) -> None:
-        given = entries if type(entries) is dict else dict(entries._map if isinstance(entries, DictAttr) else entries)
+    def __init__(
+        self, entries: DictAttr | Mapping[str, Attribute] | Iterable[tuple[str, Attribute]] = ()
+    ) -> None:
+        given = (
+            entries
+            if type(entries) is dict
+            else dict(entries._map if isinstance(entries, DictAttr) else entries)
+        )
         self._map: Final[dict[str, Attribute]] = {key: given[key] for key in sorted(given)}
 
     def _key(self) -> Any:
@@ -286,7 +299,8 @@ class DenseArrayAttr(Attribute):
 
 @final
 class DenseElementsAttr(Attribute):
-    """`dense<...> : tensor<4xf32>`: a small constant tensor, held as little-endian bytes (sub-byte elements one per byte).
+    """`dense<...> : tensor<4xf32>`: a small constant tensor, held as little-endian bytes (sub-byte elements
+    one per byte).
 
     `data` holds either every element or exactly one (a splat).
     """
@@ -303,7 +317,9 @@ class DenseElementsAttr(Attribute):
         from tyir.types import TensorType, from_dtype
 
         array = np.asarray(array)
-        return DenseElementsAttr(np.ascontiguousarray(array).tobytes(), TensorType(array.shape, from_dtype(array.dtype)))
+        return DenseElementsAttr(
+            np.ascontiguousarray(array).tobytes(), TensorType(array.shape, from_dtype(array.dtype))
+        )
 
     @property
     def is_splat(self) -> bool:
@@ -314,7 +330,9 @@ class DenseElementsAttr(Attribute):
         return len(self.data) == itemsize and math.prod(self.type.static_shape) != 1
 
     def to_numpy(self) -> npt.NDArray[Any]:
-        """The elements, broadcast when a splat; dtype is the element type's storage dtype (`tyir.types.storage_dtype`)."""
+        """The elements, broadcast when a splat; dtype is the element type's storage dtype
+        (`tyir.types.storage_dtype`).
+        """
         from tyir.types import TensorType, storage_dtype
 
         assert isinstance(self.type, TensorType)
@@ -325,7 +343,9 @@ class DenseElementsAttr(Attribute):
 
 @final
 class DenseResourceAttr(Attribute):
-    """`dense_resource<key> : tensor<..>`: the blob stands in the file's metadata section (`Module.resources`)."""
+    """`dense_resource<key> : tensor<..>`: the blob stands in the file's metadata section
+    (`Module.resources`).
+    """
 
     __slots__ = ("key", "type")
 
@@ -336,7 +356,9 @@ class DenseResourceAttr(Attribute):
 
 @final
 class AffineAttr(Attribute):
-    """`affine_map<...>`, `affine_set<...>` or `strided<...>`, kept as text: tyir passes them through untouched."""
+    """`affine_map<...>`, `affine_set<...>` or `strided<...>`, kept as text: tyir passes them through
+    untouched.
+    """
 
     __slots__ = ("kind", "text")
 
@@ -347,7 +369,9 @@ class AffineAttr(Attribute):
 
 @final
 class OpaqueAttr(Attribute):
-    """`#dialect.name<body>` of a dialect tyir does not know; `body` is kept as text, including its brackets, or empty."""
+    """`#dialect.name<body>` of a dialect tyir does not know; `body` is kept as text, including its brackets,
+    or empty.
+    """
 
     __slots__ = ("body", "name")
 

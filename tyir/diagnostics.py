@@ -1,7 +1,9 @@
-"""Errors as data: a `Diagnostic` with a message, a place, notes and help; `TyirError` carries one or more of them.
+"""Errors as data: a `Diagnostic` with a message, a place, notes and help; `TyirError` carries one or more of
+them.
 
-`TyirError` is the one exception for everything that is the user's to mend (wrong file, wrong number, malformed IR): tools print it without a
-traceback and exit 1.  Anything else that escapes is an internal error.
+`TyirError` is the one exception for everything that is the user's to mend (wrong file, wrong number,
+malformed IR): tools print it without a traceback and exit 1.  Anything else that escapes is an internal
+error.
 """
 
 from __future__ import annotations
@@ -50,12 +52,18 @@ class Label:
         column = col - 1 - shift + (1 if shift else 0)
         carets = "^" * max(1, min(self.end - self.start, len(content) - column))
         gutter = f"{line} | "
-        return f"{gutter}{content}\n{' ' * (len(gutter) - 2)}| {' ' * column}{carets}{' ' + self.text if self.text else ''}"
+        return (
+            f"{gutter}{content}\n{' ' * (len(gutter) - 2)}|"
+            f" {' ' * column}{carets}{' ' + self.text if self.text else ''}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One message.  `where` is `file:line:col` or a file name; `excerpt` is IR or source text; `help` says what to do."""
+    """One message.
+
+    `where` is `file:line:col` or a file name; `excerpt` is IR or source text; `help` says what to do.
+    """
 
     message: str
     severity: Severity = "error"
@@ -73,7 +81,9 @@ class Diagnostic:
 
     def render(self) -> str:
         position = self.position()
-        lines = [f"{position}: {self.severity}: {self.message}" if position else f"{self.severity}: {self.message}"]
+        lines = [
+            f"{position}: {self.severity}: {self.message}" if position else f"{self.severity}: {self.message}"
+        ]
         if self.label is not None:
             lines.append(self.label.render())
         if self.excerpt:
@@ -86,14 +96,20 @@ class Diagnostic:
 
 @dataclass(eq=False)
 class TyirError(Exception):
-    """Something the user can mend; holds every diagnostic found, in order, each once (several dies may meet the same one)."""
+    """Something the user can mend; holds every diagnostic found, in order, each once (several dies may meet
+    the same one).
+    """
 
     diagnostics: Sequence[Diagnostic] = field(default_factory=tuple)
 
-    def __init__(self, diagnostics: str | Diagnostic | Iterable[Diagnostic], *, help: str = "", where: str = "") -> None:
+    def __init__(
+        self, diagnostics: str | Diagnostic | Iterable[Diagnostic], *, help: str = "", where: str = ""
+    ) -> None:
         if isinstance(diagnostics, str):
             diagnostics = Diagnostic(diagnostics, help=help, where=where)
-        self.diagnostics = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(dict.fromkeys(diagnostics))
+        self.diagnostics = (
+            (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(dict.fromkeys(diagnostics))
+        )
         super().__init__(self.render())
 
     def render(self) -> str:

@@ -1,8 +1,9 @@
 """Running IR on numpy, op by op: the oracle of every pass, and the walk that the compiled runtime shares.
 
-`Interpreter.run` is a generator: it yields at every collective and is resumed with what the other dies give, which lets `run_lockstep` drive any number of
-dies in one thread.  What an op *does* is the `evaluator`'s business: the reference evaluator calls the op's own
-`evaluate`; the runtime's calls a compiled kernel.  A `probe` sees every op with its results (verification compares two runs through it).
+`Interpreter.run` is a generator: it yields at every collective and is resumed with what the other dies give,
+which lets `run_lockstep` drive any number of dies in one thread.  What an op *does* is the `evaluator`'s
+business: the reference evaluator calls the op's own `evaluate`; the runtime's calls a compiled kernel.  A
+`probe` sees every op with its results (verification compares two runs through it).
 """
 
 from __future__ import annotations
@@ -13,18 +14,27 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tyir import lockstep
 from tyir.diagnostics import TyirError
 from tyir.dialects import func
 from tyir.dialects.builtin import Module
 from tyir.dialects.dist import AllGather, AllReduce, Recv, Send
 from tyir.dialects.ty import GetGlobal, Global, Param
+from tyir.execution import lockstep
+from tyir.execution.weights import WeightSource
 from tyir.ir import Block, Op, Value
 from tyir.opdef import DeclaredOp
 from tyir.traits import Collective, Terminator
-from tyir.weights import WeightSource
 
-__all__ = ["Evaluator", "Interpreter", "Probe", "evaluate_op", "evaluate_param", "lookup_symbol", "run_function", "run_lockstep"]
+__all__ = [
+    "Evaluator",
+    "Interpreter",
+    "Probe",
+    "evaluate_op",
+    "evaluate_param",
+    "lookup_symbol",
+    "run_function",
+    "run_lockstep",
+]
 
 Array = npt.NDArray[Any]
 Evaluator = Callable[[Op, Sequence[Array]], "Array | tuple[Array, ...]"]
@@ -32,7 +42,9 @@ Collectives = Generator[lockstep.Request, Array | None, tuple[Array, ...]]
 
 
 class Probe(Protocol):
-    """Called after every op (calls and collectives included) with the calls it is inside of (outermost first), the op and its results."""
+    """Called after every op (calls and collectives included) with the calls it is inside of (outermost
+    first), the op and its results.
+    """
 
     def __call__(self, stack: tuple[func.Call, ...], op: Op, results: tuple[Array, ...]) -> None: ...
 
@@ -48,7 +60,8 @@ def evaluate_op(op: Op, operands: Sequence[Array]) -> Array | tuple[Array, ...]:
 def lookup_symbol(start: Op, name: str) -> Op | None:
     """The symbol `name` in the modules around `start`, innermost first.
 
-    From inside a `ty.param`'s initializer only the checkpoint's tensors are seen, so that a parameter may bear the name of the tensor it is made of.
+    From inside a `ty.param`'s initializer only the checkpoint's tensors are seen, so that a parameter may
+    bear the name of the tensor it is made of.
     """
     current: Op | None = start
     in_initializer = False
@@ -63,7 +76,10 @@ def lookup_symbol(start: Op, name: str) -> Op | None:
 
 
 class Interpreter:
-    """Runs functions of one module (one die).  `constants` maps symbol names to arrays and is consulted before `weights`."""
+    """Runs functions of one module (one die).
+
+    `constants` maps symbol names to arrays and is consulted before `weights`.
+    """
 
     def __init__(
         self,
@@ -79,12 +95,19 @@ class Interpreter:
         self.evaluator = evaluator
         self.probe = probe
         self._uses: dict[Block, dict[Op, list[Value]]] = {}
-        self._functions: dict[str, func.Func] = {op.sym_name: op for op in module.body if isinstance(op, func.Func)}
+        self._functions: dict[str, func.Func] = {
+            op.sym_name: op for op in module.body if isinstance(op, func.Func)
+        }
 
     def run(self, name: str, args: Sequence[Array]) -> Collectives:
-        """Run a function; yields what it asks of the other dies at each collective and is sent what that gives; returns the function's results."""
+        """Run a function; yields what it asks of the other dies at each collective and is sent what that
+        gives; returns the function's results.
+        """
         if name not in self._functions:
-            raise TyirError(f"there is no function @{name}", help=f"functions here: {', '.join('@' + f for f in self._functions)}")
+            raise TyirError(
+                f"there is no function @{name}",
+                help=f"functions here: {', '.join('@' + f for f in self._functions)}",
+            )
         return self._run_block(self._functions[name].body, args, ())
 
     def _run_block(self, block: Block, args: Sequence[Array], stack: tuple[func.Call, ...]) -> Collectives:
@@ -106,7 +129,9 @@ class Interpreter:
                 received = yield _request(op, operands[0] if operands else None)
                 results = received if op.results else ()
             elif isinstance(op, func.Call):
-                results = yield from self._run_block(self._functions[op.callee.leaf].body, operands, (*stack, op))
+                results = yield from self._run_block(
+                    self._functions[op.callee.leaf].body, operands, (*stack, op)
+                )
             elif isinstance(op, GetGlobal):
                 results = self.read_symbol(op)
             else:
@@ -120,7 +145,9 @@ class Interpreter:
         raise TyirError(f"@{name} ends without a terminator")
 
     def read_symbol(self, op: GetGlobal) -> Array:
-        """The array a `ty.get_global` refers to: a given constant, a checkpoint tensor, or an evaluated initializer."""
+        """The array a `ty.get_global` refers to: a given constant, a checkpoint tensor, or an evaluated
+        initializer.
+        """
         name = op.symbol.leaf
         if name in self.constants:
             return self.constants[name]
@@ -128,7 +155,9 @@ class Interpreter:
         if isinstance(target, Param):
             return evaluate_param(target, self.weights)
         if not isinstance(target, Global):
-            raise TyirError(f"'ty.get_global' refers to @{name}, which is not a ty.global or ty.param in scope")
+            raise TyirError(
+                f"'ty.get_global' refers to @{name}, which is not a ty.global or ty.param in scope"
+            )
         if self.weights is None:
             raise TyirError(f"weight @{name} is needed but no checkpoint was given")
         return self.weights.read(target)
@@ -171,12 +200,16 @@ def _request(op: Op, operand: Array | None) -> lockstep.Request:
 
 
 def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:
-    """Drive all dies' runs together (`tyir.lockstep`); returns each die's results."""
+    """Drive all dies' runs together (`tyir.execution.lockstep`); returns each die's results."""
     return lockstep.drive(runs)
 
 
 def run_function(
-    module: Module, name: str, args: Sequence[Array], weights: WeightSource | None = None, probe: Probe | None = None
+    module: Module,
+    name: str,
+    args: Sequence[Array],
+    weights: WeightSource | None = None,
+    probe: Probe | None = None,
 ) -> tuple[Array, ...]:
     """Run a function of a module without dies; the common case of tests."""
     return run_lockstep([Interpreter(module, weights, probe=probe).run(name, args)])[0]

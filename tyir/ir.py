@@ -3,11 +3,12 @@
     Op ─ operands → Value ─ owner → Op | Block        an op has results, properties, attributes, regions, successors, a location
     Op ─ regions → Region ─ blocks → Block ─ ops → Op  ops of a block are a doubly linked list: insert and erase are O(1)
 
-Invariants kept by every method here: `value.uses` lists each using op once per use; an op is in at most one block.  Everything else (types,
-dominance, terminators) is the verifier's business (`tyir.verify`).
+Invariants kept by every method here: `value.uses` lists each using op once per use; an op is in at most
+one block.  Everything else (types, dominance, terminators) is the verifier's business (`tyir.verify`).
 
-A registered op is a class declared with `tyir.opdef`; an unregistered one gets a bare class per name, so `op.name` and `type(op)` always tell what it is.
-"""
+A registered op is a class declared with `tyir.opdef`; an unregistered one gets a bare class per name, so
+`op.name` and `type(op)` always tell what it is.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from tyir.attributes import Attribute, DictAttr, StringAttr
-from tyir.collector import collector_paused
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.execution.collector import collector_paused
 from tyir.location import UNKNOWN, Location
 from tyir.types import Type
 
@@ -50,7 +51,9 @@ class Value:
         return self.owner.block if isinstance(self.owner, Op) else self.owner
 
     def replace_all_uses_with(self, new: Value, unless: Callable[[Op], bool] | None = None) -> None:
-        """Make every user (except those for which `unless` holds) use `new`; `new` takes over the name if it has none."""
+        """Make every user (except those for which `unless` holds) use `new`; `new` takes over the name if it
+        has none.
+        """
         if new is self:
             return
         kept, moved = [], self.uses
@@ -76,7 +79,18 @@ class Value:
 class Op:
     """An operation.  Make one with the declared constructor of its class or with `Class.create(...)`."""
 
-    __slots__ = ("_next", "_operands", "_prev", "attributes", "block", "loc", "properties", "regions", "results", "successors")
+    __slots__ = (
+        "_next",
+        "_operands",
+        "_prev",
+        "attributes",
+        "block",
+        "loc",
+        "properties",
+        "regions",
+        "results",
+        "successors",
+    )
 
     name: ClassVar[str] = ""
     traits: ClassVar[frozenset[type[Trait]]] = frozenset()
@@ -123,7 +137,8 @@ class Op:
         op.block = op._prev = op._next = None
         return op
 
-    # -- operands -------------------------------------------------------------------------------------------------
+    # -- operands
+    # -------------------------------------------------------------------------------------------------
     @property
     def operands(self) -> tuple[Value, ...]:
         return self._operands
@@ -143,7 +158,8 @@ class Op:
             value.uses.append(self)
             self._operands = (*self._operands[:index], value, *self._operands[index + 1 :])
 
-    # -- results --------------------------------------------------------------------------------------------------
+    # -- results
+    # --------------------------------------------------------------------------------------------------
     @property
     def result(self) -> Value:
         """The only result."""
@@ -164,7 +180,8 @@ class Op:
             old.replace_all_uses_with(new)
         self.erase()
 
-    # -- place ----------------------------------------------------------------------------------------------------
+    # -- place
+    # ----------------------------------------------------------------------------------------------------
     @property
     def next_op(self) -> Op | None:
         return self._next
@@ -207,7 +224,9 @@ class Op:
         """Delete the op and everything in its regions.  `ValueError` if a result is still used."""
         for value in self.results:
             if value.uses:
-                raise ValueError(f"cannot erase {self.name}: its result is still used by {value.uses[0].name}")
+                raise ValueError(
+                    f"cannot erase {self.name}: its result is still used by {value.uses[0].name}"
+                )
         self.detach()
         self.drop_references()
 
@@ -218,7 +237,8 @@ class Op:
                 value.uses.remove(op)
             op._operands = ()
 
-    # -- facts ----------------------------------------------------------------------------------------------------
+    # -- facts
+    # ----------------------------------------------------------------------------------------------------
     @property
     def dialect(self) -> str:
         return self.name.partition(".")[0]
@@ -235,7 +255,9 @@ class Op:
 
     @property
     def body(self) -> Block:
-        """The entry block of the first region; `TyirError` when there is none (a function that is only declared)."""
+        """The entry block of the first region; `TyirError` when there is none (a function that is only
+        declared).
+        """
         if not self.regions or not self.regions[0].blocks:
             raise TyirError(f"'{self.name}'{' @' + self.sym_name if self.sym_name else ''} has no body")
         return self.regions[0].blocks[0]
@@ -246,9 +268,13 @@ class Op:
     def set_property(self, key: str, value: Attribute) -> None:
         self.properties = self.properties.with_entry(key, value)
 
-    # -- traversal ------------------------------------------------------------------------------------------------
+    # -- traversal
+    # ------------------------------------------------------------------------------------------------
     def walk(self) -> Iterator[Op]:
-        """This op and every op below it, parents first.  The op just yielded may be erased or moved by the caller."""
+        """This op and every op below it, parents first.
+
+        The op just yielded may be erased or moved by the caller.
+        """
         yield self
         stack: list[Iterator[Op]] = []
         current = _region_ops(self)
@@ -279,7 +305,11 @@ class Op:
         return current is self
 
     def clone(self, mapping: dict[Value, Value] | None = None) -> Self:
-        """A detached deep copy.  `mapping` translates operands (values it lacks are used as they are) and is extended with what is copied."""
+        """A detached deep copy.
+
+        `mapping` translates operands (values it lacks are used as they are) and is extended with what is
+        copied.
+        """
         with collector_paused():
             new: Self = _clone(self, {} if mapping is None else mapping)
             return new
@@ -307,7 +337,11 @@ def _region_ops(op: Op) -> Iterator[Op]:
 
 
 def _clone(root: Any, mapping: dict[Value, Value]) -> Any:
-    """Copy an op with its regions.  Regions wait on a list until the block around them is complete, so nesting is not bounded by Python's stack."""
+    """Copy an op with its regions.
+
+    Regions wait on a list until the block around them is complete, so nesting is not bounded by Python's
+    stack.
+    """
     new_root = _clone_flat(root, mapping, {})
     waiting: list[tuple[Any, Any]] = [(root, new_root)] if root.regions else []
     while waiting:
@@ -319,9 +353,16 @@ def _clone(root: Any, mapping: dict[Value, Value]) -> Any:
 
 
 def _clone_ops(
-    source: Block, target: Block, mapping: dict[Value, Value], block_map: dict[Block, Block], waiting: list[tuple[Any, Any]]
+    source: Block,
+    target: Block,
+    mapping: dict[Value, Value],
+    block_map: dict[Block, Block],
+    waiting: list[tuple[Any, Any]],
 ) -> None:
-    """Copy a block's ops to the end of another.  One loop without calls: specialisation copies whole functions."""
+    """Copy a block's ops to the end of another.
+
+    One loop without calls: specialisation copies whole functions.
+    """
     new_object, get = object.__new__, mapping.get
     last: Any = target.last_op
     op: Any = source.first_op
@@ -416,7 +457,9 @@ class Block:
 
     __slots__ = ("arg_locs", "args", "first_op", "label", "last_op", "region")
 
-    def __init__(self, arg_types: Iterable[Type] = (), arg_names: Sequence[str | None] = (), ops: Iterable[Op] = ()) -> None:
+    def __init__(
+        self, arg_types: Iterable[Type] = (), arg_names: Sequence[str | None] = (), ops: Iterable[Op] = ()
+    ) -> None:
         self.args: list[Value] = []
         self.arg_locs: tuple[Location, ...] = ()
         self.first_op: Op | None = None
@@ -526,7 +569,9 @@ _unregistered: dict[str, type[Op]] = {}
 
 
 def unregistered_op(name: str) -> type[Op]:
-    """The class that stands for all ops of a name nobody declared (one class per name for the life of the process)."""
+    """The class that stands for all ops of a name nobody declared (one class per name for the life of the
+    process).
+    """
     op_class = _unregistered.get(name)
     if op_class is None:
         op_class = type(name, (Op,), {"__slots__": (), "name": name})

@@ -1,7 +1,8 @@
-"""Where an op comes from.  Front ends attach the module path and the model's source line; rewrites must carry locations on.
+"""Where an op comes from.  Front ends attach the module path and the model's source line; rewrites must
+carry locations on.
 
 loc("f.py":3:1)   loc("model.layers.0.mlp"("f.py":3:1))   loc(fused["a", "b"])   loc(callsite("a" at "b"))   loc(unknown)
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -11,7 +12,18 @@ from typing import Final, final
 
 from tyir.attributes import Attribute
 
-__all__ = ["UNKNOWN", "CallSiteLoc", "FileLoc", "FusedLoc", "Location", "NameLoc", "UnknownLoc", "fuse", "layer_of", "module_path"]
+__all__ = [
+    "UNKNOWN",
+    "CallSiteLoc",
+    "FileLoc",
+    "FusedLoc",
+    "Location",
+    "NameLoc",
+    "UnknownLoc",
+    "fuse",
+    "layer_of",
+    "module_path",
+]
 
 
 class Location(Attribute):
@@ -75,7 +87,9 @@ UNKNOWN: Final = UnknownLoc()
 
 
 def fuse(locations: Iterable[Location]) -> Location:
-    """One location for an op that replaces several: duplicates and unknowns vanish, one remaining location stands alone."""
+    """One location for an op that replaces several: duplicates and unknowns vanish, one remaining location
+    stands alone.
+    """
     parts: dict[Location, None] = {}
     for location in locations:
         for part in location.parts if isinstance(location, FusedLoc) else (location,):
@@ -87,7 +101,9 @@ def fuse(locations: Iterable[Location]) -> Location:
 
 
 def module_path(location: Location) -> str | None:
-    """The model's module path (`model.layers.3.self_attn.q_proj`) an op came from: the last one of a fused location."""
+    """The model's module path (`model.layers.3.self_attn.q_proj`) an op came from: the last one of a fused
+    location.
+    """
     if isinstance(location, NameLoc):
         return location.name
     if isinstance(location, FusedLoc):

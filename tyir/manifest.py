@@ -1,4 +1,5 @@
-"""`manifest.json`: what an artifact folder holds and what it was built with.  The compiler writes it last, the runtime checks it first.
+"""`manifest.json`: what an artifact folder holds and what it was built with.  The compiler writes it last,
+the runtime checks it first.
 
     OUT/{n}die/manifest.json
       format, version         "tyir-artifacts", 1
@@ -10,7 +11,7 @@
       files                   every file: size in bytes and sha256
 
 Paths are relative to the folder, with forward slashes.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -26,7 +27,16 @@ import numpy as np
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.types import FloatType, IntegerType, storage_dtype
 
-__all__ = ["MACHINE", "MANIFEST", "BuildOptions", "DieProgram", "Manifest", "TensorInfo", "file_record", "sha256_file"]
+__all__ = [
+    "MACHINE",
+    "MANIFEST",
+    "BuildOptions",
+    "DieProgram",
+    "Manifest",
+    "TensorInfo",
+    "file_record",
+    "sha256_file",
+]
 
 MANIFEST: Final = "manifest.json"
 MACHINE: Final = "machine.toml"  # a machine file of the user's own that the programs were compiled for
@@ -38,11 +48,12 @@ VERSION: Final = 1
 class BuildOptions:
     """What a user chooses; everything here changes the artifacts.
 
-    `weights`: "fp16", "int4" (quantised by the compiler), or in a manifest "checkpoint" (the checkpoint's own quantised weights, nothing more).
-    `output`: what a step returns for each token: "logits", "argmax" or "topk=K" (the K best tokens with their values).
-    `pp`: pipeline stages; the decoder's layers are dealt out to that many groups of dies.
-    `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3; empty: whole packages are groups.
-    `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).
+    `weights`: "fp16", "int4" (quantised by the compiler), or in a manifest "checkpoint" (the checkpoint's own
+    quantised weights, nothing more). `output`: what a step returns for each token: "logits", "argmax" or
+    "topk=K" (the K best tokens with their values). `pp`: pipeline stages; the decoder's layers are dealt out
+    to that many groups of dies. `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3;
+    empty: whole packages are groups. `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a
+    scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).
     """
 
     dies: int = 4
@@ -62,7 +73,9 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or output of a program: `dtype` in IR spelling (f16, i32), `alias` the index of the input an output updates in place."""
+    """An input or output of a program: `dtype` in IR spelling (f16, i32), `alias` the index of the input an
+    output updates in place.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -72,7 +85,9 @@ class TensorInfo:
     @property
     def storage_dtype(self) -> np.dtype[Any]:
         """The numpy dtype of a buffer for it."""
-        return storage_dtype(FloatType(self.dtype) if "f" in self.dtype else IntegerType(int(self.dtype.lstrip("sui"))))
+        return storage_dtype(
+            FloatType(self.dtype) if "f" in self.dtype else IntegerType(int(self.dtype.lstrip("sui")))
+        )
 
 
 @dataclass(frozen=True)
@@ -105,11 +120,17 @@ class Manifest:
         return next(p for p in self.programs if p.die == die and p.seqlen == seqlen)
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        return (
+            json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True)
+            + "\n"
+        )
 
     @classmethod
     def load(cls, folder: Path, *, check: bool = True) -> Self:
-        """Read and (with `check`) verify every file's size and hash.  `TyirError` lists everything that is wrong."""
+        """Read and (with `check`) verify every file's size and hash.
+
+        `TyirError` lists everything that is wrong.
+        """
         path = folder / MANIFEST
         try:
             raw = json.loads(path.read_text())
@@ -120,7 +141,10 @@ class Manifest:
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise TyirError(f"{path} is not a manifest of tyir artifacts")
         if raw.get("version") != VERSION:
-            raise TyirError(f"{path} has version {raw.get('version')}; this tyir reads version {VERSION}", help="compile the model again")
+            raise TyirError(
+                f"{path} has version {raw.get('version')}; this tyir reads version {VERSION}",
+                help="compile the model again",
+            )
         try:
             manifest = cls(
                 model=raw["model"],
@@ -130,16 +154,22 @@ class Manifest:
                 files=raw["files"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise TyirError(f"{path} is damaged: {type(error).__name__} {error}", help="compile the model again") from None
+            raise TyirError(
+                f"{path} is damaged: {type(error).__name__} {error}", help="compile the model again"
+            ) from None
         if check:
             manifest.check_files(folder)
         return manifest
 
     def check_files(self, folder: Path) -> None:
         """`TyirError` naming every file that is missing or has changed."""
-        problems = [p for name, record in sorted(self.files.items()) if (p := _file_problem(folder / name, record))]
+        problems = [
+            p for name, record in sorted(self.files.items()) if (p := _file_problem(folder / name, record))
+        ]
         if problems:
-            raise TyirError(Diagnostic(p, help="compile the model again, or restore the file") for p in problems)
+            raise TyirError(
+                Diagnostic(p, help="compile the model again, or restore the file") for p in problems
+            )
 
 
 def _options(raw: Mapping[str, Any]) -> BuildOptions:
@@ -148,7 +178,10 @@ def _options(raw: Mapping[str, Any]) -> BuildOptions:
 
 
 def _program(raw: Mapping[str, Any]) -> DieProgram:
-    tensors = {k: tuple(TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in raw[k]) for k in ("inputs", "outputs")}
+    tensors = {
+        k: tuple(TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in raw[k])
+        for k in ("inputs", "outputs")
+    }
     return DieProgram(**{**raw, **tensors})
 
 
@@ -165,7 +198,11 @@ def _file_problem(path: Path, record: Mapping[str, Any]) -> str | None:
 
 def _nearest_artifacts(folder: Path) -> str:
     found = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
-    return f"did you mean {folder / found[0]}?" if found else "give the folder that tyir-compile printed, for example out/4die"
+    return (
+        f"did you mean {folder / found[0]}?"
+        if found
+        else "give the folder that tyir-compile printed, for example out/4die"
+    )
 
 
 def sha256_file(path: Path) -> str:

@@ -18,7 +18,7 @@ Operands are the constructor's positional arguments; `_: KW_ONLY` (from dataclas
 From this come the typed constructor `Linear(x, w, eps=1e-5, loc=...)`, accessors, the check of kinds (`check_declaration`), the text forms
 (properties by name, operands in order) and the reference documentation.  At most one operand (and one result) may be optional or variadic, so
 that counts need no segment attribute.
-'''
+'''  # noqa: E501
 
 from __future__ import annotations
 
@@ -47,9 +47,19 @@ from tyir.traits import Trait
 from tyir.types import FloatType, FunctionType, IntegerType, TensorType, Type, f64, i64
 
 __all__ = [
-    "AttrField", "DeclaredOp", "OperandField", "RegionField", "ResultField", "attr", "operand", "optional_operand", "region", "result",
-    "variadic_operand", "variadic_result",
-]  # fmt: skip
+    "AttrField",
+    "DeclaredOp",
+    "OperandField",
+    "RegionField",
+    "ResultField",
+    "attr",
+    "operand",
+    "optional_operand",
+    "region",
+    "result",
+    "variadic_operand",
+    "variadic_result",
+]
 
 Arity = Literal["one", "optional", "variadic"]
 _MISSING: Final = object()
@@ -78,8 +88,18 @@ def _is_int_array(a: Attribute) -> bool:
 
 
 _CODECS: Final[dict[str, _Codec]] = {
-    "int": _Codec("integer", lambda v: v if isinstance(v, IntegerAttr) else IntegerAttr(v, i64), lambda a: a.value, _is(IntegerAttr)),
-    "float": _Codec("float", lambda v: v if isinstance(v, FloatAttr) else FloatAttr(v, f64), lambda a: a.value, _is(FloatAttr)),
+    "int": _Codec(
+        "integer",
+        lambda v: v if isinstance(v, IntegerAttr) else IntegerAttr(v, i64),
+        lambda a: a.value,
+        _is(IntegerAttr),
+    ),
+    "float": _Codec(
+        "float",
+        lambda v: v if isinstance(v, FloatAttr) else FloatAttr(v, f64),
+        lambda a: a.value,
+        _is(FloatAttr),
+    ),
     "str": _Codec("string", StringAttr, lambda a: a.value, _is(StringAttr)),
     "bool": _Codec("boolean", BoolAttr, lambda a: a.value, _is(BoolAttr)),
     "tuple[int, ...]": _Codec("integer array", DenseArrayAttr.i64, lambda a: a.values, _is_int_array),
@@ -87,7 +107,9 @@ _CODECS: Final[dict[str, _Codec]] = {
     "TensorType": _Codec("tensor type", _same, _same, _is(TensorType)),
     "FunctionType": _Codec("function type", _same, _same, _is(FunctionType)),
     "FloatType": _Codec("float type", _same, _same, _is(FloatType)),
-    "SymbolRefAttr": _Codec("symbol", lambda v: SymbolRefAttr(v) if isinstance(v, str) else v, _same, _is(SymbolRefAttr)),
+    "SymbolRefAttr": _Codec(
+        "symbol", lambda v: SymbolRefAttr(v) if isinstance(v, str) else v, _same, _is(SymbolRefAttr)
+    ),
     "DictAttr": _Codec("dictionary", _same, _same, _is(DictAttr)),
     "ArrayAttr": _Codec("array", _same, _same, _is(ArrayAttr)),
     "DenseElementsAttr": _Codec("dense elements", _same, _same, _is(DenseElementsAttr)),
@@ -151,7 +173,10 @@ class ResultField(OperandField):
 
 
 class AttrField:
-    """A property by name, seen as a Python value.  `key` is what the IR calls it, if that cannot be the Python name."""
+    """A property by name, seen as a Python value.
+
+    `key` is what the IR calls it, if that cannot be the Python name.
+    """
 
     def __init__(self, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "") -> None:
         self.default: Final = default
@@ -173,7 +198,9 @@ class AttrField:
         self.optional = annotation.endswith("| None")
         kind = annotation.removesuffix("| None").strip()
         if kind not in _CODECS:
-            raise TypeError(f"{owner}.{self.name}: no property kind {annotation!r}; known: {', '.join(_CODECS)}")
+            raise TypeError(
+                f"{owner}.{self.name}: no property kind {annotation!r}; known: {', '.join(_CODECS)}"
+            )
         self.codec = _CODECS[kind]
 
     def __get__(self, op: Any, owner: type | None = None) -> Any:
@@ -185,15 +212,26 @@ class AttrField:
         return self.codec.decode(value)
 
     def __set__(self, op: Any, value: Any) -> None:
-        op.properties = op.properties.without(self.key) if value is None else op.properties.with_entry(self.key, self.codec.encode(value))
+        op.properties = (
+            op.properties.without(self.key)
+            if value is None
+            else op.properties.with_entry(self.key, self.codec.encode(value))
+        )
 
     def check(self, op: Op) -> str | None:
         value = op.properties._map.get(self.key)
         if value is None:
-            return None if self.optional or self.default is not _MISSING else f"property '{self.key}' ({self.codec.kind}) is missing"
+            return (
+                None
+                if self.optional or self.default is not _MISSING
+                else f"property '{self.key}' ({self.codec.kind}) is missing"
+            )
         if not self.codec.accepts(value):
             if isinstance(value, DenseResourceAttr) and value.key == "__elided__":
-                return f"property '{self.key}' was left out when this file was printed (--elide-large-constants); print it again without"
+                return (
+                    f"property '{self.key}' was left out when this file was printed"
+                    " (--elide-large-constants); print it again without"
+                )
             return f"property '{self.key}' must be {self.codec.kind}, got {value}"
         if self.choices and isinstance(value, StringAttr) and value.value not in self.choices:
             return f"property '{self.key}' must be one of {', '.join(self.choices)}, got '{value.value}'"
@@ -238,8 +276,11 @@ def variadic_result(*, init: Literal[False] = False) -> Any:
     return ResultField("variadic")
 
 
-def attr(*, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "", kw_only: bool = True) -> Any:
-    """A property, given by keyword; its kind comes from the annotation (int, float, str, bool, tuple[int, ...], TensorType, ...).
+def attr(
+    *, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "", kw_only: bool = True
+) -> Any:
+    """A property, given by keyword; its kind comes from the annotation (int, float, str, bool, tuple[int,
+    ...], TensorType, ...).
 
     `key` is its name in the IR where that cannot be a field's (`name`, which every op has already).
     """
@@ -258,11 +299,15 @@ def _constructor_only(*, default: Any = None, kw_only: bool = True) -> Any:
 class _OpMeta(type):
     """Gives every declared op empty `__slots__`, so that an op costs no instance dictionary."""
 
-    def __new__(mcs, class_name: str, bases: tuple[type, ...], namespace: dict[str, Any], /, **kwargs: Any) -> Any:
+    def __new__(
+        mcs, class_name: str, bases: tuple[type, ...], namespace: dict[str, Any], /, **kwargs: Any
+    ) -> Any:
         namespace.setdefault("__slots__", ())
         return super().__new__(mcs, class_name, bases, namespace, **kwargs)
 
-    def __init__(cls, class_name: str, bases: tuple[type, ...], namespace: dict[str, Any], /, **kwargs: Any) -> None:
+    def __init__(
+        cls, class_name: str, bases: tuple[type, ...], namespace: dict[str, Any], /, **kwargs: Any
+    ) -> None:
         super().__init__(class_name, bases, namespace)
 
 
@@ -275,7 +320,16 @@ def _counts(fields: Sequence[OperandField]) -> tuple[int, int | None]:
 
 
 @dataclass_transform(
-    field_specifiers=(operand, optional_operand, variadic_operand, result, variadic_result, attr, region, _constructor_only)
+    field_specifiers=(
+        operand,
+        optional_operand,
+        variadic_operand,
+        result,
+        variadic_result,
+        attr,
+        region,
+        _constructor_only,
+    )
 )
 class _Declaration(Op, metaclass=_OpMeta):
     """Where the transform begins: type checkers count the fields of classes below this one (PEP 681)."""
@@ -296,7 +350,8 @@ class DeclaredOp(_Declaration):
     property_names: ClassVar[frozenset[str]] = frozenset()
     registered: ClassVar[bool] = True
 
-    if TYPE_CHECKING:  # the constructor's own arguments; at run time loc and attributes are Op's slots, result_types is not kept
+    # the constructor's own arguments; at run time loc and attributes are Op's slots, result_types is not kept
+    if TYPE_CHECKING:
         loc: Location = _constructor_only(default=UNKNOWN, kw_only=True)
         result_types: Sequence[Type] = _constructor_only(default=(), kw_only=True)
         attributes: DictAttr = _constructor_only(default=EMPTY_DICT, kw_only=True)
@@ -328,7 +383,9 @@ class DeclaredOp(_Declaration):
         attributes = kwargs.pop("attributes", EMPTY_DICT)
         given = dict(zip((f.name for f in cls.operand_fields), args))
         if len(args) > len(cls.operand_fields):
-            raise TypeError(f"{cls.name} takes {len(cls.operand_fields)} positional operands, {len(args)} given")
+            raise TypeError(
+                f"{cls.name} takes {len(cls.operand_fields)} positional operands, {len(args)} given"
+            )
         given.update(kwargs)
         operands: list[Value] = []
         for f in cls.operand_fields:
@@ -369,23 +426,37 @@ class DeclaredOp(_Declaration):
         self.results = tuple([Value(t, self, i) for i, t in enumerate(result_types)])
 
     def infer(self) -> Type | Sequence[Type]:
-        """The result types.  An op whose types do not follow from its operands does not override this and takes `result_types`."""
+        """The result types.
+
+        An op whose types do not follow from its operands does not override this and takes `result_types`.
+        """
         raise TypeError(f"{self.name}: result types do not follow from the operands; pass result_types")
 
     def evaluate(self, *operands: Any) -> Any:
-        """The op's meaning on numpy arrays: the oracle of every test.  Returns one array, or a tuple of them."""
+        """The op's meaning on numpy arrays: the oracle of every test.
+
+        Returns one array, or a tuple of them.
+        """
         raise TypeError(f"{self.name} has no reference evaluation")
 
     def fold(self) -> Sequence[Value | Attribute] | None:
-        """What the results always equal (an existing value, or a constant), or None.  The canonicalizer asks; types must be the results' own."""
+        """What the results always equal (an existing value, or a constant), or None.
+
+        The canonicalizer asks; types must be the results' own.
+        """
         return None
 
     def check_declaration(self) -> Iterator[Diagnostic | str]:
         """Counts and kinds against the declaration, inferred result types against the actual ones."""
         cls = type(self)
-        for what, (least, most), values in (("operand", cls.operand_counts, self._operands), ("result", cls.result_counts, self.results)):
+        for what, (least, most), values in (
+            ("operand", cls.operand_counts, self._operands),
+            ("result", cls.result_counts, self.results),
+        ):
             if len(values) < least or (most is not None and len(values) > most):
-                wanted = str(least) if most == least else f"{least} or {most}" if most else f"at least {least}"
+                wanted = (
+                    str(least) if most == least else f"{least} or {most}" if most else f"at least {least}"
+                )
                 yield f"expects {wanted} {what}{'' if wanted == '1' else 's'}, got {len(values)}"
                 return
         problems = [p for f in cls.attr_fields if (p := f.check(self))]

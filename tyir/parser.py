@@ -1,8 +1,11 @@
-"""Parsing the MLIR text of `tyir/grammar.lark` into IR: the generic form, and the short form of declared ops.
+"""Parsing the MLIR text of `tyir/text/grammar.lark` into IR: the generic form, and the short form of declared
+ops.
 
-One class, in layers, each in a file: `lexer` (tokens) < `location_parser` < `attribute_parser` < `scope_parser` (names, regions) < `flat_parser` (the fast path:
-whole lines by one regular expression) < `short_parser` < this file: the file, regions and the full path by recursive descent, for everything the fast path leaves
-(regions, successors, several results, comments, errors).  Both paths, and `lark_parser`, give the same IR: tests prove it on every file and on random ones.
+One class, in layers, each in a file: `lexer` (tokens) < `location_parser` < `attribute_parser` <
+`scope_parser` (names, regions) < `flat_parser` (the fast path: whole lines by one regular expression) <
+`short_parser` < this file: the file, regions and the full path by recursive descent, for everything the fast
+path leaves (regions, successors, several results, comments, errors).  Both paths, and `lark_parser`, give the
+same IR: tests prove it on every file and on random ones.
 """
 
 from __future__ import annotations
@@ -11,17 +14,17 @@ import re
 from pathlib import Path
 from typing import Final
 
-from tyir.collector import collector_paused
 from tyir.diagnostics import SourceText
 from tyir.dialects.builtin import Module
+from tyir.execution.collector import collector_paused
 from tyir.ir import EMPTY_DICT, Block, Op, Region
 from tyir.location import UNKNOWN
-from tyir.parser_state import Header
 from tyir.registry import op_class
-from tyir.resource_parser import parse_metadata
-from tyir.scope_parser import BLOCK, starts_location
-from tyir.short_parser import SHORT_NAME_HERE, ShortParser
-from tyir.source_file import read_source
+from tyir.text.parser_state import Header
+from tyir.text.resource_parser import parse_metadata
+from tyir.text.scope_parser import BLOCK, starts_location
+from tyir.text.short_parser import SHORT_NAME_HERE, ShortParser
+from tyir.text.source_file import read_source
 from tyir.traits import IsolatedFromAbove
 
 __all__ = ["Parser", "parse_file", "parse_module"]
@@ -33,7 +36,8 @@ _ALIAS: Final = re.compile(r"([#!][A-Za-z_][A-Za-z0-9_$]*)\s*=")
 class Parser(ShortParser):
     """Reads one file.  With `positions`, remembers where in the text each op begins."""
 
-    # -- the file ---------------------------------------------------------------------------------------------------
+    # -- the file
+    # ---------------------------------------------------------------------------------------------------
     def parse(self) -> Module:
         """The whole text as one module; what is not one `builtin.module` is wrapped in one."""
         outer = Region()
@@ -66,7 +70,8 @@ class Parser(ShortParser):
             self.pos = match.end()
             self.define_alias(name, self.type() if name[0] == "!" else self.attribute(), start)
 
-    # -- ops and regions --------------------------------------------------------------------------------------------
+    # -- ops and regions
+    # --------------------------------------------------------------------------------------------
     def _ops(self) -> None:
         """Everything up to the end of the file (or its metadata), with all nested regions."""
         while True:
@@ -88,10 +93,16 @@ class Parser(ShortParser):
                 return
             elif char == "":
                 start = self._frame.header.start if self._frame.header is not None else 0
-                self.fail("region is not closed before the end of the file", start, start + 1, help="a '}' is missing")
+                self.fail(
+                    "region is not closed before the end of the file",
+                    start,
+                    start + 1,
+                    help="a '}' is missing",
+                )
             else:
                 self.expected(
-                    "an operation" if len(self._frames) == 1 else "an operation, a block label or '}'", help=_op_hint(self.text, self.pos)
+                    "an operation" if len(self._frames) == 1 else "an operation, a block label or '}'",
+                    help=_op_hint(self.text, self.pos),
                 )
 
     def _op(self) -> None:
@@ -133,13 +144,22 @@ class Parser(ShortParser):
     def _result_name(self) -> tuple[str, int, int]:
         text, at = self._operand()
         if "#" in text:
-            self.fail("a result is defined without '#'", at, self.pos, help=f"{text.partition('#')[0]}:2 defines two results")
+            self.fail(
+                "a result is defined without '#'",
+                at,
+                self.pos,
+                help=f"{text.partition('#')[0]}:2 defines two results",
+            )
         match = self.match(_COUNT)
         count = 1
         if match is not None:
             count = int(match[1]) if len(match[1]) < 7 else 0
             if count < 1:
-                self.fail("the number of results must be at least 1 (and less than a million)", match.start(1), match.end(1))
+                self.fail(
+                    "the number of results must be at least 1 (and less than a million)",
+                    match.start(1),
+                    match.end(1),
+                )
         return text, count, at
 
     def _next_region(self, header: Header) -> None:
@@ -147,7 +167,9 @@ class Parser(ShortParser):
             is_short = header.attributes is not None and not header.regions
             self.expected(
                 "'{' of a region",
-                help="dialects' own syntax is not read; mlir-opt --mlir-print-op-generic prints what is" if is_short else "",
+                help="dialects' own syntax is not read; mlir-opt --mlir-print-op-generic prints what is"
+                if is_short
+                else "",
             )
         region = Region()
         header.regions.append(region)
@@ -196,7 +218,11 @@ class Parser(ShortParser):
         if header.attributes is not None:
             self._finish_short(header, header.attributes)
             return
-        attributes = self.dictionary() if self.peek() == "{" and not self.text.startswith("{-#", self.pos) else EMPTY_DICT
+        attributes = (
+            self.dictionary()
+            if self.peek() == "{" and not self.text.startswith("{-#", self.pos)
+            else EMPTY_DICT
+        )
         self.expect(":", "':' and the operation's type")
         types_at = self.skip_space()
         in_types, out_types = self._signature()
@@ -207,11 +233,18 @@ class Parser(ShortParser):
 
 def _op_hint(text: str, pos: int) -> str:
     word = re.compile(r"[A-Za-z_][\w.]*").match(text, pos)
-    return f'an op is written "{word[0]}"(...) : (...) -> ..., a declared one also as dialect.name' if word else ""
+    return (
+        f'an op is written "{word[0]}"(...) : (...) -> ..., a declared one also as dialect.name'
+        if word
+        else ""
+    )
 
 
 def parse_module(text: str, name: str = "<string>", positions: dict[Op, int] | None = None) -> Module:
-    """The module of an IR text.  `positions` is filled with the offset of each op.  `TyirError` points at what is wrong."""
+    """The module of an IR text.
+
+    `positions` is filled with the offset of each op.  `TyirError` points at what is wrong.
+    """
     with collector_paused():
         return Parser(SourceText(name, text), positions).parse()
 

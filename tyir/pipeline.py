@@ -7,10 +7,12 @@
 
         def run(self, op: Op, context: PassContext) -> None: ...   # changes op in place
 
-A pipeline is text (`tyir.pipeline_text`).  Items run in order on the current op, at first the module; `func.func(...)` runs its items on every function
-directly below the current op, one function after the other, as in MLIR; a pass made for functions (`anchor`) that stands at module level runs on all
-functions below.  Named pipelines (`passes/pipelines.py`) stand where a pass may.  After each pass the op it ran on is verified, unless the pass says that it
-changed nothing: what a pass made for functions did not reach is not looked at again.
+A pipeline is text (`tyir.pass_manager.text`).  Items run in order on the current op, at first the module;
+`func.func(...)` runs its items on every function directly below the current op, one function after the other,
+as in MLIR; a pass made for functions (`anchor`) that stands at module level runs on all functions below.
+Named pipelines (`passes/pipelines.py`) stand where a pass may.  After each pass the op it ran on is verified,
+unless the pass says that it changed nothing: what a pass made for functions did not reach is not looked at
+again.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from tyir.analysis import AnalysisManager
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects.builtin import Module
 from tyir.ir import Op
-from tyir.pass_options import make_pass, options_text
-from tyir.pass_registry import PassRegistry
-from tyir.pipeline_text import Nest, PassText, PipelineItem, parse_pipeline_text, pipeline_error
+from tyir.pass_manager.analysis import AnalysisManager
+from tyir.pass_manager.options import make_pass, options_text
+from tyir.pass_manager.registry import PassRegistry
+from tyir.pass_manager.text import Nest, PassText, PipelineItem, parse_pipeline_text, pipeline_error
 from tyir.verify import verify
 
 if TYPE_CHECKING:
-    from tyir.weights import WeightSource
+    from tyir.execution.weights import WeightSource
 
 __all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_pipeline"]
 
@@ -48,7 +50,10 @@ class Pass:
         return cls.__module__.rpartition(".")[2].replace("_", "-")
 
     def run(self, op: Op, context: PassContext) -> None:
-        """Change `op` (an op of the kind `anchor` names) in place.  `TyirError` for what the user can mend."""
+        """Change `op` (an op of the kind `anchor` names) in place.
+
+        `TyirError` for what the user can mend.
+        """
         raise TypeError(f"{type(self).__name__} does not define run")
 
     def text(self) -> str:
@@ -177,7 +182,10 @@ def _verify_after(pass_: Pass, op: Op) -> None:
 
 
 def build_pipeline(text: str, registry: PassRegistry | None = None, root: str = Module.name) -> Pipeline:
-    """The pipeline of a text, to be run on an op named `root`.  `TyirError` points at an unknown pass, option or value."""
+    """The pipeline of a text, to be run on an op named `root`.
+
+    `TyirError` points at an unknown pass, option or value.
+    """
     items = parse_pipeline_text(text)
     if len(items) == 1 and isinstance(items[0], Nest) and items[0].anchor in (root, ANY):
         items = items[0].items
@@ -196,19 +204,34 @@ def _build_items(
     return tuple(built)
 
 
-def _build_pass(item: PassText, anchor: str, registry: PassRegistry, within: tuple[str, ...]) -> tuple[Pass | Pipeline, ...]:
+def _build_pass(
+    item: PassText, anchor: str, registry: PassRegistry, within: tuple[str, ...]
+) -> tuple[Pass | Pipeline, ...]:
     pass_class = registry.find(item.name)
     if pass_class is not None:
         if pass_class.anchor == Module.name and anchor not in (Module.name, ANY):
             help = f"write it outside of {anchor}(...)"
-            raise pipeline_error(item.source, item.start, item.end, f"pass '{item.name}' runs on builtin.module, not on {anchor}", help)
+            raise pipeline_error(
+                item.source,
+                item.start,
+                item.end,
+                f"pass '{item.name}' runs on builtin.module, not on {anchor}",
+                help,
+            )
         return (make_pass(pass_class, item),)
     pipelines = registry.pipelines()
     if item.name not in pipelines:
         hint = did_you_mean(item.name, [*registry.names(), *pipelines]) or "tyir-opt --list-passes lists them"
-        raise pipeline_error(item.source, item.start, item.end, f"there is no pass or pipeline '{item.name}'", hint)
+        raise pipeline_error(
+            item.source, item.start, item.end, f"there is no pass or pipeline '{item.name}'", hint
+        )
     if item.options:
-        raise pipeline_error(item.source, item.options[0].start, item.options[-1].end, f"pipeline '{item.name}' takes no options")
+        raise pipeline_error(
+            item.source,
+            item.options[0].start,
+            item.options[-1].end,
+            f"pipeline '{item.name}' takes no options",
+        )
     if item.name in within:
         raise TyirError(f"pipeline '{item.name}' contains itself: {' -> '.join((*within, item.name))}")
     inner = parse_pipeline_text(pipelines[item.name], f"<pipeline {item.name}>")

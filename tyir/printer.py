@@ -1,7 +1,9 @@
-"""Printing IR as the generic MLIR text that `tyir.parser`, mlir-opt and xDSL read, or in the short form of `tyir.pretty`.
+"""Printing IR as the generic MLIR text that `tyir.parser`, mlir-opt and xDSL read, or in the short form of
+`tyir.text.pretty`.
 
-One op per line, two spaces per region level, properties sorted by name, discardable attributes after the regions.  SSA names are kept (made unique
-within the nearest isolated op) and numbers are given to the nameless.  The walk keeps its own stack: nesting is not bounded by Python's recursion limit.
+One op per line, two spaces per region level, properties sorted by name, discardable attributes after the
+regions.  SSA names are kept (made unique within the nearest isolated op) and numbers are given to the
+nameless.  The walk keeps its own stack: nesting is not bounded by Python's recursion limit.
 """
 
 from __future__ import annotations
@@ -11,15 +13,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tyir.attribute_printer import ELIDED, AttributeText, attribute_text, symbol_text
 from tyir.attributes import ArrayAttr, Attribute, DenseResourceAttr, DictAttr
-from tyir.collector import collector_paused
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
+from tyir.execution.collector import collector_paused
 from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
 from tyir.location import UNKNOWN
 from tyir.opdef import DeclaredOp
-from tyir.pretty import SHORT_NAMES, FunctionHead, common_type, function_head, is_plain_module, merged_entries
+from tyir.text.attribute_printer import ELIDED, AttributeText, attribute_text, symbol_text
+from tyir.text.pretty import (
+    SHORT_NAMES,
+    FunctionHead,
+    common_type,
+    function_head,
+    is_plain_module,
+    merged_entries,
+)
 from tyir.traits import IsolatedFromAbove, Terminator
 from tyir.types import FunctionType
 
@@ -34,8 +43,9 @@ _NUMBER_BEHIND: Final = re.compile(r"_\d+$")
 def print_op(op: Op, locations: bool = True, pretty: bool = False, elide: int | None = None) -> str:
     """The text of an op and everything in it, ending in a newline; a module's resources follow it.
 
-    `locations=False` leaves every `loc(...)` out.  `pretty` writes declared ops in the shorter form that people read (`tyir.pretty`) instead of the generic
-    one.  `elide=N` leaves out resources and constants of more than N elements: such text is to look at, `has_elided_constants` tells it.
+    `locations=False` leaves every `loc(...)` out.  `pretty` writes declared ops in the shorter form that
+    people read (`tyir.text.pretty`) instead of the generic one.  `elide=N` leaves out resources and constants
+    of more than N elements: such text is to look at, `has_elided_constants` tells it.
     """
     printer = (_ShortPrinter if pretty else _Printer)(locations, elide)
     with collector_paused():
@@ -55,7 +65,9 @@ def op_excerpt(op: Op, width: int = 140) -> str:
 
 
 def has_elided_constants(op: Op) -> bool:
-    """Whether the text that `op` was read from had constants left out (`tyir-opt --elide-large-constants`): it says what the IR looks like, not what it is."""
+    """Whether the text that `op` was read from had constants left out (`tyir-opt --elide-large-constants`):
+    it says what the IR looks like, not what it is.
+    """
     seen: set[Attribute] = set()
     stack: list[Attribute] = []
     for inner in op.walk():
@@ -78,7 +90,8 @@ def has_elided_constants(op: Op) -> bool:
 
 def _resources_text(module: Module) -> str:
     entries = [
-        f'      {key}: "0x{(alignment.to_bytes(4, "little") + blob).hex().upper()}"' for key, (alignment, blob) in module.resources.items()
+        f'      {key}: "0x{(alignment.to_bytes(4, "little") + blob).hex().upper()}"'
+        for key, (alignment, blob) in module.resources.items()
     ]
     return "\n{-#\n  dialect_resources: {\n    builtin: {\n" + ",\n".join(entries) + "\n    }\n  }\n#-}"
 
@@ -108,7 +121,9 @@ class _Printer:
         self.block_labels: dict[Block, str] = {}
 
     def print(self, root: Op) -> None:
-        """Print `root`; a stack of generators stands in for recursion (each yields the nested ops that have regions)."""
+        """Print `root`; a stack of generators stands in for recursion (each yields the nested ops that have
+        regions).
+        """
         stack = [self._op_with_regions(root, "")]
         while stack:
             nested = next(stack[-1], None)
@@ -148,7 +163,12 @@ class _Printer:
 
     def _block(self, block: Block, indent: str) -> Iterator[_Step]:
         """Hot loop: flat ops are written here, ops with regions are handed to the driver."""
-        lines, properties, attributes, loc_texts = self.lines, self.properties, self.attributes, self.loc_texts
+        lines, properties, attributes, loc_texts = (
+            self.lines,
+            self.properties,
+            self.attributes,
+            self.loc_texts,
+        )
         signatures, names, texts = self.signatures, self.names, self.names.texts
         locations, append, none = self.locations, lines.append, UNKNOWN
         op = block.first_op
@@ -171,7 +191,10 @@ class _Printer:
                     first, second = operands
                     operand_text, key = f"{texts[first]}, {texts[second]}", (first.type, second.type, kind)
                 else:
-                    operand_text, key = ", ".join([texts[v] for v in operands]), (kind, *[v.type for v in operands])
+                    operand_text, key = (
+                        ", ".join([texts[v] for v in operands]),
+                        (kind, *[v.type for v in operands]),
+                    )
             except KeyError:
                 for early in operands:
                     if early not in texts:
@@ -189,7 +212,9 @@ class _Printer:
             loc = op.loc
             place = "" if loc is none or not locations else loc_texts.get(loc) or self._location(loc)
             if value is None:
-                append(f'{indent}{self._results(op)}"{op.name}"({operand_text}){props}{attrs}{signature}{place}')
+                append(
+                    f'{indent}{self._results(op)}"{op.name}"({operand_text}){props}{attrs}{signature}{place}'
+                )
             else:
                 if value.name is None and not (names.has_early_uses and value in texts):
                     number = names.next_number
@@ -200,11 +225,16 @@ class _Printer:
                 append(f'{indent}{text} = "{op.name}"({operand_text}){props}{attrs}{signature}{place}')
             op = op._next
 
-    # -- parts of an op ---------------------------------------------------------------------------------------------
+    # -- parts of an op
+    # ---------------------------------------------------------------------------------------------
     def _head(self, op: Op) -> str:
         texts = self.names.texts
         operands = ", ".join([texts.get(v) or self._use_early(v) for v in op._operands])
-        successors = f"[{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]" if op.successors else ""
+        successors = (
+            f"[{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]"
+            if op.successors
+            else ""
+        )
         return f'{self._results(op)}"{op.name}"({operands}){successors}{self._properties(op)}'
 
     def _tail(self, op: Op) -> str:
@@ -225,7 +255,9 @@ class _Printer:
 
     def _signature(self, op: Op) -> str:
         text = self.text
-        return f" : {text.types([v.type for v in op._operands])} -> {text.results([v.type for v in op.results])}"
+        return (
+            f" : {text.types([v.type for v in op._operands])} -> {text.results([v.type for v in op.results])}"
+        )
 
     def _location(self, loc: Attribute) -> str:
         found = self.loc_texts.get(loc)
@@ -233,7 +265,8 @@ class _Printer:
             found = self.loc_texts[loc] = " " + self.text(loc)
         return found
 
-    # -- names ------------------------------------------------------------------------------------------------------
+    # -- names
+    # ------------------------------------------------------------------------------------------------------
     def _results(self, op: Op) -> str:
         results = op.results
         if not results:
@@ -264,7 +297,9 @@ class _Printer:
         return f"%{self.names.next_number - 1}"
 
     def _unique(self, name: str) -> str:
-        """`%name`, or with another number behind it when the name is taken: never two numbers, which xDSL would mix up."""
+        """`%name`, or with another number behind it when the name is taken: never two numbers, which xDSL
+        would mix up.
+        """
         names = self.names
         if not _NAME.fullmatch(name):
             name = re.sub(r"[^A-Za-z0-9$._-]", "_", name) or "_"
@@ -293,7 +328,9 @@ class _Printer:
         return text
 
     def _use_early(self, value: Value) -> str:
-        """The name of an operand met before its definition: defined in a later block, or outside of what is printed."""
+        """The name of an operand met before its definition: defined in a later block, or outside of what is
+        printed.
+        """
         self.names.has_early_uses = True
         if isinstance(value.owner, Op):
             self._name_results(value.owner)
@@ -320,7 +357,12 @@ class _Printer:
         taken: set[str] = set()
         for index, block in enumerate(region.blocks):
             label = block.label
-            if label is None or label in taken or _NUMBERED_BLOCK.fullmatch(label) or not _NAME.fullmatch(label):
+            if (
+                label is None
+                or label in taken
+                or _NUMBERED_BLOCK.fullmatch(label)
+                or not _NAME.fullmatch(label)
+            ):
                 label = f"bb{index}"
             taken.add(label)
             self.block_labels[block] = label
@@ -369,28 +411,39 @@ class _ShortPrinter(_Printer):
             else:
                 self.lines.append(f"{indent}{self._head(op)}{self._tail(op)}")
 
-    # -- modules and functions --------------------------------------------------------------------------------------
+    # -- modules and functions
+    # --------------------------------------------------------------------------------------
     def _module(self, op: Op, indent: str) -> Iterator[_Step]:
         merged = merged_entries(type(op), op.properties, op.attributes)
         assert merged is not None
         symbol, entries = merged
         name = "" if symbol is None else f" {self.text(symbol)}"
-        self.lines.append(f"{indent}module{name}{' attributes' if len(entries) else ''}{self._braces(entries)} {{")
+        self.lines.append(
+            f"{indent}module{name}{' attributes' if len(entries) else ''}{self._braces(entries)} {{"
+        )
         yield from self._body(op, indent)
 
     def _function(self, op: Op, head: FunctionHead, indent: str) -> Iterator[_Step]:
         region = op.regions[0]
         outer, self.names = self.names, _Names()
         entry = region.blocks[0] if region.blocks else None
-        names = [f"{self._name_arg(v)}: " for v in entry.args] if entry is not None else [""] * len(head.type.inputs)
+        names = (
+            [f"{self._name_arg(v)}: " for v in entry.args]
+            if entry is not None
+            else [""] * len(head.type.inputs)
+        )
         locs = [self._location(loc) for loc in entry.arg_locs] if entry is not None and self.locations else []
         locs += [""] * (len(names) - len(locs))
         arguments = [
-            f"{n}{self.text(t)}{self._braces(d)}{loc}" for n, t, d, loc in zip(names, head.type.inputs, head.arg_attrs, locs, strict=True)
+            f"{n}{self.text(t)}{self._braces(d)}{loc}"
+            for n, t, d, loc in zip(names, head.type.inputs, head.arg_attrs, locs, strict=True)
         ]
         attributes = f" attributes{self._braces(head.attributes)}" if len(head.attributes) else ""
         visibility = f"{head.visibility} " if head.visibility else ""
-        line = f"{indent}func.func {visibility}{symbol_text(head.symbol)}({', '.join(arguments)}){self._outputs(head)}{attributes}"
+        line = (
+            f"{indent}func.func"
+            f" {visibility}{symbol_text(head.symbol)}({', '.join(arguments)}){self._outputs(head)}{attributes}"  # noqa: E501
+        )
         if entry is None:
             self.lines.append(line + (self._location(op.loc) if self.locations else ""))
         else:
@@ -399,17 +452,26 @@ class _ShortPrinter(_Printer):
         self.names = outer
 
     def _outputs(self, head: FunctionHead) -> str:
-        texts = [f"{self.text(kind)}{self._braces(d)}" for kind, d in zip(head.type.results, head.res_attrs, strict=True)]
+        texts = [
+            f"{self.text(kind)}{self._braces(d)}"
+            for kind, d in zip(head.type.results, head.res_attrs, strict=True)
+        ]
         if not texts:
             return ""
-        bare = len(texts) == 1 and not len(head.res_attrs[0]) and not isinstance(head.type.results[0], FunctionType)
+        bare = (
+            len(texts) == 1
+            and not len(head.res_attrs[0])
+            and not isinstance(head.type.results[0], FunctionType)
+        )
         return f" -> {texts[0]}" if bare else f" -> ({', '.join(texts)})"
 
     def _braces(self, entries: DictAttr) -> str:
         return f" {{{self.text.entries(entries)}}}" if len(entries) else ""
 
     def _body(self, op: Op, indent: str) -> Iterator[_Step]:
-        """The blocks of an isolated op's region and the closing brace; the entry block's arguments have been printed."""
+        """The blocks of an isolated op's region and the closing brace; the entry block's arguments have been
+        printed.
+        """
         outer = self.names
         if isinstance(op, Module):
             self.names = _Names()
@@ -422,7 +484,8 @@ class _ShortPrinter(_Printer):
         self.names = outer
         self.lines.append(f"{indent}}}{self._location(op.loc) if self.locations else ''}")
 
-    # -- parts of an op ---------------------------------------------------------------------------------------------
+    # -- parts of an op
+    # ---------------------------------------------------------------------------------------------
     def _head(self, op: Op) -> str:
         middle = self._middle(op)
         if middle is None:
@@ -431,7 +494,11 @@ class _ShortPrinter(_Printer):
         operands = ", ".join([texts.get(v) or self._use_early(v) for v in op._operands])
         if operands or middle.is_call:
             operands = f"({operands})" if middle.has_symbol else f" {operands}"
-        successors = f" [{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]" if op.successors else ""
+        successors = (
+            f" [{', '.join('^' + self.block_labels.get(b, 'unknown') for b in op.successors)}]"
+            if op.successors
+            else ""
+        )
         return f"{self._results(op)}{middle.name}{operands}{successors}{middle.entries}"
 
     def _tail(self, op: Op) -> str:
@@ -440,7 +507,12 @@ class _ShortPrinter(_Printer):
             return super()._tail(op)
         types = [v.type for v in (*op._operands, *op.results)]
         common = None if middle.is_call else common_type(types)
-        if not op.results and len(types) > 1 and not middle.is_call and not isinstance(types[0], FunctionType):
+        if (
+            not op.results
+            and len(types) > 1
+            and not middle.is_call
+            and not isinstance(types[0], FunctionType)
+        ):
             signature = f" : {', '.join([self.text(t) for t in types])}"
         elif common is not None:
             signature = f" : {self.text(common)}"
@@ -458,7 +530,11 @@ class _ShortPrinter(_Printer):
             self.middles[key] = None
             if merged is not None and isinstance(op, DeclaredOp) and not isinstance(op, (Func, Module)):
                 symbol, entries = merged
-                name = SHORT_NAMES.get(op.name, op.name) + (f" {self.text(symbol)}" if symbol is not None else "")
+                name = SHORT_NAMES.get(op.name, op.name) + (
+                    f" {self.text(symbol)}" if symbol is not None else ""
+                )
                 has_symbol = symbol is not None
-                self.middles[key] = _Middle(name, has_symbol, has_symbol and bool(op.operand_fields), self._braces(entries))
+                self.middles[key] = _Middle(
+                    name, has_symbol, has_symbol and bool(op.operand_fields), self._braces(entries)
+                )
         return self.middles[key]

@@ -1,6 +1,8 @@
-"""Names to classes: dialects by module (`tyir.dialects.<name>`), loaded when first asked for; nothing is registered on import.
+"""Names to classes: dialects by module (`tyir.dialects.<name>`), loaded when first asked for; nothing is
+registered on import.
 
-A user's dialect is a module given to `load_dialect_module` (tools: `--load-dialect file.py`) or an entry point of the group `tyir.dialects`.
+A user's dialect is a module given to `load_dialect_module` (tools: `--load-dialect file.py`) or an entry
+point of the group `tyir.dialects`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from types import ModuleType
 from tyir.ir import Op, unregistered_op
 from tyir.opdef import DeclaredOp
 
-__all__ = ["dialect_names", "dialect_ops", "load_dialect_module", "op_class", "registered_class", "unload_dialect"]
+__all__ = [
+    "dialect_names",
+    "dialect_ops",
+    "load_dialect_module",
+    "op_class",
+    "registered_class",
+    "unload_dialect",
+]
 
 _extra: dict[str, ModuleType] = {}
 
@@ -56,7 +65,9 @@ def _dialect_module(dialect: str) -> ModuleType | None:
 
 
 def load_dialect_module(module: ModuleType) -> None:
-    """Make a user's dialect known: every declared op of the module, under the dialect its names begin with."""
+    """Make a user's dialect known: every declared op of the module, under the dialect its names begin
+    with.
+    """
     for name in _declared(module):
         _extra[name.partition(".")[0]] = module
     _forget_lookups()

@@ -6,8 +6,9 @@
         rewriter.replace(op, [value])
         return True
 
-The driver folds (`op.fold()`), deletes unused pure ops, and tries the patterns of an op's class by falling benefit.  What it changes puts the neighbours
-back on the worklist.  Locations are carried: ops a pattern makes get the locations of the ops they replace, fused.
+The driver folds (`op.fold()`), deletes unused pure ops, and tries the patterns of an op's class by falling
+benefit.  What it changes puts the neighbours back on the worklist.  Locations are carried: ops a pattern
+makes get the locations of the ops they replace, fused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _REWRITES_PER_OP: Final = 50  # more than this on average is a pair of patterns 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A rewrite of one kind of op.  `rewrite` returns whether it changed anything; higher `benefit` is tried first."""
+    """A rewrite of one kind of op.
+
+    `rewrite` returns whether it changed anything; higher `benefit` is tried first.
+    """
 
     op_class: type[Op]
     rewrite: Callable[[Any, Rewriter], bool]
@@ -85,7 +89,10 @@ class Rewriter:
         return op
 
     def replace(self, op: Op, values: Sequence[Value], absorbed: Iterable[Op] = ()) -> None:
-        """Replace the results of `op` and erase it.  `absorbed` are further ops whose work the new ones do: their locations are fused in."""
+        """Replace the results of `op` and erase it.
+
+        `absorbed` are further ops whose work the new ones do: their locations are fused in.
+        """
         locs = [*(o.loc for o in absorbed), op.loc]
         for new in self._inserted:
             if new.loc is UNKNOWN:
@@ -145,9 +152,14 @@ class _Plan:
 
 
 def rewrite_greedily(
-    root: Op, patterns: Iterable[Pattern], fold: bool = True, listeners: Sequence[Listener] = (), dead_code: bool = True
+    root: Op,
+    patterns: Iterable[Pattern],
+    fold: bool = True,
+    listeners: Sequence[Listener] = (),
+    dead_code: bool = True,
 ) -> int:
-    """Apply patterns, folders (`fold`) and dead-code removal (`dead_code`) below `root` until nothing changes; returns the number of changes.
+    """Apply patterns, folders (`fold`) and dead-code removal (`dead_code`) below `root` until nothing
+    changes; returns the number of changes.
 
     Raises `TyirError` naming the pattern when the changes do not come to an end.
     """
@@ -191,7 +203,9 @@ def rewrite_greedily(
     return changes
 
 
-def _plan(cls: type[Op], by_class: dict[type[Op], list[Pattern]], fold: bool, dead_code: bool) -> _Plan | None:
+def _plan(
+    cls: type[Op], by_class: dict[type[Op], list[Pattern]], fold: bool, dead_code: bool
+) -> _Plan | None:
     found = tuple(by_class.get(cls, ()))
     folds = fold and issubclass(cls, DeclaredOp) and cls.fold is not DeclaredOp.fold
     removable = dead_code and Pure in cls.traits
@@ -248,7 +262,10 @@ def _diverged(op: Op, applied: Counter[str]) -> None:
 
 
 def erase_all(ops: Iterable[Op]) -> None:
-    """Erase ops whose results only they themselves use.  Linear: use lists are filtered once each, however long."""
+    """Erase ops whose results only they themselves use.
+
+    Linear: use lists are filtered once each, however long.
+    """
     dead = dict.fromkeys(ops)
     nested = [inner for op in dead if op.regions for inner in op.walk() if inner is not op]
     gone = {*dead, *nested}
@@ -264,4 +281,6 @@ def erase_all(ops: Iterable[Op]) -> None:
 
 def blocks_below(op: Op) -> list[Block]:
     """Every block in an op, outer ones first."""
-    return [block for inner in op.walk() if inner.regions for region in inner.regions for block in region.blocks]
+    return [
+        block for inner in op.walk() if inner.regions for region in inner.regions for block in region.blocks
+    ]

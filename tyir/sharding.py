@@ -1,13 +1,14 @@
 """Where a value lives on the dies, and how that is written on an op.
 
-A placement is `REPLICATED` (every die has all of it), `PARTIAL` (every die has an addend) or a `Split` (every die has a range along one axis; ranges may be
-uneven, and may overlap: that is how key/value heads are replicated only where a query group crosses dies).  `tyir.dies` names the dies that execute an op (or
+A placement is `REPLICATED` (every die has all of it), `PARTIAL` (every die has an addend) or a `Split`
+(every die has a range along one axis; ranges may be uneven, and may overlap: that is how key/value heads
+are replicated only where a query group crosses dies).  `tyir.dies` names the dies that execute an op (or
 hold an argument) when these are not all: those of a pipeline stage.
 
     tyir.sharding = {axis = 2 : i64, offsets = array<i64: 0, 3, 6>, sizes = array<i64: 3, 3, 2>}      (absent: replicated; "partial")
     tyir.dies = array<i64: 2, 3>                                                                      (absent: all)
     sdy.sharding = #sdy.sharding_per_value<[<@mesh, [{}, {}, {"die"}]>]>                              (the same for Shardy's tools, without the ranges)
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ class Split:
         return Split(axis, self.ranges)
 
     def scaled(self, axis: int, times: int, by: int = 1) -> Split:
-        """The same cut in other units: offsets and sizes times `times`, divided by `by` (which must divide them)."""
+        """The same cut in other units: offsets and sizes times `times`, divided by `by` (which must divide
+        them).
+        """
         return Split(axis, tuple((o * times // by, s * times // by) for o, s in self.ranges))
 
 
@@ -64,7 +67,9 @@ Placement = Split | Whole
 
 
 def even_ranges(total: int, dies: int, unit: int = 1) -> tuple[Range, ...]:
-    """`total` cut into contiguous ranges of whole units, as even as can be, larger ones first; trailing dies may get nothing."""
+    """`total` cut into contiguous ranges of whole units, as even as can be, larger ones first; trailing dies
+    may get nothing.
+    """
     units = total // unit
     ranges, offset = [], 0
     for die in range(dies):
@@ -75,7 +80,9 @@ def even_ranges(total: int, dies: int, unit: int = 1) -> tuple[Range, ...]:
 
 
 def vocabulary_ranges(vocabulary: int, dies: int) -> tuple[Range, ...]:
-    """Rows of embedding and head per die, in units of 16 where the vocabulary allows (whole tiles on every die)."""
+    """Rows of embedding and head per die, in units of 16 where the vocabulary allows (whole tiles on every
+    die).
+    """
     return even_ranges(vocabulary, dies, math.gcd(vocabulary, 16) if vocabulary >= 16 * dies else 1)
 
 
@@ -98,7 +105,9 @@ def from_attribute(attribute: Attribute | None) -> Placement:
 def shardy_text(placement: Placement, rank: int, axes: Sequence[str]) -> str:
     """`<@mesh, [{}, {"die"}]>`: Shardy's TensorShardingAttr without its mnemonic."""
     names = ", ".join(f'"{axis}"' for axis in axes)
-    dims = ", ".join(f"{{{names}}}" if isinstance(placement, Split) and placement.axis == i else "{}" for i in range(rank))
+    dims = ", ".join(
+        f"{{{names}}}" if isinstance(placement, Split) and placement.axis == i else "{}" for i in range(rank)
+    )
     unreduced = f", unreduced={{{names}}}" if placement is PARTIAL else ""
     return f"<@mesh, [{dims}]{unreduced}>"
 

@@ -1,7 +1,8 @@
 """Which ops may exist at each stage of a compilation: the legality table.
 
-`tyir.stage` on the outermost module names the stage.  Whatever the table does not allow there is a leftover of an earlier stage, and the error names the
-pass that should have removed it.  Ops of dialects that are not tyir's (a user's own) are legal everywhere.
+`tyir.stage` on the outermost module names the stage.  Whatever the table does not allow there is a leftover
+of an earlier stage, and the error names the pass that should have removed it.  Ops of dialects that are not
+tyir's (a user's own) are legal everywhere.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ _WEIGHTS: Final = ("ty.global", "ty.param", "ty.get_global", "ty.yield")
 
 @dataclass(frozen=True)
 class Stage:
-    """`dialects` and single `ops` that may exist; `leftovers` maps ops (or `dialect.*`) to the pass that removes them.
+    """`dialects` and single `ops` that may exist; `leftovers` maps ops (or `dialect.*`) to the pass that
+    removes them.
 
-    `static` forbids `?` dimensions of function arguments; `in_functions` lists leftovers that are legal in weight initializers.
+    `static` forbids `?` dimensions of function arguments; `in_functions` lists leftovers that are legal in
+    weight initializers.
     """
 
     name: str
@@ -51,22 +54,42 @@ class Stage:
 _TO_TY: Final = {"aten.*": "raise-aten"}
 _TO_KV: Final = {**_TO_TY, "ty.attention": "kv-materialize", "ty.rope_angles": "kv-materialize"}
 _WEIGHT_WORK: Final = {"ty.quantize_groups": "outline-params", "ty.rope_table": "outline-params"}
-_EARLY: Final = {"kv.*": "(none: it belongs to the stage kv)", "dist.*": "(none: it belongs to the stage dist)"}
+_EARLY: Final = {
+    "kv.*": "(none: it belongs to the stage kv)",
+    "dist.*": "(none: it belongs to the stage dist)",
+}
 _NO_COMMANDS: Final = {"edge10.*": "(none: it belongs to the stage edge10)"}
 
 STAGES: Final[dict[str, Stage]] = {
     stage.name: stage
     for stage in (
-        Stage("aten", _BASE | {"aten"}, frozenset((*_WEIGHTS, "ty.constant", "ty.cast")), {**_EARLY, **_NO_COMMANDS}),
+        Stage(
+            "aten",
+            _BASE | {"aten"},
+            frozenset((*_WEIGHTS, "ty.constant", "ty.cast")),
+            {**_EARLY, **_NO_COMMANDS},
+        ),
         Stage("ty", _BASE | {"ty"}, leftovers={**_TO_TY, **_EARLY, **_NO_COMMANDS}),
         Stage("kv", _BASE | {"ty", "kv"}, leftovers={**_TO_KV, "dist.*": _EARLY["dist.*"], **_NO_COMMANDS}),
         Stage("sharded", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
         Stage("dist", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
         Stage("static", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}, static=True),
-        Stage("program", _BASE | {"ty", "kv", "dist"}, frozenset(("edge10.buffer",)), {**_TO_KV, **_NO_COMMANDS}, _WEIGHT_WORK, static=True),  # buffers: plan-memory
-        Stage("edge10", _BASE | {"edge10"}, frozenset((*_WEIGHTS, "sdy.mesh")), {**_TO_KV, "ty.*": "lower-edge10", "kv.*": "lower-edge10", "dist.*": "lower-edge10"}),
+        Stage(
+            "program",
+            _BASE | {"ty", "kv", "dist"},
+            frozenset(("edge10.buffer",)),
+            {**_TO_KV, **_NO_COMMANDS},
+            _WEIGHT_WORK,
+            static=True,
+        ),  # buffers: plan-memory
+        Stage(
+            "edge10",
+            _BASE | {"edge10"},
+            frozenset((*_WEIGHTS, "sdy.mesh")),
+            {**_TO_KV, "ty.*": "lower-edge10", "kv.*": "lower-edge10", "dist.*": "lower-edge10"},
+        ),
     )
-}  # fmt: skip
+}
 
 
 def stage_of(op: Op) -> str | None:
@@ -76,7 +99,9 @@ def stage_of(op: Op) -> str | None:
 
 
 def check_stage(root: Op) -> Iterator[tuple[Op, str]]:
-    """Every op that the root module's stage does not allow, with a message that names the pass which should have removed it."""
+    """Every op that the root module's stage does not allow, with a message that names the pass which should
+    have removed it.
+    """
     name = stage_of(root) if isinstance(root, Module) and root.parent_op is None else None
     if name is None:
         return
@@ -92,9 +117,20 @@ def check_stage(root: Op) -> Iterator[tuple[Op, str]]:
         if (culprit := verdicts[cls]) is not None:
             yield op, _leftover(name, culprit)
         elif op.name in stage.in_functions and isinstance(op.parent_op, Func):
-            yield op, f"{_leftover(name, stage.in_functions[op.name])}, where functions hold no weight expressions"
-        elif stage.static and isinstance(op, Func) and any(isinstance(a.type, TensorType) and not a.type.is_static for a in _arguments(op)):
-            yield op, "has arguments with '?' dimensions at stage " + f"'{name}'; specialize-seqlen should have made them static"
+            yield (
+                op,
+                f"{_leftover(name, stage.in_functions[op.name])}, where functions hold no weight expressions",
+            )
+        elif (
+            stage.static
+            and isinstance(op, Func)
+            and any(isinstance(a.type, TensorType) and not a.type.is_static for a in _arguments(op))
+        ):
+            yield (
+                op,
+                "has arguments with '?' dimensions at stage "
+                + f"'{name}'; specialize-seqlen should have made them static",
+            )
 
 
 def _leftover(stage: str, culprit: str) -> str:

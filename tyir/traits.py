@@ -1,10 +1,23 @@
-"""Traits: facts about an op that passes and the verifier rely on.  A trait is a bare class, named in the op's declaration."""
+"""Traits: facts about an op that passes and the verifier rely on.
+
+A trait is a bare class, named in the op's declaration.
+"""
 
 from __future__ import annotations
 
 __all__ = [
-    "Collective", "Commutative", "ConstantLike", "InPlace", "IsolatedFromAbove", "NoTerminator", "Pure", "Symbol", "SymbolTable", "Terminator", "Trait",
-]  # fmt: skip
+    "Collective",
+    "Commutative",
+    "ConstantLike",
+    "InPlace",
+    "IsolatedFromAbove",
+    "NoTerminator",
+    "Pure",
+    "Symbol",
+    "SymbolTable",
+    "Terminator",
+    "Trait",
+]
 
 
 class Trait:

@@ -3,9 +3,10 @@
     i1..iN  siN  uiN  index  f16 bf16 f32 f64 tf32 f8E4M3FN f8E5M2  none
     tensor<1x?x256xf16>   vector<..>   memref<..>   tuple<..>   complex<..>   (i32) -> f16   !dialect.name<body>
 
-numpy has no bf16, no fp8 and no 4-bit integers.  At run time an `ui4`/`i4` tensor is one element per byte (uint8/int8), a bf16 tensor is
-uint16 words; packing two nibbles into a byte is a matter of storage (`tyir.storage`).
-"""
+numpy has no bf16, no fp8 and no 4-bit integers.  At run time an `ui4`/`i4` tensor is one element per byte
+(uint8/int8), a bf16 tensor is uint16 words; packing two nibbles into a byte is a matter of storage
+(`tyir.execution.storage`).
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ class IntegerType(Type):
         self.signedness: Final[Signedness] = signedness
 
     def wrap(self, value: int) -> int:
-        """`value` as this type holds it: signless types accept the unsigned spelling (15 : i4 is -1 : i4); `ValueError` when out of range."""
+        """`value` as this type holds it: signless types accept the unsigned spelling (15 : i4 is -1 : i4);
+        `ValueError` when out of range.
+        """
         low, high = 0, (1 << self.width) - 1
         if self.signedness != "u":
             low = -(1 << (self.width - 1))
@@ -111,7 +114,9 @@ class FloatType(Type):
         return _FLOAT_WIDTHS[self.name]
 
     def round(self, value: float) -> float:
-        """`value` rounded to this format; overflow gives infinity.  (tf32 and fp8 constants are kept in f32.)"""
+        """`value` rounded to this format; overflow gives infinity.  (tf32 and fp8 constants are kept in
+        f32.)
+        """
         if self.name == "f64" or not math.isfinite(value):
             return value
         with np.errstate(over="ignore"):
@@ -169,7 +174,9 @@ class TensorType(Type):
 
     __slots__ = ("element", "encoding", "shape")
 
-    def __init__(self, shape: Iterable[int | None] | None, element: Type, encoding: Attribute | None = None) -> None:
+    def __init__(
+        self, shape: Iterable[int | None] | None, element: Type, encoding: Attribute | None = None
+    ) -> None:
         self.shape: Final = None if shape is None else tuple(None if d is None else int(d) for d in shape)
         self.element: Final = element
         self.encoding: Final = encoding
@@ -236,7 +243,9 @@ class MemRefType(Type):
 
 @final
 class OpaqueType(Type):
-    """`!dialect.name<body>`: `body` keeps its brackets, or is empty.  edge10's token and address types are of this class."""
+    """`!dialect.name<body>`: `body` keeps its brackets, or is empty.  edge10's token and address types are of
+    this class.
+    """
 
     __slots__ = ("body", "name")
 
@@ -260,12 +269,21 @@ def bit_width(element: Type) -> int:
     raise TypeError(f"{element} has no bit width")
 
 
-_FLOAT_DTYPES: Final[dict[str, npt.DTypeLike]] = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16,
-                                        "f8E4M3FN": np.uint8, "f8E5M2": np.uint8, "tf32": np.float32}  # fmt: skip
+_FLOAT_DTYPES: Final[dict[str, npt.DTypeLike]] = {
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
+    "bf16": np.uint16,
+    "f8E4M3FN": np.uint8,
+    "f8E5M2": np.uint8,
+    "tf32": np.float32,
+}
 
 
 def storage_dtype(element: Type) -> np.dtype[Any]:
-    """The numpy dtype that holds one element; bf16 and fp8 are held as raw bits, sub-byte integers one per byte."""
+    """The numpy dtype that holds one element; bf16 and fp8 are held as raw bits, sub-byte integers one per
+    byte.
+    """
     if isinstance(element, FloatType):
         return np.dtype(_FLOAT_DTYPES[element.name])
     if isinstance(element, IndexType):

@@ -4,11 +4,12 @@
     order          a use follows its definition: in its block, or in a block that dominates it (graph regions included)
     isolation      no operand of an isolated op's region comes from outside
     declarations   counts, kinds and inferred types of registered ops, and their own `verify`
-    symbols, calls, in-place updates, aliases: `tyir.verify_rules`;  stages: `tyir.stages`
+    symbols, calls, in-place updates, aliases: `tyir.checking.rules`;  stages: `tyir.stages`
 
-One walk visits every op with the values defined so far in its block; enclosing blocks form a stack.  What a declaration says of an op depends on
-its properties and types alone, so each such combination is checked once.  All problems are reported together (at most 20).
-"""
+One walk visits every op with the values defined so far in its block; enclosing blocks form a stack.  What
+a declaration says of an op depends on its properties and types alone, so each such combination is checked
+once. All problems are reported together (at most 20).
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -17,15 +18,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from tyir.checking.dominance import DominanceTree
+from tyir.checking.rules import (
+    SymbolTables,
+    check_call,
+    check_function,
+    check_get_global,
+    check_in_place,
+    check_symbols,
+)
 from tyir.diagnostics import Diagnostic, Label, TyirError
-from tyir.dominance import DominanceTree
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import CallSiteLoc, FileLoc, FusedLoc, Location, NameLoc
 from tyir.opdef import DeclaredOp
 from tyir.printer import op_excerpt
 from tyir.stages import check_stage
 from tyir.traits import InPlace, IsolatedFromAbove, NoTerminator, Pure, SymbolTable, Terminator
-from tyir.verify_rules import SymbolTables, check_call, check_function, check_get_global, check_in_place, check_symbols
 
 __all__ = ["location_text", "verify"]
 
@@ -36,7 +44,8 @@ LabelOf = Callable[[Op], Label | None]
 def verify(op: Op, label_of: LabelOf | None = None) -> None:
     """Check `op` and everything in it.  Raises `TyirError` with all problems (20 at most).
 
-    `label_of` tells where in a source text an op stands; without it the op's location and a one-line excerpt say which op is meant.
+    `label_of` tells where in a source text an op stands; without it the op's location and a one-line excerpt
+    say which op is meant.
     """
     verifier = _Verifier(label_of)
     with suppress(_Full):
@@ -95,12 +104,15 @@ class _Verifier:
         if diagnostic.label is None and label is not None:
             diagnostic = replace(diagnostic, label=label)
         elif not diagnostic.where:
-            diagnostic = replace(diagnostic, where=location_text(op.loc), excerpt=diagnostic.excerpt or op_excerpt(op))
+            diagnostic = replace(
+                diagnostic, where=location_text(op.loc), excerpt=diagnostic.excerpt or op_excerpt(op)
+            )
         self.problems.append(diagnostic)
         if len(self.problems) >= MAX_PROBLEMS:
             raise _Full
 
-    # -- the walk ---------------------------------------------------------------------------------------------------
+    # -- the walk
+    # ---------------------------------------------------------------------------------------------------
     def _enter(self, op: Op) -> None:
         """Begin the blocks of an op's regions, one after the other."""
         isolated = IsolatedFromAbove in op.traits
@@ -133,7 +145,13 @@ class _Verifier:
             fact = facts.get(cls) or self._facts(op)
             if fact.declared:
                 if fact.repeats:
-                    key = (cls, op.properties, *[v.type for v in op._operands], None, *[v.type for v in results])
+                    key = (
+                        cls,
+                        op.properties,
+                        *[v.type for v in op._operands],
+                        None,
+                        *[v.type for v in results],
+                    )
                     if key not in checked:
                         found = len(self.problems)
                         self._declaration(op, fact)
@@ -176,13 +194,18 @@ class _Verifier:
             elif region is not None and block is region.blocks[0]:
                 self.problem(op, "jumps to the entry block")
 
-    # -- values -----------------------------------------------------------------------------------------------------
+    # -- values
+    # -----------------------------------------------------------------------------------------------------
     def _look_outside(self, op: Op, value: Value) -> None:
         """`value` is not defined before `op` in its own block: look in dominating and in enclosing blocks."""
         for level in reversed(self.levels):
             if value in level.defined:
                 return
-            if value.block is not None and value.block.region is level.block.region and value.block is not level.block:
+            if (
+                value.block is not None
+                and value.block.region is level.block.region
+                and value.block is not level.block
+            ):
                 if not self._dominates(value.block, level.block):
                     self.problem(op, f"uses {_shown(value)}, whose block does not dominate this one")
                 return
@@ -207,13 +230,22 @@ class _Verifier:
             if current.block is value.block:
                 return f"uses {_shown(value)} before its definition"
             current = current.parent_op
-            if current is not None and IsolatedFromAbove in current.traits and current is not owner and value.block is not None:
+            if (
+                current is not None
+                and IsolatedFromAbove in current.traits
+                and current is not owner
+                and value.block is not None
+            ):
                 if _contains(current, value):
                     return f"uses {_shown(value)}, which is defined in a region that this op is not in"
-                return f"uses {_shown(value)}, which is defined outside of '{current.name}'{_symbol(current)}, an isolated op"
+                return (
+                    f"uses {_shown(value)}, which is defined outside of '{current.name}'{_symbol(current)},"
+                    " an isolated op"
+                )
         return f"uses {_shown(value)}, which is defined in a region that this op is not in"
 
-    # -- declarations -----------------------------------------------------------------------------------------------
+    # -- declarations
+    # -----------------------------------------------------------------------------------------------
     def _facts(self, op: Op) -> _Facts:
         cls = type(op)
         traits = cls.traits
@@ -239,7 +271,13 @@ class _Verifier:
         except TyirError as error:
             messages = [f"has operands of the wrong kind: {d.message}" for d in error.diagnostics]
         except (TypeError, ValueError, AssertionError, IndexError, AttributeError) as error:
-            messages = [f"has operands of the wrong kind: {error}" if str(error) else "has operands or properties of the wrong kind"]
+            messages = [
+                (
+                    f"has operands of the wrong kind: {error}"
+                    if str(error)
+                    else "has operands or properties of the wrong kind"
+                )
+            ]
         for message in messages:
             self.problem(op, message)
 

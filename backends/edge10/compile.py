@@ -1,7 +1,8 @@
-"""From a module at any stage to a folder of artifacts: the whole back end, readable top to bottom in `compile_module`.
+"""From a module at any stage to a folder of artifacts: the whole back end, readable top to bottom in
+`compile_module`.
 
-Files appear by rename: everything is written into a temporary folder beside the target, which replaces it when the manifest is in place.  A failure or an
-interrupt leaves what was there before, and nothing else.
+Files appear by rename: everything is written into a temporary folder beside the target, which replaces it
+when the manifest is in place.  A failure or an interrupt leaves what was there before, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,10 +16,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DenseArrayAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
-from tyir.backends.edge10.lower import lower_die
-from tyir.backends.edge10.memory_check import check_memory
-from tyir.backends.edge10.memory_plan import memory_summary
+from tyir.attributes import (
+    ArrayAttr,
+    Attribute,
+    BoolAttr,
+    DenseArrayAttr,
+    DictAttr,
+    FloatAttr,
+    IntegerAttr,
+    StringAttr,
+)
+from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.memory.check import check_memory
+from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -26,30 +36,41 @@ from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import GetGlobal, MergeTopK, Param, QuantizedLinear, QuantizeGroups, TopK, tensor_type
-from tyir.edge10_binary import encode
+from tyir.edge10.binary import encode
+from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
 from tyir.manifest import MACHINE, MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
+from tyir.pass_manager.stopwatch import Stopwatch
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.passes.select_output import output_of
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
-from tyir.stopwatch import Stopwatch
 from tyir.targets.machine import load_machine
 from tyir.types import i8, i64
-from tyir.weights import CheckpointReader, check_files, checkpoint_of
 
 __all__ = ["CompileContext", "check_target", "compile_module"]
 
 Memory = dict[tuple[int, int], dict[str, int]]  # (die, length) -> bytes by kind, `memory_plan.memory_summary`
 
-_COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass
 class CompileContext:
     """What a compile carries along: where it reports, whether it shows progress, and what it builds for.
 
-    `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's name, or a machine file, which goes to the artifacts.
+    `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's
+    name, or a machine file, which goes to the artifacts.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -60,11 +81,14 @@ class CompileContext:
     passes: PassContext = field(default_factory=PassContext)
 
 
-def compile_module(module: Module, out: Path, options: BuildOptions, context: CompileContext | None = None) -> Path:
+def compile_module(
+    module: Module, out: Path, options: BuildOptions, context: CompileContext | None = None
+) -> Path:
     """Compile a module into `out/{n}die` and return that folder.
 
-    The module may stand at any stage; the passes it has not been through are run with `options`.  What the module already fixed (a partitioned module's
-    dies, a specialised module's lengths) overrides `options`.  Raises `TyirError` and leaves `out` as it was.
+    The module may stand at any stage; the passes it has not been through are run with `options`.  What the
+    module already fixed (a partitioned module's dies, a specialised module's lengths) overrides `options`.
+    Raises `TyirError` and leaves `out` as it was.
     """
     context = context or CompileContext()
     stage, source, asked = _stage(module), module.clone(), options
@@ -89,7 +113,10 @@ def compile_module(module: Module, out: Path, options: BuildOptions, context: Co
 def _stage(module: Module) -> str:
     stage = module.attributes.get("tyir.stage")
     if not isinstance(stage, StringAttr):
-        raise TyirError("the module does not say at which stage it is", help='set {tyir.stage = "ty"} on the module, as tyir-import does')
+        raise TyirError(
+            "the module does not say at which stage it is",
+            help='set {tyir.stage = "ty"} on the module, as tyir-import does',
+        )
     return stage.value
 
 
@@ -102,9 +129,13 @@ def _settled(module: Module, options: BuildOptions) -> BuildOptions:
             "the module has no dies or no sequence lengths",
             help="run partition-dies and specialize-seqlen, or compile from an earlier stage",
         )
-    append = next((a for a in module.walk_type(Append) if tensor_type(a.cache).rank == 4), None)  # not of scales
+    append = next(
+        (a for a in module.walk_type(Append) if tensor_type(a.cache).rank == 4), None
+    )  # not of scales
     cache = None if append is None else tensor_type(append.cache)
-    quantised, by_us = (any(True for _ in module.walk_type(kind)) for kind in (QuantizedLinear, QuantizeGroups))
+    quantised, by_us = (
+        any(True for _ in module.walk_type(kind)) for kind in (QuantizedLinear, QuantizeGroups)
+    )
     stored = quantised and not by_us and options.weights == "fp16"
     return replace(
         options,
@@ -127,24 +158,34 @@ def _groups(mesh: Mesh) -> tuple[int, ...]:
     return (axes["group"], axes["die"]) if "group" in axes else ()
 
 
-# ------------------------------------------------------------------------------------------------------------- the folder
+# ------------------------------------------------------------------------------------------------- the folder
 
 
 def check_target(target: Path) -> None:
     """`TyirError` when something stands where the artifacts would go that no earlier compile has written."""
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise TyirError(f"{target} exists and was not written by tyir-compile", help="choose another -o, or move it away")
+    if (
+        target.exists()
+        and not (target / MANIFEST).is_file()
+        and (not target.is_dir() or any(target.iterdir()))
+    ):
+        raise TyirError(
+            f"{target} exists and was not written by tyir-compile", help="choose another -o, or move it away"
+        )
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes `target`'s place at the end; only artifacts of an earlier compile are ever replaced."""
+    """A temporary folder that takes `target`'s place at the end; only artifacts of an earlier compile are
+    ever replaced.
+    """
     check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise TyirError(f"cannot write to {target.parent}: {error.strerror}", help="choose another -o") from None
+        raise TyirError(
+            f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
+        ) from None
     try:
         temporary.chmod(0o755)
         yield temporary
@@ -156,7 +197,9 @@ def _replacing(target: Path) -> Iterator[Path]:
         else:
             temporary.rename(target)
     except OSError as error:
-        raise TyirError(f"cannot write {target}: {error.strerror or error}", help="free some space or choose another -o") from error
+        raise TyirError(
+            f"cannot write {target}: {error.strerror or error}", help="free some space or choose another -o"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -165,7 +208,7 @@ def _program_folder(options: BuildOptions, seqlen: int) -> str:
     return f"batch_{options.batch}/seqlen_{seqlen}"
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------------------------------------------- weights
 
 
 def _functions(die: Module, seqlen: int) -> list[Func]:
@@ -179,7 +222,9 @@ def _functions(die: Module, seqlen: int) -> list[Func]:
 def _write_weights(
     dies: list[Module], folder: Path, options: BuildOptions, module: Module, context: CompileContext
 ) -> dict[tuple[int, Param], tuple[ParamsFile, str]]:
-    """Write all `.params`; returns where each die's parameter went: tensors of all lengths in common_die{i}, those of one length beside its program."""
+    """Write all `.params`; returns where each die's parameter went: tensors of all lengths in common_die{i},
+    those of one length beside its program.
+    """
     places: dict[tuple[int, Param], tuple[ParamsFile, str]] = {}
     files: list[ParamsFile] = []
 
@@ -192,21 +237,31 @@ def _write_weights(
 
     for index, die in enumerate(dies):
         params = [p for p in die.body if isinstance(p, Param)]
-        users = {s: {g.symbol.leaf for f in _functions(die, s) for g in f.walk_type(GetGlobal)} for s in options.seqlens}
-        own = {s: [p for p in params if [t for t in users if p.sym_name in users[t]] == [s]] if len(users) > 1 else [] for s in users}
+        users = {
+            s: {g.symbol.leaf for f in _functions(die, s) for g in f.walk_type(GetGlobal)}
+            for s in options.seqlens
+        }
+        own = {
+            s: [p for p in params if [t for t in users if p.sym_name in users[t]] == [s]]
+            if len(users) > 1
+            else []
+            for s in users
+        }
         owned = {p for ps in own.values() for p in ps}
         common = [p for p in params if p not in owned]
         add(index, common, f"batch_{options.batch}/common_die{index}.params")
         for seqlen in options.seqlens:
             add(index, own[seqlen], f"{_program_folder(options, seqlen)}/llm_die{index}.params")
-    if shared := [p for p in module.body if isinstance(p, Param)]:  # embedding-as-input: the table is the host's
+    if shared := [
+        p for p in module.body if isinstance(p, Param)
+    ]:  # embedding-as-input: the table is the host's
         files.append(ParamsFile(folder / "embedding.params", shared))
     check_files(module)
     write_params(files, CheckpointReader(checkpoint_of(module)), progress=context.progress)
     return places
 
 
-# ------------------------------------------------------------------------------------------------------------- programs
+# --------------------------------------------------------------------------------------------------- programs
 
 
 def _write_programs(
@@ -216,8 +271,10 @@ def _write_programs(
     places: dict[tuple[int, Param], tuple[ParamsFile, str]],
     context: CompileContext,
 ) -> tuple[list[DieProgram], Memory]:
-    """Code, command program and IR of every die and length; returns their entries for the manifest and what the programs need of memory."""
-    from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
+    """Code, command program and IR of every die and length; returns their entries for the manifest and what
+    the programs need of memory.
+    """
+    from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
     machine = load_machine(context.machine)
@@ -256,8 +313,12 @@ def _write_command_program(lowered: Module, path: Path) -> None:
         path.write_text(print_op(lowered))
 
 
-def _artifact_ir(die: Module, index: int, seqlen: int, places: dict[tuple[int, Param], tuple[ParamsFile, str]]) -> Module:
-    """The die's program as the runtime walks it: functions with their kernels named, weights by reference to the `.params`."""
+def _artifact_ir(
+    die: Module, index: int, seqlen: int, places: dict[tuple[int, Param], tuple[ParamsFile, str]]
+) -> Module:
+    """The die's program as the runtime walks it: functions with their kernels named, weights by reference to
+    the `.params`.
+    """
     module = Module.empty(f"die{index}")
     functions = _functions(die, seqlen)
     used = {g.symbol.leaf for f in functions for g in f.walk_type(GetGlobal)}
@@ -298,7 +359,7 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- the rest
+# --------------------------------------------------------------------------------------------------- the rest
 
 
 def _copy_model_files(checkpoint: Path, folder: Path) -> None:
@@ -316,8 +377,12 @@ def _copy_machine(folder: Path, context: CompileContext) -> str:
     return MACHINE
 
 
-def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[DieProgram], memory: Memory) -> None:
-    """Per die, what a host must allocate (caches, inputs and outputs of a step) and the peak bytes of each length's program in DRAM and SRAM."""
+def _write_buffer_config(
+    folder: Path, options: BuildOptions, programs: list[DieProgram], memory: Memory
+) -> None:
+    """Per die, what a host must allocate (caches, inputs and outputs of a step) and the peak bytes of each
+    length's program in DRAM and SRAM.
+    """
     config: dict[str, Any] = {
         "max_kv_cache_size": options.max_kv,
         "seq_len_list": list(options.seqlens),
@@ -326,26 +391,39 @@ def _write_buffer_config(folder: Path, options: BuildOptions, programs: list[Die
     }
     for program in programs:
         aliased = {t.alias for t in program.outputs if t.alias is not None}
-        entry = config["dies"].setdefault(str(program.die), {"kv_cache": {}, "inputs": {}, "outputs": {}, "memory": {}})
+        entry = config["dies"].setdefault(
+            str(program.die), {"kv_cache": {}, "inputs": {}, "outputs": {}, "memory": {}}
+        )
         if (program.die, program.seqlen) in memory:
             entry["memory"][str(program.seqlen)] = memory[program.die, program.seqlen]
         for i, tensor in enumerate(program.inputs):
             if i in aliased:
                 entry["kv_cache"][tensor.name] = {"shape": tensor.shape, "dtype": tensor.dtype}
             else:
-                entry["inputs"].setdefault(str(program.seqlen), {})[tensor.name] = {"shape": tensor.shape, "dtype": tensor.dtype}
+                entry["inputs"].setdefault(str(program.seqlen), {})[tensor.name] = {
+                    "shape": tensor.shape,
+                    "dtype": tensor.dtype,
+                }
         for tensor in program.outputs:
             if tensor.alias is None:
-                entry["outputs"].setdefault(str(program.seqlen), {})[tensor.name] = {"shape": tensor.shape, "dtype": tensor.dtype}
+                entry["outputs"].setdefault(str(program.seqlen), {})[tensor.name] = {
+                    "shape": tensor.shape,
+                    "dtype": tensor.dtype,
+                }
     (folder / "buffer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def _write_manifest(
-    folder: Path, module: Module, options: BuildOptions, programs: list[DieProgram], context: CompileContext, machine: str
+    folder: Path,
+    module: Module,
+    options: BuildOptions,
+    programs: list[DieProgram],
+    context: CompileContext,
+    machine: str,
 ) -> None:
     import importlib.metadata
 
-    from tyir.backends.edge10.tvm_host import HostTarget
+    from tyir.backends.host.tvm_host import HostTarget
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
     build = {
@@ -355,7 +433,9 @@ def _write_manifest(
         "machine": machine,
     }
     model = to_json(module.attributes.get("tyir.model", DictAttr()))
-    files = {p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {
+        p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()
+    }
     manifest = Manifest(model=model, options=options, build=build, programs=tuple(programs), files=files)
     (folder / MANIFEST).write_text(manifest.to_json())
 

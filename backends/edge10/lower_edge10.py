@@ -4,8 +4,8 @@
     -->
     builtin.module @die0 { edge10.buffer ..., @layer_s8 (commands), @main_s8 (commands) }
 
-Runs on a module at stage `program`; what is written to `llm_die{i}.edge10` is one of the die modules.  A memory plan on the program is followed (plan-memory).  The work is
-`lower.lower_die`.
+Runs on a module at stage `program`; what is written to `llm_die{i}.edge10` is one of the die modules.  A
+memory plan on the program is followed (plan-memory).  The work is `lower.lower_die`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tyir.attributes import StringAttr
-from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.plan_memory import dies_of, lengths_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -36,7 +36,9 @@ class LowerEdge10(Pass):
         machine = load_machine(self.machine)
         for die in dies_of(op):
             lowered = lower_die(die, self.seqlen or _only_length(die), machine)
-            context.statistics["commands"] = context.statistics.get("commands", 0) + sum(1 for _ in lowered.walk())
+            context.statistics["commands"] = context.statistics.get("commands", 0) + sum(
+                1 for _ in lowered.walk()
+            )
             lowered.insert_before(die)
             die.erase()
         for leftover in [o for o in op.body if isinstance(o, (Global, Param))]:

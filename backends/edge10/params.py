@@ -1,10 +1,12 @@
-"""Writing `.params` files: safetensors, one tensor at a time, so that a compile never holds more than a few tensors.
+"""Writing `.params` files: safetensors, one tensor at a time, so that a compile never holds more than a few
+tensors.
 
-Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with spaces, data).  The library's writers take the
-whole file's tensors at once, which is why the header is laid out here first and the data streamed after it.
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with
+spaces, data).  The library's writers take the whole file's tensors at once, which is why the header is laid
+out here first and the data streamed after it.
 
-All dies' files are written side by side, source tensor by source tensor: the checkpoint is read once and an expensive expression (quantising a whole
-weight) is computed once for all the dies that take slices of it.
+All dies' files are written side by side, source tensor by source tensor: the checkpoint is read once and an
+expensive expression (quantising a whole weight) is computed once for all the dies that take slices of it.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from tqdm import tqdm
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import GetGlobal, Global, Param, Yield
+from tyir.execution.storage import pack, packed_shape
+from tyir.execution.weights import WeightSource
 from tyir.interpreter import evaluate_op, lookup_symbol
 from tyir.ir import Op, Value
-from tyir.storage import pack, packed_shape
 from tyir.types import FloatType, storage_dtype
-from tyir.weights import WeightSource
 
 __all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
 
@@ -53,7 +55,9 @@ class Slot:
 
 
 class ParamsFile:
-    """The layout of one `.params` file: tensors in order of first use, without holes (the format allows none)."""
+    """The layout of one `.params` file: tensors in order of first use, without holes (the format allows
+    none).
+    """
 
     def __init__(self, path: Path, params: Sequence[Param]) -> None:
         self.path = path
@@ -97,7 +101,10 @@ class ParamsFile:
 
 
 def write_params(files: Sequence[ParamsFile], weights: WeightSource, *, progress: bool = False) -> None:
-    """Evaluate every parameter and write it.  `TyirError` lists the tensors that hold NaN or infinity or overflow f16."""
+    """Evaluate every parameter and write it.
+
+    `TyirError` lists the tensors that hold NaN or infinity or overflow f16.
+    """
     evaluator = ParamEvaluator(weights)
     handles = [file.create() for file in files]
     problems: list[Diagnostic] = []
@@ -130,9 +137,16 @@ def _source(param: Param) -> tuple[str, int]:
 def _check(param: Param, array: Array) -> Diagnostic | None:
     if not isinstance(param.type.element, FloatType) or array.dtype.kind != "f" or np.isfinite(array).all():
         return None
-    bad = "NaN" if np.isnan(array).any() else "a value beyond the f16 range (65504)" if array.dtype == np.float16 else "infinity"
+    bad = (
+        "NaN"
+        if np.isnan(array).any()
+        else "a value beyond the f16 range (65504)"
+        if array.dtype == np.float16
+        else "infinity"
+    )
     return Diagnostic(
-        f"weight {param.sym_name} holds {bad}", help="the checkpoint is damaged, or its weights need rescaling before they fit f16"
+        f"weight {param.sym_name} holds {bad}",
+        help="the checkpoint is damaged, or its weights need rescaling before they fit f16",
     )
 
 

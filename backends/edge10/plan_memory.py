@@ -1,19 +1,21 @@
-"""The pass `plan-memory`: where weights, caches and activations of every die and length lie, written on the program for all to see.
+"""The pass `plan-memory`: where weights, caches and activations of every die and length lie, written on the
+program for all to see.
 
     func.func @layer_s8(...)  { %h = ty.rms_norm(%x, %w) ... }
     -->
     edge10.buffer @spill.layer_s8 {address = ..., nbytes = ...}
     func.func @layer_s8(...)  { %h = ty.rms_norm(%x, %w) {tyir.place = "sram 16384..31744"} ... }
 
-Runs on a module at stage `program`, which it remains at; lower-edge10 follows the plan, changed by hand or not, and makes the same of a program without one.
-What attributes a plan consists of stands in `backends/edge10/planned.py`.  Statistics are the largest die's bytes, over all lengths.
+Runs on a module at stage `program`, which it remains at; lower-edge10 follows the plan, changed by hand or
+not, and makes the same of a program without one. What attributes a plan consists of stands in
+`backends/edge10/memory/edited_plan.py`.  Statistics are the largest die's bytes, over all lengths.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tyir.backends.edge10.lower import plan_die
+from tyir.backends.edge10.lowering.die import plan_die
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
@@ -42,10 +44,17 @@ def dies_of(op: Op) -> list[Module]:
     """The dies of a module at stage `program`; `TyirError` when it has none."""
     dies = [o for o in op.body if isinstance(o, Module)]
     if not dies:
-        raise TyirError("the module holds no dies", help="run partition-dies, specialize-seqlen, outline-params and outline-layers first")
+        raise TyirError(
+            "the module holds no dies",
+            help="run partition-dies, specialize-seqlen, outline-params and outline-layers first",
+        )
     return dies
 
 
 def lengths_of(die: Module) -> list[int]:
     """The sequence lengths that a die has programs for."""
-    return [int(f.sym_name.removeprefix("main_s")) for f in die.body if isinstance(f, Func) and f.sym_name.startswith("main_s")]
+    return [
+        int(f.sym_name.removeprefix("main_s"))
+        for f in die.body
+        if isinstance(f, Func) and f.sym_name.startswith("main_s")
+    ]

@@ -1,4 +1,6 @@
-"""The tracker against the definition: every two conflicting commands are ordered, by no token more than needed."""
+"""The tracker against the definition: every two conflicting commands are ordered, by no token more than
+needed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tyir.backends.edge10.dependences import SRAM, Access, Slot, Tracker
+from tyir.backends.edge10.lowering.dependences import SRAM, Access, Slot, Tracker
 from tyir.dialects import edge10
 from tyir.ir import Value
 
@@ -49,7 +51,9 @@ def test_conflicts_are_ordered_and_tokens_are_needed(seed: int) -> None:
         accesses = []
         for _ in range(rng.randint(1, 3)):
             low = rng.randrange(0, 120)
-            accesses.append(Access(rng.choice((SRAM, "dram")), low, low + rng.randint(1, 30), rng.random() < 0.4))
+            accesses.append(
+                Access(rng.choice((SRAM, "dram")), low, low + rng.randint(1, 30), rng.random() < 0.4)
+            )
         known = run.before.get(run.last[unit], set()) if unit in run.last else set()
         waits = run.command(unit, accesses)
         assert not known & set(waits)
@@ -60,16 +64,26 @@ def test_conflicts_are_ordered_and_tokens_are_needed(seed: int) -> None:
             if any(conflict(a, b) for a in accesses for b in others):
                 assert earlier in run.before[done]
         for access in accesses:
-            outside = [t for s, t in zip(slots, slot_tokens) if access.space == SRAM and access.low < s.high and s.low < access.high]
+            outside = [
+                t
+                for s, t in zip(slots, slot_tokens)
+                if access.space == SRAM and access.low < s.high and s.low < access.high
+            ]
             if access.space != SRAM or access.low < 64 or access.high > 128:
                 outside.append(rest)
             assert set(outside) <= run.before[done]
     finished, others = run.tracker.finish()
     for slot, tokens in zip(slots, finished):
         everything = set().union(*(run.before.get(t, {t}) for t in tokens))
-        assert {d for d, acc in run.accesses if any(conflict(a, Access(SRAM, slot.low, slot.high, True)) for a in acc)} <= everything
+        assert {
+            d
+            for d, acc in run.accesses
+            if any(conflict(a, Access(SRAM, slot.low, slot.high, True)) for a in acc)
+        } <= everything
     everything = set().union(*(run.before.get(t, {t}) for t in others))
-    assert {d for d, acc in run.accesses if any(a.space != SRAM or a.low < 64 or a.high > 128 for a in acc)} <= everything
+    assert {
+        d for d, acc in run.accesses if any(a.space != SRAM or a.low < 64 or a.high > 128 for a in acc)
+    } <= everything
 
 
 def test_look_ups_do_not_grow_with_the_program() -> None:

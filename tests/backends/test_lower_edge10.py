@@ -1,12 +1,14 @@
-"""The lowering: what the program looks like, what it refuses, and that every program it makes verifies and round-trips."""
+"""The lowering: what the program looks like, what it refuses, and that every program it makes verifies and
+round-trips.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from tyir.backends.edge10.allocate import DramLayout, Interval, place_intervals, sram_plan
-from tyir.backends.edge10.lower import lower_die
-from tyir.backends.edge10.tiling import MatmulShape, attention_blocks, choose_tiles
+from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.tiling import MatmulShape, attention_blocks, choose_tiles
+from tyir.backends.edge10.memory.allocate import DramLayout, Interval, place_intervals, sram_plan
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
@@ -27,7 +29,7 @@ PROGRAM = """"builtin.module"() <{sym_name = "die0"}> ({
     "func.return"(%y) : (tensor<1x2x96xf32>) -> ()
   }) : () -> ()
 }) {tyir.stage = "program"} : () -> ()
-"""
+"""  # noqa: E501
 
 
 def lowered(text: str = PROGRAM, seqlen: int = 2) -> Module:
@@ -42,7 +44,8 @@ def test_a_sum_and_a_product() -> None:
     module = lowered()
     verify(module)
     assert print_op(parse_module(print_op(module))) == print_op(module)
-    # x comes to SRAM, the sum stays there, the weight streams through a slot; the result goes out because it is the function's.
+    # x comes to SRAM, the sum stays there, the weight streams through a slot; the result goes out because it
+    # is the function's.
     assert commands(module) == ["load", "load", "vector", "load", "matmul", "drain", "store"]
     buffers = {b.sym_name: (b.kind, b.address % 4096) for b in module.walk_type(edge10.Buffer)}
     assert buffers == {"w": ("weight", 0), "x": ("input", 0), "logits": ("output", 0)}
@@ -96,7 +99,9 @@ def test_intervals_that_live_together_do_not_overlap() -> None:
 def test_tiles_fit(m: int, group: int, n: int, k: int) -> None:
     plan = sram_plan(MACHINE)
     for in_sram in (True, False):
-        tiles = choose_tiles(MatmulShape(m, n, k, group, in_sram, 0 if in_sram else 4, plan.temp_bytes // 4), MACHINE, plan)
+        tiles = choose_tiles(
+            MatmulShape(m, n, k, group, in_sram, 0 if in_sram else 4, plan.temp_bytes // 4), MACHINE, plan
+        )
         assert tiles.n * tiles.k * 2 <= plan.wide.largest and tiles.k <= MACHINE.cube.max_k
         assert -(-tiles.m // 16) * -(-tiles.block // 16) * 1024 <= MACHINE.accumulator_bytes // 2
         assert (not group or tiles.k % group == 0) and (tiles.block % tiles.n == 0 or tiles.block == n)
@@ -104,7 +109,9 @@ def test_tiles_fit(m: int, group: int, n: int, k: int) -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     small = MACHINE.with_overrides({"sram.capacity_bytes": 16 << 10})
-    with pytest.raises(TyirError, match=r"no tile of a \[1, 4096\] x \[4096, 64\] product fits 16384 bytes of SRAM"):
+    with pytest.raises(
+        TyirError, match=r"no tile of a \[1, 4096\] x \[4096, 64\] product fits 16384 bytes of SRAM"
+    ):
         choose_tiles(MatmulShape(1, 64, 4096, 128, True, 0), small, sram_plan(small))
     with pytest.raises(TyirError, match="one token's attention over 64 heads of 256 does not fit"):
         attention_blocks(1, 64, 8, 256, 8, small, sram_plan(small).temp_bytes)
@@ -118,20 +125,26 @@ def test_layers_are_lowered_once() -> None:
     %z = "ty.add"(%x, %y) : (tensor<1x1x64xf16>, tensor<1x1x64xf16>) -> tensor<1x1x64xf16>
     "func.return"(%z) : (tensor<1x1x64xf16>) -> ()
   }) : () -> ()
-"""
+"""  # noqa: E501
     calls = "".join(
-        f'    %w{i} = "ty.get_global"() <{{symbol = @w{i}}}> : () -> tensor<64xf16>\n'
-        f'    %x{i + 1} = "func.call"(%x{i}, %w{i}) <{{callee = @layer_s1}}> : (tensor<1x1x64xf16>, tensor<64xf16>) -> tensor<1x1x64xf16>\n'
+        f'    %w{i} = "ty.get_global"() <{{symbol = @w{i}}}> : () -> tensor<64xf16>\n    %x{i + 1} ='
+        f' "func.call"(%x{i}, %w{i}) <{{callee = @layer_s1}}> : (tensor<1x1x64xf16>, tensor<64xf16>) ->'
+        " tensor<1x1x64xf16>\n"
         for i in range(5)
     )
     text = (
-        f'"builtin.module"() ({{\n{layer}  "func.func"() <{{function_type = (tensor<1x1x64xf16>) -> tensor<1x1x64xf16>, sym_name = "main_s1"}}> ({{\n'
-        f'  ^bb0(%x0: tensor<1x1x64xf16>):\n{calls}    "func.return"(%x5) : (tensor<1x1x64xf16>) -> ()\n  }}) : () -> ()\n}}) : () -> ()\n'
+        f'"builtin.module"() ({{\n{layer}  "func.func"() <{{function_type = (tensor<1x1x64xf16>) ->'
+        f' tensor<1x1x64xf16>, sym_name = "main_s1"}}> ({{\n  ^bb0(%x0: tensor<1x1x64xf16>):\n{calls}   '
+        ' "func.return"(%x5) : (tensor<1x1x64xf16>) -> ()\n  }) : () -> ()\n}) : () -> ()\n'
     )
     module = lowered(text, seqlen=1)
     verify(module)
     function = next(f for f in module.walk_type(Func) if f.sym_name == "layer_s1")
-    assert [op.name.removeprefix("edge10.") for op in function.walk() if edge10.is_command(op)] == ["load", "vector", "vector"]
+    assert [op.name.removeprefix("edge10.") for op in function.walk() if edge10.is_command(op)] == [
+        "load",
+        "vector",
+        "vector",
+    ]
     addresses = [str(op.symbol) for op in module.walk_type(edge10.AddressOf)]
     outputs = [b.sym_name for b in module.walk_type(edge10.Buffer) if b.kind == "output"]
     assert outputs == ["logits"] and commands(module)[-1] == "store"
@@ -146,8 +159,13 @@ def test_dram_layout_aligns() -> None:
 
 def test_the_pass_lowers_every_die() -> None:
     dies = "".join(PROGRAM.replace("die0", f"die{i}") for i in range(2))
-    weight = '"ty.global"() <{file = "f", key = "w", nbytes = 12288 : i64, offset = 0 : i64, sym_name = "w", type = tensor<96x64xf16>}> : () -> ()\n'
-    module = parse_module(f'"builtin.module"() ({{\n{weight}{dies}}}) {{tyir.stage = "program"}} : () -> ()\n')
+    weight = (
+        '"ty.global"() <{file = "f", key = "w", nbytes = 12288 : i64, offset = 0 : i64, sym_name = "w", type'
+        " = tensor<96x64xf16>}> : () -> ()\n"
+    )
+    module = parse_module(
+        f'"builtin.module"() ({{\n{weight}{dies}}}) {{tyir.stage = "program"}} : () -> ()\n'
+    )
     run_pipeline(module, "lower-edge10{seqlen=2}")
     verify(module)
     assert [m.sym_name for m in module.body] == ["die0", "die1"]

@@ -1,4 +1,6 @@
-"""`plan-memory`: what it writes is what lower-edge10 does without it, and a plan changed by hand is followed, refused or found out."""
+"""`plan-memory`: what it writes is what lower-edge10 does without it, and a plan changed by hand is followed,
+refused or found out.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.llm import Shape, build, dies_of
-from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.lowering.die import lower_die
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.manifest import BuildOptions, Manifest
 from tyir.parser import parse_module
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
-from tyir.runtime_sim.plan_check import check_lengths
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.execution.check_accesses import check_lengths
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
 from tyir.verify import verify
@@ -30,7 +32,8 @@ def program(options: str = "dies=2", seqlens: str = "1,8", quantize: str = "") -
     """A small model at stage `program`."""
     module, _ = build(SHAPE, draw=False)
     run_pipeline(
-        module, f"{quantize}kv-materialize{{max-kv=256}},partition-dies{{{options}}},specialize-seqlen{{seqlens={seqlens}}},to-program"
+        module,
+        f"{quantize}kv-materialize{{max-kv=256}},partition-dies{{{options}}},specialize-seqlen{{seqlens={seqlens}}},to-program",
     )
     return module
 
@@ -47,12 +50,19 @@ def lowered(module: Module, lengths: tuple[int, ...] = (1, 8)) -> dict[int, list
 
 
 def check(module: Module) -> None:
-    check_lengths({n: [EdgeProgram(die) for die in dies] for n, dies in lowered(module).items()}, MACHINE, 256)
+    check_lengths(
+        {n: [EdgeProgram(die) for die in dies] for n, dies in lowered(module).items()}, MACHINE, 256
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "seqlens", "quantize"),
-    [("dies=2", "1,8", ""), ("dies=3", "1,40", "quantize-weights{group-size=64},"), ("dies=4 pp=2", "1,8", ""), ("dies=1", "8,200", "")],
+    [
+        ("dies=2", "1,8", ""),
+        ("dies=3", "1,40", "quantize-weights{group-size=64},"),
+        ("dies=4 pp=2", "1,8", ""),
+        ("dies=1", "8,200", ""),
+    ],
 )
 def test_a_plan_says_what_would_be_done_without_it(options: str, seqlens: str, quantize: str) -> None:
     lengths = tuple(map(int, seqlens.split(",")))
@@ -69,7 +79,12 @@ def test_statistics_are_the_largest_die() -> None:
     module = program()
     run_pipeline(module, "plan-memory", context)
     check(module)
-    ends = [b.address + b.nbytes for dies in lowered(module).values() for die in dies for b in EdgeProgram(die).buffers.values()]
+    ends = [
+        b.address + b.nbytes
+        for dies in lowered(module).values()
+        for die in dies
+        for b in EdgeProgram(die).buffers.values()
+    ]
     assert context.statistics["dram"] == max(ends)
 
 
@@ -93,10 +108,16 @@ def test_a_place_on_top_of_another_is_found_out() -> None:
     taken = re.search(r'"ty\.add"[^\n]*tyir\.place = ("sram (\d+)\.\.\d+")', text)
     assert taken is not None
     norm = rf'"sram {taken[2]}..{int(taken[2]) + 256}"'
-    module = edited(r'("ty\.rms_norm"[^\n]*post_attention_layernorm\.weight[^\n]*tyir\.place = )"sram \d+\.\.\d+"', rf"\1{norm}")
+    module = edited(
+        r'("ty\.rms_norm"[^\n]*post_attention_layernorm\.weight[^\n]*tyir\.place = )"sram \d+\.\.\d+"',
+        rf"\1{norm}",
+    )
     with pytest.raises(
         TyirError,
-        match=r"@layer_s1: a result of .ty.add. \(sram (.|\n)* and a result of .ty.rms_norm. (.|\n)* share bytes while both are live",
+        match=(
+            r"@layer_s1: a result of .ty.add. \(sram (.|\n)* and a result of .ty.rms_norm. (.|\n)* share"
+            r" bytes while both are live"
+        ),
     ):
         lowered(module)
 
@@ -104,12 +125,12 @@ def test_a_place_on_top_of_another_is_found_out() -> None:
 @pytest.mark.parametrize(
     ("pattern", "replacement", "message"),
     [
-        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "sram 0..8"', r"needs 256 bytes, its place 'sram 0\.\.8' has 8\n(.|\n)*\"sram 0\.\.256\""),
-        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "dram"', r"'dram' is no place(.|\n)*write \"sram 4096\.\.8192\""),
-        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "@spil.layer_s1 0..256"', "there is no buffer @spil.layer_s1"),
-        (r'("ty\.param"\(\) <\{sym_name = "model\.norm\.weight"(?:.|\n)*?\}\) \{tyir\.address = )\d+', r"\g<1>64", r"@model\.\S+ at 0\.\.\d+ and @\S+ at 64\.\.320 overlap"),
+        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "sram 0..8"', r"needs 256 bytes, its place 'sram 0\.\.8' has 8\n(.|\n)*\"sram 0\.\.256\""),  # noqa: E501
+        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "dram"', r"'dram' is no place(.|\n)*write \"sram 4096\.\.8192\""),  # noqa: E501
+        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "@spil.layer_s1 0..256"', "there is no buffer @spil.layer_s1"),  # noqa: E501
+        (r'("ty\.param"\(\) <\{sym_name = "model\.norm\.weight"(?:.|\n)*?\}\) \{tyir\.address = )\d+', r"\g<1>64", r"@model\.\S+ at 0\.\.\d+ and @\S+ at 64\.\.320 overlap"),  # noqa: E501
         (r"temp = 44 : i64", "temp = 250 : i64", r"leaves -\d+ of 256 parts"),
-        (r"temp = 44 : i64", "temp = true", r"is no division of SRAM(.|\n)*write \{temp = 44 : i64, side = array<i64: 4, 4>"),
+        (r"temp = 44 : i64", "temp = true", r"is no division of SRAM(.|\n)*write \{temp = 44 : i64, side = array<i64: 4, 4>"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_what_is_no_plan_is_refused(pattern: str, replacement: str, message: str) -> None:
@@ -124,7 +145,10 @@ def test_a_division_changed_by_hand_is_followed() -> None:
 
 
 def test_a_weight_moved_in_one_length_moves_in_all() -> None:
-    module = edited(r'("ty\.param"\(\) <\{sym_name = "model\.norm\.weight"(?:.|\n)*?\}\) \{tyir\.address = )\d+', r"\g<1>64000000")
+    module = edited(
+        r'("ty\.param"\(\) <\{sym_name = "model\.norm\.weight"(?:.|\n)*?\}\) \{tyir\.address = )\d+',
+        r"\g<1>64000000",
+    )
     check(module)
     for dies in lowered(module).values():
         assert EdgeProgram(dies[0]).buffers["model.norm.weight"].address == 64000000
@@ -138,7 +162,10 @@ def test_a_planned_module_compiles_to_the_same_artifacts(tmp_path: Path) -> None
     module = import_model(MODEL)
     run_pipeline(module, remaining_pipeline("aten", options) + ",plan-memory")
     (tmp_path / "planned.ir").write_text(print_op(module))
-    folders = [compile_path(p, tmp_path / name, options) for name, p in (("a", MODEL), ("b", tmp_path / "planned.ir"))]
+    folders = [
+        compile_path(p, tmp_path / name, options)
+        for name, p in (("a", MODEL), ("b", tmp_path / "planned.ir"))
+    ]
     files = [Manifest.load(f).files for f in folders]
     differing = {name for name in files[0] if files[0][name] != files[1][name]}
     assert files[0].keys() == files[1].keys() and all(n.endswith(".ir") for n in differing), differing

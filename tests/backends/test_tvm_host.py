@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tvm
 
-from tyir.backends.edge10 import tvm_host
-from tyir.backends.edge10.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, kernel_name
+from tyir.backends.host import tvm_host
+from tyir.backends.host.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, kernel_name
 from tyir.diagnostics import TyirError
 from tyir.dialects import func, ty
 from tyir.types import TensorType, f16, f64, ui4
@@ -20,7 +20,9 @@ from tyir.types import TensorType, f16, f64, ui4
 def two_layers(s: int = 4) -> func.Func:
     """The same norm and product twice, and one product of another shape."""
     t = TensorType((1, s, 64), f16)
-    function = func.Func.make(f"main_s{s}", (t, TensorType((64,), f16), TensorType((64, 64), f16), TensorType((32, 64), f16)))
+    function = func.Func.make(
+        f"main_s{s}", (t, TensorType((64,), f16), TensorType((64, 64), f16), TensorType((32, 64), f16))
+    )
     x, norm, square, narrow = function.args
     for _ in range(2):
         n = ty.RmsNorm(x, norm, eps=1e-6)
@@ -43,7 +45,11 @@ def test_equal_ops_share_a_kernel() -> None:
     function = two_layers()
     kernels = assign_kernels([function])
     ops = function.body.ops
-    assert sorted(k.rpartition("_f16")[0] for k in kernels) == ["linear_1x4x64_32x64", "linear_1x4x64_64x64", "rms_norm_1x4x64_64"]
+    assert sorted(k.rpartition("_f16")[0] for k in kernels) == [
+        "linear_1x4x64_32x64",
+        "linear_1x4x64_64x64",
+        "rms_norm_1x4x64_64",
+    ]
     assert ops[0].attributes["tyir.kernel"] is ops[2].attributes["tyir.kernel"]
     assert ops[1].attributes["tyir.kernel"] is not ops[4].attributes["tyir.kernel"]
     assert "tyir.kernel" not in ops[5].attributes, "a reshape is a view"
@@ -68,7 +74,7 @@ spec = importlib.util.spec_from_file_location("case", sys.argv[1])
 case = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(case)
 case.build_library(case.assign_kernels([case.two_layers()]), case.HostTarget(mcpu=case.GENERIC_CPU, num_cores=2), Path(sys.argv[2]))
-"""
+"""  # noqa: E501
 
 
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -82,19 +88,25 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert sha256(first) == sha256(second)
     subprocess.run([sys.executable, "-P", "-c", BUILD, __file__, str(second)], check=True, cwd=tmp_path)
     assert sha256(first) == sha256(second)
-    assert [p.name for p in sorted(first.parent.iterdir())] == ["llm_die0.so"], "nothing else is left beside the library"
+    assert [p.name for p in sorted(first.parent.iterdir())] == ["llm_die0.so"], (
+        "nothing else is left beside the library"
+    )
 
 
 def test_generic_code_has_no_wider_vectors(tmp_path: Path) -> None:
     build_library(assign_kernels([two_layers()]), HostTarget(mcpu=GENERIC_CPU), tmp_path / "x.so")
-    listing = subprocess.run(["objdump", "-d", str(tmp_path / "x.so")], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["objdump", "-d", str(tmp_path / "x.so")], check=True, capture_output=True, text=True
+    ).stdout
     assert "ymm" in listing
     assert "zmm" not in listing
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 96])
 def test_partial_sums_never_leave_the_registers(tokens: int) -> None:
-    """Inside a loop over cores, a buffer that is too large for the stack is taken from the heap, and every step of the sum is stored."""
+    """Inside a loop over cores, a buffer that is too large for the stack is taken from the heap, and every
+    step of the sum is stored.
+    """
     function = func.Func.make("main", (TensorType((1, tokens, 512), f16), TensorType((1024, 512), f16)))
     function.body.append(ty.Linear(*function.args))
     ((name, op),) = assign_kernels([function]).items()
@@ -134,7 +146,12 @@ def test_unknown_processor_is_refused() -> None:
 
 
 def test_odd_group_is_refused(tmp_path: Path) -> None:
-    types = [TensorType((1, 9), f16), TensorType((4, 9), ui4), TensorType((4, 3), f16), TensorType((4, 3), ui4)]
+    types = [
+        TensorType((1, 9), f16),
+        TensorType((4, 9), ui4),
+        TensorType((4, 3), f16),
+        TensorType((4, 3), ui4),
+    ]
     function = func.Func.make("main", types)
     function.body.append(ty.QuantizedLinear(*function.args, group_size=3))
     with pytest.raises(TyirError, match="group_size 3 is odd"):

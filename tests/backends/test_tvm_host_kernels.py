@@ -1,6 +1,8 @@
-"""Every host kernel against its op's own `evaluate`, on random data, for shapes that fill tiles and shapes that do not.
+"""Every host kernel against its op's own `evaluate`, on random data, for shapes that fill tiles and shapes
+that do not.
 
-All cases are compiled into one library per target: this machine's vectors, AVX2 vectors, and code without any.
+All cases are compiled into one library per target: this machine's vectors, AVX2 vectors, and code without
+any.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tyir.backends.edge10.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, detected_cpu
+from tyir.backends.host.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, detected_cpu
 from tyir.dialects import func, kv, ty
+from tyir.execution.storage import pack
 from tyir.interpreter import evaluate_op
 from tyir.ir import Op, Value
-from tyir.runtime_sim.host_runtime import HostLibrary
-from tyir.storage import pack
+from tyir.runtime_sim.session.host_runtime import HostLibrary
 from tyir.types import IntegerType, TensorType, Type, bf16, f16, f32, i8, i32, i64, storage_dtype, ui4
 
 Array = npt.NDArray[Any]
@@ -42,33 +44,47 @@ class Case:
     def operands(self) -> list[Array]:
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         given = dict(self.data)
-        return [np.asarray(given[i], storage_dtype(x.element)) if i in given else _random(rng, x) for i, x in enumerate(self.types)]
+        return [
+            np.asarray(given[i], storage_dtype(x.element)) if i in given else _random(rng, x)
+            for i, x in enumerate(self.types)
+        ]
 
 
 def _random(rng: np.random.Generator, type: TensorType) -> Array:
     dtype = storage_dtype(type.element)
     if type.element is bf16:
-        return (rng.standard_normal(type.static_shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return (rng.standard_normal(type.static_shape).astype(np.float32).view(np.uint32) >> 16).astype(
+            np.uint16
+        )
     if isinstance(type.element, IntegerType):
         return rng.integers(0, 16, type.static_shape).astype(dtype)
     return rng.standard_normal(type.static_shape).astype(dtype)
 
 
-def linear(m: tuple[int, ...], k: int, n: int, bias: bool = False, element: Type | None = None, x: Type = f16) -> Case:
+def linear(
+    m: tuple[int, ...], k: int, n: int, bias: bool = False, element: Type | None = None, x: Type = f16
+) -> Case:
     types = (t(*m, k, e=x), t(n, k), *([t(n)] if bias else []))
     return Case(f"linear_{m}_{k}_{n}_{bias}_{element}", types, lambda v: ty.Linear(*v, element=element))
 
 
-def quantized(m: tuple[int, ...], k: int, n: int, group: int, bias: bool = False, element: Type | None = None) -> Case:
+def quantized(
+    m: tuple[int, ...], k: int, n: int, group: int, bias: bool = False, element: Type | None = None
+) -> Case:
     groups = k // group
     types = (t(*m, k), t(n, k, e=ui4), t(n, groups), t(n, groups, e=ui4), *([t(n)] if bias else []))
     scales = np.random.default_rng(k + n).uniform(0.001, 0.02, (n, groups))
     return Case(
-        f"quantized_{m}_{k}_{n}_g{group}_{bias}", types, lambda v: ty.QuantizedLinear(*v, group_size=group, element=element), ((2, scales),)
+        f"quantized_{m}_{k}_{n}_g{group}_{bias}",
+        types,
+        lambda v: ty.QuantizedLinear(*v, group_size=group, element=element),
+        ((2, scales),),
     )
 
 
-def attention(s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0) -> Case:
+def attention(
+    s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0
+) -> Case:
     cache = t(len(pos), max(kv_heads) + 1, capacity, d)
     types = (t(len(pos), s, len(kv_heads), d), cache, cache, t(len(pos), e=i32))
 
@@ -78,7 +94,9 @@ def attention(s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tup
     return Case(f"attention_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}", types, make, ((3, pos),))
 
 
-def attention8(s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0) -> Case:
+def attention8(
+    s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0
+) -> Case:
     cache, scale = t(len(pos), max(kv_heads) + 1, capacity, d, e=i8), t(len(pos), max(kv_heads) + 1, capacity)
     types = (t(len(pos), s, len(kv_heads), d), cache, cache, t(len(pos), e=i32), scale, scale)
     rng = np.random.default_rng(capacity)
@@ -87,16 +105,25 @@ def attention8(s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tu
 
     def make(values: Sequence[Value]) -> Op:
         q, k, v, positions, *scales = values
-        return kv.CachedAttention(q, k, v, positions, tuple(scales), scale=d**-0.5, kv_heads=kv_heads, window=window)
+        return kv.CachedAttention(
+            q, k, v, positions, tuple(scales), scale=d**-0.5, kv_heads=kv_heads, window=window
+        )
 
-    return Case(f"attention8_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}", types, make, ((3, pos), *data))
+    return Case(
+        f"attention8_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}", types, make, ((3, pos), *data)
+    )
 
 
 def quantize_rows(s: int, heads: int, d: int, size: float, b: int = 1) -> Case:
     rows = np.random.default_rng(d).standard_normal((b, s, heads, d)) * size
     rows[0, 0, 0] = 0
     rows[-1, -1, -1, : d // 2] = (np.arange(d // 2) - d // 4) / 2 * size  # halves
-    return Case(f"quantize_{b}_{s}_{heads}_{d}_{size}", (t(b, s, heads, d),), lambda v: kv.QuantizeRows(*v), ((0, rows),))
+    return Case(
+        f"quantize_{b}_{s}_{heads}_{d}_{size}",
+        (t(b, s, heads, d),),
+        lambda v: kv.QuantizeRows(*v),
+        ((0, rows),),
+    )
 
 
 def append_scales(s: int, heads: int, capacity: int, pos: tuple[int, ...]) -> Case:
@@ -116,7 +143,12 @@ def rows(s: int, count: int, d: int, pos: tuple[int, ...]) -> Case:
 
 def embedding(ids: Sequence[int], element: Type, offset: int, width: int = 96) -> Case:
     types = (t(10, width), t(1, len(ids), e=element))
-    return Case(f"embedding_{element}_{offset}_{width}", types, lambda v: ty.Embedding(*v, offset=offset), ((1, [ids]),))
+    return Case(
+        f"embedding_{element}_{offset}_{width}",
+        types,
+        lambda v: ty.Embedding(*v, offset=offset),
+        ((1, [ids]),),
+    )
 
 
 def unary(shape: tuple[int, ...], make: MakeOp, name: str, e: Type = f16) -> Case:
@@ -128,7 +160,11 @@ def binary(shape: tuple[int, ...], op: Callable[[Value, Value], Op], e: Type = f
 
 
 def rope(b: int, s: int, heads: int, d: int) -> Case:
-    return Case(f"rope_{b}_{s}_{heads}_{d}", (t(b, s, heads, d), t(b, s, d // 2), t(b, s, d // 2)), lambda v: ty.Rope(*v))
+    return Case(
+        f"rope_{b}_{s}_{heads}_{d}",
+        (t(b, s, heads, d), t(b, s, d // 2), t(b, s, d // 2)),
+        lambda v: ty.Rope(*v),
+    )
 
 
 def logits(rows: tuple[int, ...], width: int, e: Type = f32) -> tuple[TensorType, tuple[int, Any]]:
@@ -147,7 +183,10 @@ def top_k(rows: tuple[int, ...], width: int, k: int, e: Type = f32) -> Case:
 def candidates(rows: tuple[int, ...], sizes: tuple[int, ...], k: int, offset: int = 0) -> Case:
     type, data = logits(rows, sum(sizes))
     return Case(
-        f"candidates_{rows}_{sizes}_{k}_{offset}", (type,), lambda v: ty.TopKCandidates(*v, k=k, sizes=sizes, offset=offset), (data,)
+        f"candidates_{rows}_{sizes}_{k}_{offset}",
+        (type,),
+        lambda v: ty.TopKCandidates(*v, k=k, sizes=sizes, offset=offset),
+        (data,),
     )
 
 
@@ -156,7 +195,12 @@ def merge(rows: tuple[int, ...], count: int, k: int) -> Case:
     values = rng.integers(-3, 4, (*rows, count)).astype(np.float32)
     ids = rng.permuted(np.broadcast_to(np.arange(count, dtype=np.int32), values.shape), axis=-1)
     data = np.stack([values.view(np.int32), ids], axis=-2)
-    return Case(f"merge_{rows}_{count}_{k}", (t(*rows, 2, count, e=i32),), lambda v: ty.MergeTopK(*v, k=k), ((0, data),))
+    return Case(
+        f"merge_{rows}_{count}_{k}",
+        (t(*rows, 2, count, e=i32),),
+        lambda v: ty.MergeTopK(*v, k=k),
+        ((0, data),),
+    )
 
 
 CASES: list[Case] = [
@@ -217,7 +261,12 @@ CASES: list[Case] = [
     Case("rms_norm_small", (t(1, 1, 256), t(256)), lambda v: ty.RmsNorm(*v, eps=1e-6)),
     Case("rms_norm_odd", (t(2, 3, 84), t(84)), lambda v: ty.RmsNorm(*v, eps=1e-5)),
     Case("rms_norm_prime", (t(1, 2, 7), t(7)), lambda v: ty.RmsNorm(*v, eps=1e-5)),
-    Case("rms_norm_zero", (t(1, 1, 32), t(32)), lambda v: ty.RmsNorm(*v, eps=1e-6), ((0, np.zeros((1, 1, 32))),)),
+    Case(
+        "rms_norm_zero",
+        (t(1, 1, 32), t(32)),
+        lambda v: ty.RmsNorm(*v, eps=1e-6),
+        ((0, np.zeros((1, 1, 32))),),
+    ),
     rope(1, 1, 4, 64),
     rope(2, 3, 5, 24),
     rope(1, 8, 2, 10),
@@ -225,7 +274,12 @@ CASES: list[Case] = [
     unary((1, 3, 32), lambda v: ty.Scale(*v, factor=12.0), "scale", f32),
     unary((1, 3, 37), lambda v: ty.Silu(*v), "silu"),
     unary((1, 3, 32), lambda v: ty.Silu(*v), "silu", f32),
-    Case("silu_wide", (t(1, 9),), lambda v: ty.Silu(*v), ((0, [[-60000, -100, -88, -20, 0, 20, 88, 100, 60000]]),)),
+    Case(
+        "silu_wide",
+        (t(1, 9),),
+        lambda v: ty.Silu(*v),
+        ((0, [[-60000, -100, -88, -20, 0, 20, 88, 100, 60000]]),),
+    ),
     binary((1, 5, 21), ty.SiluMul),
     binary((1, 8, 768), ty.SiluMul),
     binary((1, 5, 21), ty.Add),
@@ -263,7 +317,9 @@ def _op(case: Case) -> tuple[func.Func, Op]:
 
 
 @pytest.fixture(scope="module", params=[detected_cpu(), GENERIC_CPU, "x86-64"])
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostLibrary]:
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HostLibrary]:
     path = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
     kernels = assign_kernels([_op(case)[0] for case in CASES])
     build_library(kernels, HostTarget(mcpu=request.param), path)
@@ -271,7 +327,9 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def assert_close(got: Array, expected: Array) -> None:
-    """Equal up to one unit in the last place of the result, and up to the order of an f32 sum for results near zero."""
+    """Equal up to one unit in the last place of the result, and up to the order of an f32 sum for results
+    near zero.
+    """
     assert got.dtype == expected.dtype
     assert got.shape == expected.shape
     if got.dtype.kind != "f":

@@ -13,7 +13,7 @@ from tyir.frontends.huggingface import import_model
 from tyir.manifest import BuildOptions
 from tyir.printer import print_op
 from tyir.tools.api import compile_path
-from tyir.tools.verify import Reference
+from tyir.tools.verify.compare import Reference
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 MAX_KV = 128
@@ -41,7 +41,9 @@ def artifacts(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Artif
 
     @functools.cache
     def compiled(dies: int, weights: str) -> Path:
-        return compile_path(imported, out / weights, BuildOptions(dies=dies, seqlens=(1, 8), max_kv=MAX_KV, weights=weights))
+        return compile_path(
+            imported, out / weights, BuildOptions(dies=dies, seqlens=(1, 8), max_kv=MAX_KV, weights=weights)
+        )
 
     return compiled
 

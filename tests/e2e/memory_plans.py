@@ -1,4 +1,5 @@
-"""The memory plans of real models' shapes (two layers, the real vocabulary), replayed command by command on every number of dies.
+"""The memory plans of real models' shapes (two layers, the real vocabulary), replayed command by command on
+every number of dies.
 
 pytest tests/e2e/test_memory_plans.py --slow -s      # prints one line for each configuration
 """
@@ -11,24 +12,29 @@ from typing import Final
 
 from tests.e2e.real_shapes import MODELS, partition
 from tests.llm import build, dies_of
-from tyir.backends.edge10.lower import lower_die
-from tyir.backends.edge10.memory_plan import memory_summary
+from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.edge10_memory import shared_problems
-from tyir.runtime_sim.plan_check import check_programs
-from tyir.runtime_sim.program import EdgeProgram, alike_programs
+from tyir.edge10.memory import shared_problems
+from tyir.runtime_sim.execution.check_accesses import check_programs
+from tyir.runtime_sim.timing.program import EdgeProgram, alike_programs
 from tyir.targets.machine import load_machine
 
 __all__ = ["CAPACITY", "Checked", "checked_plans", "table_head", "table_line"]
 
 CAPACITY: Final = 1024
-LENGTHS: Final = {1: CAPACITY - 1, 8: 0}  # tokens a step, and where the step that is replayed begins: a full cache, an empty one
+LENGTHS: Final = {
+    1: CAPACITY - 1,
+    8: 0,
+}  # tokens a step, and where the step that is replayed begins: a full cache, an empty one
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A configuration whose plan was replayed: the largest die's bytes by kind, and how many commands of how many different dies were looked at."""
+    """A configuration whose plan was replayed: the largest die's bytes by kind, and how many commands of how
+    many different dies were looked at.
+    """
 
     model: str
     weights: str
@@ -45,7 +51,13 @@ def checked_plans(name: str, int4: bool, kv: str, dies: Sequence[int]) -> Iterat
     for count in dies:
         module, _ = build(model.shape(2, model.vocabulary), draw=False)
         lengths = ",".join(map(str, LENGTHS))
-        partition(module, count, int4, f"specialize-seqlen{{seqlens={lengths}}},to-program", f"max-kv={CAPACITY} dtype={kv}")
+        partition(
+            module,
+            count,
+            int4,
+            f"specialize-seqlen{{seqlens={lengths}}},to-program",
+            f"max-kv={CAPACITY} dtype={kv}",
+        )
         memory: dict[str, int] = {}
         commands = kinds = 0
         buffers: list[list[list[edge10.Buffer]]] = []  # by length and die
@@ -58,7 +70,10 @@ def checked_plans(name: str, int4: bool, kv: str, dies: Sequence[int]) -> Iterat
             check_programs(programs, machine, (position,))
             buffers.append([list(p.buffers.values()) for p in programs])
             different = [programs[alike[0]] for alike in alike_programs(programs)]
-            commands, kinds = commands + sum(len(p.expand(position)) for p in different), kinds + len(different)
+            commands, kinds = (
+                commands + sum(len(p.expand(position)) for p in different),
+                kinds + len(different),
+            )
         if problems := [p for first, second in zip(*buffers) for p in shared_problems(first, second)]:
             raise TyirError(problems)
         yield Checked(name, "int4" if int4 else "fp16", kv, count, memory, commands, kinds)
@@ -66,7 +81,7 @@ def checked_plans(name: str, int4: bool, kv: str, dies: Sequence[int]) -> Iterat
 
 def table_head() -> str:
     """The columns of `table_line`."""
-    return f"{'model':<30}{'':>6}{'KV':>6}{'dies':>5}{'weights':>12}{'cache':>10}{'activ.':>10}{'DRAM':>12}{'SRAM':>10}{'commands':>10}{'programs':>9}"
+    return f"{'model':<30}{'':>6}{'KV':>6}{'dies':>5}{'weights':>12}{'cache':>10}{'activ.':>10}{'DRAM':>12}{'SRAM':>10}{'commands':>10}{'programs':>9}"  # noqa: E501
 
 
 def table_line(row: Checked) -> str:

@@ -1,9 +1,11 @@
-"""Two layers of real models' shapes with random weights, cut over 1 to 16 dies: are the numbers those of one die, how even is the load, what is held twice.
+"""Two layers of real models' shapes with random weights, cut over 1 to 16 dies: are the numbers those of one
+die, how even is the load, what is held twice.
 
     pytest tests/e2e/test_real_shapes.py --slow -s      # minutes per model; -k 'Llama3 and awq' for some
 
-prints one line for each number of dies.  fp16 weights and those quantised by the compiler ("int4") are drawn in memory; "awq" is a checkpoint folder in AutoAWQ's
-layout, imported as a user's is.  The reference (one die) runs once per model, weights are drawn, unpacked and quantised once and sliced without copies.
+prints one line for each number of dies.  fp16 weights and those quantised by the compiler ("int4") are drawn
+in memory; "awq" is a checkpoint folder in AutoAWQ's layout, imported as a user's is.  The reference (one die)
+runs once per model, weights are drawn, unpacked and quantised once and sliced without copies.
 """
 
 from __future__ import annotations
@@ -23,12 +25,24 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.ty import Param, SiluMul, tensor_type
+from tyir.execution.weights import CheckpointReader, WeightSource
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.pipeline import run_pipeline
-from tyir.weights import CheckpointReader, WeightSource
 
-__all__ = ["MODELS", "WEIGHTS", "Cut", "RealShape", "Row", "Weights", "cut_of", "measure", "partition", "table_head", "table_line"]
+__all__ = [
+    "MODELS",
+    "WEIGHTS",
+    "Cut",
+    "RealShape",
+    "Row",
+    "Weights",
+    "cut_of",
+    "measure",
+    "partition",
+    "table_head",
+    "table_line",
+]
 
 Array = npt.NDArray[Any]
 Weights = Literal["fp16", "int4", "awq"]
@@ -51,7 +65,17 @@ class RealShape:
     bias: bool = False
 
     def shape(self, layers: int, vocabulary: int) -> Shape:
-        return Shape(layers, self.hidden, self.heads, self.kv_heads, self.head_dim, self.width, vocabulary, bias=self.bias, tied=False)
+        return Shape(
+            layers,
+            self.hidden,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.width,
+            vocabulary,
+            bias=self.bias,
+            tied=False,
+        )
 
 
 MODELS: Final = {
@@ -68,7 +92,8 @@ MODELS: Final = {
 class Cut:
     """What each die holds of a layer, and of all weights with the real vocabulary.
 
-    `imbalance`: the largest die's bytes of weights over the mean; `kv_factor`: key/value heads held by all dies over those of the model.
+    `imbalance`: the largest die's bytes of weights over the mean; `kv_factor`: key/value heads held by all
+    dies over those of the model.
     """
 
     queries: tuple[int, ...]
@@ -99,15 +124,17 @@ def cut_of(model: RealShape, dies: int, int4: bool) -> Cut:
 def partition(module: Module, dies: int, int4: bool, then: str, cache: str = "max-kv=16") -> None:
     """Cut a model at stage `ty` over the dies and run the passes `then`."""
     quantize = f"quantize-weights{{group-size={GROUP}}}," if int4 else ""
-    run_pipeline(module, f"{quantize}kv-materialize{{{cache}}},partition-dies{{dies={dies} strategy=split}},{then}")
+    run_pipeline(
+        module, f"{quantize}kv-materialize{{{cache}}},partition-dies{{dies={dies} strategy=split}},{then}"
+    )
 
 
 @dataclass(frozen=True)
 class Row:
     """One model on one number of dies against one die.
 
-    `cosine`: the smallest of the eight positions' logits; `drift`: how far the errors lean to one side, |mean| over mean magnitude; `largest`: the largest
-    error over the largest logit.
+    `cosine`: the smallest of the eight positions' logits; `drift`: how far the errors lean to one side,
+    |mean| over mean magnitude; `largest`: the largest error over the largest logit.
     """
 
     model: str
@@ -133,7 +160,9 @@ def measure(name: str, weights: Weights, dies: Sequence[int], folder: Path) -> I
         error = got - wanted
         drift = abs(float(error.mean())) / float(np.abs(error).mean() + 1e-12)
         largest = float(np.abs(error).max() / np.abs(wanted).max())
-        yield Row(name, weights, count, float(cosine.min()), drift, largest, cut_of(model, count, weights != "fp16"))
+        yield Row(
+            name, weights, count, float(cosine.min()), drift, largest, cut_of(model, count, weights != "fp16")
+        )
 
 
 def _in_memory(model: RealShape) -> tuple[Callable[[], Module], WeightSource]:
@@ -159,13 +188,18 @@ def _logits(module: Module, evaluator: ParamEvaluator, dies: int, int4: bool) ->
         main = die.lookup("main_s8")
         assert isinstance(main, Func)
         caches = [np.zeros(tensor_type(a).static_shape, np.float16) for a in main.args[2:]]
-        runs.append(Interpreter(die, constants=constants).run("main_s8", [IDS, np.zeros(1, np.int32), *caches]))
+        runs.append(
+            Interpreter(die, constants=constants).run("main_s8", [IDS, np.zeros(1, np.int32), *caches])
+        )
     return run_lockstep(runs)[0][0][0].astype(np.float64)
 
 
 def table_head() -> str:
     """The columns of `table_line`."""
-    return f"{'model':<30}{'':>6}{'dies':>5}{'1 - cosine':>12}{'drift':>8}{'largest':>9}{'load':>7}{'KV':>6}  query heads | KV heads | MLP groups of {GROUP}"
+    return (
+        f"{'model':<30}{'':>6}{'dies':>5}{'1 - cosine':>12}{'drift':>8}{'largest':>9}{'load':>7}{'KV':>6} "
+        f" query heads | KV heads | MLP groups of {GROUP}"
+    )
 
 
 def table_line(row: Row) -> str:
@@ -174,11 +208,13 @@ def table_line(row: Row) -> str:
     def text(sizes: tuple[int, ...]) -> str:
         runs: list[tuple[int, int]] = []
         for size in sizes:
-            runs = [*runs[:-1], (size, runs[-1][1] + 1)] if runs and runs[-1][0] == size else [*runs, (size, 1)]
+            runs = (
+                [*runs[:-1], (size, runs[-1][1] + 1)] if runs and runs[-1][0] == size else [*runs, (size, 1)]
+            )
         return ",".join(f"{s}x{n}" if n > 1 else str(s) for s, n in runs)
 
     c = row.cut
     return (
-        f"{row.model:<30}{row.weights:>6}{row.dies:>5}{1 - row.cosine:>12.1e}{row.drift:>8.3f}{row.largest:>9.1e}{c.imbalance:>7.3f}{c.kv_factor:>6.2f}"
+        f"{row.model:<30}{row.weights:>6}{row.dies:>5}{1 - row.cosine:>12.1e}{row.drift:>8.3f}{row.largest:>9.1e}{c.imbalance:>7.3f}{c.kv_factor:>6.2f}"  # noqa: E501
         f"  {text(c.queries)} | {text(c.kv_heads)} | {text(c.mlp_groups)}"
     )

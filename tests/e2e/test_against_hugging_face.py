@@ -1,4 +1,6 @@
-"""The issue's centre: compiled dies decode what Hugging Face decodes, in fp32 on the same (de-quantised) weights."""
+"""The issue's centre: compiled dies decode what Hugging Face decodes, in fp32 on the same (de-quantised)
+weights.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tyir.runtime_sim.session import Session
+from tyir.runtime_sim.session.session import Session
 from tyir.tools.tyir_run import load_tokenizer
-from tyir.tools.verify import PROMPTS, LayerStates, Reference, check_prompt
+from tyir.tools.verify.compare import PROMPTS, LayerStates, Reference, check_prompt
 
 TOKENS = 64
 
@@ -23,12 +25,16 @@ def test_greedy_tokens_and_logits(
     weights: str,
     record_property: Callable[..., None],
 ) -> None:
-    """64 greedy tokens on each of 8 prompts are Hugging Face's; a differing one must be a near tie of Hugging Face's own logits."""
+    """64 greedy tokens on each of 8 prompts are Hugging Face's; a differing one must be a near tie of Hugging
+    Face's own logits.
+    """
     folder = artifacts(dies, weights)
     states = LayerStates()
     session = Session(folder, probe=states)
     tokenizer = load_tokenizer(folder)
-    results = [check_prompt(session, reference(weights), tokenizer(p)["input_ids"], TOKENS, states) for p in PROMPTS]
+    results = [
+        check_prompt(session, reference(weights), tokenizer(p)["input_ids"], TOKENS, states) for p in PROMPTS
+    ]
     record_property("ties", sum(len(r.ties) for r in results))
     assert [r.differing for r in results] == [[]] * len(PROMPTS)
     assert sum(len(r.ties) for r in results) <= 2, "near ties of 512 positions"

@@ -16,25 +16,29 @@ import numpy as np
 import pytest
 
 from tests.llm import dies_of
-from tyir.backends.edge10.lower import lower_die
-from tyir.backends.edge10.memory_plan import memory_summary
+from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.diagnostics import TyirError
+from tyir.execution.weights import read_safetensors
 from tyir.manifest import BuildOptions, Manifest
 from tyir.parser import parse_file
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
-from tyir.runtime_sim.session import Session
+from tyir.runtime_sim.session.session import Session
 from tyir.targets.machine import load_machine
 from tyir.tools.api import build_and_compile_llm, compile_path
-from tyir.weights import read_safetensors
 
 Artifacts = Callable[[int, str], Path]
 OPTIONS = BuildOptions(dies=2, seqlens=(1, 8), max_kv=128, weights="int4")
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_layout(artifacts: Artifacts) -> None:
@@ -43,14 +47,20 @@ def test_layout(artifacts: Artifacts) -> None:
     for die in range(4):
         assert f"batch_1/common_die{die}.params" in names
         for seqlen in (1, 8):
-            assert {f"batch_1/seqlen_{seqlen}/llm_die{die}.{e}" for e in ("so", "params", "edge10", "ir")} <= names
+            assert {
+                f"batch_1/seqlen_{seqlen}/llm_die{die}.{e}" for e in ("so", "params", "edge10", "ir")
+            } <= names
     assert {"buffer_config.json", "config.json", "empty.bin", "manifest.json", "tokenizer.json"} <= names
     assert set(Manifest.load(folder).files) == names - {"manifest.json"}
     assert not list(folder.parent.glob(".*")), "no temporary folder is left"
 
 
-def test_both_ways_and_a_second_time_give_identical_bytes(imported: Path, model: Path, artifacts: Artifacts, tmp_path: Path) -> None:
-    """tyir-compile HF_DIR in a process of its own; tyir-import, then tyir-opt with the pipeline, then tyir-compile; and a third compile."""
+def test_both_ways_and_a_second_time_give_identical_bytes(
+    imported: Path, model: Path, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    """tyir-compile HF_DIR in a process of its own; tyir-import, then tyir-opt with the pipeline, then
+    tyir-compile; and a third compile.
+    """
     wanted = hashes(artifacts(2, "int4"))
     command = [
         sys.executable,
@@ -68,7 +78,8 @@ def test_both_ways_and_a_second_time_give_identical_bytes(imported: Path, model:
     subprocess.run([*command, "--weights", "int4", "-q"], check=True, cwd=tmp_path, capture_output=True)
     module = parse_file(imported)
     run_pipeline(
-        module, "to-ty,quantize-weights,kv-materialize{max-kv=128},partition-dies{dies=2},specialize-seqlen{seqlens=1,8},to-program"
+        module,
+        "to-ty,quantize-weights,kv-materialize{max-kv=128},partition-dies{dies=2},specialize-seqlen{seqlens=1,8},to-program",
     )
     (tmp_path / "program.ir").write_text(print_op(module))
     opted = compile_path(tmp_path / "program.ir", tmp_path / "b", OPTIONS)
@@ -131,10 +142,15 @@ def test_a_failing_compile_leaves_the_old_artifacts(
         (BuildOptions(seqlens=(1, 2048)), "2048 is larger than the cache of 1024 tokens"),
         (BuildOptions(max_kv=0), "a cache of 0 tokens"),
         (BuildOptions(weights="int3"), "one of fp16, int4"),
-        (BuildOptions(dies=6, mesh=(2, 2)), "mesh=2,2 is no arrangement of 6 dies(.|\n)*mesh=3,2 or mesh=2,3"),
+        (
+            BuildOptions(dies=6, mesh=(2, 2)),
+            "mesh=2,2 is no arrangement of 6 dies(.|\n)*mesh=3,2 or mesh=2,3",
+        ),
     ],
 )
-def test_options_that_cannot_be_are_refused_before_any_work(model: Path, tmp_path: Path, options: BuildOptions, message: str) -> None:
+def test_options_that_cannot_be_are_refused_before_any_work(
+    model: Path, tmp_path: Path, options: BuildOptions, message: str
+) -> None:
     with pytest.raises(TyirError, match=message):
         compile_path(model, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
@@ -151,9 +167,16 @@ def test_prompts_longer_than_the_cache(artifacts: Artifacts) -> None:
     assert len(session.feed([1] * 128)) == 128
 
 
-def test_build_and_compile_llm_has_the_embedding_outside_when_asked(model: Path, artifacts: Artifacts, tmp_path: Path) -> None:
+def test_build_and_compile_llm_has_the_embedding_outside_when_asked(
+    model: Path, artifacts: Artifacts, tmp_path: Path
+) -> None:
     folder = build_and_compile_llm(
-        model, tmp_path / "out", max_kv_cache_size=128, seq_len_list=[1, 8], dev_count=2, embedding_as_input=True
+        model,
+        tmp_path / "out",
+        max_kv_cache_size=128,
+        seq_len_list=[1, 8],
+        dev_count=2,
+        embedding_as_input=True,
     )
     assert folder == tmp_path / "out" / "2die"
     assert read_safetensors(folder / "embedding.params")["embedding"].shape == (4096, 256)
@@ -176,17 +199,21 @@ def small_machine(folder: Path, capacity: int) -> Path:
     """A machine file: Edge10 with less DRAM."""
     file = folder / "small.toml"
     file.write_text(
-        f'name = "small"\nbase = "edge10"\n[dram]\ncapacity_bytes = {{ value = {capacity}, label = "derived", source = "a test" }}\n'
+        f'name = "small"\nbase = "edge10"\n[dram]\ncapacity_bytes = {{ value = {capacity}, label = "derived",'
+        ' source = "a test" }\n'
     )
     return file
 
 
 def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path) -> None:
-    """11 MiB of weights and 6 MiB of caches on a die of 11 MiB: each of the three remedies compiles; nothing was written before."""
+    """11 MiB of weights and 6 MiB of caches on a die of 11 MiB: each of the three remedies compiles; nothing
+    was written before.
+    """
     file = small_machine(tmp_path, 11 << 20)
     small = load_machine(file)
     with pytest.raises(
-        TyirError, match=r"needs 17\.1 MiB of DRAM \(weights 11\.0 MiB, caches 6\.0 MiB\), small has 11\.0 MiB per die"
+        TyirError,
+        match=r"needs 17\.1 MiB of DRAM \(weights 11\.0 MiB, caches 6\.0 MiB\), small has 11\.0 MiB per die",
     ) as error:
         compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=4096), machine=file)
     assert not (tmp_path / "out").exists()
@@ -205,10 +232,20 @@ def test_a_machine_file_of_any_name(imported: Path, tmp_path: Path) -> None:
     """The cuts are chosen with it, in a pipeline's text."""
     folder = tmp_path / "it's a machine"
     folder.mkdir()
-    done = compile_path(imported, tmp_path / "out", BuildOptions(dies=2, seqlens=(1,), max_kv=64), machine=small_machine(folder, 1 << 30))
+    done = compile_path(
+        imported,
+        tmp_path / "out",
+        BuildOptions(dies=2, seqlens=(1,), max_kv=64),
+        machine=small_machine(folder, 1 << 30),
+    )
     assert "machine.toml" in Manifest.load(done).files
 
 
 def test_too_much_memory_on_any_number_of_dies(imported: Path, tmp_path: Path) -> None:
     with pytest.raises(TyirError, match="nothing up to 16 dies fits: use a smaller model"):
-        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=1024), machine=small_machine(tmp_path, 3 << 19))
+        compile_path(
+            imported,
+            tmp_path / "out",
+            BuildOptions(dies=1, max_kv=1024),
+            machine=small_machine(tmp_path, 3 << 19),
+        )

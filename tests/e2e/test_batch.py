@@ -12,11 +12,11 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
-from tyir.runtime_sim.batch_session import BatchSession
-from tyir.runtime_sim.engine import Timing, simulate
-from tyir.runtime_sim.plan_check import check_programs
-from tyir.runtime_sim.program import load_programs
-from tyir.runtime_sim.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.execution.check_accesses import check_programs
+from tyir.runtime_sim.session.batch_session import BatchSession
+from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.timing.engine import Timing, simulate
+from tyir.runtime_sim.timing.program import load_programs
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
 from tyir.tools.tyir_run import main as run
@@ -29,7 +29,9 @@ PROMPTS = [[5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11], [7], [12, 99, 4, 1]]
 
 @pytest.fixture(scope="module")
 def three(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_path(imported, tmp_path_factory.mktemp("three"), BuildOptions(dies=2, seqlens=(1, 8), max_kv=128, batch=3))
+    return compile_path(
+        imported, tmp_path_factory.mktemp("three"), BuildOptions(dies=2, seqlens=(1, 8), max_kv=128, batch=3)
+    )
 
 
 def test_the_folder_is_named_after_the_batch(three: Path) -> None:
@@ -62,7 +64,10 @@ def test_what_cannot_be_is_explained(three: Path, capsys: pytest.CaptureFixture[
         Session(three, sequence=3)
     prompts = [argument for n in range(4) for argument in ("--prompt", str(n))]
     assert run([str(three), *prompts]) == 1
-    assert re.search(r"4 prompts, and .* runs 3 at once\nhelp: compile with --batch 4, or give fewer", capsys.readouterr().err)
+    assert re.search(
+        r"4 prompts, and .* runs 3 at once\nhelp: compile with --batch 4, or give fewer",
+        capsys.readouterr().err,
+    )
     session = BatchSession(three)
     with pytest.raises(TyirError, match=r"2 sequences were given, the artifacts run 3"):
         session.feed([[1], [2]])
@@ -75,9 +80,15 @@ def test_what_cannot_be_is_explained(three: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("options", [{"kv_dtype": "int8", "output": "topk=4"}, {"weights": "int4", "pp": 2}])
-def test_command_programs_agree_with_host_code(imported: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """8-bit caches, top-k, 4-bit weights and pipeline stages, two sequences of different lengths and positions; the memory plans hold."""
-    folder = compile_path(imported, tmp_path, BuildOptions(dies=2, seqlens=(1, 8), max_kv=64, batch=2, **options))
+def test_command_programs_agree_with_host_code(
+    imported: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """8-bit caches, top-k, 4-bit weights and pipeline stages, two sequences of different lengths and
+    positions; the memory plans hold.
+    """
+    folder = compile_path(
+        imported, tmp_path, BuildOptions(dies=2, seqlens=(1, 8), max_kv=64, batch=2, **options)
+    )
     sessions = [BatchSession(folder, engine) for engine in ("host", "edge10")]
     if "output" in options:
         host, edge10 = (s.generate(PROMPTS[:2], 6) for s in sessions)
@@ -112,6 +123,10 @@ def test_tools_take_batches(three: Path, model: Path, capsys: pytest.CaptureFixt
     assert run([str(three), "--prompt", "The old house", "--max-tokens", "5", "--engine", "edge10"]) == 0
     assert capsys.readouterr().out.startswith(out.splitlines()[0])
     assert sim([str(three)]) == 0
-    lines = re.findall(r"^collectives: (.*?);.* the closed form is (.*)$", capsys.readouterr().out, re.MULTILINE)
+    lines = re.findall(
+        r"^collectives: (.*?);.* the closed form is (.*)$", capsys.readouterr().out, re.MULTILINE
+    )
     assert len(lines) == 2 and lines[0][0] == lines[0][1]
-    assert lines[1][0].split(" with ")[1] == lines[1][1].split(" with ")[1], "24 rows go in blocks: more collectives, the same bytes"
+    assert lines[1][0].split(" with ")[1] == lines[1][1].split(" with ")[1], (
+        "24 rows go in blocks: more collectives, the same bytes"
+    )

@@ -49,7 +49,19 @@ def test_run_refuses_a_long_prompt_with_nothing_on_stdout(artifacts: Artifacts, 
 
 
 def test_sampling_is_repeatable_by_seed(artifacts: Artifacts, tmp_path: Path) -> None:
-    args = (artifacts(2, "fp16"), "--prompt", "He said", "--temperature", 1, "--top-k", 50, "--seed", 7, "--max-tokens", 12)
+    args = (
+        artifacts(2, "fp16"),
+        "--prompt",
+        "He said",
+        "--temperature",
+        1,
+        "--top-k",
+        50,
+        "--seed",
+        7,
+        "--max-tokens",
+        12,
+    )
     first, second = (run("tyir_run", *args, cwd=tmp_path).stdout for _ in range(2))
     assert first == second != run("tyir_run", *args[:-3], 8, *args[-2:], cwd=tmp_path).stdout
 

@@ -1,4 +1,6 @@
-"""An 8-bit key/value cache on the embedded model: near the f16 cache, the same on every engine, visible in what a host must allocate."""
+"""An 8-bit key/value cache on the embedded model: near the f16 cache, the same on every engine, visible in
+what a host must allocate.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from tyir.manifest import BuildOptions, Manifest
-from tyir.runtime_sim.session import ENGINES, Session
+from tyir.runtime_sim.session.session import ENGINES, Session
 from tyir.tools.api import compile_path
 from tyir.tools.tyir_verify import main
 
@@ -27,11 +29,16 @@ def int8(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.array(
-        [float(x @ y) / float(np.linalg.norm(x) * np.linalg.norm(y)) for x, y in zip(a.astype(np.float64), b.astype(np.float64))]
+        [
+            float(x @ y) / float(np.linalg.norm(x) * np.linalg.norm(y))
+            for x, y in zip(a.astype(np.float64), b.astype(np.float64))
+        ]
     )
 
 
-def test_logits_stay_near_those_of_the_f16_cache(artifacts: Artifacts, int8: Path, record_property: Callable[..., None]) -> None:
+def test_logits_stay_near_those_of_the_f16_cache(
+    artifacts: Artifacts, int8: Path, record_property: Callable[..., None]
+) -> None:
     """100 tokens, the later ones over a cache of 8-bit rows only."""
     got, wanted = Session(int8).feed(TOKENS), Session(artifacts(3, "fp16")).feed(TOKENS)
     found = cosines(got, wanted)
@@ -41,7 +48,9 @@ def test_logits_stay_near_those_of_the_f16_cache(artifacts: Artifacts, int8: Pat
 
 
 def test_three_executions(int8: Path) -> None:
-    """A value that rounding moves across the border between two of the 255 steps moves by a step, so that engines agree less tightly than with f16."""
+    """A value that rounding moves across the border between two of the 255 steps moves by a step, so that
+    engines agree less tightly than with f16.
+    """
     logits = {}
     for engine in ENGINES:
         session = Session(int8, engine)

@@ -1,4 +1,6 @@
-"""Caches with a token's heads together (NHD): what the other layout computes, on every engine, with 8-bit rows, batches, long prompts and saved caches."""
+"""Caches with a token's heads together (NHD): what the other layout computes, on every engine, with 8-bit
+rows, batches, long prompts and saved caches.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
-from tyir.runtime_sim.batch_session import BatchSession
-from tyir.runtime_sim.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.session.batch_session import BatchSession
+from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
 from tyir.tools.api import compile_path
 from tyir.tools.tyir_sim import main as simulate
 
@@ -21,7 +23,9 @@ Compile = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def compiled(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """A folder for each combination of options, on three dies: heads 4/2/2 or so, key/value heads that two dies share."""
+    """A folder for each combination of options, on three dies: heads 4/2/2 or so, key/value heads that two
+    dies share.
+    """
     done: dict[BuildOptions, Path] = {}
 
     def make(layout: str, **options: object) -> Path:
@@ -36,7 +40,9 @@ def compiled(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Compil
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_equal_to_the_other_layout(compiled: Compile, engine: EngineName, dtype: str) -> None:
-    """The same sums in the same order: bit for bit, but for the host's kernels, which may be vectorised otherwise."""
+    """The same sums in the same order: bit for bit, but for the host's kernels, which may be vectorised
+    otherwise.
+    """
     logits = []
     for layout in ("HND", "NHD"):
         session = Session(compiled(layout, kv_dtype=dtype), engine)

@@ -16,7 +16,7 @@ from tyir.parser import parse_file
 from tyir.pipeline import Pass, PassContext, run_pipeline
 from tyir.printer import print_op
 from tyir.tools.api import compile_path
-from tyir.tools.locate import locate
+from tyir.tools.verify.locate import locate
 
 IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900]
 
@@ -26,7 +26,9 @@ class SwapMlp(Pass):
     """On die 1, layer 3: gate and up exchanged in the activation."""
 
     def run(self, op: Op, context: PassContext) -> None:
-        (target,) = [s for s in die(op, 1).walk_type(ty.SiluMul) if module_path(s.loc) == "model.layers.3.mlp"]
+        (target,) = [
+            s for s in die(op, 1).walk_type(ty.SiluMul) if module_path(s.loc) == "model.layers.3.mlp"
+        ]
         target.operands = (target.up, target.gate)
 
 
@@ -68,13 +70,22 @@ def die(module: Op, number: int) -> Module:
     ],
 )
 def test_a_broken_pass_is_located(
-    imported: Path, model: Path, tmp_path: Path, fault: Pass, layer: int, op: str, path: str, dies: tuple[int, ...]
+    imported: Path,
+    model: Path,
+    tmp_path: Path,
+    fault: Pass,
+    layer: int,
+    op: str,
+    path: str,
+    dies: tuple[int, ...],
 ) -> None:
     module = parse_file(imported)
     run_pipeline(module, "to-ty,kv-materialize{max-kv=32},partition-dies{dies=2}")
     fault.run(module, PassContext())
     (tmp_path / "broken.ir").write_text(print_op(module))
-    folder = compile_path(tmp_path / "broken.ir", tmp_path / "out", BuildOptions(dies=2, seqlens=(1, 8), max_kv=32))
+    folder = compile_path(
+        tmp_path / "broken.ir", tmp_path / "out", BuildOptions(dies=2, seqlens=(1, 8), max_kv=32)
+    )
     found = locate(folder, model, IDS)
     assert found is not None
     assert (found.layer, found.op, found.path, found.dies) == (layer, op, path, dies)
@@ -82,5 +93,7 @@ def test_a_broken_pass_is_located(
 
 
 def test_a_correct_compile_has_no_divergence(imported: Path, model: Path, tmp_path: Path) -> None:
-    folder = compile_path(imported, tmp_path / "out", BuildOptions(dies=3, seqlens=(1, 8), max_kv=32, weights="int4"))
+    folder = compile_path(
+        imported, tmp_path / "out", BuildOptions(dies=3, seqlens=(1, 8), max_kv=32, weights="int4")
+    )
     assert locate(folder, model, IDS) is None

@@ -1,4 +1,6 @@
-"""No pass loses where an op comes from: every pass runs on the tiny model, and afterwards every op that computes something has a location."""
+"""No pass loses where an op comes from: every pass runs on the tiny model, and afterwards every op that
+computes something has a location.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,13 @@ from pathlib import Path
 from tyir.dialects.builtin import Module
 from tyir.location import UNKNOWN, layer_of
 from tyir.parser import parse_file
-from tyir.pass_registry import PassRegistry
+from tyir.pass_manager.registry import PassRegistry
 from tyir.pipeline import PassContext, run_pipeline
 
 PIPELINE = (
     "print-op-stats,view-op-graph{{file={folder}/graph.dot}},snapshot-locations{{filename={folder}/before.ir}},raise-aten,canonicalize,cse,dce,"
-    "quantize-weights{{group-size=64}},kv-materialize,select-output{{kind=topk k=4}},annotate-sharding,propagate-sharding,insert-collectives,"
+    "quantize-weights{{group-size=64}},kv-materialize,select-output{{kind=topk"
+    " k=4}},annotate-sharding,propagate-sharding,insert-collectives,"
     "localize-dies,specialize-seqlen,outline-params,outline-layers,symbol-dce,plan-memory,lower-edge10{{seqlen=1}}"
 )
 BRANCHES = ("partition-dies", "inline", "specialize-batch")  # they stand for, undo or exclude passes above
@@ -26,11 +29,21 @@ STRUCTURE = {
     "ty.yield",
     "sdy.mesh",
 }  # written by tyir, not by the model's author
-ADDRESSES = {"edge10.address_of", "edge10.affine", "edge10.join", "edge10.offset", "edge10.register"}  # shared by commands of many places
+ADDRESSES = {
+    "edge10.address_of",
+    "edge10.affine",
+    "edge10.join",
+    "edge10.offset",
+    "edge10.register",
+}  # shared by commands of many places
 
 
 def _lost(module: Module) -> Counter[str]:
-    return Counter(op.name for op in module.walk() if op.loc is UNKNOWN and op.name not in STRUCTURE | ADDRESSES and op.results)
+    return Counter(
+        op.name
+        for op in module.walk()
+        if op.loc is UNKNOWN and op.name not in STRUCTURE | ADDRESSES and op.results
+    )
 
 
 def _layers(module: Module) -> set[int]:

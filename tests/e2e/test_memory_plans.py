@@ -1,4 +1,6 @@
-"""The memory checker replays the plans of all real shapes, weights, cache types and die counts, and finds nothing wrong.  Long: --slow."""
+"""The memory checker replays the plans of all real shapes, weights, cache types and die counts, and finds
+nothing wrong.  Long: --slow.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ def check(name: str, int4: bool, kv: str, dies: range | tuple[int, ...]) -> None
     print("\n" + table_head())
     for row in checked_plans(name, int4, kv, dies):
         print(table_line(row), flush=True)
-        assert row.memory["sram"] <= machine.sram.capacity_bytes and row.memory["dram"] <= machine.dram.capacity_bytes
+        assert (
+            row.memory["sram"] <= machine.sram.capacity_bytes
+            and row.memory["dram"] <= machine.dram.capacity_bytes
+        )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""A board whose dies are grouped as the user says: the same numbers on every engine, and sums in two levels in the artifacts and in the time."""
+"""A board whose dies are grouped as the user says: the same numbers on every engine, and sums in two levels
+in the artifacts and in the time.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import pytest
 
 from tyir.dialects.edge10 import AllReduce
 from tyir.manifest import BuildOptions, Manifest
-from tyir.runtime_sim.engine import simulate
-from tyir.runtime_sim.program import load_programs
-from tyir.runtime_sim.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.timing.engine import simulate
+from tyir.runtime_sim.timing.program import load_programs
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
 
@@ -23,7 +25,9 @@ IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11]
 @pytest.fixture(scope="module")
 def grouped(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two groups of three dies."""
-    return compile_path(imported, tmp_path_factory.mktemp("mesh"), BuildOptions(dies=6, mesh=(2, 3), max_kv=128))
+    return compile_path(
+        imported, tmp_path_factory.mktemp("mesh"), BuildOptions(dies=6, mesh=(2, 3), max_kv=128)
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -46,4 +50,6 @@ def test_sums_between_groups_take_longer(imported: Path, grouped: Path, tmp_path
     flat = compile_path(imported, tmp_path, BuildOptions(dies=6, max_kv=128))
     machine = load_machine().with_overrides({"d2d.package_dies": 6})
     two, one = (simulate(load_programs(f, Manifest.load(f), 1), machine, 9).total_ns for f in (grouped, flat))
-    assert two > one + 12 * machine.c2c.hop_us * 1000, "12 sums over the slower links, where without groups all six dies are one package"
+    assert two > one + 12 * machine.c2c.hop_us * 1000, (
+        "12 sums over the slower links, where without groups all six dies are one package"
+    )

@@ -1,4 +1,6 @@
-"""Artifacts that return tokens instead of logits: the same tokens, on every engine, and clear errors for what needs logits."""
+"""Artifacts that return tokens instead of logits: the same tokens, on every engine, and clear errors for what
+needs logits.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.runtime_sim.sampling import check_sampling, make_sampler
-from tyir.runtime_sim.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
+from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
 from tyir.tools.api import compile_path
 from tyir.tools.tyir_verify import main
 
@@ -30,7 +32,11 @@ def top(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def best(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_path(imported, tmp_path_factory.mktemp("best"), BuildOptions(dies=2, seqlens=(1, 8), max_kv=128, output="argmax"))
+    return compile_path(
+        imported,
+        tmp_path_factory.mktemp("best"),
+        BuildOptions(dies=2, seqlens=(1, 8), max_kv=128, output="argmax"),
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -67,7 +73,9 @@ def test_a_program_with_logits_names_its_best_token(artifacts: Artifacts) -> Non
 
 
 def test_what_needs_logits_says_so(best: Path, top: Path) -> None:
-    with pytest.raises(TyirError, match=r"return the best token of each position and no logits(.|\n)*--output logits"):
+    with pytest.raises(
+        TyirError, match=r"return the best token of each position and no logits(.|\n)*--output logits"
+    ):
         Session(best).feed(IDS)
     with pytest.raises(TyirError, match="return the 8 best tokens"):
         Session(top).feed(IDS)
@@ -80,7 +88,11 @@ def test_what_needs_logits_says_so(best: Path, top: Path) -> None:
 
 @pytest.mark.parametrize(("fixture", "returned"), [("best", "1 token"), ("top", "8 tokens")])
 def test_verification_compares_what_is_returned(
-    request: pytest.FixtureRequest, model: Path, fixture: str, returned: str, capsys: pytest.CaptureFixture[str]
+    request: pytest.FixtureRequest,
+    model: Path,
+    fixture: str,
+    returned: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder: Path = request.getfixturevalue(fixture)
     assert main([str(folder), "--against", str(model), "--prompts", "2", "--tokens", "16"]) == 0

@@ -1,4 +1,6 @@
-"""Pipeline stages through real artifact folders: the same numbers on every engine, with 8-bit caches and top-k too; a die holds its stage's layers alone."""
+"""Pipeline stages through real artifact folders: the same numbers on every engine, with 8-bit caches and
+top-k too; a die holds its stage's layers alone.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 
 from tyir.manifest import BuildOptions, Manifest
-from tyir.runtime_sim.plan_check import check_programs
-from tyir.runtime_sim.program import load_programs
-from tyir.runtime_sim.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.execution.check_accesses import check_programs
+from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.timing.program import load_programs
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
 from tyir.tools.tyir_sim import main as simulate
@@ -55,7 +57,11 @@ def test_a_die_holds_its_stage(logits: Path, tokens: Path) -> None:
     for folder, own in ((logits, 3), (tokens, 2)):
         manifest = Manifest.load(folder)
         for program in manifest.programs:
-            layers = {t.name.removeprefix("k").removeprefix("_scales") for t in program.inputs if t.name.startswith("k")}
+            layers = {
+                t.name.removeprefix("k").removeprefix("_scales")
+                for t in program.inputs
+                if t.name.startswith("k")
+            }
             assert len(layers) == own, "of the model's six layers"
         for seqlen in manifest.options.seqlens:
             check_programs(load_programs(folder, manifest, seqlen), load_machine("edge10"), (0, 100))
@@ -76,8 +82,12 @@ def test_verified_against_hugging_face(logits: Path, model: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("fixture", ["logits", "tokens"])
-def test_the_report_shows_the_minimum(request: pytest.FixtureRequest, fixture: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_shows_the_minimum(
+    request: pytest.FixtureRequest, fixture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Counts and bytes of the collectives of every step are those of the closed form."""
     assert simulate([str(request.getfixturevalue(fixture))]) == 0
-    lines = re.findall(r"^collectives: (.*?);.* the closed form is (.*)$", capsys.readouterr().out, re.MULTILINE)
+    lines = re.findall(
+        r"^collectives: (.*?);.* the closed form is (.*)$", capsys.readouterr().out, re.MULTILINE
+    )
     assert len(lines) == 2 and all(found == least for found, least in lines)

@@ -1,4 +1,6 @@
-"""Two layers of real models' shapes over every number of dies give the logits of one die, and are cut as evenly as can be.  Minutes: --slow."""
+"""Two layers of real models' shapes over every number of dies give the logits of one die, and are cut as
+evenly as can be.  Minutes: --slow.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def test_every_die_count(name: str, weights: Weights, tmp_path: Path) -> None:
 
 
 def test_awq_on_three_dies(tmp_path: Path) -> None:
-    """Heads 4/4/4, key/value heads 1/2/1, groups 24/23/23: packed words of eight columns and groups of 128 rows are cut where neither divides."""
+    """Heads 4/4/4, key/value heads 1/2/1, groups 24/23/23: packed words of eight columns and groups of 128
+    rows are cut where neither divides.
+    """
     check("Qwen2.5-1.5B", "awq", (3,), tmp_path / "model")
 
 
@@ -32,9 +36,16 @@ def check(name: str, weights: Weights, dies: Sequence[int], folder: Path) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_die_holds_much_more_than_its_share(name: str) -> None:
-    """At most one head and one MLP group more than the smallest share, and key/value heads only where query heads read them."""
+    """At most one head and one MLP group more than the smallest share, and key/value heads only where query
+    heads read them.
+    """
     for dies in (2, 3, 4, 5, 8, 16):
         cut = cut_of(MODELS[name], dies, int4=True)
         assert max(cut.queries) - min(cut.queries) <= 1 and sum(cut.queries) == MODELS[name].heads
-        assert max(cut.mlp_groups) - min(cut.mlp_groups) <= 1 and sum(cut.mlp_groups) * 128 == MODELS[name].width
-        assert all(kv <= -(-q * MODELS[name].kv_heads // MODELS[name].heads) + 1 for q, kv in zip(cut.queries, cut.kv_heads))
+        assert (
+            max(cut.mlp_groups) - min(cut.mlp_groups) <= 1 and sum(cut.mlp_groups) * 128 == MODELS[name].width
+        )
+        assert all(
+            kv <= -(-q * MODELS[name].kv_heads // MODELS[name].heads) + 1
+            for q, kv in zip(cut.queries, cut.kv_heads)
+        )

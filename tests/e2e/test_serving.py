@@ -1,4 +1,6 @@
-"""`tyir-bench-serving` end to end on the embedded model: simulated and measured, one sequence and a batch; every figure recomputed from the requests' times."""
+"""`tyir-bench-serving` end to end on the embedded model: simulated and measured, one sequence and a batch;
+every figure recomputed from the requests' times.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ TRACE = [(0.0, 9, 4), (0.001, 17, 1), (0.002, 3, 6), (0.5, 20, 3)]  # arrival, p
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     path = tmp_path / "requests.jsonl"
-    path.write_text("".join(json.dumps({"arrival": a, "prompt_tokens": p, "output_tokens": o}) + "\n" for a, p, o in TRACE))
+    path.write_text(
+        "".join(
+            json.dumps({"arrival": a, "prompt_tokens": p, "output_tokens": o}) + "\n" for a, p, o in TRACE
+        )
+    )
     return path
 
 
@@ -32,7 +38,9 @@ def batch(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_path(imported, tmp_path_factory.mktemp("batch"), options)
 
 
-def bench(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], dict[str, float]]:
+def bench(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The JSON and the printed block, by its labels."""
     result = tmp_path / "result.json"
     assert main([str(folder), "--result", str(result), *arguments]) == 0
@@ -74,32 +82,52 @@ def check(found: dict[str, Any], block: dict[str, float]) -> None:
     assert found["duration"] == pytest.approx(duration)
     assert found["request_throughput"] == pytest.approx(len(rows) / duration)
     assert found["output_throughput"] == pytest.approx(tokens / duration)
-    assert found["total_token_throughput"] == pytest.approx((tokens + sum(r["prompt"] for r in rows)) / duration)
+    assert found["total_token_throughput"] == pytest.approx(
+        (tokens + sum(r["prompt"] for r in rows)) / duration
+    )
     assert (block["Successful requests"], block["Total generated tokens"]) == (len(rows), tokens)
     assert block["Total input tokens"] == sum(r["prompt"] for r in rows)
 
 
 @pytest.mark.parametrize("engine", ["sim", "host", "edge10"])
-def test_a_trace(artifacts: Artifacts, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
-    found, block = bench(artifacts(2, "int4"), tmp_path, capsys, "--trace", str(trace), "--engine", engine, "--goodput", "ttft:100000")
+def test_a_trace(
+    artifacts: Artifacts, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    found, block = bench(
+        artifacts(2, "int4"),
+        tmp_path,
+        capsys,
+        "--trace",
+        str(trace),
+        "--engine",
+        engine,
+        "--goodput",
+        "ttft:100000",
+    )
     check(found, block)
     assert [(r["arrival"], r["prompt"], r["output"]) for r in found["requests"]] == TRACE
     assert found["request_goodput"] == pytest.approx(found["request_throughput"])
     assert ("simulated" in found["note"]) == (engine == "sim")
 
 
-def test_poisson_arrivals_and_a_limit(artifacts: Artifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_poisson_arrivals_and_a_limit(
+    artifacts: Artifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--num-prompts", "6", "--request-rate", "200", "--input-len", "12", "--output-len", "5")
     found, block = bench(artifacts(2, "int4"), tmp_path, capsys, *arguments)
     check(found, block)
     limited, block = bench(artifacts(2, "int4"), tmp_path, capsys, *arguments, "--max-concurrency", "1")
     check(limited, block)
     assert limited["max_concurrent_requests"] == 1 < found["max_concurrent_requests"]
-    assert limited["mean_ttft_ms"] < found["mean_ttft_ms"] and limited["duration"] == pytest.approx(found["duration"])
+    assert limited["mean_ttft_ms"] < found["mean_ttft_ms"] and limited["duration"] == pytest.approx(
+        found["duration"]
+    )
 
 
 @pytest.mark.parametrize("engine", ["sim", "host"])
-def test_a_batch_serves_several_at_once(batch: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
+def test_a_batch_serves_several_at_once(
+    batch: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
     found, block = bench(batch, tmp_path, capsys, "--trace", str(trace), "--engine", engine)
     check(found, block)
     # The second request's prompt runs before the first's second token: its gap holds that prompt.
@@ -109,7 +137,10 @@ def test_a_batch_serves_several_at_once(batch: Path, trace: Path, tmp_path: Path
 def test_what_is_refused(artifacts: Artifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(artifacts(2, "int4"))
     for arguments, message in (
-        (["--num-prompts", "0", "--request-rate", "-1"], "--num-prompts 0, --request-rate -1 must be positive"),
+        (
+            ["--num-prompts", "0", "--request-rate", "-1"],
+            "--num-prompts 0, --request-rate -1 must be positive",
+        ),
         (["--input-len", "128", "--output-len", "64"], "do not fit the cache of 128 tokens"),
         (["--goodput", "speed:3"], "is none of ttft:MS, tpot:MS, e2el:MS"),
         (["--trace", str(tmp_path / "none.jsonl")], "cannot read"),

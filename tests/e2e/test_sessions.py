@@ -1,4 +1,6 @@
-"""Prefix reuse, saved and restored caches: whatever way a text gets into the cache, the logits are the same."""
+"""Prefix reuse, saved and restored caches: whatever way a text gets into the cache, the logits are the
+same.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.runtime_sim.session import EngineName, Session
+from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.tyir_run import main
 
 Artifacts = Callable[[int, str], Path]
@@ -18,7 +20,9 @@ IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11]
 
 
 @pytest.mark.parametrize("engine", ["host", "edge10"])
-def test_interrupted_and_restored_equals_continuous(artifacts: Artifacts, tmp_path: Path, engine: EngineName) -> None:
+def test_interrupted_and_restored_equals_continuous(
+    artifacts: Artifacts, tmp_path: Path, engine: EngineName
+) -> None:
     folder = artifacts(3, "int4")
     continuous = Session(folder, engine)
     continuous.feed(IDS[:6])
@@ -47,20 +51,28 @@ def test_generation_goes_on_in_the_same_session(artifacts: Artifacts) -> None:
     assert list(session.generate([*IDS, *first], 5)) == again
 
 
-def test_caches_of_other_artifacts_and_damaged_files_are_refused(artifacts: Artifacts, tmp_path: Path) -> None:
+def test_caches_of_other_artifacts_and_damaged_files_are_refused(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
     session = Session(artifacts(2, "fp16"))
     session.feed(IDS)
     path = tmp_path / "cache.npz"
     session.save(path)
     other = Session(artifacts(3, "int4"))
     with pytest.raises(
-        TyirError, match=r"was saved with other artifacts: dies 2 there, 3 here; weights fp16 there, int4 here(.|\n)*restore it with"
+        TyirError,
+        match=(
+            r"was saved with other artifacts: dies 2 there, 3 here; weights fp16 there, int4"
+            r" here(.|\n)*restore it with"
+        ),
     ):
         other.restore(path)
     assert other.tokens == []
     for damaged in (path.read_bytes()[:1000], b"hello", b""):
         (tmp_path / "damaged.npz").write_bytes(damaged)
-        with pytest.raises(TyirError, match=r"is no saved cache, or is cut off or damaged(.|\n)*run the prompt again"):
+        with pytest.raises(
+            TyirError, match=r"is no saved cache, or is cut off or damaged(.|\n)*run the prompt again"
+        ):
             session.restore(tmp_path / "damaged.npz")
     np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
     with pytest.raises(TyirError, match="is no saved cache"):
@@ -71,12 +83,16 @@ def test_caches_of_other_artifacts_and_damaged_files_are_refused(artifacts: Arti
         session.rewind(99)
 
 
-def test_a_cache_that_cannot_be_written_leaves_the_old_one(artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_leaves_the_old_one(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = Session(artifacts(2, "fp16"))
     session.feed(IDS)
     session.save(tmp_path / "cache.npz")
     before = (tmp_path / "cache.npz").read_bytes()
-    with pytest.raises(TyirError, match=r"cannot write the cache .*missing.*No such file(.|\n)*choose another file"):
+    with pytest.raises(
+        TyirError, match=r"cannot write the cache .*missing.*No such file(.|\n)*choose another file"
+    ):
         session.save(tmp_path / "missing" / "cache.npz")
     with pytest.raises(TyirError, match="it is no file"):
         session.save(tmp_path)
@@ -98,8 +114,12 @@ def test_a_cache_that_cannot_be_written_leaves_the_old_one(artifacts: Artifacts,
     assert (tmp_path / "cache.npz").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_tyir_run_goes_on_from_a_file(artifacts: Artifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two turns in two processes' worth of calls: the second computes its new tokens only, and says the same as one that starts anew."""
+def test_tyir_run_goes_on_from_a_file(
+    artifacts: Artifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two turns in two processes' worth of calls: the second computes its new tokens only, and says the same
+    as one that starts anew.
+    """
     command = [str(artifacts(2, "fp16")), "--max-tokens", "6"]
     cached = [*command, "--cache", str(tmp_path / "chat.npz")]
     assert main([*cached, "--prompt", "The old house stood at the end of"]) == 0

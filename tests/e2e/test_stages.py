@@ -11,12 +11,12 @@ import pytest
 
 from tests.llm import Step
 from tyir.dialects.builtin import Module
+from tyir.execution.weights import CheckpointReader
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.parser import parse_file, parse_module
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
-from tyir.runtime_sim.session import ENGINES, EngineName, Session
-from tyir.weights import CheckpointReader
+from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
 
 IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11]
 TOLERANCE = 0.06  # of logits up to about 15: a few f16 roundings per layer

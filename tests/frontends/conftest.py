@@ -8,15 +8,27 @@ from typing import Any
 
 import pytest
 
-SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 SaveModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
-    """`save_model(model_type, dtype=..., shard=..., **config)`: a random model of transformers, saved; norm weights are not all ones."""
+    """`save_model(model_type, dtype=..., shard=..., **config)`: a random model of transformers, saved; norm
+    weights are not all ones.
+    """
 
     def save(model_type: str, dtype: str = "bfloat16", shard: str = "5GB", **config: Any) -> Path:
         import torch
@@ -24,7 +36,9 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> SaveModel:
 
         folder = tmp_path_factory.mktemp(model_type)
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **config}), dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **{**SIZES, **config}), dtype=getattr(torch, dtype)
+        )
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 torch.nn.init.uniform_(parameter.data, 0.5, 1.5)

@@ -1,6 +1,8 @@
-"""Quantised checkpoints for tests, written and read from the formats' descriptions alone: nothing here comes from the front end.
+"""Quantised checkpoints for tests, written and read from the formats' descriptions alone: nothing here comes
+from the front end.
 
-Sources: AutoAWQ (awq/utils/packing_utils.py), GPTQModel (README, "gptq" and "gptq_v2"), compressed-tensors (pack_quantized.py).
+Sources: AutoAWQ (awq/utils/packing_utils.py), GPTQModel (README, "gptq" and "gptq_v2"), compressed-tensors
+(pack_quantized.py).
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ class Groups:
     def dense(self) -> Array:
         """f16((q - z) s)."""
         g = self.q.shape[1] // self.scales.shape[1]
-        wide = (self.q.astype(np.float32) - np.repeat(self.zeros, g, 1).astype(np.float32)) * np.repeat(self.scales, g, 1).astype(
-            np.float32
-        )
+        wide = (self.q.astype(np.float32) - np.repeat(self.zeros, g, 1).astype(np.float32)) * np.repeat(
+            self.scales, g, 1
+        ).astype(np.float32)
         return wide.astype(np.float16)
 
 
@@ -46,7 +48,9 @@ def quantize(w: Array, group: int, symmetric: bool) -> Groups:
     else:
         scales = ((blocks.max(2) - blocks.min(2)) / 15).astype(np.float16)
         zeros = np.clip(np.rint(-blocks.min(2) / scales.astype(np.float32)), 0, 15).astype(int)
-    q = np.clip(np.rint(blocks / scales.astype(np.float32)[:, :, None]) + zeros[:, :, None], 0, 15).astype(int)
+    q = np.clip(np.rint(blocks / scales.astype(np.float32)[:, :, None]) + zeros[:, :, None], 0, 15).astype(
+        int
+    )
     return Groups(q.reshape(n, k), zeros, scales)
 
 
@@ -66,7 +70,11 @@ NATURAL, AWQ = tuple(range(8)), (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def awq(g: Groups) -> dict[str, Array]:
-    return {"qweight": _pack_rows(g.q.T, AWQ), "qzeros": _pack_rows(g.zeros.T, AWQ), "scales": g.scales.T.copy()}
+    return {
+        "qweight": _pack_rows(g.q.T, AWQ),
+        "qzeros": _pack_rows(g.zeros.T, AWQ),
+        "scales": g.scales.T.copy(),
+    }
 
 
 def gptq(g: Groups, version: int) -> dict[str, Array]:
@@ -80,11 +88,15 @@ def gptq(g: Groups, version: int) -> dict[str, Array]:
 
 
 def compressed(g: Groups, symmetric: bool) -> dict[str, Array]:
-    parts = {"weight_packed": _pack_rows(g.q, NATURAL), "weight_scale": g.scales, "weight_shape": np.array(g.q.shape, np.int64)}
+    parts = {
+        "weight_packed": _pack_rows(g.q, NATURAL),
+        "weight_scale": g.scales,
+        "weight_shape": np.array(g.q.shape, np.int64),
+    }
     return parts if symmetric else {**parts, "weight_zero_point": _pack_rows(g.zeros.T, NATURAL).T.copy()}
 
 
-# ---------------------------------------------------------------------------------------------------- unpackers, element by element
+# ------------------------------------------------------------------------------ unpackers, element by element
 
 
 def nibble(word: int, i: int) -> int:
@@ -107,8 +119,13 @@ def unpack_gptq(t: dict[str, Array], n: int, k: int, version: int) -> Array:
     for row in range(k):
         g = int(t["g_idx"][row])
         for column in range(n):
-            q, z = nibble(t["qweight"][row // 8, column], row % 8), nibble(t["qzeros"][g, column // 8], column % 8)
-            out[column, row] = np.float16(np.float32(q - ((z + (version == 1)) & 15)) * np.float32(t["scales"][g, column]))
+            q, z = (
+                nibble(t["qweight"][row // 8, column], row % 8),
+                nibble(t["qzeros"][g, column // 8], column % 8),
+            )
+            out[column, row] = np.float16(
+                np.float32(q - ((z + (version == 1)) & 15)) * np.float32(t["scales"][g, column])
+            )
     return out
 
 
@@ -124,7 +141,7 @@ def unpack_compressed(t: dict[str, Array], n: int, k: int) -> Array:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 @dataclass(frozen=True)
@@ -140,33 +157,65 @@ class Kind:
 
 
 def _ct(symmetric: bool, strategy: str, group: int | None) -> dict[str, Any]:
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": group}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}}  # fmt: skip
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "group_size": group,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+    }
 
 
 def _awq_config(group: int) -> dict[str, Any]:
-    return {"quant_method": "awq", "zero_point": True, "group_size": group, "bits": 4, "version": "gemm", "modules_to_not_convert": None}
+    return {
+        "quant_method": "awq",
+        "zero_point": True,
+        "group_size": group,
+        "bits": 4,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
 
 
 def _gptq_config(group: int, version: int) -> dict[str, Any]:
     form = "gptq" if version == 1 else "gptq_v2"
-    return {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": False, "checkpoint_format": form}
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group,
+        "desc_act": False,
+        "sym": False,
+        "checkpoint_format": form,
+    }
 
 
 KINDS: dict[str, Kind] = {
     "awq": Kind(64, False, awq, unpack_awq, _awq_config(64)),
     "awq-head": Kind(32, False, awq, unpack_awq, _awq_config(32), head=True),
-    "gptq": Kind(32, False, lambda g: gptq(g, 1), lambda t, n, k: unpack_gptq(t, n, k, 1), _gptq_config(32, 1)),
-    "gptq_v2": Kind(64, True, lambda g: gptq(g, 2), lambda t, n, k: unpack_gptq(t, n, k, 2), _gptq_config(64, 2)),
+    "gptq": Kind(
+        32, False, lambda g: gptq(g, 1), lambda t, n, k: unpack_gptq(t, n, k, 1), _gptq_config(32, 1)
+    ),
+    "gptq_v2": Kind(
+        64, True, lambda g: gptq(g, 2), lambda t, n, k: unpack_gptq(t, n, k, 2), _gptq_config(64, 2)
+    ),
     "ct-group": Kind(64, False, lambda g: compressed(g, False), unpack_compressed, _ct(False, "group", 64)),
     "ct-symmetric": Kind(32, True, lambda g: compressed(g, True), unpack_compressed, _ct(True, "group", 32)),
-    "ct-channel": Kind(None, True, lambda g: compressed(g, True), unpack_compressed, _ct(True, "channel", None)),
+    "ct-channel": Kind(
+        None, True, lambda g: compressed(g, True), unpack_compressed, _ct(True, "channel", None)
+    ),
 }
 
 
 def write_quantized(source: Path, target: Path, kind: Kind) -> dict[str, dict[str, Array]]:
-    """`source` (one safetensors file, numpy dtypes) with its projections quantised, as `target`; the stored tensors by parameter name."""
+    """`source` (one safetensors file, numpy dtypes) with its projections quantised, as `target`; the stored
+    tensors by parameter name.
+    """
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(source, target)

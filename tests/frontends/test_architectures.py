@@ -1,8 +1,9 @@
-"""Architectures that differ from Llama by more than sizes, compiled for three dies: they decode what Hugging Face decodes.
+"""Architectures that differ from Llama by more than sizes, compiled for three dies: they decode what Hugging
+Face decodes.
 
-Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4, HunYuan) and of all heads
-together (OLMo 2), layers without rotation (SmolLM3),
-rotations of neighbouring channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini).
+Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4,
+HunYuan) and of all heads together (OLMo 2), layers without rotation (SmolLM3), rotations of neighbouring
+channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini).
 """
 
 from __future__ import annotations
@@ -15,22 +16,32 @@ import numpy as np
 import pytest
 
 from tests.frontends.quantized import KINDS, write_quantized
-from tyir.constexpr import ConstantExpressions
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
+from tyir.execution.constexpr import ConstantExpressions
+from tyir.execution.weights import CheckpointReader
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
-from tyir.runtime_sim.session import Session
+from tyir.runtime_sim.session.session import Session
 from tyir.tools.api import compile_path
-from tyir.tools.verify import LayerStates, Reference, check_prompt, dense_model
-from tyir.weights import CheckpointReader
+from tyir.tools.verify.compare import LayerStates, Reference, check_prompt, dense_model
 
 GRANITE: dict[str, Any] = {
-    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 8.0, "tie_word_embeddings": True,
-}  # fmt: skip
-SIZES = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3}
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.05,
+    "logits_scaling": 8.0,
+    "tie_word_embeddings": True,
+}
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "granite": {**SIZES, **GRANITE},
     "phi3": SIZES,
@@ -48,7 +59,9 @@ QUICK = ("granite", "phi3-partial")
 
 @pytest.fixture(scope="module")
 def folders(save_model: Callable[..., Path]) -> dict[str, Path]:
-    return {name: save_model(name.partition("-")[0], dtype="float16", **config) for name, config in MODELS.items()}
+    return {
+        name: save_model(name.partition("-")[0], dtype="float16", **config) for name, config in MODELS.items()
+    }
 
 
 def raised(folder: Path) -> Module:
@@ -65,7 +78,9 @@ def test_multipliers_are_scales(folders: dict[str, Path]) -> None:
     main = module.lookup("main")
     assert main is not None
     (logits,) = main.body.terminator.operands
-    head = logits.op  # the factor is applied before the head: fewer channels, and the head's sums can stay unrounded
+    head = (
+        logits.op
+    )  # the factor is applied before the head: fewer channels, and the head's sums can stay unrounded
     assert isinstance(head, ty.Linear) and isinstance(head.x.op, ty.Scale)
 
 
@@ -79,14 +94,31 @@ def test_packed_projections_become_separate_ones(folders: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize(
-    "kind", ["awq", pytest.param("gptq", marks=pytest.mark.slow), pytest.param("ct-symmetric", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "awq",
+        pytest.param("gptq", marks=pytest.mark.slow),
+        pytest.param("ct-symmetric", marks=pytest.mark.slow),
+    ],
 )
 def test_quantised_heads_in_another_order(save_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
-    """Rows of words, scales and zero points are reordered alike: the logits are those of the de-quantised weights."""
+    """Rows of words, scales and zero points are reordered alike: the logits are those of the de-quantised
+    weights.
+    """
     import torch
 
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    write_quantized(save_model("ernie4_5", dtype="float16", tie_word_embeddings=False, **sizes), tmp_path / "q", KINDS[kind])
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    write_quantized(
+        save_model("ernie4_5", dtype="float16", tie_word_embeddings=False, **sizes),
+        tmp_path / "q",
+        KINDS[kind],
+    )
     module = import_model(tmp_path / "q", dtype="f32")
     run_pipeline(module, "to-ty")
     assert len(list(module.walk_type(ty.QuantizedLinear))) == 14
@@ -97,15 +129,21 @@ def test_quantised_heads_in_another_order(save_model: Callable[..., Path], tmp_p
     assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-4
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
 @pytest.mark.parametrize("weights", ["fp16", pytest.param("int4", marks=pytest.mark.slow)])
 def test_on_three_dies(folders: dict[str, Path], tmp_path: Path, name: str, weights: str) -> None:
     options = BuildOptions(dies=3, seqlens=(1, 8), max_kv=48, weights=weights, group_size=64)
     folder = compile_path(folders[name], tmp_path, options)
     states = LayerStates()
-    result = check_prompt(Session(folder, probe=states), Reference(folders[name], options), list(np.arange(5, 30)), 12, states)
+    result = check_prompt(
+        Session(folder, probe=states), Reference(folders[name], options), list(np.arange(5, 30)), 12, states
+    )
     assert result.differing == []
     assert float(result.logit_cosine.min()) >= 0.9999
     assert min(result.layer_cosine) >= 0.9999
-    commands = check_prompt(Session(folder, "edge10"), Reference(folders[name], options), list(np.arange(5, 16)), 2, LayerStates())
+    commands = check_prompt(
+        Session(folder, "edge10"), Reference(folders[name], options), list(np.arange(5, 16)), 2, LayerStates()
+    )
     assert commands.differing == [] and float(commands.logit_cosine.min()) >= 0.9999

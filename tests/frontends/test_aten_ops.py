@@ -46,8 +46,18 @@ def cases() -> dict[str, Case]:
         "unsqueeze": (aten.Unsqueeze, {"dim": -1}, (x,), lambda a: a.unsqueeze(-1)),
         "transpose": (aten.Transpose, {"dim0": 0, "dim1": -1}, (x,), lambda a: a.transpose(0, -1)),
         "slice": (aten.Slice, {"dim": -1, "start": -3, "end": 2**63 - 1}, (x,), lambda a: a[..., -3:]),
-        "slice_step": (aten.Slice, {"dim": -1, "start": 1, "end": 2**63 - 1, "step": 2}, (x,), lambda a: a[..., 1::2]),
-        "repeat_interleave": (aten.RepeatInterleave, {"repeats": 2, "dim": -1}, (x,), lambda a: a.repeat_interleave(2, dim=-1)),
+        "slice_step": (
+            aten.Slice,
+            {"dim": -1, "start": 1, "end": 2**63 - 1, "step": 2},
+            (x,),
+            lambda a: a[..., 1::2],
+        ),
+        "repeat_interleave": (
+            aten.RepeatInterleave,
+            {"repeats": 2, "dim": -1},
+            (x,),
+            lambda a: a.repeat_interleave(2, dim=-1),
+        ),
         "stack": (aten.Stack, {"dim": -1}, (x, x), lambda a, b: torch.stack([a, b], -1)),
         "cat": (aten.Cat, {"dim": 1}, (x, (2, 1, 4)), lambda a, b: torch.cat([a, b], 1)),
     }
@@ -58,14 +68,22 @@ def test_op_is_pytorchs(dtype: str) -> None:
     import torch
 
     for name, (op_class, properties, shapes, function) in cases().items():
-        arrays = [np.random.default_rng(i).uniform(0.5, 2, shape).astype(dtype) for i, shape in enumerate(shapes)]
+        arrays = [
+            np.random.default_rng(i).uniform(0.5, 2, shape).astype(dtype) for i, shape in enumerate(shapes)
+        ]
         wanted = function(*map(torch.tensor, arrays)).numpy()
         block = Block([TensorType(a.shape, from_dtype(a.dtype)) for a in arrays])
-        fields = {f.name: f.codec.encode(properties[f.name]) for f in op_class.attr_fields if f.name in properties}
-        op = op_class.create(block.args, (TensorType(wanted.shape, from_dtype(wanted.dtype)),), DictAttr(fields))
+        fields = {
+            f.name: f.codec.encode(properties[f.name]) for f in op_class.attr_fields if f.name in properties
+        }
+        op = op_class.create(
+            block.args, (TensorType(wanted.shape, from_dtype(wanted.dtype)),), DictAttr(fields)
+        )
         found = op.evaluate(*arrays)
         assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
-        np.testing.assert_allclose(found.astype("f4"), wanted.astype("f4"), rtol=1e-3 if dtype == "f2" else 1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            found.astype("f4"), wanted.astype("f4"), rtol=1e-3 if dtype == "f2" else 1e-6, err_msg=name
+        )
 
 
 def test_embedding() -> None:
@@ -74,13 +92,17 @@ def test_embedding() -> None:
     table, ids = np.arange(12, dtype="f4").reshape(4, 3), np.array([[3, 0, 3]])
     block = Block([TensorType((4, 3), f32), TensorType((1, 3), from_dtype("i8"))])
     op = aten.Embedding.create(block.args, (TensorType((1, 3, 3), f32),))
-    assert np.array_equal(op.evaluate(table, ids), torch.nn.functional.embedding(torch.tensor(ids), torch.tensor(table)).numpy())
+    assert np.array_equal(
+        op.evaluate(table, ids), torch.nn.functional.embedding(torch.tensor(ids), torch.tensor(table)).numpy()
+    )
 
 
 def test_every_op_has_a_row() -> None:
     """The dialect holds nothing the front end never makes."""
     declared = {getattr(aten, name) for name in aten.__all__}
-    assert declared == {row.op for row in ROWS.values() if row.op is not None and row.op.name.startswith("aten.")}
+    assert declared == {
+        row.op for row in ROWS.values() if row.op is not None and row.op.name.startswith("aten.")
+    }
 
 
 def test_rows_name_arguments_that_exist() -> None:
@@ -95,7 +117,12 @@ def test_rows_name_arguments_that_exist() -> None:
         namespace, name, overload = target.split(".")
         schema = getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema
         known = {a.name for a in schema.arguments}
-        named = {*row.operands, *row.ignored, *row.required, *(v for v in row.properties.values() if isinstance(v, str))}
+        named = {
+            *row.operands,
+            *row.ignored,
+            *row.required,
+            *(v for v in row.properties.values() if isinstance(v, str)),
+        }
         assert named <= known, (target, named - known)
         if row.op is not None:
             assert set(row.properties) <= {f.name for f in row.op.attr_fields}, target

@@ -1,4 +1,6 @@
-"""Everything that can be wrong with a folder is refused with a message that names it, all problems at once, before any work."""
+"""Everything that can be wrong with a folder is refused with a message that names it, all problems at once,
+before any work.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from typing import Any
 import pytest
 
 from tyir.diagnostics import TyirError
+from tyir.execution.weights import check_files
 from tyir.frontends.huggingface import import_model
 from tyir.frontends.plugin import load_plugin
-from tyir.weights import check_files
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -60,7 +62,9 @@ def refusal(folder: Path, **options: Any) -> str:
 
 
 def test_dtype() -> None:
-    assert "dtype 'bf16'" in refusal(Path("x"), dtype="bf16") and "f16, f32" in refusal(Path("x"), dtype="bf16")
+    assert "dtype 'bf16'" in refusal(Path("x"), dtype="bf16") and "f16, f32" in refusal(
+        Path("x"), dtype="bf16"
+    )
 
 
 def test_folder_is_missing(tmp_path: Path) -> None:
@@ -86,7 +90,10 @@ def test_other_weight_files(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("{", "config.json:1:2: error: config.json is not valid JSON"), ("[]", "config.json holds a JSON list, an object is needed")],
+    [
+        ("{", "config.json:1:2: error: config.json is not valid JSON"),
+        ("[]", "config.json holds a JSON list, an object is needed"),
+    ],
 )
 def test_config_is_no_object(folder: Path, text: str, wanted: str) -> None:
     (folder / "config.json").write_text(text)
@@ -96,13 +103,22 @@ def test_config_is_no_object(folder: Path, text: str, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        ({"architectures": ["BertForMaskedLM"]}, "architecture BertForMaskedLM is not a causal language model"),
+        (
+            {"architectures": ["BertForMaskedLM"]},
+            "architecture BertForMaskedLM is not a causal language model",
+        ),
         ({"architectures": ["LlamaForCasualLM"]}, "did you mean 'LlamaForCausalLM'?"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "Qwen2ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, MistralForCausalLM"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "Qwen2ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, MistralForCausalLM",
+        ),
         ({"architectures": None}, "config.json names no architecture"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2' but LlamaForCausalLM belongs to 'llama'"),
         ({"hidden_size": 63}, "transformers cannot build LlamaForCausalLM from this config.json"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 3}}, "awq checkpoint with bits 3 (4 is accepted)"),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 3}},
+            "awq checkpoint with bits 3 (4 is accepted)",
+        ),
         (
             {"quantization_config": {"quant_method": "fp8"}},
             "formats that can be imported: awq, gptq, compressed-tensors (4 bits each), GGUF",
@@ -119,20 +135,26 @@ def test_code_in_the_folder_is_not_run(folder: Path) -> None:
     (folder / "configuration_evil.py").write_text("raise SystemExit('executed')")
     edit_json(
         folder / "config.json",
-        lambda c: c.update(auto_map={"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}),
+        lambda c: c.update(
+            auto_map={"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
+        ),
     )
     import_model(folder)
-    edit_json(folder / "config.json", lambda c: c.update(model_type="evil", architectures=["EvilForCausalLM"]))
+    edit_json(
+        folder / "config.json", lambda c: c.update(model_type="evil", architectures=["EvilForCausalLM"])
+    )
     assert "architecture EvilForCausalLM is not" in refusal(folder)
 
 
 def test_truncated_file(folder: Path) -> None:
-    (shard, *_) = sorted(folder.glob("*.safetensors"))
+    shard, *_ = sorted(folder.glob("*.safetensors"))
     size = shard.stat().st_size
     with shard.open("r+b") as file:
         file.truncate(size - 100)
     message = refusal(folder)
-    assert f"{shard.name} is truncated: the header describes {size} bytes, the file has {size - 100}" in message
+    assert (
+        f"{shard.name} is truncated: the header describes {size} bytes, the file has {size - 100}" in message
+    )
     assert "lacks" not in message  # the tensors of that file are not reported again as missing
 
 
@@ -168,9 +190,14 @@ def test_inconsistent_header(single: Path, entry: dict[str, Any], wanted: str) -
     assert wanted in refusal(single)
 
 
-@pytest.mark.parametrize("name", ["../model-00001.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    "name", ["../model-00001.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin"]
+)
 def test_index_leads_out_of_the_folder(folder: Path, name: str) -> None:
-    edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({"lm_head.weight": name}))
+    edit_json(
+        folder / "model.safetensors.index.json",
+        lambda index: index["weight_map"].update({"lm_head.weight": name}),
+    )
     assert f"refers to '{name}', which is not a file name inside the checkpoint folder" in refusal(folder)
 
 
@@ -182,9 +209,15 @@ def test_index_without_map(folder: Path) -> None:
 def test_index_names_missing_file_and_wrong_place(folder: Path) -> None:
     first, *_, last = sorted(folder.glob("*.safetensors"))
     first.unlink()
-    edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({"nothing": last.name}))
+    edit_json(
+        folder / "model.safetensors.index.json",
+        lambda index: index["weight_map"].update({"nothing": last.name}),
+    )
     message = refusal(folder)
-    assert f"cannot read {first.name}: No such file" in message and f"tensor 'nothing' is in {last.name}, but it is not" in message
+    assert (
+        f"cannot read {first.name}: No such file" in message
+        and f"tensor 'nothing' is in {last.name}, but it is not" in message
+    )
 
 
 def test_all_tensor_problems_at_once(single: Path) -> None:
@@ -196,10 +229,15 @@ def test_all_tensor_problems_at_once(single: Path) -> None:
 
     edit_tensors(single, spoil)
     message = refusal(single)
-    assert "lacks 2 of the model's 21 tensors: model.layers.0.mlp.up_proj.weight, model.norm.weight" in message
+    assert (
+        "lacks 2 of the model's 21 tensors: model.layers.0.mlp.up_proj.weight, model.norm.weight" in message
+    )
     assert "tensor 'lm_head.weight' has shape [50, 64], config.json asks for [96, 64]" in message
     assert "tensor 'model.layers.1.mlp.down_proj.weight' has element type i32" in message
-    assert "holds 1 tensors that the model of config.json has no place for: model.layers.2.mlp.up_proj.weight" in message
+    assert (
+        "holds 1 tensors that the model of config.json has no place for: model.layers.2.mlp.up_proj.weight"
+        in message
+    )
 
 
 def test_tied_tensors_that_differ(single: Path) -> None:
@@ -213,7 +251,9 @@ def test_changed_checkpoint_is_noticed(single: Path) -> None:
     module = import_model(single)
     check_files(module)
     edit_tensors(single, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
-    with pytest.raises(TyirError, match=r"model.safetensors has changed since it was imported: \d+ bytes instead of \d+"):
+    with pytest.raises(
+        TyirError, match=r"model.safetensors has changed since it was imported: \d+ bytes instead of \d+"
+    ):
         check_files(module)
     (single / "model.safetensors").unlink()
     with pytest.raises(TyirError, match=r"model.safetensors cannot be read: No such file"):
@@ -223,7 +263,10 @@ def test_changed_checkpoint_is_noticed(single: Path) -> None:
 def test_every_unsupported_operation_is_listed(save_model: Any) -> None:
     message = refusal(save_model("gemma", tie_word_embeddings=True))
     assert "the model uses 2 kinds of operations (7 nodes) that cannot be imported" in message
-    assert "aten.gelu.default: 2 times, first in layer 0, model.layers.0.mlp.act_fn (modeling_gemma.py:" in message
+    assert (
+        "aten.gelu.default: 2 times, first in layer 0, model.layers.0.mlp.act_fn (modeling_gemma.py:"
+        in message
+    )
     assert "aten.type_as.default: 5 times" in message
 
 
@@ -232,28 +275,36 @@ def test_three_unsupported_operations_of_many_layers(save_model: Any) -> None:
     message = refusal(save_model("nemotron", num_hidden_layers=6))
     assert "the model uses 3 kinds of operations (25 nodes) that cannot be imported" in message
     assert re.search(
-        r"aten\.layer_norm\.default: 13 times, first in layer 0, model\.layers\.0\.input_layernorm \(modeling_nemotron\.py:\d+\)", message
+        r"aten\.layer_norm\.default: 13 times, first in layer 0, model\.layers\.0\.input_layernorm"
+        r" \(modeling_nemotron\.py:\d+\)",
+        message,
     )
-    assert re.search(r"aten\.relu\.default: 6 times, first in layer 0, model\.layers\.0\.mlp\.act_fn \(.*\.py:\d+\)", message)
+    assert re.search(
+        r"aten\.relu\.default: 6 times, first in layer 0, model\.layers\.0\.mlp\.act_fn \(.*\.py:\d+\)",
+        message,
+    )
     assert "aten.square.default: 6 times, first in layer 0" in message
 
 
 def test_argument_that_a_row_does_not_cover(save_model: Any, tmp_path: Path) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
-        "import torch\nfrom transformers import LlamaForCausalLM\nfrom tyir.frontends.plugin import ModelPlugin\n"
-        "class Model(LlamaForCausalLM):\n"
-        "    def forward(self, *args, **kwargs):\n"
-        "        out = super().forward(*args, **kwargs)\n"
-        "        out.logits = torch.add(out.logits, out.logits, alpha=2)\n"
-        "        return out\n"
-        "plugin = ModelPlugin(model_class=Model)\n"
+        "import torch\nfrom transformers import LlamaForCausalLM\nfrom tyir.frontends.plugin import"
+        " ModelPlugin\nclass Model(LlamaForCausalLM):\n    def forward(self, *args, **kwargs):\n        out ="
+        " super().forward(*args, **kwargs)\n        out.logits = torch.add(out.logits, out.logits, alpha=2)\n"
+        "        return out\nplugin = ModelPlugin(model_class=Model)\n"
     )
-    assert "aten.add.Tensor with alpha = 2: once, first outside the layers" in refusal(save_model("llama"), plugin=load_plugin(plugin))
+    assert "aten.add.Tensor with alpha = 2: once, first outside the layers" in refusal(
+        save_model("llama"), plugin=load_plugin(plugin)
+    )
 
 
 @pytest.mark.parametrize(
-    ("model_type", "wanted"), [("gemma2", "features that cannot be represented: softcap"), ("llama4_text", "which cannot be represented")]
+    ("model_type", "wanted"),
+    [
+        ("gemma2", "features that cannot be represented: softcap"),
+        ("llama4_text", "which cannot be represented"),
+    ],
 )
 def test_attention_that_cannot_be_represented(save_model: Any, model_type: str, wanted: str) -> None:
     assert wanted in refusal(save_model(model_type))
@@ -280,6 +331,9 @@ def test_values_are_checked_when_asked(single: Path) -> None:
     message = refusal(single, check_weights=True)
     assert "'model.norm.weight' holds 1 NaN values" in message
     assert "'model.layers.0.mlp.up_proj.weight' holds 2 infinite values" in message
-    assert "'model.layers.1.mlp.up_proj.weight' holds 1 values beyond the f16 range of 65504 (largest 999424)" in message
+    assert (
+        "'model.layers.1.mlp.up_proj.weight' holds 1 values beyond the f16 range of 65504 (largest 999424)"
+        in message
+    )
     assert "'lm_head.weight' has shape [95, 64]" in message
     assert "beyond" not in refusal(single, check_weights=True, dtype="f32")

@@ -1,4 +1,6 @@
-"""Damaged and hostile folders: always a `TyirError` with help (or a module), nothing executed, nothing written."""
+"""Damaged and hostile folders: always a `TyirError` with help (or a module), nothing executed, nothing
+written.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,26 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.checkpoint import open_checkpoint
 from tyir.frontends.huggingface import import_model
 from tyir.frontends.quant_config import read_quant_config
-from tyir.tools.plan import make_plan
-from tyir.tools.plan_shape import read_shape
+from tyir.tools.estimate.plan import make_plan
+from tyir.tools.estimate.shape import read_shape
 
-STRANGE: list[Any] = [None, True, -1, 0, 3, 10**30, 1.5, "", "x", "\x00", "../../etc/passwd", [], [1, "a"], {}, {"a": {}}]
+STRANGE: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**30,
+    1.5,
+    "",
+    "x",
+    "\x00",
+    "../../etc/passwd",
+    [],
+    [1, "a"],
+    {},
+    {"a": {}},
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +49,17 @@ def small(save_model: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def quantized(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "awq"
-    write_quantized(save_model("llama", dtype="float16", num_hidden_layers=1, intermediate_size=128), folder, KINDS["awq"])
+    write_quantized(
+        save_model("llama", dtype="float16", num_hidden_layers=1, intermediate_size=128), folder, KINDS["awq"]
+    )
     return folder
 
 
 def outcome(folder: Path, action: Callable[[Path], Any]) -> str:
-    """What an action says: "" when it succeeds.  Anything but a `TyirError` with help escapes and fails the test."""
+    """What an action says: "" when it succeeds.
+
+    Anything but a `TyirError` with help escapes and fails the test.
+    """
     before = sorted(p.name for p in folder.parent.iterdir()), sorted(p.name for p in folder.iterdir())
     try:
         action(folder)
@@ -44,7 +67,10 @@ def outcome(folder: Path, action: Callable[[Path], Any]) -> str:
     except TyirError as error:
         assert all(d.help for d in error.diagnostics), error
         message = str(error)
-    assert before == (sorted(p.name for p in folder.parent.iterdir()), sorted(p.name for p in folder.iterdir()))
+    assert before == (
+        sorted(p.name for p in folder.parent.iterdir()),
+        sorted(p.name for p in folder.iterdir()),
+    )
     return message
 
 
@@ -88,7 +114,9 @@ def test_lying_headers(small: Path, tmp_path: Path) -> None:
     for _ in range(200):
         changed = json.loads(json.dumps(header))
         entry = changed[rng.choice([k for k in changed if k != "__metadata__"])]
-        entry[rng.choice(("dtype", "shape", "data_offsets"))] = rng.choice([*STRANGE, [0, 10**18], [-4, 4], [5, 1], [True, 2], [1.0, 2.0]])
+        entry[rng.choice(("dtype", "shape", "data_offsets"))] = rng.choice(
+            [*STRANGE, [0, 10**18], [-4, 4], [5, 1], [True, 2], [1.0, 2.0]]
+        )
         text = json.dumps(changed).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
         assert outcome(folder, headers)
@@ -99,10 +127,23 @@ def test_lying_indexes(llama: Path, tmp_path: Path) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     (tmp_path / "secret.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    names = ["../secret.safetensors", str(tmp_path / "secret.safetensors"), "a/../../secret.safetensors", "..\\secret.safetensors", "\x00.safetensors",
-             "model.safetensors/", "", ".", "config.json", "x" * 5000 + ".safetensors"]  # fmt: skip
+    names = [
+        "../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "a/../../secret.safetensors",
+        "..\\secret.safetensors",
+        "\x00.safetensors",
+        "model.safetensors/",
+        "",
+        ".",
+        "config.json",
+        "x" * 5000 + ".safetensors",
+    ]
     for name in names:
-        changed = {**index, "weight_map": {**index["weight_map"], rng.choice(list(index["weight_map"])): name}}
+        changed = {
+            **index,
+            "weight_map": {**index["weight_map"], rng.choice(list(index["weight_map"])): name},
+        }
         path.write_text(json.dumps(changed))
         assert outcome(folder, headers), name
     for value in STRANGE:
@@ -121,15 +162,29 @@ def test_json_that_nests_too_deep(small: Path, tmp_path: Path, file: str) -> Non
 
 
 def test_configs(small: Path, tmp_path: Path) -> None:
-    """Every key of config.json with strange values, in the plan (fast), and some of them in the whole import."""
+    """Every key of config.json with strange values, in the plan (fast), and some of them in the whole
+    import.
+    """
     folder, rng = Path(shutil.copytree(small, tmp_path / "m")), random.Random(3)
     config = json.loads((folder / "config.json").read_text())
     for key in config:
         for value in rng.sample(STRANGE, 6):
             (folder / "config.json").write_text(json.dumps({**config, key: value}))
             outcome(folder, read_shape)
-    keys = ["hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "num_hidden_layers", "rope_parameters", "architectures", "model_type",
-            "hidden_act", "rms_norm_eps", "tie_word_embeddings", "head_dim"]  # fmt: skip
+    keys = [
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "num_hidden_layers",
+        "rope_parameters",
+        "architectures",
+        "model_type",
+        "hidden_act",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "head_dim",
+    ]
     for key in keys:
         (folder / "config.json").write_text(json.dumps({**config, key: rng.choice(STRANGE[2:])}))
         outcome(folder, import_model)
@@ -142,11 +197,28 @@ def test_quantisation_configs(quantized: Path, tmp_path: Path) -> None:
         settings = dict(config["quantization_config"])
         settings["quant_method"] = rng.choice(["awq", "gptq", "compressed-tensors", *STRANGE])
         for key in rng.sample(
-            ["bits", "group_size", "version", "zero_point", "modules_to_not_convert", "config_groups", "desc_act", "format"], 2
+            [
+                "bits",
+                "group_size",
+                "version",
+                "zero_point",
+                "modules_to_not_convert",
+                "config_groups",
+                "desc_act",
+                "format",
+            ],
+            2,
         ):
             settings[key] = rng.choice([*STRANGE, 4, 64, "gemm", {"g": {"weights": rng.choice(STRANGE)}}])
         (folder / "config.json").write_text(
-            json.dumps({**config, "quantization_config": rng.choice([settings, *STRANGE]) if rng.random() < 0.3 else settings})
+            json.dumps(
+                {
+                    **config,
+                    "quantization_config": (
+                        rng.choice([settings, *STRANGE]) if rng.random() < 0.3 else settings
+                    ),
+                }
+            )
         )
         outcome(folder, headers)
 
@@ -162,7 +234,12 @@ def test_plans_of_strange_sizes(small: Path, tmp_path: Path) -> None:
             for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "head_dim")
         }
         (folder / "config.json").write_text(json.dumps({**config, **changed, "num_key_value_heads": 1}))
-        outcome(folder, lambda f: make_plan(f, BuildOptions(dies=rng.choice((1, 3, 16)), weights=rng.choice(("fp16", "int4")))))
+        outcome(
+            folder,
+            lambda f: make_plan(
+                f, BuildOptions(dies=rng.choice((1, 3, 16)), weights=rng.choice(("fp16", "int4")))
+            ),
+        )
 
 
 def test_damaged_gguf_files(save_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""GGUF files and pytorch_model.bin: weights against the gguf package's own de-quantiser and a reading of the format by hand; nothing is executed."""
+"""GGUF files and pytorch_model.bin: weights against the gguf package's own de-quantiser and a reading of the
+format by hand; nothing is executed.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,42 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.dialects import ty
+from tyir.execution.weights import CheckpointReader, check_files
 from tyir.frontends.dense_state import dense_state
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.passes.raise_aten import raise_aten
-from tyir.weights import CheckpointReader, check_files
 
 gguf = pytest.importorskip("gguf")
 Array = npt.NDArray[Any]
-NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-         "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16")
-SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def to_gguf(name: str) -> str:
     """llama.cpp's name of a parameter."""
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if name in top:
         return top[name]
     _, _, layer, rest = name.split(".", 3)
@@ -42,11 +62,15 @@ def to_gguf(name: str) -> str:
 
 def interleave(w: Array, heads: int) -> Array:
     """What llama.cpp's convert_hf_to_gguf.py does to llama's q and k (LlamaModel.permute)."""
-    return np.ascontiguousarray(w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape))
+    return np.ascontiguousarray(
+        w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    )
 
 
 def blocks(w: Array, kind: str) -> Array:
-    """The tensor as bytes; the K formats, which the package cannot write, with random contents and scales that keep weights small."""
+    """The tensor as bytes; the K formats, which the package cannot write, with random contents and scales
+    that keep weights small.
+    """
     if kind in ("Q4_0", "Q4_1", "Q8_0"):
         return np.asarray(gguf.quantize(w.astype(np.float32), gguf.GGMLQuantizationType[kind]))
     size = {"Q4_K": 144, "Q6_K": 210}[kind]
@@ -63,7 +87,9 @@ def plain(save_model: Callable[..., Path]) -> Path:
 
 
 def write_gguf(path: Path, plain: Path, kind: str) -> dict[str, Array]:
-    """`plain` as a GGUF file with its matrices as `kind`; the weights in transformers' order, as the gguf package de-quantises them."""
+    """`plain` as a GGUF file with its matrices as `kind`; the weights in transformers' order, as the gguf
+    package de-quantises them.
+    """
     from safetensors.numpy import load_file
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -88,7 +114,9 @@ def write_gguf(path: Path, plain: Path, kind: str) -> dict[str, Array]:
         data = blocks(stored, kind)
         writer.add_tensor(to_gguf(name), data, raw_dtype=gguf.GGMLQuantizationType[kind])
         dense = gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(w.shape)
-        wanted[name] = dense.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape) if heads else dense
+        wanted[name] = (
+            dense.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape) if heads else dense
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,7 +126,9 @@ def write_gguf(path: Path, plain: Path, kind: str) -> dict[str, Array]:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_gguf(plain: Path, tmp_path: Path, kind: str) -> None:
-    """Bit-exact weights (Q4_0 after rounding to f16, as all 4-bit weights are), and transformers' logits on them."""
+    """Bit-exact weights (Q4_0 after rounding to f16, as all 4-bit weights are), and transformers' logits on
+    them.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +138,9 @@ def test_gguf(plain: Path, tmp_path: Path, kind: str) -> None:
     found = dict(dense_state(tmp_path / "model.gguf"))
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name].view(np.uint32), np.ascontiguousarray(array).view(np.uint32), err_msg=name)
+        np.testing.assert_array_equal(
+            found[name].view(np.uint32), np.ascontiguousarray(array).view(np.uint32), err_msg=name
+        )
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     ids = np.random.default_rng(0).integers(0, 96, (1, 17))
     with torch.no_grad():
@@ -124,13 +156,19 @@ def test_gguf(plain: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_q4_0_block_by_hand(plain: Path, tmp_path: Path) -> None:
-    """f16 d, then 16 bytes: element i is the low nibble of byte i, element 16 + i its high nibble; the weight is (nibble - 8) d."""
+    """f16 d, then 16 bytes: element i is the low nibble of byte i, element 16 + i its high nibble; the weight
+    is (nibble - 8) d.
+    """
     from tyir.dialects.quant import GGML_BLOCKS
 
-    block = np.concatenate([np.array([0.5], np.float16).view(np.uint8), np.arange(16, dtype=np.uint8) * 17])[None]
+    block = np.concatenate([np.array([0.5], np.float16).view(np.uint8), np.arange(16, dtype=np.uint8) * 17])[
+        None
+    ]
     half = [(i - 8) * 0.5 for i in range(16)]
     assert GGML_BLOCKS["Q4_0"][2](block)[0].tolist() == half + half
-    eight = np.concatenate([np.array([0.25], np.float16).view(np.uint8), np.arange(-16, 16, dtype=np.int8).view(np.uint8)])[None]
+    eight = np.concatenate(
+        [np.array([0.25], np.float16).view(np.uint8), np.arange(-16, 16, dtype=np.int8).view(np.uint8)]
+    )[None]
     assert GGML_BLOCKS["Q8_0"][2](eight)[0].tolist() == [i * 0.25 for i in range(-16, 16)]
 
 
@@ -152,7 +190,7 @@ def test_gguf_refusals(plain: Path, tmp_path: Path) -> None:
     assert "holds 2 GGUF files" in refusal(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------- pytorch_model.bin
+# ------------------------------------------------------------------------------------------ pytorch_model.bin
 
 
 @pytest.fixture
@@ -198,7 +236,9 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
-def test_pickles_are_not_executed(torch_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_are_not_executed(
+    torch_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     monkeypatch.chdir(tmp_path)
@@ -228,7 +268,9 @@ def test_torch_files_that_cannot_be_mapped(torch_folder: Path) -> None:
         import_model(torch_folder)
 
 
-def test_verification_against_a_gguf_folder(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verification_against_a_gguf_folder(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its metadata are the config; without either, or with several files, the message says so."""
     from tyir.tools.tyir_compile import main as compile_main
     from tyir.tools.tyir_verify import main as verify_main
@@ -236,7 +278,23 @@ def test_verification_against_a_gguf_folder(plain: Path, tmp_path: Path, capsys:
     folder = tmp_path / "folder"
     folder.mkdir()
     write_gguf(folder / "model.gguf", plain, "Q4_0")
-    assert compile_main([str(folder), "-o", str(tmp_path / "out"), "--dies", "2", "--seqlens", "1", "--max-kv", "16", "-q"]) == 0
+    assert (
+        compile_main(
+            [
+                str(folder),
+                "-o",
+                str(tmp_path / "out"),
+                "--dies",
+                "2",
+                "--seqlens",
+                "1",
+                "--max-kv",
+                "16",
+                "-q",
+            ]
+        )
+        == 0
+    )
     artifacts = capsys.readouterr().out.strip()
     ids = ["--ids", "1,5,9", "--tokens", "4"]
     assert verify_main([artifacts, "--against", str(folder), *ids]) == 0

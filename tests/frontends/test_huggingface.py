@@ -14,20 +14,29 @@ from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic
 from tyir.dialects import aten, ty
 from tyir.dialects.builtin import Module
+from tyir.execution.weights import CheckpointReader, check_files
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.location import FileLoc, NameLoc, layer_of, module_path
 from tyir.passes.raise_aten import raise_aten
-from tyir.weights import CheckpointReader, check_files
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 LENGTHS = (1, 7, 33)
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
-              "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},
-}  # fmt: skip
+}
 FAMILY = ("llama", *MODELS)
 
 
@@ -53,7 +62,9 @@ def logits_of(module: Module, folder: Path, ids: npt.NDArray[np.int64]) -> npt.N
     return logits.astype(np.float32)
 
 
-def error_of(module: Module, folder: Path, ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.float32]) -> float:
+def error_of(
+    module: Module, folder: Path, ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.float32]
+) -> float:
     return float(np.linalg.norm(logits_of(module, folder, ids) - wanted) / np.linalg.norm(wanted))
 
 
@@ -97,10 +108,15 @@ def test_tiny_qwen2_in_f16(tiny_f16: Module) -> None:
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_model_family(family: dict[str, Path], name: str, dtype: str) -> None:
-    """bf16 checkpoints, in one file or several; yarn and llama3 rope, q/k norms, sliding windows, tied embeddings."""
+    """bf16 checkpoints, in one file or several; yarn and llama3 rope, q/k norms, sliding windows, tied
+    embeddings.
+    """
     folder = family[name]
     module = import_model(folder, dtype=dtype)
-    cases = [np.random.default_rng(n).integers(0, 96, (1, n)) for n in (LENGTHS if dtype == "f32" else LENGTHS[-1:])]
+    cases = [
+        np.random.default_rng(n).integers(0, 96, (1, n))
+        for n in (LENGTHS if dtype == "f32" else LENGTHS[-1:])
+    ]
     wanted = [reference(folder, ids) for ids in cases]
     for stage in ("aten", "ty"):
         if stage == "ty":
@@ -116,8 +132,12 @@ def test_module_says_where_it_comes_from(tiny_f16: Module) -> None:
     model, files = tiny_f16.attributes["tyir.model"], tiny_f16.attributes["tyir.files"]
     assert isinstance(model, DictAttr) and isinstance(files, DictAttr)
     assert tiny_f16.attributes["tyir.checkpoint"] is StringAttr(str(TINY.absolute()))
-    assert model["architecture"] is StringAttr("Qwen2ForCausalLM") and model["model_type"] is StringAttr("qwen2")
-    assert [model[k].value for k in ("vocab_size", "max_position_embeddings", "num_hidden_layers", "head_dim")] == [4096, 1024, 6, 32]
+    assert model["architecture"] is StringAttr("Qwen2ForCausalLM") and model["model_type"] is StringAttr(
+        "qwen2"
+    )
+    assert [
+        model[k].value for k in ("vocab_size", "max_position_embeddings", "num_hidden_layers", "head_dim")
+    ] == [4096, 1024, 6, 32]
     size = files["model.safetensors"]["size"]
     assert isinstance(size, IntegerAttr) and size.value == (TINY / "model.safetensors").stat().st_size
     check_files(tiny_f16)
@@ -130,7 +150,9 @@ def test_every_op_has_the_place_of_its_source(tiny_f16: Module) -> None:
         if op.dialect == "aten":
             assert isinstance(op.loc, NameLoc) and isinstance(op.loc.child, FileLoc), op
             assert op.loc.child.file == "modeling_qwen2.py" and op.loc.child.line > 1
-    gate = next(op for op in main.walk_type(aten.Linear) if module_path(op.loc) == "model.layers.3.mlp.gate_proj")
+    gate = next(
+        op for op in main.walk_type(aten.Linear) if module_path(op.loc) == "model.layers.3.mlp.gate_proj"
+    )
     assert layer_of(gate.loc) == 3
 
 
@@ -149,13 +171,23 @@ def test_raised_model_is_small(tiny_f16: Module) -> None:
         name: sum(op.name == f"ty.{name}" for op in raised.walk())
         for name in ("attention", "rope", "rms_norm", "silu_mul", "linear", "rope_angles", "transpose")
     }
-    assert counts == {"attention": 6, "rope": 12, "rms_norm": 13, "silu_mul": 6, "linear": 43, "rope_angles": 1, "transpose": 0}
+    assert counts == {
+        "attention": 6,
+        "rope": 12,
+        "rms_norm": 13,
+        "silu_mul": 6,
+        "linear": 43,
+        "rope_angles": 1,
+        "transpose": 0,
+    }
     assert statistics["rope"] == 12 and statistics["rms_norm"] == 13
 
 
 def test_bf16_weights_are_cast_once(family: dict[str, Path]) -> None:
     module = import_model(family["qwen3"])
-    assert sum(op.sym_name is not None for op in module.body if isinstance(op, ty.Global)) == sum(1 for _ in module.walk_type(ty.Cast))
+    assert sum(op.sym_name is not None for op in module.body if isinstance(op, ty.Global)) == sum(
+        1 for _ in module.walk_type(ty.Cast)
+    )
 
 
 def test_stray_tensors_are_noted(llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Layers traced once: the module is the one that tracing every layer gives, and layers that differ in anything are not taken for one another."""
+"""Layers traced once: the module is the one that tracing every layer gives, and layers that differ in
+anything are not taken for one another.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def text_of(module: Module) -> str:
     return re.sub(r"%\w+", lambda match: numbers.setdefault(match[0], f"%{len(numbers)}"), print_op(module))
 
 
-@pytest.mark.parametrize("model_type", [m if m in ("qwen2", "smollm3") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
+@pytest.mark.parametrize(
+    "model_type",
+    [m if m in ("qwen2", "smollm3") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS],
+)
 def test_the_same_module(save_model: SaveModel, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     config, kinds = MODELS[model_type]
     folder = save_model(model_type, num_hidden_layers=5, **config)
@@ -45,7 +50,9 @@ def test_the_same_module(save_model: SaveModel, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("what", ["attribute", "class", "shape", "number"])
 def test_layers_that_differ(save_model: SaveModel, what: str) -> None:
-    """A factor of the attention, an activation, a width; or a layer that computes with its number, of which every one is traced."""
+    """A factor of the attention, an activation, a width; or a layer that computes with its number, of which
+    every one is traced.
+    """
     import torch
 
     meta = open_model(save_model("llama", num_hidden_layers=5), "f16").meta
@@ -71,5 +78,7 @@ def test_layers_that_differ(save_model: SaveModel, what: str) -> None:
             layer.mlp.__class__, layer.mlp.layer_idx = Numbered, i
     before = [(type(m), m.__dict__.get("layer_idx")) for m in meta.model.modules()]
     found = traced_layers(torch_export.export_model(meta).graph_module.graph.nodes)
-    assert {path: layer.count for path, layer in found.items()} == ({} if what == "number" else {"model.layers.0": 4, "model.layers.2": 1})
+    assert {path: layer.count for path, layer in found.items()} == (
+        {} if what == "number" else {"model.layers.0": 4, "model.layers.2": 1}
+    )
     assert before == [(type(m), m.__dict__.get("layer_idx")) for m in meta.model.modules()]

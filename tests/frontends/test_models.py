@@ -1,6 +1,8 @@
-"""Transformers' own models, tiny and random: those that import agree with transformers, the others are refused by name; docs/models.md is the table.
+"""Transformers' own models, tiny and random: those that import agree with transformers, the others are
+refused by name; docs/models.md is the table.
 
-`python -m pytest tests/frontends/test_models.py --slow` compares the table; it is written anew when docs/models.md is deleted.
+`python -m pytest tests/frontends/test_models.py --slow` compares the table; it is written anew when
+docs/models.md is deleted.
 """
 
 from __future__ import annotations
@@ -14,34 +16,84 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.execution.weights import CheckpointReader
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.passes.raise_aten import raise_aten
-from tyir.weights import CheckpointReader
 
 DOC = Path(__file__).parents[2] / "docs" / "models.md"
 ROPE = {"rope_theta": 1e4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {}),
     "Llama, linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, **ROPE}}),
-    "Llama, dynamic rope": ("llama", {"max_position_embeddings": 20, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **ROPE}}),
-    "Llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **ROPE}}),
-    "Llama, llama3 rope": ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                                         "original_max_position_embeddings": 32, **ROPE}}),
-    "Llama, longrope": ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.1] * 8, "long_factor": [3.0] * 8, "factor": 4.0,
-                                                      "original_max_position_embeddings": 20, **ROPE}}),
+    "Llama, dynamic rope": (
+        "llama",
+        {"max_position_embeddings": 20, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **ROPE}},
+    ),
+    "Llama, yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                **ROPE,
+            }
+        },
+    ),
+    "Llama, llama3 rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+                **ROPE,
+            }
+        },
+    ),
+    "Llama, longrope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.1] * 8,
+                "long_factor": [3.0] * 8,
+                "factor": 4.0,
+                "original_max_position_embeddings": 20,
+                **ROPE,
+            }
+        },
+    ),
     "Llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Mistral, sliding window": ("mistral", {"sliding_window": 8}),
     "Qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "Qwen2, sliding window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "Qwen2, sliding window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "Qwen3": ("qwen3", {"head_dim": 32}),
     "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "Ministral": ("ministral", {"head_dim": 16}),
     "Seed-OSS": ("seed_oss", {"head_dim": 16}),
     "Phi-3": ("phi3", {}),
     "OLMo 2": ("olmo2", {}),
-    "Phi-4-mini": ("phi3", {"partial_rotary_factor": 0.75, "max_position_embeddings": 128, "original_max_position_embeddings": 20, "rope_parameters": {
-        "rope_type": "longrope", "short_factor": [1.1] * 6, "long_factor": [3.0] * 6, **ROPE}}),
+    "Phi-4-mini": (
+        "phi3",
+        {
+            "partial_rotary_factor": 0.75,
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 20,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.1] * 6,
+                "long_factor": [3.0] * 6,
+                **ROPE,
+            },
+        },
+    ),
     "GLM": ("glm", {"head_dim": 16}),
     "GLM-4": ("glm4", {"head_dim": 16}),
     "Ernie 4.5": ("ernie4_5", {"head_dim": 16}),
@@ -50,7 +102,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "EXAONE 4": ("exaone4", {"head_dim": 16}),
     "HunYuan": ("hunyuan_v1_dense", {"head_dim": 16}),
     "CWM": ("cwm", {"head_dim": 16}),
-    "Granite": ("granite", {"logits_scaling": 8.0, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.05}),
+    "Granite": (
+        "granite",
+        {
+            "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.05,
+        },
+    ),
     "StarCoder2": ("starcoder2", {}),
     "Gemma": ("gemma", {"head_dim": 16}),
     "Gemma 2": ("gemma2", {"head_dim": 16}),
@@ -58,13 +118,50 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "StableLM": ("stablelm", {}),
     "Gemma 3": ("gemma3_text", {"head_dim": 16}),
     "GPT-2": ("gpt2", {}),
-    "Qwen2-MoE": ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
+    "Qwen2-MoE": (
+        "qwen2_moe",
+        {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
     "Mixtral": ("mixtral", {"num_local_experts": 4}),
-}  # fmt: skip
-SUPPORTED = ("Llama", "Llama, linear rope", "Llama, dynamic rope", "Llama, yarn", "Llama, llama3 rope", "Llama, longrope", "Llama, biases",
-             "Mistral, sliding window", "Qwen2", "Qwen2, sliding window", "Qwen3", "SmolLM3", "Ministral", "Seed-OSS", "OLMo 2",
-             "OLMo 3", "Phi-4-mini", "GLM", "GLM-4", "Ernie 4.5", "Helium", "EXAONE 4", "HunYuan", "CWM", "Granite", "Phi-3")  # fmt: skip
-QUICK = ("Granite", "Phi-3", "Llama, dynamic rope", "Llama, longrope", "SmolLM3", "Gemma", "GLM", "Phi-4-mini")
+}
+SUPPORTED = (
+    "Llama",
+    "Llama, linear rope",
+    "Llama, dynamic rope",
+    "Llama, yarn",
+    "Llama, llama3 rope",
+    "Llama, longrope",
+    "Llama, biases",
+    "Mistral, sliding window",
+    "Qwen2",
+    "Qwen2, sliding window",
+    "Qwen3",
+    "SmolLM3",
+    "Ministral",
+    "Seed-OSS",
+    "OLMo 2",
+    "OLMo 3",
+    "Phi-4-mini",
+    "GLM",
+    "GLM-4",
+    "Ernie 4.5",
+    "Helium",
+    "EXAONE 4",
+    "HunYuan",
+    "CWM",
+    "Granite",
+    "Phi-3",
+)
+QUICK = (
+    "Granite",
+    "Phi-3",
+    "Llama, dynamic rope",
+    "Llama, longrope",
+    "SmolLM3",
+    "Gemma",
+    "GLM",
+    "Phi-4-mini",
+)
 IDS = np.random.default_rng(0).integers(3, 96, (1, 33))
 
 
@@ -80,23 +177,31 @@ def verdict(folder: Path) -> tuple[str, float]:
     except TyirError as error:
         return reason(str(error)), 1.0
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.tensor(IDS)).logits.numpy()
+        wanted = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            .eval()(torch.tensor(IDS))
+            .logits.numpy()
+        )
     (got,) = run_function(module, "main", (IDS, np.arange(IDS.shape[1])[None]), CheckpointReader(folder))
     limit = re.search(r"beyond (\d+) tokens", " ".join(n.message for n in notes))
-    return "agrees" + (f", beyond {limit[1]} tokens with the frequencies of `--max-kv`" if limit else ""), float(
-        np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
-    )
+    return "agrees" + (
+        f", beyond {limit[1]} tokens with the frequencies of `--max-kv`" if limit else ""
+    ), float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
 
 
 def reason(message: str) -> str:
     """The operations a refusal names, or its first line."""
-    operations = re.findall(r"^  (\S+?)(?:\.default)?(?: with .*?)?: (?:once|\d+ times)", message, re.MULTILINE)
+    operations = re.findall(
+        r"^  (\S+?)(?:\.default)?(?: with .*?)?: (?:once|\d+ times)", message, re.MULTILINE
+    )
     if operations:
         return "refused: " + ", ".join(f"`{name}`" for name in dict.fromkeys(operations))
     return "refused: " + re.sub(r"^.*?error: ", "", message.splitlines()[0])[:120]
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_agrees_or_is_refused(save_model: Callable[..., Path], name: str) -> None:
     model_type, config = CASES[name]
     found, error = verdict(save_model(model_type, dtype="float32", **config))
@@ -114,9 +219,18 @@ rows: dict[str, str] = {}
 def test_the_table_in_the_documentation() -> None:
     if rows.keys() != CASES.keys():
         pytest.skip("needs the results of all models")
-    lines = ["# Models", "", "Tiny random models of transformers, imported in f32 and compared with transformers on 33 tokens (relative error of the",
-             "logits below 1e-4), or refused. Written by `tests/frontends/test_models.py`.", "",
-             "| model | `model_type` | result |", "| --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "# Models",
+        "",
+        (
+            "Tiny random models of transformers, imported in f32 and compared with transformers on 33 tokens"
+            " (relative error of the"
+        ),
+        "logits below 1e-4), or refused. Written by `tests/frontends/test_models.py`.",
+        "",
+        "| model | `model_type` | result |",
+        "| --- | --- | --- |",
+    ]
     lines += [f"| {name} | `{CASES[name][0]}` | {rows[name]} |" for name in CASES]
     text = "\n".join(lines) + "\n"
     if not DOC.exists():

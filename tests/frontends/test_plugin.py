@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import TyirError
+from tyir.execution.weights import CheckpointReader, check_files
 from tyir.frontends.huggingface import import_model
 from tyir.frontends.plugin import ModelPlugin, Split, load_plugin
 from tyir.interpreter import run_function
 from tyir.parser import parse_file
 from tyir.pipeline import run_pipeline
 from tyir.tools.tyir_import import main
-from tyir.weights import CheckpointReader, check_files
 
 DOC = Path(__file__).parents[2] / "docs" / "model-plugin.md"
 IDS = np.random.default_rng(0).integers(0, 96, (1, 19))
@@ -46,9 +46,17 @@ def packed(plain: Path, tmp_path: Path) -> Path:
     t = load_file(folder / "model.safetensors")
     for layer in range(2):
         root = f"model.layers.{layer}"
-        t[f"{root}.attention.qkv.weight"] = np.concatenate([t.pop(f"{root}.self_attn.{n}_proj.weight") for n in "qkv"])
-        t[f"{root}.mlp.gate_up.weight"] = np.concatenate([t.pop(f"{root}.mlp.{n}_proj.weight") for n in ("gate", "up")])
-    names = {"model.layers.": "net.blocks.", "model.embed_tokens.": "net.tokens.", "model.norm.": "net.last_norm."}
+        t[f"{root}.attention.qkv.weight"] = np.concatenate(
+            [t.pop(f"{root}.self_attn.{n}_proj.weight") for n in "qkv"]
+        )
+        t[f"{root}.mlp.gate_up.weight"] = np.concatenate(
+            [t.pop(f"{root}.mlp.{n}_proj.weight") for n in ("gate", "up")]
+        )
+    names = {
+        "model.layers.": "net.blocks.",
+        "model.embed_tokens.": "net.tokens.",
+        "model.norm.": "net.last_norm.",
+    }
     for old, new in names.items():
         t = {k.replace(old, new): v for k, v in t.items()}
     save_file({**t, "optimizer.step": np.zeros(1, np.float32)}, folder / "model.safetensors")
@@ -60,12 +68,17 @@ def test_the_documented_example(example: Path, packed: Path, plain: Path, tmp_pa
     import torch
     from transformers import AutoConfig
 
-    assert main([str(packed), "--model-plugin", str(example), "--dtype", "f32", "-o", str(tmp_path / "m.ir")]) == 0
+    assert (
+        main([str(packed), "--model-plugin", str(example), "--dtype", "f32", "-o", str(tmp_path / "m.ir")])
+        == 0
+    )
     module = parse_file(tmp_path / "m.ir")
     model = load_plugin(example).model_class(AutoConfig.from_pretrained(plain)).float().eval()  # type: ignore[misc]
     from safetensors.torch import load_file
 
-    model.load_state_dict({k: v.float() for k, v in load_file(plain / "model.safetensors").items()}, strict=False)
+    model.load_state_dict(
+        {k: v.float() for k, v in load_file(plain / "model.safetensors").items()}, strict=False
+    )
     with torch.no_grad():
         wanted = model(torch.tensor(IDS)).logits.numpy()
     for pipeline in ("", "to-ty"):
@@ -82,11 +95,18 @@ def test_delta_checkpoints(plain: Path, tmp_path: Path) -> None:
     delta = Path(shutil.copytree(plain, tmp_path / "delta"))
     tensors = load_file(plain / "model.safetensors")
     rng = np.random.default_rng(0)
-    deltas = {k: (rng.standard_normal(v.shape) * 0.01).astype(np.float16) for k, v in tensors.items() if "mlp" in k}
+    deltas = {
+        k: (rng.standard_normal(v.shape) * 0.01).astype(np.float16) for k, v in tensors.items() if "mlp" in k
+    }
     save_file(deltas, delta / "model.safetensors")
     summed = Path(shutil.copytree(plain, tmp_path / "summed"))
-    save_file({k: v.astype(np.float32) + deltas.get(k, np.float16(0)) for k, v in tensors.items()}, summed / "model.safetensors")
-    (tmp_path / "plugin.py").write_text(f"from tyir.frontends.plugin import ModelPlugin\nplugin = ModelPlugin(base={str(plain)!r})\n")
+    save_file(
+        {k: v.astype(np.float32) + deltas.get(k, np.float16(0)) for k, v in tensors.items()},
+        summed / "model.safetensors",
+    )
+    (tmp_path / "plugin.py").write_text(
+        f"from tyir.frontends.plugin import ModelPlugin\nplugin = ModelPlugin(base={str(plain)!r})\n"
+    )
     module = import_model(delta, dtype="f32", plugin=load_plugin(tmp_path / "plugin.py"))
     arguments = (IDS, np.arange(19)[None])
     (got,) = run_function(module, "main", arguments, CheckpointReader(delta))
@@ -100,7 +120,10 @@ def test_delta_checkpoints(plain: Path, tmp_path: Path) -> None:
     [
         ("x = 1", "defines no plugin"),
         ("import nowhere", "the plugin fails: ModuleNotFoundError"),
-        ("from tyir.frontends.plugin import *\nplugin = ModelPlugin(ignore=['('])", "'\\(' is no regular expression"),
+        (
+            "from tyir.frontends.plugin import *\nplugin = ModelPlugin(ignore=['('])",
+            "'\\(' is no regular expression",
+        ),
     ],
 )
 def test_plugins_that_do_not_work(tmp_path: Path, text: str, wanted: str) -> None:
@@ -130,7 +153,9 @@ def test_json_stays_json(packed: Path) -> None:
         import_model(packed)
 
 
-def test_compile_and_verify_take_a_plugin(example: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compile_and_verify_take_a_plugin(
+    example: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tyir.tools.tyir_compile import main as compile_main
     from tyir.tools.tyir_verify import main as verify_main
 

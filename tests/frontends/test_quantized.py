@@ -1,4 +1,6 @@
-"""Quantised checkpoints: de-quantised weights bit by bit against unpackers written from the formats' descriptions; logits; refusals."""
+"""Quantised checkpoints: de-quantised weights bit by bit against unpackers written from the formats'
+descriptions; logits; refusals.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from tyir.attributes import DenseElementsAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import quant, ty
 from tyir.dialects.builtin import Module
+from tyir.execution.weights import CheckpointReader
 from tyir.frontends.dense_state import dense_state
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.parser import parse_module
 from tyir.passes.raise_aten import raise_aten
 from tyir.printer import print_op
-from tyir.weights import CheckpointReader
 
 SHAPES = {
     "q_proj": (64, 64),
@@ -69,7 +71,9 @@ def unpacked(checkpoints: dict[str, tuple[Path, Stored]]) -> Callable[[str], dic
 
 
 def test_golden_words() -> None:
-    """Columns 0..7 in AutoAWQ's order, rows 0..7 in GPTQ's, and compressed-tensors' -8, -7, 0, 1, 2, 3, 4, 7."""
+    """Columns 0..7 in AutoAWQ's order, rows 0..7 in GPTQ's, and compressed-tensors' -8, -7, 0, 1, 2, 3, 4,
+    7.
+    """
 
     def unpacked(word: int, **how: Any) -> list[int]:
         words = np.array([[word]], np.uint32).view(np.int32)
@@ -86,20 +90,37 @@ def test_golden_words() -> None:
 def test_the_tests_own_packers_make_the_golden_words() -> None:
     eight = np.arange(8)
     scales = np.ones((8, 1), np.float16)
-    assert awq(Quantized(np.repeat(eight[:, None], 8, 1), scales.astype(int), scales))["qweight"].view(np.uint32)[0, 0] == 0x75316420
-    assert gptq(Quantized(np.tile(eight, (8, 1)), scales.astype(int), scales), 1)["qweight"].view(np.uint32)[0, 0] == 0x76543210
+    assert (
+        awq(Quantized(np.repeat(eight[:, None], 8, 1), scales.astype(int), scales))["qweight"].view(
+            np.uint32
+        )[0, 0]
+        == 0x75316420
+    )
+    assert (
+        gptq(Quantized(np.tile(eight, (8, 1)), scales.astype(int), scales), 1)["qweight"].view(np.uint32)[
+            0, 0
+        ]
+        == 0x76543210
+    )
     values = np.tile(np.array([-8, -7, 0, 1, 2, 3, 4, 7]) + 8, (8, 1))
-    assert compressed(Quantized(values, scales.astype(int), scales), True)["weight_packed"].view(np.uint32)[0, 0] == 0xFCBA9810
+    assert (
+        compressed(Quantized(values, scales.astype(int), scales), True)["weight_packed"].view(np.uint32)[0, 0]
+        == 0xFCBA9810
+    )
     assert [nibble(-1, i) for i in range(8)] == [15] * 8
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_weights_are_bit_exact(checkpoints: dict[str, tuple[Path, Stored]], unpacked: Unpacked, name: str) -> None:
+def test_weights_are_bit_exact(
+    checkpoints: dict[str, tuple[Path, Stored]], unpacked: Unpacked, name: str
+) -> None:
     folder, stored = checkpoints[name]
     found = dict(dense_state(folder))
     assert len(stored) == 14 + KINDS[name].head
     for parameter, wanted in unpacked(name).items():
-        np.testing.assert_array_equal(found[parameter].view(np.uint32), wanted.astype(np.float32).view(np.uint32), err_msg=parameter)
+        np.testing.assert_array_equal(
+            found[parameter].view(np.uint32), wanted.astype(np.float32).view(np.uint32), err_msg=parameter
+        )
 
 
 def hugging_face(
@@ -121,7 +142,9 @@ def hugging_face(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_logits(checkpoints: dict[str, tuple[Path, Stored]], plain: Path, unpacked: Unpacked, name: str) -> None:
+def test_logits(
+    checkpoints: dict[str, tuple[Path, Stored]], plain: Path, unpacked: Unpacked, name: str
+) -> None:
     """At stages aten and ty, through the text; after raising every packed linear is a ty.quantized_linear."""
     folder, stored = checkpoints[name]
     ids = np.random.default_rng(0).integers(0, 96, (1, 33))
@@ -190,8 +213,14 @@ def test_all_problems_of_a_quantised_checkpoint_at_once(awq_folder: Path) -> Non
 
     edit(awq_folder, tensors=spoil)
     message = refusal(awq_folder)
-    assert "'model.layers.0.self_attn.q_proj' is quantised, but model.layers.0.self_attn.q_proj.scales is missing" in message
-    assert "'model.layers.0.mlp.up_proj.qweight' has shape [64, 15], a 128x64 weight in groups of 64 needs [64, 16]" in message
+    assert (
+        "'model.layers.0.self_attn.q_proj' is quantised, but model.layers.0.self_attn.q_proj.scales is"
+        " missing" in message
+    )
+    assert (
+        "'model.layers.0.mlp.up_proj.qweight' has shape [64, 15], a 128x64 weight in groups of 64 needs"
+        " [64, 16]" in message
+    )
     assert "'model.layers.1.mlp.up_proj.qzeros' has element type i64, expected i32" in message
 
 
@@ -210,7 +239,9 @@ def test_quantised_tensors_without_a_config(awq_folder: Path) -> None:
     (awq_folder / "config.json").write_text(json.dumps(config))
     assert "14 tensors are quantised" in refusal(awq_folder)
     old = {"w_bit": 4, "q_group_size": settings["group_size"], "version": "GEMM", "zero_point": True}
-    (awq_folder / "quant_config.json").write_text(json.dumps(old))  # what AutoAWQ wrote before transformers knew the format
+    (awq_folder / "quant_config.json").write_text(
+        json.dumps(old)
+    )  # what AutoAWQ wrote before transformers knew the format
     assert import_model(awq_folder).attributes["tyir.model"] is not None
 
 
@@ -236,7 +267,9 @@ def test_gptq_in_order_of_activations(gptq_folder: Path) -> None:
     rng = np.random.default_rng(0)
     edit(
         gptq_folder,
-        tensors=lambda t: t.update({"model.layers.0.mlp.up_proj.g_idx": rng.permutation(t["model.layers.0.mlp.up_proj.g_idx"])}),
+        tensors=lambda t: t.update(
+            {"model.layers.0.mlp.up_proj.g_idx": rng.permutation(t["model.layers.0.mlp.up_proj.g_idx"])}
+        ),
     )
     message = refusal(gptq_folder)
     assert (
@@ -263,7 +296,10 @@ def notes_of(folder: Path) -> str:
 
 def test_stored_zero_points_that_wrap_are_noted(gptq_folder: Path) -> None:
     name = "model.layers.1.mlp.up_proj.qzeros"
-    edit(gptq_folder, tensors=lambda t: t.update({k: v & 0x77777777 for k, v in t.items() if k.endswith(".qzeros")}))
+    edit(
+        gptq_folder,
+        tensors=lambda t: t.update({k: v & 0x77777777 for k, v in t.items() if k.endswith(".qzeros")}),
+    )
     assert "zero points of 15" not in notes_of(gptq_folder)
     edit(gptq_folder, tensors=lambda t: t[name].view(np.uint32).__ior__(np.uint32(0xF0)))
     assert f"1 tensors hold stored zero points of 15 (first '{name}'), read as 0" in notes_of(gptq_folder)

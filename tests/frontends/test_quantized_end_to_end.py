@@ -1,4 +1,6 @@
-"""Quantised checkpoints compiled for several dies decode what Hugging Face decodes, in fp32 on the same de-quantised weights."""
+"""Quantised checkpoints compiled for several dies decode what Hugging Face decodes, in fp32 on the same
+de-quantised weights.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,18 @@ import pytest
 
 from tests.frontends.quantized import KINDS, write_quantized
 from tyir.manifest import BuildOptions, Manifest
-from tyir.runtime_sim.session import Session
+from tyir.runtime_sim.session.session import Session
 from tyir.tools.api import compile_path
 from tyir.tools.tyir_run import load_tokenizer
-from tyir.tools.verify import PROMPTS, LayerStates, Reference, check_prompt
+from tyir.tools.verify.compare import PROMPTS, LayerStates, Reference, check_prompt
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 QUICK = {("awq", 3)}
-CASES = [pytest.param(name, dies, marks=() if (name, dies) in QUICK else pytest.mark.slow) for name in KINDS for dies in (1, 3, 4)]
+CASES = [
+    pytest.param(name, dies, marks=() if (name, dies) in QUICK else pytest.mark.slow)
+    for name in KINDS
+    for dies in (1, 3, 4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +51,11 @@ def test_compiled(folders: dict[str, Path], tmp_path: Path, name: str, dies: int
 @pytest.mark.slow
 def test_int4_of_a_quantised_checkpoint_quantises_the_rest(folders: dict[str, Path], tmp_path: Path) -> None:
     """What the checkpoint quantised stays as it is: the same tensors, bit by bit."""
-    from tyir.weights import read_safetensors
+    from tyir.execution.weights import read_safetensors
 
     stored, asked = (
-        compile_path(folders["awq"], tmp_path / w, BuildOptions(dies=2, seqlens=(1,), max_kv=16, weights=w)) for w in ("fp16", "int4")
+        compile_path(folders["awq"], tmp_path / w, BuildOptions(dies=2, seqlens=(1,), max_kv=16, weights=w))
+        for w in ("fp16", "int4")
     )
     assert Manifest.load(asked).options.weights == "int4"
     a, b = (read_safetensors(f / "batch_1" / "common_die1.params") for f in (stored, asked))

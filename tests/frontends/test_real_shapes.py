@@ -1,8 +1,11 @@
-"""Two layers of real models' shapes, with random weights and the whole vocabulary: the imported module computes Hugging Face's logits in fp32.
+"""Two layers of real models' shapes, with random weights and the whole vocabulary: the imported module
+computes Hugging Face's logits in fp32.
 
-Both sides read weights from the mapped file and widen them; up to `KEPT` numbers they keep the widened ones, beyond that they widen anew at each use, so that
-the largest model (two layers of 72B and its vocabulary: 17 GB in fp32) takes a few GB of memory beside the file.  Hugging Face also answers in fp64, which says how far its own fp32 is from the exact logits: that is what a
-single token's error must be compared with, since a single token can be ill-conditioned.  Minutes: --slow.
+Both sides read weights from the mapped file and widen them; up to `KEPT` numbers they keep the widened ones,
+beyond that they widen anew at each use, so that the largest model (two layers of 72B and its vocabulary: 17
+GB in fp32) takes a few GB of memory beside the file.  Hugging Face also answers in fp64, which says how far
+its own fp32 is from the exact logits: that is what a single token's error must be compared with, since a
+single token can be ill-conditioned.  Minutes: --slow.
 """
 
 from __future__ import annotations
@@ -21,17 +24,24 @@ from tests.frontends.real_models import MODELS, write_checkpoint
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Cast, GetGlobal, Global, tensor_type
+from tyir.execution.weights import CheckpointReader
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import Evaluator, Interpreter, evaluate_op, run_lockstep
 from tyir.ir import Op
 from tyir.pipeline import run_pipeline
-from tyir.weights import CheckpointReader
 
 Array = npt.NDArray[Any]
 LENGTHS = (1, 7, 64)
 PARTS = (40, 23, 1)  # what is fed after one another with a past
 LIMIT = 1e-4
-QUANTIZED = [("Qwen2.5-0.5B", "awq"), ("Qwen2.5-0.5B", "gptq"), ("Qwen2.5-1.5B", "awq"), ("Qwen3-1.7B", "awq"), ("Llama3-8B", "awq"), ("Llama3-8B", "gptq")]  # fmt: skip
+QUANTIZED = [
+    ("Qwen2.5-0.5B", "awq"),
+    ("Qwen2.5-0.5B", "gptq"),
+    ("Qwen2.5-1.5B", "awq"),
+    ("Qwen3-1.7B", "awq"),
+    ("Llama3-8B", "awq"),
+    ("Llama3-8B", "gptq"),
+]
 CASES = [*((name, "fp16") for name in MODELS), *QUANTIZED]
 WIDENED_ROWS = 16384
 KEPT = 2.2e9
@@ -48,7 +58,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "model")
 
 
-# ---------------------------------------------------------------------------------------------------- Hugging Face
+# ----------------------------------------------------------------------------------------------- Hugging Face
 
 
 def nibbles(words: Array, order: tuple[int, ...]) -> Array:
@@ -60,8 +70,12 @@ def nibbles(words: Array, order: tuple[int, ...]) -> Array:
 
 
 def unpacked(read: Callable[[str], Array], root: str, layout: str) -> Array:
-    """A weight of an AutoAWQ GEMM or AutoGPTQ v1 checkpoint: f16((q - zero) * scale), the matrix that the fp16 kernels multiply with."""
-    words, zero_words, scales = (read(f"{root}.{part}") for part in ("qweight", "qzeros", "scales"))  # scales: [K/g, N]
+    """A weight of an AutoAWQ GEMM or AutoGPTQ v1 checkpoint: f16((q - zero) * scale), the matrix that the
+    fp16 kernels multiply with.
+    """
+    words, zero_words, scales = (
+        read(f"{root}.{part}") for part in ("qweight", "qzeros", "scales")
+    )  # scales: [K/g, N]
     natural = tuple(range(8))
     if layout == "awq":
         order = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -74,12 +88,17 @@ def unpacked(read: Callable[[str], Array], root: str, layout: str) -> Array:
 
 
 def widening(model: Any, dtype: Any) -> Any:
-    """`model`, whose linears and embedding hold fp16 weights, computing in `dtype`: fp16 numbers are exact in any wider type."""
+    """`model`, whose linears and embedding hold fp16 weights, computing in `dtype`: fp16 numbers are exact in
+    any wider type.
+    """
     import torch
 
     def linear(module: Any, x: Any) -> Any:
         bias = None if module.bias is None else module.bias.to(dtype)
-        parts = torch.cat([torch.nn.functional.linear(x, rows.to(dtype)) for rows in module.weight.split(WIDENED_ROWS)], dim=-1)
+        parts = torch.cat(
+            [torch.nn.functional.linear(x, rows.to(dtype)) for rows in module.weight.split(WIDENED_ROWS)],
+            dim=-1,
+        )
         return parts if bias is None else parts + bias
 
     for module in model.modules():
@@ -114,7 +133,9 @@ def hugging_face(folder: Path, layout: str, dtype: str) -> Any:
                 return file.get_tensor(name)
             return torch.from_numpy(unpacked(read, name.removesuffix(".weight"), layout))
 
-        model.load_state_dict({name: parameter(name) for name, _ in model.named_parameters()}, strict=False, assign=True)
+        model.load_state_dict(
+            {name: parameter(name) for name, _ in model.named_parameters()}, strict=False, assign=True
+        )
     if dtype == "float32" and sum(p.numel() for p in model.parameters()) <= KEPT:
         model = model.to(torch.float32)
     model.tie_weights()
@@ -131,7 +152,9 @@ def logits_of(model: Any, ids: Array, cache: Any = None) -> tuple[Array, Any]:
 
 
 def expected(folder: Path, layout: str, ids: Array) -> tuple[dict[str, Array], Array]:
-    """Logits in fp32 by question: a length without past, "past" for `PARTS` fed one after the other; and those of all tokens in fp64."""
+    """Logits in fp32 by question: a length without past, "past" for `PARTS` fed one after the other; and
+    those of all tokens in fp64.
+    """
     from transformers import DynamicCache
 
     model = hugging_face(folder, layout, "float32")
@@ -170,7 +193,13 @@ def with_past(module: Module, reader: CheckpointReader, ids: Array, evaluator: E
     logits, first = [], 0
     for size in PARTS:
         part = ids[:, first : first + size].astype(np.int32)
-        (out,) = run_lockstep([Interpreter(module, reader, evaluator=evaluator).run("main", [part, np.array([first], np.int32), *caches])])
+        (out,) = run_lockstep(
+            [
+                Interpreter(module, reader, evaluator=evaluator).run(
+                    "main", [part, np.array([first], np.int32), *caches]
+                )
+            ]
+        )
         logits.append(out[0])
         caches, first = list(out[1:]), first + size
     return np.concatenate(logits, axis=1)
@@ -223,6 +252,10 @@ def test_weights_widened_on_use_are_the_fp32_model(save_model: Callable[..., Pat
     folder = save_model("qwen2", dtype="float16", tie_word_embeddings=True)
     ids = np.arange(3, 20)[None]
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(torch.from_numpy(ids)).logits.numpy()
+        wanted = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            .eval()(torch.from_numpy(ids))
+            .logits.numpy()
+        )
     for dtype, limit in (("float32", 1e-6), ("float64", 2e-6)):
         assert error(logits_of(hugging_face(folder, "fp16", dtype), ids)[0], wanted) < limit

@@ -1,4 +1,6 @@
-"""The command-line tool: a complete file or none, one line on stderr, text that parses back to the same module."""
+"""The command-line tool: a complete file or none, one line on stderr, text that parses back to the same
+module.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 
 
 @pytest.mark.parametrize(("options", "stage"), [([], "aten"), (["--raise", "--dtype", "f32"], "ty")])
-def test_file_and_summary(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], stage: str) -> None:
+def test_file_and_summary(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], stage: str
+) -> None:
     out = tmp_path / "model.ir"
     assert main([str(llama), "-o", str(out), *options]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    wanted = rf"LlamaForCausalLM: 2 layers, 80.2 k parameters in 4 files \(0.2 MiB\), \d+ ops at stage {stage}\n"
+    wanted = (
+        rf"LlamaForCausalLM: 2 layers, 80.2 k parameters in 4 files \(0.2 MiB\), \d+ ops at stage {stage}\n"
+    )
     assert re.fullmatch(wanted, captured.err), captured.err
     assert [p.name for p in tmp_path.iterdir()] == ["model.ir"]
     module = parse_file(out)
@@ -61,7 +67,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 
 def test_help_loads_no_torch() -> None:
-    code = "import sys; from tyir.tools.tyir_import import main; code = main(['--help']); sys.exit(code or 'torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys; from tyir.tools.tyir_import import main; code = main(['--help']); sys.exit(code or"
+        " 'torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--raise" in done.stdout
 

@@ -1,4 +1,6 @@
-"""Collectives of a step are the closed form's: counts and bytes, for every number of dies, pipeline stages and outputs, in the IR and in the command programs."""
+"""Collectives of a step are the closed form's: counts and bytes, for every number of dies, pipeline stages
+and outputs, in the IR and in the command programs.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,15 @@ from collections import Counter
 import pytest
 
 from tests.llm import Shape, build, dies_of
-from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.lowering.die import lower_die
 from tyir.dialects import dist, edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Op
 from tyir.pipeline import run_pipeline
-from tyir.runtime_sim.engine import simulate
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.timing.engine import simulate
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.collectives import CollectiveNeed, minimal_collectives, send_ns
 from tyir.targets.machine import load_machine
 from tyir.traits import Collective
@@ -28,13 +30,23 @@ def partitioned(dies: int, stages: int, output: str, tokens: int, batch: int = 1
     module, _ = build(SHAPE, draw=False)
     several = f"specialize-batch{{batch={batch}}}," if batch > 1 else ""
     run_pipeline(module, f"kv-materialize{{max-kv=16}},{several}select-output{{{output}}}")
-    run_pipeline(module, f"partition-dies{{dies={dies} pp={stages} strategy=split}},specialize-seqlen{{seqlens={tokens}}}")
+    run_pipeline(
+        module,
+        f"partition-dies{{dies={dies} pp={stages} strategy=split}},specialize-seqlen{{seqlens={tokens}}}",
+    )
     return module
 
 
 def expected(dies: int, stages: int, die: int, top_k: int, tokens: int) -> Counter[tuple[str, int, int]]:
     needs = minimal_collectives(
-        SHAPE.layers, SHAPE.hidden, SHAPE.vocabulary, tokens, dies, stages=stages, stage=die // (dies // stages), top_k=top_k
+        SHAPE.layers,
+        SHAPE.hidden,
+        SHAPE.vocabulary,
+        tokens,
+        dies,
+        stages=stages,
+        stage=die // (dies // stages),
+        top_k=top_k,
     )
     return sum((Counter({key(n): n.count}) for n in needs), Counter())
 
@@ -91,7 +103,17 @@ def test_a_worked_example() -> None:
     """28 layers of 3584 over 4 dies, one token, a vocabulary of 152064 (Qwen2.5-7B)."""
     sums, embedding, gather = minimal_collectives(28, 3584, 152064, 1, 4)
     assert (sums.count + embedding.count, sums.nbytes, gather.nbytes) == (57, 7168, 608256)
-    assert send_ns(7168, 0, [1], load_machine().with_overrides({"d2d.bandwidth_gbps": 32, "d2d.hop_us": 1, "d2d.collective_us": 2})) == 3224
+    assert (
+        send_ns(
+            7168,
+            0,
+            [1],
+            load_machine().with_overrides(
+                {"d2d.bandwidth_gbps": 32, "d2d.hop_us": 1, "d2d.collective_us": 2}
+            ),
+        )
+        == 3224
+    )
 
 
 def test_stages_meet_only_at_their_boundaries() -> None:
@@ -100,7 +122,10 @@ def test_stages_meet_only_at_their_boundaries() -> None:
     run_pipeline(module, "to-program")
     programs = [EdgeProgram(lower_die(die, 1, load_machine())) for die in dies_of(module)]
     timing = simulate(programs, load_machine(), 5)
-    sends = [[r for r in records if isinstance(r.command.op, (edge10.Send, edge10.Recv))] for records in timing.records]
+    sends = [
+        [r for r in records if isinstance(r.command.op, (edge10.Send, edge10.Recv))]
+        for records in timing.records
+    ]
     assert [[r.command.op.name for r in die] for die in sends] == [["edge10.send", "edge10.recv"]] * 2 + [
         ["edge10.recv", "edge10.send"]
     ] * 2

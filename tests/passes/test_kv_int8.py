@@ -62,7 +62,9 @@ def logits(pipeline: str, shape: Shape) -> np.ndarray:
 
 @pytest.mark.parametrize("dies", [1, 2, 3, 5, 16])
 def test_any_die_count(dies: int) -> None:
-    """Cut over the dies: the same as whole within f16 rounding that may move a value to the next of 255 steps; like f16 within a cosine of 0.999."""
+    """Cut over the dies: the same as whole within f16 rounding that may move a value to the next of 255
+    steps; like f16 within a cosine of 0.999.
+    """
     shape = Shape(heads=6, kv_heads=2, width=80, vocabulary=101)
     whole, plain = logits(KV, shape), logits("kv-materialize{max-kv=16}", shape)
     got = logits(f"{KV},partition-dies{{dies={dies} strategy=split}}", shape)

@@ -100,12 +100,30 @@ def test_ranges_cover_without_gap_and_are_even(total: int, dies: int, unit: int)
     int4=st.booleans(),
     tied=st.booleans(),
 )
-def test_random_shapes(kv_heads: int, ratio: int, groups: int, vocabulary: int, dies: int, int4: bool, tied: bool) -> None:
+def test_random_shapes(
+    kv_heads: int, ratio: int, groups: int, vocabulary: int, dies: int, int4: bool, tied: bool
+) -> None:
     shape = Shape(
-        layers=1, hidden=64, heads=kv_heads * ratio, kv_heads=kv_heads, head_dim=16, width=32 * groups, vocabulary=vocabulary, tied=tied
+        layers=1,
+        hidden=64,
+        heads=kv_heads * ratio,
+        kv_heads=kv_heads,
+        head_dim=16,
+        width=32 * groups,
+        vocabulary=vocabulary,
+        tied=tied,
     )
     if int4 and (shape.heads * 16) % 32:
-        shape = Shape(layers=1, hidden=64, heads=2, kv_heads=1, head_dim=16, width=32 * groups, vocabulary=vocabulary, tied=tied)
+        shape = Shape(
+            layers=1,
+            hidden=64,
+            heads=2,
+            kv_heads=1,
+            head_dim=16,
+            width=32 * groups,
+            vocabulary=vocabulary,
+            tied=tied,
+        )
     check(shape, dies, "quantize-weights{group-size=32}" if int4 else "")
 
 
@@ -118,8 +136,15 @@ def test_pipeline_stages(dies: int, stages: int) -> None:
     run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies} pp={stages}}}")
     layers = [{layer_of(a.loc) for a in d.walk_type(CachedAttention)} for d in dies_of(module)]
     size = dies // stages
-    assert all(a == b for i in range(0, dies, size) for a, b in zip(layers[i : i + size], layers[i : i + size][1:]))
-    assert sorted(layer for i in range(0, dies, size) for layer in layers[i] if layer is not None) == [0, 1, 2, 3]
+    assert all(
+        a == b for i in range(0, dies, size) for a, b in zip(layers[i : i + size], layers[i : i + size][1:])
+    )
+    assert sorted(layer for i in range(0, dies, size) for layer in layers[i] if layer is not None) == [
+        0,
+        1,
+        2,
+        3,
+    ]
     step = Step(module, weights)
     got = np.concatenate([step.feed(IDS[:7]), step.feed(IDS[7:])])
     np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted.astype(np.float32)).max())

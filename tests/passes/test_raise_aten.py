@@ -1,4 +1,6 @@
-"""raise-aten rule by rule: each pattern becomes its ty op, keeps its numbers and its location; near misses stay and are reported."""
+"""raise-aten rule by rule: each pattern becomes its ty op, keeps its numbers and its location; near misses
+stay and are reported.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ RMS_NORM = """
     "func.return"(%8) : (tensor<1x?x4xf16>) -> ()
   }) : () -> ()
 }) {tyir.stage = "aten"} : () -> ()
-"""
+"""  # noqa: E501
 
 ROPE = """
 "builtin.module"() ({
@@ -64,7 +66,7 @@ ROPE = """
     "func.return"(%19) : (tensor<1x?x2x4xf32>) -> ()
   }) : () -> ()
 }) {tyir.stage = "aten"} : () -> ()
-"""
+"""  # noqa: E501
 
 GATE = """
 "builtin.module"() ({
@@ -79,17 +81,22 @@ GATE = """
     "func.return"(%6) : (tensor<1x?x3xf32>) -> ()
   }) : () -> ()
 }) {tyir.stage = "aten"} : () -> ()
-"""
+"""  # noqa: E501
 
 
 def raised(text: str, *args: Array) -> tuple[Module, list[str]]:
-    """The raised module and its ops' names, after checking that the result on `args` is the same up to rounding."""
+    """The raised module and its ops' names, after checking that the result on `args` is the same up to
+    rounding.
+    """
     module = parse_module(text)
     (before,) = run_function(module, "main", args)
     run_pipeline(module, "raise-aten")
     (after,) = run_function(module, "main", args)
     np.testing.assert_allclose(
-        after.astype(np.float32), before.astype(np.float32), rtol=2e-3 if before.dtype == np.float16 else 1e-6, atol=1e-6
+        after.astype(np.float32),
+        before.astype(np.float32),
+        rtol=2e-3 if before.dtype == np.float16 else 1e-6,
+        atol=1e-6,
     )
     main = module.lookup("main")
     assert main is not None
@@ -114,14 +121,20 @@ def test_rms_norm() -> None:
         ("dim = array<i64: -1>", "dim = array<i64: 1>", ["mean", "pow", "rsqrt"]),  # over the tokens
         ("exponent = 2.0", "exponent = 3.0", ["mean", "pow", "rsqrt"]),  # not a square
         ("%1, %5", "%w32, %5", ["mean", "pow", "rsqrt"]),  # not the squared value is scaled
-        ('    %8 = "aten.mul"(%w, %7) : (tensor<4xf16>,', '    %8 = "aten.mul"(%x, %7) : (tensor<1x?x4xf16>,', ["mean", "pow", "rsqrt"]),
+        (
+            '    %8 = "aten.mul"(%w, %7) : (tensor<4xf16>,',
+            '    %8 = "aten.mul"(%x, %7) : (tensor<1x?x4xf16>,',
+            ["mean", "pow", "rsqrt"],
+        ),
     ],
 )
 def test_what_is_no_rms_norm_is_reported(old: str, new: str, left: list[str]) -> None:
     text = RMS_NORM.replace(old, new)
     assert text != RMS_NORM
     if "%w32" in new:  # another operand of the same type
-        text = text.replace("    %2 =", '    %w32 = "aten.neg"(%1) : (tensor<1x?x4xf32>) -> tensor<1x?x4xf32>\n    %2 =')
+        text = text.replace(
+            "    %2 =", '    %w32 = "aten.neg"(%1) : (tensor<1x?x4xf32>) -> tensor<1x?x4xf32>\n    %2 ='
+        )
     with pytest.raises(TyirError) as caught:
         raise_aten(parse_module(text))
     for name in left:
@@ -140,7 +153,10 @@ def test_rope_between_cancelled_transposes() -> None:
     [
         ('"aten.cat"(%15, %13)', '"aten.cat"(%13, %15)'),  # the other rotation
         ('"aten.mul"(%9, %10)', '"aten.mul"(%9, %11)'),  # sin in place of cos
-        ('"aten.slice"(%9) <{dim = 3 : i64, end = 2 : i64, start = 0', '"aten.slice"(%9) <{dim = 3 : i64, end = 3 : i64, start = 1'),
+        (
+            '"aten.slice"(%9) <{dim = 3 : i64, end = 2 : i64, start = 0',
+            '"aten.slice"(%9) <{dim = 3 : i64, end = 3 : i64, start = 1',
+        ),
     ],
 )
 def test_what_is_no_rope_is_reported(old: str, new: str) -> None:
@@ -161,14 +177,19 @@ def test_report_names_place_and_help() -> None:
     )
     with pytest.raises(TyirError) as caught:
         raise_aten(parse_module(text))
-    assert "1 kind of operation (1 op)" in str(caught.value) and "aten.cos: once, first in layer 7, model.layers.7.mlp.act (m.py:9)" in str(
+    assert "1 kind of operation (1 op)" in str(
         caught.value
-    )
+    ) and "aten.cos: once, first in layer 7, model.layers.7.mlp.act (m.py:9)" in str(caught.value)
     assert "passes/_raise_rules.py" in caught.value.diagnostics[0].help
 
 
 def test_pass_name_and_unused_weights() -> None:
     assert RaiseAten.name() == "raise-aten"
-    unused = '"ty.global"() <{file = "f", key = "k", nbytes = 8 : i64, offset = 0 : i64, sym_name = "w", type = tensor<4xf16>}> : () -> ()\n  "func.func"'
-    module, _ = raised(RMS_NORM.replace('"func.func"', unused, 1), random(1, 3, 4, dtype="f2"), random(4, dtype="f2"))
+    unused = (
+        '"ty.global"() <{file = "f", key = "k", nbytes = 8 : i64, offset = 0 : i64, sym_name = "w", type ='
+        ' tensor<4xf16>}> : () -> ()\n  "func.func"'
+    )
+    module, _ = raised(
+        RMS_NORM.replace('"func.func"', unused, 1), random(1, 3, 4, dtype="f2"), random(4, dtype="f2")
+    )
     assert module.lookup("w") is None

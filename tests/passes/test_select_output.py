@@ -43,7 +43,9 @@ def test_top_k_equals_that_of_the_logits(dies: int, k: int) -> None:
 
 @given(vocabulary=st.integers(17, 80), dies=st.integers(1, 16), k=st.integers(1, 17))
 def test_random_vocabularies(vocabulary: int, dies: int, k: int) -> None:
-    """Candidates of any cut, merged, are the best of the whole; values repeat, so that ties cross the dies' borders."""
+    """Candidates of any cut, merged, are the best of the whole; values repeat, so that ties cross the dies'
+    borders.
+    """
     x = np.random.default_rng(vocabulary * dies + k).integers(-3, 3, (2, vocabulary)).astype(np.float32)
     function = Func.make("f", [tensor_of(x)])
     sizes = tuple(len(part) for part in np.array_split(np.arange(vocabulary), dies))
@@ -72,10 +74,19 @@ def test_one_small_gather_replaces_that_of_the_logits(dies: int) -> None:
 
 def test_results_and_caches_keep_their_names_and_aliases() -> None:
     module, _ = build(Shape(layers=1))
-    run_pipeline(module, f"{KV},select-output,partition-dies{{dies=2 strategy=split}},specialize-seqlen{{seqlens=1}},to-program")
+    run_pipeline(
+        module,
+        f"{KV},select-output,partition-dies{{dies=2"
+        " strategy=split},specialize-seqlen{seqlens=1},to-program",
+    )
     main = dies_of(module)[0].lookup("main_s1")
     assert isinstance(main, Func)
-    assert [main.res_attr(i).get("tyir.name").value for i in range(4)] == ["top_values", "top_ids", "k0", "v0"]  # type: ignore[union-attr]
+    assert [main.res_attr(i).get("tyir.name").value for i in range(4)] == [
+        "top_values",
+        "top_ids",
+        "k0",
+        "v0",
+    ]  # type: ignore[union-attr]
     assert [main.res_attr(i)["tyir.alias"].value for i in (2, 3)] == [2, 3]  # type: ignore[attr-defined]
 
 
@@ -93,7 +104,13 @@ def test_outputs_have_names(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "help"),
-    [("topk=0", "use topk=1"), ("topk", "use topk=8"), ("topk=-1", "use topk=1"), ("out/", "given by -o"), ("", "given by -o")],
+    [
+        ("topk=0", "use topk=1"),
+        ("topk", "use topk=8"),
+        ("topk=-1", "use topk=1"),
+        ("out/", "given by -o"),
+        ("", "given by -o"),
+    ],
 )
 def test_other_outputs_are_refused(text: str, help: str) -> None:
     with pytest.raises(TyirError, match=f"none of logits, argmax and topk=K(.|\n)*{help}"):

@@ -1,7 +1,8 @@
 """How the shapes of real models are cut over 3 and 4 dies: load balance and key/value replication.
 
-Expected: query heads contiguous and even, key/value heads replicated only where a query group crosses dies, the MLP in whole groups of 128.
-Shapes are those of the models' public config.json files; one layer each, no weights.
+Expected: query heads contiguous and even, key/value heads replicated only where a query group crosses dies,
+the MLP in whole groups of 128. Shapes are those of the models' public config.json files; one layer each, no
+weights.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ EXPECTED = {
 @pytest.mark.parametrize(("name", "dies"), EXPECTED)
 def test_cuts(name: str, dies: int) -> None:
     heads, kv_heads, dim, hidden, width = MODELS[name]
-    # Weights are only named here: build() draws none until they are read, so widths cost nothing but their types.
-    module, _ = build(Shape(1, hidden, heads, kv_heads, dim, width, vocabulary=64 * dies, bias=False), draw=False)
+    # Weights are only named here: build() draws none until they are read, so widths cost nothing but their
+    # types.
+    module, _ = build(
+        Shape(1, hidden, heads, kv_heads, dim, width, vocabulary=64 * dies, bias=False), draw=False
+    )
     run_pipeline(module, f"kv-materialize{{max-kv=8}},partition-dies{{dies={dies} strategy=split}}")
     attentions = [next(d.walk_type(CachedAttention)) for d in dies_of(module)]
     activations = [next(d.walk_type(SiluMul)) for d in dies_of(module)]

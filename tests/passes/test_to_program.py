@@ -14,17 +14,28 @@ from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
-TO_PROGRAM = "kv-materialize{max-kv=16},partition-dies{dies=3 strategy=split},specialize-seqlen{seqlens=1,4},outline-params,outline-layers"
+TO_PROGRAM = (
+    "kv-materialize{max-kv=16},partition-dies{dies=3"
+    " strategy=split},specialize-seqlen{seqlens=1,4},outline-params,outline-layers"
+)
 
 
 @pytest.mark.parametrize("quantize", ["", "quantize-weights{group-size=32},"])
 def test_chunks_over_buckets_equal_one_shot(quantize: str) -> None:
-    """11 tokens as 4 + 4 + 3 (padded) over the compiled lengths; then the printed program, read again, gives the same bits."""
+    """11 tokens as 4 + 4 + 3 (padded) over the compiled lengths; then the printed program, read again, gives
+    the same bits.
+    """
     module, weights = build(Shape(hidden=64, heads=6, kv_heads=2))
     wanted = run_ty(module, weights, IDS)
     run_pipeline(module, quantize + TO_PROGRAM)
     step = Step(module, weights)
-    got = np.concatenate([step.feed(IDS[:4], "main_s4"), step.feed(IDS[4:8], "main_s4"), step.feed(IDS[8:], "main_s4", padded=4)])
+    got = np.concatenate(
+        [
+            step.feed(IDS[:4], "main_s4"),
+            step.feed(IDS[4:8], "main_s4"),
+            step.feed(IDS[8:], "main_s4", padded=4),
+        ]
+    )
     if not quantize:
         np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted.astype(np.float32)).max())
     again = Step(parse_module(print_op(module)), weights)
@@ -48,7 +59,9 @@ def test_weights_are_shared_by_all_lengths_and_expressions_leave_the_functions()
     die = dies_of(module)[0]
     params = [p for p in die.body if isinstance(p, Param)]
     names = [str(p.sym_name) for p in params]
-    assert len(names) == len(set(names)) == 2 * 12 + 2 + 2  # 12 a layer, embedding = head, final norm, two rotary tables
+    assert (
+        len(names) == len(set(names)) == 2 * 12 + 2 + 2
+    )  # 12 a layer, embedding = head, final norm, two rotary tables
     for function in (f for f in die.body if isinstance(f, Func)):
         assert not list(function.walk_type(Slice))
         assert {g.symbol.leaf for g in function.walk_type(GetGlobal)} <= set(names)
@@ -73,7 +86,11 @@ def test_caches_stay_aliased_through_the_outlined_layer() -> None:
 def test_bad_lengths_name_the_nearest_good_list(seqlens: str, message: str, help: str) -> None:
     module, _ = build(Shape())
     with pytest.raises(TyirError, match=f"{message}(.|\n)*{help}"):
-        run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies=2 strategy=split}},specialize-seqlen{{seqlens={seqlens}}}")
+        run_pipeline(
+            module,
+            "kv-materialize{max-kv=16},partition-dies{dies=2"
+            f" strategy=split}},specialize-seqlen{{seqlens={seqlens}}}",
+        )
 
 
 def test_group_sizes_that_do_not_divide_are_all_reported() -> None:
@@ -81,5 +98,7 @@ def test_group_sizes_that_do_not_divide_are_all_reported() -> None:
     with pytest.raises(TyirError) as caught:
         run_pipeline(module, "quantize-weights{group-size=64}")
     assert sum(d.severity == "error" for d in caught.value.diagnostics) == 1
-    assert "does not divide the 96 input channels of model.layers.0.mlp.down_proj and 1 more linear\n" in str(caught.value)
+    assert "does not divide the 96 input channels of model.layers.0.mlp.down_proj and 1 more linear\n" in str(
+        caught.value
+    )
     assert "group-size=32 divides" in str(caught.value)

@@ -11,16 +11,16 @@ import numpy.typing as npt
 import pytest
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
-from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.lowering.die import lower_die
 from tyir.dialects import dist, kv, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
+from tyir.execution.storage import pack
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Value
 from tyir.location import NameLoc
-from tyir.runtime_sim.functional import FunctionalDie, run_step
-from tyir.runtime_sim.program import EdgeProgram
-from tyir.storage import pack
+from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import TensorType, f16, f32, i32, i64, ui4
 
@@ -53,7 +53,9 @@ class DieBuilder:
     def __init__(self, spec: ModelSpec, die: int, rng: np.random.Generator, shared: dict[str, Array]) -> None:
         self.spec, self.die, self.rng, self.shared = spec, die, rng, shared
         self.module = Module.empty(f"die{die}")
-        self.module.attributes = DictAttr({"tyir.die": IntegerAttr(die, i64), "tyir.stage": StringAttr("program")})
+        self.module.attributes = DictAttr(
+            {"tyir.die": IntegerAttr(die, i64), "tyir.stage": StringAttr("program")}
+        )
         self.constants: dict[str, Array] = {}
         self.types: dict[str, TensorType] = {}
 
@@ -61,7 +63,9 @@ class DieBuilder:
         key = name if shared else f"{name}@{self.die}"
         if key not in self.shared:
             self.shared[key] = (
-                (self.rng.standard_normal(shape) * scale).astype(np.float16) if self.spec.data else np.broadcast_to(np.float16(0), shape)
+                (self.rng.standard_normal(shape) * scale).astype(np.float16)
+                if self.spec.data
+                else np.broadcast_to(np.float16(0), shape)
             )
         self.constants[name], self.types[name] = self.shared[key], TensorType(shape, f16)
         return self.constants[name]
@@ -72,7 +76,10 @@ class DieBuilder:
         if s.group:
             q, scales, zeros = self.quantized(n, k)
             for suffix, value, element in (("q", q, ui4), ("scales", scales, f16), ("zeros", zeros, ui4)):
-                self.constants[f"{name}.{suffix}"], self.types[f"{name}.{suffix}"] = value, TensorType(value.shape, element)
+                self.constants[f"{name}.{suffix}"], self.types[f"{name}.{suffix}"] = (
+                    value,
+                    TensorType(value.shape, element),
+                )
                 names.append(f"{name}.{suffix}")
         else:
             self.weight(f"{name}.weight", (n, k))
@@ -82,18 +89,29 @@ class DieBuilder:
     def quantized(self, n: int, k: int) -> tuple[Array, Array, Array]:
         groups = (n, k // self.spec.group)
         if not self.spec.data:
-            return np.broadcast_to(np.uint8(0), (n, k)), np.broadcast_to(np.float16(0), groups), np.broadcast_to(np.uint8(0), groups)
+            return (
+                np.broadcast_to(np.uint8(0), (n, k)),
+                np.broadcast_to(np.float16(0), groups),
+                np.broadcast_to(np.uint8(0), groups),
+            )
         scales = (self.rng.random(groups) * 0.05 + 0.01).astype(np.float16)
-        return self.rng.integers(0, 16, (n, k)).astype(np.uint8), scales, self.rng.integers(0, 16, groups).astype(np.uint8)
+        return (
+            self.rng.integers(0, 16, (n, k)).astype(np.uint8),
+            scales,
+            self.rng.integers(0, 16, groups).astype(np.uint8),
+        )
 
-    def linear(self, x: Value, values: Sequence[Value], bias: Value | None, path: str) -> ty.Linear | ty.QuantizedLinear:
+    def linear(
+        self, x: Value, values: Sequence[Value], bias: Value | None, path: str
+    ) -> ty.Linear | ty.QuantizedLinear:
         loc = NameLoc(f"model.layers.*.{path}")
         if self.spec.group:
             q, scales, zeros = values
             return ty.QuantizedLinear(x, q, scales, zeros, bias, group_size=self.spec.group, loc=loc)
         return ty.Linear(x, values[0], bias, loc=loc)
 
-    # -- the layer -----------------------------------------------------------------------------------------------
+    # -- the layer
+    # -----------------------------------------------------------------------------------------------
     def layer_weights(self, number: int) -> list[list[str]]:
         s, p = self.spec, f"model.layers.{number}."
         q, g = s.heads * s.dim, s.kv_heads * s.dim
@@ -101,8 +119,8 @@ class DieBuilder:
         self.weight(p + "norm2", (s.hidden,), shared=True, scale=1.0)
         groups = [[p + "norm1"]]
         for name, n, k, has_bias in (
-            ("q", q, s.hidden, s.bias), ("k", g, s.hidden, s.bias), ("v", g, s.hidden, s.bias), ("o", s.hidden, q, False),
-            ("gate", s.inter, s.hidden, False), ("up", s.inter, s.hidden, False), ("down", s.hidden, s.inter, False),
+            ("q", q, s.hidden, s.bias), ("k", g, s.hidden, s.bias), ("v", g, s.hidden, s.bias), ("o", s.hidden, q, False),  # noqa: E501
+            ("gate", s.inter, s.hidden, False), ("up", s.inter, s.hidden, False), ("down", s.hidden, s.inter, False),  # noqa: E501
         ):  # fmt: skip
             names = [x for x, _ in self.linear_weights(p + name, n, k)]
             if has_bias:
@@ -115,7 +133,10 @@ class DieBuilder:
 
     def layer(self, groups: Sequence[Sequence[str]]) -> Func:
         s = self.spec
-        half, cache = TensorType((1, s.tokens, s.dim // 2), f16), TensorType((1, s.kv_heads, s.capacity, s.dim), f16)
+        half, cache = (
+            TensorType((1, s.tokens, s.dim // 2), f16),
+            TensorType((1, s.kv_heads, s.capacity, s.dim), f16),
+        )
         hidden = TensorType((1, s.tokens, s.hidden), f16)
         flat = [n for g in groups for n in g]
         types = [hidden, *(self.types[n] for n in flat), half, half, cache, cache, TensorType((1,), i32)]
@@ -129,17 +150,32 @@ class DieBuilder:
 
         def linear(value: Value, group: Sequence[Value], path: str) -> Value:
             count = 3 if s.group else 1
-            return add(self.linear(value, group[:count], group[count] if len(group) > count else None, path)).result
+            return add(
+                self.linear(value, group[:count], group[count] if len(group) > count else None, path)
+            ).result
 
         h = add(ty.RmsNorm(x, sets[0][0], eps=1e-6, loc=NameLoc("model.layers.*.input_layernorm"))).result
-        q, k, v = (linear(h, sets[i], n) for i, n in ((1, "self_attn.q_proj"), (2, "self_attn.k_proj"), (3, "self_attn.v_proj")))
-        q, k, v = (add(ty.Reshape(t, shape=(1, s.tokens, n, s.dim))).result for t, n in ((q, s.heads), (k, s.kv_heads), (v, s.kv_heads)))
+        q, k, v = (
+            linear(h, sets[i], n)
+            for i, n in ((1, "self_attn.q_proj"), (2, "self_attn.k_proj"), (3, "self_attn.v_proj"))
+        )
+        q, k, v = (
+            add(ty.Reshape(t, shape=(1, s.tokens, n, s.dim))).result
+            for t, n in ((q, s.heads), (k, s.kv_heads), (v, s.kv_heads))
+        )
         q, k = add(ty.Rope(q, cos, sin)).result, add(ty.Rope(k, cos, sin)).result
         k_new, v_new = add(kv.Append(k_cache, k, pos)).result, add(kv.Append(v_cache, v, pos)).result
         heads = ty.default_kv_heads(s.heads, s.kv_heads)
         a = add(
             kv.CachedAttention(
-                q, k_new, v_new, pos, scale=s.dim**-0.5, kv_heads=heads, window=s.window, loc=NameLoc("model.layers.*.self_attn")
+                q,
+                k_new,
+                v_new,
+                pos,
+                scale=s.dim**-0.5,
+                kv_heads=heads,
+                window=s.window,
+                loc=NameLoc("model.layers.*.self_attn"),
             )
         ).result
         a = add(ty.Reshape(a, shape=(1, s.tokens, s.heads * s.dim))).result
@@ -150,13 +186,23 @@ class DieBuilder:
         d = self.reduce(f, linear(m, sets[8], "mlp.down_proj"))
         add(Return(values=[add(ty.Add(x2, d)).result, k_new, v_new]))
         f.refresh_type()
-        f.set_res_attrs([DictAttr(), *(DictAttr({"tyir.alias": IntegerAttr(f.args.index(c), i64)}) for c in (k_cache, v_cache))])
+        f.set_res_attrs(
+            [
+                DictAttr(),
+                *(DictAttr({"tyir.alias": IntegerAttr(f.args.index(c), i64)}) for c in (k_cache, v_cache)),
+            ]
+        )
         return f
 
     def reduce(self, f: Func, value: Value) -> Value:
-        return f.body.append(dist.AllReduce(value, result_types=[value.type])).result if self.spec.dies > 1 else value
+        return (
+            f.body.append(dist.AllReduce(value, result_types=[value.type])).result
+            if self.spec.dies > 1
+            else value
+        )
 
-    # -- main ----------------------------------------------------------------------------------------------------
+    # -- main
+    # ----------------------------------------------------------------------------------------------------
     def build(self) -> Module:
         s = self.spec
         cache = TensorType((1, s.kv_heads, s.capacity, s.dim), f16)
@@ -166,7 +212,9 @@ class DieBuilder:
         ids, pos, *states = f.args
 
         def get(name: str) -> Value:
-            return f.body.append(ty.GetGlobal(symbol=SymbolRefAttr(name), result_types=[self.types[name]])).result
+            return f.body.append(
+                ty.GetGlobal(symbol=SymbolRefAttr(name), result_types=[self.types[name]])
+            ).result
 
         self.weight("embed", (s.vocab, s.hidden), shared=True, scale=1.0)
         angles = np.arange(s.capacity)[:, None] * (100.0 ** -(np.arange(s.dim // 2) / (s.dim // 2)))
@@ -195,11 +243,15 @@ class DieBuilder:
         if s.dies > 1:
             sizes = tuple(s.vocab + 16 * d for d in range(s.dies))
             logits = f.body.append(
-                dist.AllGather(logits, axis=2, sizes=sizes, result_types=[TensorType((1, s.tokens, sum(sizes)), f32)])
+                dist.AllGather(
+                    logits, axis=2, sizes=sizes, result_types=[TensorType((1, s.tokens, sum(sizes)), f32)]
+                )
             ).result
         f.body.append(Return(values=[logits, *states]))
         f.refresh_type()
-        f.set_res_attrs([DictAttr(), *(DictAttr({"tyir.alias": IntegerAttr(2 + i, i64)}) for i in range(len(states)))])
+        f.set_res_attrs(
+            [DictAttr(), *(DictAttr({"tyir.alias": IntegerAttr(2 + i, i64)}) for i in range(len(states)))]
+        )
         if layer is not None:
             self.module.body.append(layer)
         self.module.body.append(f)
@@ -215,21 +267,29 @@ class Model:
         self.builders = [DieBuilder(spec, d, rng, shared) for d in range(spec.dies)]
         self.modules = [b.build() for b in self.builders]
         self.caches = [
-            [np.zeros((1, spec.kv_heads, spec.capacity, spec.dim), np.float16) for _ in range(2 * spec.layers)] for _ in self.modules
+            [
+                np.zeros((1, spec.kv_heads, spec.capacity, spec.dim), np.float16)
+                for _ in range(2 * spec.layers)
+            ]
+            for _ in self.modules
         ]
         self.lowered = [lower_die(m, spec.tokens, self.machine) for m in self.modules]
         self.programs = [EdgeProgram(m) for m in self.lowered]
 
     def functional(self, *, check: bool = True) -> list[FunctionalDie]:
         return [
-            FunctionalDie(p, {n: pack(a, b.types[n]) for n, a in b.constants.items()}, self.machine, check=check)
+            FunctionalDie(
+                p, {n: pack(a, b.types[n]) for n, a in b.constants.items()}, self.machine, check=check
+            )
             for p, b in zip(self.programs, self.builders)
         ]
 
     def interpret(self, ids: Array, pos: int) -> Array:
         """One step of the reference; the caches advance."""
         runs = [
-            Interpreter(m, constants=b.constants).run(f"main_s{self.spec.tokens}", [ids, np.array([pos], np.int32), *c])
+            Interpreter(m, constants=b.constants).run(
+                f"main_s{self.spec.tokens}", [ids, np.array([pos], np.int32), *c]
+            )
             for m, b, c in zip(self.modules, self.builders, self.caches)
         ]
         return run_lockstep(runs)[0][0]

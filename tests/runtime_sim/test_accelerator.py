@@ -1,4 +1,6 @@
-"""Accelerator files: what is shipped loads and says where its numbers come from; what is wrong with a file is said, all of it at once."""
+"""Accelerator files: what is shipped loads and says where its numbers come from; what is wrong with a file is
+said, all of it at once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.targets.accelerator import MAX_FITTED, Accelerator, load_accelerator
+from tyir.runtime_sim.gpu.accelerator import MAX_FITTED, Accelerator, load_accelerator
 
 
 def shipped(name: str) -> str:
@@ -33,16 +35,25 @@ def test_shipped_files(name: str, peak: float) -> None:
 
 def test_like_another_machine(tmp_path: Path) -> None:
     """Only what differs is written; the rest is the other machine's and no longer fitted or published."""
-    mine = load_text('like = "h200"\n[sm]\ncount = { value = 66, label = "published", source = "half" }\n', tmp_path)
+    mine = load_text(
+        'like = "h200"\n[sm]\ncount = { value = 66, label = "published", source = "half" }\n', tmp_path
+    )
     whole = load_accelerator("h200")
     assert mine.peak_tflops == pytest.approx(whole.peak_tflops / 2)
     assert mine.launch == whole.launch and not mine.fitted
     assert mine.constants["sm.count"].label == "published"
-    assert mine.constants["launch.ramp_us"].label == "assumed" and mine.constants["launch.ramp_us"].source.startswith("as h200: ")
+    assert mine.constants["launch.ramp_us"].label == "assumed" and mine.constants[
+        "launch.ramp_us"
+    ].source.startswith("as h200: ")
     faster = load_text(
-        'like = "h200"\n[dram]\nbandwidth_gbps = { value = 3350, label = "published", source = "its data sheet" }\n', tmp_path
+        'like = "h200"\n[dram]\nbandwidth_gbps = { value = 3350, label = "published", source = "its data'
+        ' sheet" }\n',
+        tmp_path,
     )
-    assert faster.dram_bytes_per_ns == pytest.approx(3350 / 4800 * whole.dram_bytes_per_ns) and faster.sm == whole.sm
+    assert (
+        faster.dram_bytes_per_ns == pytest.approx(3350 / 4800 * whole.dram_bytes_per_ns)
+        and faster.sm == whole.sm
+    )
     assert load_accelerator("h100").sm == whole.sm
 
 
@@ -52,16 +63,30 @@ def test_like_is_checked(tmp_path: Path) -> None:
     with pytest.raises(TyirError, match="'h100' is itself like 'h200'"):
         load_text('like = "h100"\n', tmp_path)
     with pytest.raises(TyirError, match=r"sm.cont: unknown constant"):
-        load_text('like = "h200"\n[sm]\ncont = { value = 66, label = "published", source = "half" }\n', tmp_path)
+        load_text(
+            'like = "h200"\n[sm]\ncont = { value = 66, label = "published", source = "half" }\n', tmp_path
+        )
 
 
 def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
-    text = shipped("orin").replace("frequency_mhz", "frequenzy_mhz").replace("write_cost = { value = 1.0", "write_cost = { value = -1.0")
-    text = text.replace('label = "published", source = "LLMCompassPlus, Orin_hw.json"', 'label = "guess", source = "x"', 1)
+    text = (
+        shipped("orin")
+        .replace("frequency_mhz", "frequenzy_mhz")
+        .replace("write_cost = { value = 1.0", "write_cost = { value = -1.0")
+    )
+    text = text.replace(
+        'label = "published", source = "LLMCompassPlus, Orin_hw.json"', 'label = "guess", source = "x"', 1
+    )
     with pytest.raises(TyirError) as caught:
         load_text(text + "\n[nonsense]\nx = 1\n", tmp_path)
     message = caught.value.render()
-    for part in ("clock.frequenzy_mhz: unknown constant", "clock.frequency_mhz", "constant 'clock.frequency_mhz' is missing", "dram.write_cost: value -1.0 is negative", "nonsense.x"):  # fmt: skip
+    for part in (
+        "clock.frequenzy_mhz: unknown constant",
+        "clock.frequency_mhz",
+        "constant 'clock.frequency_mhz' is missing",
+        "dram.write_cost: value -1.0 is negative",
+        "nonsense.x",
+    ):
         assert part in message
 
 

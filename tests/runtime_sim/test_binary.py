@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.edge10_binary import decode, encode
+from tyir.edge10.binary import decode, encode
 from tyir.printer import print_op
-from tyir.runtime_sim.engine import simulate
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.timing.engine import simulate
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.verify import verify
 
 
@@ -28,7 +28,9 @@ def test_round_trip(make_model: Callable[..., Any], sizes: dict[str, int]) -> No
         assert encode(again) == data
         assert len(data) < len(text) // 3
     programs = [EdgeProgram(decode(encode(m))) for m in model.lowered]
-    assert simulate(programs, model.machine, 3).total_ns == simulate(model.programs, model.machine, 3).total_ns
+    assert (
+        simulate(programs, model.machine, 3).total_ns == simulate(model.programs, model.machine, 3).total_ns
+    )
 
 
 def test_what_is_refused(make_model: Callable[..., Any]) -> None:
@@ -52,5 +54,7 @@ def test_tool_goes_both_ways(make_model: Callable[..., Any], tmp_path: Path) -> 
     assert main(["--assemble", str(text), "-o", str(binary)]) == 0
     assert main([str(binary), "-o", str(again)]) == 0
     assert again.read_text() == text.read_text()
-    assert main([str(text), "-o", str(again)]) == 0 and again.read_text() == text.read_text()  # text is read too
+    assert (
+        main([str(text), "-o", str(again)]) == 0 and again.read_text() == text.read_text()
+    )  # text is read too
     assert main(["--assemble", str(text)]) == 1 and main([str(tmp_path / "none.bin")]) == 1

@@ -10,19 +10,23 @@ import numpy as np
 import pytest
 
 from tyir.dialects import edge10
-from tyir.runtime_sim.command_trace import CommandTrace
+from tyir.runtime_sim.execution.command_trace import CommandTrace
 from tyir.targets.machine import load_machine
 
 
 @pytest.mark.parametrize("dies", [1, 2])
 @pytest.mark.parametrize("group", [0, 16])
 @pytest.mark.parametrize(("tokens", "pos"), [(1, 0), (1, 13), (8, 0), (8, 13)])
-def test_program_equals_interpreter(make_model: Callable[..., Any], dies: int, group: int, tokens: int, pos: int) -> None:
+def test_program_equals_interpreter(
+    make_model: Callable[..., Any], dies: int, group: int, tokens: int, pos: int
+) -> None:
     compare(make_model(dies=dies, group=group, tokens=tokens), pos, steps=2)
 
 
 def compare(model: Any, pos: int, steps: int = 1) -> None:
-    """Both engines from the same caches: logits agree to f16 rounding (probabilities are f16 on the chip, f32 in the reference)."""
+    """Both engines from the same caches: logits agree to f16 rounding (probabilities are f16 on the chip, f32
+    in the reference).
+    """
     tokens = model.spec.tokens
     engines = model.functional()
     model.fill_caches(engines, pos)
@@ -34,9 +38,16 @@ def compare(model: Any, pos: int, steps: int = 1) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"tokens": 64, "group": 16, "hidden": 128}, {"tokens": 64, "inter": 256, "dies": 2}, {"tokens": 8, "group": 16, "window": 5}]
+    "sizes",
+    [
+        {"tokens": 64, "group": 16, "hidden": 128},
+        {"tokens": 64, "inter": 256, "dies": 2},
+        {"tokens": 8, "group": 16, "window": 5},
+    ],
 )
-def test_what_does_not_fit_sram_goes_through_dram(make_model: Callable[..., Any], sizes: dict[str, int]) -> None:
+def test_what_does_not_fit_sram_goes_through_dram(
+    make_model: Callable[..., Any], sizes: dict[str, int]
+) -> None:
     small = load_machine("edge10").with_overrides({"sram.capacity_bytes": 48 << 10})
     model = make_model(machine=small, **sizes)
     assert sizes["tokens"] == 8 or any(b.kind == "activation" for b in model.programs[0].buffers.values())
@@ -56,7 +67,9 @@ def test_blocks_of_a_long_cache(make_model: Callable[..., Any]) -> None:
 
 
 def test_padding_beyond_the_cache_is_dropped(make_model: Callable[..., Any]) -> None:
-    """The last chunk of a full cache: rows past its end are padding; what the others compute is not touched."""
+    """The last chunk of a full cache: rows past its end are padding; what the others compute is not
+    touched.
+    """
     model = make_model(tokens=8, capacity=40)
     engines = model.functional()
     model.fill_caches(engines, 35)
@@ -66,7 +79,9 @@ def test_padding_beyond_the_cache_is_dropped(make_model: Callable[..., Any]) -> 
 
 
 def test_caches_persist_and_lengths_share_them(make_model: Callable[..., Any]) -> None:
-    """A prompt of 8 tokens by the program for 8, then a token by the program for 1, against one run of 9 single tokens."""
+    """A prompt of 8 tokens by the program for 8, then a token by the program for 1, against one run of 9
+    single tokens.
+    """
     prefill, decode = make_model(tokens=8), make_model(tokens=1)
     ids = np.arange(9, dtype=np.int32)[None] * 5
     first, second = prefill.functional(), decode.functional()
@@ -79,7 +94,9 @@ def test_caches_persist_and_lengths_share_them(make_model: Callable[..., Any]) -
     np.testing.assert_allclose(chunked, single, atol=4e-3 * np.abs(single).max(), rtol=0)
 
 
-@pytest.mark.parametrize("sizes", [{"tokens": 150, "group": 16, "dies": 2}, {"tokens": 208, "inter": 512, "hidden": 128}])
+@pytest.mark.parametrize(
+    "sizes", [{"tokens": 150, "group": 16, "dies": 2}, {"tokens": 208, "inter": 512, "hidden": 128}]
+)
 @pytest.mark.parametrize("capacity", [3 << 20, 192 << 10], ids=["large SRAM", "small SRAM"])
 def test_very_many_tokens_go_through_a_layer_in_blocks_of_rows(
     make_model: Callable[..., Any], sizes: dict[str, int], capacity: int
@@ -99,8 +116,14 @@ def test_every_command_can_be_observed(make_model: Callable[..., Any]) -> None:
     model.step(dies, np.zeros((1, 1), np.int32), 0)
     lines = file.getvalue().splitlines()
     commands = model.programs[0].expand(0)
-    assert [line.partition(":")[0] for line in lines] == [f"die 0 {command.describe()}" for command in commands]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"die 0 {command.describe()}" for command in commands
+    ]
     norm = next(i for i, line in enumerate(lines) if "input_layernorm" in line and "vector" in line)
-    assert lines[norm].count("reads SRAM") == 2 and "writes SRAM" in lines[norm] and "64 float16, " in lines[norm]
+    assert (
+        lines[norm].count("reads SRAM") == 2
+        and "writes SRAM" in lines[norm]
+        and "64 float16, " in lines[norm]
+    )
     stored = next(line for line in lines if "edge10.store" in line and "@k0" in line)
     assert "reads SRAM at" in stored and "writes @k0 at 0 (" in stored

@@ -1,4 +1,6 @@
-"""A decoder layer, quantised, run by the interpreter with the reference evaluator and with compiled kernels: prefill, then tokens one by one."""
+"""A decoder layer, quantised, run by the interpreter with the reference evaluator and with compiled kernels:
+prefill, then tokens one by one.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tyir.backends.edge10.tvm_host import HostTarget, assign_kernels, build_library
+from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library
 from tyir.dialects import func, kv, ty
 from tyir.dialects.builtin import Module
+from tyir.execution.storage import pack
 from tyir.interpreter import Interpreter, evaluate_op, run_lockstep
 from tyir.ir import Value
-from tyir.runtime_sim.host_runtime import HostLibrary
-from tyir.storage import pack
+from tyir.runtime_sim.session.host_runtime import HostLibrary
 from tyir.types import TensorType, Type, f16, i32, storage_dtype, ui4
 
 Array = npt.NDArray[Any]
@@ -28,7 +30,9 @@ def t(*shape: int, e: Type = f16) -> TensorType:
 
 
 class LayerBuilder:
-    """Builds `@layer_s{s}`; the weights become arguments, in order of use, so that both lengths take the same list."""
+    """Builds `@layer_s{s}`; the weights become arguments, in order of use, so that both lengths take the same
+    list.
+    """
 
     def __init__(self, s: int) -> None:
         cache = t(1, KV_HEADS, CAPACITY, WIDTH)
@@ -44,7 +48,11 @@ class LayerBuilder:
         return out
 
     def project(self, x: Value, k: int, n: int) -> Value:
-        q, scales, zeros = self.argument(t(n, k, e=ui4)), self.argument(t(n, k // GROUP)), self.argument(t(n, k // GROUP, e=ui4))
+        q, scales, zeros = (
+            self.argument(t(n, k, e=ui4)),
+            self.argument(t(n, k // GROUP)),
+            self.argument(t(n, k // GROUP, e=ui4)),
+        )
         return self.add(ty.QuantizedLinear(x, q, scales, zeros, self.argument(t(n)), group_size=GROUP))
 
     def norm(self, x: Value) -> Value:
@@ -75,8 +83,12 @@ class LayerBuilder:
 
 def random_weights(types: Sequence[TensorType]) -> list[Array]:
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 16, x.static_shape).astype(np.uint8) if x.element is ui4
-            else (rng.standard_normal(x.static_shape) * 0.02).astype(storage_dtype(x.element)) for x in types]  # fmt: skip
+    return [
+        rng.integers(0, 16, x.static_shape).astype(np.uint8)
+        if x.element is ui4
+        else (rng.standard_normal(x.static_shape) * 0.02).astype(storage_dtype(x.element))
+        for x in types
+    ]
 
 
 def decode(module: Module, evaluator: Any, weights: Sequence[Array], tokens: Array) -> list[Array]:
@@ -102,6 +114,11 @@ def test_compiled_layer_agrees_with_the_reference(tmp_path: Path) -> None:
     weights = random_weights(types)
     tokens = np.random.default_rng(1).standard_normal((1, 20, HIDDEN)).astype(np.float16)
     expected = decode(module, evaluate_op, weights, tokens)
-    got = decode(module, HostLibrary(tmp_path / "layer.so").evaluator(), [pack(w, x) for w, x in zip(weights, types)], tokens)
+    got = decode(
+        module,
+        HostLibrary(tmp_path / "layer.so").evaluator(),
+        [pack(w, x) for w, x in zip(weights, types)],
+        tokens,
+    )
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=4e-3, atol=2e-3)

@@ -11,8 +11,8 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.printer import print_op
-from tyir.runtime_sim.functional import FunctionalDie, run_step
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import load_machine
 
 HEAD = """"builtin.module"() ({
@@ -21,18 +21,20 @@ HEAD = """"builtin.module"() ({
   "func.func"() <{function_type = () -> (), sym_name = "main_s1"}> ({
     %x = "edge10.address_of"() <{symbol = @x}> : () -> !edge10.address
     %y = "edge10.address_of"() <{symbol = @y}> : () -> !edge10.address
-"""
+"""  # noqa: E501
 TAIL = """    "func.return"() : () -> ()
   }) : () -> ()
 }) : () -> ()
 """
 LOAD = (
-    '%a = "edge10.load"(%x) <{dram_strides = array<i64: 0, 16>, offset = OFF : i64, queue = "eidma", shape = array<i64: 1, 16, 16>, '
-    "sram = 0 : i64, sram_strides = array<i64: 0, 16>}> : (!edge10.address) -> !edge10.token\n"
+    '%a = "edge10.load"(%x) <{dram_strides = array<i64: 0, 16>, offset = OFF : i64, queue = "eidma", shape ='
+    " array<i64: 1, 16, 16>, sram = 0 : i64, sram_strides = array<i64: 0, 16>}> : (!edge10.address) ->"
+    " !edge10.token\n"
 )
 STORE = (
-    '%b = "edge10.store"(%y DEP) <{dram_strides = array<i64: 0, 16>, offset = 0 : i64, shape = array<i64: 1, 16, 16>, sram = SRAM : i64, '
-    "sram_strides = array<i64: 0, 16>}> : (!edge10.address TYPE) -> !edge10.token\n"
+    '%b = "edge10.store"(%y DEP) <{dram_strides = array<i64: 0, 16>, offset = 0 : i64, shape = array<i64: 1,'
+    " 16, 16>, sram = SRAM : i64, sram_strides = array<i64: 0, 16>}> : (!edge10.address TYPE) ->"
+    " !edge10.token\n"
 )
 
 
@@ -56,25 +58,37 @@ def test_a_copy_through_sram() -> None:
 
 def test_a_missing_token_is_a_race_that_names_both_commands() -> None:
     with pytest.raises(
-        TyirError, match=r"(?s)race on bytes 0\.\.256 of SRAM.*#0 edge10.load on eidma.*writes.*#1 edge10.store on eodma.*reads"
+        TyirError,
+        match=(
+            r"(?s)race on bytes 0\.\.256 of SRAM.*#0 edge10.load on eidma.*writes.*#1 edge10.store on"
+            r" eodma.*reads"
+        ),
     ):
         run(load() + store(dep=""))
 
 
 def test_unwritten_bytes() -> None:
-    with pytest.raises(TyirError, match=r"#1 edge10\.store on eodma reads bytes 8\.\.264 of SRAM, not all of which have been written"):
+    with pytest.raises(
+        TyirError,
+        match=r"#1 edge10\.store on eodma reads bytes 8\.\.264 of SRAM, not all of which have been written",
+    ):
         run(load() + store(sram=8))
 
 
 def test_bounds() -> None:
-    with pytest.raises(TyirError, match=r"touches DRAM bytes 128\.\.384, which lie in no buffer; the nearest is @x at 0\.\.256"):
+    with pytest.raises(
+        TyirError,
+        match=r"touches DRAM bytes 128\.\.384, which lie in no buffer; the nearest is @x at 0\.\.256",
+    ):
         run(load(128) + store())
     with pytest.raises(TyirError, match="of SRAM, which has 3145728"):
         run(load() + store(sram=3145720))
 
 
 def test_tokens_of_the_lowering_matter(make_model: Callable[..., Any]) -> None:
-    """Taking any one token away from a command is noticed, unless another token or the unit's order implies it; most are needed."""
+    """Taking any one token away from a command is noticed, unless another token or the unit's order implies
+    it; most are needed.
+    """
     model = make_model(layers=1, tokens=8, group=16)
     text = print_op(model.lowered[0])
     lines = text.splitlines()
@@ -90,7 +104,9 @@ def test_tokens_of_the_lowering_matter(make_model: Callable[..., Any]) -> None:
     for number in chosen:
         changed = list(lines)
         changed[number] = _without_last_operand(lines[number])
-        die = FunctionalDie(EdgeProgram.parse("\n".join(changed)), model.functional()[0].memory.dram_images(), model.machine)
+        die = FunctionalDie(
+            EdgeProgram.parse("\n".join(changed)), model.functional()[0].memory.dram_images(), model.machine
+        )
         try:
             run_step([die], {"ids": np.zeros((1, 8), np.int32)}, 0)
         except TyirError as error:
@@ -100,5 +116,9 @@ def test_tokens_of_the_lowering_matter(make_model: Callable[..., Any]) -> None:
 
 
 def _without_last_operand(line: str) -> str:
-    line = re.sub(r"\(([^()]*)\) <\{", lambda m: f"({', '.join(m.group(1).split(', ')[:-1])}) <{{", line, count=1)
-    return re.sub(r" : \(([^()]*)\) -> ", lambda m: f" : ({', '.join(m.group(1).split(', ')[:-1])}) -> ", line, count=1)
+    line = re.sub(
+        r"\(([^()]*)\) <\{", lambda m: f"({', '.join(m.group(1).split(', ')[:-1])}) <{{", line, count=1
+    )
+    return re.sub(
+        r" : \(([^()]*)\) -> ", lambda m: f" : ({', '.join(m.group(1).split(', ')[:-1])}) -> ", line, count=1
+    )

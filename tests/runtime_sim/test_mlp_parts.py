@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tyir.backends.edge10.allocate import SramShares, sram_plan
-from tyir.backends.edge10.lower import estimated_ns, lower_die
-from tyir.backends.edge10.lower_mlp import fused_mlps
-from tyir.backends.edge10.search import CANDIDATES
+from tyir.backends.edge10.lowering.die import estimated_ns, lower_die
+from tyir.backends.edge10.lowering.mlp import fused_mlps
+from tyir.backends.edge10.lowering.search import CANDIDATES
+from tyir.backends.edge10.memory.allocate import SramShares, sram_plan
 from tyir.dialects.func import Func
-from tyir.runtime_sim.engine import simulate
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.timing.engine import simulate
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import load_machine
 
 
@@ -55,5 +55,7 @@ def test_the_estimate_is_near_the_simulation(make_model: Callable[..., Any]) -> 
     model = make_model(tokens=64, hidden=512, inter=2048, heads=8, dim=64, vocab=2048, group=64, layers=2)
     machine = model.machine.with_overrides({"sync.launch_us": 0})
     for shares in CANDIDATES:
-        simulated = simulate([EdgeProgram(lower_die(m, 64, machine, shares)) for m in model.modules], machine, 0).total_ns
+        simulated = simulate(
+            [EdgeProgram(lower_die(m, 64, machine, shares)) for m in model.modules], machine, 0
+        ).total_ns
         assert 0.5 * simulated < estimated_ns(model.modules[0], 64, machine, shares) < 1.1 * simulated

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tyir.backends.edge10.memory_plan import memory_summary
+from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.parser import parse_module
-from tyir.runtime_sim.functional import run_step
-from tyir.runtime_sim.plan_check import check_lengths, check_plan, check_programs
-from tyir.runtime_sim.program import EdgeProgram
+from tyir.runtime_sim.execution.check_accesses import check_lengths, check_plan, check_programs
+from tyir.runtime_sim.execution.functional import run_step
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import load_machine
 
 MACHINE = load_machine("edge10")
@@ -22,22 +22,30 @@ TOKEN, ADDRESS = "!edge10.token", "!edge10.address"
 
 
 def buffer(name: str, address: int, kind: str, nbytes: int = 256) -> str:
-    return f'"edge10.buffer"() <{{address = {address} : i64, kind = "{kind}", nbytes = {nbytes} : i64, sym_name = "{name}", type = tensor<{nbytes}xui8>}}> : () -> ()\n'
+    return (
+        f'"edge10.buffer"() <{{address = {address} : i64, kind = "{kind}", nbytes = {nbytes} : i64, sym_name'
+        f' = "{name}", type = tensor<{nbytes}xui8>}}> : () -> ()\n'
+    )
 
 
-def transfer(kind: str, name: str, base: str, offset: int, sram: int, deps: str = "", nbytes: int = 256) -> str:
+def transfer(
+    kind: str, name: str, base: str, offset: int, sram: int, deps: str = "", nbytes: int = 256
+) -> str:
     tokens = [f"%{d}" for d in deps.split()]
     queue = 'queue = "eidma", ' if kind == "load" else ""
     return (
-        f'%{name} = "edge10.{kind}"({", ".join([f"%{base}", *tokens])}) <{{dram_strides = array<i64: 0, 0>, offset = {offset} : i64, {queue}'
-        f"shape = array<i64: 1, 1, {nbytes}>, sram = {sram} : i64, sram_strides = array<i64: 0, 0>}}> : ({', '.join([ADDRESS, *[TOKEN] * len(tokens)])}) -> {TOKEN}\n"
+        f'%{name} = "edge10.{kind}"({", ".join([f"%{base}", *tokens])}) <{{dram_strides = array<i64: 0, 0>,'
+        f" offset = {offset} : i64, {queue}"
+        f"shape = array<i64: 1, 1, {nbytes}>, sram = {sram} : i64, sram_strides = array<i64: 0, 0>}}> :"
+        f" ({', '.join([ADDRESS, *[TOKEN] * len(tokens)])}) -> {TOKEN}\n"
     )
 
 
 def drain(name: str, acc: int, sram: int, deps: str = "") -> str:
     tokens = [f"%{d}" for d in deps.split()]
     return (
-        f'%{name} = "edge10.drain"({", ".join(tokens)}) <{{acc = {acc} : i64, acc_stride = 256 : i64, element = f32, m = array<i64: 1, 1>, n = 64 : i64, sram = {sram} : i64, '
+        f'%{name} = "edge10.drain"({", ".join(tokens)}) <{{acc = {acc} : i64, acc_stride = 256 : i64, element'
+        f" = f32, m = array<i64: 1, 1>, n = 64 : i64, sram = {sram} : i64, "
         f"sram_strides = array<i64: 256, 0>}}> : ({', '.join([TOKEN] * len(tokens))}) -> {TOKEN}\n"
     )
 
@@ -45,8 +53,10 @@ def drain(name: str, acc: int, sram: int, deps: str = "") -> str:
 def matmul(name: str, acc: int, lhs: int, deps: str = "") -> str:
     tokens = [f"%{d}" for d in deps.split()]
     return (
-        f'%{name} = "edge10.matmul"({", ".join(tokens)}) <{{acc = {acc} : i64, acc_stride = 256 : i64, k = 1 : i64, lhs = {lhs} : i64, lhs_strides = array<i64: 2, 0>, '
-        f"m = array<i64: 1, 1>, n = 64 : i64, rhs = {lhs} : i64, rhs_stride = 2 : i64}}> : ({', '.join([TOKEN] * len(tokens))}) -> {TOKEN}\n"
+        f'%{name} = "edge10.matmul"({", ".join(tokens)}) <{{acc = {acc} : i64, acc_stride = 256 : i64, k = 1'
+        f" : i64, lhs = {lhs} : i64, lhs_strides = array<i64: 2, 0>, "
+        f"m = array<i64: 1, 1>, n = 64 : i64, rhs = {lhs} : i64, rhs_stride = 2 : i64}}> :"
+        f" ({', '.join([TOKEN] * len(tokens))}) -> {TOKEN}\n"
     )
 
 
@@ -56,7 +66,10 @@ LOAD, STORE = transfer("load", "a", "x", 0, 0), transfer("store", "b", "y", 0, 0
 
 def step_of(buffers: str, body: str) -> Module:
     """A program of one function."""
-    text = f'"builtin.module"() ({{\n{buffers}"func.func"() <{{function_type = () -> (), sym_name = "main_s1"}}> ({{\n{body}"func.return"() : () -> ()\n}}) : () -> ()\n}}) : () -> ()\n'
+    text = (
+        f'"builtin.module"() ({{\n{buffers}"func.func"() <{{function_type = () -> (), sym_name = "main_s1"}}>'
+        f' ({{\n{body}"func.return"() : () -> ()\n}}) : () -> ()\n}}) : () -> ()\n'
+    )
     return parse_module(text)
 
 
@@ -67,22 +80,55 @@ def check(body: str, buffers: str = X + W + Y) -> None:
 
 def test_a_good_plan() -> None:
     check(LOAD + STORE)
-    check(transfer("load", "a", "w", 0, 0) + matmul("m", 0, 0, "a") + drain("d", 0, 512, "m") + transfer("store", "b", "y", 0, 512, "d"))
+    check(
+        transfer("load", "a", "w", 0, 0)
+        + matmul("m", 0, 0, "a")
+        + drain("d", 0, 512, "m")
+        + transfer("store", "b", "y", 0, 512, "d")
+    )
 
 
 BAD = {
-    "two buffers overlap": (LOAD, X + buffer("w", 128, "weight") + Y, r"@x at 0\.\.256 and @w at 128\.\.384 overlap"),
+    "two buffers overlap": (
+        LOAD,
+        X + buffer("w", 128, "weight") + Y,
+        r"@x at 0\.\.256 and @w at 128\.\.384 overlap",
+    ),
     "a buffer inside another": (LOAD, buffer("x", 0, "input", 8192) + W + Y, "@x at .* and @w at .* overlap"),
-    "a buffer beyond DRAM": (LOAD, X + W + buffer("y", 1 << 33, "output"), "outside the die's 8589934592 bytes"),
+    "a buffer beyond DRAM": (
+        LOAD,
+        X + W + buffer("y", 1 << 33, "output"),
+        "outside the die's 8589934592 bytes",
+    ),
     "a transfer beyond its buffer": (transfer("load", "a", "x", 128, 0), "", "lie in no buffer"),
     "SRAM beyond its end": (transfer("load", "a", "x", 0, 3145600), "", "of SRAM, which has 3145728"),
-    "accumulators beyond their end": (LOAD + matmul("m", 196500, 0, "a"), "", "of the accumulators, which has 196608"),
+    "accumulators beyond their end": (
+        LOAD + matmul("m", 196500, 0, "a"),
+        "",
+        "of the accumulators, which has 196608",
+    ),
     "bytes never written": (transfer("store", "b", "y", 0, 1024), "", "not all of which have been written"),
-    "accumulators never written": (drain("d", 1024, 0), "", "reads bytes .* of the accumulators, not all of which have been written"),
+    "accumulators never written": (
+        drain("d", 1024, 0),
+        "",
+        "reads bytes .* of the accumulators, not all of which have been written",
+    ),
     "a write to a weight": (LOAD + transfer("store", "b", "w", 0, 0, "a"), "", "which is a weight buffer"),
-    "a read that nothing orders after its write": (LOAD + transfer("store", "b", "y", 0, 0), "", "(?s)race on bytes .* of SRAM"),
-    "SRAM given out twice": (LOAD + STORE + transfer("load", "c", "w", 0, 0), "", "(?s)race on bytes .* of SRAM"),
-    "an output read back too early": (LOAD + STORE + transfer("load", "c", "y", 0, 1024), "", "(?s)race on bytes .* of DRAM buffer @y"),
+    "a read that nothing orders after its write": (
+        LOAD + transfer("store", "b", "y", 0, 0),
+        "",
+        "(?s)race on bytes .* of SRAM",
+    ),
+    "SRAM given out twice": (
+        LOAD + STORE + transfer("load", "c", "w", 0, 0),
+        "",
+        "(?s)race on bytes .* of SRAM",
+    ),
+    "an output read back too early": (
+        LOAD + STORE + transfer("load", "c", "y", 0, 1024),
+        "",
+        "(?s)race on bytes .* of DRAM buffer @y",
+    ),
 }
 
 
@@ -94,9 +140,18 @@ def test_a_bad_plan(name: str) -> None:
 
 
 SHARED = {
-    "a cache at another address": (buffer("k", 8192, "kv"), "@k is kept between steps, but lies at 4096 in one program and at 8192"),
-    "an activation over the other's cache": (buffer("y", 4000, "activation"), "@y of one program lies over @k, which another program"),
-    "a cache over the other's weight": (buffer("k2", 64, "kv"), "@k2 of one program lies over @w(.|\n)*@w of one program lies over @k2"),
+    "a cache at another address": (
+        buffer("k", 8192, "kv"),
+        "@k is kept between steps, but lies at 4096 in one program and at 8192",
+    ),
+    "an activation over the other's cache": (
+        buffer("y", 4000, "activation"),
+        "@y of one program lies over @k, which another program",
+    ),
+    "a cache over the other's weight": (
+        buffer("k2", 64, "kv"),
+        "@k2 of one program lies over @w(.|\n)*@w of one program lies over @k2",
+    ),
 }
 
 
@@ -104,7 +159,10 @@ SHARED = {
 def test_lengths_that_do_not_share(name: str) -> None:
     """Two programs of a die; each has a good plan by itself."""
     line, message = SHARED[name]
-    programs = [EdgeProgram(step_of(buffers, "")) for buffers in (buffer("w", 0, "weight") + buffer("k", 4096, "kv"), line)]
+    programs = [
+        EdgeProgram(step_of(buffers, ""))
+        for buffers in (buffer("w", 0, "weight") + buffer("k", 4096, "kv"), line)
+    ]
     with pytest.raises(TyirError, match=message):
         check_lengths({1: programs[:1], 8: programs[1:]}, MACHINE, 16)
 

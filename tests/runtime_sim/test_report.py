@@ -12,12 +12,12 @@ import pytest
 from tests.runtime_sim.test_hand_worked import MACHINE, Die
 from tyir.dialects import edge10
 from tyir.printer import print_op
-from tyir.runtime_sim.costs import layer_costs, op_costs, unit_shares
-from tyir.runtime_sim.engine import simulate
-from tyir.runtime_sim.report import Predictor
-from tyir.runtime_sim.report_text import compare_text, text_report
-from tyir.runtime_sim.summary import Summary, summarize
-from tyir.runtime_sim.trace import chrome_trace
+from tyir.runtime_sim.report.text import compare_text, text_report
+from tyir.runtime_sim.timing.costs import layer_costs, op_costs, unit_shares
+from tyir.runtime_sim.timing.engine import simulate
+from tyir.runtime_sim.timing.predictor import Predictor
+from tyir.runtime_sim.timing.summary import Summary, summarize
+from tyir.runtime_sim.timing.trace import chrome_trace
 from tyir.types import f16
 
 
@@ -96,7 +96,9 @@ def test_html_page_is_self_contained_and_costs_add_up(make_model: Callable[..., 
     assert page.count("<svg") >= 6 and "Uncalibrated" in page and "bounded by" in page
     assert "http" not in page and "<script" not in page and "nan" not in page
     timing = simulate(model.programs, model.machine, 4)
-    assert sum(c.time_ns for c in layer_costs(timing)) == pytest.approx(sum(c.time_ns for c in op_costs(timing)))
+    assert sum(c.time_ns for c in layer_costs(timing)) == pytest.approx(
+        sum(c.time_ns for c in op_costs(timing))
+    )
     assert [c.layer for c in layer_costs(timing)] == [-1, 0, 1]
 
 
@@ -117,7 +119,9 @@ def test_trace_arrows_of_a_send_lead_to_its_receivers() -> None:
         if number == 0:
             die.add(edge10.Send((), source=0, nbytes=7168, targets=(1, 2)))
         else:
-            total = die.add(edge10.AllReduce((), source=0, destination=0, nbytes=64, element=f16, dies=(1, 2)))
+            total = die.add(
+                edge10.AllReduce((), source=0, destination=0, nbytes=64, element=f16, dies=(1, 2))
+            )
             die.add(edge10.Recv((total,), destination=0, nbytes=7168, peer=0))
         programs.append(die.program())
     events = json.loads(chrome_trace(simulate(programs, MACHINE, 0)))["traceEvents"]
@@ -136,16 +140,24 @@ def test_figures_side_by_side(make_model: Callable[..., Any]) -> None:
     one, two = summary(1), summary(2)
     text = text_report(two, 3)
     assert "collectives: 5 with" in text  # two sums in each of two layers, one gather of logits
-    assert [p.tokens for p in two.ttft_by_prompt] == [1, 6, 12, 24, 39] and [p.tokens for p in two.tpot_by_position] == [0, 9, 12, 19, 39]
+    assert [p.tokens for p in two.ttft_by_prompt] == [1, 6, 12, 24, 39] and [
+        p.tokens for p in two.tpot_by_position
+    ] == [0, 9, 12, 19, 39]
     assert all(p.ms.fast < p.ms.point < p.ms.slow for p in (*two.ttft_by_prompt, *two.tpot_by_position))
-    assert two.prefill_step is not None and two.prefill_step.seqlen == 8 and "one step of 8 at position 0" in text
+    assert (
+        two.prefill_step is not None
+        and two.prefill_step.seqlen == 8
+        and "one step of 8 at position 0" in text
+    )
     shown = compare_text(one, two, 4).splitlines()
     ratio = next(line for line in shown if line.startswith("TPOT at position 12")).split()[-1]
     assert float(ratio) == pytest.approx(two.tpot_ms.point / one.tpot_ms.point, abs=6e-4)
     assert json.loads(json.dumps(two.as_json()))["decode_step"]["layers"][1]["layer"] == 0
 
 
-def test_sweep_prints_a_line_for_each_value(make_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_prints_a_line_for_each_value(
+    make_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tyir.tools.tyir_sim import main
 
     path = tmp_path / "d.edge10"

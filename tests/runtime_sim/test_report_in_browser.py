@@ -1,4 +1,6 @@
-"""The HTML report in a real browser: everything fits the window and no text is cut off or written over other text.  Skipped where there is no Chromium."""
+"""The HTML report in a real browser: everything fits the window and no text is cut off or written over other
+text.  Skipped where there is no Chromium.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from typing import Any
 
 import pytest
 
-from tyir.runtime_sim.report import Predictor
-from tyir.runtime_sim.report_html import html_report
-from tyir.runtime_sim.summary import summarize
+from tyir.runtime_sim.report.html import html_report
+from tyir.runtime_sim.timing.predictor import Predictor
+from tyir.runtime_sim.timing.summary import summarize
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
-# Appended to a copy of the page: what sticks out of the window or its drawing, and pairs of labels of one drawing that overlap.
+# Appended to a copy of the page: what sticks out of the window or its drawing, and pairs of labels of one
+# drawing that overlap.
 PROBE = """<pre id='found'></pre><script>
 const out = [], label = e => e.textContent.trim().slice(0, 40), width = document.documentElement.clientWidth;
 for (const e of document.querySelectorAll('h1,h2,h3,p,table,svg,.card')) if (e.getBoundingClientRect().right > width + 1) out.push('wide: ' + label(e));
@@ -32,7 +37,7 @@ for (const svg of document.querySelectorAll('svg')) {
   }));
 }
 document.getElementById('found').textContent = JSON.stringify({out, svgs: document.querySelectorAll('svg').length, width});
-</script>"""
+</script>"""  # noqa: E501
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to look with")
@@ -51,7 +56,9 @@ def test_nothing_is_cut_off_or_overlaps(make_model: Callable[..., Any], tmp_path
         "--window-size=1280,900",
         "--dump-dom",
     ]
-    done = subprocess.run([str(BROWSER), *arguments, page.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [str(BROWSER), *arguments, page.as_uri()], capture_output=True, text=True, timeout=120
+    )
     match = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
     assert match is not None, done.stderr[-2000:]
     found = json.loads(unescape(match[1]))

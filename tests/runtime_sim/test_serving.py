@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.runtime_sim.report import Predictor
-from tyir.runtime_sim.serving import Request, SimulatedServer, poisson, read_trace, serve, summary, text_block
+from tyir.runtime_sim.session.serving import (
+    Request,
+    SimulatedServer,
+    poisson,
+    read_trace,
+    serve,
+    summary,
+    text_block,
+)
+from tyir.runtime_sim.timing.predictor import Predictor
 
 
 @dataclass
@@ -33,27 +41,36 @@ class FixedServer:
 
 def test_two_requests_by_hand() -> None:
     first, second = serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer())
-    assert first.tokens == pytest.approx((0.1, 0.12, 0.14)) and (first.ttft, first.tpot) == pytest.approx((0.1, 0.02))
+    assert first.tokens == pytest.approx((0.1, 0.12, 0.14)) and (first.ttft, first.tpot) == pytest.approx(
+        (0.1, 0.02)
+    )
     assert (
         second.tokens == pytest.approx((0.34,)) and second.ttft == pytest.approx(0.29) and second.tpot is None
     )  # waits 90 ms for the first
-    assert serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer(), max_concurrency=1)[1].ttft == pytest.approx(0.2)
+    assert serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer(), max_concurrency=1)[
+        1
+    ].ttft == pytest.approx(0.2)
     figures = summary([first, second], {"ttft": 200})
-    assert figures["duration"] == pytest.approx(0.34) and figures["output_throughput"] == pytest.approx(4 / 0.34)
+    assert figures["duration"] == pytest.approx(0.34) and figures["output_throughput"] == pytest.approx(
+        4 / 0.34
+    )
     assert figures["request_goodput"] == pytest.approx(1 / 0.34) and figures["max_concurrent_requests"] == 2
 
 
 def test_three_requests_on_two_sequences_by_hand() -> None:
     """Prompts of 10, 20 and 5 tokens at 0, 0.05 and 0.06; outputs 4, 2 and 2.
 
-    The first prompt ends at 0.1.  The second has come meanwhile: 0.1 to 0.3 its prompt, while the first waits.  Then both get a token: 0.32, the second is done.  Now
-    the third's prompt: 0.37.  Both: 0.39, the third is done.  The first: 0.41.
+    The first prompt ends at 0.1.  The second has come meanwhile: 0.1 to 0.3 its prompt, while the first
+    waits.  Then both get a token: 0.32, the second is done.  Now the third's prompt: 0.37.  Both: 0.39, the
+    third is done.  The first: 0.41.
     """
     requests = [Request(0, 10, 4), Request(0.05, 20, 2), Request(0.06, 5, 2)]
     first, second, third = serve(requests, FixedServer(slots=2))
     assert first.tokens == pytest.approx((0.1, 0.32, 0.39, 0.41))
     assert second.tokens == pytest.approx((0.3, 0.32)) and third.tokens == pytest.approx((0.37, 0.39))
-    assert [r.sent for r in serve(requests, FixedServer(slots=2), max_concurrency=2)] == pytest.approx([0, 0.05, 0.32])
+    assert [r.sent for r in serve(requests, FixedServer(slots=2), max_concurrency=2)] == pytest.approx(
+        [0, 0.05, 0.32]
+    )
     together = serve([Request(0, 10, 2), Request(0, 30, 1)], FixedServer(slots=2))
     assert [r.tokens for r in together] == [pytest.approx((0.3, 0.32)), pytest.approx((0.3,))]
 
@@ -62,15 +79,21 @@ def test_identities() -> None:
     rng = np.random.default_rng(1)
     requests = [
         Request(float(t), int(p), int(o))
-        for t, p, o in zip(np.cumsum(rng.exponential(0.5, 40)), rng.integers(1, 60, 40), rng.integers(1, 30, 40))
+        for t, p, o in zip(
+            np.cumsum(rng.exponential(0.5, 40)), rng.integers(1, 60, 40), rng.integers(1, 30, 40)
+        )
     ]
     results = serve(requests, FixedServer())
     for r in results:
         assert (r.tpot or 0.0) * (len(r.tokens) - 1) + r.ttft == pytest.approx(r.latency)
-    weighted = sum((r.tpot or 0.0) * (len(r.tokens) - 1) for r in results) / sum(len(r.tokens) - 1 for r in results)
+    weighted = sum((r.tpot or 0.0) * (len(r.tokens) - 1) for r in results) / sum(
+        len(r.tokens) - 1 for r in results
+    )
     figures = summary(results)
     assert figures["mean_itl_ms"] == pytest.approx(weighted * 1000)
-    assert figures["total_token_throughput"] * figures["duration"] == pytest.approx(sum(r.prompt + r.output for r in requests))
+    assert figures["total_token_throughput"] * figures["duration"] == pytest.approx(
+        sum(r.prompt + r.output for r in requests)
+    )
     assert all(a.tokens[-1] <= b.tokens[0] for a, b in itertools.pairwise(results))  # one stream
 
 
@@ -91,7 +114,10 @@ def test_arrivals(tmp_path: Path) -> None:
     times = [r.arrival for r in poisson(4000, 2.0, 8, 2)]
     assert times[0] == 0 and times == sorted(times) and times[-1] / 4000 == pytest.approx(0.5, rel=0.05)
     path = tmp_path / "t.jsonl"
-    path.write_text('{"arrival": 1, "prompt_tokens": 3, "output_tokens": 2}\n\n{"arrival": 0, "prompt_tokens": 4, "output_tokens": 1}\n')
+    path.write_text(
+        '{"arrival": 1, "prompt_tokens": 3, "output_tokens": 2}\n\n{"arrival": 0, "prompt_tokens": 4,'
+        ' "output_tokens": 1}\n'
+    )
     assert read_trace(path) == [Request(0, 4, 1), Request(1, 3, 2)]
     path.write_text('{"arrival": 1}\nnonsense\n{"arrival": -1, "prompt_tokens": 3, "output_tokens": 2}\n')
     with pytest.raises(TyirError) as error:
@@ -102,7 +128,7 @@ def test_arrivals(tmp_path: Path) -> None:
 def test_block_has_the_words_of_vllm() -> None:
     text = text_block(summary(serve([Request(0, 10, 3), Request(0, 5, 2)], FixedServer())))
     for words in (
-        " Serving Benchmark Result ", "Successful requests:", "Benchmark duration (s):", "Total input tokens:", "Total generated tokens:", "Request throughput (req/s):",
-        "Output token throughput (tok/s):", "Total Token throughput (tok/s):", "Mean TTFT (ms):", "Median TPOT (ms):", "P99 ITL (ms):", "Mean E2EL (ms):",
+        " Serving Benchmark Result ", "Successful requests:", "Benchmark duration (s):", "Total input tokens:", "Total generated tokens:", "Request throughput (req/s):",  # noqa: E501
+        "Output token throughput (tok/s):", "Total Token throughput (tok/s):", "Mean TTFT (ms):", "Median TPOT (ms):", "P99 ITL (ms):", "Mean E2EL (ms):",  # noqa: E501
     ):  # fmt: skip
         assert words in text

@@ -1,4 +1,6 @@
-"""`edge10.top_k` against `ty.top_k`, its halves and their merge: in SRAM, tile by tile through DRAM, and what it costs."""
+"""`edge10.top_k` against `ty.top_k`, its halves and their merge: in SRAM, tile by tile through DRAM, and what
+it costs.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,15 @@ import numpy.typing as npt
 import pytest
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
-from tyir.backends.edge10.lower import lower_die
+from tyir.backends.edge10.lowering.die import lower_die
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
+from tyir.edge10.command_times import compute_ns, top_k_ns
 from tyir.ir import Value
-from tyir.runtime_sim.functional import FunctionalDie, run_step
-from tyir.runtime_sim.program import EdgeProgram
-from tyir.targets.command_times import compute_ns, top_k_ns
+from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
+from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import TensorType, Type, f16, f32, i64
 from tyir.verify import verify
@@ -60,7 +62,11 @@ def run(module: Module, x: Array, machine: Machine) -> dict[str, Array]:
 @pytest.mark.parametrize(("rows", "width", "k"), [(1, 3000, 8), (3, 700, 1), (37, 2100, 5), (1, 40, 40)])
 def test_equals_the_reference(machine: Machine, element: Type, rows: int, width: int, k: int) -> None:
     """Small whole numbers, so that equal values lie in different tiles."""
-    x = np.random.default_rng(rows).integers(-60, 60, (1, rows, width)).astype(np.float16 if element is f16 else np.float32)
+    x = (
+        np.random.default_rng(rows)
+        .integers(-60, 60, (1, rows, width))
+        .astype(np.float16 if element is f16 else np.float32)
+    )
     sizes = (width // 3, width - width // 3 - 2, 2)
     got = run(program(TensorType(x.shape, element), k, sizes, machine), x, machine)
     values, ids = ty.select_best((x + x).astype(np.float32), np.broadcast_to(np.arange(width), x.shape), k)
@@ -78,16 +84,24 @@ def test_values_without_order_are_the_lowest() -> None:
 
 
 def test_lists_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(TyirError, match=r"lists of 4000 tokens do not fit \d+ bytes(.|\n)*use topk=\d+ or less"):
+    with pytest.raises(
+        TyirError, match=r"lists of 4000 tokens do not fit \d+ bytes(.|\n)*use topk=\d+ or less"
+    ):
         program(TensorType((1, 1, 5000), f32), 4000, (5000,), SMALL)
 
 
 def test_time() -> None:
-    """One row of a fourth of Qwen2.5's vocabulary: compared once, about 8 (1 + ln 4752) = 76 candidates enter the list."""
+    """One row of a fourth of Qwen2.5's vocabulary: compared once, about 8 (1 + ln 4752) = 76 candidates enter
+    the list.
+    """
     assert top_k_ns(1, 38016, 8, MACHINE) == 2 * (32 + math.ceil(38016 / 256) + 76)
     assert top_k_ns(8, 38016, 8, MACHINE) == 2 * (32 + math.ceil(8 * 38016 / 256) + 2 * 76)
     assert top_k_ns(0, 38016, 8, MACHINE) == 0.0
-    commands = [op for op in program(TensorType((1, 1, 640), f32), 8, (640,), MACHINE).walk() if isinstance(op, edge10.TopK)]
+    commands = [
+        op
+        for op in program(TensorType((1, 1, 640), f32), 8, (640,), MACHINE).walk()
+        if isinstance(op, edge10.TopK)
+    ]
     assert compute_ns(commands[0], (), MACHINE) == top_k_ns(1, 640, 8, MACHINE)
 
 
@@ -98,7 +112,9 @@ def test_logits_of_many_tokens_are_ranked_as_they_are_made(machine: Machine, hal
     rng = np.random.default_rng(3)
     x, w = (rng.integers(-3, 4, shape).astype(np.float16) for shape in ((1, 40, 64), (700, 64)))
     function = Func.make("main_s40", [TensorType(x.shape, f16)], ["x"])
-    weight = function.body.append(ty.GetGlobal(symbol=SymbolRefAttr("w"), result_types=[TensorType(w.shape, f16)])).result
+    weight = function.body.append(
+        ty.GetGlobal(symbol=SymbolRefAttr("w"), result_types=[TensorType(w.shape, f16)])
+    ).result
     logits = function.body.append(ty.Linear(function.args[0], weight, element=f32)).result
     if halves:
         candidates = function.body.append(ty.TopKCandidates(logits, k=5, sizes=(200, 3, 497))).result

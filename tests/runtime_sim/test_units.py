@@ -1,10 +1,10 @@
-"""The formulas of `tyir.targets.command_times`, worked by hand (the numbers of their docstrings)."""
+"""The formulas of `tyir.edge10.command_times`, worked by hand (the numbers of their docstrings)."""
 
 from __future__ import annotations
 
 import pytest
 
-from tyir.targets.command_times import (
+from tyir.edge10.command_times import (
     Transfer,
     all_gather_ns,
     all_reduce_ns,
@@ -22,7 +22,9 @@ MACHINE = load_machine("edge10")
 
 
 def test_matmul() -> None:
-    assert matmul_ns(1, 48, 3584, MACHINE) == 960.0  # 3 blocks on 3 cubes, 448 steps of k, 32 fill; 2 ns a cycle
+    assert (
+        matmul_ns(1, 48, 3584, MACHINE) == 960.0
+    )  # 3 blocks on 3 cubes, 448 steps of k, 32 fill; 2 ns a cycle
     assert matmul_ns(16, 48, 3584, MACHINE) == 960.0  # sixteen rows cost the same as one
     assert matmul_ns(17, 48, 3584, MACHINE) == 2 * (32 + 2 * 448)
     assert matmul_ns(96, 240, 640, MACHINE) == 2 * (32 + 30 * 80)  # 6 * 15 blocks on 3 cubes

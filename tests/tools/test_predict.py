@@ -1,4 +1,6 @@
-"""`python -m tyir.tools.predict`: a step by its kernels, measured rows beside predictions, errors that say what to do."""
+"""`python -m tyir.tools.gpu.predict`: a step by its kernels, measured rows beside predictions, errors that
+say what to do.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tyir.tools.predict import main
+from tyir.tools.gpu.predict import main
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "h200"
 CONFIG = {
@@ -27,9 +29,27 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> s
 
 
 def test_kernels_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(run(capsys, "--model", "llama3-8b", "--devices", "2", "--batch", "8", "--measured-us", "3952", "--json"))
-    assert found["step_us"] == pytest.approx(32 * sum(found["layer_us"].values()) + sum(found["end_us"].values()))
-    assert found["error_percent"] == pytest.approx(100 * (found["step_us"] / 3952 - 1)) and abs(found["error_percent"]) < 5
+    found = json.loads(
+        run(
+            capsys,
+            "--model",
+            "llama3-8b",
+            "--devices",
+            "2",
+            "--batch",
+            "8",
+            "--measured-us",
+            "3952",
+            "--json",
+        )
+    )
+    assert found["step_us"] == pytest.approx(
+        32 * sum(found["layer_us"].values()) + sum(found["end_us"].values())
+    )
+    assert (
+        found["error_percent"] == pytest.approx(100 * (found["step_us"] / 3952 - 1))
+        and abs(found["error_percent"]) < 5
+    )
 
 
 def test_a_config_is_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -56,7 +76,10 @@ def test_measured_rows(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "which model?"),
         (["--model", "lama3-8b"], "did you mean 'llama3-8b'?"),
         (["--model", "llama3-8b", "--phase", "prefill"], "needs --tokens"),
-        (["--model", "llama3-8b", "--devices", "3"], "14336 intermediate cannot be split over 3 devices: 2 devices"),
+        (
+            ["--model", "llama3-8b", "--devices", "3"],
+            "14336 intermediate cannot be split over 3 devices: 2 devices",
+        ),
         (["--model", "llama3-8b", "--batch", "0", "--past", "-1"], "past = -1: must be at least 0"),
         (["--model", "absent.json"], "cannot read the model's configuration"),
         (["--rows", str(DATA / "collectives.jsonl")], "no rows of kind 'model'"),

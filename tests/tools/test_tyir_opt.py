@@ -23,8 +23,8 @@ IR = """"func.func"() <{sym_name = "f", function_type = (tensor<4xf16>) -> tenso
 }) : () -> ()
 """
 CRASH = (
-    "from dataclasses import dataclass\nfrom tyir.pipeline import Pass\n\n@dataclass(frozen=True)\nclass Crash(Pass):\n    'Crashes.'\n"
-    "    def run(self, op, context):\n        raise KeyError('boom')\n"
+    "from dataclasses import dataclass\nfrom tyir.pipeline import Pass\n\n@dataclass(frozen=True)\nclass"
+    " Crash(Pass):\n    'Crashes.'\n    def run(self, op, context):\n        raise KeyError('boom')\n"
 )
 
 
@@ -84,7 +84,10 @@ def test_output_to_a_pipe_or_through_a_link(ir: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--canonicalise"], "unknown argument '--canonicalise'\nhelp: did you mean '--canonicalize'?"),
-        (["--pass-pipeline=builtin.module(cze)"], "<pipeline>:1:16: error: there is no pass or pipeline 'cze'"),
+        (
+            ["--pass-pipeline=builtin.module(cze)"],
+            "<pipeline>:1:16: error: there is no pass or pipeline 'cze'",
+        ),
         (["--pass-pipeline=cse", "--dce"], "exclude each other"),
         (["--verify-each=maybe"], "'maybe' is neither 0 nor 1"),
         (["--run-reproducer"], "the input holds no reproducer"),
@@ -117,9 +120,10 @@ def test_unregistered_ops_need_permission(tmp_path: Path, capsys: Capture) -> No
 def test_own_dialect(tmp_path: Path, capsys: Capture) -> None:
     dialect, text = tmp_path / "mine.py", tmp_path / "in.ir"
     dialect.write_text(
-        "from __future__ import annotations\nfrom tyir.ir import Value\nfrom tyir.opdef import DeclaredOp, operand, result\nfrom tyir.traits import Pure\n"
-        "class Twice(DeclaredOp, name='mine.twice', traits=(Pure,)):\n    'x + x'\n    x: Value = operand()\n    out: Value = result()\n"
-        "    def infer(self): return self.x.type\n"
+        "from __future__ import annotations\nfrom tyir.ir import Value\nfrom tyir.opdef import DeclaredOp,"
+        " operand, result\nfrom tyir.traits import Pure\nclass Twice(DeclaredOp, name='mine.twice',"
+        " traits=(Pure,)):\n    'x + x'\n    x: Value = operand()\n    out: Value = result()\n    def"
+        " infer(self): return self.x.type\n"
     )
     text.write_text(IR.replace("ty.silu", "mine.twice"))
     assert main([str(text), f"--load-dialect={dialect}", "--cse"]) == 0
@@ -127,7 +131,19 @@ def test_own_dialect(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_print_ir_flags(ir: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert main([str(ir), "--cse", "--dce", "--print-ir-after-change", "--mlir-print-ir-after-all", "--print-ir-before=dce"]) == 0
+    assert (
+        main(
+            [
+                str(ir),
+                "--cse",
+                "--dce",
+                "--print-ir-after-change",
+                "--mlir-print-ir-after-all",
+                "--print-ir-before=dce",
+            ]
+        )
+        == 0
+    )
     err = capsys.readouterr().err
     assert "// -----// IR Dump After Cse (cse) //----- //" in err
     assert "IR Dump Before Dce (dce)" in err and "IR Dump After Dce" not in err
@@ -165,20 +181,29 @@ def test_verify_diagnostics_reports_both_ways(tmp_path: Path, capsys: Capture) -
 def test_errors_of_passes_have_lines(tmp_path: Path) -> None:
     path = tmp_path / "in.ir"
     path.write_text(
-        IR.replace("%x: tensor<4xf16>", "%x: tensor<4xf16>") + "// expected-note-re @unknown {{while running pass 'kv-materialize'}}\n"
+        IR.replace("%x: tensor<4xf16>", "%x: tensor<4xf16>")
+        + "// expected-note-re @unknown {{while running pass 'kv-materialize'}}\n"
     )
-    text = path.read_text().replace('"func.func"', '// expected-error @unknown {{max-kv is 0}}\n"func.func"', 1)
+    text = path.read_text().replace(
+        '"func.func"', '// expected-error @unknown {{max-kv is 0}}\n"func.func"', 1
+    )
     path.write_text(text)
     assert main([str(path), "--verify-diagnostics", "--kv-materialize=max-kv=0"]) == 0
 
 
-def test_internal_error_leaves_a_reproducer(ir: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error_leaves_a_reproducer(
+    ir: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "crash.py").write_text(CRASH)
     load = f"--load-pass={tmp_path / 'crash.py'}"
     assert main([str(ir), load, "--cse", "--crash"]) == 1
     err = capsys.readouterr().err
-    assert "internal error: KeyError: 'boom'" in err and "while running pass 'crash'" in err and "Traceback" not in err
+    assert (
+        "internal error: KeyError: 'boom'" in err
+        and "while running pass 'crash'" in err
+        and "Traceback" not in err
+    )
     reproducer = next(line.split()[-1] for line in err.splitlines() if line.startswith("reproducer:"))
     assert main([reproducer, load, "--run-reproducer"]) == 1
     assert "while running pass 'crash'" in capsys.readouterr().err

@@ -61,7 +61,10 @@ def test_lists_as_json(capsys: Capture) -> None:
 def test_opt_bisect_limit(ir: Path, capsys: Capture) -> None:
     assert main([str(ir), "--cse", "--dce", "--opt-bisect-limit=1"]) == 0
     err = capsys.readouterr().err.splitlines()
-    assert err == ["BISECT: running pass (1) cse on 'builtin.module'", "BISECT: NOT running pass (2) dce on 'builtin.module'"]
+    assert err == [
+        "BISECT: running pass (1) cse on 'builtin.module'",
+        "BISECT: NOT running pass (2) dce on 'builtin.module'",
+    ]
     assert main([str(ir), "--cse", "--opt-bisect-limit=0"]) == 0
     assert capsys.readouterr().out.count("ty.silu") == 2
 
@@ -73,13 +76,19 @@ def test_elided_files_are_refused(ir: Path, tmp_path: Path, capsys: Capture) -> 
     assert main([str(ir), "--mlir-elide-elementsattrs-if-larger=30"]) == 0
     assert "__elided__" not in capsys.readouterr().out
     assert main([str(elided)]) == 1
-    assert "property 'value' was left out when this file was printed (--elide-large-constants)" in capsys.readouterr().err
+    assert (
+        "property 'value' was left out when this file was printed (--elide-large-constants)"
+        in capsys.readouterr().err
+    )
     assert compile_main([str(elided), "-o", str(tmp_path / "out")]) == 1
     assert "its constants are not in it" in capsys.readouterr().err
 
 
 def test_pipeline_as_xdsl_writes_it(ir: Path, capsys: Capture) -> None:
-    assert main([str(ir), "-p", "cse,kv-materialize{max_kv=64}", "--opt-bisect-limit=1", "--dump-pass-pipeline"]) == 0
+    assert (
+        main([str(ir), "-p", "cse,kv-materialize{max_kv=64}", "--opt-bisect-limit=1", "--dump-pass-pipeline"])
+        == 0
+    )
     assert "kv-materialize{max-kv=64" in capsys.readouterr().err
 
 
@@ -95,7 +104,10 @@ def test_only_changed_ops_are_verified(ir: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cse", "--print-ir-after=css"], "there is no pass 'css' to print the IR at\nhelp: did you mean 'cse'?"),
+        (
+            ["--cse", "--print-ir-after=css"],
+            "there is no pass 'css' to print the IR at\nhelp: did you mean 'cse'?",
+        ),
         (["other.ir"], "too many inputs: "),
         (["--verify-diagnostics=some"], "invalid choice: 'some' (choose from 'all', 'only-expected')"),
     ],
@@ -106,7 +118,18 @@ def test_wrong_flags(ir: Path, capsys: Capture, arguments: list[str], message: s
 
 
 def test_flags_of_mlir_opt_that_hold_anyway(ir: Path, capsys: Capture) -> None:
-    assert main([str(ir), "-cse", "--mlir-disable-threading", "--mlir-print-local-scope", "-mlir-print-op-generic"]) == 0
+    assert (
+        main(
+            [
+                str(ir),
+                "-cse",
+                "--mlir-disable-threading",
+                "--mlir-print-local-scope",
+                "-mlir-print-op-generic",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.count("ty.silu") == 1
 
 

@@ -15,8 +15,8 @@ from tyir.interpreter import run_function
 from tyir.ir import Value
 from tyir.parser import parse_file, parse_module
 from tyir.printer import print_op
-from tyir.tools.bench_ir import decoder_text
-from tyir.tools.reduce_ir import reduce_module
+from tyir.tools.bench.ir import decoder_text
+from tyir.tools.reduce.reduce_ir import reduce_module
 from tyir.tools.tyir_reduce import main
 from tyir.verify import verify
 
@@ -29,14 +29,19 @@ func.func @main(%x: tensor<1x?x4xf32>, %unused: tensor<2xf32>) -> tensor<1x?x4xf
   %d = ty.mul %c, %x : tensor<1x?x4xf32>
   return %d : tensor<1x?x4xf32>
 }
-"""
+"""  # noqa: E501
 
 
 def test_a_model_is_reduced_to_the_op_that_matters() -> None:
     module = parse_module(decoder_text(300))
     result = reduce_module(module, lambda m: any(True for _ in m.walk_type(Attention)))
     verify(result.module)
-    assert [op.name for op in result.module.walk()] == ["builtin.module", "func.func", "ty.attention", "func.return"]
+    assert [op.name for op in result.module.walk()] == [
+        "builtin.module",
+        "func.func",
+        "ty.attention",
+        "func.return",
+    ]
     assert result.tried < 150
     assert sum(1 for _ in module.walk()) > 250, "the input was changed"
 
@@ -58,7 +63,10 @@ def _inputs_of_maker(op: Linear) -> tuple[Value, ...]:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out, script = tmp_path / "in.ir", tmp_path / "out.ir", tmp_path / "fails.py"
     path.write_text(FUNCTION)
-    script.write_text('import sys\ntext = open(sys.argv[1]).read()\nif "ty.mul" in text:\n    sys.exit("bad multiplication")\n')
+    script.write_text(
+        'import sys\ntext = open(sys.argv[1]).read()\nif "ty.mul" in text:\n    sys.exit("bad'
+        ' multiplication")\n'
+    )
     command = f"{sys.executable} {script} {{}}"
     assert main([str(path), "--command", command, "--match", "bad mul", "-o", str(out)]) == 0
     assert "ops -> 4 ops, the command ran" in capsys.readouterr().err
@@ -74,7 +82,20 @@ def test_cut_computes_what_the_whole_did(tmp_path: Path, capsys: pytest.CaptureF
     path, out, given = tmp_path / "in.ir", tmp_path / "out.ir", tmp_path / "x.npy"
     path.write_text(FUNCTION)
     np.save(given, np.linspace(-1, 1, 12, dtype=np.float32).reshape(1, 3, 4))
-    assert main([str(path), "--cut=%b..%c", f"--arg=x={given}", "--arrays", str(tmp_path / "arrays"), "-o", str(out)]) == 0
+    assert (
+        main(
+            [
+                str(path),
+                "--cut=%b..%c",
+                f"--arg=x={given}",
+                "--arrays",
+                str(tmp_path / "arrays"),
+                "-o",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert sorted(p.name for p in (tmp_path / "arrays").iterdir()) == ["in0_a.npy", "out0.npy"]
     module = parse_file(out)
     verify(module)

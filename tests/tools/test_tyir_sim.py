@@ -9,6 +9,8 @@ import pytest
 
 from tyir.tools.tyir_sim import main
 
+GPU = str(Path(__file__).parents[2] / "runtime_sim" / "gpu" / "h200.toml")
+
 PROGRAM = """"builtin.module"() <{sym_name = "die0"}> ({
   "edge10.buffer"() <{address = 0 : i64, kind = "weight", nbytes = 1048576 : i64, sym_name = "w", type = tensor<1048576xui8>}> : () -> ()
   "edge10.buffer"() <{address = 1048576 : i64, kind = "kv", nbytes = 65536 : i64, sym_name = "k", type = tensor<1x2x128x128xf16>}> : () -> ()
@@ -18,7 +20,7 @@ PROGRAM = """"builtin.module"() <{sym_name = "die0"}> ({
     "func.return"() : () -> ()
   }) : () -> ()
 }) {tyir.machine = "edge10", tyir.seqlen = 1 : i64} : () -> ()
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -31,14 +33,32 @@ def program(tmp_path: Path) -> str:
 def test_text_says_uncalibrated_and_gives_intervals(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([program, "--pos", "7"]) == 0
     out = capsys.readouterr().out
-    assert "uncalibrated" in out and "TPOT at position 7" in out and "bound by dram" in out and "ty.linear" in out
+    assert (
+        "uncalibrated" in out
+        and "TPOT at position 7" in out
+        and "bound by dram" in out
+        and "ty.linear" in out
+    )
 
 
 def test_json_and_overrides(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     figures = []
     for setting in ("dram.bandwidth_gbps=20", "dram.bandwidth_gbps=40"):
         assert (
-            main([program, "--report", "json", "--set", setting, "--set", "dram.efficiency=1", "--set", "dram.run_overhead_bytes=0"]) == 0
+            main(
+                [
+                    program,
+                    "--report",
+                    "json",
+                    "--set",
+                    setting,
+                    "--set",
+                    "dram.efficiency=1",
+                    "--set",
+                    "dram.run_overhead_bytes=0",
+                ]
+            )
+            == 0
         )
         figures.append(json.loads(capsys.readouterr().out))
     slow, fast = (f["decode_step"]["device_ms"] for f in figures)
@@ -63,7 +83,7 @@ def test_trace_is_written(program: str, tmp_path: Path, capsys: pytest.CaptureFi
         (["--prompt-tokens", "0"], "the nearest possible is 1"),
         (["--pos", "-1"], "--pos -1 is negative"),
         (["--machine", "edge11"], "known machines: "),
-        (["--machine", "h200"], "describes no die that runs command programs"),
+        (["--machine", GPU], "describes no die that runs command programs"),
         (["--machine", "mine.toml"], "cannot read the machine file mine.toml"),
         (["--set", "dram.bandwidth_gbps=-3"], "must be positive"),
         (["--sweep", "dram.bandwith=1,2"], "has no constant 'dram.bandwith'"),
@@ -74,7 +94,9 @@ def test_trace_is_written(program: str, tmp_path: Path, capsys: pytest.CaptureFi
         (["nothing"], "nothing does not exist"),
     ],
 )
-def test_refusals(program: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    program: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([program, *arguments]) == 1
     assert message in capsys.readouterr().err
 
@@ -86,17 +108,24 @@ def test_folders_without_artifacts_are_explained(tmp_path: Path, capsys: pytest.
 
 def test_check_plan(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([program, "--check-plan"]) == 0
-    assert "memory plan of 1 die, lengths 1: 2 commands replayed with an empty and a full cache" in capsys.readouterr().out
+    assert (
+        "memory plan of 1 die, lengths 1: 2 commands replayed with an empty and a full cache"
+        in capsys.readouterr().out
+    )
     Path(program).write_text(PROGRAM.replace("address = 1048576", "address = 1048000"))
     assert main([program, "--check-plan"]) == 1
     captured = capsys.readouterr()
     assert not captured.out and "buffers @w at 0..1048576 and @k at 1048000..1113536 overlap" in captured.err
 
 
-def test_a_machine_with_less_sram_than_the_program_uses(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_with_less_sram_than_the_program_uses(
+    program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The program loads a MiB; half of that cannot have been."""
     assert main([program, "--set", "sram.capacity_bytes=524288"]) == 1
     captured = capsys.readouterr()
     assert (
-        not captured.out and "use 1,048,576 bytes of SRAM, edge10 has 524,288" in captured.err and "tyir-compile --machine" in captured.err
+        not captured.out
+        and "use 1,048,576 bytes of SRAM, edge10 has 524,288" in captured.err
+        and "tyir-compile --machine" in captured.err
     )

@@ -1,4 +1,6 @@
-"""The timing engine on silicon: its machine's figures are what the programs of one unit say, and what it says of others is what was measured."""
+"""The timing engine on silicon: its machine's figures are what the programs of one unit say, and what it says
+of others is what was measured.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import numpy as np
 import pytest
 
 from tyir.targets.machine import load_machine
-from tyir.tools.engine_programs import MACHINE, all_programs
-from tyir.tools.measure_engine import main as measure
-from tyir.tools.validate_engine import derive, engine_rows, main, read_measured
+from tyir.tools.silicon.measure import main as measure
+from tyir.tools.silicon.programs import MACHINE, all_programs
+from tyir.tools.silicon.validate import derive, engine_rows, main, read_measured
 
 UNITS, WORDS = 9, 16
 
@@ -32,14 +34,18 @@ def test_every_program_was_measured() -> None:
 
 
 def test_the_machine_is_read_off_the_programs_of_one_unit() -> None:
-    """Within what one run differs from another; the file was made from an earlier run than the one that is kept."""
+    """Within what one run differs from another; the file was made from an earlier run than the one that is
+    kept.
+    """
     constants = load_machine(MACHINE).constants
     for name, (value, _) in derive(read_measured()).items():
         assert constants[name].value == pytest.approx(value, rel=0.1, abs=0.02), name
         assert constants[name].label == "derived"
 
 
-@pytest.mark.parametrize(("names", "limit"), [(of_kind("unit"), 4.0), (of_kind("stream"), 3.0), (of_kind("model", "a "), 3.0)])
+@pytest.mark.parametrize(
+    ("names", "limit"), [(of_kind("unit"), 4.0), (of_kind("stream"), 3.0), (of_kind("model", "a "), 3.0)]
+)
 def test_within_limits(names: set[str], limit: float) -> None:
     assert mean_error(names) <= limit
 
@@ -51,7 +57,9 @@ def test_all_compiled_steps() -> None:
 
 
 def test_export_holds_every_command_once_and_waits_for_earlier_ones(tmp_path: Path) -> None:
-    """The file as die.cu reads it: on every unit as many commands as the program has, each waiting only for commands that exist."""
+    """The file as die.cu reads it: on every unit as many commands as the program has, each waiting only for
+    commands that exist.
+    """
     name = "a int4 s16 at 0 on 2"
     assert measure(["--export", str(tmp_path / "p.bin"), "--only", name]) == 0
     words = np.fromfile(tmp_path / "p.bin", "<u4").tolist()
@@ -72,7 +80,9 @@ def test_export_holds_every_command_once_and_waits_for_earlier_ones(tmp_path: Pa
         assert sum(counts) == len(program.expand(0))
         for unit, wanted in enumerate(needs):
             assert (wanted <= counts).all()
-            assert (wanted[:, unit] <= np.arange(len(wanted))).all(), "a command waits for itself or for a later one of its unit"
+            assert (wanted[:, unit] <= np.arange(len(wanted))).all(), (
+                "a command waits for itself or for a later one of its unit"
+            )
     assert at == len(words)
 
 

@@ -1,7 +1,8 @@
 """mlir-opt and xdsl-opt for the tests that hold tyir's text against theirs.
 
-Where they come from: mlir-opt 19 is in Debian's and LLVM's packages (`apt-get install mlir-19-tools`), xdsl-opt in `pip install xdsl`.  They are looked for on
-PATH and beside this Python; tests that need one skip and say so where there is none.
+Where they come from: mlir-opt 19 is in Debian's and LLVM's packages (`apt-get install mlir-19-tools`),
+xdsl-opt in `pip install xdsl`.  They are looked for on PATH and beside this Python; tests that need one skip
+and say so where there is none.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ TOOLS = {
 def find_tool(name: str) -> str | None:
     """The path of a tool, or None where it is not installed."""
     folders = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    return next((path for spelling in TOOLS[name].spellings if (path := shutil.which(spelling, path=folders))), None)
+    return next(
+        (path for spelling in TOOLS[name].spellings if (path := shutil.which(spelling, path=folders))), None
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class Answer:
 
 
 def ask(name: str, texts: list[str], generic: bool) -> list[Answer]:
-    """What a tool prints for texts, in the generic form or in its own; many go in one run of it, and when it refuses some, the answers say which."""
+    """What a tool prints for texts, in the generic form or in its own; many go in one run of it, and when it
+    refuses some, the answers say which.
+    """
     flags = [TOOLS[name].locations, *([TOOLS[name].generic] if generic else [])]
     if TOOLS[name].keeps_resources:
         return _run(name, texts, flags)
@@ -71,7 +76,9 @@ def _run(name: str, texts: list[str], flags: list[str]) -> list[Answer]:
     tool = find_tool(name)
     assert tool is not None
     command = [tool, "--allow-unregistered-dialect", "--split-input-file", *flags]
-    done = subprocess.run(command, input=f"\n{SPLIT}\n".join(texts), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=f"\n{SPLIT}\n".join(texts), capture_output=True, text=True, check=False
+    )
     parts = done.stdout.split(SPLIT)
     if done.returncode == 0 and len(parts) == len(texts):
         return [Answer(part) for part in parts]
@@ -92,7 +99,14 @@ def differences(ours: Iterable[str], theirs: Iterable[Answer]) -> list[str]:
         _forget_invented(mine, other)
         a, b = _comparable(mine), _comparable(other)
         if a != b:
-            found.append("\n".join(["different:", *[f"{x}\n{y}" for x, y in zip(a.splitlines(), b.splitlines()) if x != y][:3]]))
+            found.append(
+                "\n".join(
+                    [
+                        "different:",
+                        *[f"{x}\n{y}" for x, y in zip(a.splitlines(), b.splitlines()) if x != y][:3],
+                    ]
+                )
+            )
     return found
 
 
@@ -112,4 +126,6 @@ def _comparable(module: Module) -> str:
                 value.name = None
         for value in op.results:
             value.name = None
-    return _AFFINE.sub(lambda match: match[0].replace("(", "").replace(")", ""), print_op(module))  # xDSL puts every sum into parentheses
+    return _AFFINE.sub(
+        lambda match: match[0].replace("(", "").replace(")", ""), print_op(module)
+    )  # xDSL puts every sum into parentheses

@@ -41,7 +41,11 @@ class Twice(DeclaredOp, name="folding.twice", traits=(Pure,)):
 
     def fold(self) -> Sequence[Value | Attribute] | None:
         source = self.x.op
-        return [DenseElementsAttr.from_numpy(source.value.to_numpy() * 2)] if isinstance(source, Constant) else None
+        return (
+            [DenseElementsAttr.from_numpy(source.value.to_numpy() * 2)]
+            if isinstance(source, Constant)
+            else None
+        )
 
 
 class Wrong(DeclaredOp, name="folding.wrong", traits=(Pure,)):

@@ -1,4 +1,6 @@
-"""The fast parser and the normative grammar read the same IR: from every IR file of the tests, and from random modules in both forms."""
+"""The fast parser and the normative grammar read the same IR: from every IR file of the tests, and from
+random modules in both forms.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.grammar_parser import parse_with_grammar
 from tyir.attributes import ArrayAttr, Attribute, DictAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.ir import Block, Op, Region, Value, unregistered_op
-from tyir.lark_parser import parse_with_grammar
 from tyir.location import UNKNOWN, Location
 from tyir.parser import parse_module
 from tyir.printer import print_op
@@ -45,7 +47,7 @@ def test_grammar_reads_what_is_printed() -> None:
     assert print_op(parse_with_grammar(text)) == text
 
 
-# ------------------------------------------------------------------------------------------------ random modules
+# --------------------------------------------------------------------------------------------- random modules
 
 
 @cache
@@ -59,7 +61,16 @@ def _pool() -> tuple[list[Attribute], list[Type], list[Location]]:
             except TyirError:
                 continue
             for op in module.walk():
-                found.update(dict.fromkeys([op.loc, *op.properties.values(), *op.attributes.values(), *(v.type for v in op.results)]))
+                found.update(
+                    dict.fromkeys(
+                        [
+                            op.loc,
+                            *op.properties.values(),
+                            *op.attributes.values(),
+                            *(v.type for v in op.results),
+                        ]
+                    )
+                )
     return (
         [x for x in found if not isinstance(x, Location)],
         [x for x in found if isinstance(x, Type)],
@@ -73,7 +84,9 @@ class _Random:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.attributes, self.types, self.locations = _pool()
-        self.declared = [c for d in dialect_names() for c in dialect_ops(d).values() if c is not Func and c is not Module]
+        self.declared = [
+            c for d in dialect_names() for c in dialect_ops(d).values() if c is not Func and c is not Module
+        ]
 
     def module(self) -> Module:
         module = Module.empty(self.maybe("m"))
@@ -88,20 +101,30 @@ class _Random:
             entry = region.append(Block(kinds, [self.name() for _ in kinds]))
             self.fill(entry, list(entry.args), 2)
             entry.append(Return.create())
-        entries: dict[str, Attribute] = {"sym_name": StringAttr(name), "function_type": FunctionType(tuple(kinds), tuple(self.kinds(2)))}
+        entries: dict[str, Attribute] = {
+            "sym_name": StringAttr(name),
+            "function_type": FunctionType(tuple(kinds), tuple(self.kinds(2))),
+        }
         if self.rng.random() < 0.3:
             entries["sym_visibility"] = StringAttr(self.rng.choice(["private", "public", "nested", "odd"]))
         if self.rng.random() < 0.3:
             entries["arg_attrs"] = ArrayAttr([self.dictionary() for _ in kinds])
-        return Func.create(properties=DictAttr(entries), attributes=self.dictionary(), regions=[region], loc=self.loc())
+        return Func.create(
+            properties=DictAttr(entries), attributes=self.dictionary(), regions=[region], loc=self.loc()
+        )
 
     def fill(self, block: Block, visible: list[Value], depth: int) -> None:
         for _ in range(self.rng.randint(0, 3)):
             cls: type[Op] = (
-                self.rng.choice(self.declared) if self.rng.random() < 0.7 else unregistered_op(self.rng.choice(["x.a", "x.b", "y"]))
+                self.rng.choice(self.declared)
+                if self.rng.random() < 0.7
+                else unregistered_op(self.rng.choice(["x.a", "x.b", "y"]))
             )
             outside = [] if IsolatedFromAbove in cls.traits else visible
-            regions = [self.region(outside, depth - 1) for _ in range(self.rng.choice((0, 0, 0, 1, 2)) if depth else 0)]
+            regions = [
+                self.region(outside, depth - 1)
+                for _ in range(self.rng.choice((0, 0, 0, 1, 2)) if depth else 0)
+            ]
             op = cls.create(
                 self.rng.sample(visible, min(len(visible), self.rng.randint(0, 3))),
                 self.kinds(3),
@@ -125,7 +148,12 @@ class _Random:
 
     def dictionary(self) -> DictAttr:
         count = self.rng.choice((0, 0, 0, 1, 2))
-        return DictAttr({self.rng.choice(["tyir.die", "a", "with space"]): self.rng.choice(self.attributes) for _ in range(count)})
+        return DictAttr(
+            {
+                self.rng.choice(["tyir.die", "a", "with space"]): self.rng.choice(self.attributes)
+                for _ in range(count)
+            }
+        )
 
     def kinds(self, most: int) -> list[Type]:
         return (

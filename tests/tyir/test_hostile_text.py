@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.grammar_parser import parse_with_grammar
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.lark_parser import parse_with_grammar
 from tyir.parser import parse_file, parse_module
 from tyir.printer import print_op
 from tyir.tools.tyir_opt import main
 
 HERE = Path(__file__).parent
 GENERIC = (HERE / "generic.ir").read_text(encoding="utf-8")
-SHORT = "".join(line for line in (HERE / "pretty.ir").read_text(encoding="utf-8").splitlines(keepends=True) if not line.startswith("//"))
+SHORT = "".join(
+    line
+    for line in (HERE / "pretty.ir").read_text(encoding="utf-8").splitlines(keepends=True)
+    if not line.startswith("//")
+)
 ALPHABET = '"%@#!^<>(){}[]:=,-+.0123456789abxi\n \\/'
 POSITION = re.compile(r"^<string>:\d+:\d+: error: ", re.MULTILINE)
 
@@ -195,7 +199,9 @@ def test_long_lines(line: str, size: int) -> None:
         ('%a = "x.op"(%b) : (i32) -> i32\n%b = "x.op"(%a) : (i32) -> i32', "%b"),
     ],
 )
-def test_duplicates_and_cycles(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicates_and_cycles(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "in.ir"
     path.write_text(text)
     assert main([str(path), "--allow-unregistered-dialect"]) == 1
@@ -205,7 +211,10 @@ def test_duplicates_and_cycles(text: str, message: str, tmp_path: Path, capsys: 
 
 
 def test_functions_that_call_each_other_stay() -> None:
-    text = "func.func @f() {\n  call @g() : () -> ()\n  return\n}\nfunc.func @g() {\n  call @f() : () -> ()\n  return\n}\n"
+    text = (
+        "func.func @f() {\n  call @g() : () -> ()\n  return\n}\nfunc.func @g() {\n  call @f() : () -> ()\n "
+        " return\n}\n"
+    )
     printed = _parses_or_refuses(text)
     assert printed is not None
     assert printed.count("func.call") == 2

@@ -1,7 +1,9 @@
-"""Other tools read what tyir prints, whatever pass it comes from, and tyir reads what they print: the same IR both ways.
+"""Other tools read what tyir prints, whatever pass it comes from, and tyir reads what they print: the same IR
+both ways.
 
-The texts: every part of every `.ir` file of the tests that verifies, as it is and after every pass and pipeline that accepts it; the stages of the embedded
-model, with their constants and without.  Skipped, aloud, where a tool is not installed (`tests/tyir/interop.py` says how).
+The texts: every part of every `.ir` file of the tests that verifies, as it is and after every pass and
+pipeline that accepts it; the stages of the embedded model, with their constants and without.  Skipped, aloud,
+where a tool is not installed (`tests/tyir/interop.py` says how).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import pytest
 from tests.tyir.interop import SPLIT, ask, differences, find_tool
 from tyir.diagnostics import TyirError
 from tyir.parser import parse_module
-from tyir.pass_registry import PassRegistry
+from tyir.pass_manager.registry import PassRegistry
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
 from tyir.verify import verify
@@ -44,7 +46,9 @@ def printed_by_passes() -> tuple[str, ...]:
     texts: dict[str, None] = {}
     for path in sorted(TESTS.rglob("*.ir")):
         for part in path.read_text(encoding="utf-8").split(f"\n{SPLIT}"):
-            texts.update(dict.fromkeys(text for pipeline in pipelines for text in _run(part, pipeline, registry)))
+            texts.update(
+                dict.fromkeys(text for pipeline in pipelines for text in _run(part, pipeline, registry))
+            )
     return tuple(texts)
 
 

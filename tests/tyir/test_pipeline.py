@@ -13,9 +13,9 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.ty import Silu
 from tyir.ir import Op
 from tyir.parser import parse_module
-from tyir.pass_registry import PassRegistry
+from tyir.pass_manager.registry import PassRegistry
+from tyir.pass_manager.text import parse_pipeline_text
 from tyir.pipeline import Instrument, Pass, PassContext, build_pipeline, run_pipeline
-from tyir.pipeline_text import parse_pipeline_text
 from tyir.printer import print_op
 from tyir.rewrite import Rewriter, pattern, rewrite_greedily
 
@@ -90,7 +90,9 @@ class Crash(Pass):
 
 
 def context() -> PassContext:
-    return PassContext(registry=PassRegistry({"mark": Mark, "on-functions": OnFunctions, "break": Break, "crash": Crash}))
+    return PassContext(
+        registry=PassRegistry({"mark": Mark, "on-functions": OnFunctions, "break": Break, "crash": Crash})
+    )
 
 
 def ran(text: str) -> list[str]:
@@ -138,7 +140,13 @@ def test_options(options: str, expected: Mark) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("marc", "<pipeline>:1:1: error: there is no pass or pipeline 'marc'\n1 | marc\n  | ^^^^\nhelp: did you mean 'mark'?"),
+        (
+            "marc",
+            (
+                "<pipeline>:1:1: error: there is no pass or pipeline 'marc'\n1 | marc\n  | ^^^^\nhelp: did"
+                " you mean 'mark'?"
+            ),
+        ),
         ("mark,mark{sises=1}", "<pipeline>:1:11: error: pass 'mark' has no option 'sises'"),
         ("mark{sizes=1,x}", "option 'sizes' of 'mark' takes a list of integers such as 1,8, got '1,x'"),
         ("mark{factor=fast}", "option 'factor' of 'mark' takes a number, got 'fast'"),
@@ -201,8 +209,9 @@ def test_internal_error_names_the_pass_and_reaches_instruments() -> None:
 def test_loaded_file(tmp_path: Path) -> None:
     path = tmp_path / "my_pass.py"
     path.write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom tyir.pipeline import Pass\n"
-        "@dataclass(frozen=True)\nclass Mine(Pass):\n    'Mine.'\n    size: int = 3\n    def run(self, op, context):\n        context.count('mine', self.size)\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom tyir.pipeline import"
+        " Pass\n@dataclass(frozen=True)\nclass Mine(Pass):\n    'Mine.'\n    size: int = 3\n    def run(self,"
+        " op, context):\n        context.count('mine', self.size)\n"
     )
     found = PassContext()
     assert found.registry.load_file(path) == ["my-pass"]
@@ -242,7 +251,9 @@ def test_benefit_orders_and_locations_are_carried() -> None:
         rewriter.replace(op, [rewriter.insert(Silu(op.x, attributes=done), before=op).out])
         return True
 
-    module = parse_module(SILU.replace('tensor<4xf16>\n  "func.return"', 'tensor<4xf16> loc("here")\n  "func.return"'))
+    module = parse_module(
+        SILU.replace('tensor<4xf16>\n  "func.return"', 'tensor<4xf16> loc("here")\n  "func.return"')
+    )
     assert rewrite_greedily(module, [second, first]) == 1
     assert tried == ["first", "first", "second"]
     assert '"ty.silu"(%x) {x.done} : (tensor<4xf16>) -> tensor<4xf16> loc("here")' in print_op(module)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.grammar_parser import parse_with_grammar
 from tyir.attributes import (
     ArrayAttr,
     BoolAttr,
@@ -25,24 +26,33 @@ from tyir.attributes import (
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.ir import Block, Op, Region, unregistered_op
-from tyir.lark_parser import parse_with_grammar
 from tyir.location import NameLoc
 from tyir.opdef import DeclaredOp
 from tyir.parser import parse_module
 from tyir.printer import print_op
 from tyir.registry import dialect_names, dialect_ops
-from tyir.tools.bench_ir import decoder_text
+from tyir.tools.bench.ir import decoder_text
 from tyir.tools.tyir_opt import main
 from tyir.types import FunctionType, TensorType, Type, f16, f32, f64, i32, i64
 
 TENSOR = TensorType((4,), f16)
 VALUES: dict[str, Any] = {
-    "int": IntegerAttr(-3, i64), "float": FloatAttr(float("inf"), f64), "str": StringAttr('odd "name"'), "bool": BoolAttr(True),
-    "tuple[int, ...]": DenseArrayAttr.i64([1, -1]), "Type": i32, "TensorType": TENSOR, "FunctionType": FunctionType((TENSOR,), (i32, TENSOR)),
-    "FloatType": f32, "SymbolRefAttr": SymbolRefAttr("a b", "c"), "DictAttr": DictAttr({"x y": FloatAttr(0.1, f64), "z": UnitAttr()}),
-    "ArrayAttr": ArrayAttr([IntegerAttr(7, i32), FloatAttr(2.0, f32)]), "DenseElementsAttr": DenseElementsAttr(b"\0\0", TENSOR),
-    "UnitAttr": UnitAttr(), "Attribute": IntegerAttr(1, i32),
-}  # fmt: skip
+    "int": IntegerAttr(-3, i64),
+    "float": FloatAttr(float("inf"), f64),
+    "str": StringAttr('odd "name"'),
+    "bool": BoolAttr(True),
+    "tuple[int, ...]": DenseArrayAttr.i64([1, -1]),
+    "Type": i32,
+    "TensorType": TENSOR,
+    "FunctionType": FunctionType((TENSOR,), (i32, TENSOR)),
+    "FloatType": f32,
+    "SymbolRefAttr": SymbolRefAttr("a b", "c"),
+    "DictAttr": DictAttr({"x y": FloatAttr(0.1, f64), "z": UnitAttr()}),
+    "ArrayAttr": ArrayAttr([IntegerAttr(7, i32), FloatAttr(2.0, f32)]),
+    "DenseElementsAttr": DenseElementsAttr(b"\0\0", TENSOR),
+    "UnitAttr": UnitAttr(),
+    "Attribute": IntegerAttr(1, i32),
+}
 DECLARED = [cls for dialect in dialect_names() for cls in dialect_ops(dialect).values()]
 
 
@@ -58,7 +68,10 @@ def _module(cls: type[DeclaredOp], full: bool, types: list[Type]) -> Module:
         return sum({"one": 1, "optional": int(full), "variadic": 2 * full}[f.arity] for f in fields)
 
     module = Module.empty()
-    sources = [unregistered_op("x.value").create((), [types[i % len(types)]]) for i in range(count(cls.operand_fields))]
+    sources = [
+        unregistered_op("x.value").create((), [types[i % len(types)]])
+        for i in range(count(cls.operand_fields))
+    ]
     properties = {f.name: VALUES[_kind(cls, f.name)] for f in cls.attr_fields if full or not f.optional}
     regions = [Region([Block([TENSOR] if full else [])]) for _ in cls.region_fields]
     op = cls.create(
@@ -82,7 +95,9 @@ def _kind(cls: type[DeclaredOp], name: str) -> str:
 def test_every_declared_op_round_trips(cls: type[DeclaredOp]) -> None:
     for module in _variants(cls):
         text, generic = print_op(module, pretty=True), print_op(module)
-        assert f'"{cls.name}"' not in text or cls in (Func, Module), "not in the short form"  # which have a form of their own: pretty.ir
+        assert f'"{cls.name}"' not in text or cls in (Func, Module), (
+            "not in the short form"
+        )  # which have a form of their own: pretty.ir
         assert print_op(parse_module(text)) == generic
         assert print_op(parse_with_grammar(text)) == generic
 

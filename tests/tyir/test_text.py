@@ -9,18 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.grammar_parser import parse_with_grammar
 from tyir import attributes as a
 from tyir import location as l
 from tyir import types as t
-from tyir.attribute_parser import parse_attribute_text, parse_type_text
 from tyir.attributes import Attribute, DictAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.ir import Block, Op, Region, Value, unregistered_op
-from tyir.lark_parser import parse_with_grammar
 from tyir.parser import parse_file, parse_module
 from tyir.printer import attribute_text, print_op
+from tyir.text.attribute_parser import parse_attribute_text, parse_type_text
 from tyir.verify import verify
 
 GENERIC = (Path(__file__).parent / "generic.ir").read_text(encoding="utf-8")
@@ -30,7 +30,9 @@ SMALL = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_$.]{0,6}", fullmatch=True)
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
-float_types = st.sampled_from([t.FloatType(n) for n in ("f16", "bf16", "f32", "f64", "tf32", "f8E4M3FN", "f8E5M2")])
+float_types = st.sampled_from(
+    [t.FloatType(n) for n in ("f16", "bf16", "f32", "f64", "tf32", "f8E4M3FN", "f8E5M2")]
+)
 integer_types = st.builds(t.IntegerType, st.integers(1, 64), st.sampled_from(["", "s", "u"]))
 scalar_types = st.one_of(float_types, integer_types, st.just(t.index))
 
@@ -87,7 +89,11 @@ def _one(element: t.FloatType) -> bytes:
 
 
 locations = st.recursive(
-    st.one_of(st.just(l.UNKNOWN), st.builds(l.FileLoc, texts, st.integers(0, 999), st.integers(0, 99)), st.builds(l.NameLoc, texts)),
+    st.one_of(
+        st.just(l.UNKNOWN),
+        st.builds(l.FileLoc, texts, st.integers(0, 999), st.integers(0, 99)),
+        st.builds(l.NameLoc, texts),
+    ),
     lambda inner: st.one_of(
         st.builds(l.NameLoc, texts, inner),
         st.lists(inner, min_size=1, max_size=3).map(lambda p: l.FusedLoc(tuple(p))),
@@ -96,16 +102,29 @@ locations = st.recursive(
     max_leaves=4,
 )
 leaves = st.one_of(
-    st.booleans().map(a.BoolAttr), st.just(a.UnitAttr()), integers(), floats(), texts.map(a.StringAttr), types, dense(), locations,
+    st.booleans().map(a.BoolAttr),
+    st.just(a.UnitAttr()),
+    integers(),
+    floats(),
+    texts.map(a.StringAttr),
+    types,
+    dense(),
+    locations,
     st.lists(st.one_of(names, texts), min_size=1, max_size=3).map(lambda p: a.SymbolRefAttr(*p)),
     st.lists(st.integers(-5, 5), max_size=3).map(a.DenseArrayAttr.i64),
-    st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(lambda v: a.DenseArrayAttr(t.FloatType("f32"), v)),
+    st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(
+        lambda v: a.DenseArrayAttr(t.FloatType("f32"), v)
+    ),
     names.map(lambda n: a.OpaqueAttr("x." + n, "<{a} : [b]>")),
     st.builds(a.DenseResourceAttr, names, types),
-)  # fmt: skip
+)
 keys = st.one_of(names, texts)
 attributes = st.recursive(
-    leaves, lambda i: st.one_of(st.lists(i, max_size=3).map(a.ArrayAttr), st.dictionaries(keys, i, max_size=3).map(DictAttr)), max_leaves=6
+    leaves,
+    lambda i: st.one_of(
+        st.lists(i, max_size=3).map(a.ArrayAttr), st.dictionaries(keys, i, max_size=3).map(DictAttr)
+    ),
+    max_leaves=6,
 )
 dictionaries = st.dictionaries(keys, attributes, max_size=3).map(DictAttr)
 
@@ -117,7 +136,12 @@ def modules(draw: st.DrawFn) -> Module:
     _fill(draw, entry, list(entry.args), 2)
     entry.append(Return.create())
     function = Func.create(
-        properties=DictAttr({"sym_name": a.StringAttr("f"), "function_type": t.FunctionType(tuple(v.type for v in entry.args), ())}),
+        properties=DictAttr(
+            {
+                "sym_name": a.StringAttr("f"),
+                "function_type": t.FunctionType(tuple(v.type for v in entry.args), ()),
+            }
+        ),
         regions=[Region([entry])],
     )
     module = Module.empty()
@@ -134,9 +158,14 @@ def _fill(draw: st.DrawFn, block: Block, visible: list[Value], depth: int) -> No
             regions.append(Region([inner]))
         op = unregistered_op("x." + draw(names)).create(
             draw(st.lists(st.sampled_from(visible), max_size=2)) if visible else (),
-            draw(st.lists(types, max_size=2)), draw(dictionaries), draw(dictionaries), regions, (), draw(locations),
+            draw(st.lists(types, max_size=2)),
+            draw(dictionaries),
+            draw(dictionaries),
+            regions,
+            (),
+            draw(locations),
             draw(st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "arg0", "a_0"])), max_size=2)),
-        )  # fmt: skip
+        )
         block.append(op)
         visible = [*visible, *op.results]
 
@@ -159,7 +188,15 @@ def test_type_round_trip(type: t.Type) -> None:
 def _facts(op: Op) -> list[tuple[object, ...]]:
     """Structure: classes, properties, attributes, locations, types and region counts, op by op."""
     return [
-        (o.name, o.properties, o.attributes, o.loc, [v.type for v in o.operands], [v.type for v in o.results], len(o.regions))
+        (
+            o.name,
+            o.properties,
+            o.attributes,
+            o.loc,
+            [v.type for v in o.operands],
+            [v.type for v in o.results],
+            len(o.regions),
+        )
         for o in op.walk()
     ]
 
@@ -186,7 +223,9 @@ def _both_parsers_read(module: Module, generic: str) -> None:
 def test_floats_of_every_width(name: str) -> None:
     kind = t.FloatType(name)
     rng = random.Random(0)
-    for bits in [rng.getrandbits(kind.width) for _ in range(500)] + list(range(256 if kind.width == 8 else 0)):
+    for bits in [rng.getrandbits(kind.width) for _ in range(500)] + list(
+        range(256 if kind.width == 8 else 0)
+    ):
         attribute = parse_attribute_text(f"0x{bits:X} : {name}")
         assert parse_attribute_text(str(attribute)) is attribute, hex(bits)
 

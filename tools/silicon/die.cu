@@ -7,7 +7,7 @@
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a tools/silicon/die.cu -o die && ./die programs.bin > measured.jsonl
 //
-// programs.bin is written by `python -m tyir.tools.measure_engine --export` and holds, in 32-bit little-endian words: 0x79746469, the number of programs; for each: the
+// programs.bin is written by `python -m tyir.tools.silicon.measure --export` and holds, in 32-bit little-endian words: 0x79746469, the number of programs; for each: the
 // length of its name in bytes, the name (padded to words), dies, outstanding, bytes of a die's DRAM (low, high); for each die and each of 9 units: the number of its
 // commands, and the commands of 16 words each:
 //     0..8   how many commands of each unit must be done          9, 10, 11  the command's sizes (see the units below)

@@ -1,11 +1,14 @@
-"""`aten`: PyTorch's operators as `torch.export` leaves them, one op per node of the exported graph; `raise-aten` turns them into `ty`.
+"""`aten`: PyTorch's operators as `torch.export` leaves them, one op per node of the exported graph;
+`raise-aten` turns them into `ty`.
 
-Only what causal language models contain is declared: the front end's table (`frontends/aten_table.py`) maps graph nodes
-to these classes and reports every node it has no row for.  Names are PyTorch's operator names without the overload; where an overload takes a
-number in place of a tensor, the number is the property `scalar`.
+Only what causal language models contain is declared: the front end's table (`frontends/aten_table.py`) maps
+graph nodes to these classes and reports every node it has no row for.  Names are PyTorch's operator names
+without the overload; where an overload takes a number in place of a tensor, the number is the property
+`scalar`.
 
-Result types come from the exported graph.  `evaluate` follows PyTorch on the CPU: element-wise ops round to the result's element type after every op
-(that is how half precision models behave), products and sums accumulate in f32.
+Result types come from the exported graph.  `evaluate` follows PyTorch on the CPU: element-wise ops round to
+the result's element type after every op (that is how half precision models behave), products and sums
+accumulate in f32.
 """
 
 from __future__ import annotations
@@ -23,9 +26,29 @@ from tyir.traits import Pure
 from tyir.types import FloatType, TensorType, Type
 
 __all__ = [
-    "Add", "Cat", "Cos", "Div", "Embedding", "Expand", "Linear", "Mean", "Mul", "Neg", "Pow", "RepeatInterleave", "Reshape", "Rsqrt", "Silu", "Sin", "Slice", "Stack", "To",
-    "Transpose", "Unsqueeze", "View",
-]  # fmt: skip
+    "Add",
+    "Cat",
+    "Cos",
+    "Div",
+    "Embedding",
+    "Expand",
+    "Linear",
+    "Mean",
+    "Mul",
+    "Neg",
+    "Pow",
+    "RepeatInterleave",
+    "Reshape",
+    "Rsqrt",
+    "Silu",
+    "Sin",
+    "Slice",
+    "Stack",
+    "To",
+    "Transpose",
+    "Unsqueeze",
+    "View",
+]
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +62,7 @@ def _wide(array: Array) -> Array:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-# ---------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------------- arithmetic
 
 
 class Add(DeclaredOp, name="aten.add", traits=(Pure,)):
@@ -168,7 +191,9 @@ class To(DeclaredOp, name="aten.to", traits=(Pure,)):
 
     def evaluate(self, x: Array) -> Array:
         source = tensor_type(self.x).element
-        return as_type(bf16_to_f32(x) if isinstance(source, FloatType) and source.name == "bf16" else x, self.element)
+        return as_type(
+            bf16_to_f32(x) if isinstance(source, FloatType) and source.name == "bf16" else x, self.element
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- layers
@@ -202,7 +227,9 @@ class Linear(DeclaredOp, name="aten.linear", traits=(Pure,)):
 
 
 def _target_shape(x: Array, shape: tuple[int, ...], out: TensorType) -> tuple[int, ...]:
-    """`shape` with the result's static dimensions filled in; at most one entry stays -1 for the dynamic dimension."""
+    """`shape` with the result's static dimensions filled in; at most one entry stays -1 for the dynamic
+    dimension.
+    """
     return tuple(-1 if d is None else d for d in out.dims) if -1 in shape else shape
 
 
@@ -269,7 +296,9 @@ class Transpose(DeclaredOp, name="aten.transpose", traits=(Pure,)):
 
 
 class Slice(DeclaredOp, name="aten.slice", traits=(Pure,)):
-    """Every `step`-th of the entries `start`..`end` (exclusive, clamped; 2**63-1 means the end) along `dim`."""
+    """Every `step`-th of the entries `start`..`end` (exclusive, clamped; 2**63-1 means the end) along
+    `dim`.
+    """
 
     x: Value = operand()
     _: KW_ONLY

@@ -13,10 +13,13 @@ from tyir.traits import IsolatedFromAbove, NoTerminator, Pure, Symbol, SymbolTab
 __all__ = ["Module", "UnrealizedConversionCast"]
 
 
-class Module(DeclaredOp, name="builtin.module", traits=(IsolatedFromAbove, NoTerminator, Symbol, SymbolTable)):
+class Module(
+    DeclaredOp, name="builtin.module", traits=(IsolatedFromAbove, NoTerminator, Symbol, SymbolTable)
+):
     """A list of functions, globals and nested modules.  The outermost op of every file.
 
-    `resources` holds the blobs of the file's `{-# ... #-}` section by key: alignment and raw little-endian bytes.
+    `resources` holds the blobs of the file's `{-# ... #-}` section by key: alignment and raw little-endian
+    bytes.
     """
 
     __slots__ = ("resources",)
@@ -30,7 +33,9 @@ class Module(DeclaredOp, name="builtin.module", traits=(IsolatedFromAbove, NoTer
         self._start_resources()
         return self
 
-    def _start_resources(self) -> None:  # a method, so that type checkers do not take the slot for a field of the constructor
+    def _start_resources(
+        self,
+    ) -> None:  # a method, so that type checkers do not take the slot for a field of the constructor
         self.resources: dict[str, tuple[int, bytes]] = {}
 
     @classmethod

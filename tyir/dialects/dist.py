@@ -1,7 +1,9 @@
-"""`dist`: what dies do together.  Dies that take part in the same collectives hold them in the same order; how they meet is `tyir.lockstep`.
+"""`dist`: what dies do together.  Dies that take part in the same collectives hold them in the same order;
+how they meet is `tyir.execution.lockstep`.
 
-After `partition-dies` the file holds one `sdy.mesh` and one module `@die{i}` per die.  `dies` of a collective are those that take part, without it all do; the
-dies of a pipeline stage meet among themselves, and hand the residual stream on with `dist.send` and `dist.recv`.
+After `partition-dies` the file holds one `sdy.mesh` and one module `@die{i}` per die.  `dies` of a collective
+are those that take part, without it all do; the dies of a pipeline stage meet among themselves, and hand the
+residual stream on with `dist.send` and `dist.recv`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ Array = npt.NDArray[Any]
 
 
 class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
-    """The sum of all dies' operands, on every die: added in f32 in die order, rounded once, so that every die gets the same bits.
+    """The sum of all dies' operands, on every die: added in f32 in die order, rounded once, so that every die
+    gets the same bits.
 
-    A die that has nothing to add (more dies than heads) takes part without an operand.  On a mesh of two levels `group` neighbouring dies share a package: what
-    travels between the packages is then a part of the sum for each of them.
+    A die that has nothing to add (more dies than heads) takes part without an operand.  On a mesh of two
+    levels `group` neighbouring dies share a package: what travels between the packages is then a part of the
+    sum for each of them.
     """
 
     x: Value | None = optional_operand(default=None)
@@ -51,9 +55,11 @@ class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
 
 
 class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
-    """All dies' operands joined along `axis`, in die order; `sizes` are the lengths of those that take part, which may differ.
+    """All dies' operands joined along `axis`, in die order; `sizes` are the lengths of those that take part,
+    which may differ.
 
-    A die whose length is 0 takes part without an operand.  Until localize-dies the operand has its global shape.
+    A die whose length is 0 takes part without an operand.  Until localize-dies the operand has its global
+    shape.
     """
 
     x: Value | None = optional_operand(default=None)
@@ -66,7 +72,10 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
     def verify(self) -> Iterator[str]:
         out = tensor_type(self.out)
         if out.dims[self.axis] != sum(self.sizes):
-            yield f"sizes {list(self.sizes)} add up to {sum(self.sizes)}, the result {out} has {out.dims[self.axis]} along axis {self.axis}"
+            yield (
+                f"sizes {list(self.sizes)} add up to {sum(self.sizes)}, the result {out} has"
+                f" {out.dims[self.axis]} along axis {self.axis}"
+            )
         elif self.x is not None and tensor_type(self.x).dims[self.axis] not in (*self.sizes, sum(self.sizes)):
             yield f"operand {self.x.type} has none of the sizes {list(self.sizes)} along axis {self.axis}"
 
@@ -76,10 +85,12 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
 
 
 class CollectivePermute(DeclaredOp, name="dist.collective_permute", traits=(Collective,)):
-    """A value goes from each source to its target: `pairs` are source, target, source, target, ...; a die that has it already keeps it.
+    """A value goes from each source to its target: `pairs` are source, target, source, target, ...; a die
+    that has it already keeps it.
 
-    As `stablehlo.collective_permute`, except that a source may have several targets.  Exists from insert-collectives to localize-dies, which makes a
-    `dist.send` of it on the sources and a `dist.recv` on the targets.
+    As `stablehlo.collective_permute`, except that a source may have several targets.  Exists from
+    insert-collectives to localize-dies, which makes a `dist.send` of it on the sources and a `dist.recv` on
+    the targets.
     """
 
     x: Value = operand()
@@ -102,7 +113,10 @@ class CollectivePermute(DeclaredOp, name="dist.collective_permute", traits=(Coll
 
 
 class Send(DeclaredOp, name="dist.send", traits=(Collective,)):
-    """Hands `x` to the `targets`, which take it with a `dist.recv` of the same `tag`.  Does not wait for them."""
+    """Hands `x` to the `targets`, which take it with a `dist.recv` of the same `tag`.
+
+    Does not wait for them.
+    """
 
     x: Value = operand()
     _: KW_ONLY

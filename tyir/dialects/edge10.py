@@ -1,14 +1,17 @@
 """`edge10`: the command program of one die, what the backend emits and both simulator engines read.
 
-Memories: DRAM (byte addresses in `edge10.buffer`s), SRAM (byte offsets in the on-chip data memory), accumulators (byte offsets, f32).
-A command runs on one unit.  Each unit executes its commands in program order and completes them in order; commands of different units are
-ordered only by tokens: every command yields a `!edge10.token` and waits for the tokens among its operands.
+Memories: DRAM (byte addresses in `edge10.buffer`s), SRAM (byte offsets in the on-chip data memory),
+accumulators (byte offsets, f32). A command runs on one unit.  Each unit executes its commands in program
+order and completes them in order; commands of different units are ordered only by tokens: every command
+yields a `!edge10.token` and waits for the tokens among its operands.
 
-Units: `ewdma` (weights), `eidma` (features), `ebdma` (scales, biases, small vectors) read DRAM; `eodma` writes it; `dequant`; `cube` (the matrix
-units together); `drain` (accumulators to SRAM); `vector` (the vector units together); `d2d` (die to die).
+Units: `ewdma` (weights), `eidma` (features), `ebdma` (scales, biases, small vectors) read DRAM; `eodma`
+writes it; `dequant`; `cube` (the matrix units together); `drain` (accumulators to SRAM); `vector` (the vector
+units together); `d2d` (die to die).
 
-Operands of a command, told apart by type: addresses (`!edge10.address`), then scalars (`i64`) that replace the sizes given as -1 in the order of the
-properties, then tokens.  Scalars are the command processor's registers and cost nothing.  A command with a size of 0 does nothing but wait.
+Operands of a command, told apart by type: addresses (`!edge10.address`), then scalars (`i64`) that replace
+the sizes given as -1 in the order of the properties, then tokens.  Scalars are the command processor's
+registers and cost nothing.  A command with a size of 0 does nothing but wait.
 """
 
 from __future__ import annotations
@@ -24,9 +27,39 @@ from tyir.traits import Collective, Pure, Symbol, Terminator
 from tyir.types import OpaqueType, TensorType, Type, i64
 
 __all__ = [
-    "ADDRESS", "COLLECTIVES", "DMA_UNITS", "DYNAMIC", "TOKEN", "UNITS", "AddressOf", "Affine", "AllGather", "AllReduce", "Buffer", "Dequant", "DequantRows", "Drain", "For", "Gather", "Join",
-    "Load", "Matmul", "Offset", "Recv", "Register", "Send", "SoftmaxBlock", "Store", "TopK", "VectorOp", "Yield", "dynamic_sizes", "is_command", "unit_of", "unit_of_class",
-]  # fmt: skip
+    "ADDRESS",
+    "COLLECTIVES",
+    "DMA_UNITS",
+    "DYNAMIC",
+    "TOKEN",
+    "UNITS",
+    "AddressOf",
+    "Affine",
+    "AllGather",
+    "AllReduce",
+    "Buffer",
+    "Dequant",
+    "DequantRows",
+    "Drain",
+    "For",
+    "Gather",
+    "Join",
+    "Load",
+    "Matmul",
+    "Offset",
+    "Recv",
+    "Register",
+    "Send",
+    "SoftmaxBlock",
+    "Store",
+    "TopK",
+    "VectorOp",
+    "Yield",
+    "dynamic_sizes",
+    "is_command",
+    "unit_of",
+    "unit_of_class",
+]
 
 TOKEN: Final = OpaqueType("edge10.token")
 ADDRESS: Final = OpaqueType("edge10.address")
@@ -56,11 +89,14 @@ VECTOR_FUNCTIONS: Final = {
 ELEMENTWISE_FUNCTIONS: Final = ("add", "mul", "scale", "silu", "silu_mul", "cast", "copy")
 
 
-# ---------------------------------------------------------------------------------------------------- storage and scalars
+# ---------------------------------------------------------------------------------------- storage and scalars
 
 
 class Buffer(DeclaredOp, name="edge10.buffer", traits=(Symbol,)):
-    """`nbytes` of DRAM at `address` holding a tensor.  `kind` says who writes it: weight and input the host, kv and activation the program."""
+    """`nbytes` of DRAM at `address` holding a tensor.
+
+    `kind` says who writes it: weight and input the host, kv and activation the program.
+    """
 
     _: KW_ONLY
     sym_name: str = attr()
@@ -99,7 +135,9 @@ class Offset(DeclaredOp, name="edge10.offset", traits=(Pure,)):
 
 
 class Register(DeclaredOp, name="edge10.register", traits=(Pure,)):
-    """A register set by the host before the step; `pos` is the number of tokens already in the cache of a sequence, one register for each of a batch."""
+    """A register set by the host before the step; `pos` is the number of tokens already in the cache of a
+    sequence, one register for each of a batch.
+    """
 
     _: KW_ONLY
     register: str = attr(choices=("pos",))
@@ -111,7 +149,9 @@ class Register(DeclaredOp, name="edge10.register", traits=(Pure,)):
 
 
 class Affine(DeclaredOp, name="edge10.affine", traits=(Pure,)):
-    """min(max(floor((sum_i coefficients[i] * inputs[i] + constant) / divisor), low), high); without `high` there is no upper bound."""
+    """min(max(floor((sum_i coefficients[i] * inputs[i] + constant) / divisor), low), high); without `high`
+    there is no upper bound.
+    """
 
     inputs: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
@@ -143,10 +183,11 @@ class Join(DeclaredOp, name="edge10.join", traits=(Pure,)):
 
 
 class For(DeclaredOp, name="edge10.for"):
-    """The body once for each i64 from `bounds[0]` up to, not including, `bounds[1]`; tokens are carried from one turn to the next.
+    """The body once for each i64 from `bounds[0]` up to, not including, `bounds[1]`; tokens are carried
+    from one turn to the next.
 
     %t = "edge10.for"(%low, %high, %t0) ({^bb0(%i: i64, %carried: !edge10.token): ... "edge10.yield"(%next)}) : (i64, i64, !edge10.token) -> !edge10.token
-    """
+    """  # noqa: E501
 
     args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
@@ -157,7 +198,9 @@ class For(DeclaredOp, name="edge10.for"):
         types = [v.type for v in self.operands]
         if types[:2] != [i64, i64] or any(t is not TOKEN for t in types[2:]):
             yield "takes two i64 bounds and then tokens"
-        elif [a.type for a in self.body.args] != [i64, *types[2:]] or [r.type for r in self.results] != types[2:]:
+        elif [a.type for a in self.body.args] != [i64, *types[2:]] or [r.type for r in self.results] != types[
+            2:
+        ]:
             yield "body arguments must be an i64 and the carried tokens, the results those tokens"
 
 
@@ -167,11 +210,13 @@ class Yield(DeclaredOp, name="edge10.yield", traits=(Terminator,)):
     tokens: tuple[Value, ...] = variadic_operand(default=())
 
 
-# ---------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 
 
 class Load(DeclaredOp, name="edge10.load"):
-    """DRAM to SRAM: `shape` is [planes, rows, bytes of a row]; strides are [between planes, between rows] in bytes on each side."""
+    """DRAM to SRAM: `shape` is [planes, rows, bytes of a row]; strides are [between planes, between rows] in
+    bytes on each side.
+    """
 
     args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
@@ -214,8 +259,8 @@ class Store(DeclaredOp, name="edge10.store"):
 class Gather(DeclaredOp, name="edge10.gather"):
     """Rows of a DRAM table to consecutive rows in SRAM.
 
-    index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index = "position": table[min(pos + first + r, last)], `pos` being
-    that of `sequence`.
+    index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index =
+    "position": table[min(pos + first + r, last)], `pos` being that of `sequence`.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -239,9 +284,11 @@ class Gather(DeclaredOp, name="edge10.gather"):
 
 
 class Dequant(DeclaredOp, name="edge10.dequant"):
-    """4-bit weights to f16 in SRAM: out[i, j] = f16((q[i, j] - zero) * scale) by groups of columns, out [n, k] contiguous.
+    """4-bit weights to f16 in SRAM: out[i, j] = f16((q[i, j] - zero) * scale) by groups of columns, out [n,
+    k] contiguous.
 
-    q has rows of `q_stride` bytes; scales (f16) and zeros (ui4 pairs) hold whole rows of the weight, the tile begins at group `first_group`.
+    q has rows of `q_stride` bytes; scales (f16) and zeros (ui4 pairs) hold whole rows of the weight, the tile
+    begins at group `first_group`.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -269,7 +316,8 @@ class Dequant(DeclaredOp, name="edge10.dequant"):
 
 
 class DequantRows(DeclaredOp, name="edge10.dequant_rows"):
-    """8-bit rows to f16 in SRAM: out[p, r, j] = f16(q[p, r, j] * scale[p, r]), for `rows` rows of `k` elements of each plane.
+    """8-bit rows to f16 in SRAM: out[p, r, j] = f16(q[p, r, j] * scale[p, r]), for `rows` rows of `k`
+    elements of each plane.
 
     Planes of q (i8), scales (f16) and out (f16) hold `plane_rows` rows each, without gaps.
     """
@@ -297,7 +345,8 @@ class DequantRows(DeclaredOp, name="edge10.dequant_rows"):
 class Matmul(DeclaredOp, name="edge10.matmul"):
     """acc[m, n] (+)= lhs[m, k] * rhs, f16 operands in SRAM, f32 sums in the accumulators.
 
-    Rows of lhs are numbered [outer, inner] with two strides (tokens by heads); `transposed` says rhs is stored [n, k] (a weight), otherwise [k, n].
+    Rows of lhs are numbered [outer, inner] with two strides (tokens by heads); `transposed` says rhs is
+    stored [n, k] (a weight), otherwise [k, n].
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -323,7 +372,9 @@ class Matmul(DeclaredOp, name="edge10.matmul"):
 
 
 class Drain(DeclaredOp, name="edge10.drain"):
-    """Accumulators [m, n] to SRAM as f16 or f32, plus a bias row (f16 at `bias`, -1 for none); rows numbered [outer, inner] as in `edge10.matmul`."""
+    """Accumulators [m, n] to SRAM as f16 or f32, plus a bias row (f16 at `bias`, -1 for none); rows numbered
+    [outer, inner] as in `edge10.matmul`.
+    """
 
     args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
@@ -345,10 +396,12 @@ class Drain(DeclaredOp, name="edge10.drain"):
 
 
 class VectorOp(DeclaredOp, name="edge10.vector"):
-    """A function of rows x cols elements on the vector units (`VECTOR_FUNCTIONS`); inputs and outputs are SRAM offsets, contiguous.
+    """A function of rows x cols elements on the vector units (`VECTOR_FUNCTIONS`); inputs and outputs are
+    SRAM offsets, contiguous.
 
-    With `output_strides` [outer, inner] in bytes, row r of the output lies at r // group * outer + r % group * inner.  `input_strides` gives, for each input
-    of an elementwise function, the bytes from one row to the next.
+    With `output_strides` [outer, inner] in bytes, row r of the output lies at r // group * outer + r % group
+    * inner.  `input_strides` gives, for each input of an elementwise function, the bytes from one row to the
+    next.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -372,7 +425,9 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     def verify(self) -> Iterator[str]:
         yield from _check_operands(self)
         inputs, outputs, _ = VECTOR_FUNCTIONS[self.function]
-        if self.input_strides is not None and (self.function not in ELEMENTWISE_FUNCTIONS or len(self.input_strides) != inputs):
+        if self.input_strides is not None and (
+            self.function not in ELEMENTWISE_FUNCTIONS or len(self.input_strides) != inputs
+        ):
             yield f"input_strides are for {', '.join(ELEMENTWISE_FUNCTIONS)}, one for each input"
         if (
             (len(self.inputs), len(self.outputs)) != (inputs, outputs)
@@ -383,11 +438,13 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
 
 
 class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
-    """One block of an online softmax (Milakov and Gimelshein, arXiv:1805.02867) over scores [rows, cols] f32 of `cols` keys from `first_key` on.
+    """One block of an online softmax (Milakov and Gimelshein, arXiv:1805.02867) over scores [rows, cols] f32
+    of `cols` keys from `first_key` on.
 
-    Row r is query `pos + first_query + r // heads` of `sequence`; keys after it, or `window` or more before it, are hidden.  With the running maximum m and sum l of a row:
-    m' = max(m, max(scale * s)), alpha = exp(m - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16.
-    Scalars: the number of columns (size -1), then `first_key`.
+    Row r is query `pos + first_query + r // heads` of `sequence`; keys after it, or `window` or more before
+    it, are hidden.  With the running maximum m and sum l of a row: m' = max(m, max(scale * s)), alpha = exp(m
+    - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16. Scalars: the number of
+    columns (size -1), then `first_key`.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -419,9 +476,11 @@ class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
 class TopK(DeclaredOp, name="edge10.top_k"):
     """Offers `cols` candidates of each row to the row's list of the `k` best, on the vector units.
 
-    Candidate c of row r is the value (`element`) at SRAM offset `values` + r * `stride` + c elements; its id is `first` + c, or the i32 at the same place
-    from `ids` on.  The lists are k f32 values at `best[0]` + r * `best_strides[0]` and k i32 ids at `best[1]` + r * `best_strides[1]`, largest first, of
-    equal values the lower id first.  `fresh` begins with empty lists, whose free places hold -inf; -inf and NaN count as the lowest finite number.
+    Candidate c of row r is the value (`element`) at SRAM offset `values` + r * `stride` + c elements; its id
+    is `first` + c, or the i32 at the same place from `ids` on.  The lists are k f32 values at `best[0]` + r *
+    `best_strides[0]` and k i32 ids at `best[1]` + r * `best_strides[1]`, largest first, of equal values the
+    lower id first.  `fresh` begins with empty lists, whose free places hold -inf; -inf and NaN count as the
+    lowest finite number.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -451,10 +510,12 @@ class TopK(DeclaredOp, name="edge10.top_k"):
 
 
 class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
-    """The sum over all dies (or those named by `dies`) of `nbytes` of elements, added in f32 in die order, on each of them.
+    """The sum over all dies (or those named by `dies`) of `nbytes` of elements, added in f32 in die order, on
+    each of them.
 
-    A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".  `group` is how many neighbouring dies are added
-    first, where there are two levels (without it: those of a package).
+    A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
+    `group` is how many neighbouring dies are added first, where there are two levels (without it: those of a
+    package).
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -473,11 +534,14 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
         return TOKEN
 
     def verify(self) -> Iterator[str]:
-        yield from _check_operands(self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram"))
+        yield from _check_operands(
+            self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram")
+        )
 
 
 class Send(DeclaredOp, name="edge10.send", traits=(Collective,)):
-    """Hands `nbytes` to each die of `targets`, which takes them with an `edge10.recv` of the same `tag`: the step from one pipeline stage to the next.
+    """Hands `nbytes` to each die of `targets`, which takes them with an `edge10.recv` of the same `tag`: the
+    step from one pipeline stage to the next.
 
     A source in DRAM takes its address from an operand.
     """
@@ -499,7 +563,10 @@ class Send(DeclaredOp, name="edge10.send", traits=(Collective,)):
 
 
 class Recv(DeclaredOp, name="edge10.recv", traits=(Collective,)):
-    """Takes the `nbytes` that die `peer` sends with this `tag`.  A destination in DRAM takes its address from an operand."""
+    """Takes the `nbytes` that die `peer` sends with this `tag`.
+
+    A destination in DRAM takes its address from an operand.
+    """
 
     args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
@@ -518,10 +585,13 @@ class Recv(DeclaredOp, name="edge10.recv", traits=(Collective,)):
 
 
 class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
-    """Every die's [rows, sizes[die]] bytes joined along the row, in die order, on every die; with `dies` of those named, `die` being the number among them.
+    """Every die's [rows, sizes[die]] bytes joined along the row, in die order, on every die; with `dies` of
+    those named, `die` being the number among them.
 
-    With `displacements` (MPI_Allgatherv's: where each die's piece begins in a row of the result) and `stride` (bytes between those rows), the result is a part
-    of a larger tensor: a head's logits are gathered while the next are computed.  A side in DRAM takes its address from an operand; a die with nothing to give has source memory "none".
+    With `displacements` (MPI_Allgatherv's: where each die's piece begins in a row of the result) and `stride`
+    (bytes between those rows), the result is a part of a larger tensor: a head's logits are gathered while
+    the next are computed.  A side in DRAM takes its address from an operand; a die with nothing to give has
+    source memory "none".
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -542,7 +612,9 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
         return TOKEN
 
     def verify(self) -> Iterator[str]:
-        yield from _check_operands(self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram"))
+        yield from _check_operands(
+            self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram")
+        )
         if not 0 <= self.die < len(self.sizes):
             yield f"die {self.die} is not among the {len(self.sizes)} sizes"
         if self.displacements is not None and len(self.displacements) != len(self.sizes):
@@ -550,9 +622,20 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
 
 
 _UNIT: Final[dict[type[Op], str]] = {
-    Store: "eodma", Gather: "eidma", Dequant: "dequant", DequantRows: "dequant", Matmul: "cube", Drain: "drain", VectorOp: "vector", SoftmaxBlock: "vector", TopK: "vector",
-    AllReduce: "d2d", AllGather: "d2d", Send: "d2d", Recv: "d2d",
-}  # fmt: skip
+    Store: "eodma",
+    Gather: "eidma",
+    Dequant: "dequant",
+    DequantRows: "dequant",
+    Matmul: "cube",
+    Drain: "drain",
+    VectorOp: "vector",
+    SoftmaxBlock: "vector",
+    TopK: "vector",
+    AllReduce: "d2d",
+    AllGather: "d2d",
+    Send: "d2d",
+    Recv: "d2d",
+}
 
 
 COLLECTIVES: Final = (AllReduce, AllGather, Send, Recv)
@@ -594,9 +677,14 @@ def _check_operands(op: Op, addresses: int = 0) -> Iterator[str]:
     scalars = dynamic_sizes(op)
     wanted = [ADDRESS] * addresses + [i64] * scalars
     if kinds[: len(wanted)] != wanted or any(k is not TOKEN for k in kinds[len(wanted) :]):
-        yield f"takes {addresses} addresses, {scalars} scalars and then tokens, got ({', '.join(map(str, kinds))})"
+        yield (
+            f"takes {addresses} addresses, {scalars} scalars and then tokens, got"
+            f" ({', '.join(map(str, kinds))})"
+        )
 
 
-def _check_transfer(shape: tuple[int, ...], dram_strides: tuple[int, ...], sram_strides: tuple[int, ...]) -> Iterator[str]:
+def _check_transfer(
+    shape: tuple[int, ...], dram_strides: tuple[int, ...], sram_strides: tuple[int, ...]
+) -> Iterator[str]:
     if (len(shape), len(dram_strides), len(sram_strides)) != (3, 2, 2):
         yield "a transfer has a shape of three sizes [planes, rows, row bytes] and two strides on each side"

@@ -15,7 +15,10 @@ __all__ = ["Call", "Func", "Return"]
 
 
 class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
-    """A function.  `arg_attrs` and `res_attrs` are one dictionary per argument and result (`tyir.name`, `tyir.alias`, ...)."""
+    """A function.
+
+    `arg_attrs` and `res_attrs` are one dictionary per argument and result (`tyir.name`, `tyir.alias`, ...).
+    """
 
     _: KW_ONLY
     sym_name: str = attr()
@@ -27,9 +30,13 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
 
     @classmethod
     def make(cls, name: str, arg_types: Sequence[Type], arg_names: Sequence[str | None] = ()) -> Func:
-        """A function with an entry block and no results yet; call `refresh_type` once the return is in place."""
+        """A function with an entry block and no results yet; call `refresh_type` once the return is in
+        place.
+        """
         entry = Block(arg_types, arg_names)
-        return Func(sym_name=name, function_type=FunctionType(tuple(arg_types), ()), body_region=Region([entry]))
+        return Func(
+            sym_name=name, function_type=FunctionType(tuple(arg_types), ()), body_region=Region([entry])
+        )
 
     @property
     def args(self) -> list[Value]:
@@ -42,7 +49,9 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
     def refresh_type(self) -> None:
         """Make `function_type` say what the entry block and the return op are."""
         terminator = self.regions[0].blocks[-1].terminator
-        self.function_type = FunctionType(tuple(a.type for a in self.args), tuple(v.type for v in terminator.operands))
+        self.function_type = FunctionType(
+            tuple(a.type for a in self.args), tuple(v.type for v in terminator.operands)
+        )
 
     def arg_attr(self, index: int) -> DictAttr:
         """The dictionary of one argument, empty when none was given."""
@@ -64,7 +73,10 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
             return
         inputs = tuple(a.type for a in self.args)
         if inputs != self.function_type.inputs:
-            yield f"function type takes ({', '.join(map(str, self.function_type.inputs))}) but the entry block has ({', '.join(map(str, inputs))})"
+            yield (
+                f"function type takes ({', '.join(map(str, self.function_type.inputs))}) but the entry block"
+                f" has ({', '.join(map(str, inputs))})"
+            )
         for what, dicts, count in (
             ("arg_attrs", self.arg_attrs, len(inputs)),
             ("res_attrs", self.res_attrs, len(self.function_type.results)),
@@ -84,7 +96,10 @@ class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
             yield "must be inside func.func"
         elif tuple(v.type for v in self.operands) != parent.function_type.results:
             wanted = ", ".join(map(str, parent.function_type.results))
-            yield f"returns ({', '.join(str(v.type) for v in self.operands)}) but @{parent.sym_name} is declared to return ({wanted})"
+            yield (
+                f"returns ({', '.join(str(v.type) for v in self.operands)}) but @{parent.sym_name} is"
+                f" declared to return ({wanted})"
+            )
 
 
 class Call(DeclaredOp, name="func.call"):

@@ -1,11 +1,13 @@
 """`kv`: the key/value cache as aliased state of fixed capacity.
 
-A cache is a function argument; the function returns it updated, and `tyir.alias` in `res_attrs` says which argument it is.
-`pos` [b] i32 is the number of tokens already in the cache.  Its `layout` is "HND", [b, G, capacity, D], where a head's rows follow each other, or "NHD", [b, capacity, G, D], where a
-token's do (the names are FlashInfer's: heads, n tokens, dimension).
+A cache is a function argument; the function returns it updated, and `tyir.alias` in `res_attrs` says which
+argument it is. `pos` [b] i32 is the number of tokens already in the cache.  Its `layout` is "HND", [b, G,
+capacity, D], where a head's rows follow each other, or "NHD", [b, capacity, G, D], where a token's do (the
+names are FlashInfer's: heads, n tokens, dimension).
 
-An 8-bit cache is of i8 with one f16 scale per token and head, a cache of its own without D: `kv.quantize_rows` makes both from the new
-rows, `kv.append` writes each, `kv.attention` takes the scales and reads f16(q * scale).
+An 8-bit cache is of i8 with one f16 scale per token and head, a cache of its own without D:
+`kv.quantize_rows` makes both from the new rows, `kv.append` writes each, `kv.attention` takes the scales and
+reads f16(q * scale).
 """
 
 from __future__ import annotations
@@ -52,15 +54,19 @@ def position_axis(layout: str) -> int:
     return 3 - head_axis(layout)
 
 
-def cache_shape(layout: str, batch: int | None, heads: int | None, capacity: int, *width: int | None) -> tuple[int | None, ...]:
+def cache_shape(
+    layout: str, batch: int | None, heads: int | None, capacity: int, *width: int | None
+) -> tuple[int | None, ...]:
     """The dimensions of a cache; `width` is D, nothing for scales."""
     return (batch, heads, capacity, *width) if layout == "HND" else (batch, capacity, heads, *width)
 
 
 class QuantizeRows(DeclaredOp, name="kv.quantize_rows", traits=(Pure,)):
-    """Symmetric 8-bit quantisation of each row of D elements: rows f16 [b, s, G, D] -> q i8 of that shape and scales f16 [b, s, G].
+    """Symmetric 8-bit quantisation of each row of D elements: rows f16 [b, s, G, D] -> q i8 of that shape and
+    scales f16 [b, s, G].
 
-    scale = f16(max|x| / 127);  q = clamp(round(x / scale), -127, 127), halves to even; 0 where the scale is 0.
+    scale = f16(max|x| / 127);  q = clamp(round(x / scale), -127, 127), halves to even; 0 where the scale is
+    0.
     """
 
     rows: Value = operand()
@@ -95,7 +101,8 @@ def dequantize_rows(q: Array, scales: Array) -> npt.NDArray[np.float16]:
 
 
 class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
-    """Writes rows [b, s, G, D] to positions pos.. of a cache, in place; rows beyond the capacity are dropped (padding).
+    """Writes rows [b, s, G, D] to positions pos.. of a cache, in place; rows beyond the capacity are dropped
+    (padding).
 
     For the scales of an 8-bit cache there is no D.
     """
@@ -118,8 +125,15 @@ class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
     def verify(self) -> Iterator[str]:
         cache, rows = tensor_type(self.cache), tensor_type(self.rows)
         axes = "heads, capacity" if self.layout == "HND" else "capacity, heads"
-        if cache.rank not in (3, 4) or rows.rank != cache.rank or (cache.dims[head_axis(self.layout)], *cache.dims[3:]) != rows.dims[2:]:
-            yield f"cache must be [b, {axes}, D] and rows [b, s, heads, D], or both without D; got {cache} and {rows}"
+        if (
+            cache.rank not in (3, 4)
+            or rows.rank != cache.rank
+            or (cache.dims[head_axis(self.layout)], *cache.dims[3:]) != rows.dims[2:]
+        ):
+            yield (
+                f"cache must be [b, {axes}, D] and rows [b, s, heads, D], or both without D; got {cache} and"
+                f" {rows}"
+            )
         elif cache.element is not rows.element:
             yield f"the cache holds {cache.element}, the rows are {rows.element}"
 
@@ -132,10 +146,12 @@ class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
 
 
 class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
-    """Causal attention of s new tokens over the cache: q [b, s, H, D] at positions pos.., k and v caches -> [b, s, H, D].
+    """Causal attention of s new tokens over the cache: q [b, s, H, D] at positions pos.., k and v caches ->
+    [b, s, H, D].
 
-    `kv_heads[h]` is the cache head that query head h reads.  Scores, softmax and sums are f32; positions after a query are never read.
-    8-bit caches come with the scales of k and of v, each f16; what is read is f16(q * scale).
+    `kv_heads[h]` is the cache head that query head h reads.  Scores, softmax and sums are f32; positions
+    after a query are never read. 8-bit caches come with the scales of k and of v, each f16; what is read is
+    f16(q * scale).
     """
 
     q: Value = operand()
@@ -172,7 +188,10 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
         k = tensor_type(self.k)
         wanted = [TensorType(k.dims[:-1], f16)] * 2 if k.element is i8 else []
         if [v.type for v in self.scales] != wanted:
-            yield f"scales of {k} are {', '.join(map(str, wanted)) or 'none'}; got {', '.join(str(v.type) for v in self.scales) or 'none'}"
+            yield (
+                f"scales of {k} are {', '.join(map(str, wanted)) or 'none'}; got"
+                f" {', '.join(str(v.type) for v in self.scales) or 'none'}"
+            )
 
     def evaluate(self, q: Array, k: Array, v: Array, pos: Array, *scales: Array) -> Array:
         out = np.empty(q.shape, np.float32)
@@ -188,7 +207,8 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
 
 
 class Rows(DeclaredOp, name="kv.rows", traits=(Pure,)):
-    """Rows pos..pos+s of table [positions, d] for each sequence, s being dimension 1 of `like`; rows past the end repeat the last one (padding).
+    """Rows pos..pos+s of table [positions, d] for each sequence, s being dimension 1 of `like`; rows past the
+    end repeat the last one (padding).
 
     Fetches the rotary tables: -> [b, s, d].
     """

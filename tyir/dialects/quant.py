@@ -1,7 +1,8 @@
 """`quant`: how checkpoints store few-bit weights, undone exactly.
 
-The ops of weight expressions between a quantised checkpoint's words and `ty.quantized_linear`: whatever the source, a linear ends with q [N, K],
-scales [N, K/g] and zeros [N, K/g].  Nothing here rounds, except `quant.ggml_dequantize`, whose formats have no integer zero point.
+The ops of weight expressions between a quantised checkpoint's words and `ty.quantized_linear`: whatever the
+source, a linear ends with q [N, K], scales [N, K/g] and zeros [N, K/g].  Nothing here rounds, except
+`quant.ggml_dequantize`, whose formats have no integer zero point.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ _PER_WORD: Final = 8
 
 
 class Unpack(DeclaredOp, name="quant.unpack", traits=(Pure,)):
-    """Eight 4-bit elements of each 32-bit word, side by side along `axis`: element 8 c + order[i] is nibble i (bits 4i..4i+3) of word c.
+    """Eight 4-bit elements of each 32-bit word, side by side along `axis`: element 8 c + order[i] is nibble i
+    (bits 4i..4i+3) of word c.
 
-    `order` 0,1,..,7 is GPTQ's and compressed-tensors', 0,2,4,6,1,3,5,7 AutoAWQ's.  `size` > 0 keeps the first `size` elements (the rest is padding).
+    `order` 0,1,..,7 is GPTQ's and compressed-tensors', 0,2,4,6,1,3,5,7 AutoAWQ's.  `size` > 0 keeps the first
+    `size` elements (the rest is padding).
     """
 
     words: Value = operand()
@@ -41,7 +44,9 @@ class Unpack(DeclaredOp, name="quant.unpack", traits=(Pure,)):
     def infer(self) -> Type:
         t = tensor_type(self.words)
         full = (t.static_shape[self.axis] if 0 <= self.axis < t.rank else 0) * _PER_WORD
-        return TensorType(tuple((self.size or full) if i == self.axis else d for i, d in enumerate(t.dims)), ui4)
+        return TensorType(
+            tuple((self.size or full) if i == self.axis else d for i, d in enumerate(t.dims)), ui4
+        )
 
     def verify(self) -> Iterator[str]:
         t = tensor_type(self.words)
@@ -52,7 +57,10 @@ class Unpack(DeclaredOp, name="quant.unpack", traits=(Pure,)):
         if not 0 <= self.axis < t.rank:
             yield f"axis {self.axis} is not in 0..{t.rank - 1}"
         elif not 0 <= self.size <= t.static_shape[self.axis] * _PER_WORD:
-            yield f"size {self.size} is more than the {t.static_shape[self.axis] * _PER_WORD} elements of the words"
+            yield (
+                f"size {self.size} is more than the {t.static_shape[self.axis] * _PER_WORD} elements of the"
+                " words"
+            )
 
     def evaluate(self, words: Array) -> Array:
         unsigned = np.ascontiguousarray(words).view(np.uint32)  # shifts of negative words would bring in ones
@@ -60,7 +68,9 @@ class Unpack(DeclaredOp, name="quant.unpack", traits=(Pure,)):
         shape.insert(self.axis + 1, _PER_WORD)
         out = np.empty(shape, np.uint8)
         for nibble, place in enumerate(self.order):
-            out[(slice(None),) * (self.axis + 1) + (place,)] = (unsigned >> np.uint32(4 * nibble)) & np.uint32(15)
+            out[(slice(None),) * (self.axis + 1) + (place,)] = (
+                unsigned >> np.uint32(4 * nibble)
+            ) & np.uint32(15)
         full = out.reshape(*words.shape[: self.axis], -1, *words.shape[self.axis + 1 :])
         return full[(slice(None),) * self.axis + (slice(0, self.size or None),)]
 
@@ -85,7 +95,8 @@ class AddWrapping(DeclaredOp, name="quant.add_wrapping", traits=(Pure,)):
 
 
 # ---------------------------------------------------------------------------------------------------- GGUF
-# Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0, block_q4_1, block_q8_0, block_q4_K, block_q6_K).
+# Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0, block_q4_1, block_q8_0,
+# block_q4_K, block_q6_K).
 
 
 def _f16(data: Array) -> npt.NDArray[np.float32]:
@@ -111,25 +122,37 @@ def _q8_0(blocks: Array) -> npt.NDArray[np.float32]:
 
 
 def _q4_k(blocks: Array) -> npt.NDArray[np.float32]:
-    """256 elements in 8 groups: f16 d and dmin, twelve bytes of 6-bit scales and minima, 128 bytes of nibbles (per 64 elements: low, then high)."""
+    """256 elements in 8 groups: f16 d and dmin, twelve bytes of 6-bit scales and minima, 128 bytes of nibbles
+    (per 64 elements: low, then high).
+    """
     packed = blocks[:, 4:16]
     low, mid, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
-    scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=1).astype(np.float32) * _f16(blocks[:, 0:2])
-    minima = np.concatenate([mid & 63, (high >> 4) | ((mid >> 6) << 4)], axis=1).astype(np.float32) * _f16(blocks[:, 2:4])
+    scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=1).astype(np.float32) * _f16(
+        blocks[:, 0:2]
+    )
+    minima = np.concatenate([mid & 63, (high >> 4) | ((mid >> 6) << 4)], axis=1).astype(np.float32) * _f16(
+        blocks[:, 2:4]
+    )
     quants = blocks[:, 16:].reshape(-1, 4, 1, 32)
     q = np.concatenate([quants & 15, quants >> 4], axis=2).reshape(-1, 8, 32).astype(np.float32)
     return np.asarray(scales[:, :, None] * q - minima[:, :, None], np.float32).reshape(-1, 256)
 
 
 def _q6_k(blocks: Array) -> npt.NDArray[np.float32]:
-    """256 elements in 16 groups: 128 bytes of low nibbles, 64 bytes of upper bit pairs, 16 int8 scales, f16 d; q - 32."""
+    """256 elements in 16 groups: 128 bytes of low nibbles, 64 bytes of upper bit pairs, 16 int8 scales, f16
+    d; q - 32.
+    """
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     lower = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 8, 32)
     pairs = blocks[:, 128:192].reshape(-1, 2, 1, 32)
     upper = np.concatenate([(pairs >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2).reshape(-1, 8, 32)
     q = (lower | (upper << 4)).astype(np.int8) - np.int8(32)
-    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32) * _f16(blocks[:, 208:210])
-    return np.asarray(scales[:, :, None] * q.reshape(-1, 16, 16).astype(np.float32), np.float32).reshape(-1, 256)
+    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32) * _f16(
+        blocks[:, 208:210]
+    )
+    return np.asarray(scales[:, :, None] * q.reshape(-1, 16, 16).astype(np.float32), np.float32).reshape(
+        -1, 256
+    )
 
 
 # name: (elements, bytes) of a block and its values in f32
@@ -143,7 +166,9 @@ GGML_BLOCKS: Final[dict[str, tuple[int, int, Callable[[Array], npt.NDArray[np.fl
 
 
 class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
-    """A GGUF tensor's rows of blocks [N, bytes] as a weight [N, K], computed in f32 as ggml does and rounded once to `element`."""
+    """A GGUF tensor's rows of blocks [N, bytes] as a weight [N, K], computed in f32 as ggml does and rounded
+    once to `element`.
+    """
 
     data: Value = operand()
     _: KW_ONLY
@@ -159,14 +184,19 @@ class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
     def verify(self) -> Iterator[str]:
         if self.format not in GGML_BLOCKS:
             yield f"format '{self.format}' is none of {', '.join(GGML_BLOCKS)}"
-        elif tensor_type(self.data).element is not ui8 or tensor_type(self.data).static_shape[1] % GGML_BLOCKS[self.format][1]:
+        elif (
+            tensor_type(self.data).element is not ui8
+            or tensor_type(self.data).static_shape[1] % GGML_BLOCKS[self.format][1]
+        ):
             yield f"{self.data.type} does not hold whole blocks of {GGML_BLOCKS[self.format][1]} bytes"
 
     def evaluate(self, data: Array) -> Array:
         _elements, nbytes, values = GGML_BLOCKS[self.format]
         rows = data.shape[0]
         out = np.empty(tensor_type(self.out).static_shape, as_type(np.zeros(0), self.element).dtype)
-        step = max(1, (1 << 22) // max(out.shape[1], 1))  # some millions of elements at a time bound the f32 intermediates
+        step = max(
+            1, (1 << 22) // max(out.shape[1], 1)
+        )  # some millions of elements at a time bound the f32 intermediates
         for start in range(0, rows, step):
             part = values(np.ascontiguousarray(data[start : start + step]).reshape(-1, nbytes))
             out[start : start + step] = as_type(part, self.element).reshape(-1, out.shape[1])
@@ -174,7 +204,9 @@ class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
 
 
 class GgmlQ40(DeclaredOp, name="quant.ggml_q4_0", traits=(Pure,)):
-    """GGUF's Q4_0 rows [N, 18 K/32 bytes] as they are: q [N, K] ui4 and scales [N, K/32] f16; the weight is (q - 8) * scale."""
+    """GGUF's Q4_0 rows [N, 18 K/32 bytes] as they are: q [N, K] ui4 and scales [N, K/32] f16; the weight is
+    (q - 8) * scale.
+    """
 
     data: Value = operand()
     q: Value = result()

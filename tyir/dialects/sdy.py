@@ -1,7 +1,9 @@
-"""`sdy`: the part of Shardy's vocabulary that tyir uses, spelled as Shardy spells it (https://github.com/openxla/shardy).
+"""`sdy`: the part of Shardy's vocabulary that tyir uses, spelled as Shardy spells it
+(https://github.com/openxla/shardy).
 
-`sdy.mesh` names the dies; `sdy.sharding` attributes say along which axes of the mesh a value's dimensions are cut.  Shardy's shardings are even; which rows
-each die really has stands beside them in `tyir.sharding` (`tyir.sharding`, this project's module of that name).
+`sdy.mesh` names the dies; `sdy.sharding` attributes say along which axes of the mesh a value's dimensions are
+cut.  Shardy's shardings are even; which rows each die really has stands beside them in `tyir.sharding`
+(`tyir.sharding`, this project's module of that name).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ _MESH = re.compile(r"<\[((?:\"\w+\"=\d+(?:, )?)+)\](?:, device_ids=\[([\d, ]*)\]
 
 
 class Mesh(DeclaredOp, name="sdy.mesh", traits=(Symbol,)):
-    """The dies of a board as a mesh of named axes, `#sdy.mesh<["die"=4]>` or `#sdy.mesh<["group"=4, "die"=4], device_ids=[...]>`.
+    """The dies of a board as a mesh of named axes, `#sdy.mesh<["die"=4]>` or `#sdy.mesh<["group"=4, "die"=4],
+    device_ids=[...]>`.
 
     `device_ids` are the physical dies in the order of the programs; the first is the main one.
     """
@@ -33,7 +36,11 @@ class Mesh(DeclaredOp, name="sdy.mesh", traits=(Symbol,)):
     def make(cls, axes: Sequence[tuple[str, int]], devices: Sequence[int], name: str = "mesh") -> Mesh:
         """A mesh; `device_ids` are written only when they are not 0, 1, 2, ..."""
         text = ", ".join(f'"{axis}"={size}' for axis, size in axes)
-        ids = "" if list(devices) == list(range(len(devices))) else f", device_ids=[{', '.join(map(str, devices))}]"
+        ids = (
+            ""
+            if list(devices) == list(range(len(devices)))
+            else f", device_ids=[{', '.join(map(str, devices))}]"
+        )
         return cls(sym_name=name, mesh=OpaqueAttr("sdy.mesh", f"<[{text}]{ids}>"))
 
     @property

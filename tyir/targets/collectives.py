@@ -1,4 +1,6 @@
-"""Collectives: how long one takes (the one formula that the compiler's choices and the timing engine share), and how few a step can do with."""
+"""Collectives: how long one takes (the one formula that the compiler's choices and the timing engine share),
+and how few a step can do with.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,19 @@ from tyir.sharding import vocabulary_ranges
 from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width
 
-__all__ = ["CollectiveNeed", "all_gather_ns", "all_reduce_ns", "all_reduce_phases", "minimal_collectives", "send_ns"]
+__all__ = [
+    "CollectiveNeed",
+    "all_gather_ns",
+    "all_reduce_ns",
+    "all_reduce_phases",
+    "minimal_collectives",
+    "send_ns",
+]
 
 
 def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine, group: int | None = None) -> float:
-    """Sum over the dies: software, then the faster of one-shot (everybody sends everything to everybody) and reduce-scatter + all-gather.
+    """Sum over the dies: software, then the faster of one-shot (everybody sends everything to everybody)
+    and reduce-scatter + all-gather.
 
     Within a package (all-to-all links of bandwidth B per direction and die), N dies, n bytes, one hop h:
         one-shot    h + (N - 1) n / B + adds of (N - 1) n                two-phase   2 (h + (N - 1) / N n / B) + adds of (N - 1) / N n
@@ -23,7 +33,7 @@ def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine, group
     Thakur et al., "Optimization of collective communication operations in MPICH", 2005; two levels as in TyLLM's group of dies.
     Example (4 dies, 7168 bytes f16, B 32, h 1000, software 2000, 256 lanes, add 1 cycle, 2 ns): one-shot 1000 + 672 + 84 = 1756, two-phase 2000 + 336 + 22 = 2358;
     with the software 3756 ns.
-    """
+    """  # noqa: E501
     if dies <= 1:
         return 0.0
     group = min(dies, group or int(machine.d2d.package_dies))
@@ -34,14 +44,16 @@ def all_reduce_ns(nbytes: int, element: Type, dies: int, machine: Machine, group
     if packages == 1:
         return software + min(one_shot, two_phase)
     share = nbytes / group
-    between = 2 * (machine.c2c.hop_us * 1000 + (packages - 1) / packages * share / machine.c2c.bandwidth_gbps) + _adds(
-        int(share * (packages - 1) / packages / width), machine
-    )
+    between = 2 * (
+        machine.c2c.hop_us * 1000 + (packages - 1) / packages * share / machine.c2c.bandwidth_gbps
+    ) + _adds(int(share * (packages - 1) / packages / width), machine)
     return software + two_phase + between
 
 
 def all_reduce_phases(nbytes: int, element: Type, dies: int, machine: Machine) -> int:
-    """How often the dies of one package exchange: 1 when everybody sends everything, 2 for reduce-scatter and all-gather."""
+    """How often the dies of one package exchange: 1 when everybody sends everything, 2 for reduce-scatter and
+    all-gather.
+    """
     one_shot, two_phase = _within_package_ns(nbytes, bit_width(element) // 8, dies, machine)
     return 1 if one_shot <= two_phase else 2
 
@@ -50,12 +62,21 @@ def _within_package_ns(nbytes: int, width: int, dies: int, machine: Machine) -> 
     """Both algorithms, without the software."""
     hop, rate = machine.d2d.hop_us * 1000, machine.d2d.bandwidth_gbps
     one_shot = hop + (dies - 1) * nbytes / rate + _adds((dies - 1) * nbytes // width, machine)
-    return one_shot, 2 * (hop + (dies - 1) / dies * nbytes / rate) + _adds(nbytes * (dies - 1) // dies // width, machine)
+    return one_shot, 2 * (hop + (dies - 1) / dies * nbytes / rate) + _adds(
+        nbytes * (dies - 1) // dies // width, machine
+    )
 
 
 def _adds(elements: int, machine: Machine) -> float:
-    """Adding received elements on the vector units, without a startup of its own.  Example: 10,752 f16 additions: 42 cycles = 84 ns."""
-    return math.ceil(elements / (machine.vector.units * machine.vector.lanes)) * machine.vector.add_cycles * machine.cycle_ns
+    """Adding received elements on the vector units, without a startup of its own.
+
+    Example: 10,752 f16 additions: 42 cycles = 84 ns.
+    """
+    return (
+        math.ceil(elements / (machine.vector.units * machine.vector.lanes))
+        * machine.vector.add_cycles
+        * machine.cycle_ns
+    )
 
 
 def all_gather_ns(rows: int, sizes: Sequence[int], machine: Machine) -> float:
@@ -75,13 +96,20 @@ def all_gather_ns(rows: int, sizes: Sequence[int], machine: Machine) -> float:
     if packages == 1:
         return machine.d2d.collective_us * 1000 + inside
     between = machine.c2c.hop_us * 1000 + (total - total / packages) / group / machine.c2c.bandwidth_gbps
-    return machine.d2d.collective_us * 1000 + inside + between + (total - total / packages) / machine.d2d.bandwidth_gbps
+    return (
+        machine.d2d.collective_us * 1000
+        + inside
+        + between
+        + (total - total / packages) / machine.d2d.bandwidth_gbps
+    )
 
 
 def send_ns(nbytes: int, source: int, targets: Sequence[int], machine: Machine) -> float:
-    """One die's bytes to each of some others: software, the longest hop, and the copies one after the other over the source's port.
+    """One die's bytes to each of some others: software, the longest hop, and the copies one after the other
+    over the source's port.
 
-    Dies are numbered by package.  Example (7168 bytes to one die of the package, B 32, h 1000, software 2000): 2000 + 1000 + 224 = 3224 ns.
+    Dies are numbered by package.  Example (7168 bytes to one die of the package, B 32, h 1000, software
+    2000): 2000 + 1000 + 224 = 3224 ns.
     """
     package = int(machine.d2d.package_dies)
     links = [machine.d2d if target // package == source // package else machine.c2c for target in targets]
@@ -111,12 +139,14 @@ def minimal_collectives(
     top_k: int = 0,
     embedding_as_input: bool = False,
 ) -> tuple[CollectiveNeed, ...]:
-    """The fewest collectives, and their bytes, of a step on a die of pipeline stage `stage` when attention, MLPs, embedding and head are split over the dies.
+    """The fewest collectives, and their bytes, of a step on a die of pipeline stage `stage` when attention,
+    MLPs, embedding and head are split over the dies.
 
-    Two sums a layer of the stage, of one f16 hidden vector a token: what follows each needs the whole vector (Shoeybi et al., Megatron-LM,
-    arXiv:1909.08053); one for the embedding; the residual stream handed from stage to stage and at the end to all dies; one gather of the logits (f32), or of
-    every die's `top_k` best values and ids.  `tokens` counts those of all sequences.
-    Example (28 layers of 3584, 4 dies, 1 token, vocabulary 152064): 57 sums of 7168 bytes and a gather of 608,256.
+    Two sums a layer of the stage, of one f16 hidden vector a token: what follows each needs the whole vector
+    (Shoeybi et al., Megatron-LM, arXiv:1909.08053); one for the embedding; the residual stream handed from
+    stage to stage and at the end to all dies; one gather of the logits (f32), or of every die's `top_k` best
+    values and ids.  `tokens` counts those of all sequences. Example (28 layers of 3584, 4 dies, 1 token,
+    vocabulary 152064): 57 sums of 7168 bytes and a gather of 608,256.
     """
     if dies == 1:
         return ()
@@ -124,7 +154,11 @@ def minimal_collectives(
     own = layers // stages + (stage < layers % stages)
     sends = 1 if stages > 1 else 0
     received = (0 if stage == 0 else 1) + (0 if stage == stages - 1 else 1) if stages > 1 else 0
-    columns = vocabulary if not top_k else 2 * sum(min(top_k, size) for _, size in vocabulary_ranges(vocabulary, dies))
+    columns = (
+        vocabulary
+        if not top_k
+        else 2 * sum(min(top_k, size) for _, size in vocabulary_ranges(vocabulary, dies))
+    )
     needs = (
         CollectiveNeed("all_reduce", members, 2 * own if members > 1 else 0, vector),
         CollectiveNeed("all_reduce", dies, int(not embedding_as_input), vector),

@@ -1,6 +1,8 @@
-"""The description of a machine: every constant with its value, unit (in its name), label and source, read from `tyir/targets/<name>.toml`.
+"""The description of a machine: every constant with its value, unit (in its name), label and source, read
+from `tyir/targets/<name>.toml`.
 
-The backend sizes tiles with these numbers and the timing engine turns commands into nanoseconds with the same ones.
+The backend sizes tiles with these numbers and the timing engine turns commands into nanoseconds with the same
+ones.
 """
 
 from __future__ import annotations
@@ -133,7 +135,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Machine:
-    """One die of a machine and its links.  `constants` holds every number's provenance by dotted name (`dram.bandwidth_gbps`)."""
+    """One die of a machine and its links.
+
+    `constants` holds every number's provenance by dotted name (`dram.bandwidth_gbps`).
+    """
 
     name: str
     clock: Clock
@@ -179,7 +184,12 @@ class Machine:
     def assumed(self) -> Iterator[tuple[str, Constant]]:
         """The constants that have bounds instead of a source that settles them, by dotted name."""
         for name, constant in self.constants.items():
-            if constant.low is not None and constant.high is not None and constant.low < constant.high and constant.label == "assumed":
+            if (
+                constant.low is not None
+                and constant.high is not None
+                and constant.low < constant.high
+                and constant.label == "assumed"
+            ):
                 yield name, constant
 
     @property
@@ -188,24 +198,37 @@ class Machine:
         return not any(c.label == "assumed" for c in self.constants.values())
 
     def with_overrides(self, values: Mapping[str, float]) -> Machine:
-        """The machine with some constants replaced: `{"dram.bandwidth_gbps": 34.1}`.  Unknown names and values that are not positive are refused together."""
+        """The machine with some constants replaced: `{"dram.bandwidth_gbps": 34.1}`.
+
+        Unknown names and values that are not positive are refused together.
+        """
         problems = []
         for name, value in values.items():
             if name not in self.constants:
                 problems.append(
                     Diagnostic(
-                        f"{self.name} has no constant '{name}'", help=did_you_mean(name, self.constants) or "names are section.constant"
+                        f"{self.name} has no constant '{name}'",
+                        help=did_you_mean(name, self.constants) or "names are section.constant",
                     )
                 )
             elif problem := _value_problem(name, value):
-                problems.append(Diagnostic(f"{name} = {value:g}: {problem}", help=f"the file has {self.constants[name].value:g}"))
+                problems.append(
+                    Diagnostic(
+                        f"{name} = {value:g}: {problem}", help=f"the file has {self.constants[name].value:g}"
+                    )
+                )
         if problems:
             raise TyirError(problems)
-        changed = {n: Constant(float(v), "override", "given on the command line or by the caller") for n, v in values.items()}
+        changed = {
+            n: Constant(float(v), "override", "given on the command line or by the caller")
+            for n, v in values.items()
+        }
         return self._from_constants(self.name, {**self.constants, **changed})
 
     def with_bounds(self, high: Mapping[str, bool]) -> Machine:
-        """The machine with assumed constants at their `high` (True) or `low` (False) bound; their label stays."""
+        """The machine with assumed constants at their `high` (True) or `low` (False) bound; their label
+        stays.
+        """
         changed = dict(self.constants)
         for name, take_high in high.items():
             old = changed[name]
@@ -220,13 +243,18 @@ class Machine:
         for section, section_class in _sections().items():
             hints = get_type_hints(section_class)
             sections[section] = section_class(
-                **{f.name: hints[f.name](constants[f"{section}.{f.name}"].value) for f in fields(section_class)}
+                **{
+                    f.name: hints[f.name](constants[f"{section}.{f.name}"].value)
+                    for f in fields(section_class)
+                }
             )
         return cls(name=name, constants=dict(constants), **sections)
 
 
 def _value_problem(name: str, value: float) -> str | None:
-    """What is wrong with a value: times and overheads may be 0, nothing may be negative, counts and sizes are whole."""
+    """What is wrong with a value: times and overheads may be 0, nothing may be negative, counts and sizes are
+    whole.
+    """
     if not 0 <= value < float("inf"):
         return "rates, sizes, counts and times must be positive numbers"
     if value == 0 and not name.endswith(("_ns", "_us", "_cycles", "overhead_bytes")):
@@ -244,51 +272,65 @@ def _sections() -> dict[str, Any]:
 
 
 def load_machine(name_or_path: str | Path = "edge10") -> Machine:
-    """A machine by name (`tyir/targets/<name>.toml`) or by the path of a machine file.  Everything wrong with the file is reported at once."""
+    """A machine by name (`tyir/targets/<name>.toml`) or by the path of a machine file.
+
+    Everything wrong with the file is reported at once.
+    """
     path = Path(name_or_path)
     own = path.suffix == ".toml"
     try:
-        table = tomllib.loads(path.read_text() if own else (resources.files("tyir.targets") / f"{name_or_path}.toml").read_text())
+        table = tomllib.loads(
+            path.read_text()
+            if own
+            else (resources.files("tyir.targets") / f"{name_or_path}.toml").read_text()
+        )
     except (OSError, UnicodeDecodeError) as error:
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise TyirError(
-            f"cannot read the machine file {path}{reason}" if own else f"there is no machine '{name_or_path}'",
+            (
+                f"cannot read the machine file {path}{reason}"
+                if own
+                else f"there is no machine '{name_or_path}'"
+            ),
             help=f"known machines: {', '.join(_known_machines())}; or give the path of a .toml file",
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise TyirError(f"not valid TOML: {error}", where=str(path), help="a machine file is described in docs/machines.md") from None
-    if not own and not _describes_die(table):
         raise TyirError(
-            f"{name_or_path} describes no die that runs command programs: it is for the kernel models (python -m tyir.tools.validate)",
+            f"not valid TOML: {error}",
+            where=str(path),
+            help="a machine file is described in docs/machines.md",
+        ) from None
+    if "sm" in table or "like" in table:
+        raise TyirError(
+            f"{name_or_path} describes no die that runs command programs: it describes a GPU, for the kernel"
+            " models (python -m tyir.tools.gpu.validate)",
             help=f"machines that do: {', '.join(_known_machines())}; or give the path of a .toml file",
         )
     return _machine_from_table(table, str(path))
 
 
 def _known_machines() -> list[str]:
-    """The shipped files that describe a die; others are for the kernel models."""
-    return sorted(
-        p.name.removesuffix(".toml")
-        for p in resources.files("tyir.targets").iterdir()
-        if p.name.endswith(".toml") and _describes_die(tomllib.loads(p.read_text()))
-    )
-
-
-def _describes_die(table: Mapping[str, Any]) -> bool:
-    """Whether a machine file is for command programs, and not for the kernel models."""
-    return "base" in table or set(_sections()) <= set(table)
+    """The names of the shipped machine files."""
+    names = (p.name for p in resources.files("tyir.targets").iterdir())
+    return sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml"))
 
 
 def _machine_from_table(table: dict[str, Any], where: str) -> Machine:
     """`base = "edge10"` takes every constant that the file does not give from that machine."""
     name, base = table.pop("name", Path(where).stem), table.pop("base", None)
     known = {f"{s}.{f.name}" for s, c in _sections().items() for f in fields(c)}
-    named = isinstance(base, str) and not base.endswith(".toml")  # a file would be missing beside the artifacts that this one goes to
+    named = isinstance(base, str) and not base.endswith(
+        ".toml"
+    )  # a file would be missing beside the artifacts that this one goes to
     constants = dict(load_machine(base).constants) if named else {}
     problems = (
         []
         if named or base is None
-        else [Diagnostic(f"base = {base!r} is no known machine's name", where=where, help='write base = "edge10"')]
+        else [
+            Diagnostic(
+                f"base = {base!r} is no known machine's name", where=where, help='write base = "edge10"'
+            )
+        ]
     )
     given: set[str] = set()
     for section, entries in table.items():
@@ -297,16 +339,28 @@ def _machine_from_table(table: dict[str, Any], where: str) -> Machine:
             given.add(dotted)
             if dotted not in known:
                 problems.append(
-                    Diagnostic(f"unknown constant '{dotted}'", where=where, help=did_you_mean(dotted, known) or _help_for(dotted))
+                    Diagnostic(
+                        f"unknown constant '{dotted}'",
+                        where=where,
+                        help=did_you_mean(dotted, known) or _help_for(dotted),
+                    )
                 )
             elif (problem := _entry_problem(dotted, entry)) is not None:
                 problems.append(Diagnostic(f"{dotted}: {problem}", where=where, help=_FORM))
             else:
-                constants[dotted] = Constant(entry["value"], entry["label"], entry["source"], entry.get("low"), entry.get("high"))
+                constants[dotted] = Constant(
+                    entry["value"], entry["label"], entry["source"], entry.get("low"), entry.get("high")
+                )
     if missing := sorted(known - set(constants) - given):
         plural = "constant is" if len(missing) == 1 else "constants are"
         what = f"{len(missing)} {plural} missing: {', '.join(missing)}"
-        problems.append(Diagnostic(what, where=where, help='give them, or write base = "edge10" at the top to take them from there'))
+        problems.append(
+            Diagnostic(
+                what,
+                where=where,
+                help='give them, or write base = "edge10" at the top to take them from there',
+            )
+        )
     if problems:
         raise TyirError(problems)
     return Machine._from_constants(str(name), constants)

@@ -23,8 +23,11 @@ def softmax(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
-def attend(q: Array, k: Array, v: Array, first: int, scale: float, window: int, kv_heads: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Causal attention of one sequence in f32: q [s, H, D] at positions first.., k and v [G, t, D] at positions 0.. -> [s, H, D].
+def attend(
+    q: Array, k: Array, v: Array, first: int, scale: float, window: int, kv_heads: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """Causal attention of one sequence in f32: q [s, H, D] at positions first.., k and v [G, t, D] at
+    positions 0.. -> [s, H, D].
 
     `window` > 0 limits each query to the last `window` positions, itself included.
     """
@@ -39,12 +42,15 @@ def attend(q: Array, k: Array, v: Array, first: int, scale: float, window: int, 
 
 
 def default_kv_heads(heads: int, kv_heads: int) -> tuple[int, ...]:
-    """Which key/value head each query head reads in grouped-query attention: groups of heads // kv_heads neighbours."""
+    """Which key/value head each query head reads in grouped-query attention: groups of heads // kv_heads
+    neighbours.
+    """
     return tuple(h * kv_heads // heads for h in range(heads))
 
 
 class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
-    """Causal self-attention without a cache: softmax(scale * q k^T) v per head; q [b, s, H, D], k and v [b, s, G, D] -> [b, s, H, D].
+    """Causal self-attention without a cache: softmax(scale * q k^T) v per head; q [b, s, H, D], k and v [b,
+    s, G, D] -> [b, s, H, D].
 
     Scores, softmax and sums are f32.  `window` > 0 is a sliding window (itself included).
     """
@@ -69,5 +75,8 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
 
     def evaluate(self, q: Array, k: Array, v: Array) -> Array:
         heads = default_kv_heads(q.shape[2], k.shape[2])
-        rows = [attend(q[i], k[i].swapaxes(0, 1), v[i].swapaxes(0, 1), 0, self.scale, self.window, heads) for i in range(q.shape[0])]
+        rows = [
+            attend(q[i], k[i].swapaxes(0, 1), v[i].swapaxes(0, 1), 0, self.scale, self.window, heads)
+            for i in range(q.shape[0])
+        ]
         return as_type(np.stack(rows), tensor_type(self.out).element)

@@ -26,13 +26,18 @@ def comparable(x: Array) -> npt.NDArray[np.float32]:
 
 
 def select_best(values: npt.NDArray[np.float32], ids: Array, k: int) -> tuple[Array, Array]:
-    """The `k` largest of each row, largest first, of equal ones the lower id first: values f32 [.., k] and ids i32 [.., k]."""
+    """The `k` largest of each row, largest first, of equal ones the lower id first: values f32 [.., k] and
+    ids i32 [.., k].
+    """
     order = np.lexsort((ids, -values), axis=-1)[..., :k]
-    return np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1).astype(np.int32)
+    return np.take_along_axis(values, order, axis=-1), np.take_along_axis(ids, order, axis=-1).astype(
+        np.int32
+    )
 
 
 class TopK(DeclaredOp, name="ty.top_k", traits=(Pure,)):
-    """The `k` largest of x [.., V], largest first, of equal ones the lower id first: values f32 [.., k] and ids i32 [.., k].
+    """The `k` largest of x [.., V], largest first, of equal ones the lower id first: values f32 [.., k] and
+    ids i32 [.., k].
 
     -inf and NaN count as the lowest finite number, so that there are always k.
     """
@@ -49,17 +54,24 @@ class TopK(DeclaredOp, name="ty.top_k", traits=(Pure,)):
 
     def verify(self) -> Iterator[str]:
         if not 1 <= self.k <= (tensor_type(self.x).dims[-1] or 0):
-            yield f"k = {self.k} is not in 1..{tensor_type(self.x).dims[-1]}, the last dimension of {self.x.type}"
+            yield (
+                f"k = {self.k} is not in 1..{tensor_type(self.x).dims[-1]}, the last dimension of"
+                f" {self.x.type}"
+            )
 
     def evaluate(self, x: Array) -> tuple[Array, Array]:
-        return select_best(comparable(x), np.broadcast_to(np.arange(x.shape[-1], dtype=np.int32), x.shape), self.k)
+        return select_best(
+            comparable(x), np.broadcast_to(np.arange(x.shape[-1], dtype=np.int32), x.shape), self.k
+        )
 
 
 class TopKCandidates(DeclaredOp, name="ty.top_k_candidates", traits=(Pure,)):
-    """The first half of a `ty.top_k` over parts: of each range of x [.., V] its min(k, size) best, as i32 [.., 2, C].
+    """The first half of a `ty.top_k` over parts: of each range of x [.., V] its min(k, size) best, as i32
+    [.., 2, C].
 
-    x is cut along its last axis into ranges of the given `sizes`; ids are positions in x plus `offset`.  Row 0 holds the bit patterns of the f32 values
-    and row 1 the ids, so that one collective carries both, exactly.  `ty.merge_top_k` is the second half.
+    x is cut along its last axis into ranges of the given `sizes`; ids are positions in x plus `offset`.  Row
+    0 holds the bit patterns of the f32 values and row 1 the ids, so that one collective carries both,
+    exactly.  `ty.merge_top_k` is the second half.
     """
 
     x: Value = operand()
@@ -94,7 +106,9 @@ class TopKCandidates(DeclaredOp, name="ty.top_k_candidates", traits=(Pure,)):
 
 
 class MergeTopK(DeclaredOp, name="ty.merge_top_k", traits=(Pure,)):
-    """The second half of a `ty.top_k` over parts: the `k` best of candidates i32 [.., 2, C] (bit patterns of f32 values, ids), as `ty.top_k` gives them."""
+    """The second half of a `ty.top_k` over parts: the `k` best of candidates i32 [.., 2, C] (bit patterns of
+    f32 values, ids), as `ty.top_k` gives them.
+    """
 
     candidates: Value = operand()
     _: KW_ONLY
@@ -114,4 +128,6 @@ class MergeTopK(DeclaredOp, name="ty.merge_top_k", traits=(Pure,)):
             yield f"k = {self.k} is not in 1..{t.dims[-1]}, the number of candidates"
 
     def evaluate(self, candidates: Array) -> tuple[Array, Array]:
-        return select_best(np.ascontiguousarray(candidates[..., 0, :]).view(np.float32), candidates[..., 1, :], self.k)
+        return select_best(
+            np.ascontiguousarray(candidates[..., 0, :]).view(np.float32), candidates[..., 1, :], self.k
+        )

@@ -33,7 +33,9 @@ class Cast(DeclaredOp, name="ty.cast", traits=(Pure,)):
 
     def evaluate(self, x: Array) -> Array:
         source = tensor_type(self.x).element
-        return as_type(bf16_to_f32(x) if isinstance(source, FloatType) and source.name == "bf16" else x, self.element)
+        return as_type(
+            bf16_to_f32(x) if isinstance(source, FloatType) and source.name == "bf16" else x, self.element
+        )
 
 
 class Slice(DeclaredOp, name="ty.slice", traits=(Pure,)):
@@ -65,7 +67,9 @@ class Slice(DeclaredOp, name="ty.slice", traits=(Pure,)):
 
 
 class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
-    """Same elements in another shape; -1 stands for the dimension that follows from the others (`?` when the input is dynamic)."""
+    """Same elements in another shape; -1 stands for the dimension that follows from the others (`?` when the
+    input is dynamic).
+    """
 
     x: Value = operand()
     _: KW_ONLY
@@ -91,7 +95,9 @@ class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
                 yield f"{t} cannot be reshaped to {list(self.shape)}: {t.size} elements against {known}"
 
     def fold(self) -> tuple[Value] | None:
-        return (self.x,) if self.out.type is self.x.type and tensor_type(self.x).dims.count(None) <= 1 else None
+        return (
+            (self.x,) if self.out.type is self.x.type and tensor_type(self.x).dims.count(None) <= 1 else None
+        )
 
     def evaluate(self, x: Array) -> Array:
         return x.reshape(self.shape)
@@ -114,7 +120,9 @@ class Transpose(DeclaredOp, name="ty.transpose", traits=(Pure,)):
             yield f"perm {list(self.perm)} is no permutation of 0..{tensor_type(self.x).rank - 1}"
 
     def fold(self) -> tuple[Value] | None:
-        return (self.x,) if self.out.type is self.x.type and self.perm == tuple(range(len(self.perm))) else None
+        return (
+            (self.x,) if self.out.type is self.x.type and self.perm == tuple(range(len(self.perm))) else None
+        )
 
     def evaluate(self, x: Array) -> Array:
         return np.transpose(x, self.perm)

@@ -15,11 +15,22 @@ from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result
 from tyir.traits import ConstantLike, Pure
 from tyir.types import TensorType, Type, f16
 
-__all__ = ["Embedding", "Linear", "QuantizedLinear", "RmsNorm", "Rope", "RopeAngles", "RopeTable", "rope_tables"]
+__all__ = [
+    "Embedding",
+    "Linear",
+    "QuantizedLinear",
+    "RmsNorm",
+    "Rope",
+    "RopeAngles",
+    "RopeTable",
+    "rope_tables",
+]
 
 
 class Embedding(DeclaredOp, name="ty.embedding", traits=(Pure,)):
-    """Row `id - offset` of table [V, h] for each id [b, s]; rows outside the table are zero, so that dies holding parts of it can be summed."""
+    """Row `id - offset` of table [V, h] for each id [b, s]; rows outside the table are zero, so that dies
+    holding parts of it can be summed.
+    """
 
     table: Value = operand()
     ids: Value = operand()
@@ -65,7 +76,9 @@ def _linear_type(x: Value, rows: int | None, element: Type | None) -> Type:
 
 
 class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
-    """out[.., n] = sum_k x[.., k] * weight[n, k] + bias[n], accumulated in f32; `element` is the result's element type (default: x's)."""
+    """out[.., n] = sum_k x[.., k] * weight[n, k] + bias[n], accumulated in f32; `element` is the result's
+    element type (default: x's).
+    """
 
     x: Value = operand()
     weight: Value = operand()
@@ -80,7 +93,9 @@ class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
     def verify(self) -> Iterator[str]:
         n, k = tensor_type(self.weight).dims
         if tensor_type(self.x).dims[-1] != k:
-            yield f"inner sizes differ: x has {tensor_type(self.x).dims[-1]}, weight {self.weight.type} has {k}"
+            yield (
+                f"inner sizes differ: x has {tensor_type(self.x).dims[-1]}, weight {self.weight.type} has {k}"
+            )
         if self.bias is not None and tensor_type(self.bias).dims != (n,):
             yield f"bias {self.bias.type} does not match the {n} rows of the weight"
 
@@ -90,7 +105,9 @@ class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
 
 
 class QuantizedLinear(DeclaredOp, name="ty.quantized_linear", traits=(Pure,)):
-    """`ty.linear` whose weight is 4-bit: f16((q - zero) * scale) by groups of `group_size` input channels; q [N, K] ui4, scales and zeros [N, K/g]."""
+    """`ty.linear` whose weight is 4-bit: f16((q - zero) * scale) by groups of `group_size` input channels; q
+    [N, K] ui4, scales and zeros [N, K/g].
+    """
 
     x: Value = operand()
     q: Value = operand()
@@ -111,22 +128,35 @@ class QuantizedLinear(DeclaredOp, name="ty.quantized_linear", traits=(Pure,)):
             yield f"inner sizes differ: x has {tensor_type(self.x).dims[-1]}, q {self.q.type} has {k}"
         if k % self.group_size:
             yield f"group_size {self.group_size} does not divide the {k} input channels"
-        elif tensor_type(self.scales).dims != (n, k // self.group_size) or tensor_type(self.zeros).dims != (n, k // self.group_size):
-            yield f"scales {self.scales.type} and zeros {self.zeros.type} must be {n}x{k // self.group_size} for groups of {self.group_size}"
+        elif tensor_type(self.scales).dims != (n, k // self.group_size) or tensor_type(self.zeros).dims != (
+            n,
+            k // self.group_size,
+        ):
+            yield (
+                f"scales {self.scales.type} and zeros {self.zeros.type} must be {n}x{k // self.group_size}"
+                f" for groups of {self.group_size}"
+            )
 
     def evaluate(self, x: Array, q: Array, scales: Array, zeros: Array, bias: Array | None = None) -> Array:
-        out = x.astype(np.float32) @ dequantize(q, scales, zeros, self.group_size).astype(np.float32, copy=False).T
+        out = (
+            x.astype(np.float32)
+            @ dequantize(q, scales, zeros, self.group_size).astype(np.float32, copy=False).T
+        )
         return as_type(out if bias is None else out + bias.astype(np.float32), tensor_type(self.out).element)
 
 
 def rope_tables(angles: Array, inv_freq: Array, scale: float, element: Type) -> tuple[Array, Array]:
-    """cos and sin of `angles` times `scale`; channels of frequency 0 are not turned and keep their size: 1 and 0."""
+    """cos and sin of `angles` times `scale`; channels of frequency 0 are not turned and keep their size: 1
+    and 0.
+    """
     factor = np.where(inv_freq == 0, np.float32(1), np.float32(scale))
     return as_type(np.cos(angles) * factor, element), as_type(np.sin(angles) * factor, element)
 
 
 class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
-    """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0, for positions 0..positions-1: two tensors [positions, D/2] of type `element`."""
+    """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0, for positions
+    0..positions-1: two tensors [positions, D/2] of type `element`.
+    """
 
     _: KW_ONLY
     inv_freq: DenseElementsAttr = attr()
@@ -142,11 +172,18 @@ class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
 
     def evaluate(self) -> tuple[Array, Array]:
         frequencies = self.inv_freq.to_numpy()
-        return rope_tables(np.arange(self.positions, dtype=np.float32)[:, None] * frequencies, frequencies, self.scale, self.element)
+        return rope_tables(
+            np.arange(self.positions, dtype=np.float32)[:, None] * frequencies,
+            frequencies,
+            self.scale,
+            self.element,
+        )
 
 
 class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
-    """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0: positions [b, s] -> two tensors [b, s, D/2] of type `element`."""
+    """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0: positions [b, s] -> two
+    tensors [b, s, D/2] of type `element`.
+    """
 
     positions: Value = operand()
     _: KW_ONLY
@@ -162,11 +199,14 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
 
     def evaluate(self, positions: Array) -> tuple[Array, Array]:
         frequencies = self.inv_freq.to_numpy()
-        return rope_tables(positions.astype(np.float32)[..., None] * frequencies, frequencies, self.scale, self.element)
+        return rope_tables(
+            positions.astype(np.float32)[..., None] * frequencies, frequencies, self.scale, self.element
+        )
 
 
 class Rope(DeclaredOp, name="ty.rope", traits=(Pure,)):
-    """Rotary embedding in the half-split (NeoX) layout: (a, b) = halves of x; out = (a cos - b sin, b cos + a sin).
+    """Rotary embedding in the half-split (NeoX) layout: (a, b) = halves of x; out = (a cos - b sin, b cos + a
+    sin).
 
     x [b, s, heads, D], cos and sin [b, s, D/2]; computed in f32, rounded once.
     """

@@ -15,11 +15,23 @@ from tyir.opdef import DeclaredOp, attr, operand, region, result
 from tyir.traits import ConstantLike, IsolatedFromAbove, Pure, Symbol, Terminator
 from tyir.types import TensorType, Type, f16, ui4
 
-__all__ = ["Constant", "Dequantize", "GetGlobal", "Global", "Param", "QuantizeGroups", "Repeat", "Take", "Yield", "dequantize"]
+__all__ = [
+    "Constant",
+    "Dequantize",
+    "GetGlobal",
+    "Global",
+    "Param",
+    "QuantizeGroups",
+    "Repeat",
+    "Take",
+    "Yield",
+    "dequantize",
+]
 
 
 class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
-    """A tensor of the checkpoint, by reference: `nbytes` little-endian bytes at `offset` of `file` (relative to the module's `tyir.checkpoint`).
+    """A tensor of the checkpoint, by reference: `nbytes` little-endian bytes at `offset` of `file` (relative
+    to the module's `tyir.checkpoint`).
 
     `key` is the tensor's name in the file.  Weights never travel in the text.
     """
@@ -38,9 +50,11 @@ class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
 
 
 class Param(DeclaredOp, name="ty.param", traits=(Symbol, IsolatedFromAbove)):
-    """A tensor of the artifact: its initializer says how it is made from the checkpoint (slice, cast, quantize, ...).
+    """A tensor of the artifact: its initializer says how it is made from the checkpoint (slice, cast,
+    quantize, ...).
 
-    Initializers are evaluated one at a time, when the `.params` file is written.  They refer to `ty.global`s only, never to other parameters.
+    Initializers are evaluated one at a time, when the `.params` file is written.  They refer to `ty.global`s
+    only, never to other parameters.
     """
 
     _: KW_ONLY
@@ -78,10 +92,12 @@ class Constant(DeclaredOp, name="ty.constant", traits=(Pure, ConstantLike)):
 
 
 class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
-    """Round-to-nearest asymmetric 4-bit quantisation of a weight [N, K], one scale and zero point per `group_size` columns of a row.
+    """Round-to-nearest asymmetric 4-bit quantisation of a weight [N, K], one scale and zero point per
+    `group_size` columns of a row.
 
-    scale = f16(max(max(w, 0) - min(w, 0), 1e-5) / 15);  zero = clamp(-round(min / scale), 0, 15);  q = clamp(round(w / scale) + zero, 0, 15)
-    (the pseudo-quantisation of AutoAWQ, with the range widened to hold zero).  Results: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4.
+    scale = f16(max(max(w, 0) - min(w, 0), 1e-5) / 15);  zero = clamp(-round(min / scale), 0, 15);  q =
+    clamp(round(w / scale) + zero, 0, 15) (the pseudo-quantisation of AutoAWQ, with the range widened to hold
+    zero).  Results: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4.
     """
 
     weight: Value = operand()
@@ -98,7 +114,10 @@ class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
 
     def verify(self) -> Iterator[str]:
         if tensor_type(self.weight).static_shape[1] % self.group_size:
-            yield f"group_size {self.group_size} does not divide the {tensor_type(self.weight).static_shape[1]} input channels"
+            yield (
+                f"group_size {self.group_size} does not divide the {tensor_type(self.weight).static_shape[1]}"
+                " input channels"
+            )
 
     def evaluate(self, weight: Array) -> tuple[Array, Array, Array]:
         n, k = weight.shape
@@ -113,14 +132,18 @@ class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
 
 
 def dequantize(q: Array, scales: Array, zeros: Array, group_size: int) -> npt.NDArray[np.float16]:
-    """f16((q - zero) * scale), the weight [N, K] that the matrix unit sees (AutoAWQ's GEMM kernel rounds alike)."""
+    """f16((q - zero) * scale), the weight [N, K] that the matrix unit sees (AutoAWQ's GEMM kernel rounds
+    alike).
+    """
     n, k = q.shape
     centred = q.reshape(n, -1, group_size).astype(np.float32) - zeros[:, :, None].astype(np.float32)
     return (centred * scales[:, :, None].astype(np.float32)).astype(np.float16).reshape(n, k)
 
 
 class Dequantize(DeclaredOp, name="ty.dequantize", traits=(Pure,)):
-    """f16((q - zero) * scale) by groups of columns: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4 -> [N, K] f16."""
+    """f16((q - zero) * scale) by groups of columns: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4 ->
+    [N, K] f16.
+    """
 
     q: Value = operand()
     scales: Value = operand()
@@ -137,7 +160,10 @@ class Dequantize(DeclaredOp, name="ty.dequantize", traits=(Pure,)):
 
 
 class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
-    """Every slice along `axis` repeated `times` times in place: [a, b] -> [a, a, b, b].  Refines quantisation groups exactly."""
+    """Every slice along `axis` repeated `times` times in place: [a, b] -> [a, a, b, b].
+
+    Refines quantisation groups exactly.
+    """
 
     x: Value = operand()
     _: KW_ONLY
@@ -147,14 +173,18 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
 
     def infer(self) -> Type:
         t = tensor_type(self.x)
-        return t.with_shape(d * self.times if i == self.axis and d is not None else d for i, d in enumerate(t.dims))
+        return t.with_shape(
+            d * self.times if i == self.axis and d is not None else d for i, d in enumerate(t.dims)
+        )
 
     def evaluate(self, x: Array) -> Array:
         return np.repeat(x, self.times, axis=self.axis)
 
 
 class Take(DeclaredOp, name="ty.take", traits=(Pure,)):
-    """The entries `indices` along `axis`, in that order: channels of a head in another order, in weight expressions."""
+    """The entries `indices` along `axis`, in that order: channels of a head in another order, in weight
+    expressions.
+    """
 
     x: Value = operand()
     _: KW_ONLY
@@ -163,7 +193,9 @@ class Take(DeclaredOp, name="ty.take", traits=(Pure,)):
     out: Value = result()
 
     def infer(self) -> Type:
-        return tensor_type(self.x).with_shape(len(self.indices) if i == self.axis else d for i, d in enumerate(tensor_type(self.x).dims))
+        return tensor_type(self.x).with_shape(
+            len(self.indices) if i == self.axis else d for i, d in enumerate(tensor_type(self.x).dims)
+        )
 
     def verify(self) -> Iterator[str]:
         t = tensor_type(self.x)

@@ -1,0 +1,1 @@
+"""One die's program as Edge10 commands."""

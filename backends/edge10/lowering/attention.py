@@ -1,0 +1,487 @@
+"""Attention over the cache, by blocks of keys with an online softmax (as in FlashAttention,
+arXiv:2205.14135): nothing of size tokens x keys is kept.
+
+For each piece of the queries (and each cache head, when all heads together do not fit):
+    fill m = -1e30, l = 0, o = 0
+    for each block of keys, as many as the position asks for:
+        load K and V blocks;  for each strip of heads:  scores = q K^T (cube, drain);  softmax block -> p, alpha;  pv = p V (cube, drain);  o = o * alpha + pv
+    out = o / l
+The strips of a turn are two steps apart: the cube is at one strip's scores while another's are drained and a third's softmax runs.  An 8-bit cache's blocks are
+loaded with their scales and de-quantised to f16 first.  The K and V blocks are handed from turn to turn by tokens of their own: the K block of the next turn loads
+while this turn is at its last products with V.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, groupby
+
+from tyir.attributes import ArrayAttr
+from tyir.backends.edge10.lowering.context import Area, Lowering, Place, acc_range, sram_range
+from tyir.backends.edge10.lowering.dependences import Access, Slot, Space, Tracker
+from tyir.backends.edge10.lowering.emitter import Emitter
+from tyir.backends.edge10.lowering.tiling import AttentionBlocks, accumulator_bytes, attention_blocks, spans
+from tyir.backends.edge10.memory.allocate import align
+from tyir.backends.edge10.memory.places import Scratch
+from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
+from tyir.dialects.kv import CachedAttention
+from tyir.dialects.ty import tensor_type
+from tyir.ir import Value
+from tyir.targets.machine import Machine
+from tyir.types import f16, f32
+
+__all__ = ["attention_scratch", "lower_attention"]
+
+_LOWEST = -1.0e30  # the running maximum before the first key: finite, so that differences with it are numbers
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring query heads that read one cache head."""
+
+    group: int
+    first: int
+    heads: int
+
+
+def _runs(kv_heads: Sequence[int]) -> list[_Run]:
+    runs: list[_Run] = []
+    first = 0
+    for group, members in groupby(kv_heads):
+        count = len(list(members))
+        runs.append(_Run(group, first, count))
+        first += count
+    return runs
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Some heads of a block, rows numbered [query, head]: `offset` rows after the block's first in what is
+    kept from turn to turn, `buffer` the set of temporaries.
+    """
+
+    runs: Sequence[_Run]
+    first: int
+    heads: int
+    offset: int
+    buffer: int
+
+
+def attention_scratch(op: CachedAttention, arena: int, machine: Machine) -> Scratch | None:
+    """What the attention of many tokens takes of an arena beside its queries, whose place its result takes;
+    few tokens do with the temporaries.
+    """
+    room = arena - align(tensor_type(op.q).nbytes)
+    if tensor_type(op.q).static_shape[1] <= machine.cube.rows or room <= 0:
+        return None
+    try:
+        return Scratch(_bytes(op, _blocks(op, room, machine, transfers=False)), 0)
+    except TyirError:
+        return None
+
+
+def lower_attention(op: CachedAttention, low: Lowering, scratch: Area | None = None) -> None:
+    """`kv.attention`, with the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
+    area = Area(low.plan.temp, low.plan.temp_bytes)
+    in_sram = low.place(op.q).in_sram and low.place(op.out).in_sram
+    if scratch is not None and in_sram and scratch.nbytes > area.nbytes:
+        area = scratch
+    blocks, runs = _blocks(op, area.nbytes, low.machine, transfers=not in_sram), _runs(op.kv_heads)
+    batch, tokens, *_ = tensor_type(op.q).static_shape
+    for sequence in range(batch):
+        for first, count in spans(tokens, blocks.queries):
+            for members in [runs] if blocks.all_heads else [[r] for r in runs]:
+                _Block(op, low, blocks, members, sequence, first, count, area.offset).lower()
+
+
+def _blocks(op: CachedAttention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
+    _, tokens, heads, dim = tensor_type(op.q).static_shape
+    groups, largest = op.cache_heads, max(r.heads for r in _runs(op.kv_heads))
+    return attention_blocks(
+        tokens, heads, groups, dim, largest, machine, room, transfers=transfers, quantized=bool(op.scales)
+    )
+
+
+def _bytes(op: CachedAttention, blocks: AttentionBlocks) -> int:
+    """What the blocks take of SRAM, queries and result not counted."""
+    _, _, heads, dim = tensor_type(op.q).static_shape
+    heads, groups = (
+        (heads, op.cache_heads) if blocks.all_heads else (max(r.heads for r in _runs(op.kv_heads)), 1)
+    )
+    return sum(blocks.layout(heads, groups, dim, transfers=False).values())
+
+
+class _Block:
+    """`count` queries of a sequence from `first` on, for some runs of heads; temporaries from `start` on."""
+
+    def __init__(
+        self,
+        op: CachedAttention,
+        low: Lowering,
+        blocks: AttentionBlocks,
+        runs: Sequence[_Run],
+        sequence: int,
+        first: int,
+        count: int,
+        start: int,
+    ) -> None:
+        self.op, self.low, self.runs, self.sequence, self.first, self.count = (
+            op,
+            low,
+            runs,
+            sequence,
+            first,
+            count,
+        )
+        self.keys = blocks.keys
+        _, _, self.all_heads, self.dim = tensor_type(op.q).static_shape
+        self.cache_heads, self.capacity = op.cache_heads, op.capacity
+        self.first_group, self.groups = (0, op.cache_heads) if blocks.all_heads else (runs[0].group, 1)
+        self.first_head, self.heads = runs[0].first, sum(r.heads for r in runs)
+        self.rows = count * self.heads
+        self.strips = self._cut(blocks.strip)
+        self.at: dict[str, int] = {}
+        for name, size in blocks.layout(self.heads, self.groups, self.dim).items():
+            self.at[name] = start
+            start += size
+        self._accumulators = self._accumulator_offsets()
+
+    def _cut(self, most: int) -> list[_Strip]:
+        """The heads in strips of at most `most`; one strip for all of them if they are few, else each of
+        heads of one cache head.
+        """
+        if self.heads <= most:
+            return [_Strip(self.runs, self.first_head, self.heads, 0, 0)]
+        strips: list[_Strip] = []
+        for run in self.runs:
+            for start, heads in spans(run.heads, most):
+                part, number = _Run(run.group, run.first + start, heads), len(strips)
+                strips.append(
+                    _Strip([part], part.first, heads, (part.first - self.first_head) * self.count, number % 3)
+                )
+        return strips
+
+    def _accumulator_offsets(self) -> Iterator[int]:
+        most = max(r.heads for s in self.strips for r in s.runs) * self.count
+        machine = self.low.machine
+        part = machine.accumulator_bytes // (
+            4
+            if accumulator_bytes(most, max(self.keys, self.dim), machine) * 4 <= machine.accumulator_bytes
+            else 2
+        )
+        return cycle(range(0, part * (machine.accumulator_bytes // part), part))
+
+    def lower(self) -> None:
+        emitter = self.low.emitter
+        q, q_strides = self._queries()
+        for name, size, value in (
+            ("maximum", self.rows, _LOWEST),
+            ("total", self.rows, 0.0),
+            ("sum", self.rows * self.dim, 0.0),
+        ):
+            emitter.emit(
+                edge10.VectorOp,
+                function="fill",
+                inputs=(),
+                outputs=(self.at[name],),
+                input_types=ArrayAttr([]),
+                output_types=ArrayAttr([f32]),
+                rows=1,
+                cols=size,
+                constant=value,
+                writes=[sram_range(self.at[name], size * 4, write=True)],
+            )
+        self._loop(q, q_strides)
+        self._finish()
+
+    def _place(self, value: Value) -> Place:
+        """Where the sequence's part of a tensor lies."""
+        return self.low.place(value).at(self.sequence * self._sequence_bytes(value))
+
+    @staticmethod
+    def _sequence_bytes(value: Value) -> int:
+        return tensor_type(value).nbytes // tensor_type(value).static_shape[0]
+
+    # -- queries and result
+    # ---------------------------------------------------------------------------------------
+    def _queries(self) -> tuple[int, tuple[int, int]]:
+        """Offset of the first query row in SRAM and the strides [token, head]."""
+        place, row = self._place(self.op.q), self.dim * 2
+        start = (self.first * self.all_heads + self.first_head) * row
+        if place.in_sram:
+            return place.offset + start, (self.all_heads * row, row)
+        self.low.load(
+            place.at(start),
+            self.at["q"],
+            (1, self.count, self.heads * row),
+            dram_strides=(0, self.all_heads * row),
+        )
+        return self.at["q"], (self.heads * row, row)
+
+    def _finish(self) -> None:
+        place, row = self._place(self.op.out), self.dim * 2
+        start = (self.first * self.all_heads + self.first_head) * row
+        target, outer = (
+            (place.offset + start, self.all_heads * row)
+            if place.in_sram
+            else (self.at["out"], self.heads * row)
+        )
+        for strip in self.strips:
+            total, sums, rows = (
+                self._kept("total", strip, 4),
+                self._kept("sum", strip, self.dim * 4),
+                self.count * strip.heads,
+            )
+            out = target + (strip.first - self.first_head) * row
+            self.low.emitter.emit(
+                edge10.VectorOp,
+                function="divide_rows",
+                inputs=(sums, total),
+                outputs=(out,),
+                rows=rows,
+                cols=self.dim,
+                group=strip.heads,
+                output_strides=(outer, row),
+                input_types=ArrayAttr([f32, f32]),
+                output_types=ArrayAttr([f16]),
+                reads=[sram_range(sums, rows * self.dim * 4), sram_range(total, rows * 4)],
+                writes=[sram_range(out, (self.count - 1) * outer + strip.heads * row, write=True)],
+            )
+        if not place.in_sram:
+            self.low.store(
+                place.at(start),
+                target,
+                (1, self.count, self.heads * row),
+                dram_strides=(0, self.all_heads * row),
+            )
+
+    def _kept(self, name: str, strip: _Strip, row: int) -> int:
+        """Where a strip's rows of what is kept from turn to turn begin."""
+        return self.at[name] + strip.offset * row
+
+    # -- the loop
+    # -------------------------------------------------------------------------------------------------
+    def _loop(self, q: int, q_strides: tuple[int, int]) -> None:
+        outer, pos, size = self.low.emitter, self.low.position(self.sequence), self.keys
+        visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
+        start = (
+            outer.affine([pos], [1], self.first - self.op.window + 1, divisor=size)
+            if self.op.window
+            else outer.affine([], [])
+        )
+        end = outer.affine([visible], [1], size - 1, divisor=size)
+        block = Emitter.body(3)
+        index, *tokens = block.args
+        slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores0"]))
+        inner = Tracker(slots, tokens[:2], tokens[2], self._caches(outer))
+        self.low.emitter = body = outer.nested(block, inner)
+        try:
+            first_key = body.affine([index], [size])
+            keys = body.affine([visible, first_key], [1, -1], high=size)
+            self._turn(q, q_strides, first_key, keys)
+            carried, rest = inner.finish()
+            block.append(edge10.Yield(tokens=tuple(body.join(t) for t in (*carried, rest))))
+        finally:
+            self.low.emitter = outer
+        outer.loop(start, end, block, inner)
+
+    def _caches(self, outer: Emitter) -> dict[Space, Value]:
+        """The caches as the loop finds them: their blocks need not wait for the queries."""
+        values = (self.op.k, self.op.v, *self.op.scales)
+        reads = {
+            p.base: p.access(self._sequence_bytes(v), write=False) for v in values for p in [self._place(v)]
+        }
+        return {space: outer.join(outer.tracker.waits(accesses, None)) for space, accesses in reads.items()}
+
+    def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
+        self._load_cache("k", first_key, keys)
+        self._load_cache("v", first_key, keys)
+        behind = min(2, len(self.strips) - 1)
+        for number in range(len(self.strips) + behind):
+            if number < len(self.strips):
+                self._weigh(self.strips[number], q, q_strides, first_key, keys)
+            if number >= behind:
+                self._sum_up(self.strips[number - behind], keys)
+
+    def _weigh(
+        self, strip: _Strip, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value
+    ) -> None:
+        """A strip's scores and their softmax."""
+        size, rows = self.keys, self.count * strip.heads
+        scores, probabilities, alpha = (
+            self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha")
+        )
+        maximum, total = self._kept("maximum", strip, 4), self._kept("total", strip, 4)
+        for run in strip.runs:
+            lhs = q + (run.first - self.first_head) * q_strides[1]
+            target = scores + (run.first - strip.first) * size * 4
+            self._product(strip, run, lhs, q_strides, self.at["k"], True, keys, target, size * 4)
+        self.low.emitter.emit(
+            edge10.SoftmaxBlock,
+            keys,
+            first_key,
+            scores=scores,
+            score_stride=size * 4,
+            probabilities=probabilities,
+            probability_stride=size * 2,
+            maximum=maximum,
+            total=total,
+            alpha=alpha,
+            rows=rows,
+            heads=strip.heads,
+            first_query=self.low.first_token + self.first,
+            window=self.op.window,
+            sequence=self.sequence,
+            scale=self.op.scale,
+            reads=[
+                sram_range(scores, rows * size * 4),
+                sram_range(maximum, rows * 4),
+                sram_range(total, rows * 4),
+            ],
+            writes=[
+                sram_range(probabilities, rows * size * 2, write=True),
+                *(sram_range(at, rows * 4, write=True) for at in (maximum, total, alpha)),
+            ],
+        )
+
+    def _sum_up(self, strip: _Strip, keys: Value) -> None:
+        """A strip's values, added to what it has of the blocks before."""
+        size, dim, rows = self.keys, self.dim, self.count * strip.heads
+        product, probabilities, alpha = (
+            self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha")
+        )
+        for run in strip.runs:
+            head = run.first - strip.first
+            strides = (strip.heads * size * 2, size * 2)
+            self._product(
+                strip,
+                run,
+                probabilities + head * size * 2,
+                strides,
+                self.at["v"],
+                False,
+                keys,
+                product + head * dim * 4,
+                dim * 4,
+            )
+        sums, nbytes = self._kept("sum", strip, dim * 4), rows * dim * 4
+        self.low.emitter.emit(
+            edge10.VectorOp,
+            function="rescale_add",
+            inputs=(sums, alpha, product),
+            outputs=(sums,),
+            rows=rows,
+            cols=dim,
+            input_types=ArrayAttr([f32, f32, f32]),
+            output_types=ArrayAttr([f32]),
+            reads=[sram_range(sums, nbytes), sram_range(alpha, rows * 4), sram_range(product, nbytes)],
+            writes=[sram_range(sums, nbytes, write=True)],
+        )
+
+    def _load_cache(self, name: str, first_key: Value, keys: Value) -> None:
+        """A block of the keys ("k") or the values ("v") as f16."""
+        at, op, size = self.at, self.op, self.groups * self.keys
+        cache = self._place(op.k if name == "k" else op.v)
+        if not op.scales:
+            self._load_rows(cache, at[name], self.dim * 2, "eidma", first_key, keys)
+            return
+        q, scales = at[f"{name}_q"], at[f"{name}_scales"]
+        self._load_rows(cache, q, self.dim, "eidma", first_key, keys)
+        self._load_rows(self._place(op.scales[name == "v"]), scales, 2, "ebdma", first_key, keys)
+        self.low.emitter.emit(
+            edge10.DequantRows,
+            keys,
+            q=q,
+            scales=scales,
+            out=at[name],
+            planes=self.groups,
+            plane_rows=self.keys,
+            rows=edge10.DYNAMIC,
+            k=self.dim,
+            reads=[sram_range(q, size * self.dim), sram_range(scales, size * 2)],
+            writes=[sram_range(at[name], size * self.dim * 2, write=True)],
+        )
+
+    def _load_rows(
+        self, cache: Place, sram: int, row: int, queue: str, first_key: Value, keys: Value
+    ) -> None:
+        """The block's rows of `row` bytes of the cache heads in use, each head's at its own plane."""
+        emitter, heads, capacity = self.low.emitter, self.cache_heads, self.capacity
+        by_head = self.op.layout == "HND"
+        to_head, to_key = (capacity * row, row) if by_head else (row, heads * row)
+        address = emitter.offset(self.low.address(cache), first_key, to_key)
+        whole = self.groups * self.keys * row
+        read = (self.first_group + self.groups) * capacity * row if by_head else capacity * heads * row
+        emitter.emit(
+            edge10.Load,
+            address,
+            keys,
+            offset=cache.offset + self.first_group * to_head,
+            sram=sram,
+            shape=(self.groups, edge10.DYNAMIC, row),
+            dram_strides=(to_head, to_key),
+            sram_strides=(self.keys * row, row),
+            queue=queue,
+            reads=cache.access(read, write=False),
+            writes=[sram_range(sram, whole, write=True)],
+        )
+
+    def _product(
+        self,
+        strip: _Strip,
+        run: _Run,
+        lhs: int,
+        strides: tuple[int, int],
+        cache: int,
+        transposed: bool,
+        keys: Value,
+        target: int,
+        target_row: int,
+    ) -> None:
+        """scores = q K^T (`transposed`: the columns are keys) or p V, for one run of a strip's heads."""
+        low, row = self.low, self.dim * 2
+        rhs = cache + (run.group - self.first_group) * self.keys * row
+        acc, width = (
+            next(self._accumulators),
+            align(self.keys if transposed else self.dim, low.machine.cube.columns) * 4,
+        )
+        n, k = (edge10.DYNAMIC, self.dim) if transposed else (self.dim, edge10.DYNAMIC)
+        acc_bytes = self.count * run.heads * width
+        lhs_bytes = (
+            (self.count - 1) * strides[0]
+            + (run.heads - 1) * strides[1]
+            + (row if transposed else self.keys * 2)
+        )
+        reads: list[Access] = [sram_range(lhs, lhs_bytes), sram_range(rhs, self.keys * row)]
+        low.emitter.emit(
+            edge10.Matmul,
+            keys,
+            lhs=lhs,
+            lhs_strides=strides,
+            rhs=rhs,
+            rhs_stride=row,
+            transposed=transposed,
+            acc=acc,
+            acc_stride=width,
+            m=(self.count, run.heads),
+            n=n,
+            k=k,
+            reads=reads,
+            writes=[acc_range(acc, acc_bytes, write=True)],
+        )
+        extent = (self.count - 1) * strip.heads * target_row + run.heads * target_row
+        low.emitter.emit(
+            edge10.Drain,
+            *([keys] if transposed else []),
+            acc=acc,
+            acc_stride=width,
+            m=(self.count, run.heads),
+            n=n,
+            sram=target,
+            sram_strides=(strip.heads * target_row, target_row),
+            element=f32,
+            reads=[acc_range(acc, acc_bytes)],
+            writes=[sram_range(target, extent, write=True)],
+        )

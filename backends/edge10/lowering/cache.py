@@ -1,0 +1,152 @@
+"""The cache: appending rows, rows of the rotary tables, embedding rows.
+
+Everything whose address depends on the position or on token ids.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tyir.attributes import ArrayAttr
+from tyir.backends.edge10.lowering.context import Lowering, Place, element_bytes, sram_range
+from tyir.backends.edge10.memory.allocate import align
+from tyir.dialects import edge10
+from tyir.dialects.kv import Append, QuantizeRows, Rows
+from tyir.dialects.ty import Embedding, tensor_type
+from tyir.types import f16, i8
+
+__all__ = ["lower_append", "lower_embedding", "lower_quantize_rows", "lower_rows"]
+
+
+def lower_append(op: Append, low: Lowering) -> None:
+    """`kv.append`: rows [b, s, G, D] (or [b, s, G]) to positions pos.. of each sequence's cache; what lies
+    beyond the capacity is dropped.
+    """
+    batch, tokens, groups, *dim = tensor_type(op.rows).static_shape
+    capacity = op.capacity
+    row = math.prod(dim) * element_bytes(op.rows)
+    for sequence in range(batch):
+        source, cache = (
+            low.place(op.rows).at(sequence * tokens * groups * row),
+            low.place(op.cache).at(sequence * groups * capacity * row),
+        )
+        if op.layout == "HND":
+            _append(source, cache, sequence, (tokens, groups, capacity, row), low)
+        else:  # all heads of a token are one row
+            _append(source, cache, sequence, (tokens, 1, capacity, groups * row), low)
+
+
+def _append(
+    source: Place, cache: Place, sequence: int, sizes: tuple[int, int, int, int], low: Lowering
+) -> None:
+    """One sequence: `sizes` are tokens, heads, positions of the cache, and bytes of a row."""
+    tokens, groups, capacity, row = sizes
+    emitter, pos = low.emitter, low.position(sequence)
+    for piece in low.pieces(tokens, 0 if source.in_sram else groups * row):
+        sram = source.offset + piece.first * groups * row
+        if not source.in_sram:
+            sram = piece.temp
+            low.load_bytes(source.at(piece.first * groups * row), sram, piece.rows * groups * row)
+        count = emitter.affine([pos], [-1], capacity - piece.first, high=piece.rows)
+        address = emitter.offset(low.address(cache), emitter.affine([pos], [1], piece.first), row)
+        emitter.emit(
+            edge10.Store,
+            address,
+            count,
+            offset=cache.offset,
+            sram=sram,
+            shape=(groups, edge10.DYNAMIC, row),
+            dram_strides=(capacity * row, row),
+            sram_strides=(row, groups * row),
+            reads=[sram_range(sram, piece.rows * groups * row)],
+            writes=cache.access(groups * capacity * row, write=True),
+        )
+
+
+def lower_quantize_rows(op: QuantizeRows, low: Lowering) -> None:
+    """`kv.quantize_rows`: one vector command makes the 8-bit rows and their scales."""
+    *outer, dim = tensor_type(op.rows).static_shape
+    parts = [(low.place(v), size) for v, size in ((op.rows, dim * 2), (op.q, dim), (op.scales, 2))]
+    spilled = sum(align(size) for place, size in parts if not place.in_sram)
+    for piece in low.pieces(math.prod(outer), spilled):
+        offsets, temp = [], piece.temp
+        for place, size in parts:
+            offsets.append(place.offset + piece.first * size if place.in_sram else temp)
+            temp += 0 if place.in_sram else align(piece.rows * size)
+        source, *targets = (
+            sram_range(offset, piece.rows * size, write=n > 0)
+            for n, (offset, (_, size)) in enumerate(zip(offsets, parts))
+        )
+        if not parts[0][0].in_sram:
+            low.load_bytes(parts[0][0].at(piece.first * dim * 2), offsets[0], piece.rows * dim * 2)
+        low.emitter.emit(
+            edge10.VectorOp,
+            function="quantize_rows",
+            inputs=(offsets[0],),
+            outputs=tuple(offsets[1:]),
+            rows=piece.rows,
+            cols=dim,
+            input_types=ArrayAttr([f16]),
+            output_types=ArrayAttr([i8, f16]),
+            reads=[source],
+            writes=targets,
+        )
+        for offset, (place, size) in zip(offsets[1:], parts[1:]):
+            if not place.in_sram:
+                low.store_bytes(place.at(piece.first * size), offset, piece.rows * size)
+
+
+def lower_rows(op: Rows, low: Lowering) -> None:
+    """`kv.rows`: rows pos.. of a table, for each sequence."""
+    batch, tokens, _ = tensor_type(op.out).static_shape
+    table_rows = tensor_type(op.table).static_shape[0]
+    row = tensor_type(op.table).nbytes // table_rows
+    table = low.place(op.table)
+    for sequence in range(batch):
+        target = low.place(op.out).at(sequence * tokens * row)
+        for piece in low.pieces(tokens, 0 if target.in_sram else row):
+            sram = target.offset + piece.first * row if target.in_sram else piece.temp
+            low.emitter.emit(
+                edge10.Gather,
+                low.address(table),
+                index="position",
+                first=piece.first,
+                sram=sram,
+                rows=piece.rows,
+                row_bytes=row,
+                table_rows=table_rows,
+                offset=table.offset,
+                sequence=sequence,
+                writes=[sram_range(sram, piece.rows * row, write=True)],
+            )
+            if not target.in_sram:
+                low.store_bytes(target.at(piece.first * row), sram, piece.rows * row)
+
+
+def lower_embedding(op: Embedding, low: Lowering) -> None:
+    """`ty.embedding`: rows by token id; the ids come to SRAM first."""
+    table, source, target = low.place(op.table), low.place(op.ids), low.place(op.out)
+    table_rows = tensor_type(op.table).static_shape[0]
+    row = tensor_type(op.table).nbytes // table_rows
+    rows = math.prod(tensor_type(op.ids).static_shape)
+    for piece in low.pieces(rows, 0 if target.in_sram else row + 2 * align(4)):
+        ids = source.offset + piece.first * 4 if source.in_sram else piece.temp
+        if not source.in_sram:
+            low.load_bytes(source.at(piece.first * 4), ids, piece.rows * 4)
+        sram = target.offset + piece.first * row if target.in_sram else piece.temp + align(piece.rows * 4)
+        low.emitter.emit(
+            edge10.Gather,
+            low.address(table),
+            index="ids",
+            ids=ids,
+            first=op.offset,
+            sram=sram,
+            rows=piece.rows,
+            row_bytes=row,
+            table_rows=table_rows,
+            offset=table.offset,
+            reads=[sram_range(ids, piece.rows * 4)],
+            writes=[sram_range(sram, piece.rows * row, write=True)],
+        )
+        if not target.in_sram:
+            low.store_bytes(target.at(piece.first * row), sram, piece.rows * row)

@@ -1,0 +1,48 @@
+"""The order of a layer's ops: keys and values before the queries, so that their way to the cache and back is
+over when the attention begins.
+
+q = linear(x); k = linear(x); v = linear(x); q = rope(q); k = rope(k); append(k); append(v); attention(q, ...)
+-->
+k = linear(x); v = linear(x); k = rope(k); append(k); append(v); q = linear(x); q = rope(q); attention(q, ...)
+"""
+
+from __future__ import annotations
+
+from tyir.dialects.func import Func
+from tyir.dialects.kv import CachedAttention
+from tyir.ir import Op, Value
+
+__all__ = ["keys_first"]
+
+
+def keys_first(function: Func) -> Func:
+    """A copy of a layer function, in that order."""
+    copy = function.clone()
+    for attention in [op for op in copy.body if isinstance(op, CachedAttention)]:
+        wanted = _makers([v for v in attention.operands if v is not attention.q])
+        own = [op for op in _makers([attention.q]) if op not in wanted]
+        first = next((op for op in copy.body if op in own), None)
+        if first is None:
+            continue
+        for op in [op for op in copy.body if op in wanted and _follows(op, first)]:
+            op.detach().insert_before(first)
+    return copy
+
+
+def _makers(values: list[Value]) -> set[Op]:
+    """The ops that the values depend on."""
+    found: set[Op] = set()
+    waiting = [v.op for v in values if v.op is not None]
+    while waiting:
+        op = waiting.pop()
+        if op not in found:
+            found.add(op)
+            waiting += [v.op for v in op.operands if v.op is not None]
+    return found
+
+
+def _follows(op: Op, other: Op) -> bool:
+    before: Op | None = op.prev_op
+    while before is not None and before is not other:
+        before = before.prev_op
+    return before is other

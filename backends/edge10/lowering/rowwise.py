@@ -1,0 +1,132 @@
+"""Ops that work row by row (norms, rotary embedding, elementwise): one vector command when everything is in
+SRAM, pieces through temporaries otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyir.attributes import ArrayAttr
+from tyir.backends.edge10.lowering.context import Lowering, Piece, element_bytes, sram_range
+from tyir.backends.edge10.memory.allocate import align
+from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
+from tyir.dialects.ty import Add, Cast, Mul, RmsNorm, Rope, Scale, Silu, SiluMul, tensor_type
+from tyir.ir import Op, Value
+
+__all__ = ["lower_rowwise"]
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One tensor of the command: `row_bytes` per row of the command; `per_row` False for a vector that all
+    rows share.
+    """
+
+    value: Value
+    row_bytes: int
+    per_row: bool = True
+
+
+def lower_rowwise(op: Op, low: Lowering) -> None:
+    """`ty.add mul scale silu silu_mul cast rms_norm rope`."""
+    out = op.results[0]
+    *outer, cols = tensor_type(out).static_shape
+    rows, group, constant = math.prod(outer), 1, 0.0
+    inputs = [_Operand(v, cols * element_bytes(v)) for v in op.operands]
+    if isinstance(op, RmsNorm):
+        inputs[1] = _Operand(op.weight, cols * element_bytes(op.weight), per_row=False)
+        constant = op.eps
+    elif isinstance(op, Scale):
+        constant = op.factor
+    elif isinstance(op, Rope):
+        group = outer[-1]  # heads: they share the angles of their token
+        inputs[1:] = [_Operand(v, cols // 2 * element_bytes(v)) for v in (op.cos, op.sin)]
+    assert isinstance(op, (Add, Mul, Scale, Silu, SiluMul, Cast, RmsNorm, Rope))
+    _emit(op, low, inputs, _Operand(out, cols * element_bytes(out)), rows, cols, group, constant)
+
+
+def _emit(
+    op: Op,
+    low: Lowering,
+    inputs: Sequence[_Operand],
+    out: _Operand,
+    rows: int,
+    cols: int,
+    group: int,
+    constant: float,
+) -> None:
+    """`group` rows of the command share one row of the inputs after the first; pieces hold whole groups."""
+    first, others = inputs[0], inputs[1:]
+    shared = [_shared_vector(o, low) if not o.per_row else None for o in inputs]
+    spilled = [o for o in (*inputs, out) if o.per_row and not low.place(o.value).in_sram]
+    bytes_per_group = sum(align(o.row_bytes * (1 if o in others and group > 1 else group)) for o in spilled)
+    most = (
+        low.half_rows(rows) if isinstance(op, RmsNorm) else None
+    )  # the product after a norm begins with the first half
+    if most is not None and not spilled:
+        low.halved.add(op.results[0])
+    for piece in low.pieces(rows // group, bytes_per_group, most):
+        temp = piece.temp
+        offsets: list[int] = []
+        for operand, vector in zip(inputs, shared):
+            share = 1 if operand is not first and group > 1 else group
+            offset, temp = (vector, temp) if vector is not None else _bring(operand, low, piece, share, temp)
+            offsets.append(offset)
+        place = low.place(out.value)
+        target = place.offset + piece.first * group * out.row_bytes if place.in_sram else temp
+        count = piece.rows * group
+        reads = [
+            sram_range(
+                offset,
+                o.row_bytes * (1 if not o.per_row else piece.rows if o is not first and group > 1 else count),
+            )
+            for o, offset in zip(inputs, offsets)
+        ]
+        low.emitter.emit(
+            edge10.VectorOp,
+            function=op.name.partition(".")[2],
+            inputs=tuple(offsets),
+            outputs=(target,),
+            rows=count,
+            cols=cols,
+            group=group,
+            constant=constant,
+            input_types=_types(inputs),
+            output_types=_types([out]),
+            reads=reads,
+            writes=[sram_range(target, count * out.row_bytes, write=True)],
+        )
+        if not place.in_sram:
+            low.store_bytes(place.at(piece.first * group * out.row_bytes), target, count * out.row_bytes)
+
+
+def _types(operands: Sequence[_Operand]) -> ArrayAttr:
+    return ArrayAttr([tensor_type(o.value).element for o in operands])
+
+
+def _shared_vector(operand: _Operand, low: Lowering) -> int:
+    """A weight vector, brought to a side slot."""
+    place = low.place(operand.value)
+    if place.in_sram:
+        return place.offset
+    if operand.row_bytes > low.plan.side.largest:
+        raise TyirError(
+            f"a vector of {operand.row_bytes} bytes does not fit the {low.plan.side.largest} bytes of SRAM"
+            " kept for scales and norms",
+            help="the machine has too little SRAM for this hidden size",
+        )
+    slot = low.side.take(operand.row_bytes)
+    low.load_bytes(place, slot, operand.row_bytes, queue="ebdma")
+    return slot
+
+
+def _bring(operand: _Operand, low: Lowering, piece: Piece, rows_per_group: int, temp: int) -> tuple[int, int]:
+    """The SRAM offset of a piece's rows of an operand, and the next free temporary."""
+    place, row = low.place(operand.value), operand.row_bytes * rows_per_group
+    if place.in_sram:
+        return place.offset + piece.first * row, temp
+    low.load_bytes(place.at(piece.first * row), temp, piece.rows * row)
+    return temp, temp + align(piece.rows * row)

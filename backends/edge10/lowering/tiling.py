@@ -1,0 +1,289 @@
+"""Choosing tiles: the sizes [m, n, k] in which a matrix product is computed, and the blocks of attention.
+
+Tiles must fit their slots in SRAM and half of the accumulators (the other half is being drained).  Among
+those that fit, the one that takes the least time wins, by the same formulas as the simulator's
+(`tyir.edge10.command_times`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from tyir.backends.edge10.memory.allocate import ALIGNMENT, SramPlan, align
+from tyir.diagnostics import TyirError
+from tyir.edge10.command_times import dequant_ns, matmul_ns
+from tyir.targets.machine import Machine
+
+__all__ = [
+    "STRIP_ROWS",
+    "AttentionBlocks",
+    "MatmulShape",
+    "Tiles",
+    "accumulator_bytes",
+    "attention_blocks",
+    "choose_tiles",
+    "side_columns",
+    "spans",
+    "tiles_ns",
+]
+
+
+def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of consecutive pieces of at most `step`."""
+    for start in range(0, size, step):
+        yield start, min(step, size - start)
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    """out[m, n] = x[m, k] w[n, k]; `group_size` 0 for an f16 weight; `x_in_sram` says where x lives.
+
+    `piece_bytes` is what each result needs of `piece_limit` bytes of temporaries before it is where it
+    belongs, 0 when it is drained there directly. `block` fixes how many columns, of all rows, are handed on
+    together (0: free): what the dies agree on for a collective.
+    """
+
+    m: int
+    n: int
+    k: int
+    group_size: int
+    x_in_sram: bool
+    piece_bytes: int
+    piece_limit: int = 0
+    block: int = 0
+
+    @property
+    def weight_row_bytes(self) -> int:
+        return (self.k + 1) // 2 if self.group_size else self.k * 2
+
+    @property
+    def scale_row_bytes(self) -> int:
+        return self.k // self.group_size * 2 if self.group_size else 0
+
+    @property
+    def zero_row_bytes(self) -> int:
+        return (self.k // self.group_size + 1) // 2 if self.group_size else 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Weight tiles of [n, k] for m rows; the sums of `block` columns (several tiles) stay in the accumulators
+    until they are drained together.
+    """
+
+    m: int
+    n: int
+    k: int
+    block: int
+
+
+_WIDEST_BLOCK = (
+    256  # columns: longer runs of results gain little, and every block is waited for by what comes next
+)
+
+
+def choose_tiles(shape: MatmulShape, machine: Machine, plan: SramPlan) -> Tiles:
+    """The cheapest tiles that fit; `TyirError` when none does."""
+    best = min(
+        (
+            (tiles_ns(shape, t, machine), -t.block, t)
+            for m, n, k in _candidates(shape, machine)
+            if (t := _fit(shape, m, n, k, machine, plan)) is not None
+        ),
+        default=None,
+        key=lambda c: c[:2],
+    )
+    if best is None:
+        raise TyirError(
+            f"no tile of a [{shape.m}, {shape.k}] x [{shape.k}, {shape.n}] product fits {plan.capacity} bytes"
+            f" of SRAM and {machine.accumulator_bytes} of accumulators",
+            help="use a smaller group_size or sequence length, or a machine with more SRAM",
+        )
+    return best[2]
+
+
+def _candidates(shape: MatmulShape, machine: Machine) -> Iterator[tuple[int, int, int]]:
+    cube = machine.cube
+    unit = shape.group_size or 64
+    ms = sorted({align(-(-shape.m // parts), cube.rows) for parts in (1, 2, 3, 4, 6, 8, 12, 16, 32)})
+    ks = sorted(
+        {min(align(-(-shape.k // parts), unit), shape.k) for parts in range(1, min(65, shape.k // unit + 2))}
+    )
+    wave = cube.columns * cube.count
+    ns = {wave * i for i in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)} | {
+        cube.columns * i for i in (1, 2, 4, 5, 8, 16)
+    }
+    widest = min(shape.n, shape.block or shape.n)
+    for m in ms:
+        for n in sorted({min(n, align(widest, cube.columns)) for n in ns}):
+            if (
+                shape.block % n and n < widest
+            ):  # a narrow last tile leaves the next one no time to be dequantised
+                continue
+            for k in ks:
+                yield min(m, shape.m), min(n, widest), k
+
+
+def _fit(shape: MatmulShape, m: int, n: int, k: int, machine: Machine, plan: SramPlan) -> Tiles | None:
+    """Tiles of these sizes with the widest block that fits, or None when they do not fit at all."""
+    if (
+        k > machine.cube.max_k
+        or n * k * 2 > plan.wide.largest
+        or (shape.group_size and n * ((k + 1) // 2) > plan.packed.largest)
+    ):
+        return None
+    if not shape.x_in_sram and m * k * 2 > plan.temp_bytes // 4:
+        return None
+    rows = align(m, machine.cube.rows)
+    widest = machine.accumulator_bytes // 2 // 4 // rows // machine.cube.columns * machine.cube.columns
+    if shape.piece_bytes:
+        widest = min(widest, shape.piece_limit // ((shape.m if shape.block else m) * shape.piece_bytes))
+    if n > side_columns(shape, plan):
+        return None
+    if shape.block:
+        return Tiles(m, n, k, min(shape.block, shape.n)) if min(shape.block, shape.n) <= widest else None
+    blocks = min(widest, max(_WIDEST_BLOCK, n), shape.n) // n
+    return Tiles(m, n, k, min(blocks * n, shape.n)) if blocks else None
+
+
+def side_columns(shape: MatmulShape, plan: SramPlan) -> int:
+    """How many columns' scales and zeros fit a slot; the bias of a block needs one too."""
+    return (plan.side.largest - 2 * ALIGNMENT) // max(shape.scale_row_bytes + shape.zero_row_bytes, 2)
+
+
+def tiles_ns(shape: MatmulShape, tiles: Tiles, machine: Machine) -> float:
+    """Nanoseconds, by the formulas that the timing engine uses: the busiest of DRAM, weight queue, dequant
+    and cube, and a little of the others' time.
+
+    The units overlap, so the busiest decides; what the others need tells apart what it leaves equal.
+    """
+    pieces_m, pieces_n, pieces_k = -(-shape.m // tiles.m), -(-shape.n // tiles.n), -(-shape.k // tiles.k)
+    weights = shape.n * (shape.weight_row_bytes + shape.scale_row_bytes + shape.zero_row_bytes)
+    runs = shape.n * pieces_k if pieces_k > 1 else pieces_n
+    x_bytes = 0 if shape.x_in_sram else shape.m * shape.k * 2 * pieces_n
+    stored = shape.m * shape.n * shape.piece_bytes
+    dram = (
+        pieces_m * (weights + runs * machine.dram.run_overhead_bytes) + x_bytes + stored
+    ) / machine.dram_bytes_per_ns
+    commands = pieces_m * pieces_n * pieces_k
+    queue = (
+        commands * (machine.dma.issue_ns + machine.sync.dispatch_ns) + pieces_m * runs * machine.dma.run_ns
+    )
+    cube = pieces_m * sum(
+        count_n * count_k * (machine.sync.dispatch_ns + matmul_ns(tiles.m, n, k, machine))
+        for n, count_n in _pieces(shape.n, tiles.n)
+        for k, count_k in _pieces(shape.k, tiles.k)
+    )
+    dequant = (
+        commands * (machine.sync.dispatch_ns + dequant_ns(tiles.n, tiles.k, machine))
+        if shape.group_size
+        else 0.0
+    )
+    return max(dram + queue, cube, dequant) + 0.02 * (dram + queue + cube + dequant)
+
+
+def _pieces(size: int, step: int) -> Iterator[tuple[int, int]]:
+    """(length, how many) of the pieces of `spans`."""
+    if size >= step:
+        yield step, size // step
+    if size % step:
+        yield size % step, 1
+
+
+STRIP_ROWS: Final = 128  # a strip's scores fit a quarter of the accumulators
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """`queries` tokens at a time over blocks of `keys` cached rows; either all heads together or one cache
+    head with its queries after the other.
+
+    The heads are worked on in strips of at most `strip` heads, `STRIP_ROWS` rows: while one strip's softmax
+    runs, the cube is at another's product.
+    """
+
+    queries: int
+    keys: int
+    all_heads: bool
+    strip: int
+    quantized: bool = False
+
+    def strips(self, heads: int) -> int:
+        return -(-heads // self.strip)
+
+    def layout(self, heads: int, groups: int, dim: int, *, transfers: bool = True) -> dict[str, int]:
+        """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from
+        turn to turn.
+
+        Of an 8-bit cache a block is its f16 rows, and behind them the 8-bit rows and the scales that they are
+        made of.  Up to three strips are under way at a time.  `transfers`: the queries or the result lie in
+        DRAM.
+        """
+        rows, block = self.queries * heads, groups * self.keys
+        parts = {"": dim * 2, "_q": dim, "_scales": 2} if self.quantized else {"": dim * 2}
+        sizes = {name + part: align(block * row) for name in ("k", "v") for part, row in parts.items()}
+        of_strip = self.queries * min(self.strip, heads)
+        for number in range(min(3, self.strips(heads))):
+            sizes[f"scores{number}"] = align(
+                of_strip * max(self.keys, dim) * 4
+            )  # and the product with V, once the scores are used
+            sizes[f"probabilities{number}"] = align(of_strip * self.keys * 2)
+            sizes[f"alpha{number}"] = align(of_strip * 4)
+        sizes |= {"sum": align(rows * dim * 4), "maximum": align(rows * 4), "total": align(rows * 4)}
+        return sizes | ({"q": align(rows * dim * 2), "out": align(rows * dim * 2)} if transfers else {})
+
+
+# One turn of the attention loop is a chain of about ten commands on four units; what does not overlap of it
+# costs about this much.
+_TURN_NS = 1000.0
+
+
+def attention_blocks(
+    tokens: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    largest_group: int,
+    machine: Machine,
+    room: int,
+    *,
+    transfers: bool = True,
+    quantized: bool = False,
+) -> AttentionBlocks:
+    """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn
+    of the loop has its chain of commands.
+    """
+    best: tuple[float, AttentionBlocks] | None = None
+    key_bytes = 2 * (dim + 2) if quantized else 4 * dim
+    for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
+        for keys in (256, 128, 64, 32, 16):
+            for all_heads in (True, False):
+                h, g = (heads, groups) if all_heads else (largest_group, 1)
+                strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
+                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized)
+                acc = accumulator_bytes(queries * min(strip, largest_group), max(keys, dim), machine)
+                if (
+                    sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room
+                    or acc > machine.accumulator_bytes // 2
+                ):
+                    continue
+                pieces = -(-tokens // queries)
+                cost = pieces * (
+                    groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys
+                )
+                if best is None or cost < best[0]:
+                    best = (cost, blocks)
+    if best is not None:
+        return best[1]
+    raise TyirError(
+        f"one token's attention over {heads} heads of {dim} does not fit {room} bytes of SRAM for"
+        " temporaries",
+        help="use more dies, so that each holds fewer heads",
+    )
+
+
+def accumulator_bytes(rows: int, columns: int, machine: Machine) -> int:
+    """What a product's sums take of the accumulators."""
+    return align(rows, machine.cube.rows) * align(columns, machine.cube.columns) * 4

@@ -1,0 +1,104 @@
+"""Before anything is written: does every die's program fit its DRAM?  Too much is an error with the cheapest
+remedies, each tried on the module itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.memory.allocate import align
+from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
+from tyir.backends.edge10.memory.summary import memory_summary
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.dialects.ty import GetGlobal, tensor_type
+from tyir.ir import Value
+from tyir.manifest import BuildOptions
+from tyir.passes.pipelines import remaining_pipeline
+from tyir.pipeline import run_pipeline
+from tyir.targets.machine import Machine
+
+__all__ = ["check_memory", "step_bytes"]
+
+_PAGE = 4096
+
+
+def check_memory(
+    dies: Sequence[Module], options: BuildOptions, source: Module, stage: str, machine: Machine
+) -> None:
+    """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has; `source` is the
+    module it was made of, at `stage`.
+    """
+    capacity = int(machine.dram.capacity_bytes)
+    worst = max(dies, key=lambda die: _die_bytes(die, options))
+    parts = max((step_bytes(worst, s) for s in options.seqlens), key=lambda p: sum(p.values()))
+    needed = sum(parts.values())
+    if needed <= capacity:
+        return
+
+    if stage == "aten":  # the same for all options
+        run_pipeline(source, "to-ty")
+        stage = "ty"
+
+    def need(changed: BuildOptions) -> int | None:
+        return _need(source.clone(), stage, changed, machine, capacity)
+
+    detail = ", ".join(f"{what} {gib(size)}" for what, size in parts.items() if size >= 2**20)
+    raise TyirError(
+        Diagnostic(
+            f"{worst.sym_name} needs {gib(needed)} of DRAM ({detail}), {machine.name} has {gib(capacity)}"
+            " per die",
+            help=remedy_text(cheapest_remedies(options, capacity, need)),
+        )
+    )
+
+
+def step_bytes(die: Module, seqlen: int) -> dict[str, int]:
+    """What a step of `seqlen` tokens needs of a die's DRAM by kind, each tensor on pages of its own, without
+    what lowering spills.
+    """
+    main = die.lookup(f"main_s{seqlen}")
+    assert isinstance(main, Func)
+    weights = {op.symbol.leaf: op.result for op in main.walk_type(GetGlobal)}
+    results = main.body.terminator.operands
+    caches = {
+        main.args[a.value]
+        for i in range(len(results))
+        if (a := main.res_attr(i).get("tyir.alias")) is not None
+    }
+    outputs = [v for i, v in enumerate(results) if main.res_attr(i).get("tyir.alias") is None]
+    inputs = [a for a in main.args if a not in caches]
+    return {
+        name: sum(map(_bytes, values))
+        for name, values in (
+            ("weights", weights.values()),
+            ("caches", caches),
+            ("inputs and outputs", [*inputs, *outputs]),
+        )
+    }
+
+
+def _bytes(value: Value) -> int:
+    return align(tensor_type(value).nbytes, _PAGE)
+
+
+def _die_bytes(die: Module, options: BuildOptions) -> int:
+    return max(sum(step_bytes(die, s).values()) for s in options.seqlens)
+
+
+def _need(module: Module, stage: str, options: BuildOptions, machine: Machine, capacity: int) -> int | None:
+    """Bytes of the largest die with other options; when it seems to fit, the figure is that of its real
+    program.
+    """
+    try:
+        run_pipeline(module, remaining_pipeline(stage, options))
+        dies = [m for m in module.body if isinstance(m, Module)]
+        worst = max(dies, key=lambda die: _die_bytes(die, options))
+        needed = _die_bytes(worst, options)
+        if needed > capacity:
+            return needed
+        return max(memory_summary(lower_die(worst, s, machine))["dram"] for s in options.seqlens)
+    except TyirError:  # options that this module cannot be compiled with are no remedy
+        return None

@@ -1,0 +1,194 @@
+"""kv.attention: causal attention of s new tokens over the cache, three passes per query head and tile of
+queries.
+
+Only positions that a query of the tile may see are visited, so the loops end at pos + s however large the
+cache is.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a scratch buffer
+[tile, capacity].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.tirx.script.builder import ir as T
+
+from tyir.backends.host.kernels.tir import (
+    Buffer,
+    Cpu,
+    Expr,
+    add_to,
+    bind,
+    exp,
+    f32,
+    get,
+    horizontal_max,
+    horizontal_sum,
+    lanes_for,
+    load,
+    loop,
+    put,
+    register,
+    splat,
+    store,
+    vector,
+)  # fmt: skip
+from tyir.dialects import kv
+
+__all__ = ["attention"]
+
+_MOST_QUERIES = 8
+_HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One tile: queries token0.. of one head, and the cache rows `low`..`high` that any of them sees."""
+
+    sequence: Expr
+    head: Expr
+    group: Expr
+    token0: Expr
+    queries: int
+    first: Expr
+    low: Expr
+    high: Expr
+    by_head: bool
+
+    def row(self, position: Expr) -> list[Expr]:
+        """Where the head's row of a position lies in a cache."""
+        return [self.sequence, *((self.group, position) if self.by_head else (position, self.group))]
+
+
+def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
+    """kv_heads[head] as arithmetic: one comparison per change along the heads."""
+    group: Expr = T.int32(kv_heads[0])
+    for h in range(1, len(kv_heads)):
+        if kv_heads[h] != kv_heads[h - 1]:
+            group = T.Select(head >= h, T.int32(kv_heads[h]), group)
+    return group
+
+
+def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    q, k, v, pos, *scales, out = buffers
+    k_scales, v_scales = scales or (None, None)
+    b, s, heads, width = (int(d) for d in q.shape)
+    capacity = op.capacity
+    queries = max(d for d in range(1, _MOST_QUERIES + 1) if s % d == 0)
+    tiles = s // queries
+    # The length is not known here: the work of a half-full cache decides about threads.
+    with loop(b * heads * tiles, cpu, b * s * heads * width * capacity) as item:
+        head = bind(item // tiles % heads)
+        sequence = bind(item // (tiles * heads))
+        token0 = bind(item % tiles * queries)
+        first = bind(pos[sequence] + token0)
+        high = bind(T.min(first + queries, capacity))
+        low = bind(T.max(first + 1 - op.window, 0)) if op.window > 0 else T.int32(0)
+        work = _Work(
+            sequence,
+            head,
+            bind(_group_of(head, op.kv_heads)),
+            token0,
+            queries,
+            first,
+            low,
+            high,
+            op.layout == "HND",
+        )
+        scores = T.alloc_buffer((queries, capacity + cpu.lanes), "float32")
+        _scores(op, work, q, k, k_scales, scores, cpu)
+        totals = T.alloc_buffer((queries,), "float32")
+        _softmax(work, scores, totals, cpu)
+        _weighted_values(work, v, v_scales, scores, totals, out, cpu)
+
+
+def _read(cache: Buffer, scale: Expr | None, index: Sequence[Expr], lanes: int) -> Expr:
+    """Elements of a cache row as f32; of an 8-bit cache f16(q * scale)."""
+    value = load(cache, index, lanes)
+    return (
+        value
+        if scale is None
+        else T.cast(T.cast(value * splat(scale, lanes), vector("float16", lanes)), vector("float32", lanes))
+    )
+
+
+def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
+    return None if scales is None else bind(T.cast(scales[tuple(work.row(position))], "float32"))
+
+
+def _scores(
+    op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scales: Buffer | None, scores: Buffer, cpu: Cpu
+) -> None:
+    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j."""
+    width = int(q.shape[3])
+    lanes = lanes_for(cpu.lanes, width)
+    wide = T.alloc_buffer((work.queries, width), "float32")
+    with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
+        store(
+            wide,
+            [t, i * lanes],
+            load(q, [work.sequence, work.token0 + t, work.head, i * lanes], lanes),
+            lanes,
+        )
+    with T.serial(0, work.high - work.low) as j:
+        position = bind(work.low + j)
+        scale = _scale(scales, work, position)
+        sums = [register(lanes, 0) for _ in range(work.queries)]
+        with T.serial(0, width // lanes) as i:
+            key = bind(_read(k, scale, [*work.row(position), i * lanes], lanes))
+            for t in range(work.queries):
+                add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
+        for t in range(work.queries):
+            score = horizontal_sum(sums[t], lanes) * f32(op.scale)
+            visible = position <= work.first + t
+            if op.window > 0:
+                visible = T.And(visible, position > work.first + t - op.window)
+            T.buffer_store(scores, T.Select(visible, score, f32(_HIDDEN)), [t, j])
+
+
+def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu) -> None:
+    """scores[t] becomes exp(scores[t] - max), with zeros after the last position; totals[t] is its sum."""
+    lanes = cpu.lanes
+    count = bind(work.high - work.low)
+    vectors = bind((count + (lanes - 1)) // lanes)
+    with T.serial(0, work.queries) as t:
+        with T.serial(count, vectors * lanes) as j:
+            T.buffer_store(scores, f32(_HIDDEN), [t, j])
+        best, total = register(lanes, _HIDDEN), register(lanes, 0)
+        with T.serial(0, vectors) as i:
+            put(best, T.max(get(best, lanes), load(scores, [t, i * lanes], lanes)), lanes)
+        highest = bind(horizontal_max(best, lanes))
+        with T.serial(0, vectors) as i:
+            shifted = bind(load(scores, [t, i * lanes], lanes) - splat(highest, lanes))
+            value = bind(T.Select(shifted < f32(-87, lanes), f32(0, lanes), exp(shifted, lanes)))
+            store(scores, [t, i * lanes], value, lanes)
+            add_to(total, value, lanes)
+        T.buffer_store(totals, horizontal_sum(total, lanes), [t])
+
+
+def _weighted_values(
+    work: _Work, v: Buffer, scales: Buffer | None, scores: Buffer, totals: Buffer, out: Buffer, cpu: Cpu
+) -> None:
+    """out[t] = sum_j scores[t, j] v[j] / totals[t], a chunk of the head's width at a time so that the sums
+    stay in registers.
+    """
+    width = int(v.shape[3])
+    lanes = lanes_for(cpu.lanes, width)
+    vectors = width // lanes
+    chunk = max(
+        d
+        for d in range(1, vectors + 1)
+        if vectors % d == 0 and (d == 1 or d * work.queries <= cpu.accumulators)
+    )
+    with T.serial(0, vectors // chunk) as c:
+        sums = [register(lanes, 0) for _ in range(work.queries * chunk)]
+        with T.serial(0, work.high - work.low) as j:
+            scale = _scale(scales, work, work.low + j)
+            for d in range(chunk):
+                value = bind(_read(v, scale, [*work.row(work.low + j), (c * chunk + d) * lanes], lanes))
+                for t in range(work.queries):
+                    add_to(sums[t * chunk + d], splat(scores[t, j], lanes) * value, lanes)
+        for t in range(work.queries):
+            for d in range(chunk):
+                value = get(sums[t * chunk + d], lanes) / splat(totals[t], lanes)
+                store(out, [work.sequence, work.token0 + t, work.head, (c * chunk + d) * lanes], value, lanes)

@@ -1,0 +1,136 @@
+"""Kernels that move rows without computing: gathers, cache writes, transposes, slices, repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm.tirx.script.builder import ir as T
+
+from tyir.backends.host.kernels.tir import Buffer, Cpu, Expr, bind, flat, lanes_for, load, splat, store
+from tyir.dialects import kv, ty
+
+__all__ = ["append", "embedding", "repeat", "rows", "slice_", "transpose"]
+
+
+def _shape(buffer: Buffer) -> tuple[int, ...]:
+    return tuple(int(d) for d in buffer.shape)
+
+
+def _copy_row(
+    source: Buffer, at: Sequence[Expr], target: Buffer, to: Sequence[Expr], size: int, cpu: Cpu
+) -> None:
+    """`size` elements along the last axis; `at` and `to` are where the rows begin."""
+    lanes = lanes_for(cpu.lanes * 2, size)
+    with T.serial(0, size // lanes) as i:
+        value = load(source, [*at[:-1], at[-1] + i * lanes], lanes, source.dtype)
+        store(target, [*to[:-1], to[-1] + i * lanes], value, lanes)
+
+
+def _grid(extents: Sequence[int], emit: Callable[[list[Expr]], None]) -> None:
+    """A nest of plain loops."""
+    if not extents:
+        return emit([])
+    with T.serial(0, extents[0]) as i:
+        _grid(extents[1:], lambda inner: emit([i, *inner]))
+
+
+def embedding(op: ty.Embedding, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    table, ids, out = buffers
+    (b, s), (count, width) = _shape(ids), _shape(table)
+    lanes = lanes_for(cpu.lanes * 2, width)
+
+    def emit(at: list[Expr]) -> None:
+        row = bind(T.cast(ids[tuple(at)], "int64") - T.int64(op.offset))
+        inside = T.And(row >= T.int64(0), row < T.int64(count))
+        with T.If(inside):
+            with T.Then():
+                _copy_row(table, [T.cast(row, "int32"), 0], out, [*at, 0], width, cpu)
+            with T.Else(), T.serial(0, width // lanes) as i:
+                store(out, [*at, i * lanes], splat(T.cast(T.float32(0), out.dtype), lanes), lanes)
+
+    _grid((b, s), emit)
+
+
+def rows(op: kv.Rows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    table, pos, _, out = buffers
+    (count, width), (b, s, _) = _shape(table), _shape(out)
+
+    def emit(at: list[Expr]) -> None:
+        row = bind(T.max(T.min(pos[at[0]] + at[1], T.int32(count - 1)), T.int32(0)))
+        _copy_row(table, [row, 0], out, [*at, 0], width, cpu)
+
+    _grid((b, s), emit)
+
+
+def append(op: kv.Append, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    cache, new, pos = buffers
+    b, s, heads, width = (*_shape(new), 1)[:4]
+    capacity, by_head = op.capacity, op.layout == "HND"
+    outer = (heads, capacity) if by_head else (capacity, heads)
+    cache, new = (
+        flat(cache, b, *outer, width),
+        flat(new, b, s, heads, width),
+    )  # the scales of an 8-bit cache have no width
+
+    def emit(at: list[Expr]) -> None:
+        sequence, token = at
+        row = bind(pos[sequence] + token)
+        with T.If(T.And(row >= 0, row < capacity)), T.Then(), T.serial(0, heads) as head:
+            _copy_row(
+                new,
+                [sequence, token, head, 0],
+                cache,
+                [sequence, *((head, row) if by_head else (row, head)), 0],
+                width,
+                cpu,
+            )
+
+    _grid((b, s), emit)
+
+
+def transpose(op: ty.Transpose, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, out = buffers
+    shape, perm = _shape(out), op.perm
+    rank = len(shape)
+    rows_stay = bool(perm) and perm[-1] == rank - 1
+    looped = rank - 1 if rows_stay else rank
+
+    def emit(at: list[Expr]) -> None:
+        source: list[Expr] = [0] * rank
+        for axis, index in zip(perm, at):
+            source[axis] = index
+        if rows_stay:
+            _copy_row(x, source, out, [*at, 0], shape[-1], cpu)
+        else:
+            store(out, at, x[tuple(source)], 1)
+
+    _grid(shape[:looped], emit)
+
+
+def slice_(op: ty.Slice, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, out = buffers
+    shape = _shape(out)
+
+    def emit(at: list[Expr]) -> None:
+        source = [*at, 0]
+        source[op.axis] = source[op.axis] + op.offset
+        _copy_row(x, source, out, [*at, 0], shape[-1], cpu)
+
+    _grid(shape[:-1], emit)
+
+
+def repeat(op: ty.Repeat, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, out = buffers
+    shape = _shape(x)
+
+    def emit(at: list[Expr]) -> None:
+        *index, again = at
+        target = list(index)
+        target[op.axis] = target[op.axis] * op.times + again
+        if op.axis == len(shape) - 1:
+            store(out, target, x[tuple(index)], 1)
+        else:
+            _copy_row(x, [*index, 0], out, [*target, 0], shape[-1], cpu)
+
+    looped = shape if op.axis == len(shape) - 1 else shape[:-1]
+    _grid((*looped, op.times), emit)

@@ -1,0 +1,69 @@
+"""RMSNorm and rotary embedding: one row at a time, in vectors along the feature axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tvm.tirx.script.builder import ir as T
+
+from tyir.backends.host.kernels.tir import (
+    Buffer,
+    Cpu,
+    add_to,
+    bind,
+    f32,
+    flat,
+    get,
+    horizontal_sum,
+    lanes_for,
+    load,
+    loop,
+    register,
+    splat,
+    store,
+)
+from tyir.dialects import ty
+
+__all__ = ["rms_norm", "rope"]
+
+
+def rms_norm(op: ty.RmsNorm, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, weight, out = buffers
+    *lead, width = (int(d) for d in x.shape)
+    rows = math.prod(lead)
+    lanes = lanes_for(cpu.lanes, width)
+    partial_sums = lanes_for(4, width // lanes)  # independent additions hide the latency of one
+    x, out = flat(x, rows, width), flat(out, rows, width)
+    with loop(rows, cpu, rows * width * 4) as row:
+        sums = [register(lanes, 0) for _ in range(partial_sums)]
+        with T.serial(0, width // (lanes * partial_sums)) as i:
+            for u in range(partial_sums):
+                value = bind(load(x, [row, (i * partial_sums + u) * lanes], lanes))
+                add_to(sums[u], value * value, lanes)
+        for other in sums[1:]:
+            add_to(sums[0], get(other, lanes), lanes)
+        mean = horizontal_sum(sums[0], lanes) / f32(width)
+        scale = bind(f32(1) / T.sqrt(mean + f32(op.eps)))
+        with T.serial(0, width // lanes) as i:
+            value = load(x, [row, i * lanes], lanes) * splat(scale, lanes) * load(weight, [i * lanes], lanes)
+            store(out, [row, i * lanes], value, lanes)
+
+
+def rope(op: ty.Rope, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, cos, sin, out = buffers
+    b, s, heads, width = (int(d) for d in x.shape)
+    half = width // 2
+    lanes = lanes_for(cpu.lanes, half)
+    x, out = flat(x, b * s, heads, width), flat(out, b * s, heads, width)
+    cos, sin = flat(cos, b * s, half), flat(sin, b * s, half)
+    with (
+        loop(b * s, cpu, b * s * heads * width * 2) as row,
+        T.serial(0, heads) as head,
+        T.serial(0, half // lanes) as i,
+    ):
+        at = i * lanes
+        c, d = bind(load(cos, [row, at], lanes)), bind(load(sin, [row, at], lanes))
+        low, high = bind(load(x, [row, head, at], lanes)), bind(load(x, [row, head, at + half], lanes))
+        store(out, [row, head, at], low * c - high * d, lanes)
+        store(out, [row, head, at + half], high * c + low * d, lanes)

@@ -1,0 +1,214 @@
+"""Building blocks of the kernels: vector access, loops, horizontal sums and exp, over TVM's TensorIR
+builder.
+
+Three rules that all kernels keep (each was measured or seen in the generated code):
+- Each accumulator is a `register(...)`: a buffer of scalar dtype and one vector, addressed by a ramp.  LLVM turns it into a register only when it
+  is a stack slot, which TVM 0.27 gives to allocations of scope "global" below 1 KiB; one buffer for a whole tile reaches that and is then stored
+  to the heap in every step inside a parallel loop (measured: 2.4 times slower).
+- LLVM never reorders float additions, so a reduction is written with as many partial sums as there are vector lanes.
+- Parameters promise no more alignment than their element size: weights are mapped from files at any offset.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+__all__ = [
+    "Buffer",
+    "Cpu",
+    "Expr",
+    "add_to",
+    "bind",
+    "exp",
+    "f32",
+    "flat",
+    "get",
+    "hold",
+    "horizontal_max",
+    "horizontal_sum",
+    "lanes_for",
+    "load",
+    "loop",
+    "prefetch",
+    "put",
+    "register",
+    "span",
+    "splat",
+    "store",
+    "vector",
+]
+
+Buffer = Any
+Expr = Any
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """What the kernels ask of a processor: f32 lanes of a vector register, number of registers, a 16-entry
+    register lookup, and cores.
+    """
+
+    lanes: int
+    registers: int
+    lookup: bool
+    cores: int
+
+    @property
+    def accumulators(self) -> int:
+        """Registers that a tile of partial sums may take; the other half holds weights and activations."""
+        return self.registers // 2
+
+
+def vector(dtype: str, lanes: int) -> str:
+    """`float32x16`, or `float32` for one lane."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def span(start: Expr, lanes: int) -> Expr:
+    """The index of `lanes` neighbouring elements."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """A scalar in every lane."""
+    return value if lanes == 1 else T.broadcast(value, lanes)
+
+
+def f32(value: float, lanes: int = 1) -> Expr:
+    """A constant in every lane."""
+    return splat(T.float32(value), lanes)
+
+
+def load(buffer: Buffer, index: Sequence[Expr], lanes: int, dtype: str = "float32") -> Expr:
+    """`lanes` elements from `index` along the last axis, converted to `dtype`."""
+    value = buffer[(*index[:-1], span(index[-1], lanes))]
+    return value if buffer.dtype == dtype else T.cast(value, vector(dtype, lanes))
+
+
+def store(buffer: Buffer, index: Sequence[Expr], value: Expr, lanes: int) -> None:
+    """Stores `lanes` f32 (or already fitting) elements, rounded to the buffer's element type."""
+    target = vector(buffer.dtype, lanes)
+    T.buffer_store(buffer, T.cast(value, target), [*index[:-1], span(index[-1], lanes)])
+
+
+def bind(value: Expr) -> Expr:
+    """A name for a value that is used more than once."""
+    return T.Bind(value)
+
+
+def register(lanes: int, initial: float | None = None) -> Buffer:
+    """One f32 vector in a register, set to `initial` in every lane when given."""
+    buffer = T.alloc_buffer((lanes,), "float32")
+    if initial is not None:
+        put(buffer, f32(initial, lanes), lanes)
+    return buffer
+
+
+def get(register: Buffer, lanes: int) -> Expr:
+    """The value of a register."""
+    return register[span(0, lanes)]
+
+
+def put(register: Buffer, value: Expr, lanes: int) -> None:
+    """Sets a register."""
+    T.buffer_store(register, value, [span(0, lanes)])
+
+
+def add_to(register: Buffer, value: Expr, lanes: int) -> None:
+    """register += value."""
+    put(register, get(register, lanes) + value, lanes)
+
+
+def hold(value: Expr, lanes: int) -> Expr:
+    """An f32 value kept in a register: `bind` for values converted from integers, whose ranges TVM 0.27's
+    analyzer fails to follow through the cast.
+    """
+    slot = register(lanes)
+    put(slot, value, lanes)
+    return get(slot, lanes)
+
+
+def prefetch(buffer: Buffer, index: Sequence[Expr]) -> None:
+    """Asks for a cache line ahead of its use, into the second-level cache; an address past the buffer's end
+    is harmless.
+    """
+    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
+    T.evaluate(
+        T.call_llvm_intrin(
+            "void", "llvm.prefetch", T.address_of(buffer[tuple(index)]), read, second_level, data
+        )
+    )
+
+
+def flat(buffer: Buffer, *shape: int) -> Buffer:
+    """The same memory under another shape."""
+    return T.decl_buffer(shape, buffer.dtype, data=buffer.data, align=buffer.data_alignment)
+
+
+def lanes_for(limit: int, *sizes: int) -> int:
+    """The widest power of two up to `limit` that divides every size."""
+    return math.gcd(limit, *sizes)
+
+
+def loop(extent: Expr, cpu: Cpu, work: int = 0) -> Any:
+    """A loop over cores when the whole of it does enough `work` (operations), else a plain one.
+
+    Waking the worker threads takes some microseconds, about what one core needs for 2^18 multiply-adds.
+    """
+    return T.parallel(0, extent) if cpu.cores > 1 and work >= 1 << 18 else T.serial(0, extent)
+
+
+def horizontal_sum(register: Buffer, lanes: int) -> Expr:
+    """The sum of a register's lanes, halving it until one is left."""
+    return _halve(register, lanes, lambda low, high: low + high)
+
+
+def horizontal_max(register: Buffer, lanes: int) -> Expr:
+    """The largest of a register's lanes."""
+    return _halve(register, lanes, T.max)
+
+
+def _halve(register: Buffer, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    while lanes > 1:
+        lanes //= 2
+        put(register, combine(register[span(0, lanes)], register[span(lanes, lanes)]), lanes)
+    return register[0]
+
+
+# Cephes expf (Moshier): x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 5 for (exp(r) - 1 - r) /
+# r^2, relative error below 2e-7.
+_LOG2E = 1.44269504088896341
+_LN2_HIGH = 0.693359375
+_LN2_LOW = -2.12194440e-4
+_EXP_COEFFICIENTS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_EXP_LOW, _EXP_HIGH = -87.0, 88.0
+
+
+def exp(x: Expr, lanes: int) -> Expr:
+    """e^x in f32 for every lane; x is clamped to -87..88, where neither end leaves the range of normal
+    numbers.
+
+    Own code rather than libm's: vectors stay vectors and every machine computes the same bits.
+    """
+    x = bind(T.max(T.min(x, f32(_EXP_HIGH, lanes)), f32(_EXP_LOW, lanes)))
+    n = bind(T.floor(x * f32(_LOG2E, lanes) + f32(0.5, lanes)))
+    r = bind(x - n * f32(_LN2_HIGH, lanes) - n * f32(_LN2_LOW, lanes))
+    poly = f32(_EXP_COEFFICIENTS[0], lanes)
+    for c in _EXP_COEFFICIENTS[1:]:
+        poly = poly * r + f32(c, lanes)
+    exponent = T.shift_left(
+        T.cast(n, vector("int32", lanes)) + splat(T.int32(127), lanes), splat(T.int32(23), lanes)
+    )
+    return bind((poly * r * r + r + f32(1, lanes)) * T.reinterpret(vector("float32", lanes), exponent))

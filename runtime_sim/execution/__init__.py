@@ -1,0 +1,1 @@
+"""Command programs executed on modelled memories."""

@@ -1,0 +1,487 @@
+"""What the commands compute, on modelled memories; no time in it.
+
+f16 data, f32 accumulation, exactly as the commands of `tyir.dialects.edge10` say.  Dies run in turn from
+collective to collective; a collective combines the operands of all dies in die order.  The caches stay in
+each die's DRAM between steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
+from tyir.dialects.kv import dequantize_rows
+from tyir.edge10.memory import KEPT, shared_problems
+from tyir.execution.lockstep import Meet, Recv, Request, Send, drive
+from tyir.runtime_sim.execution.command_trace import Access, Observer
+from tyir.runtime_sim.execution.memory import DieMemory, Dram, RaceDetector
+from tyir.runtime_sim.execution.vector_functions import softmax_block, top_k, vector_function
+from tyir.runtime_sim.timing.program import Command, EdgeProgram
+from tyir.runtime_sim.timing.unroll import Position, position_of
+from tyir.targets.machine import Machine
+from tyir.types import storage_dtype
+
+__all__ = ["FunctionalDie", "run_step"]
+
+Array = npt.NDArray[Any]
+
+
+class FunctionalDie:
+    """One die: its program and memories.
+
+    `weights` maps buffer names to packed arrays (`tyir.execution.storage.pack`).  With `check`, bytes never
+    written and races are errors (bounds always are). `observer` is told of every command after it
+    (`command_trace`).
+    """
+
+    observer: Observer | None = None
+
+    def __init__(
+        self, program: EdgeProgram, weights: Mapping[str, Array], machine: Machine, *, check: bool = True
+    ) -> None:
+        self.program = program
+        self.machine = machine
+        self.check = check
+        self.memory = DieMemory(
+            Dram(program.buffers.values(), weights),
+            int(machine.sram.capacity_bytes),
+            machine.accumulator_bytes,
+        )
+        self._races = RaceDetector()
+        self.loaded_bytes = 0
+        self.macs = 0
+        self.pos: Position = 0
+        self._accesses: list[Access] = []
+
+    def share_memory(self, other: FunctionalDie) -> None:
+        """Use another program's caches and weights (another sequence length of the same die).
+
+        `TyirError` where the two would not find them at the same place.
+        """
+        if problems := list(
+            shared_problems(list(self.program.buffers.values()), list(other.program.buffers.values()))
+        ):
+            raise TyirError(problems)
+        theirs = {b.sym_name: i for i, b in enumerate(other.memory.dram.buffers)}
+        mine = self.memory.dram
+        for number, buffer in enumerate(mine.buffers):
+            if buffer.kind in KEPT and buffer.sym_name in theirs:
+                source = theirs[buffer.sym_name]
+                mine.data[number] = other.memory.dram.data[source]
+                mine.written[number] = other.memory.dram.written[source]
+
+    def step(self, pos: Position) -> Generator[tuple[Command, Array], Array, None]:
+        """Run one step: yields (collective, the die's operand as bytes) and is sent what the collective
+        gives, as bytes.
+        """
+        self.pos = pos
+        self._races = RaceDetector()
+        self.memory.sram.written[:] = False
+        self.memory.acc.written[:] = False
+        for command in self.program.expand(pos):
+            if self.check:
+                self._races.begin(command)
+            if command.unit == "d2d":
+                operand = self._collective_operand(command)
+                combined = yield command, operand
+                self._collective_result(command, combined)
+            else:
+                _HANDLERS[type(command.op)](self, command)
+            if self.observer is not None:
+                self.observer(self.program.die, command, self._accesses)
+                self._accesses = []
+
+    # -- memory access: every byte a command touches goes through these
+    # -------------------------------------------
+    def sram(
+        self,
+        command: Command,
+        offset: int,
+        shape: Sequence[int],
+        dtype: Any,
+        strides: Sequence[int] | None = None,
+        write: bool = False,
+    ) -> Array:
+        """A view of SRAM as an array of `shape`, C-contiguous unless byte `strides` are given."""
+        return self._array(self.memory.sram, "SRAM", command, offset, shape, np.dtype(dtype), strides, write)
+
+    def acc(
+        self, command: Command, offset: int, shape: Sequence[int], strides: Sequence[int], write: bool = False
+    ) -> Array:
+        return self._array(
+            self.memory.acc, "the accumulators", command, offset, shape, np.dtype(np.float32), strides, write
+        )
+
+    def _array(
+        self,
+        memory: Any,
+        name: str,
+        command: Command,
+        offset: int,
+        shape: Sequence[int],
+        dtype: np.dtype[Any],
+        strides: Sequence[int] | None,
+        write: bool,
+    ) -> Array:
+        strides = _dense(shape, dtype.itemsize) if strides is None else strides
+        extent = _extent(shape, strides, dtype.itemsize)
+        data = memory.view(offset, extent, command)
+        if self.check and extent:
+            self._note(
+                command,
+                name,
+                memory.written[offset : offset + extent],
+                shape,
+                strides,
+                dtype.itemsize,
+                offset,
+                write,
+            )
+        array = (
+            np.ndarray(tuple(shape), dtype, buffer=data, strides=tuple(strides))
+            if extent
+            else np.zeros(tuple(shape), dtype)
+        )
+        return self._observed(name, offset, array, write)
+
+    def dram(
+        self,
+        command: Command,
+        address: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        write: bool = False,
+    ) -> Array:
+        """A view of DRAM as bytes [.., row bytes]; it must lie in one buffer."""
+        extent = _extent(shape, strides, 1)
+        number, offset = self.memory.dram.find(address, extent, command)
+        buffer = self.memory.dram.buffers[number]
+        if write and buffer.kind in ("weight", "input"):
+            raise TyirError(
+                f"{command.describe()} writes @{buffer.sym_name}, which is a {buffer.kind} buffer"
+            )
+        data = self.memory.dram.data[number][offset : offset + extent]
+        written = self.memory.dram.written[number]
+        if self.check and buffer.kind != "weight" and extent:
+            marks = written[offset : offset + extent] if written is not None else None
+            self._note(command, f"DRAM buffer @{buffer.sym_name}", marks, shape, strides, 1, offset, write)
+        elif write and written is not None:
+            written[offset : offset + extent] = True
+        array = (
+            np.ndarray(tuple(shape), np.uint8, buffer=data, strides=tuple(strides))
+            if extent
+            else np.zeros(tuple(shape), np.uint8)
+        )
+        return self._observed(f"@{buffer.sym_name}", offset, array, write)
+
+    def _observed(self, memory: str, offset: int, array: Array, write: bool) -> Array:
+        if self.observer is not None:
+            self._accesses.append(Access(memory, offset, array, write))
+        return array
+
+    def _note(
+        self,
+        command: Command,
+        name: str,
+        marks: npt.NDArray[np.bool_] | None,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        itemsize: int,
+        offset: int,
+        write: bool,
+    ) -> None:
+        """Check that what is read has been written, mark what is written, and look for races, row by row of
+        the innermost contiguous run.
+        """
+        extent = _extent(shape, strides, itemsize)
+        self._races.access(name, offset, offset + extent, write, command)
+        if marks is None:
+            return
+        run = shape[-1] * strides[-1] if strides[-1] == itemsize else itemsize
+        inner = (*shape[:-1], run) if strides[-1] == itemsize else (*shape, itemsize)
+        inner_strides = (*strides[:-1], 1) if strides[-1] == itemsize else (*strides, 1)
+        touched = np.ndarray(inner, np.bool_, buffer=marks, strides=inner_strides)
+        if write:
+            touched[...] = True
+        elif not touched.all():
+            raise TyirError(
+                f"{command.describe()} reads bytes {offset}..{offset + extent} of {name}, not all of which"
+                " have been written"
+            )
+
+    # -- transfers
+    # ------------------------------------------------------------------------------------------------
+    def load(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.Load)
+        shape = _sizes(op.shape, command.scalars)
+        if 0 in shape:
+            return
+        source = self.dram(command, command.addresses[0] + op.offset, shape, (*op.dram_strides, 1))
+        self.sram(command, op.sram, shape, np.uint8, (*op.sram_strides, 1), write=True)[...] = source
+        self.loaded_bytes += source.size
+
+    def store(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.Store)
+        shape = _sizes(op.shape, command.scalars)
+        if 0 in shape:
+            return
+        source = self.sram(command, op.sram, shape, np.uint8, (*op.sram_strides, 1))
+        self.dram(command, command.addresses[0] + op.offset, shape, (*op.dram_strides, 1), write=True)[
+            ...
+        ] = source
+
+    def gather(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.Gather)
+        if op.index == "ids":
+            rows = self.sram(command, op.ids, (op.rows,), np.int32).astype(np.int64) - op.first
+        else:
+            rows = np.minimum(
+                position_of(self.pos, op.sequence) + op.first + np.arange(op.rows), op.table_rows - 1
+            )
+        inside = (rows >= 0) & (rows < op.table_rows)
+        table = self.dram(
+            command, command.addresses[0] + op.offset, (op.table_rows, op.row_bytes), (op.row_bytes, 1)
+        )
+        target = self.sram(command, op.sram, (op.rows, op.row_bytes), np.uint8, write=True)
+        target[...] = 0
+        target[inside] = table[rows[inside]]
+        self.loaded_bytes += int(inside.sum()) * op.row_bytes
+
+    # -- compute
+    # --------------------------------------------------------------------------------------------------
+    def dequant(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.Dequant)
+        n, k, group = op.n, op.k, op.group_size
+        packed = self.sram(command, op.q, (n, (k + 1) // 2), np.uint8, (op.q_stride, 1))
+        scales = self.sram(command, op.scales, (n, op.scale_stride // 2), np.float16)[
+            :, op.first_group : op.first_group + k // group
+        ]
+        zeros = _nibbles(self.sram(command, op.zeros, (n, op.zero_stride), np.uint8))[
+            :, op.first_group : op.first_group + k // group
+        ]
+        q = _nibbles(packed).reshape(n, k // group, group).astype(np.float32)
+        weight = (q - zeros[:, :, None].astype(np.float32)) * scales[:, :, None].astype(np.float32)
+        self.sram(command, op.out, (n, k), np.float16, write=True)[...] = weight.reshape(n, k)
+
+    def dequant_rows(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.DequantRows)
+        (rows,) = _sizes((op.rows,), command.scalars)
+        if rows == 0:
+            return
+        plane, row = op.plane_rows * op.k, op.k
+        q = self.sram(command, op.q, (op.planes, rows, op.k), np.int8, (plane, row, 1))
+        scales = self.sram(command, op.scales, (op.planes, rows), np.float16, (op.plane_rows * 2, 2))
+        self.sram(command, op.out, q.shape, np.float16, (plane * 2, row * 2, 2), write=True)[...] = (
+            dequantize_rows(q, scales)
+        )
+
+    def matmul(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.Matmul)
+        n, k = _sizes((op.n, op.k), command.scalars)
+        if 0 in (n, k):
+            return
+        outer, inner = op.m
+        lhs = self.sram(command, op.lhs, (outer, inner, k), np.float16, (*op.lhs_strides, 2))
+        shape = (n, k) if op.transposed else (k, n)
+        rhs = self.sram(command, op.rhs, shape, np.float16, (op.rhs_stride, 2))
+        product = self.product(lhs, rhs.T if op.transposed else rhs)
+        if op.accumulate:
+            product += self.acc(command, op.acc, product.shape, (op.acc_stride, 4))
+        self.acc(command, op.acc, product.shape, (op.acc_stride, 4), write=True)[...] = product
+        self.macs += outer * inner * n * k
+
+    def product(self, lhs: Array, rhs: Array) -> Array:
+        """[outer, inner, k] x [k, n] in f32, rows [outer * inner]."""
+        return np.asarray(lhs.reshape(-1, lhs.shape[-1]).astype(np.float32) @ rhs.astype(np.float32))
+
+    def drain(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.Drain)
+        (n,) = _sizes((op.n,), command.scalars)
+        if n == 0:
+            return
+        outer, inner = op.m
+        value = self.acc(command, op.acc, (outer * inner, n), (op.acc_stride, 4))
+        if op.bias is not None:
+            value = value + self.sram(command, op.bias, (n,), np.float16).astype(np.float32)
+        dtype = storage_dtype(op.element)
+        target = self.sram(
+            command, op.sram, (outer, inner, n), dtype, (*op.sram_strides, dtype.itemsize), write=True
+        )
+        with np.errstate(over="ignore"):
+            target[...] = value.reshape(outer, inner, n)
+
+    def vector(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.VectorOp)
+        vector_function(op, lambda *a, **k: self.sram(command, *a, **k))
+
+    def softmax(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.SoftmaxBlock)
+        cols, first_key = _sizes((op.cols, op.first_key), command.scalars)
+        if cols:
+            softmax_block(
+                op,
+                cols,
+                first_key,
+                position_of(self.pos, op.sequence),
+                lambda *a, **k: self.sram(command, *a, **k),
+            )
+
+    def top_k(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.TopK)
+        top_k(op, lambda *a, **k: self.sram(command, *a, **k))
+
+    # -- collectives
+    # ----------------------------------------------------------------------------------------------
+    def _side(
+        self, command: Command, memory: str, offset: int, nbytes: int, addresses: list[int], write: bool
+    ) -> Array:
+        if memory == "sram":
+            return self.sram(command, offset, (nbytes,), np.uint8, write=write)
+        return self.dram(command, addresses.pop(0) + offset, (nbytes,), (1,), write=write)
+
+    def _collective_operand(self, command: Command) -> Array:
+        op = command.op
+        if isinstance(op, edge10.Recv):
+            return np.empty(0, np.uint8)
+        assert isinstance(op, (edge10.AllReduce, edge10.AllGather, edge10.Send))
+        if op.source_memory == "none":
+            return np.empty(0, np.uint8)
+        nbytes = op.rows * op.sizes[op.die] if isinstance(op, edge10.AllGather) else op.nbytes
+        return self._side(
+            command, op.source_memory, op.source, nbytes, list(command.addresses), write=False
+        ).copy()
+
+    def _collective_result(self, command: Command, combined: Array) -> None:
+        op = command.op
+        if isinstance(op, edge10.Send):
+            return
+        assert isinstance(op, (edge10.AllReduce, edge10.AllGather, edge10.Recv))
+        addresses = list(command.addresses)
+        if not isinstance(op, edge10.Recv) and op.source_memory == "dram":
+            addresses = addresses[1:]
+        if isinstance(op, edge10.AllGather) and op.displacements is not None:
+            pieces = np.split(combined.reshape(op.rows, -1), np.cumsum(op.sizes)[:-1], axis=1)
+            for piece, displacement in zip(pieces, op.displacements):
+                start, strides = op.destination + displacement, (op.stride, 1)
+                if piece.size and op.destination_memory == "sram":
+                    self.sram(command, start, piece.shape, np.uint8, strides, write=True)[...] = piece
+                elif piece.size:
+                    self.dram(command, addresses[0] + start, piece.shape, strides, write=True)[...] = piece
+            return
+        self._side(command, op.destination_memory, op.destination, len(combined), addresses, write=True)[
+            ...
+        ] = combined
+
+
+_HANDLERS: Final[dict[type, Callable[[FunctionalDie, Command], None]]] = {
+    edge10.Load: lambda die, c: die.load(c),
+    edge10.Store: lambda die, c: die.store(c),
+    edge10.Gather: FunctionalDie.gather,
+    edge10.Dequant: lambda die, c: die.dequant(c),
+    edge10.Matmul: FunctionalDie.matmul,
+    edge10.Drain: FunctionalDie.drain,
+    edge10.VectorOp: FunctionalDie.vector,
+    edge10.SoftmaxBlock: FunctionalDie.softmax,
+    edge10.TopK: FunctionalDie.top_k,
+    edge10.DequantRows: FunctionalDie.dequant_rows,
+}
+
+
+def _sizes(sizes: Sequence[int], scalars: Sequence[int]) -> tuple[int, ...]:
+    """Sizes with the dynamic ones filled in."""
+    given = iter(scalars)
+    return tuple(next(given) if s == edge10.DYNAMIC else s for s in sizes)
+
+
+def _dense(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _extent(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    return 0 if 0 in shape else sum((n - 1) * s for n, s in zip(shape, strides)) + itemsize
+
+
+def _nibbles(packed: Array) -> Array:
+    """Two 4-bit elements to a byte, the first in the low nibble."""
+    out = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    out[..., 0::2] = packed & 15
+    out[..., 1::2] = packed >> 4
+    return out
+
+
+def _combine(command: Command, parts: Sequence[Array | None]) -> Array:
+    """What a collective gives every die, from the dies' operands in die order."""
+    op, operands = command.op, [p for p in parts if p is not None]
+    if isinstance(op, edge10.AllReduce):
+        dtype = storage_dtype(op.element)
+        present = [p for p in operands if len(p)]
+        total = present[0].view(dtype).astype(np.float32)
+        for part in present[1:]:
+            total = total + part.view(dtype).astype(np.float32)
+        with np.errstate(over="ignore"):
+            return total.astype(dtype).view(np.uint8)
+    assert isinstance(op, edge10.AllGather)
+    if len(op.sizes) != len(operands):
+        raise TyirError(f"{command.describe()} is for {len(op.sizes)} dies, {len(operands)} are running")
+    return np.concatenate([p.reshape(op.rows, -1) for p in operands], axis=1).reshape(-1)
+
+
+def _requests(step: Generator[tuple[Command, Array], Array, None]) -> Generator[Request, Array | None, None]:
+    """A die's step as what it asks of the other dies."""
+    message: Array | None = None
+    while True:
+        try:
+            command, operand = next(step) if message is None else step.send(message)
+        except StopIteration:
+            return
+        message = yield _request(command, operand)
+
+
+def _request(command: Command, operand: Array) -> Request:
+    op = command.op
+    if isinstance(op, edge10.Send):
+        return Send(op.targets, op.tag, operand, command.describe())
+    if isinstance(op, edge10.Recv):
+        return Recv(op.peer, op.tag, command.describe())
+    assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
+    return Meet(op.name, op.dies or (), operand, lambda parts: _combine(command, parts), command.describe())
+
+
+def run_step(dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: Position) -> dict[str, Array]:
+    """One step of all dies (`tyir.execution.lockstep`): fills the input buffers, runs the programs, returns
+    the output buffers of the main die by name.
+    """
+    for die in dies:
+        for name, array in inputs.items():
+            die.memory.dram.write_buffer(name, array)
+    drive([_requests(die.step(pos)) for die in dies])
+    return _outputs(dies[0])
+
+
+def _outputs(die: FunctionalDie) -> dict[str, Array]:
+    found = {}
+    for buffer in die.program.buffers.values():
+        if buffer.kind == "output":
+            found[buffer.sym_name] = (
+                die.memory.dram.buffer(buffer.sym_name)
+                .view(storage_dtype(buffer.type.element))
+                .reshape(buffer.type.static_shape)
+                .copy()
+            )
+    return found

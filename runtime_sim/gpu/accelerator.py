@@ -1,0 +1,378 @@
+"""The description of a GPU-like accelerator: what the kernel models of `runtime_sim.kernels` know of a
+machine.
+
+A sibling of `machine.Machine`, not a part of it.  The NPU is described command by command (cubes, crossbar,
+DMA queues, a de-quantisation pipe), because its program is known command by command.  A GPU runs library
+kernels whose inner programs are not published; what can be known is the level below: multiprocessors, caches,
+DRAM, links, the price of a launch, and the tile shapes that the library offers.  Both descriptions share the
+form: one TOML file, every number with unit (in its name), label and source.  At most `MAX_FITTED` constants
+may be fitted, each naming the data it was fitted on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Self, get_type_hints
+
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+from tyir.targets.machine import LABELS, Constant
+
+__all__ = ["MAX_FITTED", "Accelerator", "DecodeKernel", "load_accelerator"]
+
+MAX_FITTED: Final = 8
+Tiles = tuple[tuple[int, int], ...]
+_TILES: Final = ("gemm.tiles", "weight_only.tiles")
+
+
+@dataclass(frozen=True)
+class Clock:
+    frequency_mhz: float
+
+
+@dataclass(frozen=True)
+class Multiprocessors:
+    """`count` of them; each multiplies and accumulates `macs_per_cycle_*` a cycle with its matrix units."""
+
+    count: int
+    macs_per_cycle_fp16: float
+    macs_per_cycle_int8: float
+
+
+@dataclass(frozen=True)
+class Power:
+    """Full matrix load may run `burst_share` of the peak for `window_us` and `sustained_share` of it
+    afterwards (the power limit lowers the clock).
+    """
+
+    burst_share: float
+    sustained_share: float
+    window_us: float
+
+
+@dataclass(frozen=True)
+class Dram:
+    """`write_cost`: time of a written byte over that of a read one; `ramp_us`: what the first touch of a
+    working set beyond the L2 costs.
+    """
+
+    bandwidth_gbps: float
+    efficiency: float
+    write_cost: float
+    ramp_us: float
+
+
+@dataclass(frozen=True)
+class L2:
+    """`bandwidth_gbps` is what all multiprocessors together get, sharing between neighbours (multicast)
+    included.
+    """
+
+    capacity_bytes: float
+    bandwidth_gbps: float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`kernel_us`: an empty kernel inside a graph; `ramp_us`: first loads, filling the pipeline, last stores
+    of a matrix kernel.
+    """
+
+    kernel_us: float
+    ramp_us: float
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Matrix product kernels of the library.  `operand_rows`: see `kernels.gemm`; `step_ns`: least time of 64
+    of k; `split_us`: starting the kernel that adds the parts of a split k; `gemv`: 1 if there is a kernel for
+    M = 1."""
+
+    efficiency: float
+    tile_us: float
+    operand_rows: float
+    step_ns: float
+    split_us: float
+    gemv: int
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """4-bit weights: bytes each with their scales, weights a block de-quantises per cycle, least time of 64
+    of k, start of a call; kernels of up to `two_blocks_rows` rows keep two blocks on a multiprocessor."""
+
+    bytes_per_weight: float
+    dequant_per_cycle: float
+    step_ns: float
+    call_us: float
+    gemv_max_rows: int
+    two_blocks_rows: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`efficiency` of the matrix units in prefill; what calls cost besides the launch; `packed_passes` over
+    q, k, v that the library's prefill call makes besides. In decode the grouped kernel takes up to
+    `max_group` query heads that share keys, and is chosen when `grouped_fill` times its blocks fill the
+    multiprocessors."""
+
+    efficiency: float
+    call_us: float
+    decode_call_us: float
+    packed_passes: float
+    max_group: int
+    grouped_fill: float
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """Attention of one query: `resident` owners a multiprocessor, `block_us` to walk 128 keys (`flat_keys`
+    are walked at once), `wave_us`, `owner_us` and `first_keys_us` for starting owners that do not fit at
+    once, `touch_us` for a cache beyond the L2, `l2_share` of the L2's rate that owners get, `row_tile_share`
+    for every 16 query heads of a group beyond the first 16."""
+
+    resident: int
+    block_us: float
+    flat_keys: float
+    wave_us: float
+    owner_us: float
+    first_keys_us: float
+    touch_us: float
+    l2_share: float
+    row_tile_share: float
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """Norms and elementwise kernels: `bandwidth_gbps` of reads and writes together, `row_ns_per_byte`:
+    latency of one row in one block of threads.  Kernels that were compiled for any width compute
+    `any_width_per_ns` elements' addresses a ns, rotations for one width `rotate_per_ns`; `strided_us`: what a
+    copy between views that are not contiguous costs beyond a launch."""
+
+    bandwidth_gbps: float
+    row_ns_per_byte: float
+    any_width_per_ns: float
+    rotate_per_ns: float
+    any_width_row_ns_per_byte: float
+    strided_us: float
+    call_us: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """All-reduce over links of `bandwidth_gbps` per direction: see `kernels.allreduce`."""
+
+    bandwidth_gbps: float
+    efficiency: float
+    hop_us: float
+    spread_us: float
+    one_shot_us: float
+    peer_us: float
+    direct_efficiency: float
+    one_shot_max_bytes: float
+    two_shot_max_bytes: float
+    call_us: float
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device and its links.
+
+    `constants` holds every number's provenance by dotted name; `tiles` are the library's (rows, columns):
+    `gemm.tiles`, `weight_only.tiles`.
+    """
+
+    name: str
+    clock: Clock
+    sm: Multiprocessors
+    power: Power
+    dram: Dram
+    l2: L2
+    launch: Launch
+    gemm: Gemm
+    weight_only: WeightOnly
+    attention: Attention
+    grouped_decode: DecodeKernel
+    head_decode: DecodeKernel
+    rowwise: Rowwise
+    link: Link
+    tiles: Mapping[str, Tiles]
+    constants: Mapping[str, Constant]
+
+    @property
+    def sm_flops_per_ns(self) -> float:
+        """Peak of one multiprocessor in f16: two operations per multiply-accumulate."""
+        return self.sm.macs_per_cycle_fp16 * 2 * self.clock.frequency_mhz * 1e-3
+
+    @property
+    def peak_tflops(self) -> float:
+        """Dense f16 peak of the device."""
+        return self.sm_flops_per_ns * self.sm.count * 1e-3
+
+    @property
+    def dram_bytes_per_ns(self) -> float:
+        """Sustained read bandwidth: GB/s is bytes per nanosecond."""
+        return self.dram.bandwidth_gbps * self.dram.efficiency
+
+    @property
+    def fitted(self) -> dict[str, Constant]:
+        """The constants that were fitted, by dotted name."""
+        return {n: c for n, c in self.constants.items() if c.label == "fitted"}
+
+    def with_values(self, values: Mapping[str, float]) -> Accelerator:
+        """The machine with some constants replaced, labels kept: `{"dram.efficiency": 0.9}`.
+
+        `TyirError` for names it does not have.
+        """
+        unknown = [n for n in values if n not in self.constants]
+        if unknown:
+            raise TyirError(
+                [
+                    Diagnostic(f"{self.name} has no constant '{n}'", help=did_you_mean(n, self.constants))
+                    for n in unknown
+                ]
+            )
+        changed = {
+            n: dataclasses.replace(self.constants[n], value=float(v), low=None, high=None)
+            for n, v in values.items()
+        }
+        return self._from_constants(self.name, {**self.constants, **changed}, self.tiles)
+
+    @classmethod
+    def _from_constants(
+        cls, name: str, constants: Mapping[str, Constant], tiles: Mapping[str, Tiles]
+    ) -> Self:
+        sections: dict[str, Any] = {}
+        for section, section_class in _sections().items():
+            hints = get_type_hints(section_class)
+            sections[section] = section_class(
+                **{
+                    f.name: hints[f.name](constants[f"{section}.{f.name}"].value)
+                    for f in fields(section_class)
+                }
+            )
+        return cls(name=name, constants=dict(constants), tiles=tiles, **sections)
+
+
+def _sections() -> dict[str, Any]:
+    return {n: t for n, t in get_type_hints(Accelerator).items() if n not in ("name", "tiles", "constants")}
+
+
+def load_accelerator(name_or_path: str | Path) -> Accelerator:
+    """An accelerator by name (`tyir/targets/<name>.toml`) or by the path of a file.  Everything wrong with
+    the file is reported at once.
+
+    A file with `like = "h200"` needs only what differs: the other constants are that machine's, labelled
+    assumed.
+    """
+    table, where = _table(name_or_path)
+    like = table.pop("like", None)
+    if like is None:
+        return _from_table(table, where)
+    base, base_where = _table(str(like))
+    if "like" in base:
+        raise TyirError(
+            f"'{like}' is itself like '{base['like']}'", where=where, help=f'write like = "{base["like"]}"'
+        )
+    return _from_table(_merged(table, base, str(like)), f"{where} (like {base_where})")
+
+
+def _merged(table: dict[str, Any], base: dict[str, Any], like: str) -> dict[str, Any]:
+    """The sections of `table` with what they lack from `base`, whose numbers are assumptions here."""
+    base.pop("name", None)
+    merged: dict[str, Any] = dict(table)
+    for section, entries in base.items():
+        own = table.get(section, {})
+        if isinstance(own, dict):
+            assumed = {
+                k: {**v, "label": "assumed", "source": f"as {like}: {v['source']}"}
+                for k, v in entries.items()
+                if k not in own
+            }
+            merged[section] = {**own, **assumed}
+    return merged
+
+
+def _table(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
+    """The contents of a machine file, and where they are."""
+    path = Path(name_or_path)
+    try:
+        text = (
+            path.read_text()
+            if path.suffix == ".toml"
+            else (resources.files("tyir.runtime_sim.gpu") / f"{name_or_path}.toml").read_text()
+        )
+        table = tomllib.loads(text)
+    except OSError:
+        raise TyirError(
+            f"there is no machine '{name_or_path}'",
+            help="h200, h100, a100 and orin come with tyir; or give the path of a .toml file",
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise TyirError(f"not valid TOML: {error}", where=str(path)) from None
+    return table, str(path)
+
+
+def _from_table(table: dict[str, Any], where: str) -> Accelerator:
+    name = str(table.pop("name", Path(where).stem))
+    known = {f"{s}.{f.name}" for s, c in _sections().items() for f in fields(c)}
+    entries = {
+        f"{s}.{k}": v
+        for s, inner in table.items()
+        for k, v in (inner if isinstance(inner, dict) else {"": inner}).items()
+    }
+    problems: dict[str, Diagnostic] = {}
+    tiles = {name: _tiles(name, entries.pop(name, None), where, problems) for name in _TILES}
+    constants: dict[str, Constant] = {}
+    for dotted, entry in entries.items():
+        problem = _entry_problem(entry) if dotted in known else "unknown constant"
+        if problem is None:
+            constants[dotted] = Constant(
+                entry["value"], entry["label"], entry["source"], entry.get("low"), entry.get("high")
+            )
+        else:
+            help = (
+                did_you_mean(dotted, known)
+                if dotted not in known
+                else 'write { value = 1, label = "published", source = "..." }'
+            )
+            problems[dotted] = Diagnostic(f"{dotted}: {problem}", where=where, help=help)
+    for missing in sorted(known - set(entries)):
+        problems[missing] = Diagnostic(f"constant '{missing}' is missing", where=where)
+    if (fitted := sum(c.label == "fitted" for c in constants.values())) > MAX_FITTED:
+        problems["fitted"] = Diagnostic(
+            f"{fitted} constants are fitted, at most {MAX_FITTED} may be", where=where
+        )
+    if problems:
+        raise TyirError(list(problems.values()))
+    return Accelerator._from_constants(name, constants, tiles)
+
+
+def _tiles(name: str, entry: object, where: str, problems: dict[str, Diagnostic]) -> Tiles:
+    """`gemm.tiles = { value = [[128, 256], ...], label, source }`."""
+    value = entry.get("value") if isinstance(entry, dict) else None
+    pairs = isinstance(value, list) and all(
+        isinstance(t, list) and len(t) == 2 and all(isinstance(x, int) and x > 0 for x in t) for t in value
+    )
+    if not value or not pairs or not isinstance(value, list):
+        problems[name] = Diagnostic(
+            f"{name}: needs the library's tile shapes",
+            where=where,
+            help="write value = [[128, 128], [128, 256]]",
+        )
+        return ()
+    return tuple((t[0], t[1]) for t in value)
+
+
+def _entry_problem(entry: object) -> str | None:
+    if not isinstance(entry, dict) or not {"value", "label", "source"} <= set(entry):
+        return "needs value, label and source"
+    if entry["label"] not in LABELS:
+        return f"label '{entry['label']}' is none of {', '.join(LABELS)}"
+    if not isinstance(entry["value"], (int, float)) or isinstance(entry["value"], bool):
+        return f"value {entry['value']!r} is not a number"
+    return f"value {entry['value']} is negative" if entry["value"] < 0 else None

@@ -1,0 +1,1 @@
+"""Predictions for people: text, HTML and charts."""

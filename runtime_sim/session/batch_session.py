@@ -1,0 +1,145 @@
+"""Several sequences at once through artifacts compiled for a batch: each with its own position, padded to a
+common length per step.
+
+    session = BatchSession(Path("out/4die"))
+    logits = session.feed([[12, 7, 99], [4]])          # one array [n, V] for each sequence
+
+What a step writes beyond a sequence's own tokens is padding at positions that its next tokens overwrite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.diagnostics import TyirError
+from tyir.manifest import Manifest
+from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.program_engine import StepProbe
+from tyir.runtime_sim.session.sampling import Sampler, greedy
+from tyir.runtime_sim.session.session import EngineName, make_engine
+
+__all__ = ["BatchSession"]
+
+Array = npt.NDArray[Any]
+
+
+class BatchSession:
+    """As many conversations as the artifacts were compiled for, one of them also."""
+
+    def __init__(
+        self, folder: Path, engine: EngineName = "host", *, check: bool = True, probe: StepProbe | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder, check=check)
+        self.engine = make_engine(engine, self.folder, self.manifest, probe)
+        self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
+
+    def reset(self) -> None:
+        """Start over with empty caches."""
+        self.tokens = [[] for _ in self.tokens]
+        self.engine.reset()
+
+    def feed(self, ids: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        """Append tokens to each sequence (an empty list adds none); for each its logits [n, V] f32.
+
+        Raises `TyirError` for another number of sequences, tokens that do not fit and programs that return no
+        logits.
+        """
+        rows = self._advance(ids)
+        if "logits" not in rows[0]:
+            raise TyirError(
+                "these artifacts return tokens and no logits",
+                help="use BatchSession.generate, or compile with --output logits",
+            )
+        return [np.asarray(own["logits"], np.float32) for own in rows]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limit: int,
+        *,
+        sampler: Sampler = greedy,
+        stop: Callable[[int], bool] = lambda token: False,
+    ) -> list[list[int]]:
+        """Up to `limit` new tokens after each prompt, every sequence for itself: it ends at a token for which
+        `stop` holds, or when its cache is full.
+        """
+        made: list[list[int]] = [[] for _ in self.tokens]
+        following = [list(p) for p in prompts]
+        for _ in range(limit):
+            outputs = self._advance(following)
+            for number, own in enumerate(outputs):
+                if following[number]:
+                    made[number].append(_choose(own, sampler))
+            going = [
+                bool(f) and not stop(m[-1]) and len(t) < self.manifest.options.max_kv
+                for f, m, t in zip(following, made, self.tokens)
+            ]
+            following = [[m[-1]] if goes else [] for goes, m in zip(going, made)]
+            if not any(going):
+                break
+        return made
+
+    def _advance(self, ids: Sequence[Sequence[int]]) -> list[dict[str, Array]]:
+        """Run each sequence's tokens; its outputs by name, [n, ..] each."""
+        self._check(ids)
+        left = [list(part) for part in ids]
+        rows: list[dict[str, list[Array]]] = [{} for _ in left]
+        while any(left) or not rows[0]:
+            most = max(map(len, left))
+            lengths = self.manifest.options.seqlens
+            seqlen = next((s for s in lengths if s >= most), max(lengths))
+            parts = [part[:seqlen] for part in left]
+            outputs = self.engine.step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen))
+            for number, part in enumerate(parts):
+                for name, array in outputs.items():
+                    rows[number].setdefault(name, []).append(array[number, : len(part)])
+                self.tokens[number] += part
+            left = [part[seqlen:] for part in left]
+        return [{name: np.concatenate(arrays) for name, arrays in own.items()} for own in rows]
+
+    def _check(self, ids: Sequence[Sequence[int]]) -> None:
+        if len(ids) != len(self.tokens):
+            raise TyirError(
+                f"{len(ids)} sequences were given, the artifacts run {len(self.tokens)}",
+                help="give an empty list for a sequence that waits",
+            )
+        if not any(ids):
+            raise TyirError("nothing to run: all lists of tokens are empty", help="give at least one token")
+        capacity, vocabulary = self.manifest.options.max_kv, self.manifest.model.get("vocab_size")
+        for number, (part, known) in enumerate(zip(ids, self.tokens)):
+            if len(known) + len(part) > capacity:
+                raise TyirError(
+                    f"sequence {number}: {len(part)} tokens do not fit, {len(known)} of the cache's"
+                    f" {capacity} positions are taken",
+                    help=f"shorten it, or compile with --max-kv {len(known) + len(part)} or more",
+                )
+            bad = [i for i in part if vocabulary is not None and not 0 <= i < vocabulary]
+            if bad:
+                raise TyirError(f"sequence {number}: token {bad[0]} is not in the vocabulary of {vocabulary}")
+
+    def _inputs(self, parts: Sequence[Sequence[int]], seqlen: int) -> dict[str, Array]:
+        padded = np.array([[*part, *[0] * (seqlen - len(part))] for part in parts], np.int32)
+        pos = np.array([len(known) for known in self.tokens], np.int32)
+        if self.manifest.options.embedding_as_input:
+            return {"embeddings": self._embedding_table[padded], "pos": pos}
+        return {"ids": padded, "pos": pos}
+
+    @cached_property
+    def _embedding_table(self) -> Array:
+        from tyir.execution.weights import read_safetensors
+
+        return read_safetensors(self.folder / "embedding.params")["embedding"]
+
+
+def _choose(outputs: dict[str, Array], sampler: Sampler) -> int:
+    """The next token from the outputs at the last position."""
+    if "logits" in outputs:
+        return sampler(outputs["logits"][-1])
+    return int(outputs["top_ids"][-1][sampler(outputs["top_values"][-1])])

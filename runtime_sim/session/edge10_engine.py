@@ -1,0 +1,90 @@
+"""The session engine that executes the command programs of an artifact folder on modelled memories, with
+every check on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from tyir.dialects.ty import Global
+from tyir.execution.weights import CheckpointReader
+from tyir.manifest import Manifest
+from tyir.parser import parse_file
+from tyir.runtime_sim.execution.command_trace import Observer
+from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
+from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.program_engine import CacheName
+from tyir.runtime_sim.timing.program import load_program, machine_of
+from tyir.types import storage_dtype
+
+__all__ = ["Edge10Engine"]
+
+Array = npt.NDArray[Any]
+
+
+class Edge10Engine:
+    """All dies of all lengths; the programs of one die share weights and caches, which stay in its DRAM
+    between steps.  `observer` sees every command.
+    """
+
+    observer: Observer | None = None
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.machine = machine_of(folder, manifest)
+        self._reader = CheckpointReader(folder)
+        self._dies: dict[int, list[FunctionalDie]] = {}
+
+    def reset(self) -> None:
+        """Forget the caches (and the weights, which are read again)."""
+        self._dies.clear()
+
+    def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
+        """One step of all dies; the main die's outputs by name."""
+        given = {
+            name: array for name, array in inputs.items() if name != "pos"
+        }  # registers of the command processor, not a buffer
+        dies = self._programs(chunk.seqlen)
+        for die in dies:
+            die.observer = self.observer
+        return run_step(dies, given, tuple(inputs["pos"].tolist()))
+
+    def caches(self) -> dict[CacheName, Array]:
+        """The `kv` buffers of every die."""
+        found: dict[CacheName, Array] = {}
+        for dies in self._dies.values():
+            for number, die in enumerate(dies):
+                for buffer in die.program.buffers.values():
+                    if buffer.kind == "kv":
+                        stored = die.memory.dram.buffer(buffer.sym_name)
+                        found[number, buffer.sym_name] = (
+                            stored.view(storage_dtype(buffer.type.element))
+                            .reshape(buffer.type.static_shape)
+                            .copy()
+                        )
+        return found
+
+    def load_caches(self, caches: dict[CacheName, Array]) -> None:
+        """Write the `kv` buffers of every die."""
+        dies = self._programs(min(self.manifest.options.seqlens))
+        for (number, name), array in caches.items():
+            dies[number].memory.dram.write_buffer(name, array)
+
+    def _programs(self, seqlen: int) -> list[FunctionalDie]:
+        if seqlen not in self._dies:
+            dies = [self._load(die, seqlen) for die in range(self.manifest.options.dies)]
+            for others in self._dies.values():
+                for die, other in zip(dies, others):
+                    die.share_memory(other)
+            self._dies[seqlen] = dies
+        return self._dies[seqlen]
+
+    def _load(self, die: int, seqlen: int) -> FunctionalDie:
+        program = self.manifest.program(die, seqlen)
+        globals_ = [g for g in parse_file(self.folder / program.ir).body if isinstance(g, Global)]
+        weights = {str(g.sym_name): self._reader.read_packed(g) for g in globals_}
+        return FunctionalDie(load_program(self.folder, self.manifest, die, seqlen), weights, self.machine)

@@ -1,0 +1,245 @@
+"""Loads a die's compiled library and runs its kernels as an interpreter's evaluator.
+
+Arrays are passed where they lie: no copy is made of operands, weights may be read-only mappings of a file at
+any offset, results are fresh arrays.  Only the small runtime of TVM is loaded (`tvm_ffi` and
+`libtvm_runtime`), never the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.attributes import StringAttr
+from tyir.diagnostics import TyirError
+from tyir.dialects import ty
+from tyir.execution.storage import packed_shape
+from tyir.interpreter import Evaluator, evaluate_op
+from tyir.ir import Op
+from tyir.traits import InPlace
+from tyir.types import TensorType, storage_dtype
+
+__all__ = ["HostLibrary", "use_threads"]
+
+Array = npt.NDArray[Any]
+
+_SHARE_ALL_CORES = -3  # tvm::runtime::threading::ThreadGroup::AffinityMode::kSpecifyThreadShareAllCore
+
+
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Imports inside find no torch, unless it is loaded already.
+
+    tvm_ffi imports torch where it is installed, to exchange torch tensors faster; here that would cost a
+    second and 180 MB for nothing.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the documented way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+@cache
+def _ffi() -> Any:
+    """tvm_ffi with TVM's runtime library loaded into the process."""
+    spec = importlib.util.find_spec(
+        "tvm"
+    )  # finds the package without importing it: `import tvm` loads the compiler, 250 MB
+    if spec is None or spec.origin is None:
+        raise TyirError("the TVM runtime is not installed", help="pip install apache-tvm")
+    with _torch_hidden():
+        import tvm_ffi
+
+    ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+    return tvm_ffi
+
+
+def use_threads(count: int) -> None:
+    """Lets kernels called from this thread run on `count` cores of those this process may use; to be called
+    before the first kernel.
+
+    Without it TVM takes half of the logical processors.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(cores):
+        raise TyirError(f"{count} threads were asked for, this process may use 1 to {len(cores)} cores")
+    # All cores are named, so that the calling thread stays free to run on any of them.
+    _ffi().get_global_func("runtime.config_threadpool")(
+        _SHARE_ALL_CORES, count, [str(core) for core in cores]
+    )
+
+
+class _DLTensor(ctypes.Structure):
+    """`DLTensor` of dlpack.h (DLPack 1.0), on the CPU."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+_DLPACK_CPU = 1
+
+
+class _Kernel:
+    """One compiled function with the descriptors of its parameters, made once; a call only fills in where the
+    arrays lie.
+
+    numpy's own DLPack export would do but for two things: it refuses read-only arrays, which mapped weights
+    are, and it costs more per call.
+    """
+
+    def __init__(self, function: Any, types: Sequence[TensorType], results: int) -> None:
+        self._function = function
+        self._layouts = [(packed_shape(t), storage_dtype(t.element)) for t in types]
+        self._shapes = [(ctypes.c_int64 * len(shape))(*shape) for shape, _ in self._layouts]
+        self._tensors = [
+            _DLTensor(
+                None,
+                _DLPACK_CPU,
+                0,
+                len(shape),
+                _DLPACK_CODES[dtype.kind],
+                dtype.itemsize * 8,
+                1,
+                extents,
+                None,
+                0,
+            )
+            for (shape, dtype), extents in zip(self._layouts, self._shapes)
+        ]
+        self._arguments = [ctypes.c_void_p(ctypes.addressof(t)) for t in self._tensors]
+        self._first_result = len(types) - results
+
+    def __call__(self, operands: Sequence[Array]) -> list[Array]:
+        """Runs the kernel on contiguous operands; returns the results."""
+        results = [np.empty(shape, dtype) for shape, dtype in self._layouts[self._first_result :]]
+        for tensor, (shape, dtype), array in zip(
+            self._tensors, self._layouts, (*operands, *results), strict=True
+        ):
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(
+                    f"an operand is {array.dtype}{list(array.shape)} where {dtype}{list(shape)} is stored"
+                )
+            tensor.data = array.__array_interface__["data"][0]
+        self._function(*self._arguments)
+        return results
+
+
+def _check_complete(path: Path) -> None:
+    """Refuses a file that is no ELF library or was cut short: the dynamic loader maps a cut file and dies of
+    SIGBUS.
+
+    The section header table stands last in the file; its place is in the ELF header (System V ABI, chapter
+    4).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(64)
+    complete = False
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):
+        (table,) = struct.unpack_from("<Q", header, 40)
+        entry_size, entries = struct.unpack_from("<HH", header, 58)
+        complete = table + entry_size * entries <= size
+    if not complete:
+        raise TyirError(
+            f"{path} cannot be loaded as a compiled library: it is cut short or no ELF file ({size} bytes)",
+            help="compile the model again",
+        )
+
+
+class HostLibrary:
+    """The kernels of one die.
+
+    Several libraries may be loaded in one process; one library serves one thread at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Loads the library; raises TyirError naming the file when it is missing or cannot be loaded."""
+        self.path = path
+        if not path.is_file():
+            raise TyirError(
+                f"there is no library {path}",
+                help="compile the model again, or give the directory that tyir-compile wrote",
+            )
+        _check_complete(path)
+        try:
+            self._module = _ffi().load_module(str(path.resolve()))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise TyirError(
+                f"{path} cannot be loaded as a compiled library: {error}",
+                help="the file is damaged; compile the model again",
+            ) from error
+        self._kernels: dict[str, _Kernel] = {}
+
+    def evaluator(self) -> Evaluator:
+        """The evaluator for `tyir.interpreter.Interpreter`: `Interpreter(module, constants=...,
+        evaluator=library.evaluator())`.
+        """
+        return self.evaluate
+
+    def evaluate(self, op: Op, operands: Sequence[Array]) -> Array | tuple[Array, ...]:
+        """Runs one op: a kernel by its `tyir.kernel`, reshapes and constants directly.
+
+        Operands have the shapes and dtypes of the op's operand types as stored (`tyir.execution.storage`: ui4
+        packed); so have the results. An op that works in place returns the array it was given.
+        """
+        if isinstance(op, (ty.Reshape, ty.Constant)):
+            return evaluate_op(op, operands)
+        name = op.attributes.get("tyir.kernel")
+        if not isinstance(name, StringAttr):
+            raise TyirError(
+                f"'{op.name}' has no kernel",
+                help="compile the module first: every op of the program stage gets a 'tyir.kernel'",
+            )
+        arrays = [self._contiguous(op, i, a) for i, a in enumerate(operands)]
+        kernel = self._kernels.get(name.value) or self._find(name.value, op)
+        try:
+            results = kernel(arrays)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TyirError(f"kernel '{name.value}' of {self.path} cannot run: {error}") from error
+        return operands[0] if op.has_trait(InPlace) else results[0] if len(results) == 1 else tuple(results)
+
+    def _contiguous(self, op: Op, index: int, array: Array) -> Array:
+        if array.flags.c_contiguous:
+            return array
+        if index == 0 and op.has_trait(InPlace):
+            raise TyirError(f"'{op.name}' writes its first operand in place, which must be contiguous")
+        return np.ascontiguousarray(array)
+
+    def _find(self, name: str, op: Op) -> _Kernel:
+        try:
+            function = self._module[name]
+        except AttributeError as error:
+            raise TyirError(
+                f"{self.path} has no kernel '{name}'",
+                help="the library and the program are of different compilations",
+            ) from error
+        results = [] if op.has_trait(InPlace) else op.results
+        types = [ty.tensor_type(v) for v in (*op.operands, *results)]
+        self._kernels[name] = _Kernel(function, types, len(results))
+        return self._kernels[name]

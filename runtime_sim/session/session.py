@@ -1,0 +1,234 @@
+"""Running compiled artifacts: all dies in lockstep, prompts in chunks over the compiled lengths, the cache
+kept between calls.
+
+    session = Session(Path("out/4die"))
+    logits = session.feed([12, 7, 99])          # [3, V] float32, one row per token; for programs that return logits
+    best = session.next_tokens([4])             # the best tokens after each, best first; for every program
+    for token in session.generate(prompt, 32): ...
+
+The engine decides what executes an op: `host` the compiled library, `interpreter` the ops' reference
+meaning (on the same files), `edge10` the command program on modelled memories.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.diagnostics import TyirError, did_you_mean
+from tyir.manifest import Manifest
+from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
+from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
+from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
+from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, write_cache
+
+__all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
+
+Array = npt.NDArray[Any]
+EngineName = Literal["host", "interpreter", "edge10"]
+ENGINES: Final[tuple[EngineName, ...]] = ("host", "interpreter", "edge10")
+
+
+class Engine(Protocol):
+    """Executes one step of all dies and keeps their caches."""
+
+    def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
+        """The main die's outputs by name, caches excepted, each [b, seqlen, ..], for `inputs` by name (`pos`
+        and `ids` or `embeddings`, padded to `chunk.seqlen`).
+        """
+
+    def reset(self) -> None:
+        """Forget the caches."""
+
+    def caches(self) -> dict[CacheName, Array]:
+        """All caches by die and name."""
+
+    def load_caches(self, caches: dict[CacheName, Array]) -> None:
+        """Take over caches that `caches` gave."""
+
+
+def make_engine(name: str, folder: Path, manifest: Manifest, probe: StepProbe | None = None) -> Engine:
+    """The engine of a name, for an artifact folder.  `probe` sees the ops of the engines that walk IR."""
+    if name == "edge10":
+        from tyir.runtime_sim.session.edge10_engine import Edge10Engine
+
+        return Edge10Engine(folder, manifest)
+    if name not in ENGINES:
+        raise TyirError(
+            f"there is no engine '{name}'", help=did_you_mean(name, ENGINES) or f"one of {', '.join(ENGINES)}"
+        )
+    return ProgramEngine(folder, manifest, compiled=name == "host", probe=probe)
+
+
+class Session:
+    """One conversation: artifacts, an engine, and the tokens that its cache holds.
+
+    Artifacts for a batch run it as their sequence `sequence`, the others being padding; `BatchSession` runs
+    several conversations.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: EngineName = "host",
+        *,
+        check: bool = True,
+        probe: StepProbe | None = None,
+        sequence: int = 0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder, check=check)
+        self.sequence = sequence
+        if not 0 <= sequence < self.manifest.options.batch:
+            raise TyirError(
+                f"there is no sequence {sequence}",
+                help=f"{self.folder} runs {self.manifest.options.batch}, numbered from 0",
+            )
+        self.engine = make_engine(engine, self.folder, self.manifest, probe)
+        self.tokens: list[int] = []
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens the cache holds."""
+        return self.manifest.options.max_kv
+
+    @property
+    def choices(self) -> int | None:
+        """How many tokens the program returns for each position; None when it returns logits."""
+        outputs = self.manifest.programs[0].outputs
+        return next((t.shape[-1] for t in outputs if t.name == "top_ids"), None)
+
+    def reset(self) -> None:
+        """Start over with an empty cache."""
+        self.tokens.clear()
+        self.engine.reset()
+
+    def rewind(self, count: int) -> None:
+        """Keep the first `count` tokens and forget the rest; what follows is computed anew."""
+        if not 0 <= count <= len(self.tokens):
+            raise TyirError(f"cannot rewind to {count} tokens: the cache holds {len(self.tokens)}")
+        del self.tokens[count:]
+
+    def prefill(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Make the cache hold exactly `ids`, computing only what it does not hold yet: the second turn of a
+        chat costs its new tokens.
+
+        Logits [n, V] of the n tokens that were computed, at least those of the last one.
+        """
+        return self.feed(self._new_of(ids))
+
+    def _new_of(self, ids: Sequence[int]) -> Sequence[int]:
+        """Keep what the cache shares with `ids`; the tokens that are still to be computed."""
+        self.rewind(self.shared_prefix(ids))
+        return ids[len(self.tokens) :]
+
+    def shared_prefix(self, ids: Sequence[int]) -> int:
+        """How many of the first tokens of `ids` the cache holds, the last one excepted: its logits must be
+        computed.
+        """
+        differing = (number for number, (mine, theirs) in enumerate(zip(self.tokens, ids)) if mine != theirs)
+        shared = next(differing, min(len(self.tokens), len(ids)))
+        return min(shared, max(len(ids) - 1, 0))
+
+    def save(self, path: Path) -> None:
+        """Write the cache and its tokens to a file, for `restore`."""
+        write_cache(path, identity_of(self.manifest), self.tokens, self.engine.caches())
+
+    def restore(self, path: Path) -> None:
+        """Continue where `save` stopped.
+
+        `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
+        """
+        tokens, caches = read_cache(path, identity_of(self.manifest), self.capacity)
+        self.engine.load_caches(caches)
+        self.tokens = tokens
+
+    def feed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to the cache; logits [len(ids), V] f32, row i predicting what follows ids[i].
+
+        Raises `TyirError` when the program returns tokens and no logits.
+        """
+        if self.choices is not None:
+            raise TyirError(
+                "these artifacts return the"
+                f" {'best token' if self.choices == 1 else f'{self.choices} best tokens'} of each position"
+                " and no logits",
+                help="use Session.next_tokens or Session.generate, or compile with --output logits",
+            )
+        return np.asarray(self._advance(ids)["logits"], np.float32)
+
+    def next_tokens(self, ids: Sequence[int]) -> Candidates:
+        """Append tokens to the cache; row i holds the best tokens to follow ids[i]: as many as the program
+        returns, one if it returns logits.
+        """
+        outputs = self._advance(ids)
+        if "logits" in outputs:
+            best = outputs["logits"].argmax(axis=-1)[:, None]
+            return Candidates(
+                np.take_along_axis(outputs["logits"], best, axis=-1).astype(np.float32), best.astype(np.int32)
+            )
+        return Candidates(outputs["top_values"], outputs["top_ids"])
+
+    def _advance(self, ids: Sequence[int]) -> dict[str, Array]:
+        """Run tokens through the program; its outputs by name, [len(ids), ..] each."""
+        if not ids:
+            raise TyirError(
+                "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
+            )
+        vocabulary = self.manifest.model.get("vocab_size")
+        if vocabulary is not None and not all(0 <= i < vocabulary for i in ids):
+            bad = next(i for i in ids if not 0 <= i < vocabulary)
+            raise TyirError(f"token {bad} is not in the vocabulary of {vocabulary}")
+        rows: dict[str, list[Array]] = {}
+        first = len(self.tokens)
+        for chunk in plan_chunks(len(ids), first, self.manifest.options.seqlens, self.capacity):
+            part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
+            for name, array in self.engine.step(self._inputs(part, chunk), chunk).items():
+                rows.setdefault(name, []).append(np.asarray(array[self.sequence, : chunk.count]))
+            self.tokens += part
+        return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+    def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
+        padded = np.zeros((self.manifest.options.batch, chunk.seqlen), np.int32)
+        padded[self.sequence, : len(ids)] = ids
+        pos = np.zeros(self.manifest.options.batch, np.int32)
+        pos[self.sequence] = chunk.start
+        if self.manifest.options.embedding_as_input:
+            return {"embeddings": self._embedding_table[padded], "pos": pos}
+        return {"ids": padded, "pos": pos}
+
+    @cached_property
+    def _embedding_table(self) -> Array:
+        from tyir.execution.weights import read_safetensors
+
+        return read_safetensors(self.folder / "embedding.params")["embedding"]
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        *,
+        sampler: Sampler = greedy,
+        stop: Callable[[int], bool] = lambda token: False,
+    ) -> Iterator[int]:
+        """Yield up to `limit` new tokens after `prompt` (what the cache already holds of it is not computed
+        again); ends early at a token for which `stop` holds, or when the cache is full.
+        """
+        token = self._sample(self._new_of(prompt), sampler)
+        for produced in range(1, limit + 1):
+            yield token
+            if stop(token) or produced == limit or len(self.tokens) == self.capacity:
+                return
+            token = self._sample([token], sampler)
+
+    def _sample(self, ids: Sequence[int], sampler: Sampler) -> int:
+        """The token to follow `ids`, chosen among all tokens or among those that the program returns."""
+        outputs = self._advance(ids)
+        if "logits" in outputs:
+            return sampler(outputs["logits"][-1])
+        return int(outputs["top_ids"][-1][sampler(outputs["top_values"][-1])])

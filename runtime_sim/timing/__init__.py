@@ -1,0 +1,1 @@
+"""Command programs in time: the event engine and the predictor on top of it."""

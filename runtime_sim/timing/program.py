@@ -1,0 +1,155 @@
+"""A die's command program: its functions and buffers, what it is equal to, and its steps (`unroll`)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Final, Self
+from weakref import WeakKeyDictionary
+
+from tyir.attributes import IntegerAttr
+from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.edge10.binary import read_program
+from tyir.edge10.memory import sram_bytes
+from tyir.ir import Block, Value
+from tyir.manifest import MACHINE, Manifest
+from tyir.parser import parse_module
+from tyir.runtime_sim.timing.unroll import Command, Kinds, Position, Step, unroll
+from tyir.targets.machine import Machine, load_machine
+
+__all__ = ["Command", "EdgeProgram", "alike_programs", "load_program", "load_programs", "machine_of"]
+
+_KEPT_COMMANDS: Final = 300_000
+
+
+class EdgeProgram:
+    """One die's command program."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.functions = {f.sym_name: f for f in module.body if isinstance(f, Func)}
+        self.buffers = {b.sym_name: b for b in module.body if isinstance(b, edge10.Buffer)}
+        mains = [n for n in self.functions if n.startswith("main_s")]
+        if len(mains) != 1:
+            raise TyirError(
+                f"a command program has one @main_s<n>, this one has {len(mains)}",
+                help="give the llm_die<i>.edge10 file of one sequence length",
+            )
+        self.entry = mains[0]
+        self.seqlen = _int_attribute(module, "tyir.seqlen", int(self.entry.removeprefix("main_s")))
+        self.die = _int_attribute(module, "tyir.die", 0)
+        self._kinds = Kinds()
+        self._alike: WeakKeyDictionary[EdgeProgram, bool] = WeakKeyDictionary()
+        self._expanded: dict[Position, Step] = {}
+
+    @cached_property
+    def sram_bytes(self) -> int:
+        """SRAM that the program needs."""
+        return sram_bytes(self.module)
+
+    @classmethod
+    def parse(cls, text: str, name: str = "<string>") -> Self:
+        """A program from its printed form."""
+        return cls(parse_module(text, name))
+
+    def expand(self, pos: Position) -> Step:
+        """All commands of one step at position `pos` (of each sequence, where there are several), in program
+        order.  The last few steps are kept: a report times them on several machines.
+        """
+        if pos not in self._expanded:
+            while self._expanded and sum(map(len, self._expanded.values())) > _KEPT_COMMANDS:
+                del self._expanded[next(iter(self._expanded))]
+            self._expanded[pos] = unroll(self.functions, self.buffers, self.entry, self._kinds, pos)
+        return self._expanded[pos]
+
+    @cached_property
+    def _signature(self) -> Hashable:
+        return tuple(
+            (name, self.functions[name].function_type, _block_signature(self.functions[name].body))
+            for name in self.functions
+        )
+
+    def alike(self, other: EdgeProgram) -> bool:
+        """Whether two programs differ at most in where and what their data is: same functions, ops,
+        properties and operands.  Compared once.
+        """
+        if other is self:
+            return True
+        if other not in self._alike:
+            self._alike[other] = other._alike[self] = self._signature == other._signature
+        return self._alike[other]
+
+
+def alike_programs(programs: Sequence[EdgeProgram]) -> list[list[int]]:
+    """The programs' numbers in groups that are alike, in order of the first of each."""
+    groups: list[list[int]] = []
+    for number, program in enumerate(programs):
+        group = next((g for g in groups if programs[g[0]].alike(program)), None)
+        if group is None:
+            groups.append([number])
+        else:
+            group.append(number)
+    return groups
+
+
+def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgeProgram]:
+    """The command programs of all dies of an artifact folder, for one of its sequence lengths."""
+    return [load_program(folder, manifest, die, seqlen) for die in range(manifest.options.dies)]
+
+
+def load_program(folder: Path, manifest: Manifest, die: int, seqlen: int) -> EdgeProgram:
+    """One die's command program."""
+    return EdgeProgram(read_program(folder / manifest.program(die, seqlen).program))
+
+
+def machine_of(folder: Path, manifest: Manifest) -> Machine:
+    """The machine that an artifact folder's programs were compiled for."""
+    name = str(manifest.build["machine"])
+    return load_machine(folder / name if name == MACHINE else name)
+
+
+def _int_attribute(module: Module, name: str, default: int) -> int:
+    value = module.attributes.get(name)
+    return value.value if isinstance(value, IntegerAttr) else default
+
+
+def _block_signature(block: Block) -> Hashable:
+    """The ops of a block, values by number.
+
+    A collective's own die number does not matter, the size of its piece does.
+    """
+    numbers: dict[Value, int] = {}
+    rows: list[Hashable] = []
+
+    def visit(inner: Block) -> None:
+        for value in inner.args:
+            numbers[value] = len(numbers)
+        for op in inner:
+            properties: Hashable = op.properties
+            if isinstance(op, edge10.AllGather):
+                properties = (
+                    op.rows,
+                    op.sizes,
+                    op.sizes[op.die],
+                    op.source_memory,
+                    op.destination_memory,
+                    op.displacements,
+                    op.stride,
+                    op.dies,
+                )
+            elif (
+                isinstance(op, edge10.Gather) and op.index == "ids"
+            ):  # which rows a die holds does not matter either
+                properties = (op.rows, op.row_bytes, op.sram, op.offset)
+            rows.append((op.name, properties, tuple(numbers[v] for v in op.operands)))
+            for value in op.results:
+                numbers[value] = len(numbers)
+            for region in op.regions:
+                visit(region.entry)
+
+    visit(block)
+    return tuple(rows)

@@ -1,0 +1,250 @@
+"""Everything that `tyir-sim` reports about a compiled model on a machine, as data: text, JSON and HTML show
+the same figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tyir.runtime_sim.timing.costs import (
+    CollectiveCount,
+    LayerCost,
+    OpCost,
+    collective_counts,
+    layer_costs,
+    op_costs,
+    unit_shares,
+)
+from tyir.runtime_sim.timing.engine import Timing
+from tyir.runtime_sim.timing.predictor import Interval, Predictor
+from tyir.targets.collectives import CollectiveNeed
+
+__all__ = ["Collectives", "Point", "StepReport", "Summary", "SweepRow", "TornadoRow", "summarize", "sweep"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A time in ms at a number of tokens: of a prompt, or cached."""
+
+    tokens: int
+    ms: Interval
+
+
+Least = Callable[[int], Sequence[CollectiveNeed]]
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """A step's collectives on die 0 beside the closed form's: the fewest, and their bytes, when everything is
+    split (`tyir.targets.collectives`); None where the model's sizes are not known.  Sums may be cut into
+    parts to overlap with products: then there are more of them with the same bytes.
+    """
+
+    items: tuple[CollectiveCount, ...]
+    least_count: int | None
+    least_bytes: int | None
+
+    @property
+    def count(self) -> int:
+        return sum(c.count for c in self.items)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.count * c.nbytes for c in self.items)
+
+    @property
+    def sums(self) -> int:
+        return sum(c.count for c in self.items if c.what == "all_reduce")
+
+    @property
+    def sum_bytes(self) -> int:
+        return sum(c.count * c.nbytes for c in self.items if c.what == "all_reduce")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: its time on the device, what bounds it, what is busy how much, and where the time goes (on
+    die 0).
+    """
+
+    seqlen: int
+    pos: int
+    device_ms: float
+    bound_by: str
+    unit_shares: Mapping[str, float]
+    dram_bytes: tuple[int, ...]
+    dram_gbps: tuple[float, ...]
+    commands: int
+    layers: tuple[LayerCost, ...]
+    ops: tuple[OpCost, ...]
+    collectives: Collectives
+
+
+@dataclass(frozen=True)
+class TornadoRow:
+    """How far one assumed constant, moved alone between its bounds, moves the time per token."""
+
+    constant: str
+    low: float
+    high: float
+    tpot_ms_at_low: float
+    tpot_ms_at_high: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Times are device time and the host's constant for each step.
+
+    An interval's ends have every assumed constant at its faster and at its slower bound.
+    """
+
+    artifacts: str
+    machine: str
+    dies: int
+    seqlens: tuple[int, ...]
+    max_kv: int
+    calibrated: bool
+    assumed_constants: tuple[str, ...]
+    overrides: Mapping[str, float]
+    host_ms_per_step: float
+    prompt_tokens: int
+    pos: int
+    ttft_ms: Interval
+    tpot_ms: Interval
+    prefill_tokens_per_s: Interval
+    decode_tokens_per_s: Interval
+    ttft_by_prompt: tuple[Point, ...]
+    tpot_by_position: tuple[Point, ...]
+    decode_step: StepReport
+    prefill_step: StepReport | None
+    tornado: tuple[TornadoRow, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for `json.dumps`."""
+        return asdict(self)
+
+
+def summarize(
+    predictor: Predictor,
+    artifacts: str,
+    prompt: int,
+    pos: int,
+    *,
+    least: Least | None = None,
+    curves: bool = True,
+    tornado: bool = False,
+) -> Summary:
+    """All figures for a prompt of `prompt` tokens and a decode step at position `pos`.
+
+    `least` gives the closed form's collectives of a step of so many tokens.  `curves`: also for other prompts
+    and positions; `tornado`: also one run of the decode step for each bound of each assumed constant.
+    """
+    machine = predictor.machine
+    shortest, longest = min(predictor.seqlens), max(predictor.seqlens)
+    ttft, tpot = predictor.interval(lambda p: p.ttft_ns(prompt)), predictor.interval(lambda p: p.tpot_ns(pos))
+    prompts, positions = _points(predictor, prompt, pos) if curves else ([], [])
+    return Summary(
+        artifacts=artifacts,
+        machine=machine.name,
+        dies=predictor.dies,
+        seqlens=predictor.seqlens,
+        max_kv=predictor.capacity,
+        calibrated=machine.calibrated,
+        assumed_constants=tuple(name for name, _ in machine.assumed()),
+        overrides={name: c.value for name, c in machine.constants.items() if c.label == "override"},
+        host_ms_per_step=machine.host.step_us / 1000,
+        prompt_tokens=prompt,
+        pos=pos,
+        ttft_ms=ttft.map(_ms),
+        tpot_ms=tpot.map(_ms),
+        prefill_tokens_per_s=ttft.map(lambda ns: prompt * 1e9 / ns),
+        decode_tokens_per_s=tpot.map(lambda ns: 1e9 / ns),
+        ttft_by_prompt=_curve(predictor, prompts, lambda p, n: p.ttft_ns(n, exact=False)),
+        tpot_by_position=_curve(predictor, positions, lambda p, n: p.tpot_ns(n, exact=False)),
+        decode_step=_step_report(predictor.step(shortest, pos), least),
+        prefill_step=_step_report(predictor.step(longest, 0), least) if longest > shortest else None,
+        tornado=_tornado(predictor, pos) if tornado else (),
+    )
+
+
+def _ms(ns: float) -> float:
+    return ns * 1e-6
+
+
+def _points(predictor: Predictor, prompt: int, pos: int) -> tuple[list[int], list[int]]:
+    """Prompt lengths around the given one, positions over the whole cache."""
+    last = predictor.capacity - min(predictor.seqlens)
+    prompts = {min(max(n, 1), max(last, 1)) for n in (1, prompt // 2, prompt, 2 * prompt, 4 * prompt)}
+    positions = {0, min(pos, last), last // 4, last // 2, last}
+    return sorted(prompts), sorted(positions)
+
+
+def _curve(
+    predictor: Predictor, points: Sequence[int], figure: Callable[[Predictor, int], float]
+) -> tuple[Point, ...]:
+    return tuple(Point(n, predictor.interval(lambda p, n=n: figure(p, n)).map(_ms)) for n in points)  # type: ignore[misc]
+
+
+def _step_report(timing: Timing, least: Least | None) -> StepReport:
+    return StepReport(
+        seqlen=timing.seqlen,
+        pos=timing.pos,
+        device_ms=timing.total_ns * 1e-6,
+        bound_by=timing.bound_by,
+        unit_shares=dict(unit_shares(timing)),
+        dram_bytes=timing.dram_bytes,
+        dram_gbps=tuple(nbytes / timing.total_ns for nbytes in timing.dram_bytes),
+        commands=sum(len(die.commands) for die in timing.dies),
+        layers=tuple(layer_costs(timing)),
+        ops=tuple(op_costs(timing)),
+        collectives=_collectives(timing, least),
+    )
+
+
+def _collectives(timing: Timing, least: Least | None) -> Collectives:
+    items = tuple(collective_counts(timing))
+    if least is None:
+        return Collectives(items, None, None)
+    needs = least(timing.seqlen)
+    return Collectives(items, sum(n.count for n in needs), sum(n.count * n.nbytes for n in needs))
+
+
+def _tornado(predictor: Predictor, pos: int) -> tuple[TornadoRow, ...]:
+    found = predictor.sensitivities(lambda p: p.tpot_ns(pos))
+    return tuple(
+        TornadoRow(
+            s.name,
+            s.constant.low or 0.0,
+            s.constant.high or 0.0,
+            s.at_low * 1e-6,
+            s.at_high * 1e-6,
+            s.constant.source,
+        )
+        for s in found
+        if s.swing > 0
+    )
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """The figures with one constant at `value`."""
+
+    value: float
+    ttft_ms: float
+    tpot_ms: float
+
+
+def sweep(
+    predictor: Predictor, constant: str, values: Sequence[float], prompt: int, pos: int
+) -> list[SweepRow]:
+    """The figures for several values of one constant; `TyirError` when the machine has no such constant or
+    cannot have such a value.
+    """
+    machines = [predictor.machine.with_overrides({constant: value}) for value in values]
+    return [
+        SweepRow(value, at.ttft_ns(prompt) * 1e-6, at.tpot_ns(pos) * 1e-6)
+        for value, at in zip(values, (predictor.on(m) for m in machines))
+    ]

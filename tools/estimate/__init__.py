@@ -1,0 +1,1 @@
+"""`--plan`: what fits, from config.json alone."""

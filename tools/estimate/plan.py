@@ -1,0 +1,309 @@
+"""What a compile would make and need, from config.json (or a GGUF file's metadata) alone: no tensor is read,
+torch is not imported.
+
+Weights and caches are those of the real passes, run on a model of one layer with the config's sizes (a test
+holds them against compiled artifacts).  Speed and host figures are estimates; how they are made is said
+beside them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
+from tyir.checking.rules import alias_of_result
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
+from tyir.manifest import BuildOptions
+from tyir.pipeline import run_pipeline
+from tyir.sharding import even_ranges
+from tyir.targets.machine import Machine, load_machine
+from tyir.tools.estimate.model import ModelShape, few_layers
+from tyir.tools.estimate.shape import read_shape
+
+__all__ = ["DieNeed", "Plan", "make_plan"]
+
+# ---------------------------------------------------------------------------------------------------- bytes
+
+
+@dataclass(frozen=True)
+class DieNeed:
+    """Bytes of DRAM on one die; of the weights every token reads `streamed` in the layers and `head` after
+    them.
+    """
+
+    weights: int
+    streamed: int
+    head: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+
+class _Cuts:
+    """Needs of one model with one kind of weights, for any number of dies: the real passes, run once per
+    number on a model of one layer per pipeline stage.
+    """
+
+    def __init__(self, shape: ModelShape, options: BuildOptions) -> None:
+        self.shape, self.options = shape, options
+        self._per_token: dict[int, list[tuple[int, ...]]] = {}
+
+    def needs(self, dies: int, max_kv: int) -> list[DieNeed]:
+        if dies not in self._per_token:
+            self._per_token[dies] = self._run(dies)
+        s, o = self.shape, self.options
+        activations = max(o.seqlens) * o.batch * (s.vocabulary * 4 + 4)
+        return [
+            DieNeed(w + rope * max_kv, streamed, head, kv * max_kv * o.batch, activations)
+            for w, streamed, head, kv, rope in self._per_token[dies]
+        ]
+
+    def _run(self, dies: int) -> list[tuple[int, ...]]:
+        """Per die: bytes of weights without the rotary tables, of them what a token reads in layers and
+        outside, and bytes per cached token of cache and tables.
+        """
+        o, module = self.options, few_layers(self.shape, self.options.pp)
+        entry = " embedding-as-input=true" if o.embedding_as_input else ""
+        entry += f" dtype={o.kv_dtype}"
+        quantize = (
+            f"quantize-weights{{group-size={o.group_size}}},"
+            if o.weights == "int4" and self.shape.group is None
+            else ""
+        )
+        run_pipeline(
+            module,
+            f"{quantize}kv-materialize{{max-kv={_PROBE}{entry}}},partition-dies{{dies={dies}"
+            f" pp={o.pp}}},specialize-seqlen{{seqlens=1}},outline-params",
+        )
+        shares = [
+            count for _, count in even_ranges(self.shape.layers, o.pp)
+        ]  # how many layers each layer of the trial stands for
+        parts = [die for die in module.body if isinstance(die, Module)]
+        return [self._die(die, shares, number * o.pp // dies) for number, die in enumerate(parts)]
+
+    def _die(self, die: Module, shares: Sequence[int], stage: int) -> tuple[int, ...]:
+        layers, once, table, rope = 0, 0, 0, 0
+        (function,) = [f for f in die.body if isinstance(f, Func)]
+        rows = {
+            g.symbol.leaf
+            for e in function.walk_type(Embedding)
+            for g in [e.table.op]
+            if isinstance(g, GetGlobal)
+        }
+        heads = {
+            v.symbol.leaf
+            for op in function.walk_type(Linear)
+            for v in [op.weight.op]
+            if isinstance(v, GetGlobal)
+        }
+        for param in die.walk_type(Param):
+            name, nbytes = str(param.sym_name), param.type.nbytes
+            if (match := re.search(r"\.layers\.(\d+)\.", name)) is not None:
+                layers += nbytes * shares[int(match[1])]
+            elif name.startswith("rope."):
+                rope += nbytes
+            else:
+                once += nbytes
+                table += nbytes if name in rows - heads else 0  # only one row of it is read
+        results = range(len(function.body.terminator.operands))
+        states = [alias for i in results if (alias := alias_of_result(function, i)) is not None]
+        cache = sum(tensor_type(function.args[alias]).nbytes for alias in states)
+        return layers + once, layers, once - table, shares[stage] * cache // _PROBE, rope // _PROBE
+
+
+_PROBE: Final = 64  # tokens of the cache in the trial; caches and tables are proportional to it
+
+
+# --------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All figures; times in seconds, sizes in bytes.
+
+    `problems` says what does not fit and the nearest setting that does.
+    """
+
+    shape: ModelShape
+    options: BuildOptions
+    machine: Machine
+    group: int | None
+    dies: tuple[DieNeed, ...]
+    tokens_per_second: tuple[float, float, float]
+    host_ram: int
+    host_disk: int
+    host_seconds: tuple[float, float]
+    problems: tuple[Diagnostic, ...]
+
+    def text(self) -> str:
+        """The plan as lines for a terminal."""
+        return "\n".join(_lines(self))
+
+
+def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = None) -> Plan:
+    """The plan for compiling `folder` with `options`.
+
+    `TyirError` when the config or the options cannot be at all.
+    """
+    shape, machine = read_shape(folder), machine or load_machine()
+    group = (
+        shape.group if shape.group is not None else options.group_size if options.weights == "int4" else None
+    )
+    _check_group(shape, group, stored=shape.group is not None)
+    cuts = _Cuts(shape, options)
+    needs = cuts.needs(options.dies, options.max_kv)
+    weights, code = sum(n.weights for n in needs), options.dies * len(options.seqlens)
+    linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
+    ram = _BASE_RAM + max(4 * table, linear * (4 if group is None else 14))
+    fast, slow = (
+        _IMPORT_SECONDS + 0.1 * shape.layers + code * c + weights / r for c, r in ((0.5, 4e8), (3.0, 5e7))
+    )
+    problems = tuple(_memory_problems(cuts, machine))
+    return Plan(
+        shape,
+        options,
+        machine,
+        group,
+        tuple(needs),
+        _speed(needs, machine, shape, options.pp),
+        ram,
+        weights + code * _CODE_BYTES,
+        (fast, slow),
+        problems,
+    )
+
+
+# Measured on 2 cores with the embedded model: libraries 0.65 GiB, import 5 to 7 s, host code 0.5 to 1.5 s and
+# about 0.5 MiB per die and length.
+_BASE_RAM: Final = 700 * 2**20
+_CODE_BYTES: Final = 2**19
+_IMPORT_SECONDS: Final = 5.0
+
+
+def _speed(
+    needs: list[DieNeed], machine: Machine, shape: ModelShape, stages: int
+) -> tuple[float, float, float]:
+    """(slow, point, fast) tokens/s of decoding with a full cache: the slowest die's bytes over DRAM bandwidth
+    x efficiency, two all-reduces a layer, the host.
+
+    Pipeline stages read one after the other, the head on all dies together.
+    """
+    size = len(needs) // stages
+    groups = [needs[first : first + size] for first in range(0, len(needs), size)]
+    nbytes = sum(max(n.streamed + n.kv_cache for n in group) for group in groups) + max(n.head for n in needs)
+
+    def at(bound: str) -> float:
+        def value(name: str, faster: str) -> float:
+            constant = machine.constants[name]
+            wanted = {"point": None, "fast": faster, "slow": "low" if faster == "high" else "high"}[bound]
+            found = None if wanted is None else getattr(constant, wanted)
+            return constant.value if found is None else float(found)
+
+        stream = nbytes / (value("dram.bandwidth_gbps", "high") * value("dram.efficiency", "high") * 1e9)
+        collectives = (
+            (2 * shape.layers + 2) * (value("d2d.collective_us", "low") + value("d2d.hop_us", "low")) * 1e-6
+            if len(needs) > 1
+            else 0.0
+        )
+        return 1 / (
+            stream + collectives + (value("host.step_us", "low") + value("sync.launch_us", "low")) * 1e-6
+        )
+
+    return at("slow"), at("point"), at("fast")
+
+
+def _check_group(shape: ModelShape, group: int | None, *, stored: bool) -> None:
+    channels = {k for _, _, k, _ in shape.linears}
+    common = math.gcd(*channels)
+    if group is not None and (group < 0 or (group == 0 and not stored) or (group and common % group)):
+        nearest = max(d for d in range(1, max(min(group, common), 1) + 1) if common % d == 0)
+        what = "the checkpoint's groups" if stored else "group size"
+        raise TyirError(
+            f"{what} of {group} do not divide the input channels {sorted(channels)}",
+            help=f"--group-size {nearest} divides them all",
+        )
+
+
+def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
+    """At most one: what does not fit, and the cheapest options that do."""
+    options, capacity = cuts.options, int(machine.dram.capacity_bytes)
+    worst = max(cuts.needs(options.dies, options.max_kv), key=lambda n: n.total)
+    if worst.total <= capacity:
+        return
+    known = {_kind(options): cuts}
+
+    def need(changed: BuildOptions) -> int | None:
+        if changed.weights != options.weights and cuts.shape.group is not None:
+            return None  # the checkpoint's weights are quantised already
+        if changed.dies % changed.pp:
+            return None
+        if changed.weights == "int4":
+            common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
+            changed = replace(changed, group_size=math.gcd(common, changed.group_size))
+        of = known.setdefault(_kind(changed), _Cuts(cuts.shape, changed))
+        return max(n.total for n in of.needs(changed.dies, changed.max_kv))
+
+    left = capacity - worst.weights - worst.activations
+    if left > 0:
+        message = f"max-kv {options.max_kv} needs {gib(worst.kv_cache)} per die and {gib(left)} are left"
+    else:
+        message = f"the weights need {gib(worst.weights)} per die, {machine.name} has {gib(capacity)}"
+    yield Diagnostic(message, help=remedy_text(cheapest_remedies(options, capacity, need)))
+
+
+def _kind(options: BuildOptions) -> BuildOptions:
+    """What a trial's bytes per die and token depend on."""
+    return replace(options, dies=1, die_map=(), mesh=(), max_kv=1)
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    s, o, m = plan.shape, plan.options, plan.machine
+    kind = (
+        "fp16"
+        if plan.group is None
+        else f"int4 in groups of {plan.group or 'a row'}"
+        + (" (the checkpoint's)" if s.group is not None else "")
+    )
+    yield f"{s.name}: {s.layers} layers, {s.parameters / 1e9:.3f} G parameters; decoder weights {kind}"
+    stages = f" in {o.pp} pipeline stages" if o.pp > 1 else ""
+    yield (
+        f"{o.dies} die{'s' * (o.dies > 1)} of {m.name}{stages}, lengths {','.join(map(str, o.seqlens))}, a"
+        f" cache of {o.max_kv} tokens"
+    )
+    yield f"{'die':>4}{'weights':>12}{'KV cache':>12}{'activations':>13}{'total':>12}{'of DRAM':>9}"
+    for i, n in enumerate(plan.dies):
+        share = f"{100 * n.total / m.dram.capacity_bytes:.0f} %"
+        yield f"{i:>4}{gib(n.weights):>12}{gib(n.kv_cache):>12}{gib(n.activations):>13}{gib(n.total):>12}{share:>9}"  # noqa: E501
+    sram = m.sram.capacity_bytes
+    state = max(o.seqlens) * s.hidden * 2
+    yield (
+        f"on-chip: the hidden state of the longest step takes {gib(state)} of {gib(sram)}; weights are tiled"
+        " into the rest"
+    )
+    slow, point, fast = plan.tokens_per_second
+    yield f"decoding: {slow:.1f} to {fast:.1f} tokens/s (point {point:.1f}) with a full cache"
+    yield (
+        "  = 1 / (bytes of the slowest die / (DRAM bandwidth x efficiency) + collectives + host step),"
+        f" constants and bounds of {m.name}"
+    )
+    yield (
+        f"host: about {gib(plan.host_ram)} of memory, {gib(plan.host_disk)} of disk,"
+        f" {plan.host_seconds[0]:.0f} to {plan.host_seconds[1]:.0f} s"
+    )
+    yield (
+        "  = libraries + the largest tensor's intermediates; artifacts; import + 0.5 to 3 s of code per die"
+        " and length + 50 to 400 MB/s of weights"
+    )
+    if o.max_kv > s.positions:
+        yield f"note: the cache holds {o.max_kv} tokens, the model was trained for {s.positions} positions"

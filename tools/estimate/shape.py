@@ -1,0 +1,225 @@
+"""The sizes `--plan` works with, read from config.json or from a GGUF file's metadata; no tensor is read,
+torch is not imported.
+
+What a config.json leaves out has the default of transformers' configuration class for that `model_type` (a
+test compares them).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.frontends.checkpoint import StoredTensor
+from tyir.frontends.quant_config import read_quant_config
+from tyir.tools.estimate.model import ModelShape
+
+__all__ = ["FAMILIES", "Family", "read_shape"]
+
+_SIZES: Final = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_HEAD_KEYS: Final = ("lm_head", "lm_head_enable")  # GPTQ's and TyLLM's word for a quantised head
+_RESTORE: Final = "restore config.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` adds to sizes: which biases its layers have (True, False, or the config's key that
+    says so) and its own defaults.
+    """
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    defaults: Mapping[str, Any] | None = None
+
+    def flag(self, which: bool | str, raw: Mapping[str, Any]) -> bool:
+        return (
+            bool(raw.get(which, (self.defaults or {}).get(which, False))) if isinstance(which, str) else which
+        )
+
+
+_LLAMA: Final = Family("attention_bias", "attention_bias", "mlp_bias")
+FAMILIES: Final[dict[str, Family]] = {
+    "llama": _LLAMA,
+    "mistral": Family(defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072}),
+    "ministral": Family(defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072}),
+    "qwen2": Family(qkv_bias=True, defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768}),
+    "qwen3": Family(
+        "attention_bias",
+        "attention_bias",
+        qk_norm=True,
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    ),
+    "granite": _LLAMA,
+    "phi3": Family(defaults={"max_position_embeddings": 4096}),
+    "smollm3": Family(
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        defaults={"num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": 32768},
+    ),
+    "seed_oss": Family(
+        "attention_bias",
+        "attention_out_bias",
+        "mlp_bias",
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "max_position_embeddings": 524288,
+        },
+    ),
+    "exaone4": Family(qk_norm=True, defaults={"num_key_value_heads": 32}),
+    "hunyuan_v1_dense": Family("attention_bias", "attention_bias", qk_norm=True),
+    "cwm": Family(
+        mlp_bias="mlp_bias",
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072},
+    ),
+}
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The sizes of a checkpoint folder, of a config.json itself, or of a GGUF file.
+
+    `TyirError` lists every value that is missing or cannot be.
+    """
+    where, raw, tensors = _config(path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise TyirError(
+            f"no plan can be made for model_type {kind!r}",
+            where=str(where),
+            help=f"planned from config.json alone: {', '.join(FAMILIES)}",
+        )
+    family, problems = FAMILIES[kind], list[Diagnostic]()
+    quant = read_quant_config(where.parent, raw, problems)
+    sizes = _sizes(raw, family, where, problems)
+    if problems:
+        raise TyirError(problems)
+    names = raw.get("architectures")
+    return ModelShape(
+        name=str(names[0]) if isinstance(names, list) and names else kind,
+        layers=sizes["num_hidden_layers"],
+        hidden=sizes["hidden_size"],
+        width=sizes["intermediate_size"],
+        heads=sizes["num_attention_heads"],
+        kv_heads=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        vocabulary=sizes["vocab_size"],
+        positions=sizes["max_position_embeddings"],
+        tied=family.flag("tie_word_embeddings", raw),
+        qkv_bias=family.flag(family.qkv_bias, raw),
+        o_bias=family.flag(family.o_bias, raw),
+        mlp_bias=family.flag(family.mlp_bias, raw),
+        qk_norm=family.qk_norm,
+        group=_gguf_group(tensors) if quant is None else quant.group_size or 0,
+        quantised_head=(
+            _gguf_head(tensors)
+            if quant is None
+            else any((raw.get("quantization_config") or {}).get(key) is True for key in _HEAD_KEYS)
+        ),
+    )
+
+
+def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor]]:
+    """The file that was read, its config, and the tensors of a GGUF file: their types say what stays
+    4-bit.
+    """
+    gguf = _gguf_file(path)
+    if gguf is None:
+        where = path / "config.json" if path.is_dir() else path
+        return where, _json(where), {}
+    from tyir.frontends.gguf_files import read_gguf
+
+    beside = gguf.parent / "config.json"
+    config, tensors = read_gguf(gguf, needs_config=not beside.exists())
+    return gguf, _json(beside) if beside.exists() else config, tensors
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that is the only weights in it."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    if len(files) > 1:
+        message = f"the folder holds {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
+        raise TyirError(message, where=str(path), help="give one of the files instead of the folder")
+    return files[0] if files else None
+
+
+def _gguf_group(tensors: Mapping[str, StoredTensor]) -> int | None:
+    """32 when every decoder linear is Q4_0, the one block format that stays 4-bit; otherwise all are taken
+    for fp16, which is never too little.
+    """
+    linears = [t for name, t in tensors.items() if ".layers." in name and len(t.type.dims) == 2]
+    return 32 if linears and all(t.encoding == "Q4_0" for t in linears) else None
+
+
+def _gguf_head(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the head's matrix (the embedding's when they are tied) stays 4-bit."""
+    head = tensors.get("lm_head.weight", tensors.get("model.embed_tokens.weight"))
+    return head is not None and head.encoding == "Q4_0"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise TyirError(
+            f"cannot read {path}: {error.strerror}",
+            help="give a checkpoint folder, its config.json, or a GGUF file",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise TyirError(f"{path} is not valid JSON: {error}", help=_RESTORE) from None
+    if not isinstance(raw, dict):
+        raise TyirError(f"{path} holds a JSON {type(raw).__name__}, an object is needed", help=_RESTORE)
+    return raw
+
+
+def _sizes(raw: Mapping[str, Any], family: Family, path: Path, problems: list[Diagnostic]) -> dict[str, int]:
+    """The whole numbers of a config, with transformers' defaults."""
+    found: dict[str, int] = {}
+    heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+    derived = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
+    defaults = {
+        "num_key_value_heads": heads,
+        "head_dim": derived,
+        "max_position_embeddings": 2048,
+        **(family.defaults or {}),
+    }
+    for key in _SIZES:
+        value = raw[key] if raw.get(key) is not None else defaults.get(key)
+        if key == "num_key_value_heads" and key in raw and raw[key] is None:
+            value = heads  # an explicit null means as many as query heads
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(
+                Diagnostic(
+                    f"{key} is {value!r}; a positive whole number is needed", where=str(path), help=_RESTORE
+                )
+            )
+            value = 1
+        found[key] = value
+    if found["num_attention_heads"] % found["num_key_value_heads"]:
+        message = (
+            f"{found['num_attention_heads']} query heads are no multiple of {found['num_key_value_heads']}"
+            " key/value heads"
+        )
+        problems.append(Diagnostic(message, where=str(path), help=_RESTORE))
+    if found["head_dim"] % 2:
+        message = f"head_dim is {found['head_dim']}; rotary embeddings need an even number"
+        problems.append(Diagnostic(message, where=str(path), help=_RESTORE))
+    return found

@@ -1,0 +1,1 @@
+"""Kernel models of GPUs: measure, validate, predict."""

@@ -1,0 +1,1 @@
+"""What tyir-opt is made of."""

@@ -1,0 +1,1 @@
+"""What tyir-reduce is made of."""

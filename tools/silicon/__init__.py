@@ -1,0 +1,1 @@
+"""The timing engine against command programs executed by multiprocessors of a GPU."""

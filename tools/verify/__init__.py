@@ -1,0 +1,1 @@
+"""What tyir-verify is made of: comparison with the checkpoint's own model, and the first op that differs."""

@@ -1,0 +1,350 @@
+"""Does a folder of artifacts compute what the model computes?
+
+Three questions, each asked with the same prompts:
+
+* logits: at every position, the artifacts' logits against Hugging Face in fp32 on the same (de-quantised) weights;
+* tokens: at every position, whether greedy decoding takes the token Hugging Face takes (positions are fed Hugging Face's own tokens, so one difference
+  does not hide the next; a difference counts as a tie when Hugging Face's own preference is smaller than the numerical error there);
+* layers: the hidden state after every decoder layer.
+
+When something differs, `tyir.tools.verify.locate` finds the first op that is off.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.attributes import IntegerAttr
+from tyir.checking.rules import alias_of_result
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.func import Call, Func
+from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, Take, dequantize, tensor_type
+from tyir.execution.constexpr import ConstantExpressions, expression_ops
+from tyir.execution.weights import CheckpointReader
+from tyir.interpreter import Interpreter, lookup_symbol
+from tyir.ir import Op, Value
+from tyir.location import module_path
+from tyir.manifest import BuildOptions
+from tyir.passes.pipelines import reference_pipeline
+from tyir.pipeline import PassContext, run_pipeline
+from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.session import Session
+
+if TYPE_CHECKING:
+    from tyir.frontends.plugin import ModelPlugin
+
+__all__ = [
+    "PROMPTS",
+    "LayerStates",
+    "PromptResult",
+    "Reference",
+    "check_prompt",
+    "cosine",
+    "dense_model",
+    "reference_module",
+]
+
+Array = npt.NDArray[Any]
+
+PROMPTS: Final = (
+    "The old house stood at the end of",
+    "She looked at him for a moment, and then",
+    "It was a cold morning in the month of November",
+    "\"I do not know,\" said the captain,",
+    "There was no doubt in his mind that the",
+    "When the carriage stopped at the door, Mr.",
+    "In the evening they walked along the river and talked about",
+    "He had never before",
+)  # fmt: skip
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of two tensors as vectors; 1 when both are zero, 0 when one is or when either holds NaN."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    if norm == 0:
+        return float(not x.any() and not y.any())
+    value = float(x @ y) / norm
+    return value if np.isfinite(value) else 0.0
+
+
+def cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
+    """Cosine row by row."""
+    return np.array([cosine(x, y) for x, y in zip(a, b)])
+
+
+# ---------------------------------------------------------------------------------------------- the reference
+
+
+class Reference:
+    """Hugging Face in fp32, with the artifacts' weights: those of the checkpoint, or what quantisation made
+    of them.
+
+    Rotary frequencies that change with the prompt's length are those of a full cache, as in the artifacts.
+    `plugin` is the one they were compiled with.
+    """
+
+    def __init__(self, folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        from tyir.frontends.torch_export import freeze_rope
+
+        logging.disable_progress_bar()
+        self.folder = folder
+        if plugin is None and _is_plain(folder):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+        else:
+            self.model = dense_model(folder, plugin)
+        freeze_rope(self.model, options.max_kv)
+        if options.weights == "int4":
+            self._replace_weights(options, plugin)
+
+    def _replace_weights(self, options: BuildOptions, plugin: ModelPlugin | None) -> None:
+        import torch
+
+        parameters = dict(self.model.named_parameters())
+        for name, rows, array in dequantized_weights(
+            reference_module(self.folder, options, plugin), CheckpointReader(self.folder)
+        ):
+            with torch.no_grad():
+                parameters[name][torch.from_numpy(rows)] = torch.from_numpy(array.astype(np.float32))
+
+    def continue_greedily(self, ids: Sequence[int], count: int) -> list[int]:
+        """`count` tokens after `ids`, always the most likely one, end-of-sequence tokens like any other."""
+        import torch
+
+        tokens, cache = list(ids), None
+        feed = tokens
+        with torch.no_grad():
+            for _ in range(count):
+                out = self.model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                feed = [int(out.logits[0, -1].argmax())]
+                tokens += feed
+        return tokens[len(ids) :]
+
+    def run(self, ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], list[Array]]:
+        """Logits [n, V] and the hidden state [n, h] after each decoder layer."""
+        import torch
+
+        states: list[Array] = []
+        layers = self._layers()
+        hooks = [
+            layer.register_forward_hook(
+                lambda m, i, o: states.append((o[0] if isinstance(o, tuple) else o)[0].numpy())
+            )
+            for layer in layers
+        ]
+        try:
+            with torch.no_grad():
+                logits = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, [s.reshape(len(ids), -1) for s in states]
+
+    def _layers(self) -> Sequence[Any]:
+        import torch
+
+        lists = [list(m) for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
+        return max(lists, key=len)
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether transformers itself reads the folder: unquantised safetensors."""
+    from tyir.frontends.checkpoint import open_checkpoint
+    from tyir.frontends.huggingface import formats_of
+    from tyir.frontends.weights import PlainFormat
+
+    problems: list[Diagnostic] = []
+    checkpoint = open_checkpoint(folder, problems)
+    formats = formats_of(checkpoint, problems) if checkpoint is not None else ()
+    if problems:
+        raise TyirError(problems)
+    return len(formats) == 1 and isinstance(formats[0], PlainFormat)
+
+
+def dense_model(folder: Path, plugin: ModelPlugin | None) -> Any:
+    """Hugging Face's model in fp32 of a checkpoint that is quantised or has its own layout: built from the
+    config, filled with the parameters as imported.
+    """
+    import torch
+
+    from tyir.frontends.dense_state import dense_state
+    from tyir.frontends.torch_export import build_plain_model
+
+    model = build_plain_model(folder, plugin.model_class if plugin is not None else None)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, array in dense_state(folder, plugin):
+            parameters[name].copy_(torch.tensor(array))
+    return model
+
+
+def reference_module(folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None) -> Module:
+    """The unpartitioned model in `ty` ops, with the artifacts' weights."""
+    from tyir.frontends.huggingface import import_model
+
+    module = import_model(folder, plugin=plugin, positions=options.max_kv)
+    run_pipeline(module, reference_pipeline(options), PassContext())
+    return module
+
+
+def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, Array, Array]]:
+    """(parameter name, row numbers [N], de-quantised weight [N, K]) for each quantised linear of a `ty`
+    module.
+
+    Rows of a parameter come in parts where it is packed, and in another order where heads are turned
+    otherwise (`raise-aten`).
+    """
+    interpreter = Interpreter(module, weights)
+    constants = ConstantExpressions()
+    for linear in module.walk_type(QuantizedLinear):
+        if not constants.is_constant(linear.q):
+            continue
+        env: dict[Value, Array] = {}
+        name = ""
+        for root in (linear.q, linear.scales, linear.zeros):
+            for op in expression_ops(root):
+                if op.results[0] in env:
+                    continue
+                if isinstance(op, GetGlobal):
+                    name = op.symbol.leaf
+                    env[op.result] = interpreter.read_symbol(op)
+                    continue
+                out = interpreter.evaluator(op, [env[v] for v in op.operands])
+                env.update(zip(op.results, out if isinstance(out, tuple) else (out,)))
+        if not name.endswith(
+            ".weight"
+        ):  # one of several stored tensors: the module's path names the parameter
+            name = f"{module_path(linear.loc)}.weight"
+        yield (
+            name,
+            _rows(linear.q),
+            dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size),
+        )
+
+
+def _rows(q: Value) -> Array:
+    """Which rows of the stored parameter the rows of a quantised weight are: what its expression does to
+    rows, done to their numbers.
+    """
+    rows: Array = np.empty(0, np.int64)
+    for op in expression_ops(q):
+        if isinstance(op, GetGlobal):
+            rows = np.arange(tensor_type(op.result).static_shape[0])
+        elif isinstance(op, Slice) and op.axis == 0:
+            rows = rows[op.offset : op.offset + op.size]
+        elif isinstance(op, Take):  # between two reshapes: rows [heads x channels] as [heads, channels, K]
+            heads = tensor_type(op.x).static_shape[0]
+            rows = rows.reshape(heads, -1)[:, list(op.indices)].ravel()
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- the comparison
+
+
+@dataclass
+class PromptResult:
+    """One prompt's comparison; arrays have one entry per position."""
+
+    ids: list[int]
+    prompt_length: int
+    logit_cosine: npt.NDArray[np.float64]
+    logit_error: npt.NDArray[np.float64]
+    layer_cosine: list[float]
+    differing: list[int] = field(default_factory=list)
+    ties: list[int] = field(default_factory=list)
+
+    @property
+    def positions(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+def check_prompt(
+    session: Session, reference: Reference, ids: Sequence[int], count: int, states: LayerStates
+) -> PromptResult:
+    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position.
+
+    Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's
+    of the same tokens.
+    """
+    tokens = [*ids, *reference.continue_greedily(ids, count)]
+    logits, wanted_states = reference.run(tokens)
+    session.reset()
+    states.clear()
+    feeds = [tokens[: len(ids)], *([t] for t in tokens[len(ids) : -1])]
+    if session.choices is None:
+        got = np.concatenate([session.feed(part) for part in feeds])
+        best, wanted = got.argmax(axis=1), logits[: len(got)]
+    else:
+        found = [session.next_tokens(part) for part in feeds]
+        got, names = np.concatenate([f.values for f in found]), np.concatenate([f.ids for f in found])
+        best, wanted = names[:, 0], np.take_along_axis(logits[: len(got)], names, axis=1)
+    error = np.abs(got - wanted).max(axis=1)
+    result = PromptResult(
+        ids=tokens,
+        prompt_length=len(ids),
+        logit_cosine=cosines(got, wanted),
+        logit_error=error,
+        layer_cosine=(
+            [float(cosines(states.rows(i), s[: len(got)]).min()) for i, s in enumerate(wanted_states)]
+            if states.seen
+            else []
+        ),
+    )
+    for position in range(len(ids) - 1, len(got)):
+        mine, theirs = int(best[position]), int(logits[position].argmax())
+        if mine != theirs:
+            gap = float(logits[position, theirs] - logits[position, mine])
+            (result.ties if gap <= 2 * float(error[position]) and gap < 0.05 else result.differing).append(
+                position
+            )
+    return result
+
+
+class LayerStates:
+    """A `StepProbe` that keeps each decoder layer's output of the first die that has the layer."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[Array]] = defaultdict(list)
+        self.owner: dict[int, int] = {}
+        self.sequence = 0  # of a batch
+
+    def clear(self) -> None:
+        self.seen.clear()
+
+    def rows(self, layer: int) -> Array:
+        """[positions, h] of one layer; `TyirError` when the program has no such layer."""
+        if layer not in self.seen:
+            raise TyirError(f"the compiled program has no layer {layer}: it was made from another model")
+        return np.concatenate(self.seen[layer])
+
+    def __call__(
+        self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]
+    ) -> None:
+        layer = op.attributes.get("tyir.layer") if isinstance(op, Call) else None
+        if (
+            isinstance(op, Call)
+            and isinstance(layer, IntegerAttr)
+            and self.owner.setdefault(layer.value, die) == die
+        ):
+            callee = lookup_symbol(op, op.callee.leaf)
+            assert isinstance(callee, Func)
+            own = [
+                r for i, r in enumerate(results) if alias_of_result(callee, i) is None
+            ]  # the scales of a cache have three axes too
+            state = next(r for r in own if r.ndim == 3)
+            self.seen[layer.value].append(state[self.sequence, : chunk.count].copy())

@@ -1,0 +1,1 @@
+"""What `tyir.verify` is made of: the structural rules and dominance."""

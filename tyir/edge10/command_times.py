@@ -1,0 +1,254 @@
+"""How long one command takes on its unit, alone: formulas over the machine's constants, each with its source
+and an example worked by hand.
+
+Times are nanoseconds, sizes bytes.  GB/s is bytes per nanosecond.  What commands do to each other (queues,
+shared DRAM) is `engine`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tyir.dialects import edge10
+from tyir.ir import Op
+from tyir.targets.collectives import all_gather_ns, all_reduce_ns
+from tyir.targets.machine import Machine
+
+__all__ = [
+    "Transfer",
+    "Work",
+    "all_gather_ns",
+    "all_reduce_ns",
+    "collective_transfer",
+    "compute_ns",
+    "dequant_ns",
+    "drain_ns",
+    "gather_transfer",
+    "macs",
+    "matmul_ns",
+    "softmax_ns",
+    "top_k_ns",
+    "transfer_of",
+    "transfer_of_command",
+    "vector_ns",
+    "work_of",
+]
+
+
+class Transfer(NamedTuple):
+    """What a DMA command asks of DRAM: bytes, in how many runs of consecutive addresses."""
+
+    nbytes: int
+    runs: int
+
+    def cost_bytes(self, machine: Machine) -> float:
+        """Bytes' worth of DRAM time: every run costs `dram.run_overhead_bytes` more (page miss, partial
+        bursts).
+
+        Example: 48 rows of 1792 bytes, one run each, overhead 64: 48 * (1792 + 64) = 89,088; as one
+        consecutive run 86,016 + 64.
+        """
+        return self.nbytes + self.runs * machine.dram.run_overhead_bytes
+
+
+def transfer_of(shape: Sequence[int], dram_strides: Sequence[int]) -> Transfer:
+    """[planes, rows, row bytes] with DRAM strides: rows that follow each other without a gap are one run.
+
+    Example: [2, 100, 64] with strides [65536, 64] is 12,800 bytes in 2 runs; with strides [65536, 128] in
+    200.
+    """
+    planes, rows, row = shape
+    nbytes = planes * rows * row
+    if nbytes == 0:
+        return Transfer(0, 0)
+    runs, extent = (1, rows * row) if rows == 1 or dram_strides[1] == row else (rows, 0)
+    return Transfer(nbytes, 1 if runs == 1 and (planes == 1 or dram_strides[0] == extent) else runs * planes)
+
+
+def transfer_of_command(op: Op, scalars: Sequence[int]) -> Transfer:
+    """What a load, a store or a gather moves; a size of -1 is the next of `scalars`."""
+    if isinstance(op, edge10.Gather):
+        return gather_transfer(op)
+    assert isinstance(op, (edge10.Load, edge10.Store))
+    given = iter(scalars)
+    return transfer_of(
+        [next(given) if size == edge10.DYNAMIC else size for size in op.shape], op.dram_strides
+    )
+
+
+def gather_transfer(op: edge10.Gather) -> Transfer:
+    """Rows by id are one run each; rows by position follow each other."""
+    return Transfer(op.rows * op.row_bytes, op.rows if op.index == "ids" else 1)
+
+
+def matmul_ns(m: int, n: int, k: int, machine: Machine) -> float:
+    """f16 product on the cubes: every cube does one rows x columns x depth block a cycle; blocks of [m, n]
+    are dealt to the cubes, each walks k.
+
+    cycles = fill + ceil(ceil(m / rows) * ceil(n / columns) / cubes) * ceil(k / depth).  A cube is as busy
+    with 1 row as with 16 (ISA: ALPHA, BETA, GAMMA). Example (3 cubes of 16 x 16 x 8, fill 32, 500 MHz): m 1,
+    n 48, k 3584: ceil(1 * 3 / 3) * 448 + 32 = 480 cycles = 960 ns.
+    """
+    if 0 in (m, n, k):
+        return 0.0
+    cube = machine.cube
+    blocks = -(-m // cube.rows) * -(-n // cube.columns)
+    return (cube.fill_cycles + -(-blocks // cube.count) * -(-k // cube.depth_fp16)) * machine.cycle_ns
+
+
+def macs(op: edge10.Matmul, scalars: Sequence[int]) -> int:
+    """Multiply-accumulates that a product asks for, padding not counted."""
+    given = iter(scalars)
+    n, k = (next(given) if size == edge10.DYNAMIC else size for size in (op.n, op.k))
+    return math.prod(op.m) * n * k
+
+
+def drain_ns(m: int, n: int, machine: Machine) -> float:
+    """Accumulators (f32) to SRAM over the crossbar: 4 bytes an element, `drain_bytes_per_cycle` a cycle.
+
+    Example (128 bytes a cycle, 2 ns): m 1, n 48: ceil(192 / 128) = 2 cycles = 4 ns.
+    """
+    return math.ceil(m * n * 4 / machine.cube.drain_bytes_per_cycle) * machine.cycle_ns
+
+
+def dequant_ns(n: int, k: int, machine: Machine) -> float:
+    """4-bit weights, or the 8-bit rows of a cache, to f16 through their own pipe.
+
+    Example (128 a cycle, startup 32, 2 ns): n 48, k 3584: 32 + 1344 = 1376 cycles = 2752 ns.
+    """
+    return (
+        machine.dequant.startup_cycles + math.ceil(n * k / machine.dequant.weights_per_cycle)
+    ) * machine.cycle_ns
+
+
+def vector_ns(function: str, elements: int, machine: Machine) -> float:
+    """cycles = startup + elements / (units * lanes) * cycles per element of the function.
+
+    Example (4 units of 64 lanes, startup 32, rms_norm 4, 2 ns): 3584 elements: 32 + 14 * 4 = 88 cycles = 176
+    ns.
+    """
+    if elements == 0:
+        return 0.0
+    vector = machine.vector
+    per_element = {
+        "add": vector.add_cycles,
+        "mul": vector.mul_cycles,
+        "scale": vector.mul_cycles,
+        "cast": vector.cast_cycles,
+        "copy": vector.copy_cycles,
+        "fill": vector.fill_value_cycles,
+        "silu": vector.silu_cycles,
+        "silu_mul": vector.silu_mul_cycles,
+        "rms_norm": vector.rms_norm_cycles,
+        "rope": vector.rope_cycles,
+        "softmax": vector.softmax_cycles,
+        "rescale_add": vector.rescale_add_cycles,
+        "divide_rows": vector.divide_rows_cycles,
+        "quantize_rows": vector.rms_norm_cycles,  # like it a pass that reduces the row and one that scales it
+    }[function]
+    return (
+        vector.startup_cycles + math.ceil(elements / (vector.units * vector.lanes)) * per_element
+    ) * machine.cycle_ns
+
+
+def softmax_ns(rows: int, cols: int, machine: Machine) -> float:
+    """One block of the online softmax; as `vector_ns` with the softmax's cycles.
+
+    Example (softmax 8 cycles): 7 rows of 128 keys: 32 + ceil(896 / 256) * 8 = 64 cycles = 128 ns.
+    """
+    return vector_ns("softmax", rows * cols, machine)
+
+
+def collective_transfer(op: edge10.AllReduce | edge10.AllGather | edge10.Send | edge10.Recv) -> Transfer:
+    """What a collective reads and writes in its own die's DRAM; nothing when both sides are in SRAM."""
+    nbytes = runs = 0
+    if isinstance(op, (edge10.Send, edge10.Recv)):
+        memory = op.source_memory if isinstance(op, edge10.Send) else op.destination_memory
+        return Transfer(op.nbytes, 1) if memory == "dram" else Transfer(0, 0)
+    if isinstance(op, edge10.AllReduce):
+        for memory in (op.source_memory, op.destination_memory):
+            if memory == "dram":
+                nbytes, runs = nbytes + op.nbytes, runs + 1
+        return Transfer(nbytes, runs)
+    if op.source_memory == "dram":
+        nbytes, runs = op.rows * op.sizes[op.die], 1
+    if op.destination_memory == "dram":
+        nbytes, runs = nbytes + op.rows * sum(op.sizes), runs + op.rows * len(op.sizes)
+    return Transfer(nbytes, runs)
+
+
+def top_k_ns(rows: int, cols: int, k: int, machine: Machine) -> float:
+    """Every candidate is compared once, at the price of an addition; one that enters a list shifts up to k
+    entries, one vector of lanes after the other.
+
+    Candidate i of a random row is among the k best so far with probability min(1, k / i): about k (1 +
+    ln(cols / k)) enter.  One unit serves one row. Example (4 units of 64 lanes, startup 32, add 1, 2 ns): 1
+    row of 38016, k 8: 8 (1 + ln 4752) = 76 enter: 32 + 149 + 76 = 257 cycles = 514 ns.
+    """
+    if 0 in (rows, cols):
+        return 0.0
+    vector = machine.vector
+    entering = math.ceil(min(cols, k * (1 + math.log(max(cols / k, 1)))))
+    shifts = -(-rows // vector.units) * entering * -(-k // vector.lanes)
+    compares = math.ceil(rows * cols / (vector.units * vector.lanes))
+    return (vector.startup_cycles + (compares + shifts) * vector.add_cycles) * machine.cycle_ns
+
+
+class Work(NamedTuple):
+    """What the time of a command on `dequant`, `cube`, `drain` or `vector` depends on: what it does, and the
+    sizes that the formula of that name takes.
+    """
+
+    what: str
+    sizes: tuple[int, ...]
+
+    def ns(self, machine: Machine) -> float:
+        """Its time, without its dispatch."""
+        if self.what == "matmul":
+            m, n, k = self.sizes
+            return matmul_ns(m, n, k, machine)
+        if self.what == "top_k":
+            rows, cols, k = self.sizes
+            return top_k_ns(rows, cols, k, machine)
+        if self.what in ("drain", "dequant"):
+            n, k = self.sizes
+            return (
+                0.0
+                if 0 in (n, k)
+                else drain_ns(n, k, machine)
+                if self.what == "drain"
+                else dequant_ns(n, k, machine)
+            )
+        (elements,) = self.sizes
+        return vector_ns(self.what, elements, machine)
+
+
+def work_of(op: Op, scalars: Sequence[int]) -> Work:
+    """A command's work; a size of -1 is the next of `scalars`."""
+    given = iter(scalars)
+
+    def size(value: int) -> int:
+        return next(given) if value == edge10.DYNAMIC else value
+
+    if isinstance(op, edge10.Matmul):
+        n, k = size(op.n), size(op.k)
+        return Work("matmul", (math.prod(op.m), n, k))
+    if isinstance(op, edge10.Drain):
+        return Work("drain", (math.prod(op.m), size(op.n)))
+    if isinstance(op, edge10.Dequant):
+        return Work("dequant", (op.n, op.k))
+    if isinstance(op, edge10.DequantRows):
+        return Work("dequant", (op.planes * size(op.rows), op.k))
+    if isinstance(op, edge10.SoftmaxBlock):
+        return Work("softmax", (op.rows * size(op.cols),))
+    if isinstance(op, edge10.TopK):
+        return Work("top_k", (op.rows, op.cols, op.k))
+    assert isinstance(op, edge10.VectorOp)
+    return Work(op.function, (op.rows * op.cols,))
+
+
+def compute_ns(op: Op, scalars: Sequence[int], machine: Machine) -> float:
+    """Time of a command on `dequant`, `cube`, `drain` or `vector`, without its dispatch."""
+    return work_of(op, scalars).ns(machine)

@@ -1,0 +1,160 @@
+"""The memory of a command program: that its DRAM buffers lie inside the die's DRAM, apart from each other
+and, if they are kept between steps, where every program of the die expects them; and how much of SRAM its
+commands write."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from tyir.attributes import Attribute
+from tyir.diagnostics import Diagnostic, did_you_mean
+from tyir.dialects import edge10
+from tyir.dialects.builtin import Module
+from tyir.ir import Op
+from tyir.targets.machine import Machine
+from tyir.types import Type, bit_width, f16
+
+__all__ = ["KEPT", "buffer_problems", "program_problems", "shared_problems", "sram_bytes"]
+
+KEPT: Final = (
+    "weight",
+    "kv",
+)  # kinds of buffers that outlive a step: the programs of all sequence lengths share them
+
+
+def program_problems(module: Module, machine: Machine) -> Iterator[Diagnostic]:
+    """`buffer_problems`, and addresses taken of buffers that the program does not have."""
+    buffers = {b.sym_name: b for b in module.body if isinstance(b, edge10.Buffer)}
+    yield from buffer_problems(buffers.values(), machine)
+    for op in module.walk_type(edge10.AddressOf):
+        if op.symbol.leaf not in buffers:
+            yield Diagnostic(
+                f"there is no buffer @{op.symbol.leaf}",
+                where=str(op.loc),
+                help=did_you_mean(op.symbol.leaf, buffers),
+            )
+
+
+def buffer_problems(buffers: Iterable[edge10.Buffer], machine: Machine) -> Iterator[Diagnostic]:
+    """Buffers outside the die's DRAM, and buffers that share bytes; every buffer lives for the whole step."""
+    ordered = sorted(buffers, key=lambda b: (b.address, b.nbytes))
+    last: edge10.Buffer | None = None
+    for buffer in ordered:
+        end = buffer.address + buffer.nbytes
+        if buffer.address < 0 or end > machine.dram.capacity_bytes:
+            yield Diagnostic(
+                f"buffer @{buffer.sym_name} at {buffer.address}..{end} lies outside the die's"
+                f" {machine.dram.capacity_bytes} bytes of DRAM",
+                help="use more dies, a smaller max_kv, or quantised weights",
+            )
+        if last is not None and buffer.nbytes and buffer.address < last.address + last.nbytes:
+            yield Diagnostic(
+                f"buffers @{last.sym_name} at {last.address}..{last.address + last.nbytes} and"
+                f" @{buffer.sym_name} at {buffer.address}..{end} overlap",
+                help="every buffer of a program needs its own addresses",
+            )
+        if last is None or end > last.address + last.nbytes:
+            last = buffer
+
+
+def shared_problems(first: Sequence[edge10.Buffer], second: Sequence[edge10.Buffer]) -> Iterator[Diagnostic]:
+    """What is kept between the steps of two programs of one die (two sequence lengths) but lies elsewhere in
+    the other, or under a buffer of the other.
+    """
+    theirs = {b.sym_name: b for b in second}
+    for buffer in first:
+        other = theirs.get(buffer.sym_name)
+        if buffer.kind in KEPT and other is not None and other.address != buffer.address:
+            yield Diagnostic(
+                f"buffer @{buffer.sym_name} is kept between steps, but lies at {buffer.address} in one"
+                f" program and at {other.address} in another of the same die",
+                help="compile all sequence lengths together",
+            )
+    for mine, others in ((first, second), (second, first)):
+        yield from _overwritten(
+            [b for b in mine if b.kind in KEPT and b.nbytes], [b for b in others if b.nbytes]
+        )
+
+
+def _overwritten(kept: Sequence[edge10.Buffer], others: Sequence[edge10.Buffer]) -> Iterator[Diagnostic]:
+    """Buffers of another program that share bytes with one that is kept, and are not that one; neither list
+    has overlaps of its own.
+    """
+    ordered = sorted(others, key=lambda b: b.address)
+    ends = [b.address + b.nbytes for b in ordered]
+    for buffer in kept:
+        for over in ordered[bisect_left(ends, buffer.address + 1) :]:
+            if over.address >= buffer.address + buffer.nbytes:
+                break
+            if over.sym_name != buffer.sym_name:
+                yield Diagnostic(
+                    f"buffer @{over.sym_name} of one program lies over @{buffer.sym_name}, which another"
+                    " program of the die keeps between steps",
+                    help="compile all sequence lengths together",
+                )
+
+
+def sram_bytes(module: Module) -> int:
+    """SRAM that a program needs: up to the last byte that one of its commands may write."""
+    return max((_sram_end(op) for op in module.walk()), default=0)
+
+
+def _sram_end(op: Op) -> int:
+    """One past the last SRAM byte that a command may write.
+
+    A size that a register gives counts as what is set aside for it: the stride to the next plane or row.
+    """
+    if isinstance(op, edge10.Load):
+        planes, rows, row = op.shape
+        outer, inner = op.sram_strides
+        if edge10.DYNAMIC in op.shape:
+            return op.sram + planes * outer
+        return op.sram + (planes - 1) * outer + (rows - 1) * inner + row
+    if isinstance(op, edge10.Gather):
+        return op.sram + op.rows * op.row_bytes
+    if isinstance(op, edge10.Dequant):
+        return op.out + op.n * op.k * 2
+    if isinstance(op, edge10.DequantRows):
+        return op.out + op.planes * op.plane_rows * op.k * 2
+    if isinstance(op, edge10.Drain):
+        row = max(op.sram_strides) if op.n == edge10.DYNAMIC else op.n * _bytes(op.element)
+        return op.sram + (op.m[0] - 1) * op.sram_strides[0] + (op.m[1] - 1) * op.sram_strides[1] + row
+    if isinstance(op, edge10.VectorOp):
+        return max(_vector_end(op, offset, element) for offset, element in zip(op.outputs, op.output_types))
+    if isinstance(op, edge10.SoftmaxBlock):
+        return max(
+            op.probabilities + op.rows * op.probability_stride,
+            max(op.maximum, op.total, op.alpha) + op.rows * 4,
+        )
+    if isinstance(op, edge10.TopK):
+        return max(
+            offset + (op.rows - 1) * stride + op.k * 4 for offset, stride in zip(op.best, op.best_strides)
+        )
+    if isinstance(op, (edge10.AllReduce, edge10.Recv)) and op.destination_memory == "sram":
+        return op.destination + op.nbytes
+    if isinstance(op, edge10.AllGather) and op.destination_memory == "sram":
+        if op.displacements is None:
+            return op.destination + op.rows * sum(op.sizes)
+        return (
+            op.destination
+            + (op.rows - 1) * op.stride
+            + max(d + s for d, s in zip(op.displacements, op.sizes))
+        )
+    return 0
+
+
+def _vector_end(op: edge10.VectorOp, offset: int, element: Attribute) -> int:
+    assert isinstance(element, Type)
+    row = op.cols * _bytes(element)
+    if op.function == "quantize_rows" and element is f16:  # one scale a row
+        return offset + op.rows * 2
+    if op.output_strides is None:
+        return offset + op.rows * row
+    outer, inner = op.output_strides
+    return offset + (op.rows // op.group - 1) * outer + (op.group - 1) * inner + row
+
+
+def _bytes(element: Type) -> int:
+    return bit_width(element) // 8

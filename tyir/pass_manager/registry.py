@@ -1,0 +1,135 @@
+"""Finding passes by name: `kv-materialize` is the one `Pass` of `tyir.passes.kv_materialize`, imported when
+first asked for.
+
+Other sources: entry points of the group `tyir.passes` (name -> a Pass class, or a module holding one) and
+files given to `load_pass_file`. `tyir` imports `tyir.passes` nowhere by name: the layers stay apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
+
+from tyir.diagnostics import TyirError
+
+if TYPE_CHECKING:
+    from tyir.pipeline import Pass
+
+__all__ = ["PassRegistry"]
+
+_PACKAGE: Final = "tyir.passes"
+_GROUP: Final = "tyir.passes"
+
+
+_loaded: dict[str, ModuleType] = {}  # what `load_module_file` has put into `sys.modules`
+
+
+@dataclass
+class PassRegistry:
+    """Passes and named pipelines; `extra` holds what the user loaded from files."""
+
+    extra: dict[str, type[Pass]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """Every pass, sorted; nothing is imported for it."""
+        spec = importlib.util.find_spec(_PACKAGE)
+        folders = list(spec.submodule_search_locations or []) if spec is not None else []
+        modules = {
+            m.name.replace("_", "-")
+            for m in pkgutil.iter_modules(folders)
+            if not m.name.startswith("_") and _is_pass_file(folders, m.name)
+        }
+        modules.update(e.name for e in importlib.metadata.entry_points(group=_GROUP))
+        return sorted(modules | set(self.extra))
+
+    def pipelines(self) -> dict[str, str]:
+        """The named pipelines of `tyir.passes.pipelines`."""
+        if importlib.util.find_spec(f"{_PACKAGE}.pipelines") is None:
+            return {}
+        table = importlib.import_module(f"{_PACKAGE}.pipelines").PIPELINES
+        return dict(table)
+
+    def find(self, name: str) -> type[Pass] | None:
+        """The pass of a name, or None."""
+        if name in self.extra:
+            return self.extra[name]
+        module_name = name.replace("-", "_")
+        is_name = "_" not in name and module_name.isidentifier()
+        if is_name and importlib.util.find_spec(f"{_PACKAGE}.{module_name}") is not None:
+            found = next(pass_classes(importlib.import_module(f"{_PACKAGE}.{module_name}")), None)
+            if found is not None:
+                return found
+        for entry in importlib.metadata.entry_points(group=_GROUP, name=name):
+            loaded = entry.load()
+            return next(pass_classes(loaded)) if isinstance(loaded, ModuleType) else loaded
+        return None
+
+    def load_file(self, path: str | Path) -> list[str]:
+        """Make the passes of a Python file known; returns their names.
+
+        `TyirError` when it cannot be loaded or holds none.
+        """
+        module = load_module_file(path)
+        classes = list(pass_classes(module))
+        if not classes:
+            raise TyirError(
+                f"{path} declares no pass", help="a pass is a frozen dataclass deriving tyir.pipeline.Pass"
+            )
+        for cls in classes:
+            self.extra[cls.name()] = cls
+        return [cls.name() for cls in classes]
+
+
+def pass_classes(module: ModuleType) -> Iterator[type[Pass]]:
+    """The passes a module defines itself."""
+    from tyir.pipeline import Pass
+
+    for value in vars(module).values():
+        if (
+            isinstance(value, type)
+            and issubclass(value, Pass)
+            and value is not Pass
+            and value.__module__ == module.__name__
+            and not value.__name__.startswith("_")
+        ):
+            yield value
+
+
+def load_module_file(path: str | Path) -> ModuleType:
+    """Import a Python file by path; `TyirError` names what is wrong with it."""
+    file = Path(path)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise TyirError(f"cannot load {path}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    shadowed = sys.modules.get(file.stem)
+    sys.modules[file.stem] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TyirError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+    finally:
+        if shadowed is not None and shadowed is not _loaded.get(file.stem):
+            sys.modules[file.stem] = shadowed  # a library's module keeps its name
+        else:
+            _loaded[file.stem] = module
+    return module
+
+
+def _is_pass_file(folders: list[str], module_name: str) -> bool:
+    """Whether a file of the passes folder declares a class deriving `Pass` (read, not imported: listing must
+    be fast).
+    """
+    for folder in folders:
+        path = Path(folder) / f"{module_name}.py"
+        if path.is_file():
+            return "(Pass)" in path.read_text(encoding="utf-8")
+    return False

@@ -1,0 +1,81 @@
+"""Wall time and peak memory of the stages of a command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["StageTime", "Stopwatch"]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage: wall seconds, and the process's highest resident memory in MiB while it ran (None where the
+    system does not tell).
+    """
+
+    name: str
+    seconds: float
+    peak_mib: float | None
+
+
+@dataclass
+class Stopwatch:
+    """Collects `StageTime`s; a stage is a `with watch.stage("import"):` block."""
+
+    stages: list[StageTime] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        _reset_peak()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages.append(StageTime(name, time.perf_counter() - start, _peak_mib()))
+
+    def report(self) -> str:
+        """A table, one line per stage, with the total."""
+        lines = [f"{'stage':<24}{'seconds':>10}{'peak MiB':>12}"]
+        for stage in self.stages:
+            lines.append(f"{stage.name:<24}{stage.seconds:>10.2f}{_mib(stage.peak_mib):>12}")
+        peaks = [s.peak_mib for s in self.stages if s.peak_mib is not None]
+        total = sum(s.seconds for s in self.stages)
+        lines.append(f"{'total':<24}{total:>10.2f}{_mib(max(peaks, default=None)):>12}")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, object]:
+        """The stages in order, for machines to read."""
+        stages = [{"name": s.name, "seconds": s.seconds, "peak_mib": s.peak_mib} for s in self.stages]
+        peaks = [s.peak_mib for s in self.stages if s.peak_mib is not None]
+        return {
+            "stages": stages,
+            "seconds": sum(s.seconds for s in self.stages),
+            "peak_mib": max(peaks, default=None),
+        }
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _reset_peak() -> None:
+    """Start a new high-water mark (Linux; elsewhere the mark is the process's)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_mib() -> float | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return None

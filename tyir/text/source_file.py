@@ -1,0 +1,30 @@
+"""Reading IR files: every failure is an error with a place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyir.diagnostics import TyirError
+
+__all__ = ["decode_source", "read_source"]
+
+
+def read_source(path: str | Path) -> str:
+    """The text of a file; `TyirError` when it cannot be read or is not UTF-8."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise TyirError(f"cannot read {path}: {error.strerror}") from None
+    return decode_source(data, str(path))
+
+
+def decode_source(data: bytes, name: str) -> str:
+    """UTF-8 to text; `TyirError` with line and column of the first wrong byte."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, col = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
+        raise TyirError(
+            f"byte 0x{data[error.start]:02X} is not UTF-8", where=f"{name}:{line}:{col}"
+        ) from None
