@@ -31,7 +31,7 @@ from tyir.tools.cli import run_tool
 
 __all__ = ["main"]
 
-# Two decoder layers of Qwen2.5-7B (its config.json on the hub) with a small vocabulary: the layers count here.
+# Two decoder layers of Qwen2.5-7B (its config.json on the hub) with a small vocabulary: the layers count.
 _SEVEN_B = """
 import sys, torch, transformers
 torch.manual_seed(0)
