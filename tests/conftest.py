@@ -6,8 +6,8 @@ OUT: ` lines that follow the RUN line; `pytest --bless` rewrites those after a c
 in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file, `%S` the
 folder of the test; several RUN lines run in order.
 
-Two filters keep what is compared short: `| part 'module @die0' 'func.func @main'` leaves of pretty text the op
-that begins so (within the one named before it), and `| hide tyir.path` leaves those attributes out.
+Two filters keep what is compared short: `| part 'module @die0' 'func.func @main'` leaves of pretty text the
+op that begins so (within the one named before it), and `| hide tyir.path` leaves those attributes out.
 """
 
 from __future__ import annotations
@@ -151,16 +151,17 @@ def _filecheck(words: list[str]) -> int:
 
 
 def _part(words: list[str]) -> int:
-    """Print the lines of one op of pretty text: from the line that begins as said to the one that closes it."""
+    """Print the lines of one op of pretty text, from the one that begins as said to the closing one."""
     lines = sys.stdin.read().splitlines()
     for head in words[1:]:
         start = next((i for i, line in enumerate(lines) if line.strip().startswith(head)), None)
         if start is None:
             print(f"no line begins with {head}", file=sys.stderr)
             return 1
-        margin = len(lines[start]) - len(lines[start].lstrip())
-        inner = itertools.takewhile(lambda line: line[margin : margin + 1] == " ", lines[start + 1 :])
-        end = start + len(list(inner)) + 1 if lines[start].endswith("{") else start
+        margin = " " * (len(lines[start]) - len(lines[start].lstrip()))
+        end = start
+        if lines[start].endswith("{"):
+            end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(margin + "}"))
         lines = textwrap.dedent("\n".join(lines[start : end + 1])).splitlines()
     print("\n".join(lines))
     return 0
