@@ -36,6 +36,7 @@ def module_files() -> dict[str, Path]:
 
 
 MODULES = module_files()
+READ_FIRST = re.compile(r"\b(?:Read first:|Start with) ")
 READMES = sorted(
     {
         ROOT / "README.md",
@@ -60,9 +61,15 @@ def test_every_module_says_what_it_is() -> None:
     assert not silent, f"without a docstring at the top: {silent}"
 
 
-@pytest.mark.parametrize("folder", FOLDERS.values())
-def test_every_folder_has_a_readme(folder: str) -> None:
-    assert (ROOT / folder / "README.md").is_file()
+def test_every_package_has_a_readme_that_says_what_to_read_first() -> None:
+    folders = sorted({file.parent for file in MODULES.values()})
+    assert len(folders) > 20
+    texts = {
+        folder.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") if page.is_file() else ""
+        for folder in folders
+        for page in [folder / "README.md"]
+    }
+    assert [folder for folder, text in texts.items() if not READ_FIRST.search(text)] == []
 
 
 def console_commands(text: str) -> list[str]:
