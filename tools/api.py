@@ -65,29 +65,31 @@ def compile_path(
     plugin: ModelPlugin | None = None,
     binary: bool = False,
     machine: str | Path = "edge10",
+    backend: str = "edge10",
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises
     `TyirError` before any work for options that cannot be.
 
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`); `binary` and `machine` are
-    `CompileContext`'s.
+    for the `CompileContext` of the back end, which `backend` names.
     """
-    from tyir.backends.edge10.compile import CompileContext, check_target, compile_module
+    from tyir.backends.registry import find_backend
     from tyir.targets.machine import load_machine
 
+    chosen = find_backend(backend)
     check_options(options)
     load_machine(machine)
     if model.is_dir() or model.suffix == ".gguf":  # a module may have fixed its number of dies
-        check_target(out / f"{options.dies}die")
+        chosen.check_target(out / f"{options.dies}die")
     watch = watch or Stopwatch()
     with watch.stage("import"):
         module = load_module(model, plugin, warn, options.max_kv)
     _warn_about_positions(module, options, warn)
-    return compile_module(
+    return chosen.compile_module(
         module,
         out,
         options,
-        CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine),
+        chosen.CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine),
     )
 
 
