@@ -74,7 +74,7 @@ def test_an_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=900)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "interrupted" in errors and "Traceback" not in errors
     assert not list(tmp_path.rglob("*.so")) and not list((tmp_path / "out").iterdir())
 
