@@ -3,8 +3,9 @@
     %c1 = ty.rope_table() {...}; ...; %c2 = ty.rope_table() {...}      -->   uses of %c2 become %c1
 
 Two ops are equal when class, operands (in any order if `Commutative`), properties, attributes and result
-types are; locations do not count, the remaining op keeps its own.  Algorithm: one walk in dominance order
-with a replacement map.  Attributes are uniqued, so a key is a tuple of identities.
+types are; where they come from (location, layer, module path) does not count, the remaining op keeps its
+own.  Algorithm: one walk in dominance order with a replacement map.  Attributes are uniqued, so a key is a
+tuple of identities.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tyir.attributes import DictAttr
 from tyir.checking.dominance import DominanceTree
 from tyir.ir import Block, Op, Region, Value
+from tyir.layers import without_place
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import erase_all
 from tyir.traits import Commutative, IsolatedFromAbove, Pure
@@ -53,6 +56,7 @@ def merge_equal(root: Op) -> int:
     replaced: dict[Value, Value] = {}
     dead: list[Op] = []
     modes: dict[type[Op], int] = {}  # 0: not pure, 1: pure, 2: pure and commutative
+    counted: dict[DictAttr, DictAttr] = {}  # attributes without the place in the model
     levels = _open(root, [])
     while levels:
         level = levels[-1]
@@ -72,12 +76,15 @@ def merge_equal(root: Op) -> int:
                 continue
             if mode == 2:
                 operands = _in_fixed_order(operands)
+            attributes = counted.get(op.attributes)
+            if attributes is None:
+                attributes = counted[op.attributes] = without_place(op.attributes)
             results = op.results
             key: tuple[Any, ...]
             if len(results) == 1:
-                key = (cls, operands, op.properties, op.attributes, results[0].type)
+                key = (cls, operands, op.properties, attributes, results[0].type)
             else:
-                key = (cls, operands, op.properties, op.attributes, *[r.type for r in results])
+                key = (cls, operands, op.properties, attributes, *[r.type for r in results])
             first = own.get(key)
             if first is None and outer:
                 first = next((k[key] for k in outer if key in k), None)

@@ -7,8 +7,8 @@
         return True
 
 The driver folds (`op.fold()`), deletes unused pure ops, and tries the patterns of an op's class by falling
-benefit.  What it changes puts the neighbours back on the worklist.  Locations are carried: ops a pattern
-makes get the locations of the ops they replace, fused.
+benefit.  What it changes puts the neighbours back on the worklist.  Ops a pattern makes get the locations
+of the ops they replace, fused, and their place in the model (`tyir.layers`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tyir.attributes import Attribute, DenseElementsAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import Constant
 from tyir.ir import Block, Op, Value
+from tyir.layers import carry
 from tyir.location import UNKNOWN, fuse
 from tyir.opdef import DeclaredOp
 from tyir.printer import op_excerpt
@@ -93,10 +94,11 @@ class Rewriter:
 
         `absorbed` are further ops whose work the new ones do: their locations are fused in.
         """
-        locs = [*(o.loc for o in absorbed), op.loc]
+        old = (*absorbed, op)
         for new in self._inserted:
+            carry(new, *old)
             if new.loc is UNKNOWN:
-                new.loc = fuse(locs)
+                new.loc = fuse(o.loc for o in old)
         self._inserted.clear()
         for value in values:
             if value.op is not None:
