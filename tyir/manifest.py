@@ -95,7 +95,8 @@ class BuildOptions:
                 f"the module does not say with which {', '.join(missing)} it was built ({BUILD})",
                 help="make it again from the imported model: passes record what they do",
             )
-        return cls(**{name: value for name, value in done.items() if name in SETTLED_BY})
+        values: dict[str, Any] = {name: value for name, value in done.items() if name in SETTLED_BY}
+        return cls(**values)
 
 
 # What a module may be built with, and the pass that settles it.
@@ -178,7 +179,7 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
             if "mesh" in done
             else [
                 Diagnostic(
-                    f"mesh = {_said(given['mesh'])} is asked for, the module was built without groups of dies",
+                    f"mesh = {_said(given['mesh'])} is asked for, but the module has no groups of dies",
                     help="leave mesh out, or start from a file that partition-dies has not been run on",
                 )
             ]

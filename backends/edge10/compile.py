@@ -152,7 +152,7 @@ def _stage(module: Module) -> str:
 
 
 def _machine(asked: str | Path | None, done: object) -> str | Path:
-    """The machine to compile for: the one the module was cut for, which what is asked for may not contradict."""
+    """The machine to compile for: the one the module was cut for, or else the one asked for."""
     if not isinstance(done, str):
         return EDGE10 if asked is None else asked
     if asked is not None and str(asked) != done and load_machine(asked) != load_machine(done):
