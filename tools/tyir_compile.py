@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "What an .ir file has been built with already holds where an option is not given; an option that"
-            " contradicts it is an error.  On success the only line on stdout is the folder of the artifacts; nothing has to be renamed,"
-            " copied or deleted by hand."
+            " contradicts it is an error.  On success the only line on stdout is the folder of the artifacts;"
+            " nothing has to be renamed, copied or deleted by hand."
         ),
     )
     parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")

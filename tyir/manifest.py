@@ -162,8 +162,10 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
         given.pop("group_size", None)  # says nothing of weights without groups
         if given.get("weights") == "fp16":
             del given["weights"]  # as the checkpoint holds them
-    if len(given.get("mesh", ())) == 1 and "dies" in done:
-        given["mesh"] = ()  # one group: recorded as none
+    if "dies" in done:
+        done.setdefault("mesh", ())
+        if len(given.get("mesh", ())) == 1:
+            given["mesh"] = ()  # one group is recorded as none
     problems = [
         Diagnostic(
             f"{name} = {_said(value)} is asked for, the module was built with {name} = {_said(done[name])}",
@@ -172,30 +174,15 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
         for name, value in given.items()
         if name in done and value != done[name]
     ]
-    if "dies" in done and given.get("mesh", done.get("mesh", ())) != done.get("mesh", ()):
-        problems += (
-            []
-            if "mesh" in done
-            else [
-                Diagnostic(
-                    f"mesh = {_said(given['mesh'])} is asked for, the module was built without groups of dies",
-                    help="leave mesh out, or start from a file that partition-dies has not been run on",
-                )
-            ]
-        )
     if problems:
         raise TyirError(problems)
     return BuildOptions(**{**given, **done})
 
 
 def _said(value: Recorded) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
