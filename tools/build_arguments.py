@@ -49,8 +49,8 @@ def add_build_options(parser: argparse._ActionsContainer) -> None:
         "--weights",
         choices=("fp16", "int4"),
         help=(
-            "decoder weights: fp16 (default), or int4 by round-to-nearest groups; weights that the"
-            " checkpoint holds quantised stay as they are"
+            "decoder weights: fp16 (default), or int4 by round-to-nearest groups; weights that the checkpoint"
+            " holds quantised stay as they are"
         ),
     )
     parser.add_argument(

@@ -52,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
         plugin=plugin,
         binary=args.binary,
         machine=args.machine,
-        backend=args.backend,
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -82,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "What an .ir file has been built with already holds where an option is not given; an option that"
-            " contradicts it is an error.  On success the only line on stdout is the folder of the"
-            " artifacts; nothing has to be renamed, copied or deleted by hand."
+            " contradicts it is an error.  On success the only line on stdout is the folder of the artifacts;"
+            " nothing has to be renamed, copied or deleted by hand."
         ),
     )
     parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")
@@ -147,12 +146,6 @@ def _parser() -> argparse.ArgumentParser:
         "--machine",
         metavar="NAME|FILE",
         help="die that the command programs are scheduled for (default edge10; docs/machines.md)",
-    )
-    parser.add_argument(
-        "--backend",
-        default="edge10",
-        metavar="NAME",
-        help="what writes the artifacts (default edge10; docs/backends.md)",
     )
     parser.add_argument(
         "--binary",

@@ -95,8 +95,7 @@ class BuildOptions:
                 f"the module does not say with which {', '.join(missing)} it was built ({BUILD})",
                 help="make it again from the imported model: passes record what they do",
             )
-        values: dict[str, Any] = {name: value for name, value in done.items() if name in SETTLED_BY}
-        return cls(**values)
+        return cls(**{name: value for name, value in done.items() if name in SETTLED_BY})
 
 
 # What a module may be built with, and the pass that settles it.
@@ -163,8 +162,10 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
         given.pop("group_size", None)  # says nothing of weights without groups
         if given.get("weights") == "fp16":
             del given["weights"]  # as the checkpoint holds them
-    if len(given.get("mesh", ())) == 1 and "dies" in done:
-        given["mesh"] = ()  # one group: recorded as none
+    if "dies" in done:
+        done.setdefault("mesh", ())
+        if len(given.get("mesh", ())) == 1:
+            given["mesh"] = ()  # one group is recorded as none
     problems = [
         Diagnostic(
             f"{name} = {_said(value)} is asked for, the module was built with {name} = {_said(done[name])}",
@@ -173,30 +174,15 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
         for name, value in given.items()
         if name in done and value != done[name]
     ]
-    if "dies" in done and given.get("mesh", done.get("mesh", ())) != done.get("mesh", ()):
-        problems += (
-            []
-            if "mesh" in done
-            else [
-                Diagnostic(
-                    f"mesh = {_said(given['mesh'])} is asked for, but the module has no groups of dies",
-                    help="leave mesh out, or start from a file that partition-dies has not been run on",
-                )
-            ]
-        )
     if problems:
         raise TyirError(problems)
     return BuildOptions(**{**given, **done})
 
 
 def _said(value: Recorded) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
 from tyir.types import i64
 
-__all__ = ["CompileContext", "check_target", "compile_module"]
+__all__ = ["CompileContext", "check_target", "compile_module", "to_program"]
 
 EDGE10: Final = "edge10"
 Memory = dict[tuple[int, int], dict[str, int]]  # (die, length) -> bytes by kind, `memory_plan.memory_summary`
@@ -96,6 +96,19 @@ class CompileContext:
         """The machine, edge10 when none is asked for."""
         return EDGE10 if self.machine is None else self.machine
 
+    def for_module(self, module: Module) -> CompileContext:
+        """For the machine that the module was cut for, which what is asked for may not contradict."""
+        cut_for = recorded(module).get("machine")
+        if not isinstance(cut_for, str):
+            return self
+        asked = self.machine
+        if asked is not None and str(asked) != cut_for and load_machine(asked) != load_machine(cut_for):
+            raise TyirError(
+                f"machine = {asked} is asked for, the module was cut for machine = {cut_for}",
+                help="leave machine out, or start from a file that partition-dies has not been run on",
+            )
+        return replace(self, machine=cut_for)
+
 
 def compile_module(
     module: Module,
@@ -109,25 +122,14 @@ def compile_module(
     with what it names, of `BuildOptions` with all).  What has been done to the module already is read from
     its record, `tyir.build`, and may not contradict them.  Raises `TyirError` and leaves `out` as it was.
     """
-    context = context or CompileContext()
-    stage, source, done = _stage(module), module.clone(), recorded(module)
-    asked = settled(options, module)
-    context = replace(context, machine=_machine(context.machine, done.get("machine")))
+    context = (context or CompileContext()).for_module(module)
+    stage, source, asked = _stage(module), module.clone(), settled(options, module)
     with context.watch.stage("passes"):
-        pipeline = remaining_pipeline(stage, asked, str(context.chosen_machine), done)
-        run_pipeline(module, pipeline, context.passes)
-    options = BuildOptions.of(module)
-    _locate(module)
+        options = to_program(module, asked, context)
     dies = [m for m in module.body if isinstance(m, Module)]
-    machine_file = load_machine(context.chosen_machine)
-    check_memory(
-        dies,
-        replace(asked, seqlens=options.seqlens),
-        source,
-        stage,
-        machine_file,
-        str(context.chosen_machine),
-    )
+    name = context.chosen_machine
+    wanted = replace(asked, seqlens=options.seqlens)
+    check_memory(dies, wanted, source, stage, load_machine(name), str(name))
     target = out / f"{options.dies}die"
     with _replacing(target) as folder:
         with context.watch.stage("weights"):
@@ -141,6 +143,19 @@ def compile_module(
     return target
 
 
+def to_program(module: Module, asked: BuildOptions, context: CompileContext) -> BuildOptions:
+    """Run the passes that a module has not been through; returns what it is now built with.
+
+    Its locations then follow from the ops' attributes alone, so that artifacts are the same bytes with and
+    without debug information.
+    """
+    pipeline = remaining_pipeline(_stage(module), asked, str(context.chosen_machine), recorded(module))
+    run_pipeline(module, pipeline, context.passes)
+    for op in module.walk():
+        op.loc = location_by_path(op)
+    return BuildOptions.of(module)
+
+
 def _stage(module: Module) -> str:
     stage = stage_of(module)
     if stage is None:
@@ -149,26 +164,6 @@ def _stage(module: Module) -> str:
             help='set {tyir.stage = "ty"} on the module, as tyir-import does',
         )
     return stage
-
-
-def _machine(asked: str | Path | None, done: object) -> str | Path:
-    """The machine to compile for: the one the module was cut for, or else the one asked for."""
-    if not isinstance(done, str):
-        return EDGE10 if asked is None else asked
-    if asked is not None and str(asked) != done and load_machine(asked) != load_machine(done):
-        raise TyirError(
-            f"machine = {asked} is asked for, the module was cut for machine = {done}",
-            help="leave machine out, or start from a file that partition-dies has not been run on",
-        )
-    return done if asked is None else asked
-
-
-def _locate(module: Module) -> None:
-    """Locations that follow from the ops' attributes alone: artifacts are the same bytes with and without
-    debug information.
-    """
-    for op in module.walk():
-        op.loc = location_by_path(op)
 
 
 # ------------------------------------------------------------------------------------------------- the folder

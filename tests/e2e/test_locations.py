@@ -1,5 +1,5 @@
 """No pass loses where an op comes from: every pass runs on the tiny model, and afterwards every op that
-computes something has a location.
+computes something has a location, and its module path as an attribute.
 """
 
 from __future__ import annotations
