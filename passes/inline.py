@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tyir.checking.rules import SymbolTables
+from tyir.checking.symbols import SymbolTables
 from tyir.dialects.func import Call, Func, Return
 from tyir.ir import Op
 from tyir.layers import layer_of, place_in_layer

@@ -216,7 +216,12 @@ class AttrField:
         value = op.properties._map.get(self.key)
         if value is None:
             return None if self.default is _MISSING else self.default
-        return self.codec.decode(value)
+        try:
+            return self.codec.decode(value)
+        except AttributeError:  # of another kind, which the verifier reports
+            if self.key == "sym_name":
+                return None  # as `Op.sym_name`: the op defines no symbol
+            raise TyirError(f"property '{self.key}' must be {self.codec.kind}, got {value}") from None
 
     def __set__(self, op: Any, value: Any) -> None:
         op.properties = (

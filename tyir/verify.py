@@ -22,13 +22,13 @@ from typing import Any, Final
 
 from tyir.checking.dominance import DominanceTree
 from tyir.checking.rules import (
-    SymbolTables,
     check_call,
     check_function,
     check_get_global,
     check_in_place,
     check_symbols,
 )
+from tyir.checking.symbols import SymbolTables
 from tyir.diagnostics import Diagnostic, Label, TyirError
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import CallSiteLoc, FileLoc, FusedLoc, Location, NameLoc

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
-from tyir.checking.rules import alias_of_result
+from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func

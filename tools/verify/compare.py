@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.attributes import IntegerAttr
-from tyir.checking.rules import alias_of_result
+from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func

@@ -77,11 +77,12 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
                 f"sizes {list(self.sizes)} add up to {sum(self.sizes)}, the result {out} has"
                 f" {out.dims[self.axis]} along axis {self.axis}"
             )
-        elif self.x is not None and tensor_type(self.x, out.rank).dims[self.axis] not in (
-            *self.sizes,
-            sum(self.sizes),
-        ):
+        elif self.x is not None and not self._may_give(tensor_type(self.x, out.rank).dims[self.axis]):
             yield f"operand {self.x.type} has none of the sizes {list(self.sizes)} along axis {self.axis}"
+
+    def _may_give(self, size: int | None) -> bool:
+        """Whether a die's operand may have this length: its own, or the whole before localize-dies."""
+        return size in (*self.sizes, sum(self.sizes))
 
     def combine(self, parts: Sequence[Array | None]) -> Array:
         """The result from the operands of all dies, in die order; None for a die whose length is 0."""

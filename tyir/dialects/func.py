@@ -99,11 +99,12 @@ class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
         parent = self.parent_op
         if not isinstance(parent, Func):
             yield "must be inside func.func"
-        elif (
-            isinstance(parent.properties.get("function_type"), FunctionType)
-            and tuple(v.type for v in self.operands) != parent.function_type.results
-        ):
-            wanted = ", ".join(map(str, parent.function_type.results))
+            return
+        function_type = parent.properties.get("function_type")
+        if not isinstance(function_type, FunctionType):
+            return  # the function's own declaration is at fault
+        if tuple(v.type for v in self.operands) != function_type.results:
+            wanted = ", ".join(map(str, function_type.results))
             yield (
                 f"returns ({', '.join(str(v.type) for v in self.operands)}) but @{parent.sym_name} is"
                 f" declared to return ({wanted})"

@@ -180,10 +180,8 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
         return self.q.type
 
     def verify(self) -> Iterator[str]:
-        heads, groups = (
-            tensor_type(self.q, 4).dims[2],
-            tensor_type(self.k, 4).dims[head_axis(self.layout)] or 0,
-        )
+        heads = tensor_type(self.q, 4).dims[2]
+        groups = tensor_type(self.k, 4).dims[head_axis(self.layout)] or 0
         if len(self.kv_heads) != heads:
             yield f"kv_heads names {len(self.kv_heads)} heads, q has {heads}"
         elif any(not 0 <= g < groups for g in self.kv_heads):
