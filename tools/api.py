@@ -35,8 +35,9 @@ def build_and_compile_llm(
     *,
     weights: str = "fp16",
 ) -> Path:
-    """Compile the checkpoint folder `model_path` and return the artifact folder
-    `artifacts_path/{dev_count}die`.
+    """Compile the checkpoint folder `model_path`; returns the folder of the artifacts.
+
+    That is `artifacts_path/{dev_count}die`.
 
     `artifacts_path` defaults to `{model_path}_tyir` beside the model.  `weights` ("fp16" or "int4") is ours.
     Raises `TyirError`.
@@ -67,8 +68,9 @@ def compile_path(
     machine: str | Path | None = None,
     backend: str = "edge10",
 ) -> Path:
-    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises
-    `TyirError` before any work for options that cannot be.
+    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
+
+    Raises `TyirError` before any work for options that cannot be.
 
     Of a mapping what it names is asked for, of `BuildOptions` everything; what an `.ir` file was built with
     holds where nothing is asked for, and an `options` that contradicts it is an error.
@@ -107,8 +109,9 @@ def load_module(
     warn: Callable[[str], None] = _silent,
     positions: int | None = None,
 ) -> Module:
-    """The module of a checkpoint folder (imported for a cache of `positions` tokens) or of an `.ir` file
-    (parsed and verified).
+    """The module of a checkpoint folder or of an `.ir` file.
+
+    A checkpoint is imported for a cache of `positions` tokens, a file parsed and verified.
     """
     if model.is_dir() or model.suffix == ".gguf" or (plugin is not None and model.suffix != ".ir"):
         from tyir.frontends.huggingface import import_model

@@ -1,5 +1,6 @@
-"""The command-line options that decide what a compile makes; here so that `--help` of the tools that share
-them loads nothing else.
+"""The command-line options that decide what a compile makes.
+
+Here so that `--help` of the tools that share them loads nothing else.
 """
 
 from __future__ import annotations

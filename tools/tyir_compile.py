@@ -1,5 +1,6 @@
-"""`tyir-compile (HF_DIR | model.ir) -o out/`: a checkpoint or a module at any stage becomes a folder of
-artifacts.
+"""`tyir-compile (HF_DIR | model.ir) -o out/`: a model becomes a folder of artifacts.
+
+A checkpoint, or a module at any stage.
 """
 
 from __future__ import annotations

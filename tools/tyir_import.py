@@ -143,8 +143,9 @@ def _check_output(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one beside it; an existing file keeps its permissions' defaults and
-    is replaced whole.
+    """Write a file by way of a temporary one beside it.
+
+    An existing file keeps its permissions' defaults and is replaced whole.
     """
     if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
         path.write_text(text, encoding="utf-8")

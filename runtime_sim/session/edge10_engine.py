@@ -1,6 +1,4 @@
-"""The session engine that executes the command programs of an artifact folder on modelled memories, with
-every check on.
-"""
+"""The session engine that executes command programs on modelled memories, with every check on."""
 
 from __future__ import annotations
 
@@ -26,8 +24,10 @@ Array = npt.NDArray[Any]
 
 
 class Edge10Engine:
-    """All dies of all lengths; the programs of one die share weights and caches, which stay in its DRAM
-    between steps.  `observer` sees every command.
+    """All dies of all lengths.
+
+    The programs of one die share weights and caches, which stay in its DRAM between steps.  `observer` sees
+    every command.
     """
 
     observer: Observer | None = None

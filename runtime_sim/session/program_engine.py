@@ -1,5 +1,6 @@
-"""The session engines that walk the dies' IR: ops are executed by compiled kernels or by their reference
-meaning.
+"""The session engines that walk the dies' IR, op by op.
+
+Ops are executed by compiled kernels or by their reference meaning.
 """
 
 from __future__ import annotations
@@ -147,8 +148,9 @@ class ProgramEngine:
         return CheckpointReader(self.folder)
 
     def _param(self, die: int, ref: Global) -> Array:
-        """A parameter, once per die: mapped and packed for compiled kernels, one element per entry for the
-        reference.
+        """A parameter, once per die.
+
+        Mapped and packed for compiled kernels, one element per entry for the reference.
         """
         key = (die, str(ref.sym_name))
         if key not in self._params:

@@ -1,5 +1,6 @@
-"""A model of given sizes with a few decoder layers, in `ty` ops: what `--plan` runs the real passes on, so
-that its cuts and bytes are the compiler's own.
+"""A model of given sizes with a few decoder layers, in `ty` ops.
+
+What `--plan` runs the real passes on, so that its cuts and bytes are the compiler's own.
 """
 
 from __future__ import annotations
@@ -133,8 +134,9 @@ class _Builder:
 
 
 def few_layers(shape: ModelShape, layers: int) -> Module:
-    """`@main` at stage ty: embedding, `layers` decoder layers, final norm and head of a model of these
-    sizes.
+    """`@main` at stage ty for a model of these sizes.
+
+    Embedding, `layers` decoder layers, final norm and head.
     """
     module = Module.empty()
     module.set_attribute("tyir.stage", StringAttr("ty"))

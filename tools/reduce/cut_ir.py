@@ -33,8 +33,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Cut:
-    """A module with `@cut`, the arrays of its arguments and of its results, in order, and the argument
-    names.
+    """A module with `@cut`, and the arrays that flow into and out of it.
+
+    The arrays of its arguments and of its results, in order, and the argument names.
     """
 
     module: Module
@@ -57,8 +58,9 @@ class Cut:
         return paths
 
     def with_constants(self) -> Module:
-        """The module with its arguments as dense constants; `TyirError` for arguments whose shapes are not
-        static.
+        """The module with its arguments as dense constants.
+
+        `TyirError` for arguments whose shapes are not static.
         """
         module = self.module.clone()
         function = next(op for op in module.body if isinstance(op, Func))
@@ -81,8 +83,9 @@ class Cut:
 def cut_ops(
     module: Module, first: str, last: str, arguments: Sequence[Array], function_name: str = "main"
 ) -> Cut:
-    """Ops `first` to `last` (names of results, with or without %) of a function, with what flows in and out
-    for these arguments.
+    """Ops `first` to `last` of a function, with what flows in and out for these arguments.
+
+    Ops are named by their results, with or without %.
 
     Raises `TyirError` for unknown names, an empty range, and where the interpreter does.
     """
@@ -177,8 +180,9 @@ def _module_of(
 
 
 def sample_arguments(function: Func, tokens: int, seed: int = 0) -> list[Array]:
-    """Arguments to run a function with: whole numbers count up from 0, other tensors are normal numbers; `?`
-    is `tokens`.  Reproducible.
+    """Arguments to run a function with, the same every time.
+
+    Whole numbers count up from 0, other tensors are normal numbers; `?` is `tokens`.
     """
     rng = np.random.default_rng(seed)
     arrays: list[Array] = []

@@ -1,5 +1,6 @@
-"""The command programs by which the timing engine is held against silicon: programs of one unit, from
-which a machine's figures are read off, and compiled ones, which judge it.
+"""The command programs by which the timing engine is held against silicon.
+
+Programs of one unit, from which a machine's figures are read off, and compiled ones, which judge it.
 
     units     one unit alone, or two that wait for each other: every figure of `hopper_sm.toml` is the slope or the intercept of two of them
     streams   loads, conversions and products that overlap, written by hand: one rule of the engine each
@@ -53,8 +54,9 @@ _CAPACITY: Final = 2048
 
 @dataclass(frozen=True)
 class EnginePrograms:
-    """All dies' programs of one step, by what they are for; `machine` changes the machine that the
-    multiprocessor plays into the one they were made for.
+    """All dies' programs of one step, by what they are for.
+
+    `machine` changes the machine that the multiprocessor plays into the one they were made for.
 
     `count`: commands of each die of a unit program.
     """
@@ -288,8 +290,9 @@ def _stream(
     steps: Sequence[tuple[str, tuple[int, ...]]],
     **changes: float,
 ) -> EnginePrograms:
-    """`tiles` loads through `slots` places: each is worked on by `steps` one after the other, and its place
-    is free when the last has read it.
+    """`tiles` loads through `slots` places, each worked on by `steps` one after the other.
+
+    A place is free when the last step has read it.
     """
 
     def make(machine: Machine) -> list[EdgeProgram]:

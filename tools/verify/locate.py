@@ -1,5 +1,6 @@
-"""Where do artifacts stop computing what the model computes?  Every op of every die against the unpartitioned
-reference, in the order of execution.
+"""Where do artifacts stop computing what the model computes?
+
+Every op of every die against the unpartitioned reference, in the order of execution.
 
 `tyir.shard` and `tyir.partial` on a die's op say which part of the whole its result is; ops are matched by
 module path, kind and number.
@@ -71,8 +72,9 @@ def locate(
     threshold: float = 0.999,
     plugin: ModelPlugin | None = None,
 ) -> Divergence | None:
-    """Run `ids` through the artifacts and through the reference, op by op; the first op whose cosine is below
-    `threshold`, or None.
+    """Run `ids` through the artifacts and the reference; the first op that is off, or None.
+
+    Op by op; an op is off when its cosine is below `threshold`.
     """
     recorder = _Recorder()
     session = Session(folder, engine, check=False, probe=recorder)
@@ -105,8 +107,9 @@ def _source(location: Location) -> str:
 
 
 class _Keys:
-    """Names each op of a run by module path, kind and number among its like, the same way for the reference
-    and for a die.
+    """Names each op of a run, the same way for the reference and for a die.
+
+    By module path, kind and number among its like.
     """
 
     def __init__(self) -> None:

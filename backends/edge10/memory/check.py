@@ -1,5 +1,6 @@
-"""Before anything is written: does every die's program fit its DRAM?  Too much is an error with the cheapest
-remedies, each tried on the module itself.
+"""Before anything is written: does every die's program fit its DRAM?
+
+Too much is an error with the cheapest remedies, each tried on the module itself.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def check_memory(
     machine: Machine,
     machine_name: str = "edge10",
 ) -> None:
-    """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has; `source` is the
-    module it was made of, at `stage`; `machine_name` is what a pipeline calls the machine.
+    """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has.
+
+    `source` is the module it was made of, at `stage`; `machine_name` is what a pipeline calls the machine.
     """
     capacity = int(machine.dram.capacity_bytes)
     worst = max(dies, key=lambda die: _die_bytes(die, options))
@@ -62,8 +64,9 @@ def check_memory(
 
 
 def step_bytes(die: Module, seqlen: int) -> dict[str, int]:
-    """What a step of `seqlen` tokens needs of a die's DRAM by kind, each tensor on pages of its own, without
-    what lowering spills.
+    """What a step of `seqlen` tokens needs of a die's DRAM, by kind.
+
+    Each tensor lies on pages of its own; what lowering spills is not counted.
     """
     main = die.lookup(f"main_s{seqlen}")
     assert isinstance(main, Func)
@@ -97,8 +100,9 @@ def _die_bytes(die: Module, options: BuildOptions) -> int:
 def _need(
     module: Module, pipeline: str, options: BuildOptions, machine: Machine, capacity: int
 ) -> int | None:
-    """Bytes of the largest die with other options; when it seems to fit, the figure is that of its real
-    program.
+    """Bytes of the largest die with other options.
+
+    When it seems to fit, the figure is that of its real program.
     """
     try:
         run_pipeline(module, pipeline)
