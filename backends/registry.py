@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -34,7 +34,7 @@ class Backend(Protocol):
     def check_target(self) -> Callable[[Path], None]: ...
 
     @property
-    def compile_module(self) -> Callable[[Module, Path, BuildOptions, Any], Path]: ...
+    def compile_module(self) -> Callable[[Module, Path, BuildOptions | Mapping[str, Any], Any], Path]: ...
 
 
 def backend_names() -> list[str]:

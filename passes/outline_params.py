@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tyir.attributes import SymbolRefAttr
 from tyir.dialects.builtin import Module
@@ -24,6 +24,7 @@ from tyir.dialects.func import Func
 from tyir.dialects.ty import GetGlobal, Param, QuantizeGroups, RopeTable, Yield, tensor_type
 from tyir.execution.constexpr import ConstantExpressions, clone_expression, expression_ops
 from tyir.ir import Block, Op, Region, Value
+from tyir.layers import carry
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["OutlineParams"]
@@ -32,6 +33,8 @@ __all__ = ["OutlineParams"]
 @dataclass(frozen=True)
 class OutlineParams(Pass):
     """Weight expressions become `ty.param`s of their die, shared by all its functions."""
+
+    stage: ClassVar[tuple[str, ...]] = ("static",)
 
     def run(self, op: Op, context: PassContext) -> None:
         for module in [m for m in op.walk_type(Module) if any(isinstance(o, Func) for o in m.body)]:
@@ -56,7 +59,7 @@ def outline(module: Module) -> int:
                 result_types=[param.type],
                 loc=value.op.loc if value.op else user.loc,
             )
-            user.set_operand(index, ref.insert_before(user).result)
+            user.set_operand(index, carry(ref, value.op).insert_before(user).result)
         for op in reversed(function.body):
             if op.is_unused and op.results and constants.is_constant(op.results[0]):
                 op.erase()
@@ -83,7 +86,8 @@ def _make_param(value: Value, names: set[str]) -> Param:
         name = f"{base}.{number}"
     names.add(name)
     assert value.op is not None
-    return Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc)
+    param = Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc)
+    return carry(param, value.op)
 
 
 def _base_name(value: Value) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tyir.ir import Block, Op, Value
+from tyir.layers import path_of
 from tyir.location import module_path
 from tyir.pipeline import Pass, PassContext
 from tyir.traits import ConstantLike
@@ -114,7 +115,7 @@ class _Writer:
 
     def _label(self, op: Op) -> str:
         head = f"{op.name} @{op.sym_name}" if op.sym_name else op.name
-        path = module_path(op.loc)
+        path = path_of(op) or module_path(op.loc)
         return json.dumps("\n".join(self._short(text) for text in (head, path) if text))
 
     def _short(self, text: str) -> str:

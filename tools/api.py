@@ -6,13 +6,13 @@ script changes one import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.manifest import BuildOptions
+from tyir.manifest import BuildOptions, settled
 from tyir.pass_manager.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def build_and_compile_llm(
 def compile_path(
     model: Path,
     out: Path,
-    options: BuildOptions,
+    options: BuildOptions | Mapping[str, Any],
     *,
     watch: Stopwatch | None = None,
     progress: bool = False,
@@ -65,13 +65,15 @@ def compile_path(
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     binary: bool = False,
-    machine: str | Path = "edge10",
+    machine: str | Path | None = None,
     backend: str = "edge10",
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
     Raises `TyirError` before any work for options that cannot be.
 
+    Of a mapping what it names is asked for, of `BuildOptions` everything; what an `.ir` file was built with
+    holds where nothing is asked for, and an `options` that contradicts it is an error.
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`); `binary` and `machine` are
     for the `CompileContext` of the back end, which `backend` names.
     """
@@ -79,14 +81,20 @@ def compile_path(
     from tyir.targets.machine import load_machine
 
     chosen = find_backend(backend)
-    check_options(options)
-    load_machine(machine)
-    if model.is_dir() or model.suffix == ".gguf":  # a module may have fixed its number of dies
-        chosen.check_target(out / f"{options.dies}die")
+    if machine is not None:
+        load_machine(machine)
+    positions = None
+    if model.is_dir() or model.suffix != ".ir":  # a module may have settled its options
+        wanted = options if isinstance(options, BuildOptions) else BuildOptions(**options)
+        check_options(wanted)
+        chosen.check_target(out / f"{wanted.dies}die")
+        positions = wanted.max_kv
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model, plugin, warn, options.max_kv)
-    _warn_about_positions(module, options, warn)
+        module = load_module(model, plugin, warn, positions)
+    wanted = settled(options, module)
+    check_options(wanted)
+    _warn_about_positions(module, wanted, warn)
     return chosen.compile_module(
         module,
         out,
@@ -144,7 +152,7 @@ def check_options(options: BuildOptions) -> None:
             f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024"
         )
     check_seqlens(options.seqlens, options.max_kv)
-    if options.weights not in ("fp16", "int4"):
+    if options.weights not in ("fp16", "int4", "checkpoint"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4")
     check_batch(options.batch)
     if options.kv_dtype not in ("fp16", "int8"):

@@ -23,7 +23,7 @@ that counts need no segment attribute.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, dataclass_transform
 
 from tyir.attributes import (
@@ -40,7 +40,7 @@ from tyir.attributes import (
     SymbolRefAttr,
     UnitAttr,
 )
-from tyir.diagnostics import Diagnostic
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import EMPTY_DICT, Op, Region, Value
 from tyir.location import UNKNOWN, Location
 from tyir.traits import Trait
@@ -178,9 +178,16 @@ class AttrField:
     `key` is what the IR calls it, if that cannot be the Python name.
     """
 
-    def __init__(self, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "") -> None:
+    def __init__(
+        self,
+        default: Any = _MISSING,
+        choices: tuple[str, ...] = (),
+        key: str = "",
+        least: int | None = None,
+    ) -> None:
         self.default: Final = default
         self.choices: Final = choices
+        self.least: Final = least
         self.key = key
         self.name = ""
         self.codec: _Codec
@@ -209,7 +216,12 @@ class AttrField:
         value = op.properties._map.get(self.key)
         if value is None:
             return None if self.default is _MISSING else self.default
-        return self.codec.decode(value)
+        try:
+            return self.codec.decode(value)
+        except AttributeError:  # of another kind, which the verifier reports
+            if self.key == "sym_name":
+                return None  # as `Op.sym_name`: the op defines no symbol
+            raise TyirError(f"property '{self.key}' must be {self.codec.kind}, got {value}") from None
 
     def __set__(self, op: Any, value: Any) -> None:
         op.properties = (
@@ -235,7 +247,18 @@ class AttrField:
             return f"property '{self.key}' must be {self.codec.kind}, got {value}"
         if self.choices and isinstance(value, StringAttr) and value.value not in self.choices:
             return f"property '{self.key}' must be one of {', '.join(self.choices)}, got '{value.value}'"
+        if self.least is not None:
+            return self._too_small(self.codec.decode(value), self.least)
         return None
+
+    def _too_small(self, value: int | tuple[int, ...], least: int) -> str | None:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if all(number >= least for number in numbers):
+            return None
+        return (
+            f"property '{self.key}' must be at least {least}, got"
+            f" {list(numbers) if isinstance(value, tuple) else value}"
+        )
 
 
 class RegionField:
@@ -277,14 +300,21 @@ def variadic_result(*, init: Literal[False] = False) -> Any:
 
 
 def attr(
-    *, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "", kw_only: bool = True
+    *,
+    default: Any = _MISSING,
+    choices: tuple[str, ...] = (),
+    key: str = "",
+    least: int | None = None,
+    kw_only: bool = True,
 ) -> Any:
     """A property, given by keyword; its kind comes from the annotation (int, float, str, bool, tuple[int,
     ...], TensorType, ...).
 
-    `key` is its name in the IR where that cannot be a field's (`name`, which every op has already).
+    `key` is its name in the IR where that cannot be a field's (`name`, which every op has already).  Strings
+    may be limited to `choices`, integers (each of a tuple's) to numbers from `least` on; `infer` and `verify`
+    see only properties that are as declared.
     """
-    return AttrField(default, choices, key)
+    return AttrField(default, choices, key, least)
 
 
 def region(*, default: Region | None = None, kw_only: bool = True) -> Any:
@@ -421,12 +451,24 @@ class DeclaredOp(_Declaration):
         self.block = self._prev = self._next = None
         self.results = ()
         if not result_types and cls.result_fields:
-            inferred = self.infer()
-            result_types = (inferred,) if isinstance(inferred, Type) else tuple(inferred)
+            result_types = self._result_types()
         self.results = tuple([Value(t, self, i) for i, t in enumerate(result_types)])
 
+    def _result_types(self) -> tuple[Type, ...]:
+        """What `infer` gives for a new op; `TyirError` names the op and what is wrong with it."""
+        try:
+            problems = [p for f in type(self).attr_fields if (p := f.check(self))]
+            if problems:
+                raise TyirError([Diagnostic(problem) for problem in problems])
+            inferred = self.infer()
+        except TyirError as error:
+            self.drop_references()
+            named = [replace(d, message=f"'{self.name}' {d.message}") for d in error.diagnostics]
+            raise TyirError(named) from None
+        return (inferred,) if isinstance(inferred, Type) else tuple(inferred)
+
     def infer(self) -> Type | Sequence[Type]:
-        """The result types.
+        """The result types; `TyirError`, worded like `verify`'s messages, when the operands allow none.
 
         An op whose types do not follow from its operands does not override this and takes `result_types`.
         """

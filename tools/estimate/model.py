@@ -15,6 +15,7 @@ from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.ir import Op, Value
+from tyir.layers import place
 from tyir.location import NameLoc
 from tyir.types import TensorType, Type, f16, i64, ui4
 
@@ -80,6 +81,8 @@ class _Builder:
     function: Func
 
     def add(self, op: Op) -> Value:
+        if isinstance(op.loc, NameLoc) and not isinstance(op, ty.GetGlobal):
+            place(op, op.loc.name)
         return self.function.body.append(op).results[0]
 
     def weight(self, name: str, dims: Sequence[int], element: Type = f16) -> Value:

@@ -10,18 +10,18 @@ beside them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
-from tyir.checking.rules import alias_of_result
+from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
+from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
 from tyir.sharding import even_ranges
@@ -114,8 +114,8 @@ class _Cuts:
         }
         for param in die.walk_type(Param):
             name, nbytes = str(param.sym_name), param.type.nbytes
-            if (match := re.search(r"\.layers\.(\d+)\.", name)) is not None:
-                layers += nbytes * shares[int(match[1])]
+            if (layer := layer_in(name)) is not None:
+                layers += nbytes * shares[layer]
             elif name.startswith("rope."):
                 rope += nbytes
             else:

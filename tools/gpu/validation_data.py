@@ -265,7 +265,7 @@ def _models(path: Path) -> Iterator[Row]:
             flops,
             2.0 * model.weights / step.devices,
             lambda a, s=step: step_ns(s, a),
-        )  # type: ignore[misc]
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- a100
@@ -361,7 +361,7 @@ def _llmcompass_rows(
             0.0,
             4.0 * m * n,
             lambda a, m=m, n=n: model(m, n, a) + (launch_us - 2.5) * 1000,
-        )  # type: ignore[misc]
+        )
 
 
 def _llmcompass_all_reduce(path: Path) -> Iterator[Row]:

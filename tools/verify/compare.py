@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.attributes import IntegerAttr
-from tyir.checking.rules import alias_of_result
+from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
@@ -31,7 +31,7 @@ from tyir.execution.constexpr import ConstantExpressions, expression_ops
 from tyir.execution.weights import CheckpointReader
 from tyir.interpreter import Interpreter, lookup_symbol
 from tyir.ir import Op, Value
-from tyir.location import module_path
+from tyir.layers import path_of
 from tyir.manifest import BuildOptions
 from tyir.passes.pipelines import reference_pipeline
 from tyir.pipeline import PassContext, run_pipeline
@@ -232,7 +232,7 @@ def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[t
         if not name.endswith(
             ".weight"
         ):  # one of several stored tensors: the module's path names the parameter
-            name = f"{module_path(linear.loc)}.weight"
+            name = f"{path_of(linear)}.weight"
         yield (
             name,
             _rows(linear.q),

@@ -16,7 +16,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.ir import Value
-from tyir.manifest import BuildOptions
+from tyir.manifest import BuildOptions, recorded
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import run_pipeline
 from tyir.targets.machine import Machine
@@ -27,11 +27,16 @@ _PAGE = 4096
 
 
 def check_memory(
-    dies: Sequence[Module], options: BuildOptions, source: Module, stage: str, machine: Machine
+    dies: Sequence[Module],
+    options: BuildOptions,
+    source: Module,
+    stage: str,
+    machine: Machine,
+    machine_name: str = "edge10",
 ) -> None:
     """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has.
 
-    `source` is the module it was made of, at `stage`.
+    `source` is the module it was made of, at `stage`; `machine_name` is what a pipeline calls the machine.
     """
     capacity = int(machine.dram.capacity_bytes)
     worst = max(dies, key=lambda die: _die_bytes(die, options))
@@ -45,7 +50,8 @@ def check_memory(
         stage = "ty"
 
     def need(changed: BuildOptions) -> int | None:
-        return _need(source.clone(), stage, changed, machine, capacity)
+        text = remaining_pipeline(stage, changed, machine_name, recorded(source))
+        return _need(source.clone(), text, changed, machine, capacity)
 
     detail = ", ".join(f"{what} {gib(size)}" for what, size in parts.items() if size >= 2**20)
     raise TyirError(
@@ -91,13 +97,15 @@ def _die_bytes(die: Module, options: BuildOptions) -> int:
     return max(sum(step_bytes(die, s).values()) for s in options.seqlens)
 
 
-def _need(module: Module, stage: str, options: BuildOptions, machine: Machine, capacity: int) -> int | None:
+def _need(
+    module: Module, pipeline: str, options: BuildOptions, machine: Machine, capacity: int
+) -> int | None:
     """Bytes of the largest die with other options.
 
     When it seems to fit, the figure is that of its real program.
     """
     try:
-        run_pipeline(module, remaining_pipeline(stage, options))
+        run_pipeline(module, pipeline)
         dies = [m for m in module.body if isinstance(m, Module)]
         worst = max(dies, key=lambda die: _die_bytes(die, options))
         needed = _die_bytes(worst, options)

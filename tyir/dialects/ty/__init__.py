@@ -19,7 +19,15 @@ from tyir.dialects.ty.layers import (
     RopeTable,
     rope_tables,
 )
-from tyir.dialects.ty.tensors import Array, as_type, bf16_to_f32, tensor_type
+from tyir.dialects.ty.tensors import (
+    Array,
+    as_type,
+    axis_in,
+    bf16_to_f32,
+    static_shape,
+    stored_bytes,
+    tensor_type,
+)
 from tyir.dialects.ty.weights import (
     Constant,
     Dequantize,
@@ -66,6 +74,7 @@ __all__ = [
     "Yield",
     "as_type",
     "attend",
+    "axis_in",
     "bf16_to_f32",
     "comparable",
     "default_kv_heads",
@@ -74,5 +83,7 @@ __all__ = [
     "select_best",
     "silu",
     "softmax",
+    "static_shape",
+    "stored_bytes",
     "tensor_type",
 ]
