@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
         plugin=plugin,
         binary=args.binary,
         machine=args.machine,
+        backend=args.backend,
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -147,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         "--machine",
         metavar="NAME|FILE",
         help="die that the command programs are scheduled for (default edge10; docs/machines.md)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="edge10",
+        metavar="NAME",
+        help="what writes the artifacts (default edge10; docs/backends.md)",
     )
     parser.add_argument(
         "--binary",

@@ -92,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
         from tyir.tools.tyir_compile import print_plan
 
         build = {
-            key: getattr(options, key) for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
+            key: value
+            for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
+            if (value := getattr(options, key)) is not None
         }
         return print_plan(options.folder, BuildOptions(**build))
     if options.output != "-":

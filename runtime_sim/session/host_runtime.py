@@ -39,7 +39,7 @@ _SHARE_ALL_CORES = -3  # tvm::runtime::threading::ThreadGroup::AffinityMode::kSp
 
 @contextmanager
 def _torch_hidden() -> Iterator[None]:
-    """Imports inside find no torch, unless it is loaded already.
+    """Inside this context an import of torch fails, unless torch is loaded already.
 
     tvm_ffi imports torch where it is installed, to exchange torch tensors faster; here that would cost a
     second and 180 MB for nothing.
@@ -170,7 +170,7 @@ def _check_complete(path: Path) -> None:
         complete = table + entry_size * entries <= size
     if not complete:
         raise TyirError(
-            f"{path} cannot be loaded as a compiled library: it is cut short or not an ELF file ({size} bytes)",
+            f"{path} is not a compiled library: it is cut short or not an ELF file ({size} bytes)",
             help="compile the model again",
         )
 

@@ -186,7 +186,7 @@ def test_bad_configs(tmp_path: Path) -> None:
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"vocab_size": "x"}, "vocab_size is 'x'"),
         ({"model_type": "gemma"}, "'gemma'"),
-        ({"num_key_value_heads": 5}, "no multiple of 5"),
+        ({"num_key_value_heads": 5}, "not a multiple of 5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
     ):
         with pytest.raises(TyirError, match=wanted):
