@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -301,4 +302,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
