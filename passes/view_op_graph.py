@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tyir.diagnostics import TyirError
 from tyir.ir import Block, Op, Value
 from tyir.layers import path_of
 from tyir.location import module_path
@@ -39,7 +40,10 @@ class ViewOpGraph(Pass):
         if self.file is None:
             print(text, file=sys.stderr)
         else:
-            Path(self.file).write_text(text + "\n", encoding="utf-8")
+            try:
+                Path(self.file).write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise TyirError(f"cannot write {self.file}: {error.strerror}") from None
         context.nothing_changed()
 
 

@@ -22,6 +22,8 @@ that counts need no segment attribute.
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, dataclass_transform
@@ -190,10 +192,12 @@ class AttrField:
         self.least: Final = least
         self.key = key
         self.name = ""
+        self.owner: type | None = None
         self.codec: _Codec
         self.optional = False
 
     def __set_name__(self, owner: type, name: str) -> None:
+        self.owner = owner
         self.name = name
         self.key = self.key or name
 
@@ -272,6 +276,20 @@ class RegionField:
 
     def __get__(self, op: Any, owner: type | None = None) -> Any:
         return self if op is None else op.regions[op.region_fields.index(self)]
+
+
+_FIELDS: Final = (OperandField, AttrField, RegionField)
+
+
+def _annotation_text(annotation: Any) -> str:
+    """How an annotation is written, also where the module does not keep annotations as texts."""
+    if isinstance(annotation, str):
+        return annotation
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        kinds = [_annotation_text(part) for part in parts if part is not types.NoneType]
+        return " | ".join([*kinds, "None"] if types.NoneType in parts else kinds)
+    return annotation.__name__ if isinstance(annotation, type) and not parts else str(annotation)
 
 
 def operand() -> Any:
@@ -389,8 +407,11 @@ class DeclaredOp(_Declaration):
     def __init_subclass__(cls, *, name: str, traits: tuple[type[Trait], ...] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = name
-        cls.traits = frozenset(traits)
-        fields = cls.__dict__
+        cls.traits = frozenset(traits).union(*(base.traits for base in cls.__bases__ if issubclass(base, Op)))
+        fields: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):  # a declared op that derives another has its fields, in front
+            fields |= {key: value for key, value in base.__dict__.items() if isinstance(value, _FIELDS)}
+            fields |= {key: value for key, value in base.__dict__.items() if key in fields}
         cls.operand_fields = tuple(f for f in fields.values() if type(f) is OperandField)
         cls.result_fields = tuple(f for f in fields.values() if type(f) is ResultField)
         cls.attr_fields = tuple(f for f in fields.values() if type(f) is AttrField)
@@ -404,7 +425,8 @@ class DeclaredOp(_Declaration):
         cls.operand_counts, cls.result_counts = _counts(cls.operand_fields), _counts(cls.result_fields)
         cls.property_names = frozenset(f.key for f in cls.attr_fields)
         for attr_field in cls.attr_fields:
-            attr_field.bind(cls.__annotations__[attr_field.name], name)
+            if attr_field.owner is cls:
+                attr_field.bind(_annotation_text(cls.__annotations__.get(attr_field.name)), name)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
@@ -416,6 +438,9 @@ class DeclaredOp(_Declaration):
             raise TypeError(
                 f"{cls.name} takes {len(cls.operand_fields)} positional operands, {len(args)} given"
             )
+        for name in kwargs:
+            if name in given:
+                raise TypeError(f"{cls.name}: operand '{name}' is given twice, by position and by name")
         given.update(kwargs)
         operands: list[Value] = []
         for f in cls.operand_fields:

@@ -218,6 +218,8 @@ def serve(requests: Iterable[Request], server: Server, *, max_concurrency: int |
 
     Results in the order of arrival.
     """
+    if max_concurrency is not None and max_concurrency < 1:
+        raise TyirError(f"max_concurrency must be at least 1, got {max_concurrency}")
     todo = sorted(requests, key=lambda r: r.arrival)
     long = [r for r in todo if r.prompt + r.output - 1 > server.capacity]
     if long:

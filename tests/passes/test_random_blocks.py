@@ -22,9 +22,11 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.ir import Block, Op, Region, Value, unregistered_op
 from tyir.opdef import DeclaredOp
+from tyir.parser import parse_module
 from tyir.passes.cse import merge_equal
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
+from tyir.rewrite import rewrite_greedily
 from tyir.traits import InPlace
 from tyir.types import FunctionType, TensorType, Type, f16, i32
 from tyir.verify import verify
@@ -199,3 +201,64 @@ def test_passes_keep_it_valid_and_its_meaning(part: int, pipeline: str) -> None:
         for jumps in range(3):
             before, after = (_run(m, jumps, overwrite=True) for m in (module, changed))
             assert _without_blocks(after) == _without_blocks(before), f"seed {seed}\n{print_op(module)}"
+
+
+def _parsed(body: str) -> Module:
+    head = f"func.func @f(%c: {CACHE}, %rows: {ROWS}, %pos: {POS}) {{"
+    return parse_module("\n".join([head, *body.replace("C", str(CACHE)).splitlines(), "}"]))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "body"),
+    [
+        (
+            "cse",
+            f"""
+  %a = ty.silu %c : C
+  %b = ty.silu %c : C
+  %n = kv.append %b, %rows, %pos : (C, {ROWS}, {POS}) -> C
+  "t.observe"(%a) : (C) -> ()
+  return""",
+        ),
+        (
+            "canonicalize",
+            f"""
+  %a = ty.reshape %c {{shape = array<i64: 8>}} : (C) -> tensor<8xf16>
+  %n = kv.append %c, %rows, %pos : (C, {ROWS}, {POS}) -> C
+  %b = ty.reshape %a {{shape = array<i64: 4, 2>}} : (tensor<8xf16>) -> tensor<4x2xf16>
+  "t.observe"(%b) : (tensor<4x2xf16>) -> ()
+  return""",
+        ),
+        (
+            "canonicalize",
+            """
+  return
+^one:
+  %a = ty.reshape %b {shape = array<i64: 1, 1, 4, 2>} : C
+  "t.jump"()[^two] : () -> ()
+^two:
+  %b = ty.reshape %a {shape = array<i64: 1, 1, 4, 2>} : C
+  "t.jump"()[^one] : () -> ()""",
+        ),
+    ],
+)
+def test_what_must_stay(pipeline: str, body: str) -> None:
+    module = _parsed(body)
+    text = print_op(module)
+    run_pipeline(module, pipeline, PassContext())
+    assert print_op(module) == text
+
+
+def test_the_driver_stays_below_its_root() -> None:
+    module = _parsed("""
+  %unused = ty.silu %c : C
+  %outer = ty.cast %c {element = f16} : C
+  "t.inside"() ({
+    %inner = ty.cast %outer {element = f16} : C
+    "t.observe"(%inner) : (C) -> ()
+  }) : () -> ()
+  return""")
+    (inside,) = (op for op in module.walk() if op.name == "t.inside")
+    assert rewrite_greedily(inside, ()) == 1
+    names = [op.name for op in module.walk()]
+    assert names.count("ty.silu") == 1 and names.count("ty.cast") == 1 and inside.block is not None

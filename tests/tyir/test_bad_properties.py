@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from tyir.attributes import (
     UnitAttr,
 )
 from tyir.diagnostics import TyirError
-from tyir.dialects import edge10, quant, ty
+from tyir.dialects import edge10, kv, quant, ty
 from tyir.dialects.builtin import Module
 from tyir.ir import Block, Op, Region, Value, unregistered_op
 from tyir.opdef import AttrField, DeclaredOp
@@ -229,3 +230,15 @@ def test_the_constructor_says_what_is_wrong(make: Any, message: str) -> None:
     with pytest.raises(TyirError) as error:
         make()
     assert message in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("layout", kv.LAYOUTS)
+def test_rows_beyond_a_full_cache_are_dropped(layout: str) -> None:
+    capacity, axis = 3, kv.position_axis(layout)
+    cache_type = TensorType(kv.cache_shape(layout, 1, 2, capacity, 4), f16)
+    op = kv.Append(Value(cache_type, Block(), 0), _value(1, 2, 2, 4), _value(1, element=i32), layout=layout)
+    rows = np.arange(16, dtype=np.float16).reshape(1, 2, 2, 4) + 1
+    for pos in (0, 2, 3, 4, 9):
+        cache = op.evaluate(np.zeros(cache_type.static_shape, np.float16), rows, np.array([pos], np.int32))
+        filled = np.flatnonzero(cache.any(axis=tuple(i for i in range(4) if i != axis)))
+        assert filled.tolist() == [p for p in (pos, pos + 1) if p < capacity]

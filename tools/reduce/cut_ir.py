@@ -169,14 +169,25 @@ def _module_of(
         function.body.append(op.clone(mapping))
     function.body.append(Return(values=[mapping[v] for v in outputs]))
     function.refresh_type()
-    symbols = {inner.symbol.leaf: inner for op in ops for inner in op.walk() if isinstance(inner, GetGlobal)}
-    symbols |= {inner.callee.leaf: inner for op in ops for inner in op.walk() if isinstance(inner, Call)}  # type: ignore[misc]
-    for name, user in symbols.items():
-        target = lookup_symbol(user, name)
-        if target is not None:
-            module.body.append(target.clone())
+    for target in _referred(ops):
+        module.body.append(target.clone())
     module.body.append(function)
     return module
+
+
+def _referred(ops: Sequence[Op]) -> list[Op]:
+    """The functions and weights that ops refer to, and those that these refer to in turn."""
+    found: dict[Op, None] = {}
+    waiting = list(ops)
+    while waiting:
+        for inner in waiting.pop().walk():
+            if isinstance(inner, (GetGlobal, Call)):
+                reference = inner.symbol if isinstance(inner, GetGlobal) else inner.callee
+                target = lookup_symbol(inner, reference.leaf)
+                if target is not None and target not in found:
+                    found[target] = None
+                    waiting.append(target)
+    return list(found)
 
 
 def sample_arguments(function: Func, tokens: int, seed: int = 0) -> list[Array]:
