@@ -18,7 +18,7 @@ from tyir.printer import print_op
         ("model.layers.3.mlp.up_proj", 3, "model.layers.3", "mlp.up_proj", "model.layers.*.mlp.up_proj"),
         ("transformer.h.11", 11, "transformer.h.11", "", "transformer.h.*"),
         ("blocks.0.norm", 0, "blocks.0", "norm", "blocks.*.norm"),
-        ("model.layers.1.experts.layers.2.up", 1, "model.layers.1", "experts.layers.2.up", "model.layers.*.experts.layers.2.up"),
+        ("blocks.1.x.h.2.up", 1, "blocks.1", "x.h.2.up", "blocks.*.x.h.2.up"),
         ("model.norm", None, None, "model.norm", "model.norm"),
         ("bath.3.x", None, None, "bath.3.x", "bath.3.x"),
     ],
@@ -46,7 +46,7 @@ def test_stripped_locations_change_nothing() -> None:
         run_pipeline(whole, step)
         run_pipeline(stripped, f"{step},strip-debuginfo")
         assert print_op(stripped) == print_op(whole, locations=False), step
-    calls = [c for c in whole.walk_type(Call)]
+    calls = list(whole.walk_type(Call))
     assert {(layer_of(c), path_of(c)) for c in calls} == {(0, "model.layers.0"), (1, "model.layers.1")}
 
 
