@@ -29,24 +29,9 @@ from tyir.targets.machine import Machine
 from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.types import TensorType, f16, f32, ui8
 
-__all__ = ["MACHINE", "PASSES", "EnginePrograms", "all_programs"]
+__all__ = ["MACHINE", "EnginePrograms", "all_programs"]
 
 MACHINE: Final = "hopper_sm"
-# Passes over its elements that a vector function makes, as `edge10.toml` has them in cycles.
-PASSES: Final = {
-    "add": 1,
-    "mul": 1,
-    "cast": 1,
-    "copy": 1,
-    "fill_value": 1,
-    "silu": 4,
-    "silu_mul": 5,
-    "rms_norm": 4,
-    "rope": 4,
-    "softmax": 8,
-    "rescale_add": 2,
-    "divide_rows": 2,
-}
 _BYTES: Final = 256 << 20  # of DRAM that unit programs read, several times the GPU's L2
 _SRAM: Final = 192 << 10
 _CAPACITY: Final = 2048

@@ -21,6 +21,7 @@ from dataclasses import KW_ONLY
 from typing import Final
 
 from tyir.attributes import ArrayAttr, SymbolRefAttr
+from tyir.edge10.vector_functions import ELEMENTWISE_FUNCTIONS, VECTOR_FUNCTIONS, Call
 from tyir.ir import Op, Region, Value
 from tyir.opdef import DeclaredOp, attr, operand, region, result, variadic_operand, variadic_result
 from tyir.traits import Collective, Pure, Symbol, Terminator
@@ -67,27 +68,6 @@ DYNAMIC: Final = -1
 DMA_UNITS: Final = ("ewdma", "eidma", "ebdma", "eodma")
 UNITS: Final = (*DMA_UNITS, "dequant", "cube", "drain", "vector", "d2d")
 BUFFER_KINDS: Final = ("weight", "kv", "activation", "input", "output")
-
-VECTOR_FUNCTIONS: Final = {
-    # function: (inputs, outputs, meaning); all compute in f32 and round once
-    "add": (2, 1, "a + b"),
-    "mul": (2, 1, "a * b"),
-    "scale": (1, 1, "a * constant"),
-    "silu": (1, 1, "a * sigmoid(a)"),
-    "silu_mul": (2, 1, "silu(a) * b"),
-    "cast": (1, 1, "a in the output's element type"),
-    "copy": (1, 1, "a"),
-    "fill": (0, 1, "constant"),
-    "rms_norm": (2, 1, "a / sqrt(mean(a^2) + constant) * w, w [cols]"),
-    "rope": (3, 1, "half-split rotary embedding; a [rows, cols], cos and sin [rows / group, cols / 2]"),
-    "rescale_add": (3, 1, "a * s[row] + b: the running sum of blockwise attention"),
-    "divide_rows": (2, 1, "a / s[row]: the end of blockwise attention"),
-    "quantize_rows": (1, 2, "a as i8 and one f16 scale per row, as kv.quantize_rows says"),
-}
-
-
-ELEMENTWISE_FUNCTIONS: Final = ("add", "mul", "scale", "silu", "silu_mul", "cast", "copy")
-
 
 # ---------------------------------------------------------------------------------------- storage and scalars
 
@@ -423,15 +403,19 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     output_strides: tuple[int, ...] | None = attr(default=None)
     done: Value = result()
 
+    @property
+    def call(self) -> Call:
+        """What its function is called with."""
+        return Call(self.rows, self.cols, self.group, self.constant)
+
     def infer(self) -> Type:
         return TOKEN
 
     def verify(self) -> Iterator[str]:
         yield from _check_operands(self)
-        inputs, outputs, _ = VECTOR_FUNCTIONS[self.function]
-        if self.input_strides is not None and (
-            self.function not in ELEMENTWISE_FUNCTIONS or len(self.input_strides) != inputs
-        ):
+        row = VECTOR_FUNCTIONS[self.function]
+        inputs, outputs = len(row.inputs), len(row.outputs)
+        if self.input_strides is not None and (not row.elementwise or len(self.input_strides) != inputs):
             yield f"input_strides are for {', '.join(ELEMENTWISE_FUNCTIONS)}, one for each input"
         if (
             (len(self.inputs), len(self.outputs)) != (inputs, outputs)

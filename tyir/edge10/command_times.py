@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tyir.dialects import edge10
+from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
 from tyir.ir import Op
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine
@@ -132,22 +133,8 @@ def vector_ns(function: str, elements: int, machine: Machine) -> float:
     if elements == 0:
         return 0.0
     vector = machine.vector
-    per_element = {
-        "add": vector.add_cycles,
-        "mul": vector.mul_cycles,
-        "scale": vector.mul_cycles,
-        "cast": vector.cast_cycles,
-        "copy": vector.copy_cycles,
-        "fill": vector.fill_value_cycles,
-        "silu": vector.silu_cycles,
-        "silu_mul": vector.silu_mul_cycles,
-        "rms_norm": vector.rms_norm_cycles,
-        "rope": vector.rope_cycles,
-        "softmax": vector.softmax_cycles,
-        "rescale_add": vector.rescale_add_cycles,
-        "divide_rows": vector.divide_rows_cycles,
-        "quantize_rows": vector.rms_norm_cycles,  # like it a pass that reduces the row and one that scales it
-    }[function]
+    function_row = VECTOR_FUNCTIONS.get(function)
+    per_element = vector.cycles[function_row.priced_as if function_row else function]
     return (
         vector.startup_cycles + math.ceil(elements / (vector.units * vector.lanes)) * per_element
     ) * machine.cycle_ns
@@ -193,7 +180,7 @@ def top_k_ns(rows: int, cols: int, k: int, machine: Machine) -> float:
     entering = math.ceil(min(cols, k * (1 + math.log(max(cols / k, 1)))))
     shifts = -(-rows // vector.units) * entering * -(-k // vector.lanes)
     compares = math.ceil(rows * cols / (vector.units * vector.lanes))
-    return (vector.startup_cycles + (compares + shifts) * vector.add_cycles) * machine.cycle_ns
+    return (vector.startup_cycles + (compares + shifts) * vector.cycles["add"]) * machine.cycle_ns
 
 
 class Work(NamedTuple):

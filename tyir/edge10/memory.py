@@ -4,17 +4,18 @@ commands write."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from tyir.attributes import Attribute
 from tyir.diagnostics import Diagnostic, did_you_mean
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
+from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
 from tyir.ir import Op
 from tyir.targets.machine import Machine
-from tyir.types import Type, bit_width, f16
+from tyir.types import Type, bit_width
 
 __all__ = ["KEPT", "buffer_problems", "program_problems", "shared_problems", "sram_bytes"]
 
@@ -122,7 +123,7 @@ def _sram_end(op: Op) -> int:
         row = max(op.sram_strides) if op.n == edge10.DYNAMIC else op.n * _bytes(op.element)
         return op.sram + (op.m[0] - 1) * op.sram_strides[0] + (op.m[1] - 1) * op.sram_strides[1] + row
     if isinstance(op, edge10.VectorOp):
-        return max(_vector_end(op, offset, element) for offset, element in zip(op.outputs, op.output_types))
+        return _vector_end(op)
     if isinstance(op, edge10.SoftmaxBlock):
         return max(
             op.probabilities + op.rows * op.probability_stride,
@@ -145,15 +146,17 @@ def _sram_end(op: Op) -> int:
     return 0
 
 
-def _vector_end(op: edge10.VectorOp, offset: int, element: Attribute) -> int:
-    assert isinstance(element, Type)
-    row = op.cols * _bytes(element)
-    if op.function == "quantize_rows" and element is f16:  # one scale a row
-        return offset + op.rows * 2
-    if op.output_strides is None:
-        return offset + op.rows * row
-    outer, inner = op.output_strides
-    return offset + (op.rows // op.group - 1) * outer + (op.group - 1) * inner + row
+def _vector_end(op: edge10.VectorOp) -> int:
+    ends = []
+    for offset, element, shape in zip(op.outputs, op.output_types, VECTOR_FUNCTIONS[op.function].outputs):
+        assert isinstance(element, Type)
+        nbytes = math.prod(shape(op.call)) * _bytes(element)
+        if op.output_strides is not None:
+            outer, inner = op.output_strides
+            last_row = (op.rows // op.group - 1) * outer + (op.group - 1) * inner
+            nbytes = last_row + op.cols * _bytes(element)
+        ends.append(offset + nbytes)
+    return max(ends)
 
 
 def _bytes(element: Type) -> int:
