@@ -121,14 +121,6 @@ class DieMemory:
         self.sram = Memory("SRAM", sram_bytes)
         self.acc = Memory("the accumulators", accumulator_bytes)
 
-    def dram_images(self) -> dict[str, Bytes]:
-        """The bytes of every buffer that holds data, by name: what another die can be started with."""
-        return {
-            b.sym_name: d
-            for b, d, w in zip(self.dram.buffers, self.dram.data, self.dram.written)
-            if w is None
-        }
-
 
 class RaceDetector:
     """Vector clocks over the units of one die: a command has seen, for each unit, how many of its commands
