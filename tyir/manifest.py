@@ -82,8 +82,8 @@ class BuildOptions:
     pp: int = 1
     mesh: tuple[int, ...] = ()
 
-    @classmethod
-    def of(cls, module: Op) -> Self:
+    @staticmethod
+    def of(module: Op) -> BuildOptions:
         """What a finished module was built with, as its passes have recorded it.
 
         `TyirError` names what it does not say.
@@ -95,7 +95,7 @@ class BuildOptions:
                 f"the module does not say with which {', '.join(missing)} it was built ({BUILD})",
                 help="make it again from the imported model: passes record what they do",
             )
-        return cls(**{name: value for name, value in done.items() if name in SETTLED_BY})
+        return _options({name: value for name, value in done.items() if name in SETTLED_BY})
 
 
 # What a module may be built with, and the pass that settles it.
