@@ -126,7 +126,7 @@ MLP = """"builtin.module"() <{sym_name = "die0"}> ({
 
 @pytest.mark.parametrize("inner", [1024, 2048, 4096])
 def test_an_mlp_of_more_rows_than_are_summed_by_blocks_has_its_own_scratch(inner: int) -> None:
-    """Five sequences of 32 tokens: so many rows that the last product alone would ask for scratch of its own."""
+    """Five sequences of 32 tokens: so many rows that the last product alone asks for scratch of its own."""
     machine = MACHINE.with_overrides({"sram.capacity_bytes": 3 << 19})
     module = parse_module(MLP.replace("INNER", str(inner)))
     main, plan = module.lookup("main_s32"), sram_plan(machine)

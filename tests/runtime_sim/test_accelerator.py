@@ -62,7 +62,7 @@ def test_like_is_checked(tmp_path: Path) -> None:
         load_text('like = "h300"\n', tmp_path)
     with pytest.raises(TyirError, match="'h100' is itself like 'h200'"):
         load_text('like = "h100"\n', tmp_path)
-    with pytest.raises(TyirError, match="unknown constant 'sm.cont'"):
+    with pytest.raises(TyirError, match=r"unknown constant 'sm\.cont'"):
         load_text(
             'like = "h200"\n[sm]\ncont = { value = 66, label = "published", source = "half" }\n', tmp_path
         )

@@ -70,8 +70,8 @@ def angles(call: Call) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class VectorFunction:
-    """`compute(call, *inputs)` gives the outputs, on f32 inputs and rounded once when they are stored; `exact`
-    ones take their inputs as they are stored.
+    """`compute(call, *inputs)` gives the outputs, on f32 inputs and rounded once when they are stored;
+    `exact` ones take their inputs as they are stored.
 
     `elementwise` functions take strides for their inputs.  `passes` is how often the elements are gone over;
     `price` is the function whose cycles it takes ("": its own), `<price>_cycles` of a machine file.
@@ -176,8 +176,8 @@ _ROWS: Final = (
 
 VECTOR_FUNCTIONS: Final = {row.name: row for row in _ROWS}
 ELEMENTWISE_FUNCTIONS: Final = tuple(row.name for row in _ROWS if row.elementwise)
-# What a machine file has cycles for, and the passes over its elements of each; the softmax is a command of its
-# own (`edge10.softmax_block`) on the same units.
+# What a machine file has cycles for, and the passes over its elements of each; the softmax is a command of
+# its own (`edge10.softmax_block`) on the same units.
 VECTOR_PASSES: Final = {**{row.priced_as: row.passes for row in _ROWS}, "softmax": 8}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from tyir.backends.edge10.lowering.fused.fusion import Room
 from tyir.backends.edge10.lowering.fused.gated import gated_products
 from tyir.backends.edge10.lowering.fused.summed import Summed
-from tyir.dialects.ty import RmsNorm
+from tyir.dialects.ty import Linear, QuantizedLinear, RmsNorm
 from tyir.ir import Value
 
 __all__ = ["waiting_sums"]
@@ -36,5 +36,6 @@ def waiting_sums(room: Room) -> dict[Value, Value]:
 
 def _is_mlp_of(x: Value, summed: Summed) -> bool:
     """Whether a sum's product ends a gated MLP that is all that reads `x`."""
-    gated = None if summed.product is None else gated_products(summed.product.x.op)
+    product = summed.product
+    gated = gated_products(product.x.op) if isinstance(product, (Linear, QuantizedLinear)) else None
     return gated is not None and gated.gate.x is x and len(x.uses) == 2
