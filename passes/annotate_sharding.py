@@ -30,25 +30,23 @@ from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import (
     Embedding,
     Linear,
-    Mul,
     QuantizedLinear,
     Reshape,
     RmsNorm,
     Rope,
-    Silu,
-    SiluMul,
     TopK,
     tensor_type,
 )
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
 from tyir.location import layer_of, module_path
-from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
+from tyir.passes._placement import LINEAR, through_reshape
 from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute, vocabulary_ranges
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine, load_machine
+from tyir.traits import Elementwise
 from tyir.types import f16
 
 __all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_mesh", "check_stages"]
@@ -392,7 +390,7 @@ def _demand(value: Value, split: Split, block: _Block) -> None:
     elif isinstance(op, Reshape):
         if (back := through_reshape(split, tensor_type(op.out).dims, tensor_type(op.x).dims)) is not None:
             _demand(op.x, back, block)
-    elif isinstance(op, ELEMENTWISE):
+    elif op is not None and op.has_trait(Elementwise):
         for operand in op.operands:
             _demand(operand, split, block)
 
@@ -414,7 +412,7 @@ def _gated_sources(value: Value, constants: ConstantExpressions) -> list[Op]:
     op = value.op
     if isinstance(op, LINEAR):
         return [op]
-    if not isinstance(op, (Mul, Silu, SiluMul)):
+    if op is None or not op.has_trait(Elementwise):
         return []
     sources: list[Op] = []
     for operand in op.operands:

@@ -27,6 +27,7 @@ from tyir.attributes import (
     StringAttr,
 )
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.check import check_memory
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
@@ -96,7 +97,7 @@ def compile_module(
         run_pipeline(module, remaining_pipeline(stage, options, str(context.machine)), context.passes)
     options = _settled(module, options)
     dies = [m for m in module.body if isinstance(m, Module)]
-    check_memory(dies, replace(asked, seqlens=options.seqlens), source, stage, load_machine(context.machine))
+    check_memory(dies, replace(asked, seqlens=options.seqlens), source, stage, context.machine)
     target = out / f"{options.dies}die"
     with _replacing(target) as folder:
         with context.watch.stage("weights"):
@@ -278,6 +279,7 @@ def _write_programs(
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
     machine = load_machine(context.machine)
+    search = Search()
     programs: list[DieProgram] = []
     memory: Memory = {}
     built: dict[tuple[str, ...], Path] = {}
@@ -285,7 +287,7 @@ def _write_programs(
         place = _program_folder(options, seqlen)
         for index, die in enumerate(dies):
             with context.watch.stage(f"edge10 s{seqlen} die{index}"):
-                lowered = lower_die(die, seqlen, machine)
+                lowered = lower_die(die, seqlen, machine, search=search)
                 memory[index, seqlen] = memory_summary(lowered)
                 _write_command_program(lowered, folder / _command_program(place, index, context))
             with context.watch.stage(f"host code s{seqlen} die{index}"):

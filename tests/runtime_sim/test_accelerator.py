@@ -62,7 +62,7 @@ def test_like_is_checked(tmp_path: Path) -> None:
         load_text('like = "h300"\n', tmp_path)
     with pytest.raises(TyirError, match="'h100' is itself like 'h200'"):
         load_text('like = "h100"\n', tmp_path)
-    with pytest.raises(TyirError, match="unknown constant 'sm.cont'"):
+    with pytest.raises(TyirError, match=r"unknown constant 'sm\.cont'"):
         load_text(
             'like = "h200"\n[sm]\ncont = { value = 66, label = "published", source = "half" }\n', tmp_path
         )
@@ -122,7 +122,7 @@ def test_unknown_override() -> None:
     [
         (
             'value = 3, label = "published", source = " "',
-            "the source is empty: say where the number comes from",
+            "the source is empty: say where",
         ),
         ('value = 2.5, label = "published", source = "x"', "this constant is a whole number"),
         ('value = 3, low = 4, high = 5, label = "assumed", source = "x"', "lies outside its bounds 4..5"),

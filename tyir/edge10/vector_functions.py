@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from tyir.dialects.kv import quantize_rows
 from tyir.dialects.ty.elementwise import silu
+from tyir.ir import Op
 
 __all__ = [
     "ELEMENTWISE_FUNCTIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "Call",
     "VectorFunction",
     "angles",
+    "function_of",
     "passes_of",
     "per_column",
     "per_row",
@@ -70,8 +72,8 @@ def angles(call: Call) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class VectorFunction:
-    """`compute(call, *inputs)` gives the outputs, on f32 inputs and rounded once when they are stored; `exact`
-    ones take their inputs as they are stored.
+    """`compute(call, *inputs)` gives the outputs, on f32 inputs, rounded once when they are stored;
+    `exact` ones take their inputs as they are stored.
 
     `elementwise` functions take strides for their inputs.  `passes` is how often the elements are gone over;
     `price` is the function whose cycles it takes ("": its own), `<price>_cycles` of a machine file.
@@ -176,9 +178,15 @@ _ROWS: Final = (
 
 VECTOR_FUNCTIONS: Final = {row.name: row for row in _ROWS}
 ELEMENTWISE_FUNCTIONS: Final = tuple(row.name for row in _ROWS if row.elementwise)
-# What a machine file has cycles for, and the passes over its elements of each; the softmax is a command of its
-# own (`edge10.softmax_block`) on the same units.
+# What a machine file has cycles for, and the passes over its elements of each; the softmax is a command of
+# its own (`edge10.softmax_block`) on the same units.
 VECTOR_PASSES: Final = {**{row.priced_as: row.passes for row in _ROWS}, "softmax": 8}
+
+
+def function_of(op: Op) -> VectorFunction | None:
+    """The function that computes an op of `ty`: the one of its name."""
+    dialect, _, name = op.name.partition(".")
+    return VECTOR_FUNCTIONS.get(name) if dialect == "ty" else None
 
 
 def passes_of(function: str) -> int:

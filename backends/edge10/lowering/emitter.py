@@ -12,7 +12,6 @@ from tyir.backends.edge10.lowering.dependences import Access, Tracker
 from tyir.dialects import edge10
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import UNKNOWN, Location
-from tyir.opdef import DeclaredOp
 from tyir.types import i64
 
 __all__ = ["Emitter"]
@@ -105,7 +104,7 @@ class Emitter:
     # -------------------------------------------------------------------------------------------------
     def emit(
         self,
-        command: type[DeclaredOp],
+        command: type[edge10.Command],
         *operands: Value,
         reads: Sequence[Access] = (),
         writes: Sequence[Access] = (),
@@ -113,7 +112,7 @@ class Emitter:
     ) -> Value:
         """Append a command after everything it depends on; returns its token."""
         attributes = DictAttr({"tyir.source": StringAttr(self.source)}) if self.source else DictAttr()
-        unit = edge10.unit_of_class(command, properties.get("queue"))
+        unit = command.unit_with(properties)
         accesses = [*reads, *writes]
         tokens = self.tracker.waits(accesses, unit)
         token = self.block.append(

@@ -5,8 +5,10 @@ remedies, each tried on the module itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.allocate import align
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
 from tyir.backends.edge10.memory.summary import memory_summary
@@ -18,7 +20,7 @@ from tyir.ir import Value
 from tyir.manifest import BuildOptions
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import run_pipeline
-from tyir.targets.machine import Machine
+from tyir.targets.machine import load_machine
 
 __all__ = ["check_memory", "step_bytes"]
 
@@ -26,11 +28,12 @@ _PAGE = 4096
 
 
 def check_memory(
-    dies: Sequence[Module], options: BuildOptions, source: Module, stage: str, machine: Machine
+    dies: Sequence[Module], options: BuildOptions, source: Module, stage: str, machine_name: str | Path
 ) -> None:
     """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has; `source` is the
-    module it was made of, at `stage`.
+    module it was made of, at `stage`; `machine_name` is the machine's or that of its file.
     """
+    machine = load_machine(machine_name)
     capacity = int(machine.dram.capacity_bytes)
     worst = max(dies, key=lambda die: _die_bytes(die, options))
     parts = max((step_bytes(worst, s) for s in options.seqlens), key=lambda p: sum(p.values()))
@@ -43,7 +46,7 @@ def check_memory(
         stage = "ty"
 
     def need(changed: BuildOptions) -> int | None:
-        return _need(source.clone(), stage, changed, machine, capacity)
+        return _need(source.clone(), stage, changed, machine_name)
 
     detail = ", ".join(f"{what} {gib(size)}" for what, size in parts.items() if size >= 2**20)
     raise TyirError(
@@ -88,17 +91,19 @@ def _die_bytes(die: Module, options: BuildOptions) -> int:
     return max(sum(step_bytes(die, s).values()) for s in options.seqlens)
 
 
-def _need(module: Module, stage: str, options: BuildOptions, machine: Machine, capacity: int) -> int | None:
+def _need(module: Module, stage: str, options: BuildOptions, machine_name: str | Path) -> int | None:
     """Bytes of the largest die with other options; when it seems to fit, the figure is that of its real
     program.
     """
+    machine, search = load_machine(machine_name), Search()
     try:
-        run_pipeline(module, remaining_pipeline(stage, options))
+        run_pipeline(module, remaining_pipeline(stage, options, str(machine_name)))
         dies = [m for m in module.body if isinstance(m, Module)]
         worst = max(dies, key=lambda die: _die_bytes(die, options))
         needed = _die_bytes(worst, options)
-        if needed > capacity:
+        if needed > machine.dram.capacity_bytes:
             return needed
-        return max(memory_summary(lower_die(worst, s, machine))["dram"] for s in options.seqlens)
+        lowered = (lower_die(worst, s, machine, search=search) for s in options.seqlens)
+        return max(memory_summary(program)["dram"] for program in lowered)
     except TyirError:  # options that this module cannot be compiled with are no remedy
         return None
