@@ -41,11 +41,10 @@ def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:
         array = sram(offset, shape(call), _dtype(t), strides)
         inputs.append(array if row.exact else array.astype(np.float32))
     made = row.compute(call, *inputs)
+    values = made if isinstance(made, tuple) else (made,)
     rows, cols, group = op.rows, op.cols, op.group
     with np.errstate(over="ignore"):
-        for offset, t, value in zip(
-            op.outputs, op.output_types, made if isinstance(made, tuple) else (made,)
-        ):
+        for offset, t, value in zip(op.outputs, op.output_types, values):
             dtype, row_strides = _dtype(t), op.output_strides
             if row_strides is None:
                 sram(offset, value.shape, dtype, write=True)[...] = value

@@ -21,7 +21,7 @@ from tyir.backends.edge10.memory.allocate import sram_plan
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.interpreter import Interpreter
+from tyir.interpreter import Interpreter, run_lockstep
 from tyir.parser import parse_module
 from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
@@ -140,7 +140,7 @@ def test_an_mlp_of_more_rows_than_are_summed_by_blocks_has_its_own_scratch(inner
         name: (rng.standard_normal(shape) * 0.03).astype(np.float16)
         for name, shape in (("wg", (inner, 256)), ("wu", (inner, 256)), ("wd", (256, inner)))
     }
-    (wanted,) = Interpreter(module, constants=weights).run("main_s32", [x])
+    ((wanted,),) = run_lockstep([Interpreter(module, constants=weights).run("main_s32", [x])])
     program = EdgeProgram(lower_die(module, 32, machine))
     got = run_step([FunctionalDie(program, weights, machine)], {"x": x}, 0)["logits"]
     np.testing.assert_allclose(got, wanted, atol=4e-3 * np.abs(wanted).max(), rtol=0)

@@ -122,7 +122,7 @@ def test_unknown_override() -> None:
     [
         (
             'value = 3, label = "published", source = " "',
-            "the source is empty: say where the number comes from",
+            "the source is empty: say where",
         ),
         ('value = 2.5, label = "published", source = "x"', "this constant is a whole number"),
         ('value = 3, low = 4, high = 5, label = "assumed", source = "x"', "lies outside its bounds 4..5"),

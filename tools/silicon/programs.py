@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 
 from tyir.attributes import ArrayAttr, SymbolRefAttr
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
@@ -379,7 +380,8 @@ def _model(
     def make(machine: Machine) -> list[EdgeProgram]:
         module = _module(shape, int4, tokens, dies, kv)
         parts = [op for op in module.body if isinstance(op, Module)] or [module]
-        return [EdgeProgram(lower_die(die, tokens, machine)) for die in parts]
+        search = Search()
+        return [EdgeProgram(lower_die(die, tokens, machine, search=search)) for die in parts]
 
     settings = _settings({"sram__capacity_bytes": _SRAM, **changes})
     note = f", {text}" if (text := _changes_text(changes)) else ""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from tyir.dialects.kv import quantize_rows
 from tyir.dialects.ty.elementwise import silu
+from tyir.ir import Op
 
 __all__ = [
     "ELEMENTWISE_FUNCTIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "Call",
     "VectorFunction",
     "angles",
+    "function_of",
     "passes_of",
     "per_column",
     "per_row",
@@ -70,7 +72,7 @@ def angles(call: Call) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class VectorFunction:
-    """`compute(call, *inputs)` gives the outputs, on f32 inputs and rounded once when they are stored;
+    """`compute(call, *inputs)` gives the outputs, on f32 inputs, rounded once when they are stored;
     `exact` ones take their inputs as they are stored.
 
     `elementwise` functions take strides for their inputs.  `passes` is how often the elements are gone over;
@@ -179,6 +181,12 @@ ELEMENTWISE_FUNCTIONS: Final = tuple(row.name for row in _ROWS if row.elementwis
 # What a machine file has cycles for, and the passes over its elements of each; the softmax is a command of
 # its own (`edge10.softmax_block`) on the same units.
 VECTOR_PASSES: Final = {**{row.priced_as: row.passes for row in _ROWS}, "softmax": 8}
+
+
+def function_of(op: Op) -> VectorFunction | None:
+    """The function that computes an op of `ty`: the one of its name."""
+    dialect, _, name = op.name.partition(".")
+    return VECTOR_FUNCTIONS.get(name) if dialect == "ty" else None
 
 
 def passes_of(function: str) -> int:

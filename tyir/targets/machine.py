@@ -52,8 +52,8 @@ class Cube:
 
 @dataclass(frozen=True)
 class Vector:
-    """`units` vector units of `lanes` elements; `cycles` an element and lane by function,
-    `<function>_cycles` of the file (`tyir.edge10.vector_functions`).
+    """`units` vector units of `lanes` elements; `cycles` an element and lane by function, `<function>_cycles`
+    of the file (`tyir.edge10.vector_functions`).
     """
 
     units: int

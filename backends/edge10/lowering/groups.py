@@ -31,20 +31,14 @@ from tyir.backends.edge10.memory.allocate import SramPlan
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.dialects import dist, kv, ty
 from tyir.dialects.func import Call, Func, Return
+from tyir.edge10.vector_functions import function_of
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 
 __all__ = ["Groups", "find_groups", "is_known"]
 
+# What computes no vector function of its own name; the others are `lower_rowwise`'s.
 _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
-    ty.Add: lower_rowwise,
-    ty.Mul: lower_rowwise,
-    ty.Scale: lower_rowwise,
-    ty.Silu: lower_rowwise,
-    ty.SiluMul: lower_rowwise,
-    ty.Cast: lower_rowwise,
-    ty.RmsNorm: lower_rowwise,
-    ty.Rope: lower_rowwise,
     ty.Embedding: lower_embedding,
     kv.Append: lower_append,
     kv.Rows: lower_rows,
@@ -74,7 +68,12 @@ _WITHOUT_COMMANDS: Final = (ty.GetGlobal, ty.Reshape, Return)
 
 def is_known(op: Op) -> bool:
     """Whether an op has a lowering, or needs none."""
-    return type(op) in _LOWERINGS or type(op) in _WITH_SCRATCH or isinstance(op, (*_WITHOUT_COMMANDS, Call))
+    return (
+        type(op) in _LOWERINGS
+        or type(op) in _WITH_SCRATCH
+        or function_of(op) is not None
+        or isinstance(op, (*_WITHOUT_COMMANDS, Call))
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Groups:
             area = Area(scratch[op][0], self.alone[op].sram_bytes) if op in scratch else None
             _WITH_SCRATCH[type(op)][1](op, lowering, area)
         else:
-            _LOWERINGS[type(op)](op, lowering)
+            _LOWERINGS.get(type(op), lower_rowwise)(op, lowering)
 
 
 def find_groups(

@@ -10,10 +10,10 @@ Small ones (decode) stay three ops: their tensors fit, and one vector command is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
+from tyir import traits
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Buffers, Lowering, sram_range
 from tyir.backends.edge10.lowering.fused.fusion import Room, ScratchPlace
@@ -21,19 +21,18 @@ from tyir.backends.edge10.lowering.ops.linear import InputTiles, Product
 from tyir.backends.edge10.lowering.tiling import spans
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.dialects import edge10
-from tyir.dialects.ty import Linear, QuantizedLinear, SiluMul, tensor_type
+from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
+from tyir.edge10.vector_functions import function_of
 from tyir.ir import Op, Value
 from tyir.types import f16
 
 __all__ = ["Gated", "GatedProducts", "gated_function", "gated_products"]
 
-# Ops of (gate, up) and the vector function that computes one: what can end the first half of a gated MLP.
-_FUNCTIONS: Final[Mapping[type[Op], str]] = {SiluMul: "silu_mul"}
-
 
 def gated_function(op: Op | None) -> str | None:
     """The vector function that joins gate and up as `op` does; None when `op` is no gated activation."""
-    return None if op is None else _FUNCTIONS.get(type(op))
+    function = function_of(op) if op is not None and op.has_trait(traits.Gated) else None
+    return None if function is None else function.name
 
 
 @dataclass(frozen=True)

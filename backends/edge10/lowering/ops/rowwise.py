@@ -14,7 +14,7 @@ from tyir.backends.edge10.memory.allocate import align
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import RmsNorm, Scale, tensor_type
-from tyir.edge10.vector_functions import VECTOR_FUNCTIONS, Call, angles, per_column
+from tyir.edge10.vector_functions import Call, angles, function_of, per_column
 from tyir.ir import Op, Value
 
 __all__ = ["lower_rowwise"]
@@ -33,7 +33,8 @@ class _Operand:
 
 def lower_rowwise(op: Op, lowering: Lowering) -> None:
     """An op of `ty` with a vector function of its name."""
-    out, function = op.results[0], VECTOR_FUNCTIONS[op.name.partition(".")[2]]
+    out, function = op.results[0], function_of(op)
+    assert function is not None
     *outer, cols = tensor_type(out).static_shape
     rows = math.prod(outer)
     group = outer[-1] if angles in function.inputs else 1  # heads: they share the angles of their token
