@@ -92,12 +92,15 @@ def main(argv: Sequence[str]) -> int:
         from tyir.tools.tyir_compile import print_plan
 
         build = {
-            key: getattr(options, key) for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
+            key: value
+            for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
+            if (value := getattr(options, key)) is not None
         }
         return print_plan(options.folder, BuildOptions(**build))
     if options.output != "-":
         _check_output(Path(options.output))
     from tyir.frontends.huggingface import import_model
+    from tyir.manifest import BuildOptions
     from tyir.printer import print_op
 
     plugin = None
@@ -111,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
         note=lambda d: warn(d.message),
         check_weights=options.check_weights,
         plugin=plugin,
-        positions=options.max_kv,
+        positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
     )
     if options.explain:
         from tyir.tools.explain import explain
