@@ -189,7 +189,7 @@ def test_the_machine_that_was_cut_for_is_kept(aten: str) -> None:
         CompileContext(machine="edge10").for_module(again)
 
 
-# ------------------------------------------------------------------------------------------------ whole folders
+# --------------------------------------------------------------------------------------------- whole folders
 
 
 @pytest.fixture(scope="module")
