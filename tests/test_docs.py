@@ -140,9 +140,6 @@ def test_console_commands_are_found() -> None:
     assert unknown_parts("tyir-nothing a.ir && ./tools/nothing") == ["tyir-nothing", "./tools/nothing"]
 
 
-# Files of changes that are under way beside this page; an entry goes when its file is there.
-
-
 @pytest.mark.parametrize("page", ["finding-your-way.md", "backends.md", "style.md"])
 def test_files_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
