@@ -159,4 +159,4 @@ def _argument_name(value: Value) -> str | None:
     op = value.op
     if isinstance(op, GetGlobal):
         return within_layer(op.symbol.leaf)
-    return re.sub(r"\d+$", "", value.name) if value.name else None
+    return re.sub(r"_?\d+$", "", value.name) if value.name else None

@@ -9,7 +9,8 @@
     %y = ty.linear(%x, %s)
 
 Equal expressions become one parameter, so all sequence lengths share the weights.  Runs after
-specialize-seqlen; what remains in the functions depends on the step's inputs alone.
+specialize-seqlen; what remains in the functions depends on the step's inputs alone.  A module that has been
+through it stays as it is.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ def outline(module: Module) -> int:
     """Outline the weight expressions of one module's functions; returns how many parameters there are."""
     constants = ConstantExpressions()
     params: dict[tuple[Any, ...], Param] = {}
-    names: set[str] = set()
+    names = {str(op.sym_name) for op in module.body if isinstance(op, Param)}  # of a pass before
+    outlined = frozenset(names)
     first = module.body.first_op
     for function in [o for o in module.body if isinstance(o, Func)]:
         for user, index, value in list(_roots(function, constants)):
+            if isinstance(value.op, GetGlobal) and value.op.symbol.leaf in outlined:
+                continue
             key = constants.key(value)
             param = params.get(key)
             if param is None:
@@ -63,7 +67,7 @@ def outline(module: Module) -> int:
         for op in reversed(function.body):
             if op.is_unused and op.results and constants.is_constant(op.results[0]):
                 op.erase()
-    return len(params)
+    return len(names)
 
 
 def _roots(function: Func, constants: ConstantExpressions) -> Iterator[tuple[Op, int, Value]]:

@@ -95,7 +95,8 @@ class BuildOptions:
                 f"the module does not say with which {', '.join(missing)} it was built ({BUILD})",
                 help="make it again from the imported model: passes record what they do",
             )
-        return cls(**{name: value for name, value in done.items() if name in SETTLED_BY})
+        values: dict[str, Any] = {name: value for name, value in done.items() if name in SETTLED_BY}
+        return cls(**values)
 
 
 # What a module may be built with, and the pass that settles it.

@@ -146,13 +146,16 @@ def compile_module(
 def to_program(module: Module, asked: BuildOptions, context: CompileContext) -> BuildOptions:
     """Run the passes that a module has not been through; returns what it is now built with.
 
-    Its locations then follow from the ops' attributes alone, so that artifacts are the same bytes with and
-    without debug information.
+    Its locations then follow from the ops' attributes alone and results have no names, which get numbers when
+    they are written: artifacts are the same bytes with and without debug information, and whether the module
+    has been a file on the way or not.
     """
     pipeline = remaining_pipeline(_stage(module), asked, str(context.chosen_machine), recorded(module))
     run_pipeline(module, pipeline, context.passes)
     for op in module.walk():
         op.loc = location_by_path(op)
+        for value in op.results:
+            value.name = None
     return BuildOptions.of(module)
 
 

@@ -158,16 +158,16 @@ def test_an_interrupted_replacement_leaves_the_old_artifacts(
 
 def test_a_file_error_names_its_file(tmp_path: Path) -> None:
     """The checkpoint's file when that is missing, the artifact when it cannot be written."""
-    source = tmp_path / "model" / "config.json"
+    source, target = tmp_path / "model" / "config.json", tmp_path / "out" / "1die"
     with (
         pytest.raises(TyirError, match=r"model/config\.json: No such file") as caught,
-        _replacing(tmp_path / "out" / "1die") as folder,
+        _replacing(target) as folder,
     ):
         shutil.copyfile(source, folder / "config.json")
     assert "cannot write" not in str(caught.value)
     with (
         pytest.raises(TyirError, match=r"cannot write .*1die/no/a\.ir: No such file"),
-        _replacing(tmp_path / "out" / "1die") as folder,
+        _replacing(target) as folder,
     ):
         (folder / "no" / "a.ir").write_text("")
     assert not list((tmp_path / "out").iterdir())

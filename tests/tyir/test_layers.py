@@ -18,7 +18,7 @@ from tyir.printer import print_op
         ("model.layers.3.mlp.up_proj", 3, "model.layers.3", "mlp.up_proj", "model.layers.*.mlp.up_proj"),
         ("transformer.h.11", 11, "transformer.h.11", "", "transformer.h.*"),
         ("blocks.0.norm", 0, "blocks.0", "norm", "blocks.*.norm"),
-        ("model.layers.1.x.layers.2.up", 1, "model.layers.1", "x.layers.2.up", "model.layers.*.x.layers.2.up"),
+        ("blocks.1.x.h.2.up", 1, "blocks.1", "x.h.2.up", "blocks.*.x.h.2.up"),
         ("model.norm", None, None, "model.norm", "model.norm"),
         ("bath.3.x", None, None, "bath.3.x", "bath.3.x"),
     ],

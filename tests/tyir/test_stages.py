@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +27,7 @@ def module_at(stage: str) -> Module:
 
 def test_what_leads_on_from_a_stage_leads_to_the_next_one() -> None:
     order = list(STAGES)
-    for here, there in itertools.pairwise(order):
+    for here, there in pairwise(order):
         passes = [p for p in build_pipeline(STAGES[here].next).items if isinstance(p, Pass)]
         assert here in passes[0].stage
         reached = [p.to_stage for p in passes if p.to_stage is not None]

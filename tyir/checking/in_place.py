@@ -33,7 +33,9 @@ def overwritten_operands(op: Op, tables: SymbolTables) -> Iterator[Value]:
         callee = op.properties.get("callee")
         table = tables.nearest(op) if isinstance(callee, SymbolRefAttr) else None
         target = None if table is None else tables.resolve(callee, table, outward=False)
-        for index in range(len(op.results)) if isinstance(target, Func) else ():
+        if not isinstance(target, Func):
+            return
+        for index in range(len(op.results)):
             alias = alias_of_result(target, index)
             if alias is not None and 0 <= alias < len(op.operands):
                 yield op.operands[alias]
