@@ -10,6 +10,8 @@ __all__ = [
     "Commutative",
     "ComputedTensor",
     "ConstantLike",
+    "Elementwise",
+    "Gated",
     "InPlace",
     "IsolatedFromAbove",
     "NoTerminator",
@@ -53,6 +55,16 @@ class ComputedTensor(Trait):
 
 class Commutative(Trait):
     """Operands may be exchanged."""
+
+
+class Elementwise(Trait):
+    """Each element of the result is computed of the elements at its place in the operands, which all have its
+    shape: the result may be cut as they are, and may take an operand's place when it has its type.
+    """
+
+
+class Gated(Trait):
+    """Two operands, gate and up, and f(gate) * up element by element: the activation of a gated MLP."""
 
 
 class Terminator(Trait):

@@ -105,7 +105,7 @@ def test_tokens_of_the_lowering_matter(make_model: Callable[..., Any]) -> None:
         changed = list(lines)
         changed[number] = _without_last_operand(lines[number])
         die = FunctionalDie(
-            EdgeProgram.parse("\n".join(changed)), model.functional()[0].memory.dram_images(), model.machine
+            EdgeProgram.parse("\n".join(changed)), filled(model.functional()[0]), model.machine
         )
         try:
             run_step([die], {"ids": np.zeros((1, 8), np.int32)}, 0)
@@ -115,6 +115,12 @@ def test_tokens_of_the_lowering_matter(make_model: Callable[..., Any]) -> None:
     assert noticed >= len(chosen) // 2
 
 
+def filled(die: FunctionalDie) -> dict[str, Any]:
+    """The bytes of every buffer that holds data, by name: what another die can be started with."""
+    dram = die.memory.dram
+    return {b.sym_name: s.data for b, s in zip(dram.buffers, dram.stored) if s.written is None}
+
+
 def _without_last_operand(line: str) -> str:
     line = re.sub(
         r"\(([^()]*)\) <\{", lambda m: f"({', '.join(m.group(1).split(', ')[:-1])}) <{{", line, count=1
@@ -122,3 +128,18 @@ def _without_last_operand(line: str) -> str:
     return re.sub(
         r" : \(([^()]*)\) -> ", lambda m: f" : ({', '.join(m.group(1).split(', ')[:-1])}) -> ", line, count=1
     )
+
+
+def test_what_the_host_writes_is_written_for_all_programs_of_a_die() -> None:
+    """Two lengths share a cache: one that is filled through either is there for both."""
+
+    def die(length: int) -> FunctionalDie:
+        text = (HEAD + load() + store() + TAIL).replace("main_s1", f"main_s{length}")
+        return FunctionalDie(EdgeProgram.parse(text.replace('"input"', '"kv"')), {}, load_machine())
+
+    one, eight = die(1), die(8)
+    eight.share_memory(one)
+    for target, reader in ((one, eight), (eight, one)):
+        wanted = np.random.default_rng(len(reader.program.entry)).integers(0, 256, 256).astype(np.uint8)
+        target.memory.dram.write_buffer("x", wanted)
+        np.testing.assert_array_equal(run_step([reader], {}, 0)["y"], wanted)

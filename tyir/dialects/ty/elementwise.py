@@ -13,13 +13,13 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.ty.tensors import Array, as_type, axis_in, bf16_to_f32, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result
-from tyir.traits import Commutative, Pure
+from tyir.traits import Commutative, Elementwise, Gated, Pure
 from tyir.types import FloatType, Type
 
 __all__ = ["Add", "Cast", "Mul", "Reshape", "Scale", "Silu", "SiluMul", "Slice", "Transpose", "silu"]
 
 
-class Cast(DeclaredOp, name="ty.cast", traits=(Pure,)):
+class Cast(DeclaredOp, name="ty.cast", traits=(Pure, Elementwise)):
     """Converts elements (bf16 and f32 checkpoints to f16, ids to i32), rounding to nearest even."""
 
     x: Value = operand()
@@ -140,7 +140,7 @@ class Transpose(DeclaredOp, name="ty.transpose", traits=(Pure,)):
         return np.transpose(x, self.perm)
 
 
-class Add(DeclaredOp, name="ty.add", traits=(Pure, Commutative)):
+class Add(DeclaredOp, name="ty.add", traits=(Pure, Commutative, Elementwise)):
     """lhs + rhs of equal shapes, computed in f32, rounded once."""
 
     lhs: Value = operand()
@@ -158,7 +158,7 @@ class Add(DeclaredOp, name="ty.add", traits=(Pure, Commutative)):
         return as_type(lhs.astype(np.float32) + rhs.astype(np.float32), tensor_type(self.out).element)
 
 
-class Mul(DeclaredOp, name="ty.mul", traits=(Pure, Commutative)):
+class Mul(DeclaredOp, name="ty.mul", traits=(Pure, Commutative, Elementwise)):
     """lhs * rhs of equal shapes, computed in f32, rounded once."""
 
     lhs: Value = operand()
@@ -181,7 +181,7 @@ def silu(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(x, np.float32(-80)))), np.float32)
 
 
-class Scale(DeclaredOp, name="ty.scale", traits=(Pure,)):
+class Scale(DeclaredOp, name="ty.scale", traits=(Pure, Elementwise)):
     """x * factor, computed in f32, rounded once: residual, embedding and logit multipliers."""
 
     x: Value = operand()
@@ -196,7 +196,7 @@ class Scale(DeclaredOp, name="ty.scale", traits=(Pure,)):
         return as_type(x.astype(np.float32) * np.float32(self.factor), tensor_type(self.out).element)
 
 
-class Silu(DeclaredOp, name="ty.silu", traits=(Pure,)):
+class Silu(DeclaredOp, name="ty.silu", traits=(Pure, Elementwise)):
     """x * sigmoid(x), computed in f32."""
 
     x: Value = operand()
@@ -209,7 +209,7 @@ class Silu(DeclaredOp, name="ty.silu", traits=(Pure,)):
         return as_type(silu(x.astype(np.float32)), tensor_type(self.out).element)
 
 
-class SiluMul(DeclaredOp, name="ty.silu_mul", traits=(Pure,)):
+class SiluMul(DeclaredOp, name="ty.silu_mul", traits=(Pure, Elementwise, Gated)):
     """silu(gate) * up, computed in f32, rounded once: the activation of a gated MLP."""
 
     gate: Value = operand()
