@@ -26,8 +26,8 @@ EXAMPLES: dict[str, edge10.Command] = {
         edge10.Store((), sram=100, shape=(2, 3, 32), **STRIDES),
         edge10.Gather((), index="ids", sram=100, rows=4, row_bytes=32, table_rows=50),
         edge10.Dequant(
-            (), q=0, q_stride=8, scales=0, scale_stride=2, zeros=0, zero_stride=1, group_size=16, out=100, n=4,
-            k=16,
+            (), q=0, q_stride=8, scales=0, scale_stride=2, zeros=0, zero_stride=1, group_size=16, out=100,
+            n=4, k=16,
         ),
         edge10.DequantRows((), q=0, scales=0, out=100, planes=2, plane_rows=8, rows=5, k=16),
         edge10.Matmul(

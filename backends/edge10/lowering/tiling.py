@@ -241,8 +241,8 @@ class AttentionBlocks:
 
 
 # One turn of the attention loop is a chain of about ten commands on four units, each of which waits for the
-# one before: ten dispatches of 40 ns and startups of 64 ns on `edge10`, where loads and other strips do not hide
-# them.  It only weighs larger blocks against more queries at a time: one figure does for all machines.
+# one before: ten dispatches of 40 ns and startups of 64 ns on `edge10`, where loads and other strips do not
+# hide them.  It only weighs larger blocks against more queries at a time: one figure does for all machines.
 _TURN_NS = 1000.0
 
 
