@@ -42,7 +42,6 @@ def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:
         inputs.append(array if row.exact else array.astype(np.float32))
     made = row.compute(call, *inputs)
     values = made if isinstance(made, tuple) else (made,)
-    values = made if isinstance(made, tuple) else (made,)
     rows, cols, group = op.rows, op.cols, op.group
     with np.errstate(over="ignore"):
         for offset, t, value in zip(op.outputs, op.output_types, values):
