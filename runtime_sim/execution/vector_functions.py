@@ -37,20 +37,20 @@ def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:
     call = op.call
     inputs: list[Array] = []
     for i, (offset, shape, t) in enumerate(zip(op.inputs, row.inputs, op.input_types)):
-        strides = None if op.input_strides is None else (op.input_strides[i], _dtype(t).itemsize)
-        array = sram(offset, shape(call), _dtype(t), strides)
+        apart = None if op.input_strides is None else (op.input_strides[i], _dtype(t).itemsize)
+        array = sram(offset, shape(call), _dtype(t), apart)
         inputs.append(array if row.exact else array.astype(np.float32))
     made = row.compute(call, *inputs)
     values = made if isinstance(made, tuple) else (made,)
-    rows, cols, group = op.rows, op.cols, op.group
     with np.errstate(over="ignore"):
         for offset, t, value in zip(op.outputs, op.output_types, values):
             dtype, strides = _dtype(t), op.output_strides
             if strides is None:
                 sram(offset, value.shape, dtype, write=True)[...] = value
             else:
-                shape, steps = (rows // group, group, cols), (strides[0], strides[1], dtype.itemsize)
-                sram(offset, shape, dtype, steps, write=True)[...] = value.reshape(shape)
+                grouped = value.reshape(op.rows // op.group, op.group, op.cols)
+                steps = (strides[0], strides[1], dtype.itemsize)
+                sram(offset, grouped.shape, dtype, steps, write=True)[...] = grouped
 
 
 def _dtype(element: Any) -> np.dtype[Any]:

@@ -239,8 +239,11 @@ def _units() -> Iterator[EnginePrograms]:
     )
     for nbytes in (1024, 4096, 16384):
         yield _unit(
-            f"load {nbytes}, one in flight", 300, lambda w, i, n=nbytes: w.load(n), dma__outstanding=1
-        )  # type: ignore[misc]
+            f"load {nbytes}, one in flight",
+            300,
+            lambda w, i, n=nbytes: w.load(n),  # type: ignore[misc]
+            dma__outstanding=1,
+        )
         yield _unit(f"load {nbytes}", 600, lambda w, i, n=nbytes: w.load(n))  # type: ignore[misc]
     for nbytes in (49152, 98304):
         yield _unit(f"load {nbytes}", 600, lambda w, i, n=nbytes: w.load(n))  # type: ignore[misc]
@@ -250,15 +253,18 @@ def _units() -> Iterator[EnginePrograms]:
         yield _unit(
             f"load {nbytes} on {queues} queues",
             900,
-            lambda w, i, n=nbytes, q=queues: w.load(n, queue=edge10.DMA_UNITS[i % q]),
-        )  # type: ignore[misc]
+            lambda w, i, n=nbytes, q=queues: w.load(n, queue=edge10.DMA_UNITS[i % q]),  # type: ignore[misc]
+        )
     for nbytes in (1024, 16384):
         yield _unit(f"store {nbytes}", 600, lambda w, i, n=nbytes: w.store(n))  # type: ignore[misc]
     for dies in (2, 4, 8):
         for nbytes in (64, 16384):
             yield _unit(
-                f"all-gather {nbytes} on {dies}", 200, lambda w, i, n=nbytes, d=dies: w.all_gather(n, d), dies
-            )  # type: ignore[misc]
+                f"all-gather {nbytes} on {dies}",
+                200,
+                lambda w, i, n=nbytes, d=dies: w.all_gather(n, d),  # type: ignore[misc]
+                dies,
+            )
         for nbytes in (64, 2048, 16384):
             yield _unit(f"all-reduce {nbytes} on {dies}", 200, lambda w, i, n=nbytes: w.all_reduce(n), dies)  # type: ignore[misc]
 

@@ -152,7 +152,7 @@ class Work(NamedTuple):
         """Its time, without its dispatch."""
         formula = _FORMULAS.get(self.what)
         return (
-            vector_ns(self.what, *self.sizes, machine) if formula is None else formula(*self.sizes, machine)
+            vector_ns(self.what, self.sizes[0], machine) if formula is None else formula(*self.sizes, machine)
         )
 
 
