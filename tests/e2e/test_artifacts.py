@@ -269,6 +269,19 @@ def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path)
             assert memory_summary(lower_die(die, 8, small))["dram"] <= 11 << 20
 
 
+def test_remedies_are_those_of_the_machine(imported: Path, tmp_path: Path) -> None:
+    """Over links of a megabyte a second nothing is worth cutting, so more dies are no remedy; on Edge10's
+    links, which the same compile would choose by default, two would do.
+    """
+    file = small_machine(tmp_path, 11 << 20)
+    slow = 'bandwidth_gbps = { value = 0.001, label = "derived", source = "a test" }\n'
+    file.write_text(f"{file.read_text()}[d2d]\n{slow}[c2c]\n{slow}")
+    with pytest.raises(TyirError, match=r"needs 17\.1 MiB of DRAM") as error:
+        compile_path(imported, tmp_path / "out", BuildOptions(dies=1, max_kv=4096), machine=file)
+    help = error.value.diagnostics[0].help or ""
+    assert "--weights int4 (" in help and "--dies" not in help
+
+
 def test_a_machine_file_of_any_name(imported: Path, tmp_path: Path) -> None:
     """The cuts are chosen with it, in a pipeline's text."""
     folder = tmp_path / "it's a machine"

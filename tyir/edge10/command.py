@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tyir.diagnostics import Diagnostic
 from tyir.edge10.command_times import NO_TRANSFER, Transfer, Work
-from tyir.opdef import DeclaredOp
+from tyir.ir import Value
+from tyir.opdef import DeclaredOp, variadic_operand
 from tyir.traits import Trait
 from tyir.types import OpaqueType, Type, i64
 
@@ -35,6 +36,9 @@ class Command(DeclaredOp, name="edge10.command"):
 
     and it defines `cost` and `sram_writes`.
     """
+
+    if TYPE_CHECKING:  # every command declares them itself: addresses, scalars, tokens
+        args: tuple[Value, ...] = variadic_operand(default=())
 
     fixed_unit: ClassVar[str] = ""
     unit_property: ClassVar[str] = ""
