@@ -9,6 +9,7 @@ __all__ = [
     "Collective",
     "Commutative",
     "ConstantLike",
+    "Elementwise",
     "InPlace",
     "IsolatedFromAbove",
     "NoTerminator",
@@ -30,6 +31,10 @@ class Pure(Trait):
 
 class ConstantLike(Trait):
     """No operands; the result depends on properties alone (constants, weight references)."""
+
+
+class Elementwise(Trait):
+    """Each element of the result depends on the operands' elements at its place; all have one shape."""
 
 
 class Commutative(Trait):
