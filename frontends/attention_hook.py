@@ -10,6 +10,7 @@ this op cannot express is refused, never dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CellType
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _mask(*positional: Any, mask_function: Callable[..., Any] = causal_mask_func
     window = _sliding_window(mask_function)
     if window is None:
         raise TyirError(
-            f"the model masks attention with {mask_function.__qualname__}, which cannot be represented",
+            f"the model masks attention with {_name(mask_function)}, which cannot be represented",
             help="supported: causal and sliding-window masks",
         )
     return window
@@ -117,21 +118,33 @@ def _sliding_window(mask_function: Callable[..., Any]) -> int | None:
     """The window of `and_masks(sliding_window_overlay(w), causal_mask_function)`, None for any other mask
     function.
     """
-    (parts,) = _closure(mask_function).values() or ((),)
+    found = list(_closure(mask_function).values())
+    parts = found[0] if len(found) == 1 else None
     if not isinstance(parts, tuple) or len(parts) != 2 or causal_mask_function not in parts:
         return None
     overlay = next(p for p in parts if p is not causal_mask_function)
     window = _closure(overlay).get("sliding_window")
     return (
-        window
-        if overlay.__qualname__.startswith("sliding_window_overlay.") and isinstance(window, int)
-        else None
+        window if _name(overlay).startswith("sliding_window_overlay.") and isinstance(window, int) else None
     )
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
     cells = getattr(function, "__closure__", None) or ()
-    return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in cells)))
+    code = getattr(function, "__code__", None)  # a partial or an object that can be called has none
+    return {} if code is None else dict(zip(code.co_freevars, map(_contents, cells)))
+
+
+def _contents(cell: CellType) -> Any:
+    """What a closure holds; None for a variable that is not set yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def install() -> None:

@@ -243,19 +243,19 @@ class _Reader:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             self.problem(
-                f"{INDEX_FILE} has no 'weight_map' from tensor names to file names",
+                f"{index_file} has no 'weight_map' from tensor names to file names",
                 "download the index again",
-                self.folder / INDEX_FILE,
+                self.folder / index_file,
             )
             return frozenset()
         bad: set[str] = set()
         for name in sorted(set(weight_map.values())):
             if not _is_plain_name(name, suffix):
                 self.problem(
-                    f"{INDEX_FILE} refers to {name!r}, which is not a file name inside the checkpoint folder",
+                    f"{index_file} refers to {name!r}, which is not a file name inside the checkpoint folder",
                     f"an index may only name *{suffix} files beside it; do not use this checkpoint unless you"
                     " trust where it comes from",
-                    self.folder / INDEX_FILE,
+                    self.folder / index_file,
                 )
                 bad.add(name)
             elif not read(name):
@@ -263,9 +263,9 @@ class _Reader:
         for key, name in weight_map.items():
             if name not in bad and (key not in self.tensors or self.tensors[key].file != name):
                 self.problem(
-                    f"{INDEX_FILE} says that tensor '{key}' is in {name}, but it is not",
+                    f"{index_file} says that tensor '{key}' is in {name}, but it is not",
                     "download the index and that file again",
-                    self.folder / INDEX_FILE,
+                    self.folder / index_file,
                 )
         return frozenset(key for key, name in weight_map.items() if name in bad)
 

@@ -148,9 +148,10 @@ def _stored(tensor: Any, path: Path, fields: Mapping[str, Any], architecture: st
         return f"tensor '{tensor.name}' has type {kind}, which cannot be imported"
     if type.nbytes != nbytes or offset + nbytes > path.stat().st_size:
         return f"tensor '{tensor.name}' lies outside the file"
+    match = _BLOCK.fullmatch(tensor.name)
     heads = (
-        {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2])
-        if architecture == "llama"
+        {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(match.group(2))
+        if architecture == "llama" and match is not None
         else None
     )
     count = (

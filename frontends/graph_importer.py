@@ -27,7 +27,8 @@ from tyir.frontends.layer_reuse import LAYER_BEGIN, LAYER_COPY, LAYER_END
 from tyir.frontends.torch_export import WRAPPER_PREFIX
 from tyir.frontends.weights import Weights
 from tyir.ir import Block, Op, Value
-from tyir.location import FileLoc, Location, NameLoc, layer_of
+from tyir.layers import layer_in, place, place_attributes
+from tyir.location import FileLoc, Location, NameLoc, module_path
 from tyir.types import TensorType, Type, bf16, f16, f32, f64, i1, i8, i16, i32, i64, ui8
 
 __all__ = ["import_graph"]
@@ -121,7 +122,7 @@ def _times(count: int) -> str:
 
 def describe(location: Location) -> str:
     """`in layer 3, model.layers.3.mlp (modeling_qwen2.py:45)`."""
-    layer = layer_of(location)
+    layer = layer_in(module_path(location) or "")
     words = [f"in layer {layer}"] if layer is not None else ["outside the layers"]
     if isinstance(location, NameLoc):
         words.append(location.name)
@@ -215,6 +216,7 @@ class _Importer:
     block: Block
     values: dict[fx.Node, Value] = field(default_factory=dict)
     emitted: dict[str, Value] = field(default_factory=dict)
+    places: dict[str, DictAttr] = field(default_factory=dict)
     moved: tuple[str, str] | None = (
         None  # the traced layer whose nodes are being converted, and the layer they are converted for
     )
@@ -236,7 +238,7 @@ class _Importer:
 
         def emit(op: Op) -> Op:
             op.loc = NameLoc(name)
-            return self.block.append(op)
+            return self.block.append(op if isinstance(op, ty.GetGlobal) else place(op, name))
 
         return self.weights.value(name, tensor_type_of(node.meta["val"]).element, emit)
 
@@ -244,7 +246,14 @@ class _Importer:
         array = np.asarray(self.buffers[node.name](), order="C")
         op = self.block.append(ty.Constant(value=DenseElementsAttr.from_numpy(array)))
         op.loc = location_of(node)
-        return op.result
+        return place(op, module_path(op.loc) or "").result
+
+    def place(self, location: Location) -> DictAttr:
+        """Layer and module path, as attributes."""
+        path = module_path(location) or ""
+        if path not in self.places:
+            self.places[path] = place_attributes(path)
+        return self.places[path]
 
     def convert(self, node: fx.Node) -> None:
         """Append the op of one node."""
@@ -268,6 +277,7 @@ class _Importer:
             operands,
             (result,),
             _properties(row, node, arguments, result),
+            self.place(location),
             loc=location,
             result_names=(node.name,),
         )
@@ -297,8 +307,9 @@ class _Importer:
         fields = {f.name: f for f in aten.Slice.attr_fields}
         encoded = DictAttr({name: fields[name].codec.encode(value) for name, value in properties.items()})
         x, result = self.operand(arguments["self"]), tensor_type_of(node.meta["val"])
+        location = location_of(whole, self.moved)
         op = aten.Slice.create(
-            [x], (result,), encoded, loc=location_of(whole, self.moved), result_names=(node.name,)
+            [x], (result,), encoded, self.place(location), loc=location, result_names=(node.name,)
         )
         return self.block.append(op).result
 

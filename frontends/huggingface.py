@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
 from tyir.frontends.quant_formats import quantized_format
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
+from tyir.layers import layer_in
 from tyir.types import f64, i64
 
 if TYPE_CHECKING:
@@ -332,10 +332,7 @@ def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: N
 
 def _layer_count(names: Iterable[str]) -> int:
     """One more than the highest layer number in `names`."""
-    return max(
-        (int(m[1]) + 1 for name in names if (m := re.search(r"\.layers\.(\d+)\.", name)) is not None),
-        default=0,
-    )
+    return max((layer + 1 for name in names if (layer := layer_in(name)) is not None), default=0)
 
 
 def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:

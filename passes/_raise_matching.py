@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from tyir.dialects import aten, ty
 from tyir.ir import Op, Value
+from tyir.layers import carry
 from tyir.location import UNKNOWN, Location, fuse, module_path
 from tyir.traits import Pure
 from tyir.types import TensorType, Type, f16, f32
@@ -77,10 +78,12 @@ def is_last(dim: int, value: Value) -> bool:
 
 
 def insert(root: Op, new: _OpT, *matched: Op | None) -> _OpT:
-    """Insert `new` before the root, with one location per module that the matched ops came from."""
+    """Insert `new` before the root, in its place of the model, with one location per module that the matched
+    ops came from.
+    """
     new.loc = merged_locations([*(op.loc for op in matched if op is not None), root.loc])
     new.insert_before(root)
-    return named(new)
+    return named(carry(new, *matched, root))
 
 
 def with_element_of(type: Type, value: Value, root: Op) -> Value | None:

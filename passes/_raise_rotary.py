@@ -11,6 +11,7 @@ import numpy as np
 from tyir.attributes import DenseElementsAttr, DictAttr, IntegerAttr
 from tyir.dialects import aten, ty
 from tyir.ir import Op, Value
+from tyir.layers import carry
 from tyir.passes._raise_heads import HEADS_FIRST, take_channels
 from tyir.passes._raise_matching import (
     dims_of,
@@ -92,7 +93,7 @@ def rope_angles(op: Op) -> Value | None:
             found.positions, inv_freq=found.inv_freq, scale=found.scale, element=element_of(op.result)
         )
     )
-    angles.loc = merged_locations([angles.loc, found.wave.loc])
+    carry(angles, found.wave).loc = merged_locations([angles.loc, found.wave.loc])
     half = angles.results[0 if isinstance(found.wave, aten.Cos) else 1]
     last = DictAttr({"dim": IntegerAttr(-1, i64)})
     if found.neighbours:
@@ -117,8 +118,15 @@ def _angles_for(angles: ty.RopeAngles, element: Type) -> ty.RopeAngles:
     if angles.element is element:
         return angles
     return _shared_angles(
-        ty.RopeAngles(
-            angles.positions, inv_freq=angles.inv_freq, scale=angles.scale, element=element, loc=angles.loc
+        carry(
+            ty.RopeAngles(
+                angles.positions,
+                inv_freq=angles.inv_freq,
+                scale=angles.scale,
+                element=element,
+                loc=angles.loc,
+            ),
+            angles,
         )
     )
 
@@ -358,5 +366,5 @@ def _turned_heads(root: Op, part: _Heads, element: Type) -> Value:
         element=element,
         loc=angles.loc,
     )
-    shared = _shared_angles(wanted)
+    shared = _shared_angles(carry(wanted, angles))
     return insert(root, ty.Rope(x, shared.cos, shared.sin)).out

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tyir.attributes import Attribute, DenseArrayAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
@@ -42,9 +42,9 @@ from tyir.dialects.ty import (
 )
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
-from tyir.location import layer_of, module_path
+from tyir.layers import layer_of, path_of
+from tyir.manifest import record, recorded
 from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
-from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute, vocabulary_ranges
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
@@ -107,6 +107,9 @@ class AnnotateSharding(Pass):
     are groups.
     """
 
+    stage: ClassVar[tuple[str, ...]] = ("kv",)
+    to_stage: ClassVar[str | None] = "sharded"
+
     dies: int = 4
     remap: tuple[int, ...] = ()
     machine: str = "edge10"
@@ -115,7 +118,6 @@ class AnnotateSharding(Pass):
     mesh: tuple[int, ...] = ()
 
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "annotate-sharding", "kv")
         check_dies(self.dies)
         devices = self.remap or tuple(range(self.dies))
         check_remap(devices, self.dies)
@@ -125,7 +127,20 @@ class AnnotateSharding(Pass):
         check_mesh(self.mesh, self.dies // self.pp)
         axes = _axes(self.dies // self.pp, self.pp, int(machine.d2d.package_dies), self.mesh)
         op.body.append(Mesh.make(axes, devices))
-        op.set_attribute("tyir.stage", StringAttr("sharded"))
+        groups = dict(axes)
+        record(
+            op,
+            **{
+                "batch": 1,
+                "output": "logits",
+                **recorded(op),
+            },  # specialize-batch, select-output cannot follow
+            dies=self.dies,
+            die_map=devices,
+            pp=self.pp,
+            mesh=(groups["group"], groups["die"]) if "group" in groups else (),
+            machine=self.machine,
+        )
         if self.dies > 1:
             for function in [f for f in op.body if isinstance(f, Func)]:
                 blocks = _blocks(function, self.dies, self.pp)
@@ -138,8 +153,7 @@ class AnnotateSharding(Pass):
         """Attention whose queries or keys are normed over all heads (OLMo 2) is computed by every die."""
         if self.pp > 1:
             what = (
-                f"{module_path(norm.loc)} is a norm over all heads, which the dies of a pipeline stage cannot"
-                " share"
+                f"{path_of(norm)} is a norm over all heads, which the dies of a pipeline stage cannot share"
             )
             raise TyirError(Diagnostic(what, help=f"use pp={self.dies}, one die a stage, or pp=1"))
         norm.set_attribute("tyir.choice", StringAttr("replicated: the norm reads all heads"))
@@ -234,7 +248,7 @@ class _Block:
         if len(found) > 1 or found - {"split", "replicated"}:
             raise TyirError(
                 Diagnostic(
-                    f"tyir.pin of {module_path(next(iter(self.cuts)).loc)} is {' and '.join(sorted(found))}",
+                    f"tyir.pin of {path_of(next(iter(self.cuts)))} is {' and '.join(sorted(found))}",
                     help='pin "split" or "replicated"',
                 )
             )
@@ -274,7 +288,7 @@ def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
     """Which dies share an op: those of its layer's stage, layers being dealt out evenly; all of them outside
     the layers.
     """
-    layers = sorted({layer for op in function.body if (layer := layer_of(op.loc)) is not None})
+    layers = sorted({layer for op in function.body if (layer := layer_of(op)) is not None})
     if stages > max(len(layers), 1):
         fitting = [k for k in range(1, len(layers) + 1) if dies % k == 0]
         raise TyirError(
@@ -287,7 +301,7 @@ def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
     }
 
     def group(op: Op) -> _Group:
-        layer = layer_of(op.loc)
+        layer = layer_of(op)
         return (
             _Group(dies, 0, dies)
             if layer is None

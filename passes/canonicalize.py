@@ -38,9 +38,9 @@ class Canonicalize(Pass):
 
 def _replace(op: Op, new: DeclaredOp, inner: Op, rewriter: Rewriter) -> bool:
     """Put `new` in the place of `op`, which did its work together with `inner`; not when the type would
-    change.
+    change, nor when what `inner` takes is updated in place, maybe before `op`.
     """
-    if new.results[0].type is not op.results[0].type:
+    if new.results[0].type is not op.results[0].type or rewriter.is_overwritten(inner.operands[0]):
         new.drop_references()
         return False
     new.results[0].name = op.results[0].name

@@ -3,8 +3,10 @@
     %c1 = ty.rope_table() {...}; ...; %c2 = ty.rope_table() {...}      -->   uses of %c2 become %c1
 
 Two ops are equal when class, operands (in any order if `Commutative`), properties, attributes and result
-types are; locations do not count, the remaining op keeps its own.  Algorithm: one walk in dominance order
-with a replacement map.  Attributes are uniqued, so a key is a tuple of identities.
+types are; where they come from (location, layer, module path) does not count, the remaining op keeps its
+own.  A result that is updated in place is left alone: whoever shared it would read what has been overwritten.
+Algorithm: one walk in dominance order with a replacement map.  Attributes are uniqued, so a key is a tuple of
+identities.  Blocks that control never reaches are not looked into; only what they use is renamed.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tyir.checking.dominance import DominanceTree
+from tyir.attributes import DictAttr
+from tyir.checking.dominance import DominanceTree, unreachable_blocks
+from tyir.checking.in_place import Overwrites
 from tyir.ir import Block, Op, Region, Value
+from tyir.layers import without_place
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import erase_all
 from tyir.traits import Commutative, IsolatedFromAbove, Pure
@@ -53,7 +58,10 @@ def merge_equal(root: Op) -> int:
     replaced: dict[Value, Value] = {}
     dead: list[Op] = []
     modes: dict[type[Op], int] = {}  # 0: not pure, 1: pure, 2: pure and commutative
-    levels = _open(root, [])
+    counted: dict[DictAttr, DictAttr] = {}  # attributes without the place in the model
+    overwritten, shared = Overwrites(), set[Op]()  # shared: known not to be updated in place
+    unreachable: list[Block] = []
+    levels = _open(root, [], unreachable)
     while levels:
         level = levels[-1]
         own, outer = level.own, level.known
@@ -62,7 +70,8 @@ def merge_equal(root: Op) -> int:
             if replaced and operands:
                 operands = _replace_operands(op, operands, replaced)
             if op.regions:
-                levels.extend(_open(op, [] if IsolatedFromAbove in op.traits else [*outer, own]))
+                known = [] if IsolatedFromAbove in op.traits else [*outer, own]
+                levels.extend(_open(op, known, unreachable))
                 break
             cls = type(op)
             mode = modes.get(cls)
@@ -72,17 +81,27 @@ def merge_equal(root: Op) -> int:
                 continue
             if mode == 2:
                 operands = _in_fixed_order(operands)
+            attributes = counted.get(op.attributes)
+            if attributes is None:
+                attributes = counted[op.attributes] = without_place(op.attributes)
             results = op.results
             key: tuple[Any, ...]
             if len(results) == 1:
-                key = (cls, operands, op.properties, op.attributes, results[0].type)
+                key = (cls, operands, op.properties, attributes, results[0].type)
             else:
-                key = (cls, operands, op.properties, op.attributes, *[r.type for r in results])
+                key = (cls, operands, op.properties, attributes, *[r.type for r in results])
             first = own.get(key)
             if first is None and outer:
                 first = next((k[key] for k in outer if key in k), None)
             if first is None:
                 own[key] = op
+                continue
+            if first not in shared:
+                if any(map(overwritten, first.results)):
+                    own[key] = op
+                    continue
+                shared.add(first)
+            if any(map(overwritten, results)):
                 continue
             for old, new in zip(results, first.results):
                 replaced[old] = new
@@ -91,6 +110,10 @@ def merge_equal(root: Op) -> int:
             dead.append(op)
         else:
             levels.pop()
+    for block in unreachable:
+        for top in block:
+            for op in top.walk():
+                _replace_operands(op, op._operands, replaced)
     _finish(replaced, dead)
     return len(dead)
 
@@ -126,11 +149,14 @@ def _finish(replaced: dict[Value, Value], dead: list[Op]) -> None:
     erase_all(dead)
 
 
-def _open(op: Op, known: list[Known]) -> list[_Level]:
-    """The levels of an op's blocks, the first to be walked last in the list."""
+def _open(op: Op, known: list[Known], unreachable: list[Block]) -> list[_Level]:
+    """The levels of an op's blocks, the first to be walked last in the list; `unreachable` gets the blocks
+    that have none.
+    """
     levels: list[_Level] = []
     for region in op.regions:
         levels.extend(_region_levels(region, known))
+        unreachable += unreachable_blocks(region)
     levels.reverse()
     return levels
 

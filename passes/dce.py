@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tyir.checking.dominance import unreachable_blocks
 from tyir.ir import Op, Region
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import blocks_below, erase_all
@@ -67,13 +68,7 @@ def erase_unreachable_blocks(regions: Iterable[Region]) -> int:
     for region in regions:
         if region.op is None or not region.op.registered:
             continue  # what the order of blocks means there is unknown
-        reached = {region.entry: None}
-        for block in (order := [region.entry]):
-            for successor in (s for op in block for s in op.successors):
-                if successor not in reached:
-                    reached[successor] = None
-                    order.append(successor)
-        gone = [block for block in region.blocks if block not in reached]
+        gone = unreachable_blocks(region)
         ops = [op for block in gone for op in block]
         erased += sum(1 for op in ops for _ in op.walk())
         erase_all(ops)

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tyir.checking.rules import SymbolTables
+from tyir.checking.symbols import SymbolTables
 from tyir.dialects.func import Call, Func, Return
 from tyir.ir import Op
+from tyir.layers import layer_of, place_in_layer
 from tyir.location import UNKNOWN, CallSiteLoc, Location
 from tyir.passes.symbol_dce import dead_symbols
 from tyir.pipeline import Pass, PassContext
@@ -107,8 +108,11 @@ def inline_call(call: Call, callee: Func) -> None:
     block that returned: nothing branches anew.
     """
     copy = callee.clone()
+    layer = layer_of(call)
     for op in copy.walk():
         op.loc = _called(op.loc, call.loc)
+        if layer is not None:
+            place_in_layer(op, layer)
     entry, *others = copy.regions[0].blocks
     for argument, operand in zip(entry.args, call.operands):
         argument.replace_all_uses_with(operand)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import cycle
+from typing import ClassVar
 
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
@@ -23,9 +24,9 @@ from tyir.dialects.kv import Append
 from tyir.dialects.sdy import Mesh
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
+from tyir.layers import carry, place
 from tyir.location import NameLoc
 from tyir.passes._placement import executing_dies, holding_dies, placement_of, rule_for
-from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import REPLICATED, Split
 
@@ -36,8 +37,9 @@ __all__ = ["InsertCollectives"]
 class InsertCollectives(Pass):
     """`dist.all_reduce` for addends and `dist.all_gather` for cut values that are needed whole."""
 
+    stage: ClassVar[tuple[str, ...]] = ("sharded",)
+
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "insert-collectives", "sharded")
         assert isinstance(op, Module)
         for function in [f for f in op.body if isinstance(f, Func)]:
             constants = ConstantExpressions()
@@ -75,7 +77,9 @@ def _hand_on(
         return
     if (value, need) not in handed:
         pairs = [number for target, source in zip(missing, cycle(have)) for number in (source, target)]
-        permute = CollectivePermute(value, pairs=tuple(pairs), loc=NameLoc(f"stage_boundary.{need[0]}"))
+        path = f"stage_boundary.{need[0]}"
+        permute = CollectivePermute(value, pairs=tuple(pairs), loc=NameLoc(path))
+        place(permute, path)
         if need != everybody:
             permute.set_attribute("tyir.dies", DenseArrayAttr.i64(need))
         handed[value, need] = permute.insert_before(user).result
@@ -108,5 +112,5 @@ def _join(value: Value, user: Op, mesh: Mesh | None) -> None:
         )
     if dies:
         collective.set_attribute("tyir.dies", DenseArrayAttr.i64(dies))
-    collective.insert_before(user)
+    carry(collective, value.op).insert_before(user)
     value.replace_all_uses_with(collective.results[0], unless=lambda other: other is collective)

@@ -24,7 +24,7 @@ accumulators unrounded (f32), so that near ties are decided by the sums and not 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import TyirError
@@ -44,8 +44,8 @@ from tyir.dialects.ty import (
 )
 from tyir.execution.constexpr import clone_expression
 from tyir.ir import Block, Op, Region, Value
-from tyir.location import layer_of
-from tyir.passes._stages import require_stage
+from tyir.layers import carry, layer_of
+from tyir.manifest import record, recorded
 from tyir.pipeline import Pass, PassContext
 from tyir.types import TensorType, f32, i32, i64
 
@@ -58,13 +58,15 @@ class KvMaterialize(Pass):
     hold, `layout` what follows what: a head's tokens (HND) or a token's heads (NHD).
     """
 
+    stage: ClassVar[tuple[str, ...]] = ("ty",)
+    to_stage: ClassVar[str | None] = "kv"
+
     max_kv: int = 1024
     embedding_as_input: bool = False
     dtype: Literal["fp16", "int8"] = "fp16"
     layout: Literal["HND", "NHD"] = "HND"
 
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "kv-materialize", "ty")
         if self.max_kv < 1:
             raise TyirError(
                 f"max-kv is {self.max_kv}; a cache holds at least 1 token", help="use max-kv=1024"
@@ -73,7 +75,16 @@ class KvMaterialize(Pass):
             if any(True for _ in function.walk_type(Attention)):
                 self._convert(function)
                 context.statistics["caches"] = sum(1 for _ in function.walk_type(Append))
-        op.set_attribute("tyir.stage", StringAttr("kv"))
+        if "weights" not in recorded(op):  # quantize-weights cannot follow
+            stored = any(True for _ in op.walk_type(QuantizedLinear))
+            record(op, weights="checkpoint" if stored else "fp16")
+        record(
+            op,
+            max_kv=self.max_kv,
+            embedding_as_input=self.embedding_as_input,
+            kv_dtype=self.dtype,
+            kv_layout=self.layout,
+        )
 
     def _convert(self, function: Func) -> None:
         block = function.body
@@ -94,7 +105,7 @@ class KvMaterialize(Pass):
         for angles in list(function.walk_type(RopeAngles)):
             self._tabulate(angles, pos, entry)
         for number, attention in enumerate(list(function.walk_type(Attention))):
-            layer = layer_of(attention.loc)
+            layer = layer_of(attention)
             caches += self._cache(attention, pos, number if layer is None else layer, names)
         if not self.embedding_as_input:
             input_ids.replace_all_uses_with(entry)
@@ -133,11 +144,14 @@ class KvMaterialize(Pass):
         block = Block()
         block.append(Yield(clone_expression(lookup.table, block)))
         function.parent_op.body.insert(
-            Param(
-                sym_name="embedding",
-                type=tensor_type(lookup.table),
-                initializer=Region([block]),
-                loc=lookup.loc,
+            carry(
+                Param(
+                    sym_name="embedding",
+                    type=tensor_type(lookup.table),
+                    initializer=Region([block]),
+                    loc=lookup.loc,
+                ),
+                lookup,
             ),
             before=function,
         )
@@ -153,8 +167,11 @@ class KvMaterialize(Pass):
             element=angles.element,
             loc=angles.loc,
         )
-        table.insert_before(angles)
-        rows = [Rows(t, pos, like, loc=angles.loc).insert_before(angles).result for t in table.results]
+        carry(table, angles).insert_before(angles)
+        rows = [
+            carry(Rows(t, pos, like, loc=angles.loc), angles).insert_before(angles).result
+            for t in table.results
+        ]
         angles.replace_with(rows)
 
     def _cache(self, attention: Attention, pos: Value, layer: int, names: list[str]) -> list[Value]:
@@ -178,8 +195,8 @@ class KvMaterialize(Pass):
             kv_heads=heads,
             layout=self.layout,
             loc=attention.loc,
-        ).insert_before(attention)
-        attention.replace_with(cached)
+        )
+        attention.replace_with(carry(cached, attention).insert_before(attention))
         return [*keys, *values]
 
     def _rows(self, letter: str, x: Value, attention: Attention) -> list[tuple[str, Value]]:
@@ -189,7 +206,7 @@ class KvMaterialize(Pass):
         if self.dtype == "fp16":
             return [(letter, x)]
         quantized = QuantizeRows(x, loc=attention.loc)
-        quantized.insert_before(attention)
+        carry(quantized, attention).insert_before(attention)
         return [(letter, quantized.q), (f"{letter}_scales", quantized.scales)]
 
     def _append(self, rows: Value, pos: Value, name: str, attention: Attention, names: list[str]) -> Value:
@@ -201,8 +218,5 @@ class KvMaterialize(Pass):
         cache = block.add_arg(
             TensorType(cache_shape(self.layout, batch, groups, self.max_kv, *width), t.element), name
         )
-        return (
-            Append(cache, rows, pos, layout=self.layout, loc=attention.loc)
-            .insert_before(attention)
-            .results[0]
-        )
+        append = Append(cache, rows, pos, layout=self.layout, loc=attention.loc)
+        return carry(append, attention).insert_before(attention).results[0]

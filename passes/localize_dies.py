@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tyir.attributes import DenseArrayAttr, DictAttr, IntegerAttr, StringAttr, UnitAttr
+from tyir.attributes import DenseArrayAttr, DictAttr, IntegerAttr, UnitAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute, Recv, Send
@@ -35,8 +36,8 @@ from tyir.dialects.ty import (
 )
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Block, Op, Region, Value
+from tyir.layers import carry
 from tyir.passes._placement import holding_dies, placement_of, rule_for
-from tyir.passes._stages import require_stage
 from tyir.passes.dce import eliminate_dead_code
 from tyir.passes.specialize_seqlen import infer_results
 from tyir.pipeline import Pass, PassContext
@@ -50,8 +51,10 @@ __all__ = ["LocalizeDies"]
 class LocalizeDies(Pass):
     """A module `@die{i} {tyir.die = i}` for each die of the mesh."""
 
+    stage: ClassVar[tuple[str, ...]] = ("sharded",)
+    to_stage: ClassVar[str | None] = "dist"
+
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "localize-dies", "sharded")
         mesh = next(op.walk_type(Mesh), None)
         if mesh is None:
             raise TyirError(
@@ -68,7 +71,6 @@ class LocalizeDies(Pass):
             op.body.append(module)
         for function in functions:
             function.erase()
-        op.set_attribute("tyir.stage", StringAttr("dist"))
 
 
 class _Localizer:
@@ -168,10 +170,11 @@ class _Localizer:
         targets = tuple(target for source, target in op.routes if source == self.die)
         source = next((source for source, target in op.routes if target == self.die), None)
         if targets:
-            self.block.append(Send(self.local[op.x], targets=targets, tag=self.tags[op], loc=op.loc))
+            send = Send(self.local[op.x], targets=targets, tag=self.tags[op], loc=op.loc)
+            self.block.append(carry(send, op))
         if source is not None:
             received = Recv(source=source, tag=self.tags[op], loc=op.loc, result_types=[op.out.type])
-            self.local[op.out] = self.block.append(received).results[0]
+            self.local[op.out] = self.block.append(carry(received, op)).results[0]
         elif not self._is_absent(op.out):
             self.local[op.out] = self.local[op.x]
 
@@ -225,7 +228,7 @@ class _Localizer:
                 size=size,
                 loc=value.op.loc if value.op is not None else self.function.loc,
             )
-            self.slices[key] = self.block.append(new).results[0]
+            self.slices[key] = self.block.append(carry(new, value.op)).results[0]
         return self.slices[key]
 
     def _adjust(self, new: Op, op: Op) -> None:
@@ -257,7 +260,7 @@ class _Localizer:
         if size:
             new = Embedding(self._slice(table, 0, offset, size), ids, offset=op.offset + offset, loc=op.loc)
             self._annotate(new, op)
-            self.local[op.out] = self.block.append(new).results[0]
+            self.local[op.out] = self.block.append(carry(new, op)).results[0]
 
     def _linear(self, op: Linear | QuantizedLinear, operands: list[Value]) -> None:
         x_split, out = placement_of(op.x), placement_of(op.out)
@@ -286,7 +289,7 @@ class _Localizer:
         ):  # a cut inside a group: finer groups with repeated scales are exactly the same weights
             times = op.group_size // group
             scales, zeros = (
-                self.block.append(Repeat(v, axis=1, times=times, loc=op.loc)).results[0]
+                self.block.append(carry(Repeat(v, axis=1, times=times, loc=op.loc), op)).results[0]
                 for v in (scales, zeros)
             )
         parts = [

@@ -4,7 +4,7 @@
     %h0 = ty.linear(%x, %w0)                                     -->     %y1 = func.call @layer_s8(%y0, %w1, ...)  loc("model.layers.1")
     ... the same for layer 1 ...                                         func.func @layer_s8(%x, %w, ...)
 
-Layers are found by module path (`tyir.location.layer_of`) and compared op by op; layers that differ in
+Layers are found by `tyir.layer` and compared op by op; layers that differ in
 structure get functions of their own (`@layer_s8_1`).  Kernels, command programs and compile time then do
 not grow with depth.  Runs after outline-params: weights enter as arguments.
 """  # noqa: E501
@@ -14,14 +14,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
+from tyir.attributes import DictAttr, IntegerAttr, SymbolRefAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal
 from tyir.ir import Op, Value
-from tyir.location import FusedLoc, Location, NameLoc, layer_of
+from tyir.layers import any_layer, layer_of, layer_root, path_of, place, place_attributes, within_layer
+from tyir.location import FusedLoc, Location, NameLoc
 from tyir.pipeline import Pass, PassContext
 from tyir.traits import InPlace
 from tyir.types import i64
@@ -33,11 +34,13 @@ __all__ = ["OutlineLayers"]
 class OutlineLayers(Pass):
     """One function per distinct decoder layer."""
 
+    stage: ClassVar[tuple[str, ...]] = ("static",)
+    to_stage: ClassVar[str | None] = "program"
+
     def run(self, op: Op, context: PassContext) -> None:
         for module in [m for m in op.walk_type(Module) if any(isinstance(o, Func) for o in m.body)]:
             for function in [o for o in module.body if isinstance(o, Func)]:
                 _outline(function, context)
-        op.set_attribute("tyir.stage", StringAttr("program"))
 
 
 def _outline(function: Func, context: PassContext) -> None:
@@ -60,7 +63,7 @@ def _segments(function: Func) -> list[tuple[int, list[Op]]]:
     for op in function.body:
         if isinstance(op, GetGlobal):
             continue
-        layer = layer_of(op.loc)
+        layer = layer_of(op)
         if layer is not None and layer == current:
             segments[-1][1].append(op)
         elif layer is not None:
@@ -94,6 +97,8 @@ class _Segment:
         for op in self.ops:
             copy = op.clone(mapping)
             copy.loc = _any_layer(op.loc)
+            if (path := path_of(op)) is not None:
+                place(copy, any_layer(path))
             function.body.append(copy)
         function.body.append(Return(values=[mapping[v] for v in self.outputs]))
         function.refresh_type()
@@ -105,8 +110,8 @@ class _Segment:
             args=self.inputs,
             callee=SymbolRefAttr(str(function.sym_name)),
             result_types=[v.type for v in self.outputs],
-            attributes=DictAttr({"tyir.layer": IntegerAttr(layer, i64)}),
-            loc=NameLoc(_layer_path(self.ops[0].loc)),
+            attributes=_call_attributes(self.ops, layer),
+            loc=NameLoc(_root(self.ops) or "layer"),
         ).insert_before(self.ops[-1])
         for old, new in zip(self.outputs, call.results):
             old.replace_all_uses_with(new)
@@ -126,21 +131,25 @@ def _alias(value: Value, inputs: Sequence[Value]) -> DictAttr:
     )
 
 
-_LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks)\.)(\d+)(\.?.*)$")
+def _root(ops: Sequence[Op]) -> str | None:
+    """`model.layers.3` for the ops of that layer."""
+    paths = (path_of(op) for op in ops)
+    return next((root for path in paths if path is not None and (root := layer_root(path))), None)
 
 
-def _layer_path(location: Location) -> str:
-    """`model.layers.3` for an op of that layer."""
-    for part in location.parts if isinstance(location, FusedLoc) else (location,):
-        if isinstance(part, NameLoc) and (match := _LAYER.match(part.name)):
-            return match.group(1) + match.group(2)
-    return "layer"
+def _call_attributes(ops: Sequence[Op], layer: int) -> DictAttr:
+    """The place of a layer's call."""
+    root = _root(ops)
+    number = DictAttr({"tyir.layer": IntegerAttr(layer, i64)})
+    return (
+        number if root is None else DictAttr({**dict(place_attributes(root).items()), **dict(number.items())})
+    )
 
 
 def _any_layer(location: Location) -> Location:
     """The location with `*` for the layer number: `model.layers.*.mlp.up_proj`."""
     if isinstance(location, NameLoc):
-        return NameLoc(_LAYER.sub(r"\1*\3", location.name), location.child)
+        return NameLoc(any_layer(location.name), location.child)
     if isinstance(location, FusedLoc):
         return FusedLoc(tuple(_any_layer(part) for part in location.parts))
     return location
@@ -149,6 +158,5 @@ def _any_layer(location: Location) -> Location:
 def _argument_name(value: Value) -> str | None:
     op = value.op
     if isinstance(op, GetGlobal):
-        match = _LAYER.match(op.symbol.leaf)
-        return (match.group(3) if match else op.symbol.leaf).lstrip(".")
-    return re.sub(r"\d+$", "", value.name) if value.name else None
+        return within_layer(op.symbol.leaf)
+    return re.sub(r"_?\d+$", "", value.name) if value.name else None

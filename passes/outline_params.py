@@ -9,14 +9,15 @@
     %y = ty.linear(%x, %s)
 
 Equal expressions become one parameter, so all sequence lengths share the weights.  Runs after
-specialize-seqlen; what remains in the functions depends on the step's inputs alone.
+specialize-seqlen; what remains in the functions depends on the step's inputs alone.  A module that has been
+through it stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tyir.attributes import SymbolRefAttr
 from tyir.dialects.builtin import Module
@@ -24,6 +25,7 @@ from tyir.dialects.func import Func
 from tyir.dialects.ty import GetGlobal, Param, QuantizeGroups, RopeTable, Yield, tensor_type
 from tyir.execution.constexpr import ConstantExpressions, clone_expression, expression_ops
 from tyir.ir import Block, Op, Region, Value
+from tyir.layers import carry
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["OutlineParams"]
@@ -32,6 +34,8 @@ __all__ = ["OutlineParams"]
 @dataclass(frozen=True)
 class OutlineParams(Pass):
     """Weight expressions become `ty.param`s of their die, shared by all its functions."""
+
+    stage: ClassVar[tuple[str, ...]] = ("static",)
 
     def run(self, op: Op, context: PassContext) -> None:
         for module in [m for m in op.walk_type(Module) if any(isinstance(o, Func) for o in m.body)]:
@@ -42,10 +46,13 @@ def outline(module: Module) -> int:
     """Outline the weight expressions of one module's functions; returns how many parameters there are."""
     constants = ConstantExpressions()
     params: dict[tuple[Any, ...], Param] = {}
-    names: set[str] = set()
+    names = {str(op.sym_name) for op in module.body if isinstance(op, Param)}  # of a pass before
+    outlined = frozenset(names)
     first = module.body.first_op
     for function in [o for o in module.body if isinstance(o, Func)]:
         for user, index, value in list(_roots(function, constants)):
+            if isinstance(value.op, GetGlobal) and value.op.symbol.leaf in outlined:
+                continue
             key = constants.key(value)
             param = params.get(key)
             if param is None:
@@ -56,11 +63,11 @@ def outline(module: Module) -> int:
                 result_types=[param.type],
                 loc=value.op.loc if value.op else user.loc,
             )
-            user.set_operand(index, ref.insert_before(user).result)
+            user.set_operand(index, carry(ref, value.op).insert_before(user).result)
         for op in reversed(function.body):
             if op.is_unused and op.results and constants.is_constant(op.results[0]):
                 op.erase()
-    return len(params)
+    return len(names)
 
 
 def _roots(function: Func, constants: ConstantExpressions) -> Iterator[tuple[Op, int, Value]]:
@@ -83,7 +90,8 @@ def _make_param(value: Value, names: set[str]) -> Param:
         name = f"{base}.{number}"
     names.add(name)
     assert value.op is not None
-    return Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc)
+    param = Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc)
+    return carry(param, value.op)
 
 
 def _base_name(value: Value) -> str:

@@ -12,15 +12,14 @@ length, before specialize-seqlen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tyir.ir import Op
-from tyir.passes._stages import require_stage
 from tyir.passes.annotate_sharding import AnnotateSharding
 from tyir.passes.insert_collectives import InsertCollectives
 from tyir.passes.localize_dies import LocalizeDies
 from tyir.passes.propagate_sharding import PropagateSharding
-from tyir.pipeline import Pass, PassContext
+from tyir.pipeline import Pass, PassContext, run_at_stage
 
 __all__ = ["PartitionDies"]
 
@@ -28,6 +27,9 @@ __all__ = ["PartitionDies"]
 @dataclass(frozen=True)
 class PartitionDies(Pass):
     """All steps; the options are those of annotate-sharding."""
+
+    stage: ClassVar[tuple[str, ...]] = ("kv",)
+    to_stage: ClassVar[str | None] = "dist"
 
     dies: int = 4
     remap: tuple[int, ...] = ()
@@ -37,9 +39,6 @@ class PartitionDies(Pass):
     mesh: tuple[int, ...] = ()
 
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "partition-dies", "kv")
-        AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp, self.mesh).run(
-            op, context
-        )
-        for step in (PropagateSharding(), InsertCollectives(), LocalizeDies()):
-            step.run(op, context)
+        cut = AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp, self.mesh)
+        for step in (cut, PropagateSharding(), InsertCollectives(), LocalizeDies()):
+            run_at_stage(step, op, context)

@@ -6,10 +6,13 @@ Usable wherever a pass name is: `--pass-pipeline=to-ty`,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
+from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.passes.select_output import parse_output
+from tyir.stages import STAGES
 
 __all__ = ["PIPELINES", "reference_pipeline", "remaining_pipeline"]
 
@@ -29,9 +32,11 @@ PIPELINES: Final[dict[str, str]] = {
 }
 
 
-def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHINE) -> str:
+def remaining_pipeline(
+    stage: str, options: BuildOptions, machine: str = _MACHINE, done: Collection[str] = ()
+) -> str:
     """The pipeline that takes a module from `stage` to `program`; this is what `tyir-compile` runs.
-    `machine` (a name or a file) is what cuts are chosen for.
+    `machine` (a name or a file) is what cuts are chosen for, `done` what passes have recorded (`tyir.build`).
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation
     after it, so that dies are cut once. So does select-output: each die then chooses among its own columns of
@@ -43,7 +48,7 @@ def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHIN
         return ",".join(
             (
                 "propagate-sharding,insert-collectives,localize-dies",
-                remaining_pipeline("dist", options, machine),
+                remaining_pipeline("dist", options, machine, done),
             )
         )
     best = parse_output(options.output)
@@ -58,17 +63,22 @@ def remaining_pipeline(stage: str, options: BuildOptions, machine: str = _MACHIN
     dies += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []
     entries = [
         ("aten", "to-ty"),
-        ("ty", quantization(options)),
+        ("ty", quantization(options) if "weights" not in done else ""),
         ("ty", f"kv-materialize{{{' '.join(cache)}}}"),
-        ("kv", f"specialize-batch{{batch={options.batch}}}" if options.batch > 1 else ""),
-        ("kv", f"select-output{{kind=topk k={best}}}" if best else ""),
+        (
+            "kv",
+            f"specialize-batch{{batch={options.batch}}}" if options.batch > 1 and "batch" not in done else "",
+        ),
+        ("kv", f"select-output{{kind=topk k={best}}}" if best and "output" not in done else ""),
         ("kv", f"partition-dies{{{' '.join(dies)}}}"),
         ("dist", f"specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),
         ("static", "to-program"),
     ]
-    stages = [s for s, _ in entries]
-    first = stages.index(stage) if stage in stages else len(entries)
-    return ",".join(text for _, text in entries[first:] if text)
+    order = list(STAGES)
+    if stage not in order:
+        raise TyirError(f"there is no stage '{stage}'; stages are {', '.join(order)}")
+    first = order.index(stage)
+    return ",".join(text for s, text in entries if text and order.index(s) >= first)
 
 
 def reference_pipeline(options: BuildOptions) -> str:

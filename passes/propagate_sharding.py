@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
@@ -20,8 +21,8 @@ from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import MergeTopK, TopK, TopKCandidates, tensor_type
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
+from tyir.layers import carry
 from tyir.passes._placement import executing_dies, placement_of, rule_for
-from tyir.passes._stages import require_stage
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import Placement, Split, shardy_attribute, to_attribute
 from tyir.types import TensorType
@@ -33,8 +34,9 @@ __all__ = ["PropagateSharding", "set_placement"]
 class PropagateSharding(Pass):
     """Placements for all values, by one rule per op."""
 
+    stage: ClassVar[tuple[str, ...]] = ("sharded",)
+
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "propagate-sharding", "sharded")
         mesh = next(op.walk_type(Mesh), None)
         if mesh is None or mesh.dies == 1:
             return
@@ -58,9 +60,9 @@ def _in_parts(top: TopK) -> Op:
         return top
     sizes = tuple(size for _, size in placement.ranges)
     candidates = TopKCandidates(top.x, k=top.k, sizes=sizes, loc=top.loc)
-    candidates.insert_before(top)
+    carry(candidates, top).insert_before(top)
     merge = MergeTopK(candidates.out, k=top.k, loc=top.loc)
-    merge.insert_before(top)
+    carry(merge, top).insert_before(top)
     top.replace_with(list(merge.results))
     return candidates
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import Linear, QuantizedLinear, QuantizeGroups, tensor_type
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
-from tyir.location import layer_of, module_path
+from tyir.layers import carry, layer_of, path_of, require_layers
+from tyir.manifest import record
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["QuantizeWeights"]
@@ -30,20 +32,20 @@ __all__ = ["QuantizeWeights"]
 class QuantizeWeights(Pass):
     """Round-to-nearest asymmetric int4 weights for the linears of the decoder layers."""
 
+    stage: ClassVar[tuple[str, ...]] = ("ty",)
+
     group_size: int = 128
 
     def run(self, op: Op, context: PassContext) -> None:
+        require_layers(op, "no linear can be chosen")
         constants = ConstantExpressions()
         linears = [
-            op
-            for op in op.walk_type(Linear)
-            if layer_of(op.loc) is not None and constants.is_constant(op.weight)
+            op for op in op.walk_type(Linear) if layer_of(op) is not None and constants.is_constant(op.weight)
         ]
         self._check_group_size(linears)
         for linear in linears:
-            groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc).insert_before(
-                linear
-            )
+            groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc)
+            carry(groups, linear).insert_before(linear)
             new = QuantizedLinear(
                 linear.x,
                 groups.q,
@@ -53,9 +55,10 @@ class QuantizeWeights(Pass):
                 group_size=self.group_size,
                 element=linear.element,
                 loc=linear.loc,
-            ).insert_before(linear)
-            linear.replace_with(new)
+            )
+            linear.replace_with(carry(new, linear).insert_before(linear))
         context.statistics["quantized"] = len(linears)
+        record(op, weights="int4", group_size=self.group_size)
 
     def _check_group_size(self, linears: Sequence[Linear]) -> None:
         """`TyirError` naming the numbers of input channels that are no whole number of groups, with the
@@ -71,7 +74,7 @@ class QuantizeWeights(Pass):
             raise TyirError(
                 Diagnostic(
                     f"group size {self.group_size} does not divide the {k} input channels of"
-                    f" {module_path(some[0].loc)}"
+                    f" {path_of(some[0])}"
                     + (f" and {len(some) - 1} more linear{'s' * (len(some) > 2)}" if len(some) > 1 else ""),
                     help=f"group-size={nearest} divides the input channels of every decoder linear",
                 )

@@ -20,15 +20,16 @@ in f32 and round once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tyir.attributes import StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func, ty
 from tyir.dialects.builtin import Module
 from tyir.ir import Block, Op
-from tyir.location import FileLoc, FusedLoc, Location, NameLoc, layer_of, module_path
+from tyir.layers import layer_in, path_of
+from tyir.location import FileLoc, FusedLoc, Location, NameLoc, module_path
 from tyir.passes._raise_rules import PHASES, Phase
-from tyir.pipeline import Pass, PassContext
+from tyir.pipeline import Pass, PassContext, run_at_stage
 from tyir.traits import Pure
 
 __all__ = ["RaiseAten", "raise_aten"]
@@ -38,22 +39,24 @@ __all__ = ["RaiseAten", "raise_aten"]
 class RaiseAten(Pass):
     """Turn `aten` ops into `ty` ops; an op that no rule raises is an error."""
 
+    stage: ClassVar[tuple[str, ...]] = ("aten",)
+    to_stage: ClassVar[str | None] = "ty"
+
     def run(self, op: Op, context: PassContext) -> None:
         assert isinstance(op, Module)
-        raise_aten(op, context.statistics)
+        functions = [f for f in op.body if isinstance(f, func.Func) and not f.is_external]
+        for function in functions:
+            for phase in PHASES:
+                _sweep(function.body, phase, context.statistics)
+        _check(functions)
+        _drop_unused_globals(op)
 
 
 def raise_aten(module: Module, statistics: dict[str, int] | None = None) -> None:
     """Raise every function of `module` in place; `statistics` counts the uses of each rule.  `TyirError`
     lists the ops that no rule raises.
     """
-    functions = [f for f in module.body if isinstance(f, func.Func) and not f.is_external]
-    for function in functions:
-        for phase in PHASES:
-            _sweep(function.body, phase, {} if statistics is None else statistics)
-    _check(functions)
-    _drop_unused_globals(module)
-    module.set_attribute("tyir.stage", StringAttr("ty"))
+    run_at_stage(RaiseAten(), module, PassContext(statistics={} if statistics is None else statistics))
 
 
 def _sweep(block: Block, phase: Phase, statistics: dict[str, int]) -> None:
@@ -90,9 +93,7 @@ def _check(functions: list[func.Func]) -> None:
                 left.setdefault(op.name, []).append(op)
     if left:
         total = sum(map(len, left.values()))
-        lines = [
-            f"{name}: {_times(len(ops))}, first {_place(ops[0].loc)}" for name, ops in sorted(left.items())
-        ]
+        lines = [f"{name}: {_times(len(ops))}, first {_place(ops[0])}" for name, ops in sorted(left.items())]
         kinds = f"{len(left)} kinds of operations" if len(left) > 1 else "1 kind of operation"
         message = (
             f"raise-aten left {kinds} ({total} op{'s' if total > 1 else ''}) that no rule knows:\n  "
@@ -113,9 +114,10 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def _place(location: Location) -> str:
+def _place(op: Op) -> str:
     """`in layer 3, model.layers.3.mlp (modeling_qwen2.py:45)`."""
-    layer, path, line = layer_of(location), module_path(location), _file_line(location)
+    path, line = path_of(op) or module_path(op.loc), _file_line(op.loc)
+    layer = None if path is None else layer_in(path)
     words = [f"in layer {layer}" if layer is not None else "outside the layers", *([path] if path else [])]
     return ", ".join(words) + (f" ({line})" if line else "")
 

@@ -11,14 +11,15 @@ few candidates instead of the logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from tyir.attributes import DictAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import TopK, tensor_type
 from tyir.ir import Op
-from tyir.passes._stages import require_stage
+from tyir.layers import carry
+from tyir.manifest import record
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["SelectOutput", "output_of", "parse_output"]
@@ -54,17 +55,19 @@ def output_of(k: int) -> str:
 class SelectOutput(Pass):
     """`kind` argmax or topk with `k`; logits changes nothing."""
 
+    stage: ClassVar[tuple[str, ...]] = ("kv",)
+
     kind: Literal["logits", "argmax", "topk"] = "argmax"
     k: int = 0
 
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "select-output", "kv")
         count = self._count()
         functions = [f for f in op.walk_type(Func) if f.body.terminator.operands and f.res_attr(0) == LOGITS]
         if not functions:
             raise TyirError("no function returns logits", help="run select-output once, after kv-materialize")
         for function in functions if count else ():
             _select(function, count)
+        record(op, output=output_of(count))
 
     def _count(self) -> int:
         if self.kind == "topk":
@@ -90,7 +93,7 @@ def _select(function: Func, k: int) -> None:
             f"k={k} is more than the {vocabulary} tokens of the vocabulary", help=f"use k={vocabulary}"
         )
     top = TopK(logits, k=k, loc=terminator.loc if logits.op is None else logits.op.loc)
-    top.insert_before(terminator)
+    carry(top, logits.op).insert_before(terminator)
     attrs = [function.res_attr(i) for i in range(1, 1 + len(rest))]
     terminator.operands = [*top.results, *rest]
     function.refresh_type()

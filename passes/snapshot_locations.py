@@ -3,8 +3,8 @@ a line of that file.
 
     %y = ty.silu(%x) loc("model.layers.0.mlp")      -->   %y = ty.silu(%x) loc(fused["step1.ir":3:3, "model.layers.0.mlp"])
 
-MLIR's `--snapshot-op-locations`.  The old location stays behind the new one, because passes read the
-model's module path from it; `replace=true` drops it.
+MLIR's `--snapshot-op-locations`.  The old location stays behind the new one, because it says which
+line of the model an op comes from; `replace=true` drops it.
 """  # noqa: E501
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ stage ty or kv, before partition-dies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Reshape, tensor_type
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
-from tyir.passes._stages import require_stage
+from tyir.manifest import record
 from tyir.passes.specialize_seqlen import infer_results
 from tyir.pipeline import Pass, PassContext
 
@@ -36,13 +37,18 @@ def check_batch(batch: int) -> None:
 class SpecializeBatch(Pass):
     """`batch` sequences in the place of one."""
 
+    stage: ClassVar[tuple[str, ...]] = (
+        "ty",
+        "kv",
+    )
+
     batch: int = 1
 
     def run(self, op: Op, context: PassContext) -> None:
-        require_stage(op, "specialize-batch", "ty", "kv")
         check_batch(self.batch)
         for function in list(op.walk_type(Func)):
             self._specialize(function)
+        record(op, batch=self.batch)
 
     def _specialize(self, function: Func) -> None:
         others = [a for a in function.args if tensor_type(a).dims[:1] != (1,)]

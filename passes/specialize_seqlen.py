@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tyir.attributes import DenseArrayAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append
 from tyir.ir import Op
+from tyir.manifest import record
 from tyir.opdef import DeclaredOp
 from tyir.pipeline import Pass, PassContext
 from tyir.types import TensorType, Type
@@ -61,6 +62,9 @@ def static(type: Type, tokens: int) -> Type:
 class SpecializeSeqlen(Pass):
     """Static shapes for each sequence length of the list."""
 
+    stage: ClassVar[tuple[str, ...]] = ("dist",)
+    to_stage: ClassVar[str | None] = "static"
+
     seqlens: tuple[int, ...] = (1, 8)
 
     def run(self, op: Op, context: PassContext) -> None:
@@ -75,8 +79,7 @@ class SpecializeSeqlen(Pass):
             for tokens in self.seqlens:
                 self._specialize(function, tokens)
             function.erase()
-        op.set_attribute("tyir.seqlens", DenseArrayAttr.i64(self.seqlens))
-        op.set_attribute("tyir.stage", StringAttr("static"))
+        record(op, seqlens=self.seqlens)
 
     def _specialize(self, function: Func, tokens: int) -> None:
         new = function.clone()

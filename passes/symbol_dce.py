@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tyir.attributes import ArrayAttr, Attribute, DictAttr, StringAttr, SymbolRefAttr
-from tyir.checking.rules import SymbolTables
+from tyir.checking.symbols import SymbolTables
 from tyir.ir import Op
 from tyir.pipeline import Pass, PassContext
 from tyir.rewrite import erase_all

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tyir.diagnostics import TyirError
 from tyir.ir import Block, Op, Value
+from tyir.layers import path_of
 from tyir.location import module_path
 from tyir.pipeline import Pass, PassContext
 from tyir.traits import ConstantLike
@@ -38,7 +40,10 @@ class ViewOpGraph(Pass):
         if self.file is None:
             print(text, file=sys.stderr)
         else:
-            Path(self.file).write_text(text + "\n", encoding="utf-8")
+            try:
+                Path(self.file).write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise TyirError(f"cannot write {self.file}: {error.strerror}") from None
         context.nothing_changed()
 
 
@@ -114,7 +119,7 @@ class _Writer:
 
     def _label(self, op: Op) -> str:
         head = f"{op.name} @{op.sym_name}" if op.sym_name else op.name
-        path = module_path(op.loc)
+        path = path_of(op) or module_path(op.loc)
         return json.dumps("\n".join(self._short(text) for text in (head, path) if text))
 
     def _short(self, text: str) -> str:

@@ -3,8 +3,11 @@
 A line `// RUN: tyir-opt --cse %s | filecheck %s` runs the tool in this process and checks its output against
 the file's CHECK lines (LLVM's FileCheck language).  `| same` instead compares all of the output with the `//
 OUT: ` lines that follow the RUN line; `pytest --bless` rewrites those after a change that was meant.  `not`
-in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file; several
-RUN lines run in order.
+in front expects a failure, `2>&1` adds standard error to what is checked, `%t` is a temporary file, `%S` the
+folder of the test; several RUN lines run in order.
+
+Two filters keep what is compared short: `| part 'module @die0' 'func.func @main'` leaves of pretty text the
+op that begins so (within the one named before it), and `| hide tyir.path` leaves those attributes out.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import difflib
 import importlib
 import io
 import itertools
+import re
 import shlex
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +91,8 @@ class IrTest(pytest.Item):
 
     def _run(self, command: str, folder: str, expected: list[str], bless: bool) -> list[str] | None:
         """Run one line; the output's lines when it ends in `| same`."""
-        command = command.replace("%s", shlex.quote(str(self.path))).replace("%t", shlex.quote(f"{folder}/t"))
+        for name, path in (("%s", self.path), ("%S", self.path.parent), ("%t", Path(folder) / "t")):
+            command = command.replace(name, shlex.quote(str(path)))
         text = ""
         for stage in command.split(" | "):
             if stage.strip() == "same":
@@ -125,7 +131,7 @@ def _run_tool(words: list[str], stdin: str) -> tuple[int, str, str]:
     old_stdin, sys.stdin = sys.stdin, io.StringIO(stdin)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = _filecheck(words[1:]) if words[0] == "filecheck" else _tool(words)
+            code = _FILTERS.get(words[0], _tool)(words)
     finally:
         sys.stdin = old_stdin
     return code, out.getvalue(), err.getvalue()
@@ -137,8 +143,39 @@ def _tool(words: list[str]) -> int:
     return code
 
 
-def _filecheck(arguments: list[str]) -> int:
+def _filecheck(words: list[str]) -> int:
     from filecheck.matcher import Matcher
     from filecheck.options import parse_argv_options
 
-    return Matcher.from_opts(parse_argv_options(["filecheck", *arguments])).run()
+    return Matcher.from_opts(parse_argv_options(words)).run()
+
+
+def _part(words: list[str]) -> int:
+    """Print the lines of one op of pretty text, from the one that begins as said to the closing one."""
+    lines = sys.stdin.read().splitlines()
+    for head in words[1:]:
+        start = next((i for i, line in enumerate(lines) if line.strip().startswith(head)), None)
+        if start is None:
+            print(f"no line begins with {head}", file=sys.stderr)
+            return 1
+        margin = " " * (len(lines[start]) - len(lines[start].lstrip()))
+        end = start
+        if lines[start].endswith("{"):
+            end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(margin + "}"))
+        lines = textwrap.dedent("\n".join(lines[start : end + 1])).splitlines()
+    print("\n".join(lines))
+    return 0
+
+
+def _hide(words: list[str]) -> int:
+    """Print text without the entries of these names in dictionaries."""
+    text = sys.stdin.read()
+    for key in words[1:]:
+        entry = re.escape(key) + r'(?: = (?:"[^"]*"|[-\w.]+(?: : \w+)?))?(?=[,}])'
+        text = re.sub(rf"(?: attributes)? \{{{entry}\}}", "", text)
+        text = re.sub(rf"(?<=\{{){entry}, |, {entry}", "", text)
+    print(text, end="")
+    return 0
+
+
+_FILTERS = {"filecheck": _filecheck, "part": _part, "hide": _hide}

@@ -19,6 +19,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op, Value
+from tyir.layers import place
 from tyir.location import FileLoc, NameLoc
 from tyir.types import TensorType, f16, i64, storage_dtype
 
@@ -60,6 +61,8 @@ class _Builder:
         self.function = Func.make("main", [tokens, tokens], ["input_ids", "position_ids"])
 
     def add(self, op: Op) -> Value:
+        if isinstance(op.loc, NameLoc) and not isinstance(op, ty.GetGlobal):
+            place(op, op.loc.name)
         return self.function.body.append(op).results[0]
 
     def weight(self, name: str, *dims: int, scale: float, offset: float = 0.0) -> Value:

@@ -6,13 +6,13 @@ script changes one import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.manifest import BuildOptions
+from tyir.manifest import BuildOptions, settled
 from tyir.pass_manager.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ def build_and_compile_llm(
     *,
     weights: str = "fp16",
 ) -> Path:
-    """Compile the checkpoint folder `model_path` and return the artifact folder
-    `artifacts_path/{dev_count}die`.
+    """Compile the checkpoint folder `model_path`; returns the folder of the artifacts.
+
+    That is `artifacts_path/{dev_count}die`.
 
     `artifacts_path` defaults to `{model_path}_tyir` beside the model.  `weights` ("fp16" or "int4") is ours.
     Raises `TyirError`.
@@ -56,7 +57,7 @@ def build_and_compile_llm(
 def compile_path(
     model: Path,
     out: Path,
-    options: BuildOptions,
+    options: BuildOptions | Mapping[str, Any],
     *,
     watch: Stopwatch | None = None,
     progress: bool = False,
@@ -64,30 +65,41 @@ def compile_path(
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     binary: bool = False,
-    machine: str | Path = "edge10",
+    machine: str | Path | None = None,
+    backend: str = "edge10",
 ) -> Path:
-    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.  Raises
-    `TyirError` before any work for options that cannot be.
+    """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
+    Raises `TyirError` before any work for options that cannot be.
+
+    Of a mapping what it names is asked for, of `BuildOptions` everything; what an `.ir` file was built with
+    holds where nothing is asked for, and an `options` that contradicts it is an error.
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`); `binary` and `machine` are
-    `CompileContext`'s.
+    for the `CompileContext` of the back end, which `backend` names.
     """
-    from tyir.backends.edge10.compile import CompileContext, check_target, compile_module
+    from tyir.backends.registry import find_backend
     from tyir.targets.machine import load_machine
 
-    check_options(options)
-    load_machine(machine)
-    if model.is_dir() or model.suffix == ".gguf":  # a module may have fixed its number of dies
-        check_target(out / f"{options.dies}die")
+    chosen = find_backend(backend)
+    if machine is not None:
+        load_machine(machine)
+    positions = None
+    if model.is_dir() or model.suffix != ".ir":  # a module may have settled its options
+        wanted = options if isinstance(options, BuildOptions) else BuildOptions(**options)
+        check_options(wanted)
+        chosen.check_target(out / f"{wanted.dies}die")
+        positions = wanted.max_kv
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model, plugin, warn, options.max_kv)
-    _warn_about_positions(module, options, warn)
-    return compile_module(
+        module = load_module(model, plugin, warn, positions)
+    wanted = settled(options, module)
+    check_options(wanted)
+    _warn_about_positions(module, wanted, warn)
+    return chosen.compile_module(
         module,
         out,
         options,
-        CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine),
+        chosen.CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine),
     )
 
 
@@ -97,8 +109,9 @@ def load_module(
     warn: Callable[[str], None] = _silent,
     positions: int | None = None,
 ) -> Module:
-    """The module of a checkpoint folder (imported for a cache of `positions` tokens) or of an `.ir` file
-    (parsed and verified).
+    """The module of a checkpoint folder or of an `.ir` file.
+
+    A checkpoint is imported for a cache of `positions` tokens, a file parsed and verified.
     """
     if model.is_dir() or model.suffix == ".gguf" or (plugin is not None and model.suffix != ".ir"):
         from tyir.frontends.huggingface import import_model
@@ -139,7 +152,7 @@ def check_options(options: BuildOptions) -> None:
             f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024"
         )
     check_seqlens(options.seqlens, options.max_kv)
-    if options.weights not in ("fp16", "int4"):
+    if options.weights not in ("fp16", "int4", "checkpoint"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4")
     check_batch(options.batch)
     if options.kv_dtype not in ("fp16", "int8"):

@@ -1,5 +1,6 @@
-"""The command-line options that decide what a compile makes; here so that `--help` of the tools that share
-them loads nothing else.
+"""The command-line options that decide what a compile makes.
+
+Here so that `--help` of the tools that share them loads nothing else.
 """
 
 from __future__ import annotations
@@ -25,38 +26,34 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def add_build_options(parser: argparse._ActionsContainer) -> None:
-    """The options that change the artifacts and their sizes."""
-    parser.add_argument("--dies", type=int, default=4, help="number of dies, 1 to 16 (default 4)")
+    """The options that change the artifacts and their sizes; one that is not given is None."""
+    parser.add_argument("--dies", type=int, help="number of dies, 1 to 16 (default 4)")
     parser.add_argument(
         "--pp",
         type=int,
-        default=1,
         metavar="K",
         help="pipeline stages: the layers are dealt out to K groups of dies (default 1)",
     )
     parser.add_argument(
         "--seqlens",
         type=numbers,
-        default=(1, 8),
         metavar="N,N,..",
         help="tokens per step to compile for (default 1,8)",
     )
     parser.add_argument(
         "--max-kv",
         type=int,
-        default=1024,
         metavar="N",
         help="tokens the key/value cache holds (default 1024)",
     )
     parser.add_argument(
         "--weights",
         choices=("fp16", "int4"),
-        default="fp16",
         help=(
-            "decoder weights: fp16, or int4 by round-to-nearest groups; weights that the checkpoint holds"
-            " quantised stay as they are"
+            "decoder weights: fp16 (default), or int4 by round-to-nearest groups; weights that the checkpoint"
+            " holds quantised stay as they are"
         ),
     )
     parser.add_argument(
-        "--group-size", type=int, default=128, metavar="N", help="input channels per int4 scale (default 128)"
+        "--group-size", type=int, metavar="N", help="input channels per int4 scale (default 128)"
     )

@@ -117,8 +117,9 @@ def _silence_stdout() -> None:
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `TyirError`s: exit code 1, in the style of all other messages;
-    flags are never abbreviated.
+    """An argument parser whose complaints are `TyirError`s; flags are never abbreviated.
+
+    Exit code 1, in the style of all other messages.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,13 +1,13 @@
-"""Two checkouts of the project compile the same models: which bytes of the artifacts differ, and how fast each is.
+"""Two checkouts compile the same models: which bytes of the artifacts differ, and how fast each is.
 
-    python -m tyir.tools.compare_checkouts OLD NEW                   every case, then the speeds
-    python -m tyir.tools.compare_checkouts OLD NEW --cases tiny      the embedded model only, about five minutes
+    python -m tyir.tools.compare_checkouts OLD NEW                   all cases, then speeds
+    python -m tyir.tools.compare_checkouts OLD NEW --cases tiny      the embedded model only
 
-For refactoring: a move must change no byte.  Each checkout is installed into a folder of its own (the libraries
-are this environment's) and run from there, so that neither sees the other.  Cases: the embedded model with fp16
-and int4 weights on 1 to 4 dies, and two layers of Qwen2.5-7B's shapes with random weights on 1 and 4 dies; all
-for lengths 1 and 8.  Speeds are medians of the processor time of alternating runs: reading, verifying and
-printing IR, importing the embedded model, and lowering it to command programs.
+For refactoring: a move must change no byte.  Each checkout is installed into a folder of its own (the
+libraries are this environment's) and run from there, so that neither sees the other.  Cases: the embedded
+model with fp16 and int4 weights on 1 to 4 dies, and two layers of Qwen2.5-7B's shapes with random weights on
+1 and 4 dies; all for lengths 1 and 8.  Speeds are medians of the processor time of alternating runs: reading,
+verifying and printing IR, importing the embedded model, and lowering it to command programs.
 
 Exit code 1 when a file differs, is missing or new.
 """
@@ -31,12 +31,13 @@ from tyir.tools.cli import run_tool
 
 __all__ = ["main"]
 
-# Two decoder layers of Qwen2.5-7B (its config.json on the hub), with a small vocabulary: the head is not the point.
+# Two decoder layers of Qwen2.5-7B (its config.json on the hub) with a small vocabulary: the layers count.
 _SEVEN_B = """
 import sys, torch, transformers
 torch.manual_seed(0)
-config = transformers.Qwen2Config(vocab_size=4096, hidden_size=3584, intermediate_size=18944, num_hidden_layers=2,
-    num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1e6)
+config = transformers.Qwen2Config(vocab_size=4096, hidden_size=3584, intermediate_size=18944,
+    num_hidden_layers=2, num_attention_heads=28, num_key_value_heads=4,
+    max_position_embeddings=32768, rope_theta=1e6)
 torch.set_default_dtype(torch.float16)
 transformers.Qwen2ForCausalLM(config).save_pretrained(sys.argv[1])
 """
@@ -45,7 +46,7 @@ transformers.Qwen2ForCausalLM(config).save_pretrained(sys.argv[1])
 _PRELUDE = """
 import sys, time
 model = sys.argv[1]
-PIPELINE = "to-ty,kv-materialize,partition-dies{dies=4},specialize-seqlen{seqlens=1,8},to-program,lower-edge10"
+PIPELINE = "to-ty,kv-materialize,partition-dies{dies=4},specialize-seqlen{seqlens=1,8},to-program"
 """
 _TIMED = {
     "read, verify and print IR": """
@@ -70,7 +71,7 @@ from tyir import run_pipeline
 from tyir.frontends.huggingface import import_model
 module = import_model(model)
 begin = time.process_time()
-run_pipeline(module, PIPELINE)
+run_pipeline(module, PIPELINE + ",lower-edge10")
 print(time.process_time() - begin)
 """,
     "import tyir": """
@@ -123,7 +124,7 @@ def install(source: Path, site: Path) -> Checkout:
 
 
 def differing_files(old: Path, new: Path) -> Iterator[str]:
-    """A line for every file that only one of the folders has or that differs; of a `.json` the keys that do."""
+    """A line for every file that only one of the folders has or that differs, with a `.json`'s keys."""
     files = {p.relative_to(root) for root in (old, new) for p in root.rglob("*") if p.is_file()}
     for name in sorted(files):
         a, b = old / name, new / name

@@ -13,7 +13,8 @@ from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.ir import Op
-from tyir.location import FileLoc, FusedLoc, Location, NameLoc, layer_of, module_path
+from tyir.layers import layer_of, path_of
+from tyir.location import FileLoc, FusedLoc, Location, NameLoc
 from tyir.passes.raise_aten import raise_aten
 
 __all__ = ["explain"]
@@ -79,7 +80,7 @@ def _kind(op: Op) -> str:
 
 def _counts(ops: list[Op]) -> str:
     """`48 = 24 layers x 2`, `25 = 24 layers x 1 + 1`."""
-    layers = Counter(layer_of(op.loc) for op in ops)
+    layers = Counter(layer_of(op) for op in ops)
     outside = layers.pop(None, 0)
     if not layers:
         return str(len(ops))
@@ -94,7 +95,7 @@ def _places(ops: list[Op], most: int = 4) -> str:
     """The modules inside a layer and the source line of the first."""
     names: dict[str, None] = {}
     for op in ops:
-        path, layer = module_path(op.loc) or "", layer_of(op.loc)
+        path, layer = path_of(op) or "", layer_of(op)
         names[
             path.partition(f".{layer}.")[2]
             or (f"layer {layer}" if layer is not None and path.endswith(f".{layer}") else path)

@@ -108,12 +108,18 @@ def _pass(name: str, cls: type[Pass]) -> str:
         part
         for part in (
             f"## {name}",
-            f"{_text(cls.__doc__)} Runs on {anchor}.",
+            f"{_text(cls.__doc__)} Runs on {anchor}{_stages(cls)}.",
             _text(module.__doc__),
             _table(("option", "kind", "default"), rows),
         )
         if part
     )
+
+
+def _stages(cls: type[Pass]) -> str:
+    """Where a pass may run, and where it leads."""
+    where = f" at stage {' or '.join(cls.stage)}" if cls.stage else ""
+    return where + (f", which becomes {cls.to_stage}" if cls.to_stage is not None else "")
 
 
 def _text(docstring: str | None) -> str:

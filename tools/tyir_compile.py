@@ -1,5 +1,6 @@
-"""`tyir-compile (HF_DIR | model.ir) -o out/`: a checkpoint or a module at any stage becomes a folder of
-artifacts.
+"""`tyir-compile (HF_DIR | model.ir) -o out/`: a model becomes a folder of artifacts.
+
+A checkpoint, or a module at any stage.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from tyir.diagnostics import TyirError
@@ -24,23 +26,9 @@ def main(argv: Sequence[str]) -> int:
     from tyir.pass_manager.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
-    options = BuildOptions(
-        dies=args.dies,
-        die_map=args.die_map,
-        seqlens=args.seqlens,
-        max_kv=args.max_kv,
-        weights=args.weights,
-        group_size=args.group_size,
-        embedding_as_input=args.embedding_as_input,
-        output=args.output,
-        kv_dtype=args.kv_dtype,
-        kv_layout=args.kv_layout,
-        batch=args.batch,
-        pp=args.pp,
-        mesh=args.mesh,
-    )
+    options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
     if args.plan:
-        return print_plan(args.model, options)
+        return print_plan(args.model, BuildOptions(**options))
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
@@ -65,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
         plugin=plugin,
         binary=args.binary,
         machine=args.machine,
+        backend=args.backend,
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -93,8 +82,9 @@ def _parser() -> argparse.ArgumentParser:
             " OUT/{n}die."
         ),
         epilog=(
-            "On success the only line on stdout is the folder of the artifacts; nothing has to be renamed,"
-            " copied or deleted by hand."
+            "What an .ir file has been built with already holds where an option is not given; an option that"
+            " contradicts it is an error.  On success the only line on stdout is the folder of the artifacts;"
+            " nothing has to be renamed, copied or deleted by hand."
         ),
     )
     parser.add_argument("model", type=Path, help="checkpoint folder, or an .ir file at any stage")
@@ -109,14 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--die-map",
         type=numbers,
-        default=(),
         metavar="D,D,..",
         help="physical dies, the main one first (default 0,1,..)",
     )
     parser.add_argument(
         "--mesh",
         type=numbers,
-        default=(),
         metavar="G,N",
         help=(
             "the dies of a stage as G groups of N: sums go first within a group, then between them (default:"
@@ -128,19 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--embedding-as-input",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="the host embeds the tokens; the table goes to embedding.params",
     )
     parser.add_argument(
         "--kv-dtype",
         choices=("fp16", "int8"),
-        default="fp16",
-        help="what the caches hold: fp16, or int8 with a scale per head and token",
+        help="what the caches hold: fp16 (default), or int8 with a scale per head and token",
     )
     parser.add_argument(
         "--kv-layout",
         choices=("HND", "NHD"),
-        default="HND",
         help=(
             "what follows what in a cache: a head's tokens (HND, default: attention reads long runs) or a"
             " token's heads (NHD: a token is written as one)"
@@ -148,22 +135,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        default="logits",
         metavar="KIND",
         help="what a step returns: logits (default), argmax, or topk=K: the K best tokens",
     )
     parser.add_argument(
         "--batch",
         type=int,
-        default=1,
         metavar="B",
         help="sequences per step (default 1); weights are read once for all of them",
     )
     parser.add_argument(
         "--machine",
-        default="edge10",
         metavar="NAME|FILE",
         help="die that the command programs are scheduled for (default edge10; docs/machines.md)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="edge10",
+        metavar="NAME",
+        help="what writes the artifacts (default edge10; docs/backends.md)",
     )
     parser.add_argument(
         "--binary",

@@ -1,5 +1,6 @@
-"""`tyir-dis FILE`: a command program, as bytes or as text, printed as text; with `--assemble`, written as
-bytes.
+"""`tyir-dis FILE`: a command program, as bytes or as text, printed as text.
+
+With `--assemble`, written as bytes.
 
 tyir-dis out/4die/batch_1/seqlen_1/llm_die0.bin | less
 tyir-dis --assemble llm_die0.edge10 -o llm_die0.bin

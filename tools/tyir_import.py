@@ -92,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
         from tyir.tools.tyir_compile import print_plan
 
         build = {
-            key: getattr(options, key) for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
+            key: value
+            for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
+            if (value := getattr(options, key)) is not None
         }
         return print_plan(options.folder, BuildOptions(**build))
     if options.output != "-":
@@ -143,8 +145,9 @@ def _check_output(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one beside it; an existing file keeps its permissions' defaults and
-    is replaced whole.
+    """Write a file by way of a temporary one beside it.
+
+    An existing file keeps its permissions' defaults and is replaced whole.
     """
     if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
         path.write_text(text, encoding="utf-8")

@@ -88,8 +88,9 @@ def _read(path: str) -> tuple[str, str]:
 
 
 def _parts(text: str) -> list[str]:
-    """The parts between `// -----` lines, each padded with empty lines so that line numbers stay the
-    file's.
+    """The parts between `// -----` lines.
+
+    Each is padded with empty lines so that line numbers stay the file's.
     """
     parts: list[list[str]] = [[]]
     for number, line in enumerate(text.splitlines()):
@@ -188,8 +189,9 @@ class _Job:
 
     @property
     def pretty(self) -> bool:
-        """The short form is for people: on request, or when a terminal shows the output; what other tools
-        read is generic.
+        """The short form is for people: on request, or when a terminal shows the output.
+
+        What other tools read is generic.
         """
         args = self.args
         return args.pretty or (args.output == "-" and not args.print_op_generic and sys.stdout.isatty())
@@ -308,8 +310,9 @@ def _label(op: Op, source: SourceText, positions: dict[Op, int]) -> Label | None
 
 
 def _locate(source: SourceText, positions: dict[Op, int]) -> None:
-    """Give every op its place in the file as location, as mlir-opt does, so that errors of passes have a
-    line.
+    """Give every op its place in the file as location, so that errors of passes have a line.
+
+    As mlir-opt does.
     """
     from tyir.location import FileLoc
 

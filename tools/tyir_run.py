@@ -1,5 +1,6 @@
-"""`tyir-run OUT/{n}die --prompt "..."`: continue a prompt with compiled artifacts, all dies in this
-process.
+"""`tyir-run OUT/{n}die --prompt "..."`: continue a prompt with compiled artifacts.
+
+All dies run in this process.
 """
 
 from __future__ import annotations
@@ -146,8 +147,9 @@ def stop_tokens(folder: Path) -> set[int]:
 
 
 def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes final: a token may end in the middle of a character, which is held back until it is
-    whole.
+    """Text as it becomes final.
+
+    A token may end in the middle of a character, which is held back until it is whole.
     """
     pending: list[int] = []
     shown = 0

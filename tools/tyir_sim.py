@@ -1,6 +1,4 @@
-"""`tyir-sim OUT/{n}die`: how fast the compiled programs run on the device, what bounds them, and how sure
-that is.
-"""
+"""`tyir-sim OUT/{n}die`: how fast the compiled programs run, what bounds them, how sure that is."""
 
 from __future__ import annotations
 
@@ -62,8 +60,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predictor, str]:
-    """From an artifact folder, or from the programs (`.edge10`, `.bin`) of all dies for one length; and what
-    to call it.
+    """The predictor of what was given, and what to call it.
+
+    An artifact folder, or the programs (`.edge10`, `.bin`) of all dies for one length.
     """
     from tyir.edge10.binary import read_program
     from tyir.runtime_sim.timing.predictor import Predictor
@@ -158,8 +157,9 @@ def _named_machine(program: EdgeProgram) -> Machine:
 
 
 def _positions(args: argparse.Namespace, predictor: Predictor) -> tuple[int, int]:
-    """Prompt length and decode position, by default a prompt of 128 tokens (less if the cache is smaller) and
-    the position after it.
+    """Prompt length and decode position.
+
+    By default a prompt of 128 tokens (less if the cache is smaller) and the position after it.
     """
     capacity, shortest = predictor.capacity, min(predictor.seqlens)
     prompt = args.prompt_tokens if args.prompt_tokens is not None else max(min(128, capacity - shortest), 1)
@@ -212,8 +212,9 @@ def _summary(args: argparse.Namespace, predictor: Predictor, name: str, prompt: 
 
 
 def _least(folder: Path) -> Callable[[int], Sequence[CollectiveNeed]] | None:
-    """The closed form of the collectives on the main die, for a step of so many tokens; None where the
-    manifest does not say the model's sizes.
+    """The closed form of the collectives on the main die, for a step of so many tokens.
+
+    None where the manifest does not say the model's sizes.
     """
     from tyir.manifest import MANIFEST, Manifest
     from tyir.passes.select_output import parse_output
@@ -282,7 +283,7 @@ def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int
         numbers = [float(v) for v in values.split(",")]
     except ValueError:
         raise TyirError(
-            f"--sweep {args.sweep}: '{values}' is no list of numbers",
+            f"--sweep {args.sweep}: '{values}' is not a list of numbers",
             help="write --sweep dram.bandwidth_gbps=17,30,34",
         ) from None
     rows = sweep(predictor, name, numbers, prompt, pos)

@@ -1,5 +1,6 @@
-"""`tyir-verify OUT/{n}die --against HF_DIR`: compare artifacts with Hugging Face, and name the op at fault
-when they differ.
+"""`tyir-verify OUT/{n}die --against HF_DIR`: compare artifacts with Hugging Face.
+
+When they differ it names the op at fault.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def _plugin(path: Path | None) -> ModelPlugin | None:
 
 
 def _check_checkpoint(path: Path) -> None:
-    """`TyirError` unless `path` is a checkpoint; a GGUF file, or a folder that holds one, needs no
-    config.json: its metadata describe the model.
+    """`TyirError` unless `path` is a checkpoint.
+
+    A GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model.
     """
     if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".gguf"):
         return

@@ -90,11 +90,24 @@ class Attribute(metaclass=_Uniqued):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self}>"
 
+    def __reduce__(self) -> Any:
+        slots = [slot for slot in type(self).__slots__ if slot != "__weakref__"]
+        return _unique, (type(self), {slot: getattr(self, slot) for slot in slots})
+
     def __copy__(self) -> Attribute:
         return self
 
     def __deepcopy__(self, memo: object) -> Attribute:
         return self
+
+
+def _unique(cls: type[Attribute], values: dict[str, Any]) -> Attribute:
+    """The attribute of these slots: the existing one, as when it is constructed."""
+    new = object.__new__(cls)
+    for slot, value in values.items():
+        object.__setattr__(new, slot, value)
+    found: Attribute = cls._by_key.setdefault(new._key(), new)
+    return found
 
 
 @final

@@ -129,9 +129,7 @@ class Interpreter:
                 received = yield _request(op, operands[0] if operands else None)
                 results = received if op.results else ()
             elif isinstance(op, func.Call):
-                results = yield from self._run_block(
-                    self._functions[op.callee.leaf].body, operands, (*stack, op)
-                )
+                results = yield from self._run_block(self._callee(op, stack), operands, (*stack, op))
             elif isinstance(op, GetGlobal):
                 results = self.read_symbol(op)
             else:
@@ -143,6 +141,15 @@ class Interpreter:
             if self.probe is not None:
                 self.probe(stack, op, results)
         raise TyirError(f"@{name} ends without a terminator")
+
+    def _callee(self, call: func.Call, stack: tuple[func.Call, ...]) -> Block:
+        """The body of a called function; `TyirError` when it is being run already: nothing would end it."""
+        function = self._functions.get(call.callee.leaf)
+        if function is None:
+            raise TyirError(f"'{call.name}' refers to {call.callee}, which is not a function of this module")
+        if any(outer.parent_op is function for outer in (*stack, call)):
+            raise TyirError(f"@{function.sym_name} calls itself, which never ends", where=str(call.loc))
+        return function.body
 
     def read_symbol(self, op: GetGlobal) -> Array:
         """The array a `ty.get_global` refers to: a given constant, a checkpoint tensor, or an evaluated

@@ -444,11 +444,10 @@ def _clone_region(region: Region, mapping: dict[Value, Value], waiting: list[tup
     for block in region.blocks:
         _clone_ops(block, block_map[block], mapping, block_map, waiting)
     if len(region.blocks) > 1:  # operands defined in a block that stands later in the text
-        for block in new.blocks:
-            for op in block:
+        for block in region.blocks:
+            for op, op_copy in zip(block, block_map[block]):
                 for index, value in enumerate(op._operands):
-                    if value in mapping:
-                        op.set_operand(index, mapping[value])
+                    op_copy.set_operand(index, mapping.get(value, value))
     return new
 
 

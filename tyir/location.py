@@ -6,7 +6,6 @@ loc("f.py":3:1)   loc("model.layers.0.mlp"("f.py":3:1))   loc(fused["a", "b"])  
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Final, final
 
@@ -21,7 +20,6 @@ __all__ = [
     "NameLoc",
     "UnknownLoc",
     "fuse",
-    "layer_of",
     "module_path",
 ]
 
@@ -113,13 +111,3 @@ def module_path(location: Location) -> str | None:
     if isinstance(location, CallSiteLoc):
         return module_path(location.callee)
     return None
-
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
-
-
-def layer_of(location: Location) -> int | None:
-    """The decoder layer an op belongs to, from its module path, or None outside the layers."""
-    path = module_path(location)
-    match = _LAYER.search(path) if path else None
-    return int(match.group(1)) if match else None

@@ -10,6 +10,9 @@ the runtime checks it first.
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
       files                   every file: size in bytes and sha256
 
+While a module is compiled, `tyir.build = {max_kv = 1024 : i64, ...}` on it records what passes have done
+(`record`); the options of the finished module are read from there and nowhere else.
+
 Paths are relative to the folder, with forward slashes.
 """  # noqa: E501
 
@@ -24,17 +27,24 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.types import FloatType, IntegerType, storage_dtype
+from tyir.ir import Op
+from tyir.types import FloatType, IntegerType, i64, storage_dtype
 
 __all__ = [
+    "BUILD",
     "MACHINE",
     "MANIFEST",
+    "SETTLED_BY",
     "BuildOptions",
     "DieProgram",
     "Manifest",
     "TensorInfo",
     "file_record",
+    "record",
+    "recorded",
+    "settled",
     "sha256_file",
 ]
 
@@ -42,6 +52,8 @@ MANIFEST: Final = "manifest.json"
 MACHINE: Final = "machine.toml"  # a machine file of the user's own that the programs were compiled for
 FORMAT: Final = "tyir-artifacts"
 VERSION: Final = 1
+BUILD: Final = "tyir.build"
+Recorded = bool | int | str | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,109 @@ class BuildOptions:
     kv_layout: str = "HND"
     pp: int = 1
     mesh: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, module: Op) -> Self:
+        """What a finished module was built with, as its passes have recorded it.
+
+        `TyirError` names what it does not say.
+        """
+        done = recorded(module)
+        missing = [name for name in SETTLED_BY if name not in done and name not in _MAY_BE_MISSING]
+        if missing:
+            raise TyirError(
+                f"the module does not say with which {', '.join(missing)} it was built ({BUILD})",
+                help="make it again from the imported model: passes record what they do",
+            )
+        values: dict[str, Any] = {name: value for name, value in done.items() if name in SETTLED_BY}
+        return cls(**values)
+
+
+# What a module may be built with, and the pass that settles it.
+SETTLED_BY: Final = {
+    "weights": "quantize-weights",
+    "group_size": "quantize-weights",
+    "max_kv": "kv-materialize",
+    "embedding_as_input": "kv-materialize",
+    "kv_dtype": "kv-materialize",
+    "kv_layout": "kv-materialize",
+    "batch": "specialize-batch",
+    "output": "select-output",
+    "dies": "partition-dies",
+    "die_map": "partition-dies",
+    "pp": "partition-dies",
+    "mesh": "partition-dies",
+    "seqlens": "specialize-seqlen",
+}
+_MAY_BE_MISSING: Final = ("group_size", "mesh")  # fp16 weights have no groups, and a mesh need not have any
+
+
+def record(module: Op, **done: Recorded) -> None:
+    """Write on a module what a pass has done to it; an empty list is not written."""
+    entries = {name: _to_attribute(value) for name, value in done.items() if value != ()}
+    module.set_attribute(
+        BUILD, DictAttr({**dict(module.attributes.get(BUILD, DictAttr()).items()), **entries})
+    )
+
+
+def recorded(module: Op) -> dict[str, Recorded]:
+    """What passes have recorded."""
+    written = module.attributes.get(BUILD, DictAttr())
+    if not isinstance(written, DictAttr):
+        raise TyirError(f"{BUILD} is {written}, not a dictionary")
+    return {name: _from_attribute(name, value) for name, value in written.items()}
+
+
+def _to_attribute(value: Recorded) -> Attribute:
+    if isinstance(value, bool):
+        return BoolAttr(value)
+    if isinstance(value, int):
+        return IntegerAttr(value, i64)
+    return StringAttr(value) if isinstance(value, str) else DenseArrayAttr.i64(value)
+
+
+def _from_attribute(name: str, value: Attribute) -> Recorded:
+    if isinstance(value, DenseArrayAttr):
+        return value.ints()
+    if isinstance(value, (BoolAttr, IntegerAttr, StringAttr)):
+        return value.value
+    raise TyirError(f"{BUILD} has {name} = {value}, which is no option's value")
+
+
+def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions:
+    """The options to go on building a module with: what is recorded, then what is asked for (of a mapping
+    what it names, of `BuildOptions` all), then the defaults.
+
+    `TyirError` names both values wherever what is asked for contradicts the record.
+    """
+    done = {name: value for name, value in recorded(module).items() if name in SETTLED_BY}
+    given = asdict(asked) if isinstance(asked, BuildOptions) else dict(asked)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v != ()}
+    if done.get("weights", "int4") != "int4":
+        given.pop("group_size", None)  # says nothing of weights without groups
+        if given.get("weights") == "fp16":
+            del given["weights"]  # as the checkpoint holds them
+    if "dies" in done:
+        done.setdefault("mesh", ())
+        if len(given.get("mesh", ())) == 1:
+            given["mesh"] = ()  # one group is recorded as none
+    problems = [
+        Diagnostic(
+            f"{name} = {_said(value)} is asked for, the module was built with {name} = {_said(done[name])}",
+            help=f"leave {name} out, or start from a file that {SETTLED_BY[name]} has not been run on",
+        )
+        for name, value in given.items()
+        if name in done and value != done[name]
+    ]
+    if problems:
+        raise TyirError(problems)
+    return BuildOptions(**{**given, **done})
+
+
+def _said(value: Recorded) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)

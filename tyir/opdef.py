@@ -22,8 +22,10 @@ that counts need no segment attribute.
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, dataclass_transform
 
 from tyir.attributes import (
@@ -40,7 +42,7 @@ from tyir.attributes import (
     SymbolRefAttr,
     UnitAttr,
 )
-from tyir.diagnostics import Diagnostic
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import EMPTY_DICT, Op, Region, Value
 from tyir.location import UNKNOWN, Location
 from tyir.traits import Trait
@@ -178,15 +180,24 @@ class AttrField:
     `key` is what the IR calls it, if that cannot be the Python name.
     """
 
-    def __init__(self, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "") -> None:
+    def __init__(
+        self,
+        default: Any = _MISSING,
+        choices: tuple[str, ...] = (),
+        key: str = "",
+        least: int | None = None,
+    ) -> None:
         self.default: Final = default
         self.choices: Final = choices
+        self.least: Final = least
         self.key = key
         self.name = ""
+        self.owner: type | None = None
         self.codec: _Codec
         self.optional = False
 
     def __set_name__(self, owner: type, name: str) -> None:
+        self.owner = owner
         self.name = name
         self.key = self.key or name
 
@@ -209,7 +220,12 @@ class AttrField:
         value = op.properties._map.get(self.key)
         if value is None:
             return None if self.default is _MISSING else self.default
-        return self.codec.decode(value)
+        try:
+            return self.codec.decode(value)
+        except AttributeError:  # of another kind, which the verifier reports
+            if self.key == "sym_name":
+                return None  # as `Op.sym_name`: the op defines no symbol
+            raise TyirError(f"property '{self.key}' must be {self.codec.kind}, got {value}") from None
 
     def __set__(self, op: Any, value: Any) -> None:
         op.properties = (
@@ -235,7 +251,18 @@ class AttrField:
             return f"property '{self.key}' must be {self.codec.kind}, got {value}"
         if self.choices and isinstance(value, StringAttr) and value.value not in self.choices:
             return f"property '{self.key}' must be one of {', '.join(self.choices)}, got '{value.value}'"
+        if self.least is not None:
+            return self._too_small(self.codec.decode(value), self.least)
         return None
+
+    def _too_small(self, value: int | tuple[int, ...], least: int) -> str | None:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if all(number >= least for number in numbers):
+            return None
+        return (
+            f"property '{self.key}' must be at least {least}, got"
+            f" {list(numbers) if isinstance(value, tuple) else value}"
+        )
 
 
 class RegionField:
@@ -249,6 +276,20 @@ class RegionField:
 
     def __get__(self, op: Any, owner: type | None = None) -> Any:
         return self if op is None else op.regions[op.region_fields.index(self)]
+
+
+_FIELDS: Final = (OperandField, AttrField, RegionField)
+
+
+def _annotation_text(annotation: Any) -> str:
+    """How an annotation is written, also where the module does not keep annotations as texts."""
+    if isinstance(annotation, str):
+        return annotation
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        kinds = [_annotation_text(part) for part in parts if part is not types.NoneType]
+        return " | ".join([*kinds, "None"] if types.NoneType in parts else kinds)
+    return annotation.__name__ if isinstance(annotation, type) and not parts else str(annotation)
 
 
 def operand() -> Any:
@@ -277,14 +318,21 @@ def variadic_result(*, init: Literal[False] = False) -> Any:
 
 
 def attr(
-    *, default: Any = _MISSING, choices: tuple[str, ...] = (), key: str = "", kw_only: bool = True
+    *,
+    default: Any = _MISSING,
+    choices: tuple[str, ...] = (),
+    key: str = "",
+    least: int | None = None,
+    kw_only: bool = True,
 ) -> Any:
     """A property, given by keyword; its kind comes from the annotation (int, float, str, bool, tuple[int,
     ...], TensorType, ...).
 
-    `key` is its name in the IR where that cannot be a field's (`name`, which every op has already).
+    `key` is its name in the IR where that cannot be a field's (`name`, which every op has already).  Strings
+    may be limited to `choices`, integers (each of a tuple's) to numbers from `least` on; `infer` and `verify`
+    see only properties that are as declared.
     """
-    return AttrField(default, choices, key)
+    return AttrField(default, choices, key, least)
 
 
 def region(*, default: Region | None = None, kw_only: bool = True) -> Any:
@@ -359,8 +407,11 @@ class DeclaredOp(_Declaration):
     def __init_subclass__(cls, *, name: str, traits: tuple[type[Trait], ...] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = name
-        cls.traits = frozenset(traits)
-        fields = cls.__dict__
+        cls.traits = frozenset(traits).union(*(base.traits for base in cls.__bases__ if issubclass(base, Op)))
+        fields: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):  # a declared op that derives another has its fields, in front
+            fields |= {key: value for key, value in base.__dict__.items() if isinstance(value, _FIELDS)}
+            fields |= {key: value for key, value in base.__dict__.items() if key in fields}
         cls.operand_fields = tuple(f for f in fields.values() if type(f) is OperandField)
         cls.result_fields = tuple(f for f in fields.values() if type(f) is ResultField)
         cls.attr_fields = tuple(f for f in fields.values() if type(f) is AttrField)
@@ -374,7 +425,8 @@ class DeclaredOp(_Declaration):
         cls.operand_counts, cls.result_counts = _counts(cls.operand_fields), _counts(cls.result_fields)
         cls.property_names = frozenset(f.key for f in cls.attr_fields)
         for attr_field in cls.attr_fields:
-            attr_field.bind(cls.__annotations__[attr_field.name], name)
+            if attr_field.owner is cls:
+                attr_field.bind(_annotation_text(cls.__annotations__.get(attr_field.name)), name)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
@@ -386,6 +438,9 @@ class DeclaredOp(_Declaration):
             raise TypeError(
                 f"{cls.name} takes {len(cls.operand_fields)} positional operands, {len(args)} given"
             )
+        for name in kwargs:
+            if name in given:
+                raise TypeError(f"{cls.name}: operand '{name}' is given twice, by position and by name")
         given.update(kwargs)
         operands: list[Value] = []
         for f in cls.operand_fields:
@@ -421,12 +476,24 @@ class DeclaredOp(_Declaration):
         self.block = self._prev = self._next = None
         self.results = ()
         if not result_types and cls.result_fields:
-            inferred = self.infer()
-            result_types = (inferred,) if isinstance(inferred, Type) else tuple(inferred)
+            result_types = self._result_types()
         self.results = tuple([Value(t, self, i) for i, t in enumerate(result_types)])
 
+    def _result_types(self) -> tuple[Type, ...]:
+        """What `infer` gives for a new op; `TyirError` names the op and what is wrong with it."""
+        try:
+            problems = [p for f in type(self).attr_fields if (p := f.check(self))]
+            if problems:
+                raise TyirError([Diagnostic(problem) for problem in problems])
+            inferred = self.infer()
+        except TyirError as error:
+            self.drop_references()
+            named = [replace(d, message=f"'{self.name}' {d.message}") for d in error.diagnostics]
+            raise TyirError(named) from None
+        return (inferred,) if isinstance(inferred, Type) else tuple(inferred)
+
     def infer(self) -> Type | Sequence[Type]:
-        """The result types.
+        """The result types; `TyirError`, worded like `verify`'s messages, when the operands allow none.
 
         An op whose types do not follow from its operands does not override this and takes `result_types`.
         """

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from tyir.attributes import StringAttr
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects.builtin import Module
 from tyir.ir import Op
@@ -28,21 +29,28 @@ from tyir.pass_manager.analysis import AnalysisManager
 from tyir.pass_manager.options import make_pass, options_text
 from tyir.pass_manager.registry import PassRegistry
 from tyir.pass_manager.text import Nest, PassText, PipelineItem, parse_pipeline_text, pipeline_error
+from tyir.stages import KEY, require_stage
 from tyir.verify import verify
 
 if TYPE_CHECKING:
     from tyir.execution.weights import WeightSource
 
-__all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_pipeline"]
+__all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_at_stage", "run_pipeline"]
 
 ANY: Final = "any"
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of all passes; a subclass is a frozen dataclass whose fields are its options."""
+    """Base of all passes; a subclass is a frozen dataclass whose fields are its options.
+
+    `stage`: the stages (`tyir.stages`) that a module may stand at for it, () being all; `to_stage`: the one
+    it takes the module to.
+    """
 
     anchor: ClassVar[str] = "builtin.module"
+    stage: ClassVar[tuple[str, ...]] = ()
+    to_stage: ClassVar[str | None] = None
 
     @classmethod
     def name(cls) -> str:
@@ -146,7 +154,7 @@ def _run_pass(pass_: Pass, op: Op, context: PassContext) -> None:
         instrument.before(pass_, op)
     context._unchanged, context._preserved = False, ()
     try:
-        pass_.run(op, context)
+        run_at_stage(pass_, op, context)
         if not context._unchanged:
             context.analyses.invalidate(op, context._preserved)
             if context.verify_each:
@@ -158,6 +166,15 @@ def _run_pass(pass_: Pass, op: Op, context: PassContext) -> None:
         raise
     for instrument in reversed(context.instruments):
         instrument.after(pass_, op)
+
+
+def run_at_stage(pass_: Pass, op: Op, context: PassContext) -> None:
+    """Run a pass on a module that stands where the pass may run, and say where it stands afterwards."""
+    if pass_.stage:
+        require_stage(op, pass_.name(), pass_.stage)
+    pass_.run(op, context)
+    if pass_.to_stage is not None and op.parent_op is None:
+        op.set_attribute(KEY, StringAttr(pass_.to_stage))
 
 
 def _add_note(error: BaseException, pass_: Pass, op: Op) -> None:

@@ -7,8 +7,8 @@
         return True
 
 The driver folds (`op.fold()`), deletes unused pure ops, and tries the patterns of an op's class by falling
-benefit.  What it changes puts the neighbours back on the worklist.  Locations are carried: ops a pattern
-makes get the locations of the ops they replace, fused.
+benefit.  What it changes puts the neighbours back on the worklist.  Ops a pattern makes get the locations
+of the ops they replace, fused, and their place in the model (`tyir.layers`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from tyir.attributes import Attribute, DenseElementsAttr
+from tyir.checking.dominance import unreachable_blocks
+from tyir.checking.in_place import Overwrites
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import Constant
 from tyir.ir import Block, Op, Value
+from tyir.layers import carry
 from tyir.location import UNKNOWN, fuse
 from tyir.opdef import DeclaredOp
 from tyir.printer import op_excerpt
-from tyir.traits import Pure
+from tyir.traits import IsolatedFromAbove, Pure
 
 __all__ = ["Listener", "Pattern", "Rewriter", "erase_all", "pattern", "rewrite_greedily"]
 
@@ -75,6 +78,7 @@ class Rewriter:
     """What patterns change the IR with, so that the driver (and who listens) sees it."""
 
     listeners: Sequence[Listener] = ()
+    is_overwritten: Callable[[Value], bool] = field(default_factory=Overwrites)  # updated in place
     _work: list[Op] = field(default_factory=list)
     _queued: set[Op] = field(default_factory=set)
     _inserted: list[Op] = field(default_factory=list)
@@ -93,10 +97,11 @@ class Rewriter:
 
         `absorbed` are further ops whose work the new ones do: their locations are fused in.
         """
-        locs = [*(o.loc for o in absorbed), op.loc]
+        old = (*absorbed, op)
         for new in self._inserted:
+            carry(new, *old)
             if new.loc is UNKNOWN:
-                new.loc = fuse(locs)
+                new.loc = fuse(o.loc for o in old)
         self._inserted.clear()
         for value in values:
             if value.op is not None:
@@ -168,6 +173,7 @@ def rewrite_greedily(
         by_class.setdefault(p.op_class, []).append(p)
     plans: dict[type[Op], _Plan | None] = {}
     rewriter = Rewriter(listeners)
+    out_of_bounds = _Bounds(root)
     work, queued = rewriter._work, rewriter._queued
     total = 0
     for op in root.walk():
@@ -191,7 +197,7 @@ def rewrite_greedily(
         if cls not in plans:
             plans[cls] = _plan(cls, by_class, fold, dead_code)
         plan = plans[cls]
-        if plan is None:
+        if plan is None or out_of_bounds(op):
             continue
         name = _visit(op, plan, rewriter)
         if name is None:
@@ -201,6 +207,27 @@ def rewrite_greedily(
         if changes > limit:
             _diverged(op, applied)
     return changes
+
+
+class _Bounds:
+    """Which ops the driver leaves alone: those outside of its root, and those in blocks that control never
+    reaches, where a value may depend on itself.
+    """
+
+    def __init__(self, root: Op) -> None:
+        self.root = root
+        self.open = root.block is not None and IsolatedFromAbove not in root.traits
+        self.unreachable: set[Block] = set()
+        for op in root.walk():
+            for region in op.regions:
+                for block in unreachable_blocks(region):
+                    inner = [b for o in block for b in blocks_below(o)]
+                    self.unreachable.update((block, *inner))
+
+    def __call__(self, op: Op) -> bool:
+        if self.unreachable and op.block in self.unreachable:
+            return True
+        return self.open and (op is self.root or not self.root.is_ancestor_of(op))
 
 
 def _plan(
@@ -235,6 +262,9 @@ def _fold(op: Op, rewriter: Rewriter) -> bool:
     folded = op.fold()
     if folded is None:
         return False
+    old_and_new = (*op.results, *(item for item in folded if isinstance(item, Value)))
+    if any(map(rewriter.is_overwritten, old_and_new)):
+        return False  # one value in place of two would be read after its update
     rewriter._inserted.clear()
     values = [item if isinstance(item, Value) else _materialize(item, op, rewriter) for item in folded]
     if any(new.type is not old.type for new, old in zip(values, op.results)):

@@ -1,4 +1,4 @@
-"""Which ops may exist at each stage of a compilation: the legality table.
+"""The stages of a compilation in order: which ops may exist at each, and what takes a module to the next.
 
 `tyir.stage` on the outermost module names the stage.  Whatever the table does not allow there is a leftover
 of an earlier stage, and the error names the pass that should have removed it.  Ops of dialects that are not
@@ -7,20 +7,21 @@ tyir's (a user's own) are legal everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from tyir.attributes import StringAttr
-from tyir.diagnostics import did_you_mean
+from tyir.diagnostics import TyirError, did_you_mean
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.ir import Op, Value
 from tyir.types import TensorType
 
-__all__ = ["STAGES", "Stage", "check_stage", "stage_of"]
+__all__ = ["STAGES", "Stage", "check_stage", "require_stage", "stage_of"]
 
 KEY: Final = "tyir.stage"
+_INNER: Final = "sharded"  # lies inside the pass that leads on from the stage before
 _BASE: Final = frozenset({"builtin", "func"})
 _WEIGHTS: Final = ("ty.global", "ty.param", "ty.get_global", "ty.yield")
 
@@ -28,13 +29,14 @@ _WEIGHTS: Final = ("ty.global", "ty.param", "ty.get_global", "ty.yield")
 @dataclass(frozen=True)
 class Stage:
     """`dialects` and single `ops` that may exist; `leftovers` maps ops (or `dialect.*`) to the pass that
-    removes them.
+    removes them.  `next` is the pass or pipeline that takes a module on.
 
     `static` forbids `?` dimensions of function arguments; `in_functions` lists leftovers that are legal in
     weight initializers.
     """
 
     name: str
+    next: str
     dialects: frozenset[str]
     ops: frozenset[str] = frozenset()
     leftovers: dict[str, str] = field(default_factory=dict)
@@ -65,17 +67,40 @@ STAGES: Final[dict[str, Stage]] = {
     for stage in (
         Stage(
             "aten",
+            "to-ty",
             _BASE | {"aten"},
             frozenset((*_WEIGHTS, "ty.constant", "ty.cast")),
             {**_EARLY, **_NO_COMMANDS},
         ),
-        Stage("ty", _BASE | {"ty"}, leftovers={**_TO_TY, **_EARLY, **_NO_COMMANDS}),
-        Stage("kv", _BASE | {"ty", "kv"}, leftovers={**_TO_KV, "dist.*": _EARLY["dist.*"], **_NO_COMMANDS}),
-        Stage("sharded", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
-        Stage("dist", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}),
-        Stage("static", _BASE | {"ty", "kv", "dist"}, leftovers={**_TO_KV, **_NO_COMMANDS}, static=True),
+        Stage("ty", "kv-materialize", _BASE | {"ty"}, leftovers={**_TO_TY, **_EARLY, **_NO_COMMANDS}),
+        Stage(
+            "kv",
+            "partition-dies",
+            _BASE | {"ty", "kv"},
+            leftovers={**_TO_KV, "dist.*": _EARLY["dist.*"], **_NO_COMMANDS},
+        ),
+        Stage(  # inside partition-dies
+            "sharded",
+            "propagate-sharding,insert-collectives,localize-dies",
+            _BASE | {"ty", "kv", "dist"},
+            leftovers={**_TO_KV, **_NO_COMMANDS},
+        ),
+        Stage(
+            "dist",
+            "specialize-seqlen",
+            _BASE | {"ty", "kv", "dist"},
+            leftovers={**_TO_KV, **_NO_COMMANDS},
+        ),
+        Stage(
+            "static",
+            "to-program",
+            _BASE | {"ty", "kv", "dist"},
+            leftovers={**_TO_KV, **_NO_COMMANDS},
+            static=True,
+        ),
         Stage(
             "program",
+            "lower-edge10",
             _BASE | {"ty", "kv", "dist"},
             frozenset(("edge10.buffer",)),
             {**_TO_KV, **_NO_COMMANDS},
@@ -84,6 +109,7 @@ STAGES: Final[dict[str, Stage]] = {
         ),  # buffers: plan-memory
         Stage(
             "edge10",
+            "",
             _BASE | {"edge10"},
             frozenset((*_WEIGHTS, "sdy.mesh")),
             {**_TO_KV, "ty.*": "lower-edge10", "kv.*": "lower-edge10", "dist.*": "lower-edge10"},
@@ -96,6 +122,26 @@ def stage_of(op: Op) -> str | None:
     """The stage a module says it is at."""
     value = op.attributes.get(KEY)
     return value.value if isinstance(value, StringAttr) else None
+
+
+def require_stage(op: Op, what: str, wanted: Sequence[str]) -> None:
+    """`TyirError` that says what to run, unless the module that `op` is or lies in stands at one of the
+    stages `wanted` or does not say where it stands (hand-written IR).
+    """
+    root = op
+    while root.parent_op is not None:
+        root = root.parent_op
+    stage = stage_of(root)
+    if stage is None or stage in wanted or stage not in STAGES:
+        return
+    order = list(STAGES)
+    here, first = order.index(stage), order.index(wanted[0])
+    if here < first:
+        ways = [STAGES[s].next for s in order[here:first] if s != _INNER or s == stage]
+        help = f"run {','.join(ways)} first"
+    else:
+        help = f"{what} has been run on it, or what comes after it: start from a file of stage {wanted[0]}"
+    raise TyirError(f"{what} runs at stage {' or '.join(wanted)}, this module is at stage {stage}", help=help)
 
 
 def check_stage(root: Op) -> Iterator[tuple[Op, str]]:

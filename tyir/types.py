@@ -208,6 +208,11 @@ class TensorType(Type):
         return math.prod(self.static_shape)
 
     @property
+    def is_storable(self) -> bool:
+        """Whether `nbytes` is known: static, of elements that have a width."""
+        return self.is_static and isinstance(self.element, (IntegerType, FloatType, IndexType))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed tensor (two 4-bit elements share a byte, rows are padded to whole bytes)."""
         shape = self.static_shape

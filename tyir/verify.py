@@ -13,20 +13,22 @@ once. All problems are reported together (at most 20).
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 from tyir.checking.dominance import DominanceTree
 from tyir.checking.rules import (
-    SymbolTables,
     check_call,
     check_function,
     check_get_global,
     check_in_place,
     check_symbols,
 )
+from tyir.checking.symbols import SymbolTables
 from tyir.diagnostics import Diagnostic, Label, TyirError
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import CallSiteLoc, FileLoc, FusedLoc, Location, NameLoc
@@ -144,6 +146,7 @@ class _Verifier:
             cls = type(op)
             fact = facts.get(cls) or self._facts(op)
             if fact.declared:
+                found = len(self.problems)
                 if fact.repeats:
                     key = (
                         cls,
@@ -153,13 +156,12 @@ class _Verifier:
                         *[v.type for v in results],
                     )
                     if key not in checked:
-                        found = len(self.problems)
                         self._declaration(op, fact)
                         if len(self.problems) == found:
                             checked.add(key)
                 else:
                     self._declaration(op, fact)
-                if fact.rule is not None:
+                if fact.rule is not None and len(self.problems) == found:  # rules see ops as declared
                     for message in fact.rule(op, self.tables):
                         self.problem(op, message)
             if (fact.terminator or op.successors) and op._next is not None:
@@ -184,7 +186,7 @@ class _Verifier:
         if last is None:
             self.problem(parent, "has an empty block; it must end in a terminator")
         elif last.registered and Terminator not in last.traits:
-            self.problem(last, f"ends a block of '{parent.name}' but is no terminator")
+            self.problem(last, f"ends a block of '{parent.name}' but is not a terminator")
 
     def _successors(self, op: Op) -> None:
         region = op.block.region if op.block is not None else None
@@ -269,17 +271,21 @@ class _Verifier:
             if not messages and facts.own_verify:
                 messages = list(op.verify())
         except TyirError as error:
-            messages = [f"has operands of the wrong kind: {d.message}" for d in error.diagnostics]
-        except (TypeError, ValueError, AssertionError, IndexError, AttributeError) as error:
-            messages = [
-                (
-                    f"has operands of the wrong kind: {error}"
-                    if str(error)
-                    else "has operands or properties of the wrong kind"
-                )
-            ]
+            messages = [d.message for d in error.diagnostics]
+        except Exception as error:
+            messages = [_faulty_declaration(op, error)]
         for message in messages:
             self.problem(op, message)
+
+
+def _faulty_declaration(op: Op, error: Exception) -> Diagnostic:
+    """An op whose `infer` or `verify` raised something else than a diagnostic: its declaration's fault."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Diagnostic(
+        f"'{op.name}' cannot be checked: its declaration in {type(op).__module__} raises"
+        f" {type(error).__name__}: {error} (in {Path(frame.filename).name}:{frame.lineno})",
+        help="infer and verify say what is wrong with an op by messages, or by a TyirError",
+    )
 
 
 _RULES: Final[dict[str, Callable[[Any, SymbolTables], Iterator[str]]]] = {

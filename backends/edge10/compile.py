@@ -8,13 +8,14 @@ when the manifest is in place.  A failure or an interrupt leaves what was there 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tyir.attributes import (
     ArrayAttr,
@@ -33,22 +34,32 @@ from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.kv import Append
-from tyir.dialects.sdy import Mesh
-from tyir.dialects.ty import GetGlobal, MergeTopK, Param, QuantizedLinear, QuantizeGroups, TopK, tensor_type
+from tyir.dialects.ty import GetGlobal, Param, tensor_type
 from tyir.edge10.binary import encode
 from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
-from tyir.manifest import MACHINE, MANIFEST, BuildOptions, DieProgram, Manifest, TensorInfo, file_record
+from tyir.layers import location_by_path
+from tyir.manifest import (
+    MACHINE,
+    MANIFEST,
+    BuildOptions,
+    DieProgram,
+    Manifest,
+    TensorInfo,
+    file_record,
+    recorded,
+    settled,
+)
 from tyir.pass_manager.stopwatch import Stopwatch
 from tyir.passes.pipelines import remaining_pipeline
-from tyir.passes.select_output import output_of
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
+from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
-from tyir.types import i8, i64
+from tyir.types import i64
 
-__all__ = ["CompileContext", "check_target", "compile_module"]
+__all__ = ["CompileContext", "check_target", "compile_module", "to_program"]
 
+EDGE10: Final = "edge10"
 Memory = dict[tuple[int, int], dict[str, int]]  # (die, length) -> bytes by kind, `memory_plan.memory_summary`
 
 _COPIED = (
@@ -70,33 +81,55 @@ class CompileContext:
     """What a compile carries along: where it reports, whether it shows progress, and what it builds for.
 
     `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's
-    name, or a machine file, which goes to the artifacts.
+    name, or a machine file, which goes to the artifacts; None is the one a module was cut for, or edge10.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
     progress: bool = False
     mcpu: str | None = None
     binary: bool = False
-    machine: str | Path = "edge10"
+    machine: str | Path | None = None
     passes: PassContext = field(default_factory=PassContext)
+
+    @property
+    def chosen_machine(self) -> str | Path:
+        """The machine, edge10 when none is asked for."""
+        return EDGE10 if self.machine is None else self.machine
+
+    def for_module(self, module: Module) -> CompileContext:
+        """For the machine that the module was cut for, which what is asked for may not contradict."""
+        cut_for = recorded(module).get("machine")
+        if not isinstance(cut_for, str):
+            return self
+        asked = self.machine
+        if asked is not None and str(asked) != cut_for and load_machine(asked) != load_machine(cut_for):
+            raise TyirError(
+                f"machine = {asked} is asked for, the module was cut for machine = {cut_for}",
+                help="leave machine out, or start from a file that partition-dies has not been run on",
+            )
+        return replace(self, machine=cut_for)
 
 
 def compile_module(
-    module: Module, out: Path, options: BuildOptions, context: CompileContext | None = None
+    module: Module,
+    out: Path,
+    options: BuildOptions | Mapping[str, Any],
+    context: CompileContext | None = None,
 ) -> Path:
     """Compile a module into `out/{n}die` and return that folder.
 
-    The module may stand at any stage; the passes it has not been through are run with `options`.  What the
-    module already fixed (a partitioned module's dies, a specialised module's lengths) overrides `options`.
-    Raises `TyirError` and leaves `out` as it was.
+    The module may stand at any stage; the passes it has not been through are run with `options` (of a mapping
+    with what it names, of `BuildOptions` with all).  What has been done to the module already is read from
+    its record, `tyir.build`, and may not contradict them.  Raises `TyirError` and leaves `out` as it was.
     """
-    context = context or CompileContext()
-    stage, source, asked = _stage(module), module.clone(), options
+    context = (context or CompileContext()).for_module(module)
+    stage, source, asked = _stage(module), module.clone(), settled(options, module)
     with context.watch.stage("passes"):
-        run_pipeline(module, remaining_pipeline(stage, options, str(context.machine)), context.passes)
-    options = _settled(module, options)
+        options = to_program(module, asked, context)
     dies = [m for m in module.body if isinstance(m, Module)]
-    check_memory(dies, replace(asked, seqlens=options.seqlens), source, stage, load_machine(context.machine))
+    name = context.chosen_machine
+    wanted = replace(asked, seqlens=options.seqlens)
+    check_memory(dies, wanted, source, stage, load_machine(name), str(name))
     target = out / f"{options.dies}die"
     with _replacing(target) as folder:
         with context.watch.stage("weights"):
@@ -110,52 +143,30 @@ def compile_module(
     return target
 
 
+def to_program(module: Module, asked: BuildOptions, context: CompileContext) -> BuildOptions:
+    """Run the passes that a module has not been through; returns what it is now built with.
+
+    Its locations then follow from the ops' attributes alone and results have no names, which get numbers when
+    they are written: artifacts are the same bytes with and without debug information, and whether the module
+    has been a file on the way or not.
+    """
+    pipeline = remaining_pipeline(_stage(module), asked, str(context.chosen_machine), recorded(module))
+    run_pipeline(module, pipeline, context.passes)
+    for op in module.walk():
+        op.loc = location_by_path(op)
+        for value in op.results:
+            value.name = None
+    return BuildOptions.of(module)
+
+
 def _stage(module: Module) -> str:
-    stage = module.attributes.get("tyir.stage")
-    if not isinstance(stage, StringAttr):
+    stage = stage_of(module)
+    if stage is None:
         raise TyirError(
             "the module does not say at which stage it is",
             help='set {tyir.stage = "ty"} on the module, as tyir-import does',
         )
-    return stage.value
-
-
-def _settled(module: Module, options: BuildOptions) -> BuildOptions:
-    """The options as the compiled module has them."""
-    mesh = next(module.walk_type(Mesh), None)
-    seqlens = module.attributes.get("tyir.seqlens")
-    if mesh is None or not isinstance(seqlens, DenseArrayAttr):
-        raise TyirError(
-            "the module has no dies or no sequence lengths",
-            help="run partition-dies and specialize-seqlen, or compile from an earlier stage",
-        )
-    append = next(
-        (a for a in module.walk_type(Append) if tensor_type(a.cache).rank == 4), None
-    )  # not of scales
-    cache = None if append is None else tensor_type(append.cache)
-    quantised, by_us = (
-        any(True for _ in module.walk_type(kind)) for kind in (QuantizedLinear, QuantizeGroups)
-    )
-    stored = quantised and not by_us and options.weights == "fp16"
-    return replace(
-        options,
-        weights="checkpoint" if stored else options.weights,
-        dies=mesh.dies,
-        die_map=mesh.devices,
-        mesh=_groups(mesh),
-        seqlens=seqlens.ints(),
-        max_kv=options.max_kv if append is None else append.capacity,
-        kv_layout=options.kv_layout if append is None else append.layout,
-        batch=options.batch if cache is None else cache.static_shape[0],
-        kv_dtype=options.kv_dtype if cache is None else "int8" if cache.element is i8 else "fp16",
-        output=output_of(next((op.k for op in module.walk() if isinstance(op, (TopK, MergeTopK))), 0)),
-    )
-
-
-def _groups(mesh: Mesh) -> tuple[int, ...]:
-    """The sizes of a stage's axes, `BuildOptions.mesh`, when there are groups."""
-    axes = dict(mesh.axes)
-    return (axes["group"], axes["die"]) if "group" in axes else ()
+    return stage
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -189,19 +200,41 @@ def _replacing(target: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / target.name)
-            temporary.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(target)
+        _put_in_place(temporary, target)
     except OSError as error:
-        raise TyirError(
-            f"cannot write {target}: {error.strerror or error}", help="free some space or choose another -o"
-        ) from error
+        raise _file_error(error, temporary, target) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename a folder to `target`; what stands there is gone only when that has worked."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        folder.rename(target)
+    except BaseException:  # an interrupt too
+        if not target.exists() and (old / target.name).exists():
+            (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _file_error(error: OSError, folder: Path, target: Path) -> TyirError:
+    """What went wrong with which file: one of the artifacts, or one that they are made of."""
+    names = [
+        Path(os.fsdecode(n)) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes, Path))
+    ]
+    foreign = next((n for n in names if target.parent.resolve() not in n.resolve().parents), None)
+    why = error.strerror or str(error)
+    if foreign is not None:
+        return TyirError(f"{foreign}: {why}", help="the file is needed for the artifacts")
+    what = next((target / n.relative_to(folder) for n in names if n.is_relative_to(folder)), target)
+    return TyirError(f"cannot write {what}: {why}", help="free some space or choose another -o")
 
 
 def _program_folder(options: BuildOptions, seqlen: int) -> str:
@@ -277,7 +310,7 @@ def _write_programs(
     from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
-    machine = load_machine(context.machine)
+    machine = load_machine(context.chosen_machine)
     programs: list[DieProgram] = []
     memory: Memory = {}
     built: dict[tuple[str, ...], Path] = {}
@@ -297,7 +330,8 @@ def _write_programs(
                 else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
                     shutil.copyfile(same, library)
             program = _die_program(die, index, seqlen, place, _command_program(place, index, context))
-            (folder / program.ir).write_text(print_op(_artifact_ir(die, index, seqlen, places)))
+            text = print_op(_artifact_ir(die, index, seqlen, places), locations=False)
+            (folder / program.ir).write_text(text)
             programs.append(program)
     return programs, memory
 
@@ -371,9 +405,9 @@ def _copy_model_files(checkpoint: Path, folder: Path) -> None:
 
 def _copy_machine(folder: Path, context: CompileContext) -> str:
     """What the manifest says of the machine: its name, or the file of one's own, copied to the artifacts."""
-    if Path(context.machine).suffix != ".toml":
-        return str(context.machine)
-    shutil.copyfile(context.machine, folder / MACHINE)
+    if Path(context.chosen_machine).suffix != ".toml":
+        return str(context.chosen_machine)
+    shutil.copyfile(context.chosen_machine, folder / MACHINE)
     return MACHINE
 
 

@@ -11,8 +11,8 @@ memory plan on the program is followed (plan-memory).  The work is `lower.lower_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tyir.attributes import StringAttr
 from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.plan_memory import dies_of, lengths_of
 from tyir.diagnostics import TyirError
@@ -29,6 +29,9 @@ __all__ = ["LowerEdge10"]
 class LowerEdge10(Pass):
     """`seqlen` chooses the program (0: the only one there is); `machine` names the machine file."""
 
+    stage: ClassVar[tuple[str, ...]] = ("program",)
+    to_stage: ClassVar[str | None] = "edge10"
+
     seqlen: int = 0
     machine: str = "edge10"
 
@@ -43,7 +46,6 @@ class LowerEdge10(Pass):
             die.erase()
         for leftover in [o for o in op.body if isinstance(o, (Global, Param))]:
             leftover.erase()
-        op.set_attribute("tyir.stage", StringAttr("edge10"))
 
 
 def _only_length(die: Module) -> int:

@@ -14,6 +14,7 @@ not, and makes the same of a program without one. What attributes a plan consist
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tyir.backends.edge10.lowering.die import plan_die
 from tyir.diagnostics import TyirError
@@ -29,6 +30,8 @@ __all__ = ["PlanMemory", "dies_of", "lengths_of"]
 @dataclass(frozen=True)
 class PlanMemory(Pass):
     """`machine` names the machine file."""
+
+    stage: ClassVar[tuple[str, ...]] = ("program",)
 
     machine: str = "edge10"
 

@@ -1,5 +1,6 @@
-"""Analytic models of library kernels on machines that were measured: tiles, waves, bytes and launches.  Apart
-from the event-driven engine of `engine.py`.
+"""Analytic models of library kernels on machines that were measured.
+
+Tiles, waves, bytes and launches; apart from the event-driven engine of `runtime_sim/timing/engine.py`.
 
 One function per kind of kernel, each returning nanoseconds for one call in a graph; `steps` adds them up to a
 step of a whole model. The command engine is for programs that are known command by command.  The inner

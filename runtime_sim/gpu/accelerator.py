@@ -1,5 +1,4 @@
-"""The description of a GPU-like accelerator: what the kernel models of `runtime_sim.kernels` know of a
-machine.
+"""The description of a GPU-like accelerator: what the kernel models know of a machine.
 
 A sibling of `machine.Machine`, not a part of it.  The NPU is described command by command (cubes, crossbar,
 DMA queues, a de-quantisation pipe), because its program is known command by command.  A GPU runs library
@@ -45,8 +44,9 @@ class Multiprocessors:
 
 @dataclass(frozen=True)
 class Power:
-    """Full matrix load may run `burst_share` of the peak for `window_us` and `sustained_share` of it
-    afterwards (the power limit lowers the clock).
+    """The power limit lowers the clock of matrix work that lasts.
+
+    Full matrix load may run `burst_share` of the peak for `window_us` and `sustained_share` of it afterwards.
     """
 
     burst_share: float
@@ -56,8 +56,10 @@ class Power:
 
 @dataclass(frozen=True)
 class Dram:
-    """`write_cost`: time of a written byte over that of a read one; `ramp_us`: what the first touch of a
-    working set beyond the L2 costs.
+    """Memory beyond the caches.
+
+    `write_cost`: time of a written byte over that of a read one; `ramp_us`: what the first touch of a working
+    set beyond the L2 costs.
     """
 
     bandwidth_gbps: float
@@ -68,8 +70,9 @@ class Dram:
 
 @dataclass(frozen=True)
 class L2:
-    """`bandwidth_gbps` is what all multiprocessors together get, sharing between neighbours (multicast)
-    included.
+    """The cache that all multiprocessors share.
+
+    `bandwidth_gbps` is what they together get, sharing between neighbours (multicast) included.
     """
 
     capacity_bytes: float
@@ -78,8 +81,10 @@ class L2:
 
 @dataclass(frozen=True)
 class Launch:
-    """`kernel_us`: an empty kernel inside a graph; `ramp_us`: first loads, filling the pipeline, last stores
-    of a matrix kernel.
+    """What starting a kernel costs.
+
+    `kernel_us`: an empty kernel inside a graph; `ramp_us`: first loads, filling the pipeline, last stores of
+    a matrix kernel.
     """
 
     kernel_us: float
@@ -88,9 +93,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Gemm:
-    """Matrix product kernels of the library.  `operand_rows`: see `kernels.gemm`; `step_ns`: least time of 64
-    of k; `split_us`: starting the kernel that adds the parts of a split k; `gemv`: 1 if there is a kernel for
-    M = 1."""
+    """Matrix product kernels of the library.
+
+    `operand_rows`: see `gpu/gemm.py`; `step_ns`: least time of 64 of k; `split_us`: starting the kernel that
+    adds the parts of a split k; `gemv`: 1 if there is a kernel for M = 1.
+    """
 
     efficiency: float
     tile_us: float
@@ -102,8 +109,11 @@ class Gemm:
 
 @dataclass(frozen=True)
 class WeightOnly:
-    """4-bit weights: bytes each with their scales, weights a block de-quantises per cycle, least time of 64
-    of k, start of a call; kernels of up to `two_blocks_rows` rows keep two blocks on a multiprocessor."""
+    """Products with 4-bit weights.
+
+    Bytes of a weight with its scales, weights a block de-quantises per cycle, least time of 64 of k, start of
+    a call; kernels of up to `two_blocks_rows` rows keep two blocks on a multiprocessor.
+    """
 
     bytes_per_weight: float
     dequant_per_cycle: float
@@ -115,10 +125,12 @@ class WeightOnly:
 
 @dataclass(frozen=True)
 class Attention:
-    """`efficiency` of the matrix units in prefill; what calls cost besides the launch; `packed_passes` over
-    q, k, v that the library's prefill call makes besides. In decode the grouped kernel takes up to
-    `max_group` query heads that share keys, and is chosen when `grouped_fill` times its blocks fill the
-    multiprocessors."""
+    """Attention kernels of the library.
+
+    `efficiency` of the matrix units in prefill; what calls cost besides the launch; `packed_passes` over q,
+    k, v that the library's prefill call makes besides.  In decode the grouped kernel takes up to `max_group`
+    query heads that share keys, and is chosen when `grouped_fill` times its blocks fill the multiprocessors.
+    """
 
     efficiency: float
     call_us: float
@@ -130,10 +142,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class DecodeKernel:
-    """Attention of one query: `resident` owners a multiprocessor, `block_us` to walk 128 keys (`flat_keys`
-    are walked at once), `wave_us`, `owner_us` and `first_keys_us` for starting owners that do not fit at
-    once, `touch_us` for a cache beyond the L2, `l2_share` of the L2's rate that owners get, `row_tile_share`
-    for every 16 query heads of a group beyond the first 16."""
+    """Attention of one query.
+
+    `resident` owners a multiprocessor, `block_us` to walk 128 keys (`flat_keys` are walked at once),
+    `wave_us`, `owner_us` and `first_keys_us` for starting owners that do not fit at once, `touch_us` for a
+    cache beyond the L2, `l2_share` of the L2's rate that owners get, `row_tile_share` for every 16 query
+    heads of a group beyond the first 16.
+    """
 
     resident: int
     block_us: float
@@ -148,10 +163,13 @@ class DecodeKernel:
 
 @dataclass(frozen=True)
 class Rowwise:
-    """Norms and elementwise kernels: `bandwidth_gbps` of reads and writes together, `row_ns_per_byte`:
-    latency of one row in one block of threads.  Kernels that were compiled for any width compute
-    `any_width_per_ns` elements' addresses a ns, rotations for one width `rotate_per_ns`; `strided_us`: what a
-    copy between views that are not contiguous costs beyond a launch."""
+    """Norms and elementwise kernels.
+
+    `bandwidth_gbps` of reads and writes together, `row_ns_per_byte`: latency of one row in one block of
+    threads.  Kernels that were compiled for any width compute `any_width_per_ns` elements' addresses a ns,
+    rotations for one width `rotate_per_ns`; `strided_us`: what a copy between views that are not contiguous
+    costs beyond a launch.
+    """
 
     bandwidth_gbps: float
     row_ns_per_byte: float
@@ -263,8 +281,9 @@ def _sections() -> dict[str, Any]:
 
 
 def load_accelerator(name_or_path: str | Path) -> Accelerator:
-    """An accelerator by name (`tyir/targets/<name>.toml`) or by the path of a file.  Everything wrong with
-    the file is reported at once.
+    """An accelerator by name (`runtime_sim/gpu/<name>.toml`) or by the path of a file.
+
+    Everything wrong with the file is reported at once.
 
     A file with `like = "h200"` needs only what differs: the other constants are that machine's, labelled
     assumed.

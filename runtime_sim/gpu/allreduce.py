@@ -1,5 +1,6 @@
-"""Time of summing n bytes over the p devices of one node: the fastest of the algorithms that a library
-has.
+"""Time of summing n bytes over the p devices of one node.
+
+The fastest of the algorithms that a library has.
 
 A serving library's own kernels, by direct reads of the peers' memory at D = link bandwidth per direction *
 direct_efficiency:
@@ -41,8 +42,10 @@ _SPREAD: Final = 16384
 
 
 def all_reduce_ns(nbytes: float, devices: int, machine: Accelerator, custom: bool = True) -> float:
-    """Nanoseconds of one all-reduce; `custom`: the serving library's kernels are offered beside NCCL, which
-    is then called eagerly (`link.call_us`).
+    """Nanoseconds of one all-reduce.
+
+    `custom`: the serving library's kernels are offered beside NCCL, which is then called eagerly
+    (`link.call_us`).
 
     Example (D' 200 bytes a ns, hop 0.6, spread 0, no custom kernels): 2 devices, 100 kB: LL 6600 + 2 * 600 +
     1.5 * 100,000 / 100 = 9300 ns; LL128 17,800 + 800.

@@ -55,8 +55,9 @@ _PARTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """`queries` new tokens a sequence that see `keys` keys (the new ones among them); causal when there is
-    more than one.
+    """`queries` new tokens a sequence that see `keys` keys (the new ones among them).
+
+    Causal when there is more than one.
 
     `keys_alone`: the cache is a benchmark's that holds no values: keys are read in their place, and call
     after call the same.
@@ -122,8 +123,9 @@ def prefill_ns(shape: Attention, machine: Accelerator, sustained: bool | None = 
 
 
 def _packing_ns(shape: Attention, machine: Accelerator) -> float:
-    """Splitting packed q, k, v and appending to the cache, where the library's call includes it: everything
-    is read and written once per pass.
+    """Splitting packed q, k, v and appending to the cache, where the library's call includes it.
+
+    Everything is read and written once per pass.
     """
     if not machine.attention.packed_passes:
         return 0.0
@@ -189,8 +191,9 @@ def _cache_ns(
 
 
 def _held(nbytes: float, capacity: float) -> float:
-    """Which part of bytes that are read again and again a cache of `capacity` still holds: nearly all or
-    nearly nothing, and half when they just fill it.
+    """Which part of bytes that are read again and again a cache of `capacity` still holds.
+
+    Nearly all or nearly nothing, and half when they just fill it.
 
     Example: half of the capacity 1 / (1 + 2^-6) = 0.985; twice the capacity 0.015.
     """

@@ -1,5 +1,6 @@
-"""Time of one matrix product [m, k] x [k, n] by the best of the library's kernels: tiles dealt to
-multiprocessors in waves, k split when there are few tiles.
+"""Time of one matrix product [m, k] x [k, n] by the best of the library's kernels.
+
+Tiles are dealt to multiprocessors in waves, k is split when there are few tiles.
 
 For a tile of R x C and a split of k into s parts there are W = ceil(m / R) * ceil(n / C) * s blocks, run
 in waves of at most one per multiprocessor (two where said below):
@@ -46,8 +47,10 @@ _MAX_WAVES_OF_SPLIT = 8
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product and what its operands weigh: bytes per weight and per activation, weights per nanosecond that
-    one multiprocessor de-quantises (infinite: none to do).
+    """A product and what its operands weigh.
+
+    Bytes per weight and per activation, and the weights per nanosecond that one multiprocessor de-quantises
+    (infinite: none to do).
     """
 
     m: int
@@ -79,8 +82,9 @@ class Product:
 
 
 def gemm_ns(product: Product, machine: Accelerator, sustained: bool | None = None) -> float:
-    """Nanoseconds of a product alone in a graph; `sustained`: whether the device is at its power limit (None:
-    if this product alone is long enough for it).
+    """Nanoseconds of a product alone in a graph.
+
+    `sustained`: whether the device is at its power limit (None: if this product alone is long enough for it).
     """
     rate = matrix_rate(product.flops, machine, sustained) * product.matrix_speed
     tiles = machine.tiles["gemm.tiles" if product.plain else "weight_only.tiles"]
@@ -197,9 +201,11 @@ def _latency_ns(product: Product, depth: int, machine: Accelerator) -> float:
 
 
 class _Wave(NamedTuple):
-    """What blocks of one wave need, in ns, on so many `multiprocessors`: `own` matrix time and `dequant` of
-    one block, `shared` part of the power-limited rate, `memory` part of the bytes, `latency` of its k, `tile`
-    to store."""
+    """What blocks of one wave need, in ns, on so many `multiprocessors`.
+
+    `own` matrix time and `dequant` of one block, `shared` part of the power-limited rate, `memory` part of
+    the bytes, `latency` of its k, `tile` to store.
+    """
 
     multiprocessors: int
     own: float
@@ -210,8 +216,9 @@ class _Wave(NamedTuple):
     tile: float
 
     def ns(self, blocks: int) -> float:
-        """Time of a wave of so many blocks; those on one multiprocessor share its matrix units, and the
-        stores of one hide behind the other.
+        """Time of a wave of so many blocks.
+
+        Those on one multiprocessor share its matrix units, and the stores of one hide behind the other.
 
         Example (tile 200 ns, nothing to de-quantise): 100 blocks on 108, own 5000, shared 40, memory 30,
         latency 4000: matrix 5000, memory (3000^2 + 4000^2)^(1/2) = 5000: 2^(1/4) * 5000 + 200 = 6146 ns.

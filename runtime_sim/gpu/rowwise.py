@@ -1,5 +1,6 @@
-"""Time of norms and elementwise kernels: launch, latency of a row, and the slower of moving bytes and
-computing addresses.
+"""Time of norms and elementwise kernels.
+
+Launch, latency of a row, and the slower of moving bytes and computing addresses.
 
 A just-in-time compiler makes a kernel for the one width it has seen, whose rate is the DRAM's; after a second
 width it makes one for any (`any_width`; PyTorch: automatic dynamic shapes), which divides by the width for
@@ -68,8 +69,10 @@ def norm_ns(rows: int, width: int, machine: Accelerator, any_width: bool = False
 
 
 def softmax_ns(rows: int, width: int, machine: Accelerator) -> float:
-    """PyTorch's softmax over rows: up to 1024 columns stay in registers (in and out), longer rows are read
-    again for the result (softmax_warp_forward, cunn_SoftMaxForward).
+    """PyTorch's softmax over rows.
+
+    Up to 1024 columns stay in registers (in and out), longer rows are read again for the result
+    (softmax_warp_forward, cunn_SoftMaxForward).
 
     Example (launch 1 us, call 0, row 0.05 ns per byte, 2000 GB/s): 100 rows of 4096: 1000 + 0.05 * 8192 + 3 *
     819,200 / 2000 = 2638 ns.

@@ -125,8 +125,9 @@ class Step:
     any_width: bool = True
 
     def __post_init__(self) -> None:
-        """`TyirError` for sizes that are not positive, and for a number of devices that does not divide heads
-        and columns.
+        """`TyirError` for sizes that are not positive, and for devices that do not divide the model.
+
+        They must divide its heads and columns.
         """
         problems = [
             f"{n} = {v}: must be at least {least}"

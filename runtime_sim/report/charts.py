@@ -231,8 +231,9 @@ def tornado_bars(rows: Sequence[TornadoRow], point_ms: float) -> str:
 
 
 def step_tracks(step: Timing) -> str:
-    """One track per unit over the whole step of die 0: the darker, the larger the part of the slice that the
-    unit is busy.
+    """One track per unit over the whole step of die 0.
+
+    The darker, the larger the part of the slice that the unit is busy.
     """
     die, total = step.dies[0], step.total_ns
     edges = np.linspace(0, total, _SLICES + 1)
@@ -264,8 +265,9 @@ def step_tracks(step: Timing) -> str:
 
 
 def layer_tracks(step: Timing, layer: int) -> str:
-    """One track per unit of die 0 while a layer's products run; what other layers do meanwhile is shown too,
-    paler.
+    """One track per unit of die 0 while a layer's products run.
+
+    What other layers do meanwhile is shown too, paler.
     """
     die = step.dies[0]
     mine = np.array(die.commands.layer) == layer
@@ -350,8 +352,9 @@ def _times(low: float, high: float) -> list[str]:
 
 
 def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
-    """GMAC/s while an op's busiest unit works on it, over MAC per byte of DRAM, both logarithmic: one dot per
-    op with products, its area by the time that it adds.
+    """GMAC/s while an op's busiest unit works on it, over MAC per byte of DRAM, both logarithmic.
+
+    One dot per op with products, its area by the time that it adds.
     """
     peak, bandwidth = machine.macs_per_cycle_fp16 / machine.cycle_ns, machine.dram_bytes_per_ns
     dots = sorted((o for o in ops if o.macs and o.dram_bytes and o.time_ns), key=lambda o: -o.time_ns)

@@ -1,5 +1,6 @@
-"""The HTML report: one self-contained page (no scripts, no external resources) with the figures, what bounds
-them, the timeline, rooflines and costs.
+"""The HTML report: one self-contained page without scripts or external resources.
+
+It has the figures, what bounds them, the timeline, rooflines and costs.
 """
 
 from __future__ import annotations

@@ -129,8 +129,9 @@ def _layers(layers: Sequence[LayerCost]) -> Iterator[str]:
 
 
 def compare_text(a: Summary, b: Summary, top: int) -> str:
-    """Two models side by side: the figures, what is busy, and the `top` most expensive ops of the decode
-    step.
+    """Two models side by side: the figures, what is busy, and the most expensive ops.
+
+    `top` says how many ops of the decode step.
     """
     lines = [f"{name} = {s.artifacts}, {s.dies} x {s.machine}" for name, s in (("a", a), ("b", b))]
     lines += ["", f"{'':<34}{'a':>12}{'b':>12}{'b / a':>9}"]

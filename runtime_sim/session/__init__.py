@@ -1,3 +1,4 @@
-"""Running tokens through compiled artifacts: sessions, chunks, sampling, saved caches and the engines behind
-them.
+"""Running tokens through compiled artifacts.
+
+Sessions, chunks, sampling, saved caches, serving, and the engines behind them.
 """

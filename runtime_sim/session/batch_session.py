@@ -1,5 +1,6 @@
-"""Several sequences at once through artifacts compiled for a batch: each with its own position, padded to a
-common length per step.
+"""Several sequences at once through artifacts compiled for a batch.
+
+Each has its own position and is padded to a common length per step.
 
     session = BatchSession(Path("out/4die"))
     logits = session.feed([[12, 7, 99], [4]])          # one array [n, V] for each sequence
@@ -67,8 +68,9 @@ class BatchSession:
         sampler: Sampler = greedy,
         stop: Callable[[int], bool] = lambda token: False,
     ) -> list[list[int]]:
-        """Up to `limit` new tokens after each prompt, every sequence for itself: it ends at a token for which
-        `stop` holds, or when its cache is full.
+        """Up to `limit` new tokens after each prompt, every sequence for itself.
+
+        It ends at a token for which `stop` holds, or when its cache is full.
         """
         made: list[list[int]] = [[] for _ in self.tokens]
         following = [list(p) for p in prompts]

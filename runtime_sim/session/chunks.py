@@ -20,8 +20,9 @@ class Chunk:
 
 
 def plan_chunks(tokens: int, position: int, seqlens: Sequence[int], capacity: int) -> Iterator[Chunk]:
-    """Chunks for `tokens` new tokens when `position` are cached: the largest length while it is full, then
-    the smallest that holds the rest.
+    """Chunks for `tokens` new tokens when `position` are cached.
+
+    The largest length while it is full, then the smallest that holds the rest.
 
     A step on a memory-bound machine costs nearly the same for one token as for a few, so padding beats
     several short steps.  `TyirError` when the cache is full.

@@ -1,6 +1,4 @@
-"""The session engine that executes the command programs of an artifact folder on modelled memories, with
-every check on.
-"""
+"""The session engine that executes command programs on modelled memories, with every check on."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from tyir.parser import parse_file
 from tyir.runtime_sim.execution.command_trace import Observer
 from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
 from tyir.runtime_sim.session.chunks import Chunk
-from tyir.runtime_sim.session.program_engine import CacheName
+from tyir.runtime_sim.session.program_engine import CacheName, check_inputs
 from tyir.runtime_sim.timing.program import load_program, machine_of
 from tyir.types import storage_dtype
 
@@ -26,8 +24,10 @@ Array = npt.NDArray[Any]
 
 
 class Edge10Engine:
-    """All dies of all lengths; the programs of one die share weights and caches, which stay in its DRAM
-    between steps.  `observer` sees every command.
+    """All dies of all lengths.
+
+    The programs of one die share weights and caches, which stay in its DRAM between steps.  `observer` sees
+    every command.
     """
 
     observer: Observer | None = None
@@ -48,6 +48,8 @@ class Edge10Engine:
         given = {
             name: array for name, array in inputs.items() if name != "pos"
         }  # registers of the command processor, not a buffer
+        for number in range(self.manifest.options.dies):
+            check_inputs(self.manifest.program(number, chunk.seqlen), inputs)
         dies = self._programs(chunk.seqlen)
         for die in dies:
             die.observer = self.observer

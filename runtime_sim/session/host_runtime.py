@@ -39,7 +39,7 @@ _SHARE_ALL_CORES = -3  # tvm::runtime::threading::ThreadGroup::AffinityMode::kSp
 
 @contextmanager
 def _torch_hidden() -> Iterator[None]:
-    """Imports inside find no torch, unless it is loaded already.
+    """Inside this context an import of torch fails, unless torch is loaded already.
 
     tvm_ffi imports torch where it is installed, to exchange torch tensors faster; here that would cost a
     second and 180 MB for nothing.
@@ -70,8 +70,9 @@ def _ffi() -> Any:
 
 
 def use_threads(count: int) -> None:
-    """Lets kernels called from this thread run on `count` cores of those this process may use; to be called
-    before the first kernel.
+    """Lets kernels called from this thread run on `count` cores of those this process may use.
+
+    To be called before the first kernel.
 
     Without it TVM takes half of the logical processors.
     """
@@ -106,8 +107,9 @@ _DLPACK_CPU = 1
 
 
 class _Kernel:
-    """One compiled function with the descriptors of its parameters, made once; a call only fills in where the
-    arrays lie.
+    """One compiled function with the descriptors of its parameters, made once.
+
+    A call only fills in where the arrays lie.
 
     numpy's own DLPack export would do but for two things: it refuses read-only arrays, which mapped weights
     are, and it costs more per call.
@@ -151,8 +153,9 @@ class _Kernel:
 
 
 def _check_complete(path: Path) -> None:
-    """Refuses a file that is no ELF library or was cut short: the dynamic loader maps a cut file and dies of
-    SIGBUS.
+    """Refuses a file that is not an ELF library or was cut short.
+
+    The dynamic loader maps a cut file and the process dies of SIGBUS.
 
     The section header table stands last in the file; its place is in the ELF header (System V ABI, chapter
     4).
@@ -167,7 +170,7 @@ def _check_complete(path: Path) -> None:
         complete = table + entry_size * entries <= size
     if not complete:
         raise TyirError(
-            f"{path} cannot be loaded as a compiled library: it is cut short or no ELF file ({size} bytes)",
+            f"{path} is not a compiled library: it is cut short or not an ELF file ({size} bytes)",
             help="compile the model again",
         )
 
@@ -197,8 +200,9 @@ class HostLibrary:
         self._kernels: dict[str, _Kernel] = {}
 
     def evaluator(self) -> Evaluator:
-        """The evaluator for `tyir.interpreter.Interpreter`: `Interpreter(module, constants=...,
-        evaluator=library.evaluator())`.
+        """The evaluator for `tyir.interpreter.Interpreter`.
+
+        `Interpreter(module, constants=..., evaluator=library.evaluator())`.
         """
         return self.evaluate
 
@@ -237,7 +241,7 @@ class HostLibrary:
         except AttributeError as error:
             raise TyirError(
                 f"{self.path} has no kernel '{name}'",
-                help="the library and the program are of different compilations",
+                help="the library and the program come from different compiles",
             ) from error
         results = [] if op.has_trait(InPlace) else op.results
         types = [ty.tensor_type(v) for v in (*op.operands, *results)]

@@ -1,9 +1,11 @@
-"""The session engines that walk the dies' IR: ops are executed by compiled kernels or by their reference
-meaning.
+"""The session engines that walk the dies' IR, op by op.
+
+Ops are executed by compiled kernels or by their reference meaning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.dialects.ty import Global
 from tyir.execution.weights import CheckpointReader
@@ -21,7 +24,7 @@ from tyir.manifest import DieProgram, Manifest, TensorInfo
 from tyir.parser import parse_file
 from tyir.runtime_sim.session.chunks import Chunk
 
-__all__ = ["CacheName", "ProgramEngine", "StepProbe"]
+__all__ = ["CacheName", "ProgramEngine", "StepProbe", "cache_inputs", "check_inputs"]
 
 Array = npt.NDArray[Any]
 CacheName = tuple[int, str]  # die and argument name: (0, "k3")
@@ -39,6 +42,26 @@ class StepProbe(Protocol):
 class _Loaded:
     program: DieProgram
     interpreter: Interpreter
+
+
+def cache_inputs(program: DieProgram) -> set[int]:
+    """The inputs that a step updates in place: state, which an engine keeps."""
+    return {t.alias for t in program.outputs if t.alias is not None}
+
+
+def check_inputs(program: DieProgram, given: Collection[str]) -> None:
+    """`TyirError` unless a step is given exactly what its program takes besides the caches."""
+    caches = cache_inputs(program)
+    wanted = [t.name for i, t in enumerate(program.inputs) if i not in caches]
+    missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
+    if missing or unknown:
+        both = [
+            f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has", unknown)) if names
+        ]
+        raise TyirError(
+            f"the program of die {program.die} takes {', '.join(wanted)}: the step {' and '.join(both)}",
+            help="the manifest and the programs are of different builds; compile the model again",
+        )
 
 
 class ProgramEngine:
@@ -65,7 +88,11 @@ class ProgramEngine:
         runs = []
         for die, (program, interpreter) in enumerate((item.program, item.interpreter) for item in loaded):
             self._watch(interpreter, die, chunk)
-            args = [inputs[t.name] if t.name in inputs else self._cache(die, t) for t in program.inputs]
+            check_inputs(program, inputs)
+            caches = cache_inputs(program)
+            args = [
+                self._cache(die, t) if i in caches else inputs[t.name] for i, t in enumerate(program.inputs)
+            ]
             runs.append(interpreter.run(program.function, args))
         outputs = run_lockstep(runs)
         for die, results in enumerate(outputs):
@@ -121,8 +148,9 @@ class ProgramEngine:
         return CheckpointReader(self.folder)
 
     def _param(self, die: int, ref: Global) -> Array:
-        """A parameter, once per die: mapped and packed for compiled kernels, one element per entry for the
-        reference.
+        """A parameter, once per die.
+
+        Mapped and packed for compiled kernels, one element per entry for the reference.
         """
         key = (die, str(ref.sym_name))
         if key not in self._params:

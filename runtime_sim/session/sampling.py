@@ -19,8 +19,9 @@ Sampler = Callable[[Logits], int]
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best tokens to follow each of n positions, best first: `ids` [n, K] i32 with their logits `values`
-    [n, K] f32.
+    """The best tokens to follow each of n positions, best first.
+
+    `ids` [n, K] i32 with their logits `values` [n, K] f32.
     """
 
     values: npt.NDArray[np.float32]
@@ -28,8 +29,9 @@ class Candidates:
 
 
 def check_sampling(choices: int | None, temperature: float, top_k: int) -> None:
-    """`TyirError` when sampling so needs more tokens of each position than the program returns (`choices`;
-    None: all logits).
+    """`TyirError` when sampling so needs more tokens of a position than the program returns.
+
+    `choices` is how many it returns; None: all logits.
     """
     if choices is None or temperature == 0:
         return
@@ -53,8 +55,9 @@ def greedy(logits: Logits) -> int:
 def make_sampler(
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None
 ) -> Sampler:
-    """A sampler with transformers' meaning of its arguments: temperature, then top-k, then nucleus;
-    temperature 0 is greedy.
+    """A sampler with transformers' meaning of its arguments: temperature, then top-k, then nucleus.
+
+    Temperature 0 is greedy.
 
     `top_k` = 0 and `top_p` = 1 leave everything in.  `TyirError` for values out of range.
     """

@@ -1,5 +1,6 @@
-"""Caches in files: numpy's .npz with the caches' used positions, the tokens they hold, and what they were
-computed with.
+"""Key/value caches saved to files and restored from them.
+
+numpy's .npz with the caches' used positions, the tokens they hold, and what they were computed with.
 
 A file appears by rename, so a full disk or an interrupt leaves what was there before.
 """
@@ -31,8 +32,9 @@ _OPTIONS = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights",
 
 
 def identity_of(manifest: Manifest) -> dict[str, Any]:
-    """What artifacts must share to share caches: the model, what decides how a cache is computed and laid
-    out, and the weights' hash.
+    """What two artifact folders must have in common for one to use the caches of the other.
+
+    The model, what decides how a cache is computed and laid out, and the weights' hash.
     """
     params = sorted(
         (name, record["sha256"]) for name, record in manifest.files.items() if name.endswith(".params")
@@ -59,7 +61,7 @@ def write_cache(
     arrays: dict[str, Any] = {f"die{die}/{name}": array[used] for (die, name), array in caches.items()}
     arrays |= {"tokens": np.array(tokens, np.int64), "identity": np.array(json.dumps(identity))}
     if path.exists() and not path.is_file():
-        raise TyirError(f"cannot write the cache {path}: it is no file", help="choose another file")
+        raise TyirError(f"cannot write the cache {path}: it is not a file", help="choose another file")
     temporary: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -97,7 +99,7 @@ def read_cache(
         ) from None
     except (KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
         raise TyirError(
-            f"{path} is no saved cache, or is cut off or damaged", help="run the prompt again"
+            f"{path} is not a saved cache, or is cut off or damaged", help="run the prompt again"
         ) from None
     different = [
         f"{name} {theirs.get(name)} there, {mine} here"

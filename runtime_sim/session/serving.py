@@ -1,5 +1,6 @@
-"""Serving requests: arrivals, a first-in-first-out server on a clock of its own, and vLLM's metrics over what
-happened.
+"""Serving requests: arrivals, a first-in-first-out server, and vLLM's metrics.
+
+The server has a clock of its own.
 
 Definitions as in vLLM's `benchmarks/serve.py` and `lib/endpoint_request_func.py`: TTFT is the first token
 minus the sending, ITL the gaps between tokens of all requests together, TPOT (latency - TTFT) / (tokens - 1)
@@ -107,8 +108,9 @@ class Server(Protocol):
 
 @dataclass
 class SimulatedServer:
-    """The timing engine: device time and the machine's host constant; decode steps are interpolated between a
-    few simulated positions.
+    """The timing engine: device time and the machine's host constant.
+
+    Decode steps are interpolated between a few simulated positions.
 
     Sequences of a batch run the same program: they are timed as if all stood where the longest stands.
     """
@@ -159,8 +161,9 @@ class MeasuredServer:
 
 
 def read_trace(path: Path) -> list[Request]:
-    """JSON lines {"arrival": seconds, "prompt_tokens": n, "output_tokens": n} by time of arrival; `TyirError`
-    names every bad line.
+    """JSON lines {"arrival": seconds, "prompt_tokens": n, "output_tokens": n} by time of arrival.
+
+    `TyirError` names every bad line.
     """
     requests: list[Request] = []
     problems: list[Diagnostic] = []
@@ -215,6 +218,8 @@ def serve(requests: Iterable[Request], server: Server, *, max_concurrency: int |
 
     Results in the order of arrival.
     """
+    if max_concurrency is not None and max_concurrency < 1:
+        raise TyirError(f"max_concurrency must be at least 1, got {max_concurrency}")
     todo = sorted(requests, key=lambda r: r.arrival)
     long = [r for r in todo if r.prompt + r.output - 1 > server.capacity]
     if long:
@@ -252,8 +257,9 @@ def serve(requests: Iterable[Request], server: Server, *, max_concurrency: int |
 
 
 def goodput(results: Sequence[Result], slos: Mapping[str, float], duration: float) -> float:
-    """Requests a second that meet every given bound (`ttft`, `tpot`, `e2el`, in ms); a request of one token
-    has TPOT 0.
+    """Requests a second that meet every given bound (`ttft`, `tpot`, `e2el`, in ms).
+
+    A request of one token has TPOT 0.
     """
 
     def meets(result: Result) -> bool:
@@ -264,8 +270,9 @@ def goodput(results: Sequence[Result], slos: Mapping[str, float], duration: floa
 
 
 def summary(results: Sequence[Result], slos: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """All figures by vLLM's JSON names; times in ms, rates per second, standard deviations of the population,
-    percentiles linear.
+    """All figures by vLLM's JSON names.
+
+    Times in ms, rates per second, standard deviations of the population, percentiles linear.
     """
     start, end = min(r.sent for r in results), max(r.tokens[-1] for r in results)
     duration = end - start

@@ -1,5 +1,6 @@
-"""Running compiled artifacts: all dies in lockstep, prompts in chunks over the compiled lengths, the cache
-kept between calls.
+"""Running compiled artifacts: all dies in lockstep, prompts in chunks, the cache kept between calls.
+
+Chunks are of the compiled lengths.
 
     session = Session(Path("out/4die"))
     logits = session.feed([12, 7, 99])          # [3, V] float32, one row per token; for programs that return logits
@@ -38,8 +39,9 @@ class Engine(Protocol):
     """Executes one step of all dies and keeps their caches."""
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """The main die's outputs by name, caches excepted, each [b, seqlen, ..], for `inputs` by name (`pos`
-        and `ids` or `embeddings`, padded to `chunk.seqlen`).
+        """Run one chunk; the main die's outputs by name, caches excepted, each [b, seqlen, ..].
+
+        `inputs` by name are `pos` and `ids` or `embeddings`, padded to `chunk.seqlen`.
         """
 
     def reset(self) -> None:
@@ -115,8 +117,9 @@ class Session:
         del self.tokens[count:]
 
     def prefill(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Make the cache hold exactly `ids`, computing only what it does not hold yet: the second turn of a
-        chat costs its new tokens.
+        """Make the cache hold exactly `ids`, computing only what it does not hold yet.
+
+        The second turn of a chat costs its new tokens.
 
         Logits [n, V] of the n tokens that were computed, at least those of the last one.
         """
@@ -128,8 +131,9 @@ class Session:
         return ids[len(self.tokens) :]
 
     def shared_prefix(self, ids: Sequence[int]) -> int:
-        """How many of the first tokens of `ids` the cache holds, the last one excepted: its logits must be
-        computed.
+        """How many of the first tokens of `ids` the cache holds, the last one excepted.
+
+        The last one's logits must be computed.
         """
         differing = (number for number, (mine, theirs) in enumerate(zip(self.tokens, ids)) if mine != theirs)
         shared = next(differing, min(len(self.tokens), len(ids)))
@@ -163,8 +167,10 @@ class Session:
         return np.asarray(self._advance(ids)["logits"], np.float32)
 
     def next_tokens(self, ids: Sequence[int]) -> Candidates:
-        """Append tokens to the cache; row i holds the best tokens to follow ids[i]: as many as the program
-        returns, one if it returns logits.
+        """Append tokens to the cache.
+
+        Row i holds the best tokens to follow ids[i]: as many as the program returns, one if it returns
+        logits.
         """
         outputs = self._advance(ids)
         if "logits" in outputs:
@@ -216,8 +222,10 @@ class Session:
         sampler: Sampler = greedy,
         stop: Callable[[int], bool] = lambda token: False,
     ) -> Iterator[int]:
-        """Yield up to `limit` new tokens after `prompt` (what the cache already holds of it is not computed
-        again); ends early at a token for which `stop` holds, or when the cache is full.
+        """Yield up to `limit` new tokens after `prompt`.
+
+        What the cache already holds of the prompt is not computed again.  Ends early at a token for which
+        `stop` holds, or when the cache is full.
         """
         token = self._sample(self._new_of(prompt), sampler)
         for produced in range(1, limit + 1):

@@ -293,6 +293,7 @@ class _Unroller:
     ) -> None:
         self.functions, self.buffers, self.kinds, self.pos = functions, buffers, kinds, pos
         self.bodies: dict[tuple[str, tuple[int, ...]], _Body] = {}
+        self.open: list[str] = []  # the functions being walked, outermost first
 
     def step(self, entry: str) -> Step:
         body = self.function(entry, ())
@@ -304,6 +305,9 @@ class _Unroller:
             function = self.functions.get(name)
             if function is None:
                 raise TyirError(f"the program calls @{name}, which it does not define")
+            if name in self.open:
+                path = " -> ".join(f"@{f}" for f in (*self.open[self.open.index(name) :], name))
+                raise TyirError(f"the program's functions call each other without end: {path}")
             env: dict[Value, Any] = {}
             given = iter(scalars)
             for number, value in enumerate(function.body.args):
@@ -315,7 +319,9 @@ class _Unroller:
                     else next(given)
                 )
             body = _Body()
+            self.open.append(name)
             body.results = self.walk(function.body, env, body)
+            self.open.pop()
             self.bodies[name, scalars] = body
         return self.bodies[name, scalars]
 

@@ -126,11 +126,11 @@ def test_a_place_on_top_of_another_is_found_out() -> None:
     ("pattern", "replacement", "message"),
     [
         (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "sram 0..8"', r"needs 256 bytes, its place 'sram 0\.\.8' has 8\n(.|\n)*\"sram 0\.\.256\""),  # noqa: E501
-        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "dram"', r"'dram' is no place(.|\n)*write \"sram 4096\.\.8192\""),  # noqa: E501
+        (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "dram"', r"'dram' is not a place(.|\n)*write \"sram 4096\.\.8192\""),  # noqa: E501
         (r'tyir\.place = "sram \d+\.\.\d+"', 'tyir.place = "@spil.layer_s1 0..256"', "there is no buffer @spil.layer_s1"),  # noqa: E501
         (r'("ty\.param"\(\) <\{sym_name = "model\.norm\.weight"(?:.|\n)*?\}\) \{tyir\.address = )\d+', r"\g<1>64", r"@model\.\S+ at 0\.\.\d+ and @\S+ at 64\.\.320 overlap"),  # noqa: E501
         (r"temp = 44 : i64", "temp = 250 : i64", r"leaves -\d+ of 256 parts"),
-        (r"temp = 44 : i64", "temp = true", r"is no division of SRAM(.|\n)*write \{temp = 44 : i64, side = array<i64: 4, 4>"),  # noqa: E501
+        (r"temp = 44 : i64", "temp = true", r"is not a division of SRAM(.|\n)*write \{temp = 44 : i64, side = array<i64: 4, 4>"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_what_is_no_plan_is_refused(pattern: str, replacement: str, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tyir.dialects import kv, ty
 from tyir.dialects.builtin import Module
 from tyir.ir import Op
-from tyir.location import module_path
+from tyir.layers import path_of
 from tyir.manifest import BuildOptions
 from tyir.parser import parse_file
 from tyir.pipeline import Pass, PassContext, run_pipeline
@@ -26,9 +26,7 @@ class SwapMlp(Pass):
     """On die 1, layer 3: gate and up exchanged in the activation."""
 
     def run(self, op: Op, context: PassContext) -> None:
-        (target,) = [
-            s for s in die(op, 1).walk_type(ty.SiluMul) if module_path(s.loc) == "model.layers.3.mlp"
-        ]
+        (target,) = [s for s in die(op, 1).walk_type(ty.SiluMul) if path_of(s) == "model.layers.3.mlp"]
         target.operands = (target.up, target.gate)
 
 
@@ -38,7 +36,7 @@ class WrongScale(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         for attention in op.walk_type(kv.CachedAttention):
-            if module_path(attention.loc) == "model.layers.2.self_attn":
+            if path_of(attention) == "model.layers.2.self_attn":
                 attention.scale = attention.scale * 4
 
 
@@ -48,7 +46,7 @@ class WrongSlice(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         for linear in die(op, 0).walk_type(ty.Linear):
-            if module_path(linear.loc) == "model.layers.1.mlp.up_proj":
+            if path_of(linear) == "model.layers.1.mlp.up_proj":
                 cut = linear.weight.op
                 assert isinstance(cut, ty.Slice)
                 cut.offset = cut.offset + 128

@@ -1,5 +1,5 @@
 """No pass loses where an op comes from: every pass runs on the tiny model, and afterwards every op that
-computes something has a location.
+computes something has a location, and its module path as an attribute.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from tyir.dialects.builtin import Module
-from tyir.location import UNKNOWN, layer_of
+from tyir.layers import layer_of
+from tyir.location import UNKNOWN
 from tyir.parser import parse_file
 from tyir.pass_manager.registry import PassRegistry
 from tyir.pipeline import PassContext, run_pipeline
@@ -47,7 +48,7 @@ def _lost(module: Module) -> Counter[str]:
 
 
 def _layers(module: Module) -> set[int]:
-    return {layer for op in module.walk() if (layer := layer_of(op.loc)) is not None}
+    return {layer for op in module.walk() if (layer := layer_of(op)) is not None}
 
 
 def test_the_list_is_complete() -> None:

@@ -71,11 +71,11 @@ def test_caches_of_other_artifacts_and_damaged_files_are_refused(
     for damaged in (path.read_bytes()[:1000], b"hello", b""):
         (tmp_path / "damaged.npz").write_bytes(damaged)
         with pytest.raises(
-            TyirError, match=r"is no saved cache, or is cut off or damaged(.|\n)*run the prompt again"
+            TyirError, match=r"is not a saved cache, or is cut off or damaged(.|\n)*run the prompt again"
         ):
             session.restore(tmp_path / "damaged.npz")
     np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
-    with pytest.raises(TyirError, match="is no saved cache"):
+    with pytest.raises(TyirError, match="is not a saved cache"):
         session.restore(tmp_path / "foreign.npz")
     with pytest.raises(TyirError, match=r"cannot read the saved cache .*none\.npz: No such file"):
         session.restore(tmp_path / "none.npz")
@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_be_written_leaves_the_old_one(
         TyirError, match=r"cannot write the cache .*missing.*No such file(.|\n)*choose another file"
     ):
         session.save(tmp_path / "missing" / "cache.npz")
-    with pytest.raises(TyirError, match="it is no file"):
+    with pytest.raises(TyirError, match="it is not a file"):
         session.save(tmp_path)
 
     def full(file: IO[bytes], **arrays: object) -> None:

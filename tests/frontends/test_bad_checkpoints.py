@@ -337,3 +337,16 @@ def test_values_are_checked_when_asked(single: Path) -> None:
     )
     assert "'lm_head.weight' has shape [95, 64]" in message
     assert "beyond" not in refusal(single, check_weights=True, dtype="f32")
+
+
+def test_problems_of_torchs_index_name_it(folder: Path) -> None:
+    index = folder / "pytorch_model.bin.index.json"
+    (folder / "model.safetensors.index.json").rename(index)
+    edit_json(index, lambda content: content["weight_map"].update({"lm_head.weight": "../out.bin"}))
+    message = refusal(folder)
+    assert "pytorch_model.bin.index.json refers to '../out.bin'" in message
+    assert "model.safetensors.index.json" not in message
+    edit_json(index, lambda content: content.pop("weight_map"))
+    message = refusal(folder)
+    assert "pytorch_model.bin.index.json has no 'weight_map'" in message
+    assert "model.safetensors.index.json" not in message

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import ty
 from tyir.execution.weights import CheckpointReader, check_files
 from tyir.frontends.dense_state import dense_state
+from tyir.frontends.gguf_files import read_gguf
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.passes.raise_aten import raise_aten
@@ -86,7 +87,7 @@ def plain(save_model: Callable[..., Path]) -> Path:
     return save_model("llama", dtype="float16", **SMALL)
 
 
-def write_gguf(path: Path, plain: Path, kind: str) -> dict[str, Array]:
+def write_gguf(path: Path, plain: Path, kind: str, extra: Sequence[str] = ()) -> dict[str, Array]:
     """`plain` as a GGUF file with its matrices as `kind`; the weights in transformers' order, as the gguf
     package de-quantises them.
     """
@@ -117,6 +118,8 @@ def write_gguf(path: Path, plain: Path, kind: str) -> dict[str, Array]:
         wanted[name] = (
             dense.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape) if heads else dense
         )
+    for name in extra:
+        writer.add_tensor(name, np.zeros(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -170,6 +173,15 @@ def test_a_q4_0_block_by_hand(plain: Path, tmp_path: Path) -> None:
         [np.array([0.25], np.float16).view(np.uint8), np.arange(-16, 16, dtype=np.int8).view(np.uint8)]
     )[None]
     assert GGML_BLOCKS["Q8_0"][2](eight)[0].tolist() == [i * 0.25 for i in range(-16, 16)]
+
+
+def test_gguf_tensor_names_of_any_form(plain: Path, tmp_path: Path) -> None:
+    """Names are looked at as a whole: one without a dot, and one that only looks like a layer's."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, plain, "F16", extra=["plain", "vision.attn_q.weight"])
+    _, tensors = read_gguf(path)
+    assert tensors["plain"].interleaved == tensors["vision.attn_q.weight"].interleaved == 0
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].interleaved == 4
 
 
 def test_gguf_refusals(plain: Path, tmp_path: Path) -> None:

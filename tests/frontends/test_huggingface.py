@@ -17,7 +17,8 @@ from tyir.dialects.builtin import Module
 from tyir.execution.weights import CheckpointReader, check_files
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
-from tyir.location import FileLoc, NameLoc, layer_of, module_path
+from tyir.layers import layer_of, path_of
+from tyir.location import FileLoc, NameLoc, module_path
 from tyir.passes.raise_aten import raise_aten
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
@@ -150,10 +151,8 @@ def test_every_op_has_the_place_of_its_source(tiny_f16: Module) -> None:
         if op.dialect == "aten":
             assert isinstance(op.loc, NameLoc) and isinstance(op.loc.child, FileLoc), op
             assert op.loc.child.file == "modeling_qwen2.py" and op.loc.child.line > 1
-    gate = next(
-        op for op in main.walk_type(aten.Linear) if module_path(op.loc) == "model.layers.3.mlp.gate_proj"
-    )
-    assert layer_of(gate.loc) == 3
+    gate = next(op for op in main.walk_type(aten.Linear) if path_of(op) == "model.layers.3.mlp.gate_proj")
+    assert layer_of(gate) == 3 and module_path(gate.loc) == path_of(gate)
 
 
 def test_tied_embeddings_are_one_global(tiny_f16: Module) -> None:

@@ -13,7 +13,7 @@ from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.ty import tensor_type
-from tyir.location import layer_of
+from tyir.layers import layer_of
 from tyir.pipeline import run_pipeline
 from tyir.sharding import even_ranges
 
@@ -134,7 +134,7 @@ def test_pipeline_stages(dies: int, stages: int) -> None:
     module, weights = build(shape)
     wanted = run_ty(module, weights, IDS)
     run_pipeline(module, f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies} pp={stages}}}")
-    layers = [{layer_of(a.loc) for a in d.walk_type(CachedAttention)} for d in dies_of(module)]
+    layers = [{layer_of(a) for a in d.walk_type(CachedAttention)} for d in dies_of(module)]
     size = dies // stages
     assert all(
         a == b for i in range(0, dies, size) for a, b in zip(layers[i : i + size], layers[i : i + size][1:])

@@ -15,7 +15,7 @@ from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Func
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import Linear, SiluMul, tensor_type
-from tyir.location import module_path
+from tyir.layers import path_of
 from tyir.parser import parse_module
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
@@ -53,7 +53,7 @@ def test_placements_are_written_on_every_op_in_both_vocabularies() -> None:
     assert (
         str(activation.attributes["sdy.sharding"]) == '#sdy.sharding_per_value<[<@mesh, [{}, {}, {"die"}]>]>'
     )
-    (down,) = (op for op in module.walk_type(Linear) if module_path(op.loc) == "model.layers.0.mlp.down_proj")
+    (down,) = (op for op in module.walk_type(Linear) if path_of(op) == "model.layers.0.mlp.down_proj")
     assert from_attribute(down.attributes["tyir.sharding"]) is PARTIAL
     assert str(down.attributes["sdy.sharding"]).endswith('unreduced={"die"}>]>')
 
@@ -84,14 +84,14 @@ def test_small_blocks_stay_whole_because_a_collective_costs_more_and_large_ones_
 def test_the_choice_says_why_and_a_pin_decides() -> None:
     module, _ = build(Shape(layers=1), draw=False)
     run_pipeline(module, "kv-materialize{max-kv=16}")
-    (up,) = (op for op in module.walk_type(Linear) if module_path(op.loc) == "model.layers.0.mlp.up_proj")
+    (up,) = (op for op in module.walk_type(Linear) if path_of(op) == "model.layers.0.mlp.up_proj")
     up.set_attribute("tyir.pin", StringAttr("split"))
     run_pipeline(module, "annotate-sharding{dies=2}")
     assert "split: " in up.attributes["tyir.choice"].value and up.attributes["tyir.choice"].value.endswith(
         "replicated (pinned)"
     )
     assert "tyir.sharding" in up.attributes
-    (q,) = (op for op in module.walk_type(Linear) if module_path(op.loc) == "model.layers.0.self_attn.q_proj")
+    (q,) = (op for op in module.walk_type(Linear) if path_of(op) == "model.layers.0.self_attn.q_proj")
     assert (
         q.attributes["tyir.choice"].value.startswith("replicated: ") and "tyir.sharding" not in q.attributes
     )
@@ -101,7 +101,7 @@ def test_pins_that_contradict_are_refused() -> None:
     module, _ = build(Shape(layers=1), draw=False)
     run_pipeline(module, "kv-materialize{max-kv=16}")
     for op in module.walk_type(Linear):
-        if (path := module_path(op.loc)) in ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"):
+        if (path := path_of(op)) in ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"):
             op.set_attribute("tyir.pin", StringAttr("split" if path.endswith("up_proj") else "replicated"))
     with pytest.raises(TyirError, match="is replicated and split"):
         run_pipeline(module, "annotate-sharding{dies=2}")

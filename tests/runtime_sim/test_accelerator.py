@@ -14,7 +14,7 @@ from tyir.runtime_sim.gpu.accelerator import MAX_FITTED, Accelerator, load_accel
 
 
 def shipped(name: str) -> str:
-    return (resources.files("tyir.targets") / f"{name}.toml").read_text()
+    return (resources.files("tyir.runtime_sim.gpu") / f"{name}.toml").read_text()
 
 
 def load_text(text: str, folder: Path) -> Accelerator:

@@ -10,6 +10,7 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.edge10.binary import decode, encode
+from tyir.parser import parse_module
 from tyir.printer import print_op
 from tyir.runtime_sim.timing.engine import simulate
 from tyir.runtime_sim.timing.program import EdgeProgram
@@ -58,3 +59,25 @@ def test_tool_goes_both_ways(make_model: Callable[..., Any], tmp_path: Path) -> 
         main([str(text), "-o", str(again)]) == 0 and again.read_text() == text.read_text()
     )  # text is read too
     assert main(["--assemble", str(text)]) == 1 and main([str(tmp_path / "none.bin")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"x.br"()[^next] : () -> ()\n^next:\n"x.end"() : () -> ()', "'x.br' jumps to another block"),
+        ('"x.br"() : () -> ()\n^next:\n"x.end"() : () -> ()', "the label ^next"),
+        ('^bb0(%x: i32 loc("a")):\n"x.end"() : () -> ()', "locations of arguments"),
+        ('"x.use"(%a) : (i32) -> ()\n%a = "x.make"() : () -> i32', "uses a value before its definition"),
+    ],
+)
+def test_what_the_bytes_do_not_hold(text: str, message: str) -> None:
+    with pytest.raises(TyirError) as error:
+        encode(parse_module(f'"x.region"() ({{\n{text}\n}}) : () -> ()'))
+    assert message in str(error.value)
+
+
+def test_resources_are_refused() -> None:
+    module = parse_module('"x.op"() : () -> ()')
+    module.resources["key"] = (4, b"data")
+    with pytest.raises(TyirError, match="has resources"):
+        encode(module)

@@ -169,3 +169,14 @@ def test_dies_wait_for_each_other(make_model: Callable[..., Any]) -> None:
     assert ends[0] == ends[1]
     with pytest.raises(TyirError, match=r"can never run|do not meet"):
         simulate([model.programs[0], make_model(dies=1).programs[0]], model.machine, 0)
+
+
+def test_functions_that_call_each_other_without_end() -> None:
+    call = '    "func.call"() <{{callee = @{0}}}> : () -> ()\n'
+    again = '  "func.func"() <{function_type = () -> (), sym_name = "again"}> ({\n'
+    text = HEAD + call.format("again") + TAIL.replace("  }) : () -> ()\n", "  }) : () -> ()\n" + again, 1)
+    text = text.replace(
+        again, again + call.format("main_s1") + '    "func.return"() : () -> ()\n  }) : () -> ()\n'
+    )
+    with pytest.raises(TyirError, match="without end: @main_s1 -> @again -> @main_s1"):
+        simulate([EdgeProgram.parse(text)], MACHINE, 0)

@@ -122,7 +122,7 @@ def test_missing_library_is_named(tmp_path: Path) -> None:
 def test_damaged_library_is_named(libraries: dict[int, tuple[Module, Path]], tmp_path: Path) -> None:
     broken = tmp_path / "llm_die0.so"
     broken.write_bytes(libraries[24][1].read_bytes()[:1000])
-    with pytest.raises(TyirError, match=r"llm_die0\.so cannot be loaded"):
+    with pytest.raises(TyirError, match=r"llm_die0\.so is not a compiled library"):
         HostLibrary(broken)
 
 

@@ -132,3 +132,9 @@ def test_block_has_the_words_of_vllm() -> None:
         "Output token throughput (tok/s):", "Total Token throughput (tok/s):", "Mean TTFT (ms):", "Median TPOT (ms):", "P99 ITL (ms):", "Mean E2EL (ms):",  # noqa: E501
     ):  # fmt: skip
         assert words in text
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_no_request_at_a_time_is_refused(limit: int) -> None:
+    with pytest.raises(TyirError, match=f"max_concurrency must be at least 1, got {limit}"):
+        serve([Request(0, 10, 3)], FixedServer(), max_concurrency=limit)

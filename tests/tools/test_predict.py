@@ -73,7 +73,7 @@ def test_measured_rows(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which model?"),
+        ([], "no model is named"),
         (["--model", "lama3-8b"], "did you mean 'llama3-8b'?"),
         (["--model", "llama3-8b", "--phase", "prefill"], "needs --tokens"),
         (

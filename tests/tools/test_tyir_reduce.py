@@ -121,3 +121,40 @@ def test_cut_with_constants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "a constant needs a static shape" in capsys.readouterr().err
     assert main([str(path), "--cut=%e..%f"]) == 1
     assert "@main has no op %e" in capsys.readouterr().err
+
+
+CALLS = """
+func.func private @inner(%x: tensor<2xf32>) -> tensor<2xf32> {
+  %y = ty.silu %x : tensor<2xf32>
+  return %y : tensor<2xf32>
+}
+func.func private @outer(%x: tensor<2xf32>) -> tensor<2xf32> {
+  %a = call @inner(%x) : tensor<2xf32>
+  %b = call @inner(%a) : tensor<2xf32>
+  return %b : tensor<2xf32>
+}
+func.func private @unused() { return }
+func.func @main(%x: tensor<2xf32>) -> tensor<2xf32> {
+  %c = call @outer(%x) : tensor<2xf32>
+  %d = ty.mul %c, %x : tensor<2xf32>
+  return %d : tensor<2xf32>
+}
+"""
+
+
+def test_a_cut_takes_along_what_its_callees_call(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.ir", tmp_path / "out.ir"
+    path.write_text(CALLS)
+    assert main([str(path), "--cut=%c", "--arrays", str(tmp_path), "-o", str(out)]) == 0
+    module = parse_file(out)
+    verify(module)
+    assert sorted(str(op.sym_name) for op in module.body) == ["cut", "inner", "outer"]
+    (result,) = run_function(module, "cut", [np.load(tmp_path / "in0_x.npy")])
+    np.testing.assert_array_equal(result, np.load(tmp_path / "out0.npy"))
+
+
+def test_a_function_that_calls_itself_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "in.ir"
+    path.write_text(CALLS.replace("ty.silu %x", "call @outer(%x)"))
+    assert main([str(path), "--cut=%c"]) == 1
+    assert "@outer calls itself, which never ends" in capsys.readouterr().err

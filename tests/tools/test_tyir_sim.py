@@ -87,7 +87,7 @@ def test_trace_is_written(program: str, tmp_path: Path, capsys: pytest.CaptureFi
         (["--machine", "mine.toml"], "cannot read the machine file mine.toml"),
         (["--set", "dram.bandwidth_gbps=-3"], "must be positive"),
         (["--sweep", "dram.bandwith=1,2"], "has no constant 'dram.bandwith'"),
-        (["--sweep", "dram.bandwidth_gbps=1,x"], "'1,x' is no list of numbers"),
+        (["--sweep", "dram.bandwidth_gbps=1,x"], "'1,x' is not a list of numbers"),
         (["--report", "html", "--sweep", "dram.bandwidth_gbps=1"], "no HTML page"),
         (["--compare"], "--compare takes two artifact folders, 1 given"),
         (["--top", "-1"], "--top 0 lists no ops"),

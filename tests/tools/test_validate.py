@@ -189,3 +189,13 @@ def test_layers_of_another_library() -> None:
     if not rows:
         pytest.skip("the A100's measurements are not here")
     assert [abs(r.predict(load_accelerator("a100")) / 1000 / r.us - 1) < 0.05 for r in rows] == [True, True]
+
+
+@pytest.mark.parametrize("part", ["head", "engine", "weak"])
+def test_the_page_holds_the_prose_that_stands_beside_its_maker(part: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "performance.md").read_text(encoding="utf-8")
+    prose = (root / "tools" / "gpu" / f"performance.{part}.md").read_text(encoding="utf-8")
+    pieces = prose.split("{table}")
+    assert len(pieces) == (2 if part == "engine" else 1)
+    assert [piece[:60] for piece in pieces if piece not in page] == []

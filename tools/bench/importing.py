@@ -1,5 +1,6 @@
-"""Time and memory of importing large checkpoints: Qwen2.5-7B (AWQ), Qwen2.5-72B and R1-Distill-Llama-70B
-(both AWQ).
+"""Time and memory of importing large checkpoints.
+
+Qwen2.5-7B (AWQ), Qwen2.5-72B and R1-Distill-Llama-70B (both AWQ).
 
     python -m tyir.tools.bench.importing [--json]
 

@@ -1,5 +1,6 @@
-"""Times the IR itself: parse, print, verify, clone, cse, canonicalize and dce, microseconds of CPU time
-per op, and memory.
+"""Times the IR itself, in microseconds of CPU time per op, and its memory.
+
+Parse, print, verify, clone, cse, canonicalize and dce.
 
     python -m tyir.tools.bench.ir --ops 1000,10000,100000
     python -m tyir.tools.bench.ir --impl xdsl --ops 1000,10000        where xDSL is installed; it takes the ops as unregistered
@@ -154,8 +155,9 @@ def tyir() -> Implementation:
 
 
 def xdsl() -> Implementation:
-    """xDSL, with `ty` ops unregistered: its passes leave them alone, so only the text form, the verifier and
-    copying compare.
+    """xDSL, with `ty` ops unregistered.
+
+    Its passes leave them alone, so only the text form, the verifier and copying compare.
     """
     sys.setrecursionlimit(100_000)
     context, parser, printer, builtin, func = (

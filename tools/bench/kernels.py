@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tyir.tools.cli import add_debug_option, run_tool
 
 __all__ = ["main"]
 
@@ -106,7 +109,8 @@ def _candidates(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@run_tool
+def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Times the host kernels of one projection beside numpy and torch."
@@ -117,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 96])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    add_debug_option(parser)
     options = parser.parse_args(argv)
     print(
         f"{options.k} -> {options.n}, groups of {options.group}, {options.threads} threads, median of"
@@ -140,4 +145,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,5 +1,6 @@
-"""How close the compiled schedule comes to what the machine file allows, and how long it takes to
-simulate.
+"""How close the compiled schedule comes to what the machine file allows.
+
+And how long it takes to compile and simulate.
 
     python -m tyir.tools.bench.schedule                                    Qwen2.5-7B's shapes, 4-bit weights in groups of 128, 1 and 4 dies
     python -m tyir.tools.bench.schedule --config DIR --weights fp16 --dies 2 --seqlens 1,96,512 --check
@@ -23,6 +24,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -62,8 +64,9 @@ QWEN2_5_7B: Final[dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Attained:
-    """One step: what the schedule takes, the bounds it is held against, and the processor seconds that
-    building and simulating it took.
+    """One step: what the schedule takes, and the bounds it is held against.
+
+    With the processor seconds that building and simulating it took.
     """
 
     dies: int
@@ -91,8 +94,9 @@ class Attained:
 
 
 def write_sparse_checkpoint(config: dict[str, Any], folder: Path) -> Path:
-    """A checkpoint of `config`'s model whose tensors are holes in one sparse safetensors file; returns the
-    folder.
+    """A checkpoint of `config`'s model whose tensors are holes in one sparse safetensors file.
+
+    Returns the folder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -147,8 +151,9 @@ def program_module(
 def measure(
     module: Module, seqlen: int, pos: int, machine: Machine, *, output: str = "logits", check: bool = False
 ) -> Attained:
-    """Lower all dies of a `program`-stage module for `seqlen` and time one step at `pos`; with `check`, its
-    memory accesses are replayed too.
+    """Lower all dies of a `program`-stage module for `seqlen` and time one step at `pos`.
+
+    With `check`, its memory accesses are replayed too.
     """
     from tyir.backends.edge10.lowering.die import lower_die
     from tyir.dialects.builtin import Module as ModuleOp
@@ -301,4 +306,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

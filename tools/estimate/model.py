@@ -1,5 +1,6 @@
-"""A model of given sizes with a few decoder layers, in `ty` ops: what `--plan` runs the real passes on, so
-that its cuts and bytes are the compiler's own.
+"""A model of given sizes with a few decoder layers, in `ty` ops.
+
+What `--plan` runs the real passes on, so that its cuts and bytes are the compiler's own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.ir import Op, Value
+from tyir.layers import place
 from tyir.location import NameLoc
 from tyir.types import TensorType, Type, f16, i64, ui4
 
@@ -79,6 +81,8 @@ class _Builder:
     function: Func
 
     def add(self, op: Op) -> Value:
+        if isinstance(op.loc, NameLoc) and not isinstance(op, ty.GetGlobal):
+            place(op, op.loc.name)
         return self.function.body.append(op).results[0]
 
     def weight(self, name: str, dims: Sequence[int], element: Type = f16) -> Value:
@@ -130,8 +134,9 @@ class _Builder:
 
 
 def few_layers(shape: ModelShape, layers: int) -> Module:
-    """`@main` at stage ty: embedding, `layers` decoder layers, final norm and head of a model of these
-    sizes.
+    """`@main` at stage ty for a model of these sizes.
+
+    Embedding, `layers` decoder layers, final norm and head.
     """
     module = Module.empty()
     module.set_attribute("tyir.stage", StringAttr("ty"))

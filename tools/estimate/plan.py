@@ -1,5 +1,6 @@
-"""What a compile would make and need, from config.json (or a GGUF file's metadata) alone: no tensor is read,
-torch is not imported.
+"""What a compile would make and need, from config.json or a GGUF file's metadata alone.
+
+No tensor is read, torch is not imported.
 
 Weights and caches are those of the real passes, run on a model of one layer with the config's sizes (a test
 holds them against compiled artifacts).  Speed and host figures are estimates; how they are made is said
@@ -9,18 +10,18 @@ beside them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
-from tyir.checking.rules import alias_of_result
+from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
+from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
 from tyir.sharding import even_ranges
@@ -35,8 +36,9 @@ __all__ = ["DieNeed", "Plan", "make_plan"]
 
 @dataclass(frozen=True)
 class DieNeed:
-    """Bytes of DRAM on one die; of the weights every token reads `streamed` in the layers and `head` after
-    them.
+    """Bytes of DRAM on one die.
+
+    Of the weights every token reads `streamed` in the layers and `head` after them.
     """
 
     weights: int
@@ -51,8 +53,9 @@ class DieNeed:
 
 
 class _Cuts:
-    """Needs of one model with one kind of weights, for any number of dies: the real passes, run once per
-    number on a model of one layer per pipeline stage.
+    """Needs of one model with one kind of weights, for any number of dies.
+
+    The real passes, run once per number on a model of one layer per pipeline stage.
     """
 
     def __init__(self, shape: ModelShape, options: BuildOptions) -> None:
@@ -70,8 +73,10 @@ class _Cuts:
         ]
 
     def _run(self, dies: int) -> list[tuple[int, ...]]:
-        """Per die: bytes of weights without the rotary tables, of them what a token reads in layers and
-        outside, and bytes per cached token of cache and tables.
+        """Per die: bytes of weights without the rotary tables, and bytes per cached token.
+
+        Of the weights what a token reads in layers and outside; of a cached token what caches and tables
+        take.
         """
         o, module = self.options, few_layers(self.shape, self.options.pp)
         entry = " embedding-as-input=true" if o.embedding_as_input else ""
@@ -109,8 +114,8 @@ class _Cuts:
         }
         for param in die.walk_type(Param):
             name, nbytes = str(param.sym_name), param.type.nbytes
-            if (match := re.search(r"\.layers\.(\d+)\.", name)) is not None:
-                layers += nbytes * shares[int(match[1])]
+            if (layer := layer_in(name)) is not None:
+                layers += nbytes * shares[layer]
             elif name.startswith("rope."):
                 rope += nbytes
             else:
@@ -194,8 +199,9 @@ _IMPORT_SECONDS: Final = 5.0
 def _speed(
     needs: list[DieNeed], machine: Machine, shape: ModelShape, stages: int
 ) -> tuple[float, float, float]:
-    """(slow, point, fast) tokens/s of decoding with a full cache: the slowest die's bytes over DRAM bandwidth
-    x efficiency, two all-reduces a layer, the host.
+    """(slow, point, fast) tokens/s of decoding with a full cache.
+
+    The slowest die's bytes over DRAM bandwidth x efficiency, two all-reduces a layer, the host.
 
     Pipeline stages read one after the other, the head on all dies together.
     """

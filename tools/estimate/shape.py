@@ -1,5 +1,6 @@
-"""The sizes `--plan` works with, read from config.json or from a GGUF file's metadata; no tensor is read,
-torch is not imported.
+"""The sizes `--plan` works with, read from config.json or from a GGUF file's metadata.
+
+No tensor is read, torch is not imported.
 
 What a config.json leaves out has the default of transformers' configuration class for that `model_type` (a
 test compares them).
@@ -36,8 +37,9 @@ _RESTORE: Final = "restore config.json"
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` adds to sizes: which biases its layers have (True, False, or the config's key that
-    says so) and its own defaults.
+    """What a `model_type` adds to sizes: which biases its layers have, and its own defaults.
+
+    A bias is True, False, or the config's key that says so.
     """
 
     qkv_bias: bool | str = False
@@ -136,8 +138,9 @@ def read_shape(path: Path) -> ModelShape:
 
 
 def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor]]:
-    """The file that was read, its config, and the tensors of a GGUF file: their types say what stays
-    4-bit.
+    """The file that was read, its config, and the tensors of a GGUF file.
+
+    The tensors' types say what stays 4-bit.
     """
     gguf = _gguf_file(path)
     if gguf is None:
@@ -162,8 +165,9 @@ def _gguf_file(path: Path) -> Path | None:
 
 
 def _gguf_group(tensors: Mapping[str, StoredTensor]) -> int | None:
-    """32 when every decoder linear is Q4_0, the one block format that stays 4-bit; otherwise all are taken
-    for fp16, which is never too little.
+    """32 when every decoder linear is Q4_0, the one block format that stays 4-bit.
+
+    Otherwise all are taken for fp16, which is never too little.
     """
     linears = [t for name, t in tensors.items() if ".layers." in name and len(t.type.dims) == 2]
     return 32 if linears and all(t.encoding == "Q4_0" for t in linears) else None
@@ -215,7 +219,7 @@ def _sizes(raw: Mapping[str, Any], family: Family, path: Path, problems: list[Di
         found[key] = value
     if found["num_attention_heads"] % found["num_key_value_heads"]:
         message = (
-            f"{found['num_attention_heads']} query heads are no multiple of {found['num_key_value_heads']}"
+            f"{found['num_attention_heads']} query heads are not a multiple of {found['num_key_value_heads']}"
             " key/value heads"
         )
         problems.append(Diagnostic(message, where=str(path), help=_RESTORE))

@@ -1,5 +1,6 @@
-"""`python -m tyir.tools.gpu.measure`: time kernels, all-reduce and whole-model steps of a decoder on the
-GPUs of this machine, as JSON lines that `validate` reads.
+"""`python -m tyir.tools.gpu.measure`: time a decoder's kernels and steps on the GPUs at hand.
+
+Kernels, all-reduce and whole-model steps, as JSON lines that `validate` reads.
 
 The recipe of `tests/data/h200`: bf16, random weights, PyTorch; everything in CUDA graphs; the median of
 replays between two events.  A step is, per layer: add+norm, qkv, rope, two cache copies, attention, o
@@ -104,8 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _time_us(run: Callable[[], object], calls: int = 1) -> float:
-    """Microseconds of one call: `run` makes `calls` of them; it is captured once, replayed, and the median
-    taken.  Devices are aligned before every replay.
+    """Microseconds of one call: `run` makes `calls` of them.
+
+    It is captured once, replayed, and the median taken.  Devices are aligned before every replay.
     """
     import torch
 
@@ -144,8 +146,9 @@ def _of_first(value: float) -> float:
 
 
 def _rotated_us(make: Callable[[], Callable[[], object]], nbytes: float, most: int = 48) -> float:
-    """Microseconds of one call over as many sets of buffers as exceed the L2 (`make` makes a call with
-    buffers of its own).
+    """Microseconds of one call over as many sets of buffers as exceed the L2.
+
+    `make` makes a call with buffers of its own.
     """
     calls = [make() for _ in range(max(2, min(most, int(_ROTATE / nbytes))))]
     rounds = max(1, 24 // len(calls))
@@ -284,8 +287,9 @@ def _attention(batch: int, query: int, kv: int, dim: int, length: int, keys: int
 
 
 def _elementwise(model: Model, shards: int) -> Iterator[dict[str, Any]]:
-    """The kernels between the products, compiled for this model alone: a second width would make PyTorch
-    compile them for any, which is slower.
+    """The kernels between the products, compiled for this model alone.
+
+    A second width would make PyTorch compile them for any, which is slower.
     """
     import torch
 
@@ -369,8 +373,9 @@ def _collectives(world: int) -> Iterator[dict[str, Any]]:
 
 
 class _Decoder:
-    """One device's part of a decoder: heads and intermediate columns are split over `world` devices, every
-    device has the whole head.
+    """One device's part of a decoder.
+
+    Heads and intermediate columns are split over `world` devices, every device has the whole head.
     """
 
     def __init__(self, model: Model, world: int) -> None:

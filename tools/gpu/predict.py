@@ -1,5 +1,6 @@
-"""`python -m tyir.tools.gpu.predict`: how long a step of a decoder takes on a machine of `tyir/targets`,
-kernel by kernel, or beside times that somebody measured.
+"""`python -m tyir.tools.gpu.predict`: how long a step of a decoder takes on a known GPU.
+
+Kernel by kernel, or beside times that somebody measured.
 
     python -m tyir.tools.gpu.predict --machine h200 --model llama3-70b --devices 4 --batch 8 --past 1023
     python -m tyir.tools.gpu.predict --machine mine.toml --model path/to/config.json --phase prefill --tokens 2048 --measured-us 45687
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.model is None:
         raise TyirError(
-            "which model?",
+            "no model is named",
             help="--model NAME or --model path/to/config.json; or --rows FILE to compare with measured rows",
         )
     prefill = args.phase == "prefill"

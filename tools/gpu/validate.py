@@ -1,5 +1,6 @@
-"""`python -m tyir.tools.gpu.validate`: the kernel models (and, for the page, the timing engine) against
-machines that were measured, beside the roofline and the best affine fit.
+"""`python -m tyir.tools.gpu.validate`: the kernel models against machines that were measured.
+
+Beside the roofline and the best affine fit; for the page the timing engine too.
 
 Per kind of kernel and bucket of rows: mean, median, 90th percentile and maximum of the absolute relative
 error, and the signed mean (bias). Every constant that a machine file calls fitted is re-fitted by `--fit` on
@@ -76,8 +77,9 @@ def _engine_lines() -> list[str]:
 
 
 def _candidates(name: str, data: Path | None) -> list[Path]:
-    """Where a machine's measurements may be: the folder given, or beside the checkout, and what was measured
-    for the project itself.
+    """Where a machine's measurements may be.
+
+    The folder given, or beside the checkout, and what was measured for the project itself.
     """
     root = Path(__file__).resolve().parents[2]
     return (

@@ -1,5 +1,6 @@
-"""Reading measured times: one row per measurement, with what was run, its class, and microseconds.  Formats
-are those of the files' authors.
+"""Reading measured times: one row per measurement, with what was run, its class, and microseconds.
+
+Formats are those of the files' authors.
 
 `h200/` JSON lines (measured for this project); `a100/` CSV of ai-dynamo/aiconfigurator (Apache-2.0) and
 LLMCompass (BSD-3-Clause); `orin/` JSON of LLMCompassPlus (BSD-3-Clause).  A file that is absent gives no
@@ -40,8 +41,9 @@ _CALLS: Final = 24  # of one product in a graph, tools/gpu/measure.py
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `predict` gives nanoseconds; `flops` and `nbytes` (DRAM and links) are for the
-    roofline and the affine fit; `m` sorts it into a bucket.
+    """One measurement: `predict` gives nanoseconds.
+
+    `flops` and `nbytes` (DRAM and links) are for the roofline and the affine fit; `m` sorts it into a bucket.
 
     `shape` holds the positive sizes of what was run: where a row lies among the others of its kind.
     """
@@ -57,8 +59,9 @@ class Row:
 
 
 def read_rows(*folders: Path) -> list[Row]:
-    """All rows of a machine's folders, in the files' order; a file that several have is read from the
-    first.
+    """All rows of a machine's folders, in the files' order.
+
+    A file that several have is read from the first.
     """
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         "peaks_and_ops.jsonl": _ops,
@@ -94,8 +97,9 @@ def read_rows(*folders: Path) -> list[Row]:
 
 
 def _marked(file: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows of the files `new_*`, `blind_*` and `repeat_*`, measured after the models were fitted, are kinds
-    of their own: nothing is fitted on them.
+    """Rows of the files `new_*`, `blind_*` and `repeat_*` are kinds of their own.
+
+    They were measured after the models were fitted: nothing is fitted on them.
     """
     mark = next((m for start, m in _MARKS.items() if file.startswith(start)), None)
     for row in rows:
@@ -107,8 +111,9 @@ _NARROW = 512
 
 
 def _sized(kind: str, n: int, k: int) -> str:
-    """Weights with a side under 512 are a class of their own: the call is launch and latency, and language
-    models have none.
+    """Weights with a side under 512 are a class of their own.
+
+    The call is launch and latency, and language models have none.
     """
     return f"{kind}{NARROW}" if min(n, k) < _NARROW else kind
 
@@ -185,8 +190,9 @@ def _json_lines(path: Path) -> list[dict[str, object]]:
 
 
 def _ops(path: Path) -> Iterator[Row]:
-    """`peaks_and_ops.jsonl` was measured in one process: its elementwise kernels are compiled for one width
-    at the first and for any from the second on.
+    """`peaks_and_ops.jsonl` was measured in one process.
+
+    Its elementwise kernels are compiled for one width at the first and for any from the second on.
     """
     first: dict[str, int] = {}
     ours = (
@@ -259,7 +265,7 @@ def _models(path: Path) -> Iterator[Row]:
             flops,
             2.0 * model.weights / step.devices,
             lambda a, s=step: step_ns(s, a),
-        )  # type: ignore[misc]
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- a100
@@ -289,8 +295,10 @@ def _a100_prefill(path: Path) -> Iterator[Row]:
 
 
 def _a100_decode(path: Path) -> Iterator[Row]:
-    """The collector's cache holds no values (`CacheType.SELFKONLY` in its collect_attn.py): they are read
-    from the keys' blocks, in every replay the same.
+    """Decode attention of the A100, whose collector's cache holds no values.
+
+    (`CacheType.SELFKONLY` in its collect_attn.py.)  They are read from the keys' blocks, in every replay the
+    same.
     """
     for row in _dicts(path):
         heads, kv, keys = (
@@ -353,7 +361,7 @@ def _llmcompass_rows(
             0.0,
             4.0 * m * n,
             lambda a, m=m, n=n: model(m, n, a) + (launch_us - 2.5) * 1000,
-        )  # type: ignore[misc]
+        )
 
 
 def _llmcompass_all_reduce(path: Path) -> Iterator[Row]:
@@ -365,8 +373,9 @@ _Part = tuple[float, float, Callable[[Accelerator], float]]  # operations, bytes
 
 
 def _llmcompass_layer(path: Path, tokens: int) -> Iterator[Row]:
-    """A layer of GPT-3 175B (12,288 wide, 96 heads of 128) on 4 devices, 8 sequences: a prompt of 2048, or
-    one token after 3071; seconds by part, one a line, and their sum.
+    """A layer of GPT-3 175B (12,288 wide, 96 heads of 128) on 4 devices, 8 sequences.
+
+    A prompt of 2048, or one token after 3071; seconds by part, one a line, and their sum.
 
     Scores and their products with the values are one product each over all heads; GELU is a stream.
     LLMCompass calls each part from Python.

@@ -1,5 +1,6 @@
-"""Fitting the constants that a machine file calls fitted: median-like (mean absolute log error), on the
-training half of the kernels, kinds weighing the same.
+"""Fitting the constants that a machine file calls fitted, on half of the kernels.
+
+By mean absolute log error, which is median-like; kinds weigh the same.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def is_training(row: Row) -> bool:
 
 
 def fit(machine: Accelerator, rows: Sequence[Row]) -> Accelerator:
-    """The machine with its fitted constants replaced by those with the least mean absolute log error over the
-    training rows.
+    """The machine with the fitted constants that err least on the training rows.
+
+    By mean absolute log error.
 
     A fitted constant's `source` names the kinds of kernels it is fitted on; constants with the same source
     are fitted together, group after group in the file's order, the earlier ones kept.  `TyirError` when scipy

@@ -1,5 +1,6 @@
-"""How near any smooth model could come: the errors that are left when each held-out row is predicted from its
-measured neighbours.
+"""How near any smooth model could come to the measurements.
+
+The errors that are left when each held-out row is predicted from its measured neighbours.
 
 A floor for judging a model, not one: it sees half of the answers.  For every row of the held-out half of a
 kind, the logarithm of (measured / predicted) is taken from the `_NEIGHBOURS` nearest rows of the training
@@ -25,8 +26,9 @@ _LEAST_ROWS: Final = 200
 
 
 def neighbour_floor(rows: Sequence[Row], machine: Accelerator) -> float | None:
-    """Mean absolute error, in per cent, of the model corrected by its errors at measured neighbours; None for
-    fewer than 200 rows.
+    """Mean absolute error, in per cent, of the model corrected by its errors at measured neighbours.
+
+    None for fewer than 200 rows.
     """
     if len(rows) < _LEAST_ROWS:
         return None

@@ -1,5 +1,6 @@
-"""The validation table: error per kind of kernel and bucket, ours beside the roofline and the best affine
-fit, as text and data.
+"""The validation table: error per kind of kernel and bucket, as text and data.
+
+Ours beside the roofline and the best affine fit.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192, 65536)
 
 @dataclass(frozen=True)
 class Line:
-    """Errors in per cent over some rows of one kind: ours, and the mean absolute error of the roofline and of
-    the affine fit; `floor`: see `validation_floor`.
+    """Errors in per cent over some rows of one kind.
+
+    Ours, and the mean absolute error of the roofline and of the affine fit; `floor`: see `validation_floor`.
     """
 
     kind: str
@@ -45,8 +47,9 @@ class Line:
 
 
 def lines_of(rows: Sequence[Row], machine: Accelerator) -> list[Line]:
-    """One line per kind, then its buckets when there are several; kinds that are told apart by size once more
-    together.
+    """One line per kind, then its buckets when there are several.
+
+    Kinds that are told apart by size once more together.
     """
     kinds: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -101,8 +104,9 @@ def _buckets(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _roofline_us(row: Row, machine: Accelerator) -> float:
-    """The larger of matrix time at peak and bytes at nominal bandwidth; for a link, bytes at its nominal
-    bandwidth.
+    """The larger of matrix time at peak and bytes at nominal bandwidth.
+
+    For a link, bytes at its nominal bandwidth.
     """
     if row.kind.startswith("all-reduce"):
         return row.nbytes / machine.link.bandwidth_gbps / 1000
@@ -110,8 +114,9 @@ def _roofline_us(row: Row, machine: Accelerator) -> float:
 
 
 def _affine_errors(rows: Sequence[Row]) -> Any:
-    """Relative errors of the best `t0 + bytes / bandwidth + flops / rate` with t0 >= 0, by weighted least
-    squares on all rows (it sees its own test).
+    """Relative errors of the best `t0 + bytes / bandwidth + flops / rate` with t0 >= 0.
+
+    By weighted least squares on all rows (it sees its own test).
     """
     times = np.array([r.us for r in rows])
     features = np.array([[1.0, r.nbytes, r.flops] for r in rows])

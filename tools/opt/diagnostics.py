@@ -1,5 +1,6 @@
-"""`tyir-opt --verify-diagnostics`: the errors a file should give stand in it as comments, in MLIR's
-notation.
+"""`tyir-opt --verify-diagnostics`: the errors a file should give stand in it as comments.
+
+In MLIR's notation.
 
     // expected-error @below {{redefines symbol}}        also @above, @+2, @-1, @unknown; without @: the comment's own line
     // expected-note-re {{while running pass '{{.*}}'}}   regular expressions stand in inner braces

@@ -266,8 +266,9 @@ _GIVEN = ("--mlir-disable-threading", "--mlir-print-local-scope")
 
 
 def with_mlir_spellings(arguments: list[str]) -> list[str]:
-    """mlir-opt's names of flags as ours: `--mlir-print-ir-after=cse` is `--print-ir-after=cse`; one dash is
-    as good as two.
+    """mlir-opt's names of flags as ours: `--mlir-print-ir-after=cse` is `--print-ir-after=cse`.
+
+    One dash is as good as two.
     """
     changed = []
     for argument in arguments:
@@ -286,8 +287,9 @@ def with_mlir_spellings(arguments: list[str]) -> list[str]:
 
 
 def split_pass_flags(arguments: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """The arguments for the parser, and flags that it does not know: passes, whose options may hold spaces
-    (argparse takes such words for files).
+    """The arguments for the parser, and flags that it does not know: passes.
+
+    Options of a pass may hold spaces; argparse takes such words for files.
     """
     known = {option for action in parser._actions for option in action.option_strings}
     flags = [a for a in arguments if a.startswith("--") and len(a) > 2 and a.partition("=")[0] not in known]

@@ -33,8 +33,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Cut:
-    """A module with `@cut`, the arrays of its arguments and of its results, in order, and the argument
-    names.
+    """A module with `@cut`, and the arrays that flow into and out of it.
+
+    The arrays of its arguments and of its results, in order, and the argument names.
     """
 
     module: Module
@@ -57,8 +58,9 @@ class Cut:
         return paths
 
     def with_constants(self) -> Module:
-        """The module with its arguments as dense constants; `TyirError` for arguments whose shapes are not
-        static.
+        """The module with its arguments as dense constants.
+
+        `TyirError` for arguments whose shapes are not static.
         """
         module = self.module.clone()
         function = next(op for op in module.body if isinstance(op, Func))
@@ -81,8 +83,9 @@ class Cut:
 def cut_ops(
     module: Module, first: str, last: str, arguments: Sequence[Array], function_name: str = "main"
 ) -> Cut:
-    """Ops `first` to `last` (names of results, with or without %) of a function, with what flows in and out
-    for these arguments.
+    """Ops `first` to `last` of a function, with what flows in and out for these arguments.
+
+    Ops are named by their results, with or without %.
 
     Raises `TyirError` for unknown names, an empty range, and where the interpreter does.
     """
@@ -166,19 +169,31 @@ def _module_of(
         function.body.append(op.clone(mapping))
     function.body.append(Return(values=[mapping[v] for v in outputs]))
     function.refresh_type()
-    symbols = {inner.symbol.leaf: inner for op in ops for inner in op.walk() if isinstance(inner, GetGlobal)}
-    symbols |= {inner.callee.leaf: inner for op in ops for inner in op.walk() if isinstance(inner, Call)}  # type: ignore[misc]
-    for name, user in symbols.items():
-        target = lookup_symbol(user, name)
-        if target is not None:
-            module.body.append(target.clone())
+    for target in _referred(ops):
+        module.body.append(target.clone())
     module.body.append(function)
     return module
 
 
+def _referred(ops: Sequence[Op]) -> list[Op]:
+    """The functions and weights that ops refer to, and those that these refer to in turn."""
+    found: dict[Op, None] = {}
+    waiting = list(ops)
+    while waiting:
+        for inner in waiting.pop().walk():
+            if isinstance(inner, (GetGlobal, Call)):
+                reference = inner.symbol if isinstance(inner, GetGlobal) else inner.callee
+                target = lookup_symbol(inner, reference.leaf)
+                if target is not None and target not in found:
+                    found[target] = None
+                    waiting.append(target)
+    return list(found)
+
+
 def sample_arguments(function: Func, tokens: int, seed: int = 0) -> list[Array]:
-    """Arguments to run a function with: whole numbers count up from 0, other tensors are normal numbers; `?`
-    is `tokens`.  Reproducible.
+    """Arguments to run a function with, the same every time.
+
+    Whole numbers count up from 0, other tensors are normal numbers; `?` is `tokens`.
     """
     rng = np.random.default_rng(seed)
     arrays: list[Array] = []

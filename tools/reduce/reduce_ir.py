@@ -1,5 +1,6 @@
-"""Making IR smaller while it keeps a property, such as "this command fails": what `tyir-reduce` does, as
-functions.
+"""Making IR smaller while it keeps a property, such as "this command fails".
+
+What `tyir-reduce` does, as functions.
 
 Delta debugging (Zeller and Hildebrandt 2002): ever smaller runs of ops are deleted, and a deletion stays if
 the smaller module is still interesting. A deleted op's uses get an operand of the same type, a block argument

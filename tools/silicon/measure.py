@@ -1,5 +1,6 @@
-"""`python -m tyir.tools.silicon.measure --export programs.bin`: command programs as `tools/silicon/die.cu`
-reads them, to be run on a Hopper GPU.
+"""`python -m tyir.tools.silicon.measure --export FILE`: programs to run on a Hopper GPU.
+
+As `tools/silicon/die.cu` reads them.
 
     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a tools/silicon/die.cu -o die && ./die programs.bin > tests/data/h100_sm/engine.jsonl
 
@@ -135,8 +136,9 @@ def _sizes(step: Step, number: int, dies: int, machine: Machine) -> Mapping[str,
 
 
 def _exchanged(op: edge10.AllReduce | edge10.AllGather, dies: int, machine: Machine) -> tuple[int, int, int]:
-    """Bytes from each other die in a phase, how many phases, and iterations of adding: as the algorithm that
-    `all_reduce_ns` chooses has them.
+    """Bytes from each other die in a phase, how many phases, and iterations of adding.
+
+    As the algorithm that `all_reduce_ns` chooses has them.
     """
     if isinstance(op, edge10.AllGather):
         return op.rows * max(op.sizes), 1, 0
@@ -146,8 +148,9 @@ def _exchanged(op: edge10.AllReduce | edge10.AllGather, dies: int, machine: Mach
 
 
 def _iterations(work: Work, machine: Machine) -> int:
-    """How often a unit's inner loop runs: 16 x 16 x 16 products, 512 bytes of sums, 256 weights, 64
-    elements.
+    """How often a unit's inner loop runs.
+
+    16 x 16 x 16 products, 512 bytes of sums, 256 weights, 64 elements.
     """
     if 0 in work.sizes:
         return 0

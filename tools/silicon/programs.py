@@ -1,5 +1,6 @@
-"""The command programs by which the timing engine is held against silicon: programs of one unit, from
-which a machine's figures are read off, and compiled ones, which judge it.
+"""The command programs by which the timing engine is held against silicon.
+
+Programs of one unit, from which a machine's figures are read off, and compiled ones, which judge it.
 
     units     one unit alone, or two that wait for each other: every figure of `hopper_sm.toml` is the slope or the intercept of two of them
     streams   loads, conversions and products that overlap, written by hand: one rule of the engine each
@@ -53,8 +54,9 @@ _CAPACITY: Final = 2048
 
 @dataclass(frozen=True)
 class EnginePrograms:
-    """All dies' programs of one step, by what they are for; `machine` changes the machine that the
-    multiprocessor plays into the one they were made for.
+    """All dies' programs of one step, by what they are for.
+
+    `machine` changes the machine that the multiprocessor plays into the one they were made for.
 
     `count`: commands of each die of a unit program.
     """
@@ -238,13 +240,13 @@ def _alternate(
 
 def _units() -> Iterator[EnginePrograms]:
     for elements in (64, 1024, 16384):
-        yield _unit(f"vector {elements}", 400, lambda w, i, e=elements: w.vector(e))  # type: ignore[misc]
+        yield _unit(f"vector {elements}", 400, lambda w, i, e=elements: w.vector(e))
     for k in (16, 512, 4096):
-        yield _unit(f"cube 16x16x{k}", 400, lambda w, i, k=k: w.matmul(16, 16, k))  # type: ignore[misc]
+        yield _unit(f"cube 16x16x{k}", 400, lambda w, i, k=k: w.matmul(16, 16, k))
     for n in (1, 16, 128):
-        yield _unit(f"dequant {n}x256", 400, lambda w, i, n=n: w.dequant(n, 256))  # type: ignore[misc]
+        yield _unit(f"dequant {n}x256", 400, lambda w, i, n=n: w.dequant(n, 256))
     for n in (128, 2048, 16384):
-        yield _unit(f"drain 1x{n}", 400, lambda w, i, n=n: w.drain(1, n))  # type: ignore[misc]
+        yield _unit(f"drain 1x{n}", 400, lambda w, i, n=n: w.drain(1, n))
     yield _alternate(
         "vector then drain", 400, [lambda w, t: w.vector(64, t), lambda w, t: w.drain(1, 128, t)]
     )
@@ -254,27 +256,27 @@ def _units() -> Iterator[EnginePrograms]:
     for nbytes in (1024, 4096, 16384):
         yield _unit(
             f"load {nbytes}, one in flight", 300, lambda w, i, n=nbytes: w.load(n), dma__outstanding=1
-        )  # type: ignore[misc]
-        yield _unit(f"load {nbytes}", 600, lambda w, i, n=nbytes: w.load(n))  # type: ignore[misc]
+        )
+        yield _unit(f"load {nbytes}", 600, lambda w, i, n=nbytes: w.load(n))
     for nbytes in (49152, 98304):
-        yield _unit(f"load {nbytes}", 600, lambda w, i, n=nbytes: w.load(n))  # type: ignore[misc]
+        yield _unit(f"load {nbytes}", 600, lambda w, i, n=nbytes: w.load(n))
     for runs in (8, 64):
-        yield _unit(f"load 16384 in {runs} runs", 600, lambda w, i, r=runs: w.load(16384, runs=r))  # type: ignore[misc]
+        yield _unit(f"load 16384 in {runs} runs", 600, lambda w, i, r=runs: w.load(16384, runs=r))
     for nbytes, queues in ((16384, 2), (16384, 3), (49152, 2), (49152, 3)):
         yield _unit(
             f"load {nbytes} on {queues} queues",
             900,
             lambda w, i, n=nbytes, q=queues: w.load(n, queue=edge10.DMA_UNITS[i % q]),
-        )  # type: ignore[misc]
+        )
     for nbytes in (1024, 16384):
-        yield _unit(f"store {nbytes}", 600, lambda w, i, n=nbytes: w.store(n))  # type: ignore[misc]
+        yield _unit(f"store {nbytes}", 600, lambda w, i, n=nbytes: w.store(n))
     for dies in (2, 4, 8):
         for nbytes in (64, 16384):
             yield _unit(
                 f"all-gather {nbytes} on {dies}", 200, lambda w, i, n=nbytes, d=dies: w.all_gather(n, d), dies
-            )  # type: ignore[misc]
+            )
         for nbytes in (64, 2048, 16384):
-            yield _unit(f"all-reduce {nbytes} on {dies}", 200, lambda w, i, n=nbytes: w.all_reduce(n), dies)  # type: ignore[misc]
+            yield _unit(f"all-reduce {nbytes} on {dies}", 200, lambda w, i, n=nbytes: w.all_reduce(n), dies)
 
 
 # --------------------------------------------------------------------------------------------------- overlaps
@@ -288,8 +290,9 @@ def _stream(
     steps: Sequence[tuple[str, tuple[int, ...]]],
     **changes: float,
 ) -> EnginePrograms:
-    """`tiles` loads through `slots` places: each is worked on by `steps` one after the other, and its place
-    is free when the last has read it.
+    """`tiles` loads through `slots` places, each worked on by `steps` one after the other.
+
+    A place is free when the last step has read it.
     """
 
     def make(machine: Machine) -> list[EdgeProgram]:

@@ -1,5 +1,6 @@
-"""`python -m tyir.tools.silicon.validate`: the timing engine against command programs that a multiprocessor
-of a GPU executed (`tools/silicon/die.cu`).
+"""`python -m tyir.tools.silicon.validate`: the timing engine against silicon.
+
+Command programs that a multiprocessor of a GPU executed (`tools/silicon/die.cu`).
 
 Programs of kind `unit` use one unit alone and give the machine its figures (`--derive` prints them); the
 others (`engine_programs`) judge the engine and have no part in any figure.  `measure_engine` says how to
@@ -143,8 +144,9 @@ def summary_lines(rows: Sequence[EngineRow]) -> list[str]:
 
 
 def derive(measured: Mapping[str, float]) -> dict[str, tuple[float, str]]:
-    """The figures of `hopper_sm.toml` from the programs of one unit, each by arithmetic on two or three of
-    them; `TyirError` when one was not measured.
+    """The figures of `hopper_sm.toml` from the programs of one unit.
+
+    Each by arithmetic on two or three of them; `TyirError` when one was not measured.
     """
     from tyir.tools.silicon.programs import PASSES, all_programs
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.attributes import IntegerAttr
-from tyir.checking.rules import alias_of_result
+from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
@@ -31,7 +31,7 @@ from tyir.execution.constexpr import ConstantExpressions, expression_ops
 from tyir.execution.weights import CheckpointReader
 from tyir.interpreter import Interpreter, lookup_symbol
 from tyir.ir import Op, Value
-from tyir.location import module_path
+from tyir.layers import path_of
 from tyir.manifest import BuildOptions
 from tyir.passes.pipelines import reference_pipeline
 from tyir.pipeline import PassContext, run_pipeline
@@ -85,8 +85,9 @@ def cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
 
 
 class Reference:
-    """Hugging Face in fp32, with the artifacts' weights: those of the checkpoint, or what quantisation made
-    of them.
+    """Hugging Face in fp32, with the artifacts' weights.
+
+    Those of the checkpoint, or what quantisation made of them.
 
     Rotary frequencies that change with the prompt's length are those of a full cache, as in the artifacts.
     `plugin` is the one they were compiled with.
@@ -177,8 +178,9 @@ def _is_plain(folder: Path) -> bool:
 
 
 def dense_model(folder: Path, plugin: ModelPlugin | None) -> Any:
-    """Hugging Face's model in fp32 of a checkpoint that is quantised or has its own layout: built from the
-    config, filled with the parameters as imported.
+    """Hugging Face's model in fp32 of a checkpoint that is quantised or has its own layout.
+
+    Built from the config, filled with the parameters as imported.
     """
     import torch
 
@@ -203,8 +205,9 @@ def reference_module(folder: Path, options: BuildOptions, plugin: ModelPlugin | 
 
 
 def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, Array, Array]]:
-    """(parameter name, row numbers [N], de-quantised weight [N, K]) for each quantised linear of a `ty`
-    module.
+    """The de-quantised weight of each quantised linear of a `ty` module.
+
+    As (parameter name, row numbers [N], weight [N, K]).
 
     Rows of a parameter come in parts where it is packed, and in another order where heads are turned
     otherwise (`raise-aten`).
@@ -229,7 +232,7 @@ def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[t
         if not name.endswith(
             ".weight"
         ):  # one of several stored tensors: the module's path names the parameter
-            name = f"{module_path(linear.loc)}.weight"
+            name = f"{path_of(linear)}.weight"
         yield (
             name,
             _rows(linear.q),
@@ -238,8 +241,9 @@ def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[t
 
 
 def _rows(q: Value) -> Array:
-    """Which rows of the stored parameter the rows of a quantised weight are: what its expression does to
-    rows, done to their numbers.
+    """Which rows of the stored parameter the rows of a quantised weight are.
+
+    What its expression does to rows, done to their numbers.
     """
     rows: Array = np.empty(0, np.int64)
     for op in expression_ops(q):

@@ -1,5 +1,6 @@
-"""Where do artifacts stop computing what the model computes?  Every op of every die against the unpartitioned
-reference, in the order of execution.
+"""Where do artifacts stop computing what the model computes?
+
+Every op of every die against the unpartitioned reference, in the order of execution.
 
 `tyir.shard` and `tyir.partial` on a die's op say which part of the whole its result is; ops are matched by
 module path, kind and number.
@@ -24,7 +25,8 @@ from tyir.dialects.ty import GetGlobal
 from tyir.execution.weights import CheckpointReader
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
-from tyir.location import FileLoc, FusedLoc, Location, NameLoc, module_path
+from tyir.layers import layer_in, path_of
+from tyir.location import FileLoc, FusedLoc, Location, NameLoc
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.verify.compare import cosine, reference_module
@@ -70,8 +72,9 @@ def locate(
     threshold: float = 0.999,
     plugin: ModelPlugin | None = None,
 ) -> Divergence | None:
-    """Run `ids` through the artifacts and through the reference, op by op; the first op whose cosine is below
-    `threshold`, or None.
+    """Run `ids` through the artifacts and the reference; the first op that is off, or None.
+
+    Op by op; an op is off when its cosine is below `threshold`.
     """
     recorder = _Recorder()
     session = Session(folder, engine, check=False, probe=recorder)
@@ -83,17 +86,15 @@ def locate(
         if key not in expected:
             continue
         worst, dies = 1.0, set[int]()
-        for die, value in _compare(expected[key], parts):
+        wanted, source = expected[key]
+        for die, value in _compare(wanted, parts):
             if value < threshold:
                 dies.add(die)
             worst = min(worst, value)
         if dies:
             path, _name, _ = key
             op = recorder.ops[key]
-            layers = [int(p) for p in path.split(".") if p.isdigit()]
-            return Divergence(
-                layers[0] if layers else None, path, op.name, _source(op.loc), tuple(sorted(dies)), worst
-            )
+            return Divergence(layer_in(path), path, op.name, source, tuple(sorted(dies)), worst)
     return None
 
 
@@ -106,15 +107,16 @@ def _source(location: Location) -> str:
 
 
 class _Keys:
-    """Names each op of a run by module path, kind and number among its like, the same way for the reference
-    and for a die.
+    """Names each op of a run, the same way for the reference and for a die.
+
+    By module path, kind and number among its like.
     """
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
 
     def of(self, op: Op, stack: tuple[Call, ...]) -> Key | None:
-        path = module_path(op.loc)
+        path = path_of(op)
         if path is None or isinstance(op, (Call, GetGlobal, Append, Rows)) or op.has_trait(Collective):
             return None
         if stack and isinstance(layer := stack[-1].attributes.get("tyir.layer"), IntegerAttr):
@@ -176,14 +178,17 @@ def _compare(expected: Array, parts: Sequence[_Part]) -> Iterator[tuple[int, flo
             yield part.die, value
 
 
-def _reference_results(module: Module, checkpoint: Path, ids: Sequence[int]) -> Mapping[Key, Array]:
-    found: dict[Key, Array] = {}
+def _reference_results(
+    module: Module, checkpoint: Path, ids: Sequence[int]
+) -> Mapping[Key, tuple[Array, str]]:
+    """The result of every op of the reference, and the line of the model's source it came from."""
+    found: dict[Key, tuple[Array, str]] = {}
     keys = _Keys()
 
     def probe(stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None:
         key = keys.of(op, stack)
         if key is not None and results and results[0].ndim >= 3:
-            found[key] = results[0]
+            found[key] = results[0], _source(op.loc)
 
     interpreter = Interpreter(module, CheckpointReader(checkpoint), probe=probe)
     positions = np.arange(len(ids), dtype=np.int64)[None]

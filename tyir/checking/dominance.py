@@ -6,7 +6,22 @@ import networkx as nx
 
 from tyir.ir import Block, Region
 
-__all__ = ["DominanceTree"]
+__all__ = ["DominanceTree", "unreachable_blocks"]
+
+
+def unreachable_blocks(region: Region) -> list[Block]:
+    """The blocks that no path from the entry reaches."""
+    if len(region.blocks) <= 1:
+        return []
+    reached = {region.entry}
+    waiting = [region.entry]
+    while waiting:
+        for op in waiting.pop():
+            for successor in op.successors:
+                if successor not in reached:
+                    reached.add(successor)
+                    waiting.append(successor)
+    return [block for block in region.blocks if block not in reached]
 
 
 class DominanceTree:
@@ -22,6 +37,7 @@ class DominanceTree:
                 graph.add_edges_from((block, successor) for successor in block.last_op.successors)
         self._entry = region.entry
         self._parents: dict[Block, Block | None] = dict(nx.immediate_dominators(graph, region.entry))
+        self._parents[region.entry] = None  # networkx before 3.6 says itself, since then nothing
 
     def dominates(self, above: Block, below: Block) -> bool:
         """Whether `above` dominates `below` (a block dominates itself); everything dominates an unreachable
@@ -33,8 +49,7 @@ class DominanceTree:
         while current is not None:
             if current is above:
                 return True
-            parent = self._parents.get(current)
-            current = None if parent is current or current is self._entry else parent
+            current = self._parents.get(current)
         return False
 
     def strict_dominators(self, block: Block) -> list[Block]:

@@ -6,84 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tyir.attributes import IntegerAttr, SymbolRefAttr
+from tyir.attributes import SymbolRefAttr
+from tyir.checking.in_place import alias_of_result, overwritten_operands, read_afterwards
+from tyir.checking.symbols import SymbolTables
 from tyir.diagnostics import did_you_mean
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal, Global, Param
-from tyir.ir import Block, Op, Value
-from tyir.traits import InPlace, Symbol, SymbolTable
+from tyir.ir import Op, Value
+from tyir.traits import InPlace, Symbol
 from tyir.types import FunctionType
 
 __all__ = [
-    "SymbolTables",
-    "alias_of_result",
     "check_call",
     "check_function",
     "check_get_global",
     "check_in_place",
     "check_symbols",
 ]
-
-
-class SymbolTables:
-    """Symbols by name for each symbol table, and the order of ops in blocks; both made when first asked
-    for.
-    """
-
-    def __init__(self) -> None:
-        self._tables: dict[Op, dict[str, Op]] = {}
-        self._orders: dict[Block, dict[Op, int]] = {}
-
-    def table(self, op: Op) -> dict[str, Op]:
-        """The symbols that stand directly in a symbol table; of several with one name, the first."""
-        table = self._tables.get(op)
-        if table is None:
-            table = self._tables[op] = {}
-            for region in op.regions:
-                for block in region.blocks:
-                    for inner in block:
-                        if inner.sym_name is not None:
-                            table.setdefault(inner.sym_name, inner)
-        return table
-
-    def nearest(self, op: Op) -> Op | None:
-        """The innermost symbol table around `op`."""
-        current = op.parent_op
-        while current is not None and SymbolTable not in current.traits:
-            current = current.parent_op
-        return current
-
-    def resolve(
-        self, reference: SymbolRefAttr, table_op: Op | None, outward: bool, only: type[Op] = Op
-    ) -> Op | None:
-        """The op (of class `only`) a reference names, looked up in `table_op` and, if `outward`, in the
-        tables around it.
-        """
-        while table_op is not None:
-            found: Op | None = self.table(table_op).get(reference.root)
-            for name in reference.path[1:]:
-                found = (
-                    self.table(found).get(name) if found is not None and SymbolTable in found.traits else None
-                )
-            if isinstance(found, only) or not outward:
-                return found
-            table_op = self.nearest(table_op)
-        return None
-
-    def visible_names(self, op: Op) -> list[str]:
-        names: list[str] = []
-        table_op = self.nearest(op)
-        while table_op is not None:
-            names += self.table(table_op)
-            table_op = self.nearest(table_op)
-        return names
-
-    def order(self, block: Block) -> dict[Op, int]:
-        """Position of each op in its block."""
-        order = self._orders.get(block)
-        if order is None:
-            order = self._orders[block] = {op: i for i, op in enumerate(block)}
-        return order
 
 
 def check_symbols(table_op: Op, tables: SymbolTables) -> Iterator[tuple[Op, str]]:
@@ -122,17 +61,14 @@ def check_call(call: Call, tables: SymbolTables) -> Iterator[str]:
         )
         return
     if not isinstance(target, Func):
-        yield f"calls {callee}, which is a '{target.name}' and no function"
+        yield f"calls {callee}, which is a '{target.name}' and not a function"
         return
     wanted = target.properties.get("function_type")
     actual = FunctionType(tuple(v.type for v in call.operands), tuple(v.type for v in call.results))
     if isinstance(wanted, FunctionType) and wanted is not actual:
         yield f"calls {callee} as {actual} but it is {wanted}"
         return
-    for index in range(len(call.results)):
-        alias = alias_of_result(target, index)
-        if alias is not None and alias < len(call.operands):
-            yield from _later_uses(call, call.operands[alias], tables)
+    yield from check_in_place(call, tables)
 
 
 def check_get_global(op: GetGlobal, tables: SymbolTables) -> Iterator[str]:
@@ -155,34 +91,17 @@ def check_get_global(op: GetGlobal, tables: SymbolTables) -> Iterator[str]:
 
 
 def check_in_place(op: Op, tables: SymbolTables) -> Iterator[str]:
-    """Operand 0 of an in-place op has no later use."""
-    if op.operands:
-        yield from _later_uses(op, op.operands[0], tables)
-
-
-def _later_uses(op: Op, value: Value, tables: SymbolTables) -> Iterator[str]:
-    if len(value.uses) < 2 or op.block is None:
-        return
-    order = tables.order(op.block)
-    for user in value.users:
-        if user is op:
-            continue
-        at: Op | None = user
-        while at is not None and at.block is not op.block:
-            at = at.parent_op
-        if at is not None and at is not op and order[at] > order[op]:
-            yield f"updates {_name(value)} in place, but '{user.name}' reads it afterwards"
-            return
+    """Nobody reads what an op updates in place afterwards."""
+    for value in overwritten_operands(op, tables):
+        reader = read_afterwards(op, value, tables)
+        if reader is op:
+            yield f"updates {_name(value)} in place, but reads it again in the loop's next turn"
+        elif reader is not None:
+            yield f"updates {_name(value)} in place, but '{reader.name}' reads it afterwards"
 
 
 def _name(value: Value) -> str:
     return f"%{value.name}" if value.name else f"operand of type {value.type}"
-
-
-def alias_of_result(function: Func, index: int) -> int | None:
-    """The argument that result `index` is (`tyir.alias` in `res_attrs`), or None."""
-    value = function.res_attr(index).get("tyir.alias")
-    return value.value if isinstance(value, IntegerAttr) else None
 
 
 def check_function(function: Func, tables: SymbolTables) -> Iterator[str]:

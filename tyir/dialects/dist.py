@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tyir.dialects.ty import as_type, tensor_type
+from tyir.dialects.ty import as_type, axis_in, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result
 from tyir.traits import Collective
@@ -65,19 +65,24 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
     x: Value | None = optional_operand(default=None)
     _: KW_ONLY
     axis: int = attr()
-    sizes: tuple[int, ...] = attr()
+    sizes: tuple[int, ...] = attr(least=0)
     dies: tuple[int, ...] | None = attr(default=None)
     out: Value = result()
 
     def verify(self) -> Iterator[str]:
         out = tensor_type(self.out)
+        axis_in(self.axis, out)
         if out.dims[self.axis] != sum(self.sizes):
             yield (
                 f"sizes {list(self.sizes)} add up to {sum(self.sizes)}, the result {out} has"
                 f" {out.dims[self.axis]} along axis {self.axis}"
             )
-        elif self.x is not None and tensor_type(self.x).dims[self.axis] not in (*self.sizes, sum(self.sizes)):
+        elif self.x is not None and not self._may_give(tensor_type(self.x, out.rank).dims[self.axis]):
             yield f"operand {self.x.type} has none of the sizes {list(self.sizes)} along axis {self.axis}"
+
+    def _may_give(self, size: int | None) -> bool:
+        """Whether a die's operand may have this length: its own, or the whole before localize-dies."""
+        return size in (*self.sizes, sum(self.sizes))
 
     def combine(self, parts: Sequence[Array | None]) -> Array:
         """The result from the operands of all dies, in die order; None for a die whose length is 0."""

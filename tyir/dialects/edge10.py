@@ -106,7 +106,9 @@ class Buffer(DeclaredOp, name="edge10.buffer", traits=(Symbol,)):
     type: TensorType = attr()
 
     def verify(self) -> Iterator[str]:
-        if self.type.nbytes > self.nbytes:
+        if not self.type.is_storable:
+            yield f"holds {self.type}, whose size is not known"
+        elif self.type.nbytes > self.nbytes:
             yield f"{self.type} takes {self.type.nbytes} bytes but the buffer has {self.nbytes}"
 
 
@@ -196,7 +198,9 @@ class For(DeclaredOp, name="edge10.for"):
 
     def verify(self) -> Iterator[str]:
         types = [v.type for v in self.operands]
-        if types[:2] != [i64, i64] or any(t is not TOKEN for t in types[2:]):
+        if not self.body_region.blocks:
+            yield "has no body"
+        elif types[:2] != [i64, i64] or any(t is not TOKEN for t in types[2:]):
             yield "takes two i64 bounds and then tokens"
         elif [a.type for a in self.body.args] != [i64, *types[2:]] or [r.type for r in self.results] != types[
             2:
@@ -300,7 +304,7 @@ class Dequant(DeclaredOp, name="edge10.dequant"):
     zeros: int = attr()
     zero_stride: int = attr()
     first_group: int = attr(default=0)
-    group_size: int = attr()
+    group_size: int = attr(least=1)
     out: int = attr()
     n: int = attr()
     k: int = attr()
@@ -413,7 +417,7 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     output_types: ArrayAttr = attr()
     rows: int = attr()
     cols: int = attr()
-    group: int = attr(default=1)
+    group: int = attr(default=1, least=1)
     constant: float = attr(default=0.0)
     input_strides: tuple[int, ...] | None = attr(default=None)
     output_strides: tuple[int, ...] | None = attr(default=None)
@@ -459,7 +463,7 @@ class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
     rows: int = attr()
     cols: int = attr(default=DYNAMIC)
     first_key: int = attr(default=DYNAMIC)
-    heads: int = attr()
+    heads: int = attr(least=1)
     first_query: int = attr(default=0)
     window: int = attr(default=0)
     sequence: int = attr(default=0)

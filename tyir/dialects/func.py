@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY
 
-from tyir.attributes import ArrayAttr, DictAttr, SymbolRefAttr
+from tyir.attributes import ArrayAttr, Attribute, DictAttr, SymbolRefAttr
 from tyir.ir import Block, Region, Value
 from tyir.opdef import DeclaredOp, attr, region, variadic_operand, variadic_result
 from tyir.traits import IsolatedFromAbove, Symbol, Terminator
@@ -55,12 +55,11 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
 
     def arg_attr(self, index: int) -> DictAttr:
         """The dictionary of one argument, empty when none was given."""
-        entry = self.arg_attrs[index] if self.arg_attrs is not None and index < len(self.arg_attrs) else None
-        return entry if isinstance(entry, DictAttr) else DictAttr()
+        return _entry(self.arg_attrs, index)
 
     def res_attr(self, index: int) -> DictAttr:
-        entry = self.res_attrs[index] if self.res_attrs is not None and index < len(self.res_attrs) else None
-        return entry if isinstance(entry, DictAttr) else DictAttr()
+        """The dictionary of one result, empty when none was given."""
+        return _entry(self.res_attrs, index)
 
     def set_arg_attrs(self, dicts: Sequence[DictAttr]) -> None:
         self.arg_attrs = ArrayAttr(dicts) if any(len(d) for d in dicts) else None
@@ -85,6 +84,12 @@ class Func(DeclaredOp, name="func.func", traits=(IsolatedFromAbove, Symbol)):
                 yield f"{what} has {len(dicts)} entries for {count} values"
 
 
+def _entry(dicts: Attribute | None, index: int) -> DictAttr:
+    """The dictionary at a place of a list of them; empty where there is none."""
+    entry = dicts[index] if isinstance(dicts, ArrayAttr) and index < len(dicts) else None
+    return entry if isinstance(entry, DictAttr) else DictAttr()
+
+
 class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
     """Ends a function with its results."""
 
@@ -94,8 +99,12 @@ class Return(DeclaredOp, name="func.return", traits=(Terminator,)):
         parent = self.parent_op
         if not isinstance(parent, Func):
             yield "must be inside func.func"
-        elif tuple(v.type for v in self.operands) != parent.function_type.results:
-            wanted = ", ".join(map(str, parent.function_type.results))
+            return
+        function_type = parent.properties.get("function_type")
+        if not isinstance(function_type, FunctionType):
+            return  # the function's own declaration is at fault
+        if tuple(v.type for v in self.operands) != function_type.results:
+            wanted = ", ".join(map(str, function_type.results))
             yield (
                 f"returns ({', '.join(str(v.type) for v in self.operands)}) but @{parent.sym_name} is"
                 f" declared to return ({wanted})"

@@ -140,7 +140,7 @@ class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
     def evaluate(self, cache: Array, rows: Array, pos: Array) -> Array:
         by_head = cache if self.layout == "HND" else cache.swapaxes(1, 2)  # a view
         for i, start in enumerate(pos):
-            count = min(rows.shape[1], by_head.shape[2] - int(start))
+            count = max(min(rows.shape[1], by_head.shape[2] - int(start)), 0)  # a full cache takes nothing
             by_head[i, :, start : start + count] = rows[i, :count].swapaxes(0, 1)
         return cache
 
@@ -181,7 +181,8 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
         return self.q.type
 
     def verify(self) -> Iterator[str]:
-        heads, groups = tensor_type(self.q).dims[2], tensor_type(self.k).dims[head_axis(self.layout)] or 0
+        heads = tensor_type(self.q, 4).dims[2]
+        groups = tensor_type(self.k, 4).dims[head_axis(self.layout)] or 0
         if len(self.kv_heads) != heads:
             yield f"kv_heads names {len(self.kv_heads)} heads, q has {heads}"
         elif any(not 0 <= g < groups for g in self.kv_heads):
@@ -221,7 +222,7 @@ class Rows(DeclaredOp, name="kv.rows", traits=(Pure,)):
     out: Value = result()
 
     def infer(self) -> Type:
-        table, like = tensor_type(self.table), tensor_type(self.like)
+        table, like = tensor_type(self.table, 2), tensor_type(self.like, least=2)
         return TensorType((like.dims[0], like.dims[1], table.dims[1]), table.element)
 
     def evaluate(self, table: Array, pos: Array, like: Array) -> Array:

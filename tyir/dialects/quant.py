@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tyir.dialects.ty import as_type, tensor_type
+from tyir.dialects.ty import as_type, axis_in, static_shape, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result
 from tyir.traits import Pure
@@ -38,25 +38,22 @@ class Unpack(DeclaredOp, name="quant.unpack", traits=(Pure,)):
     _: KW_ONLY
     axis: int = attr()
     order: tuple[int, ...] = attr(default=(0, 1, 2, 3, 4, 5, 6, 7))
-    size: int = attr(default=0)
+    size: int = attr(default=0, least=0)
     out: Value = result()
 
     def infer(self) -> Type:
         t = tensor_type(self.words)
-        full = (t.static_shape[self.axis] if 0 <= self.axis < t.rank else 0) * _PER_WORD
-        return TensorType(
-            tuple((self.size or full) if i == self.axis else d for i, d in enumerate(t.dims)), ui4
-        )
+        axis = axis_in(self.axis, t)
+        full = static_shape(self.words, t.rank)[axis] * _PER_WORD
+        return TensorType(tuple((self.size or full) if i == axis else d for i, d in enumerate(t.dims)), ui4)
 
     def verify(self) -> Iterator[str]:
         t = tensor_type(self.words)
         if t.element is not i32:
             yield f"words are i32, not {t.element}"
         if sorted(self.order) != list(range(_PER_WORD)):
-            yield f"order {list(self.order)} is no permutation of 0..7"
-        if not 0 <= self.axis < t.rank:
-            yield f"axis {self.axis} is not in 0..{t.rank - 1}"
-        elif not 0 <= self.size <= t.static_shape[self.axis] * _PER_WORD:
+            yield f"order {list(self.order)} is not a permutation of 0..7"
+        if self.size > t.static_shape[self.axis] * _PER_WORD:
             yield (
                 f"size {self.size} is more than the {t.static_shape[self.axis] * _PER_WORD} elements of the"
                 " words"
@@ -177,13 +174,13 @@ class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
     out: Value = result()
 
     def infer(self) -> Type:
-        rows, width = tensor_type(self.data).static_shape
+        rows, width = static_shape(self.data, 2)
         elements, nbytes, _values = GGML_BLOCKS.get(self.format, (1, 1, _q4_0))
         return TensorType((rows, width // nbytes * elements), self.element)
 
     def verify(self) -> Iterator[str]:
         if self.format not in GGML_BLOCKS:
-            yield f"format '{self.format}' is none of {', '.join(GGML_BLOCKS)}"
+            yield f"format '{self.format}' is not one of {', '.join(GGML_BLOCKS)}"
         elif (
             tensor_type(self.data).element is not ui8
             or tensor_type(self.data).static_shape[1] % GGML_BLOCKS[self.format][1]
@@ -213,7 +210,7 @@ class GgmlQ40(DeclaredOp, name="quant.ggml_q4_0", traits=(Pure,)):
     scales: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        rows, width = tensor_type(self.data).static_shape
+        rows, width = static_shape(self.data, 2)
         return TensorType((rows, width // 18 * 32), ui4), TensorType((rows, width // 18), f16)
 
     def verify(self) -> Iterator[str]:

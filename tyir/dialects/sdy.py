@@ -18,7 +18,10 @@ from tyir.traits import Symbol
 
 __all__ = ["Mesh"]
 
-_MESH = re.compile(r"<\[((?:\"\w+\"=\d+(?:, )?)+)\](?:, device_ids=\[([\d, ]*)\])?>")
+_AXIS = r"\"\w+\"=[0-9]{1,9}"
+_MESH = re.compile(
+    rf"<\[({_AXIS}(?:, {_AXIS})*)\](?:, device_ids=\[((?:[0-9]{{1,9}}(?:, ?[0-9]{{1,9}})*)?)\])?>"
+)
 
 
 class Mesh(DeclaredOp, name="sdy.mesh", traits=(Symbol,)):

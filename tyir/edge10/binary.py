@@ -26,7 +26,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.execution.collector import collector_paused
 from tyir.ir import Block, Op, Region, Value
-from tyir.location import Location
+from tyir.location import UNKNOWN, Location
 from tyir.parser import parse_file
 from tyir.registry import op_class
 from tyir.text.attribute_parser import parse_attribute_text, parse_type_text
@@ -59,6 +59,8 @@ def read_program(path: Path) -> Module:
 def encode(module: Module) -> bytes:
     """The bytes of a module whose ops stand in order (definitions before uses), as every command program's
     do.
+
+    `TyirError` for what the bytes have no place for: jumps between blocks, labels, resources.
     """
     body = _Writer()
     body.op(module)
@@ -107,6 +109,14 @@ def _put(out: bytearray, number: int) -> None:
     out.append(number)
 
 
+def _unwritable(op: Op, what: str) -> TyirError:
+    return TyirError(
+        f"'{op.name}' {what}, which the binary form of command programs does not hold",
+        where=str(op.loc),
+        help="keep the program as text",
+    )
+
+
 class _Writer:
     """The ops' bytes, and the tables they refer to in order of first use."""
 
@@ -146,10 +156,14 @@ class _Writer:
             self.attribute(value)
 
     def op(self, op: Op) -> None:
+        if op.successors or (isinstance(op, Module) and op.resources):
+            raise _unwritable(op, "jumps to another block" if op.successors else "has resources")
         self.string(op.name)
         self.attribute(op.loc)
         self.number(len(op.operands))
         for value in op.operands:
+            if value not in self._values:
+                raise _unwritable(op, "uses a value before its definition")
             self.number(self._values[value])
         self.defined(op.results)
         self.dictionary(op.properties)
@@ -158,6 +172,9 @@ class _Writer:
         for region in op.regions:
             self.number(len(region.blocks))
             for block in region.blocks:
+                if block.label is not None or any(loc is not UNKNOWN for loc in block.arg_locs):
+                    what = f"label ^{block.label}" if block.label is not None else "locations of arguments"
+                    raise _unwritable(op, f"has a block with the {what}")
                 self.defined(block.args)
                 ops = list(block)
                 self.number(len(ops))

@@ -37,6 +37,7 @@ class PassRegistry:
     """Passes and named pipelines; `extra` holds what the user loaded from files."""
 
     extra: dict[str, type[Pass]] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)  # where those of `extra` come from
 
     def names(self) -> list[str]:
         """Every pass, sorted; nothing is imported for it."""
@@ -64,18 +65,18 @@ class PassRegistry:
         module_name = name.replace("-", "_")
         is_name = "_" not in name and module_name.isidentifier()
         if is_name and importlib.util.find_spec(f"{_PACKAGE}.{module_name}") is not None:
-            found = next(pass_classes(importlib.import_module(f"{_PACKAGE}.{module_name}")), None)
+            found = _only_pass(importlib.import_module(f"{_PACKAGE}.{module_name}"))
             if found is not None:
                 return found
         for entry in importlib.metadata.entry_points(group=_GROUP, name=name):
             loaded = entry.load()
-            return next(pass_classes(loaded)) if isinstance(loaded, ModuleType) else loaded
+            return _only_pass(loaded) if isinstance(loaded, ModuleType) else loaded
         return None
 
     def load_file(self, path: str | Path) -> list[str]:
         """Make the passes of a Python file known; returns their names.
 
-        `TyirError` when it cannot be loaded or holds none.
+        `TyirError` when it cannot be loaded, holds none, or two passes would have one name.
         """
         module = load_module_file(path)
         classes = list(pass_classes(module))
@@ -83,9 +84,25 @@ class PassRegistry:
             raise TyirError(
                 f"{path} declares no pass", help="a pass is a frozen dataclass deriving tyir.pipeline.Pass"
             )
+        names: dict[str, type[Pass]] = {}
         for cls in classes:
-            self.extra[cls.name()] = cls
-        return [cls.name() for cls in classes]
+            name = cls.name()
+            if name in names:
+                raise TyirError(
+                    f"{path} declares two passes named '{name}': {names[name].__name__} and {cls.__name__}",
+                    help="a pass has its file's name: one to a file, or give each a name() of its own",
+                )
+            other = self.files.get(name)
+            if name not in self.extra and self.find(name) is not None:
+                raise TyirError(f"{path}: there is a pass '{name}' already", help="rename the file")
+            if other is not None and other.resolve() != Path(path).resolve():
+                raise TyirError(
+                    f"{path}: {other} has declared a pass '{name}' already", help="rename the file"
+                )
+            names[name] = cls
+        self.extra.update(names)
+        self.files.update(dict.fromkeys(names, Path(path)))
+        return list(names)
 
 
 def pass_classes(module: ModuleType) -> Iterator[type[Pass]]:
@@ -101,6 +118,17 @@ def pass_classes(module: ModuleType) -> Iterator[type[Pass]]:
             and not value.__name__.startswith("_")
         ):
             yield value
+
+
+def _only_pass(module: ModuleType) -> type[Pass] | None:
+    """The pass of a module that has its name; None when there is none, an error when there are several."""
+    classes = list(pass_classes(module))
+    if len(classes) > 1:
+        raise TyirError(
+            f"{module.__name__} declares {len(classes)} passes: {', '.join(c.__name__ for c in classes)}",
+            help="a pass has its file's name: one to a file; helper classes begin with an underscore",
+        )
+    return classes[0] if classes else None
 
 
 def load_module_file(path: str | Path) -> ModuleType:

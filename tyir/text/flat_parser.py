@@ -390,8 +390,6 @@ class FlatParser(ScopeParser):
             name = None if text[1].isdigit() else text[1:]
             for index in range(count):
                 value = next(values)
-                if count == 1 or index == 0:
+                if index == 0:
                     value.name = name
-                    self._define(text, value, at)
-                if count > 1:
-                    self._define(f"{text}#{index}", value, at)
+                self._define(f"{text}#{index}" if index else text, value, at)

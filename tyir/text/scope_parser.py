@@ -126,14 +126,13 @@ class ScopeParser(AttributeParser):
 
     def _use(self, text: str, wanted: Type, at: int) -> Value:
         scope = self._scope
-        value = scope.values.get(text)
-        if value is None and text.endswith("#0"):  # %a#0 is %a
-            value = scope.values.get(text[:-2])
+        name = text.removesuffix("#0")  # %a#0 is %a
+        value = scope.values.get(name)
         if value is None:
-            pending = scope.pending.get(text)
+            pending = scope.pending.get(name)
             if pending is None:
                 value = Value(_UNSET, Block(), 0)
-                scope.pending[text] = value, at
+                scope.pending[name] = value, at
             else:
                 value = pending[0]
             if value.type is _UNSET:
@@ -149,8 +148,6 @@ class ScopeParser(AttributeParser):
         scope.values[text] = value
         if scope.pending:
             self._resolve(text, value, scope)
-            if "#" not in text:
-                self._resolve(f"{text}#0", value, scope)
 
     def _resolve(self, text: str, value: Value, scope: Scope) -> None:
         pending = scope.pending.pop(text, None)

@@ -11,6 +11,7 @@ from tyir.attributes import DictAttr, StringAttr, SymbolRefAttr
 from tyir.backends.edge10.lowering.dependences import Access, Tracker
 from tyir.dialects import edge10
 from tyir.ir import Block, Op, Region, Value
+from tyir.layers import path_of
 from tyir.location import UNKNOWN, Location
 from tyir.opdef import DeclaredOp
 from tyir.types import i64
@@ -42,7 +43,7 @@ class Emitter:
         """
         leader = beside or op
         if leader not in self._paths:
-            self._paths[leader] = str(leader.loc)
+            self._paths[leader] = f"{path_of(leader)} {len(self._paths)}"
         self.loc, self.source, self.path = op.loc, op.name, self._paths[leader]
 
     def nested(self, block: Block, tracker: Tracker) -> Emitter:

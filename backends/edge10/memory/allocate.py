@@ -34,8 +34,10 @@ _PARTS: Final = 256
 
 @dataclass(frozen=True)
 class SramShares:
-    """How SRAM is divided, in 256ths: `temp`, the slots of the rings as (size, count), and how much of the
-    arena layers may hand their activations on in.
+    """How SRAM is divided, in 256ths.
+
+    `temp`, the slots of the rings as (size, count), and how much of the arena layers may hand their
+    activations on in.
 
     Of four slots of `side` and `wide`, large tiles take two neighbours; with small ones, twice as many are in
     flight, which hides the latency of small matrices. Few tokens want the weight stream large, many the arena
@@ -61,8 +63,9 @@ def align(size: int, to: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True)
 class Ring:
-    """A part of SRAM given out slot by slot, round and round; an entry of at most `largest` bytes takes one
-    or two neighbouring slots.
+    """A part of SRAM given out slot by slot, round and round.
+
+    An entry of at most `largest` bytes takes one or two neighbouring slots.
     """
 
     offset: int
@@ -114,8 +117,9 @@ class SramPlan:
 
 
 def sram_plan(machine: Machine, shares: SramShares | None = None) -> SramPlan:
-    """The division of a machine's SRAM; `boundary` is the part of the arena that layers may hand activations
-    on in.
+    """The division of a machine's SRAM.
+
+    `boundary` is the part of the arena that layers may hand activations on in.
     """
     shares = shares or SramShares()
     unit = machine.sram.capacity_bytes // _PARTS // ALIGNMENT * ALIGNMENT
@@ -148,8 +152,9 @@ def _ring(offset: int, unit: int, shape: tuple[int, int], joined: int = 2) -> Ri
 
 @dataclass
 class Interval:
-    """A tensor that must be somewhere from op `start` to op `end`, both included; `weight` says how much it
-    matters that this is SRAM.
+    """A tensor that must be somewhere from op `start` to op `end`, both included.
+
+    `weight` says how much it matters that this is SRAM.
     """
 
     name: str
@@ -161,8 +166,9 @@ class Interval:
 
 
 def place_intervals(intervals: Sequence[Interval], low: int, high: int) -> None:
-    """Give offsets in SRAM [low, high) to the intervals, each at the lowest offset free during its life; the
-    rest keep None.
+    """Give intervals offsets in SRAM [low, high), each the lowest that is free during its life.
+
+    Those that do not fit keep None.
 
     The most valuable first is within a few per cent of the optimum on chains with residuals, but may leave
     the large ones no gap; the largest first does not. What places more weighted bytes is taken.
@@ -206,8 +212,9 @@ class DramLayout:
     parts: list[tuple[str, int]] = field(default_factory=list)
 
     def take(self, what: str, nbytes: int, alignment: int = 4096, planned: int | None = None) -> int:
-        """The address of the next `nbytes`, or `planned`; `what` is the kind reported if the die's DRAM does
-        not suffice.
+        """The address of the next `nbytes`, or `planned`.
+
+        `what` is the kind reported if the die's DRAM does not suffice.
         """
         address = align(self.end, alignment) if planned is None else planned
         self.end = max(self.end, address + nbytes)

@@ -1,5 +1,6 @@
-"""Before anything is written: does every die's program fit its DRAM?  Too much is an error with the cheapest
-remedies, each tried on the module itself.
+"""Before anything is written: does every die's program fit its DRAM?
+
+Too much is an error with the cheapest remedies, each tried on the module itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.ir import Value
-from tyir.manifest import BuildOptions
+from tyir.manifest import BuildOptions, recorded
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import run_pipeline
 from tyir.targets.machine import Machine
@@ -26,10 +27,16 @@ _PAGE = 4096
 
 
 def check_memory(
-    dies: Sequence[Module], options: BuildOptions, source: Module, stage: str, machine: Machine
+    dies: Sequence[Module],
+    options: BuildOptions,
+    source: Module,
+    stage: str,
+    machine: Machine,
+    machine_name: str = "edge10",
 ) -> None:
-    """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has; `source` is the
-    module it was made of, at `stage`.
+    """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has.
+
+    `source` is the module it was made of, at `stage`; `machine_name` is what a pipeline calls the machine.
     """
     capacity = int(machine.dram.capacity_bytes)
     worst = max(dies, key=lambda die: _die_bytes(die, options))
@@ -43,7 +50,8 @@ def check_memory(
         stage = "ty"
 
     def need(changed: BuildOptions) -> int | None:
-        return _need(source.clone(), stage, changed, machine, capacity)
+        text = remaining_pipeline(stage, changed, machine_name, recorded(source))
+        return _need(source.clone(), text, changed, machine, capacity)
 
     detail = ", ".join(f"{what} {gib(size)}" for what, size in parts.items() if size >= 2**20)
     raise TyirError(
@@ -56,8 +64,9 @@ def check_memory(
 
 
 def step_bytes(die: Module, seqlen: int) -> dict[str, int]:
-    """What a step of `seqlen` tokens needs of a die's DRAM by kind, each tensor on pages of its own, without
-    what lowering spills.
+    """What a step of `seqlen` tokens needs of a die's DRAM, by kind.
+
+    Each tensor lies on pages of its own; what lowering spills is not counted.
     """
     main = die.lookup(f"main_s{seqlen}")
     assert isinstance(main, Func)
@@ -88,12 +97,15 @@ def _die_bytes(die: Module, options: BuildOptions) -> int:
     return max(sum(step_bytes(die, s).values()) for s in options.seqlens)
 
 
-def _need(module: Module, stage: str, options: BuildOptions, machine: Machine, capacity: int) -> int | None:
-    """Bytes of the largest die with other options; when it seems to fit, the figure is that of its real
-    program.
+def _need(
+    module: Module, pipeline: str, options: BuildOptions, machine: Machine, capacity: int
+) -> int | None:
+    """Bytes of the largest die with other options.
+
+    When it seems to fit, the figure is that of its real program.
     """
     try:
-        run_pipeline(module, remaining_pipeline(stage, options))
+        run_pipeline(module, pipeline)
         dies = [m for m in module.body if isinstance(m, Module)]
         worst = max(dies, key=lambda die: _die_bytes(die, options))
         needed = _die_bytes(worst, options)

@@ -1,5 +1,4 @@
-"""A die's memory plan as attributes of its program, so that it can be printed, edited and lowered from
-there.
+"""A die's memory plan as attributes of its program: printed, edited, and lowered from there.
 
     ty.param @w                {tyir.address = 4096}                                   where a weight lies in DRAM, for all sequence lengths
     func.func @main_s8(%ids    {tyir.address = ...}) -> (... {tyir.address = ...})     inputs, caches and outputs
@@ -101,7 +100,7 @@ def _write_shares(main: Func, shares: SramShares) -> None:
 
 
 def read_shares(main: Func) -> SramShares | None:
-    """The division that a plan asks for; None without one.  `TyirError` for what is no division."""
+    """The division that a plan asks for; None without one.  `TyirError` for what is not a division."""
     written = main.attributes.get(SRAM)
     if written is None:
         return None
@@ -112,7 +111,8 @@ def read_shares(main: Func) -> SramShares | None:
         example = ", ".join(f"{n} = {_share(v)}" for n, v in known.items())
         raise TyirError(
             Diagnostic(
-                f"{SRAM} of @{main.sym_name} is no division of SRAM: {written}", help=f"write {{{example}}}"
+                f"{SRAM} of @{main.sym_name} is not a division of SRAM: {written}",
+                help=f"write {{{example}}}",
             )
         )
     shares = SramShares(**read)
@@ -188,8 +188,9 @@ def planned_places(
 
 
 def _text(place: Place, nbytes: int) -> str:
-    """`sram 0..64`, `@spill.layer_s8 0..64`; empty for a place that is relative to an address the caller
-    gives.
+    """A place as it is written: `sram 0..64`, `@spill.layer_s8 0..64`.
+
+    Empty for a place that is relative to an address the caller gives.
     """
     if place.memory == "dram" and not isinstance(place.base, str):
         return ""
@@ -211,7 +212,7 @@ def _place(op: Op, text: str, nbytes: int) -> Place:
     if match is None:
         raise TyirError(
             Diagnostic(
-                f"'{text}' is no place",
+                f"'{text}' is not a place",
                 where=str(op.loc),
                 help='write "sram 4096..8192" or "@spill.layer_s8 0..4096"',
             )

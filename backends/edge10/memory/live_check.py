@@ -1,5 +1,6 @@
-"""The proof that a function's places hold what is wanted: no two values, or scratch of ops, share bytes while
-both are live.
+"""The proof that a function's places hold what they must hold.
+
+No two values, or scratch of ops, share bytes while both are live.
 
 The byte-level check (`tyir.runtime_sim.execution.check_accesses`) sees what commands touch, in an order that
 makes them wait for each other; that a value was overwritten before its last reader came is seen here alone,
@@ -24,8 +25,9 @@ __all__ = ["live_problems"]
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes `low`..`high` of SRAM or of a buffer, from op `first` to op `last`; `given` ones are placed from
-    outside, where a result may take over from an operand.
+    """Bytes `low`..`high` of SRAM or of a buffer, from op `first` to op `last`.
+
+    `given` ones are placed from outside, where a result may take over from an operand.
     """
 
     what: str

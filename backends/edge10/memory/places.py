@@ -1,5 +1,6 @@
-"""Deciding where the tensors of one function live: SRAM by lifetime if they fit, a spill buffer in DRAM
-otherwise.
+"""Deciding where the tensors of one function live: in SRAM by lifetime, or in a spill buffer.
+
+The spill buffer, in DRAM, takes what does not fit.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ __all__ = [
 
 
 def root(value: Value) -> Value:
-    """The value whose storage this one shares: through reshapes, appends in place, and ops that may write
-    their result over their first operand.
+    """The value whose storage this one shares.
+
+    Through reshapes, appends in place, and ops that may write their result over their first operand.
     """
     while isinstance(op := value.op, (Reshape, Append)) or (
         isinstance(op, (Rope, CachedAttention)) and _only_reader(op.operands[0])
@@ -75,8 +77,9 @@ class Lifetimes:
 
 
 def _heat(op: Op, value: Value) -> float:
-    """How often a byte of an operand is read: a linear reads its input once for each tile of its output
-    channels.
+    """How often a byte of an operand is read.
+
+    A linear reads its input once for each tile of its output channels.
     """
     if isinstance(op, (Linear, QuantizedLinear)):
         return max(1.0, tensor_type(op.results[0]).static_shape[-1] / 256)
@@ -85,8 +88,9 @@ def _heat(op: Op, value: Value) -> float:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the activations that a layer function takes and gives lie, the same for every call: places by
-    argument and by result index.
+    """Where the activations that a layer function takes and gives lie, the same for every call.
+
+    Places by argument and by result index.
     """
 
     arguments: Mapping[int, Place]
@@ -95,8 +99,9 @@ class Boundary:
 
 
 class BoundaryPlaces:
-    """Places that all layer functions of a program share: the n-th argument of a type has the same place in
-    each.
+    """Places that all layer functions of a program share.
+
+    The n-th argument of a type has the same place in each.
 
     At most `sram_limit` bytes are given out in SRAM, from offset `start`; what exceeds them lies in the DRAM
     buffer `symbol`.
@@ -127,8 +132,9 @@ class BoundaryPlaces:
 def boundary_of(
     function: Func, activations: Iterable[int], aliased: Iterable[int], shared: BoundaryPlaces
 ) -> Boundary:
-    """Places for a layer's activations: `activations` are argument indices, `aliased` the indices of results
-    that are caches.
+    """Places for a layer's activations.
+
+    `activations` are argument indices, `aliased` the indices of results that are caches.
 
     A result takes over the place of an argument of its type that is no longer read when it is written: the
     residual stream stays where it is.
@@ -185,8 +191,9 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Places:
-    """Where values lie, where ops have their scratch (SRAM offset, place in the spill buffer), and the bytes
-    of the spill buffer.
+    """Where values and the scratch of ops lie, and how many bytes the spill buffer has.
+
+    Scratch is an offset in SRAM and a place in the spill buffer.
     """
 
     values: dict[Value, Place]
@@ -195,8 +202,9 @@ class Places:
 
 
 def in_place(function: Func, boundary: Boundary) -> dict[Value, Place]:
-    """Sums that may be made where an argument lies that nobody wants any more: the residual stream stays at
-    the layers' boundary.
+    """Sums that may be made in the place of an argument which nothing reads afterwards.
+
+    The residual stream stays at the layers' boundary.
     """
     lifetimes = Lifetimes(function)
     returned = [root(v) for v in function.body.terminator.operands]
@@ -229,8 +237,9 @@ def assign_places(
     fused: Mapping[Op, Op],
     scratch: Mapping[Op, Scratch],
 ) -> Places:
-    """A place for every value the function computes; `fixed` ones are given (by root), results of `fused` ops
-    need none, `scratch` is what ops need besides.
+    """A place for every value the function computes.
+
+    `fixed` ones are given (by root), results of `fused` ops need none, `scratch` is what ops need besides.
 
     Values that live across a call are spilled: a layer uses the whole arena.
     """

@@ -30,8 +30,9 @@ _KV_STEP: Final = 256
 
 @dataclass(frozen=True)
 class Remedy:
-    """Options to add to the command line, the largest die's bytes with them, and their cost as a factor (1
-    would be free).
+    """Options to add to the command line, the largest die's bytes with them, and what they cost.
+
+    The cost is a factor; 1 would be free.
     """
 
     arguments: str
@@ -58,8 +59,9 @@ def remedy_text(remedies: Iterable[Remedy]) -> str:
 
 
 def cheapest_remedies(options: BuildOptions, capacity: int, need: Need, count: int = 3) -> list[Remedy]:
-    """At most `count` remedies by rising cost, each of which brings `need` down to `capacity`; two changes
-    together only when there are not enough single ones.
+    """At most `count` remedies by rising cost, each of which brings `need` down to `capacity`.
+
+    Two changes together only when there are not enough single ones.
     """
     found = list(_single(options, capacity, need, MAX_DIES))
     if len(found) < count:
@@ -114,8 +116,9 @@ def _fewest_dies(options: BuildOptions, capacity: int, need: Need, most: int) ->
 
 
 def _longest_cache(options: BuildOptions, capacity: int, need: Need) -> Remedy | None:
-    """The longest cache that fits, a multiple of 256 tokens where that many fit; the need grows with the
-    cache in a straight line.
+    """The longest cache that fits, a multiple of 256 tokens where that many fit.
+
+    The need grows with the cache in a straight line.
     """
     least = max(options.seqlens)
     low, high = need(replace(options, max_kv=least)), need(options)

@@ -20,8 +20,9 @@ _NAMES: Final = {
 
 
 def memory_summary(module: Module) -> dict[str, int]:
-    """Bytes of one die's program (stage `edge10`): by kind of DRAM buffer, `dram` from address 0 to the last
-    byte, `sram` up to the last byte written.
+    """Bytes of one die's program (stage `edge10`), by kind of DRAM buffer and in all.
+
+    `dram` counts from address 0 to the last byte, `sram` up to the last byte written.
 
     Keys: weights, kv, activations, inputs, outputs, dram, sram.  Buffers do not share addresses, so sums are
     peaks.

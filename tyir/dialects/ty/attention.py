@@ -83,7 +83,7 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
         if q.rank != 4 or k.rank != 4 or q.dims[3] != k.dims[3]:
             yield f"q and k must be [b, s, heads, D] with equal D; got {q} and {k}"
         elif (q.dims[2] or 0) % (k.dims[2] or 1):
-            yield f"{q.dims[2]} query heads are no multiple of {k.dims[2]} key/value heads"
+            yield f"{q.dims[2]} query heads are not a multiple of {k.dims[2]} key/value heads"
 
     def evaluate(self, q: Array, k: Array, v: Array) -> Array:
         heads = default_kv_heads(q.shape[2], k.shape[2])

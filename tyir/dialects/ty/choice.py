@@ -44,12 +44,12 @@ class TopK(DeclaredOp, name="ty.top_k", traits=(Pure,)):
 
     x: Value = operand()
     _: KW_ONLY
-    k: int = attr()
+    k: int = attr(least=1)
     values: Value = result()
     ids: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        lead = tensor_type(self.x).dims[:-1]
+        lead = tensor_type(self.x, least=1).dims[:-1]
         return TensorType((*lead, self.k), f32), TensorType((*lead, self.k), i32)
 
     def verify(self) -> Iterator[str]:
@@ -76,8 +76,8 @@ class TopKCandidates(DeclaredOp, name="ty.top_k_candidates", traits=(Pure,)):
 
     x: Value = operand()
     _: KW_ONLY
-    k: int = attr()
-    sizes: tuple[int, ...] = attr()
+    k: int = attr(least=1)
+    sizes: tuple[int, ...] = attr(least=0)
     offset: int = attr(default=0)
     out: Value = result()
 
@@ -86,12 +86,10 @@ class TopKCandidates(DeclaredOp, name="ty.top_k_candidates", traits=(Pure,)):
         return tuple(min(self.k, size) for size in self.sizes)
 
     def infer(self) -> Type:
-        return TensorType((*tensor_type(self.x).dims[:-1], 2, sum(self.counts())), i32)
+        return TensorType((*tensor_type(self.x, least=1).dims[:-1], 2, sum(self.counts())), i32)
 
     def verify(self) -> Iterator[str]:
-        if self.k < 1:
-            yield f"k = {self.k} is not positive"
-        if sum(self.sizes) != tensor_type(self.x).dims[-1] or min(self.sizes, default=0) < 0:
+        if sum(self.sizes) != tensor_type(self.x).dims[-1]:
             yield f"sizes {list(self.sizes)} do not cut the last dimension of {self.x.type}"
 
     def evaluate(self, x: Array) -> Array:
@@ -112,17 +110,17 @@ class MergeTopK(DeclaredOp, name="ty.merge_top_k", traits=(Pure,)):
 
     candidates: Value = operand()
     _: KW_ONLY
-    k: int = attr()
+    k: int = attr(least=1)
     values: Value = result()
     ids: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        lead = tensor_type(self.candidates).dims[:-2]
+        lead = tensor_type(self.candidates, least=2).dims[:-2]
         return TensorType((*lead, self.k), f32), TensorType((*lead, self.k), i32)
 
     def verify(self) -> Iterator[str]:
         t = tensor_type(self.candidates)
-        if t.rank < 2 or t.dims[-2] != 2 or t.element is not i32:
+        if t.dims[-2] != 2 or t.element is not i32:
             yield f"candidates are i32 [.., 2, C]; got {t}"
         elif not 1 <= self.k <= (t.dims[-1] or 0):
             yield f"k = {self.k} is not in 1..{t.dims[-1]}, the number of candidates"

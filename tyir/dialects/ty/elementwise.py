@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import KW_ONLY
 from typing import Final
@@ -9,7 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from tyir.dialects.ty.tensors import Array, as_type, bf16_to_f32, tensor_type
+from tyir.diagnostics import TyirError
+from tyir.dialects.ty.tensors import Array, as_type, axis_in, bf16_to_f32, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import Commutative, Elementwise, Pure
@@ -64,19 +66,18 @@ class Slice(DeclaredOp, name="ty.slice", traits=(Pure,)):
     x: Value = operand()
     _: KW_ONLY
     axis: int = attr()
-    offset: int = attr()
-    size: int = attr()
+    offset: int = attr(least=0)
+    size: int = attr(least=0)
     out: Value = result()
 
     def infer(self) -> Type:
         t = tensor_type(self.x)
-        return t.with_shape(self.size if i == self.axis else d for i, d in enumerate(t.dims))
+        axis = axis_in(self.axis, t)
+        return t.with_shape(self.size if i == axis else d for i, d in enumerate(t.dims))
 
     def verify(self) -> Iterator[str]:
-        t = tensor_type(self.x)
-        if not 0 <= self.axis < t.rank:
-            yield f"axis {self.axis} is not in 0..{t.rank - 1}"
-        elif (d := t.dims[self.axis]) is not None and not 0 <= self.offset <= self.offset + self.size <= d:
+        d = tensor_type(self.x).dims[self.axis]
+        if d is not None and self.offset + self.size > d:
             yield f"rows {self.offset}..{self.offset + self.size} lie outside the dimension of {d}"
 
     def fold(self) -> tuple[Value] | None:
@@ -96,15 +97,13 @@ class Concat(DeclaredOp, name="ty.concat", traits=(Pure,)):
 
     def infer(self) -> Type:
         types = [tensor_type(v) for v in self.parts]
-        total = sum(t.dims[self.axis] or 0 for t in types)
-        return types[0].with_shape(total if i == self.axis else d for i, d in enumerate(types[0].dims))
-
-    def verify(self) -> Iterator[str]:
-        types = [tensor_type(v) for v in self.parts]
-        if not types or not 0 <= self.axis < types[0].rank:
-            yield f"{len(types)} parts have no axis {self.axis}"
-        elif len({(t.element, *t.dims[: self.axis], None, *t.dims[self.axis + 1 :]) for t in types}) != 1:
-            yield f"the parts must agree but for axis {self.axis}: {', '.join(map(str, types))}"
+        if not types:
+            raise TyirError("joins no tensor")
+        axis = axis_in(self.axis, types[0])
+        if len({(t.element, *t.dims[:axis], None, *t.dims[axis + 1 :]) for t in types}) != 1:
+            raise TyirError(f"joins {', '.join(map(str, types))}, which differ beside axis {axis}")
+        total = sum(t.dims[axis] or 0 for t in types)
+        return types[0].with_shape(total if i == axis else d for i, d in enumerate(types[0].dims))
 
     def evaluate(self, *parts: Array) -> Array:
         return np.concatenate(parts, axis=self.axis)
@@ -117,26 +116,23 @@ class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
 
     x: Value = operand()
     _: KW_ONLY
-    shape: tuple[int, ...] = attr()
+    shape: tuple[int, ...] = attr(least=-1)
     out: Value = result()
 
     def infer(self) -> Type:
         t = tensor_type(self.x)
-        if -1 not in self.shape:
-            return t.with_shape(self.shape)
+        free = self.shape.count(-1)
+        if free > 1:
+            raise TyirError(f"has more than one dimension of -1 in {list(self.shape)}")
         if not t.is_static:
             return t.with_shape(None if d == -1 else d for d in self.shape)
-        known = int(np.prod([d for d in self.shape if d != -1]))
+        known = math.prod(d for d in self.shape if d != -1)
+        if t.size != known if not free else not known or t.size % known:
+            raise TyirError(
+                f"reshapes {t}, which cannot be reshaped to {list(self.shape)}: {t.size} elements against"
+                f" {known}"
+            )
         return t.with_shape(t.size // known if d == -1 else d for d in self.shape)
-
-    def verify(self) -> Iterator[str]:
-        t = tensor_type(self.x)
-        if self.shape.count(-1) > 1:
-            yield "more than one dimension is -1"
-        elif t.is_static:
-            known = int(np.prod([d for d in self.shape if d != -1]))
-            if t.size % known or (-1 not in self.shape and t.size != known):
-                yield f"{t} cannot be reshaped to {list(self.shape)}: {t.size} elements against {known}"
 
     def fold(self) -> tuple[Value] | None:
         return (
@@ -157,11 +153,9 @@ class Transpose(DeclaredOp, name="ty.transpose", traits=(Pure,)):
 
     def infer(self) -> Type:
         t = tensor_type(self.x)
+        if sorted(self.perm) != list(range(t.rank)):
+            raise TyirError(f"perm {list(self.perm)} is not a permutation of 0..{t.rank - 1}")
         return t.with_shape(t.dims[p] for p in self.perm)
-
-    def verify(self) -> Iterator[str]:
-        if sorted(self.perm) != list(range(tensor_type(self.x).rank)):
-            yield f"perm {list(self.perm)} is no permutation of 0..{tensor_type(self.x).rank - 1}"
 
     def fold(self) -> tuple[Value] | None:
         return (

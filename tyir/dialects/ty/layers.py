@@ -8,12 +8,13 @@ from dataclasses import KW_ONLY
 import numpy as np
 
 from tyir.attributes import DenseElementsAttr
-from tyir.dialects.ty.tensors import Array, as_type, tensor_type
+from tyir.diagnostics import TyirError
+from tyir.dialects.ty.tensors import Array, as_type, static_shape, tensor_type
 from tyir.dialects.ty.weights import dequantize
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result
 from tyir.traits import ConstantLike, Pure
-from tyir.types import TensorType, Type, f16
+from tyir.types import FloatType, TensorType, Type, f16
 
 __all__ = [
     "Embedding",
@@ -41,7 +42,7 @@ class Embedding(DeclaredOp, name="ty.embedding", traits=(Pure,)):
     out: Value = result()
 
     def infer(self) -> Type:
-        table = tensor_type(self.table)
+        table = tensor_type(self.table, 2)
         return TensorType((*tensor_type(self.ids).dims, table.dims[1]), table.element)
 
     def evaluate(self, table: Array, ids: Array) -> Array:
@@ -107,7 +108,7 @@ Norm = RmsNorm | LayerNorm
 
 
 def _linear_type(x: Value, rows: int | None, element: Type | None) -> Type:
-    t = tensor_type(x)
+    t = tensor_type(x, least=1)
     return TensorType((*t.dims[:-1], rows), element or t.element)
 
 
@@ -124,10 +125,10 @@ class Linear(DeclaredOp, name="ty.linear", traits=(Pure,)):
     out: Value = result()
 
     def infer(self) -> Type:
-        return _linear_type(self.x, tensor_type(self.weight).dims[0], self.element)
+        return _linear_type(self.x, tensor_type(self.weight, 2).dims[0], self.element)
 
     def verify(self) -> Iterator[str]:
-        n, k = tensor_type(self.weight).dims
+        n, k = tensor_type(self.weight, 2).dims
         if tensor_type(self.x).dims[-1] != k:
             yield (
                 f"inner sizes differ: x has {tensor_type(self.x).dims[-1]}, weight {self.weight.type} has {k}"
@@ -151,15 +152,15 @@ class QuantizedLinear(DeclaredOp, name="ty.quantized_linear", traits=(Pure,)):
     zeros: Value = operand()
     bias: Value | None = optional_operand(default=None)
     _: KW_ONLY
-    group_size: int = attr()
+    group_size: int = attr(least=1)
     element: Type | None = attr(default=None)
     out: Value = result()
 
     def infer(self) -> Type:
-        return _linear_type(self.x, tensor_type(self.q).dims[0], self.element)
+        return _linear_type(self.x, static_shape(self.q, 2)[0], self.element)
 
     def verify(self) -> Iterator[str]:
-        n, k = tensor_type(self.q).static_shape
+        n, k = static_shape(self.q, 2)
         if tensor_type(self.x).dims[-1] != k:
             yield f"inner sizes differ: x has {tensor_type(self.x).dims[-1]}, q {self.q.type} has {k}"
         if k % self.group_size:
@@ -189,6 +190,14 @@ def rope_tables(angles: Array, inv_freq: Array, scale: float, element: Type) -> 
     return as_type(np.cos(angles) * factor, element), as_type(np.sin(angles) * factor, element)
 
 
+def _frequencies(inv_freq: DenseElementsAttr) -> int:
+    """How many frequencies there are; `TyirError` unless they are a list of floats."""
+    kind = inv_freq.type
+    if not isinstance(kind, TensorType) or kind.rank != 1 or not isinstance(kind.element, FloatType):
+        raise TyirError(f"property 'inv_freq' must be a list of floats, got {kind}")
+    return kind.size
+
+
 class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
     """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0, for positions
     0..positions-1: two tensors [positions, D/2] of type `element`.
@@ -196,14 +205,14 @@ class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
 
     _: KW_ONLY
     inv_freq: DenseElementsAttr = attr()
-    positions: int = attr()
+    positions: int = attr(least=0)
     scale: float = attr(default=1.0)
     element: Type = attr(default=f16)
     cos: Value = result()
     sin: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        t = TensorType((self.positions, len(self.inv_freq.to_numpy())), self.element)
+        t = TensorType((self.positions, _frequencies(self.inv_freq)), self.element)
         return t, t
 
     def evaluate(self) -> tuple[Array, Array]:
@@ -230,7 +239,7 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
     sin: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        t = TensorType((*tensor_type(self.positions).dims, len(self.inv_freq.to_numpy())), self.element)
+        t = TensorType((*tensor_type(self.positions).dims, _frequencies(self.inv_freq)), self.element)
         return t, t
 
     def evaluate(self, positions: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.attributes import DenseElementsAttr, SymbolRefAttr
-from tyir.dialects.ty.tensors import Array, tensor_type
+from tyir.dialects.ty.tensors import Array, axis_in, static_shape, stored_bytes, tensor_type
 from tyir.ir import Region, Value
 from tyir.opdef import DeclaredOp, attr, operand, region, result
 from tyir.traits import ConstantLike, IsolatedFromAbove, Pure, Symbol, Terminator
@@ -41,11 +41,11 @@ class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
     type: TensorType = attr()
     file: str = attr()
     key: str = attr()
-    offset: int = attr()
-    nbytes: int = attr()
+    offset: int = attr(least=0)
+    nbytes: int = attr(least=0)
 
     def verify(self) -> Iterator[str]:
-        if self.type.is_static and self.type.nbytes != self.nbytes:
+        if self.type.is_static and stored_bytes(self.type) != self.nbytes:
             yield f"{self.type} takes {self.type.nbytes} bytes but nbytes is {self.nbytes}"
 
 
@@ -102,22 +102,20 @@ class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
 
     weight: Value = operand()
     _: KW_ONLY
-    group_size: int = attr()
+    group_size: int = attr(least=1)
     q: Value = result()
     scales: Value = result()
     zeros: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        n, k = tensor_type(self.weight).static_shape
+        n, k = static_shape(self.weight, 2)
         groups = (n, k // self.group_size)
         return TensorType((n, k), ui4), TensorType(groups, f16), TensorType(groups, ui4)
 
     def verify(self) -> Iterator[str]:
-        if tensor_type(self.weight).static_shape[1] % self.group_size:
-            yield (
-                f"group_size {self.group_size} does not divide the {tensor_type(self.weight).static_shape[1]}"
-                " input channels"
-            )
+        _, k = static_shape(self.weight, 2)
+        if k % self.group_size:
+            yield f"group_size {self.group_size} does not divide the {k} input channels"
 
     def evaluate(self, weight: Array) -> tuple[Array, Array, Array]:
         n, k = weight.shape
@@ -149,7 +147,7 @@ class Dequantize(DeclaredOp, name="ty.dequantize", traits=(Pure,)):
     scales: Value = operand()
     zeros: Value = operand()
     _: KW_ONLY
-    group_size: int = attr()
+    group_size: int = attr(least=1)
     out: Value = result()
 
     def infer(self) -> Type:
@@ -168,13 +166,14 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
     x: Value = operand()
     _: KW_ONLY
     axis: int = attr()
-    times: int = attr()
+    times: int = attr(least=0)
     out: Value = result()
 
     def infer(self) -> Type:
         t = tensor_type(self.x)
+        axis = axis_in(self.axis, t)
         return t.with_shape(
-            d * self.times if i == self.axis and d is not None else d for i, d in enumerate(t.dims)
+            d * self.times if i == axis and d is not None else d for i, d in enumerate(t.dims)
         )
 
     def evaluate(self, x: Array) -> Array:
@@ -193,15 +192,13 @@ class Take(DeclaredOp, name="ty.take", traits=(Pure,)):
     out: Value = result()
 
     def infer(self) -> Type:
-        return tensor_type(self.x).with_shape(
-            len(self.indices) if i == self.axis else d for i, d in enumerate(tensor_type(self.x).dims)
-        )
+        t = tensor_type(self.x)
+        axis = axis_in(self.axis, t)
+        return t.with_shape(len(self.indices) if i == axis else d for i, d in enumerate(t.dims))
 
     def verify(self) -> Iterator[str]:
-        t = tensor_type(self.x)
-        if not 0 <= self.axis < t.rank:
-            yield f"axis {self.axis} is not in 0..{t.rank - 1}"
-        elif (d := t.dims[self.axis]) is not None and not all(0 <= i < d for i in self.indices):
+        d = tensor_type(self.x).dims[self.axis]
+        if d is not None and not all(0 <= i < d for i in self.indices):
             yield f"an index lies outside the dimension of {d}"
 
     def evaluate(self, x: Array) -> Array:
