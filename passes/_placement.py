@@ -15,26 +15,20 @@ from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
 from tyir.dialects.ty import (
-    Add,
-    Cast,
     Embedding,
     Linear,
-    Mul,
     QuantizedLinear,
     Reshape,
     RmsNorm,
     Rope,
-    Scale,
-    Silu,
-    SiluMul,
     TopKCandidates,
     tensor_type,
 )
 from tyir.ir import Op, Value
 from tyir.sharding import PARTIAL, REPLICATED, Placement, Split, from_attribute
+from tyir.traits import Elementwise
 
 __all__ = [
-    "ELEMENTWISE",
     "LINEAR",
     "Rule",
     "executing_dies",
@@ -45,7 +39,6 @@ __all__ = [
 ]
 
 Dims = Sequence[int | None]
-ELEMENTWISE: Final = (Add, Mul, Scale, Silu, SiluMul, Cast)
 LINEAR: Final = (Linear, QuantizedLinear)
 Rule = tuple[list[Placement], Placement]  # what the operands must be, what the result then is
 
@@ -85,6 +78,8 @@ def rule_for(op: Op) -> Rule:
 
     An op without a rule of its own needs everything whole.
     """
+    if op.has_trait(Elementwise):
+        return _elementwise(op)
     for op_class, rule in _RULES:
         if isinstance(op, op_class):
             return rule(op)
@@ -211,7 +206,6 @@ def through_reshape(split: Split, source: Dims, target: Dims) -> Split | None:
 _RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] = (
     (LINEAR, _linear),
     (Embedding, _embedding),
-    (ELEMENTWISE, _elementwise),
     (RmsNorm, _norm),
     (Rope, _rope),
     (Reshape, _reshape),

@@ -30,13 +30,10 @@ from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import (
     Embedding,
     Linear,
-    Mul,
     QuantizedLinear,
     Reshape,
     RmsNorm,
     Rope,
-    Silu,
-    SiluMul,
     TopK,
     tensor_type,
 )
@@ -44,11 +41,12 @@ from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
 from tyir.layers import layer_of, path_of
 from tyir.manifest import record, recorded
-from tyir.passes._placement import ELEMENTWISE, LINEAR, through_reshape
+from tyir.passes._placement import LINEAR, through_reshape
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute, vocabulary_ranges
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine, load_machine
+from tyir.traits import Elementwise
 from tyir.types import f16
 
 __all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_mesh", "check_stages"]
@@ -406,7 +404,7 @@ def _demand(value: Value, split: Split, block: _Block) -> None:
     elif isinstance(op, Reshape):
         if (back := through_reshape(split, tensor_type(op.out).dims, tensor_type(op.x).dims)) is not None:
             _demand(op.x, back, block)
-    elif isinstance(op, ELEMENTWISE):
+    elif op is not None and op.has_trait(Elementwise):
         for operand in op.operands:
             _demand(operand, split, block)
 
@@ -428,7 +426,7 @@ def _gated_sources(value: Value, constants: ConstantExpressions) -> list[Op]:
     op = value.op
     if isinstance(op, LINEAR):
         return [op]
-    if not isinstance(op, (Mul, Silu, SiluMul)):
+    if op is None or not op.has_trait(Elementwise):
         return []
     sources: list[Op] = []
     for operand in op.operands:

@@ -10,6 +10,7 @@ __all__ = [
     "Commutative",
     "ConstantLike",
     "Elementwise",
+    "Gated",
     "InPlace",
     "IsolatedFromAbove",
     "NoTerminator",
@@ -33,12 +34,18 @@ class ConstantLike(Trait):
     """No operands; the result depends on properties alone (constants, weight references)."""
 
 
-class Elementwise(Trait):
-    """Each element of the result depends on the operands' elements at its place; all have one shape."""
-
-
 class Commutative(Trait):
     """Operands may be exchanged."""
+
+
+class Elementwise(Trait):
+    """Each element of the result is computed of the elements at its place in the operands, which all have its
+    shape: the result may be cut as they are, and may take an operand's place when it has its type.
+    """
+
+
+class Gated(Trait):
+    """Two operands, gate and up, and f(gate) * up element by element: the activation of a gated MLP."""
 
 
 class Terminator(Trait):

@@ -28,6 +28,7 @@ from tyir.attributes import (
     StringAttr,
 )
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.check import check_memory
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
@@ -127,9 +128,8 @@ def compile_module(
     with context.watch.stage("passes"):
         options = to_program(module, asked, context)
     dies = [m for m in module.body if isinstance(m, Module)]
-    name = context.chosen_machine
     wanted = replace(asked, seqlens=options.seqlens)
-    check_memory(dies, wanted, source, stage, load_machine(name), str(name))
+    check_memory(dies, wanted, source, stage, context.chosen_machine)
     target = out / f"{options.dies}die"
     with _replacing(target) as folder:
         with context.watch.stage("weights"):
@@ -311,6 +311,7 @@ def _write_programs(
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
     machine = load_machine(context.chosen_machine)
+    search = Search()
     programs: list[DieProgram] = []
     memory: Memory = {}
     built: dict[tuple[str, ...], Path] = {}
@@ -318,7 +319,7 @@ def _write_programs(
         place = _program_folder(options, seqlen)
         for index, die in enumerate(dies):
             with context.watch.stage(f"edge10 s{seqlen} die{index}"):
-                lowered = lower_die(die, seqlen, machine)
+                lowered = lower_die(die, seqlen, machine, search=search)
                 memory[index, seqlen] = memory_summary(lowered)
                 _write_command_program(lowered, folder / _command_program(place, index, context))
             with context.watch.stage(f"host code s{seqlen} die{index}"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.plan_memory import dies_of, lengths_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -36,9 +37,9 @@ class LowerEdge10(Pass):
     machine: str = "edge10"
 
     def run(self, op: Op, context: PassContext) -> None:
-        machine = load_machine(self.machine)
+        machine, search = load_machine(self.machine), Search()
         for die in dies_of(op):
-            lowered = lower_die(die, self.seqlen or _only_length(die), machine)
+            lowered = lower_die(die, self.seqlen or _only_length(die), machine, search=search)
             context.statistics["commands"] = context.statistics.get("commands", 0) + sum(
                 1 for _ in lowered.walk()
             )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tyir.backends.edge10.lowering.die import plan_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
@@ -36,10 +37,10 @@ class PlanMemory(Pass):
     machine: str = "edge10"
 
     def run(self, op: Op, context: PassContext) -> None:
-        machine = load_machine(self.machine)
+        machine, search = load_machine(self.machine), Search()
         for die in dies_of(op):
             for length in lengths_of(die):
-                for kind, nbytes in plan_die(die, length, machine).items():
+                for kind, nbytes in plan_die(die, length, machine, search).items():
                     context.statistics[kind] = max(context.statistics.get(kind, 0), nbytes)
 
 

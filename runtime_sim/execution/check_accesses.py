@@ -9,7 +9,7 @@ seconds.  Collectives are checked for their own die's side; that the dies meet i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -94,37 +94,12 @@ class _Replay(FunctionalDie):
         except StopIteration:
             pass
 
-    def transfer(self, command: Command) -> None:
-        """A load or store of data that nobody looks at: both ends are touched, nothing is copied."""
-        op = command.op
-        assert isinstance(op, (edge10.Load, edge10.Store))
-        given = iter(command.scalars)
-        shape = tuple(next(given) if s == edge10.DYNAMIC else s for s in op.shape)
-        if 0 not in shape:
-            store = isinstance(op, edge10.Store)
-            self.dram(command, command.addresses[0] + op.offset, shape, (*op.dram_strides, 1), write=store)
-            self.sram(command, op.sram, shape, np.uint8, (*op.sram_strides, 1), write=not store)
-
-    load = store = transfer
-
-    def dequant(self, command: Command) -> None:
-        op = command.op
-        assert isinstance(op, edge10.Dequant)
-        self.sram(command, op.q, (op.n, (op.k + 1) // 2), np.uint8, (op.q_stride, 1))
-        self.sram(command, op.scales, (op.n, op.scale_stride // 2), np.float16)
-        self.sram(command, op.zeros, (op.n, op.zero_stride), np.uint8)
-        self.sram(command, op.out, (op.n, op.k), np.float16, write=True)
-
-    def product(self, lhs: Array, rhs: Array) -> Array:
-        return np.zeros((lhs.shape[0] * lhs.shape[1], rhs.shape[1]), np.float32)
+    def put(self, target: Array, make: Callable[[], Array]) -> None:
+        """Nothing: nobody looks at the data."""
 
 
 def _received(command: Command) -> Array:
     """What a collective gives this die, in size."""
     op = command.op
-    if isinstance(op, edge10.AllGather):
-        return np.zeros(op.rows * sum(op.sizes), np.uint8)
-    if isinstance(op, edge10.Send):
-        return np.zeros(0, np.uint8)
-    assert isinstance(op, (edge10.AllReduce, edge10.Recv))
-    return np.zeros(op.nbytes, np.uint8)
+    assert isinstance(op, edge10.Exchange)
+    return np.zeros(op.taken_bytes(), np.uint8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from tyir.runtime_sim.timing.unroll import Position, position_of
 from tyir.targets.machine import Machine
 from tyir.types import storage_dtype
 
-__all__ = ["FunctionalDie", "run_step"]
+__all__ = ["FunctionalDie", "method_of", "run_step"]
 
 Array = npt.NDArray[Any]
 
@@ -73,8 +73,7 @@ class FunctionalDie:
         for number, buffer in enumerate(mine.buffers):
             if buffer.kind in KEPT and buffer.sym_name in theirs:
                 source = theirs[buffer.sym_name]
-                mine.data[number] = other.memory.dram.data[source]
-                mine.written[number] = other.memory.dram.written[source]
+                mine.stored[number] = other.memory.dram.stored[source]
 
     def step(self, pos: Position) -> Generator[tuple[Command, Array], Array, None]:
         """Run one step: yields (collective, the die's operand as bytes) and is sent what the collective
@@ -92,7 +91,7 @@ class FunctionalDie:
                 combined = yield command, operand
                 self._collective_result(command, combined)
             else:
-                _HANDLERS[type(command.op)](self, command)
+                getattr(self, method_of(command.op))(command)
             if self.observer is not None:
                 self.observer(self.program.die, command, self._accesses)
                 self._accesses = []
@@ -166,8 +165,8 @@ class FunctionalDie:
             raise TyirError(
                 f"{command.describe()} writes @{buffer.sym_name}, which is a {buffer.kind} buffer"
             )
-        data = self.memory.dram.data[number][offset : offset + extent]
-        written = self.memory.dram.written[number]
+        stored = self.memory.dram.stored[number]
+        data, written = stored.data[offset : offset + extent], stored.written
         if self.check and buffer.kind != "weight" and extent:
             marks = written[offset : offset + extent] if written is not None else None
             self._note(command, f"DRAM buffer @{buffer.sym_name}", marks, shape, strides, 1, offset, write)
@@ -215,28 +214,33 @@ class FunctionalDie:
                 " have been written"
             )
 
+    def put(self, target: Array, make: Callable[[], Array]) -> None:
+        """Write what a command that moves or multiplies much data makes; `check_accesses` makes nothing."""
+        target[...] = make()
+
     # -- transfers
     # ------------------------------------------------------------------------------------------------
     def load(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.Load)
-        shape = _sizes(op.shape, command.scalars)
+        shape = op.sizes_with(command.scalars)
         if 0 in shape:
             return
         source = self.dram(command, command.addresses[0] + op.offset, shape, (*op.dram_strides, 1))
-        self.sram(command, op.sram, shape, np.uint8, (*op.sram_strides, 1), write=True)[...] = source
+        target = self.sram(command, op.sram, shape, np.uint8, (*op.sram_strides, 1), write=True)
+        self.put(target, lambda: source)
         self.loaded_bytes += source.size
 
     def store(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.Store)
-        shape = _sizes(op.shape, command.scalars)
+        shape = op.sizes_with(command.scalars)
         if 0 in shape:
             return
         source = self.sram(command, op.sram, shape, np.uint8, (*op.sram_strides, 1))
-        self.dram(command, command.addresses[0] + op.offset, shape, (*op.dram_strides, 1), write=True)[
-            ...
-        ] = source
+        address = command.addresses[0] + op.offset
+        target = self.dram(command, address, shape, (*op.dram_strides, 1), write=True)
+        self.put(target, lambda: source)
 
     def gather(self, command: Command) -> None:
         op = command.op
@@ -266,50 +270,51 @@ class FunctionalDie:
         scales = self.sram(command, op.scales, (n, op.scale_stride // 2), np.float16)[
             :, op.first_group : op.first_group + k // group
         ]
-        zeros = _nibbles(self.sram(command, op.zeros, (n, op.zero_stride), np.uint8))[
-            :, op.first_group : op.first_group + k // group
-        ]
-        q = _nibbles(packed).reshape(n, k // group, group).astype(np.float32)
-        weight = (q - zeros[:, :, None].astype(np.float32)) * scales[:, :, None].astype(np.float32)
-        self.sram(command, op.out, (n, k), np.float16, write=True)[...] = weight.reshape(n, k)
+        zeros = self.sram(command, op.zeros, (n, op.zero_stride), np.uint8)
+
+        def weight() -> Array:
+            q = _nibbles(packed).reshape(n, k // group, group).astype(np.float32)
+            zero = _nibbles(zeros)[:, op.first_group : op.first_group + k // group, None]
+            scaled = (q - zero.astype(np.float32)) * scales[:, :, None].astype(np.float32)
+            return scaled.reshape(n, k)
+
+        self.put(self.sram(command, op.out, (n, k), np.float16, write=True), weight)
 
     def dequant_rows(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.DequantRows)
-        (rows,) = _sizes((op.rows,), command.scalars)
+        (rows,) = op.sizes_with(command.scalars)
         if rows == 0:
             return
         plane, row = op.plane_rows * op.k, op.k
         q = self.sram(command, op.q, (op.planes, rows, op.k), np.int8, (plane, row, 1))
         scales = self.sram(command, op.scales, (op.planes, rows), np.float16, (op.plane_rows * 2, 2))
-        self.sram(command, op.out, q.shape, np.float16, (plane * 2, row * 2, 2), write=True)[...] = (
-            dequantize_rows(q, scales)
-        )
+        out = self.sram(command, op.out, q.shape, np.float16, (plane * 2, row * 2, 2), write=True)
+        self.put(out, lambda: dequantize_rows(q, scales))
 
     def matmul(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.Matmul)
-        n, k = _sizes((op.n, op.k), command.scalars)
+        n, k = op.sizes_with(command.scalars)
         if 0 in (n, k):
             return
         outer, inner = op.m
         lhs = self.sram(command, op.lhs, (outer, inner, k), np.float16, (*op.lhs_strides, 2))
         shape = (n, k) if op.transposed else (k, n)
         rhs = self.sram(command, op.rhs, shape, np.float16, (op.rhs_stride, 2))
-        product = self.product(lhs, rhs.T if op.transposed else rhs)
-        if op.accumulate:
-            product += self.acc(command, op.acc, product.shape, (op.acc_stride, 4))
-        self.acc(command, op.acc, product.shape, (op.acc_stride, 4), write=True)[...] = product
-        self.macs += outer * inner * n * k
+        sums = self.acc(command, op.acc, (outer * inner, n), (op.acc_stride, 4)) if op.accumulate else None
 
-    def product(self, lhs: Array, rhs: Array) -> Array:
-        """[outer, inner, k] x [k, n] in f32, rows [outer * inner]."""
-        return np.asarray(lhs.reshape(-1, lhs.shape[-1]).astype(np.float32) @ rhs.astype(np.float32))
+        def total() -> Array:
+            product = _product(lhs, rhs.T if op.transposed else rhs)
+            return product if sums is None else product + sums
+
+        self.put(self.acc(command, op.acc, (outer * inner, n), (op.acc_stride, 4), write=True), total)
+        self.macs += outer * inner * n * k
 
     def drain(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.Drain)
-        (n,) = _sizes((op.n,), command.scalars)
+        (n,) = op.sizes_with(command.scalars)
         if n == 0:
             return
         outer, inner = op.m
@@ -328,10 +333,10 @@ class FunctionalDie:
         assert isinstance(op, edge10.VectorOp)
         vector_function(op, lambda *a, **k: self.sram(command, *a, **k))
 
-    def softmax(self, command: Command) -> None:
+    def softmax_block(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.SoftmaxBlock)
-        cols, first_key = _sizes((op.cols, op.first_key), command.scalars)
+        cols, first_key = op.sizes_with(command.scalars)
         if cols:
             softmax_block(
                 op,
@@ -357,14 +362,12 @@ class FunctionalDie:
 
     def _collective_operand(self, command: Command) -> Array:
         op = command.op
-        if isinstance(op, edge10.Recv):
+        assert isinstance(op, edge10.Exchange)
+        if op.source_in() == "none":
             return np.empty(0, np.uint8)
         assert isinstance(op, (edge10.AllReduce, edge10.AllGather, edge10.Send))
-        if op.source_memory == "none":
-            return np.empty(0, np.uint8)
-        nbytes = op.rows * op.sizes[op.die] if isinstance(op, edge10.AllGather) else op.nbytes
         return self._side(
-            command, op.source_memory, op.source, nbytes, list(command.addresses), write=False
+            command, op.source_memory, op.source, op.given_bytes(), list(command.addresses), write=False
         ).copy()
 
     def _collective_result(self, command: Command, combined: Array) -> None:
@@ -373,7 +376,7 @@ class FunctionalDie:
             return
         assert isinstance(op, (edge10.AllReduce, edge10.AllGather, edge10.Recv))
         addresses = list(command.addresses)
-        if not isinstance(op, edge10.Recv) and op.source_memory == "dram":
+        if op.source_in() == "dram":
             addresses = addresses[1:]
         if isinstance(op, edge10.AllGather) and op.displacements is not None:
             pieces = np.split(combined.reshape(op.rows, -1), np.cumsum(op.sizes)[:-1], axis=1)
@@ -389,24 +392,14 @@ class FunctionalDie:
         ] = combined
 
 
-_HANDLERS: Final[dict[type, Callable[[FunctionalDie, Command], None]]] = {
-    edge10.Load: lambda die, c: die.load(c),
-    edge10.Store: lambda die, c: die.store(c),
-    edge10.Gather: FunctionalDie.gather,
-    edge10.Dequant: lambda die, c: die.dequant(c),
-    edge10.Matmul: FunctionalDie.matmul,
-    edge10.Drain: FunctionalDie.drain,
-    edge10.VectorOp: FunctionalDie.vector,
-    edge10.SoftmaxBlock: FunctionalDie.softmax,
-    edge10.TopK: FunctionalDie.top_k,
-    edge10.DequantRows: FunctionalDie.dequant_rows,
-}
+def method_of(op: edge10.Command) -> str:
+    """The method of `FunctionalDie` that executes a command: named as the op is."""
+    return op.name.partition(".")[2]
 
 
-def _sizes(sizes: Sequence[int], scalars: Sequence[int]) -> tuple[int, ...]:
-    """Sizes with the dynamic ones filled in."""
-    given = iter(scalars)
-    return tuple(next(given) if s == edge10.DYNAMIC else s for s in sizes)
+def _product(lhs: Array, rhs: Array) -> Array:
+    """[outer, inner, k] x [k, n] in f32, rows [outer * inner]."""
+    return np.asarray(lhs.reshape(-1, lhs.shape[-1]).astype(np.float32) @ rhs.astype(np.float32))
 
 
 def _dense(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

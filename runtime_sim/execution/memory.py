@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +20,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.runtime_sim.timing.program import Command
 
-__all__ = ["DieMemory", "Dram", "Memory", "RaceDetector"]
+__all__ = ["DieMemory", "Dram", "Memory", "RaceDetector", "Stored"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -42,6 +43,16 @@ class Memory:
         return self.data[offset : offset + nbytes]
 
 
+@dataclass(eq=False, slots=True)
+class Stored:
+    """What a DRAM buffer holds, one object for all programs of a die that share it; `written` marks its
+    bytes, None: all of them are.
+    """
+
+    data: Bytes
+    written: npt.NDArray[np.bool_] | None
+
+
 class Dram:
     """Buffers by address.
 
@@ -51,19 +62,18 @@ class Dram:
     def __init__(self, buffers: Iterable[edge10.Buffer], images: Mapping[str, npt.NDArray[Any]]) -> None:
         self.buffers = sorted(buffers, key=lambda b: b.address)
         self.starts = [b.address for b in self.buffers]
-        self.data: list[Bytes] = []
-        self.written: list[npt.NDArray[np.bool_] | None] = []  # None: everything is
+        self.stored: list[Stored] = []
         missing: list[str] = []
         for buffer in self.buffers:
             image = images.get(buffer.sym_name)
             if image is not None:
-                self.data.append(_image_bytes(buffer, image))
-                self.written.append(None)
+                self.stored.append(Stored(_image_bytes(buffer, image), None))
             elif buffer.kind == "weight":
                 missing.append(buffer.sym_name)
             else:
-                self.data.append(np.zeros(buffer.nbytes, np.uint8))
-                self.written.append(np.zeros(buffer.nbytes, np.bool_))
+                self.stored.append(
+                    Stored(np.zeros(buffer.nbytes, np.uint8), np.zeros(buffer.nbytes, np.bool_))
+                )
         if missing:
             raise TyirError(
                 f"no data for weight buffers: {', '.join(missing[:8])}"
@@ -76,7 +86,7 @@ class Dram:
         buffer does.
         """
         number = bisect_right(self.starts, address) - 1
-        if number < 0 or address + nbytes > self.starts[number] + len(self.data[number]):
+        if number < 0 or address + nbytes > self.starts[number] + len(self.stored[number].data):
             near = self.buffers[max(number, 0)]
             raise TyirError(
                 f"{command.describe()} touches DRAM bytes {address}..{address + nbytes}, which lie in no"
@@ -86,20 +96,23 @@ class Dram:
 
     def buffer(self, name: str) -> Bytes:
         """The bytes of a buffer by name."""
-        for buffer, data in zip(self.buffers, self.data):
+        return self._named(name).data
+
+    def _named(self, name: str) -> Stored:
+        for buffer, stored in zip(self.buffers, self.stored):
             if buffer.sym_name == name:
-                return data
+                return stored
         raise TyirError(f"the program has no buffer @{name}")
 
     def write_buffer(self, name: str, data: npt.NDArray[Any]) -> None:
         """What the host does before a step: fill a buffer."""
-        target = self.buffer(name)
+        stored = self._named(name)
+        target = stored.data
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         if len(flat) > len(target):
             raise TyirError(f"{len(flat)} bytes do not fit buffer @{name} of {len(target)}")
         target[: len(flat)] = flat
-        number = next(i for i, b in enumerate(self.buffers) if b.sym_name == name)
-        self.written[number] = None
+        stored.written = None
 
 
 def _image_bytes(buffer: edge10.Buffer, image: npt.NDArray[Any]) -> Bytes:
@@ -124,9 +137,9 @@ class DieMemory:
     def dram_images(self) -> dict[str, Bytes]:
         """The bytes of every buffer that holds data, by name: what another die can be started with."""
         return {
-            b.sym_name: d
-            for b, d, w in zip(self.dram.buffers, self.dram.data, self.dram.written)
-            if w is None
+            buffer.sym_name: stored.data
+            for buffer, stored in zip(self.dram.buffers, self.dram.stored)
+            if stored.written is None
         }
 
 

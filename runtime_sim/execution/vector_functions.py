@@ -7,10 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.kv import quantize_rows
-from tyir.dialects.ty import comparable, select_best, silu
+from tyir.dialects.ty import comparable, select_best
+from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
 from tyir.types import Type, storage_dtype
 
 __all__ = ["SramAccess", "softmax_block", "top_k", "vector_function"]
@@ -34,88 +33,30 @@ class SramAccess(Protocol):
 
 def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:
     """Compute `edge10.vector` from and to SRAM."""
+    row = VECTOR_FUNCTIONS[op.function]
+    call = op.call
+    inputs: list[Array] = []
+    for i, (offset, shape, t) in enumerate(zip(op.inputs, row.inputs, op.input_types)):
+        strides = None if op.input_strides is None else (op.input_strides[i], _dtype(t).itemsize)
+        array = sram(offset, shape(call), _dtype(t), strides)
+        inputs.append(array if row.exact else array.astype(np.float32))
+    made = row.compute(call, *inputs)
+    values = made if isinstance(made, tuple) else (made,)
+    values = made if isinstance(made, tuple) else (made,)
     rows, cols, group = op.rows, op.cols, op.group
-    name = op.function
-    if name == "quantize_rows":
-        for offset, t, made in zip(
-            op.outputs, op.output_types, quantize_rows(sram(op.inputs[0], (rows, cols), np.float16))
-        ):
-            sram(offset, made.shape, _dtype(t), write=True)[...] = made
-        return
-    shapes = _input_shapes(name, rows, cols, group)
-    inputs = [
-        sram(
-            offset,
-            shape,
-            _dtype(t),
-            None if op.input_strides is None else (op.input_strides[i], _dtype(t).itemsize),
-        )
-        for i, (offset, shape, t) in enumerate(zip(op.inputs, shapes, op.input_types))
-    ]
-    value = inputs[0].copy() if name == "copy" else _compute(name, [a.astype(np.float32) for a in inputs], op)
-    dtype = _dtype(op.output_types[0])
-    strides = op.output_strides
     with np.errstate(over="ignore"):
-        if strides is None:
-            sram(op.outputs[0], (rows, cols), dtype, write=True)[...] = value
-        else:
-            target = sram(
-                op.outputs[0],
-                (rows // group, group, cols),
-                dtype,
-                (strides[0], strides[1], dtype.itemsize),
-                write=True,
-            )
-            target[...] = value.reshape(rows // group, group, cols)
+        for offset, t, value in zip(op.outputs, op.output_types, values):
+            dtype, strides = _dtype(t), op.output_strides
+            if strides is None:
+                sram(offset, value.shape, dtype, write=True)[...] = value
+            else:
+                shape, steps = (rows // group, group, cols), (strides[0], strides[1], dtype.itemsize)
+                sram(offset, shape, dtype, steps, write=True)[...] = value.reshape(shape)
 
 
 def _dtype(element: Any) -> np.dtype[Any]:
     assert isinstance(element, Type)
     return storage_dtype(element)
-
-
-def _input_shapes(name: str, rows: int, cols: int, group: int) -> list[tuple[int, ...]]:
-    whole = (rows, cols)
-    if name == "rms_norm":
-        return [whole, (cols,)]
-    if name == "rope":
-        return [whole, (rows // group, cols // 2), (rows // group, cols // 2)]
-    if name == "rescale_add":
-        return [whole, (rows,), whole]
-    if name == "divide_rows":
-        return [whole, (rows,)]
-    return [whole, whole]
-
-
-def _compute(name: str, inputs: list[Array], op: edge10.VectorOp) -> Array:
-    if name == "fill":
-        return np.full((op.rows, op.cols), np.float32(op.constant), np.float32)
-    a, *others = inputs
-    if name == "add":
-        return np.asarray(a + others[0])
-    if name == "mul":
-        return np.asarray(a * others[0])
-    if name == "scale":
-        return np.asarray(a * np.float32(op.constant))
-    if name == "silu":
-        return silu(a)
-    if name == "silu_mul":
-        return np.asarray(silu(a) * others[0])
-    if name == "cast":
-        return a
-    if name == "rms_norm":
-        scale = 1 / np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + np.float32(op.constant))
-        return np.asarray(a * scale * others[0])
-    if name == "rope":
-        cos, sin = (np.repeat(t, op.group, axis=0) for t in others)
-        half = op.cols // 2
-        left, right = a[:, :half], a[:, half:]
-        return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=1)
-    if name == "rescale_add":
-        return np.asarray(a * others[0][:, None] + others[1])
-    if name == "divide_rows":
-        return np.asarray(a / np.maximum(others[0], np.float32(1e-30))[:, None])
-    raise TyirError(f"the vector units have no function '{name}'")
 
 
 def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, sram: SramAccess) -> None:

@@ -11,15 +11,14 @@ may be fitted, each naming the data it was fitted on.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from importlib import resources
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Self, get_type_hints
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
-from tyir.targets.machine import LABELS, Constant
+from tyir.targets.constants import Constant, Form, build_sections, entries_of, read_table
 
 __all__ = ["MAX_FITTED", "Accelerator", "DecodeKernel", "load_accelerator"]
 
@@ -264,20 +263,18 @@ class Accelerator:
     def _from_constants(
         cls, name: str, constants: Mapping[str, Constant], tiles: Mapping[str, Tiles]
     ) -> Self:
-        sections: dict[str, Any] = {}
-        for section, section_class in _sections().items():
-            hints = get_type_hints(section_class)
-            sections[section] = section_class(
-                **{
-                    f.name: hints[f.name](constants[f"{section}.{f.name}"].value)
-                    for f in fields(section_class)
-                }
-            )
-        return cls(name=name, constants=dict(constants), tiles=tiles, **sections)
+        return cls(
+            name=name, constants=dict(constants), tiles=tiles, **build_sections(_sections(), constants)
+        )
 
 
 def _sections() -> dict[str, Any]:
     return {n: t for n, t in get_type_hints(Accelerator).items() if n not in ("name", "tiles", "constants")}
+
+
+@cache
+def _form() -> Form:
+    return Form(_sections(), zeros=True, bounds=False)
 
 
 def load_accelerator(name_or_path: str | Path) -> Accelerator:
@@ -318,80 +315,38 @@ def _merged(table: dict[str, Any], base: dict[str, Any], like: str) -> dict[str,
 
 def _table(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """The contents of a machine file, and where they are."""
-    path = Path(name_or_path)
-    try:
-        text = (
-            path.read_text()
-            if path.suffix == ".toml"
-            else (resources.files("tyir.runtime_sim.gpu") / f"{name_or_path}.toml").read_text()
-        )
-        table = tomllib.loads(text)
-    except OSError:
-        raise TyirError(
-            f"there is no machine '{name_or_path}'",
-            help="h200, h100, a100 and orin come with tyir; or give the path of a .toml file",
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise TyirError(f"not valid TOML: {error}", where=str(path)) from None
-    return table, str(path)
+    return read_table(name_or_path, "tyir.runtime_sim.gpu"), str(Path(name_or_path))
 
 
 def _from_table(table: dict[str, Any], where: str) -> Accelerator:
     name = str(table.pop("name", Path(where).stem))
-    known = {f"{s}.{f.name}" for s, c in _sections().items() for f in fields(c)}
-    entries = {
-        f"{s}.{k}": v
-        for s, inner in table.items()
-        for k, v in (inner if isinstance(inner, dict) else {"": inner}).items()
-    }
-    problems: dict[str, Diagnostic] = {}
+    entries = entries_of(table)
+    problems: list[Diagnostic] = []
     tiles = {name: _tiles(name, entries.pop(name, None), where, problems) for name in _TILES}
-    constants: dict[str, Constant] = {}
-    for dotted, entry in entries.items():
-        problem = _entry_problem(entry) if dotted in known else "unknown constant"
-        if problem is None:
-            constants[dotted] = Constant(
-                entry["value"], entry["label"], entry["source"], entry.get("low"), entry.get("high")
-            )
-        else:
-            help = (
-                did_you_mean(dotted, known)
-                if dotted not in known
-                else 'write { value = 1, label = "published", source = "..." }'
-            )
-            problems[dotted] = Diagnostic(f"{dotted}: {problem}", where=where, help=help)
-    for missing in sorted(known - set(entries)):
-        problems[missing] = Diagnostic(f"constant '{missing}' is missing", where=where)
+    constants, others = _form().read(entries, where)
+    problems += others
     if (fitted := sum(c.label == "fitted" for c in constants.values())) > MAX_FITTED:
-        problems["fitted"] = Diagnostic(
-            f"{fitted} constants are fitted, at most {MAX_FITTED} may be", where=where
+        problems.append(
+            Diagnostic(f"{fitted} constants are fitted, at most {MAX_FITTED} may be", where=where)
         )
     if problems:
-        raise TyirError(list(problems.values()))
+        raise TyirError(problems)
     return Accelerator._from_constants(name, constants, tiles)
 
 
-def _tiles(name: str, entry: object, where: str, problems: dict[str, Diagnostic]) -> Tiles:
+def _tiles(name: str, entry: object, where: str, problems: list[Diagnostic]) -> Tiles:
     """`gemm.tiles = { value = [[128, 256], ...], label, source }`."""
     value = entry.get("value") if isinstance(entry, dict) else None
     pairs = isinstance(value, list) and all(
         isinstance(t, list) and len(t) == 2 and all(isinstance(x, int) and x > 0 for x in t) for t in value
     )
     if not value or not pairs or not isinstance(value, list):
-        problems[name] = Diagnostic(
-            f"{name}: needs the library's tile shapes",
-            where=where,
-            help="write value = [[128, 128], [128, 256]]",
+        problems.append(
+            Diagnostic(
+                f"{name}: needs the library's tile shapes",
+                where=where,
+                help="write value = [[128, 128], [128, 256]]",
+            )
         )
         return ()
     return tuple((t[0], t[1]) for t in value)
-
-
-def _entry_problem(entry: object) -> str | None:
-    if not isinstance(entry, dict) or not {"value", "label", "source"} <= set(entry):
-        return "needs value, label and source"
-    if entry["label"] not in LABELS:
-        return f"label '{entry['label']}' is none of {', '.join(LABELS)}"
-    if not isinstance(entry["value"], (int, float)) or isinstance(entry["value"], bool):
-        return f"value {entry['value']!r} is not a number"
-    return f"value {entry['value']} is negative" if entry["value"] < 0 else None

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.dialects import edge10
-from tyir.edge10.command_times import macs
 from tyir.runtime_sim.timing.engine import DieTiming, Timing
 from tyir.runtime_sim.timing.unroll import Kind
 
@@ -82,7 +81,7 @@ def op_costs(timing: Timing, die: int = 0) -> list[OpCost]:
     groups: dict[tuple[str, str], int] = {}
     of_kind = [groups.setdefault((kind.source, kind.path), len(groups)) for kind in columns.kinds]
     group = np.array(of_kind, np.int64)[columns.kind]
-    macs_of_kind = np.array([_macs(kind) for kind in columns.kinds], np.int64)
+    macs_of_kind = np.array([kind.op.macs(kind.scalars) for kind in columns.kinds], np.int64)
     table = columns.by(group, len(groups))
     products = np.bincount(group, macs_of_kind[columns.kind], len(groups))
     calls = np.bincount(np.unique(np.stack([group, columns.layer]), axis=1)[0], minlength=len(groups))
@@ -137,14 +136,8 @@ def collective_counts(timing: Timing, die: int = 0) -> list[CollectiveCount]:
 
 def _collective_bytes(kind: Kind) -> int:
     op = kind.op
-    if isinstance(op, edge10.AllGather):
-        return op.rows * sum(op.sizes)
-    assert isinstance(op, (edge10.AllReduce, edge10.Send, edge10.Recv))
-    return op.nbytes
-
-
-def _macs(kind: Kind) -> int:
-    return macs(kind.op, kind.scalars) if isinstance(kind.op, edge10.Matmul) else 0
+    assert isinstance(op, edge10.Exchange)
+    return max(op.given_bytes(), op.taken_bytes())
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,7 @@ def _int_attribute(module: Module, name: str, default: int) -> int:
 
 
 def _block_signature(block: Block) -> Hashable:
-    """The ops of a block, values by number.
-
-    A collective's own die number does not matter, the size of its piece does.
-    """
+    """The ops of a block, values by number."""
     numbers: dict[Value, int] = {}
     rows: list[Hashable] = []
 
@@ -129,22 +126,7 @@ def _block_signature(block: Block) -> Hashable:
         for value in inner.args:
             numbers[value] = len(numbers)
         for op in inner:
-            properties: Hashable = op.properties
-            if isinstance(op, edge10.AllGather):
-                properties = (
-                    op.rows,
-                    op.sizes,
-                    op.sizes[op.die],
-                    op.source_memory,
-                    op.destination_memory,
-                    op.displacements,
-                    op.stride,
-                    op.dies,
-                )
-            elif (
-                isinstance(op, edge10.Gather) and op.index == "ids"
-            ):  # which rows a die holds does not matter either
-                properties = (op.rows, op.row_bytes, op.sram, op.offset)
+            properties = op.signature() if isinstance(op, edge10.Command) else op.properties
             rows.append((op.name, properties, tuple(numbers[v] for v in op.operands)))
             for value in op.results:
                 numbers[value] = len(numbers)

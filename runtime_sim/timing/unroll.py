@@ -18,9 +18,9 @@ from tyir.attributes import IntegerAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.func import Call, Func, Return
-from tyir.edge10.command_times import Transfer, Work, collective_transfer, transfer_of_command, work_of
+from tyir.edge10.command_times import Transfer, Work
 from tyir.execution.collector import collector_paused
-from tyir.ir import Block, Op, Value
+from tyir.ir import Block, Value
 from tyir.location import module_path
 
 __all__ = ["Command", "Kind", "Kinds", "Position", "Step", "position_of", "unroll"]
@@ -41,7 +41,7 @@ class Kind:
     `scalars` are the sizes given by registers.
     """
 
-    op: Op
+    op: edge10.Command
     unit: str
     scalars: tuple[int, ...]
 
@@ -61,11 +61,7 @@ class Kind:
         """What their time depends on: bytes and runs of a transfer (for a collective on its own die's side),
         sizes of anything else.
         """
-        if isinstance(self.op, edge10.COLLECTIVES):
-            return collective_transfer(self.op)
-        if self.unit in edge10.DMA_UNITS:
-            return transfer_of_command(self.op, self.scalars)
-        return work_of(self.op, self.scalars)
+        return self.op.cost(self.scalars)
 
 
 class _Operands(NamedTuple):
@@ -77,11 +73,11 @@ class _Operands(NamedTuple):
     scalars: list[Value]
 
     @classmethod
-    def of(cls, op: Op) -> Self:
+    def of(cls, op: edge10.Command) -> Self:
         tokens = [v for v in op.operands if v.type is _TOKEN]
         addresses = [v for v in op.operands if v.type is _ADDRESS]
         return cls(
-            edge10.unit_of(op),
+            op.unit,
             tokens,
             addresses,
             [v for v in op.operands if v.type is not _TOKEN and v.type is not _ADDRESS],
@@ -93,17 +89,17 @@ class Kinds:
     """The kinds of a program's commands by number, the same for all its steps."""
 
     all: list[Kind] = field(default_factory=list)
-    _operands: dict[Op, _Operands] = field(default_factory=dict)
-    _numbers: dict[tuple[Op, tuple[int, ...]], int] = field(default_factory=dict)
+    _operands: dict[edge10.Command, _Operands] = field(default_factory=dict)
+    _numbers: dict[tuple[edge10.Command, tuple[int, ...]], int] = field(default_factory=dict)
 
-    def operands(self, op: Op) -> _Operands:
+    def operands(self, op: edge10.Command) -> _Operands:
         """A command's unit and operands, sorted once."""
         found = self._operands.get(op)
         if found is None:
             found = self._operands[op] = _Operands.of(op)
         return found
 
-    def number(self, op: Op, scalars: tuple[int, ...]) -> int:
+    def number(self, op: edge10.Command, scalars: tuple[int, ...]) -> int:
         """The number of a command's kind."""
         number = self._numbers.get((op, scalars))
         if number is None:
@@ -129,7 +125,7 @@ class Command:
     layer: int
 
     @property
-    def op(self) -> Op:
+    def op(self) -> edge10.Command:
         return self.kind.op
 
     @property
@@ -328,7 +324,7 @@ class _Unroller:
     def walk(self, block: Block, env: dict[Value, Any], body: _Body) -> tuple[Any, ...]:
         """Append a block's commands to `body`; returns the values of its terminator."""
         for op in block:
-            if edge10.is_command(op):
+            if isinstance(op, edge10.Command):
                 self.command(op, env, body)
             elif isinstance(op, edge10.Join):
                 env[op.out] = self.merge([env[v] for v in op.operands], body)
@@ -355,7 +351,7 @@ class _Unroller:
                 )
         raise TyirError("a block of the command program ends without a terminator")
 
-    def command(self, op: Op, env: dict[Value, Any], body: _Body) -> None:
+    def command(self, op: edge10.Command, env: dict[Value, Any], body: _Body) -> None:
         known = self.kinds.operands(op)
         kind = self.kinds.number(op, tuple([env[v] for v in known.scalars]))
         index = body.add(kind, self.merge([env[v] for v in known.tokens], body))

@@ -37,7 +37,7 @@ def lowered(text: str = PROGRAM, seqlen: int = 2) -> Module:
 
 
 def commands(module: Module) -> list[str]:
-    return [op.name.removeprefix("edge10.") for op in module.walk() if edge10.is_command(op)]
+    return [op.name.removeprefix("edge10.") for op in module.walk() if isinstance(op, edge10.Command)]
 
 
 def test_a_sum_and_a_product() -> None:
@@ -52,7 +52,7 @@ def test_a_sum_and_a_product() -> None:
 
 
 def test_commands_carry_where_they_come_from() -> None:
-    sources = {str(op.attributes["tyir.source"]) for op in lowered().walk() if edge10.is_command(op)}
+    sources = {str(op.attributes["tyir.source"]) for op in lowered().walk() if isinstance(op, edge10.Command)}
     assert sources == {'"ty.add"', '"ty.linear"'}
 
 
@@ -140,7 +140,7 @@ def test_layers_are_lowered_once() -> None:
     module = lowered(text, seqlen=1)
     verify(module)
     function = next(f for f in module.walk_type(Func) if f.sym_name == "layer_s1")
-    assert [op.name.removeprefix("edge10.") for op in function.walk() if edge10.is_command(op)] == [
+    assert [op.name.removeprefix("edge10.") for op in function.walk() if isinstance(op, edge10.Command)] == [
         "load",
         "vector",
         "vector",

@@ -34,6 +34,20 @@ def test_interrupted_and_restored_equals_continuous(
     np.testing.assert_array_equal(restored.feed(IDS[6:]), wanted)
 
 
+def test_a_longer_cache_is_restored_into_a_session_that_has_run(artifacts: Artifacts, tmp_path: Path) -> None:
+    """Both lengths' programs are loaded by then; each must know that the host has filled the caches."""
+    folder = artifacts(2, "fp16")
+    longer = Session(folder, "edge10")
+    longer.feed([*IDS, 6])
+    longer.save(tmp_path / "cache.npz")
+    wanted = longer.feed(IDS[:8])
+    used = Session(folder, "edge10")
+    used.feed(IDS[:8])
+    used.feed([2])
+    used.restore(tmp_path / "cache.npz")
+    np.testing.assert_array_equal(used.feed(IDS[:8]), wanted)
+
+
 def test_a_second_turn_computes_only_its_new_tokens(artifacts: Artifacts) -> None:
     session = Session(artifacts(2, "fp16"))
     session.feed(IDS)

@@ -12,6 +12,7 @@ import pytest
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.dialects import dist, kv, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
@@ -273,7 +274,8 @@ class Model:
             ]
             for _ in self.modules
         ]
-        self.lowered = [lower_die(m, spec.tokens, self.machine) for m in self.modules]
+        search = Search()
+        self.lowered = [lower_die(m, spec.tokens, self.machine, search=search) for m in self.modules]
         self.programs = [EdgeProgram(m) for m in self.lowered]
 
     def functional(self, *, check: bool = True) -> list[FunctionalDie]:

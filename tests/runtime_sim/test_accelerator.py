@@ -62,7 +62,7 @@ def test_like_is_checked(tmp_path: Path) -> None:
         load_text('like = "h300"\n', tmp_path)
     with pytest.raises(TyirError, match="'h100' is itself like 'h200'"):
         load_text('like = "h100"\n', tmp_path)
-    with pytest.raises(TyirError, match=r"sm.cont: unknown constant"):
+    with pytest.raises(TyirError, match=r"unknown constant 'sm\.cont'"):
         load_text(
             'like = "h200"\n[sm]\ncont = { value = 66, label = "published", source = "half" }\n', tmp_path
         )
@@ -81,10 +81,10 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
         load_text(text + "\n[nonsense]\nx = 1\n", tmp_path)
     message = caught.value.render()
     for part in (
-        "clock.frequenzy_mhz: unknown constant",
+        "unknown constant 'clock.frequenzy_mhz'",
         "clock.frequency_mhz",
-        "constant 'clock.frequency_mhz' is missing",
-        "dram.write_cost: value -1.0 is negative",
+        "1 constant is missing: clock.frequency_mhz",
+        "dram.write_cost: value -1: rates, sizes, counts and times must be positive numbers",
         "nonsense.x",
     ):
         assert part in message
@@ -115,3 +115,21 @@ def test_not_toml_and_not_there(tmp_path: Path) -> None:
 def test_unknown_override() -> None:
     with pytest.raises(TyirError, match=r"has no constant 'dram.bandwith_gbps'"):
         load_accelerator("h200").with_values({"dram.bandwith_gbps": 1})
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (
+            'value = 3, label = "published", source = " "',
+            "the source is empty: say where",
+        ),
+        ('value = 2.5, label = "published", source = "x"', "this constant is a whole number"),
+        ('value = 3, low = 4, high = 5, label = "assumed", source = "x"', "lies outside its bounds 4..5"),
+        ('value = 3, label = "published", source = "x", page = 2', "has no field page"),
+        ('value = 3, label = "override", source = "x"', "label 'override' is none of"),
+    ],
+)
+def test_a_constant_says_what_those_of_other_machines_say(entry: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(TyirError, match=f"sm.count: .*{said}"):
+        load_text(f'like = "h200"\n[sm]\ncount = {{ {entry} }}\n', tmp_path)

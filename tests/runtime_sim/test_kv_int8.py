@@ -11,7 +11,7 @@ from tests.llm import Shape, Step, build, dies_of
 from tyir.backends.edge10.lowering.die import lower_die
 from tyir.dialects import edge10
 from tyir.dialects.ty import Global, Param
-from tyir.edge10.command_times import compute_ns, dequant_ns, vector_ns
+from tyir.edge10.command_times import dequant_ns, vector_ns
 from tyir.execution.storage import pack
 from tyir.interpreter import evaluate_param
 from tyir.pipeline import run_pipeline
@@ -80,9 +80,9 @@ def test_time() -> None:
     commands = engines[0].program.expand(40)
     (rows, *_) = [c for c in commands if isinstance(c.op, edge10.DequantRows)]
     assert rows.scalars == (41,)
-    assert compute_ns(rows.op, rows.scalars, MACHINE) == dequant_ns(2 * 41, 16, MACHINE)
-    assert compute_ns(rows.op, (0,), MACHINE) == 0.0
+    assert rows.op.cost(rows.scalars).ns(MACHINE) == dequant_ns(2 * 41, 16, MACHINE)
+    assert rows.op.cost((0,)).ns(MACHINE) == 0.0
     (new, *_) = [
         c for c in commands if isinstance(c.op, edge10.VectorOp) and c.op.function == "quantize_rows"
     ]
-    assert compute_ns(new.op, (), MACHINE) == vector_ns("rms_norm", 2 * 16, MACHINE)
+    assert new.op.cost(()).ns(MACHINE) == vector_ns("rms_norm", 2 * 16, MACHINE)

@@ -122,3 +122,18 @@ def _without_last_operand(line: str) -> str:
     return re.sub(
         r" : \(([^()]*)\) -> ", lambda m: f" : ({', '.join(m.group(1).split(', ')[:-1])}) -> ", line, count=1
     )
+
+
+def test_what_the_host_writes_is_written_for_all_programs_of_a_die() -> None:
+    """Two lengths share a cache: one that is filled through either is there for both."""
+
+    def die(length: int) -> FunctionalDie:
+        text = (HEAD + load() + store() + TAIL).replace("main_s1", f"main_s{length}")
+        return FunctionalDie(EdgeProgram.parse(text.replace('"input"', '"kv"')), {}, load_machine())
+
+    one, eight = die(1), die(8)
+    eight.share_memory(one)
+    for target, reader in ((one, eight), (eight, one)):
+        wanted = np.random.default_rng(len(reader.program.entry)).integers(0, 256, 256).astype(np.uint8)
+        target.memory.dram.write_buffer("x", wanted)
+        np.testing.assert_array_equal(run_step([reader], {}, 0)["y"], wanted)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from tests.runtime_sim.test_hand_worked import MACHINE, Die
 from tyir.dialects import edge10
-from tyir.edge10.command_times import macs
 from tyir.ir import Value
 from tyir.runtime_sim.timing.costs import layer_costs, op_costs
 from tyir.runtime_sim.timing.engine import Timing, simulate
@@ -148,7 +147,7 @@ def test_compiled_programs_are_consistent(make_model: Callable[..., Any], sizes:
         costs = op_costs(timing, number)
         assert (
             sum(c.macs for c in costs)
-            == sum(macs(c.op, c.scalars) for c in die.commands if isinstance(c.op, edge10.Matmul))
+            == sum(c.op.macs(c.scalars) for c in die.commands if isinstance(c.op, edge10.Matmul))
             > 0
         )
         assert (

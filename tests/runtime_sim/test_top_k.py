@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
-from tyir.edge10.command_times import compute_ns, top_k_ns
+from tyir.edge10.command_times import top_k_ns
 from tyir.ir import Value
 from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
 from tyir.runtime_sim.timing.program import EdgeProgram
@@ -102,7 +102,7 @@ def test_time() -> None:
         for op in program(TensorType((1, 1, 640), f32), 8, (640,), MACHINE).walk()
         if isinstance(op, edge10.TopK)
     ]
-    assert compute_ns(commands[0], (), MACHINE) == top_k_ns(1, 640, 8, MACHINE)
+    assert commands[0].cost(()).ns(MACHINE) == top_k_ns(1, 640, 8, MACHINE)
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -156,13 +156,17 @@ def measure(
     With `check`, its memory accesses are replayed too.
     """
     from tyir.backends.edge10.lowering.die import lower_die
+    from tyir.backends.edge10.lowering.search import Search
     from tyir.dialects.builtin import Module as ModuleOp
     from tyir.runtime_sim.timing.engine import simulate
     from tyir.runtime_sim.timing.program import EdgeProgram
 
     started = time.process_time()
+    search = Search()
     programs = [
-        EdgeProgram(lower_die(die, seqlen, machine)) for die in module.body if isinstance(die, ModuleOp)
+        EdgeProgram(lower_die(die, seqlen, machine, search=search))
+        for die in module.body
+        if isinstance(die, ModuleOp)
     ]
     lowered = time.process_time()
     timing = simulate(programs, machine, pos)
@@ -193,12 +197,8 @@ def measure(
 
 
 def _most_macs(timing: Timing) -> int:
-    from tyir.dialects.edge10 import Matmul
-    from tyir.edge10.command_times import macs
 
-    return max(
-        sum(macs(c.op, c.scalars) for c in d.commands if isinstance(c.op, Matmul)) for d in timing.dies
-    )
+    return max(sum(c.op.macs(c.scalars) for c in d.commands) for d in timing.dies)
 
 
 @run_tool

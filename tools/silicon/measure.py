@@ -21,12 +21,13 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.edge10.command_times import Transfer, Work
+from tyir.edge10.vector_functions import passes_of
 from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.runtime_sim.timing.unroll import Step
 from tyir.targets.collectives import all_reduce_phases
 from tyir.targets.machine import Machine, load_machine
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
-from tyir.tools.silicon.programs import MACHINE, PASSES, all_programs
+from tyir.tools.silicon.programs import MACHINE, all_programs
 from tyir.types import bit_width
 
 __all__ = ["main"]
@@ -161,8 +162,7 @@ def _iterations(work: Work, machine: Machine) -> int:
         return -(-work.sizes[0] * work.sizes[1] * 4 // 512)
     if work.what == "dequant":
         return -(-work.sizes[0] * work.sizes[1] // 256)
-    function = "rms_norm" if work.what == "quantize_rows" else work.what  # as `vector_ns` has it
-    return -(-work.sizes[0] // 64) * PASSES.get(function, 1)
+    return -(-work.sizes[0] // 64) * passes_of(work.what)
 
 
 def _grains(nbytes: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 
 from tyir.attributes import ArrayAttr, SymbolRefAttr
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
@@ -29,24 +30,9 @@ from tyir.targets.machine import Machine
 from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.types import TensorType, f16, f32, ui8
 
-__all__ = ["MACHINE", "PASSES", "EnginePrograms", "all_programs"]
+__all__ = ["MACHINE", "EnginePrograms", "all_programs"]
 
 MACHINE: Final = "hopper_sm"
-# Passes over its elements that a vector function makes, as `edge10.toml` has them in cycles.
-PASSES: Final = {
-    "add": 1,
-    "mul": 1,
-    "cast": 1,
-    "copy": 1,
-    "fill_value": 1,
-    "silu": 4,
-    "silu_mul": 5,
-    "rms_norm": 4,
-    "rope": 4,
-    "softmax": 8,
-    "rescale_add": 2,
-    "divide_rows": 2,
-}
 _BYTES: Final = 256 << 20  # of DRAM that unit programs read, several times the GPU's L2
 _SRAM: Final = 192 << 10
 _CAPACITY: Final = 2048
@@ -394,7 +380,8 @@ def _model(
     def make(machine: Machine) -> list[EdgeProgram]:
         module = _module(shape, int4, tokens, dies, kv)
         parts = [op for op in module.body if isinstance(op, Module)] or [module]
-        return [EdgeProgram(lower_die(die, tokens, machine)) for die in parts]
+        search = Search()
+        return [EdgeProgram(lower_die(die, tokens, machine, search=search)) for die in parts]
 
     settings = _settings({"sram__capacity_bytes": _SRAM, **changes})
     note = f", {text}" if (text := _changes_text(changes)) else ""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from tyir.diagnostics import TyirError
+from tyir.edge10.vector_functions import VECTOR_PASSES
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def derive(measured: Mapping[str, float]) -> dict[str, tuple[float, str]]:
 
     Each by arithmetic on two or three of them; `TyirError` when one was not measured.
     """
-    from tyir.tools.silicon.programs import PASSES, all_programs
+    from tyir.tools.silicon.programs import all_programs
 
     programs = all_programs()
 
@@ -215,7 +216,7 @@ def derive(measured: Mapping[str, float]) -> dict[str, tuple[float, str]]:
     found.update(
         {
             f"vector.{name}_cycles": (count * row / product, f"16,384 elements less 1024, {count} times over")
-            for name, count in PASSES.items()
+            for name, count in VECTOR_PASSES.items()
         }
     )
     return found

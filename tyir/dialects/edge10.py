@@ -16,19 +16,23 @@ registers and cost nothing.  A command with a size of 0 does nothing but wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import KW_ONLY
 from typing import Final
 
 from tyir.attributes import ArrayAttr, SymbolRefAttr
-from tyir.ir import Op, Region, Value
+from tyir.diagnostics import Diagnostic
+from tyir.edge10.command import ADDRESS, DMA_UNITS, DYNAMIC, TOKEN, UNITS, Command, Exchange
+from tyir.edge10.command_times import Transfer, Work, transfer_of
+from tyir.edge10.vector_functions import ELEMENTWISE_FUNCTIONS, VECTOR_FUNCTIONS, Call
+from tyir.ir import Region, Value
 from tyir.opdef import DeclaredOp, attr, operand, region, result, variadic_operand, variadic_result
 from tyir.traits import Collective, Pure, Symbol, Terminator
-from tyir.types import OpaqueType, TensorType, Type, i64
+from tyir.types import TensorType, Type, bit_width, i64
 
 __all__ = [
     "ADDRESS",
-    "COLLECTIVES",
     "DMA_UNITS",
     "DYNAMIC",
     "TOKEN",
@@ -38,9 +42,11 @@ __all__ = [
     "AllGather",
     "AllReduce",
     "Buffer",
+    "Command",
     "Dequant",
     "DequantRows",
     "Drain",
+    "Exchange",
     "For",
     "Gather",
     "Join",
@@ -55,39 +61,10 @@ __all__ = [
     "TopK",
     "VectorOp",
     "Yield",
-    "dynamic_sizes",
-    "is_command",
-    "unit_of",
-    "unit_of_class",
+    "byte_width",
 ]
 
-TOKEN: Final = OpaqueType("edge10.token")
-ADDRESS: Final = OpaqueType("edge10.address")
-DYNAMIC: Final = -1
-DMA_UNITS: Final = ("ewdma", "eidma", "ebdma", "eodma")
-UNITS: Final = (*DMA_UNITS, "dequant", "cube", "drain", "vector", "d2d")
 BUFFER_KINDS: Final = ("weight", "kv", "activation", "input", "output")
-
-VECTOR_FUNCTIONS: Final = {
-    # function: (inputs, outputs, meaning); all compute in f32 and round once
-    "add": (2, 1, "a + b"),
-    "mul": (2, 1, "a * b"),
-    "scale": (1, 1, "a * constant"),
-    "silu": (1, 1, "a * sigmoid(a)"),
-    "silu_mul": (2, 1, "silu(a) * b"),
-    "cast": (1, 1, "a in the output's element type"),
-    "copy": (1, 1, "a"),
-    "fill": (0, 1, "constant"),
-    "rms_norm": (2, 1, "a / sqrt(mean(a^2) + constant) * w, w [cols]"),
-    "rope": (3, 1, "half-split rotary embedding; a [rows, cols], cos and sin [rows / group, cols / 2]"),
-    "rescale_add": (3, 1, "a * s[row] + b: the running sum of blockwise attention"),
-    "divide_rows": (2, 1, "a / s[row]: the end of blockwise attention"),
-    "quantize_rows": (1, 2, "a as i8 and one f16 scale per row, as kv.quantize_rows says"),
-}
-
-
-ELEMENTWISE_FUNCTIONS: Final = ("add", "mul", "scale", "silu", "silu_mul", "cast", "copy")
-
 
 # ---------------------------------------------------------------------------------------- storage and scalars
 
@@ -217,7 +194,7 @@ class Yield(DeclaredOp, name="edge10.yield", traits=(Terminator,)):
 # --------------------------------------------------------------------------------------------------- commands
 
 
-class Load(DeclaredOp, name="edge10.load"):
+class Load(Command, name="edge10.load", unit_from="queue", dynamic=("shape",), priced_by=("dram_strides",)):
     """DRAM to SRAM: `shape` is [planes, rows, bytes of a row]; strides are [between planes, between rows] in
     bytes on each side.
     """
@@ -232,15 +209,24 @@ class Load(DeclaredOp, name="edge10.load"):
     queue: str = attr(choices=("ewdma", "eidma", "ebdma"))
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def address_count(self) -> int:
+        return 1
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self, addresses=1)
+    def cost(self, scalars: Sequence[int]) -> Transfer:
+        return transfer_of(self.sizes_with(scalars), self.dram_strides)
+
+    def sram_writes(self) -> list[tuple[int, int]]:
+        planes, rows, row = self.shape
+        outer, inner = self.sram_strides
+        nbytes = (planes - 1) * outer + (rows - 1) * inner + row
+        return [(self.sram, self.sram + (planes * outer if DYNAMIC in self.shape else nbytes))]
+
+    def verify(self) -> Iterator[Diagnostic | str]:
+        yield from super().verify()
         yield from _check_transfer(self.shape, self.dram_strides, self.sram_strides)
 
 
-class Store(DeclaredOp, name="edge10.store"):
+class Store(Command, name="edge10.store", unit="eodma", dynamic=("shape",), priced_by=("dram_strides",)):
     """SRAM to DRAM, shapes and strides as in `edge10.load`; runs on `eodma`."""
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -252,15 +238,21 @@ class Store(DeclaredOp, name="edge10.store"):
     sram_strides: tuple[int, ...] = attr()
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def address_count(self) -> int:
+        return 1
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self, addresses=1)
+    def cost(self, scalars: Sequence[int]) -> Transfer:
+        return transfer_of(self.sizes_with(scalars), self.dram_strides)
+
+    def sram_writes(self) -> tuple[()]:
+        return ()
+
+    def verify(self) -> Iterator[Diagnostic | str]:
+        yield from super().verify()
         yield from _check_transfer(self.shape, self.dram_strides, self.sram_strides)
 
 
-class Gather(DeclaredOp, name="edge10.gather"):
+class Gather(Command, name="edge10.gather", unit="eidma", priced_by=("index", "rows", "row_bytes")):
     """Rows of a DRAM table to consecutive rows in SRAM.
 
     index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index =
@@ -280,14 +272,24 @@ class Gather(DeclaredOp, name="edge10.gather"):
     sequence: int = attr(default=0)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def address_count(self) -> int:
+        return 1
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self, addresses=1)
+    def cost(self, scalars: Sequence[int]) -> Transfer:
+        """Rows by id are one run each; rows by position follow each other."""
+        return Transfer(self.rows * self.row_bytes, self.rows if self.index == "ids" else 1)
+
+    def sram_writes(self) -> list[tuple[int, int]]:
+        return [(self.sram, self.sram + self.rows * self.row_bytes)]
+
+    def signature(self) -> Hashable:
+        """Which rows of the table a die holds does not matter."""
+        if self.index == "ids":
+            return (self.rows, self.row_bytes, self.sram, self.offset)
+        return self.properties
 
 
-class Dequant(DeclaredOp, name="edge10.dequant"):
+class Dequant(Command, name="edge10.dequant", unit="dequant", priced_by=("n", "k")):
     """4-bit weights to f16 in SRAM: out[i, j] = f16((q[i, j] - zero) * scale) by groups of columns, out [n,
     k] contiguous.
 
@@ -310,16 +312,23 @@ class Dequant(DeclaredOp, name="edge10.dequant"):
     k: int = attr()
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def cost(self, scalars: Sequence[int]) -> Work:
+        return Work("dequant", (self.n, self.k))
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self)
-        if self.k % self.group_size:
+    def sram_writes(self) -> list[tuple[int, int]]:
+        return [(self.out, self.out + self.n * self.k * 2)]
+
+    def verify(self) -> Iterator[Diagnostic | str]:
+        yield from super().verify()
+        if self.group_size < 1:
+            yield f"group_size must be positive, got {self.group_size}"
+        elif self.k % self.group_size:
             yield f"a tile of {self.k} columns does not hold whole groups of {self.group_size}"
 
 
-class DequantRows(DeclaredOp, name="edge10.dequant_rows"):
+class DequantRows(
+    Command, name="edge10.dequant_rows", unit="dequant", dynamic=("rows",), priced_by=("planes", "k")
+):
     """8-bit rows to f16 in SRAM: out[p, r, j] = f16(q[p, r, j] * scale[p, r]), for `rows` rows of `k`
     elements of each plane.
 
@@ -337,16 +346,20 @@ class DequantRows(DeclaredOp, name="edge10.dequant_rows"):
     k: int = attr()
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def cost(self, scalars: Sequence[int]) -> Work:
+        (rows,) = self.sizes_with(scalars)
+        return Work("dequant", (self.planes * rows, self.k))
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self)
+    def sram_writes(self) -> list[tuple[int, int]]:
+        return [(self.out, self.out + self.planes * self.plane_rows * self.k * 2)]
+
+    def verify(self) -> Iterator[Diagnostic | str]:
+        yield from super().verify()
         if self.rows > self.plane_rows:
             yield f"{self.rows} rows are more than the {self.plane_rows} of a plane"
 
 
-class Matmul(DeclaredOp, name="edge10.matmul"):
+class Matmul(Command, name="edge10.matmul", unit="cube", dynamic=("n", "k"), priced_by=("m",)):
     """acc[m, n] (+)= lhs[m, k] * rhs, f16 operands in SRAM, f32 sums in the accumulators.
 
     Rows of lhs are numbered [outer, inner] with two strides (tokens by heads); `transposed` says rhs is
@@ -368,14 +381,17 @@ class Matmul(DeclaredOp, name="edge10.matmul"):
     accumulate: bool = attr(default=False)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def cost(self, scalars: Sequence[int]) -> Work:
+        return Work("matmul", (math.prod(self.m), *self.sizes_with(scalars)))
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self)
+    def sram_writes(self) -> tuple[()]:
+        return ()
+
+    def macs(self, scalars: Sequence[int]) -> int:
+        return math.prod((*self.m, *self.sizes_with(scalars)))
 
 
-class Drain(DeclaredOp, name="edge10.drain"):
+class Drain(Command, name="edge10.drain", unit="drain", dynamic=("n",), priced_by=("m",)):
     """Accumulators [m, n] to SRAM as f16 or f32, plus a bias row (f16 at `bias`, -1 for none); rows numbered
     [outer, inner] as in `edge10.matmul`.
     """
@@ -392,14 +408,16 @@ class Drain(DeclaredOp, name="edge10.drain"):
     bias: int | None = attr(default=None)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def cost(self, scalars: Sequence[int]) -> Work:
+        return Work("drain", (math.prod(self.m), *self.sizes_with(scalars)))
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self)
+    def sram_writes(self) -> list[tuple[int, int]]:
+        row = max(self.sram_strides) if self.n == DYNAMIC else self.n * byte_width(self.element)
+        (outer, inner), (outer_step, inner_step) = self.m, self.sram_strides
+        return [(self.sram, self.sram + (outer - 1) * outer_step + (inner - 1) * inner_step + row)]
 
 
-class VectorOp(DeclaredOp, name="edge10.vector"):
+class VectorOp(Command, name="edge10.vector", unit="vector", priced_by=("function", "rows", "cols")):
     """A function of rows x cols elements on the vector units (`VECTOR_FUNCTIONS`); inputs and outputs are
     SRAM offsets, contiguous.
 
@@ -423,15 +441,33 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
     output_strides: tuple[int, ...] | None = attr(default=None)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def cost(self, scalars: Sequence[int]) -> Work:
+        return Work(self.function, (self.rows * self.cols,))
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self)
-        inputs, outputs, _ = VECTOR_FUNCTIONS[self.function]
-        if self.input_strides is not None and (
-            self.function not in ELEMENTWISE_FUNCTIONS or len(self.input_strides) != inputs
+    def sram_writes(self) -> list[tuple[int, int]]:
+        found = []
+        for offset, element, shape in zip(
+            self.outputs, self.output_types, VECTOR_FUNCTIONS[self.function].outputs
         ):
+            assert isinstance(element, Type)
+            nbytes = math.prod(shape(self.call)) * byte_width(element)
+            if self.output_strides is not None:
+                outer, inner = self.output_strides
+                last_row = (self.rows // self.group - 1) * outer + (self.group - 1) * inner
+                nbytes = last_row + self.cols * byte_width(element)
+            found.append((offset, offset + nbytes))
+        return found
+
+    @property
+    def call(self) -> Call:
+        """What its function is called with."""
+        return Call(self.rows, self.cols, self.group, self.constant)
+
+    def verify(self) -> Iterator[Diagnostic | str]:
+        yield from super().verify()
+        row = VECTOR_FUNCTIONS[self.function]
+        inputs, outputs = len(row.inputs), len(row.outputs)
+        if self.input_strides is not None and (not row.elementwise or len(self.input_strides) != inputs):
             yield f"input_strides are for {', '.join(ELEMENTWISE_FUNCTIONS)}, one for each input"
         if (
             (len(self.inputs), len(self.outputs)) != (inputs, outputs)
@@ -441,7 +477,9 @@ class VectorOp(DeclaredOp, name="edge10.vector"):
             yield f"'{self.function}' has {inputs} inputs and {outputs} outputs, each with its element type"
 
 
-class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
+class SoftmaxBlock(
+    Command, name="edge10.softmax_block", unit="vector", dynamic=("cols", "first_key"), priced_by=("rows",)
+):
     """One block of an online softmax (Milakov and Gimelshein, arXiv:1805.02867) over scores [rows, cols] f32
     of `cols` keys from `first_key` on.
 
@@ -470,14 +508,16 @@ class SoftmaxBlock(DeclaredOp, name="edge10.softmax_block"):
     scale: float = attr()
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def cost(self, scalars: Sequence[int]) -> Work:
+        cols, _ = self.sizes_with(scalars)
+        return Work("softmax", (self.rows * cols,))
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self)
+    def sram_writes(self) -> list[tuple[int, int]]:
+        by_row = [(start, start + self.rows * 4) for start in (self.maximum, self.total, self.alpha)]
+        return [(self.probabilities, self.probabilities + self.rows * self.probability_stride), *by_row]
 
 
-class TopK(DeclaredOp, name="edge10.top_k"):
+class TopK(Command, name="edge10.top_k", unit="vector", priced_by=("rows", "cols", "k")):
     """Offers `cols` candidates of each row to the row's list of the `k` best, on the vector units.
 
     Candidate c of row r is the value (`element`) at SRAM offset `values` + r * `stride` + c elements; its id
@@ -502,18 +542,29 @@ class TopK(DeclaredOp, name="edge10.top_k"):
     fresh: bool = attr(default=True)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def cost(self, scalars: Sequence[int]) -> Work:
+        return Work("top_k", (self.rows, self.cols, self.k))
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self)
+    def sram_writes(self) -> list[tuple[int, int]]:
+        return [
+            (offset, offset + (self.rows - 1) * stride + self.k * 4)
+            for offset, stride in zip(self.best, self.best_strides)
+        ]
+
+    def verify(self) -> Iterator[Diagnostic | str]:
+        yield from super().verify()
         if (len(self.best), len(self.best_strides)) != (2, 2):
             yield "lists are values and ids: two offsets and two strides"
         if min(self.k, self.rows, self.cols) < 1:
             yield f"k = {self.k}, rows = {self.rows} and cols = {self.cols} must be positive"
 
 
-class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
+class AllReduce(
+    Exchange,
+    name="edge10.all_reduce",
+    priced_by=("source_memory", "destination_memory", "nbytes"),
+    traits=(Collective,),
+):
     """The sum over all dies (or those named by `dies`) of `nbytes` of elements, added in f32 in die order, on
     each of them.
 
@@ -534,16 +585,24 @@ class AllReduce(DeclaredOp, name="edge10.all_reduce", traits=(Collective,)):
     group: int | None = attr(default=None)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def given_bytes(self) -> int:
+        return self.nbytes
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(
-            self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram")
-        )
+    def taken_bytes(self) -> int:
+        return self.nbytes
+
+    def source_in(self) -> str:
+        return self.source_memory
+
+    def destination_in(self) -> str:
+        return self.destination_memory
+
+    def sram_writes(self) -> list[tuple[int, int]]:
+        in_sram = self.destination_memory == "sram"
+        return [(self.destination, self.destination + self.nbytes)] if in_sram else []
 
 
-class Send(DeclaredOp, name="edge10.send", traits=(Collective,)):
+class Send(Exchange, name="edge10.send", priced_by=("source_memory", "nbytes"), traits=(Collective,)):
     """Hands `nbytes` to each die of `targets`, which takes them with an `edge10.recv` of the same `tag`: the
     step from one pipeline stage to the next.
 
@@ -559,14 +618,23 @@ class Send(DeclaredOp, name="edge10.send", traits=(Collective,)):
     tag: int = attr(default=0)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def given_bytes(self) -> int:
+        return self.nbytes
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self, addresses=int(self.source_memory == "dram"))
+    def taken_bytes(self) -> int:
+        return 0
+
+    def source_in(self) -> str:
+        return self.source_memory
+
+    def destination_in(self) -> str:
+        return "none"
+
+    def sram_writes(self) -> tuple[()]:
+        return ()
 
 
-class Recv(DeclaredOp, name="edge10.recv", traits=(Collective,)):
+class Recv(Exchange, name="edge10.recv", priced_by=("destination_memory", "nbytes"), traits=(Collective,)):
     """Takes the `nbytes` that die `peer` sends with this `tag`.
 
     A destination in DRAM takes its address from an operand.
@@ -581,14 +649,29 @@ class Recv(DeclaredOp, name="edge10.recv", traits=(Collective,)):
     tag: int = attr(default=0)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def given_bytes(self) -> int:
+        return 0
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(self, addresses=int(self.destination_memory == "dram"))
+    def taken_bytes(self) -> int:
+        return self.nbytes
+
+    def source_in(self) -> str:
+        return "none"
+
+    def destination_in(self) -> str:
+        return self.destination_memory
+
+    def sram_writes(self) -> list[tuple[int, int]]:
+        in_sram = self.destination_memory == "sram"
+        return [(self.destination, self.destination + self.nbytes)] if in_sram else []
 
 
-class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
+class AllGather(
+    Exchange,
+    name="edge10.all_gather",
+    priced_by=("source_memory", "destination_memory", "rows", "sizes", "die"),
+    traits=(Collective,),
+):
     """Every die's [rows, sizes[die]] bytes joined along the row, in die order, on every die; with `dies` of
     those named, `die` being the number among them.
 
@@ -612,79 +695,49 @@ class AllGather(DeclaredOp, name="edge10.all_gather", traits=(Collective,)):
     dies: tuple[int, ...] | None = attr(default=None)
     done: Value = result()
 
-    def infer(self) -> Type:
-        return TOKEN
+    def given_bytes(self) -> int:
+        return self.rows * self.sizes[self.die]
 
-    def verify(self) -> Iterator[str]:
-        yield from _check_operands(
-            self, addresses=(self.source_memory == "dram") + (self.destination_memory == "dram")
-        )
+    def taken_bytes(self) -> int:
+        return self.rows * sum(self.sizes)
+
+    def taken_runs(self) -> int:
+        return self.rows * len(self.sizes)
+
+    def source_in(self) -> str:
+        return self.source_memory
+
+    def destination_in(self) -> str:
+        return self.destination_memory
+
+    def sram_writes(self) -> list[tuple[int, int]]:
+        if self.destination_memory != "sram":
+            return []
+        if self.displacements is None:
+            return [(self.destination, self.destination + self.taken_bytes())]
+        last_row = self.destination + (self.rows - 1) * self.stride
+        return [
+            (self.destination + start, last_row + start + size)
+            for start, size in zip(self.displacements, self.sizes)
+        ]
+
+    def signature(self) -> Hashable:
+        """The die's own number does not matter, the size of its piece does."""
+        mine = self.sizes[self.die]
+        memories = (self.source_memory, self.destination_memory)
+        return (self.rows, self.sizes, mine, *memories, self.displacements, self.stride, self.dies)
+
+    def verify(self) -> Iterator[Diagnostic | str]:
+        yield from super().verify()
         if not 0 <= self.die < len(self.sizes):
             yield f"die {self.die} is not among the {len(self.sizes)} sizes"
         if self.displacements is not None and len(self.displacements) != len(self.sizes):
             yield f"{len(self.displacements)} displacements for {len(self.sizes)} dies"
 
 
-_UNIT: Final[dict[type[Op], str]] = {
-    Store: "eodma",
-    Gather: "eidma",
-    Dequant: "dequant",
-    DequantRows: "dequant",
-    Matmul: "cube",
-    Drain: "drain",
-    VectorOp: "vector",
-    SoftmaxBlock: "vector",
-    TopK: "vector",
-    AllReduce: "d2d",
-    AllGather: "d2d",
-    Send: "d2d",
-    Recv: "d2d",
-}
-
-
-COLLECTIVES: Final = (AllReduce, AllGather, Send, Recv)
-
-
-def is_command(op: Op) -> bool:
-    """Whether an op runs on a unit (and is not a scalar, a token or control)."""
-    return isinstance(op, Load) or type(op) in _UNIT
-
-
-def unit_of(op: Op) -> str:
-    """The unit a command runs on."""
-    return op.queue if isinstance(op, Load) else _UNIT[type(op)]
-
-
-def unit_of_class(command: type[Op], queue: str | None = None) -> str:
-    """The unit of a command that is still to be made; a load's is its queue."""
-    return _UNIT[command] if queue is None else queue
-
-
-def dynamic_sizes(op: Op) -> int:
-    """How many of a command's sizes come from scalar operands."""
-    sizes: tuple[int, ...] = ()
-    if isinstance(op, (Load, Store)):
-        sizes = op.shape
-    elif isinstance(op, Matmul):
-        sizes = (op.n, op.k)
-    elif isinstance(op, Drain):
-        sizes = (op.n,)
-    elif isinstance(op, SoftmaxBlock):
-        sizes = (op.cols, op.first_key)
-    elif isinstance(op, DequantRows):
-        sizes = (op.rows,)
-    return sizes.count(DYNAMIC)
-
-
-def _check_operands(op: Op, addresses: int = 0) -> Iterator[str]:
-    kinds = [v.type for v in op.operands]
-    scalars = dynamic_sizes(op)
-    wanted = [ADDRESS] * addresses + [i64] * scalars
-    if kinds[: len(wanted)] != wanted or any(k is not TOKEN for k in kinds[len(wanted) :]):
-        yield (
-            f"takes {addresses} addresses, {scalars} scalars and then tokens, got"
-            f" ({', '.join(map(str, kinds))})"
-        )
+def byte_width(element: Type) -> int:
+    """Bytes of an element."""
+    return bit_width(element) // 8
 
 
 def _check_transfer(

@@ -8,32 +8,26 @@ shared DRAM) is `engine`'s business.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
-from tyir.dialects import edge10
-from tyir.ir import Op
+from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine
 
 __all__ = [
+    "NO_TRANSFER",
     "Transfer",
     "Work",
     "all_gather_ns",
     "all_reduce_ns",
-    "collective_transfer",
-    "compute_ns",
     "dequant_ns",
     "drain_ns",
-    "gather_transfer",
-    "macs",
     "matmul_ns",
     "softmax_ns",
     "top_k_ns",
     "transfer_of",
-    "transfer_of_command",
     "vector_ns",
-    "work_of",
 ]
 
 
@@ -53,6 +47,9 @@ class Transfer(NamedTuple):
         return self.nbytes + self.runs * machine.dram.run_overhead_bytes
 
 
+NO_TRANSFER: Final = Transfer(0, 0)
+
+
 def transfer_of(shape: Sequence[int], dram_strides: Sequence[int]) -> Transfer:
     """[planes, rows, row bytes] with DRAM strides: rows that follow each other without a gap are one run.
 
@@ -62,25 +59,9 @@ def transfer_of(shape: Sequence[int], dram_strides: Sequence[int]) -> Transfer:
     planes, rows, row = shape
     nbytes = planes * rows * row
     if nbytes == 0:
-        return Transfer(0, 0)
+        return NO_TRANSFER
     runs, extent = (1, rows * row) if rows == 1 or dram_strides[1] == row else (rows, 0)
     return Transfer(nbytes, 1 if runs == 1 and (planes == 1 or dram_strides[0] == extent) else runs * planes)
-
-
-def transfer_of_command(op: Op, scalars: Sequence[int]) -> Transfer:
-    """What a load, a store or a gather moves; a size of -1 is the next of `scalars`."""
-    if isinstance(op, edge10.Gather):
-        return gather_transfer(op)
-    assert isinstance(op, (edge10.Load, edge10.Store))
-    given = iter(scalars)
-    return transfer_of(
-        [next(given) if size == edge10.DYNAMIC else size for size in op.shape], op.dram_strides
-    )
-
-
-def gather_transfer(op: edge10.Gather) -> Transfer:
-    """Rows by id are one run each; rows by position follow each other."""
-    return Transfer(op.rows * op.row_bytes, op.rows if op.index == "ids" else 1)
 
 
 def matmul_ns(m: int, n: int, k: int, machine: Machine) -> float:
@@ -98,13 +79,6 @@ def matmul_ns(m: int, n: int, k: int, machine: Machine) -> float:
     return (cube.fill_cycles + -(-blocks // cube.count) * -(-k // cube.depth_fp16)) * machine.cycle_ns
 
 
-def macs(op: edge10.Matmul, scalars: Sequence[int]) -> int:
-    """Multiply-accumulates that a product asks for, padding not counted."""
-    given = iter(scalars)
-    n, k = (next(given) if size == edge10.DYNAMIC else size for size in (op.n, op.k))
-    return math.prod(op.m) * n * k
-
-
 def drain_ns(m: int, n: int, machine: Machine) -> float:
     """Accumulators (f32) to SRAM over the crossbar: 4 bytes an element, `drain_bytes_per_cycle` a cycle.
 
@@ -118,6 +92,8 @@ def dequant_ns(n: int, k: int, machine: Machine) -> float:
 
     Example (128 a cycle, startup 32, 2 ns): n 48, k 3584: 32 + 1344 = 1376 cycles = 2752 ns.
     """
+    if 0 in (n, k):
+        return 0.0
     return (
         machine.dequant.startup_cycles + math.ceil(n * k / machine.dequant.weights_per_cycle)
     ) * machine.cycle_ns
@@ -132,22 +108,8 @@ def vector_ns(function: str, elements: int, machine: Machine) -> float:
     if elements == 0:
         return 0.0
     vector = machine.vector
-    per_element = {
-        "add": vector.add_cycles,
-        "mul": vector.mul_cycles,
-        "scale": vector.mul_cycles,
-        "cast": vector.cast_cycles,
-        "copy": vector.copy_cycles,
-        "fill": vector.fill_value_cycles,
-        "silu": vector.silu_cycles,
-        "silu_mul": vector.silu_mul_cycles,
-        "rms_norm": vector.rms_norm_cycles,
-        "rope": vector.rope_cycles,
-        "softmax": vector.softmax_cycles,
-        "rescale_add": vector.rescale_add_cycles,
-        "divide_rows": vector.divide_rows_cycles,
-        "quantize_rows": vector.rms_norm_cycles,  # like it a pass that reduces the row and one that scales it
-    }[function]
+    function_row = VECTOR_FUNCTIONS.get(function)
+    per_element = vector.cycles[function_row.priced_as if function_row else function]
     return (
         vector.startup_cycles + math.ceil(elements / (vector.units * vector.lanes)) * per_element
     ) * machine.cycle_ns
@@ -159,24 +121,6 @@ def softmax_ns(rows: int, cols: int, machine: Machine) -> float:
     Example (softmax 8 cycles): 7 rows of 128 keys: 32 + ceil(896 / 256) * 8 = 64 cycles = 128 ns.
     """
     return vector_ns("softmax", rows * cols, machine)
-
-
-def collective_transfer(op: edge10.AllReduce | edge10.AllGather | edge10.Send | edge10.Recv) -> Transfer:
-    """What a collective reads and writes in its own die's DRAM; nothing when both sides are in SRAM."""
-    nbytes = runs = 0
-    if isinstance(op, (edge10.Send, edge10.Recv)):
-        memory = op.source_memory if isinstance(op, edge10.Send) else op.destination_memory
-        return Transfer(op.nbytes, 1) if memory == "dram" else Transfer(0, 0)
-    if isinstance(op, edge10.AllReduce):
-        for memory in (op.source_memory, op.destination_memory):
-            if memory == "dram":
-                nbytes, runs = nbytes + op.nbytes, runs + 1
-        return Transfer(nbytes, runs)
-    if op.source_memory == "dram":
-        nbytes, runs = op.rows * op.sizes[op.die], 1
-    if op.destination_memory == "dram":
-        nbytes, runs = nbytes + op.rows * sum(op.sizes), runs + op.rows * len(op.sizes)
-    return Transfer(nbytes, runs)
 
 
 def top_k_ns(rows: int, cols: int, k: int, machine: Machine) -> float:
@@ -193,12 +137,12 @@ def top_k_ns(rows: int, cols: int, k: int, machine: Machine) -> float:
     entering = math.ceil(min(cols, k * (1 + math.log(max(cols / k, 1)))))
     shifts = -(-rows // vector.units) * entering * -(-k // vector.lanes)
     compares = math.ceil(rows * cols / (vector.units * vector.lanes))
-    return (vector.startup_cycles + (compares + shifts) * vector.add_cycles) * machine.cycle_ns
+    return (vector.startup_cycles + (compares + shifts) * vector.cycles["add"]) * machine.cycle_ns
 
 
 class Work(NamedTuple):
     """What the time of a command on `dequant`, `cube`, `drain` or `vector` depends on: what it does, and the
-    sizes that the formula of that name takes.
+    sizes that the formula of that name takes; a vector function takes its elements.
     """
 
     what: str
@@ -206,49 +150,15 @@ class Work(NamedTuple):
 
     def ns(self, machine: Machine) -> float:
         """Its time, without its dispatch."""
-        if self.what == "matmul":
-            m, n, k = self.sizes
-            return matmul_ns(m, n, k, machine)
-        if self.what == "top_k":
-            rows, cols, k = self.sizes
-            return top_k_ns(rows, cols, k, machine)
-        if self.what in ("drain", "dequant"):
-            n, k = self.sizes
-            return (
-                0.0
-                if 0 in (n, k)
-                else drain_ns(n, k, machine)
-                if self.what == "drain"
-                else dequant_ns(n, k, machine)
-            )
-        (elements,) = self.sizes
-        return vector_ns(self.what, elements, machine)
+        formula = _FORMULAS.get(self.what)
+        return (
+            vector_ns(self.what, *self.sizes, machine) if formula is None else formula(*self.sizes, machine)
+        )
 
 
-def work_of(op: Op, scalars: Sequence[int]) -> Work:
-    """A command's work; a size of -1 is the next of `scalars`."""
-    given = iter(scalars)
-
-    def size(value: int) -> int:
-        return next(given) if value == edge10.DYNAMIC else value
-
-    if isinstance(op, edge10.Matmul):
-        n, k = size(op.n), size(op.k)
-        return Work("matmul", (math.prod(op.m), n, k))
-    if isinstance(op, edge10.Drain):
-        return Work("drain", (math.prod(op.m), size(op.n)))
-    if isinstance(op, edge10.Dequant):
-        return Work("dequant", (op.n, op.k))
-    if isinstance(op, edge10.DequantRows):
-        return Work("dequant", (op.planes * size(op.rows), op.k))
-    if isinstance(op, edge10.SoftmaxBlock):
-        return Work("softmax", (op.rows * size(op.cols),))
-    if isinstance(op, edge10.TopK):
-        return Work("top_k", (op.rows, op.cols, op.k))
-    assert isinstance(op, edge10.VectorOp)
-    return Work(op.function, (op.rows * op.cols,))
-
-
-def compute_ns(op: Op, scalars: Sequence[int], machine: Machine) -> float:
-    """Time of a command on `dequant`, `cube`, `drain` or `vector`, without its dispatch."""
-    return work_of(op, scalars).ns(machine)
+_FORMULAS: Final[dict[str, Callable[..., float]]] = {
+    "matmul": matmul_ns,
+    "drain": drain_ns,
+    "dequant": dequant_ns,
+    "top_k": top_k_ns,
+}

@@ -74,7 +74,7 @@ def _adds(elements: int, machine: Machine) -> float:
     """
     return (
         math.ceil(elements / (machine.vector.units * machine.vector.lanes))
-        * machine.vector.add_cycles
+        * machine.vector.cycles["add"]
         * machine.cycle_ns
     )
 

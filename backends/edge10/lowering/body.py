@@ -47,20 +47,14 @@ from tyir.backends.edge10.memory.allocate import SramPlan
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.dialects import dist, kv, ty
 from tyir.dialects.func import Call, Func, Return
+from tyir.edge10.vector_functions import function_of
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
+from tyir.traits import Gated
 
 __all__ = ["Groups", "find_groups", "is_known"]
 
 _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
-    ty.Add: lower_rowwise,
-    ty.Mul: lower_rowwise,
-    ty.Scale: lower_rowwise,
-    ty.Silu: lower_rowwise,
-    ty.SiluMul: lower_rowwise,
-    ty.Cast: lower_rowwise,
-    ty.RmsNorm: lower_rowwise,
-    ty.Rope: lower_rowwise,
     ty.Embedding: lower_embedding,
     kv.Append: lower_append,
     kv.Rows: lower_rows,
@@ -78,7 +72,7 @@ _OTHERS: Final = (ty.Linear, ty.QuantizedLinear, kv.CachedAttention, ty.GetGloba
 
 def is_known(op: Op) -> bool:
     """Whether an op has a lowering, or needs none."""
-    return type(op) in _LOWERINGS or isinstance(op, _OTHERS)
+    return type(op) in _LOWERINGS or function_of(op) is not None or isinstance(op, _OTHERS)
 
 
 @dataclass(frozen=True)
@@ -139,10 +133,10 @@ class Groups:
             lower_attention(op, low, self._area(op, scratch))
         elif isinstance(op, (ty.Linear, ty.QuantizedLinear)):
             lower_linear(op, low, self._area(op, scratch))
-        elif isinstance(op, ty.SiluMul) and op in self.anchors.values():
+        elif op.has_trait(Gated) and op in self.anchors.values():
             lower_gated(op, low)
         else:
-            _LOWERINGS[type(op)](op, low)
+            _LOWERINGS.get(type(op), lower_rowwise)(op, low)
 
     def _area(self, op: Op, scratch: Mapping[Op, tuple[int, Place]]) -> Area | None:
         return Area(scratch[op][0], self.single[op].sram_bytes) if op in scratch else None

@@ -13,9 +13,8 @@ work.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr, SymbolRefAttr
 from tyir.backends.edge10.lowering.body import find_groups, is_known
@@ -26,7 +25,7 @@ from tyir.backends.edge10.lowering.emitter import Emitter
 from tyir.backends.edge10.lowering.order import keys_first
 from tyir.backends.edge10.lowering.residual import waiting_sums
 from tyir.backends.edge10.lowering.rows import row_blocks, rows_part
-from tyir.backends.edge10.lowering.search import PricedEmitter, Prices, best_shares, products_ns
+from tyir.backends.edge10.lowering.search import PricedEmitter, Prices, Search, products_ns
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, DramLayout, SramPlan, SramShares, align, sram_plan
 from tyir.backends.edge10.memory.edited_plan import (
     activation_address,
@@ -60,31 +59,39 @@ from tyir.types import TensorType, f16, i64, ui8
 __all__ = ["estimated_ns", "lower_die", "plan_die"]
 
 
-def lower_die(die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None = None) -> Module:
+def lower_die(
+    die_module: Module,
+    seqlen: int,
+    machine: Machine,
+    shares: SramShares | None = None,
+    search: Search | None = None,
+) -> Module:
     """The command program of one die for `seqlen` tokens a step: a module at stage `edge10` with its buffers,
     `@layer_s{n}`s and `@main_s{n}`.
 
     `shares` says how SRAM is divided; without it (and without a plan's word on it, `planned`) the best known
-    division is searched for (`search.best_shares`). `die_module` is at stage `program` (passes/README.md).
-    `TyirError` lists every op that has no lowering, or says what does not fit.
+    division is searched for, and kept in `search` for programs of the same shapes.  `die_module` is at stage
+    `program` (passes/README.md).  `TyirError` lists every op that has no lowering, or says what does not fit.
     """
-    return _lowering_of(die_module, seqlen, machine, shares).lower()
+    return _lowering_of(die_module, seqlen, machine, shares, search).lower()
 
 
-def plan_die(die_module: Module, seqlen: int, machine: Machine) -> dict[str, int]:
+def plan_die(
+    die_module: Module, seqlen: int, machine: Machine, search: Search | None = None
+) -> dict[str, int]:
     """Write the memory plan of a program on it, as attributes (`planned`): what `lower_die` decides, to be
     seen and changed before it is lowered.
 
     Returns what `memory_summary` says of the lowered program.  Raises as `lower_die`.
     """
-    lowering = _lowering_of(die_module, seqlen, machine, None)
+    lowering = _lowering_of(die_module, seqlen, machine, None, search)
     summary = memory_summary(lowering.lower())
     lowering.write_plan()
     return summary
 
 
 def _lowering_of(
-    die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None
+    die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None, search: Search | None
 ) -> _DieLowering:
     main = die_module.lookup(f"main_s{seqlen}")
     if not isinstance(main, Func):
@@ -96,29 +103,25 @@ def _lowering_of(
         raise TyirError(
             f"the module has no @main_s{seqlen}", help=f"sequence lengths here: {', '.join(known)}"
         )
-    shares = shares or read_shares(main) or _chosen_shares(die_module, main, seqlen, machine)
+    shares = (
+        shares or read_shares(main) or _chosen_shares(die_module, main, seqlen, machine, search or Search())
+    )
     return _DieLowering(die_module, main, seqlen, machine, shares)
 
 
-@lru_cache(maxsize=1)
-def _searched() -> dict[Hashable, SramShares]:
-    """The results of earlier searches in this process."""
-    return {}
-
-
-def _chosen_shares(die_module: Module, main: Func, seqlen: int, machine: Machine) -> SramShares:
+def _chosen_shares(
+    die_module: Module, main: Func, seqlen: int, machine: Machine, search: Search
+) -> SramShares:
     """The division of SRAM for a program: the default for few tokens, the result of the search for many."""
     if seqlen * _sequences(main) <= machine.cube.rows:
         return SramShares()
     shapes = tuple(
-        (op.name, *(v.type for v in (*op.operands, *op.results)))
+        (op.name, op.properties, *(v.type for v in (*op.operands, *op.results)))
         for f in _reached(die_module, main)
         for op in f.body
     )
     key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), shapes)
-    return best_shares(
-        lambda shares: _estimated_ns(die_module, main, seqlen, machine, shares), key, _searched()
-    )
+    return search.best_shares(lambda shares: _estimated_ns(die_module, main, seqlen, machine, shares), key)
 
 
 def estimated_ns(die_module: Module, seqlen: int, machine: Machine, shares: SramShares) -> float:

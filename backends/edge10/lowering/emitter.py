@@ -13,7 +13,6 @@ from tyir.dialects import edge10
 from tyir.ir import Block, Op, Region, Value
 from tyir.layers import path_of
 from tyir.location import UNKNOWN, Location
-from tyir.opdef import DeclaredOp
 from tyir.types import i64
 
 __all__ = ["Emitter"]
@@ -106,7 +105,7 @@ class Emitter:
     # -------------------------------------------------------------------------------------------------
     def emit(
         self,
-        command: type[DeclaredOp],
+        command: type[edge10.Command],
         *operands: Value,
         reads: Sequence[Access] = (),
         writes: Sequence[Access] = (),
@@ -114,7 +113,7 @@ class Emitter:
     ) -> Value:
         """Append a command after everything it depends on; returns its token."""
         attributes = DictAttr({"tyir.source": StringAttr(self.source)}) if self.source else DictAttr()
-        unit = edge10.unit_of_class(command, properties.get("queue"))
+        unit = command.unit_with(properties)
         accesses = [*reads, *writes]
         tokens = self.tracker.waits(accesses, unit)
         token = self.block.append(

@@ -16,44 +16,46 @@ from tyir.backends.edge10.lowering.linear import InputTiles, Product
 from tyir.backends.edge10.lowering.tiling import spans
 from tyir.dialects import edge10
 from tyir.dialects.func import Func
-from tyir.dialects.ty import Linear, QuantizedLinear, SiluMul, tensor_type
+from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
+from tyir.edge10.vector_functions import function_of
 from tyir.ir import Op, Value
+from tyir.traits import Gated
 from tyir.types import f16
 
 __all__ = ["fused_products", "gated_products", "lower_gated"]
 
 
 def fused_products(function: Func, arena: int) -> dict[Op, Op]:
-    """The linear ops that are computed together with the silu_mul they feed, and that silu_mul."""
+    """The linear ops that are computed together with the gated activation they feed, and that activation."""
     found: dict[Op, Op] = {}
     for op in function.body:
-        if isinstance(op, SiluMul) and gated_products(op) is not None and _worthwhile(op, arena):
+        if op.has_trait(Gated) and gated_products(op) is not None and _worthwhile(op, arena):
             found.update({v.op: op for v in op.operands if v.op is not None})
     return found
 
 
-def _worthwhile(op: SiluMul, arena: int) -> bool:
+def _worthwhile(op: Op, arena: int) -> bool:
     """Fused, x and y live at the same time; separately, y may take x's place in SRAM, which the product after
     it reads many times.
 
     So: not when all three tensors fit anyway, and not when y would only be kept out of SRAM by x.
     """
-    gate = _linear(op.gate)
+    gate = _linear(op.operands[0])
     assert gate is not None
-    x, y = tensor_type(gate.x).nbytes, tensor_type(op.out).nbytes
+    x, y = tensor_type(gate.x).nbytes, tensor_type(op.result).nbytes
     return 3 * y > arena // 2 and (y > arena or x + y <= arena)
 
 
-def gated_products(op: SiluMul) -> tuple[Linear | QuantizedLinear, Linear | QuantizedLinear] | None:
-    """The two products of one input that a silu_mul alone reads, if that is what it reads."""
-    gate, up = _linear(op.gate), _linear(op.up)
+def gated_products(op: Op) -> tuple[Linear | QuantizedLinear, Linear | QuantizedLinear] | None:
+    """The two products of one input that a gated activation alone reads, if that is what it reads."""
+    gate, up = _linear(op.operands[0]), _linear(op.operands[1])
     if gate is None or up is None or gate is up or len(gate.out.uses) != 1 or len(up.out.uses) != 1:
         return None
     same_kind = type(gate) is type(up) and gate.properties is up.properties
     is_gated = (
         same_kind
         and gate.x is up.x
-        and tensor_type(op.out).element is f16
+        and tensor_type(op.result).element is f16
         and tensor_type(gate.out).element is f16
     )
     return (gate, up) if is_gated else None
@@ -63,11 +65,12 @@ def _linear(value: Value) -> Linear | QuantizedLinear | None:
     return value.op if isinstance(value.op, (Linear, QuantizedLinear)) else None
 
 
-def lower_gated(op: SiluMul, low: Lowering) -> None:
-    """The silu_mul of `fused_products` and its two products."""
-    gate_op, up_op = _linear(op.gate), _linear(op.up)
-    assert gate_op is not None and up_op is not None
-    inputs, out = InputTiles(gate_op.x, low), low.place(op.out)
+def lower_gated(op: Op, low: Lowering) -> None:
+    """The activation of `fused_products` and its two products."""
+    gate_op, up_op = _linear(op.operands[0]), _linear(op.operands[1])
+    function = function_of(op)
+    assert gate_op is not None and up_op is not None and function is not None
+    inputs, out = InputTiles(gate_op.x, low), low.place(op.result)
     area = low.results_area(inputs.in_sram)
     gate, up = (Product(o, low, inputs, 3 * 2, area.nbytes // 2) for o in (gate_op, up_op))
     buffers = Buffers(area, area.nbytes // 2)
@@ -82,7 +85,7 @@ def lower_gated(op: SiluMul, low: Lowering) -> None:
             target, stride = (start.offset, row) if out.in_sram else (first + 2 * size, n * 2)
             low.emitter.emit(
                 edge10.VectorOp,
-                function="silu_mul",
+                function=function.name,
                 inputs=(first, first + size),
                 outputs=(target,),
                 input_types=types,

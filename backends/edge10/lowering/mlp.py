@@ -27,9 +27,11 @@ from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.dialects import edge10
 from tyir.dialects.func import Func
-from tyir.dialects.ty import Linear, QuantizedLinear, SiluMul, tensor_type
+from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
+from tyir.edge10.vector_functions import function_of
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
+from tyir.traits import Gated
 from tyir.types import bit_width, f16, f32
 
 __all__ = ["Mlp", "fused_mlps", "fused_ops", "lower_mlp"]
@@ -50,14 +52,14 @@ class Mlp:
 
     gate: _Product
     up: _Product
-    silu: SiluMul
+    silu: Op
     down: _Product
     rows: int
     part: int
 
     @property
     def inner(self) -> int:
-        return tensor_type(self.silu.out).static_shape[-1]
+        return tensor_type(self.silu.result).static_shape[-1]
 
     @property
     def parts(self) -> int:
@@ -83,7 +85,7 @@ def fused_mlps(
     found: dict[Op, Mlp] = {}
     for op in function.body:
         if (
-            isinstance(op, SiluMul)
+            op.has_trait(Gated)
             and (mlp := _match(op, arena, held)) is not None
             and _single_pass(mlp, machine, plan)
         ):
@@ -91,23 +93,23 @@ def fused_mlps(
     return found
 
 
-def _match(op: SiluMul, arena: int, held: Collection[Value]) -> Mlp | None:
+def _match(op: Op, arena: int, held: Collection[Value]) -> Mlp | None:
     products = gated_products(op)
-    if products is None or len(op.out.uses) != 1:
+    if products is None or len(op.result.uses) != 1:
         return None
     gate, up = products
-    down = next(iter(op.out.uses))
+    down = next(iter(op.result.uses))
     if (
         not isinstance(down, (Linear, QuantizedLinear))
-        or down.x is not op.out
+        or down.x is not op.result
         or tensor_type(down.out).element is not f16
     ):
         return None
-    *outer, inner = tensor_type(op.out).static_shape
+    *outer, inner = tensor_type(op.result).static_shape
     rows, x, y = (
         math.prod(outer),
         0 if gate.x in held else tensor_type(gate.x).nbytes,
-        tensor_type(op.out).nbytes,
+        tensor_type(op.result).nbytes,
     )
     unit = math.lcm(down.group_size if isinstance(down, QuantizedLinear) else 16, 16)
     if 3 * y <= arena // 2:
@@ -161,6 +163,8 @@ def _inner_part(
 ) -> None:
     """silu(gate) * up for inner channels [first, first + size), dense in SRAM."""
     m, row, types = mlp.rows, size * 2, ArrayAttr([f16, f16])
+    function = function_of(mlp.silu)
+    assert function is not None
     for n0, n in spans(size, gate.tiles.block):
         nbytes, temp = m * n * 2, buffers.take()
         for index, product in enumerate((gate, up)):
@@ -169,7 +173,7 @@ def _inner_part(
         target = scratch + n0 * 2
         low.emitter.emit(
             edge10.VectorOp,
-            function="silu_mul",
+            function=function.name,
             inputs=(temp, temp + nbytes),
             outputs=(target,),
             input_types=types,

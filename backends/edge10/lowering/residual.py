@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 from tyir.backends.edge10.lowering.columns import Summing
 from tyir.backends.edge10.lowering.gated import gated_products
-from tyir.dialects.ty import RmsNorm, SiluMul
+from tyir.dialects.ty import RmsNorm
 from tyir.ir import Op, Value
+from tyir.traits import Gated
 
 __all__ = ["waiting_sums"]
 
@@ -36,5 +37,5 @@ def waiting_sums(sums: Mapping[Op, Summing]) -> dict[Value, Value]:
 def _is_mlp_of(x: Value, summing: Summing) -> bool:
     """Whether a sum's product ends a gated MLP that is all that reads `x`."""
     silu = None if summing.product is None else summing.product.x.op
-    products = gated_products(silu) if isinstance(silu, SiluMul) else None
+    products = gated_products(silu) if silu is not None and silu.has_trait(Gated) else None
     return products is not None and products[0].x is x and len(x.uses) == 2

@@ -13,7 +13,8 @@ from tyir.backends.edge10.lowering.context import Lowering, Piece, element_bytes
 from tyir.backends.edge10.memory.allocate import align
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.ty import Add, Cast, Mul, RmsNorm, Rope, Scale, Silu, SiluMul, tensor_type
+from tyir.dialects.ty import RmsNorm, Scale, tensor_type
+from tyir.edge10.vector_functions import Call, angles, function_of, per_column
 from tyir.ir import Op, Value
 
 __all__ = ["lower_rowwise"]
@@ -31,20 +32,18 @@ class _Operand:
 
 
 def lower_rowwise(op: Op, low: Lowering) -> None:
-    """`ty.add mul scale silu silu_mul cast rms_norm rope`."""
-    out = op.results[0]
+    """An op of `ty` with a vector function of its name."""
+    out, function = op.results[0], function_of(op)
+    assert function is not None
     *outer, cols = tensor_type(out).static_shape
-    rows, group, constant = math.prod(outer), 1, 0.0
-    inputs = [_Operand(v, cols * element_bytes(v)) for v in op.operands]
-    if isinstance(op, RmsNorm):
-        inputs[1] = _Operand(op.weight, cols * element_bytes(op.weight), per_row=False)
-        constant = op.eps
-    elif isinstance(op, Scale):
-        constant = op.factor
-    elif isinstance(op, Rope):
-        group = outer[-1]  # heads: they share the angles of their token
-        inputs[1:] = [_Operand(v, cols // 2 * element_bytes(v)) for v in (op.cos, op.sin)]
-    assert isinstance(op, (Add, Mul, Scale, Silu, SiluMul, Cast, RmsNorm, Rope))
+    rows = math.prod(outer)
+    group = outer[-1] if angles in function.inputs else 1  # heads: they share the angles of their token
+    constant = op.eps if isinstance(op, RmsNorm) else op.factor if isinstance(op, Scale) else 0.0
+    call = Call(rows, cols, group, constant)
+    inputs = [
+        _Operand(v, shape(call)[-1] * element_bytes(v), per_row=shape is not per_column)
+        for v, shape in zip(op.operands, function.inputs)
+    ]
     _emit(op, low, inputs, _Operand(out, cols * element_bytes(out)), rows, cols, group, constant)
 
 

@@ -21,13 +21,12 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
-from tyir.edge10.command_times import compute_ns, gather_transfer, transfer_of
+from tyir.edge10.command_times import Transfer
 from tyir.ir import Block, Value
-from tyir.opdef import DeclaredOp
 from tyir.targets.machine import Machine
 from tyir.types import bit_width, i64
 
-__all__ = ["CANDIDATES", "PricedEmitter", "Prices", "best_shares", "products_ns"]
+__all__ = ["CANDIDATES", "PricedEmitter", "Prices", "Search", "products_ns"]
 
 CANDIDATES: Final = (
     SramShares(),
@@ -41,30 +40,35 @@ CANDIDATES: Final = (
 )
 
 
-def best_shares(
-    cost: Callable[[SramShares], float], key: Hashable, cache: dict[Hashable, SramShares]
-) -> SramShares:
-    """The candidate of the least `cost` (ns); `key` says what the costs depend on, and results are kept in
-    `cache`.
-
-    A candidate that does not fit the machine is passed over; when none fits, the error is that of the
-    default.
+class Search:
+    """The divisions of SRAM that were found, for whoever lowers several programs: those of equal shapes (the
+    dies of a board) are searched once.
     """
-    if key not in cache:
-        found: list[tuple[float, int]] = []
-        for number, shares in enumerate(CANDIDATES):
-            try:
-                found.append((cost(shares), number))
-            except TyirError:
-                if number == 0:
-                    raise
-        cache[key] = CANDIDATES[min(found)[1]]
-    return cache[key]
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, SramShares] = {}
+
+    def best_shares(self, cost: Callable[[SramShares], float], key: Hashable) -> SramShares:
+        """The candidate of the least `cost` (ns); `key` says what the costs depend on.
+
+        A candidate that does not fit the machine is passed over; when none fits, the error is that of the
+        default.
+        """
+        if key not in self._found:
+            costs: list[tuple[float, int]] = []
+            for number, shares in enumerate(CANDIDATES):
+                try:
+                    costs.append((cost(shares), number))
+                except TyirError:
+                    if number == 0:
+                        raise
+            self._found[key] = CANDIDATES[min(costs)[1]]
+        return self._found[key]
 
 
 class Prices:
-    """The time of commands by op of the model; loops count one turn, collectives nothing (they are the same
-    in every candidate).
+    """The time of commands by op of the model; loops count one turn, sizes that registers give count as the
+    largest, collectives nothing (they are the same in every candidate).
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -72,11 +76,18 @@ class Prices:
         self._known: dict[Hashable, tuple[str, float]] = {}
         self._busy: dict[str, dict[str, float]] = {}
 
-    def add(self, source: str, command: type[DeclaredOp], properties: Mapping[str, Any]) -> None:
+    def add(
+        self,
+        source: str,
+        command: type[edge10.Command],
+        properties: Mapping[str, Any],
+        scalars: tuple[int, ...],
+    ) -> None:
         """Count a command that implements the op `source`."""
-        key = (command, *(properties.get(name) for name in _SIZES[command]))
+        sizes = (properties.get(name) for name in (*command.dynamic, *command.priced_by))
+        key = (command, scalars, *sizes)
         if key not in self._known:
-            self._known[key] = _price(command, properties, self.machine)
+            self._known[key] = _price(command, properties, scalars, self.machine)
         unit, ns = self._known[key]
         units = self._busy.setdefault(source, {})
         units[unit] = units.get(unit, 0.0) + ns
@@ -98,14 +109,15 @@ class PricedEmitter(Emitter):
 
     def emit(
         self,
-        command: type[DeclaredOp],
+        command: type[edge10.Command],
         *operands: Value,
         reads: Sequence[Access] = (),
         writes: Sequence[Access] = (),
         **properties: Any,
     ) -> Value:
-        if command in _SIZES and not any(v.type is i64 for v in operands):
-            self.prices.add(self.path, command, properties)
+        if not issubclass(command, edge10.Exchange):
+            scalars = tuple([_most(v) for v in operands if v.type is i64])
+            self.prices.add(self.path, command, properties, scalars)
         return self._token
 
     def loop(self, low: Value, high: Value, body: Block, inner: Tracker) -> None:
@@ -135,25 +147,19 @@ def products_ns(function: Func, machine: Machine, plan: SramPlan) -> float:
     return total
 
 
-# What the time of a command depends on.  Collectives are not compared.
-_SIZES: Final[dict[type[DeclaredOp], tuple[str, ...]]] = {
-    edge10.Load: ("shape", "dram_strides"),
-    edge10.Store: ("shape", "dram_strides"),
-    edge10.Gather: ("index", "rows", "row_bytes"),
-    edge10.Matmul: ("m", "n", "k"),
-    edge10.Drain: ("m", "n"),
-    edge10.Dequant: ("n", "k"),
-    edge10.VectorOp: ("function", "rows", "cols"),
-    edge10.TopK: ("rows", "cols", "k"),
-}
+def _most(scalar: Value) -> int:
+    """The largest value of a register that gives a size; what has no bound (the first key of a block) gives
+    none.
+    """
+    high = scalar.op.high if isinstance(scalar.op, edge10.Affine) else None
+    return 0 if high is None else high
 
 
-def _price(command: type[DeclaredOp], properties: Mapping[str, Any], machine: Machine) -> tuple[str, float]:
+def _price(
+    command: type[edge10.Command], properties: Mapping[str, Any], scalars: Sequence[int], machine: Machine
+) -> tuple[str, float]:
     op = command(args=(), **properties)
-    if isinstance(op, (edge10.Load, edge10.Store)):
-        transfer = transfer_of(op.shape, op.dram_strides)
-    elif isinstance(op, edge10.Gather):
-        transfer = gather_transfer(op)
-    else:
-        return edge10.unit_of(op), machine.sync.dispatch_ns + compute_ns(op, (), machine)
-    return "dram", transfer.cost_bytes(machine) / machine.dram_bytes_per_ns
+    cost = op.cost(scalars)
+    if isinstance(cost, Transfer):
+        return "dram", cost.cost_bytes(machine) / machine.dram_bytes_per_ns
+    return op.unit, machine.sync.dispatch_ns + cost.ns(machine)

@@ -6,8 +6,10 @@ Too much is an error with the cheapest remedies, each tried on the module itself
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.allocate import align
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
 from tyir.backends.edge10.memory.summary import memory_summary
@@ -19,7 +21,7 @@ from tyir.ir import Value
 from tyir.manifest import BuildOptions, recorded
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import run_pipeline
-from tyir.targets.machine import Machine
+from tyir.targets.machine import load_machine
 
 __all__ = ["check_memory", "step_bytes"]
 
@@ -27,17 +29,12 @@ _PAGE = 4096
 
 
 def check_memory(
-    dies: Sequence[Module],
-    options: BuildOptions,
-    source: Module,
-    stage: str,
-    machine: Machine,
-    machine_name: str = "edge10",
+    dies: Sequence[Module], options: BuildOptions, source: Module, stage: str, machine_name: str | Path
 ) -> None:
-    """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has.
-
-    `source` is the module it was made of, at `stage`; `machine_name` is what a pipeline calls the machine.
+    """`TyirError` when a die of the module (at stage `program`) needs more DRAM than it has; `source` is the
+    module it was made of, at `stage`; `machine_name` is the machine's or that of its file.
     """
+    machine = load_machine(machine_name)
     capacity = int(machine.dram.capacity_bytes)
     worst = max(dies, key=lambda die: _die_bytes(die, options))
     parts = max((step_bytes(worst, s) for s in options.seqlens), key=lambda p: sum(p.values()))
@@ -50,8 +47,8 @@ def check_memory(
         stage = "ty"
 
     def need(changed: BuildOptions) -> int | None:
-        text = remaining_pipeline(stage, changed, machine_name, recorded(source))
-        return _need(source.clone(), text, changed, machine, capacity)
+        text = remaining_pipeline(stage, changed, str(machine_name), recorded(source))
+        return _need(source.clone(), text, changed, machine_name)
 
     detail = ", ".join(f"{what} {gib(size)}" for what, size in parts.items() if size >= 2**20)
     raise TyirError(
@@ -98,19 +95,20 @@ def _die_bytes(die: Module, options: BuildOptions) -> int:
 
 
 def _need(
-    module: Module, pipeline: str, options: BuildOptions, machine: Machine, capacity: int
+    module: Module, pipeline: str, options: BuildOptions, machine_name: str | Path
 ) -> int | None:
-    """Bytes of the largest die with other options.
-
-    When it seems to fit, the figure is that of its real program.
+    """Bytes of the largest die with other options; when it seems to fit, the figure is that of its real
+    program.
     """
+    machine, search = load_machine(machine_name), Search()
     try:
         run_pipeline(module, pipeline)
         dies = [m for m in module.body if isinstance(m, Module)]
         worst = max(dies, key=lambda die: _die_bytes(die, options))
         needed = _die_bytes(worst, options)
-        if needed > capacity:
+        if needed > machine.dram.capacity_bytes:
             return needed
-        return max(memory_summary(lower_die(worst, s, machine))["dram"] for s in options.seqlens)
+        lowered = (lower_die(worst, s, machine, search=search) for s in options.seqlens)
+        return max(memory_summary(program)["dram"] for program in lowered)
     except TyirError:  # options that this module cannot be compiled with are no remedy
         return None

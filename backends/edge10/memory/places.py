@@ -16,6 +16,7 @@ from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append, CachedAttention
 from tyir.dialects.ty import Add, GetGlobal, Linear, QuantizedLinear, Reshape, Rope, tensor_type
 from tyir.ir import Op, Value
+from tyir.traits import Elementwise
 from tyir.types import TensorType
 
 __all__ = [
@@ -173,12 +174,14 @@ def boundary_of(
 
 
 def _may_overwrite(result: Value, argument: Value) -> bool:
-    """An op that works row by row may write where it reads; others only where nothing is read any more."""
+    """An op that works element by element may write where it reads; others only where nothing is read any
+    more.
+    """
     op = root(result).op
     if op is None:
         return False
     reads_argument = any(root(v) is argument for v in op.operands)
-    return not reads_argument or op.name in ("ty.add", "ty.mul", "ty.scale", "ty.silu_mul", "ty.silu")
+    return not reads_argument or op.has_trait(Elementwise)
 
 
 @dataclass(frozen=True)

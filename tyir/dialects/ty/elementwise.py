@@ -14,14 +14,13 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.ty.tensors import Array, as_type, axis_in, bf16_to_f32, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
-from tyir.traits import Commutative, Elementwise, Pure
+from tyir.traits import Commutative, Elementwise, Gated, Pure
 from tyir.types import FloatType, Type
 
 __all__ = [
     "Add",
     "Cast",
     "Concat",
-    "Gated",
     "Gelu",
     "GeluMul",
     "Mul",
@@ -235,7 +234,7 @@ class Silu(DeclaredOp, name="ty.silu", traits=(Pure, Elementwise)):
         return as_type(silu(x.astype(np.float32)), tensor_type(self.out).element)
 
 
-class SiluMul(DeclaredOp, name="ty.silu_mul", traits=(Pure, Elementwise)):
+class SiluMul(DeclaredOp, name="ty.silu_mul", traits=(Pure, Elementwise, Gated)):
     """silu(gate) * up, computed in f32, rounded once: the activation of a gated MLP."""
 
     gate: Value = operand()
@@ -304,7 +303,7 @@ class Gelu(DeclaredOp, name="ty.gelu", traits=(Pure, Elementwise)):
         return as_type(gelu(x.astype(np.float32), self.approximate), tensor_type(self.out).element)
 
 
-class GeluMul(DeclaredOp, name="ty.gelu_mul", traits=(Pure, Elementwise)):
+class GeluMul(DeclaredOp, name="ty.gelu_mul", traits=(Pure, Elementwise, Gated)):
     """gelu(gate) * up, computed in f32, rounded once: `ty.silu_mul` with the activation of Gemma."""
 
     gate: Value = operand()
@@ -323,9 +322,6 @@ class GeluMul(DeclaredOp, name="ty.gelu_mul", traits=(Pure, Elementwise)):
     def evaluate(self, gate: Array, up: Array) -> Array:
         activated = gelu(gate.astype(np.float32), self.approximate)
         return as_type(activated * up.astype(np.float32), tensor_type(self.out).element)
-
-
-Gated = SiluMul | GeluMul  # the activations of a gated MLP
 
 
 class Relu(DeclaredOp, name="ty.relu", traits=(Pure, Elementwise)):

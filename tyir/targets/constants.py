@@ -1,0 +1,197 @@
+"""Files of sourced constants: what the description of a machine that runs command programs (`machine`) and
+that of a GPU (`runtime_sim.gpu.accelerator`) have in common.
+
+A file is TOML; a section is a frozen dataclass, a field one number:
+
+    [dram]
+    latency_ns = { value = 150, low = 100, high = 300, label = "assumed", source = "..." }
+
+A field with `metadata={"each": names}` is a mapping, one number `<name>_<field>` for each of the names.
+Everything wrong with a file is reported at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Literal, get_type_hints
+
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+
+__all__ = ["LABELS", "Constant", "Form", "build_sections", "entries_of", "read_table", "shipped_names"]
+
+Label = Literal["published", "derived", "assumed", "fitted", "override"]
+LABELS: Final = ("published", "derived", "assumed", "fitted", "override")
+_IN_FILES: Final = LABELS[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """One number of the machine file; `low` and `high` bound an assumed one."""
+
+    value: float
+    label: Label
+    source: str
+    low: float | None = None
+    high: float | None = None
+
+
+def shipped_names(package: str) -> list[str]:
+    """The names of the files that come with a package."""
+    names = (p.name for p in resources.files(package).iterdir())
+    return sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml"))
+
+
+def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
+    """The contents of a file: one that comes with `package` by its name, or any by its path."""
+    path = Path(name_or_path)
+    own = path.suffix == ".toml"
+    try:
+        text = path.read_text() if own else (resources.files(package) / f"{name_or_path}.toml").read_text()
+        return tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise TyirError(
+            f"cannot read the machine file {path}{reason}"
+            if own
+            else f"there is no machine '{name_or_path}'",
+            help=f"known machines: {', '.join(shipped_names(package))}; or give the path of a .toml file",
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise TyirError(
+            f"not valid TOML: {error}",
+            where=str(path),
+            help="a machine file is described in docs/machines.md",
+        ) from None
+
+
+def entries_of(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of all sections by dotted name; what stands in no section by its own."""
+    return {
+        f"{section}.{key}" if key else section: entry
+        for section, entries in table.items()
+        for key, entry in (entries if isinstance(entries, dict) else {"": entries}).items()
+    }
+
+
+def _names(section: str, field: Field[Any]) -> dict[str, str]:
+    """The constants of a field: dotted name by what it is called in the mapping ("" for a single number)."""
+    each: Iterable[str] | None = field.metadata.get("each")
+    if each is None:
+        return {"": f"{section}.{field.name}"}
+    return {name: f"{section}.{name}_{field.name}" for name in each}
+
+
+def build_sections(sections: Mapping[str, Any], constants: Mapping[str, Constant]) -> dict[str, Any]:
+    """Every section's dataclass with its numbers."""
+    made: dict[str, Any] = {}
+    for section, section_class in sections.items():
+        hints = get_type_hints(section_class)
+        values: dict[str, Any] = {}
+        for field in fields(section_class):
+            names = _names(section, field)
+            if "" in names:
+                values[field.name] = hints[field.name](constants[names[""]].value)
+            else:
+                values[field.name] = {short: float(constants[name].value) for short, name in names.items()}
+        made[section] = section_class(**values)
+    return made
+
+
+class Form:
+    """What the constants of a kind of machine are, from its sections' dataclasses.
+
+    Unless `zeros` allows every constant to be 0, only times and overheads may be; with `bounds`, what is
+    assumed needs its bounds.
+    """
+
+    def __init__(self, sections: Mapping[str, Any], *, zeros: bool, bounds: bool) -> None:
+        self.sections = sections
+        self.zeros = zeros
+        self.bounds = bounds
+        self.whole: dict[str, bool] = {}  # by dotted name: whether it is a whole number
+        for section, section_class in sections.items():
+            hints = get_type_hints(section_class)
+            for field in fields(section_class):
+                for name in _names(section, field).values():
+                    self.whole[name] = hints[field.name] is int
+
+    def read(
+        self, entries: Mapping[str, Any], where: str, base: Mapping[str, Constant] | None = None
+    ) -> tuple[dict[str, Constant], list[Diagnostic]]:
+        """The constants of a file, what it does not give from `base`; and everything wrong with it."""
+        constants = dict(base or {})
+        problems: list[Diagnostic] = []
+        for name, entry in entries.items():
+            if name not in self.whole:
+                help = did_you_mean(name, self.whole) or self._where(name)
+                problems.append(Diagnostic(f"unknown constant '{name}'", where=where, help=help))
+            elif (problem := self.entry_problem(name, entry)) is not None:
+                problems.append(Diagnostic(f"{name}: {problem}", where=where, help=self._example))
+            else:
+                constants[name] = Constant(
+                    entry["value"], entry["label"], entry["source"], entry.get("low"), entry.get("high")
+                )
+        problems += self._missing([n for n in self.whole if n not in constants and n not in entries], where)
+        return constants, problems
+
+    def _missing(self, names: list[str], where: str) -> Iterator[Diagnostic]:
+        if names:
+            what = "1 constant is" if len(names) == 1 else f"{len(names)} constants are"
+            yield Diagnostic(
+                f"{what} missing: {', '.join(sorted(names))}",
+                where=where,
+                help='give them, or write base = "edge10" (of a GPU: like = "h200") at the top to take them'
+                " from there",
+            )
+
+    @property
+    def _example(self) -> str:
+        bounds = "low = 0.5, high = 2, " if self.bounds else ""
+        return f'write {{ value = 1, label = "assumed", {bounds}source = "..." }}'
+
+    def _where(self, name: str) -> str:
+        """Where an unknown constant of a known section could belong."""
+        section = name.partition(".")[0]
+        known = [n.partition(".")[2] for n in self.whole if n.startswith(f"{section}.")]
+        return f"[{section}] has {', '.join(known)}" if known else f"sections are {', '.join(self.sections)}"
+
+    def value_problem(self, name: str, value: float) -> str | None:
+        """What is wrong with a value: times and overheads may be 0, nothing may be negative, counts and sizes
+        are whole.
+        """
+        if not 0 <= value < float("inf"):
+            return "rates, sizes, counts and times must be positive numbers"
+        if value == 0 and not (self.zeros or name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))):
+            return "rates, sizes and counts must be positive"
+        if name == "dram.efficiency" and value > 1:
+            return "a share of the bandwidth is at most 1"
+        if self.whole[name] and value != int(value):
+            return f"this constant is a whole number, the nearest is {round(value)}"
+        return None
+
+    def entry_problem(self, name: str, entry: object) -> str | None:
+        """What is wrong with an entry of a file."""
+        if not isinstance(entry, dict) or not {"value", "label", "source"} <= set(entry):
+            return "needs value, label and source"
+        if unknown := sorted(set(entry) - {"value", "label", "source", "low", "high"}):
+            return f"has no field {', '.join(unknown)}"
+        if entry["label"] not in _IN_FILES:
+            return f"label '{entry['label']}' is none of {', '.join(_IN_FILES)}"
+        if not isinstance(entry["source"], str) or not entry["source"].strip():
+            return "the source is empty: say where the number comes from"
+        for field in ("value", "low", "high"):
+            value = entry.get(field, entry["value"])
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                return f"{field} {value!r} is not a number"
+            if problem := self.value_problem(name, value):
+                return f"{field} {value:g}: {problem}"
+        low, high = entry.get("low", entry["value"]), entry.get("high", entry["value"])
+        if not low <= entry["value"] <= high:
+            return f"value {entry['value']} lies outside its bounds {low}..{high}"
+        if self.bounds and entry["label"] == "assumed" and not {"low", "high"} <= set(entry):
+            return "an assumed constant needs low and high: results are reported as an interval"
+        return None
