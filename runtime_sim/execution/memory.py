@@ -134,14 +134,6 @@ class DieMemory:
         self.sram = Memory("SRAM", sram_bytes)
         self.acc = Memory("the accumulators", accumulator_bytes)
 
-    def dram_images(self) -> dict[str, Bytes]:
-        """The bytes of every buffer that holds data, by name: what another die can be started with."""
-        return {
-            buffer.sym_name: stored.data
-            for buffer, stored in zip(self.dram.buffers, self.dram.stored)
-            if stored.written is None
-        }
-
 
 class RaceDetector:
     """Vector clocks over the units of one die: a command has seen, for each unit, how many of its commands

@@ -42,16 +42,15 @@ def vector_function(op: edge10.VectorOp, sram: SramAccess) -> None:
         inputs.append(array if row.exact else array.astype(np.float32))
     made = row.compute(call, *inputs)
     values = made if isinstance(made, tuple) else (made,)
-    values = made if isinstance(made, tuple) else (made,)
     rows, cols, group = op.rows, op.cols, op.group
     with np.errstate(over="ignore"):
         for offset, t, value in zip(op.outputs, op.output_types, values):
-            dtype, strides = _dtype(t), op.output_strides
-            if strides is None:
+            dtype, row_strides = _dtype(t), op.output_strides
+            if row_strides is None:
                 sram(offset, value.shape, dtype, write=True)[...] = value
             else:
-                shape, steps = (rows // group, group, cols), (strides[0], strides[1], dtype.itemsize)
-                sram(offset, shape, dtype, steps, write=True)[...] = value.reshape(shape)
+                heads, steps = (rows // group, group, cols), (row_strides[0], row_strides[1], dtype.itemsize)
+                sram(offset, heads, dtype, steps, write=True)[...] = value.reshape(heads)
 
 
 def _dtype(element: Any) -> np.dtype[Any]:

@@ -49,6 +49,7 @@ STAGED = {"dies": 2, "pp": 2, "max_kv": 16, "seqlens": (1,)}
 ALONE = {
     "dies": {"dies": 2},
     "die_map": {"dies": 4, "die_map": (3, 2, 1, 0)},
+    "weights": {"weights": "int4", "group_size": 32},
     "group_size": {"weights": "int4", "group_size": 16},
     "mesh": {"dies": 4, "mesh": (2, 2)},
     "pp": {"pp": 2},

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tyir.backends.edge10.lowering.die import estimated_ns, lower_die
-from tyir.backends.edge10.lowering.mlp import fused_mlps
+from tyir.backends.edge10.lowering import die
+from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.fused.fusion import Room
+from tyir.backends.edge10.lowering.fused.mlp import Mlp
 from tyir.backends.edge10.lowering.search import CANDIDATES
 from tyir.backends.edge10.memory.allocate import SramShares, sram_plan
+from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.runtime_sim.timing.engine import simulate
 from tyir.runtime_sim.timing.program import EdgeProgram
-from tyir.targets.machine import load_machine
+from tyir.targets.machine import Machine, load_machine
 
 
 @pytest.mark.parametrize(("inter", "parts"), [(2048, 2), (1024, 1)])
@@ -27,8 +30,8 @@ def test_parts_add_up(make_model: Callable[..., Any], inter: int, parts: int, gr
     plan = sram_plan(machine, shares)
     layer = model.modules[0].lookup("layer_s32")
     assert isinstance(layer, Func)
-    mlps = fused_mlps(layer, plan.arena, machine, plan)
-    assert [m.parts for m in mlps.values()] == [parts]
+    room = Room(layer, machine, plan, plan.arena)
+    assert [mlp.parts for op in layer.body if (mlp := Mlp.match(op, room)) is not None] == [parts]
     model.lowered = [lower_die(m, 32, machine, shares) for m in model.modules]
     model.programs = [EdgeProgram(m) for m in model.lowered]
     engines = model.functional()
@@ -48,6 +51,13 @@ def test_every_division_computes_the_same(make_model: Callable[..., Any], shares
     ids = np.arange(32, dtype=np.int32)[None] * 5 % 80
     expected, got = model.interpret(ids, 0), model.step(engines, ids, 0)
     np.testing.assert_allclose(got, expected, atol=4e-3 * np.abs(expected).max(), rtol=0)
+
+
+def estimated_ns(module: Module, tokens: int, machine: Machine, shares: SramShares) -> float:
+    """What the search compares divisions by."""
+    main = module.lookup(f"main_s{tokens}")
+    assert isinstance(main, Func)
+    return die._estimated_ns(module, main, tokens, machine, shares)
 
 
 def test_the_estimate_is_near_the_simulation(make_model: Callable[..., Any]) -> None:

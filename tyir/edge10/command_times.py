@@ -151,9 +151,10 @@ class Work(NamedTuple):
     def ns(self, machine: Machine) -> float:
         """Its time, without its dispatch."""
         formula = _FORMULAS.get(self.what)
-        return (
-            vector_ns(self.what, *self.sizes, machine) if formula is None else formula(*self.sizes, machine)
-        )
+        if formula is not None:
+            return formula(*self.sizes, machine)
+        (elements,) = self.sizes
+        return vector_ns(self.what, elements, machine)
 
 
 _FORMULAS: Final[dict[str, Callable[..., float]]] = {

@@ -4,20 +4,21 @@ the transfers everybody uses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Literal
 
+from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.dependences import ACC, SRAM, Access, Space
 from tyir.backends.edge10.lowering.emitter import Emitter
 from tyir.backends.edge10.lowering.tiling import spans
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, RingCursor, SramPlan, align
 from tyir.dialects import edge10
 from tyir.dialects.ty import tensor_type
-from tyir.ir import Value
+from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
-from tyir.types import bit_width
+from tyir.types import bit_width, ui8
 
 __all__ = [
     "Area",
@@ -135,14 +136,11 @@ class Lowering:
         self.plan = plan
         self.die = die
         self.places: dict[Value, Place] = {}
-        self.first_token = 0  # of the rows that are being lowered (`rows`)
-        self.halved: set[Value] = (
-            set()
-        )  # made in two halves of `half_rows`, of which a product may begin with the first
+        self.first_token = 0  # of the rows that are being lowered (`fused/rows.py`)
+        # What is decided about a function before its ops are lowered:
+        self.halved: Mapping[Op, Op] = {}  # products, and the norms whose first half they begin with
         self.waits: dict[Value, Value] = {}  # sums that are in `copies`, and what takes their place
-        self.copies: dict[
-            Value, ResidualCopy
-        ] = {}  # of sums whose place is needed before their last reader comes
+        self.copies: dict[Value, ResidualCopy] = {}  # of sums that lose their place before their last reader
         self.side = RingCursor(plan.side)
         self.packed = RingCursor(plan.packed)
         self.wide = RingCursor(plan.wide)
@@ -153,6 +151,11 @@ class Lowering:
         """Half of the rows in whole blocks of the cube; all of them when they are few."""
         unit = self.machine.cube.rows
         return rows if rows <= 2 * unit else align(rows // 2, unit)
+
+    def begins_with_half(self, product: Op) -> bool:
+        """Whether a product may begin while its x is made: by a norm before it, from SRAM to SRAM."""
+        norm = self.halved.get(product)
+        return norm is not None and all(self.place(v).in_sram for v in (norm.operands[0], norm.results[0]))
 
     def place(self, value: Value) -> Place:
         return self.places[value]
@@ -245,9 +248,6 @@ class Lowering:
                 self.store_bytes(target.at(piece.first), piece.temp, piece.rows)
 
     def copy(self, source: int, target: int, nbytes: int) -> None:
-        from tyir.attributes import ArrayAttr
-        from tyir.types import ui8
-
         self.emitter.emit(
             edge10.VectorOp,
             function="copy",

@@ -4,7 +4,7 @@ it comes from, and that op's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tyir.attributes import DictAttr, StringAttr, SymbolRefAttr
@@ -113,11 +113,12 @@ class Emitter:
     ) -> Value:
         """Append a command after everything it depends on; returns its token."""
         attributes = DictAttr({"tyir.source": StringAttr(self.source)}) if self.source else DictAttr()
+        make: Callable[..., edge10.Command] = command  # each command has properties of its own
         unit = command.unit_with(properties)
         accesses = [*reads, *writes]
         tokens = self.tracker.waits(accesses, unit)
         token = self.block.append(
-            command(args=(*operands, *tokens), loc=self.loc, attributes=attributes, **properties)
+            make(args=(*operands, *tokens), loc=self.loc, attributes=attributes, **properties)
         ).result
         self.tracker.record(accesses, token, unit)
         return token

@@ -158,7 +158,8 @@ def _most(scalar: Value) -> int:
 def _price(
     command: type[edge10.Command], properties: Mapping[str, Any], scalars: Sequence[int], machine: Machine
 ) -> tuple[str, float]:
-    op = command(args=(), **properties)
+    make: Callable[..., edge10.Command] = command  # each command has properties of its own
+    op = make(args=(), **properties)
     cost = op.cost(scalars)
     if isinstance(cost, Transfer):
         return "dram", cost.cost_bytes(machine) / machine.dram_bytes_per_ns

@@ -47,8 +47,8 @@ def check_memory(
         stage = "ty"
 
     def need(changed: BuildOptions) -> int | None:
-        text = remaining_pipeline(stage, changed, str(machine_name), recorded(source))
-        return _need(source.clone(), text, changed, machine_name)
+        pipeline = remaining_pipeline(stage, changed, str(machine_name), recorded(source))
+        return _need(source.clone(), pipeline, changed, machine_name)
 
     detail = ", ".join(f"{what} {gib(size)}" for what, size in parts.items() if size >= 2**20)
     raise TyirError(
@@ -94,11 +94,9 @@ def _die_bytes(die: Module, options: BuildOptions) -> int:
     return max(sum(step_bytes(die, s).values()) for s in options.seqlens)
 
 
-def _need(
-    module: Module, pipeline: str, options: BuildOptions, machine_name: str | Path
-) -> int | None:
-    """Bytes of the largest die with other options; when it seems to fit, the figure is that of its real
-    program.
+def _need(module: Module, pipeline: str, options: BuildOptions, machine_name: str | Path) -> int | None:
+    """Bytes of the largest die with other options, which `pipeline` builds; when it seems to fit, the figure
+    is that of its real program.
     """
     machine, search = load_machine(machine_name), Search()
     try:

@@ -31,7 +31,7 @@ class _Operand:
     per_row: bool = True
 
 
-def lower_rowwise(op: Op, low: Lowering) -> None:
+def lower_rowwise(op: Op, lowering: Lowering) -> None:
     """An op of `ty` with a vector function of its name."""
     out, function = op.results[0], function_of(op)
     assert function is not None
@@ -44,12 +44,12 @@ def lower_rowwise(op: Op, low: Lowering) -> None:
         _Operand(v, shape(call)[-1] * element_bytes(v), per_row=shape is not per_column)
         for v, shape in zip(op.operands, function.inputs)
     ]
-    _emit(op, low, inputs, _Operand(out, cols * element_bytes(out)), rows, cols, group, constant)
+    _emit(op, lowering, inputs, _Operand(out, cols * element_bytes(out)), rows, cols, group, constant)
 
 
 def _emit(
     op: Op,
-    low: Lowering,
+    lowering: Lowering,
     inputs: Sequence[_Operand],
     out: _Operand,
     rows: int,
@@ -59,22 +59,20 @@ def _emit(
 ) -> None:
     """`group` rows of the command share one row of the inputs after the first; pieces hold whole groups."""
     first, others = inputs[0], inputs[1:]
-    shared = [_shared_vector(o, low) if not o.per_row else None for o in inputs]
-    spilled = [o for o in (*inputs, out) if o.per_row and not low.place(o.value).in_sram]
+    shared = [_shared_vector(o, lowering) if not o.per_row else None for o in inputs]
+    spilled = [o for o in (*inputs, out) if o.per_row and not lowering.place(o.value).in_sram]
     bytes_per_group = sum(align(o.row_bytes * (1 if o in others and group > 1 else group)) for o in spilled)
-    most = (
-        low.half_rows(rows) if isinstance(op, RmsNorm) else None
-    )  # the product after a norm begins with the first half
-    if most is not None and not spilled:
-        low.halved.add(op.results[0])
-    for piece in low.pieces(rows // group, bytes_per_group, most):
+    most = lowering.half_rows(rows) if isinstance(op, RmsNorm) else None  # see `fused/halved.py`
+    for piece in lowering.pieces(rows // group, bytes_per_group, most):
         temp = piece.temp
         offsets: list[int] = []
         for operand, vector in zip(inputs, shared):
             share = 1 if operand is not first and group > 1 else group
-            offset, temp = (vector, temp) if vector is not None else _bring(operand, low, piece, share, temp)
+            offset, temp = (
+                (vector, temp) if vector is not None else _bring(operand, lowering, piece, share, temp)
+            )
             offsets.append(offset)
-        place = low.place(out.value)
+        place = lowering.place(out.value)
         target = place.offset + piece.first * group * out.row_bytes if place.in_sram else temp
         count = piece.rows * group
         reads = [
@@ -84,7 +82,7 @@ def _emit(
             )
             for o, offset in zip(inputs, offsets)
         ]
-        low.emitter.emit(
+        lowering.emitter.emit(
             edge10.VectorOp,
             function=op.name.partition(".")[2],
             inputs=tuple(offsets),
@@ -99,33 +97,35 @@ def _emit(
             writes=[sram_range(target, count * out.row_bytes, write=True)],
         )
         if not place.in_sram:
-            low.store_bytes(place.at(piece.first * group * out.row_bytes), target, count * out.row_bytes)
+            lowering.store_bytes(place.at(piece.first * group * out.row_bytes), target, count * out.row_bytes)
 
 
 def _types(operands: Sequence[_Operand]) -> ArrayAttr:
     return ArrayAttr([tensor_type(o.value).element for o in operands])
 
 
-def _shared_vector(operand: _Operand, low: Lowering) -> int:
+def _shared_vector(operand: _Operand, lowering: Lowering) -> int:
     """A weight vector, brought to a side slot."""
-    place = low.place(operand.value)
+    place = lowering.place(operand.value)
     if place.in_sram:
         return place.offset
-    if operand.row_bytes > low.plan.side.largest:
+    if operand.row_bytes > lowering.plan.side.largest:
         raise TyirError(
-            f"a vector of {operand.row_bytes} bytes does not fit the {low.plan.side.largest} bytes of SRAM"
-            " kept for scales and norms",
+            f"a vector of {operand.row_bytes} bytes does not fit the {lowering.plan.side.largest} bytes of"
+            " SRAM kept for scales and norms",
             help="the machine has too little SRAM for this hidden size",
         )
-    slot = low.side.take(operand.row_bytes)
-    low.load_bytes(place, slot, operand.row_bytes, queue="ebdma")
+    slot = lowering.side.take(operand.row_bytes)
+    lowering.load_bytes(place, slot, operand.row_bytes, queue="ebdma")
     return slot
 
 
-def _bring(operand: _Operand, low: Lowering, piece: Piece, rows_per_group: int, temp: int) -> tuple[int, int]:
+def _bring(
+    operand: _Operand, lowering: Lowering, piece: Piece, rows_per_group: int, temp: int
+) -> tuple[int, int]:
     """The SRAM offset of a piece's rows of an operand, and the next free temporary."""
-    place, row = low.place(operand.value), operand.row_bytes * rows_per_group
+    place, row = lowering.place(operand.value), operand.row_bytes * rows_per_group
     if place.in_sram:
         return place.offset + piece.first * row, temp
-    low.load_bytes(place.at(piece.first * row), temp, piece.rows * row)
+    lowering.load_bytes(place.at(piece.first * row), temp, piece.rows * row)
     return temp, temp + align(piece.rows * row)

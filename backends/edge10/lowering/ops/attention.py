@@ -82,18 +82,18 @@ def attention_scratch(op: CachedAttention, arena: int, machine: Machine) -> Scra
         return None
 
 
-def lower_attention(op: CachedAttention, low: Lowering, scratch: Area | None = None) -> None:
+def lower_attention(op: CachedAttention, lowering: Lowering, scratch: Area | None = None) -> None:
     """`kv.attention`, with the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
-    area = Area(low.plan.temp, low.plan.temp_bytes)
-    in_sram = low.place(op.q).in_sram and low.place(op.out).in_sram
+    area = Area(lowering.plan.temp, lowering.plan.temp_bytes)
+    in_sram = lowering.place(op.q).in_sram and lowering.place(op.out).in_sram
     if scratch is not None and in_sram and scratch.nbytes > area.nbytes:
         area = scratch
-    blocks, runs = _blocks(op, area.nbytes, low.machine, transfers=not in_sram), _runs(op.kv_heads)
+    blocks, runs = _blocks(op, area.nbytes, lowering.machine, transfers=not in_sram), _runs(op.kv_heads)
     batch, tokens, *_ = tensor_type(op.q).static_shape
     for sequence in range(batch):
         for first, count in spans(tokens, blocks.queries):
             for members in [runs] if blocks.all_heads else [[r] for r in runs]:
-                _Block(op, low, blocks, members, sequence, first, count, area.offset).lower()
+                _Block(op, lowering, blocks, members, sequence, first, count, area.offset).lower()
 
 
 def _blocks(op: CachedAttention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
@@ -119,7 +119,7 @@ class _Block:
     def __init__(
         self,
         op: CachedAttention,
-        low: Lowering,
+        lowering: Lowering,
         blocks: AttentionBlocks,
         runs: Sequence[_Run],
         sequence: int,
@@ -127,9 +127,9 @@ class _Block:
         count: int,
         start: int,
     ) -> None:
-        self.op, self.low, self.runs, self.sequence, self.first, self.count = (
+        self.op, self.lowering, self.runs, self.sequence, self.first, self.count = (
             op,
-            low,
+            lowering,
             runs,
             sequence,
             first,
@@ -165,7 +165,7 @@ class _Block:
 
     def _accumulator_offsets(self) -> Iterator[int]:
         most = max(r.heads for s in self.strips for r in s.runs) * self.count
-        machine = self.low.machine
+        machine = self.lowering.machine
         part = machine.accumulator_bytes // (
             4
             if accumulator_bytes(most, max(self.keys, self.dim), machine) * 4 <= machine.accumulator_bytes
@@ -174,7 +174,7 @@ class _Block:
         return cycle(range(0, part * (machine.accumulator_bytes // part), part))
 
     def lower(self) -> None:
-        emitter = self.low.emitter
+        emitter = self.lowering.emitter
         q, q_strides = self._queries()
         for name, size, value in (
             ("maximum", self.rows, _LOWEST),
@@ -198,7 +198,7 @@ class _Block:
 
     def _place(self, value: Value) -> Place:
         """Where the sequence's part of a tensor lies."""
-        return self.low.place(value).at(self.sequence * self._sequence_bytes(value))
+        return self.lowering.place(value).at(self.sequence * self._sequence_bytes(value))
 
     @staticmethod
     def _sequence_bytes(value: Value) -> int:
@@ -212,7 +212,7 @@ class _Block:
         start = (self.first * self.all_heads + self.first_head) * row
         if place.in_sram:
             return place.offset + start, (self.all_heads * row, row)
-        self.low.load(
+        self.lowering.load(
             place.at(start),
             self.at["q"],
             (1, self.count, self.heads * row),
@@ -235,7 +235,7 @@ class _Block:
                 self.count * strip.heads,
             )
             out = target + (strip.first - self.first_head) * row
-            self.low.emitter.emit(
+            self.lowering.emitter.emit(
                 edge10.VectorOp,
                 function="divide_rows",
                 inputs=(sums, total),
@@ -250,7 +250,7 @@ class _Block:
                 writes=[sram_range(out, (self.count - 1) * outer + strip.heads * row, write=True)],
             )
         if not place.in_sram:
-            self.low.store(
+            self.lowering.store(
                 place.at(start),
                 target,
                 (1, self.count, self.heads * row),
@@ -264,7 +264,7 @@ class _Block:
     # -- the loop
     # -------------------------------------------------------------------------------------------------
     def _loop(self, q: int, q_strides: tuple[int, int]) -> None:
-        outer, pos, size = self.low.emitter, self.low.position(self.sequence), self.keys
+        outer, pos, size = self.lowering.emitter, self.lowering.position(self.sequence), self.keys
         visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
         start = (
             outer.affine([pos], [1], self.first - self.op.window + 1, divisor=size)
@@ -276,7 +276,7 @@ class _Block:
         index, *tokens = block.args
         slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores0"]))
         inner = Tracker(slots, tokens[:2], tokens[2], self._caches(outer))
-        self.low.emitter = body = outer.nested(block, inner)
+        self.lowering.emitter = body = outer.nested(block, inner)
         try:
             first_key = body.affine([index], [size])
             keys = body.affine([visible, first_key], [1, -1], high=size)
@@ -284,7 +284,7 @@ class _Block:
             carried, rest = inner.finish()
             block.append(edge10.Yield(tokens=tuple(body.join(t) for t in (*carried, rest))))
         finally:
-            self.low.emitter = outer
+            self.lowering.emitter = outer
         outer.loop(start, end, block, inner)
 
     def _caches(self, outer: Emitter) -> dict[Space, Value]:
@@ -318,7 +318,7 @@ class _Block:
             lhs = q + (run.first - self.first_head) * q_strides[1]
             target = scores + (run.first - strip.first) * size * 4
             self._product(strip, run, lhs, q_strides, self.at["k"], True, keys, target, size * 4)
-        self.low.emitter.emit(
+        self.lowering.emitter.emit(
             edge10.SoftmaxBlock,
             keys,
             first_key,
@@ -331,7 +331,7 @@ class _Block:
             alpha=alpha,
             rows=rows,
             heads=strip.heads,
-            first_query=self.low.first_token + self.first,
+            first_query=self.lowering.first_token + self.first,
             window=self.op.window,
             sequence=self.sequence,
             scale=self.op.scale,
@@ -367,7 +367,7 @@ class _Block:
                 dim * 4,
             )
         sums, nbytes = self._kept("sum", strip, dim * 4), rows * dim * 4
-        self.low.emitter.emit(
+        self.lowering.emitter.emit(
             edge10.VectorOp,
             function="rescale_add",
             inputs=(sums, alpha, product),
@@ -390,7 +390,7 @@ class _Block:
         q, scales = at[f"{name}_q"], at[f"{name}_scales"]
         self._load_rows(cache, q, self.dim, "eidma", first_key, keys)
         self._load_rows(self._place(op.scales[name == "v"]), scales, 2, "ebdma", first_key, keys)
-        self.low.emitter.emit(
+        self.lowering.emitter.emit(
             edge10.DequantRows,
             keys,
             q=q,
@@ -408,10 +408,10 @@ class _Block:
         self, cache: Place, sram: int, row: int, queue: str, first_key: Value, keys: Value
     ) -> None:
         """The block's rows of `row` bytes of the cache heads in use, each head's at its own plane."""
-        emitter, heads, capacity = self.low.emitter, self.cache_heads, self.capacity
+        emitter, heads, capacity = self.lowering.emitter, self.cache_heads, self.capacity
         by_head = self.op.layout == "HND"
         to_head, to_key = (capacity * row, row) if by_head else (row, heads * row)
-        address = emitter.offset(self.low.address(cache), first_key, to_key)
+        address = emitter.offset(self.lowering.address(cache), first_key, to_key)
         whole = self.groups * self.keys * row
         read = (self.first_group + self.groups) * capacity * row if by_head else capacity * heads * row
         emitter.emit(
@@ -441,11 +441,11 @@ class _Block:
         target_row: int,
     ) -> None:
         """scores = q K^T (`transposed`: the columns are keys) or p V, for one run of a strip's heads."""
-        low, row = self.low, self.dim * 2
+        lowering, row = self.lowering, self.dim * 2
         rhs = cache + (run.group - self.first_group) * self.keys * row
         acc, width = (
             next(self._accumulators),
-            align(self.keys if transposed else self.dim, low.machine.cube.columns) * 4,
+            align(self.keys if transposed else self.dim, lowering.machine.cube.columns) * 4,
         )
         n, k = (edge10.DYNAMIC, self.dim) if transposed else (self.dim, edge10.DYNAMIC)
         acc_bytes = self.count * run.heads * width
@@ -455,7 +455,7 @@ class _Block:
             + (row if transposed else self.keys * 2)
         )
         reads: list[Access] = [sram_range(lhs, lhs_bytes), sram_range(rhs, self.keys * row)]
-        low.emitter.emit(
+        lowering.emitter.emit(
             edge10.Matmul,
             keys,
             lhs=lhs,
@@ -472,7 +472,7 @@ class _Block:
             writes=[acc_range(acc, acc_bytes, write=True)],
         )
         extent = (self.count - 1) * strip.heads * target_row + run.heads * target_row
-        low.emitter.emit(
+        lowering.emitter.emit(
             edge10.Drain,
             *([keys] if transposed else []),
             acc=acc,

@@ -18,7 +18,7 @@ from tyir.types import f16, i8
 __all__ = ["lower_append", "lower_embedding", "lower_quantize_rows", "lower_rows"]
 
 
-def lower_append(op: Append, low: Lowering) -> None:
+def lower_append(op: Append, lowering: Lowering) -> None:
     """`kv.append`: rows [b, s, G, D] (or [b, s, G]) to positions pos.. of each sequence's cache; what lies
     beyond the capacity is dropped.
     """
@@ -27,28 +27,28 @@ def lower_append(op: Append, low: Lowering) -> None:
     row = math.prod(dim) * element_bytes(op.rows)
     for sequence in range(batch):
         source, cache = (
-            low.place(op.rows).at(sequence * tokens * groups * row),
-            low.place(op.cache).at(sequence * groups * capacity * row),
+            lowering.place(op.rows).at(sequence * tokens * groups * row),
+            lowering.place(op.cache).at(sequence * groups * capacity * row),
         )
         if op.layout == "HND":
-            _append(source, cache, sequence, (tokens, groups, capacity, row), low)
+            _append(source, cache, sequence, (tokens, groups, capacity, row), lowering)
         else:  # all heads of a token are one row
-            _append(source, cache, sequence, (tokens, 1, capacity, groups * row), low)
+            _append(source, cache, sequence, (tokens, 1, capacity, groups * row), lowering)
 
 
 def _append(
-    source: Place, cache: Place, sequence: int, sizes: tuple[int, int, int, int], low: Lowering
+    source: Place, cache: Place, sequence: int, sizes: tuple[int, int, int, int], lowering: Lowering
 ) -> None:
     """One sequence: `sizes` are tokens, heads, positions of the cache, and bytes of a row."""
     tokens, groups, capacity, row = sizes
-    emitter, pos = low.emitter, low.position(sequence)
-    for piece in low.pieces(tokens, 0 if source.in_sram else groups * row):
+    emitter, pos = lowering.emitter, lowering.position(sequence)
+    for piece in lowering.pieces(tokens, 0 if source.in_sram else groups * row):
         sram = source.offset + piece.first * groups * row
         if not source.in_sram:
             sram = piece.temp
-            low.load_bytes(source.at(piece.first * groups * row), sram, piece.rows * groups * row)
+            lowering.load_bytes(source.at(piece.first * groups * row), sram, piece.rows * groups * row)
         count = emitter.affine([pos], [-1], capacity - piece.first, high=piece.rows)
-        address = emitter.offset(low.address(cache), emitter.affine([pos], [1], piece.first), row)
+        address = emitter.offset(lowering.address(cache), emitter.affine([pos], [1], piece.first), row)
         emitter.emit(
             edge10.Store,
             address,
@@ -63,12 +63,12 @@ def _append(
         )
 
 
-def lower_quantize_rows(op: QuantizeRows, low: Lowering) -> None:
+def lower_quantize_rows(op: QuantizeRows, lowering: Lowering) -> None:
     """`kv.quantize_rows`: one vector command makes the 8-bit rows and their scales."""
     *outer, dim = tensor_type(op.rows).static_shape
-    parts = [(low.place(v), size) for v, size in ((op.rows, dim * 2), (op.q, dim), (op.scales, 2))]
+    parts = [(lowering.place(v), size) for v, size in ((op.rows, dim * 2), (op.q, dim), (op.scales, 2))]
     spilled = sum(align(size) for place, size in parts if not place.in_sram)
-    for piece in low.pieces(math.prod(outer), spilled):
+    for piece in lowering.pieces(math.prod(outer), spilled):
         offsets, temp = [], piece.temp
         for place, size in parts:
             offsets.append(place.offset + piece.first * size if place.in_sram else temp)
@@ -78,8 +78,8 @@ def lower_quantize_rows(op: QuantizeRows, low: Lowering) -> None:
             for n, (offset, (_, size)) in enumerate(zip(offsets, parts))
         )
         if not parts[0][0].in_sram:
-            low.load_bytes(parts[0][0].at(piece.first * dim * 2), offsets[0], piece.rows * dim * 2)
-        low.emitter.emit(
+            lowering.load_bytes(parts[0][0].at(piece.first * dim * 2), offsets[0], piece.rows * dim * 2)
+        lowering.emitter.emit(
             edge10.VectorOp,
             function="quantize_rows",
             inputs=(offsets[0],),
@@ -93,22 +93,22 @@ def lower_quantize_rows(op: QuantizeRows, low: Lowering) -> None:
         )
         for offset, (place, size) in zip(offsets[1:], parts[1:]):
             if not place.in_sram:
-                low.store_bytes(place.at(piece.first * size), offset, piece.rows * size)
+                lowering.store_bytes(place.at(piece.first * size), offset, piece.rows * size)
 
 
-def lower_rows(op: Rows, low: Lowering) -> None:
+def lower_rows(op: Rows, lowering: Lowering) -> None:
     """`kv.rows`: rows pos.. of a table, for each sequence."""
     batch, tokens, _ = tensor_type(op.out).static_shape
     table_rows = tensor_type(op.table).static_shape[0]
     row = tensor_type(op.table).nbytes // table_rows
-    table = low.place(op.table)
+    table = lowering.place(op.table)
     for sequence in range(batch):
-        target = low.place(op.out).at(sequence * tokens * row)
-        for piece in low.pieces(tokens, 0 if target.in_sram else row):
+        target = lowering.place(op.out).at(sequence * tokens * row)
+        for piece in lowering.pieces(tokens, 0 if target.in_sram else row):
             sram = target.offset + piece.first * row if target.in_sram else piece.temp
-            low.emitter.emit(
+            lowering.emitter.emit(
                 edge10.Gather,
-                low.address(table),
+                lowering.address(table),
                 index="position",
                 first=piece.first,
                 sram=sram,
@@ -120,23 +120,23 @@ def lower_rows(op: Rows, low: Lowering) -> None:
                 writes=[sram_range(sram, piece.rows * row, write=True)],
             )
             if not target.in_sram:
-                low.store_bytes(target.at(piece.first * row), sram, piece.rows * row)
+                lowering.store_bytes(target.at(piece.first * row), sram, piece.rows * row)
 
 
-def lower_embedding(op: Embedding, low: Lowering) -> None:
+def lower_embedding(op: Embedding, lowering: Lowering) -> None:
     """`ty.embedding`: rows by token id; the ids come to SRAM first."""
-    table, source, target = low.place(op.table), low.place(op.ids), low.place(op.out)
+    table, source, target = lowering.place(op.table), lowering.place(op.ids), lowering.place(op.out)
     table_rows = tensor_type(op.table).static_shape[0]
     row = tensor_type(op.table).nbytes // table_rows
     rows = math.prod(tensor_type(op.ids).static_shape)
-    for piece in low.pieces(rows, 0 if target.in_sram else row + 2 * align(4)):
+    for piece in lowering.pieces(rows, 0 if target.in_sram else row + 2 * align(4)):
         ids = source.offset + piece.first * 4 if source.in_sram else piece.temp
         if not source.in_sram:
-            low.load_bytes(source.at(piece.first * 4), ids, piece.rows * 4)
+            lowering.load_bytes(source.at(piece.first * 4), ids, piece.rows * 4)
         sram = target.offset + piece.first * row if target.in_sram else piece.temp + align(piece.rows * 4)
-        low.emitter.emit(
+        lowering.emitter.emit(
             edge10.Gather,
-            low.address(table),
+            lowering.address(table),
             index="ids",
             ids=ids,
             first=op.offset,
@@ -149,4 +149,4 @@ def lower_embedding(op: Embedding, low: Lowering) -> None:
             writes=[sram_range(sram, piece.rows * row, write=True)],
         )
         if not target.in_sram:
-            low.store_bytes(target.at(piece.first * row), sram, piece.rows * row)
+            lowering.store_bytes(target.at(piece.first * row), sram, piece.rows * row)

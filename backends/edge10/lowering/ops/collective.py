@@ -13,8 +13,8 @@ from tyir.ir import Value
 __all__ = ["lower_all_gather", "lower_all_reduce", "lower_recv", "lower_send"]
 
 
-def _addresses(low: Lowering, *places: Place | None) -> list[Value]:
-    return [low.address(p) for p in places if p is not None and not p.in_sram]
+def _addresses(lowering: Lowering, *places: Place | None) -> list[Value]:
+    return [lowering.address(p) for p in places if p is not None and not p.in_sram]
 
 
 def _source(place: Place | None) -> tuple[int, str]:
@@ -22,13 +22,17 @@ def _source(place: Place | None) -> tuple[int, str]:
     return (0, "none") if place is None else (place.offset, place.memory)
 
 
-def lower_all_reduce(op: AllReduce, low: Lowering) -> None:
+def lower_all_reduce(op: AllReduce, lowering: Lowering) -> None:
     """`dist.all_reduce`."""
-    source, target, t = None if op.x is None else low.place(op.x), low.place(op.out), tensor_type(op.out)
+    source, target, t = (
+        None if op.x is None else lowering.place(op.x),
+        lowering.place(op.out),
+        tensor_type(op.out),
+    )
     offset, memory = _source(source)
-    low.emitter.emit(
+    lowering.emitter.emit(
         edge10.AllReduce,
-        *_addresses(low, source, target),
+        *_addresses(lowering, source, target),
         source=offset,
         source_memory=memory,
         destination=target.offset,
@@ -42,17 +46,21 @@ def lower_all_reduce(op: AllReduce, low: Lowering) -> None:
     )
 
 
-def lower_all_gather(op: AllGather, low: Lowering) -> None:
+def lower_all_gather(op: AllGather, lowering: Lowering) -> None:
     """`dist.all_gather`: rows are everything before the axis, the pieces everything from it on."""
-    source, target, t = None if op.x is None else low.place(op.x), low.place(op.out), tensor_type(op.out)
+    source, target, t = (
+        None if op.x is None else lowering.place(op.x),
+        lowering.place(op.out),
+        tensor_type(op.out),
+    )
     shape = t.static_shape
     rows, inner = math.prod(shape[: op.axis]), math.prod(shape[op.axis + 1 :]) * element_bytes(op.out)
     sizes = tuple(s * inner for s in op.sizes)
     offset, memory = _source(source)
-    die = low.die if op.dies is None else op.dies.index(low.die)
-    low.emitter.emit(
+    die = lowering.die if op.dies is None else op.dies.index(lowering.die)
+    lowering.emitter.emit(
         edge10.AllGather,
-        *_addresses(low, source, target),
+        *_addresses(lowering, source, target),
         source=offset,
         source_memory=memory,
         destination=target.offset,
@@ -66,12 +74,12 @@ def lower_all_gather(op: AllGather, low: Lowering) -> None:
     )
 
 
-def lower_send(op: Send, low: Lowering) -> None:
+def lower_send(op: Send, lowering: Lowering) -> None:
     """`dist.send`."""
-    place, nbytes = low.place(op.x), tensor_type(op.x).nbytes
-    low.emitter.emit(
+    place, nbytes = lowering.place(op.x), tensor_type(op.x).nbytes
+    lowering.emitter.emit(
         edge10.Send,
-        *_addresses(low, place),
+        *_addresses(lowering, place),
         source=place.offset,
         source_memory=place.memory,
         nbytes=nbytes,
@@ -81,12 +89,12 @@ def lower_send(op: Send, low: Lowering) -> None:
     )
 
 
-def lower_recv(op: Recv, low: Lowering) -> None:
+def lower_recv(op: Recv, lowering: Lowering) -> None:
     """`dist.recv`."""
-    place, nbytes = low.place(op.out), tensor_type(op.out).nbytes
-    low.emitter.emit(
+    place, nbytes = lowering.place(op.out), tensor_type(op.out).nbytes
+    lowering.emitter.emit(
         edge10.Recv,
-        *_addresses(low, place),
+        *_addresses(lowering, place),
         destination=place.offset,
         destination_memory=place.memory,
         nbytes=nbytes,

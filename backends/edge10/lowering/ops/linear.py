@@ -37,7 +37,7 @@ class _Side:
     zeros: int
 
 
-def lower_linear(op: Linear | QuantizedLinear, low: Lowering, rows: Area | None = None) -> None:
+def lower_linear(op: Linear | QuantizedLinear, lowering: Lowering, rows: Area | None = None) -> None:
     """`ty.linear` and `ty.quantized_linear`; `TyirError` when an operand is not what the matrix units take.
 
     `rows` is room for some rows of an x of very many: the weight is then read once for each time it is
@@ -49,16 +49,18 @@ def lower_linear(op: Linear | QuantizedLinear, low: Lowering, rows: Area | None 
             f"'{op.name}' has operands {', '.join(wrong)}; the matrix units take f16, and 4-bit weights",
             help="cast them to f16 (ty.cast) before lower-edge10",
         )
-    inputs = InputTiles(op.x, low)
+    inputs = InputTiles(op.x, lowering)
     if rows is None or inputs.in_sram:
-        lower_product(op, low, inputs, StoredColumns(op.out, low, low.results_area(inputs.in_sram)))
+        lower_product(
+            op, lowering, inputs, StoredColumns(op.out, lowering, lowering.results_area(inputs.in_sram))
+        )
         return
-    results = StoredColumns(op.out, low, low.results_area(True))
+    results = StoredColumns(op.out, lowering, lowering.results_area(True))
     count = tensor_type(op.x).nbytes // inputs.row
     for first, size in spans(count, rows.nbytes // inputs.row):
-        low.load_bytes(inputs.place.at(first * inputs.row), rows.offset, size * inputs.row)
+        lowering.load_bytes(inputs.place.at(first * inputs.row), rows.offset, size * inputs.row)
         part = InputPart(rows.offset - first * inputs.row, inputs.row, 0)
-        lower_product(op, low, part, results, (first, size))
+        lower_product(op, lowering, part, results, (first, size))
 
 
 def product_scratch(op: Op, arena: int, machine: Machine) -> Scratch | None:
@@ -76,7 +78,7 @@ def product_scratch(op: Op, arena: int, machine: Machine) -> Scratch | None:
 
 def lower_product(
     op: Linear | QuantizedLinear,
-    low: Lowering,
+    lowering: Lowering,
     inputs: InputTiles | InputPart,
     results: Columns,
     part: tuple[int, int] | None = None,
@@ -84,7 +86,7 @@ def lower_product(
     """A whole product, or `part` (first, count) of its rows, its columns handed to `results`."""
     product = Product(
         op,
-        low,
+        lowering,
         inputs,
         results.piece_bytes,
         results.piece_limit,
@@ -103,8 +105,8 @@ def lower_product(
 class InputTiles:
     """Tiles of x in SRAM: where it lies, or loaded piece by piece when it lives in DRAM."""
 
-    def __init__(self, x: Value, low: Lowering) -> None:
-        self.place, self.low = low.place(x), low
+    def __init__(self, x: Value, lowering: Lowering) -> None:
+        self.place, self.lowering = lowering.place(x), lowering
         self.row = tensor_type(x).static_shape[-1] * 2
         self._loaded: dict[int, tuple[int, int]] = {}
         self._count = 0
@@ -121,12 +123,12 @@ class InputTiles:
         for offset, key in self._loaded.items():
             if key == (m0, k0):
                 return offset, k * 2
-        offset = self.low.plan.temp + self._count % 2 * (
-            self.low.plan.temp_bytes // 4 // ALIGNMENT * ALIGNMENT
+        offset = self.lowering.plan.temp + self._count % 2 * (
+            self.lowering.plan.temp_bytes // 4 // ALIGNMENT * ALIGNMENT
         )
         self._count += 1
         self._loaded[offset] = (m0, k0)
-        self.low.load(start, offset, (1, m, k * 2), dram_strides=(0, self.row))
+        self.lowering.load(start, offset, (1, m, k * 2), dram_strides=(0, self.row))
         return offset, k * 2
 
 
@@ -150,23 +152,24 @@ class Product:
     def __init__(
         self,
         op: Linear | QuantizedLinear,
-        low: Lowering,
+        lowering: Lowering,
         inputs: InputTiles | InputPart,
         piece_bytes: int,
         piece_limit: int = 0,
         block: int = 0,
         rows: int | None = None,
     ) -> None:
-        self.op, self.low, self.inputs = op, low, inputs
+        self.op, self.lowering, self.inputs = op, lowering, inputs
         *outer, k = tensor_type(op.x).static_shape
         n = tensor_type(op.out).static_shape[-1]
         group = op.group_size if isinstance(op, QuantizedLinear) else 0
         self.shape = MatmulShape(
             rows or math.prod(outer), n, k, group, inputs.in_sram, piece_bytes, piece_limit, block
         )
-        self.tiles: Tiles = choose_tiles(self.shape, low.machine, low.plan)
-        self.weight = low.place(op.q if isinstance(op, QuantizedLinear) else op.weight)
-        self._side_columns = side_columns(self.shape, low.plan) // self.tiles.n * self.tiles.n
+        self.tiles: Tiles = choose_tiles(self.shape, lowering.machine, lowering.plan)
+        self.weight = lowering.place(op.q if isinstance(op, QuantizedLinear) else op.weight)
+        self._begins_with_half = lowering.begins_with_half(op)
+        self._side_columns = side_columns(self.shape, lowering.plan) // self.tiles.n * self.tiles.n
 
     def columns(
         self,
@@ -182,8 +185,8 @@ class Product:
         """Compute out[m0:, n0:] into SRAM, rows `stride` bytes apart; `part` (first, size) of the sum only,
         without the bias, stored as `element`.
         """
-        self.low.emitter.begin(self.op)
-        acc, acc_stride = next(self.low.accumulators), align(n, self.low.machine.cube.columns) * 4
+        self.lowering.emitter.begin(self.op)
+        acc, acc_stride = next(self.lowering.accumulators), align(n, self.lowering.machine.cube.columns) * 4
         for s0, size in spans(n, self._side_columns):
             side = self._load_side(n0 + s0, size)
             for t0, tile in spans(size, self.tiles.n):
@@ -214,7 +217,7 @@ class Product:
             for r0, rows in spans(m, self._rows_at_once(m)):
                 x, x_stride = self.inputs.tile(m0 + r0, rows, k0, k)
                 sums, extent = acc + r0 * acc_stride, (rows - 1) * acc_stride + n * 4
-                self.low.emitter.emit(
+                self.lowering.emitter.emit(
                     edge10.Matmul,
                     lhs=x,
                     lhs_strides=(x_stride, 0),
@@ -235,35 +238,38 @@ class Product:
                 )
 
     def _rows_at_once(self, m: int) -> int:
-        """All rows, but half of them in the first product with an x that is made in halves."""
-        if self.op.x not in self.low.halved or not self.inputs.in_sram:
+        """All rows, but half of them in the first tile if x is being made in halves."""
+        if not self._begins_with_half:
             return m
-        self.low.halved.discard(self.op.x)
-        return self.low.half_rows(m)
+        self._begins_with_half = False
+        return self.lowering.half_rows(m)
 
     def _load_side(self, n0: int, n: int) -> _Side:
         """Whole rows of scales and zeros (short rows would waste bursts)."""
         if not isinstance(self.op, QuantizedLinear):
             return _Side(0, 0)
         scale_bytes, zero_bytes = n * self.shape.scale_row_bytes, n * self.shape.zero_row_bytes
-        scales = self.low.side.take(align(scale_bytes) + align(zero_bytes))
+        scales = self.lowering.side.take(align(scale_bytes) + align(zero_bytes))
         zeros = scales + align(scale_bytes)
-        self.low.load_bytes(
-            self.low.place(self.op.scales).at(n0 * self.shape.scale_row_bytes),
+        self.lowering.load_bytes(
+            self.lowering.place(self.op.scales).at(n0 * self.shape.scale_row_bytes),
             scales,
             scale_bytes,
             queue="ebdma",
         )
-        self.low.load_bytes(
-            self.low.place(self.op.zeros).at(n0 * self.shape.zero_row_bytes), zeros, zero_bytes, queue="ebdma"
+        self.lowering.load_bytes(
+            self.lowering.place(self.op.zeros).at(n0 * self.shape.zero_row_bytes),
+            zeros,
+            zero_bytes,
+            queue="ebdma",
         )
         return _Side(scales, zeros)
 
     def _load_bias(self, n0: int, n: int) -> int | None:
         if self.op.bias is None:
             return None
-        bias = self.low.side.take(n * 2)
-        self.low.load_bytes(self.low.place(self.op.bias).at(n0 * 2), bias, n * 2, queue="ebdma")
+        bias = self.lowering.side.take(n * 2)
+        self.lowering.load_bytes(self.lowering.place(self.op.bias).at(n0 * 2), bias, n * 2, queue="ebdma")
         return bias
 
     def _load_weight(self, n0: int, n: int, k0: int, k: int, side: _Side) -> int:
@@ -271,15 +277,15 @@ class Product:
 
         `side` is of the tile's rows.
         """
-        low, group = self.low, self.shape.group_size
+        lowering, group = self.lowering, self.shape.group_size
         row = self.shape.weight_row_bytes
         if not group:
-            wide = low.wide.take(n * k * 2)
+            wide = lowering.wide.take(n * k * 2)
             self._load_tile(wide, n0 * row + k0 * 2, n, k * 2, row)
             return wide
-        packed, wide = low.packed.take(n * ((k + 1) // 2)), low.wide.take(n * k * 2)
+        packed, wide = lowering.packed.take(n * ((k + 1) // 2)), lowering.wide.take(n * k * 2)
         self._load_tile(packed, n0 * row + k0 // 2, n, (k + 1) // 2, row)
-        low.emitter.emit(
+        lowering.emitter.emit(
             edge10.Dequant,
             q=packed,
             q_stride=(k + 1) // 2,
@@ -302,7 +308,7 @@ class Product:
         return wide
 
     def _load_tile(self, sram: int, offset: int, rows: int, row_bytes: int, dram_row: int) -> None:
-        self.low.load(
+        self.lowering.load(
             self.weight.at(offset), sram, (1, rows, row_bytes), dram_strides=(0, dram_row), queue="ewdma"
         )
 
@@ -317,7 +323,7 @@ class Product:
         stride: int,
         element: Type,
     ) -> None:
-        self.low.emitter.emit(
+        self.lowering.emitter.emit(
             edge10.Drain,
             acc=acc,
             acc_stride=acc_stride,

@@ -1,0 +1,1 @@
+"""The commands of each kind of op, lowered alone."""
