@@ -16,26 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
-from tyir.types import (
-    FloatType,
-    TensorType,
-    Type,
-    bf16,
-    bit_width,
-    f16,
-    f32,
-    f64,
-    i1,
-    i8,
-    i16,
-    i32,
-    i64,
-    ui8,
-    ui16,
-    ui32,
-    ui64,
-)
+from tyir.types import TensorType, Type, bit_width, scalar_type
 
 __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
 
@@ -45,22 +28,9 @@ TORCH_FILE: Final = "pytorch_model.bin"
 TORCH_INDEX: Final = "pytorch_model.bin.index.json"
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 
+# The element types of safetensors files by their names there.
 ELEMENTS: Final[dict[str, Type]] = {
-    "F64": f64,
-    "F32": f32,
-    "F16": f16,
-    "BF16": bf16,
-    "F8_E4M3": FloatType("f8E4M3FN"),
-    "F8_E5M2": FloatType("f8E5M2"),
-    "I64": i64,
-    "I32": i32,
-    "I16": i16,
-    "I8": i8,
-    "U8": ui8,
-    "U16": ui16,
-    "U32": ui32,
-    "U64": ui64,
-    "BOOL": i1,
+    dtype.safetensors: kind for dtype in DTYPES if (kind := scalar_type(dtype.element)) is not None
 }
 
 

@@ -8,7 +8,6 @@ to rounding: `ty` ops compute in f32 and round once where the graph rounds after
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -30,12 +29,11 @@ from tyir.passes._raise_matching import (
     with_element_of,
 )
 from tyir.passes._raise_rotary import reordered_rope, rope, rope_angles
+from tyir.rewrite import Phase
 from tyir.traits import Elementwise
 from tyir.types import TensorType, f16, f32, storage_dtype
 
-__all__ = ["PHASES", "Phase", "Rule"]
-
-Rule = Callable[[Op], Value | None]
+__all__ = ["PHASES"]
 
 
 # ------------------------------------------------------------------------------------------------- identities
@@ -405,30 +403,18 @@ def _reshaped(root: Op, value: Value, shape: tuple[int, ...]) -> Value:
     return insert(root, new, inner).result
 
 
-def merge_transposes(op: Op) -> Value | None:
-    """transpose(transpose(x)) --> x, or one transpose"""
-    assert isinstance(op, ty.Transpose)
-    if op.perm == tuple(range(len(op.perm))):
-        return op.x
-    inner = made_by(op.x, ty.Transpose)
-    if inner is None:
+def merge(op: Op) -> Value | None:
+    """transpose(transpose(x)), reshape(reshape(x)) --> one of them, or x where they undo each other"""
+    assert isinstance(op, (ty.Transpose, ty.Reshape))
+    if (folded := op.fold()) is not None:
+        return folded[0]
+    merged = op.merged()
+    if merged is None:
         return None
-    perm = tuple(inner.perm[p] for p in op.perm)
-    return (
-        inner.x
-        if perm == tuple(range(len(perm)))
-        else insert(op, ty.Transpose(inner.x, perm=perm), inner).out
-    )
-
-
-def merge_reshapes(op: Op) -> Value | None:
-    """reshape(reshape(x)) --> reshape(x); a reshape to x's own shape --> x"""
-    assert isinstance(op, ty.Reshape)
-    inner = made_by(op.x, ty.Reshape)
-    x = inner.x if inner is not None else op.x
-    if x.type is op.out.type and dims_of(x).count(None) <= 1:
-        return x
-    return None if inner is None else insert(op, ty.Reshape(x, shape=op.shape), inner).out
+    if (folded := merged.fold()) is not None:
+        merged.drop_references()
+        return folded[0]
+    return insert(op, merged, op.x.op).out
 
 
 def slice_of_linear(op: Op) -> Value | None:
@@ -491,8 +477,6 @@ def scale_before_linear(op: Op) -> Value | None:
     ).out
 
 
-Phase = tuple[tuple[type[Op], Rule], ...]
-
 # Each phase is one sweep over a function from its end to its beginning, so that the largest pattern at a
 # place is tried before its parts.
 PHASES: Final[tuple[Phase, ...]] = (
@@ -549,7 +533,7 @@ PHASES: Final[tuple[Phase, ...]] = (
     ),
     # Lines of tokens become sequences again, and what stands between two shapes goes.
     ((ty.Reshape, reshape_before),),
-    ((ty.Reshape, merge_reshapes),),
+    ((ty.Reshape, merge),),
     # Parts of a packed projection become projections of their own, which dies can share out.
     (
         (ty.Slice, slice_of_linear),
@@ -561,5 +545,5 @@ PHASES: Final[tuple[Phase, ...]] = (
     ),
     # Rope and attention work on [b, s, H, D], the graph on [b, H, s, D]: the transposes between them meet and
     # cancel.
-    ((ty.Transpose, merge_transposes), (ty.Reshape, merge_reshapes)),
+    ((ty.Transpose, merge), (ty.Reshape, merge)),
 )

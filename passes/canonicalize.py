@@ -51,20 +51,15 @@ def _replace(op: Op, new: DeclaredOp, inner: Op, rewriter: Rewriter) -> bool:
 @pattern(Reshape)
 def reshape_of_reshape(op: Reshape, rewriter: Rewriter) -> bool:
     """Only the last shape counts."""
-    inner = op.x.op
-    return isinstance(inner, Reshape) and _replace(
-        op, Reshape(inner.x, shape=op.shape, attributes=op.attributes), inner, rewriter
-    )
+    inner, merged = op.x.op, op.merged()
+    return inner is not None and merged is not None and _replace(op, merged, inner, rewriter)
 
 
 @pattern(Transpose)
 def transpose_of_transpose(op: Transpose, rewriter: Rewriter) -> bool:
-    """Permutations compose: out[i] = inner[q[i]] = x[p[q[i]]]."""
-    inner = op.x.op
-    if not isinstance(inner, Transpose):
-        return False
-    perm = tuple(inner.perm[q] for q in op.perm)
-    return _replace(op, Transpose(inner.x, perm=perm, attributes=op.attributes), inner, rewriter)
+    """Permutations compose."""
+    inner, merged = op.x.op, op.merged()
+    return inner is not None and merged is not None and _replace(op, merged, inner, rewriter)
 
 
 @pattern(Slice)

@@ -25,12 +25,12 @@ from typing import ClassVar
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func, ty
 from tyir.dialects.builtin import Module
-from tyir.ir import Block, Op
+from tyir.ir import Op
 from tyir.layers import layer_in, path_of
 from tyir.location import FileLoc, FusedLoc, Location, NameLoc, module_path
-from tyir.passes._raise_rules import PHASES, Phase
+from tyir.passes._raise_rules import PHASES
 from tyir.pipeline import Pass, PassContext, run_at_stage
-from tyir.traits import Pure
+from tyir.rewrite import rewrite_phases
 
 __all__ = ["RaiseAten", "raise_aten"]
 
@@ -46,8 +46,7 @@ class RaiseAten(Pass):
         assert isinstance(op, Module)
         functions = [f for f in op.body if isinstance(f, func.Func) and not f.is_external]
         for function in functions:
-            for phase in PHASES:
-                _sweep(function.body, phase, context.statistics)
+            rewrite_phases(function, PHASES, context.statistics)
         _check(functions)
         _drop_unused_globals(op)
 
@@ -57,23 +56,6 @@ def raise_aten(module: Module, statistics: dict[str, int] | None = None) -> None
     lists the ops that no rule raises.
     """
     run_at_stage(RaiseAten(), module, PassContext(statistics={} if statistics is None else statistics))
-
-
-def _sweep(block: Block, phase: Phase, statistics: dict[str, int]) -> None:
-    """Try the rules of one phase at every op, last op first; ops that die are erased on the way."""
-    for op in reversed(block):
-        if op.has_trait(Pure) and op.is_unused:
-            op.erase()
-            continue
-        for root, rule in phase:
-            if isinstance(op, root) and (value := rule(op)) is not None:
-                if value.type is not op.result.type:
-                    raise AssertionError(
-                        f"rule {rule.__name__} makes {value.type} of {op.result.type} at {op.loc}"
-                    )
-                op.replace_with([value])
-                statistics[rule.__name__] = statistics.get(rule.__name__, 0) + 1
-                break
 
 
 def _drop_unused_globals(module: Module) -> None:

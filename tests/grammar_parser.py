@@ -22,9 +22,9 @@ from tyir.attributes import Attribute, DictAttr
 from tyir.diagnostics import SourceText
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.execution.collector import collector_paused
 from tyir.ir import EMPTY_DICT, Region
 from tyir.parser import Parser
+from tyir.process.collector import collector_paused
 from tyir.registry import op_class, registered_class
 from tyir.text.dense_literal import DenseLiteral, dense_from_literal
 from tyir.text.lexer import unescape

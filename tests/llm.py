@@ -17,6 +17,7 @@ from tyir.attributes import DenseElementsAttr, StringAttr, SymbolRefAttr
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
+from tyir.execution.weights import TensorReference
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op, Value
 from tyir.layers import place
@@ -44,7 +45,7 @@ class Shape:
 class ArrayWeights(dict[str, Array]):
     """A `WeightSource` over arrays by symbol name."""
 
-    def read(self, ref: ty.Global) -> Array:
+    def read(self, ref: TensorReference) -> Array:
         return self[str(ref.sym_name)]
 
 

@@ -139,6 +139,168 @@ def _refused(path: str, package: str, item: Import) -> str:
     return f"{package} may import the standard library and {', '.join(sorted(THIRD_PARTY[package]))}"
 
 
+# ------------------------------------------------------------------------------------- the rooms of the core
+
+# Modules of `tyir` from the bottom up: each may import its own level and those below.  What is named by the
+# longest prefix counts; what is in no level (other dialects, the chip, its machines) may import all of it and
+# is imported by none.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "the IR": (
+        "attribute",
+        "attributes",
+        "diagnostics",
+        "dtypes",
+        "ir",
+        "layers",
+        "location",
+        "manifest",
+        "opdef",
+        "process",
+        "registry",
+        "sharding",
+        "traits",
+        "types",
+    ),
+    "modules and functions": ("dialects.builtin", "dialects.func", "stages"),
+    "text": ("text", "parser", "printer"),
+    "checking, rewriting, passes": ("checking", "pass_manager", "pipeline", "rewrite", "verify"),
+    "execution": ("execution", "interpreter"),
+}
+
+# Imports inside functions, and those for annotations alone that point upwards: importing module -> imported.
+PERMITTED: dict[tuple[str, str], str] = {
+    ("attribute", "text.attribute_printer"): "an attribute prints itself",
+    ("ir", "printer"): "an op prints itself",
+    ("registry", "dialects"): "a dialect is found in the package's folder, when first asked for",
+    ("pass_manager.registry", "pipeline"): "what a pass is, in a file of passes",
+    ("pipeline", "execution.weights"): "an annotation: a pass may be given weights",
+}
+
+
+def level_of(module: str) -> int | None:
+    """The level of a module of the core (`text.lexer`); None for what is in none."""
+    found = {
+        prefix: number
+        for number, prefixes in enumerate(LEVELS.values())
+        for prefix in prefixes
+        if f"{module}.".startswith(f"{prefix}.")
+    }
+    return found[max(found, key=len)] if found else None
+
+
+def core_violations(path: str, source: str) -> list[str]:
+    """What a file of `tyir` imports against the levels, one message each."""
+    importer = path.removeprefix("tyir/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    level, names = level_of(importer), list(LEVELS)
+    found = []
+    for item in imports(ast.parse(source)):
+        if item.package != "tyir" or path == "tyir/__init__.py":
+            continue
+        imported = item.module.removeprefix("tyir").removeprefix(".")
+        if any(importer == a and f"{imported}.".startswith(f"{b}.") for a, b in PERMITTED):
+            continue
+        target = level_of(imported)
+        if item.lazy:
+            found.append(f"{path}:{item.line}: imports {item.module} inside a function")
+        elif level is not None and (target is None or target > level):
+            above = names[target] if target is not None else "what the core does not know"
+            found.append(f"{path}:{item.line}: {names[level]} imports {item.module}, which is {above}")
+    return found
+
+
+def test_the_core_is_in_levels() -> None:
+    found = []
+    for file in sorted((ROOT / "tyir").rglob("*.py")):
+        found += core_violations(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8"))
+    assert not found, "\n".join(["imports against the levels in tests/test_layering.py:", *found])
+
+
+def test_every_module_of_the_core_has_its_level() -> None:
+    """Only these are outside: whoever adds a module says where it belongs."""
+    outside = {"dialects", "edge10", "targets"}
+    files = [f.relative_to(ROOT / "tyir") for f in (ROOT / "tyir").rglob("*.py") if f.name != "__init__.py"]
+    modules = [f.with_suffix("").as_posix().replace("/", ".") for f in files]
+    unknown = [m for m in modules if level_of(m) is None and m.partition(".")[0] not in outside]
+    assert not unknown, unknown
+
+
+def test_what_is_permitted_is_done() -> None:
+    for importer, imported in PERMITTED:
+        source = (ROOT / "tyir" / f"{importer.replace('.', '/')}.py").read_text(encoding="utf-8")
+        found = [item.module for item in imports(ast.parse(source)) if item.lazy or item.typing_only]
+        assert any(f"{m}.".startswith(f"tyir.{imported}.") for m in found), (importer, imported)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("tyir/ir.py", "from tyir.text import lexer"),
+        ("tyir/ir.py", "def f():\n    from tyir.text.lexer import Scanner"),
+        ("tyir/ir.py", "from tyir.dialects.builtin import Module"),
+        ("tyir/text/a.py", "from tyir.verify import verify"),
+        ("tyir/rewrite.py", "from tyir.dialects.ty import Constant"),
+        ("tyir/rewrite.py", "from tyir.dialects import func, ty"),
+        ("tyir/checking/a.py", "if TYPE_CHECKING:\n    from tyir.interpreter import Interpreter"),
+        ("tyir/interpreter.py", "from tyir.dialects.dist import Send"),
+        ("tyir/execution/a.py", "import tyir.targets.machine"),
+        ("tyir/execution/a.py", "from tyir.edge10.binary import encode"),
+        ("tyir/dialects/kv.py", "def f():\n    from tyir.ir import Op"),
+    ],
+)
+def test_the_levels_refuse(path: str, source: str) -> None:
+    assert core_violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("tyir/ir.py", "def __str__(self):\n    from tyir.printer import print_op"),
+        ("tyir/text/a.py", "from tyir.dialects.func import Func\nfrom tyir.ir import Op"),
+        ("tyir/checking/a.py", "from tyir.dialects import builtin, func"),
+        ("tyir/dialects/dist.py", "from tyir.execution import lockstep\nfrom tyir.dialects import ty"),
+        ("tyir/edge10/a.py", "from tyir.parser import parse_module\nfrom tyir.targets import machine"),
+    ],
+)
+def test_the_levels_allow(path: str, source: str) -> None:
+    assert core_violations(path, source) == []
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+MOST_FILES = 20
+MORE_FILES = {"passes": "a file for each pass"}
+
+
+def test_folders_can_be_looked_through() -> None:
+    for package in PACKAGES:
+        for folder in [ROOT / package, *(p for p in (ROOT / package).rglob("*") if p.is_dir())]:
+            name = folder.relative_to(ROOT).as_posix()
+            count = len([f for f in folder.glob("*.py") if f.name != "__init__.py"])
+            assert count <= MOST_FILES or name in MORE_FILES, f"{name} holds {count} files"
+
+
+LEAF, ITS_TOOLS = "tyir.runtime_sim.gpu", ("runtime_sim/gpu/", "tools/gpu/", "tools/silicon/")
+
+
+def leaf_violations(path: str, source: str) -> list[str]:
+    """Where a file outside of the GPU's own imports its models."""
+    return [
+        f"{path}:{item.line}: imports {item.module}"
+        for item in imports(ast.parse(source))
+        if f"{item.module}.".startswith(f"{LEAF}.") and not path.startswith(ITS_TOOLS)
+    ]
+
+
+def test_the_models_of_gpus_are_a_leaf() -> None:
+    found = []
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            found += leaf_violations(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8"))
+    assert not found, "\n".join(found)
+    assert leaf_violations("runtime_sim/timing/a.py", "def f():\n    from tyir.runtime_sim import gpu")
+    assert leaf_violations("tools/gpu/a.py", "from tyir.runtime_sim.gpu import steps") == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_follow_the_table(package: str) -> None:
     found = []

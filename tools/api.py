@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.manifest import BuildOptions, settled
-from tyir.pass_manager.stopwatch import Stopwatch
+from tyir.process.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin

@@ -23,7 +23,7 @@ __all__ = ["main", "numbers"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
-    from tyir.pass_manager.stopwatch import Stopwatch
+    from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
     options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}

@@ -100,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
     if options.output != "-":
         _check_output(Path(options.output))
     from tyir.frontends.huggingface import import_model
+    from tyir.manifest import BuildOptions
     from tyir.printer import print_op
 
     plugin = None
@@ -113,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
         note=lambda d: warn(d.message),
         check_weights=options.check_weights,
         plugin=plugin,
-        positions=options.max_kv,
+        positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
     )
     if options.explain:
         from tyir.tools.explain import explain

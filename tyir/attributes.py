@@ -1,26 +1,17 @@
-"""Attributes: the immutable, uniqued values that ops carry.
-
-Every attribute (types included, `tyir.types`) is *uniqued*: two attributes that print alike are the same
-Python object, so equality is identity and hashing costs nothing.  That is what lets CSE key on tuples of
-attributes and lets thousands of ops share one property dictionary.  As in an MLIR context, uniqued attributes
-live as long as the process.
-
-The text form of each class is written in `tyir.printer` and read in `tyir.parser`.
-"""
+"""Attributes: the immutable, uniqued values that ops carry (`tyir.attribute` says what that means)."""
 
 from __future__ import annotations
 
 import math
 import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Final, cast, final
+from typing import Any, Final, cast, final
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from tyir.types import FloatType, IntegerType, Type
+from tyir.attribute import Attribute
+from tyir.types import FloatType, IndexType, IntegerType, TensorType, Type, from_dtype, i64, storage_dtype
 
 __all__ = [
     "AffineAttr",
@@ -38,76 +29,6 @@ __all__ = [
     "SymbolRefAttr",
     "UnitAttr",
 ]
-
-
-class _Uniqued(type):
-    """Metaclass that returns the existing instance for equal constructor arguments."""
-
-    _by_args: dict[Any, Any]
-    _by_key: dict[Any, Any]
-    _slot_values: Any
-
-    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> None:
-        super().__init__(name, bases, namespace)
-        cls._by_args = {}
-        cls._by_key = {}
-        slots = [slot for slot in namespace.get("__slots__", ()) if slot != "__weakref__"]
-        cls._slot_values = staticmethod(attrgetter(*slots)) if slots else None
-
-    if not TYPE_CHECKING:  # a typed metaclass __call__ would hide the constructors from type checkers
-
-        def __call__(cls, *args, **kwargs):
-            if kwargs or not cls._args_are_key:
-                new = super().__call__(*args, **kwargs)
-                return cls._by_key.setdefault(new._key(), new)
-            try:
-                found = cls._by_args.get(args)
-            except TypeError:  # a list among the arguments
-                return cls._by_key.setdefault((new := super().__call__(*args))._key(), new)
-            if found is None:
-                new = super().__call__(*args)
-                found = cls._by_args[args] = cls._by_key.setdefault(new._key(), new)
-            return found
-
-
-class Attribute(metaclass=_Uniqued):
-    """Base of everything that can stand as the value of a property or attribute."""
-
-    __slots__ = ("__weakref__",)
-    # Constructor arguments may be used as a look-up key (False where 0.0 and -0.0, or 1 and True, must
-    # differ).
-    _args_are_key: ClassVar[bool] = True
-
-    def _key(self) -> Any:
-        values = type(self)._slot_values
-        return None if values is None else values(self)
-
-    def __str__(self) -> str:
-        from tyir.printer import attribute_text
-
-        return attribute_text(self)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self}>"
-
-    def __reduce__(self) -> Any:
-        slots = [slot for slot in type(self).__slots__ if slot != "__weakref__"]
-        return _unique, (type(self), {slot: getattr(self, slot) for slot in slots})
-
-    def __copy__(self) -> Attribute:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Attribute:
-        return self
-
-
-def _unique(cls: type[Attribute], values: dict[str, Any]) -> Attribute:
-    """The attribute of these slots: the existing one, as when it is constructed."""
-    new = object.__new__(cls)
-    for slot, value in values.items():
-        object.__setattr__(new, slot, value)
-    found: Attribute = cls._by_key.setdefault(new._key(), new)
-    return found
 
 
 @final
@@ -139,8 +60,6 @@ class IntegerAttr(Attribute):
     _args_are_key = False
 
     def __init__(self, value: int, type: Type) -> None:
-        from tyir.types import IndexType, IntegerType
-
         if isinstance(type, IntegerType):
             value = type.wrap(int(value))
         elif not isinstance(type, IndexType):
@@ -277,8 +196,6 @@ class DenseArrayAttr(Attribute):
     _args_are_key = False
 
     def __init__(self, element: IntegerType | FloatType, values: Iterable[int | float]) -> None:
-        from tyir.types import FloatType
-
         numbers: tuple[int | float, ...]
         if isinstance(element, FloatType):
             numbers = tuple(element.round(float(v)) for v in values)
@@ -288,8 +205,6 @@ class DenseArrayAttr(Attribute):
         self.values: Final = numbers
 
     def _key(self) -> Any:
-        from tyir.types import FloatType
-
         if isinstance(self.element, FloatType):
             return (self.element, struct.pack(f"<{len(self.values)}d", *self.values))
         return (self.element, self.values)
@@ -302,8 +217,6 @@ class DenseArrayAttr(Attribute):
 
     @staticmethod
     def i64(values: Iterable[int]) -> DenseArrayAttr:
-        from tyir.types import i64
-
         return DenseArrayAttr(i64, values)
 
     def ints(self) -> tuple[int, ...]:
@@ -327,8 +240,6 @@ class DenseElementsAttr(Attribute):
     @staticmethod
     def from_numpy(array: npt.NDArray[Any]) -> DenseElementsAttr:
         """The constant whose type is `array`'s shape and dtype."""
-        from tyir.types import TensorType, from_dtype
-
         array = np.asarray(array)
         return DenseElementsAttr(
             np.ascontiguousarray(array).tobytes(), TensorType(array.shape, from_dtype(array.dtype))
@@ -336,8 +247,6 @@ class DenseElementsAttr(Attribute):
 
     @property
     def is_splat(self) -> bool:
-        from tyir.types import TensorType, storage_dtype
-
         assert isinstance(self.type, TensorType)
         itemsize = storage_dtype(self.type.element).itemsize
         return len(self.data) == itemsize and math.prod(self.type.static_shape) != 1
@@ -346,8 +255,6 @@ class DenseElementsAttr(Attribute):
         """The elements, broadcast when a splat; dtype is the element type's storage dtype
         (`tyir.types.storage_dtype`).
         """
-        from tyir.types import TensorType, storage_dtype
-
         assert isinstance(self.type, TensorType)
         flat = np.frombuffer(self.data, storage_dtype(self.type.element))
         shape = self.type.static_shape

@@ -9,21 +9,20 @@ business: the reference evaluator calls the op's own `evaluate`; the runtime's c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from tyir.attributes import SymbolRefAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects import func
 from tyir.dialects.builtin import Module
-from tyir.dialects.dist import AllGather, AllReduce, Recv, Send
-from tyir.dialects.ty import GetGlobal, Global, Param
 from tyir.execution import lockstep
-from tyir.execution.weights import WeightSource
+from tyir.execution.weights import TensorReference, WeightSource
 from tyir.ir import Block, Op, Value
 from tyir.opdef import DeclaredOp
-from tyir.traits import Collective, Terminator
+from tyir.traits import Collective, ComputedTensor, StoredTensor, Terminator, WeightReference
 
 __all__ = [
     "Evaluator",
@@ -60,16 +59,16 @@ def evaluate_op(op: Op, operands: Sequence[Array]) -> Array | tuple[Array, ...]:
 def lookup_symbol(start: Op, name: str) -> Op | None:
     """The symbol `name` in the modules around `start`, innermost first.
 
-    From inside a `ty.param`'s initializer only the checkpoint's tensors are seen, so that a parameter may
-    bear the name of the tensor it is made of.
+    From inside the region of a computed tensor only the checkpoint's tensors are seen, so that a parameter
+    may bear the name of the tensor it is made of.
     """
     current: Op | None = start
     in_initializer = False
     while current is not None:
-        in_initializer = in_initializer or isinstance(current, Param)
+        in_initializer = in_initializer or current.has_trait(ComputedTensor)
         if isinstance(current, Module):
             for op in current.body:
-                if op.sym_name == name and (isinstance(op, Global) or not in_initializer):
+                if op.sym_name == name and (op.has_trait(StoredTensor) or not in_initializer):
                     return op
         current = current.parent_op
     return None
@@ -130,7 +129,7 @@ class Interpreter:
                 results = received if op.results else ()
             elif isinstance(op, func.Call):
                 results = yield from self._run_block(self._callee(op, stack), operands, (*stack, op))
-            elif isinstance(op, GetGlobal):
+            elif op.has_trait(WeightReference):
                 results = self.read_symbol(op)
             else:
                 results = self.evaluator(op, operands)
@@ -151,23 +150,23 @@ class Interpreter:
             raise TyirError(f"@{function.sym_name} calls itself, which never ends", where=str(call.loc))
         return function.body
 
-    def read_symbol(self, op: GetGlobal) -> Array:
-        """The array a `ty.get_global` refers to: a given constant, a checkpoint tensor, or an evaluated
+    def read_symbol(self, op: Op) -> Array:
+        """The array a weight reference means: a given constant, a tensor of the checkpoint, or an evaluated
         initializer.
         """
-        name = op.symbol.leaf
+        symbol = op.properties["symbol"]
+        assert isinstance(symbol, SymbolRefAttr)
+        name = symbol.leaf
         if name in self.constants:
             return self.constants[name]
         target = lookup_symbol(op, name)
-        if isinstance(target, Param):
+        if target is not None and target.has_trait(ComputedTensor):
             return evaluate_param(target, self.weights)
-        if not isinstance(target, Global):
-            raise TyirError(
-                f"'ty.get_global' refers to @{name}, which is not a ty.global or ty.param in scope"
-            )
+        if target is None or not target.has_trait(StoredTensor):
+            raise TyirError(f"'{op.name}' refers to @{name}, which is not a weight in scope")
         if self.weights is None:
             raise TyirError(f"weight @{name} is needed but no checkpoint was given")
-        return self.weights.read(target)
+        return self.weights.read(cast("TensorReference", target))
 
 
 def _last_uses(block: Block) -> dict[Op, list[Value]]:
@@ -182,8 +181,8 @@ def _last_uses(block: Block) -> dict[Op, list[Value]]:
     return last
 
 
-def evaluate_param(param: Param, weights: WeightSource | None) -> Array:
-    """The tensor of a `ty.param`: its initializer, evaluated."""
+def evaluate_param(param: Op, weights: WeightSource | None) -> Array:
+    """The tensor that a symbol's region computes."""
     interpreter = Interpreter(Module.empty(), weights)
     runner = interpreter._run_block(param.body, (), ())
     try:
@@ -196,14 +195,10 @@ def evaluate_param(param: Param, weights: WeightSource | None) -> Array:
 
 def _request(op: Op, operand: Array | None) -> lockstep.Request:
     """What a collective asks of the other dies."""
-    if isinstance(op, (AllReduce, AllGather)):
-        return lockstep.Meet(op.name, op.dies or (), operand, op.combine, op.name)
-    if isinstance(op, Send):
-        assert operand is not None
-        return lockstep.Send(op.targets, op.tag, operand, op.name)
-    if isinstance(op, Recv):
-        return lockstep.Recv(op.source, op.tag, op.name)
-    raise TyirError(f"'{op.name}' cannot be executed", help="run localize-dies first")
+    request: Callable[[Array | None], lockstep.Request] | None = getattr(op, "request", None)
+    if request is None:
+        raise TyirError(f"'{op.name}' cannot be executed", help="run localize-dies first")
+    return request(operand)
 
 
 def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:

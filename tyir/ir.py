@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from tyir.attributes import Attribute, DictAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.execution.collector import collector_paused
 from tyir.location import UNKNOWN, Location
+from tyir.process.collector import collector_paused
 from tyir.types import Type
 
 if TYPE_CHECKING:

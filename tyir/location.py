@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, final
 
-from tyir.attributes import Attribute
+from tyir.attribute import Attribute
 
 __all__ = [
     "UNKNOWN",

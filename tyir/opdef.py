@@ -513,6 +513,11 @@ class DeclaredOp(_Declaration):
         """
         return None
 
+    @classmethod
+    def materialize(cls, value: Attribute) -> DeclaredOp | None:
+        """The op of this class whose result is `value`, a folder's; None when there is none."""
+        return None
+
     def check_declaration(self) -> Iterator[Diagnostic | str]:
         """Counts and kinds against the declaration, inferred result types against the actual ones."""
         cls = type(self)

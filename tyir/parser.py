@@ -16,9 +16,9 @@ from typing import Final
 
 from tyir.diagnostics import SourceText
 from tyir.dialects.builtin import Module
-from tyir.execution.collector import collector_paused
 from tyir.ir import EMPTY_DICT, Block, Op, Region
 from tyir.location import UNKNOWN
+from tyir.process.collector import collector_paused
 from tyir.registry import op_class
 from tyir.text.parser_state import Header
 from tyir.text.resource_parser import parse_metadata

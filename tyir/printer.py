@@ -16,10 +16,10 @@ from typing import Any, Final
 from tyir.attributes import ArrayAttr, Attribute, DenseResourceAttr, DictAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.execution.collector import collector_paused
 from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
 from tyir.location import UNKNOWN
 from tyir.opdef import DeclaredOp
+from tyir.process.collector import collector_paused
 from tyir.text.attribute_printer import ELIDED, AttributeText, attribute_text, symbol_text
 from tyir.text.pretty import (
     SHORT_NAMES,

@@ -18,19 +18,30 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from tyir.attributes import Attribute, DenseElementsAttr
+from tyir.attributes import Attribute
 from tyir.checking.dominance import unreachable_blocks
 from tyir.checking.in_place import Overwrites
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.dialects.ty import Constant
 from tyir.ir import Block, Op, Value
 from tyir.layers import carry
 from tyir.location import UNKNOWN, fuse
 from tyir.opdef import DeclaredOp
 from tyir.printer import op_excerpt
-from tyir.traits import IsolatedFromAbove, Pure
+from tyir.registry import dialect_ops
+from tyir.traits import ConstantLike, IsolatedFromAbove, Pure
 
-__all__ = ["Listener", "Pattern", "Rewriter", "erase_all", "pattern", "rewrite_greedily"]
+__all__ = [
+    "Listener",
+    "Pattern",
+    "Phase",
+    "Rewriter",
+    "Rule",
+    "blocks_below",
+    "erase_all",
+    "pattern",
+    "rewrite_greedily",
+    "rewrite_phases",
+]
 
 _OpT = TypeVar("_OpT", bound=Op)
 _REWRITES_PER_OP: Final = 50  # more than this on average is a pair of patterns that undo each other
@@ -274,10 +285,14 @@ def _fold(op: Op, rewriter: Rewriter) -> bool:
 
 
 def _materialize(attribute: Attribute, op: Op, rewriter: Rewriter) -> Value:
-    """A constant op for a folded attribute."""
-    if not isinstance(attribute, DenseElementsAttr):
-        raise TypeError(f"{op.name}.fold() gives {attribute}; only dense constants can be materialised")
-    return rewriter.insert(Constant(value=attribute), before=op).out
+    """A constant op for a folded attribute: of the kind that `op` reads, or of its dialect."""
+    makers = [type(value.op) for value in op.operands if value.op is not None]
+    for cls in (*makers, *dialect_ops(op.dialect).values()):
+        if ConstantLike in cls.traits and issubclass(cls, DeclaredOp):
+            constant = cls.materialize(attribute)
+            if constant is not None:
+                return rewriter.insert(constant, before=op).results[0]
+    raise TypeError(f"{op.name}.fold() gives {attribute}, of which no constant can be made")
 
 
 def _diverged(op: Op, applied: Counter[str]) -> None:
@@ -289,6 +304,42 @@ def _diverged(op: Op, applied: Counter[str]) -> None:
             help="two of these patterns undo each other",
         )
     )
+
+
+# ------------------------------------------------------------------------------------------ phases of rules
+
+Rule = Callable[[Op], Value | None]
+Phase = tuple[tuple[type[Op], Rule], ...]
+
+
+def rewrite_phases(function: Op, phases: Iterable[Phase], statistics: dict[str, int]) -> None:
+    """Rewrite a function by rules, phase by phase: for one dialect turned into another, where the largest
+    pattern at a place must be tried before its parts and every op is met once.
+
+    A rule takes the op at the root of its pattern and returns the value that replaces the op's result, or
+    None when the pattern is not there.  It inserts new ops before the root and erases nothing: what the
+    pattern consumed is dead afterwards and erased here.  Each phase is one sweep from the end of the function
+    to its beginning, which visits no op that the phase has made.  `statistics` counts the uses of each rule.
+    """
+    blocks = [block for region in function.regions for block in region.blocks]
+    for phase in phases:
+        for block in reversed(blocks):
+            for op in reversed(block):
+                if op.has_trait(Pure) and op.is_unused:
+                    op.erase()
+                else:
+                    _apply_rules(op, phase, statistics)
+
+
+def _apply_rules(op: Op, phase: Phase, statistics: dict[str, int]) -> None:
+    for root, rule in phase:
+        if isinstance(op, root) and (value := rule(op)) is not None:
+            name = getattr(rule, "__name__", "rule")
+            if value.type is not op.result.type:
+                raise AssertionError(f"rule {name} makes {value.type} of {op.result.type} at {op.loc}")
+            op.replace_with([value])
+            statistics[name] = statistics.get(name, 0) + 1
+            return
 
 
 def erase_all(ops: Iterable[Op]) -> None:

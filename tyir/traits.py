@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "Collective",
     "Commutative",
+    "ComputedTensor",
     "ConstantLike",
     "Elementwise",
     "Gated",
@@ -15,10 +16,13 @@ __all__ = [
     "IsolatedFromAbove",
     "NoTerminator",
     "Pure",
+    "StoredTensor",
     "Symbol",
     "SymbolTable",
+    "SymbolUser",
     "Terminator",
     "Trait",
+    "WeightReference",
 ]
 
 
@@ -31,7 +35,22 @@ class Pure(Trait):
 
 
 class ConstantLike(Trait):
-    """No operands; the result depends on properties alone (constants, weight references)."""
+    """No operands; the result depends on properties alone (constants, weight references).
+
+    A class whose `materialize` makes an op of an attribute makes the constants that folders ask for.
+    """
+
+
+class WeightReference(Trait):
+    """Its result is the tensor of the symbol that the property `symbol` names."""
+
+
+class StoredTensor(Trait):
+    """A symbol that is a tensor of a file (`tyir.execution.weights.TensorReference` says how)."""
+
+
+class ComputedTensor(Trait):
+    """A symbol that is the tensor its region computes, from symbols that are stored tensors only."""
 
 
 class Commutative(Trait):
@@ -64,6 +83,12 @@ class Symbol(Trait):
     """Defines the symbol named by the property `sym_name`."""
 
 
+class SymbolUser(Trait):
+    """Refers to symbols; its `verify_symbols(tables)` says what is wrong with them (`SymbolTables` of
+    `tyir.checking.symbols` knows them).
+    """
+
+
 class SymbolTable(Trait):
     """Its region holds symbols, unique by name."""
 
@@ -73,4 +98,8 @@ class InPlace(Trait):
 
 
 class Collective(Trait):
-    """Executed by all dies of the mesh together; never reordered against another collective."""
+    """Executed by all dies of the mesh together; never reordered against another collective.
+
+    What the interpreter may run has a method `request(operand)`: what it asks of the other dies
+    (`tyir.execution.lockstep`).
+    """

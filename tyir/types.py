@@ -11,14 +11,16 @@ numpy has no bf16, no fp8 and no 4-bit integers.  At run time an `ui4`/`i4` tens
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterable
-from typing import Any, Final, Literal, final
+from typing import Any, Final, Literal, cast, final
 
 import numpy as np
 import numpy.typing as npt
 
-from tyir.attributes import Attribute
+from tyir.attribute import Attribute
+from tyir.dtypes import by_element
 
 __all__ = [
     "ComplexType",
@@ -44,12 +46,14 @@ __all__ = [
     "i32",
     "i64",
     "index",
+    "scalar_type",
     "storage_dtype",
     "ui4",
     "ui8",
 ]
 
 Signedness = Literal["", "s", "u"]
+MAX_WIDTH: Final = 1 << 24  # integers have fewer bits, as in MLIR
 
 
 class Type(Attribute):
@@ -65,7 +69,7 @@ class IntegerType(Type):
     __slots__ = ("signedness", "width")
 
     def __init__(self, width: int, signedness: Signedness = "") -> None:
-        if not 0 < width < 1 << 24:
+        if not 0 < width < MAX_WIDTH:
             raise ValueError(f"integer width {width} is not in 1..16777215")
         self.width: Final = width
         self.signedness: Final[Signedness] = signedness
@@ -274,15 +278,22 @@ def bit_width(element: Type) -> int:
     raise TypeError(f"{element} has no bit width")
 
 
-_FLOAT_DTYPES: Final[dict[str, npt.DTypeLike]] = {
-    "f16": np.float16,
-    "f32": np.float32,
-    "f64": np.float64,
-    "bf16": np.uint16,
-    "f8E4M3FN": np.uint8,
-    "f8E5M2": np.uint8,
-    "tf32": np.float32,
-}
+_SCALAR: Final = re.compile(r"([su]?)i([1-9][0-9]{0,7})")
+
+
+def scalar_type(name: str) -> Type | None:
+    """`f16`, `ui8`, `index`: the scalar type of a name; None when there is none."""
+    if name in _FLOAT_WIDTHS:
+        return FloatType(name)
+    if name == "index":
+        return index
+    match = _SCALAR.fullmatch(name)
+    if match is None or int(match[2]) >= MAX_WIDTH:
+        return None
+    return IntegerType(int(match[2]), cast("Signedness", match[1]))
+
+
+_STORAGE: Final = {name: dtype.storage for name, dtype in by_element.items()}
 
 
 def storage_dtype(element: Type) -> np.dtype[Any]:
@@ -290,7 +301,7 @@ def storage_dtype(element: Type) -> np.dtype[Any]:
     byte.
     """
     if isinstance(element, FloatType):
-        return np.dtype(_FLOAT_DTYPES[element.name])
+        return _STORAGE[element.name] if element.name in _STORAGE else np.dtype(np.float32)  # tf32
     if isinstance(element, IndexType):
         return np.dtype(np.int64)
     if isinstance(element, IntegerType):

@@ -24,8 +24,8 @@ from tyir.checking.dominance import DominanceTree
 from tyir.checking.rules import (
     check_call,
     check_function,
-    check_get_global,
     check_in_place,
+    check_references,
     check_symbols,
 )
 from tyir.checking.symbols import SymbolTables
@@ -35,7 +35,7 @@ from tyir.location import CallSiteLoc, FileLoc, FusedLoc, Location, NameLoc
 from tyir.opdef import DeclaredOp
 from tyir.printer import op_excerpt
 from tyir.stages import check_stage
-from tyir.traits import InPlace, IsolatedFromAbove, NoTerminator, Pure, SymbolTable, Terminator
+from tyir.traits import InPlace, IsolatedFromAbove, NoTerminator, Pure, SymbolTable, SymbolUser, Terminator
 
 __all__ = ["location_text", "verify"]
 
@@ -261,6 +261,8 @@ class _Verifier:
         )
         if facts.rule is None and declared and InPlace in traits:
             facts.rule = check_in_place
+        elif facts.rule is None and declared and SymbolUser in traits:
+            facts.rule = check_references
         return facts
 
     def _declaration(self, op: Op, facts: _Facts) -> None:
@@ -291,7 +293,6 @@ def _faulty_declaration(op: Op, error: Exception) -> Diagnostic:
 _RULES: Final[dict[str, Callable[[Any, SymbolTables], Iterator[str]]]] = {
     "func.call": check_call,
     "func.func": check_function,
-    "ty.get_global": check_get_global,
 }
 
 

@@ -50,10 +50,10 @@ from tyir.manifest import (
     recorded,
     settled,
 )
-from tyir.pass_manager.stopwatch import Stopwatch
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
+from tyir.process.stopwatch import Stopwatch
 from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
 from tyir.types import i64

@@ -24,25 +24,16 @@ from tqdm import tqdm
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import GetGlobal, Global, Param, Yield
+from tyir.dtypes import by_element
 from tyir.execution.storage import pack, packed_shape
 from tyir.execution.weights import WeightSource
 from tyir.interpreter import evaluate_op, lookup_symbol
 from tyir.ir import Op, Value
-from tyir.types import FloatType, storage_dtype
+from tyir.types import FloatType, Type, from_dtype, storage_dtype
 
 __all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
 
 Array = npt.NDArray[Any]
-_DTYPES: Final = {
-    "float16": "F16",
-    "float32": "F32",
-    "uint8": "U8",
-    "int8": "I8",
-    "int32": "I32",
-    "int64": "I64",
-    "bool": "BOOL",
-    "uint16": "BF16",
-}
 _ALIGNMENT: Final = 64  # the data starts on a cache line
 
 
@@ -67,7 +58,7 @@ class ParamsFile:
         for param in params:
             nbytes = param.type.nbytes
             header[str(param.sym_name)] = {
-                "dtype": _DTYPES[storage_dtype(param.type.element).name],
+                "dtype": _dtype_name(param.type.element),
                 "shape": list(packed_shape(param.type)),
                 "data_offsets": [position, position + nbytes],
             }
@@ -124,6 +115,12 @@ def write_params(files: Sequence[ParamsFile], weights: WeightSource, *, progress
             handle.close()
     if problems:
         raise TyirError(problems)
+
+
+def _dtype_name(element: Type) -> str:
+    """What safetensors calls an element; packed 4-bit elements are bytes."""
+    found = by_element.get(str(element)) or by_element[str(from_dtype(storage_dtype(element)))]
+    return found.safetensors
 
 
 def _source(param: Param) -> tuple[str, int]:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.edge10.command_times import Transfer, Work
-from tyir.execution.collector import collector_paused
+from tyir.process.collector import collector_paused
 from tyir.runtime_sim.timing.die_engine import DieEngine, Durations
 from tyir.runtime_sim.timing.program import EdgeProgram, alike_programs
 from tyir.runtime_sim.timing.unroll import Command, Kind, Step

@@ -19,9 +19,9 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.func import Call, Func, Return
 from tyir.edge10.command_times import Transfer, Work
-from tyir.execution.collector import collector_paused
 from tyir.ir import Block, Value
 from tyir.location import module_path
+from tyir.process.collector import collector_paused
 
 __all__ = ["Command", "Kind", "Kinds", "Position", "Step", "position_of", "unroll"]
 

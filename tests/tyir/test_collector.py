@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tyir.execution.collector import _FEW, _Pretenured, collector_paused
+from tyir.process.collector import _FEW, _Pretenured, collector_paused
 
 
 class _Cycle:
@@ -53,7 +53,7 @@ def test_nothing_changes_where_the_collector_is_off_or_objects_are_frozen() -> N
 
 
 def test_garbage_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tyir.execution.collector.LIMIT", 10 * _FEW)
+    monkeypatch.setattr("tyir.process.collector.LIMIT", 10 * _FEW)
     pretenured, dropped = _Pretenured(), []
     for _ in range(50):
         gc.disable()

@@ -1,17 +1,13 @@
-"""Rules of the verifier that look beyond one op: symbols, calls, weight references, in-place updates and
-aliased results.
-"""
+"""Rules of the verifier that look beyond one op: symbols, calls, in-place updates and aliased results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tyir.attributes import SymbolRefAttr
 from tyir.checking.in_place import alias_of_result, overwritten_operands, read_afterwards
 from tyir.checking.symbols import SymbolTables
-from tyir.diagnostics import did_you_mean
 from tyir.dialects.func import Call, Func, Return
-from tyir.dialects.ty import GetGlobal, Global, Param
 from tyir.ir import Op, Value
 from tyir.traits import InPlace, Symbol
 from tyir.types import FunctionType
@@ -19,8 +15,8 @@ from tyir.types import FunctionType
 __all__ = [
     "check_call",
     "check_function",
-    "check_get_global",
     "check_in_place",
+    "check_references",
     "check_symbols",
 ]
 
@@ -36,11 +32,6 @@ def check_symbols(table_op: Op, tables: SymbolTables) -> Iterator[tuple[Op, str]
                     yield op, f"redefines symbol @{name}"
 
 
-def _missing(reference: SymbolRefAttr, names: list[str]) -> str:
-    hint = did_you_mean(reference.root, names)
-    return f"refers to {reference}, which is not defined{'; ' + hint if hint else ''}"
-
-
 def check_call(call: Call, tables: SymbolTables) -> Iterator[str]:
     """The callee exists in the module of the call, types agree, and aliased arguments are not read
     afterwards.
@@ -51,7 +42,7 @@ def check_call(call: Call, tables: SymbolTables) -> Iterator[str]:
     table_op = tables.nearest(call)
     target = tables.resolve(callee, table_op, outward=False)
     if target is None:
-        yield _missing(
+        yield tables.missing(
             callee,
             (
                 [n for n, o in tables.table(table_op).items() if isinstance(o, Func)]
@@ -71,23 +62,10 @@ def check_call(call: Call, tables: SymbolTables) -> Iterator[str]:
     yield from check_in_place(call, tables)
 
 
-def check_get_global(op: GetGlobal, tables: SymbolTables) -> Iterator[str]:
-    """The weight exists in an enclosing module and has the result's type.
-
-    The initializer of a ty.param sees the checkpoint's tensors only (as `tyir.interpreter.lookup_symbol`
-    does).
-    """
-    symbol = op.properties.get("symbol")
-    if not isinstance(symbol, SymbolRefAttr):
-        return
-    in_initializer = isinstance(op.parent_op, Param)
-    target = tables.resolve(symbol, tables.nearest(op), outward=True, only=Global if in_initializer else Op)
-    if target is None:
-        yield _missing(symbol, tables.visible_names(op))
-    elif not isinstance(target, (Global, Param)):
-        yield f"refers to {symbol}, which is a '{target.name}' and neither a ty.global nor a ty.param"
-    elif op.results and target.properties.get("type") is not op.results[0].type:
-        yield f"has type {op.results[0].type} but {symbol} is {target.properties.get('type')}"
+def check_references(op: Op, tables: SymbolTables) -> Iterator[str]:
+    """What an op with the trait `SymbolUser` says of the symbols it refers to."""
+    verify_symbols: Callable[[SymbolTables], Iterator[str]] = getattr(op, "verify_symbols")  # noqa: B009
+    return verify_symbols(tables)
 
 
 def check_in_place(op: Op, tables: SymbolTables) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tyir.attributes import SymbolRefAttr
+from tyir.diagnostics import did_you_mean
 from tyir.ir import Block, Op
 from tyir.traits import SymbolTable
 
@@ -53,6 +54,11 @@ class SymbolTables:
                 return found
             table_op = self.nearest(table_op)
         return None
+
+    def missing(self, reference: SymbolRefAttr, names: list[str]) -> str:
+        """The message for a reference to nothing, when these names might have been meant."""
+        hint = did_you_mean(reference.root, names)
+        return f"refers to {reference}, which is not defined{'; ' + hint if hint else ''}"
 
     def visible_names(self, op: Op) -> list[str]:
         names: list[str] = []

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.dialects.ty import as_type, axis_in, tensor_type
+from tyir.execution import lockstep
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result
 from tyir.traits import Collective
@@ -44,6 +45,10 @@ class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
     def verify(self) -> Iterator[str]:
         if self.x is not None and self.x.type is not self.out.type:
             yield f"operand {self.x.type} and result {self.out.type} differ"
+
+    def request(self, operand: Array | None) -> lockstep.Request:
+        """What this die asks of the others."""
+        return lockstep.Meet(self.name, self.dies or (), operand, self.combine, self.name)
 
     def combine(self, parts: Sequence[Array | None]) -> Array:
         """The result from the operands of all dies, in die order; None for a die that adds nothing."""
@@ -79,6 +84,10 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
             )
         elif self.x is not None and not self._may_give(tensor_type(self.x, out.rank).dims[self.axis]):
             yield f"operand {self.x.type} has none of the sizes {list(self.sizes)} along axis {self.axis}"
+
+    def request(self, operand: Array | None) -> lockstep.Request:
+        """What this die asks of the others."""
+        return lockstep.Meet(self.name, self.dies or (), operand, self.combine, self.name)
 
     def _may_give(self, size: int | None) -> bool:
         """Whether a die's operand may have this length: its own, or the whole before localize-dies."""
@@ -128,6 +137,11 @@ class Send(DeclaredOp, name="dist.send", traits=(Collective,)):
     targets: tuple[int, ...] = attr()
     tag: int = attr(default=0)
 
+    def request(self, operand: Array | None) -> lockstep.Request:
+        """What this die asks of the others."""
+        assert operand is not None
+        return lockstep.Send(self.targets, self.tag, operand, self.name)
+
     def verify(self) -> Iterator[str]:
         if not self.targets:
             yield "a send without targets"
@@ -140,3 +154,7 @@ class Recv(DeclaredOp, name="dist.recv", traits=(Collective,)):
     source: int = attr()
     tag: int = attr(default=0)
     out: Value = result()
+
+    def request(self, operand: Array | None) -> lockstep.Request:
+        """What this die asks of the others."""
+        return lockstep.Recv(self.source, self.tag, self.name)

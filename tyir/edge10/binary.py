@@ -24,10 +24,10 @@ from typing import Final
 from tyir.attributes import Attribute, DictAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.execution.collector import collector_paused
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import UNKNOWN, Location
 from tyir.parser import parse_file
+from tyir.process.collector import collector_paused
 from tyir.registry import op_class
 from tyir.text.attribute_parser import parse_attribute_text, parse_type_text
 from tyir.text.attribute_printer import attribute_text

@@ -19,13 +19,14 @@ import numpy.typing as npt
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.ty import Global
+from tyir.dtypes import by_safetensors
 from tyir.execution.storage import packed_shape, unpack
-from tyir.types import i64, storage_dtype
+from tyir.types import TensorType, i64, storage_dtype
 
 __all__ = [
     "CheckpointReader",
     "FileStamp",
+    "TensorReference",
     "WeightSource",
     "check_files",
     "checkpoint_of",
@@ -39,10 +40,23 @@ _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 _OTHER_HEADER: Final = 2**20
 
 
-class WeightSource(Protocol):
-    """Whatever gives the array of a `ty.global`."""
+class TensorReference(Protocol):
+    """A tensor of a file: what ops with the trait `StoredTensor` say."""
 
-    def read(self, ref: Global) -> Array: ...
+    type: TensorType
+    file: str
+    key: str
+    offset: int
+    nbytes: int
+
+    @property
+    def sym_name(self) -> str | None: ...
+
+
+class WeightSource(Protocol):
+    """Whatever gives the array of a tensor of the checkpoint."""
+
+    def read(self, ref: TensorReference, /) -> Array: ...
 
 
 def checkpoint_of(module: Module) -> Path:
@@ -130,22 +144,9 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     tensors = {}
     for key, entry in header.items():
         start, end = entry["data_offsets"]
-        tensors[key] = (
-            data[base + start : base + end].view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        )
+        dtype = by_safetensors[entry["dtype"]].storage
+        tensors[key] = data[base + start : base + end].view(dtype).reshape(entry["shape"])
     return tensors
-
-
-_SAFETENSORS_DTYPES: Final = {
-    "F16": np.float16,
-    "F32": np.float32,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I32": np.int32,
-    "I64": np.int64,
-    "BF16": np.uint16,
-    "BOOL": np.bool_,
-}
 
 
 class CheckpointReader:
@@ -168,13 +169,13 @@ class CheckpointReader:
                 help="the IR refers to the checkpoint it was imported from; restore the file or import again",
             ) from None
 
-    def read(self, ref: Global) -> Array:
+    def read(self, ref: TensorReference) -> Array:
         """The tensor [shape of `ref.type`] in the storage dtype of its element type, 4-bit elements one per
         byte.
         """
         return unpack(self.read_packed(ref), ref.type)
 
-    def read_packed(self, ref: Global) -> Array:
+    def read_packed(self, ref: TensorReference) -> Array:
         """The tensor as it is stored (`tyir.execution.storage.packed_shape`)."""
         data = self._map(ref.file)
         if ref.offset + ref.nbytes > len(data):

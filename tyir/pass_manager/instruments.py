@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tyir.diagnostics import TyirError
 from tyir.ir import Op
-from tyir.pass_manager.stopwatch import StageTime, Stopwatch
 from tyir.pipeline import Instrument, Pass, Pipeline
 from tyir.printer import print_op
+from tyir.process.stopwatch import StageTime, Stopwatch
 from tyir.text.attribute_printer import escape
 from tyir.text.lexer import unescape
 

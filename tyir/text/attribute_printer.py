@@ -10,7 +10,6 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -20,13 +19,13 @@ from tyir import attributes as a
 from tyir import location as l
 from tyir import types as t
 from tyir.attributes import Attribute
-from tyir.diagnostics import TyirError
 
 __all__ = ["ELIDED", "AttributeText", "attribute_text", "escape", "float_text", "key_text", "symbol_text"]
 
 _BARE_ID: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
 _UNIT: Final = a.UnitAttr()
 ELIDED: Final = "__elided__"  # the resource key that stands for a constant left out of the text, as in MLIR
+_VECTOR: Final = re.compile(r"((?:\d+x)*)(\w+)")
 _LARGE: Final = 100  # elements beyond which a dense constant is printed as hex, as MLIR does
 
 
@@ -218,13 +217,11 @@ def dense_shape(shaped: t.Type) -> tuple[tuple[int, ...], t.Type]:
     """
     if isinstance(shaped, t.TensorType):
         return shaped.static_shape, shaped.element
-    if isinstance(shaped, t.VectorType) and (
-        match := re.fullmatch(r"((?:\d+x)*)([a-z]+[0-9A-Z][\w]*|index)", shaped.body)
-    ):
-        from tyir.text.attribute_parser import parse_type_text
-
-        with suppress(TyirError):  # what is wrong is said of the vector, where it stands
-            return tuple(int(d) for d in match[1].split("x")[:-1]), parse_type_text(match[2])
+    if isinstance(shaped, t.VectorType):
+        match = _VECTOR.fullmatch(shaped.body)
+        element = t.scalar_type(match[2]) if match is not None else None
+        if match is not None and element is not None:
+            return tuple(int(d) for d in match[1].split("x")[:-1]), element
     raise ValueError(f"{shaped} is not a static tensor or vector type")
 
 

@@ -138,6 +138,15 @@ class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
             (self.x,) if self.out.type is self.x.type and tensor_type(self.x).dims.count(None) <= 1 else None
         )
 
+    def merged(self) -> Reshape | None:
+        """With the reshape that makes x, one reshape: only the last shape counts."""
+        inner = self.x.op
+        return (
+            Reshape(inner.x, shape=self.shape, attributes=self.attributes)
+            if isinstance(inner, Reshape)
+            else None
+        )
+
     def evaluate(self, x: Array) -> Array:
         return x.reshape(self.shape)
 
@@ -160,6 +169,13 @@ class Transpose(DeclaredOp, name="ty.transpose", traits=(Pure,)):
         return (
             (self.x,) if self.out.type is self.x.type and self.perm == tuple(range(len(self.perm))) else None
         )
+
+    def merged(self) -> Transpose | None:
+        """With the transpose that makes x, one transpose: out[i] = inner[q[i]] = x[p[q[i]]]."""
+        inner = self.x.op
+        if not isinstance(inner, Transpose):
+            return None
+        return Transpose(inner.x, perm=tuple(inner.perm[q] for q in self.perm), attributes=self.attributes)
 
     def evaluate(self, x: Array) -> Array:
         return np.transpose(x, self.perm)

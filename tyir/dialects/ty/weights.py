@@ -8,11 +8,22 @@ from dataclasses import KW_ONLY
 import numpy as np
 import numpy.typing as npt
 
-from tyir.attributes import DenseElementsAttr, SymbolRefAttr
+from tyir.attributes import Attribute, DenseElementsAttr, SymbolRefAttr
+from tyir.checking.symbols import SymbolTables
 from tyir.dialects.ty.tensors import Array, axis_in, static_shape, stored_bytes, tensor_type
-from tyir.ir import Region, Value
+from tyir.ir import Op, Region, Value
 from tyir.opdef import DeclaredOp, attr, operand, region, result
-from tyir.traits import ConstantLike, IsolatedFromAbove, Pure, Symbol, Terminator
+from tyir.traits import (
+    ComputedTensor,
+    ConstantLike,
+    IsolatedFromAbove,
+    Pure,
+    StoredTensor,
+    Symbol,
+    SymbolUser,
+    Terminator,
+    WeightReference,
+)
 from tyir.types import TensorType, Type, f16, ui4
 
 __all__ = [
@@ -29,7 +40,7 @@ __all__ = [
 ]
 
 
-class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
+class Global(DeclaredOp, name="ty.global", traits=(Symbol, StoredTensor)):
     """A tensor of the checkpoint, by reference: `nbytes` little-endian bytes at `offset` of `file` (relative
     to the module's `tyir.checkpoint`).
 
@@ -49,7 +60,7 @@ class Global(DeclaredOp, name="ty.global", traits=(Symbol,)):
             yield f"{self.type} takes {self.type.nbytes} bytes but nbytes is {self.nbytes}"
 
 
-class Param(DeclaredOp, name="ty.param", traits=(Symbol, IsolatedFromAbove)):
+class Param(DeclaredOp, name="ty.param", traits=(Symbol, IsolatedFromAbove, ComputedTensor)):
     """A tensor of the artifact: its initializer says how it is made from the checkpoint (slice, cast,
     quantize, ...).
 
@@ -69,12 +80,26 @@ class Yield(DeclaredOp, name="ty.yield", traits=(Terminator,)):
     value: Value = operand()
 
 
-class GetGlobal(DeclaredOp, name="ty.get_global", traits=(Pure, ConstantLike)):
+class GetGlobal(DeclaredOp, name="ty.get_global", traits=(Pure, ConstantLike, WeightReference, SymbolUser)):
     """The tensor of a `ty.global` or `ty.param`, looked up in the enclosing modules from the inside out."""
 
     _: KW_ONLY
     symbol: SymbolRefAttr = attr()
     out: Value = result()
+
+    def verify_symbols(self, tables: SymbolTables) -> Iterator[str]:
+        """The weight exists in an enclosing module and has the result's type; an initializer sees the
+        checkpoint's tensors only.
+        """
+        only = Global if isinstance(self.parent_op, Param) else Op
+        target = tables.resolve(self.symbol, tables.nearest(self), outward=True, only=only)
+        if target is None:
+            yield tables.missing(self.symbol, tables.visible_names(self))
+        elif not isinstance(target, (Global, Param)):
+            what = f"a '{target.name}' and neither a ty.global nor a ty.param"
+            yield f"refers to {self.symbol}, which is {what}"
+        elif target.type is not self.out.type:
+            yield f"has type {self.out.type} but {self.symbol} is {target.type}"
 
 
 class Constant(DeclaredOp, name="ty.constant", traits=(Pure, ConstantLike)):
@@ -86,6 +111,10 @@ class Constant(DeclaredOp, name="ty.constant", traits=(Pure, ConstantLike)):
 
     def infer(self) -> Type:
         return self.value.type
+
+    @classmethod
+    def materialize(cls, value: Attribute) -> Constant | None:
+        return cls(value=value) if isinstance(value, DenseElementsAttr) else None
 
     def evaluate(self) -> Array:
         return self.value.to_numpy()

@@ -1,0 +1,1 @@
+"""The running Python process: its cyclic collector, time and memory."""
