@@ -3,7 +3,9 @@ Face decodes.
 
 Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4,
 HunYuan) and of all heads together (OLMo 2), layers without rotation (SmolLM3), rotations of neighbouring
-channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini).
+channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini); layer norms with a bias, without one and
+of single heads, MLPs without a gate, attention beside the MLP, learned positions, soft caps (GPT-2 and what
+came of it, Gemma, Cohere).
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
 }
+ALTERNATING = ["sliding_attention", "full_attention"]
 MODELS: dict[str, dict[str, Any]] = {
     "granite": {**SIZES, **GRANITE},
     "phi3": SIZES,
@@ -52,9 +55,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4": {**SIZES, "head_dim": 32},
     "ernie4_5": {**SIZES, "head_dim": 32},
     "phi3-partial": {**SIZES, "partial_rotary_factor": 0.75},
+    "gpt2": {"vocab_size": 512, "n_embd": 192, "n_head": 6, "n_positions": 128},
+    "gpt_neox": {**SIZES, "num_key_value_heads": 6},
+    "phi": SIZES,
+    "starcoder2": {**SIZES, "sliding_window": None},
+    "opt": {**SIZES, "ffn_dim": 512, "word_embed_proj_dim": 192, "max_position_embeddings": 128},
+    "stablelm": SIZES,
+    "stablelm-heads": {**SIZES, "qk_layernorm": True, "use_parallel_residual": True},
+    "gemma": {**SIZES, "head_dim": 32},
+    "gemma2": {**SIZES, "head_dim": 32, "sliding_window": 8},
+    "gemma3_text": {**SIZES, "head_dim": 32, "sliding_window": 8, "layer_types": ALTERNATING},
+    "cohere": SIZES,
+    "cohere-heads": {**SIZES, "use_qk_norm": True},
+    "cohere2": {**SIZES, "sliding_window": 8, "layer_types": ALTERNATING},
 }
 
-QUICK = ("granite", "phi3-partial")
+QUICK = ("granite", "phi3-partial", "gpt2", "gemma2", "cohere-heads")
 
 
 @pytest.fixture(scope="module")

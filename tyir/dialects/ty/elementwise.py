@@ -18,6 +18,7 @@ from tyir.traits import Commutative, Elementwise, Gated, Pure
 from tyir.types import FloatType, Type
 
 __all__ = [
+    "ERFC",
     "Add",
     "Cast",
     "Concat",
@@ -268,7 +269,9 @@ class SiluMul(DeclaredOp, name="ty.silu_mul", traits=(Pure, Elementwise, Gated))
         return as_type(silu(gate.astype(np.float32)) * up.astype(np.float32), tensor_type(self.out).element)
 
 
-_ERFC: Final = (
+# erfc(z) = t exp(polynomial in t - z^2) with t = 1 / (1 + z / 2), to a relative error of 1.2e-7 (Numerical
+# Recipes, erfcc).
+ERFC: Final = (
     -1.26551223,
     1.00002368,
     0.37409196,
@@ -290,8 +293,8 @@ def gelu(x: npt.NDArray[np.float32], approximate: str) -> npt.NDArray[np.float32
         return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(inner, np.float32(-80)))), np.float32)
     z = np.abs(x) * np.float32(0.70710678)
     t = 1 / (np.float32(1) + np.float32(0.5) * z)
-    power = np.full_like(x, _ERFC[-1])
-    for c in _ERFC[-2::-1]:
+    power = np.full_like(x, ERFC[-1])
+    for c in ERFC[-2::-1]:
         power = power * t + np.float32(c)
     tail = np.float32(0.5) * t * np.exp(np.maximum(power - z * z, np.float32(-80)))
     return np.asarray(x * np.where(x < 0, tail, 1 - tail), np.float32)
