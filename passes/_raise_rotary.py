@@ -310,7 +310,10 @@ def _heads(value: Value) -> _Heads | None:
 
 def _before_norm(value: Value, known: ty.Norm | None) -> tuple[Value, ty.Norm | None]:
     """The value before a norm of heads and that norm; the value itself where there is none."""
-    norm = through_float(value).op
+    made = through_float(value)
+    if (cast := made_by(made, ty.Cast)) is not None:  # the norm's own, where the graph keeps it in f32
+        made = cast.x
+    norm = made.op
     if known is None and isinstance(norm, ty.Norm):
         return through_float(norm.x), norm
     return value, known
