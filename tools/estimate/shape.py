@@ -31,6 +31,7 @@ _SIZES: Final = (
     "vocab_size",
     "max_position_embeddings",
 )
+_FULL_EVERY: Final = 6  # layers of Gemma 3: the last of each six sees everything
 _HEAD_KEYS: Final = ("lm_head", "lm_head_enable")  # GPTQ's and TyLLM's word for a quantised head
 _RESTORE: Final = "restore config.json"
 
@@ -113,19 +114,27 @@ FAMILIES: Final[dict[str, Family]] = {
             "intermediate_size": "n_inner",
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
+            "num_key_value_heads": "n_head",
             "max_position_embeddings": "n_positions",
         },
         defaults={"tie_word_embeddings": True, "max_position_embeddings": 1024},
         rotary_tables=0,
         **_GPT,
     ),
-    "gpt_neox": Family("attention_bias", "attention_bias", True, defaults={"attention_bias": True}, **_GPT),
+    "gpt_neox": Family(
+        "attention_bias",
+        "attention_bias",
+        True,
+        names={"num_key_value_heads": "num_attention_heads"},
+        defaults={"attention_bias": True},
+        **_GPT,
+    ),
     "phi": Family(True, True, True, only={"qk_layernorm": False}, norms=1, head_bias=True, **_GPT),
     "opt": Family(
         "enable_bias",
         "enable_bias",
         "enable_bias",
-        names={"intermediate_size": "ffn_dim"},
+        names={"intermediate_size": "ffn_dim", "num_key_value_heads": "num_attention_heads"},
         only={"do_layer_norm_before": True, "_remove_final_layer_norm": False},
         defaults={"enable_bias": True, "tie_word_embeddings": True},
         rotary_tables=0,
@@ -222,7 +231,7 @@ def read_shape(path: Path) -> ModelShape:
         norms=family.norms,
         head_norms=family.head_norms and family.flag(family.qk_norm, raw),
         head_bias=family.head_bias,
-        rotary_tables=family.rotary_tables,
+        rotary_tables=_rotary_tables(family, raw, sizes["num_hidden_layers"]),
         group=_gguf_group(tensors) if quant is None else quant.group_size or 0,
         quantised_head=(
             _gguf_head(tensors)
@@ -230,6 +239,14 @@ def read_shape(path: Path) -> ModelShape:
             else any((raw.get("quantization_config") or {}).get(key) is True for key in _HEAD_KEYS)
         ),
     )
+
+
+def _rotary_tables(family: Family, raw: Mapping[str, Any], layers: int) -> int:
+    """How many of a family's rotary tables the model's layers use: one for each kind of layer."""
+    kinds = raw.get("layer_types")
+    if family.rotary_tables < 2:
+        return family.rotary_tables
+    return len(set(kinds)) if isinstance(kinds, list) else 2 if layers >= _FULL_EVERY else 1
 
 
 def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor]]:
