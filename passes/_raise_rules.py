@@ -81,7 +81,7 @@ def _norm_weight(op: Op, weight: Value) -> Value:
         return through_float(weight)
     w = through_float(shifted.x)
     wide = insert(op, ty.Cast(w, element=f32), shifted).out if element_of(w) is not f32 else w
-    number = np.full(dims_of(w), shifted.scalar, np.float32)
+    number = np.full([d or 0 for d in dims_of(w)], shifted.scalar, np.float32)
     constant = insert(op, ty.Constant(value=DenseElementsAttr.from_numpy(number)), shifted).out
     total = insert(op, ty.Add(wide, constant), shifted).out
     return insert(op, ty.Cast(total, element=element_of(w)), shifted).out if w is not wide else total

@@ -124,7 +124,7 @@ class _Builder:
     def attention(self, root: str, h: Value, tables: Sequence[ty.RopeAngles]) -> Value:
         s, path = self.shape, f"{root}.self_attn"
         sizes = {name: (n, k, bias) for name, n, k, bias in s.linears}
-        loc, parts = NameLoc(path), []
+        loc, parts = NameLoc(path), list[Value]()
         for name, heads in (("q", s.heads), ("k", s.kv_heads), ("v", s.kv_heads)):
             y = self.linear(f"{path}.{name}_proj", h, *sizes[f"{name}_proj"])
             y = self.add(ty.Reshape(y, shape=(1, -1, heads, s.head_dim), loc=loc))

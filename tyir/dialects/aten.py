@@ -207,7 +207,7 @@ class Relu(DeclaredOp, name="aten.relu", traits=(Pure,)):
     out: Value = result()
 
     def evaluate(self, x: Array) -> Array:
-        return np.maximum(x, x.dtype.type(0))
+        return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
 class Tanh(DeclaredOp, name="aten.tanh", traits=(Pure,)):

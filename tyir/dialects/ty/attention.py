@@ -89,8 +89,14 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
         heads = default_kv_heads(q.shape[2], k.shape[2])
         rows = [
             attend(
-                *(q[i], k[i].swapaxes(0, 1), v[i].swapaxes(0, 1)),
-                *(0, self.scale, self.window, heads, self.softcap),
+                q[i],
+                k[i].swapaxes(0, 1),
+                v[i].swapaxes(0, 1),
+                0,
+                self.scale,
+                self.window,
+                heads,
+                self.softcap,
             )
             for i in range(q.shape[0])
         ]

@@ -292,8 +292,8 @@ def gelu(x: npt.NDArray[np.float32], approximate: str) -> npt.NDArray[np.float32
         inner = cubic * np.float32(1.5957691216) if approximate == "tanh" else x * np.float32(1.702)
         return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(inner, np.float32(-80)))), np.float32)
     z = np.abs(x) * np.float32(0.70710678)
-    t = 1 / (np.float32(1) + np.float32(0.5) * z)
-    power = np.full_like(x, ERFC[-1])
+    t = np.float32(1) / (np.float32(1) + np.float32(0.5) * z)
+    power: Array = np.full_like(x, ERFC[-1])
     for c in ERFC[-2::-1]:
         power = power * t + np.float32(c)
     tail = np.float32(0.5) * t * np.exp(np.maximum(power - z * z, np.float32(-80)))
@@ -353,7 +353,7 @@ class Relu(DeclaredOp, name="ty.relu", traits=(Pure, Elementwise)):
         return self.x.type
 
     def evaluate(self, x: Array) -> Array:
-        return np.maximum(x, x.dtype.type(0))
+        return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
 def softcap(x: npt.NDArray[np.float32], cap: float) -> npt.NDArray[np.float32]:
