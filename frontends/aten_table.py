@@ -48,6 +48,7 @@ _SHAPE: Final = {"shape": FromResult.SHAPE}
 
 ROWS: Final[dict[str, Row]] = {
     "aten.add.Tensor": Row(aten.Add, ("self", "other"), scalar="other"),
+    "aten.addmm.default": Row(aten.Addmm, ("self", "mat1", "mat2")),
     "aten.alias.default": Row(None),
     "aten.cat.default": Row(aten.Cat, ("tensors",), {"dim": "dim"}),
     "aten.clone.default": Row(None, ignored=("memory_format",)),
@@ -60,6 +61,13 @@ ROWS: Final[dict[str, Row]] = {
         aten.Embedding, ("weight", "indices"), ignored=("padding_idx", "scale_grad_by_freq", "sparse")
     ),
     "aten.expand.default": Row(aten.Expand, properties=_SHAPE, ignored=("size", "implicit")),
+    "aten.gelu.default": Row(aten.Gelu, properties={"approximate": "approximate"}),
+    "aten.layer_norm.default": Row(
+        aten.LayerNorm,
+        ("input", "weight", "bias"),
+        {"normalized_shape": "normalized_shape", "eps": "eps"},
+        ignored=("cudnn_enable",),
+    ),
     "aten.linear.default": Row(aten.Linear, ("input", "weight", "bias")),
     "aten.mean.dim": Row(aten.Mean, properties={"dim": "dim", "keepdim": "keepdim"}),
     "aten.mul.Tensor": Row(aten.Mul, ("self", "other"), scalar="other"),
@@ -70,6 +78,8 @@ ROWS: Final[dict[str, Row]] = {
     "aten.repeat_interleave.self_int": Row(
         aten.RepeatInterleave, properties={"repeats": "repeats", "dim": "dim"}, ignored=("output_size",)
     ),
+    "aten.relu.default": Row(aten.Relu),
+    "aten.sigmoid.default": Row(aten.Sigmoid),
     "aten.stack.default": Row(aten.Stack, ("tensors",), {"dim": "dim"}),
     "aten.rsqrt.default": Row(aten.Rsqrt),
     "aten.silu.default": Row(aten.Silu),
@@ -77,17 +87,22 @@ ROWS: Final[dict[str, Row]] = {
     "aten.slice.Tensor": Row(
         aten.Slice, properties={"dim": "dim", "start": "start", "end": "end", "step": "step"}
     ),
+    "aten.sub.Tensor": Row(aten.Sub, ("self", "other"), scalar="other"),
+    "aten.tanh.default": Row(aten.Tanh),
     "aten.to.device": Row(aten.To, properties=_TO, ignored=("device", "dtype", *_COPY)),
     "aten.to.dtype": Row(aten.To, properties=_TO, ignored=("dtype", *_COPY)),
     "aten.to.dtype_layout": Row(
         aten.To, properties=_TO, ignored=("dtype", "layout", "device", "pin_memory", *_COPY)
     ),
+    "aten.type_as.default": Row(aten.To, properties=_TO, ignored=("other",)),
     "aten.transpose.int": Row(aten.Transpose, properties={"dim0": "dim0", "dim1": "dim1"}),
     "aten.unsqueeze.default": Row(aten.Unsqueeze, properties={"dim": "dim"}),
     "aten.view.default": Row(aten.View, properties=_SHAPE, ignored=("size",)),
     "tyir.layer_begin.default": Row(None, ("x",), ignored=("path",)),
     "tyir.layer_end.default": Row(None, ("x",), ignored=("path",)),
-    "tyir.attention.default": Row(ty.Attention, ("q", "k", "v"), {"scale": "scale", "window": "window"}),
+    "tyir.attention.default": Row(
+        ty.Attention, ("q", "k", "v"), {"scale": "scale", "window": "window", "softcap": "softcap"}
+    ),
 }
 
 # Nodes that cut `self` along `dim` into parts, one after the other: each part that is used becomes a slice.

@@ -43,14 +43,26 @@ _HARMLESS = {
 
 
 @torch.library.custom_op("tyir::attention", mutates_args=())  # type: ignore[untyped-decorator]
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """Causal attention; only ever traced (its meaning is `ty.attention`)."""
     raise TyirError("tyir::attention has no eager kernel: it exists to be exported")
 
 
 @attention.register_fake  # type: ignore[untyped-decorator]
 def _attention_shape(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
@@ -63,6 +75,7 @@ def _attention(
     attention_mask: int | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     name = type(module).__name__
@@ -70,7 +83,7 @@ def _attention(
     if unknown:
         raise TyirError(
             f"{name} uses attention features that cannot be represented: {', '.join(unknown)}",
-            help="supported: scale, causal mask, sliding window",
+            help="supported: scale, causal mask, sliding window, softcap",
         )
     causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -84,9 +97,8 @@ def _attention(
             help="supported: a causal mask, or one sliding window in both places",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, attention_mask
-    ), None
+    heads = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return attention(*heads, scale, attention_mask, softcap), None
 
 
 def _mask(*positional: Any, mask_function: Callable[..., Any] = causal_mask_function, **others: Any) -> int:

@@ -243,7 +243,7 @@ class _Importer:
         return self.weights.value(name, tensor_type_of(node.meta["val"]).element, emit)
 
     def constant(self, node: fx.Node) -> Value:
-        array = np.ascontiguousarray(self.buffers[node.name]())
+        array = np.asarray(self.buffers[node.name](), order="C")
         op = self.block.append(ty.Constant(value=DenseElementsAttr.from_numpy(array)))
         op.loc = location_of(node)
         return place(op, module_path(op.loc) or "").result
@@ -328,6 +328,9 @@ def _operand_nodes(row: Row, node: fx.Node, arguments: dict[str, Any]) -> list[f
     none.
     """
     nodes: list[fx.Node] = []
+    given = [arguments[name] is not None for name in row.operands]
+    if given != sorted(given, reverse=True):
+        raise _Skip(f"{node.target} without {row.operands[given.index(False)]}")
     for name in row.operands:
         value = arguments[name]
         for item in value if isinstance(value, (list, tuple)) else (value,):
@@ -347,7 +350,7 @@ def _properties(row: Row, node: fx.Node, arguments: dict[str, Any], result: Tens
             values[name] = tuple(-1 if d is None else d for d in result.dims)
         elif source is FromResult.ELEMENT:
             values[name] = result.element
-        else:
+        elif arguments[source] is not None:
             values[name] = _plain(arguments[source], node, source)
     if row.scalar is not None and isinstance(arguments[row.scalar], (int, float)):
         values["scalar"] = arguments[row.scalar]

@@ -42,6 +42,8 @@ _STRAY_ENDINGS: Final = (
     ".rotary_emb.sin_cached",
     ".attn.bias",
     ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
 )
 # Keys of config.json that change a model's result on long prompts and that transformers' own models do not
 # read.

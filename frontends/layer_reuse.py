@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["LAYER_BEGIN", "LAYER_COPY", "LAYER_END", "layers_traced_once"]
+__all__ = ["LAYER_BEGIN", "LAYER_COPY", "LAYER_END", "decoder_layers", "layers_traced_once"]
 
 LAYER_BEGIN: Final = "tyir.layer_begin.default"
 LAYER_END: Final = "tyir.layer_end.default"
@@ -117,7 +117,7 @@ class _Reusing:
 def layers_traced_once(model: torch.nn.Module) -> Iterator[None]:
     """Let equal layers of `model` be traced once.  The model is as before afterwards."""
     kinds, classes, numbers = _Kinds(), [], []
-    for path, layer in _layers(model):
+    for path, layer in decoder_layers(model):
         structure = _structure(layer)
         if structure is None:
             continue
@@ -138,12 +138,14 @@ def layers_traced_once(model: torch.nn.Module) -> Iterator[None]:
             module.__dict__[_NUMBER] = number
 
 
-def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """The entries of the model's longest list of modules: its decoder layers."""
+def decoder_layers(model: Any) -> list[tuple[str, Any]]:
+    """Path and module of each entry of the longest list of modules: the decoder layers.  A list within
+    another (norms of single heads) belongs to a layer.
+    """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
-    name, longest = max(lists, key=lambda item: len(item[1]), default=("", ()))
-    for i, layer in enumerate(longest):
-        yield f"{name}.{i}", layer
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    name, longest = max(outer, key=lambda item: len(item[1]), default=("", ()))
+    return [(f"{name}.{i}", layer) for i, layer in enumerate(longest)]
 
 
 def _structure(layer: torch.nn.Module) -> object | None:

@@ -41,11 +41,14 @@ __all__ = [
 
 DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
 TESTED: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+_ENDINGS: Final = ("ForCausalLM", "LMHeadModel")  # how transformers calls causal language models
 WRAPPER_PREFIX: Final = "model_."  # what `_LogitsOnly` puts before every module path
 _EXAMPLE_LENGTH: Final = 16
 # How weights are stored is the front end's business: the model is built as if they were not quantised.
 _NOT_THE_MODEL: Final = ("quantization_config", "compression_config", "auto_map")
 # Rope types whose frequencies depend on the length of the prompt: no fixed table describes them.
+# Parameters that checkpoints of a model_type store under another name: (beginning here, beginning there).
+_STORED_AS: Final = {"gpt_neox": ("lm_head.", "embed_out.")}
 _CHANGING_ROPE: Final = ("dynamic", "longrope")
 
 
@@ -123,8 +126,8 @@ def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
             help=f'add "architectures": ["..."]; tested: {", ".join(TESTED)}',
         )
     name = architectures[0]
-    if name not in known or not name.endswith("ForCausalLM"):
-        hint = did_you_mean(name, [n for n in known if n.endswith("ForCausalLM")])
+    if name not in known or not name.endswith(_ENDINGS):
+        hint = did_you_mean(name, [n for n in known if n.endswith(_ENDINGS)])
         raise TyirError(
             f"architecture {name} is not a causal language model that can be imported",
             where=str(folder / "config.json"),
@@ -205,12 +208,37 @@ def build_meta_model(
         ) from error
     for module in _changing_rope(model):
         module.rope_type = "default"  # `real_buffer` computes the frequencies
+    _check_no_experts(model)
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
+        groups.setdefault(id(parameter), []).extend(_stored_names(name, model))
     return MetaModel(
         model, config, {name: tuple(names) for names in groups.values() for name in names}, positions
     )
+
+
+def _stored_names(name: str, model: torch.nn.Module) -> tuple[str, ...]:
+    """The names a parameter may be stored under: the model's own, that in its decoder alone, and what
+    checkpoints of the family call it.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    own, other = _STORED_AS.get(getattr(model.config, "model_type", ""), ("", ""))
+    names = [name]
+    if len(prefix) > 1 and name.startswith(prefix):
+        names.append(name.removeprefix(prefix))
+    if own and name.startswith(own):
+        names.append(other + name.removeprefix(own))
+    return tuple(names)
+
+
+def _check_no_experts(model: torch.nn.Module) -> None:
+    """`TyirError` for a mixture of experts."""
+    path = next((name for name, _ in model.named_modules() if name.endswith(".experts")), None)
+    if path is not None:
+        raise TyirError(
+            f"{type(model).__name__} is a mixture of experts ({path}), which cannot be imported yet",
+            help="use a model whose layers have one MLP",
+        )
 
 
 def build_plain_model(folder: Path, model_class: type[Any] | None = None) -> Any:
@@ -329,6 +357,9 @@ def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:
     """
     owner_path, _, attribute = name.rpartition(".")
     owner = meta.model.get_submodule(owner_path)
+    number = getattr(owner, f"scalar_{attribute}", None)  # a scaled embedding keeps its factor
+    if isinstance(number, (int, float)):
+        return np.asarray(number, np.float32)
     try:
         with _quiet(), torch.device("cpu"):
             rebuilt = type(owner)(owner.config)  # the constructor every rotary embedding of transformers has

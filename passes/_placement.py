@@ -16,6 +16,7 @@ from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
 from tyir.dialects.ty import (
     Embedding,
+    LayerNorm,
     Linear,
     QuantizedLinear,
     Reshape,
@@ -118,10 +119,14 @@ def _elementwise(op: Op) -> Rule:
 
 
 def _norm(op: Op) -> Rule:
-    """Any cut but one along the normalised axis."""
+    """Any cut but one along the normalised axis; vectors that each head has of its own are cut alike."""
     x = placement_of(op.operands[0])
     wanted: Placement = x if isinstance(x, Split) and x.axis != _last_axis(op.operands[0]) else REPLICATED
-    return [wanted, REPLICATED], wanted
+    vectors: list[Placement] = [
+        wanted.along(0) if isinstance(wanted, Split) and tensor_type(v).rank == 2 else REPLICATED
+        for v in op.operands[1:]
+    ]
+    return [wanted, *vectors], wanted
 
 
 def _rope(op: Op) -> Rule:
@@ -206,7 +211,7 @@ def through_reshape(split: Split, source: Dims, target: Dims) -> Split | None:
 _RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] = (
     (LINEAR, _linear),
     (Embedding, _embedding),
-    (RmsNorm, _norm),
+    ((RmsNorm, LayerNorm), _norm),
     (Rope, _rope),
     (Reshape, _reshape),
     (QuantizeRows, _quantize_rows),

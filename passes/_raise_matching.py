@@ -9,6 +9,7 @@ from tyir.dialects import aten, ty
 from tyir.ir import Op, Value
 from tyir.layers import carry
 from tyir.location import UNKNOWN, Location, fuse, module_path
+from tyir.traits import Pure
 from tyir.types import TensorType, Type, f16, f32
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "either_order",
     "element_of",
     "insert",
+    "is_constant",
     "is_last",
     "made_by",
     "merged_locations",
+    "scalar_of",
     "through_float",
     "with_element_of",
 ]
@@ -56,6 +59,18 @@ def through_float(value: Value) -> Value:
     }:
         value = to.x
     return value
+
+
+def is_constant(value: Value) -> bool:
+    """Whether the value is made of weights and constants alone."""
+    op = value.op
+    return op is not None and op.has_trait(Pure) and all(map(is_constant, op.operands))
+
+
+def scalar_of(value: Value) -> float | None:
+    """The number that a constant without dimensions holds, before conversions between float types."""
+    constant = made_by(through_float(value), ty.Constant)
+    return float(constant.value.to_numpy()) if constant is not None and not dims_of(constant.out) else None
 
 
 def is_last(dim: int, value: Value) -> bool:

@@ -5,7 +5,6 @@ halves of whole heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from tyir.attributes import DenseElementsAttr, DictAttr, IntegerAttr
 from tyir.dialects import aten, ty
 from tyir.ir import Op, Value
 from tyir.layers import carry
+from tyir.passes._raise_heads import HEADS_FIRST, take_channels
 from tyir.passes._raise_matching import (
     dims_of,
     either_order,
@@ -24,21 +24,22 @@ from tyir.passes._raise_matching import (
     through_float,
     with_element_of,
 )
-from tyir.types import TensorType, Type, i64
+from tyir.types import Type, i64
 
 __all__ = ["reordered_rope", "rope", "rope_angles"]
-
-_HEADS_FIRST: Final = (0, 2, 1, 3)  # [b, H, s, D] <-> [b, s, H, D]
 
 
 @dataclass(frozen=True)
 class _Angles:
-    """What a cosine or sine table is made of: function(cat(p * f, p * f)) * scale."""
+    """What a cosine or sine table is made of: function(cat(p * f, p * f)) * scale, or with each p * f twice
+    in place (`neighbours`).
+    """
 
     wave: aten.Cos | aten.Sin
     positions: Value
     inv_freq: DenseElementsAttr
     scale: float
+    neighbours: bool
 
 
 def _match_angles(root: Op) -> _Angles | None:
@@ -50,15 +51,8 @@ def _match_angles(root: Op) -> _Angles | None:
         scale, op = op.scalar, op.x.op
     if not isinstance(op, (aten.Cos, aten.Sin)):
         return None
-    doubled = made_by(op.x, aten.Cat)
-    if (
-        doubled is None
-        or len(doubled.tensors) != 2
-        or doubled.tensors[0] is not doubled.tensors[1]
-        or not is_last(doubled.dim, doubled.out)
-    ):
-        return None
-    product = made_by(doubled.tensors[0], aten.Mul)
+    half = _doubled(op.x)
+    product = made_by(half, aten.Mul)
     for positions, frequencies in either_order(product) if product else ():
         constant = made_by(frequencies, ty.Constant)
         to = made_by(positions, aten.To)
@@ -70,12 +64,24 @@ def _match_angles(root: Op) -> _Angles | None:
             and len(dims_of(column.x)) == 2
             and len(dims_of(constant.out)) == 1
         ):
-            return _Angles(op, column.x, constant.value, scale)
+            neighbours = isinstance(op.x.op, aten.RepeatInterleave)
+            return _Angles(op, column.x, constant.value, scale, neighbours)
     return None
 
 
+def _doubled(value: Value) -> Value | None:
+    """h when the value is cat(h, h), or each entry of h twice in place, along the last axis."""
+    spread, joined = made_by(value, aten.RepeatInterleave), made_by(value, aten.Cat)
+    if spread is not None:
+        return spread.x if spread.repeats == 2 and is_last(spread.dim, value) else None
+    if joined is None or len(joined.tensors) != 2 or joined.tensors[0] is not joined.tensors[1]:
+        return None
+    return joined.tensors[0] if is_last(joined.dim, value) else None
+
+
 def rope_angles(op: Op) -> Value | None:
-    """to(cos(cat(p * f, p * f)) * scale) --> aten.cat(c, c) with c, s = ty.rope_angles p; likewise for sin.
+    """to(cos(cat(p * f, p * f)) * scale) --> aten.cat(c, c) with c, s = ty.rope_angles p; likewise for sin,
+    and for frequencies that are repeated in place.
 
     One op serves both tables.
     """
@@ -89,9 +95,11 @@ def rope_angles(op: Op) -> Value | None:
     )
     carry(angles, found.wave).loc = merged_locations([angles.loc, found.wave.loc])
     half = angles.results[0 if isinstance(found.wave, aten.Cos) else 1]
-    return insert(
-        op, aten.Cat.create((half, half), (op.result.type,), DictAttr({"dim": IntegerAttr(-1, i64)}))
-    ).out
+    last = DictAttr({"dim": IntegerAttr(-1, i64)})
+    if found.neighbours:
+        twice = last.with_entry("repeats", IntegerAttr(2, i64))
+        return insert(op, aten.RepeatInterleave.create((half,), (op.result.type,), twice)).out
+    return insert(op, aten.Cat.create((half, half), (op.result.type,), last)).out
 
 
 def _shared_angles(wanted: ty.RopeAngles) -> ty.RopeAngles:
@@ -136,7 +144,7 @@ def _table(value: Value, index: int) -> tuple[ty.RopeAngles, int, bool] | None:
     """The `ty.rope_angles` whose result c (number `index`) a table was made of, its heads axis, and whether
     it stands for neighbouring channels.
 
-    unsqueeze(cat(c, c), axis), or repeat_interleave(its first half, 2)
+    unsqueeze(cat(c, c), axis), or repeat_interleave(its first half, 2), or unsqueeze(repeat_interleave(c, 2))
     """
     spread = made_by(value, aten.RepeatInterleave)
     if spread is not None:
@@ -148,15 +156,12 @@ def _table(value: Value, index: int) -> tuple[ty.RopeAngles, int, bool] | None:
             return None
         value = half.x
     row = made_by(value, aten.Unsqueeze)
-    doubled = made_by(row.x, aten.Cat) if row else None
-    angles = made_by(doubled.tensors[0], ty.RopeAngles) if doubled and len(doubled.tensors) == 2 else None
-    if row is None or doubled is None or angles is None or doubled.tensors[0] is not doubled.tensors[1]:
+    table = _doubled(row.x) if row is not None else None
+    angles = made_by(table, ty.RopeAngles)
+    if row is None or angles is None or table is not angles.results[index]:
         return None
-    return (
-        (angles, row.dim % len(dims_of(row.out)), spread is not None)
-        if doubled.tensors[0] is angles.results[index]
-        else None
-    )
+    neighbours = spread is not None or isinstance(row.x.op, aten.RepeatInterleave)
+    return angles, row.dim % len(dims_of(row.out)), neighbours
 
 
 def _parts(
@@ -233,9 +238,9 @@ def rope(op: Op) -> Value | None:
     if found is None or found.neighbours:
         return None
     x, angles = found.x, _angles_for(found.angles, element_of(found.x))
-    by_token = x if found.axis == 2 else insert(op, ty.Transpose(x, perm=_HEADS_FIRST)).out
+    by_token = x if found.axis == 2 else insert(op, ty.Transpose(x, perm=HEADS_FIRST)).out
     out = insert(op, ty.Rope(by_token, angles.cos, angles.sin), found.product).out
-    out = out if found.axis == 2 else insert(op, ty.Transpose(out, perm=_HEADS_FIRST)).out
+    out = out if found.axis == 2 else insert(op, ty.Transpose(out, perm=HEADS_FIRST)).out
     return with_element_of(op.out.type, out, op) if isinstance(op, aten.Add) else None
 
 
@@ -245,13 +250,14 @@ def rope(op: Op) -> Value | None:
 @dataclass(frozen=True)
 class _Heads:
     """q or k of an attention, rotated in some of its channels: `projected` [b, s, H D] before the rotation,
-    `order` of a head's channels in which halves turn.
+    `order` of a head's channels in which halves turn, `norm` of the heads before it.
     """
 
     projected: Value
     heads: int
     angles: ty.RopeAngles
     order: tuple[int, ...]
+    norm: ty.Norm | None
 
 
 def reordered_rope(op: Op) -> Value | None:
@@ -265,7 +271,7 @@ def reordered_rope(op: Op) -> Value | None:
     if q is None or k is None or q.order != k.order or q.angles is not k.angles:
         return None
     turned_q, turned_k = _turned_heads(op, q, element_of(op.q)), _turned_heads(op, k, element_of(op.k))
-    return insert(op, ty.Attention(turned_q, turned_k, op.v, scale=op.scale, window=op.window)).out
+    return insert(op, ty.Attention.create((turned_q, turned_k, op.v), (op.out.type,), op.properties)).out
 
 
 def _heads(value: Value) -> _Heads | None:
@@ -283,8 +289,12 @@ def _heads(value: Value) -> _Heads | None:
         if part is None or _parts(part.x, part, kept) != ((0, turned, 1), (turned, size, 1)):
             return None
         x = part.x
-    transposed = made_by(x, aten.Transpose)
-    split = transposed.x.op if transposed is not None else None
+    x, norm = _before_norm(x, None)
+    turned_over = x.op if isinstance(x.op, (aten.Transpose, ty.Transpose)) else None
+    if turned_over is None:
+        return None
+    x, norm = _before_norm(turned_over.operands[0], norm)
+    split = x.op
     if not isinstance(split, (aten.View, aten.Reshape)) or len(dims_of(split.x)) != 3 or (size - turned) % 2:
         return None
     heads = dims_of(split.result)[2]
@@ -294,8 +304,19 @@ def _heads(value: Value) -> _Heads | None:
     return (
         None
         if projected is None or heads is None
-        else _Heads(projected, heads, found.angles, _order(turned, size, found.neighbours))
+        else _Heads(projected, heads, found.angles, _order(turned, size, found.neighbours), norm)
     )
+
+
+def _before_norm(value: Value, known: ty.Norm | None) -> tuple[Value, ty.Norm | None]:
+    """The value before a norm of heads and that norm; the value itself where there is none."""
+    made = through_float(value)
+    if (cast := made_by(made, ty.Cast)) is not None:  # the norm's own, where the graph keeps it in f32
+        made = cast.x
+    norm = made.op
+    if known is None and isinstance(norm, ty.Norm):
+        return through_float(norm.x), norm
+    return value, known
 
 
 def _order(turned: int, size: int, neighbours: bool) -> tuple[int, ...]:
@@ -324,13 +345,20 @@ def _turned_heads(root: Op, part: _Heads, element: Type) -> Value:
     found = _projection(part.projected)
     assert found is not None
     (linear, first), size = found, len(part.order)
-    operands = [linear.x, _reordered(root, linear.weight, first, part)]
-    if linear.bias is not None:
-        operands.append(_reordered(root, linear.bias, first, part))
+    operands = [
+        linear.x,
+        *(take_channels(root, v, part.heads, size, part.order, first) for v in linear.operands[1:]),
+    ]
     projected = insert(root, aten.Linear.create(operands, (part.projected.type,), DictAttr({})), linear).out
     x = insert(
         root, ty.Reshape(projected, shape=(dims_of(projected)[0] or 1, -1, part.heads, size)), linear
     ).out
+    if part.norm is not None:
+        vectors = [
+            insert(root, ty.Take(v, axis=len(dims_of(v)) - 1, indices=part.order)).out
+            for v in part.norm.operands[1:]
+        ]
+        x = insert(root, type(part.norm).create((x, *vectors), (x.type,), part.norm.properties)).result
     frequencies = part.angles.inv_freq.to_numpy()
     padded = np.concatenate([frequencies, np.zeros(size // 2 - len(frequencies), frequencies.dtype)])
     angles = part.angles
@@ -343,23 +371,3 @@ def _turned_heads(root: Op, part: _Heads, element: Type) -> Value:
     )
     shared = _shared_angles(carry(wanted, angles))
     return insert(root, ty.Rope(x, shared.cos, shared.sin)).out
-
-
-def _reordered(root: Op, value: Value, first: int, part: _Heads) -> Value:
-    """The rows of a projection's weight that make `part`, each head's in the new order; of a quantised
-    weight, those of all its tensors.
-    """
-    made = value.op
-    if isinstance(made, ty.Cast):
-        return insert(root, ty.Cast(_reordered(root, made.x, first, part), element=made.element)).out
-    if isinstance(made, ty.Dequantize):
-        q, scales, zeros = (_reordered(root, v, first, part) for v in (made.q, made.scales, made.zeros))
-        return insert(root, ty.Dequantize(q, scales, zeros, group_size=made.group_size)).out
-    assert isinstance(value.type, TensorType)
-    rows, *rest = value.type.static_shape
-    size = len(part.order)
-    if part.heads * size != rows:
-        value = insert(root, ty.Slice(value, axis=0, offset=first, size=part.heads * size)).out
-    by_head = insert(root, ty.Reshape(value, shape=(part.heads, size, *rest))).out
-    taken = insert(root, ty.Take(by_head, axis=1, indices=part.order)).out
-    return insert(root, ty.Reshape(taken, shape=(part.heads * size, *rest))).out

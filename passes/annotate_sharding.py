@@ -30,10 +30,11 @@ from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import (
     Embedding,
     Linear,
+    Norm,
     QuantizedLinear,
     Reshape,
-    RmsNorm,
     Rope,
+    Softcap,
     TopK,
     tensor_type,
 )
@@ -273,13 +274,18 @@ def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
         if sources and linear not in taken and not taken & set(sources):
             blocks.append(_mlp_block(linear, group(linear)))
     blocks += [_embedding_block(e, dies) for e in function.walk_type(Embedding)]
-    result = next((value.op for value in function.body.terminator.operands), None)
-    head = result.x.op if isinstance(result, TopK) else result
+    result = _before_cap(next((value.op for value in function.body.terminator.operands), None))
+    head = _before_cap(result.x.op) if isinstance(result, TopK) else result
     if isinstance(head, LINEAR) and head not in taken:
         blocks.append(_head_block(head, dies))
         if isinstance(result, TopK):
             blocks[-1].joined_bytes = 8 * result.k * dies  # a value and an id each
     return blocks
+
+
+def _before_cap(op: Op | None) -> Op | None:
+    """What makes the values that a soft cap takes; the op itself when it is none."""
+    return _before_cap(op.x.op) if isinstance(op, Softcap) else op
 
 
 def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
@@ -397,9 +403,9 @@ def _demand(value: Value, split: Split, block: _Block) -> None:
             block.add(op, split)
     elif isinstance(op, QuantizeRows):
         _demand(op.rows, split, block)
-    elif isinstance(op, Rope) or (isinstance(op, RmsNorm) and split.axis != tensor_type(op.x).rank - 1):
+    elif isinstance(op, Rope) or (isinstance(op, Norm) and split.axis != tensor_type(op.x).rank - 1):
         _demand(op.x, split, block)
-    elif isinstance(op, RmsNorm):
+    elif isinstance(op, Norm):
         block.normed = op
     elif isinstance(op, Reshape):
         if (back := through_reshape(split, tensor_type(op.out).dims, tensor_type(op.x).dims)) is not None:

@@ -18,7 +18,8 @@ two more caches of the layer.
 `pos` is the number of tokens already cached.  Caches are arguments that the function returns updated
 (`tyir.alias`): state, never copied. With `embedding-as-input` the embedded tokens [1, ?, h] are the
 argument instead of the ids, and the table becomes the module's `ty.param @embedding`. Logits leave the
-accumulators unrounded (f32), so that near ties are decided by the sums and not by f16 rounding.
+accumulators unrounded (f32), so that near ties are decided by the sums and not by f16 rounding. A table of
+learned positions is read like the rotary ones: `ty.embedding(%table, %position_ids)` becomes `kv.rows`.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tyir.dialects.ty import (
     QuantizedLinear,
     RopeAngles,
     RopeTable,
+    Softcap,
     Yield,
     default_kv_heads,
     tensor_type,
@@ -104,6 +106,8 @@ class KvMaterialize(Pass):
         names, caches = [str(entry.name), "pos"], []
         for angles in list(function.walk_type(RopeAngles)):
             self._tabulate(angles, pos, entry)
+        for lookup in [e for e in function.walk_type(Embedding) if e.ids is position_ids]:
+            self._learned_positions(lookup, pos, entry)
         for number, attention in enumerate(list(function.walk_type(Attention))):
             layer = layer_of(attention)
             caches += self._cache(attention, pos, number if layer is None else layer, names)
@@ -112,15 +116,13 @@ class KvMaterialize(Pass):
         if position_ids.uses:
             raise TyirError(
                 f"'{position_ids.uses[0].name}' still uses the position ids",
-                help="only rotary embeddings may; run raise-aten and dce first",
+                help="only rotary embeddings and learned positions may; run raise-aten and dce first",
             )
         block.erase_arg(1)
         block.erase_arg(0)
         terminator = block.terminator
         logits = terminator.operands[0]
-        if isinstance(logits.op, (Linear, QuantizedLinear)):
-            logits.op.element = f32
-            logits.type = tensor_type(logits).with_element(f32)
+        _leave_unrounded(logits)
         terminator.operands = [logits, *caches]
         function.refresh_type()
         function.set_arg_attrs([DictAttr({"tyir.name": StringAttr(n)}) for n in names])
@@ -134,7 +136,7 @@ class KvMaterialize(Pass):
         """Take the embedded tokens as argument `embeddings`; the table leaves the step as the outermost
         module's `ty.param @embedding`.
         """
-        lookups = list(function.walk_type(Embedding))
+        lookups = [e for e in function.walk_type(Embedding) if e.ids is function.body.args[0]]
         if len(lookups) != 1 or function.parent_op is None:
             raise TyirError(
                 f"embedding-as-input needs exactly one embedding in @{function.sym_name}, there are"
@@ -174,6 +176,17 @@ class KvMaterialize(Pass):
         ]
         angles.replace_with(rows)
 
+    def _learned_positions(self, lookup: Embedding, pos: Value, like: Value) -> None:
+        """The rows of a table of positions that follow those in the cache."""
+        rows = tensor_type(lookup.table).dims[0] or 0
+        if self.max_kv > rows:
+            raise TyirError(
+                f"max-kv is {self.max_kv}, but the model has learned {rows} positions",
+                help=f"use max-kv={rows}",
+            )
+        found = carry(Rows(lookup.table, pos, like, loc=lookup.loc), lookup).insert_before(lookup)
+        lookup.replace_with([found.result])
+
     def _cache(self, attention: Attention, pos: Value, layer: int, names: list[str]) -> list[Value]:
         """Append and attend for one layer; adds the cache arguments and returns the updated caches."""
         keys, values = (
@@ -192,6 +205,7 @@ class KvMaterialize(Pass):
             tuple(keys[1:] + values[1:]),
             scale=attention.scale,
             window=attention.window,
+            softcap=attention.softcap,
             kv_heads=heads,
             layout=self.layout,
             loc=attention.loc,
@@ -220,3 +234,13 @@ class KvMaterialize(Pass):
         )
         append = Append(cache, rows, pos, layout=self.layout, loc=attention.loc)
         return carry(append, attention).insert_before(attention).results[0]
+
+
+def _leave_unrounded(logits: Value) -> None:
+    """Let the head give its sums in f32, through a soft cap."""
+    if isinstance(logits.op, Softcap):
+        _leave_unrounded(logits.op.x)
+        logits.type = logits.op.x.type
+    elif isinstance(logits.op, (Linear, QuantizedLinear)):
+        logits.op.element = f32
+        logits.type = tensor_type(logits).with_element(f32)

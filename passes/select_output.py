@@ -16,7 +16,7 @@ from typing import ClassVar, Final, Literal
 from tyir.attributes import DictAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
-from tyir.dialects.ty import TopK, tensor_type
+from tyir.dialects.ty import Softcap, TopK, tensor_type
 from tyir.ir import Op
 from tyir.layers import carry
 from tyir.manifest import record
@@ -92,10 +92,19 @@ def _select(function: Func, k: int) -> None:
         raise TyirError(
             f"k={k} is more than the {vocabulary} tokens of the vocabulary", help=f"use k={vocabulary}"
         )
-    top = TopK(logits, k=k, loc=terminator.loc if logits.op is None else logits.op.loc)
+    cap = logits.op if isinstance(logits.op, Softcap) else None  # keeps the order: k values are capped, not V
+    top = TopK(
+        logits if cap is None else cap.x, k=k, loc=terminator.loc if logits.op is None else logits.op.loc
+    )
     carry(top, logits.op).insert_before(terminator)
+    values = top.values
+    if cap is not None:
+        capped = carry(Softcap(values, cap=cap.cap, loc=cap.loc), cap).insert_before(terminator)
+        values = capped.result
     attrs = [function.res_attr(i) for i in range(1, 1 + len(rest))]
-    terminator.operands = [*top.results, *rest]
+    terminator.operands = [values, top.ids, *rest]
+    if cap is not None:
+        cap.erase()
     function.refresh_type()
     function.set_res_attrs(
         [*(DictAttr({"tyir.name": StringAttr(n)}) for n in ("top_values", "top_ids")), *attrs]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.dialects import edge10
-from tyir.dialects.ty import comparable, select_best
+from tyir.dialects.ty import comparable, select_best, softcap
 from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
 from tyir.types import Type, storage_dtype
 
@@ -61,6 +61,7 @@ def _dtype(element: Any) -> np.dtype[Any]:
 def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, sram: SramAccess) -> None:
     """Compute `edge10.softmax_block` over `cols` keys from `first_key` on."""
     scores = sram(op.scores, (op.rows, cols), np.float32, (op.score_stride, 4)) * np.float32(op.scale)
+    scores = scores if op.softcap is None else softcap(scores, op.softcap)
     queries = pos + op.first_query + np.arange(op.rows)[:, None] // op.heads
     keys = first_key + np.arange(cols)[None, :]
     hidden = (keys > queries) | ((keys <= queries - op.window) if op.window else np.False_)

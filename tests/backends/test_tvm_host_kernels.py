@@ -83,15 +83,23 @@ def quantized(
 
 
 def attention(
-    s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0
+    s: int,
+    kv_heads: tuple[int, ...],
+    d: int,
+    capacity: int,
+    pos: tuple[int, ...],
+    window: int = 0,
+    cap: float | None = None,
 ) -> Case:
     cache = t(len(pos), max(kv_heads) + 1, capacity, d)
     types = (t(len(pos), s, len(kv_heads), d), cache, cache, t(len(pos), e=i32))
 
     def make(values: Sequence[Value]) -> Op:
-        return kv.CachedAttention(*values, scale=d**-0.5, kv_heads=kv_heads, window=window)
+        return kv.CachedAttention(*values, scale=d**-0.5, kv_heads=kv_heads, window=window, softcap=cap)
 
-    return Case(f"attention_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}", types, make, ((3, pos),))
+    return Case(
+        f"attention_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}_c{cap}", types, make, ((3, pos),)
+    )
 
 
 def attention8(
@@ -232,6 +240,8 @@ CASES: list[Case] = [
     attention(7, (0, 1), 80, 64, (20,)),
     attention(5, (0, 0), 12, 64, (3, 50)),
     attention(4, (0, 0, 1), 64, 80, (30, 0), window=9),
+    attention(4, (0, 0, 1), 64, 80, (30, 0), window=9, cap=0.7),
+    attention(1, (0, 1), 64, 64, (40,), cap=50.0),
     attention(32, (0, 0, 1, 1), 32, 96, (17,), window=0),
     append(1, 2, 32, 40, (0,)),
     append(8, 3, 24, 40, (36,)),
@@ -267,6 +277,39 @@ CASES: list[Case] = [
         lambda v: ty.RmsNorm(*v, eps=1e-6),
         ((0, np.zeros((1, 1, 32))),),
     ),
+    *(
+        Case(f"layer_norm_{shape}_{vectors}", (t(*shape), *vectors), lambda v: ty.LayerNorm(*v, eps=1e-5))
+        for shape, vectors in (
+            ((1, 1, 256), (t(256),)),
+            ((2, 3, 84), (t(84), t(84))),
+            ((1, 2, 7), (t(7), t(7))),
+            ((2, 3, 4, 16), (t(4, 16),)),
+            ((1, 5, 3, 20), (t(3, 20), t(3, 20))),
+            ((1, 2, 40), (t(40, e=f32),)),
+        )
+    ),
+    Case(
+        "layer_norm_level",
+        (t(1, 2, 32), t(32), t(32)),
+        lambda v: ty.LayerNorm(*v, eps=1e-5),
+        ((0, np.full((1, 2, 32), 3.0)),),
+    ),
+    *(
+        Case(
+            f"gelu_{approximate}_wide",
+            (t(1, 15),),
+            lambda v, approximate=approximate: ty.Gelu(*v, approximate=approximate),
+            ((0, [[-60000, -100, -20, -6, -4, -2, -0.5, 0, 0.5, 2, 4, 6, 20, 100, 60000]]),),
+        )
+        for approximate in ("none", "tanh", "quick")
+    ),
+    unary((1, 3, 37), lambda v: ty.Gelu(*v), "gelu"),
+    unary((1, 3, 37), lambda v: ty.Gelu(*v, approximate="tanh"), "gelu_tanh", f32),
+    binary((1, 5, 21), ty.GeluMul),
+    binary((1, 8, 768), ty.GeluMul),
+    unary((1, 3, 37), lambda v: ty.Relu(*v), "relu"),
+    unary((1, 3, 37), lambda v: ty.Softcap(*v, cap=0.5), "softcap"),
+    unary((1, 3, 32), lambda v: ty.Softcap(*v, cap=30.0), "softcap", f32),
     rope(1, 1, 4, 64),
     rope(2, 3, 5, 24),
     rope(1, 8, 2, 10),

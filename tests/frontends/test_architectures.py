@@ -3,7 +3,9 @@ Face decodes.
 
 Multipliers (Granite), packed projections (Phi-3), norms of heads before and after the rotation (EXAONE 4,
 HunYuan) and of all heads together (OLMo 2), layers without rotation (SmolLM3), rotations of neighbouring
-channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini).
+channels (Ernie 4.5, GLM-4) and of some channels (GLM-4, Phi-4-mini); layer norms with a bias, without one and
+of single heads, MLPs without a gate, attention beside the MLP, learned positions, soft caps (GPT-2 and what
+came of it, Gemma, Cohere).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.frontends.quantized import KINDS, write_quantized
+from tyir.diagnostics import TyirError
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.execution.constexpr import ConstantExpressions
@@ -24,7 +27,7 @@ from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
-from tyir.runtime_sim.session.session import Session
+from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.api import compile_path
 from tyir.tools.verify.compare import LayerStates, Reference, check_prompt, dense_model
 
@@ -42,6 +45,7 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
 }
+ALTERNATING = ["sliding_attention", "full_attention"]
 MODELS: dict[str, dict[str, Any]] = {
     "granite": {**SIZES, **GRANITE},
     "phi3": SIZES,
@@ -52,9 +56,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4": {**SIZES, "head_dim": 32},
     "ernie4_5": {**SIZES, "head_dim": 32},
     "phi3-partial": {**SIZES, "partial_rotary_factor": 0.75},
+    "gpt2": {"vocab_size": 512, "n_embd": 192, "n_head": 6, "n_positions": 128},
+    "gpt_neox": {**SIZES, "num_key_value_heads": 6},
+    "phi": SIZES,
+    "starcoder2": {**SIZES, "sliding_window": None},
+    "opt": {**SIZES, "ffn_dim": 512, "word_embed_proj_dim": 192, "max_position_embeddings": 128},
+    "stablelm": SIZES,
+    "stablelm-heads": {**SIZES, "qk_layernorm": True, "use_parallel_residual": True},
+    "gemma": {**SIZES, "head_dim": 32},
+    "gemma2": {**SIZES, "head_dim": 32, "sliding_window": 8},
+    "gemma3_text": {**SIZES, "head_dim": 32, "sliding_window": 8, "layer_types": ALTERNATING},
+    "cohere": SIZES,
+    "cohere-heads": {**SIZES, "use_qk_norm": True},
+    "cohere2": {**SIZES, "sliding_window": 8, "layer_types": ALTERNATING},
 }
 
-QUICK = ("granite", "phi3-partial")
+QUICK = ("granite", "phi3-partial", "gpt2", "gemma2", "cohere-heads")
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +164,39 @@ def test_on_three_dies(folders: dict[str, Path], tmp_path: Path, name: str, weig
         Session(folder, "edge10"), Reference(folders[name], options), list(np.arange(5, 16)), 2, LayerStates()
     )
     assert commands.differing == [] and float(commands.logit_cosine.min()) >= 0.9999
+
+
+def test_learned_positions(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The host looks up the tokens, the step the positions; a cache cannot be longer than what is learned."""
+    config = {"vocab_size": 512, "n_embd": 192, "n_head": 6, "n_positions": 40, "max_position_embeddings": 40}
+    folder = save_model("gpt2", dtype="float16", **config)
+    with pytest.raises(TyirError, match="max-kv is 48, but the model has learned 40 positions"):
+        compile_path(folder, tmp_path, BuildOptions(dies=1, seqlens=(1,), max_kv=48))
+    options = BuildOptions(dies=2, seqlens=(1, 4), max_kv=40, embedding_as_input=True)
+    states = LayerStates()
+    session = Session(compile_path(folder, tmp_path, options), probe=states)
+    result = check_prompt(session, Reference(folder, options), list(np.arange(5, 30)), 10, states)
+    assert result.differing == [] and float(result.logit_cosine.min()) >= 0.9999
+
+
+@pytest.mark.parametrize("engine", ["host", "edge10"])
+def test_the_best_tokens_are_capped_like_the_logits(
+    save_model: Callable[..., Path], tmp_path: Path, engine: EngineName
+) -> None:
+    folder = save_model(
+        "gemma2", dtype="float16", **SIZES, head_dim=32, final_logit_softcapping=2.0, initializer_range=0.2
+    )
+    ids = [5, 17, 300, 42, 9]
+    sessions = [
+        Session(
+            compile_path(
+                folder, tmp_path / output, BuildOptions(dies=2, seqlens=(4,), max_kv=16, output=output)
+            ),
+            engine,
+        )
+        for output in ("topk=3", "logits")
+    ]
+    best, logits = sessions[0].next_tokens(ids), sessions[1].feed(ids)
+    assert 1.9 < float(np.abs(logits).max()) <= 2.0
+    np.testing.assert_allclose(best.values, -np.sort(-logits, axis=-1)[:, :3], rtol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(logits, best.ids, axis=-1), best.values, rtol=1e-5)

@@ -112,7 +112,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
     shape, config = read_shape(tmp_path), AutoConfig.for_model(family, **sizes)
-    assert shape.kv_heads == config.num_key_value_heads
+    assert shape.kv_heads == getattr(config, "num_key_value_heads", 32)
     assert shape.head_dim == (getattr(config, "head_dim", None) or 64)
     assert shape.tied == config.tie_word_embeddings
     assert shape.positions == config.max_position_embeddings

@@ -26,8 +26,10 @@ __all__ = ["ModelShape", "few_layers"]
 class ModelShape:
     """A decoder's sizes; the flags say which small tensors exist.
 
-    `group`: input channels per scale of a quantised checkpoint, 0 for one scale a row, None for fp16;
-    `quantised_head`: its head is quantised too.
+    `norms`: in a layer (one where attention and MLP stand side by side); `layer_norm`: they subtract the
+    mean, `norm_bias`: and add a bias; `head_norms`: each head of q and k has a norm of its own.
+    `rotary_tables`: how many different ones, 0 for learned positions.  `group`: input channels per scale of a
+    quantised checkpoint, 0 for one scale a row, None for fp16; `quantised_head`: its head is quantised too.
     """
 
     name: str
@@ -44,6 +46,13 @@ class ModelShape:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    gated: bool = True
+    layer_norm: bool = False
+    norm_bias: bool = False
+    norms: int = 2
+    head_norms: bool = False
+    head_bias: bool = False
+    rotary_tables: int = 1
     group: int | None = None
     quantised_head: bool = False
 
@@ -59,19 +68,19 @@ class ModelShape:
         ]
         return [
             *attention,
-            *((n, w, h, self.mlp_bias) for n in ("gate_proj", "up_proj")),
+            *((n, w, h, self.mlp_bias) for n in ("gate_proj", "up_proj") if self.gated or n == "up_proj"),
             ("down_proj", h, w, self.mlp_bias),
         ]
 
     @property
     def parameters(self) -> int:
         """Numbers the model is made of, tied ones once."""
-        layer = (
-            sum(n * k + n * bias for _, n, k, bias in self.linears)
-            + 2 * self.hidden
-            + 2 * self.head_dim * self.qk_norm
-        )
-        return self.layers * layer + self.hidden + self.vocabulary * self.hidden * (1 if self.tied else 2)
+        norm = self.hidden * (1 + self.norm_bias)
+        heads = self.head_dim * (self.heads + self.kv_heads if self.head_norms else 2 * self.qk_norm)
+        layer = sum(n * k + n * bias for _, n, k, bias in self.linears) + self.norms * norm + heads
+        tables = self.vocabulary * self.hidden * (1 if self.tied else 2) + self.vocabulary * self.head_bias
+        positions = 0 if self.rotary_tables else self.positions * self.hidden
+        return self.layers * layer + norm + tables + positions
 
 
 @dataclass
@@ -105,32 +114,65 @@ class _Builder:
         )
         return self.add(ty.QuantizedLinear(x, q, scales, zeros, extra, group_size=group, loc=NameLoc(path)))
 
-    def norm(self, path: str, x: Value, size: int) -> Value:
-        return self.add(ty.RmsNorm(x, self.weight(f"{path}.weight", (size,)), eps=1e-6, loc=NameLoc(path)))
+    def norm(self, path: str, x: Value, *sizes: int) -> Value:
+        weight, loc = self.weight(f"{path}.weight", sizes), NameLoc(path)
+        if not self.shape.layer_norm:
+            return self.add(ty.RmsNorm(x, weight, eps=1e-6, loc=loc))
+        bias = self.weight(f"{path}.bias", sizes) if self.shape.norm_bias else None
+        return self.add(ty.LayerNorm(x, weight, bias, eps=1e-6, loc=loc))
 
-    def layer(self, number: int, x: Value, cos: Value, sin: Value) -> Value:
-        s, root = self.shape, f"model.layers.{number}"
+    def attention(self, root: str, h: Value, tables: Sequence[ty.RopeAngles]) -> Value:
+        s, path = self.shape, f"{root}.self_attn"
         sizes = {name: (n, k, bias) for name, n, k, bias in s.linears}
-        loc = NameLoc(f"{root}.self_attn")
-        h = self.norm(f"{root}.input_layernorm", x, s.hidden)
-        parts = []
+        loc, parts = NameLoc(path), list[Value]()
         for name, heads in (("q", s.heads), ("k", s.kv_heads), ("v", s.kv_heads)):
-            y = self.linear(f"{root}.self_attn.{name}_proj", h, *sizes[f"{name}_proj"])
+            y = self.linear(f"{path}.{name}_proj", h, *sizes[f"{name}_proj"])
             y = self.add(ty.Reshape(y, shape=(1, -1, heads, s.head_dim), loc=loc))
             if s.qk_norm and name != "v":
-                y = self.norm(f"{root}.self_attn.{name}_norm", y, s.head_dim)
-            parts.append(y if name == "v" else self.add(ty.Rope(y, cos, sin, loc=loc)))
+                y = self.norm(f"{path}.{name}_norm", y, *([heads] if s.head_norms else []), s.head_dim)
+            if tables and name != "v":
+                table = tables[len(parts) % len(tables)]
+                y = self.add(ty.Rope(y, table.cos, table.sin, loc=loc))
+            parts.append(y)
         a = self.add(ty.Attention(*parts, scale=s.head_dim**-0.5, loc=loc))
         a = self.add(ty.Reshape(a, shape=(1, -1, s.heads * s.head_dim), loc=loc))
-        x = self.add(
-            ty.Add(x, self.linear(f"{root}.self_attn.o_proj", a, *sizes["o_proj"]), loc=NameLoc(root))
-        )
-        h = self.norm(f"{root}.post_attention_layernorm", x, s.hidden)
-        gate, up = (self.linear(f"{root}.mlp.{n}", h, *sizes[n]) for n in ("gate_proj", "up_proj"))
-        act = self.add(ty.SiluMul(gate, up, loc=NameLoc(f"{root}.mlp")))
-        return self.add(
-            ty.Add(x, self.linear(f"{root}.mlp.down_proj", act, *sizes["down_proj"]), loc=NameLoc(root))
-        )
+        return self.linear(f"{path}.o_proj", a, *sizes["o_proj"])
+
+    def mlp(self, root: str, h: Value) -> Value:
+        sizes = {name: (n, k, bias) for name, n, k, bias in self.shape.linears}
+        loc = NameLoc(f"{root}.mlp")
+        names = ("gate_proj", "up_proj") if self.shape.gated else ("up_proj",)
+        inner = [self.linear(f"{root}.mlp.{n}", h, *sizes[n]) for n in names]
+        act = self.add(ty.SiluMul(*inner, loc=loc) if self.shape.gated else ty.Gelu(*inner, loc=loc))
+        return self.linear(f"{root}.mlp.down_proj", act, *sizes["down_proj"])
+
+    def layer(self, number: int, x: Value, tables: Sequence[ty.RopeAngles]) -> Value:
+        s, root = self.shape, f"model.layers.{number}"
+        h = self.norm(f"{root}.input_layernorm", x, s.hidden)
+        attended = self.attention(root, h, tables)
+        if s.norms == 4:
+            attended = self.norm(f"{root}.post_attention_layernorm", attended, s.hidden)
+        x = self.add(ty.Add(x, attended, loc=NameLoc(root)))
+        if s.norms > 1:
+            h = self.norm(f"{root}.pre_feedforward_layernorm", x, s.hidden)
+        out = self.mlp(root, h)
+        if s.norms == 4:
+            out = self.norm(f"{root}.post_feedforward_layernorm", out, s.hidden)
+        return self.add(ty.Add(x, out, loc=NameLoc(root)))
+
+    def positions(self, x: Value) -> tuple[Value, list[ty.RopeAngles]]:
+        """The embedded tokens with learned positions added, or the rotary tables of the layers."""
+        s, ids = self.shape, self.function.args[1]
+        if not s.rotary_tables:
+            table = self.weight("model.embed_positions.weight", (s.positions, s.hidden))
+            loc = NameLoc("model.embed_positions")
+            return self.add(ty.Add(x, self.add(ty.Embedding(table, ids, loc=loc)), loc=loc)), []
+        tables = []
+        for number in range(s.rotary_tables):
+            frequencies = DenseElementsAttr.from_numpy(np.full(s.head_dim // 2, number + 1, np.float32))
+            tables.append(ty.RopeAngles(ids, inv_freq=frequencies, loc=NameLoc("model.rotary_emb")))
+            self.add(tables[-1])
+        return x, tables
 
 
 def few_layers(shape: ModelShape, layers: int) -> Module:
@@ -142,20 +184,18 @@ def few_layers(shape: ModelShape, layers: int) -> Module:
     module.set_attribute("tyir.stage", StringAttr("ty"))
     tokens = TensorType((1, None), i64)
     builder = _Builder(shape, module, Func.make("main", [tokens, tokens], ["input_ids", "position_ids"]))
-    ids, positions = builder.function.args
     table = builder.weight("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
-    x = builder.add(ty.Embedding(table, ids, loc=NameLoc("model.embed_tokens")))
-    frequencies = DenseElementsAttr.from_numpy(np.ones(shape.head_dim // 2, np.float32))
-    angles = ty.RopeAngles(positions, inv_freq=frequencies, loc=NameLoc("model.rotary_emb"))
-    builder.add(angles)
+    x = builder.add(ty.Embedding(table, builder.function.args[0], loc=NameLoc("model.embed_tokens")))
+    x, tables = builder.positions(x)
     for number in range(layers):
-        x = builder.layer(number, x, angles.cos, angles.sin)
+        x = builder.layer(number, x, tables)
     x = builder.norm("model.norm", x, shape.hidden)
     if shape.quantised_head:
         logits = builder.linear("lm_head", x, shape.vocabulary, shape.hidden, bias=False)
     else:
         head = table if shape.tied else builder.weight("lm_head.weight", (shape.vocabulary, shape.hidden))
-        logits = builder.add(ty.Linear(x, head, loc=NameLoc("lm_head")))
+        bias = builder.weight("lm_head.bias", (shape.vocabulary,)) if shape.head_bias else None
+        logits = builder.add(ty.Linear(x, head, bias, loc=NameLoc("lm_head")))
     builder.function.body.append(Return(values=[logits]))
     builder.function.refresh_type()
     module.body.append(builder.function)

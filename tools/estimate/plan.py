@@ -20,6 +20,7 @@ from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
+from tyir.dialects.kv import Rows
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
 from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
@@ -102,7 +103,8 @@ class _Cuts:
         (function,) = [f for f in die.body if isinstance(f, Func)]
         rows = {
             g.symbol.leaf
-            for e in function.walk_type(Embedding)
+            for e in function.body
+            if isinstance(e, (Embedding, Rows))
             for g in [e.table.op]
             if isinstance(g, GetGlobal)
         }

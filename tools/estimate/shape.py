@@ -31,6 +31,7 @@ _SIZES: Final = (
     "vocab_size",
     "max_position_embeddings",
 )
+_FULL_EVERY: Final = 6  # layers of Gemma 3: the last of each six sees everything
 _HEAD_KEYS: Final = ("lm_head", "lm_head_enable")  # GPTQ's and TyLLM's word for a quantised head
 _RESTORE: Final = "restore config.json"
 
@@ -39,14 +40,24 @@ _RESTORE: Final = "restore config.json"
 class Family:
     """What a `model_type` adds to sizes: which biases its layers have, and its own defaults.
 
-    A bias is True, False, or the config's key that says so.
+    A bias is True, False, or the config's key that says so.  `names`: what the config calls sizes; `only`:
+    values that other settings must have for a plan to hold.  The other fields are those of `ModelShape`.
     """
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     defaults: Mapping[str, Any] | None = None
+    names: Mapping[str, str] | None = None
+    only: Mapping[str, Any] | None = None
+    gated: bool = True
+    layer_norm: bool = False
+    norm_bias: bool = False
+    norms: int = 2
+    head_norms: bool = False
+    head_bias: bool = False
+    rotary_tables: int = 1
 
     def flag(self, which: bool | str, raw: Mapping[str, Any]) -> bool:
         return (
@@ -54,6 +65,13 @@ class Family:
         )
 
 
+_GPT: Final[dict[str, Any]] = {"gated": False, "layer_norm": True, "norm_bias": True}
+_GEMMA: Final = {"head_dim": 256, "tie_word_embeddings": True}
+_COHERE: Final[dict[str, Any]] = {
+    "layer_norm": True,
+    "norms": 1,
+    "defaults": {"tie_word_embeddings": True, "max_position_embeddings": 8192},
+}
 _LLAMA: Final = Family("attention_bias", "attention_bias", "mlp_bias")
 FAMILIES: Final[dict[str, Family]] = {
     "llama": _LLAMA,
@@ -87,6 +105,81 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "exaone4": Family(qk_norm=True, defaults={"num_key_value_heads": 32}),
     "hunyuan_v1_dense": Family("attention_bias", "attention_bias", qk_norm=True),
+    "gpt2": Family(
+        True,
+        True,
+        True,
+        names={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        defaults={"tie_word_embeddings": True, "max_position_embeddings": 1024},
+        rotary_tables=0,
+        **_GPT,
+    ),
+    "gpt_neox": Family(
+        "attention_bias",
+        "attention_bias",
+        True,
+        names={"num_key_value_heads": "num_attention_heads"},
+        defaults={"attention_bias": True},
+        **_GPT,
+    ),
+    "phi": Family(True, True, True, only={"qk_layernorm": False}, norms=1, head_bias=True, **_GPT),
+    "opt": Family(
+        "enable_bias",
+        "enable_bias",
+        "enable_bias",
+        names={"intermediate_size": "ffn_dim", "num_key_value_heads": "num_attention_heads"},
+        only={"do_layer_norm_before": True, "_remove_final_layer_norm": False},
+        defaults={"enable_bias": True, "tie_word_embeddings": True},
+        rotary_tables=0,
+        **_GPT,
+    ),
+    "starcoder2": Family(
+        "use_bias",
+        "use_bias",
+        "use_bias",
+        defaults={
+            "use_bias": True,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096,
+        },
+        **_GPT,
+    ),
+    "stablelm": Family(
+        "use_qkv_bias",
+        only={"qk_layernorm": False, "use_parallel_residual": False},
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 4096},
+        layer_norm=True,
+        norm_bias=True,
+    ),
+    "gemma": Family(
+        "attention_bias",
+        "attention_bias",
+        defaults={"num_key_value_heads": 16, "max_position_embeddings": 8192, **_GEMMA},
+    ),
+    "gemma2": Family(
+        "attention_bias",
+        "attention_bias",
+        defaults={"num_key_value_heads": 4, "max_position_embeddings": 8192, **_GEMMA},
+        norms=4,
+    ),
+    "gemma3_text": Family(
+        "attention_bias",
+        "attention_bias",
+        qk_norm=True,
+        defaults={"num_key_value_heads": 4, "max_position_embeddings": 131072, **_GEMMA},
+        norms=4,
+        rotary_tables=2,
+    ),
+    "cohere": Family("attention_bias", "attention_bias", qk_norm="use_qk_norm", head_norms=True, **_COHERE),
+    "cohere2": Family("attention_bias", "attention_bias", **_COHERE),
     "cwm": Family(
         mlp_bias="mlp_bias",
         defaults={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072},
@@ -109,6 +202,10 @@ def read_shape(path: Path) -> ModelShape:
         )
     family, problems = FAMILIES[kind], list[Diagnostic]()
     quant = read_quant_config(where.parent, raw, problems)
+    for key, value in (family.only or {}).items():
+        if raw.get(key, value) != value:
+            what = f"{key} is {raw[key]}; a plan can only be made where it is {value}"
+            problems.append(Diagnostic(what, where=str(where), help="compile the model to see its sizes"))
     sizes = _sizes(raw, family, where, problems)
     if problems:
         raise TyirError(problems)
@@ -127,7 +224,14 @@ def read_shape(path: Path) -> ModelShape:
         qkv_bias=family.flag(family.qkv_bias, raw),
         o_bias=family.flag(family.o_bias, raw),
         mlp_bias=family.flag(family.mlp_bias, raw),
-        qk_norm=family.qk_norm,
+        qk_norm=family.flag(family.qk_norm, raw),
+        gated=family.gated,
+        layer_norm=family.layer_norm,
+        norm_bias=family.norm_bias,
+        norms=family.norms,
+        head_norms=family.head_norms and family.flag(family.qk_norm, raw),
+        head_bias=family.head_bias,
+        rotary_tables=_rotary_tables(family, raw, sizes["num_hidden_layers"]),
         group=_gguf_group(tensors) if quant is None else quant.group_size or 0,
         quantised_head=(
             _gguf_head(tensors)
@@ -135,6 +239,14 @@ def read_shape(path: Path) -> ModelShape:
             else any((raw.get("quantization_config") or {}).get(key) is True for key in _HEAD_KEYS)
         ),
     )
+
+
+def _rotary_tables(family: Family, raw: Mapping[str, Any], layers: int) -> int:
+    """How many of a family's rotary tables the model's layers use: one for each kind of layer."""
+    kinds = raw.get("layer_types")
+    if family.rotary_tables < 2:
+        return family.rotary_tables
+    return len(set(kinds)) if isinstance(kinds, list) else 2 if layers >= _FULL_EVERY else 1
 
 
 def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor]]:
@@ -197,12 +309,14 @@ def _json(path: Path) -> dict[str, Any]:
 def _sizes(raw: Mapping[str, Any], family: Family, path: Path, problems: list[Diagnostic]) -> dict[str, int]:
     """The whole numbers of a config, with transformers' defaults."""
     found: dict[str, int] = {}
+    raw = {**raw, **{key: raw[name] for key, name in (family.names or {}).items() if name in raw}}
     heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
     derived = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": derived,
         "max_position_embeddings": 2048,
+        "intermediate_size": 4 * hidden if isinstance(hidden, int) and not family.gated else None,
         **(family.defaults or {}),
     }
     for key in _SIZES:

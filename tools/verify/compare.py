@@ -26,7 +26,7 @@ from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, Take, dequantize, tensor_type
+from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, Take, Transpose, dequantize, tensor_type
 from tyir.execution.constexpr import ConstantExpressions, expression_ops
 from tyir.execution.weights import CheckpointReader
 from tyir.interpreter import Interpreter, lookup_symbol
@@ -116,11 +116,12 @@ class Reference:
         import torch
 
         parameters = dict(self.model.named_parameters())
-        for name, rows, array in dequantized_weights(
+        for name, turned, rows, array in dequantized_weights(
             reference_module(self.folder, options, plugin), CheckpointReader(self.folder)
         ):
             with torch.no_grad():
-                parameters[name][torch.from_numpy(rows)] = torch.from_numpy(array.astype(np.float32))
+                whole = parameters[name].T if turned else parameters[name]
+                whole[torch.from_numpy(rows)] = torch.from_numpy(array.astype(np.float32))
 
     def continue_greedily(self, ids: Sequence[int], count: int) -> list[int]:
         """`count` tokens after `ids`, always the most likely one, end-of-sequence tokens like any other."""
@@ -157,10 +158,9 @@ class Reference:
         return logits, [s.reshape(len(ids), -1) for s in states]
 
     def _layers(self) -> Sequence[Any]:
-        import torch
+        from tyir.frontends.layer_reuse import decoder_layers
 
-        lists = [list(m) for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
-        return max(lists, key=len)
+        return [layer for _, layer in decoder_layers(self.model)]
 
 
 def _is_plain(folder: Path) -> bool:
@@ -204,10 +204,12 @@ def reference_module(folder: Path, options: BuildOptions, plugin: ModelPlugin | 
     return module
 
 
-def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[tuple[str, Array, Array]]:
+def dequantized_weights(
+    module: Module, weights: CheckpointReader
+) -> Iterator[tuple[str, bool, Array, Array]]:
     """The de-quantised weight of each quantised linear of a `ty` module.
 
-    As (parameter name, row numbers [N], weight [N, K]).
+    As (parameter name, whether it is stored as [K, N], row numbers [N], weight [N, K]).
 
     Rows of a parameter come in parts where it is packed, and in another order where heads are turned
     otherwise (`raise-aten`).
@@ -235,6 +237,7 @@ def dequantized_weights(module: Module, weights: CheckpointReader) -> Iterator[t
             name = f"{path_of(linear)}.weight"
         yield (
             name,
+            any(isinstance(op, Transpose) for op in expression_ops(linear.q)),
             _rows(linear.q),
             dequantize(env[linear.q], env[linear.scales], env[linear.zeros], linear.group_size),
         )
@@ -249,6 +252,8 @@ def _rows(q: Value) -> Array:
     for op in expression_ops(q):
         if isinstance(op, GetGlobal):
             rows = np.arange(tensor_type(op.result).static_shape[0])
+        elif isinstance(op, Transpose):
+            rows = np.arange(tensor_type(op.out).static_shape[0])
         elif isinstance(op, Slice) and op.axis == 0:
             rows = rows[op.offset : op.offset + op.size]
         elif isinstance(op, Take):  # between two reshapes: rows [heads x channels] as [heads, channels, K]

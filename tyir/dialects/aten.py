@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tyir.dialects.ty import as_type, bf16_to_f32, silu, tensor_type
+from tyir.dialects.ty import as_type, bf16_to_f32, gelu, silu, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result, variadic_operand
 from tyir.traits import Pure
@@ -27,23 +27,30 @@ from tyir.types import FloatType, TensorType, Type
 
 __all__ = [
     "Add",
+    "Addmm",
     "Cat",
     "Cos",
     "Div",
     "Embedding",
     "Expand",
+    "Gelu",
+    "LayerNorm",
     "Linear",
     "Mean",
     "Mul",
     "Neg",
     "Pow",
+    "Relu",
     "RepeatInterleave",
     "Reshape",
     "Rsqrt",
+    "Sigmoid",
     "Silu",
     "Sin",
     "Slice",
     "Stack",
+    "Sub",
+    "Tanh",
     "To",
     "Transpose",
     "Unsqueeze",
@@ -76,6 +83,19 @@ class Add(DeclaredOp, name="aten.add", traits=(Pure,)):
 
     def evaluate(self, x: Array, y: Array | None = None) -> Array:
         return _rounded(_wide(x) + (_wide(y) if y is not None else x.dtype.type(self.scalar or 0)), self.out)
+
+
+class Sub(DeclaredOp, name="aten.sub", traits=(Pure,)):
+    """x - y with broadcasting, or x - scalar."""
+
+    x: Value = operand()
+    y: Value | None = optional_operand(default=None)
+    _: KW_ONLY
+    scalar: float | None = attr(default=None)
+    out: Value = result()
+
+    def evaluate(self, x: Array, y: Array | None = None) -> Array:
+        return _rounded(_wide(x) - (_wide(y) if y is not None else x.dtype.type(self.scalar or 0)), self.out)
 
 
 class Mul(DeclaredOp, name="aten.mul", traits=(Pure,)):
@@ -168,6 +188,48 @@ class Silu(DeclaredOp, name="aten.silu", traits=(Pure,)):
         return _rounded(silu(x.astype(np.float32)), self.out)
 
 
+class Gelu(DeclaredOp, name="aten.gelu", traits=(Pure,)):
+    """x * P(a normal variable is below x), or its approximation by a tanh."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    approximate: str = attr(default="none", choices=("none", "tanh"))
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return _rounded(gelu(x.astype(np.float32), self.approximate), self.out)
+
+
+class Relu(DeclaredOp, name="aten.relu", traits=(Pure,)):
+    """max(x, 0)."""
+
+    x: Value = operand()
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return np.asarray(np.maximum(x, x.dtype.type(0)))
+
+
+class Tanh(DeclaredOp, name="aten.tanh", traits=(Pure,)):
+    """tanh(x)."""
+
+    x: Value = operand()
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return _rounded(np.tanh(_wide(x)), self.out)
+
+
+class Sigmoid(DeclaredOp, name="aten.sigmoid", traits=(Pure,)):
+    """1 / (1 + exp(-x))."""
+
+    x: Value = operand()
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return _rounded(1 / (1 + np.exp(-np.maximum(x.astype(np.float32), np.float32(-80)))), self.out)
+
+
 class Mean(DeclaredOp, name="aten.mean", traits=(Pure,)):
     """Mean over the axes `dim`."""
 
@@ -208,6 +270,39 @@ class Embedding(DeclaredOp, name="aten.embedding", traits=(Pure,)):
 
     def evaluate(self, weight: Array, ids: Array) -> Array:
         return np.asarray(weight[ids])
+
+
+class LayerNorm(DeclaredOp, name="aten.layer_norm", traits=(Pure,)):
+    """(x - mean(x)) / sqrt(variance(x) + eps) over the last axis (`normalized_shape` is its length), times
+    the first and plus the second of the `vectors`, if there are any.
+    """
+
+    x: Value = operand()
+    vectors: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    normalized_shape: tuple[int, ...] = attr()
+    eps: float = attr(default=1e-5)
+    out: Value = result()
+
+    def evaluate(self, x: Array, *vectors: Array) -> Array:
+        wide = x.astype(np.float32)
+        wide = wide - np.mean(wide, axis=-1, keepdims=True)
+        out = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float32(self.eps))
+        for vector, combine in zip(vectors, (np.multiply, np.add)):
+            out = combine(out, vector.astype(np.float32))
+        return _rounded(out, self.out)
+
+
+class Addmm(DeclaredOp, name="aten.addmm", traits=(Pure,)):
+    """bias + x @ weight: x [s, K], weight [K, N], bias [N] -> [s, N]."""
+
+    bias: Value = operand()
+    x: Value = operand()
+    weight: Value = operand()
+    out: Value = result()
+
+    def evaluate(self, bias: Array, x: Array, weight: Array) -> Array:
+        return _rounded(x.astype(np.float32) @ weight.astype(np.float32) + bias.astype(np.float32), self.out)
 
 
 class Linear(DeclaredOp, name="aten.linear", traits=(Pure,)):

@@ -478,15 +478,20 @@ class VectorOp(Command, name="edge10.vector", unit="vector", priced_by=("functio
 
 
 class SoftmaxBlock(
-    Command, name="edge10.softmax_block", unit="vector", dynamic=("cols", "first_key"), priced_by=("rows",)
+    Command,
+    name="edge10.softmax_block",
+    unit="vector",
+    dynamic=("cols", "first_key"),
+    priced_by=("rows", "softcap"),
 ):
     """One block of an online softmax (Milakov and Gimelshein, arXiv:1805.02867) over scores [rows, cols] f32
     of `cols` keys from `first_key` on.
 
     Row r is query `pos + first_query + r // heads` of `sequence`; keys after it, or `window` or more before
     it, are hidden.  With the running maximum m and sum l of a row: m' = max(m, max(scale * s)), alpha = exp(m
-    - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16. Scalars: the number of
-    columns (size -1), then `first_key`.
+    - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16.  With a
+    `softcap` c, c * tanh(scale * s / c) stands for scale * s.  Scalars: the number of columns (size -1), then
+    `first_key`.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -506,11 +511,12 @@ class SoftmaxBlock(
     window: int = attr(default=0)
     sequence: int = attr(default=0)
     scale: float = attr()
+    softcap: float | None = attr(default=None)
     done: Value = result()
 
     def cost(self, scalars: Sequence[int]) -> Work:
         cols, _ = self.sizes_with(scalars)
-        return Work("softmax", (self.rows * cols,))
+        return Work("softmax" if self.softcap is None else "softmax_capped", (self.rows * cols,))
 
     def sram_writes(self) -> list[tuple[int, int]]:
         by_row = [(start, start + self.rows * 4) for start in (self.maximum, self.total, self.alpha)]

@@ -150,8 +150,8 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     [b, s, H, D].
 
     `kv_heads[h]` is the cache head that query head h reads.  Scores, softmax and sums are f32; positions
-    after a query are never read. 8-bit caches come with the scales of k and of v, each f16; what is read is
-    f16(q * scale).
+    after a query are never read; `window` and `softcap` are as in `ty.attention`.  8-bit caches come with the
+    scales of k and of v, each f16; what is read is f16(q * scale).
     """
 
     q: Value = operand()
@@ -162,6 +162,7 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     _: KW_ONLY
     scale: float = attr()
     window: int = attr(default=0)
+    softcap: float | None = attr(default=None)
     kv_heads: tuple[int, ...] = attr()
     layout: str = attr(default="HND", choices=LAYOUTS)
     out: Value = result()
@@ -203,7 +204,8 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
             keys, values = k[i, :, :end], v[i, :, :end]
             if scales:
                 keys, values = (dequantize_rows(x, s[i, :, :end]) for x, s in zip((keys, values), scales))
-            out[i] = attend(q[i], keys, values, int(start), self.scale, self.window, self.kv_heads)
+            rest = (int(start), self.scale, self.window, self.kv_heads, self.softcap)
+            out[i] = attend(q[i], keys, values, *rest)
         return as_type(out, tensor_type(self.out).element)
 
 

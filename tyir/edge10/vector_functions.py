@@ -9,7 +9,7 @@ where it plays a die (`tools/silicon`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.dialects.kv import quantize_rows
-from tyir.dialects.ty.elementwise import silu
+from tyir.dialects.ty.elementwise import gelu, silu, softcap
 from tyir.ir import Op
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "function_of",
     "passes_of",
     "per_column",
+    "per_head",
     "per_row",
     "whole",
 ]
@@ -65,6 +66,11 @@ def per_column(call: Call) -> tuple[int, ...]:
     return (call.cols,)
 
 
+def per_head(call: Call) -> tuple[int, ...]:
+    """A row for each row of a group: one that all rows share where the group is one row."""
+    return (call.group, call.cols)
+
+
 def angles(call: Call) -> tuple[int, ...]:
     """Half a row, which the rows of a group share."""
     return (call.rows // call.group, call.cols // 2)
@@ -76,7 +82,8 @@ class VectorFunction:
     `exact` ones take their inputs as they are stored.
 
     `elementwise` functions take strides for their inputs.  `passes` is how often the elements are gone over;
-    `price` is the function whose cycles it takes ("": its own), `<price>_cycles` of a machine file.
+    `price` is the function whose cycles it takes ("": its own), `<price>_cycles` of a machine file;
+    `constant` is the property of the op of its name that the command has as its constant.
     """
 
     name: str
@@ -88,6 +95,7 @@ class VectorFunction:
     exact: bool = False
     passes: int = 1
     price: str = ""
+    constant: str = ""
 
     @property
     def priced_as(self) -> str:
@@ -98,6 +106,36 @@ class VectorFunction:
 def _rms_norm(call: Call, a: Array, weight: Array) -> Array:
     scale = 1 / np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + np.float32(call.constant))
     return np.asarray(a * scale * weight)
+
+
+def _layer_norm(call: Call, a: Array, weight: Array, *bias: Array) -> Array:
+    centred = a - np.mean(a, axis=-1, keepdims=True)
+    scale = 1 / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + np.float32(call.constant))
+    by_head = (centred * scale).reshape(-1, call.group, call.cols) * weight
+    return np.asarray(sum(bias, by_head)).reshape(call.rows, call.cols)
+
+
+def _gelus() -> Iterator[VectorFunction]:
+    """gelu and gelu_mul, and both with each approximation."""
+    for approximate in ("none", "tanh", "quick"):
+        suffix = "" if approximate == "none" else f"_{approximate}"
+        alone, gated = f"gelu{suffix}", f"gelu_mul{suffix}"
+
+        def activated(a: Array, approximate: str = approximate) -> Array:
+            return gelu(a, approximate)
+
+        def compute(_: Call, a: Array, f: Callable[[Array], Array] = activated) -> Array:
+            return f(a)
+
+        def multiply(_: Call, a: Array, b: Array, f: Callable[[Array], Array] = activated) -> Array:
+            return f(a) * b
+
+        what = "a * P(normal < a)" + ("" if not suffix else f", by {approximate}")
+        yield VectorFunction(alone, _ONE, _ONE, what, compute, elementwise=True, passes=6, price="gelu")
+        meaning = f"{alone}(a) * b"
+        yield VectorFunction(
+            gated, _TWO, _ONE, meaning, multiply, elementwise=True, passes=7, price="gelu_mul"
+        )
 
 
 def _rope(call: Call, a: Array, cosines: Array, sines: Array) -> Array:
@@ -124,10 +162,26 @@ _ROWS: Final = (
         lambda call, a: a * np.float32(call.constant),
         elementwise=True,
         price="mul",
+        constant="factor",
     ),
     VectorFunction("silu", _ONE, _ONE, "a * sigmoid(a)", lambda _, a: silu(a), elementwise=True, passes=4),
     VectorFunction(
         "silu_mul", _TWO, _ONE, "silu(a) * b", lambda _, a, b: silu(a) * b, elementwise=True, passes=5
+    ),
+    *_gelus(),
+    VectorFunction(
+        "relu", _ONE, _ONE, "max(a, 0)", lambda _, a: np.maximum(a, 0), elementwise=True, price="add"
+    ),
+    VectorFunction(
+        "softcap",
+        _ONE,
+        _ONE,
+        "constant * tanh(a / constant)",
+        lambda call, a: softcap(a, call.constant),
+        elementwise=True,
+        passes=4,
+        price="silu",
+        constant="cap",
     ),
     VectorFunction("cast", _ONE, _ONE, "a in the output's element type", lambda _, a: a, elementwise=True),
     VectorFunction("copy", _ONE, _ONE, "a", lambda _, a: a.copy(), elementwise=True, exact=True),
@@ -139,6 +193,26 @@ _ROWS: Final = (
         "a / sqrt(mean(a^2) + constant) * w, w [cols]",
         _rms_norm,
         passes=4,
+        constant="eps",
+    ),
+    VectorFunction(
+        "layer_norm",
+        (whole, per_head),
+        _ONE,
+        "(a - mean(a)) / sqrt(variance(a) + constant) * w, w [group, cols]",
+        _layer_norm,
+        passes=6,
+        constant="eps",
+    ),
+    VectorFunction(
+        "layer_norm_bias",
+        (whole, per_head, per_head),
+        _ONE,
+        "layer_norm(a, w) + b, b [group, cols]",
+        _layer_norm,
+        passes=6,
+        price="layer_norm",
+        constant="eps",
     ),
     VectorFunction(
         "rope",
@@ -180,13 +254,23 @@ VECTOR_FUNCTIONS: Final = {row.name: row for row in _ROWS}
 ELEMENTWISE_FUNCTIONS: Final = tuple(row.name for row in _ROWS if row.elementwise)
 # What a machine file has cycles for, and the passes over its elements of each; the softmax is a command of
 # its own (`edge10.softmax_block`) on the same units.
-VECTOR_PASSES: Final = {**{row.priced_as: row.passes for row in _ROWS}, "softmax": 8}
+VECTOR_PASSES: Final = {
+    **{row.priced_as: row.passes for row in _ROWS},
+    "softmax": 8,
+    "softmax_capped": 12,
+}
 
 
 def function_of(op: Op) -> VectorFunction | None:
-    """The function that computes an op of `ty`: the one of its name."""
+    """The function that computes an op of `ty`: the one of its name, with its approximation or its bias."""
     dialect, _, name = op.name.partition(".")
-    return VECTOR_FUNCTIONS.get(name) if dialect == "ty" else None
+    if dialect != "ty":
+        return None
+    approximate = getattr(op, "approximate", "none")
+    row = VECTOR_FUNCTIONS.get(name if approximate == "none" else f"{name}_{approximate}")
+    if row is not None and len(row.inputs) != len(op.operands):
+        return VECTOR_FUNCTIONS.get(f"{name}_bias")
+    return row
 
 
 def passes_of(function: str) -> int:

@@ -105,10 +105,18 @@ class MainLowering:
             aliases = _aliases(value, self._main)
             users = [u for alias in aliases for u in alias.uses if not isinstance(u, ty.Reshape)]
             overwritten = index in layer.boundary.overwritten
+            lives = range(order[value.op] + 1, max((order[u] for u in users), default=0) + 1)
+            if any(order[other] in lives and self._takes_another(other, value, place) for other in order):
+                continue  # layers that take different values there in turn: it is brought for each call
             if all(_takes_at(u, value, layer, index) for u in users) and (
                 not overwritten or all(order[u] <= order[call] for u in users)
             ):
                 fixed[value] = place
+
+    def _takes_another(self, op: Op, value: Value, place: Place) -> bool:
+        """Whether an op is a call that wants another value than this one at a place."""
+        wanted = self._layers[op.callee.leaf].boundary.arguments if isinstance(op, Call) else {}
+        return any(p == place and root(op.operands[i]) is not value for i, p in wanted.items())
 
     # -- calls
     # ----------------------------------------------------------------------------------------------------

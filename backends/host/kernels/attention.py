@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.backends.host.kernels.elementwise import capped
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
+    Emitters,
     Expr,
     add_to,
     bind,
@@ -35,7 +38,7 @@ from tyir.backends.host.kernels.tir import (
 )  # fmt: skip
 from tyir.dialects import kv
 
-__all__ = ["attention"]
+__all__ = ["EMITTERS"]
 
 _MOST_QUERIES = 8
 _HIDDEN = float("-inf")
@@ -140,6 +143,8 @@ def _scores(
                 add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
         for t in range(work.queries):
             score = horizontal_sum(sums[t], lanes) * f32(op.scale)
+            if op.softcap is not None:
+                score = capped(score, op.softcap, 1)
             visible = position <= work.first + t
             if op.window > 0:
                 visible = T.And(visible, position > work.first + t - op.window)
@@ -192,3 +197,8 @@ def _weighted_values(
             for d in range(chunk):
                 value = get(sums[t * chunk + d], lanes) / splat(totals[t], lanes)
                 store(out, [work.sequence, work.token0 + t, work.head, (c * chunk + d) * lanes], value, lanes)
+
+
+EMITTERS: Final[Emitters] = {
+    kv.CachedAttention: attention,
+}

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.product import Tile, tiled_product
-from tyir.backends.host.kernels.tir import Buffer, Cpu, Expr, bind, flat, lanes_for, load, prefetch, span
+from tyir.backends.host.kernels.tir import (
+    Buffer,
+    Cpu,
+    Emitters,
+    Expr,
+    bind,
+    flat,
+    lanes_for,
+    load,
+    prefetch,
+    span,
+)
 from tyir.dialects import ty
 
-__all__ = ["linear"]
+__all__ = ["EMITTERS"]
 
 
 def linear(op: ty.Linear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -44,3 +56,8 @@ def linear(op: ty.Linear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         accumulate,
         one_stream=True,
     )
+
+
+EMITTERS: Final[Emitters] = {
+    ty.Linear: linear,
+}

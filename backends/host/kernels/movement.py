@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.host.kernels.tir import Buffer, Cpu, Expr, bind, flat, lanes_for, load, splat, store
+from tyir.backends.host.kernels.tir import (
+    Buffer,
+    Cpu,
+    Emitters,
+    Expr,
+    bind,
+    flat,
+    lanes_for,
+    load,
+    splat,
+    store,
+)
 from tyir.dialects import kv, ty
 
-__all__ = ["append", "embedding", "repeat", "rows", "slice_", "transpose"]
+__all__ = ["EMITTERS"]
 
 
 def _shape(buffer: Buffer) -> tuple[int, ...]:
@@ -134,3 +146,13 @@ def repeat(op: ty.Repeat, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 
     looped = shape if op.axis == len(shape) - 1 else shape[:-1]
     _grid((*looped, op.times), emit)
+
+
+EMITTERS: Final[Emitters] = {
+    ty.Embedding: embedding,
+    ty.Transpose: transpose,
+    ty.Slice: slice_,
+    ty.Repeat: repeat,
+    kv.Append: append,
+    kv.Rows: rows,
+}

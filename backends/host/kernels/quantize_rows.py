@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
+    Emitters,
     Expr,
     bind,
     f32,
@@ -26,7 +28,7 @@ from tyir.backends.host.kernels.tir import (
 )
 from tyir.dialects import kv
 
-__all__ = ["quantize_rows"]
+__all__ = ["EMITTERS"]
 
 # 1.5 * 2^23: adding it leaves no bits for a fraction, so that the addition rounds to whole numbers, halves to
 # even
@@ -65,3 +67,8 @@ def _round(x: Expr, lanes: int) -> Expr:
     """
     bits = T.reinterpret(vector("int32", lanes), x + f32(_ROUND, lanes))
     return T.cast(bits - splat(T.int32(0x4B400000), lanes), vector("float32", lanes))
+
+
+EMITTERS: Final[Emitters] = {
+    kv.QuantizeRows: quantize_rows,
+}

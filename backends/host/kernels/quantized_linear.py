@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from tvm.tirx.script.builder import ir as T
 
@@ -23,6 +23,7 @@ from tyir.backends.host.kernels.product import Tile, tiled_product
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
+    Emitters,
     Expr,
     bind,
     flat,
@@ -36,7 +37,7 @@ from tyir.backends.host.kernels.tir import (
 from tyir.diagnostics import TyirError
 from tyir.dialects import ty
 
-__all__ = ["quantized_linear"]
+__all__ = ["EMITTERS"]
 
 _LOOKUP = "llvm.x86.avx512.permvar.sf.512"
 
@@ -121,3 +122,8 @@ def quantized_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu
         return start if lanes == 1 else T.ramp(start, nibbles, lanes)
 
     tiled_product(flat(x, m, k), n, lanes, order, bias[0] if bias else None, flat(out, m, n), cpu, accumulate)
+
+
+EMITTERS: Final[Emitters] = {
+    ty.QuantizedLinear: quantized_linear,
+}

@@ -12,15 +12,18 @@ Three rules that all kernels keep (each was measured or seen in the generated co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.ir import Op
+
 __all__ = [
     "Buffer",
     "Cpu",
+    "Emitters",
     "Expr",
     "add_to",
     "bind",
@@ -45,6 +48,7 @@ __all__ = [
 
 Buffer = Any
 Expr = Any
+Emitters = Mapping[type[Op], Callable[[Any, Sequence[Any], Any], None]]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
+    Emitters,
     Expr,
     bind,
     f32,
@@ -29,7 +31,7 @@ from tyir.backends.host.kernels.tir import (
 )
 from tyir.dialects import ty
 
-__all__ = ["merge_top_k", "top_k", "top_k_candidates"]
+__all__ = ["EMITTERS"]
 
 _LOWEST = -3.4028234663852886e38  # what -inf and NaN count as: the lowest finite f32
 _BLOCK = 4  # vectors compared at once
@@ -143,3 +145,10 @@ def merge_top_k(op: ty.MergeTopK, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         with T.serial(0, op.k) as i:
             T.buffer_store(values, best.values[i], [row, i])
             T.buffer_store(ids, best.ids[i], [row, i])
+
+
+EMITTERS: Final[Emitters] = {
+    ty.TopK: top_k,
+    ty.TopKCandidates: top_k_candidates,
+    ty.MergeTopK: merge_top_k,
+}

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY
 import numpy as np
 import numpy.typing as npt
 
+from tyir.dialects.ty.elementwise import softcap
 from tyir.dialects.ty.tensors import Array, as_type, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result
@@ -24,12 +25,20 @@ def softmax(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def attend(
-    q: Array, k: Array, v: Array, first: int, scale: float, window: int, kv_heads: tuple[int, ...]
+    q: Array,
+    k: Array,
+    v: Array,
+    first: int,
+    scale: float,
+    window: int,
+    kv_heads: tuple[int, ...],
+    cap: float | None = None,
 ) -> npt.NDArray[np.float32]:
     """Causal attention of one sequence in f32: q [s, H, D] at positions first.., k and v [G, t, D] at
     positions 0.. -> [s, H, D].
 
-    `window` > 0 limits each query to the last `window` positions, itself included.
+    `window` > 0 limits each query to the last `window` positions, itself included; `cap` is the scores'
+    soft cap.
     """
     out = np.empty(q.shape, np.float32)
     queries = first + np.arange(q.shape[0])[:, None]
@@ -37,6 +46,7 @@ def attend(
     hidden = (keys > queries) | ((keys <= queries - window) if window > 0 else False)
     for head, group in enumerate(kv_heads):
         scores = q[:, head].astype(np.float32) @ k[group].astype(np.float32).T * np.float32(scale)
+        scores = scores if cap is None else softcap(scores, cap)
         out[:, head] = softmax(np.where(hidden, np.float32(-np.inf), scores)) @ v[group].astype(np.float32)
     return out
 
@@ -52,7 +62,8 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
     """Causal self-attention without a cache: softmax(scale * q k^T) v per head; q [b, s, H, D], k and v [b,
     s, G, D] -> [b, s, H, D].
 
-    Scores, softmax and sums are f32.  `window` > 0 is a sliding window (itself included).
+    Scores, softmax and sums are f32.  `window` > 0 is a sliding window (itself included); `softcap` c makes a
+    score s c * tanh(s / c).
     """
 
     q: Value = operand()
@@ -61,6 +72,7 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
     _: KW_ONLY
     scale: float = attr()
     window: int = attr(default=0)
+    softcap: float | None = attr(default=None)
     out: Value = result()
 
     def infer(self) -> Type:
@@ -76,7 +88,16 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
     def evaluate(self, q: Array, k: Array, v: Array) -> Array:
         heads = default_kv_heads(q.shape[2], k.shape[2])
         rows = [
-            attend(q[i], k[i].swapaxes(0, 1), v[i].swapaxes(0, 1), 0, self.scale, self.window, heads)
+            attend(
+                q[i],
+                k[i].swapaxes(0, 1),
+                v[i].swapaxes(0, 1),
+                0,
+                self.scale,
+                self.window,
+                heads,
+                self.softcap,
+            )
             for i in range(q.shape[0])
         ]
         return as_type(np.stack(rows), tensor_type(self.out).element)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import KW_ONLY
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,30 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects.ty.tensors import Array, as_type, axis_in, bf16_to_f32, tensor_type
 from tyir.ir import Value
-from tyir.opdef import DeclaredOp, attr, operand, result
+from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import Commutative, Elementwise, Gated, Pure
 from tyir.types import FloatType, Type
 
-__all__ = ["Add", "Cast", "Mul", "Reshape", "Scale", "Silu", "SiluMul", "Slice", "Transpose", "silu"]
+__all__ = [
+    "ERFC",
+    "Add",
+    "Cast",
+    "Concat",
+    "Gelu",
+    "GeluMul",
+    "Mul",
+    "Relu",
+    "Reshape",
+    "Scale",
+    "Silu",
+    "SiluMul",
+    "Slice",
+    "Softcap",
+    "Transpose",
+    "gelu",
+    "silu",
+    "softcap",
+]
 
 
 class Cast(DeclaredOp, name="ty.cast", traits=(Pure, Elementwise)):
@@ -65,6 +85,28 @@ class Slice(DeclaredOp, name="ty.slice", traits=(Pure,)):
 
     def evaluate(self, x: Array) -> Array:
         return x[(slice(None),) * self.axis + (slice(self.offset, self.offset + self.size),)]
+
+
+class Concat(DeclaredOp, name="ty.concat", traits=(Pure,)):
+    """The tensors one after the other along `axis`: weights that a checkpoint stores in parts."""
+
+    parts: tuple[Value, ...] = variadic_operand()
+    _: KW_ONLY
+    axis: int = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        types = [tensor_type(v) for v in self.parts]
+        if not types:
+            raise TyirError("joins no tensor")
+        axis = axis_in(self.axis, types[0])
+        if len({(t.element, *t.dims[:axis], None, *t.dims[axis + 1 :]) for t in types}) != 1:
+            raise TyirError(f"joins {', '.join(map(str, types))}, which differ beside axis {axis}")
+        total = sum(t.dims[axis] or 0 for t in types)
+        return types[0].with_shape(total if i == axis else d for i, d in enumerate(types[0].dims))
+
+    def evaluate(self, *parts: Array) -> Array:
+        return np.concatenate(parts, axis=self.axis)
 
 
 class Reshape(DeclaredOp, name="ty.reshape", traits=(Pure,)):
@@ -225,3 +267,114 @@ class SiluMul(DeclaredOp, name="ty.silu_mul", traits=(Pure, Elementwise, Gated))
 
     def evaluate(self, gate: Array, up: Array) -> Array:
         return as_type(silu(gate.astype(np.float32)) * up.astype(np.float32), tensor_type(self.out).element)
+
+
+# erfc(z) = t exp(polynomial in t - z^2) with t = 1 / (1 + z / 2), to a relative error of 1.2e-7 (Numerical
+# Recipes, erfcc).
+ERFC: Final = (
+    -1.26551223,
+    1.00002368,
+    0.37409196,
+    0.09678418,
+    -0.18628806,
+    0.27886807,
+    -1.13520398,
+    1.48851587,
+    -0.82215223,
+    0.17087277,
+)
+
+
+def gelu(x: npt.NDArray[np.float32], approximate: str) -> npt.NDArray[np.float32]:
+    """x * P(a normal variable is below x) in f32, or what models take for it: "tanh" and "quick"."""
+    if approximate != "none":
+        cubic = x + np.float32(0.044715) * x * x * x
+        inner = cubic * np.float32(1.5957691216) if approximate == "tanh" else x * np.float32(1.702)
+        return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(inner, np.float32(-80)))), np.float32)
+    z = np.abs(x) * np.float32(0.70710678)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.5) * z)
+    power: Array = np.full_like(x, ERFC[-1])
+    for c in ERFC[-2::-1]:
+        power = power * t + np.float32(c)
+    tail = np.float32(0.5) * t * np.exp(np.maximum(power - z * z, np.float32(-80)))
+    return np.asarray(x * np.where(x < 0, tail, 1 - tail), np.float32)
+
+
+_APPROXIMATIONS: Final = ("none", "tanh", "quick")
+
+
+class Gelu(DeclaredOp, name="ty.gelu", traits=(Pure, Elementwise)):
+    """x * P(a normal variable is below x), computed in f32.
+
+    `approximate` tanh is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), which is 0.5 x (1 + tanh(..)) of
+    half that, and quick is x * sigmoid(1.702 x).
+    """
+
+    x: Value = operand()
+    _: KW_ONLY
+    approximate: str = attr(default="none", choices=_APPROXIMATIONS)
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def evaluate(self, x: Array) -> Array:
+        return as_type(gelu(x.astype(np.float32), self.approximate), tensor_type(self.out).element)
+
+
+class GeluMul(DeclaredOp, name="ty.gelu_mul", traits=(Pure, Elementwise, Gated)):
+    """gelu(gate) * up, computed in f32, rounded once: `ty.silu_mul` with the activation of Gemma."""
+
+    gate: Value = operand()
+    up: Value = operand()
+    _: KW_ONLY
+    approximate: str = attr(default="none", choices=_APPROXIMATIONS)
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.gate.type
+
+    def verify(self) -> Iterator[str]:
+        if self.gate.type is not self.up.type:
+            yield f"operand types differ: {self.gate.type} and {self.up.type}"
+
+    def evaluate(self, gate: Array, up: Array) -> Array:
+        activated = gelu(gate.astype(np.float32), self.approximate)
+        return as_type(activated * up.astype(np.float32), tensor_type(self.out).element)
+
+
+class Relu(DeclaredOp, name="ty.relu", traits=(Pure, Elementwise)):
+    """max(x, 0)."""
+
+    x: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def evaluate(self, x: Array) -> Array:
+        return np.asarray(np.maximum(x, x.dtype.type(0)))
+
+
+def softcap(x: npt.NDArray[np.float32], cap: float) -> npt.NDArray[np.float32]:
+    """cap * tanh(x / cap) in f32."""
+    return np.asarray(np.tanh(x / np.float32(cap)) * np.float32(cap), np.float32)
+
+
+class Softcap(DeclaredOp, name="ty.softcap", traits=(Pure, Elementwise)):
+    """cap * tanh(x / cap), computed in f32: keeps logits within -cap..cap without changing their order."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    cap: float = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def verify(self) -> Iterator[str]:
+        if not self.cap > 0:
+            yield f"cap is {self.cap}; it must be positive"
+
+    def evaluate(self, x: Array) -> Array:
+        return as_type(softcap(x.astype(np.float32), self.cap), tensor_type(self.out).element)

@@ -18,7 +18,9 @@ from tyir.types import FloatType, TensorType, Type, f16
 
 __all__ = [
     "Embedding",
+    "LayerNorm",
     "Linear",
+    "Norm",
     "QuantizedLinear",
     "RmsNorm",
     "Rope",
@@ -69,6 +71,40 @@ class RmsNorm(DeclaredOp, name="ty.rms_norm", traits=(Pure,)):
         wide = x.astype(np.float32)
         scale = 1 / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float32(self.eps))
         return as_type(wide * scale * weight.astype(np.float32), tensor_type(self.out).element)
+
+
+class LayerNorm(DeclaredOp, name="ty.layer_norm", traits=(Pure,)):
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last axis, in f32, rounded once.
+
+    weight and bias are [h], or [heads, D] where each head of x [b, s, heads, D] has its own.
+    """
+
+    x: Value = operand()
+    weight: Value = operand()
+    bias: Value | None = optional_operand(default=None)
+    _: KW_ONLY
+    eps: float = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def verify(self) -> Iterator[str]:
+        x = tensor_type(self.x)
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            rank = 0 if value is None else tensor_type(value).rank
+            if value is not None and (rank not in (1, 2) or tensor_type(value).dims != x.dims[-rank:]):
+                yield f"{name} {value.type} does not match the last dimensions of {x}"
+
+    def evaluate(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        wide = x.astype(np.float32)
+        wide = wide - np.mean(wide, axis=-1, keepdims=True)
+        scale = 1 / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float32(self.eps))
+        out = wide * scale * weight.astype(np.float32)
+        return as_type(out if bias is None else out + bias.astype(np.float32), tensor_type(self.out).element)
+
+
+Norm = RmsNorm | LayerNorm
 
 
 def _linear_type(x: Value, rows: int | None, element: Type | None) -> Type:

@@ -15,7 +15,7 @@ from tyir.backends.edge10.lowering.context import Lowering
 from tyir.backends.edge10.lowering.fused.fusion import Room, ScratchPlace
 from tyir.backends.edge10.lowering.ops.rowwise import lower_rowwise
 from tyir.backends.edge10.memory.places import Scratch
-from tyir.dialects.ty import Linear, QuantizedLinear, RmsNorm
+from tyir.dialects.ty import Linear, Norm, QuantizedLinear
 from tyir.ir import Op
 
 __all__ = ["Halved"]
@@ -25,12 +25,12 @@ __all__ = ["Halved"]
 class Halved:
     """A norm and the product that begins with its first half (`Lowering.halved`)."""
 
-    norm: RmsNorm
+    norm: Norm
     product: Linear | QuantizedLinear
 
     @classmethod
     def match(cls, op: Op, room: Room) -> Halved | None:
-        if not isinstance(op, RmsNorm):
+        if not isinstance(op, Norm):
             return None
         readers = [u for u in op.out.uses if isinstance(u, (Linear, QuantizedLinear)) and u.x is op.out]
         return cls(op, min(readers, key=room.turn)) if readers else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from tyir.backends.edge10.lowering.fused.fusion import Room
 from tyir.backends.edge10.lowering.fused.gated import gated_products
 from tyir.backends.edge10.lowering.fused.summed import Summed
-from tyir.dialects.ty import Linear, QuantizedLinear, RmsNorm
+from tyir.dialects.ty import Linear, Norm, QuantizedLinear
 from tyir.ir import Value
 
 __all__ = ["waiting_sums"]
@@ -28,7 +28,7 @@ def waiting_sums(room: Room) -> dict[Value, Value]:
     found: dict[Value, Value] = {}
     for summed in sums.values():
         value = summed.residual
-        norm = next((user for user in value.uses if isinstance(user, RmsNorm)), None)
+        norm = next((user for user in value.uses if isinstance(user, Norm)), None)
         if value.op in sums and len(value.uses) == 2 and norm is not None and _is_mlp_of(norm.out, summed):
             found[value] = norm.out
     return found

@@ -335,6 +335,7 @@ class _Block:
             window=self.op.window,
             sequence=self.sequence,
             scale=self.op.scale,
+            softcap=self.op.softcap,
             reads=[
                 sram_range(scores, rows * size * 4),
                 sram_range(maximum, rows * 4),

@@ -13,8 +13,8 @@ from tyir.backends.edge10.lowering.context import Lowering, Piece, element_bytes
 from tyir.backends.edge10.memory.allocate import align
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.ty import RmsNorm, Scale, tensor_type
-from tyir.edge10.vector_functions import Call, angles, function_of, per_column
+from tyir.dialects.ty import Norm, tensor_type
+from tyir.edge10.vector_functions import Call, VectorFunction, angles, function_of, per_column, per_head
 from tyir.ir import Op, Value
 
 __all__ = ["lower_rowwise"]
@@ -37,14 +37,24 @@ def lower_rowwise(op: Op, lowering: Lowering) -> None:
     assert function is not None
     *outer, cols = tensor_type(out).static_shape
     rows = math.prod(outer)
-    group = outer[-1] if angles in function.inputs else 1  # heads: they share the angles of their token
-    constant = op.eps if isinstance(op, RmsNorm) else op.factor if isinstance(op, Scale) else 0.0
+    group = outer[-1] if _by_head(op, function) else 1
+    constant = float(getattr(op, function.constant)) if function.constant else 0.0
     call = Call(rows, cols, group, constant)
     inputs = [
-        _Operand(v, shape(call)[-1] * element_bytes(v), per_row=shape is not per_column)
+        _Operand(v, math.prod(shape(call)) * element_bytes(v), per_row=False)
+        if shape in (per_column, per_head)
+        else _Operand(v, shape(call)[-1] * element_bytes(v))
         for v, shape in zip(op.operands, function.inputs)
     ]
     _emit(op, lowering, inputs, _Operand(out, cols * element_bytes(out)), rows, cols, group, constant)
+
+
+def _by_head(op: Op, function: VectorFunction) -> bool:
+    """Whether the heads of a token are a group: they share its angles, or each has vectors of its own."""
+    return any(
+        shape is angles or (shape is per_head and tensor_type(v).rank == 2)
+        for v, shape in zip(op.operands, function.inputs)
+    )
 
 
 def _emit(
@@ -58,11 +68,12 @@ def _emit(
     constant: float,
 ) -> None:
     """`group` rows of the command share one row of the inputs after the first; pieces hold whole groups."""
-    first, others = inputs[0], inputs[1:]
+    function, first, others = function_of(op), inputs[0], inputs[1:]
+    assert function is not None
     shared = [_shared_vector(o, lowering) if not o.per_row else None for o in inputs]
     spilled = [o for o in (*inputs, out) if o.per_row and not lowering.place(o.value).in_sram]
     bytes_per_group = sum(align(o.row_bytes * (1 if o in others and group > 1 else group)) for o in spilled)
-    most = lowering.half_rows(rows) if isinstance(op, RmsNorm) else None  # see `fused/halved.py`
+    most = lowering.half_rows(rows) if isinstance(op, Norm) else None  # see `fused/halved.py`
     for piece in lowering.pieces(rows // group, bytes_per_group, most):
         temp = piece.temp
         offsets: list[int] = []
@@ -84,7 +95,7 @@ def _emit(
         ]
         lowering.emitter.emit(
             edge10.VectorOp,
-            function=op.name.partition(".")[2],
+            function=function.name,
             inputs=tuple(offsets),
             outputs=(target,),
             rows=count,
