@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "exaone4": {**SIZES, "head_dim": 32},
     "hunyuan_v1_dense": {**SIZES, "head_dim": 32},
     "smollm3": {**SIZES, "no_rope_layers": [1, 0]},
+    "olmo": SIZES,
     "olmo2": SIZES,
     "glm4": {**SIZES, "head_dim": 32},
     "ernie4_5": {**SIZES, "head_dim": 32},
