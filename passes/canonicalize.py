@@ -51,14 +51,16 @@ def _replace(op: Op, new: DeclaredOp, inner: Op, rewriter: Rewriter) -> bool:
 @pattern(Reshape)
 def reshape_of_reshape(op: Reshape, rewriter: Rewriter) -> bool:
     """Only the last shape counts."""
-    inner, merged = op.x.op, op.merged()
+    inner = op.x.op
+    merged = op.merged() if isinstance(inner, Reshape) else None
     return inner is not None and merged is not None and _replace(op, merged, inner, rewriter)
 
 
 @pattern(Transpose)
 def transpose_of_transpose(op: Transpose, rewriter: Rewriter) -> bool:
     """Permutations compose."""
-    inner, merged = op.x.op, op.merged()
+    inner = op.x.op
+    merged = op.merged() if isinstance(inner, Transpose) else None
     return inner is not None and merged is not None and _replace(op, merged, inner, rewriter)
 
 

@@ -63,6 +63,9 @@ __all__ = [
     "variadic_result",
 ]
 
+if TYPE_CHECKING:
+    from tyir.checking.symbols import SymbolTables
+
 Arity = Literal["one", "optional", "variadic"]
 _MISSING: Final = object()
 
@@ -252,17 +255,12 @@ class AttrField:
         if self.choices and isinstance(value, StringAttr) and value.value not in self.choices:
             return f"property '{self.key}' must be one of {', '.join(self.choices)}, got '{value.value}'"
         if self.least is not None:
-            return self._too_small(self.codec.decode(value), self.least)
+            number = self.codec.decode(value)
+            smallest = min(number, default=self.least) if isinstance(number, tuple) else number
+            if smallest < self.least:
+                shown = list(number) if isinstance(number, tuple) else number
+                return f"property '{self.key}' must be at least {self.least}, got {shown}"
         return None
-
-    def _too_small(self, value: int | tuple[int, ...], least: int) -> str | None:
-        numbers = value if isinstance(value, tuple) else (value,)
-        if all(number >= least for number in numbers):
-            return None
-        return (
-            f"property '{self.key}' must be at least {least}, got"
-            f" {list(numbers) if isinstance(value, tuple) else value}"
-        )
 
 
 class RegionField:
@@ -512,6 +510,10 @@ class DeclaredOp(_Declaration):
         The canonicalizer asks; types must be the results' own.
         """
         return None
+
+    def verify_symbols(self, tables: SymbolTables) -> Iterator[str]:
+        """What is wrong with the symbols that an op with the trait `SymbolUser` refers to."""
+        return iter(())
 
     @classmethod
     def materialize(cls, value: Attribute) -> DeclaredOp | None:

@@ -184,7 +184,7 @@ def rewrite_greedily(
         by_class.setdefault(p.op_class, []).append(p)
     plans: dict[type[Op], _Plan | None] = {}
     rewriter = Rewriter(listeners)
-    out_of_bounds = _Bounds(root)
+    with_blocks: list[Op] = []
     work, queued = rewriter._work, rewriter._queued
     total = 0
     for op in root.walk():
@@ -194,8 +194,11 @@ def rewrite_greedily(
             plans[cls] = _plan(cls, by_class, fold, dead_code)
         if plans[cls] is not None and op is not root:
             work.append(op)
+        if op.regions and any(len(region.blocks) > 1 for region in op.regions):
+            with_blocks.append(op)
     work.reverse()  # top down: definitions before uses
     queued.update(work)
+    bounds = _Bounds.of(root, with_blocks)
     limit = _REWRITES_PER_OP * (total + 20)
     applied: Counter[str] = Counter()
     changes = 0
@@ -208,7 +211,7 @@ def rewrite_greedily(
         if cls not in plans:
             plans[cls] = _plan(cls, by_class, fold, dead_code)
         plan = plans[cls]
-        if plan is None or out_of_bounds(op):
+        if plan is None or (bounds is not None and bounds.leave_out(op)):
             continue
         name = _visit(op, plan, rewriter)
         if name is None:
@@ -220,25 +223,31 @@ def rewrite_greedily(
     return changes
 
 
+@dataclass(slots=True)
 class _Bounds:
     """Which ops the driver leaves alone: those outside of its root, and those in blocks that control never
     reaches, where a value may depend on itself.
     """
 
-    def __init__(self, root: Op) -> None:
-        self.root = root
-        self.open = root.block is not None and IsolatedFromAbove not in root.traits
-        self.unreachable: set[Block] = set()
-        for op in root.walk():
-            for region in op.regions:
-                for block in unreachable_blocks(region):
-                    inner = [b for o in block for b in blocks_below(o)]
-                    self.unreachable.update((block, *inner))
+    root: Op
+    inside_only: bool  # ops in the root may use what is defined outside
+    unreachable: set[Block]
 
-    def __call__(self, op: Op) -> bool:
-        if self.unreachable and op.block in self.unreachable:
+    @staticmethod
+    def of(root: Op, with_blocks: Iterable[Op]) -> _Bounds | None:
+        """The bounds of a root, in which these ops have regions of several blocks; None for a root that has
+        none.
+        """
+        regions = [region for op in with_blocks for region in op.regions]
+        lost = [block for region in regions for block in unreachable_blocks(region)]
+        unreachable = {b for block in lost for b in (block, *(b for op in block for b in blocks_below(op)))}
+        inside_only = root.block is not None and IsolatedFromAbove not in root.traits
+        return _Bounds(root, inside_only, unreachable) if unreachable or inside_only else None
+
+    def leave_out(self, op: Op) -> bool:
+        if op.block in self.unreachable:
             return True
-        return self.open and (op is self.root or not self.root.is_ancestor_of(op))
+        return self.inside_only and (op is self.root or not self.root.is_ancestor_of(op))
 
 
 def _plan(

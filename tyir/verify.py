@@ -25,7 +25,6 @@ from tyir.checking.rules import (
     check_call,
     check_function,
     check_in_place,
-    check_references,
     check_symbols,
 )
 from tyir.checking.symbols import SymbolTables
@@ -146,7 +145,6 @@ class _Verifier:
             cls = type(op)
             fact = facts.get(cls) or self._facts(op)
             if fact.declared:
-                found = len(self.problems)
                 if fact.repeats:
                     key = (
                         cls,
@@ -155,13 +153,12 @@ class _Verifier:
                         None,
                         *[v.type for v in results],
                     )
-                    if key not in checked:
-                        self._declaration(op, fact)
-                        if len(self.problems) == found:
-                            checked.add(key)
+                    as_declared = key in checked or self._declaration(op, fact)
+                    if as_declared:
+                        checked.add(key)
                 else:
-                    self._declaration(op, fact)
-                if fact.rule is not None and len(self.problems) == found:  # rules see ops as declared
+                    as_declared = self._declaration(op, fact)
+                if as_declared and fact.rule is not None:
                     for message in fact.rule(op, self.tables):
                         self.problem(op, message)
             if (fact.terminator or op.successors) and op._next is not None:
@@ -262,12 +259,13 @@ class _Verifier:
         if facts.rule is None and declared and InPlace in traits:
             facts.rule = check_in_place
         elif facts.rule is None and declared and SymbolUser in traits:
-            facts.rule = check_references
+            facts.rule = cls.verify_symbols
         return facts
 
-    def _declaration(self, op: Op, facts: _Facts) -> None:
+    def _declaration(self, op: Op, facts: _Facts) -> bool:
+        """Whether an op is as its class declares."""
         if not isinstance(op, DeclaredOp):
-            return
+            return True
         try:
             messages = list(op.check_declaration())
             if not messages and facts.own_verify:
@@ -278,6 +276,7 @@ class _Verifier:
             messages = [_faulty_declaration(op, error)]
         for message in messages:
             self.problem(op, message)
+        return not messages
 
 
 def _faulty_declaration(op: Op, error: Exception) -> Diagnostic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from tyir.attributes import SymbolRefAttr
 from tyir.checking.in_place import alias_of_result, overwritten_operands, read_afterwards
@@ -16,7 +16,6 @@ __all__ = [
     "check_call",
     "check_function",
     "check_in_place",
-    "check_references",
     "check_symbols",
 ]
 
@@ -60,12 +59,6 @@ def check_call(call: Call, tables: SymbolTables) -> Iterator[str]:
         yield f"calls {callee} as {actual} but it is {wanted}"
         return
     yield from check_in_place(call, tables)
-
-
-def check_references(op: Op, tables: SymbolTables) -> Iterator[str]:
-    """What an op with the trait `SymbolUser` says of the symbols it refers to."""
-    verify_symbols: Callable[[SymbolTables], Iterator[str]] = getattr(op, "verify_symbols")  # noqa: B009
-    return verify_symbols(tables)
 
 
 def check_in_place(op: Op, tables: SymbolTables) -> Iterator[str]:

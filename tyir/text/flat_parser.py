@@ -393,3 +393,5 @@ class FlatParser(ScopeParser):
                 if index == 0:
                     value.name = name
                 self._define(f"{text}#{index}" if index else text, value, at)
+            if count > 1:
+                self._scope.values[f"{text}#0"] = op.results[value.index - count + 1]  # for the fast path

@@ -51,9 +51,10 @@ def axis_in(axis: int, kind: TensorType) -> int:
 
 def stored_bytes(kind: TensorType) -> int:
     """The bytes a tensor takes in a file or in memory; `TyirError` when its type does not say."""
-    if not kind.is_storable:
-        raise TyirError(f"needs a type of known size, got {kind}")
-    return kind.nbytes
+    try:
+        return kind.nbytes
+    except (TypeError, ValueError):
+        raise TyirError(f"needs a type of known size, got {kind}") from None
 
 
 def as_type(array: Array, element: Type) -> Array:

@@ -91,15 +91,15 @@ class GetGlobal(DeclaredOp, name="ty.get_global", traits=(Pure, ConstantLike, We
         """The weight exists in an enclosing module and has the result's type; an initializer sees the
         checkpoint's tensors only.
         """
+        symbol, kind = self.symbol, self.results[0].type
         only = Global if isinstance(self.parent_op, Param) else Op
-        target = tables.resolve(self.symbol, tables.nearest(self), outward=True, only=only)
+        target = tables.resolve(symbol, tables.nearest(self), outward=True, only=only)
         if target is None:
-            yield tables.missing(self.symbol, tables.visible_names(self))
+            yield tables.missing(symbol, tables.visible_names(self))
         elif not isinstance(target, (Global, Param)):
-            what = f"a '{target.name}' and neither a ty.global nor a ty.param"
-            yield f"refers to {self.symbol}, which is {what}"
-        elif target.type is not self.out.type:
-            yield f"has type {self.out.type} but {self.symbol} is {target.type}"
+            yield f"refers to {symbol}, which is a '{target.name}' and neither a ty.global nor a ty.param"
+        elif target.properties.get("type") is not kind:
+            yield f"has type {kind} but {symbol} is {target.properties.get('type')}"
 
 
 class Constant(DeclaredOp, name="ty.constant", traits=(Pure, ConstantLike)):
