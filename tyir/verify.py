@@ -258,7 +258,7 @@ class _Verifier:
         )
         if facts.rule is None and declared and InPlace in traits:
             facts.rule = check_in_place
-        elif facts.rule is None and declared and SymbolUser in traits:
+        elif facts.rule is None and issubclass(cls, DeclaredOp) and SymbolUser in traits:
             facts.rule = cls.verify_symbols
         return facts
 
