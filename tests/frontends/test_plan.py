@@ -185,7 +185,7 @@ def test_bad_configs(tmp_path: Path) -> None:
     for change, wanted in (
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"vocab_size": "x"}, "vocab_size is 'x'"),
-        ({"model_type": "gemma"}, "'gemma'"),
+        ({"model_type": "bloom"}, "'bloom'"),
         ({"num_key_value_heads": 5}, "not a multiple of 5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
     ):
