@@ -44,8 +44,8 @@ transformers.Qwen2ForCausalLM(config).save_pretrained(sys.argv[1])
 
 # What is timed, by names that every checkout has: seconds of processor time on the last line.
 _PRELUDE = """
-import sys, time
-model = sys.argv[1]
+import pathlib, sys, time
+model = pathlib.Path(sys.argv[1])
 PIPELINE = "to-ty,kv-materialize,partition-dies{dies=4},specialize-seqlen{seqlens=1,8},to-program"
 """
 _TIMED = {
