@@ -50,7 +50,9 @@ PIPELINE = "to-ty,kv-materialize,partition-dies{dies=4},specialize-seqlen{seqlen
 """
 _TIMED = {
     "read, verify and print IR": """
-from tyir import parse_module, print_op, verify
+from tyir.parser import parse_module
+from tyir.printer import print_op
+from tyir.verify import verify
 from tyir.frontends.huggingface import import_model
 text = print_op(import_model(model))
 begin = time.process_time()
@@ -67,7 +69,7 @@ import_model(model)
 print(time.process_time() - begin)
 """,
     "run the passes and lower": """
-from tyir import run_pipeline
+from tyir.pipeline import run_pipeline
 from tyir.frontends.huggingface import import_model
 module = import_model(model)
 begin = time.process_time()
