@@ -73,7 +73,7 @@ from tyir.pipeline import run_pipeline
 from tyir.frontends.huggingface import import_model
 module = import_model(model)
 begin = time.process_time()
-run_pipeline(module, PIPELINE + ",lower-edge10")
+run_pipeline(module, PIPELINE + ",lower-edge10{seqlen=8}")
 print(time.process_time() - begin)
 """,
     "import tyir": """
