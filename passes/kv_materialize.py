@@ -27,7 +27,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, Rows, cache_shape
@@ -45,11 +44,12 @@ from tyir.dialects.ty import (
     tensor_type,
 )
 from tyir.execution.constexpr import clone_expression
+from tyir.execution.entry_points import Role, argument, result
 from tyir.ir import Block, Op, Region, Value
 from tyir.layers import carry, layer_of
 from tyir.manifest import record, recorded
 from tyir.pipeline import Pass, PassContext
-from tyir.types import TensorType, f32, i32, i64
+from tyir.types import TensorType, f32, i32
 
 __all__ = ["KvMaterialize"]
 
@@ -104,6 +104,7 @@ class KvMaterialize(Pass):
         )
         pos = block.add_arg(TensorType((batch,), i32), "pos")
         names, caches = [str(entry.name), "pos"], []
+        roles: list[Role] = ["embeddings" if self.embedding_as_input else "tokens", "position"]
         for angles in list(function.walk_type(RopeAngles)):
             self._tabulate(angles, pos, entry)
         for lookup in [e for e in function.walk_type(Embedding) if e.ids is position_ids]:
@@ -125,12 +126,10 @@ class KvMaterialize(Pass):
         _leave_unrounded(logits)
         terminator.operands = [logits, *caches]
         function.refresh_type()
-        function.set_arg_attrs([DictAttr({"tyir.name": StringAttr(n)}) for n in names])
-        aliases = [
-            DictAttr({"tyir.alias": IntegerAttr(2 + i, i64), "tyir.name": StringAttr(names[2 + i])})
-            for i in range(len(caches))
-        ]
-        function.set_res_attrs([DictAttr({"tyir.name": StringAttr("logits")}), *aliases])
+        roles += ["cache"] * len(caches)
+        function.set_arg_attrs([argument(name, role) for name, role in zip(names, roles)])
+        aliases = [result(names[2 + i], alias=2 + i) for i in range(len(caches))]
+        function.set_res_attrs([result("logits"), *aliases])
 
     def _embeddings(self, function: Func) -> Value:
         """Take the embedded tokens as argument `embeddings`; the table leaves the step as the outermost

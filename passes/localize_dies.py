@@ -35,6 +35,7 @@ from tyir.dialects.ty import (
     tensor_type,
 )
 from tyir.execution.constexpr import ConstantExpressions
+from tyir.execution.entry_points import alias_of, aliasing
 from tyir.ir import Block, Op, Region, Value
 from tyir.layers import carry
 from tyir.passes._placement import holding_dies, placement_of, rule_for
@@ -122,13 +123,8 @@ class _Localizer:
         return result
 
     def _res_attr(self, index: int, kept: list[int]) -> DictAttr:
-        attrs = self.function.res_attr(index)
-        alias = attrs.get("tyir.alias")
-        return (
-            attrs.with_entry("tyir.alias", IntegerAttr(kept.index(alias.value), i64))
-            if isinstance(alias, IntegerAttr)
-            else attrs
-        )
+        attrs, alias = self.function.res_attr(index), alias_of(self.function, index)
+        return attrs if alias is None else aliasing(attrs, kept.index(alias))
 
     def _range(self, split: Split) -> tuple[int, int]:
         return split.ranges[self.die]

@@ -20,6 +20,7 @@ from tyir.attributes import DictAttr, IntegerAttr, SymbolRefAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal
+from tyir.execution.entry_points import aliasing
 from tyir.ir import Op, Value
 from tyir.layers import any_layer, layer_of, layer_root, path_of, place, place_attributes, within_layer
 from tyir.location import FusedLoc, Location, NameLoc
@@ -124,11 +125,8 @@ def _alias(value: Value, inputs: Sequence[Value]) -> DictAttr:
     current = value
     while (op := current.op) is not None and op.has_trait(InPlace):
         current = op.operands[0]
-    return (
-        DictAttr({"tyir.alias": IntegerAttr(inputs.index(current), i64)})
-        if current is not value and current in inputs
-        else DictAttr()
-    )
+    updated = current is not value and current in inputs
+    return aliasing(DictAttr(), inputs.index(current)) if updated else DictAttr()
 
 
 def _root(ops: Sequence[Op]) -> str | None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
-from tyir.attributes import DictAttr, StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Softcap, TopK, tensor_type
+from tyir.execution.entry_points import result
 from tyir.ir import Op
 from tyir.layers import carry
 from tyir.manifest import record
@@ -24,7 +24,7 @@ from tyir.pipeline import Pass, PassContext
 
 __all__ = ["SelectOutput", "output_of", "parse_output"]
 
-LOGITS: Final = DictAttr({"tyir.name": StringAttr("logits")})
+LOGITS: Final = result("logits")
 
 
 def parse_output(text: str) -> int:
@@ -106,6 +106,4 @@ def _select(function: Func, k: int) -> None:
     if cap is not None:
         cap.erase()
     function.refresh_type()
-    function.set_res_attrs(
-        [*(DictAttr({"tyir.name": StringAttr(n)}) for n in ("top_values", "top_ids")), *attrs]
-    )
+    function.set_res_attrs([result("top_values"), result("top_ids"), *attrs])

@@ -1,5 +1,5 @@
 """One function per sequence length: `@main` over `?` tokens becomes `@main_s1`, `@main_s8`, ... with
-static shapes.
+static shapes, marked as entry points (`tyir.entry`).
 
     @main(%ids: tensor<1x?xi32>, ...)   -->   @main_s1(%ids: tensor<1x1xi32>, ...)  @main_s8(%ids: tensor<1x8xi32>, ...)
 
@@ -16,6 +16,7 @@ from typing import ClassVar
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append
+from tyir.execution.entry_points import mark_entry
 from tyir.ir import Op
 from tyir.manifest import record
 from tyir.opdef import DeclaredOp
@@ -84,6 +85,7 @@ class SpecializeSeqlen(Pass):
     def _specialize(self, function: Func, tokens: int) -> None:
         new = function.clone()
         new.sym_name = f"{function.sym_name}_s{tokens}"
+        mark_entry(new, tokens)
         for arg in new.args:
             arg.type = static(arg.type, tokens)
         for op in new.body:

@@ -161,7 +161,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "traits",
         "types",
     ),
-    "modules and functions": ("dialects.builtin", "dialects.func", "stages"),
+    "modules and functions": ("dialects.builtin", "dialects.func", "execution.entry_points", "stages"),
     "text": ("text", "parser", "printer"),
     "checking, rewriting, passes": ("checking", "pass_manager", "pipeline", "rewrite", "verify"),
     "execution": ("execution", "interpreter"),

@@ -37,6 +37,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, Param, tensor_type
 from tyir.edge10.binary import encode
+from tyir.execution.entry_points import alias_of, entry_point, name_of
 from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
 from tyir.layers import location_by_path
 from tyir.manifest import (
@@ -247,7 +248,7 @@ def _program_folder(options: BuildOptions, seqlen: int) -> str:
 def _functions(die: Module, seqlen: int) -> list[Func]:
     """A die's entry function for a sequence length and what it calls."""
     by_name = {str(f.sym_name): f for f in die.body if isinstance(f, Func)}
-    main = by_name[f"main_s{seqlen}"]
+    main = entry_point(die, seqlen)
     called = dict.fromkeys(c.callee.leaf for c in main.walk_type(Call))
     return [*(by_name[name] for name in called), main]
 
@@ -370,14 +371,13 @@ def _artifact_ir(
 def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str) -> DieProgram:
     main = _functions(die, seqlen)[-1]
 
-    def info(type_of: Any, attrs: DictAttr) -> TensorInfo:
-        name, alias = attrs.get("tyir.name"), attrs.get("tyir.alias")
+    def info(type_of: Any, attrs: DictAttr, alias: int | None = None) -> TensorInfo:
         t = tensor_type(type_of)
         return TensorInfo(
-            name=name.value if isinstance(name, StringAttr) else "",
+            name=name_of(attrs) or "",
             shape=t.static_shape,
             dtype=str(t.element),
-            alias=alias.value if isinstance(alias, IntegerAttr) else None,
+            alias=alias,
         )
 
     return DieProgram(
@@ -390,7 +390,9 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str
         constants=f"{place}/llm_die{index}.params",
         params=f"{Path(place).parent.as_posix()}/common_die{index}.params",
         inputs=tuple(info(a, main.arg_attr(i)) for i, a in enumerate(main.args)),
-        outputs=tuple(info(v, main.res_attr(i)) for i, v in enumerate(main.body.terminator.operands)),
+        outputs=tuple(
+            info(v, main.res_attr(i), alias_of(main, i)) for i, v in enumerate(main.body.terminator.operands)
+        ),
     )
 
 

@@ -15,10 +15,11 @@ from typing import ClassVar
 
 from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.lowering.search import Search
-from tyir.backends.edge10.plan_memory import dies_of, lengths_of
+from tyir.backends.edge10.plan_memory import dies_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.ty import Global, Param
+from tyir.execution.entry_points import entry_points
 from tyir.ir import Op
 from tyir.pipeline import Pass, PassContext
 from tyir.targets.machine import load_machine
@@ -51,7 +52,7 @@ class LowerEdge10(Pass):
 
 def _only_length(die: Module) -> int:
     """The sequence length of a die that has one program."""
-    lengths = lengths_of(die)
+    lengths = list(entry_points(die))
     if len(lengths) != 1:
         raise TyirError(
             f"the module has programs for {len(lengths)} sequence lengths: {', '.join(map(str, lengths))}",

@@ -20,12 +20,12 @@ from tyir.backends.edge10.lowering.die import plan_die
 from tyir.backends.edge10.lowering.search import Search
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.func import Func
+from tyir.execution.entry_points import entry_points
 from tyir.ir import Op
 from tyir.pipeline import Pass, PassContext
 from tyir.targets.machine import load_machine
 
-__all__ = ["PlanMemory", "dies_of", "lengths_of"]
+__all__ = ["PlanMemory", "dies_of"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PlanMemory(Pass):
     def run(self, op: Op, context: PassContext) -> None:
         machine, search = load_machine(self.machine), Search()
         for die in dies_of(op):
-            for length in lengths_of(die):
+            for length in entry_points(die):
                 for kind, nbytes in plan_die(die, length, machine, search).items():
                     context.statistics[kind] = max(context.statistics.get(kind, 0), nbytes)
 
@@ -53,12 +53,3 @@ def dies_of(op: Op) -> list[Module]:
             help="run partition-dies, specialize-seqlen, outline-params and outline-layers first",
         )
     return dies
-
-
-def lengths_of(die: Module) -> list[int]:
-    """The sequence lengths that a die has programs for."""
-    return [
-        int(f.sym_name.removeprefix("main_s"))
-        for f in die.body
-        if isinstance(f, Func) and f.sym_name.startswith("main_s")
-    ]

@@ -15,6 +15,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.edge10.binary import read_program
 from tyir.edge10.memory import sram_bytes
+from tyir.execution.entry_points import ENTRY, entry_points
 from tyir.ir import Block, Value
 from tyir.manifest import MACHINE, Manifest
 from tyir.parser import parse_module
@@ -33,14 +34,14 @@ class EdgeProgram:
         self.module = module
         self.functions = {f.sym_name: f for f in module.body if isinstance(f, Func)}
         self.buffers = {b.sym_name: b for b in module.body if isinstance(b, edge10.Buffer)}
-        mains = [n for n in self.functions if n.startswith("main_s")]
-        if len(mains) != 1:
+        entries = entry_points(module)
+        if len(entries) != 1:
             raise TyirError(
-                f"a command program has one @main_s<n>, this one has {len(mains)}",
+                f"a command program has one entry point ({ENTRY}), this one has {len(entries)}",
                 help="give the llm_die<i>.edge10 file of one sequence length",
             )
-        self.entry = mains[0]
-        self.seqlen = _int_attribute(module, "tyir.seqlen", int(self.entry.removeprefix("main_s")))
+        ((self.seqlen, entry),) = entries.items()
+        self.entry = entry.sym_name
         self.die = _int_attribute(module, "tyir.die", 0)
         self._kinds = Kinds()
         self._alike: WeakKeyDictionary[EdgeProgram, bool] = WeakKeyDictionary()

@@ -119,7 +119,7 @@ MLP = """"builtin.module"() <{sym_name = "die0"}> ({
     %d = "ty.linear"(%y, %wd) : (tensor<5x32xINNERxf16>, tensor<256xINNERxf16>) -> tensor<5x32x256xf16>
     %s = "ty.add"(%h, %d) : (tensor<5x32x256xf16>, tensor<5x32x256xf16>) -> tensor<5x32x256xf16>
     "func.return"(%s) : (tensor<5x32x256xf16>) -> ()
-  }) : () -> ()
+  }) {tyir.entry = 32 : i64} : () -> ()
 }) {tyir.stage = "program"} : () -> ()
 """
 

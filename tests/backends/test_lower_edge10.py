@@ -21,13 +21,13 @@ from tyir.verify import verify
 
 MACHINE = load_machine("edge10")
 PROGRAM = """"builtin.module"() <{sym_name = "die0"}> ({
-  "func.func"() <{function_type = (tensor<1x2x64xf16>, tensor<1xi32>) -> tensor<1x2x96xf32>, sym_name = "main_s2"}> ({
+  "func.func"() <{function_type = (tensor<1x2x64xf16>, tensor<1xi32>) -> tensor<1x2x96xf32>, arg_attrs = [{}, {tyir.role = "position"}], sym_name = "main_s2"}> ({
   ^bb0(%x: tensor<1x2x64xf16>, %pos: tensor<1xi32>):
     %w = "ty.get_global"() <{symbol = @w}> : () -> tensor<96x64xf16>
     %a = "ty.add"(%x, %x) : (tensor<1x2x64xf16>, tensor<1x2x64xf16>) -> tensor<1x2x64xf16>
     %y = "ty.linear"(%a, %w) <{element = f32}> : (tensor<1x2x64xf16>, tensor<96x64xf16>) -> tensor<1x2x96xf32>
     "func.return"(%y) : (tensor<1x2x96xf32>) -> ()
-  }) : () -> ()
+  }) {tyir.entry = 2 : i64} : () -> ()
 }) {tyir.stage = "program"} : () -> ()
 """  # noqa: E501
 
@@ -57,7 +57,9 @@ def test_commands_carry_where_they_come_from() -> None:
 
 
 def test_unknown_length_and_unknown_op_are_explained() -> None:
-    with pytest.raises(TyirError, match=r"no @main_s4\nhelp: sequence lengths here: 2"):
+    with pytest.raises(
+        TyirError, match=r"no entry point for 4 tokens \(tyir.entry = 4\)\nhelp: sequence lengths here: 2"
+    ):
         lowered(seqlen=4)
     text = PROGRAM.replace(
         '"ty.add"(%x, %x) : (tensor<1x2x64xf16>, tensor<1x2x64xf16>)',
@@ -135,7 +137,8 @@ def test_layers_are_lowered_once() -> None:
     text = (
         f'"builtin.module"() ({{\n{layer}  "func.func"() <{{function_type = (tensor<1x1x64xf16>) ->'
         f' tensor<1x1x64xf16>, sym_name = "main_s1"}}> ({{\n  ^bb0(%x0: tensor<1x1x64xf16>):\n{calls}   '
-        ' "func.return"(%x5) : (tensor<1x1x64xf16>) -> ()\n  }) : () -> ()\n}) : () -> ()\n'
+        ' "func.return"(%x5) : (tensor<1x1x64xf16>) -> ()\n'
+        "  }) {tyir.entry = 1 : i64} : () -> ()\n}) : () -> ()\n"
     )
     module = lowered(text, seqlen=1)
     verify(module)

@@ -16,6 +16,7 @@ from tyir.backends.edge10.lowering.search import Search
 from tyir.dialects import dist, kv, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
+from tyir.execution.entry_points import aliasing, argument, mark_entry
 from tyir.execution.storage import pack
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Value
@@ -190,7 +191,7 @@ class DieBuilder:
         f.set_res_attrs(
             [
                 DictAttr(),
-                *(DictAttr({"tyir.alias": IntegerAttr(f.args.index(c), i64)}) for c in (k_cache, v_cache)),
+                *(aliasing(DictAttr(), f.args.index(c)) for c in (k_cache, v_cache)),
             ]
         )
         return f
@@ -210,6 +211,7 @@ class DieBuilder:
         caches = [(f"{c}{i}", cache) for i in range(s.layers) for c in "kv"]
         types = [TensorType((1, s.tokens), i32), TensorType((1,), i32), *(t for _, t in caches)]
         f = Func.make(f"main_s{s.tokens}", types, ["ids", "pos", *(n for n, _ in caches)])
+        mark_entry(f, s.tokens)
         ids, pos, *states = f.args
 
         def get(name: str) -> Value:
@@ -250,9 +252,14 @@ class DieBuilder:
             ).result
         f.body.append(Return(values=[logits, *states]))
         f.refresh_type()
-        f.set_res_attrs(
-            [DictAttr(), *(DictAttr({"tyir.alias": IntegerAttr(2 + i, i64)}) for i in range(len(states)))]
+        f.set_arg_attrs(
+            [
+                argument("ids", "tokens"),
+                argument("pos", "position"),
+                *(argument(n, "cache") for n, _ in caches),
+            ]
         )
+        f.set_res_attrs([DictAttr(), *(aliasing(DictAttr(), 2 + i) for i in range(len(states)))])
         if layer is not None:
             self.module.body.append(layer)
         self.module.body.append(f)

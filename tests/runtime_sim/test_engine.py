@@ -24,7 +24,7 @@ HEAD = """"builtin.module"() ({
     %x = "edge10.address_of"() <{symbol = @x}> : () -> !edge10.address
 """  # noqa: E501
 TAIL = """    "func.return"() : () -> ()
-  }) : () -> ()
+  }) {tyir.entry = 1 : i64} : () -> ()
 }) : () -> ()
 """
 
@@ -174,7 +174,7 @@ def test_dies_wait_for_each_other(make_model: Callable[..., Any]) -> None:
 def test_functions_that_call_each_other_without_end() -> None:
     call = '    "func.call"() <{{callee = @{0}}}> : () -> ()\n'
     again = '  "func.func"() <{function_type = () -> (), sym_name = "again"}> ({\n'
-    text = HEAD + call.format("again") + TAIL.replace("  }) : () -> ()\n", "  }) : () -> ()\n" + again, 1)
+    text = HEAD + call.format("again") + TAIL.replace("i64} : () -> ()\n", "i64} : () -> ()\n" + again, 1)
     text = text.replace(
         again, again + call.format("main_s1") + '    "func.return"() : () -> ()\n  }) : () -> ()\n'
     )

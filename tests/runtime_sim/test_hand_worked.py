@@ -17,6 +17,7 @@ from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
+from tyir.execution.entry_points import mark_entry
 from tyir.ir import Op, Value
 from tyir.runtime_sim.timing.engine import Timing, simulate
 from tyir.runtime_sim.timing.predictor import Predictor
@@ -44,6 +45,7 @@ class Die:
             )
         )
         self.main = Func.make("main_s1", [], [])
+        mark_entry(self.main, 1)
         self.module.body.append(self.main)
         self.x = self.add(edge10.AddressOf(symbol=SymbolRefAttr("x")))
 

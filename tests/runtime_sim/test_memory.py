@@ -23,7 +23,7 @@ HEAD = """"builtin.module"() ({
     %y = "edge10.address_of"() <{symbol = @y}> : () -> !edge10.address
 """  # noqa: E501
 TAIL = """    "func.return"() : () -> ()
-  }) : () -> ()
+  }) {tyir.entry = 1 : i64} : () -> ()
 }) : () -> ()
 """
 LOAD = (
@@ -134,7 +134,7 @@ def test_what_the_host_writes_is_written_for_all_programs_of_a_die() -> None:
     """Two lengths share a cache: one that is filled through either is there for both."""
 
     def die(length: int) -> FunctionalDie:
-        text = (HEAD + load() + store() + TAIL).replace("main_s1", f"main_s{length}")
+        text = (HEAD + load() + store() + TAIL).replace("tyir.entry = 1", f"tyir.entry = {length}")
         return FunctionalDie(EdgeProgram.parse(text.replace('"input"', '"kv"')), {}, load_machine())
 
     one, eight = die(1), die(8)

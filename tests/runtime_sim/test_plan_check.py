@@ -68,7 +68,7 @@ def step_of(buffers: str, body: str) -> Module:
     """A program of one function."""
     text = (
         f'"builtin.module"() ({{\n{buffers}"func.func"() <{{function_type = () -> (), sym_name = "main_s1"}}>'
-        f' ({{\n{body}"func.return"() : () -> ()\n}}) : () -> ()\n}}) : () -> ()\n'
+        f' ({{\n{body}"func.return"() : () -> ()\n}}) {{tyir.entry = 1 : i64}} : () -> ()\n}}) : () -> ()\n'
     )
     return parse_module(text)
 

@@ -18,6 +18,7 @@ from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
 from tyir.edge10.command_times import top_k_ns
+from tyir.execution.entry_points import mark_entry, result
 from tyir.ir import Value
 from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
 from tyir.runtime_sim.timing.program import EdgeProgram
@@ -33,6 +34,7 @@ Array = npt.NDArray[Any]
 def program(x: TensorType, k: int, sizes: tuple[int, ...], machine: Machine) -> Module:
     """x + x, its top k at once, and by halves."""
     function = Func.make("main_s1", [x], ["x"])
+    mark_entry(function, 1)
 
     def add(op: Any) -> tuple[Value, ...]:
         return tuple(function.body.append(op).results)
@@ -44,7 +46,7 @@ def program(x: TensorType, k: int, sizes: tuple[int, ...], machine: Machine) -> 
     function.body.append(Return(values=[*whole, candidates, *merged]))
     function.refresh_type()
     names = ("values", "ids", "candidates", "merged_values", "merged_ids")
-    function.set_res_attrs([DictAttr({"tyir.name": StringAttr(n)}) for n in names])
+    function.set_res_attrs([result(n) for n in names])
     module = Module.empty("die0")
     module.attributes = DictAttr({"tyir.die": IntegerAttr(0, i64), "tyir.stage": StringAttr("program")})
     module.body.append(function)
@@ -112,6 +114,7 @@ def test_logits_of_many_tokens_are_ranked_as_they_are_made(machine: Machine, hal
     rng = np.random.default_rng(3)
     x, w = (rng.integers(-3, 4, shape).astype(np.float16) for shape in ((1, 40, 64), (700, 64)))
     function = Func.make("main_s40", [TensorType(x.shape, f16)], ["x"])
+    mark_entry(function, 40)
     weight = function.body.append(
         ty.GetGlobal(symbol=SymbolRefAttr("w"), result_types=[TensorType(w.shape, f16)])
     ).result
@@ -123,7 +126,7 @@ def test_logits_of_many_tokens_are_ranked_as_they_are_made(machine: Machine, hal
         results = function.body.append(ty.TopK(logits, k=5)).results
     function.body.append(Return(values=list(results)))
     function.refresh_type()
-    function.set_res_attrs([DictAttr({"tyir.name": StringAttr(n)}) for n in ("values", "ids")])
+    function.set_res_attrs([result(n) for n in ("values", "ids")])
     module = Module.empty("die0")
     module.attributes = DictAttr({"tyir.die": IntegerAttr(0, i64), "tyir.stage": StringAttr("program")})
     module.body.append(function)

@@ -18,8 +18,8 @@ PROGRAM = """"builtin.module"() <{sym_name = "die0"}> ({
     %w = "edge10.address_of"() <{symbol = @w}> : () -> !edge10.address
     %a = "edge10.load"(%w) <{dram_strides = array<i64: 0, 0>, queue = "ewdma", shape = array<i64: 1, 1, 1048576>, sram = 0 : i64, sram_strides = array<i64: 0, 0>}> {tyir.source = "ty.linear"} : (!edge10.address) -> !edge10.token
     "func.return"() : () -> ()
-  }) : () -> ()
-}) {tyir.machine = "edge10", tyir.seqlen = 1 : i64} : () -> ()
+  }) {tyir.entry = 1 : i64} : () -> ()
+}) {tyir.machine = "edge10"} : () -> ()
 """  # noqa: E501
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Final
 
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
-from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Rows
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
+from tyir.execution.entry_points import alias_of
 from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
@@ -124,7 +124,7 @@ class _Cuts:
                 once += nbytes
                 table += nbytes if name in rows - heads else 0  # only one row of it is read
         results = range(len(function.body.terminator.operands))
-        states = [alias for i in results if (alias := alias_of_result(function, i)) is not None]
+        states = [alias for i in results if (alias := alias_of(function, i)) is not None]
         cache = sum(tensor_type(function.args[alias]).nbytes for alias in states)
         return layers + once, layers, once - table, shares[stage] * cache // _PROBE, rope // _PROBE
 

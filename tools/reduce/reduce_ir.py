@@ -18,6 +18,7 @@ from tyir.attributes import DictAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func, Return
+from tyir.execution.entry_points import ALIAS
 from tyir.ir import EMPTY_DICT, Op, Value
 from tyir.location import UNKNOWN
 from tyir.passes.dce import eliminate_dead_code
@@ -194,7 +195,7 @@ def _keep_results(module: Module, index: int, kept: tuple[int, ...]) -> bool:
         return False
     attributes = [function.res_attr(i) for i in kept]
     terminator.operands = [terminator.operands[i] for i in kept]
-    function.set_res_attrs([a if "tyir.alias" not in a else DictAttr() for a in attributes])
+    function.set_res_attrs([a if ALIAS not in a else DictAttr() for a in attributes])
     function.refresh_type()
     eliminate_dead_code(function)
     return True
@@ -205,7 +206,7 @@ def _drop_arguments(module: Module, index: int) -> bool:
     unused = [a.index for a in function.args if not a.uses]
     attributes = [function.arg_attr(i) for i in range(len(function.args)) if i not in unused]
     results = [
-        a if "tyir.alias" not in a else DictAttr()
+        a if ALIAS not in a else DictAttr()
         for a in (function.res_attr(i) for i in range(len(function.function_type.results)))
     ]
     for position in reversed(unused):

@@ -23,6 +23,7 @@ from tyir.backends.edge10.lowering.search import Search
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func, Return
+from tyir.execution.entry_points import mark_entry
 from tyir.ir import Value
 from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.timing.program import EdgeProgram
@@ -77,6 +78,7 @@ class _Writer:
             )
         )
         self.main = Func.make("main_s1", [])
+        mark_entry(self.main, 1)
         self.base = self.main.body.append(
             edge10.AddressOf(symbol=SymbolRefAttr("data"), result_types=[edge10.ADDRESS])
         ).result

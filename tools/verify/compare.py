@@ -22,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.attributes import IntegerAttr
-from tyir.checking.in_place import alias_of_result
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, Take, Transpose, dequantize, tensor_type
 from tyir.execution.constexpr import ConstantExpressions, expression_ops
+from tyir.execution.entry_points import alias_of
 from tyir.execution.weights import CheckpointReader
 from tyir.interpreter import Interpreter, lookup_symbol
 from tyir.ir import Op, Value
@@ -353,7 +353,7 @@ class LayerStates:
             callee = lookup_symbol(op, op.callee.leaf)
             assert isinstance(callee, Func)
             own = [
-                r for i, r in enumerate(results) if alias_of_result(callee, i) is None
+                r for i, r in enumerate(results) if alias_of(callee, i) is None
             ]  # the scales of a cache have three axes too
             state = next(r for r in own if r.ndim == 3)
             self.seen[layer.value].append(state[self.sequence, : chunk.count].copy())

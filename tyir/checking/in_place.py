@@ -10,19 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tyir.attributes import IntegerAttr, SymbolRefAttr
+from tyir.attributes import SymbolRefAttr
 from tyir.checking.symbols import SymbolTables
 from tyir.dialects.func import Call, Func
+from tyir.execution.entry_points import alias_of
 from tyir.ir import Block, Op, Value
 from tyir.traits import InPlace, IsolatedFromAbove
 
-__all__ = ["Overwrites", "alias_of_result", "overwritten_operands", "read_afterwards"]
-
-
-def alias_of_result(function: Func, index: int) -> int | None:
-    """The argument that result `index` is (`tyir.alias` in `res_attrs`), or None."""
-    value = function.res_attr(index).get("tyir.alias")
-    return value.value if isinstance(value, IntegerAttr) else None
+__all__ = ["Overwrites", "overwritten_operands", "read_afterwards"]
 
 
 def overwritten_operands(op: Op, tables: SymbolTables) -> Iterator[Value]:
@@ -36,7 +31,7 @@ def overwritten_operands(op: Op, tables: SymbolTables) -> Iterator[Value]:
         if not isinstance(target, Func):
             return
         for index in range(len(op.results)):
-            alias = alias_of_result(target, index)
+            alias = alias_of(target, index)
             if alias is not None and 0 <= alias < len(op.operands):
                 yield op.operands[alias]
 

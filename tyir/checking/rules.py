@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tyir.attributes import SymbolRefAttr
-from tyir.checking.in_place import alias_of_result, overwritten_operands, read_afterwards
+from tyir.checking.in_place import overwritten_operands, read_afterwards
 from tyir.checking.symbols import SymbolTables
 from tyir.dialects.func import Call, Func, Return
+from tyir.execution.entry_points import alias_of
 from tyir.ir import Op, Value
 from tyir.traits import InPlace, Symbol
 from tyir.types import FunctionType
@@ -82,7 +83,7 @@ def check_function(function: Func, tables: SymbolTables) -> Iterator[str]:
     blocks = function.regions[0].blocks if function.regions else []
     returns = [b.last_op for b in blocks if isinstance(b.last_op, Return)]
     for index in range(len(function.function_type.results)):
-        alias = alias_of_result(function, index)
+        alias = alias_of(function, index)
         if alias is None:
             continue
         if not 0 <= alias < len(function.function_type.inputs):
@@ -110,7 +111,7 @@ def _trace_alias(function: Func, value: Value, alias: int, tables: SymbolTables)
         source: int | None = None
         if isinstance(op, Call) and isinstance(op.properties.get("callee"), SymbolRefAttr):
             target = tables.resolve(op.callee, tables.nearest(op), outward=False)
-            source = alias_of_result(target, value.index) if isinstance(target, Func) else None
+            source = alias_of(target, value.index) if isinstance(target, Func) else None
         if source is None or not 0 <= source < len(op.operands):
             return f"what is returned is made by '{op.name}', which does not update that argument in place"
         value = op.operands[source]

@@ -18,7 +18,7 @@ from tyir.backends.edge10.lowering.columns import MOST_ROWS
 from tyir.backends.edge10.lowering.dram_buffers import DramBuffers
 from tyir.backends.edge10.lowering.groups import is_known
 from tyir.backends.edge10.lowering.layer_lowering import LayerLowering
-from tyir.backends.edge10.lowering.layers import cache_arguments, find_layers, is_position
+from tyir.backends.edge10.lowering.layers import cache_arguments, find_layers
 from tyir.backends.edge10.lowering.main_lowering import MainLowering
 from tyir.backends.edge10.lowering.search import Prices, Search, products_ns
 from tyir.backends.edge10.memory.allocate import SramShares, sram_plan
@@ -31,6 +31,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append
 from tyir.edge10.memory import program_problems
+from tyir.execution.entry_points import arguments, entry_point, mark_entry
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import i64
@@ -46,7 +47,7 @@ def lower_die(
     search: Search | None = None,
 ) -> Module:
     """The command program of one die for `seqlen` tokens a step: a module at stage `edge10` with its buffers,
-    `@layer_s{n}`s and `@main_s{n}`.
+    layer functions and entry point.
 
     `shares` says how SRAM is divided; without it (and without a plan's word on it, `planned`) the best known
     division is searched for, and kept in `search` for programs of the same shapes.  `die_module` is at stage
@@ -72,16 +73,7 @@ def plan_die(
 def _lowering_of(
     die_module: Module, seqlen: int, machine: Machine, shares: SramShares | None, search: Search | None
 ) -> _DieLowering:
-    main = die_module.lookup(f"main_s{seqlen}")
-    if not isinstance(main, Func):
-        known = [
-            f.sym_name.removeprefix("main_s")
-            for f in die_module.body
-            if isinstance(f, Func) and f.sym_name.startswith("main_s")
-        ]
-        raise TyirError(
-            f"the module has no @main_s{seqlen}", help=f"sequence lengths here: {', '.join(known)}"
-        )
+    main = entry_point(die_module, seqlen)
     shares = (
         shares or read_shares(main) or _chosen_shares(die_module, main, seqlen, machine, search or Search())
     )
@@ -131,16 +123,13 @@ class _DieLowering:
             {
                 "tyir.stage": StringAttr("edge10"),
                 "tyir.die": IntegerAttr(number, i64),
-                "tyir.seqlen": IntegerAttr(seqlen, i64),
                 "tyir.machine": StringAttr(machine.name),
             }
         )
         self.buffers = DramBuffers(source, self.program, int(machine.dram.capacity_bytes))
         self.bodies = BodyLowering(machine, plan, number, self.buffers)
         # Activations of very many tokens lie in DRAM between layers: SRAM is for the rows that are worked on.
-        self.boundary = BoundaryPlaces(
-            plan.boundary if seqlen <= MOST_ROWS else 0, f"boundary{main.sym_name.removeprefix('main')}"
-        )
+        self.boundary = BoundaryPlaces(plan.boundary if seqlen <= MOST_ROWS else 0, f"boundary_s{seqlen}")
         self.caches = cache_arguments(main)
         self.layers = find_layers(source, main, self.caches, self.boundary)
         self.layer_lowering = LayerLowering(
@@ -149,11 +138,12 @@ class _DieLowering:
 
     def lower(self) -> Module:
         """The program."""
-        arguments = self._lay_out()
+        places = self._lay_out()
         for layer in self.layers.values():
             self.program.body.append(self.layer_lowering.lower(layer))
-        main = MainLowering(self.main, self.layers, arguments, self.caches, self.bodies)
-        self.program.body.append(main.lower(self.boundary.sram_bytes))
+        main = MainLowering(self.main, self.layers, places, self.caches, self.bodies)
+        entry = self.program.body.append(main.lower(self.boundary.sram_bytes))
+        mark_entry(entry, self.seqlen)
         self.buffers.check()
         if problems := list(program_problems(self.program, self.machine)):
             raise TyirError(problems)
@@ -180,9 +170,9 @@ class _DieLowering:
         self.buffers.add_weights(self.main, self.layers.values())
         appends = (a for f in _reached(self.source, self.main) for a in f.walk_type(Append))
         capacity = next((a.capacity for a in appends), 0)
-        arguments = self.buffers.add_arguments(self.main, self.caches, capacity)
+        places = self.buffers.add_arguments(self.main, self.caches, capacity)
         self.buffers.add_bytes(self.boundary.symbol, self.boundary.dram_bytes)
-        return arguments
+        return places
 
     def _check_ops(self) -> None:
         unknown: dict[str, Op] = {}
@@ -206,4 +196,4 @@ class _DieLowering:
 
 def _sequences(main: Func) -> int:
     """How many sequences a step runs: as many as it has positions."""
-    return next((ty.tensor_type(a).static_shape[0] for a in main.args if is_position(a.type)), 1)
+    return next((ty.tensor_type(a).static_shape[0] for a in arguments(main, "position")), 1)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from tyir.attributes import DictAttr, IntegerAttr, StringAttr
-from tyir.backends.edge10.lowering.layers import LayerLayout, is_position, symbol_of
+from tyir.attributes import DictAttr, IntegerAttr
+from tyir.backends.edge10.lowering.layers import LayerLayout, symbol_of
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, DramLayout
 from tyir.backends.edge10.memory.edited_plan import activation_address, address_in
 from tyir.dialects import edge10, ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
+from tyir.execution.entry_points import name_of, role_of
 from tyir.ir import Value
 from tyir.types import TensorType, i64, ui8
 
@@ -98,10 +99,9 @@ class DramBuffers:
         Returns the names of all.
         """
         names: dict[Value, str] = {}
-        arguments = [(i, v) for i, v in enumerate(main.args) if not is_position(v.type)]
-        for index, value in sorted(arguments, key=lambda pair: pair[1] not in caches):
-            given = main.arg_attr(index).get("tyir.name")
-            name = given.value if isinstance(given, StringAttr) else value.name or f"arg{index}"
+        stored = [(i, v) for i, v in enumerate(main.args) if role_of(main, i) != "position"]
+        for index, value in sorted(stored, key=lambda pair: pair[1] not in caches):
+            name = name_of(main.arg_attr(index)) or value.name or f"arg{index}"
             names[value] = name
             kind = "kv" if value in caches else "input"
             notes = {"argument": index, **({"capacity": capacity} if kind == "kv" else {})}
@@ -110,8 +110,7 @@ class DramBuffers:
 
     def add_result(self, main: Func, index: int) -> str:
         """An output, by the index of main's result; returns its name."""
-        given = main.res_attr(index).get("tyir.name")
-        name = given.value if isinstance(given, StringAttr) else f"output{index}" if index else "logits"
+        name = name_of(main.res_attr(index)) or (f"output{index}" if index else "logits")
         type = ty.tensor_type(main.body.terminator.operands[index])
         self.add(name, "output", type, address_in(main.res_attr(index)), result=index)
         return name

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tyir.attributes import IntegerAttr
 from tyir.backends.edge10.lowering.order import keys_first
 from tyir.backends.edge10.memory.allocate import align
 from tyir.backends.edge10.memory.places import Boundary, BoundaryPlaces, boundary_of, root
@@ -21,10 +20,10 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
+from tyir.execution.entry_points import alias_of, arguments
 from tyir.ir import Value
-from tyir.types import TensorType
 
-__all__ = ["LayerLayout", "cache_arguments", "find_layers", "is_position", "symbol_of"]
+__all__ = ["LayerLayout", "cache_arguments", "find_layers", "symbol_of"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,10 @@ def find_layers(
             if op.callee.leaf not in functions:
                 raise TyirError(f"@{main.sym_name} calls @{op.callee.leaf}, which the module does not define")
             calls.setdefault(op.callee.leaf, []).append(op)
-    uses = _weight_uses(main)
+    uses, positions = _weight_uses(main), arguments(main, "position")
     return {
-        name: _layout(keys_first(functions[name]), own, uses, caches, places) for name, own in calls.items()
+        name: _layout(keys_first(functions[name]), own, uses, caches, positions, places)
+        for name, own in calls.items()
     }
 
 
@@ -74,6 +74,7 @@ def _layout(
     calls: Sequence[Call],
     uses: Mapping[str, int],
     caches: Collection[Value],
+    positions: Collection[Value],
     places: BoundaryPlaces,
 ) -> LayerLayout:
     packed: list[int] = []
@@ -92,7 +93,7 @@ def _layout(
                 addressed.append(index)
         elif all(root(v) in caches for v in values):
             addressed.append(index)
-        elif not is_position(values[0].type):
+        elif values[0] not in positions:
             activations.append(index)
     aliased = _aliased(function, addressed)
     boundary = boundary_of(function, activations, aliased, places)
@@ -103,10 +104,10 @@ def _aliased(function: Func, addressed: Sequence[int]) -> dict[int, int]:
     """The results that are caches, and the arguments that these are."""
     found: dict[int, int] = {}
     for index in range(len(function.function_type.results)):
-        alias = function.res_attr(index).get("tyir.alias")
+        alias = alias_of(function, index)
         returned = root(function.body.terminator.operands[index])
-        if isinstance(alias, IntegerAttr):
-            found[index] = alias.value
+        if alias is not None:
+            found[index] = alias
         elif returned in function.args and function.args.index(returned) in addressed:
             found[index] = function.args.index(returned)
     return found
@@ -125,15 +126,9 @@ def cache_arguments(main: Func) -> set[Value]:
     """Main's arguments that a result aliases."""
     caches: set[Value] = set()
     for index in range(len(main.body.terminator.operands)):
-        alias = main.res_attr(index).get("tyir.alias")
-        if isinstance(alias, IntegerAttr):
-            caches.add(main.args[alias.value])
+        if (alias := alias_of(main, index)) is not None:
+            caches.add(main.args[alias])
     return caches
-
-
-def is_position(type: object) -> bool:
-    """`pos` [b] i32: the only rank-1 integer input."""
-    return isinstance(type, TensorType) and type.rank == 1 and str(type.element) == "i32"
 
 
 def symbol_of(value: Value) -> str:

@@ -15,8 +15,8 @@ from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.func import Func
 from tyir.dialects.ty import GetGlobal, tensor_type
+from tyir.execution.entry_points import alias_of, entry_point
 from tyir.ir import Value
 from tyir.manifest import BuildOptions, recorded
 from tyir.passes.pipelines import remaining_pipeline
@@ -65,16 +65,12 @@ def step_bytes(die: Module, seqlen: int) -> dict[str, int]:
 
     Each tensor lies on pages of its own; what lowering spills is not counted.
     """
-    main = die.lookup(f"main_s{seqlen}")
-    assert isinstance(main, Func)
+    main = entry_point(die, seqlen)
     weights = {op.symbol.leaf: op.result for op in main.walk_type(GetGlobal)}
     results = main.body.terminator.operands
-    caches = {
-        main.args[a.value]
-        for i in range(len(results))
-        if (a := main.res_attr(i).get("tyir.alias")) is not None
-    }
-    outputs = [v for i, v in enumerate(results) if main.res_attr(i).get("tyir.alias") is None]
+    aliases = [alias_of(main, i) for i in range(len(results))]
+    caches = {main.args[alias] for alias in aliases if alias is not None}
+    outputs = [v for v, alias in zip(results, aliases) if alias is None]
     inputs = [a for a in main.args if a not in caches]
     return {
         name: sum(map(_bytes, values))
