@@ -220,9 +220,16 @@ def _link(own: Path, new: Path, status: os.stat_result) -> None:
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOENT):
             raise
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
-            raise
-        shutil.copy2(own, new, follow_symlinks=False)
+        try:
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+                raise error  # a copy of a pipe, a socket or a device would be another one
+            shutil.copy2(own, new, follow_symlinks=False)
+        except OSError as failed:
+            raise TyirError(
+                f"{own} was not written by tyir-compile and cannot go over to the new folder:"
+                f" {failed.strerror or failed}",
+                help="move it away, or choose another -o",
+            ) from None
 
 
 def _rescue(*folders: Path) -> None:

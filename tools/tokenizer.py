@@ -61,18 +61,20 @@ def load_tokenizer(source: Artifacts | Path) -> Any:
 
 
 def _read(copy: Path, path: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
-        tokenizer("")["input_ids"]
-    except Exception as error:  # transformers and tokenizers raise whatever the data led them to
-        reason = (str(error).splitlines() or [""])[0][:200].replace(str(copy), str(path))
-        raise TyirError(
-            f"transformers cannot read the tokenizer of {path}: {type(error).__name__}: {reason}",
-            help=_NO_HELP,
-        ) from None
-    return tokenizer
+    # a class that transformers does not have: tokenizer.json says all that it does
+    classes = (AutoTokenizer, *[PreTrainedTokenizerFast][: (copy / _WHOLE).is_file()])
+    reason = ""
+    for each in classes:
+        try:
+            tokenizer = each.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
+            tokenizer("")["input_ids"]
+            return tokenizer
+        except Exception as error:  # transformers and tokenizers raise whatever the data led them to
+            line = (str(error).splitlines() or [""])[0][:200].replace(str(copy), str(path))
+            reason = reason or f"{type(error).__name__}: {line}"
+    raise TyirError(f"transformers cannot read the tokenizer of {path}: {reason}", help=_NO_HELP)
 
 
 def stop_tokens(source: Artifacts | Path) -> set[int]:
