@@ -145,7 +145,9 @@ def replacing(target: Path, writes: Writes) -> Iterator[Path]:
             check_target(target, writes)  # somebody may have been at it meanwhile
             _carry_over(real, folder)
             _put_in_place(folder, real, place / _OLD)
-            _rescue(folder, place / _OLD, real)
+            _rescue(place / _OLD, real, newer=True)
+            if not _rescue(folder, real, newer=True):
+                os.rename(folder, place / _OLD)  # which `_dispose` keeps
         except OSError as error:
             raise _file_error(error, place, target, real) from error
 
@@ -178,7 +180,7 @@ def _put_back(aside: Path, target: Path) -> None:
     if not os.path.lexists(target):
         with contextlib.suppress(OSError):
             os.rename(aside, target)
-    if os.path.lexists(target):
+    if os.path.lexists(aside) and os.path.lexists(target) and _rescue(aside, target, newer=False):
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -232,22 +234,27 @@ def _link(own: Path, new: Path, status: os.stat_result) -> None:
             ) from None
 
 
-def _rescue(*folders: Path) -> None:
-    """Move what arrived in the replaced folder since it was carried over: the last of `folders` is the new
-    one, the replaced one is among the others.
+def _rescue(replaced: Path, target: Path, *, newer: bool) -> bool:
+    """Move what is somebody else's from a replaced folder to the one that stands in its place; whether the
+    replaced one may be deleted then.
+
+    With `newer` it comes before a file of the same name: it has arrived since that was carried over.
     """
-    *replaced, target = folders
-    written = _ours(target) or set()
-    for folder in replaced:
-        if (ours := _ours(folder)) is None:
-            continue
-        for name, status in _foreign(folder, ours):
-            own, new = folder / name, target / name
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISDIR(status.st_mode):
-                    new.mkdir(parents=True, exist_ok=True)
-                elif name not in written and not _same(status, new):
-                    os.replace(own, new)
+    if not replaced.is_dir():
+        return True
+    if (ours := _ours(replaced)) is None:
+        return not any(replaced.iterdir())
+    written, all_there = _ours(target) or set(), True
+    for name, status in _foreign(replaced, ours):
+        own, new = replaced / name, target / name
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(status.st_mode):
+                new.mkdir(parents=True, exist_ok=True)
+            elif not os.path.lexists(new) or (newer and name not in written and not _same(status, new)):
+                os.replace(own, new)
+            else:
+                all_there &= _same(status, new)
+    return all_there
 
 
 def _same(status: os.stat_result, other: Path) -> bool:
@@ -299,7 +306,7 @@ def _dispose(place: Path, target: Path) -> None:
     if (place / _OLD).exists():
         _put_back(place / _OLD, target)
         if (place / _OLD).exists():
-            return  # the only copy there is
+            return  # it holds the only copy of something
     for name in (_NEW, _TRIAL):
         shutil.rmtree(place / name, ignore_errors=True)
     with contextlib.suppress(OSError):

@@ -5,7 +5,7 @@ the runtime checks it first.
       format, version         "tyir-artifacts", 1
       model                   what the front end knew of the model (architecture, vocabulary, ...)
       options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp
-      build                   versions and targets the code was generated with; the machine by name, or machine.toml beside the manifest
+      build                   versions, targets and the processor's features (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
       files                   every file: size in bytes and sha256

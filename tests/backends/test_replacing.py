@@ -21,7 +21,7 @@ from tyir.backends import replacing as module
 from tyir.backends.edge10.compile import _writes, check_target
 from tyir.backends.replacing import replacing
 from tyir.diagnostics import TyirError
-from tyir.manifest import FORMAT
+from tyir.manifest import FORMAT, Manifest
 from tyir.tools.cli import run_tool
 
 FILES = ("config.json", "batch_1/common_die0.params", "batch_1/seqlen_8/llm_die0.so")
@@ -147,7 +147,8 @@ def test_whatever_strikes_at_a_rename_leaves_one_whole_folder(
 
 
 @pytest.mark.parametrize("signals", [("SIGKILL",), ("SIGTERM", "SIGINT", "SIGHUP")])
-def test_signals_at_random_moments(tmp_path: Path, way: str, signals: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_signals_at_random_moments(tmp_path: Path, way: str, signals: tuple[str, ...], rounds: int) -> None:
     target, chance = tmp_path / "1die", random.Random(3)
     compiled(target, "0")
     (target / "notes").mkdir()
@@ -160,7 +161,7 @@ def test_signals_at_random_moments(tmp_path: Path, way: str, signals: tuple[str,
         for name in range(10_000):
             compiled(target, str(name))
 
-    for _ in range(40):
+    for _ in range(rounds):
         number = start(work)
         assert os.read(ready, 1) == b"!"
         time.sleep(chance.uniform(0.005, 0.05))
@@ -435,6 +436,51 @@ def test_only_workplaces_of_dead_writers_are_cleared_away(tmp_path: Path) -> Non
         assert whose(first) == "first"
     assert whose(target) == "first"
     assert left(tmp_path) == [name for name in before if name != ".1die.zyxwvuts"]
+
+
+def test_what_takes_the_target_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Between the last look and the exchange: it is not ours to delete."""
+    target, put = tmp_path / "1die", module._put_in_place
+
+    def late(folder: Path, real: Path, aside: Path) -> None:
+        target.mkdir()
+        (target / "thesis.tex").write_text("thesis")
+        put(folder, real, aside)
+
+    monkeypatch.setattr(module, "_put_in_place", late)
+    compiled(target, "new")
+    assert whose(target) == "new"
+    (kept,) = tmp_path.glob(".1die.*/old/thesis.tex")
+    assert kept.read_text() == "thesis"
+    monkeypatch.undo()
+    compiled(target, "newer")
+    assert kept.read_text() == "thesis"
+
+
+@pytest.mark.parametrize("there", ["nothing", "others", "the same name"])
+def test_what_a_killed_compile_had_moved_aside_is_not_lost(tmp_path: Path, way: str, there: str) -> None:
+    """Back to its place where nothing stands; otherwise what is somebody's goes over or stays where it is."""
+    target, place = tmp_path / "1die", tmp_path / ".1die.abcdefgh"
+    place.mkdir()
+    (place / "lock").write_text("")
+    compiled(place / "old", "old")
+    (place / "old" / "chat.npz").write_text("mine")
+    if there != "nothing":
+        fill(target, "restored")
+    if there == "the same name":
+        (target / "chat.npz").write_text("another")
+    if there == "nothing":
+        with pytest.raises(TyirError, match="is gone: a compile that was to replace it was killed"):
+            Manifest.load(target)
+    compiled(target, "new")
+    assert whose(target) == "new"
+    if there == "the same name":
+        assert (target / "chat.npz").read_text() == "another"
+        assert (place / "old" / "chat.npz").read_text() == "mine"
+    else:
+        assert (target / "chat.npz").read_text() == "mine" and left(tmp_path) == []
 
 
 # ----------------------------------------------------------------------------------------------- messages

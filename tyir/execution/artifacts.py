@@ -65,18 +65,18 @@ class Artifacts:
             try:
                 file = self._folder.file(name)
             except FileNotFoundError:
-                problem: str | None = f"{self.path / name} is missing"
+                if self.checked:  # otherwise it is missed when it is needed
+                    problems.append(f"{self.path / name} is missing")
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise TyirError(
                         f"{self.path} has {len(self.manifest.files)} files, more than this process may open",
                         help="raise the limit: ulimit -n 4096",
                     ) from None
-                problem = f"{self.path / name} cannot be opened: {error.strerror}"
+                problems.append(f"{self.path / name} cannot be opened: {error.strerror}")
             else:
-                problem = file.problem(record) if self.checked else None
-            if problem is not None and (self.checked or not problem.endswith("is missing")):
-                problems.append(problem)
+                if self.checked and (problem := file.problem(record)) is not None:
+                    problems.append(problem)
         if problems:
             raise TyirError(
                 Diagnostic(problem, help="compile the model again, or restore the file")

@@ -80,13 +80,13 @@ def features_of(llvm: Iterable[str]) -> list[str]:
 
 @cache
 def features_here() -> frozenset[str] | None:
-    """What this processor has; None where the system does not say."""
+    """What this processor has, nothing where it is not an x86; None where the system does not say."""
     try:
         lines = _CPUINFO.read_text(errors="replace").splitlines()
     except OSError:
         return None
-    found = next((line for line in lines if line.startswith("flags")), None)
-    return frozenset(found.partition(":")[2].split()) if found is not None else None
+    found = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(found.partition(":")[2].split())
 
 
 def check_processor(host: object, folder: Path) -> None:
