@@ -7,7 +7,7 @@ gives `main(argv: Sequence[str] | None = None) -> int` (None: the process's argu
 
 * turns `TyirError` into its message on stderr and exit code 1,
 * turns an interrupt into exit code 130 and a closed output pipe into a silent 141,
-* treats SIGTERM and SIGHUP as an interrupt, so that they clean up alike; exit code 143 and 129,
+* does the same for SIGTERM and SIGHUP, which clean up alike; exit codes 143 and 129,
 * turns anything else into "internal error ... this is a bug" and exit code 1,
 * with `--debug` anywhere among the arguments shows the Python traceback instead of hiding it.
 
@@ -48,7 +48,7 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
         arguments = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in arguments
         try:
-            with _termination_as_interrupt():
+            with _ending_signals_as_interrupts():
                 code = main(arguments)
             sys.stdout.flush()
             if argv is None:
@@ -67,7 +67,7 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
         except TyirError as error:
             return _say((_traceback() if debug else "") + error.render(), 1)
         except Terminated as end:
-            return _say("terminated", 128 + end.signal)
+            return _say("interrupted" if end.signal == signal.SIGINT else "terminated", 128 + end.signal)
         except KeyboardInterrupt:
             return _say("interrupted", 130)
         except BrokenPipeError:
@@ -82,7 +82,7 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: whatever cleans up after an interrupt does so after these."""
+    """A signal that ends the process: whatever cleans up after an interrupt does so after these."""
 
     def __init__(self, signal: int) -> None:
         super().__init__()
@@ -90,30 +90,40 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Inside, the first signal that ends a process raises `Terminated`, and later ones let it clean up.
+def _ending_signals_as_interrupts() -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP raise `Terminated`; after the last two, more of them are ignored, so
+    that the first one's cleaning up comes to its end.
 
-    Signals that are ignored (nohup) or that somebody else handles stay as they are; so do all of them
-    outside of the main thread, which Python allows no handlers.
+    What is raised in the middle of a library may come out as an exception of the library's: all exceptions
+    after a signal are taken for its consequence.  Signals that are ignored (nohup) or that somebody else
+    handles stay as they are; so do all of them outside of the main thread, where Python allows no handlers.
     """
+    received: list[int] = []
 
     def end(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
+        received.append(number)
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
         raise Terminated(number)
 
-    ours = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is signal.SIG_DFL
-    ]
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    in_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number, usual in defaults.items() if in_main and signal.getsignal(number) is usual]
     for number in ours:
         signal.signal(number, end)
     try:
         yield
+    except Exception as error:
+        if received:
+            raise Terminated(received[0]) from error
+        raise
     finally:
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, defaults[number])
 
 
 def add_debug_option(parser: argparse.ArgumentParser) -> None:

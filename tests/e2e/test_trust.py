@@ -418,8 +418,8 @@ def test_signals_at_random_moments_of_a_compile(tmp_path: Path, compile_here: Co
         # the first half is Python's and the libraries' start, when nothing has been written yet
         time.sleep(whole * chance.uniform(0.4, 1.0))
         process.send_signal(getattr(signal, name))
-        code = process.wait()
         process.communicate()
+        code = process.returncode
         assert code in (0, {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name]), code
         struck += code != 0
         assert hashes(target) == before, "the same bytes, whichever compile they are of"
