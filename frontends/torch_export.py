@@ -257,7 +257,9 @@ def build_plain_model(folder: Path, model_class: type[Any] | None = None) -> Any
         if model_class is not None:
             return model_class._from_config(_config(raw, model_class), **settings).eval()
         _check_architecture(folder, raw)
-        return transformers.AutoModelForCausalLM.from_config(_config(raw), **settings).eval()
+        return transformers.AutoModelForCausalLM.from_config(
+            _config(raw), trust_remote_code=False, **settings
+        ).eval()
 
 
 def _config(raw: dict[str, Any], model_class: type[Any] | None = None) -> Any:

@@ -174,6 +174,7 @@ PERMITTED: dict[tuple[str, str], str] = {
     ("registry", "dialects"): "a dialect is found in the package's folder, when first asked for",
     ("pass_manager.registry", "pipeline"): "what a pass is, in a file of passes",
     ("opdef", "checking.symbols"): "an annotation: an op looks up the symbols it refers to",
+    ("manifest", "execution.artifacts"): "a manifest alone is that of an opened folder",
     ("pipeline", "execution.weights"): "an annotation: a pass may be given weights",
 }
 

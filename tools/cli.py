@@ -7,6 +7,7 @@ gives `main(argv: Sequence[str] | None = None) -> int` (None: the process's argu
 
 * turns `TyirError` into its message on stderr and exit code 1,
 * turns an interrupt into exit code 130 and a closed output pipe into a silent 141,
+* does the same for SIGTERM and SIGHUP, which clean up alike; exit codes 143 and 129,
 * turns anything else into "internal error ... this is a bug" and exit code 1,
 * with `--debug` anywhere among the arguments shows the Python traceback instead of hiding it.
 
@@ -19,15 +20,18 @@ import argparse
 import functools
 import gc
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["ToolMain", "ToolParser", "add_debug_option", "run_tool", "warn", "write_output"]
+__all__ = ["Terminated", "ToolMain", "ToolParser", "add_debug_option", "run_tool", "warn", "write_output"]
 
 
 class ToolMain(Protocol):
@@ -44,7 +48,8 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
         arguments = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in arguments
         try:
-            code = main(arguments)
+            with _ending_signals_as_interrupts():
+                code = main(arguments)
             sys.stdout.flush()
             if argv is None:
                 # the process ends: its memory goes as a whole, not object by object (0.8 s for a module of
@@ -61,6 +66,8 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
             )
         except TyirError as error:
             return _say((_traceback() if debug else "") + error.render(), 1)
+        except Terminated as end:
+            return _say("interrupted" if end.signal == signal.SIGINT else "terminated", 128 + end.signal)
         except KeyboardInterrupt:
             return _say("interrupted", 130)
         except BrokenPipeError:
@@ -72,6 +79,51 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
             return _say(_internal_error(error), 1)
 
     return wrapped
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal that ends the process: whatever cleans up after an interrupt does so after these."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__()
+        self.signal = signal
+
+
+@contextmanager
+def _ending_signals_as_interrupts() -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP raise `Terminated`; after the last two, more of them are ignored, so
+    that the first one's cleaning up comes to its end.
+
+    What is raised in the middle of a library may come out as an exception of the library's: all exceptions
+    after a signal are taken for its consequence.  Signals that are ignored (nohup) or that somebody else
+    handles stay as they are; so do all of them outside of the main thread, where Python allows no handlers.
+    """
+    received: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        received.append(number)
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
+        raise Terminated(number)
+
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    in_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number, usual in defaults.items() if in_main and signal.getsignal(number) is usual]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    except Exception as error:
+        if received:
+            raise Terminated(received[0]) from error
+        raise
+    finally:
+        for number in ours:
+            signal.signal(number, defaults[number])
 
 
 def add_debug_option(parser: argparse.ArgumentParser) -> None:

@@ -72,21 +72,22 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
             MeasuredServer(session),
             f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals",
         )
-    from tyir.manifest import Manifest
+    from tyir.execution.artifacts import Artifacts
     from tyir.runtime_sim.session.serving import SimulatedServer
     from tyir.runtime_sim.timing.predictor import Predictor
     from tyir.runtime_sim.timing.program import EdgeProgram, load_programs, machine_of
     from tyir.targets.machine import load_machine
 
-    manifest = Manifest.load(args.artifacts)
+    artifacts = Artifacts.open(args.artifacts)
+    manifest = artifacts.manifest
     loaded: dict[int, list[EdgeProgram]] = {}
 
     def programs(seqlen: int) -> list[EdgeProgram]:
         if seqlen not in loaded:
-            loaded[seqlen] = load_programs(args.artifacts, manifest, seqlen)
+            loaded[seqlen] = load_programs(artifacts, seqlen)
         return loaded[seqlen]
 
-    machine = load_machine(args.machine) if args.machine else machine_of(args.artifacts, manifest)
+    machine = load_machine(args.machine) if args.machine else machine_of(artifacts)
     predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
     state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
     return (

@@ -16,10 +16,11 @@ from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
+    from tyir.execution.artifacts import Artifacts
     from tyir.runtime_sim.session.sampling import Sampler
     from tyir.runtime_sim.session.session import Session
 
-__all__ = ["load_tokenizer", "main", "stop_tokens"]
+__all__ = ["main"]
 
 
 @run_tool
@@ -28,18 +29,19 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
     from tyir.runtime_sim.session.session import Session
+    from tyir.tools.tokenizer import load_tokenizer, stop_tokens
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     session = Session(args.artifacts, args.engine, check=not args.no_check)
     if args.trace_commands is not None:
         _trace_commands(session, args.trace_commands)
     check_sampling(session.choices, args.temperature, args.top_k)
-    tokenizer = load_tokenizer(args.artifacts)
+    tokenizer = load_tokenizer(session.artifacts)
     prompts = args.prompt or [sys.stdin.read()]
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    stops = stop_tokens(args.artifacts)
+    stops = stop_tokens(session.artifacts)
     if len(prompts) > 1:
-        return _run_batch(args, prompts, ids, tokenizer, sampler, stops)
+        return _run_batch(args, session.artifacts, prompts, ids, tokenizer, sampler, stops)
     if args.cache is not None and args.cache.exists():
         session.restore(args.cache)
     start = time.perf_counter()
@@ -88,6 +90,7 @@ def _trace_commands(session: Session, path: Path) -> None:
 
 def _run_batch(
     args: argparse.Namespace,
+    artifacts: Artifacts,
     prompts: Sequence[str],
     ids: Sequence[Sequence[int]],
     tokenizer: Any,
@@ -101,7 +104,7 @@ def _run_batch(
         raise TyirError("--cache is for one prompt", help="give one --prompt")
     if args.trace_commands is not None:
         raise TyirError("--trace-commands is for one prompt", help="give one --prompt")
-    session = BatchSession(args.artifacts, args.engine, check=False)
+    session = BatchSession(artifacts, args.engine)
     if len(prompts) > len(session.tokens):
         raise TyirError(
             f"{len(prompts)} prompts, and {args.artifacts} runs {len(session.tokens)} at once",
@@ -120,30 +123,6 @@ def _run_batch(
         file=sys.stderr,
     )
     return 0
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved with the artifacts or the checkpoint; `TyirError` when there is none."""
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise TyirError(
-            f"{folder} holds no tokenizer",
-            help="copy the model's tokenizer.json there, or compile from a folder that has one",
-        )
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def stop_tokens(folder: Path) -> set[int]:
-    """The end-of-sequence ids of generation_config.json, else of config.json."""
-    import json
-
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            value = json.loads((folder / name).read_text()).get("eos_token_id")
-            if value is not None:
-                return set(value) if isinstance(value, list) else {value}
-    return set()
 
 
 def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
@@ -204,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         default="host",
         help="what executes the programs (default host)",
     )
-    parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes first")
+    parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")
     parser.add_argument(
         "--trace-commands",
         type=Path,

@@ -15,6 +15,7 @@ from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.ir import Op
+    from tyir.manifest import Manifest
     from tyir.runtime_sim.timing.predictor import Predictor
     from tyir.runtime_sim.timing.program import EdgeProgram
     from tyir.runtime_sim.timing.summary import Summary
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if args.compare:
         write_output(_compare(args) + "\n", args.output)
         return 0
-    predictor, name = _predictor(args.artifacts, args)
+    predictor, name, manifest = _predictor(args.artifacts, args)
     if args.check_plan:
         write_output(_check_plan(predictor) + "\n", args.output)
         return 0
@@ -52,15 +53,17 @@ def main(argv: Sequence[str]) -> int:
         from tyir.runtime_sim.timing.trace import chrome_trace
 
         write_output(chrome_trace(predictor.step(min(predictor.seqlens), pos)), str(args.trace))
-    write_output(_report(args, predictor, name, prompt, pos) + "\n", args.output)
+    write_output(
+        _report(args, _summary(args, predictor, name, manifest, prompt, pos), predictor) + "\n", args.output
+    )
     return 0
 
 
 # ------------------------------------------------------------------------------------------- what to simulate
 
 
-def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predictor, str]:
-    """The predictor of what was given, and what to call it.
+def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predictor, str, Manifest | None]:
+    """The predictor of what was given, what to call it, and the manifest of a folder.
 
     An artifact folder, or the programs (`.edge10`, `.bin`) of all dies for one length.
     """
@@ -85,6 +88,7 @@ def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predict
                 _machine(args, lambda: _named_machine(programs[0])),
             ),
             name,
+            None,
         )
     if len(paths) > 1:
         raise TyirError(
@@ -94,19 +98,21 @@ def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predict
                 " two folders"
             ),
         )
-    from tyir.manifest import Manifest
+    from tyir.execution.artifacts import Artifacts
     from tyir.runtime_sim.timing.program import load_programs, machine_of
 
-    manifest = Manifest.load(paths[0], check=not args.no_check)
+    artifacts = Artifacts.open(paths[0], check=not args.no_check)
+    manifest = artifacts.manifest
     loaded: dict[int, list[EdgeProgram]] = {}
 
     def programs_of(seqlen: int) -> list[EdgeProgram]:
         if seqlen not in loaded:
-            loaded[seqlen] = load_programs(paths[0], manifest, seqlen)
+            loaded[seqlen] = load_programs(artifacts, seqlen)
         return loaded[seqlen]
 
-    machine = _machine(args, lambda: machine_of(paths[0], manifest))
-    return Predictor(programs_of, manifest.options.seqlens, manifest.options.max_kv, machine), str(paths[0])
+    machine = _machine(args, lambda: machine_of(artifacts))
+    predictor = Predictor(programs_of, manifest.options.seqlens, manifest.options.max_kv, machine)
+    return predictor, str(paths[0]), manifest
 
 
 def _capacity(programs: Sequence[EdgeProgram]) -> int:
@@ -184,8 +190,7 @@ def _positions(args: argparse.Namespace, predictor: Predictor) -> tuple[int, int
 # ------------------------------------------------------------------------------------------------ the answers
 
 
-def _report(args: argparse.Namespace, predictor: Predictor, name: str, prompt: int, pos: int) -> str:
-    summary = _summary(args, predictor, name, prompt, pos)
+def _report(args: argparse.Namespace, summary: Summary, predictor: Predictor) -> str:
     if args.report == "json":
         return json.dumps(summary.as_json(), indent=1)
     if args.report == "html":
@@ -197,7 +202,14 @@ def _report(args: argparse.Namespace, predictor: Predictor, name: str, prompt: i
     return text_report(summary, args.top)
 
 
-def _summary(args: argparse.Namespace, predictor: Predictor, name: str, prompt: int, pos: int) -> Summary:
+def _summary(
+    args: argparse.Namespace,
+    predictor: Predictor,
+    name: str,
+    manifest: Manifest | None,
+    prompt: int,
+    pos: int,
+) -> Summary:
     from tyir.runtime_sim.timing.summary import summarize
 
     return summarize(
@@ -205,24 +217,20 @@ def _summary(args: argparse.Namespace, predictor: Predictor, name: str, prompt: 
         name,
         prompt,
         pos,
-        least=_least(Path(name)),
+        least=_least(manifest) if manifest is not None else None,
         curves=not args.compare,
         tornado=args.tornado and not args.compare,
     )
 
 
-def _least(folder: Path) -> Callable[[int], Sequence[CollectiveNeed]] | None:
+def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | None:
     """The closed form of the collectives on the main die, for a step of so many tokens.
 
     None where the manifest does not say the model's sizes.
     """
-    from tyir.manifest import MANIFEST, Manifest
     from tyir.passes.select_output import parse_output
     from tyir.targets.collectives import minimal_collectives
 
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = Manifest.load(folder, check=False)
     layers, hidden, vocabulary = (
         manifest.model.get(name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
     )
@@ -250,8 +258,8 @@ def _compare(args: argparse.Namespace) -> str:
         )
     found = []
     for path in args.artifacts:
-        predictor, name = _predictor([path], args)
-        found.append(_summary(args, predictor, name, *_positions(args, predictor)))
+        predictor, name, manifest = _predictor([path], args)
+        found.append(_summary(args, predictor, name, manifest, *_positions(args, predictor)))
     if args.report == "json":
         return json.dumps({"a": found[0].as_json(), "b": found[1].as_json()}, indent=1)
     from tyir.runtime_sim.report.text import compare_text

@@ -17,6 +17,7 @@ from tyir.tools.build_arguments import numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
+    from tyir.execution.artifacts import Artifacts
     from tyir.frontends.plugin import ModelPlugin
 
 __all__ = ["main"]
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     states = LayerStates()
     session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     _check_checkpoint(args.against)
-    prompts = _prompts(args)
+    prompts = _prompts(args, session.artifacts)
     plugin = _plugin(args.model_plugin)
     reference = Reference(args.against, session.manifest.options, plugin)
     results: list[PromptResult] = []
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if args.engine != "edge10":
         worst = min(results, key=lambda r: r.logit_cosine.min())
         found = locate(
-            args.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine, plugin=plugin
+            session.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine, plugin=plugin
         )
         print(
             (
@@ -103,14 +104,14 @@ def _check_checkpoint(path: Path) -> None:
         )
 
 
-def _prompts(args: argparse.Namespace) -> list[list[int]]:
+def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     """The token ids of each prompt."""
-    from tyir.tools.tyir_run import load_tokenizer
+    from tyir.tools.tokenizer import load_tokenizer
     from tyir.tools.verify.compare import PROMPTS
 
     if args.ids:
         return [list(args.ids)]
-    tokenizer = load_tokenizer(args.artifacts)
+    tokenizer = load_tokenizer(artifacts)
     return [
         tokenizer(text)["input_ids"] for text in ([args.prompt] if args.prompt else PROMPTS[: args.prompts])
     ]

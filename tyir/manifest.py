@@ -5,7 +5,7 @@ the runtime checks it first.
       format, version         "tyir-artifacts", 1
       model                   what the front end knew of the model (architecture, vocabulary, ...)
       options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp
-      build                   versions and targets the code was generated with; the machine by name, or machine.toml beside the manifest
+      build                   versions, targets and the processor's features (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
       files                   every file: size in bytes and sha256
@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from tyir.types import FloatType, IntegerType, i64, storage_dtype
 
 __all__ = [
     "BUILD",
+    "FORMAT",
     "MACHINE",
     "MANIFEST",
     "SETTLED_BY",
@@ -42,6 +43,7 @@ __all__ = [
     "Manifest",
     "TensorInfo",
     "file_record",
+    "no_manifest",
     "record",
     "recorded",
     "settled",
@@ -242,16 +244,21 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path, *, check: bool = True) -> Self:
-        """Read and (with `check`) verify every file's size and hash.
+        """The manifest alone; what is to be run, timed or compared is opened with
+        `tyir.execution.artifacts.Artifacts`.
 
-        `TyirError` lists everything that is wrong.
+        With `check` every file's size and hash are verified.  `TyirError` lists everything that is wrong.
         """
-        path = folder / MANIFEST
+        from tyir.execution.artifacts import Artifacts
+
+        return cast(Self, Artifacts.open(folder, check=check).manifest)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """The manifest that a file holds; `TyirError` when it is damaged, or of another format."""
         try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise TyirError(f"{folder} holds no {MANIFEST}", help=_nearest_artifacts(folder)) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raw = json.loads(data)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise TyirError(f"cannot read {path}: {error}", help="compile the model again") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise TyirError(f"{path} is not a manifest of tyir artifacts")
@@ -261,7 +268,7 @@ class Manifest:
                 help="compile the model again",
             )
         try:
-            manifest = cls(
+            return cls(
                 model=raw["model"],
                 options=_options(raw["options"]),
                 build=raw["build"],
@@ -272,19 +279,6 @@ class Manifest:
             raise TyirError(
                 f"{path} is damaged: {type(error).__name__} {error}", help="compile the model again"
             ) from None
-        if check:
-            manifest.check_files(folder)
-        return manifest
-
-    def check_files(self, folder: Path) -> None:
-        """`TyirError` naming every file that is missing or has changed."""
-        problems = [
-            p for name, record in sorted(self.files.items()) if (p := _file_problem(folder / name, record))
-        ]
-        if problems:
-            raise TyirError(
-                Diagnostic(p, help="compile the model again, or restore the file") for p in problems
-            )
 
 
 def _options(raw: Mapping[str, Any]) -> BuildOptions:
@@ -300,23 +294,19 @@ def _program(raw: Mapping[str, Any]) -> DieProgram:
     return DieProgram(**{**raw, **tensors})
 
 
-def _file_problem(path: Path, record: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != record["size"]:
-        return f"{path} has {size} bytes, {record['size']} were written"
-    if sha256_file(path) != record["sha256"]:
-        return f"{path} has changed since it was compiled (its hash differs)"
-    return None
-
-
-def _nearest_artifacts(folder: Path) -> str:
+def no_manifest(folder: Path) -> TyirError:
+    """What to say of a folder without a manifest: which one may have been meant."""
     found = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
-    return (
-        f"did you mean {folder / found[0]}?"
+    if left := sorted(folder.parent.glob(f".{folder.name}.*/old/{MANIFEST}")):
+        return TyirError(
+            f"{folder} is gone: a compile that was to replace it was killed",
+            help=f"compile again, or move {left[0].parent} back",
+        )
+    return TyirError(
+        f"{folder} holds no {MANIFEST}",
+        help=f"did you mean {folder / found[0]}?"
         if found
-        else "give the folder that tyir-compile printed, for example out/4die"
+        else "give the folder that tyir-compile printed, for example out/4die",
     )
 
 

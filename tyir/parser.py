@@ -24,10 +24,10 @@ from tyir.text.parser_state import Header
 from tyir.text.resource_parser import parse_metadata
 from tyir.text.scope_parser import BLOCK, starts_location
 from tyir.text.short_parser import SHORT_NAME_HERE, ShortParser
-from tyir.text.source_file import read_source
+from tyir.text.source_file import decode_source, read_source
 from tyir.traits import IsolatedFromAbove
 
-__all__ = ["Parser", "parse_file", "parse_module"]
+__all__ = ["Parser", "parse_bytes", "parse_file", "parse_module"]
 
 _COUNT: Final = re.compile(r":\s*([0-9]+)")
 _ALIAS: Final = re.compile(r"([#!][A-Za-z_][A-Za-z0-9_$]*)\s*=")
@@ -252,3 +252,8 @@ def parse_module(text: str, name: str = "<string>", positions: dict[Op, int] | N
 def parse_file(path: str | Path) -> Module:
     """The module of an IR file."""
     return parse_module(read_source(path), str(path))
+
+
+def parse_bytes(data: bytes, name: str) -> Module:
+    """The module of an IR text in UTF-8; `name` is for messages."""
+    return parse_module(decode_source(data, name), name)

@@ -1,18 +1,16 @@
 """From a module at any stage to a folder of artifacts: the whole back end, readable top to bottom in
 `compile_module`.
 
-Files appear by rename: everything is written into a temporary folder beside the target, which replaces it
-when the manifest is in place.  A failure or an interrupt leaves what was there before, and nothing else.
+Everything is written into a folder beside the target, which takes its place when the manifest is written
+(`tyir.backends.replacing`).  A failure or an interrupt leaves what was there before, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +25,7 @@ from tyir.attributes import (
     IntegerAttr,
     StringAttr,
 )
+from tyir.backends import replacing
 from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.check import check_memory
@@ -62,6 +61,7 @@ from tyir.types import i64
 __all__ = ["CompileContext", "check_target", "compile_module", "to_program"]
 
 EDGE10: Final = "edge10"
+_BUFFER_CONFIG, _EMPTY, _EMBEDDING = "buffer_config.json", "empty.bin", "embedding.params"
 Memory = dict[tuple[int, int], dict[str, int]]  # (die, length) -> bytes by kind, `memory_plan.memory_summary`
 
 _COPIED = (
@@ -132,7 +132,7 @@ def compile_module(
     wanted = replace(asked, seqlens=options.seqlens)
     check_memory(dies, wanted, source, stage, context.chosen_machine)
     target = out / f"{options.dies}die"
-    with _replacing(target) as folder:
+    with replacing.replacing(target, _writes(checkpoint_of(module))) as folder:
         with context.watch.stage("weights"):
             constants = _write_weights(dies, folder, options, module, context)
         programs, memory = _write_programs(dies, folder, options, constants, context)
@@ -173,69 +173,26 @@ def _stage(module: Module) -> str:
 # ------------------------------------------------------------------------------------------------- the folder
 
 
+_OWN_FILES: Final = (MANIFEST, _BUFFER_CONFIG, _EMPTY, _EMBEDDING, MACHINE)
+_OWN_FOLDERS: Final = re.compile(r"batch_\d+(/seqlen_\d+)?")
+_PROGRAM_FILES: Final = re.compile(r"batch_\d+/(common_die\d+|seqlen_\d+/llm_die\d+)\.\w+")
+
+
 def check_target(target: Path) -> None:
-    """`TyirError` when something stands where the artifacts would go that no earlier compile has written."""
-    if (
-        target.exists()
-        and not (target / MANIFEST).is_file()
-        and (not target.is_dir() or any(target.iterdir()))
-    ):
-        raise TyirError(
-            f"{target} exists and was not written by tyir-compile", help="choose another -o, or move it away"
-        )
+    """`TyirError` when something stands where the artifacts would go that may not be replaced."""
+    replacing.check_target(target, _writes())
 
 
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes `target`'s place at the end; only artifacts of an earlier compile are
-    ever replaced.
-    """
-    check_target(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise TyirError(
-            f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
-        ) from None
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        _put_in_place(temporary, target)
-    except OSError as error:
-        raise _file_error(error, temporary, target) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _writes(checkpoint: Path | None = None) -> replacing.Writes:
+    """What a compile writes: with `checkpoint` also the files that it copies from there."""
+    copied = [n for n in _COPIED if checkpoint is not None and (checkpoint / n).is_file()]
 
+    def writes(name: str, is_folder: bool) -> bool:
+        if _OWN_FOLDERS.fullmatch(name):
+            return not is_folder
+        return name in (*_OWN_FILES, *copied) or _PROGRAM_FILES.fullmatch(name) is not None
 
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename a folder to `target`; what stands there is gone only when that has worked."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
-        target.rename(old / target.name)
-        folder.rename(target)
-    except BaseException:  # an interrupt too
-        if not target.exists() and (old / target.name).exists():
-            (old / target.name).rename(target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _file_error(error: OSError, folder: Path, target: Path) -> TyirError:
-    """What went wrong with which file: one of the artifacts, or one that they are made of."""
-    names = [
-        Path(os.fsdecode(n)) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes, Path))
-    ]
-    foreign = next((n for n in names if target.parent.resolve() not in n.resolve().parents), None)
-    why = error.strerror or str(error)
-    if foreign is not None:
-        return TyirError(f"{foreign}: {why}", help="the file is needed for the artifacts")
-    what = next((target / n.relative_to(folder) for n in names if n.is_relative_to(folder)), target)
-    return TyirError(f"cannot write {what}: {why}", help="free some space or choose another -o")
+    return writes
 
 
 def _program_folder(options: BuildOptions, seqlen: int) -> str:
@@ -289,7 +246,7 @@ def _write_weights(
     if shared := [
         p for p in module.body if isinstance(p, Param)
     ]:  # embedding-as-input: the table is the host's
-        files.append(ParamsFile(folder / "embedding.params", shared))
+        files.append(ParamsFile(folder / _EMBEDDING, shared))
     check_files(module)
     write_params(files, CheckpointReader(checkpoint_of(module)), progress=context.progress)
     return places
@@ -403,7 +360,7 @@ def _copy_model_files(checkpoint: Path, folder: Path) -> None:
     for name in _COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
-    (folder / "empty.bin").write_bytes(b"")
+    (folder / _EMPTY).write_bytes(b"")
 
 
 def _copy_machine(folder: Path, context: CompileContext) -> str:
@@ -447,7 +404,7 @@ def _write_buffer_config(
                     "shape": tensor.shape,
                     "dtype": tensor.dtype,
                 }
-    (folder / "buffer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    (folder / _BUFFER_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def _write_manifest(
@@ -466,7 +423,7 @@ def _write_manifest(
     build = {
         "tyir": importlib.metadata.version("tyir"),
         "tvm": importlib.metadata.version("apache-tvm"),
-        "host": {"mcpu": target.mcpu},
+        "host": {"mcpu": target.mcpu, "features": target.features()},
         "machine": machine,
     }
     model = to_json(module.attributes.get("tyir.model", DictAttr()))

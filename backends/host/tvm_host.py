@@ -31,6 +31,7 @@ from tyir.backends.host.kernels.tir import Cpu
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func, kv
 from tyir.dialects.ty import tensor_type
+from tyir.execution.processor import features_of
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
 from tyir.types import FloatType, IntegerType, bit_width, storage_dtype
@@ -90,6 +91,10 @@ class HostTarget:
     def tvm_target(self) -> Any:
         """TVM's target object."""
         return tvm.target.Target({"kind": self.kind, "mcpu": self.mcpu, "num-cores": self.num_cores})
+
+    def features(self) -> list[str]:
+        """What the code needs of the processor that it runs on (`tyir.execution.processor`)."""
+        return features_of(str(name) for name in codegen.llvm_get_cpu_features(self.tvm_target()))
 
     def cpu(self) -> Cpu:
         """What the kernels need to know of the processor."""
@@ -214,4 +219,9 @@ def build_library(kernels: Mapping[str, Op], target: HostTarget, path: Path) -> 
         executable.export_library(
             str(partial), workspace_dir=workspace, options=["-shared", "-fPIC", *_LINK_OPTIONS]
         )
+        if not partial.is_file():
+            raise TyirError(
+                f"the compiler {get_cc()} ended without an error and without writing a library",
+                help="install g++ or clang++, or name one in CXX",
+            )
         partial.replace(path)

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
-from tyir.manifest import Manifest
+from tyir.execution.artifacts import Artifacts
+from tyir.execution.weights import tensors_of
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
@@ -34,11 +35,17 @@ class BatchSession:
     """As many conversations as the artifacts were compiled for, one of them also."""
 
     def __init__(
-        self, folder: Path, engine: EngineName = "host", *, check: bool = True, probe: StepProbe | None = None
+        self,
+        folder: Path | Artifacts,
+        engine: EngineName = "host",
+        *,
+        check: bool = True,
+        probe: StepProbe | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder, check=check)
-        self.engine = make_engine(engine, self.folder, self.manifest, probe)
+        """`folder`: its name, or the folder opened already."""
+        self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
+        self.manifest = self.artifacts.manifest
+        self.engine = make_engine(engine, self.artifacts, probe)
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
 
     def reset(self) -> None:
@@ -135,9 +142,7 @@ class BatchSession:
 
     @cached_property
     def _embedding_table(self) -> Array:
-        from tyir.execution.weights import read_safetensors
-
-        return read_safetensors(self.folder / "embedding.params")["embedding"]
+        return tensors_of(self.artifacts.map("embedding.params"))["embedding"]
 
 
 def _choose(outputs: dict[str, Array], sampler: Sampler) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from tyir.dialects.ty import Global
-from tyir.execution.weights import CheckpointReader
-from tyir.manifest import Manifest
-from tyir.parser import parse_file
+from tyir.execution.artifacts import Artifacts, ArtifactWeights
+from tyir.parser import parse_bytes
 from tyir.runtime_sim.execution.command_trace import Observer
 from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
 from tyir.runtime_sim.session.chunks import Chunk
@@ -32,11 +30,11 @@ class Edge10Engine:
 
     observer: Observer | None = None
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.machine = machine_of(folder, manifest)
-        self._reader = CheckpointReader(folder)
+    def __init__(self, artifacts: Artifacts) -> None:
+        self.artifacts = artifacts
+        self.manifest = artifacts.manifest
+        self.machine = machine_of(artifacts)
+        self._reader = ArtifactWeights(artifacts)
         self._dies: dict[int, list[FunctionalDie]] = {}
 
     def reset(self) -> None:
@@ -87,6 +85,7 @@ class Edge10Engine:
 
     def _load(self, die: int, seqlen: int) -> FunctionalDie:
         program = self.manifest.program(die, seqlen)
-        globals_ = [g for g in parse_file(self.folder / program.ir).body if isinstance(g, Global)]
+        module = parse_bytes(self.artifacts.read(program.ir), str(self.artifacts.path / program.ir))
+        globals_ = [g for g in module.body if isinstance(g, Global)]
         weights = {str(g.sym_name): self._reader.read_packed(g) for g in globals_}
-        return FunctionalDie(load_program(self.folder, self.manifest, die, seqlen), weights, self.machine)
+        return FunctionalDie(load_program(self.artifacts, die, seqlen), weights, self.machine)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import struct
 import sys
@@ -152,17 +153,15 @@ class _Kernel:
         return results
 
 
-def _check_complete(path: Path) -> None:
-    """Refuses a file that is not an ELF library or was cut short.
+def _check_complete(data: bytes, path: Path) -> None:
+    """Refuses bytes that are not an ELF library or were cut short.
 
     The dynamic loader maps a cut file and the process dies of SIGBUS.
 
     The section header table stands last in the file; its place is in the ELF header (System V ABI, chapter
     4).
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(64)
+    size, header = len(data), data[:64]
     complete = False
     if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):
         (table,) = struct.unpack_from("<Q", header, 40)
@@ -175,23 +174,48 @@ def _check_complete(path: Path) -> None:
         )
 
 
+_serial = itertools.count(1)
+
+
+def _load(content: bytes, name: str) -> Any:
+    """TVM's module of a library's bytes, from a private copy in memory that nobody else can change."""
+    descriptor = os.memfd_create(name)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        # glibc takes a path that it has loaded once for the same library, and numbers of descriptors are used
+        # again: the path has a number of its own, spelled in steps that lead nowhere ("." and "")
+        steps = "/".join("." if bit == "1" else "" for bit in f"{next(_serial):b}")
+        load = _ffi().get_global_func("ffi.Module.load_from_file.so")
+        return load(f"/proc/self/fd/{steps}/{descriptor}", "so")
+    finally:
+        os.close(descriptor)
+
+
 class HostLibrary:
     """The kernels of one die.
 
     Several libraries may be loaded in one process; one library serves one thread at a time.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Loads the library; raises TyirError naming the file when it is missing or cannot be loaded."""
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        """Loads the library from `content`, which is what was checked of the file `path`; without it from
+        what the file holds now.
+
+        Raises TyirError naming the file when it is missing or cannot be loaded.
+        """
         self.path = path
-        if not path.is_file():
-            raise TyirError(
-                f"there is no library {path}",
-                help="compile the model again, or give the directory that tyir-compile wrote",
-            )
-        _check_complete(path)
+        if content is None:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise TyirError(
+                    f"there is no library {path}: {error.strerror}",
+                    help="compile the model again, or give the directory that tyir-compile wrote",
+                ) from None
+        _check_complete(content, path)
         try:
-            self._module = _ffi().load_module(str(path.resolve()))
+            self._module = _load(content, path.name)
         except (RuntimeError, OSError, ValueError) as error:
             raise TyirError(
                 f"{path} cannot be loaded as a compiled library: {error}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +16,12 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.dialects.ty import Global
-from tyir.execution.weights import CheckpointReader
+from tyir.execution.artifacts import Artifacts, ArtifactWeights
+from tyir.execution.processor import check_processor
 from tyir.interpreter import Evaluator, Interpreter, evaluate_op, run_lockstep
 from tyir.ir import Op
-from tyir.manifest import DieProgram, Manifest, TensorInfo
-from tyir.parser import parse_file
+from tyir.manifest import DieProgram, TensorInfo
+from tyir.parser import parse_bytes
 from tyir.runtime_sim.session.chunks import Chunk
 
 __all__ = ["CacheName", "ProgramEngine", "StepProbe", "cache_inputs", "check_inputs"]
@@ -67,16 +67,16 @@ def check_inputs(program: DieProgram, given: Collection[str]) -> None:
 class ProgramEngine:
     """All dies of all lengths; a die's programs share weights and caches."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, *, compiled: bool, probe: StepProbe | None = None
-    ) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    def __init__(self, artifacts: Artifacts, *, compiled: bool, probe: StepProbe | None = None) -> None:
+        self.artifacts = artifacts
+        self.manifest = artifacts.manifest
         self.compiled = compiled
         self.probe = probe
         self._params: dict[tuple[int, str], Array] = {}
         self._programs: dict[tuple[int, int], _Loaded] = {}
         self._caches: dict[CacheName, Array] = {}
+        if compiled:
+            check_processor(self.manifest.build.get("host"), artifacts.path)
 
     def reset(self) -> None:
         """Forget the caches."""
@@ -129,7 +129,7 @@ class ProgramEngine:
         key = (die, seqlen)
         if key not in self._programs:
             program = self.manifest.program(die, seqlen)
-            module = parse_file(self.folder / program.ir)
+            module = parse_bytes(self.artifacts.read(program.ir), str(self.artifacts.path / program.ir))
             constants = {str(g.sym_name): self._param(die, g) for g in module.body if isinstance(g, Global)}
             self._programs[key] = _Loaded(
                 program, Interpreter(module, constants=constants, evaluator=self._evaluator(program))
@@ -141,11 +141,12 @@ class ProgramEngine:
             return evaluate_op
         from tyir.runtime_sim.session.host_runtime import HostLibrary
 
-        return HostLibrary(self.folder / program.library).evaluate
+        name = program.library
+        return HostLibrary(self.artifacts.path / name, self.artifacts.executable(name)).evaluate
 
     @cached_property
-    def _reader(self) -> CheckpointReader:
-        return CheckpointReader(self.folder)
+    def _reader(self) -> ArtifactWeights:
+        return ArtifactWeights(self.artifacts)
 
     def _param(self, die: int, ref: Global) -> Array:
         """A parameter, once per die.

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.kv import position_axis
-from tyir.manifest import Manifest
+from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.program_engine import CacheName
 
 __all__ = ["identity_of", "read_cache", "write_cache"]
@@ -31,14 +31,14 @@ Array = npt.NDArray[Any]
 _OPTIONS = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights", "group_size")
 
 
-def identity_of(manifest: Manifest) -> dict[str, Any]:
+def identity_of(artifacts: Artifacts) -> dict[str, Any]:
     """What two artifact folders must have in common for one to use the caches of the other.
 
-    The model, what decides how a cache is computed and laid out, and the weights' hash.
+    The model, what decides how a cache is computed and laid out, and the hash of the weights as they were
+    opened, whatever the manifest says of them.
     """
-    params = sorted(
-        (name, record["sha256"]) for name, record in manifest.files.items() if name.endswith(".params")
-    )
+    manifest = artifacts.manifest
+    params = [(name, artifacts.content(name)) for name in sorted(manifest.files) if name.endswith(".params")]
     options = {name.replace("_", "-"): getattr(manifest.options, name) for name in _OPTIONS}
     return {
         "model": (

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import TyirError, did_you_mean
-from tyir.manifest import Manifest
+from tyir.execution.artifacts import Artifacts
+from tyir.execution.weights import tensors_of
 from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
@@ -54,17 +55,17 @@ class Engine(Protocol):
         """Take over caches that `caches` gave."""
 
 
-def make_engine(name: str, folder: Path, manifest: Manifest, probe: StepProbe | None = None) -> Engine:
+def make_engine(name: str, artifacts: Artifacts, probe: StepProbe | None = None) -> Engine:
     """The engine of a name, for an artifact folder.  `probe` sees the ops of the engines that walk IR."""
     if name == "edge10":
         from tyir.runtime_sim.session.edge10_engine import Edge10Engine
 
-        return Edge10Engine(folder, manifest)
+        return Edge10Engine(artifacts)
     if name not in ENGINES:
         raise TyirError(
             f"there is no engine '{name}'", help=did_you_mean(name, ENGINES) or f"one of {', '.join(ENGINES)}"
         )
-    return ProgramEngine(folder, manifest, compiled=name == "host", probe=probe)
+    return ProgramEngine(artifacts, compiled=name == "host", probe=probe)
 
 
 class Session:
@@ -76,22 +77,23 @@ class Session:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | Artifacts,
         engine: EngineName = "host",
         *,
         check: bool = True,
         probe: StepProbe | None = None,
         sequence: int = 0,
     ) -> None:
-        self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder, check=check)
+        """`folder`: its name, or the folder opened already."""
+        self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
+        self.manifest = self.artifacts.manifest
         self.sequence = sequence
         if not 0 <= sequence < self.manifest.options.batch:
             raise TyirError(
                 f"there is no sequence {sequence}",
-                help=f"{self.folder} runs {self.manifest.options.batch}, numbered from 0",
+                help=f"{self.artifacts.path} runs {self.manifest.options.batch}, numbered from 0",
             )
-        self.engine = make_engine(engine, self.folder, self.manifest, probe)
+        self.engine = make_engine(engine, self.artifacts, probe)
         self.tokens: list[int] = []
 
     @property
@@ -140,15 +142,19 @@ class Session:
         return min(shared, max(len(ids) - 1, 0))
 
     def save(self, path: Path) -> None:
-        """Write the cache and its tokens to a file, for `restore`."""
-        write_cache(path, identity_of(self.manifest), self.tokens, self.engine.caches())
+        """Write the cache and its tokens to a file, for `restore`.
+
+        `TyirError` when the weights have been written to since the artifacts were opened.
+        """
+        self.artifacts.unchanged()
+        write_cache(path, identity_of(self.artifacts), self.tokens, self.engine.caches())
 
     def restore(self, path: Path) -> None:
         """Continue where `save` stopped.
 
         `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
         """
-        tokens, caches = read_cache(path, identity_of(self.manifest), self.capacity)
+        tokens, caches = read_cache(path, identity_of(self.artifacts), self.capacity)
         self.engine.load_caches(caches)
         self.tokens = tokens
 
@@ -210,9 +216,7 @@ class Session:
 
     @cached_property
     def _embedding_table(self) -> Array:
-        from tyir.execution.weights import read_safetensors
-
-        return read_safetensors(self.folder / "embedding.params")["embedding"]
+        return tensors_of(self.artifacts.map("embedding.params"))["embedding"]
 
     def generate(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Final, Self
 from weakref import WeakKeyDictionary
 
@@ -13,14 +12,15 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.edge10.binary import read_program
+from tyir.edge10.binary import program_of
 from tyir.edge10.memory import sram_bytes
+from tyir.execution.artifacts import Artifacts
 from tyir.execution.entry_points import ENTRY, entry_points
 from tyir.ir import Block, Value
-from tyir.manifest import MACHINE, Manifest
+from tyir.manifest import MACHINE
 from tyir.parser import parse_module
 from tyir.runtime_sim.timing.unroll import Command, Kinds, Position, Step, unroll
-from tyir.targets.machine import Machine, load_machine
+from tyir.targets.machine import Machine, load_machine, machine_from
 
 __all__ = ["Command", "EdgeProgram", "alike_programs", "load_program", "load_programs", "machine_of"]
 
@@ -97,20 +97,23 @@ def alike_programs(programs: Sequence[EdgeProgram]) -> list[list[int]]:
     return groups
 
 
-def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgeProgram]:
+def load_programs(artifacts: Artifacts, seqlen: int) -> list[EdgeProgram]:
     """The command programs of all dies of an artifact folder, for one of its sequence lengths."""
-    return [load_program(folder, manifest, die, seqlen) for die in range(manifest.options.dies)]
+    return [load_program(artifacts, die, seqlen) for die in range(artifacts.manifest.options.dies)]
 
 
-def load_program(folder: Path, manifest: Manifest, die: int, seqlen: int) -> EdgeProgram:
+def load_program(artifacts: Artifacts, die: int, seqlen: int) -> EdgeProgram:
     """One die's command program."""
-    return EdgeProgram(read_program(folder / manifest.program(die, seqlen).program))
+    name = artifacts.manifest.program(die, seqlen).program
+    return EdgeProgram(program_of(artifacts.read(name), str(artifacts.path / name)))
 
 
-def machine_of(folder: Path, manifest: Manifest) -> Machine:
+def machine_of(artifacts: Artifacts) -> Machine:
     """The machine that an artifact folder's programs were compiled for."""
-    name = str(manifest.build["machine"])
-    return load_machine(folder / name if name == MACHINE else name)
+    name = str(artifacts.manifest.build["machine"])
+    if name != MACHINE:
+        return load_machine(name)
+    return machine_from(artifacts.read(name), artifacts.path / name)
 
 
 def _int_attribute(module: Module, name: str, default: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tyir.runtime_sim.session.session import Session
-from tyir.tools.tyir_run import load_tokenizer
+from tyir.tools.tokenizer import load_tokenizer
 from tyir.tools.verify.compare import PROMPTS, LayerStates, Reference, check_prompt
 
 TOKENS = 64

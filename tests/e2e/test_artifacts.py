@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from tests.llm import dies_of
-from tyir.backends.edge10.compile import _replacing
 from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.diagnostics import TyirError
@@ -131,46 +130,6 @@ def test_a_failing_compile_leaves_the_old_artifacts(
         compile_path(imported, tmp_path, OPTIONS)
     assert hashes(folder) == before
     assert [p.name for p in tmp_path.iterdir()] == ["2die"]
-
-
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
-def test_an_interrupted_replacement_leaves_the_old_artifacts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    """Between the two renames: the old folder is back at its place, and nothing else is left."""
-    target, rename = tmp_path / "2die", Path.rename
-    target.mkdir()
-    (target / "manifest.json").write_text("old")
-    calls = []
-
-    def second_fails(self: Path, to: Path) -> Path:
-        calls.append(self)
-        if len(calls) == 2:
-            raise error
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", second_fails)
-    with pytest.raises((TyirError, KeyboardInterrupt)), _replacing(target) as folder:
-        (folder / "manifest.json").write_text("new")
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["2die", "2die/manifest.json"]
-    assert (target / "manifest.json").read_text() == "old"
-
-
-def test_a_file_error_names_its_file(tmp_path: Path) -> None:
-    """The checkpoint's file when that is missing, the artifact when it cannot be written."""
-    source, target = tmp_path / "model" / "config.json", tmp_path / "out" / "1die"
-    with (
-        pytest.raises(TyirError, match=r"model/config\.json: No such file") as caught,
-        _replacing(target) as folder,
-    ):
-        shutil.copyfile(source, folder / "config.json")
-    assert "cannot write" not in str(caught.value)
-    with (
-        pytest.raises(TyirError, match=r"cannot write .*1die/no/a\.ir: No such file"),
-        _replacing(target) as folder,
-    ):
-        (folder / "no" / "a.ir").write_text("")
-    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

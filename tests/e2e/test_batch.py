@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.manifest import BuildOptions, Manifest
+from tyir.execution.artifacts import Artifacts as Opened
+from tyir.manifest import BuildOptions
 from tyir.runtime_sim.execution.check_accesses import check_programs
 from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
@@ -97,16 +98,17 @@ def test_command_programs_agree_with_host_code(
         for _ in range(2):
             for a, b in zip(*(s.feed([PROMPTS[0], PROMPTS[1]]) for s in sessions)):
                 np.testing.assert_allclose(a, b, atol=0.05)
-    manifest = Manifest.load(folder)
     for seqlen in (1, 8):
-        check_programs(load_programs(folder, manifest, seqlen), load_machine("edge10"), (0, (3, 40), (56, 0)))
+        check_programs(
+            load_programs(Opened.open(folder), seqlen), load_machine("edge10"), (0, (3, 40), (56, 0))
+        )
 
 
 def test_weights_are_read_once_for_the_batch(artifacts: Artifacts, three: Path) -> None:
     """A decode step of three sequences moves the weights of one: what more it reads are caches and rows."""
 
     def step(folder: Path) -> Timing:
-        return simulate(load_programs(folder, Manifest.load(folder), 1), load_machine("edge10"), 64)
+        return simulate(load_programs(Opened.open(folder), 1), load_machine("edge10"), 64)
 
     one, batch = step(artifacts(2, "fp16")), step(three)
     caches = 2 * 6 * 64 * 4 * 32 * 2  # k and v, layers, positions, heads of both dies and their size, f16

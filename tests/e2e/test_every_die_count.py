@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tyir.execution.artifacts import Artifacts as Opened
 from tyir.manifest import Manifest
 from tyir.runtime_sim.execution.check_accesses import check_programs
 from tyir.runtime_sim.session.session import EngineName, Session
@@ -69,7 +70,7 @@ def test_memory_plans_hold(artifacts: Artifacts, dies: int, weights: str) -> Non
     manifest = Manifest.load(folder, check=False)
     for seqlen in manifest.options.seqlens:
         check_programs(
-            load_programs(folder, manifest, seqlen),
+            load_programs(Opened.open(folder), seqlen),
             load_machine("edge10"),
             (0, 60, manifest.options.max_kv - seqlen),
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tyir.manifest import BuildOptions, Manifest
+from tyir.execution.artifacts import Artifacts as Opened
+from tyir.manifest import BuildOptions
 from tyir.runtime_sim.execution.check_accesses import check_programs
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.runtime_sim.timing.program import load_programs
@@ -33,8 +34,7 @@ def test_equal_to_the_interpreter(
         tmp_path,
         BuildOptions(dies=dies, seqlens=(1, 40), max_kv=96, weights=weights, output=output),
     )
-    manifest = Manifest.load(folder)
-    check_programs(load_programs(folder, manifest, 40), load_machine("edge10"), (0, 40, 56))
+    check_programs(load_programs(Opened.open(folder), 40), load_machine("edge10"), (0, 40, 56))
     sessions = [Session(folder, engine) for engine in ENGINES]
     if output == "logits":
         wanted, got = (session.feed(PROMPT) for session in sessions)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tyir.dialects.edge10 import AllReduce
+from tyir.execution.artifacts import Artifacts as Opened
 from tyir.manifest import BuildOptions, Manifest
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
 from tyir.runtime_sim.timing.engine import simulate
@@ -42,14 +43,14 @@ def test_the_artifacts_say_so(artifacts: Artifacts, grouped: Path) -> None:
     manifest = Manifest.load(grouped)
     assert manifest.options.mesh == (2, 3)
     assert Manifest.load(artifacts(4, "fp16")).options.mesh == (), "four dies are one package"
-    programs = load_programs(grouped, manifest, 1)
+    programs = load_programs(Opened.open(grouped), 1)
     assert {op.group for program in programs for op in program.module.walk_type(AllReduce)} == {3}
 
 
 def test_sums_between_groups_take_longer(imported: Path, grouped: Path, tmp_path: Path) -> None:
     flat = compile_path(imported, tmp_path, BuildOptions(dies=6, max_kv=128))
     machine = load_machine().with_overrides({"d2d.package_dies": 6})
-    two, one = (simulate(load_programs(f, Manifest.load(f), 1), machine, 9).total_ns for f in (grouped, flat))
+    two, one = (simulate(load_programs(Opened.open(f), 1), machine, 9).total_ns for f in (grouped, flat))
     assert two > one + 12 * machine.c2c.hop_us * 1000, (
         "12 sums over the slower links, where without groups all six dies are one package"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tyir.execution.artifacts import Artifacts as Opened
 from tyir.manifest import BuildOptions, Manifest
 from tyir.runtime_sim.execution.check_accesses import check_programs
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
@@ -64,7 +65,7 @@ def test_a_die_holds_its_stage(logits: Path, tokens: Path) -> None:
             }
             assert len(layers) == own, "of the model's six layers"
         for seqlen in manifest.options.seqlens:
-            check_programs(load_programs(folder, manifest, seqlen), load_machine("edge10"), (0, 100))
+            check_programs(load_programs(Opened.open(folder), seqlen), load_machine("edge10"), (0, 100))
 
 
 def test_a_saved_cache_continues(logits: Path, tmp_path: Path) -> None:

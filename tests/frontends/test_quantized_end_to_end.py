@@ -13,7 +13,7 @@ from tests.frontends.quantized import KINDS, write_quantized
 from tyir.manifest import BuildOptions, Manifest
 from tyir.runtime_sim.session.session import Session
 from tyir.tools.api import compile_path
-from tyir.tools.tyir_run import load_tokenizer
+from tyir.tools.tokenizer import load_tokenizer
 from tyir.tools.verify.compare import PROMPTS, LayerStates, Reference, check_prompt
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"

@@ -103,7 +103,8 @@ def write_sparse_checkpoint(config: dict[str, Any], folder: Path) -> Path:
 
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float16)
+        config_read = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config_read, trust_remote_code=False, dtype=torch.float16)
     header: dict[str, Any] = {}
     end = 0
     tied = config.get("tie_word_embeddings", False)

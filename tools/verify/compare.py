@@ -104,7 +104,7 @@ class Reference:
         self.folder = folder
         if plugin is None and _is_plain(folder):
             self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager"
+                folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             ).eval()
         else:
             self.model = dense_model(folder, plugin)

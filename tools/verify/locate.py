@@ -22,6 +22,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call
 from tyir.dialects.kv import Append, Rows
 from tyir.dialects.ty import GetGlobal
+from tyir.execution.artifacts import Artifacts
 from tyir.execution.weights import CheckpointReader
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
@@ -65,7 +66,7 @@ _SAME: Final = {"kv.attention": "ty.attention", "ty.quantized_linear": "ty.linea
 
 
 def locate(
-    folder: Path,
+    folder: Path | Artifacts,
     checkpoint: Path,
     ids: Sequence[int],
     engine: EngineName = "host",

@@ -26,14 +26,14 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import UNKNOWN, Location
-from tyir.parser import parse_file
+from tyir.parser import parse_bytes, parse_file
 from tyir.process.collector import collector_paused
 from tyir.registry import op_class
 from tyir.text.attribute_parser import parse_attribute_text, parse_type_text
 from tyir.text.attribute_printer import attribute_text
 from tyir.types import Type
 
-__all__ = ["MAGIC", "decode", "encode", "is_binary", "read_program"]
+__all__ = ["MAGIC", "decode", "encode", "is_binary", "program_of", "read_program"]
 
 MAGIC: Final = b"EDG10"
 VERSION: Final = 1
@@ -54,6 +54,11 @@ def is_binary(path: Path) -> bool:
 def read_program(path: Path) -> Module:
     """A command program from its file: bytes (`.bin`) or text (`.edge10`), whichever it holds."""
     return decode(path.read_bytes(), str(path)) if is_binary(path) else parse_file(path)
+
+
+def program_of(data: bytes, name: str) -> Module:
+    """A command program from what its file holds, either form; `name` is for messages."""
+    return decode(data, name) if data.startswith(MAGIC) else parse_bytes(data, name)
 
 
 def encode(module: Module) -> bytes:

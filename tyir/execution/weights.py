@@ -31,6 +31,7 @@ __all__ = [
     "check_files",
     "checkpoint_of",
     "read_safetensors",
+    "tensors_of",
 ]
 
 Array = npt.NDArray[Any]
@@ -137,7 +138,11 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     """The tensors of a `.params` file as read-only views, as stored (format:
     https://huggingface.co/docs/safetensors).
     """
-    data = np.memmap(path, np.uint8, "r")
+    return tensors_of(np.memmap(path, np.uint8, "r"))
+
+
+def tensors_of(data: npt.NDArray[np.uint8]) -> dict[str, Array]:
+    """The same of the bytes of such a file."""
     base = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:base].tobytes())
     header.pop("__metadata__", None)
@@ -160,6 +165,9 @@ class CheckpointReader:
 
     @lru_cache(maxsize=64)  # noqa: B019 - a reader lives as long as one compile
     def _map(self, file: str) -> npt.NDArray[np.uint8]:
+        return self._open(file)
+
+    def _open(self, file: str) -> npt.NDArray[np.uint8]:
         path = self.folder / file
         try:
             return np.memmap(path, np.uint8, "r")

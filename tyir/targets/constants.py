@@ -21,7 +21,16 @@ from typing import Any, Final, Literal, get_type_hints
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 
-__all__ = ["LABELS", "Constant", "Form", "build_sections", "entries_of", "read_table", "shipped_names"]
+__all__ = [
+    "LABELS",
+    "Constant",
+    "Form",
+    "build_sections",
+    "entries_of",
+    "parse_table",
+    "read_table",
+    "shipped_names",
+]
 
 Label = Literal["published", "derived", "assumed", "fitted", "override"]
 LABELS: Final = ("published", "derived", "assumed", "fitted", "override")
@@ -50,8 +59,8 @@ def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
     path = Path(name_or_path)
     own = path.suffix == ".toml"
     try:
-        text = path.read_text() if own else (resources.files(package) / f"{name_or_path}.toml").read_text()
-        return tomllib.loads(text)
+        text = path.read_bytes() if own else (resources.files(package) / f"{name_or_path}.toml").read_bytes()
+        return parse_table(text, path)
     except (OSError, UnicodeDecodeError) as error:
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise TyirError(
@@ -60,7 +69,13 @@ def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
             else f"there is no machine '{name_or_path}'",
             help=f"known machines: {', '.join(shipped_names(package))}; or give the path of a .toml file",
         ) from None
-    except tomllib.TOMLDecodeError as error:
+
+
+def parse_table(data: bytes, path: Path) -> dict[str, Any]:
+    """The contents of a machine file: UTF-8 text of TOML; `path` is for messages."""
+    try:
+        return tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise TyirError(
             f"not valid TOML: {error}",
             where=str(path),

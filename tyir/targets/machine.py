@@ -21,11 +21,12 @@ from tyir.targets.constants import (
     Form,
     build_sections,
     entries_of,
+    parse_table,
     read_table,
     shipped_names,
 )
 
-__all__ = ["LABELS", "Constant", "Machine", "load_machine"]
+__all__ = ["LABELS", "Constant", "Machine", "load_machine", "machine_from"]
 
 _PACKAGE: Final = "tyir.targets"
 
@@ -244,7 +245,15 @@ def load_machine(name_or_path: str | Path = "edge10") -> Machine:
 
     Everything wrong with the file is reported at once.
     """
-    table = read_table(name_or_path, _PACKAGE)
+    return _machine_of(read_table(name_or_path, _PACKAGE), name_or_path)
+
+
+def machine_from(data: bytes, path: Path) -> Machine:
+    """A machine from what its file holds; `path` is for messages."""
+    return _machine_of(parse_table(data, path), path)
+
+
+def _machine_of(table: dict[str, Any], name_or_path: str | Path) -> Machine:
     if "sm" in table or "like" in table:
         raise TyirError(
             f"{name_or_path} describes no die that runs command programs: it describes a GPU, for the kernel"

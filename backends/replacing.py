@@ -1,0 +1,376 @@
+"""A folder of artifacts takes the place of an older one, as a whole and without loss.
+
+    with replacing(Path("out/4die"), writes) as folder:     # an empty folder beside the target
+        ...                                                 # written at leisure
+    # out/4die is the new folder; what failed, was interrupted or killed left the old one
+
+While it is made the new folder stands in a workplace beside the target, which its writer holds a lock on:
+
+    out/.4die.k3x9a_2q/lock     held by flock for as long as the writer lives
+    out/.4die.k3x9a_2q/new      what is written; after the exchange, what was replaced
+    out/.4die.k3x9a_2q/old      what is replaced, where the system cannot exchange two folders
+
+The two folders are exchanged in one step (`renameat2` with RENAME_EXCHANGE); where that does not exist, by
+two renames, and whatever goes wrong between them puts the old one back.  Workplaces of writers that were
+killed are cleared away by the next compile of the same target, a replaced folder that they hold is put back.
+
+What somebody else has put into the old folder goes over to the new one, by hard links made before the
+exchange; what cannot go over, or has a name that is going to be written, is refused before the work starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.manifest import FORMAT, MANIFEST
+
+__all__ = ["check_target", "replacing"]
+
+Writes = Callable[[str, bool], bool]
+"""Whether a compile writes something of this name (relative, forward slashes), in the way of which a file, or
+with True a folder, of somebody else would be."""
+
+_LOCK, _NEW, _OLD, _TRIAL = "lock", "new", "old", "trial"
+_MADE_NAME: Final = re.compile(r"[a-z0-9_]{8}")  # what `tempfile.mkdtemp` appends
+_ATTEMPTS: Final = 20  # against other compiles of the same target, which come and go in between
+
+
+# ------------------------------------------------------------------------------------- what may be replaced
+
+
+def check_target(target: Path, writes: Writes) -> None:
+    """`TyirError` when what stands at `target` may not or cannot be replaced: something that no compile has
+    written, or a folder with files of somebody else that cannot go over to the new one.
+    """
+    move = "choose another -o, or move it away"
+    try:
+        if not target.exists():
+            return
+        ours = _ours(target)
+        if not target.is_dir() or (ours is None and any(target.iterdir())):
+            raise TyirError(f"{target} exists and was not written by tyir-compile", help=move)
+        if os.path.ismount(target):
+            raise TyirError(
+                f"{target} is where a file system is mounted, which cannot be replaced",
+                help=f"give a folder below it: -o {target}",
+            )
+        device = target.stat().st_dev
+        problems = [
+            Diagnostic(f"{target / name} {why}", help=move)
+            for name, status in _foreign(target, ours or set())
+            for why in (
+                *["is on a file system of its own"][: status.st_dev != device],
+                *["was not written by tyir-compile, which is going to write a file of that name"][
+                    : writes(name, stat.S_ISDIR(status.st_mode))
+                ],
+            )
+        ]
+    except OSError as error:
+        raise TyirError(f"cannot look at {target}: {error.strerror}", help="choose another -o") from None
+    if problems:
+        raise TyirError(problems)
+
+
+def _ours(folder: Path) -> set[str] | None:
+    """The files that a compile has written into a folder, by its manifest; None when it has written none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return None
+    files = manifest.get("files")
+    return {MANIFEST, *files} if isinstance(files, dict) else None
+
+
+def _foreign(folder: Path, ours: set[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """What a folder holds beside `ours`, folders before what is in them; links are not followed."""
+    folders = {name[:i] for name in ours for i, c in enumerate(name) if c == "/"}
+
+    def below(prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+        with os.scandir(folder / prefix) as entries:
+            found = sorted(entries, key=lambda e: e.name)
+        for entry in found:
+            name, status = prefix + entry.name, entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                if name not in folders:
+                    yield name, status
+                yield from below(f"{name}/")
+            elif name not in ours:
+                yield name, status
+
+    yield from below("")
+
+
+# ------------------------------------------------------------------------------------------ the replacement
+
+
+@contextmanager
+def replacing(target: Path, writes: Writes) -> Iterator[Path]:
+    """An empty folder that takes `target`'s place at the end; after an exception `target` is as it was.
+
+    A link at `target` stays, the folder that it leads to is replaced.  `TyirError` for what `check_target`
+    refuses and for files that cannot be read or written, by their names.
+    """
+    real = Path(os.path.realpath(target))
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        _clear_away(real)
+    except OSError as error:
+        raise TyirError(
+            f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
+        ) from None
+    check_target(target, writes)
+    with _workplace(real, target) as place:
+        folder = place / _NEW
+        try:
+            folder.mkdir()
+            _carry_over(real, place / _TRIAL)
+            shutil.rmtree(place / _TRIAL, ignore_errors=True)
+            yield folder
+            check_target(target, writes)  # somebody may have been at it meanwhile
+            _carry_over(real, folder)
+            _put_in_place(folder, real, place / _OLD)
+            _rescue(place / _OLD, real, newer=True)
+            if not _rescue(folder, real, newer=True):
+                os.rename(folder, place / _OLD)  # which `_dispose` keeps
+        except OSError as error:
+            raise _file_error(error, place, target, real) from error
+
+
+def _put_in_place(folder: Path, target: Path, aside: Path) -> None:
+    """Rename `folder` to `target`; what stood there is then at `folder`, or at `aside`.
+
+    Whatever interrupts it, `target` is the old folder or the new one, or `aside` holds the old one, which
+    `_dispose` puts back.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            if not os.path.lexists(target):
+                os.rename(folder, target)
+            elif not _exchange(folder, target):
+                os.rename(target, aside)
+                os.rename(folder, target)
+            return
+        except OSError as error:
+            # another compile of this target came first, or took away what stood there
+            again = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+            if error.errno not in again or attempt + 1 == _ATTEMPTS or not folder.exists():
+                raise
+            if aside.exists():
+                _put_back(aside, target)
+
+
+def _put_back(aside: Path, target: Path) -> None:
+    """The replaced folder to its place, unless another compile has filled that meanwhile."""
+    if not os.path.lexists(target):
+        with contextlib.suppress(OSError):
+            os.rename(aside, target)
+    if os.path.lexists(aside) and os.path.lexists(target) and _rescue(aside, target, newer=False):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot (renameat2(2))."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _carry_over(source: Path, folder: Path) -> None:
+    """Hard links in `folder` to what `source` holds beside the artifacts; copies where there are no links."""
+    if (ours := _ours(source)) is None:
+        return
+    for name, status in _foreign(source, ours):
+        own, new = source / name, folder / name
+        try:
+            if stat.S_ISDIR(status.st_mode):
+                new.mkdir(parents=True, exist_ok=True)
+                shutil.copystat(own, new)
+                continue
+            new.parent.mkdir(parents=True, exist_ok=True)
+            _link(own, new, status)
+        except FileNotFoundError:
+            if os.path.lexists(own):
+                raise  # otherwise its owner has removed it meanwhile
+
+
+def _link(own: Path, new: Path, status: os.stat_result) -> None:
+    try:
+        os.link(own, new, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOENT):
+            raise
+        try:
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+                raise error  # a copy of a pipe, a socket or a device would be another one
+            shutil.copy2(own, new, follow_symlinks=False)
+        except OSError as failed:
+            raise TyirError(
+                f"{own} was not written by tyir-compile and cannot go over to the new folder:"
+                f" {failed.strerror or failed}",
+                help="move it away, or choose another -o",
+            ) from None
+
+
+def _rescue(replaced: Path, target: Path, *, newer: bool) -> bool:
+    """Move what is somebody else's from a replaced folder to the one that stands in its place; whether the
+    replaced one may be deleted then.
+
+    With `newer` it comes before a file of the same name: it has arrived since that was carried over.
+    """
+    if not replaced.is_dir():
+        return True
+    if (ours := _ours(replaced)) is None:
+        return not any(replaced.iterdir())
+    written, all_there = _ours(target) or set(), True
+    for name, status in _foreign(replaced, ours):
+        own, new = replaced / name, target / name
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(status.st_mode):
+                new.mkdir(parents=True, exist_ok=True)
+            elif not os.path.lexists(new) or (newer and name not in written and not _same(status, new)):
+                os.replace(own, new)
+            else:
+                all_there &= _same(status, new)
+    return all_there
+
+
+def _same(status: os.stat_result, other: Path) -> bool:
+    try:
+        return os.path.samestat(status, other.lstat())
+    except FileNotFoundError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------- workplaces
+
+
+@contextmanager
+def _workplace(real: Path, target: Path) -> Iterator[Path]:
+    """A locked folder beside the target, gone at the end."""
+    try:
+        place, lock = _make_workplace(real)
+    except OSError as error:
+        raise TyirError(
+            f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
+        ) from None
+    try:
+        yield place
+    finally:
+        _dispose(place, real)
+        os.close(lock)
+
+
+def _make_workplace(target: Path) -> tuple[Path, int]:
+    for _ in range(_ATTEMPTS):
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue  # another compile took it for one that was left behind
+        with contextlib.suppress(OSError):  # without locks nobody dares to clear it away
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return place, lock
+        os.close(lock)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(target.parent))
+
+
+def _dispose(place: Path, target: Path) -> None:
+    """Remove a workplace whose lock is held; a replaced folder goes back where nothing stands in its place.
+
+    The lock goes last: what is killed on the way can be cleared away again.
+    """
+    if (place / _OLD).exists():
+        _put_back(place / _OLD, target)
+        if (place / _OLD).exists():
+            return  # it holds the only copy of something
+    for name in (_NEW, _TRIAL):
+        shutil.rmtree(place / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if os.listdir(place) == [_LOCK]:
+            os.unlink(place / _LOCK)
+        os.rmdir(place)
+
+
+def _clear_away(target: Path) -> None:
+    """Remove the workplaces of this target whose writers are gone."""
+    prefix = f".{target.name}."
+    with os.scandir(target.parent) as entries:
+        found = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir(follow_symlinks=False)]
+    for name in sorted(found):
+        if not _MADE_NAME.fullmatch(name.removeprefix(prefix)):
+            continue
+        place = target.parent / name
+        try:
+            lock = os.open(place / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            with contextlib.suppress(OSError):
+                os.rmdir(place)  # killed before it had written anything
+            continue
+        except OSError:
+            continue  # not one of ours
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _dispose(place, target)
+        except OSError:
+            pass  # its writer lives, or the file system has no locks
+        finally:
+            os.close(lock)
+
+
+# ------------------------------------------------------------------------------------------------- messages
+
+_HELP: Final = {
+    errno.ENOSPC: "free some space, or choose another -o",
+    errno.EDQUOT: "free some space, or choose another -o",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another -o",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "choose a shorter -o",
+    errno.EACCES: "choose another -o, or get the right to write there",
+    errno.EPERM: "choose another -o, or get the right to write there",
+    errno.EROFS: "choose another -o",
+    errno.EEXIST: "move it away, or choose another -o",
+    errno.ENOENT: "it was removed while the compile ran; compile again",
+}
+
+
+def _file_error(error: OSError, place: Path, target: Path, real: Path) -> TyirError:
+    """What went wrong with which file: one of the artifacts, or one that they are made of."""
+    names = [
+        Path(os.fsdecode(n)) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes, Path))
+    ]
+    own = (place / _NEW, place, real, target)
+    why = error.strerror or str(error)
+    for name in names:
+        if not any(name.is_relative_to(folder) for folder in own):
+            return TyirError(f"{name}: {why}", help="the file is needed for the artifacts")
+    what = next(
+        (target / n.relative_to(folder) for folder in own for n in names if n.is_relative_to(folder)), target
+    )
+    help = _HELP.get(error.errno or 0, "compile again, or choose another -o")
+    if (place / _OLD).exists() and not os.path.lexists(real):
+        help = f"what stood there before is in {place / _OLD}: move it back"
+    return TyirError(f"cannot write {what}: {why}", help=help)

@@ -1,0 +1,131 @@
+"""The tokenizer of an artifact folder or a checkpoint, from its data alone: no code in the folder runs.
+
+transformers reads a private copy of the tokenizer's files, in which `auto_map` (code of the checkpoint's own)
+and names of other files are left out, with `trust_remote_code=False` and without a network.  A tokenizer
+whose class is such code is still read when a tokenizer.json says what it does.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.diagnostics import TyirError
+from tyir.execution.artifacts import Artifacts
+from tyir.execution.opened import OpenedFolder
+
+__all__ = ["load_tokenizer", "stop_tokens"]
+
+_WHOLE: Final = "tokenizer.json"
+_VOCABULARIES: Final = (_WHOLE, "tokenizer.model", "vocab.json")
+_DATA: Final = (*_VOCABULARIES, "merges.txt", "chat_template.jinja")
+_SETTINGS: Final = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_SETTINGS: Final = _SETTINGS[0]
+_NO_HELP: Final = "save the tokenizer as tokenizer.json (save_pretrained of a fast tokenizer writes one)"
+
+Find = Callable[[str], bytes | None]
+
+
+def load_tokenizer(source: Artifacts | Path) -> Any:
+    """The tokenizer saved with the artifacts or the checkpoint.
+
+    `TyirError` when there is none, it is damaged, or it is code.  Nothing is ever asked on standard input.
+    """
+    path, find = _files(source)
+    found = {name: data for name in (*_DATA, *_SETTINGS) if (data := find(name)) is not None}
+    if not any(name in found for name in _VOCABULARIES):
+        raise TyirError(
+            f"{path} holds no tokenizer",
+            help="copy the model's tokenizer.json there, or compile from a folder that has one",
+        )
+    settings = {name: _settings(found[name], path / name) for name in _SETTINGS if name in found}
+    code = _code_of(settings.get(_TOKENIZER_SETTINGS, {}))
+    if code is not None and _WHOLE not in found:
+        raise TyirError(
+            f"the tokenizer of {path} is code of its own ({code}), which is not executed", help=_NO_HELP
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix="tyir-tokenizer-") as copy:
+            for name, data in found.items():
+                data = json.dumps(_data_only(settings[name])).encode() if name in settings else data
+                (Path(copy) / name).write_bytes(data)
+            return _read(Path(copy), path)
+    except OSError as error:
+        raise TyirError(
+            f"cannot copy the tokenizer to {tempfile.gettempdir()}: {error.strerror or error}",
+            help="set TMPDIR to a folder that can be written",
+        ) from None
+
+
+def _read(copy: Path, path: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # a class that transformers does not have: tokenizer.json says all that it does
+    classes = (AutoTokenizer, *[PreTrainedTokenizerFast][: (copy / _WHOLE).is_file()])
+    reason = ""
+    for each in classes:
+        try:
+            tokenizer = each.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
+            tokenizer("")["input_ids"]
+            return tokenizer
+        except Exception as error:  # transformers and tokenizers raise whatever the data led them to
+            line = (str(error).splitlines() or [""])[0][:200].replace(str(copy), str(path))
+            reason = reason or f"{type(error).__name__}: {line}"
+    raise TyirError(f"transformers cannot read the tokenizer of {path}: {reason}", help=_NO_HELP)
+
+
+def stop_tokens(source: Artifacts | Path) -> set[int]:
+    """The end-of-sequence ids of generation_config.json, else of config.json."""
+    path, find = _files(source)
+    for name in ("generation_config.json", "config.json"):
+        if (data := find(name)) is not None:
+            value = _settings(data, path / name).get("eos_token_id")
+            if value is not None:
+                return set(value) if isinstance(value, list) else {value}
+    return set()
+
+
+def _files(source: Artifacts | Path) -> tuple[Path, Find]:
+    """What the folder is called, and what its files hold."""
+    try:
+        folder = source if isinstance(source, Artifacts) else OpenedFolder(source)
+    except OSError as error:
+        raise TyirError(f"cannot read {source}: {error.strerror}") from None
+
+    def find(name: str) -> bytes | None:
+        file = folder.find(name)
+        return file.read() if file is not None else None
+
+    return folder.path, find
+
+
+def _settings(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TyirError(f"{path} is not JSON: {error}", help="restore the file") from None
+    if not isinstance(value, dict):
+        raise TyirError(f"{path} holds {type(value).__name__}, not an object", help="restore the file")
+    return value
+
+
+def _code_of(settings: dict[str, Any]) -> str | None:
+    """The class that `auto_map` names for the tokenizer, in `module.Class` or a list of two."""
+    named = settings.get("auto_map")
+    named = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    classes = [c for c in (named if isinstance(named, list) else [named]) if isinstance(c, str)]
+    return classes[0] if classes else None
+
+
+def _data_only(value: Any) -> Any:
+    """Settings without names of code and of other files, at any depth."""
+    if isinstance(value, dict):
+        return {k: _data_only(v) for k, v in value.items() if k != "auto_map" and not _names_files(k)}
+    return [_data_only(v) for v in value] if isinstance(value, list) else value
+
+
+def _names_files(key: str) -> bool:
+    return key.endswith(("_file", "_files")) or key in ("name_or_path", "_name_or_path", "cache_dir")
