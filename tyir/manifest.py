@@ -2,7 +2,8 @@
 the runtime checks it first.
 
     OUT/{n}die/manifest.json
-      format, version         "tyir-artifacts", 1
+      format, version         "tyir-artifacts", 2
+      sha256                  of the manifest itself: of everything else in it, in canonical form (`tyir.artifacts.schema`)
       model                   what the front end knew of the model (architecture, vocabulary, ...)
       options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp
       build                   versions and targets the code was generated with; the machine by name, or machine.toml beside the manifest
@@ -14,6 +15,10 @@ While a module is compiled, `tyir.build = {max_kv = 1024 : i64, ...}` on it reco
 (`record`); the options of the finished module are read from there and nowhere else.
 
 Paths are relative to the folder, with forward slashes.
+
+The annotations of the classes below are the file's schema: what `Manifest.load` returns is of these types and in these
+ranges, its entries fit each other, and its names are of files inside the folder.  Whoever loads a program asks
+`tyir.artifacts.agreement` whether it has the interface that is written here.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,10 +28,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 import numpy as np
+from annotated_types import Interval, MaxLen, MinLen
+from typing_extensions import TypedDict  # pydantic reads those of Python 3.11 not
 
+from tyir.artifacts.consistency import problems_of
+from tyir.artifacts.files import file_inside, read_regular
+from tyir.artifacts.schema import Matches, checked, first_of, parse_json, sha256_of
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
@@ -36,10 +46,14 @@ __all__ = [
     "BUILD",
     "MACHINE",
     "MANIFEST",
+    "MAX_DIES",
     "SETTLED_BY",
+    "Build",
     "BuildOptions",
     "DieProgram",
+    "FileRecord",
     "Manifest",
+    "Model",
     "TensorInfo",
     "file_record",
     "record",
@@ -51,8 +65,20 @@ __all__ = [
 MANIFEST: Final = "manifest.json"
 MACHINE: Final = "machine.toml"  # a machine file of the user's own that the programs were compiled for
 FORMAT: Final = "tyir-artifacts"
-VERSION: Final = 1
+VERSION: Final = 2
 BUILD: Final = "tyir.build"
+MAX_DIES: Final = 16
+AGAIN: Final = "compile the model again"
+_MOST_BYTES: Final = 64 << 20  # of a manifest; 16 dies, 8 lengths and 100 layers take 8 MB
+_STRICT: Final = {"extra": "forbid"}
+
+Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
+FileName = Annotated[
+    str, Matches("[A-Za-z0-9_][A-Za-z0-9_.=-]*(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*"), MaxLen(1000)
+]
+Name = Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9_.$-]*"), MaxLen(200)]
+Version = Annotated[str, Matches("[A-Za-z0-9_.+!-]+"), MaxLen(100)]
+Element = Annotated[str, Matches("f16|bf16|f32|f64|i1|[su]?i(4|8|16|32|64)")]
 Recorded = bool | int | str | tuple[int, ...]
 
 
@@ -68,19 +94,21 @@ class BuildOptions:
     scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).
     """
 
-    dies: int = 4
-    die_map: tuple[int, ...] = ()
-    seqlens: tuple[int, ...] = (1, 8)
-    max_kv: int = 1024
-    weights: str = "fp16"
-    group_size: int = 128
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    dies: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 4
+    die_map: tuple[Annotated[int, Interval(ge=0, le=2**15)], ...] = ()
+    seqlens: Annotated[tuple[Count, ...], MinLen(1), MaxLen(256)] = (1, 8)
+    max_kv: Count = 1024
+    weights: Annotated[str, Matches("fp16|int4|checkpoint")] = "fp16"
+    group_size: Count = 128
     embedding_as_input: bool = False
-    batch: int = 1
-    output: str = "logits"
-    kv_dtype: str = "fp16"
-    kv_layout: str = "HND"
-    pp: int = 1
-    mesh: tuple[int, ...] = ()
+    batch: Annotated[int, Interval(ge=1, le=2**15)] = 1
+    output: Annotated[str, Matches("logits|argmax|topk=[1-9][0-9]{0,8}")] = "logits"
+    kv_dtype: Annotated[str, Matches("fp16|int8")] = "fp16"
+    kv_layout: Annotated[str, Matches("HND|NHD")] = "HND"
+    pp: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
+    mesh: Annotated[tuple[Count, ...], MaxLen(2)] = ()
 
     @classmethod
     def of(cls, module: Op) -> Self:
@@ -192,10 +220,12 @@ class TensorInfo:
     output updates in place.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    alias: int | None = None
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    name: Name
+    shape: Annotated[tuple[Count, ...], MaxLen(8)]
+    dtype: Element
+    alias: Annotated[int, Interval(ge=0, le=2**15)] | None = None
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
@@ -209,105 +239,164 @@ class TensorInfo:
 class DieProgram:
     """The files of one die at one sequence length."""
 
-    die: int
-    seqlen: int
-    function: str
-    library: str
-    program: str
-    ir: str
-    constants: str
-    params: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    die: Annotated[int, Interval(ge=0, lt=MAX_DIES)]
+    seqlen: Count
+    function: Name
+    library: FileName
+    program: FileName
+    ir: FileName
+    constants: FileName
+    params: FileName
+    inputs: Annotated[tuple[TensorInfo, ...], MinLen(1)]
+    outputs: Annotated[tuple[TensorInfo, ...], MinLen(1)]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its files."""
+        return (self.library, self.program, self.ir, self.constants, self.params)
+
+
+class FileRecord(TypedDict):
+    """What a file was when it was written: bytes, SHA-256 in hexadecimal digits."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]  # how pydantic is told
+
+    size: Annotated[int, Interval(ge=0, le=2**53)]
+    sha256: Annotated[str, Matches("[0-9a-f]{64}")]
+
+
+class Host(TypedDict):
+    """What the libraries were compiled for: LLVM's name of the processor."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+
+    mcpu: Version
+
+
+class Build(TypedDict):
+    """What the artifacts were made with: versions, the processor, and the machine by name or as
+    `machine.toml`.
+    """
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+
+    tyir: Version
+    tvm: Version
+    host: Host
+    machine: Name
+
+
+class Model(TypedDict, total=False):
+    """What is asked of a model; the rest of what the front end knew is kept as it is."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    architecture: Name
+    num_hidden_layers: Count
+    hidden_size: Count
+    vocab_size: Count
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The whole of `manifest.json`."""
 
-    model: dict[str, Any]
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    model: Model
     options: BuildOptions
-    build: dict[str, Any]
-    programs: tuple[DieProgram, ...]
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    build: Build
+    programs: Annotated[tuple[DieProgram, ...], MinLen(1)]
+    files: Annotated[dict[FileName, FileRecord], MinLen(1)] = field(default_factory=dict)
 
     def program(self, die: int, seqlen: int) -> DieProgram:
         return next(p for p in self.programs if p.die == die and p.seqlen == seqlen)
 
     def to_json(self) -> str:
-        return (
-            json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True)
-            + "\n"
-        )
+        """The text of the file; `TyirError` when a number of the model is not finite."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        try:
+            whole = {**content, "sha256": sha256_of(content)}
+        except ValueError:
+            raise TyirError(
+                "the model's configuration holds a number that is not finite", help="mend its config.json"
+            ) from None
+        return json.dumps(whole, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def load(cls, folder: Path, *, check: bool = True) -> Self:
-        """Read and (with `check`) verify every file's size and hash.
+        """Read, and hold every value against the schema and against the others; with `check`, verify the
+        manifest's own hash and every file's size and hash.
 
-        `TyirError` lists everything that is wrong.
+        No file is read whose name leads out of the folder.  `TyirError` lists everything that is wrong.
         """
         path = folder / MANIFEST
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise TyirError(f"{folder} holds no {MANIFEST}", help=_nearest_artifacts(folder)) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise TyirError(f"cannot read {path}: {error}", help="compile the model again") from None
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise TyirError(f"{path} is not a manifest of tyir artifacts")
-        if raw.get("version") != VERSION:
+        content = _read(path)
+        written = content.pop("sha256", None)
+        said = sha256_of(content)
+        del content["format"], content["version"]
+        manifest = checked(cls, content, str(path), AGAIN)
+        if problems := [Diagnostic(p) for p in problems_of(manifest)]:
+            raise TyirError(first_of(problems, str(path), AGAIN))
+        if check and written != said:
             raise TyirError(
-                f"{path} has version {raw.get('version')}; this tyir reads version {VERSION}",
-                help="compile the model again",
+                f"{path} has changed since it was compiled (its hash differs)",
+                help=f"{AGAIN}, or restore the file",
             )
-        try:
-            manifest = cls(
-                model=raw["model"],
-                options=_options(raw["options"]),
-                build=raw["build"],
-                programs=tuple(_program(p) for p in raw["programs"]),
-                files=raw["files"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise TyirError(
-                f"{path} is damaged: {type(error).__name__} {error}", help="compile the model again"
-            ) from None
-        if check:
-            manifest.check_files(folder)
+        manifest.check_files(folder, contents=check)
         return manifest
 
-    def check_files(self, folder: Path) -> None:
-        """`TyirError` naming every file that is missing or has changed."""
+    def check_files(self, folder: Path, *, contents: bool = True) -> None:
+        """`TyirError` naming every file that is no file inside the folder; with `contents` also those that are
+        missing or have changed.
+        """
         problems = [
-            p for name, record in sorted(self.files.items()) if (p := _file_problem(folder / name, record))
+            p for name, record in sorted(self.files.items()) if (p := _file_problem(folder, name, record, contents))
         ]
         if problems:
-            raise TyirError(
-                Diagnostic(p, help="compile the model again, or restore the file") for p in problems
-            )
+            raise TyirError(problems)
 
 
-def _options(raw: Mapping[str, Any]) -> BuildOptions:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    return BuildOptions(**values)
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON of a manifest of this version."""
+    try:
+        raw = parse_json(read_regular(path, _MOST_BYTES))
+    except FileNotFoundError:
+        raise TyirError(f"{path.parent} holds no {MANIFEST}", help=_nearest_artifacts(path.parent)) from None
+    except NotADirectoryError:
+        raise TyirError(f"{path.parent} is not a folder", help=_nearest_artifacts(path.parent)) from None
+    except (OSError, ValueError) as error:
+        raise TyirError(f"cannot read {path}: {error}", help=AGAIN) from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise TyirError(f"{path} is not a manifest of tyir artifacts")
+    if raw.get("version") != VERSION or isinstance(raw["version"], (bool, float)):
+        raise TyirError(
+            f"{path} has version {str(raw.get('version'))[:40]}; this tyir reads version {VERSION}", help=AGAIN
+        )
+    return raw
 
 
-def _program(raw: Mapping[str, Any]) -> DieProgram:
-    tensors = {
-        k: tuple(TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in raw[k])
-        for k in ("inputs", "outputs")
-    }
-    return DieProgram(**{**raw, **tensors})
-
-
-def _file_problem(path: Path, record: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
+def _file_problem(folder: Path, name: str, record: FileRecord, contents: bool) -> Diagnostic | None:
+    again = f"{AGAIN}, or restore the file"
+    if not contents and not (folder / name).exists():
+        return None  # a tokenizer that nobody asks for
+    try:
+        path = file_inside(folder, name)
+        if not contents:
+            return None
+        size, found = path.stat().st_size, ""
+        if size == record["size"]:
+            found = sha256_file(path)
+    except TyirError as error:
+        return Diagnostic(error.diagnostics[0].message, help=again)
+    except OSError as error:
+        return Diagnostic(f"cannot read {folder / name}: {error.strerror}", help=again)
     if size != record["size"]:
-        return f"{path} has {size} bytes, {record['size']} were written"
-    if sha256_file(path) != record["sha256"]:
-        return f"{path} has changed since it was compiled (its hash differs)"
+        return Diagnostic(f"{path} has {size} bytes, {record['size']} were written", help=again)
+    if found != record["sha256"]:
+        return Diagnostic(f"{path} has changed since it was compiled (its hash differs)", help=again)
     return None
 
 
@@ -325,6 +414,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_record(path: Path) -> dict[str, Any]:
+def file_record(path: Path) -> FileRecord:
     """The entry of `files` for one file."""
     return {"size": path.stat().st_size, "sha256": sha256_file(path)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from tyir.artifacts.agreement import check_ir
 from tyir.dialects.ty import Global
 from tyir.execution.weights import CheckpointReader
 from tyir.manifest import Manifest
@@ -87,6 +88,8 @@ class Edge10Engine:
 
     def _load(self, die: int, seqlen: int) -> FunctionalDie:
         program = self.manifest.program(die, seqlen)
-        globals_ = [g for g in parse_file(self.folder / program.ir).body if isinstance(g, Global)]
+        module = parse_file(self.folder / program.ir)
+        check_ir(module, program, self.folder / program.ir, self.manifest.model.get("vocab_size"))
+        globals_ = [g for g in module.body if isinstance(g, Global)]
         weights = {str(g.sym_name): self._reader.read_packed(g) for g in globals_}
         return FunctionalDie(load_program(self.folder, self.manifest, die, seqlen), weights, self.machine)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Self
 from weakref import WeakKeyDictionary
 
+from tyir.artifacts.agreement import check_commands
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
@@ -103,13 +104,16 @@ def load_programs(folder: Path, manifest: Manifest, seqlen: int) -> list[EdgePro
 
 
 def load_program(folder: Path, manifest: Manifest, die: int, seqlen: int) -> EdgeProgram:
-    """One die's command program."""
-    return EdgeProgram(read_program(folder / manifest.program(die, seqlen).program))
+    """One die's command program; `TyirError` unless it is what the manifest says."""
+    program = manifest.program(die, seqlen)
+    module = read_program(folder / program.program)
+    check_commands(module, program, folder / program.program)
+    return EdgeProgram(module)
 
 
 def machine_of(folder: Path, manifest: Manifest) -> Machine:
     """The machine that an artifact folder's programs were compiled for."""
-    name = str(manifest.build["machine"])
+    name = manifest.build["machine"]
     return load_machine(folder / name if name == MACHINE else name)
 
 
