@@ -21,6 +21,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.manifest import Manifest
 from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
 from tyir.runtime_sim.session.session import EngineName, make_engine
@@ -135,9 +136,7 @@ class BatchSession:
 
     @cached_property
     def _embedding_table(self) -> Array:
-        from tyir.execution.weights import read_safetensors
-
-        return read_safetensors(self.folder / "embedding.params")["embedding"]
+        return embedding_table(self.folder, self.manifest)
 
 
 def _choose(outputs: dict[str, Array], sampler: Sampler) -> int:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.manifest import Manifest
 from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
+from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
 from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, write_cache
@@ -148,7 +149,7 @@ class Session:
 
         `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
         """
-        tokens, caches = read_cache(path, identity_of(self.manifest), self.capacity)
+        tokens, caches = read_cache(path, self.manifest)
         self.engine.load_caches(caches)
         self.tokens = tokens
 
@@ -210,9 +211,7 @@ class Session:
 
     @cached_property
     def _embedding_table(self) -> Array:
-        from tyir.execution.weights import read_safetensors
-
-        return read_safetensors(self.folder / "embedding.params")["embedding"]
+        return embedding_table(self.folder, self.manifest)
 
     def generate(
         self,
