@@ -28,7 +28,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, Any, Final, Self
 
 import numpy as np
 from annotated_types import Interval, MaxLen, MinLen
@@ -36,7 +36,7 @@ from typing_extensions import TypedDict  # pydantic reads those of Python 3.11 n
 
 from tyir.artifacts.consistency import problems_of
 from tyir.artifacts.files import file_inside, read_regular
-from tyir.artifacts.schema import Matches, checked, first_of, parse_json, sha256_of
+from tyir.artifacts.schema import Matches, checked, closed, first_of, parse_json, sha256_of, with_others
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
@@ -70,7 +70,6 @@ BUILD: Final = "tyir.build"
 MAX_DIES: Final = 16
 AGAIN: Final = "compile the model again"
 _MOST_BYTES: Final = 64 << 20  # of a manifest; 16 dies, 8 lengths and 100 layers take 8 MB
-_STRICT: Final = {"extra": "forbid"}
 
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
 FileName = Annotated[
@@ -82,6 +81,7 @@ Element = Annotated[str, Matches("f16|bf16|f32|f64|i1|[su]?i(4|8|16|32|64)")]
 Recorded = bool | int | str | tuple[int, ...]
 
 
+@closed
 @dataclass(frozen=True)
 class BuildOptions:
     """What a user chooses; everything here changes the artifacts.
@@ -93,8 +93,6 @@ class BuildOptions:
     empty: whole packages are groups. `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a
     scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     dies: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 4
     die_map: tuple[Annotated[int, Interval(ge=0, le=2**15)], ...] = ()
@@ -214,13 +212,12 @@ def _said(value: Recorded) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+@closed
 @dataclass(frozen=True)
 class TensorInfo:
     """An input or output of a program: `dtype` in IR spelling (f16, i32), `alias` the index of the input an
     output updates in place.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     name: Name
     shape: Annotated[tuple[Count, ...], MaxLen(8)]
@@ -235,11 +232,10 @@ class TensorInfo:
         )
 
 
+@closed
 @dataclass(frozen=True)
 class DieProgram:
     """The files of one die at one sequence length."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     die: Annotated[int, Interval(ge=0, lt=MAX_DIES)]
     seqlen: Count
@@ -258,29 +254,26 @@ class DieProgram:
         return (self.library, self.program, self.ir, self.constants, self.params)
 
 
+@closed
 class FileRecord(TypedDict):
     """What a file was when it was written: bytes, SHA-256 in hexadecimal digits."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]  # how pydantic is told
 
     size: Annotated[int, Interval(ge=0, le=2**53)]
     sha256: Annotated[str, Matches("[0-9a-f]{64}")]
 
 
+@closed
 class Host(TypedDict):
     """What the libraries were compiled for: LLVM's name of the processor."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
 
     mcpu: Version
 
 
+@closed
 class Build(TypedDict):
     """What the artifacts were made with: versions, the processor, and the machine by name or as
     `machine.toml`.
     """
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
 
     tyir: Version
     tvm: Version
@@ -288,10 +281,9 @@ class Build(TypedDict):
     machine: Name
 
 
+@with_others
 class Model(TypedDict, total=False):
     """What is asked of a model; the rest of what the front end knew is kept as it is."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
 
     architecture: Name
     num_hidden_layers: Count
@@ -299,11 +291,10 @@ class Model(TypedDict, total=False):
     vocab_size: Count
 
 
+@closed
 @dataclass(frozen=True)
 class Manifest:
     """The whole of `manifest.json`."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     model: Model
     options: BuildOptions
@@ -349,11 +340,13 @@ class Manifest:
         return manifest
 
     def check_files(self, folder: Path, *, contents: bool = True) -> None:
-        """`TyirError` naming every file that is no file inside the folder; with `contents` also those that are
-        missing or have changed.
+        """`TyirError` naming every file that is no file inside the folder; with `contents` also those that
+        are missing or have changed.
         """
         problems = [
-            p for name, record in sorted(self.files.items()) if (p := _file_problem(folder, name, record, contents))
+            p
+            for name, record in sorted(self.files.items())
+            if (p := _file_problem(folder, name, record, contents))
         ]
         if problems:
             raise TyirError(problems)
@@ -373,7 +366,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise TyirError(f"{path} is not a manifest of tyir artifacts")
     if raw.get("version") != VERSION or isinstance(raw["version"], (bool, float)):
         raise TyirError(
-            f"{path} has version {str(raw.get('version'))[:40]}; this tyir reads version {VERSION}", help=AGAIN
+            f"{path} has version {str(raw.get('version'))[:40]}; this tyir reads version {VERSION}",
+            help=AGAIN,
         )
     return raw
 

@@ -27,5 +27,7 @@ def embedding_table(folder: Path, manifest: Manifest) -> npt.NDArray[Any]:
     wanted = (vocabulary if vocabulary is not None or table is None else table.shape[0], hidden)
     if table is None or table.shape != wanted or table.dtype != np.float16:
         found = "no table" if table is None else f"a table {table.dtype}{list(table.shape)}"
-        raise TyirError(f"{folder / _FILE} holds {found}, the programs need float16{list(wanted)}", help=AGAIN)
+        raise TyirError(
+            f"{folder / _FILE} holds {found}, the programs need float16{list(wanted)}", help=AGAIN
+        )
     return table

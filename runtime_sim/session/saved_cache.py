@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from tyir.artifacts.cache_layout import position_axis
 from tyir.artifacts.consistency import cache_inputs
-from tyir.artifacts.files import read_regular
+from tyir.artifacts.files import open_regular
 from tyir.artifacts.schema import parse_json
 from tyir.diagnostics import TyirError
 from tyir.manifest import Manifest, TensorInfo
@@ -98,8 +98,7 @@ def read_cache(path: Path, manifest: Manifest) -> tuple[list[int], dict[CacheNam
     shape or type, has not a row for each token, or holds NaN or infinity.
     """
     try:
-        data = io.BytesIO(read_regular(path, _most_bytes(manifest)))
-        with zipfile.ZipFile(data) as archive:
+        with open_regular(path, _most_bytes(manifest)) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive, path)
             _check_identity(_text(archive, members, "identity"), identity_of(manifest), path)
             tokens = _tokens(archive, members, manifest, path)
@@ -119,7 +118,12 @@ def read_cache(path: Path, manifest: Manifest) -> tuple[list[int], dict[CacheNam
         ) from None
     except (
         *(KeyError, ValueError, TypeError, AttributeError, SyntaxError, EOFError, IndexError, OverflowError),
-        *(RecursionError, MemoryError, RuntimeError, NotImplementedError),  # encrypted; another version of zip
+        *(
+            RecursionError,
+            MemoryError,
+            RuntimeError,
+            NotImplementedError,
+        ),  # encrypted; another version of zip
         *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
     ):
         raise TyirError(f"{path} is not a saved cache, or is cut off or damaged", help=_AGAIN) from None
@@ -147,7 +151,9 @@ def _expected(manifest: Manifest, rows: int) -> dict[str, tuple[CacheName, Tenso
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
     """The arrays of an archive by name; as numpy writes them, each once and not compressed."""
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    plain = all(i.compress_type == zipfile.ZIP_STORED and i.filename.endswith(".npy") for i in archive.infolist())
+    plain = all(
+        i.compress_type == zipfile.ZIP_STORED and i.filename.endswith(".npy") for i in archive.infolist()
+    )
     if len(members) != len(archive.infolist()) or not plain or not {"identity", "tokens"} <= members.keys():
         raise _refused(path, "is not a saved cache: it does not hold what tyir-run saves")
     return members

@@ -1,7 +1,8 @@
 """Whether a program has the interface that the manifest says: its function, tensors, types and aliases.
 
-The manifest is asked how many tokens fit and what a step takes, the programs do the work.  They come from different
-files, so nothing is run, timed or restored before both say the same; hashes say nothing of who wrote them.
+The manifest is asked how many tokens fit and what a step takes, the programs do the work.  They come from
+different files, so nothing is run, timed or restored before both say the same; hashes say nothing of who
+wrote them.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ def interface_of(function: Func) -> Interface:
     returned = function.body.terminator.operands
     return (
         tuple(_tensor(a.type, function.arg_attr(i)) for i, a in enumerate(function.args)),
-        tuple(
-            _tensor(v.type, function.res_attr(i), alias_of(function, i)) for i, v in enumerate(returned)
-        ),
+        tuple(_tensor(v.type, function.res_attr(i), alias_of(function, i)) for i, v in enumerate(returned)),
     )
 
 
@@ -101,9 +100,7 @@ def _entry(module: Module, program: DieProgram, path: Path) -> Func:
     return entry
 
 
-def _differences(
-    what: str, said: tuple[TensorInfo, ...], found: tuple[TensorInfo, ...]
-) -> Iterator[str]:
+def _differences(what: str, said: tuple[TensorInfo, ...], found: tuple[TensorInfo, ...]) -> Iterator[str]:
     for number, (mine, theirs) in enumerate(zip_longest(found, said)):
         if mine != theirs:
             yield f"has {what} {number} {_named(mine)}, the manifest {_named(theirs)}"

@@ -1,5 +1,7 @@
-"""The axes of a key/value cache: layout "HND", [b, G, capacity, D], where a head's rows follow each other, or "NHD",
-[b, capacity, G, D], where a token's do (the names are FlashInfer's: heads, n tokens, dimension).
+"""The axes of a key/value cache.
+
+Layout "HND" is [b, G, capacity, D], where a head's rows follow each other, "NHD" [b, capacity, G, D], where a
+token's do (the names are FlashInfer's: heads, n tokens, dimension).
 
 The scales of an 8-bit cache have no D.
 """

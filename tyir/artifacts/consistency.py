@@ -1,7 +1,7 @@
 """Whether the entries of a manifest fit each other: the programs' interfaces are what the options say.
 
-A step of `seqlen` tokens of `batch` sequences takes the tokens, their positions and the caches of `max_kv` positions,
-and returns the logits (or the best tokens) and the caches, updated in place.
+A step of `seqlen` tokens of `batch` sequences takes the tokens, their positions and the caches of `max_kv`
+positions, and returns the logits (or the best tokens) and the caches, updated in place.
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
         yield from _tensor(tensor, tensor.name, wanted, tuple(shape))
 
 
-def _tensor(
-    found: TensorInfo | None, name: str, dtype: str, shape: tuple[int | None, ...]
-) -> Iterator[str]:
+def _tensor(found: TensorInfo | None, name: str, dtype: str, shape: tuple[int | None, ...]) -> Iterator[str]:
     """What is wrong with a tensor; None in `shape` stands for any extent."""
     fits = (
         found is not None

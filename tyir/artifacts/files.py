@@ -1,5 +1,5 @@
-"""Which files a name found in a file may mean: regular ones inside a folder, and nothing that links or `..` lead to
-outside of it.
+"""Which files a name found in a file may mean: regular ones inside a folder, and nothing that links or `..`
+lead to outside of it.
 
 Whoever wrote a manifest or an `.ir` chose the names in it, so none is opened before it has been here.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import BinaryIO, Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["file_inside", "is_relative_name", "read_regular"]
+__all__ = ["file_inside", "is_relative_name", "open_regular", "read_regular"]
 
 _LONGEST_PART: Final = 255  # bytes of a name, NAME_MAX of the file systems in use
 
@@ -61,18 +61,27 @@ def file_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a regular file of at most `most` bytes.
+def open_regular(path: Path, most: int) -> BinaryIO:
+    """A regular file of at most `most` bytes, opened for reading.
 
-    `TyirError` for anything else: a pipe is not waited for, and `OSError` is passed on.
+    `TyirError` for anything else: a pipe is not waited for; `OSError` is passed on.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise TyirError(f"{path} is not a file with contents: it is {_kind(found.st_mode)}")
-        if found.st_size > most:
-            raise TyirError(f"{path} has {found.st_size} bytes, more than the {most} that such a file has")
+    found = os.fstat(descriptor)
+    problem = None
+    if not stat.S_ISREG(found.st_mode):
+        problem = f"is not a file with contents: it is {_kind(found.st_mode)}"
+    elif found.st_size > most:
+        problem = f"has {found.st_size} bytes, more than the {most} that such a file has"
+    if problem is not None:
+        os.close(descriptor)
+        raise TyirError(f"{path} {problem}")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of such a file."""
+    with open_regular(path, most) as file:
         return file.read(most)
 
 

@@ -6,22 +6,32 @@ A schema is a dataclass whose fields say type and range in their annotations
     max_kv: Annotated[int, Interval(ge=1, le=2**31 - 1)]
     kv_layout: Annotated[str, Matches("HND|NHD")]
 
-pydantic does the checking.  It is imported when the first file is read and not before: it takes longer to load than
-`tyir-opt --help` to run.
+pydantic does the checking.  It is imported when the first file is read and not before: it takes longer to
+load than `tyir-opt --help` to run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, Final, TypeVar, get_args, get_type_hints
+from typing import Any, Final, TypeVar, cast, get_args, get_type_hints
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 
-__all__ = ["MOST_SHOWN", "Matches", "canonical", "checked", "first_of", "parse_json", "sha256_of"]
+__all__ = [
+    "MOST_SHOWN",
+    "Matches",
+    "canonical",
+    "checked",
+    "closed",
+    "first_of",
+    "parse_json",
+    "sha256_of",
+    "with_others",
+]
 
 MOST_SHOWN: Final = 12  # problems of one file that are listed
 _MOST_DIGITS: Final = 400  # of a number; a float has 309 before the point at most
@@ -39,6 +49,18 @@ class Matches:
         from pydantic_core import core_schema
 
         return core_schema.str_schema(pattern=f"^(?:{self.pattern})$")
+
+
+def closed(record: type[T]) -> type[T]:
+    """A dataclass or `TypedDict` whose keys are all there are."""
+    record.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return record
+
+
+def with_others(record: type[T]) -> type[T]:
+    """A `TypedDict` beside whose keys others may stand, of any value."""
+    record.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]
+    return record
 
 
 # ----------------------------------------------------------------------------------------------------- JSON
@@ -112,7 +134,7 @@ def checked(schema: type[T], value: Any, where: str, help: str) -> T:
     from pydantic import ValidationError
 
     try:
-        made: T = _adapter(schema).validate_json(canonical(value), strict=True)
+        made: T = _adapter(cast(Hashable, schema)).validate_json(canonical(value), strict=True)
     except ValidationError as error:
         problems = [_problem(schema, e["loc"], e["type"], e["msg"], e.get("input")) for e in error.errors()]
         raise TyirError(first_of(problems, where, help)) from None

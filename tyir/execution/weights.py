@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -148,9 +149,16 @@ class _Entry:
     shape: tuple[int, ...]
 
 
+def _entry(base: int, data_offsets: Sequence[int], dtype: str, shape: Sequence[int]) -> _Entry:
+    start, end = data_offsets
+    if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+        raise ValueError
+    return _Entry(base + start, base + end, dtype, tuple(shape))
+
+
 def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
-    """What the header of a safetensors file lists (https://huggingface.co/docs/safetensors); `TyirError` when it
-    cannot be.
+    """What the header of a safetensors file lists (https://huggingface.co/docs/safetensors); `TyirError` when
+    it cannot be.
     """
     damaged = TyirError(f"{path} is damaged: its header is not one of safetensors", help=_RESTORE)
     base = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -159,10 +167,7 @@ def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
     try:
         header = parse_json(data[8:base].tobytes())
         header.pop("__metadata__", None)
-        found = {
-            key: _Entry(*(base + o for o in entry["data_offsets"]), entry["dtype"], tuple(entry["shape"]))
-            for key, entry in header.items()
-        }
+        found = {key: _entry(base, **entry) for key, entry in header.items()}
         for entry in found.values():
             wanted = math.prod(entry.shape) * by_safetensors[entry.dtype].storage.itemsize
             if not base <= entry.start <= entry.end <= len(data) or entry.end - entry.start != wanted:
@@ -260,7 +265,11 @@ class CheckpointReader:
         if entry is None:
             return f"{path} has no tensor {ref.key}"
         whole = ref.file.endswith(".params")  # a checkpoint's tensor may be referred to in parts
-        if (begin, end) != (entry.start, entry.end) if whole else not entry.start <= begin <= end <= entry.end:
+        if (
+            (begin, end) != (entry.start, entry.end)
+            if whole
+            else not entry.start <= begin <= end <= entry.end
+        ):
             return f"{path} has {ref.key} in bytes {entry.start}..{entry.end}, not in {begin}..{end}"
         if (begin - entry.start) % storage_dtype(ref.type.element).itemsize:
             return f"byte {begin} of {path} is within an element of {ref.key}"

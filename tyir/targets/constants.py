@@ -22,7 +22,16 @@ from typing import Any, Final, Literal, get_type_hints
 from tyir.artifacts.files import read_regular
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 
-__all__ = ["LABELS", "Constant", "Form", "build_sections", "entries_of", "number_text", "read_table", "shipped_names"]
+__all__ = [
+    "LABELS",
+    "Constant",
+    "Form",
+    "build_sections",
+    "entries_of",
+    "number_text",
+    "read_table",
+    "shipped_names",
+]
 
 Label = Literal["published", "derived", "assumed", "fitted", "override"]
 LABELS: Final = ("published", "derived", "assumed", "fitted", "override")

@@ -203,7 +203,8 @@ class Machine:
             elif problem := _form().value_problem(name, value):
                 problems.append(
                     Diagnostic(
-                        f"{name} = {number_text(value)}: {problem}", help=f"the file has {self.constants[name].value:g}"
+                        f"{name} = {number_text(value)}: {problem}",
+                        help=f"the file has {self.constants[name].value:g}",
                     )
                 )
         if problems:
