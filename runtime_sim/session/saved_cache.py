@@ -37,7 +37,8 @@ __all__ = ["identity_of", "read_cache", "write_cache"]
 
 Array = npt.NDArray[Any]
 _AGAIN: Final = "run the prompt again"
-_MOST_HEADER: Final = 1 << 16  # bytes of an array besides its elements
+_MOST_BYTES: Final = 1 << 50
+_MOST_HEADER: Final = 1 << 16  # bytes of an array besides its elements, and of what is no array
 _OPTIONS: Final = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights", "group_size")
 
 
@@ -98,7 +99,7 @@ def read_cache(path: Path, manifest: Manifest) -> tuple[list[int], dict[CacheNam
     shape or type, has not a row for each token, or holds NaN or infinity.
     """
     try:
-        with open_regular(path, _most_bytes(manifest)) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path, _MOST_BYTES) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive, path)
             _check_identity(_text(archive, members, "identity"), identity_of(manifest), path)
             tokens = _tokens(archive, members, manifest, path)
@@ -130,13 +131,6 @@ def read_cache(path: Path, manifest: Manifest) -> tuple[list[int], dict[CacheNam
     return tokens, caches
 
 
-def _most_bytes(manifest: Manifest) -> int:
-    """What a file of full caches has at most."""
-    tensors = [t for _, t in _expected(manifest, manifest.options.max_kv).values()]
-    arrays = sum(math.prod(t.shape) * t.storage_dtype.itemsize for t in tensors)
-    return arrays + 8 * manifest.options.max_kv + _MOST_HEADER * (len(tensors) + 4)
-
-
 def _expected(manifest: Manifest, rows: int) -> dict[str, tuple[CacheName, TensorInfo]]:
     """The caches of all dies by their names in a file, with `rows` positions."""
     axis, found = position_axis(manifest.options.kv_layout), {}
@@ -159,11 +153,14 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return members
 
 
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[Array, bool]:
-    """An array of the archive, no more of it than the directory says, and whether it is in row-major order.
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int = 0) -> tuple[Array, bool]:
+    """An array of the archive of at most `most` bytes besides its header, and whether it is in row-major
+    order.
 
-    Nothing is unpickled: an array of objects has no elements of known size.  `ValueError` for a wrong size.
+    Nothing is unpickled: objects have no elements of known size.  `ValueError` for a wrong size.
     """
+    if info.file_size > most + _MOST_HEADER:
+        raise ValueError
     file = io.BytesIO(archive.read(info))  # checks the CRC
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -197,7 +194,7 @@ def _check_identity(text: str, mine: Mapping[str, Any], path: Path) -> None:
 def _tokens(
     archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], manifest: Manifest, path: Path
 ) -> list[int]:
-    array, _ = _array(archive, members["tokens"])
+    array, _ = _array(archive, members["tokens"], 8 * manifest.options.max_kv)
     if array.ndim != 1 or array.dtype != np.int64:
         raise _refused(path, f"has tokens of {array.dtype}{list(array.shape)}, not a list of whole numbers")
     tokens: list[int] = array.tolist()
@@ -212,7 +209,8 @@ def _tokens(
 def _cache(
     archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, wanted: TensorInfo, path: Path
 ) -> Array:
-    array, in_order = _array(archive, info)
+    nbytes = math.prod(wanted.shape) * wanted.storage_dtype.itemsize
+    array, in_order = _array(archive, info, nbytes)
     if (array.shape, array.dtype) != (wanted.shape, wanted.storage_dtype) or not in_order:
         raise _refused(
             path,
