@@ -58,7 +58,7 @@ class Tally:
             self.bad.append(f"{name}: opened {opened[0]}")
 
     def close(self, least: int) -> None:
-        """Prints the row; fails for every case that did not survive, and when fewer than `least` were tried."""
+        """Prints the row; fails for every case that did not survive, and below `least` cases."""
         tried = self.refused + self.harmless + len(self.bad)
         print(f"\n{self.area:<28}{tried:>6} tried{self.refused:>6} refused{self.harmless:>6} harmless")
         assert not self.bad, "\n".join([f"{len(self.bad)} of {tried}", *self.bad[:40]])

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -374,7 +375,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _file_problem(folder: Path, name: str, record: FileRecord, contents: bool) -> Diagnostic | None:
     again = f"{AGAIN}, or restore the file"
-    if not contents and not (folder / name).exists():
+    if not contents and not os.path.lexists(folder / name):
         return None  # a tokenizer that nobody asks for
     try:
         path = file_inside(folder, name)

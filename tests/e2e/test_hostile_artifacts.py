@@ -6,6 +6,7 @@ Some of the cases are tried, all of them with `--slow`; `-s` shows how many.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,16 @@ import pytest
 from tests.hostile import DELETED, Tally, changed, decoy, places, sample
 from tyir.artifacts.schema import sha256_of
 from tyir.diagnostics import TyirError
+from tyir.dialects.ty import Global
+from tyir.execution.weights import CheckpointReader
 from tyir.manifest import BuildOptions, Manifest
+from tyir.parser import parse_module
 from tyir.runtime_sim.session.session import Session
 from tyir.runtime_sim.timing.engine import simulate
 from tyir.runtime_sim.timing.program import load_programs, machine_of
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
+from tyir.types import TensorType, f16
 
 IDS = [5, 6, 7, 8, 9]
 Array = npt.NDArray[Any]
@@ -52,10 +58,8 @@ class Made:
         """Another manifest, as a forger writes it: with a hash that fits."""
         if own_hash and isinstance(document, dict) and "sha256" in document:
             content = {k: v for k, v in document.items() if k != "sha256"}
-            try:
+            with contextlib.suppress(ValueError):  # NaN has no canonical form
                 document = {**content, "sha256": sha256_of(content)}
-            except ValueError:
-                pass
         text = json.dumps(document, indent=1).encode("utf-8", "surrogatepass")
         (self.folder / "manifest.json").write_bytes(text)
 
@@ -108,53 +112,54 @@ def everything(request: pytest.FixtureRequest) -> bool:
 # ------------------------------------------------------------------------------------------------- manifests
 
 SWAPPED: list[Any] = [
-    None, True, False, "", "x", "1", [], {}, [0], {"a": 1}, -1, 0, 1, 2, 3, 7, 1.5, 1e308, 2**31, 2**63, 2**70,
-    10**300, 100000, float("nan"), float("inf"), "../decoy-outside-file", "/etc/passwd", "a/../../decoy-outside-file",
-    "./manifest.json", "\0", "\ud800", "a\nb", "x" * 300, "y" * 5000, "NHD", "int4", "topk=2", "machine.toml", DELETED,
-    [[[]]], [1, 1], ["a", "a"],
+    None, True, False, "", "x", "1", [], {}, [0], {"a": 1}, -1, 0, 1, 2, 3, 7, 1.5, 1e308, 2**31, 2**63,
+    2**70, 10**300, 100000, float("nan"), float("inf"), "../decoy-outside-file", "/etc/passwd",
+    "a/../../decoy-outside-file", "./manifest.json", "\0", "\ud800", "a\nb", "x" * 300, "y" * 5000, "NHD",
+    "int4", "topk=2", "machine.toml", DELETED, [[[]]], [1, 1], ["a", "a"],
 ]  # fmt: skip
 
 
-def manifest_cases(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key of a manifest with every value above, unknown keys, lists with one item too many or too few."""
+Change = tuple[tuple[str | int, ...], Any]
+
+
+def manifest_changes(document: dict[str, Any]) -> Iterator[Change]:
+    """Every key of a manifest with every value above, unknown keys, lists an item too long or short."""
     for place in places(document):
         if place[0] == "programs" and len(place) > 1 and place[1] not in (0, 3):
             continue  # two of four are enough
         value: Any = document
         for key in place:
             value = value[key]
-        for new in SWAPPED:
-            if type(new) is not type(value) or new != value:
-                yield f"{place} = {new!r:.40}", changed(document, place, new)
+        news = [new for new in SWAPPED if type(new) is not type(value) or new != value]
         if isinstance(value, int) and not isinstance(value, bool):
-            for new in (value + 1, value - 1, -value, value * 1000):
-                yield f"{place} = {new}", changed(document, place, new)
-        if isinstance(value, dict):
-            yield f"{place} has another key", changed(document, (*place, "extra"), 1)
+            news += [value + 1, value - 1, -value, value * 1000]
         if isinstance(value, list) and value:
-            yield f"{place} is longer", changed(document, place, [*value, value[-1]])
-            yield f"{place} is shorter", changed(document, place, value[:-1])
-            yield f"{place} is turned", changed(document, place, value[::-1])
-    yield "another key", {**document, "extra": {}}
+            news += [[*value, value[-1]], value[:-1], value[::-1]]
+        yield from (
+            (place, new) for new in news if new is DELETED or new != value or type(new) is not type(value)
+        )
+        if isinstance(value, dict):
+            yield (*place, "extra"), 1
+    yield ("extra",), {}
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["check", "no-check"])
 def test_no_value_of_a_manifest_is_believed(made: Made, check: bool, everything: bool) -> None:
     tally = Tally(f"manifest, {'hashes fit' if check else '--no-check'}")
-    cases = list(manifest_cases(made.document))
-    assert len(cases) > 5000
-    for name, document in sample(cases, 300, everything):
-        made.write(document)
-        tally.case(name, lambda: made.same(check=check))
-    tally.close(300)
+    changes = list(manifest_changes(made.document))
+    assert len(changes) > 5000
+    for place, new in sample(changes, 150, everything):
+        made.write(changed(made.document, place, new))
+        tally.case(f"{place} = {new!r:.40}", lambda: made.same(check=check))
+    tally.close(150)
 
 
 def test_a_manifest_knows_its_own_hash(made: Made, everything: bool) -> None:
     """Whatever is changed without writing the hash anew is refused, also what nobody asks for."""
     tally = Tally("manifest, hash left")
-    for name, document in sample(list(manifest_cases(made.document)), 60, everything):
-        made.write(document, own_hash=False)
-        tally.case(name, made.same, must_refuse=True)
+    for place, new in sample(list(manifest_changes(made.document)), 60, everything):
+        made.write(changed(made.document, place, new), own_hash=False)
+        tally.case(f"{place} = {new!r:.40}", made.same, must_refuse=True)
     made.write(changed(made.document, ("model", "rms_norm_eps"), 2e-6), own_hash=False)
     with pytest.raises(TyirError, match=r"manifest\.json has changed since it was compiled"):
         Manifest.load(made.folder)
@@ -254,8 +259,7 @@ def test_names_that_are_no_files(made: Made) -> None:
             path.unlink()
             make(path)
             tally.case(f"{name} is {kind}", made.same, must_refuse=True)
-            unused = kind == "a link to nothing" and name.endswith("llm_die0.params")
-            tally.case(f"{name} is {kind}, no check", lambda: made.same(check=False), must_refuse=not unused)
+            tally.case(f"{name} is {kind}, no check", lambda: made.same(check=False), must_refuse=True)
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
             path.write_bytes(data)
     tally.close(60)
@@ -264,9 +268,9 @@ def test_names_that_are_no_files(made: Made) -> None:
 # ------------------------------------------------------------------------------------------- references in IR
 
 NAMES = [
-    "../decoy-outside-file", "/etc/passwd", "batch_1/../../decoy-outside-file", "", ".", "..", "batch_1", "nothing",
-    "manifest.json", "batch_1/common_die1.params", "batch_1//common_die0.params", "a" * 5000, "link", "pipe", "itself",
-    "batch_1/seqlen_1/llm_die0.ir", "config.json/x", "loop/batch_1/common_die0.params",
+    "../decoy-outside-file", "/etc/passwd", "batch_1/../../decoy-outside-file", "", ".", "..", "batch_1",
+    "nothing", "manifest.json", "batch_1/common_die1.params", "batch_1//common_die0.params", "a" * 5000,
+    "link", "pipe", "itself", "batch_1/seqlen_1/llm_die0.ir", "config.json/x", "loop/batch_1/common_die0.params",
 ]  # fmt: skip
 
 
@@ -300,9 +304,36 @@ def test_references_of_an_ir(made: Made, engine: str, everything: bool) -> None:
         path.write_text(changed_text)
         tally.case(name, lambda: made.same(engine, check=False), must_refuse=changed_text != text)
     path.write_text(cases[0][1])
-    with pytest.raises(TyirError, match=r"@.*: '../decoy-outside-file' is not a path inside"):
+    with pytest.raises(TyirError, match=r"llm_die0\.ir has @.* in '../decoy-outside-file', the manifest"):
         made.same(engine, check=False)
     tally.close(25)
+
+
+def test_references_are_read_by_nobody(made: Made) -> None:
+    """The reader itself, which knows no manifest: what `tyir-compile` asks of an `.ir` of its own."""
+    for name, target in (("link", "../decoy-outside-file"), ("itself", "itself"), ("loop", "..")):
+        (made.folder / name).symlink_to(target)
+    os.mkfifo(made.folder / "pipe")
+    text = (made.folder / "batch_1" / "seqlen_4" / "llm_die0.ir").read_text()
+    good = next(g for g in parse_module(text).body if isinstance(g, Global))
+    tally, wanted = Tally("references, reader"), CheckpointReader(made.folder).read_packed(good).copy()
+    given = {n: getattr(good, n) for n in ("sym_name", "type", "file", "key", "offset", "nbytes")}
+    end = good.offset + good.nbytes
+    # a file that does not list its tensors (GGUF) may be meant, and constants are the same on both dies
+    may_be_meant = ("manifest.json", "batch_1/seqlen_1/llm_die0.ir", "batch_1/common_die1.params")
+    changes: dict[str, list[Any]] = {
+        "file": [n for n in NAMES if n not in may_be_meant],
+        "offset": [-1, 0, good.offset + 1, good.offset + 2, 2**62, -(2**63), end],
+        "nbytes": [-1, 0, 1, good.nbytes - 2, good.nbytes + 2, 2**62],
+        "key": ["", "nothing", "__metadata__"],
+        "type": [TensorType(dims, f16) for dims in ((2**40, 2**40), (None, 4), (3,), ())],
+    }
+    for field, values in changes.items():
+        for value in values:
+            changed_global = Global(**{**given, field: value})
+            read = partial(CheckpointReader(made.folder).read_packed, changed_global)
+            tally.case(f"{field} = {value!s:.40}", lambda: np.array_equal(read(), wanted), must_refuse=True)  # noqa: B023
+    tally.close(35)
 
 
 def test_a_hub_cache_is_made_of_links(tmp_path: Path) -> None:
@@ -337,8 +368,8 @@ def array_changes(name: str, array: Array) -> Iterator[tuple[str, Any]]:
     yield "no axes", np.zeros((), array.dtype)
     yield "one axis", np.zeros(3, array.dtype)
     yield "another axis", array[None]
-    yield "empty", array[..., :0]
-    yield "turned", np.asfortranarray(array.T) if array.ndim > 1 else array.astype(">i8")
+    yield "empty", array.ravel()[:0]
+    yield "turned", np.asfortranarray(array) if array.ndim > 1 else array[None].T
     yield "f64", array.astype(np.float64) if array.dtype.kind in "if" else np.zeros(2)
     yield (
         "other bytes",
@@ -417,7 +448,7 @@ def test_caches_are_restored_whole_or_not(made: Made, tmp_path: Path, engine: st
     """A file is refused and the session stays as it was, or it says what was saved (a byte that no reader of
     the format looks at may be any).
     """
-    session, tally, path = Session(made.folder, engine), Tally(f"saved caches, {engine}"), tmp_path / "c.npz"  # type: ignore[arg-type]  # noqa: E501
+    session, tally, path = Session(made.folder, engine), Tally(f"saved caches, {engine}"), tmp_path / "c.npz"  # type: ignore[arg-type]
     session.restore(made.cache)
     saved = {name: array.copy() for name, array in session.engine.caches().items()}
     assert session.tokens == IDS and len(saved) == 16
@@ -433,7 +464,7 @@ def test_caches_are_restored_whole_or_not(made: Made, tmp_path: Path, engine: st
         found = session.engine.caches()
         return session.tokens == IDS and all(np.array_equal(found[n], a) for n, a in saved.items())
 
-    for name, data in sample(list(cache_files(made.cache)), 200 if engine == "host" else 40, everything):
+    for name, data in sample(list(cache_files(made.cache)), 150 if engine == "host" else 40, everything):
         path.write_bytes(data)
         tally.case(name, restores)
     path.unlink()
@@ -446,12 +477,12 @@ def test_caches_are_restored_whole_or_not(made: Made, tmp_path: Path, engine: st
 
 def test_a_cache_names_what_it_lacks(made: Made, tmp_path: Path) -> None:
     session, path, arrays = Session(made.folder), tmp_path / "c.npz", arrays_of(made.cache)
-    wrong = np.where(np.arange(5) == 3, np.nan, arrays["die1/v0_scale"]).astype(np.float16)
+    wrong = np.where(np.arange(5) == 3, np.nan, arrays["die1/v_scales0"]).astype(np.float16)
     for change, said in (
         ({"die0/k0": DELETED}, "has no die0/k0"),
         ({"die7/k0": arrays["die0/k0"]}, "has die7/k0, which no cache"),
         ({"die0/k1": arrays["die0/k1"][:, :, :4]}, r"has die0/k1 as int8\[1, 1, 4, 16\], these tokens have"),
-        ({"die1/v0_scale": wrong}, "has NaN or infinity in die1/v0_scale"),
+        ({"die1/v_scales0": wrong}, "has NaN or infinity in die1/v_scales0"),
         ({"tokens": np.array([5, 6, 7, 8, 200])}, "has token 200, which is not in the vocabulary of 96"),
     ):
         path.write_bytes(written({k: v for k, v in {**arrays, **change}.items() if v is not DELETED}))
@@ -475,8 +506,8 @@ def toml_of(value: Any) -> str:
 
 
 NUMBERS: list[Any] = [
-    -1, 0, 1, 2.5, 1e-308, 1e308, 2**63, 10**400, 2**70, math.nan, math.inf, -math.inf, "1", True, [], {}, "x" * 500,
-    -0.0, 1e12, 2**50, 1e-6, DELETED,
+    -1, 0, 1, 2.5, 1e-308, 1e308, 2**63, 10**400, 2**70, math.nan, math.inf, -math.inf, "1", True, [], {},
+    "x" * 500, -0.0, 1e12, 2**50, 1e-6, DELETED,
 ]  # fmt: skip
 TEXTS: list[Any] = ["", "guessed", " ", 1, True, [], {}, "\0", "x" * 10_000, "../decoy-outside-file", DELETED]
 
@@ -516,7 +547,7 @@ def test_machine_files(original: Made, tmp_path: Path, everything: bool) -> None
 
     cases = list(machine_cases(table))
     assert len(cases) > 1500
-    for name, text in sample(cases, 200, everything):
+    for name, text in sample(cases, 100, everything):
         path.write_text(text, encoding="utf-8")
         tally.case(name, times)
     path.unlink()
@@ -524,7 +555,7 @@ def test_machine_files(original: Made, tmp_path: Path, everything: bool) -> None
         make(path)
         tally.case(kind, times, must_refuse=True)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    tally.close(200)
+    tally.close(100)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tyir.dialects.func import Func
 from tyir.execution.entry_points import alias_of, entry_points, name_of
 from tyir.ir import Op
 from tyir.manifest import AGAIN, DieProgram, TensorInfo
+from tyir.traits import StoredTensor
 from tyir.types import TensorType
 
 __all__ = ["check_commands", "check_ir", "interface_of"]
@@ -53,6 +54,7 @@ def check_ir(module: Module, program: DieProgram, path: Path, vocabulary: int | 
     problems = [
         *_differences("input", program.inputs, inputs),
         *_differences("output", program.outputs, outputs),
+        *_references(module, program),
         *(_vocabulary(module, vocabulary) if vocabulary is not None else ()),
     ]
     _refuse(problems, path)
@@ -104,6 +106,17 @@ def _differences(what: str, said: tuple[TensorInfo, ...], found: tuple[TensorInf
     for number, (mine, theirs) in enumerate(zip_longest(found, said)):
         if mine != theirs:
             yield f"has {what} {number} {_named(mine)}, the manifest {_named(theirs)}"
+
+
+def _references(module: Module, program: DieProgram) -> Iterator[str]:
+    """Weights in files that are not the program's own: another die's have the same names and sizes."""
+    for op in module.walk():
+        if op.has_trait(StoredTensor) and (file := getattr(op, "file", "")) not in (
+            program.params,
+            program.constants,
+        ):
+            name, files = getattr(op, "sym_name", ""), f"{program.params} and {program.constants}"
+            yield f"has @{name} in {file[:200]!r}, the manifest has its weights in {files}"
 
 
 def _vocabulary(module: Module, vocabulary: int) -> Iterator[str]:
