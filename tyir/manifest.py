@@ -387,7 +387,11 @@ def _file_problem(folder: Path, name: str, record: FileRecord, contents: bool) -
     except TyirError as error:
         return Diagnostic(error.diagnostics[0].message, help=again)
     except OSError as error:
-        return Diagnostic(f"cannot read {folder / name}: {error.strerror}", help=again)
+        missing = isinstance(error, FileNotFoundError)
+        problem = (
+            f"{folder / name} is missing" if missing else f"cannot read {folder / name}: {error.strerror}"
+        )
+        return Diagnostic(problem, help=again)
     if size != record["size"]:
         return Diagnostic(f"{path} has {size} bytes, {record['size']} were written", help=again)
     if found != record["sha256"]:

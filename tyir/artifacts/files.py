@@ -35,7 +35,7 @@ def file_inside(folder: Path, name: str) -> Path:
     """The regular file that `name` means in `folder`, opened by nobody yet.
 
     `TyirError` for a name that is not relative or has `..`, a link that leads out of the folder, a pipe, a
-    device, a folder, and for what is missing.  A folder of a Hugging Face cache is made of links to its
+    device and a folder; `OSError` for what is missing is passed on.  A folder of a Hugging Face cache is made of links to its
     blobs (`snapshots/REVISION/f -> ../../blobs/HASH`,
     https://huggingface.co/docs/huggingface_hub/guides/manage-cache), which are followed.
     """
@@ -45,13 +45,8 @@ def file_inside(folder: Path, name: str) -> Path:
             help="files are named relative to that folder, without '..'; make the file that names it again",
         )
     path = folder / PurePosixPath(name)
-    try:
-        real, root = path.resolve(), folder.resolve()
-        kind = path.stat().st_mode
-    except FileNotFoundError:
-        raise TyirError(f"{path} is missing", help="restore the file, or make the folder again") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise TyirError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    kind = path.stat().st_mode  # fails for links in a circle
+    real, root = path.resolve(), folder.resolve()
     if not any(real.is_relative_to(allowed) for allowed in (root, *_blobs(root))):
         raise TyirError(
             f"{path} is a link out of its folder, to {real}", help="put a copy of the file in its place"

@@ -113,7 +113,7 @@ def check_files(module: Module) -> None:
     for name, wanted in stamps.items():
         path, size = folder / name, wanted.get("size") if isinstance(wanted, DictAttr) else None
         try:
-            found = FileStamp.of(file_inside(folder, name))
+            found = FileStamp.of(_weights_file(folder, name))
         except (OSError, TyirError) as error:
             why = error.strerror if isinstance(error, OSError) else error.diagnostics[0].message
             problems.append(
@@ -193,14 +193,23 @@ def read_safetensors(path: Path) -> dict[str, Array]:
 _RESTORE: Final = "restore the file, or make it again"
 
 
+def _weights_file(folder: Path, name: str) -> Path:
+    """The file of a checkpoint: one inside its folder, or a plug-in's base, which lies elsewhere and is named
+    by its whole path.  A base is a safetensors file, whose header must list what is read of it.
+    """
+    base = Path(name)
+    if base.is_absolute() and base.suffix == ".safetensors":
+        return file_inside(base.parent, base.name)
+    return file_inside(folder, name)
+
+
 def _mapped(folder: Path, name: str) -> npt.NDArray[np.uint8]:
     """The bytes of a file inside a folder."""
-    path = file_inside(folder, name)
     try:
-        return np.memmap(path, np.uint8, "r")
+        return np.memmap(_weights_file(folder, name), np.uint8, "r")
     except (OSError, ValueError) as error:
         raise TyirError(
-            f"cannot read weights from {path}: {error}",
+            f"cannot read weights from {folder / name}: {error}",
             help="the IR refers to the checkpoint it was imported from; restore the file or import again",
         ) from None
 
