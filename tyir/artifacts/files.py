@@ -35,9 +35,10 @@ def file_inside(folder: Path, name: str) -> Path:
     """The regular file that `name` means in `folder`, opened by nobody yet.
 
     `TyirError` for a name that is not relative or has `..`, a link that leads out of the folder, a pipe, a
-    device and a folder; `OSError` for what is missing is passed on.  A folder of a Hugging Face cache is made of links to its
-    blobs (`snapshots/REVISION/f -> ../../blobs/HASH`,
-    https://huggingface.co/docs/huggingface_hub/guides/manage-cache), which are followed.
+    device and a folder; `OSError` for what is missing is passed on.
+
+    A folder of a Hugging Face cache is made of links to its blobs (`snapshots/REVISION/f ->
+    ../../blobs/HASH`, https://huggingface.co/docs/huggingface_hub/guides/manage-cache), which are followed.
     """
     if not is_relative_name(name):
         raise TyirError(
