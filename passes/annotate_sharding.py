@@ -41,7 +41,7 @@ from tyir.dialects.ty import (
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
 from tyir.layers import layer_of, path_of
-from tyir.manifest import record, recorded
+from tyir.manifest import MAX_DIES, record, recorded
 from tyir.passes._placement import LINEAR, through_reshape
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute, vocabulary_ranges
@@ -51,8 +51,6 @@ from tyir.traits import Elementwise
 from tyir.types import f16
 
 __all__ = ["MAX_DIES", "AnnotateSharding", "check_dies", "check_mesh", "check_stages"]
-
-MAX_DIES = 16
 
 
 def check_dies(dies: int) -> None:

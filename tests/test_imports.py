@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "tvm", "tvm_ffi", "safetensors")
+HEAVY = ("torch", "transformers", "tvm", "tvm_ffi", "safetensors", "pydantic")
 PYPROJECT = tomllib.loads(
     (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
 )

@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from tyir.tools.verify.locate import locate
 
     states = LayerStates()
+    _check_amount(args)
     session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     _check_checkpoint(args.against)
     prompts = _prompts(args, session.artifacts)
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         )  # every sequence of a batch has its turn
         count = min(args.tokens, session.capacity - len(ids))
         results.append(check_prompt(session, reference, ids, count, states))
+    if not results or not all(len(r.logit_cosine) for r in results):
+        raise TyirError("no position was compared", help="give a prompt, or leave --prompt and --ids out")
     good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)
     if args.json:
         print(json.dumps(_summary(results, good), indent=1))
@@ -104,17 +107,46 @@ def _check_checkpoint(path: Path) -> None:
         )
 
 
+def _check_amount(args: argparse.Namespace) -> None:
+    """`TyirError` where what is asked for would compare nothing."""
+    from tyir.tools.verify.compare import PROMPTS
+
+    if args.prompt == "" or args.ids == ():
+        raise TyirError(
+            f"--{'ids' if args.ids == () else 'prompt'} is empty: there is nothing to compare",
+            help="give at least one token, or leave it out for the built-in prompts",
+        )
+    if not 1 <= args.prompts <= len(PROMPTS):
+        raise TyirError(
+            f"--prompts {args.prompts} is not in 1..{len(PROMPTS)}, the built-in prompts",
+            help=f"the nearest possible is {min(max(args.prompts, 1), len(PROMPTS))}",
+        )
+    if args.tokens < 1:
+        raise TyirError(f"--tokens {args.tokens}: there is nothing to compare", help="give 1 or more")
+
+
 def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
-    """The token ids of each prompt."""
+    """The token ids of each prompt; `TyirError` for a prompt without any and for ids that are no tokens."""
     from tyir.tools.tokenizer import load_tokenizer
     from tyir.tools.verify.compare import PROMPTS
 
-    if args.ids:
-        return [list(args.ids)]
-    tokenizer = load_tokenizer(artifacts)
-    return [
-        tokenizer(text)["input_ids"] for text in ([args.prompt] if args.prompt else PROMPTS[: args.prompts])
-    ]
+    vocabulary = artifacts.manifest.model.get("vocab_size")
+    if args.ids is not None:
+        prompts = [list(args.ids)]
+    else:
+        tokenizer = load_tokenizer(artifacts)
+        texts = [args.prompt] if args.prompt is not None else PROMPTS[: args.prompts]
+        prompts = [tokenizer(text)["input_ids"] for text in texts]
+    for ids in prompts:
+        if not ids:
+            raise TyirError("a prompt has no tokens: there is nothing to compare", help="give a longer one")
+        bad = next((i for i in ids if i < 0 or (vocabulary is not None and i >= vocabulary)), None)
+        if bad is not None:
+            raise TyirError(
+                f"token {bad} is not in the vocabulary of {vocabulary}",
+                help=f"tokens are numbered 0 to {vocabulary - 1}" if vocabulary is not None else "",
+            )
+    return prompts
 
 
 def _print(results: Sequence[object], engine: str, good: bool) -> None:

@@ -2,7 +2,8 @@
 the runtime checks it first.
 
     OUT/{n}die/manifest.json
-      format, version         "tyir-artifacts", 1
+      format, version         "tyir-artifacts", 2
+      sha256                  of the manifest itself: of everything else in it, in canonical form (`tyir.artifacts.schema`)
       model                   what the front end knew of the model (architecture, vocabulary, ...)
       options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp
       build                   versions, targets and the processor's features (host) the code was generated with; the machine by name, or machine.toml beside the manifest
@@ -14,6 +15,10 @@ While a module is compiled, `tyir.build = {max_kv = 1024 : i64, ...}` on it reco
 (`record`); the options of the finished module are read from there and nowhere else.
 
 Paths are relative to the folder, with forward slashes.
+
+The annotations of the classes below are the file's schema: what `Manifest.load` returns is of these types and in these
+ranges, its entries fit each other, and its names are of files inside the folder.  Whoever loads a program asks
+`tyir.artifacts.agreement` whether it has the interface that is written here.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,10 +28,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self, cast
+from typing import Annotated, Any, Final, Self, cast
 
 import numpy as np
+from annotated_types import Interval, MaxLen, MinLen
+from typing_extensions import TypedDict  # pydantic reads those of Python 3.11 not
 
+from tyir.artifacts.consistency import problems_of
+from tyir.artifacts.schema import Matches, checked, closed, first_of, parse_json, sha256_of, with_others
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
@@ -37,10 +46,14 @@ __all__ = [
     "FORMAT",
     "MACHINE",
     "MANIFEST",
+    "MAX_DIES",
     "SETTLED_BY",
+    "Build",
     "BuildOptions",
     "DieProgram",
+    "FileRecord",
     "Manifest",
+    "Model",
     "TensorInfo",
     "file_record",
     "no_manifest",
@@ -53,11 +66,22 @@ __all__ = [
 MANIFEST: Final = "manifest.json"
 MACHINE: Final = "machine.toml"  # a machine file of the user's own that the programs were compiled for
 FORMAT: Final = "tyir-artifacts"
-VERSION: Final = 1
+VERSION: Final = 2
 BUILD: Final = "tyir.build"
+MAX_DIES: Final = 16
+AGAIN: Final = "compile the model again"
+
+Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
+FileName = Annotated[
+    str, Matches("[A-Za-z0-9_][A-Za-z0-9_.=-]*(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*"), MaxLen(1000)
+]
+Name = Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9_.$-]*"), MaxLen(200)]
+Version = Annotated[str, Matches("[A-Za-z0-9_.+!-]+"), MaxLen(100)]
+Element = Annotated[str, Matches("f16|bf16|f32|f64|i1|[su]?i(4|8|16|32|64)")]
 Recorded = bool | int | str | tuple[int, ...]
 
 
+@closed
 @dataclass(frozen=True)
 class BuildOptions:
     """What a user chooses; everything here changes the artifacts.
@@ -70,19 +94,19 @@ class BuildOptions:
     scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).
     """
 
-    dies: int = 4
-    die_map: tuple[int, ...] = ()
-    seqlens: tuple[int, ...] = (1, 8)
-    max_kv: int = 1024
-    weights: str = "fp16"
-    group_size: int = 128
+    dies: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 4
+    die_map: tuple[Annotated[int, Interval(ge=0, le=2**15)], ...] = ()
+    seqlens: Annotated[tuple[Count, ...], MinLen(1), MaxLen(256)] = (1, 8)
+    max_kv: Count = 1024
+    weights: Annotated[str, Matches("fp16|int4|checkpoint")] = "fp16"
+    group_size: Count = 128
     embedding_as_input: bool = False
-    batch: int = 1
-    output: str = "logits"
-    kv_dtype: str = "fp16"
-    kv_layout: str = "HND"
-    pp: int = 1
-    mesh: tuple[int, ...] = ()
+    batch: Annotated[int, Interval(ge=1, le=2**15)] = 1
+    output: Annotated[str, Matches("logits|argmax|topk=[1-9][0-9]{0,8}")] = "logits"
+    kv_dtype: Annotated[str, Matches("fp16|int8")] = "fp16"
+    kv_layout: Annotated[str, Matches("HND|NHD")] = "HND"
+    pp: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
+    mesh: Annotated[tuple[Count, ...], MaxLen(2)] = ()
 
     @classmethod
     def of(cls, module: Op) -> Self:
@@ -188,16 +212,17 @@ def _said(value: Recorded) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+@closed
 @dataclass(frozen=True)
 class TensorInfo:
     """An input or output of a program: `dtype` in IR spelling (f16, i32), `alias` the index of the input an
     output updates in place.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    alias: int | None = None
+    name: Name
+    shape: Annotated[tuple[Count, ...], MaxLen(8)]
+    dtype: Element
+    alias: Annotated[int, Interval(ge=0, le=2**15)] | None = None
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
@@ -207,91 +232,140 @@ class TensorInfo:
         )
 
 
+@closed
 @dataclass(frozen=True)
 class DieProgram:
     """The files of one die at one sequence length."""
 
-    die: int
-    seqlen: int
-    function: str
-    library: str
-    program: str
-    ir: str
-    constants: str
-    params: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    die: Annotated[int, Interval(ge=0, lt=MAX_DIES)]
+    seqlen: Count
+    function: Name
+    library: FileName
+    program: FileName
+    ir: FileName
+    constants: FileName
+    params: FileName
+    inputs: Annotated[tuple[TensorInfo, ...], MinLen(1)]
+    outputs: Annotated[tuple[TensorInfo, ...], MinLen(1)]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its files."""
+        return (self.library, self.program, self.ir, self.constants, self.params)
 
 
+@closed
+class FileRecord(TypedDict):
+    """What a file was when it was written: bytes, SHA-256 in hexadecimal digits."""
+
+    size: Annotated[int, Interval(ge=0, le=2**53)]
+    sha256: Annotated[str, Matches("[0-9a-f]{64}")]
+
+
+@closed
+class Host(TypedDict):
+    """What the libraries were compiled for: LLVM's name of the processor, and its features
+    that they need (`tyir.execution.processor`)."""
+
+    mcpu: Version
+    features: list[Version]
+
+
+@closed
+class Build(TypedDict):
+    """What the artifacts were made with: versions, the processor, and the machine by name or as
+    `machine.toml`.
+    """
+
+    tyir: Version
+    tvm: Version
+    host: Host
+    machine: Name
+
+
+@with_others
+class Model(TypedDict, total=False):
+    """What is asked of a model; the rest of what the front end knew is kept as it is."""
+
+    architecture: Name
+    num_hidden_layers: Count
+    hidden_size: Count
+    vocab_size: Count
+
+
+@closed
 @dataclass(frozen=True)
 class Manifest:
     """The whole of `manifest.json`."""
 
-    model: dict[str, Any]
+    model: Model
     options: BuildOptions
-    build: dict[str, Any]
-    programs: tuple[DieProgram, ...]
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    build: Build
+    programs: Annotated[tuple[DieProgram, ...], MinLen(1)]
+    files: Annotated[dict[FileName, FileRecord], MinLen(1)] = field(default_factory=dict)
 
     def program(self, die: int, seqlen: int) -> DieProgram:
         return next(p for p in self.programs if p.die == die and p.seqlen == seqlen)
 
     def to_json(self) -> str:
-        return (
-            json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True)
-            + "\n"
-        )
+        """The text of the file; `TyirError` when a number of the model is not finite."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        try:
+            whole = {**content, "sha256": sha256_of(content)}
+        except ValueError:
+            raise TyirError(
+                "the model's configuration holds a number that is not finite", help="mend its config.json"
+            ) from None
+        return json.dumps(whole, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def load(cls, folder: Path, *, check: bool = True) -> Self:
         """The manifest alone; what is to be run, timed or compared is opened with
         `tyir.execution.artifacts.Artifacts`.
 
-        With `check` every file's size and hash are verified.  `TyirError` lists everything that is wrong.
+        With `check` the manifest's own hash and every file's size and hash are verified.
+        `TyirError` lists everything that is wrong.
         """
         from tyir.execution.artifacts import Artifacts
 
         return cast(Self, Artifacts.open(folder, check=check).manifest)
 
     @classmethod
-    def parse(cls, data: bytes, path: Path) -> Self:
-        """The manifest that a file holds; `TyirError` when it is damaged, or of another format."""
-        try:
-            raw = json.loads(data)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise TyirError(f"cannot read {path}: {error}", help="compile the model again") from None
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise TyirError(f"{path} is not a manifest of tyir artifacts")
-        if raw.get("version") != VERSION:
+    def parse(cls, data: bytes, path: Path, *, check: bool = True) -> Self:
+        """The manifest that a file holds: every value is held against the schema and against the others and,
+        with `check`, the whole against its own hash.
+
+        `TyirError` lists everything that is wrong.
+        """
+        content = _read(data, path)
+        written = content.pop("sha256", None)
+        said = sha256_of(content)
+        del content["format"], content["version"]
+        manifest = checked(cls, content, str(path), AGAIN)
+        if problems := [Diagnostic(p) for p in problems_of(manifest)]:
+            raise TyirError(first_of(problems, str(path), AGAIN))
+        if check and written != said:
             raise TyirError(
-                f"{path} has version {raw.get('version')}; this tyir reads version {VERSION}",
-                help="compile the model again",
+                f"{path} has changed since it was compiled (its hash differs)",
+                help=f"{AGAIN}, or restore the file",
             )
-        try:
-            return cls(
-                model=raw["model"],
-                options=_options(raw["options"]),
-                build=raw["build"],
-                programs=tuple(_program(p) for p in raw["programs"]),
-                files=raw["files"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise TyirError(
-                f"{path} is damaged: {type(error).__name__} {error}", help="compile the model again"
-            ) from None
+        return manifest
 
 
-def _options(raw: Mapping[str, Any]) -> BuildOptions:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    return BuildOptions(**values)
-
-
-def _program(raw: Mapping[str, Any]) -> DieProgram:
-    tensors = {
-        k: tuple(TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in raw[k])
-        for k in ("inputs", "outputs")
-    }
-    return DieProgram(**{**raw, **tensors})
+def _read(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON of a manifest of this version."""
+    try:
+        raw = parse_json(data)
+    except ValueError as error:
+        raise TyirError(f"cannot read {path}: {error}", help=AGAIN) from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise TyirError(f"{path} is not a manifest of tyir artifacts")
+    if raw.get("version") != VERSION or isinstance(raw["version"], (bool, float)):
+        raise TyirError(
+            f"{path} has version {str(raw.get('version'))[:40]}; this tyir reads version {VERSION}",
+            help=AGAIN,
+        )
+    return raw
 
 
 def no_manifest(folder: Path) -> TyirError:
@@ -315,6 +389,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_record(path: Path) -> dict[str, Any]:
+def file_record(path: Path) -> FileRecord:
     """The entry of `files` for one file."""
     return {"size": path.stat().st_size, "sha256": sha256_file(path)}

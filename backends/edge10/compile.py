@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tyir.artifacts.agreement import interface_of
 from tyir.attributes import (
     ArrayAttr,
     Attribute,
@@ -34,18 +35,18 @@ from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, Param, tensor_type
+from tyir.dialects.ty import GetGlobal, Param
 from tyir.edge10.binary import encode
-from tyir.execution.entry_points import alias_of, entry_point, name_of
+from tyir.execution.entry_points import entry_point
 from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
 from tyir.layers import location_by_path
 from tyir.manifest import (
     MACHINE,
     MANIFEST,
+    Build,
     BuildOptions,
     DieProgram,
     Manifest,
-    TensorInfo,
     file_record,
     recorded,
     settled,
@@ -327,16 +328,7 @@ def _artifact_ir(
 
 def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str) -> DieProgram:
     main = _functions(die, seqlen)[-1]
-
-    def info(type_of: Any, attrs: DictAttr, alias: int | None = None) -> TensorInfo:
-        t = tensor_type(type_of)
-        return TensorInfo(
-            name=name_of(attrs) or "",
-            shape=t.static_shape,
-            dtype=str(t.element),
-            alias=alias,
-        )
-
+    inputs, outputs = interface_of(main)
     return DieProgram(
         die=index,
         seqlen=seqlen,
@@ -346,10 +338,8 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str
         ir=f"{place}/llm_die{index}.ir",
         constants=f"{place}/llm_die{index}.params",
         params=f"{Path(place).parent.as_posix()}/common_die{index}.params",
-        inputs=tuple(info(a, main.arg_attr(i)) for i, a in enumerate(main.args)),
-        outputs=tuple(
-            info(v, main.res_attr(i), alias_of(main, i)) for i, v in enumerate(main.body.terminator.operands)
-        ),
+        inputs=inputs,
+        outputs=outputs,
     )
 
 
@@ -420,7 +410,7 @@ def _write_manifest(
     from tyir.backends.host.tvm_host import HostTarget
 
     target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
-    build = {
+    build: Build = {
         "tyir": importlib.metadata.version("tyir"),
         "tvm": importlib.metadata.version("apache-tvm"),
         "host": {"mcpu": target.mcpu, "features": target.features()},

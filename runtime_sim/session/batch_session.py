@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
-from tyir.execution.weights import tensors_of
 from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
 from tyir.runtime_sim.session.session import EngineName, make_engine
@@ -142,7 +142,7 @@ class BatchSession:
 
     @cached_property
     def _embedding_table(self) -> Array:
-        return tensors_of(self.artifacts.map("embedding.params"))["embedding"]
+        return embedding_table(self.artifacts)
 
 
 def _choose(outputs: dict[str, Array], sampler: Sampler) -> int:

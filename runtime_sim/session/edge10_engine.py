@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from tyir.artifacts.agreement import check_ir
 from tyir.dialects.ty import Global
 from tyir.execution.artifacts import Artifacts, ArtifactWeights
 from tyir.parser import parse_bytes
@@ -85,7 +86,9 @@ class Edge10Engine:
 
     def _load(self, die: int, seqlen: int) -> FunctionalDie:
         program = self.manifest.program(die, seqlen)
-        module = parse_bytes(self.artifacts.read(program.ir), str(self.artifacts.path / program.ir))
+        path = self.artifacts.path / program.ir
+        module = parse_bytes(self.artifacts.read(program.ir), str(path))
+        check_ir(module, program, path, self.manifest.model.get("vocab_size"))
         globals_ = [g for g in module.body if isinstance(g, Global)]
         weights = {str(g.sym_name): self._reader.read_packed(g) for g in globals_}
         return FunctionalDie(load_program(self.artifacts, die, seqlen), weights, self.machine)

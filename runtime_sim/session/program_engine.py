@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.agreement import check_ir
+from tyir.artifacts.consistency import cache_inputs
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.dialects.ty import Global
@@ -24,7 +26,7 @@ from tyir.manifest import DieProgram, TensorInfo
 from tyir.parser import parse_bytes
 from tyir.runtime_sim.session.chunks import Chunk
 
-__all__ = ["CacheName", "ProgramEngine", "StepProbe", "cache_inputs", "check_inputs"]
+__all__ = ["CacheName", "ProgramEngine", "StepProbe", "check_inputs"]
 
 Array = npt.NDArray[Any]
 CacheName = tuple[int, str]  # die and argument name: (0, "k3")
@@ -42,11 +44,6 @@ class StepProbe(Protocol):
 class _Loaded:
     program: DieProgram
     interpreter: Interpreter
-
-
-def cache_inputs(program: DieProgram) -> set[int]:
-    """The inputs that a step updates in place: state, which an engine keeps."""
-    return {t.alias for t in program.outputs if t.alias is not None}
 
 
 def check_inputs(program: DieProgram, given: Collection[str]) -> None:
@@ -129,7 +126,9 @@ class ProgramEngine:
         key = (die, seqlen)
         if key not in self._programs:
             program = self.manifest.program(die, seqlen)
-            module = parse_bytes(self.artifacts.read(program.ir), str(self.artifacts.path / program.ir))
+            path = self.artifacts.path / program.ir
+            module = parse_bytes(self.artifacts.read(program.ir), str(path))
+            check_ir(module, program, path, self.manifest.model.get("vocab_size"))
             constants = {str(g.sym_name): self._param(die, g) for g in module.body if isinstance(g, Global)}
             self._programs[key] = _Loaded(
                 program, Interpreter(module, constants=constants, evaluator=self._evaluator(program))

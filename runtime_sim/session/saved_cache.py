@@ -8,27 +8,39 @@ A file appears by rename, so a full disk or an interrupt leaves what was there b
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
+import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.cache_layout import position_axis
+from tyir.artifacts.consistency import cache_inputs
+from tyir.artifacts.files import open_regular
+from tyir.artifacts.schema import parse_json
 from tyir.diagnostics import TyirError
-from tyir.dialects.kv import position_axis
 from tyir.execution.artifacts import Artifacts
+from tyir.manifest import Manifest, TensorInfo
 from tyir.runtime_sim.session.program_engine import CacheName
 
 __all__ = ["identity_of", "read_cache", "write_cache"]
 
 Array = npt.NDArray[Any]
-_OPTIONS = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights", "group_size")
+_AGAIN: Final = "run the prompt again"
+_MOST_BYTES: Final = 1 << 50
+_MOST_HEADER: Final = 1 << 16  # bytes of an array besides its elements, and of what is no array
+_OPTIONS: Final = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights", "group_size")
 
 
 def identity_of(artifacts: Artifacts) -> dict[str, Any]:
@@ -79,49 +91,146 @@ def write_cache(
             temporary.unlink(missing_ok=True)
 
 
-def read_cache(
-    path: Path, identity: Mapping[str, Any], capacity: int
-) -> tuple[list[int], dict[CacheName, Array]]:
-    """The tokens and caches, each with room for `capacity` positions.
+def read_cache(path: Path, artifacts: Artifacts) -> tuple[list[int], dict[CacheName, Array]]:
+    """The tokens and caches of a file that artifacts like these have saved, each cache at its full
+    size.
 
-    `TyirError` when the file is damaged, or says everything in which it is another's.
+    All of it or nothing: `TyirError` when the file is damaged or cut off, when it was saved with other
+    artifacts (with everything in which they differ), and when an array is missing, unknown, of another
+    shape or type, has not a row for each token, or holds NaN or infinity.
     """
+    manifest = artifacts.manifest
     try:
-        with path.open("rb") as file, np.load(file) as saved:
-            data = {name: saved[name] for name in saved.files}
-        theirs = json.loads(str(data.pop("identity")))
-        tokens = [int(token) for token in data.pop("tokens")]
-        axis = position_axis(theirs.setdefault("kv-layout", "HND"))
-        caches = {_cache_name(name): _with_room(array, capacity, axis) for name, array in data.items()}
+        with open_regular(path, _MOST_BYTES) as file, zipfile.ZipFile(file) as archive:
+            members = _members(archive, path)
+            _check_identity(_text(archive, members, "identity"), identity_of(artifacts), path)
+            tokens = _tokens(archive, members, manifest, path)
+            wanted = _expected(manifest, len(tokens)) if tokens or len(members) > 2 else {}
+            if missing := sorted(wanted.keys() - members.keys()):
+                raise _refused(path, f"has no {', '.join(missing[:8])}")
+            if unknown := sorted(members.keys() - wanted.keys() - {"identity", "tokens"}):
+                raise _refused(path, f"has {', '.join(unknown[:8])}, which no cache of these artifacts is")
+            axis = position_axis(manifest.options.kv_layout)
+            caches = {
+                cache: _with_room(_cache(archive, members[name], name, tensor, path), manifest, axis)
+                for name, (cache, tensor) in wanted.items()
+            }
     except OSError as error:
         raise TyirError(
-            f"cannot read the saved cache {path}: {error.strerror or error}", help="run the prompt again"
+            f"cannot read the saved cache {path}: {error.strerror or error}", help=_AGAIN
         ) from None
-    except (KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
-        raise TyirError(
-            f"{path} is not a saved cache, or is cut off or damaged", help="run the prompt again"
-        ) from None
+    except (
+        *(KeyError, ValueError, TypeError, AttributeError, SyntaxError, EOFError, IndexError, OverflowError),
+        *(
+            RecursionError,
+            MemoryError,
+            RuntimeError,
+            NotImplementedError,
+        ),  # encrypted; another version of zip
+        *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+    ):
+        raise TyirError(f"{path} is not a saved cache, or is cut off or damaged", help=_AGAIN) from None
+    return tokens, caches
+
+
+def _expected(manifest: Manifest, rows: int) -> dict[str, tuple[CacheName, TensorInfo]]:
+    """The caches of all dies by their names in a file, with `rows` positions."""
+    axis, found = position_axis(manifest.options.kv_layout), {}
+    for die in range(manifest.options.dies):
+        program = manifest.program(die, min(manifest.options.seqlens))
+        for tensor in (program.inputs[i] for i in sorted(cache_inputs(program))):
+            shape = (*tensor.shape[:axis], rows, *tensor.shape[axis + 1 :])
+            found[f"die{die}/{tensor.name}"] = (die, tensor.name), replace(tensor, shape=shape)
+    return found
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an archive by name; as numpy writes them, each once and not compressed."""
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    plain = all(
+        i.compress_type == zipfile.ZIP_STORED and i.filename.endswith(".npy") for i in archive.infolist()
+    )
+    if len(members) != len(archive.infolist()) or not plain or not {"identity", "tokens"} <= members.keys():
+        raise _refused(path, "is not a saved cache: it does not hold what tyir-run saves")
+    return members
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int = 0) -> tuple[Array, bool]:
+    """An array of the archive of at most `most` bytes besides its header, and whether it is in row-major
+    order.
+
+    Nothing is unpickled: objects have no elements of known size.  `ValueError` for a wrong size.
+    """
+    if info.file_size > most + _MOST_HEADER:
+        raise ValueError
+    file = io.BytesIO(archive.read(info))  # checks the CRC
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, columns_first, dtype = readers[version](file)
+    if dtype.hasobject or len(rest := file.read()) != math.prod(shape) * dtype.itemsize:
+        raise ValueError
+    return np.frombuffer(rest, dtype).reshape(shape), not columns_first or len(shape) < 2
+
+
+def _text(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> str:
+    array, _ = _array(archive, members[name])
+    if array.shape != () or array.dtype.kind != "U":
+        raise ValueError
+    return str(array)
+
+
+def _check_identity(text: str, mine: Mapping[str, Any], path: Path) -> None:
+    theirs = parse_json(text)
     different = [
-        f"{name} {theirs.get(name)} there, {mine} here"
-        for name, mine in identity.items()
-        if theirs.get(name) != mine
+        f"{name} {str(theirs.get(name))[:80]} there, {here} here"
+        for name, here in mine.items()
+        if theirs.get(name) != here or type(theirs.get(name)) is not type(here)
     ]
     if different:
         raise TyirError(
             f"{path} was saved with other artifacts: {'; '.join(different)}",
             help="restore it with those artifacts, or run the prompt again",
         )
-    return tokens, caches
 
 
-def _cache_name(text: str) -> CacheName:
-    die, _, cache = text.partition("/")
-    return int(die.removeprefix("die")), cache
+def _tokens(
+    archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], manifest: Manifest, path: Path
+) -> list[int]:
+    array, _ = _array(archive, members["tokens"], 8 * manifest.options.max_kv)
+    if array.ndim != 1 or array.dtype != np.int64:
+        raise _refused(path, f"has tokens of {array.dtype}{list(array.shape)}, not a list of whole numbers")
+    tokens: list[int] = array.tolist()
+    vocabulary = manifest.model.get("vocab_size", 2**31)
+    if len(tokens) > manifest.options.max_kv:
+        raise _refused(path, f"has {len(tokens)} tokens, the cache {manifest.options.max_kv} positions")
+    if bad := [t for t in tokens if not 0 <= t < vocabulary]:
+        raise _refused(path, f"has token {bad[0]}, which is not in the vocabulary of {vocabulary}")
+    return tokens
 
 
-def _with_room(array: Array, capacity: int, axis: int) -> Array:
+def _cache(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, wanted: TensorInfo, path: Path
+) -> Array:
+    nbytes = math.prod(wanted.shape) * wanted.storage_dtype.itemsize
+    array, in_order = _array(archive, info, nbytes)
+    if (array.shape, array.dtype) != (wanted.shape, wanted.storage_dtype) or not in_order:
+        raise _refused(
+            path,
+            f"has {name} as {array.dtype}{list(array.shape)}, these tokens have"
+            f" {wanted.storage_dtype}{list(wanted.shape)}",
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise _refused(path, f"has NaN or infinity in {name}")
+    return array
+
+
+def _refused(path: Path, problem: str) -> TyirError:
+    return TyirError(f"{path} {problem}", help=_AGAIN)
+
+
+def _with_room(array: Array, manifest: Manifest, axis: int) -> Array:
     """A cache whose `axis` has the used positions, at its full size."""
     used = array.shape[axis]
-    whole = np.zeros((*array.shape[:axis], max(capacity, used), *array.shape[axis + 1 :]), array.dtype)
+    whole = np.zeros((*array.shape[:axis], manifest.options.max_kv, *array.shape[axis + 1 :]), array.dtype)
     whole[(slice(None),) * axis + (slice(used),)] = array
     return whole

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
-from tyir.execution.weights import tensors_of
 from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
+from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
 from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, write_cache
@@ -154,7 +154,7 @@ class Session:
 
         `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
         """
-        tokens, caches = read_cache(path, identity_of(self.artifacts), self.capacity)
+        tokens, caches = read_cache(path, self.artifacts)
         self.engine.load_caches(caches)
         self.tokens = tokens
 
@@ -216,7 +216,7 @@ class Session:
 
     @cached_property
     def _embedding_table(self) -> Array:
-        return tensors_of(self.artifacts.map("embedding.params"))["embedding"]
+        return embedding_table(self.artifacts)
 
     def generate(
         self,

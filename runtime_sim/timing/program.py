@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Final, Self
 from weakref import WeakKeyDictionary
 
+from tyir.artifacts.agreement import check_commands
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
@@ -103,14 +104,17 @@ def load_programs(artifacts: Artifacts, seqlen: int) -> list[EdgeProgram]:
 
 
 def load_program(artifacts: Artifacts, die: int, seqlen: int) -> EdgeProgram:
-    """One die's command program."""
-    name = artifacts.manifest.program(die, seqlen).program
-    return EdgeProgram(program_of(artifacts.read(name), str(artifacts.path / name)))
+    """One die's command program; `TyirError` unless it is what the manifest says."""
+    program = artifacts.manifest.program(die, seqlen)
+    path = artifacts.path / program.program
+    module = program_of(artifacts.read(program.program), str(path))
+    check_commands(module, program, path)
+    return EdgeProgram(module)
 
 
 def machine_of(artifacts: Artifacts) -> Machine:
     """The machine that an artifact folder's programs were compiled for."""
-    name = str(artifacts.manifest.build["machine"])
+    name = artifacts.manifest.build["machine"]
     if name != MACHINE:
         return load_machine(name)
     return machine_from(artifacts.read(name), artifacts.path / name)

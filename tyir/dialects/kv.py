@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.cache_layout import LAYOUTS, cache_shape, head_axis, position_axis
 from tyir.dialects.ty import as_type, attend, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
@@ -39,26 +40,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
-
-
-LAYOUTS: Final = ("HND", "NHD")
-
-
-def head_axis(layout: str) -> int:
-    """The axis of a cache's heads."""
-    return 1 if layout == "HND" else 2
-
-
-def position_axis(layout: str) -> int:
-    """The axis of a cache's positions."""
-    return 3 - head_axis(layout)
-
-
-def cache_shape(
-    layout: str, batch: int | None, heads: int | None, capacity: int, *width: int | None
-) -> tuple[int | None, ...]:
-    """The dimensions of a cache; `width` is D, nothing for scales."""
-    return (batch, heads, capacity, *width) if layout == "HND" else (batch, capacity, heads, *width)
 
 
 class QuantizeRows(DeclaredOp, name="kv.quantize_rows", traits=(Pure,)):

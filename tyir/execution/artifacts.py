@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from tyir.execution.weights import CheckpointReader
 from tyir.manifest import MANIFEST, Manifest, no_manifest
 
 __all__ = ["ArtifactWeights", "Artifacts"]
+
+_MOST_BYTES: Final = 64 << 20  # of a manifest; 16 dies, 8 lengths and 100 layers take 8 MB
 
 
 class Artifacts:
@@ -48,14 +50,14 @@ class Artifacts:
         """
         try:
             folder = OpenedFolder(path)
-            raw = folder.file(MANIFEST)
+            data = _manifest_of(folder)
         except (FileNotFoundError, NotADirectoryError):
             raise no_manifest(path) from None
         except OSError as error:
             raise TyirError(
                 f"cannot read {path / MANIFEST}: {error.strerror}", help="compile the model again"
             ) from None
-        artifacts = cls(folder, Manifest.parse(raw.read(), path / MANIFEST), checked=check)
+        artifacts = cls(folder, Manifest.parse(data, path / MANIFEST, check=check), checked=check)
         artifacts._open_all()
         return artifacts
 
@@ -128,6 +130,13 @@ class Artifacts:
         for name in self.manifest.files:
             if name.endswith(".params"):
                 self.listed(name).unchanged()
+
+
+def _manifest_of(folder: OpenedFolder) -> bytes:
+    file = folder.file(MANIFEST)
+    if file.size > _MOST_BYTES:
+        raise TyirError(f"{file.path} has {file.size} bytes, more than the {_MOST_BYTES} of a manifest")
+    return file.read()
 
 
 class ArtifactWeights(CheckpointReader):

@@ -18,26 +18,19 @@ import os
 import stat
 import weakref
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.files import is_relative_name
 from tyir.diagnostics import TyirError
 
-__all__ = ["OpenedFile", "OpenedFolder", "record_problem"]
+__all__ = ["OpenedFile", "OpenedFolder"]
 
 _PIECE: Final = 1 << 20
 _DAMAGED: Final = "compile the model again, or restore the file"
-
-
-def record_problem(record: object) -> str | None:
-    """What a record of a file lacks: it says `size` in bytes and `sha256` in hexadecimal digits."""
-    if not isinstance(record, Mapping):
-        return f"its record is {record!r}, not an object"
-    missing = [name for name in ("size", "sha256") if name not in record]
-    return f"its record lacks {' and '.join(missing)}" if missing else None
 
 
 class OpenedFile:
@@ -68,8 +61,6 @@ class OpenedFile:
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         """In what the file is not the one that `record` describes."""
-        if (lacking := record_problem(record)) is not None:
-            return f"{self.path} cannot be checked: {lacking}"
         if self.size != record["size"]:
             return f"{self.path} has {self.size} bytes, {record['size']} were written"
         if self.sha256() != record["sha256"]:
@@ -163,11 +154,18 @@ class OpenedFolder:
             return None
 
     def inside(self, name: str) -> str:
-        """`name`; `TyirError` when it leads out of the folder."""
-        parts = PurePosixPath(name)
-        if not name or parts.is_absolute() or ".." in parts.parts:
+        """`name`; `TyirError` when it leads out of the folder, by its text or by a link."""
+        if not is_relative_name(name):
             raise TyirError(
-                f"'{name}' leads out of the artifact folder {self.path}",
+                f"{name[:120]!r} leads out of the artifact folder {self.path}",
                 help="artifacts refer to files of their own folder only; compile the model again",
+            )
+        here = Path(f"/proc/self/fd/{self._descriptor}")  # this folder, wherever it has been moved
+        base = here if here.exists() else self.path
+        real = (base / name).resolve()
+        if not real.is_relative_to(base.resolve()):
+            raise TyirError(
+                f"{self.path / name} is a link out of its folder, to {real}",
+                help="put a copy of the file in its place",
             )
         return name

@@ -7,7 +7,8 @@ A module remembers size and header hash of every file it was imported from (`tyi
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.files import file_inside
+from tyir.artifacts.schema import parse_json
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
@@ -105,23 +108,26 @@ def check_files(module: Module) -> None:
     """
     stamps = module.attributes.get("tyir.files", DictAttr())
     folder = checkpoint_of(module)
+    if not isinstance(stamps, DictAttr):
+        raise TyirError(f"tyir.files is {stamps}, not a dictionary", help="import the checkpoint again")
     problems: list[Diagnostic] = []
     for name, wanted in stamps.items():
-        path = folder / name
+        path, size = folder / name, wanted.get("size") if isinstance(wanted, DictAttr) else None
         try:
-            found = FileStamp.of(path)
-        except OSError as error:
+            found = FileStamp.of(_weights_file(folder, name))
+        except (OSError, TyirError) as error:
+            why = error.strerror if isinstance(error, OSError) else error.diagnostics[0].message
             problems.append(
                 Diagnostic(
-                    f"checkpoint file {path} cannot be read: {error.strerror}",
+                    f"checkpoint file {path} cannot be read: {why}",
                     help="restore the file, or import the checkpoint again",
                 )
             )
             continue
         if found.attribute() is not wanted:
             changed = (
-                f"{found.size} bytes instead of {wanted['size'].value}"
-                if found.size != wanted["size"].value
+                f"{found.size} bytes instead of {size.value}"
+                if isinstance(size, IntegerAttr) and found.size != size.value
                 else "another header"
             )
             problems.append(
@@ -134,30 +140,92 @@ def check_files(module: Module) -> None:
         raise TyirError(problems)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of a safetensors file: bytes `start` to `end` of the file."""
+
+    start: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _entry(base: int, data_offsets: Sequence[int], dtype: str, shape: Sequence[int]) -> _Entry:
+    start, end = data_offsets
+    if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+        raise ValueError
+    return _Entry(base + start, base + end, dtype, tuple(shape))
+
+
+def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
+    """What the header of a safetensors file lists (https://huggingface.co/docs/safetensors); `TyirError` when
+    it cannot be.
+    """
+    damaged = TyirError(f"{path} is damaged: its header is not one of safetensors", help=_RESTORE)
+    base = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if not 8 < base <= min(len(data), 8 + _MAX_HEADER):
+        raise damaged
+    try:
+        header = parse_json(data[8:base].tobytes())
+        header.pop("__metadata__", None)
+        found = {key: _entry(base, **entry) for key, entry in header.items()}
+        for entry in found.values():
+            wanted = math.prod(entry.shape) * by_safetensors[entry.dtype].storage.itemsize
+            if not base <= entry.start <= entry.end <= len(data) or entry.end - entry.start != wanted:
+                raise damaged
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise damaged from None
+    return found
+
+
 def read_safetensors(path: Path) -> dict[str, Array]:
     """The tensors of a `.params` file as read-only views, as stored (format:
     https://huggingface.co/docs/safetensors).
+
+    `TyirError` when the file cannot be read or is damaged.
     """
-    return tensors_of(np.memmap(path, np.uint8, "r"))
+    return tensors_of(_mapped(path.parent, path.name), path)
 
 
-def tensors_of(data: npt.NDArray[np.uint8]) -> dict[str, Array]:
-    """The same of the bytes of such a file."""
-    base = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:base].tobytes())
-    header.pop("__metadata__", None)
-    tensors = {}
-    for key, entry in header.items():
-        start, end = entry["data_offsets"]
-        dtype = by_safetensors[entry["dtype"]].storage
-        tensors[key] = data[base + start : base + end].view(dtype).reshape(entry["shape"])
-    return tensors
+def tensors_of(data: npt.NDArray[np.uint8], path: Path) -> dict[str, Array]:
+    """The same of the bytes of such a file; `path` is for messages."""
+    return {
+        key: data[e.start : e.end].view(by_safetensors[e.dtype].storage).reshape(e.shape)
+        for key, e in _entries(data, path).items()
+    }
+
+
+_RESTORE: Final = "restore the file, or make it again"
+
+
+def _weights_file(folder: Path, name: str) -> Path:
+    """The file of a checkpoint: one inside its folder, or a plug-in's base, which lies elsewhere and is named
+    by its whole path.  A base is a safetensors file, whose header must list what is read of it.
+    """
+    base = Path(name)
+    if base.is_absolute() and base.suffix == ".safetensors":
+        return file_inside(base.parent, base.name)
+    return file_inside(folder, name)
+
+
+def _mapped(folder: Path, name: str) -> npt.NDArray[np.uint8]:
+    """The bytes of a file inside a folder."""
+    try:
+        return np.memmap(_weights_file(folder, name), np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise TyirError(
+            f"cannot read weights from {folder / name}: {error}",
+            help="the IR refers to the checkpoint it was imported from; restore the file or import again",
+        ) from None
 
 
 class CheckpointReader:
-    """`WeightSource` over a checkpoint folder.
+    """`WeightSource` over a checkpoint folder, or a folder of artifacts.
 
-    Arrays are read-only views of the mapped file: no tensor is held in memory.
+    Arrays are read-only views of the mapped file: no tensor is held in memory.  What a reference says is
+    believed of no file: it names one inside the folder, as many bytes as its type takes, and where the file
+    lists its tensors, bytes of the one that it names.  `TyirError` by the name of the op and the file
+    otherwise.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -168,14 +236,12 @@ class CheckpointReader:
         return self._open(file)
 
     def _open(self, file: str) -> npt.NDArray[np.uint8]:
-        path = self.folder / file
-        try:
-            return np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError) as error:
-            raise TyirError(
-                f"cannot read weights from {path}: {error}",
-                help="the IR refers to the checkpoint it was imported from; restore the file or import again",
-            ) from None
+        return _mapped(self.folder, file)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _entries(self, file: str) -> dict[str, _Entry]:
+        listed = file.endswith((".params", ".safetensors"))
+        return _entries(self._map(file), self.folder / file) if listed else {}
 
     def read(self, ref: TensorReference) -> Array:
         """The tensor [shape of `ref.type`] in the storage dtype of its element type, 4-bit elements one per
@@ -185,12 +251,43 @@ class CheckpointReader:
 
     def read_packed(self, ref: TensorReference) -> Array:
         """The tensor as it is stored (`tyir.execution.storage.packed_shape`)."""
-        data = self._map(ref.file)
-        if ref.offset + ref.nbytes > len(data):
-            raise TyirError(
-                f"{self.folder / ref.file} ends at byte {len(data)}, but tensor {ref.key} needs bytes"
-                f" {ref.offset}..{ref.offset + ref.nbytes}",
-                help="the file is truncated or not the one the IR was imported from",
+        try:
+            if problem := self._problem(ref):
+                raise TyirError(problem, help="the file is truncated or not the one the IR was made with")
+            raw = self._map(ref.file)[ref.offset : ref.offset + ref.nbytes]
+            return raw.view(storage_dtype(ref.type.element)).reshape(packed_shape(ref.type))
+        except TyirError as error:
+            first = error.diagnostics[0]
+            raise TyirError(f"@{ref.sym_name}: {first.message}", help=first.help) from None
+
+    def _problem(self, ref: TensorReference) -> str | None:
+        """What is wrong with a reference."""
+        if not ref.type.is_storable:
+            return f"{ref.type} has no size"
+        wanted = math.prod(packed_shape(ref.type)) * storage_dtype(ref.type.element).itemsize
+        if ref.nbytes != wanted:
+            return f"{ref.type} takes {wanted} bytes, nbytes is {ref.nbytes}"
+        if ref.offset < 0:
+            return f"the offset {ref.offset} in {ref.file} is negative"
+        path, begin, end = self.folder / ref.file, ref.offset, ref.offset + ref.nbytes
+        if end > len(self._map(ref.file)):
+            return (
+                f"{path} ends at byte {len(self._map(ref.file))}, but tensor {ref.key} needs bytes"
+                f" {begin}..{end}"
             )
-        raw = data[ref.offset : ref.offset + ref.nbytes]
-        return raw.view(storage_dtype(ref.type.element)).reshape(packed_shape(ref.type))
+        entries = self._entries(ref.file)
+        if not entries:
+            return None
+        entry = entries.get(ref.key)
+        if entry is None:
+            return f"{path} has no tensor {ref.key}"
+        whole = ref.file.endswith(".params")  # a checkpoint's tensor may be referred to in parts
+        if (
+            (begin, end) != (entry.start, entry.end)
+            if whole
+            else not entry.start <= begin <= end <= entry.end
+        ):
+            return f"{path} has {ref.key} in bytes {entry.start}..{entry.end}, not in {begin}..{end}"
+        if (begin - entry.start) % storage_dtype(ref.type.element).itemsize:
+            return f"byte {begin} of {path} is within an element of {ref.key}"
+        return None

@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
 
+from tyir.artifacts.files import read_regular
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Form",
     "build_sections",
     "entries_of",
+    "number_text",
     "parse_table",
     "read_table",
     "shipped_names",
@@ -35,6 +37,19 @@ __all__ = [
 Label = Literal["published", "derived", "assumed", "fitted", "override"]
 LABELS: Final = ("published", "derived", "assumed", "fitted", "override")
 _IN_FILES: Final = LABELS[:-1]
+_MOST_BYTES: Final = 1 << 20  # of a file; the shipped ones have 10 KB
+
+# The least (but 0) and the most that a constant may be, by the unit that its name ends in; for others the
+# last.  Within them no time is 0 or infinite, and no size is beyond an address of 64 bits.
+_RANGES: Final = (
+    ("_mhz", 1e-3, 1e6),
+    ("_gbps", 1e-6, 1e6),
+    ("_bytes", 1e-3, 2**50),
+    ("_us", 1e-9, 1e9),
+    ("_ns", 1e-9, 1e12),
+    ("_cycles", 1e-6, 1e9),
+    ("", 1e-9, 1e9),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +72,18 @@ def shipped_names(package: str) -> list[str]:
 def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
     """The contents of a file: one that comes with `package` by its name, or any by its path."""
     path = Path(name_or_path)
-    own = path.suffix == ".toml"
+    known = shipped_names(package)
+    others = f"known machines: {', '.join(known)}; or give the path of a .toml file"
+    if path.suffix != ".toml" and str(name_or_path) not in known:
+        near = did_you_mean(str(name_or_path), known)
+        raise TyirError(f"there is no machine '{name_or_path}'", help=f"{near} {others}".strip())
     try:
-        text = path.read_bytes() if own else (resources.files(package) / f"{name_or_path}.toml").read_bytes()
-        return parse_table(text, path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        if path.suffix != ".toml":
+            return parse_table((resources.files(package) / f"{name_or_path}.toml").read_bytes(), path)
+        return parse_table(read_regular(path, _MOST_BYTES), path)
+    except OSError as error:
         raise TyirError(
-            f"cannot read the machine file {path}{reason}"
-            if own
-            else f"there is no machine '{name_or_path}'",
-            help=f"known machines: {', '.join(shipped_names(package))}; or give the path of a .toml file",
+            f"cannot read the machine file {path}: {error.strerror or error}", help=others
         ) from None
 
 
@@ -75,7 +91,12 @@ def parse_table(data: bytes, path: Path) -> dict[str, Any]:
     """The contents of a machine file: UTF-8 text of TOML; `path` is for messages."""
     try:
         return tomllib.loads(data.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError:
+        raise TyirError(
+            f"cannot read the machine file {path}: it is not UTF-8",
+            help="a machine file is described in docs/machines.md",
+        ) from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, numbers of thousands of digits
         raise TyirError(
             f"not valid TOML: {error}",
             where=str(path),
@@ -180,6 +201,9 @@ class Form:
         """
         if not 0 <= value < float("inf"):
             return "rates, sizes, counts and times must be positive numbers"
+        low, high = next((low, high) for ending, low, high in _RANGES if name.endswith(ending))
+        if value != 0 and not low <= value <= high:
+            return f"a constant of this unit lies between {low:g} and {high:g}"
         if value == 0 and not (self.zeros or name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))):
             return "rates, sizes and counts must be positive"
         if name == "dram.efficiency" and value > 1:
@@ -192,8 +216,10 @@ class Form:
         """What is wrong with an entry of a file."""
         if not isinstance(entry, dict) or not {"value", "label", "source"} <= set(entry):
             return "needs value, label and source"
-        if unknown := sorted(set(entry) - {"value", "label", "source", "low", "high"}):
-            return f"has no field {', '.join(unknown)}"
+        fields = ("value", "label", "source", "low", "high")
+        if unknown := sorted(set(entry) - set(fields)):
+            near = did_you_mean(unknown[0], fields)
+            return f"has no field {', '.join(unknown)}{f', {near}' if near else ''}"
         if entry["label"] not in _IN_FILES:
             return f"label '{entry['label']}' is none of {', '.join(_IN_FILES)}"
         if not isinstance(entry["source"], str) or not entry["source"].strip():
@@ -203,10 +229,15 @@ class Form:
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 return f"{field} {value!r} is not a number"
             if problem := self.value_problem(name, value):
-                return f"{field} {value:g}: {problem}"
+                return f"{field} {number_text(value)}: {problem}"
         low, high = entry.get("low", entry["value"]), entry.get("high", entry["value"])
         if not low <= entry["value"] <= high:
             return f"value {entry['value']} lies outside its bounds {low}..{high}"
         if self.bounds and entry["label"] == "assumed" and not {"low", "high"} <= set(entry):
             return "an assumed constant needs low and high: results are reported as an interval"
         return None
+
+
+def number_text(value: float) -> str:
+    """A number as a message shows it; whole numbers may be too large for a float."""
+    return f"{value:g}" if isinstance(value, float) or abs(value) < 2**53 else f"about 2^{value.bit_length()}"

@@ -8,7 +8,7 @@ ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Self, get_type_hints
@@ -21,6 +21,7 @@ from tyir.targets.constants import (
     Form,
     build_sections,
     entries_of,
+    number_text,
     parse_table,
     read_table,
     shipped_names,
@@ -203,7 +204,8 @@ class Machine:
             elif problem := _form().value_problem(name, value):
                 problems.append(
                     Diagnostic(
-                        f"{name} = {value:g}: {problem}", help=f"the file has {self.constants[name].value:g}"
+                        f"{name} = {number_text(value)}: {problem}",
+                        help=f"the file has {self.constants[name].value:g}",
                     )
                 )
         if problems:
@@ -266,18 +268,16 @@ def _machine_of(table: dict[str, Any], name_or_path: str | Path) -> Machine:
 def _machine_from_table(table: dict[str, Any], where: str) -> Machine:
     """`base = "edge10"` takes every constant that the file does not give from that machine."""
     name, base = table.pop("name", Path(where).stem), table.pop("base", None)
-    named = isinstance(base, str) and not base.endswith(
-        ".toml"
-    )  # a file would be missing beside the artifacts that this one goes to
-    problems = (
-        []
-        if named or base is None
-        else [
-            Diagnostic(
-                f"base = {base!r} is no known machine's name", where=where, help='write base = "edge10"'
-            )
-        ]
-    )
+    # a base that is a file would be missing beside the artifacts that this one goes to
+    named = isinstance(base, str) and not base.endswith(".toml")
+    problems = []
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 80:
+        problems.append(Diagnostic(f"name = {str(name)[:80]!r} is not a name", help='write name = "mine"'))
+    if base is not None and not named:
+        problems.append(
+            Diagnostic(f"base = {str(base)[:80]!r} is no known machine's name", help='write base = "edge10"')
+        )
+    problems = [replace(problem, where=where) for problem in problems]
     constants, others = _form().read(
         entries_of(table), where, load_machine(base).constants if named else None
     )

@@ -1,0 +1,150 @@
+"""Whether the entries of a manifest fit each other: the programs' interfaces are what the options say.
+
+A step of `seqlen` tokens of `batch` sequences takes the tokens, their positions and the caches of `max_kv`
+positions, and returns the logits (or the best tokens) and the caches, updated in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from tyir.artifacts.cache_layout import position_axis
+
+if TYPE_CHECKING:
+    from tyir.manifest import BuildOptions, DieProgram, Manifest, TensorInfo
+
+__all__ = ["cache_inputs", "problems_of"]
+
+_IDS, _EMBEDDINGS, _POS = "ids", "embeddings", "pos"
+_CACHES: Final = {  # the caches' elements by number of axes: with the scales of 8-bit rows beside them
+    "fp16": {4: "f16"},
+    "int8": {4: "i8", 3: "f16"},
+}
+
+
+def cache_inputs(program: DieProgram) -> set[int]:
+    """The inputs that a step updates in place: state, which an engine keeps."""
+    return {t.alias for t in program.outputs if t.alias is not None}
+
+
+def problems_of(manifest: Manifest) -> Iterator[str]:
+    """Everything in which a manifest contradicts itself."""
+    options = manifest.options
+    yield from _options(options)
+    wanted = Counter((die, s) for s in options.seqlens for die in range(options.dies))
+    found = Counter((p.die, p.seqlen) for p in manifest.programs)
+    if wanted != found:
+        (die, seqlen), _ = next(iter(((wanted - found) or (found - wanted)).items()))
+        yield (
+            f"{options.dies} dies and the lengths {', '.join(map(str, options.seqlens))} need a program each;"
+            f" die {die} has {found[die, seqlen]} for length {seqlen}"
+        )
+        return
+    for program in manifest.programs:
+        who = f"the program of die {program.die} for length {program.seqlen}"
+        yield from (f"{who} {problem}" for problem in _program(program, manifest))
+    for die in range(options.dies):
+        states = [_caches(p) for p in manifest.programs if p.die == die]
+        if any(state != states[0] for state in states):
+            yield f"the programs of die {die} have other caches for other lengths"
+    needed = {name for p in manifest.programs for name in p.files}
+    needed |= {"embedding.params"} if options.embedding_as_input else set()
+    needed |= {manifest.build["machine"]} if manifest.build["machine"].endswith(".toml") else set()
+    if missing := sorted(needed - manifest.files.keys()):
+        yield f"files lists no {', '.join(missing)}"
+    layers = manifest.model.get("num_hidden_layers")
+    counted = len({name for p in manifest.programs for name, t in _caches(p).items() if len(t.shape) == 4})
+    if layers is not None and 2 * layers != counted:
+        yield f"model.num_hidden_layers is {layers}, the programs have {counted} caches of keys and values"
+
+
+def _options(options: BuildOptions) -> Iterator[str]:
+    lengths = ", ".join(map(str, options.seqlens))
+    if list(options.seqlens) != sorted(set(options.seqlens)):
+        yield f"options.seqlens {lengths} do not ascend"
+    if max(options.seqlens) > options.max_kv:
+        yield f"options.seqlens {lengths} are longer than options.max_kv {options.max_kv}"
+    if options.dies % options.pp:
+        yield f"options.pp {options.pp} does not divide options.dies {options.dies}"
+    elif options.mesh and math.prod(options.mesh) != options.dies // options.pp:
+        yield f"options.mesh {options.mesh} does not count the {options.dies // options.pp} dies of a stage"
+    if options.die_map and len(set(options.die_map)) != options.dies:
+        yield f"options.die_map {options.die_map} does not name {options.dies} different dies"
+
+
+def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
+    options = manifest.options
+    step = (options.batch, program.seqlen)
+    for tensors in (program.inputs, program.outputs):
+        names = Counter(t.name for t in tensors)
+        yield from (f"has {count} tensors '{name}'" for name, count in names.items() if count > 1)
+    for t in program.outputs:
+        if t.alias is None:
+            continue
+        source = program.inputs[t.alias] if t.alias < len(program.inputs) else None
+        if source is None or (t.name, t.shape, t.dtype) != (source.name, source.shape, source.dtype):
+            yield f"has output {_shown(t)} in the place of input {t.alias}, {_shown(source)}"
+    state = cache_inputs(program)
+    aliased = [t for t in program.outputs if t.alias is not None]
+    if len(state) != len(aliased):
+        yield "updates one input by two outputs"
+    if any(t.alias is not None for t in program.inputs):
+        yield "has an input that is another input"
+    given = {t.name: t for i, t in enumerate(program.inputs) if i not in state}
+    yield from _tensor(given.pop(_POS, None), _POS, "i32", (options.batch,))
+    if options.embedding_as_input:
+        yield from _tensor(given.pop(_EMBEDDINGS, None), _EMBEDDINGS, "f16", (*step, None))
+    else:
+        yield from _tensor(given.pop(_IDS, None), _IDS, "i32", step)
+    if given:
+        yield f"takes {', '.join(given)}, which no step gives and it does not update"
+    for cache in (program.inputs[i] for i in sorted(state) if i < len(program.inputs)):
+        yield from _cache(cache, options)
+    made = {t.name: t for t in program.outputs if t.alias is None}
+    if options.output == "logits":
+        vocabulary = manifest.model.get("vocab_size")
+        yield from _tensor(made.pop("logits", None), "logits", "f32", (*step, vocabulary))
+    else:
+        best = 1 if options.output == "argmax" else int(options.output.removeprefix("topk="))
+        yield from _tensor(made.pop("top_values", None), "top_values", "f32", (*step, best))
+        yield from _tensor(made.pop("top_ids", None), "top_ids", "i32", (*step, best))
+    if made:
+        yield f"returns {', '.join(made)}, which options.output {options.output} does not say"
+
+
+def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
+    kinds = _CACHES[options.kv_dtype]
+    wanted = kinds.get(len(tensor.shape))
+    if wanted is None:
+        yield f"has {_shown(tensor)}, which is not a cache of {options.kv_dtype}"
+    else:
+        shape: list[int | None] = [None] * len(tensor.shape)
+        shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.max_kv
+        yield from _tensor(tensor, tensor.name, wanted, tuple(shape))
+
+
+def _tensor(found: TensorInfo | None, name: str, dtype: str, shape: tuple[int | None, ...]) -> Iterator[str]:
+    """What is wrong with a tensor; None in `shape` stands for any extent."""
+    fits = (
+        found is not None
+        and found.dtype == dtype
+        and len(found.shape) == len(shape)
+        and all(wanted in (None, extent) for wanted, extent in zip(shape, found.shape))
+    )
+    if not fits:
+        wanted = "x".join("?" if extent is None else str(extent) for extent in shape)
+        yield f"has {_shown(found)} where the options say {name}: {wanted}x{dtype}"
+
+
+def _caches(program: DieProgram) -> dict[str, TensorInfo]:
+    found = (program.inputs[i] for i in cache_inputs(program) if i < len(program.inputs))
+    return {t.name: t for t in found}
+
+
+def _shown(tensor: TensorInfo | None) -> str:
+    if tensor is None:
+        return "nothing"
+    return f"{tensor.name}: {'x'.join(map(str, (*tensor.shape, tensor.dtype)))}"
