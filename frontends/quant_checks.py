@@ -40,6 +40,7 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
         )
     _note_rounding(weights, note)
     for weight_format in formats:
+        _note_scattered(weights, weight_format, note)
         if isinstance(weight_format, GptqFormat) and weight_format.config.zero_shift:
             _note_wrapping_zeros(weights, note)
         own = [name for name in packed if name.endswith(f".{weight_format.packed}")]
@@ -77,6 +78,25 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
                 f" '{plain[0]}'); the tensors decide"
             )
             note(Diagnostic(message, severity="warning", where=where))
+
+
+def _note_scattered(
+    weights: Weights,
+    weight_format: AwqFormat | GptqFormat | CompressedTensorsFormat,
+    note: Callable[[Diagnostic], None],
+) -> None:
+    """Dies and kernels take groups that are ranges of input channels; other weights are computed densely."""
+    tensors, ending = weights.checkpoint.tensors, f".{weight_format.index}"
+    bases = [
+        n.removesuffix(ending) for n, t in tensors.items() if n.endswith(ending) and len(t.type.dims) == 1
+    ]
+    scattered = [base for base in bases if weight_format.scattered(base, tensors)]
+    if scattered:
+        message = (
+            f"{len(scattered)} linears are quantised in order of activations (desc_act, actorder; first"
+            f" '{scattered[0]}'): their values are taken exactly, as fp16; --weights int4 groups them anew"
+        )
+        note(Diagnostic(message, severity="warning", where=str(weights.checkpoint.folder)))
 
 
 def _note_rounding(weights: Weights, note: Callable[[Diagnostic], None]) -> None:

@@ -41,6 +41,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 
 # Libraries a package may import inside functions only.
 LAZY: dict[str, set[str]] = {
+    "tyir": {"gguf"},  # what llama.cpp's block formats mean, when a weight of one is evaluated
     "tools": {
         "torch",
         "transformers",

@@ -88,15 +88,11 @@ def _check_checkpoint(path: Path) -> None:
 
     A GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model.
     """
-    if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".gguf"):
+    if (path / "config.json").is_file():
         return
-    files = sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        message = (
-            f"{path} holds no config.json and {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
-        )
-        raise TyirError(message, help="give the file the artifacts were compiled from")
-    if not files:
+    from tyir.frontends.gguf_files import gguf_model
+
+    if not gguf_model(path):
         raise TyirError(
             f"{path} holds no config.json and no GGUF file",
             help="--against takes the checkpoint folder the artifacts were compiled from",
