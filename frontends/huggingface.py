@@ -314,9 +314,8 @@ def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -
         else:
             wrong.append(name)
     for why, names in surplus.items():
-        message = (
-            f"'{names[0]}' {why}" if len(names) == 1 else f"{len(names)} tensors ({_some(names)}): {why}"
-        )
+        what = f"'{names[0]}' is" if len(names) == 1 else f"{len(names)} tensors are"
+        message = f"{what} not used: {why}" + (f" ({_some(names)})" if len(names) > 1 else "")
         note(Diagnostic(message, severity="warning", where=where))
     if wrong:
         message = (
@@ -338,21 +337,21 @@ def _why_surplus(name: str, tied: str | None, weights: Weights, used: set[str]) 
     Quantisers store more than the model has: a tied head once more, biases of zeros, the unquantised weight.
     """
     if tied is not None:
-        return f"is a copy of the tied '{tied}' and is not used"
+        return f"a copy of the tied '{tied}'"
     if name.endswith(_STRAY_ENDINGS):
-        return "follows from the config and is not used"
+        return "what follows from the config"
     module = name.rpartition(".")[0]
     found = weights.find(f"{module}.weight")
     if f"{module}.weight" not in weights.aliases or found is None:
         return None
     keys = found[0].stored_keys(found[1], weights.checkpoint.tensors)
     if f"{module}.weight" != found[1]:
-        return f"is of the tied '{found[1]}', stored once more, and is not used"
+        return f"the tied '{found[1]}' stored once more"
     if name.endswith(".bias") and keys != (f"{module}.weight",):
         zeros = not TensorReader(weights.checkpoint.folder)(weights.checkpoint.tensors[name]).any()
-        return "is all zeros and is not used" if zeros else None  # AutoGPTQ writes these
+        return "all zeros" if zeros else None  # AutoGPTQ writes these
     if name == f"{module}.weight" and used.issuperset(keys):
-        return "is stored quantised as well, which is used"
+        return "stored quantised as well"
     return None
 
 

@@ -137,7 +137,7 @@ class _PackedFormat(ABC):
         compressed-tensors' actorder "group").
         """
         stored = tensors.get(f"{base}.{self.index}")
-        if stored is None or self.index not in self.optional:
+        if stored is None or self.index not in self.optional or len(stored.type.dims) != 1:
             return False
         (k,) = stored.type.static_shape
         group = self.group(base, k, tensors)

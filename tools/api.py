@@ -99,7 +99,14 @@ def compile_path(
         module,
         out,
         options,
-        chosen.CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine),
+        chosen.CompileContext(
+            watch=watch,
+            progress=progress,
+            mcpu=mcpu,
+            binary=binary,
+            machine=machine,
+            files=_side_files(module, warn),
+        ),
     )
 
 
@@ -134,6 +141,17 @@ def load_module(
         )
     verify(module)
     return module
+
+
+def _side_files(module: Module, warn: Callable[[str], None]) -> dict[str, bytes]:
+    """Config and tokenizer files that the checkpoint of a module holds in another form."""
+    from tyir.attributes import DictAttr
+    from tyir.execution.weights import checkpoint_of
+    from tyir.frontends.side_files import side_files
+
+    files = module.attributes.get("tyir.files")
+    names = [name for name, _ in files.items()] if isinstance(files, DictAttr) else []
+    return side_files(checkpoint_of(module), names, lambda d: warn(f"{d.message}; {d.help}"))
 
 
 def check_options(options: BuildOptions) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tyir.runtime_sim.session.sampling import Sampler
     from tyir.runtime_sim.session.session import Session
 
-__all__ = ["load_tokenizer", "main", "stop_tokens"]
+__all__ = ["load_tokenizer", "main", "prompt_ids", "stop_tokens"]
 
 
 @run_tool
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(args.artifacts)
     prompts = args.prompt or [sys.stdin.read()]
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     stops = stop_tokens(args.artifacts)
     if len(prompts) > 1:
         return _run_batch(args, prompts, ids, tokenizer, sampler, stops)
@@ -132,6 +132,17 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a prompt.
+
+    A text that begins with the beginning-of-sequence token, as chat templates write it, does not get a second
+    one from tokenizers that put one before every text.
+    """
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    begin, token = tokenizer.bos_token_id, tokenizer.bos_token
+    return ids[1:] if token and text.startswith(token) and ids[:2] == [begin, begin] else ids
 
 
 def stop_tokens(folder: Path) -> set[int]:

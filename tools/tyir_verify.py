@@ -101,14 +101,14 @@ def _check_checkpoint(path: Path) -> None:
 
 def _prompts(args: argparse.Namespace) -> list[list[int]]:
     """The token ids of each prompt."""
-    from tyir.tools.tyir_run import load_tokenizer
+    from tyir.tools.tyir_run import load_tokenizer, prompt_ids
     from tyir.tools.verify.compare import PROMPTS
 
     if args.ids:
         return [list(args.ids)]
     tokenizer = load_tokenizer(args.artifacts)
     return [
-        tokenizer(text)["input_ids"] for text in ([args.prompt] if args.prompt else PROMPTS[: args.prompts])
+        prompt_ids(tokenizer, text) for text in ([args.prompt] if args.prompt else PROMPTS[: args.prompts])
     ]
 
 
