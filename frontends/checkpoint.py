@@ -62,7 +62,8 @@ class StoredTensor:
 class Checkpoint:
     """What a folder holds.
 
-    `unreadable` names the tensors that lie in files which could not be read (already reported).
+    `unreadable` names the tensors that lie in files which could not be read (already reported); `low_rank`
+    gives the scales of an adapter's factors, by the key of A.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     stamps: Mapping[str, FileStamp]
     unreadable: frozenset[str] = frozenset()
     whole: bool = True
+    low_rank: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -341,11 +343,46 @@ def _no_folder(given: Path, folder: Path) -> Diagnostic:
     return Diagnostic(f"checkpoint folder {folder} does not exist", help=help)
 
 
-def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
-    """What `folder` holds; problems are appended.
+def open_checkpoint(folder: Path, problems: list[Diagnostic], base: Path | None = None) -> Checkpoint | None:
+    """What `folder` holds; problems are appended.  Of a LoRA adapter, its base with the adapter merged, where
+    `base` is the base's folder unless the adapter says it.
 
     None when there is no usable config.json (tensor files are checked all the same).
     """
+    from tyir.frontends.adapters import CONFIG
+
+    if (folder / CONFIG).is_file():
+        return _open_adapter(folder.absolute(), problems, base)
+    if base is not None:
+        message = f"{folder} is not a LoRA adapter: it holds no {CONFIG}"
+        problems.append(Diagnostic(message, help="leave --base out, or give the adapter's folder"))
+        return None
+    return _open_model(folder, problems)
+
+
+def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -> Checkpoint | None:
+    from tyir.frontends.adapters import CONFIG, FILES, base_folder, merged, no_base
+
+    reader = _Reader(folder, problems)
+    config = reader.json_file(CONFIG, "restore it from where the adapter came from")
+    if config is None:
+        return None
+    found = base or base_folder(folder, config, any((folder / n).exists() for n in _TENSOR_FILES))
+    if found is None:
+        problems.append(no_base(folder, config))
+        return None
+    file = next((name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        reader.problem(f"the adapter's weights are missing: {FILES[0]}", "download them", folder)
+        return None
+    if not (reader.tensor_file(file) if file.endswith(".safetensors") else reader.torch_file(file)):
+        return None
+    opened = _open_model(found, problems)
+    return None if opened is None else merged(opened, folder, config, reader.tensors, problems)
+
+
+def _open_model(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
+    """`open_checkpoint` of a whole model."""
     given, folder = folder, folder.absolute()
     if not (folder.is_dir() and any((folder / n).exists() for n in _TENSOR_FILES)):
         from tyir.frontends.gguf_files import gguf_model

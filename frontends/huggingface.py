@@ -81,6 +81,7 @@ def import_model(
     check_weights: bool = False,
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
+    base: Path | None = None,
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
@@ -88,8 +89,9 @@ def import_model(
     stay in the folder (`ty.global`). `note` receives warnings (stray tensors).  `check_weights` reads them
     all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
     frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
-    for every prompt: keys in a cache cannot be turned again when it grows. `TyirError` holds every problem of
-    the folder, or every operation that cannot be imported.
+    for every prompt: keys in a cache cannot be turned again when it grows.  `base`: the folder of the base
+    model, when `folder` holds a LoRA adapter whose config does not say it.  `TyirError` holds every problem
+    of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
         raise TyirError(
@@ -98,7 +100,13 @@ def import_model(
         )
     with _collector_paused():
         opened = open_model(
-            folder, dtype, note, check_weights=check_weights, plugin=plugin, positions=positions
+            folder,
+            dtype,
+            note,
+            check_weights=check_weights,
+            plugin=plugin,
+            positions=positions,
+            base=base,
         )
         return _build(opened.checkpoint, opened.meta, opened.weights)
 
@@ -136,11 +144,12 @@ def open_model(
     check_weights: bool = False,
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
+    base: Path | None = None,
 ) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
     problems: list[Diagnostic] = []
-    checkpoint = open_checkpoint(folder, problems)
+    checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
@@ -173,19 +182,22 @@ def formats_of(
     config = read_quant_config(checkpoint.folder, checkpoint.config, problems)
     if len(problems) > before:
         return ()
+    formats: tuple[WeightFormat, ...] = (PlainFormat(),)
     if plugin is not None and plugin.base is not None:
         from tyir.frontends.plugin import DeltaFormat
 
-        return (DeltaFormat(), PlainFormat())
-    if any(t.converted for t in checkpoint.tensors.values()):
+        formats = (DeltaFormat(), *formats)
+    elif any(t.converted for t in checkpoint.tensors.values()):
         from tyir.frontends.gguf_files import GgufFormat
 
-        return (GgufFormat(), PlainFormat())
-    return (
-        (PlainFormat(),)
-        if config is None
-        else (quantized_format(config, TensorReader(checkpoint.folder)), PlainFormat())
-    )
+        formats = (GgufFormat(), *formats)
+    elif config is not None:
+        formats = (quantized_format(config, TensorReader(checkpoint.folder)), *formats)
+    if checkpoint.low_rank:
+        from tyir.frontends.adapters import LoraFormat
+
+        formats = (LoraFormat(formats), *formats)
+    return formats
 
 
 def _ignore(warning: Diagnostic) -> None:

@@ -5,6 +5,7 @@ The tensors decide; what the config says otherwise is reported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -134,10 +135,22 @@ def _note_wrapping_zeros(weights: Weights, note: Callable[[Diagnostic], None]) -
 
 
 def _is_excluded(module: str, weight_format: AwqFormat | GptqFormat | CompressedTensorsFormat) -> bool:
-    """Whether the config's list names the module: by substring for AWQ and GPTQ, by name or last part for
-    compressed-tensors.
+    """Whether the config's list names the module: by substring for AWQ and GPTQ, by name, last part or
+    regular expression ("re:...") for compressed-tensors.
     """
     names = weight_format.config.excluded
     if isinstance(weight_format, CompressedTensorsFormat):
-        return any(module == name or module.endswith(f".{name}") for name in names)
+        return any(
+            _matches(name[3:], module)
+            if name.startswith("re:")
+            else module == name or module.endswith(f".{name}")
+            for name in names
+        )
     return any(name in module for name in names)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error:
+        return False

@@ -88,7 +88,7 @@ def _possible(merges: Iterable[str], tokens: Iterable[str]) -> list[str]:
 
 
 def _from_sentencepiece(folder: Path, note: Note) -> dict[str, bytes]:
-    """tokenizer.json of a lone tokenizer.model, so that artifacts run where sentencepiece is not installed."""
+    """tokenizer.json of a lone tokenizer.model: artifacts then run where sentencepiece is not installed."""
     absent = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
     if absent:
         message = f"the only tokenizer is {_SPM}, which cannot be read without {' and '.join(absent)}"

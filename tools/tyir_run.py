@@ -142,7 +142,10 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
     """
     ids: list[int] = list(tokenizer(text)["input_ids"])
     begin, token = tokenizer.bos_token_id, tokenizer.bos_token
-    return ids[1:] if token and text.startswith(token) and ids[:2] == [begin, begin] else ids
+    if not token or not text.startswith(token):
+        return ids
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[1:] if own[:1] == [begin] and ids[: len(own) + 1] == [begin, *own] else ids
 
 
 def stop_tokens(folder: Path) -> set[int]:

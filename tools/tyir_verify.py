@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
-from tyir.tools.build_arguments import numbers
+from tyir.tools.build_arguments import add_base_option, numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     _check_checkpoint(args.against)
     prompts = _prompts(args)
     plugin = _plugin(args.model_plugin)
-    reference = Reference(args.against, session.manifest.options, plugin)
+    reference = Reference(args.against, session.manifest.options, plugin, args.base)
     results: list[PromptResult] = []
     for number, ids in enumerate(prompts):
         session.sequence = states.sequence = (
@@ -62,7 +62,12 @@ def main(argv: Sequence[str]) -> int:
     if args.engine != "edge10":
         worst = min(results, key=lambda r: r.logit_cosine.min())
         found = locate(
-            args.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine, plugin=plugin
+            args.artifacts,
+            args.against,
+            worst.ids[: worst.prompt_length + 8],
+            args.engine,
+            plugin=plugin,
+            base=args.base,
         )
         print(
             (
@@ -86,9 +91,10 @@ def _plugin(path: Path | None) -> ModelPlugin | None:
 def _check_checkpoint(path: Path) -> None:
     """`TyirError` unless `path` is a checkpoint.
 
-    A GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model.
+    A GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model; an
+    adapter's base has one.
     """
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
     from tyir.frontends.gguf_files import gguf_model
 
@@ -163,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-plugin", type=Path, metavar="FILE", help="the plugin the artifacts were compiled with"
     )
+    add_base_option(parser)
     parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
     parser.add_argument(
         "--ids",

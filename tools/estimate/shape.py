@@ -232,7 +232,13 @@ def read_shape(path: Path) -> ModelShape:
         head_norms=family.head_norms and family.flag(family.qk_norm, raw),
         head_bias=family.head_bias,
         rotary_tables=_rotary_tables(family, raw, sizes["num_hidden_layers"]),
-        group=_gguf_group(tensors) if quant is None else quant.group_size or 0,
+        group=(
+            _gguf_group(tensors)
+            if quant is None
+            else None
+            if quant.reordered  # groups that are not ranges of channels become fp16
+            else quant.group_size or 0
+        ),
         quantised_head=(
             _gguf_head(tensors)
             if quant is None

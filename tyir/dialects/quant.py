@@ -1,8 +1,8 @@
-"""`quant`: how checkpoints store few-bit weights, undone exactly.
+"""`quant`: how checkpoints store few-bit weights, undone exactly; and adapters added to weights.
 
 The ops of weight expressions between a quantised checkpoint's words and `ty.quantized_linear`: whatever the
-source, a linear ends with q [N, K], scales [N, K/g] and zeros [N, K/g].  Nothing here rounds, except
-`quant.ggml_dequantize`, whose formats have no integer zero point.
+source, a linear ends with q [N, K], scales [N, K/g] and zeros [N, K/g], or with a dense weight where groups
+are no ranges of columns or zero points no integers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from tyir.opdef import DeclaredOp, attr, operand, result
 from tyir.traits import Pure
 from tyir.types import TensorType, Type, f16, i32, ui4, ui8
 
-__all__ = ["GGML_BLOCKS", "AddWrapping", "DequantizeIndexed", "GgmlDequantize", "GgmlQ40", "Unpack"]
+__all__ = [
+    "GGML_BLOCKS",
+    "AddLowRank",
+    "AddWrapping",
+    "DequantizeIndexed",
+    "GgmlDequantize",
+    "GgmlQ40",
+    "Unpack",
+]
 
 Array = npt.NDArray[Any]
 _PER_WORD: Final = 8
@@ -115,6 +123,33 @@ class DequantizeIndexed(DeclaredOp, name="quant.dequantize_indexed", traits=(Pur
     def evaluate(self, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
         centred = q.astype(np.float32) - zeros[:, groups].astype(np.float32)
         return (centred * scales[:, groups].astype(np.float32)).astype(np.float16)
+
+
+class AddLowRank(DeclaredOp, name="quant.add_low_rank", traits=(Pure,)):
+    """w + scale * (b a), computed in f32 and rounded once to `element`: w [N, K], a [r, K], b [N, r].
+
+    A weight with a LoRA adapter merged into it.
+    """
+
+    w: Value = operand()
+    a: Value = operand()
+    b: Value = operand()
+    _: KW_ONLY
+    scale: float = attr()
+    element: Type = attr(default=f16)
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return tensor_type(self.w).with_element(self.element)
+
+    def verify(self) -> Iterator[str]:
+        (n, k), a, b = static_shape(self.w, 2), static_shape(self.a, 2), static_shape(self.b, 2)
+        if a != (a[0], k) or b != (n, a[0]):
+            yield f"factors {self.a.type} and {self.b.type} do not make a matrix of {n}x{k}"
+
+    def evaluate(self, w: Array, a: Array, b: Array) -> Array:
+        w, a, b = (x.astype(np.float32, copy=False) for x in (w, a, b))
+        return as_type(w + np.float32(self.scale) * (b @ a), self.element)
 
 
 # ---------------------------------------------------------------------------------------------------- GGUF
