@@ -69,10 +69,12 @@ def merged(
     What the adapter stores whole (modules_to_save, biases) takes the place of the base's.
     """
     where = str(folder / CONFIG)
-    problems.extend(
-        Diagnostic(f"the adapter has {what}, which is not merged", where=where, help=_MERGE)
-        for what in _unsupported(config)
-    )
+    if unsupported := _unsupported(config):
+        problems.extend(
+            Diagnostic(f"the adapter has {what}, which is not merged", where=where, help=_MERGE)
+            for what in unsupported
+        )
+        return base
     found, scales = dict(base.tensors), dict[str, float]()
     for key, stored in tensors.items():
         name = key.removeprefix(_WRAPPER)
@@ -111,20 +113,29 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if isinstance(begun, str) and begun.lower().startswith(_CHANGED_BASE):
         found.append(f"init_lora_weights '{begun}'")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not found and not (isinstance(alpha, (int, float)) and isinstance(rank, int)):
+    if not (isinstance(alpha, (int, float)) and isinstance(rank, int)):
         found.append(f"r {rank!r} and lora_alpha {alpha!r}")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(isinstance(v, (int, float)) for v in patterns.values()):
+        found.append(f"alpha_pattern {patterns!r}")
     return found
 
 
 def _scale(module: str, stored: StoredTensor, config: Mapping[str, Any]) -> float:
     """s of one module; its rank is that of the stored factor A [r, K]."""
     rank = stored.type.dims[0] or 1
-    patterns = config.get("alpha_pattern")
-    alpha = config.get("lora_alpha", 0)
-    if isinstance(patterns, dict):
-        keys = (k for k in patterns if re.fullmatch(rf"(.*\.)?({k})", module))
-        alpha = patterns.get(next(keys, None), alpha)
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    matching = (value for key, value in patterns.items() if _matches(key, module))
+    alpha = next(matching, config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matches(key: str, module: str) -> bool:
+    """Whether a key of a pattern means a module: its name or the end of it, or a regular expression."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({key})", module) is not None
+    except re.error:
+        return False
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,18 @@ def scheme(
         (scheme({"sparsity_config": {"format": "sparse-24-bitmask"}}), "sparsity_config.format 'sparse-24"),
         (scheme({"kv_cache_scheme": {"num_bits": 8}}), "kv_cache_scheme {'num_bits': 8}"),
         (scheme({"format": "nvfp4-pack-quantized"}), "format 'nvfp4-pack-quantized'"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic['+:.*down.*'].bits 8"),
+        (
+            {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}},
+            "dynamic['+:.*down.*'].bits 8",
+        ),
         ({"quant_method": "gptq", "bits": 4, "rotation": "hadamard"}, "rotation 'hadamard'"),
         ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "is_marlin_format True"),
         ({"quant_method": "gptq", "bits": 3}, "bits 3 (4 is accepted)"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv' (gemm is accepted)"),
-        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"}, "packing_format"),
+        (
+            {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"},
+            "packing_format",
+        ),
         ({"quant_method": "auto-round", "bits": 2}, "auto-round checkpoint with bits 2"),
         ({"quant_method": "auto-round", "data_type": "mx_fp"}, "data_type 'mx_fp'"),
         ({"quant_method": "auto-round", "bits": 4, "act_bits": 8}, "act_bits 8"),
@@ -85,8 +91,14 @@ def test_refused_by_name(config: dict[str, Any], wanted: str) -> None:
         (scheme({"ignore": ["re:.*lm_head"], "transform_config": {}, "sparsity_config": {}}), {}),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*mlp.*": {}}}, {"zero_shift": 1}),
         ({"quant_method": "awq", "bits": 4, "checkpoint_format": "gemm"}, {"method": "awq"}),
-        ({"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": False}, {"method": "gptq", "group_size": 64}),
-        ({"quant_method": "intel/auto-round", "bits": 4, "backend": "auto_round:gptq:exllamav2"}, {"zero_shift": 1}),
+        (
+            {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": False},
+            {"method": "gptq", "group_size": 64},
+        ),
+        (
+            {"quant_method": "intel/auto-round", "bits": 4, "backend": "auto_round:gptq:exllamav2"},
+            {"zero_shift": 1},
+        ),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, {"method": "awq"}),
         (
             {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}},

@@ -202,12 +202,12 @@ def refusal(folder: Path) -> str:
     ("change", "wanted"),
     [
         ({"bits": 8}, "bits 8 (4 is accepted)"),
-        ({"version": "gemv"}, "version 'gemv' ('gemm' is accepted)"),
+        ({"version": "gemv"}, "version 'gemv' (gemm is accepted)"),
         ({"zero_point": False}, "zero_point False"),
         ({"group_size": "x"}, "group_size 'x'"),
         ({"group_size": 32}, "has groups of 64 input channels, the quantisation config says 32"),
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', which cannot be imported"),
-        ({"quant_method": "compressed-tensors"}, "0 config_groups (one is accepted)"),
+        ({"quant_method": "compressed-tensors"}, "no config_groups"),
     ],
 )
 def test_configs_that_cannot_be_read(awq_folder: Path, change: dict[str, Any], wanted: str) -> None:
@@ -340,6 +340,7 @@ def test_a_tied_head_stored_once_more(
     else:
         write_quantized(plain, folder, KINDS[kind])
         head = load_file(plain / "model.safetensors")["model.embed_tokens.weight"]
+        head = head + np.float16(0.01)  # the padding token's row is zero
         stored = KINDS[kind].pack(quantize(head, KINDS[kind].group or 64, KINDS[kind].symmetric))
     tensors = load_file(folder / "model.safetensors")
     tensors.update({f"lm_head.{part}": np.ascontiguousarray(v) for part, v in stored.items()})
