@@ -158,7 +158,7 @@ class LoraFormat:
         assert inner is not None and factors is not None
         if (problem := inner.problem(name, shape, tensors)) is not None:
             return problem
-        a, b = (tensors[key].type.dims for key in factors)
+        a, b = (tensors[key].type.static_shape for key in factors)
         (n, k), (rank, *_) = shape, a
         if (a, b) not in (((rank, k), (n, rank)), ((rank, n), (k, rank))):
             return (

@@ -152,6 +152,28 @@ def test_as_transformers_reads_it(
             assert ours[key] == theirs["config"][key], key
 
 
+@pytest.mark.parametrize("architecture", ["gemma", "granite"])
+def test_architectures_that_transformers_does_not_read_from_gguf(tmp_path: Path, architecture: str) -> None:
+    config, state = parameters(architecture, head_dim=64)
+
+    def extra(writer: Any) -> None:
+        if architecture == "granite":
+            writer.add_logit_scale(8.0)
+            writer.add_embedding_scale(12.0)
+            writer.add_residual_scale(0.22)
+            writer.add_attention_scale(0.0156)
+
+    held = gguf_writer.write(tmp_path / "m.gguf", architecture, config, state, lambda n: "Q4_1", extra)
+    found = dict(dense_state(tmp_path))
+    assert found.keys() == held.keys()
+    for name, w in held.items():
+        np.testing.assert_allclose(found[name], w, atol=1e-6, err_msg=name)
+    (ours, _) = read_gguf(gguf_model(tmp_path))
+    if architecture == "granite":
+        names = ("logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier")
+        assert [ours[n] for n in names] == pytest.approx([8.0, 12.0, 0.22, 0.0156])
+
+
 @pytest.mark.parametrize("o_bias", [True, False])
 def test_a_llama_with_biases(tmp_path: Path, o_bias: bool) -> None:
     """The config follows from the tensors; biases of q and k are interleaved as their weights are."""
