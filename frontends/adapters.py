@@ -26,6 +26,7 @@ __all__ = ["CONFIG", "FILES", "LoraFormat", "base_folder", "merged", "no_base"]
 CONFIG: Final = "adapter_config.json"
 FILES: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _WRAPPER: Final = "base_model.model."  # what PEFT puts before the names of the model
+_WRAPPED: Final = ".base_layer."  # an embedding that has factors is stored whole as well
 _FACTOR: Final = re.compile(r"(.*)\.(?:lora_|lora_embedding_)([AB])(?:\.\w+)?")
 _A, _B = ".lora_A", ".lora_B"
 # Settings that change what is computed, and the values with which it is W + s B A.
@@ -66,7 +67,8 @@ def merged(
 ) -> Checkpoint:
     """`base` with the tensors of an adapter beside its own; `LoraFormat` adds them.
 
-    What the adapter stores whole (modules_to_save, biases) takes the place of the base's.
+    What the adapter stores whole (modules_to_save, biases, embeddings with factors) takes the place of the
+    base's.
     """
     where = str(folder / CONFIG)
     if unsupported := _unsupported(config):
@@ -77,7 +79,7 @@ def merged(
         return base
     found, scales = dict(base.tensors), dict[str, float]()
     for key, stored in tensors.items():
-        name = key.removeprefix(_WRAPPER)
+        name = key.removeprefix(_WRAPPER).replace(_WRAPPED, ".")
         moved = replace(stored, file=str(folder / stored.file))
         match = _FACTOR.fullmatch(name.removesuffix(".weight"))
         if match is None:

@@ -142,14 +142,13 @@ def test_whole_tensors_and_embeddings(base: Path, tmp_path: Path) -> None:
     a, b = rng.normal(size=(4, v)).astype(np.float32), rng.normal(size=(h, 4)).astype(np.float32)
     tensors = load_file(folder / "adapter_model.safetensors")
     module = "base_model.model.model.embed_tokens"
-    save_file(
-        {**tensors, f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b},
-        folder / "adapter_model.safetensors",
-    )
+    factors = {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}
+    whole = {f"{module}.base_layer.weight": wanted["model.embed_tokens.weight"] * 2}
+    save_file({**tensors, **factors, **whole}, folder / "adapter_model.safetensors")
     found = state_of(folder, base)
     assert np.array_equal(found["lm_head.weight"], head.astype(np.float32))
     name = "model.embed_tokens.weight"
-    np.testing.assert_allclose(found[name], wanted[name] + np.float32(4) * (b @ a).T, atol=1e-5)
+    np.testing.assert_allclose(found[name], 2 * wanted[name] + np.float32(4) * (b @ a).T, atol=1e-5)
 
 
 def test_an_adapter_in_the_folder_of_its_base(base: Path, tmp_path: Path) -> None:

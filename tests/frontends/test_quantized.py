@@ -279,7 +279,8 @@ def test_groups_in_order_of_activations(
     channel without a group is refused.
     """
     folder = Path(shutil.copytree(checkpoints[kind][0], tmp_path / "checkpoint"))
-    bases = [f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1) for part in ("gate", "up", "down")]
+    several = ("gate", "up", "down") if KINDS[kind].group == 32 else ("down",)  # groups of 64: one of 64
+    bases = [f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1) for part in several]
     index, scales = ("g_idx", "scales") if kind.startswith("gptq") else ("weight_g_idx", "weight_scale")
     wanted: dict[str, npt.NDArray[Any]] = {}
     rng = np.random.default_rng(0)
@@ -302,7 +303,7 @@ def test_groups_in_order_of_activations(
     notes: list[Diagnostic] = []
     module = import_model(folder, note=notes.append)
     said = [n.message for n in notes if "in order of activations" in n.message]
-    assert len(said) == 1 and said[0].startswith(f"{len(bases)} linears") and bases[2] in said[0]
+    assert len(said) == 1 and said[0].startswith(f"{len(bases)} linears") and min(bases) in said[0]
     found = dict(dense_state(folder))
     for name, array in wanted.items():
         np.testing.assert_array_equal(found[name], array.astype(np.float32), err_msg=name)
@@ -340,7 +341,7 @@ def test_a_tied_head_stored_once_more(
     else:
         write_quantized(plain, folder, KINDS[kind])
         head = load_file(plain / "model.safetensors")["model.embed_tokens.weight"]
-        head = head + np.float16(0.01)  # the padding token's row is zero
+        head = np.random.default_rng(0).normal(0, 0.02, head.shape)  # the padding token's row would be zero
         stored = KINDS[kind].pack(quantize(head, KINDS[kind].group or 64, KINDS[kind].symmetric))
     tensors = load_file(folder / "model.safetensors")
     tensors.update({f"lm_head.{part}": np.ascontiguousarray(v) for part, v in stored.items()})
