@@ -55,7 +55,13 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
                 where=where,
                 help="remove quantization_config from config.json if these are the unquantised weights",
             )
-        excluded = [n for n in own if _is_excluded(n.rpartition(".")[0], weight_format)]
+        modules = {n: n.rpartition(".")[0] for n in own}
+        excluded = [
+            n
+            for n, module in modules.items()
+            if weights.canonical(f"{module}.weight") == f"{module}.weight"  # not a tied one stored once more
+            and _is_excluded(module, weight_format)
+        ]
         if excluded:
             message = (
                 f"{len(excluded)} tensors are quantised although config.json excludes them (first"
