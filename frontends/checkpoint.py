@@ -10,7 +10,7 @@ tensors without gaps).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,7 @@ SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 TORCH_FILE: Final = "pytorch_model.bin"
 TORCH_INDEX: Final = "pytorch_model.bin.index.json"
+_TENSOR_FILES: Final = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 
 # The element types of safetensors files by their names there.
@@ -39,7 +40,7 @@ class StoredTensor:
     """A tensor of the checkpoint: `nbytes` bytes at `offset` (from the start of the file) of `file`.
 
     `encoding`: the block format of a GGUF tensor, whose `type` then is rows of bytes; `interleaved`: heads
-    whose halves' rows alternate, as in llama.cpp.
+    whose halves' rows alternate, as in llama.cpp; `added`: what was added to every value.
     """
 
     key: str
@@ -49,13 +50,20 @@ class StoredTensor:
     nbytes: int
     encoding: str = ""
     interleaved: int = 0
+    added: int = 0
+
+    @property
+    def converted(self) -> bool:
+        """Whether the values are not the parameter's as they are."""
+        return bool(self.encoding or self.interleaved or self.added)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What a folder holds.
 
-    `unreadable` names the tensors that lie in files which could not be read (already reported).
+    `unreadable` names the tensors that lie in files which could not be read (already reported); `low_rank`
+    gives the scales of an adapter's factors, by the key of A.
     """
 
     folder: Path
@@ -64,6 +72,7 @@ class Checkpoint:
     stamps: Mapping[str, FileStamp]
     unreadable: frozenset[str] = frozenset()
     whole: bool = True
+    low_rank: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -190,19 +199,19 @@ class _Reader:
         self.stamps[name] = FileStamp.of(path)
         return True
 
-    def gguf_file(self, path: Path) -> dict[str, Any] | None:
-        """Note the tensors of a GGUF file; returns the config in its metadata, None (and problems) when the
-        file cannot be used.
+    def gguf_files(self, paths: Sequence[Path]) -> dict[str, Any] | None:
+        """Note the tensors of a GGUF model; returns the config in its metadata, None (and problems) when the
+        files cannot be used.
         """
         from tyir.frontends.gguf_files import read_gguf
 
         try:
-            config, tensors = read_gguf(path, needs_config=not (self.folder / "config.json").exists())
+            config, tensors = read_gguf(paths, needs_config=not (self.folder / "config.json").exists())
         except TyirError as error:
             self.problems.extend(error.diagnostics)
             return None
         self.tensors.update(tensors)
-        self.stamps[path.name] = FileStamp.of(path)
+        self.stamps.update((path.name, FileStamp.of(path)) for path in paths)
         return config
 
     def sharded(self, index_file: str, suffix: str, read: Callable[[str], bool]) -> frozenset[str]:
@@ -299,17 +308,18 @@ def _read_tensors(reader: _Reader) -> tuple[frozenset[str], bool]:
     return frozenset(), False
 
 
-def _open_gguf(path: Path, problems: list[Diagnostic]) -> Checkpoint | None:
-    """A GGUF file, with the config.json beside it when there is one."""
-    reader = _Reader(path.parent, problems)
-    config = reader.gguf_file(path)
-    if (path.parent / "config.json").exists():
+def _open_gguf(paths: Sequence[Path], problems: list[Diagnostic]) -> Checkpoint | None:
+    """A GGUF model, with the config.json beside it when there is one."""
+    folder = paths[0].parent
+    reader = _Reader(folder, problems)
+    config = reader.gguf_files(paths)
+    if (folder / "config.json").exists():
         config = reader.json_file(
             "config.json", "restore config.json, or remove it to use the file's own metadata"
         )
     if config is None:
         return None
-    return Checkpoint(path.parent, config, reader.tensors, reader.stamps, whole=path.name in reader.stamps)
+    return Checkpoint(folder, config, reader.tensors, reader.stamps, whole=bool(reader.stamps))
 
 
 def _no_folder(given: Path, folder: Path) -> Diagnostic:
@@ -333,25 +343,55 @@ def _no_folder(given: Path, folder: Path) -> Diagnostic:
     return Diagnostic(f"checkpoint folder {folder} does not exist", help=help)
 
 
-def open_checkpoint(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
-    """What `folder` holds; problems are appended.
+def open_checkpoint(folder: Path, problems: list[Diagnostic], base: Path | None = None) -> Checkpoint | None:
+    """What `folder` holds; problems are appended.  Of a LoRA adapter, its base with the adapter merged, where
+    `base` is the base's folder unless the adapter says it.
 
     None when there is no usable config.json (tensor files are checked all the same).
     """
+    from tyir.frontends.adapters import CONFIG
+
+    if (folder / CONFIG).is_file():
+        return _open_adapter(folder.absolute(), problems, base)
+    if base is not None:
+        message = f"{folder} is not a LoRA adapter: it holds no {CONFIG}"
+        problems.append(Diagnostic(message, help="leave --base out, or give the adapter's folder"))
+        return None
+    return _open_model(folder, problems)
+
+
+def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -> Checkpoint | None:
+    from tyir.frontends.adapters import CONFIG, FILES, base_folder, merged, no_base
+
+    reader = _Reader(folder, problems)
+    config = reader.json_file(CONFIG, "restore it from where the adapter came from")
+    if config is None:
+        return None
+    found = base or base_folder(folder, config, any((folder / n).exists() for n in _TENSOR_FILES))
+    if found is None:
+        problems.append(no_base(folder, config))
+        return None
+    file = next((name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        reader.problem(f"the adapter's weights are missing: {FILES[0]}", "download them", folder)
+        return None
+    if not (reader.tensor_file(file) if file.endswith(".safetensors") else reader.torch_file(file)):
+        return None
+    opened = _open_model(found, problems)
+    return None if opened is None else merged(opened, folder, config, reader.tensors, problems)
+
+
+def _open_model(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
+    """`open_checkpoint` of a whole model."""
     given, folder = folder, folder.absolute()
-    if folder.suffix == ".gguf" and folder.is_file():
-        return _open_gguf(folder, problems)
-    if folder.is_dir() and not any(
-        (folder / n).exists() for n in (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
-    ):
-        files = sorted(folder.glob("*.gguf"))
-        if len(files) == 1:
-            return _open_gguf(files[0], problems)
-        if files:
-            message = f"the folder holds {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
-            problems.append(
-                Diagnostic(message, where=str(folder), help="give one of the files instead of the folder")
-            )
+    if not (folder.is_dir() and any((folder / n).exists() for n in _TENSOR_FILES)):
+        from tyir.frontends.gguf_files import gguf_model
+
+        try:
+            if files := gguf_model(folder):
+                return _open_gguf(files, problems)
+        except TyirError as error:
+            problems.extend(error.diagnostics)
             return None
     if not folder.is_dir():
         problems.append(_no_folder(given, folder))

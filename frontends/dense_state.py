@@ -31,14 +31,14 @@ Array = npt.NDArray[Any]
 
 
 def dense_state(
-    folder: Path, plugin: ModelPlugin | None = None
+    folder: Path, plugin: ModelPlugin | None = None, base: Path | None = None
 ) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """(name, array) of each parameter of the model in `folder`, each once, in f32; quantised weights are
     de-quantised (rounded to f16, as the chip does).
     """
     from tyir.frontends.huggingface import open_model
 
-    opened = open_model(folder, "f32", plugin=plugin)
+    opened = open_model(folder, "f32", plugin=plugin, base=base)
     reader, seen = CheckpointReader(opened.checkpoint.folder), set[str]()
     for name in opened.meta.state:
         canonical = opened.weights.canonical(name)

@@ -2,111 +2,149 @@
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.  Read with the `gguf` package (extra
 `gguf`), imported when a file is opened; no tensor is read.  A config.json beside the file is preferred to the
-metadata.
+metadata.  A model may lie in several files, NAME-00001-of-0000N.gguf (llama.cpp's gguf-split).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+from tyir.attributes import DenseElementsAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import quant, ty
 from tyir.dialects.quant import GGML_BLOCKS
 from tyir.frontends.checkpoint import StoredTensor
+from tyir.frontends.gguf_config import ARCHITECTURES, ROPE_FREQS, Architecture, config_of, parameter_name
 from tyir.frontends.quant_formats import emit_dequantized
 from tyir.frontends.weights import Emit, PlainFormat, Weights
 from tyir.ir import Value
-from tyir.types import TensorType, Type, bf16, f16, f32, ui8
+from tyir.types import TensorType, Type, bf16, f16, f32, f64, ui8
 
-__all__ = ["GgufFormat", "read_gguf"]
+__all__ = ["GgufFormat", "gguf_model", "open_gguf", "read_gguf"]
 
-# architecture: transformers' model type and class
-_ARCHITECTURES: Final = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-}
-_KEYS: Final = {
-    "context_length": "max_position_embeddings",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "embedding_length": "hidden_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.key_length": "head_dim",
-}
-_TOKENS: Final = {
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "padding_token_id": "pad_token_id",
-}
-_TOP: Final = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_PARTS: Final = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_PLAIN: Final[dict[str, Type]] = {"F32": f32, "F16": f16, "BF16": bf16}
-_BLOCK: Final = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_PLAIN: Final[dict[str, Type]] = {"F32": f32, "F16": f16, "BF16": bf16, "F64": f64}
+_SPLIT: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_NOT_A_MODEL: Final = "mmproj"  # how llama.cpp names the image encoder beside a language model
 
 
-def read_gguf(path: Path, *, needs_config: bool = True) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """(config as config.json would have it, empty unless needed; tensors by transformers' names).
+def gguf_model(path: Path) -> tuple[Path, ...]:
+    """The files of the GGUF model that `path` is or that lies in folder `path`, in order; none when there is
+    none.
+
+    `TyirError` when a folder holds several models, or a part is missing.
+    """
+    if path.is_dir():
+        files = sorted(f for f in path.glob("*.gguf") if not f.name.startswith(_NOT_A_MODEL))
+        models = dict.fromkeys(_first_part(f) for f in files)
+        if len(models) > 1:
+            names = ", ".join(f.name for f in list(models)[:5])
+            raise TyirError(
+                f"the folder holds {len(models)} GGUF files: {names}",
+                where=str(path),
+                help="give one of the files instead of the folder",
+            )
+        if not models:
+            return ()
+        path = next(iter(models))
+    elif path.suffix != ".gguf" or not path.is_file():
+        return ()
+    match = _SPLIT.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match[3])
+    parts = [path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf") for i in range(count)]
+    missing = [p.name for p in parts if not p.is_file()]
+    if missing:
+        raise TyirError(
+            f"{len(missing)} of the {count} files of this model are missing: {', '.join(missing[:5])}",
+            where=str(path.parent),
+            help="download them into the same folder",
+        )
+    return tuple(parts)
+
+
+def _first_part(path: Path) -> Path:
+    match = _SPLIT.fullmatch(path.name)
+    return path if match is None else path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf")
+
+
+def read_gguf(
+    files: Sequence[Path], *, needs_config: bool = True
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """(config as config.json would have it, empty unless needed; tensors by transformers' names) of the files
+    that `gguf_model` gives.
 
     `TyirError` holds everything that cannot be imported.
     """
-    reader = _open(path)
+    readers = [open_gguf(path) for path in files]
+    first, where = readers[0], str(files[0])
     fields = {
-        name: field.contents()
-        for name, field in reader.fields.items()
+        name: value.contents()
+        for name, value in first.fields.items()
         if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
     }
-    architecture = fields.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        message = f"{path.name} holds architecture {architecture!r}, which cannot be imported from GGUF"
+    name = fields.get("general.architecture")
+    if name not in ARCHITECTURES:
+        message = f"{files[0].name} holds architecture {name!r}, which cannot be imported from GGUF"
         raise TyirError(
             message,
-            where=str(path),
-            help=f"architectures: {', '.join(_ARCHITECTURES)}; others import from safetensors",
+            where=where,
+            help=f"architectures: {', '.join(ARCHITECTURES)}; others import from safetensors",
         )
-    problems: list[Diagnostic] = []
+    wanted, found = fields.get("split.tensors.count"), sum(len(r.tensors) for r in readers)
+    if wanted is not None and int(wanted) != found:
+        raise TyirError(
+            f"the {len(files)} files of this model hold {found} tensors, the first one says {int(wanted)}",
+            where=where,
+            help="the files are of different models; download them again",
+        )
     tensors: dict[str, StoredTensor] = {}
-    for tensor in reader.tensors:
-        found = _stored(tensor, path, fields, architecture)
-        if isinstance(found, StoredTensor):
-            tensors[_name(tensor.name)] = found
-        else:
-            problems.append(
-                Diagnostic(
-                    found,
-                    where=str(path),
-                    help=f"types: {', '.join((*_PLAIN, *GGML_BLOCKS))}; convert the file with llama.cpp",
-                )
+    troubles: dict[str, list[str]] = {}
+    row = ARCHITECTURES[name]
+    for path, reader in zip(files, readers):
+        for tensor in reader.tensors:
+            stored = _stored(tensor, path)
+            if isinstance(stored, StoredTensor):
+                target, part = parameter_name(tensor.name, row)
+                tensors[target] = _converted(stored, part, row, name, fields)
+            else:
+                troubles.setdefault(stored, []).append(tensor.name)
+    if troubles:
+        types = ", ".join((*_PLAIN, *GGML_BLOCKS))
+        raise TyirError(
+            Diagnostic(
+                f"{len(names)} tensors {what} (first '{names[0]}')",
+                where=where,
+                help=f"types that are read: {types}; make the file again with llama.cpp's llama-quantize",
             )
-    if problems:
-        raise TyirError(problems)
-    config = _config(path, fields, architecture, tensors) if needs_config else {}
-    tensors.pop("rope_freqs.weight", None)  # config.json says how the frequencies are scaled
+            for what, names in troubles.items()
+        )
+    freqs = next((t for r in readers for t in r.tensors if t.name == ROPE_FREQS), None)
+    tensors.pop(ROPE_FREQS, None)  # the config says how the frequencies are scaled
+    if not needs_config:
+        return {}, tensors
+    table = tensors.get("model.embed_tokens.weight")
+    try:
+        config = config_of(
+            name,
+            fields,
+            {t.name for r in readers for t in r.tensors},
+            None if table is None else table.type.dims[0],
+            None if freqs is None else np.asarray(freqs.data, np.float32).ravel(),
+        )
+    except TyirError as error:
+        raise TyirError(replace(d, where=where) for d in error.diagnostics) from None
     return config, tensors
 
 
-def _open(path: Path) -> Any:
+def open_gguf(path: Path) -> Any:
+    """A `gguf.GGUFReader` of a file; `TyirError` when it or the package cannot be used."""
     try:
         import gguf
     except ImportError:
@@ -115,6 +153,12 @@ def _open(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except Exception as error:
         text = next(iter(str(error).splitlines()), type(error).__name__)
+        if "GGMLQuantizationType" in text:
+            raise TyirError(
+                f"{path.name} holds a tensor type that the installed gguf package does not know: {text}",
+                where=str(path),
+                help="pip install --upgrade gguf; if that does not help, the file is damaged",
+            ) from None
         raise TyirError(
             f"{path.name} is no GGUF file, or damaged: {text}",
             where=str(path),
@@ -122,95 +166,54 @@ def _open(path: Path) -> Any:
         ) from None
 
 
-def _name(name: str) -> str:
-    match = _BLOCK.fullmatch(name)
-    if match is not None and match.group(2) in _PARTS:
-        return f"model.layers.{match.group(1)}.{_PARTS[match.group(2)]}.{match.group(3)}"
-    return _TOP.get(name, name)
-
-
-def _stored(tensor: Any, path: Path, fields: Mapping[str, Any], architecture: str) -> StoredTensor | str:
-    """A tensor as it lies in the file, or what is wrong with it."""
+def _stored(tensor: Any, path: Path) -> StoredTensor | str:
+    """A tensor as it lies in the file, or what is wrong with it (equal for tensors with the same trouble)."""
     kind = tensor.tensor_type.name
     dims = tuple(int(d) for d in reversed(tensor.shape))  # GGUF writes the fastest dimension first
     offset, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
     if kind in _PLAIN:
         type = TensorType(dims, _PLAIN[kind])
     elif kind in GGML_BLOCKS:
-        elements, size, _ = GGML_BLOCKS[kind]
+        elements, size = GGML_BLOCKS[kind]
         if len(dims) != 2 or dims[1] % elements:
-            return (
-                f"tensor '{tensor.name}' of type {kind} has shape {list(dims)}; rows must be whole blocks of"
-                f" {elements}"
-            )
+            return f"of type {kind} are not matrices of whole blocks of {elements}, as {list(dims)} is not"
         type = TensorType((dims[0], dims[1] // elements * size), ui8)
     else:
-        return f"tensor '{tensor.name}' has type {kind}, which cannot be imported"
+        return f"have type {kind}, which cannot be imported"
     if type.nbytes != nbytes or offset + nbytes > path.stat().st_size:
-        return f"tensor '{tensor.name}' lies outside the file"
-    match = _BLOCK.fullmatch(tensor.name)
-    heads = (
-        {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(match.group(2))
-        if architecture == "llama" and match is not None
-        else None
-    )
-    count = (
-        int(fields.get(f"llama.attention.{heads}", fields.get("llama.attention.head_count", 0)))
-        if heads
-        else 0
-    )
-    return StoredTensor(
-        tensor.name, path.name, type, offset, nbytes, kind if kind in GGML_BLOCKS else "", count
-    )
+        return "lie outside the file: it is incomplete"
+    return StoredTensor(tensor.name, path.name, type, offset, nbytes, kind if kind in GGML_BLOCKS else "")
 
 
-def _config(
-    path: Path, fields: Mapping[str, Any], architecture: str, tensors: Mapping[str, StoredTensor]
-) -> dict[str, Any]:
-    scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        message = (
-            f"{path.name} scales its rotary frequencies"
-            f" ({scaling if scaling != 'none' else 'rope_freqs.weight'})"
-        )
-        raise TyirError(
-            message, where=str(path), help="put the original model's config.json beside the file: it says how"
-        )
-    model_type, name = _ARCHITECTURES[architecture]
-    config: dict[str, Any] = {"model_type": model_type, "architectures": [name], "hidden_act": "silu"}
-    for source, key in _KEYS.items():
-        if (value := fields.get(f"{architecture}.{source}")) is not None:
-            config[key] = value
-    config.setdefault("head_dim", fields.get(f"{architecture}.rope.dimension_count") or None)
-    config = {k: v for k, v in config.items() if v is not None}
-    config["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": float(fields.get(f"{architecture}.rope.freq_base", 10000.0)),
-    }
-    for source, key in _TOKENS.items():
-        if (token := fields.get(f"tokenizer.ggml.{source}")) is not None:
-            config[key] = int(token)
-    if (table := tensors.get("model.embed_tokens.weight")) is not None:
-        config["vocab_size"] = table.type.dims[0]
-    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    return config
+def _converted(
+    stored: StoredTensor, part: str, row: Architecture, name: str, fields: Mapping[str, Any]
+) -> StoredTensor:
+    """With what llama.cpp's converter has done to the values."""
+    if row.norm_offset and stored.key.endswith("norm.weight"):
+        return replace(stored, added=1)
+    heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(part) if row.interleaved else None
+    if heads is None:
+        return stored
+    count = fields.get(f"{name}.attention.{heads}", fields.get(f"{name}.attention.head_count", 0))
+    return replace(stored, interleaved=int(count))
 
 
 class GgufFormat:
-    """GGUF's blocks, and llama.cpp's order of q and k rows (the two halves of a head interleaved).
+    """GGUF's blocks, and what llama.cpp's converter does to values: rows of q and k with the two halves of a
+    head interleaved, norms with 1 added.
 
     Q4_0 stays 4-bit, the other formats become dense.
     """
 
     def stored_keys(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
         stored = tensors.get(name)
-        return (name,) if stored is not None and (stored.encoding or stored.interleaved) else ()
+        return (name,) if stored is not None and stored.converted else ()
 
     def problem(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]) -> str | None:
         stored = tensors[name]
         if not stored.encoding:
             return PlainFormat().problem(name, shape, tensors)
-        elements, nbytes, _ = GGML_BLOCKS[stored.encoding]
+        elements, nbytes = GGML_BLOCKS[stored.encoding]
         rows, width = stored.type.static_shape
         found = (rows, width // nbytes * elements)
         if found != shape:
@@ -220,9 +223,10 @@ class GgufFormat:
     def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
         stored = weights.checkpoint.tensors[name]
         data = emit(weights.reference(name)).result
+        if stored.added:
+            return _cast(_less(_cast(data, f32, emit), stored.added, emit), element, emit)
         if not stored.encoding:
-            out = data if stored.type.element is element else emit(ty.Cast(data, element=element)).result
-            return _deinterleaved(out, stored.interleaved, emit)
+            return _deinterleaved(_cast(data, element, emit), stored.interleaved, emit)
         if stored.encoding != "Q4_0":
             out = emit(quant.GgmlDequantize(data, format=stored.encoding, element=element)).result
             return _deinterleaved(out, stored.interleaved, emit)
@@ -231,12 +235,24 @@ class GgufFormat:
         return emit_dequantized(q, scales, None, GGML_BLOCKS["Q4_0"][0], element, emit)
 
 
+def _cast(value: Value, element: Type, emit: Emit) -> Value:
+    assert isinstance(value.type, TensorType)
+    return value if value.type.element is element else emit(ty.Cast(value, element=element)).result
+
+
+def _less(value: Value, amount: int, emit: Emit) -> Value:
+    """An f32 value less a number."""
+    assert isinstance(value.type, TensorType)
+    number = DenseElementsAttr(np.float32(-amount).tobytes(), value.type)
+    return emit(ty.Add(value, emit(ty.Constant(value=number)).result)).result
+
+
 def _deinterleaved(value: Value, heads: int, emit: Emit) -> Value:
-    """Rows (head, i, half) -> (head, half, i), for 0 heads the value itself."""
-    type = value.type
-    assert isinstance(type, TensorType)
+    """Rows (head, i, half) -> (head, half, i) of a matrix or a bias, for 0 heads the value itself."""
+    assert isinstance(value.type, TensorType)
     if not heads:
         return value
-    rows, width = type.static_shape
-    split = emit(ty.Reshape(value, shape=(heads, rows // heads // 2, 2, width))).result
-    return emit(ty.Reshape(emit(ty.Transpose(split, perm=(0, 2, 1, 3))).result, shape=(rows, width))).result
+    rows, *width = value.type.static_shape
+    split = emit(ty.Reshape(value, shape=(heads, rows // heads // 2, 2, *width))).result
+    perm = (0, 2, 1, 3)[: len(width) + 3]
+    return emit(ty.Reshape(emit(ty.Transpose(split, perm=perm)).result, shape=(rows, *width))).result

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
 from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
 from tyir.frontends.quant_formats import quantized_format
+from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.layers import layer_in
 from tyir.types import f64, i64
@@ -79,6 +81,7 @@ def import_model(
     check_weights: bool = False,
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
+    base: Path | None = None,
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
@@ -86,8 +89,9 @@ def import_model(
     stay in the folder (`ty.global`). `note` receives warnings (stray tensors).  `check_weights` reads them
     all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
     frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
-    for every prompt: keys in a cache cannot be turned again when it grows. `TyirError` holds every problem of
-    the folder, or every operation that cannot be imported.
+    for every prompt: keys in a cache cannot be turned again when it grows.  `base`: the folder of the base
+    model, when `folder` holds a LoRA adapter whose config does not say it.  `TyirError` holds every problem
+    of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
         raise TyirError(
@@ -96,7 +100,13 @@ def import_model(
         )
     with _collector_paused():
         opened = open_model(
-            folder, dtype, note, check_weights=check_weights, plugin=plugin, positions=positions
+            folder,
+            dtype,
+            note,
+            check_weights=check_weights,
+            plugin=plugin,
+            positions=positions,
+            base=base,
         )
         return _build(opened.checkpoint, opened.meta, opened.weights)
 
@@ -134,11 +144,12 @@ def open_model(
     check_weights: bool = False,
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
+    base: Path | None = None,
 ) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
     problems: list[Diagnostic] = []
-    checkpoint = open_checkpoint(folder, problems)
+    checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
@@ -148,9 +159,13 @@ def open_model(
         else None
     )
     if checkpoint is not None and meta is not None:
+        named = with_model_names(checkpoint, meta.aliases, note)
+        if isinstance(named, Diagnostic):
+            raise TyirError([*problems, named])
+        checkpoint = named
         weights = Weights(checkpoint, meta.aliases, meta.state, formats)
         bad: set[str] = set()
-        problems.extend(_tensor_problems(checkpoint, meta, weights, note, bad))
+        problems.extend(one_of_each_kind(_tensor_problems(checkpoint, meta, weights, note, bad)))
         if check_weights:
             problems.extend(value_problems(weights, dtype, bad))
     if problems:
@@ -167,19 +182,22 @@ def formats_of(
     config = read_quant_config(checkpoint.folder, checkpoint.config, problems)
     if len(problems) > before:
         return ()
+    formats: tuple[WeightFormat, ...] = (PlainFormat(),)
     if plugin is not None and plugin.base is not None:
         from tyir.frontends.plugin import DeltaFormat
 
-        return (DeltaFormat(), PlainFormat())
-    if any(t.encoding or t.interleaved for t in checkpoint.tensors.values()):
+        formats = (DeltaFormat(), *formats)
+    elif any(t.converted for t in checkpoint.tensors.values()):
         from tyir.frontends.gguf_files import GgufFormat
 
-        return (GgufFormat(), PlainFormat())
-    return (
-        (PlainFormat(),)
-        if config is None
-        else (quantized_format(config, TensorReader(checkpoint.folder)), PlainFormat())
-    )
+        formats = (GgufFormat(), *formats)
+    elif config is not None:
+        formats = (quantized_format(config, TensorReader(checkpoint.folder)), *formats)
+    if checkpoint.low_rank:
+        from tyir.frontends.adapters import LoraFormat
+
+        formats = (LoraFormat(formats), *formats)
+    return formats
 
 
 def _ignore(warning: Diagnostic) -> None:
@@ -275,47 +293,42 @@ def _tensor_problems(
         )
         yield Diagnostic(message, where=where, help=help)
     yield from quantization_contradictions(weights, note)
-    yield from _unexpected(checkpoint, meta, used, note)
+    yield from _unexpected(meta, weights, used, note)
 
 
-def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: Note) -> Iterable[Diagnostic]:
+def one_of_each_kind(problems: Iterable[Diagnostic]) -> Iterator[Diagnostic]:
+    """Problems whose texts differ in names and numbers alone are said once, with their count."""
+    kinds: dict[str, list[Diagnostic]] = {}
+    for problem in problems:
+        kind = re.sub(r"'[^']*'|[\w.]+\.\d+\.[\w.]+|\d+", "", problem.message)
+        kinds.setdefault(kind, []).append(problem)
+    for first, *others in kinds.values():
+        more = f" (and {len(others)} more like it)" if others else ""
+        yield replace(first, message=first.message + more)
+
+
+def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -> Iterable[Diagnostic]:
     """Tensors the model does not use: a note when that is harmless, an error when the config seems to
     describe another model.
     """
+    checkpoint = weights.checkpoint
     where, wrong = str(checkpoint.folder), []
-    read = TensorReader(checkpoint.folder)
+    surplus: dict[str, list[str]] = {}
     for name in sorted(checkpoint.tensors.keys() - used):
         tied = next((a for a in meta.aliases.get(name, ()) if a in used), None)
-        if tied is not None:
-            if _same_bytes(checkpoint, name, tied):
-                note(
-                    Diagnostic(
-                        f"'{name}' is a copy of the tied '{tied}' and is not used",
-                        severity="warning",
-                        where=where,
-                    )
-                )
-            else:
-                help = 'set "tie_word_embeddings": false in config.json if the model has two separate tensors'
-                yield Diagnostic(
-                    f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help
-                )
-        elif (
-            name.endswith(".bias")
-            and f"{name.removesuffix('.bias')}.qweight" in used
-            and not read(checkpoint.tensors[name]).any()
-        ):
-            note(
-                Diagnostic(f"'{name}' is all zeros and is not used", severity="warning", where=where)
-            )  # AutoGPTQ writes these
-        elif name.endswith(_STRAY_ENDINGS):
-            note(
-                Diagnostic(
-                    f"'{name}' follows from the config and is not used", severity="warning", where=where
-                )
+        if tied is not None and not _same_bytes(checkpoint, name, tied):
+            help = 'set "tie_word_embeddings": false in config.json if the model has two separate tensors'
+            yield Diagnostic(
+                f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help
             )
+        elif (why := _why_surplus(name, tied, weights, used)) is not None:
+            surplus.setdefault(why, []).append(name)
         else:
             wrong.append(name)
+    for why, names in surplus.items():
+        what = f"'{names[0]}' is" if len(names) == 1 else f"{len(names)} tensors are"
+        message = f"{what} not used: {why}" + (f" ({_some(names)})" if len(names) > 1 else "")
+        note(Diagnostic(message, severity="warning", where=where))
     if wrong:
         message = (
             f"the checkpoint holds {len(wrong)} tensors that the model of config.json has no place for:"
@@ -328,6 +341,30 @@ def _unexpected(checkpoint: Checkpoint, meta: MetaModel, used: set[str], note: N
             where=where,
             help=f"config.json and the weights are from different models, or one of them was edited{layers}",
         )
+
+
+def _why_surplus(name: str, tied: str | None, weights: Weights, used: set[str]) -> str | None:
+    """Why a tensor the model does not use does no harm, None when it may.
+
+    Quantisers store more than the model has: a tied head once more, biases of zeros, the unquantised weight.
+    """
+    if tied is not None:
+        return f"a copy of the tied '{tied}'"
+    if name.endswith(_STRAY_ENDINGS):
+        return "what follows from the config"
+    module = name.rpartition(".")[0]
+    found = weights.find(f"{module}.weight")
+    if f"{module}.weight" not in weights.aliases or found is None:
+        return None
+    keys = found[0].stored_keys(found[1], weights.checkpoint.tensors)
+    if f"{module}.weight" != found[1]:
+        return f"the tied '{found[1]}' stored once more"
+    if name.endswith(".bias") and keys != (f"{module}.weight",):
+        zeros = not TensorReader(weights.checkpoint.folder)(weights.checkpoint.tensors[name]).any()
+        return "all zeros" if zeros else None  # AutoGPTQ writes these
+    if name == f"{module}.weight" and used.issuperset(keys):
+        return "stored quantised as well"
+    return None
 
 
 def _layer_count(names: Iterable[str]) -> int:

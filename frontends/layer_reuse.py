@@ -8,8 +8,8 @@ which the graph importer replaces by the first layer's nodes with the layer's ow
 Two layers are of one kind when a trace cannot tell them apart: modules of the same classes with equal
 attributes and parameters of equal shapes, called with the same arguments beside the hidden state (the same
 tensors, equal numbers: a layer with another mask or other rotary tables is of another kind).  The one
-attribute that may differ is `layer_idx`, and while tracing it is replaced by an object that fails whenever it
-is looked at.  Whoever traces must then trace again without reuse.
+attribute that may differ is `layer_idx`: it stays the number it is, and a layer that has asked for it while
+it was traced stands for no other.
 """
 
 from __future__ import annotations
@@ -56,26 +56,14 @@ for _op in (layer_begin, layer_end, layer_copy):
     _op.register_fake(lambda x, *paths: torch.empty_like(x))
 
 
-class _Unreadable:
-    """In place of a layer's number: any look at it is an error."""
-
-    def _read(self, *_: object) -> Any:
-        raise RuntimeError("the layer computes with its number")
-
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __index__ = __int__ = (
-        __float__
-    ) = _read
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = (
-        __truediv__
-    ) = _read
-    __str__ = __format__ = _read
-
-
 @dataclass
 class _Kinds:
-    """The layers traced so far, one of each kind: (what it is, arguments it was called with, path)."""
+    """The layers traced so far, one of each kind: (what it is, arguments it was called with, path); and how
+    often a module was asked for its layer's number.
+    """
 
     traced: list[tuple[object, list[Any], str]] = field(default_factory=list)
+    asked: int = 0
 
     def find(self, structure: object, arguments: list[Any]) -> str | None:
         """The path of a traced layer of this structure that was called with these arguments."""
@@ -87,6 +75,22 @@ class _Kinds:
 
 def _same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, _PLAIN) and type(a) is type(b) and a == b)
+
+
+class _Numbered:
+    """Stands before the class of a module that has its layer's number, and counts who asks for it."""
+
+    _kinds: _Kinds
+
+    @property
+    def layer_idx(self) -> Any:
+        self._kinds.asked += 1
+        return self.__dict__[_NUMBER]
+
+    @layer_idx.setter
+    def layer_idx(self, number: Any) -> None:
+        self._kinds.asked += 1
+        self.__dict__[_NUMBER] = number
 
 
 class _Reusing:
@@ -102,6 +106,7 @@ class _Reusing:
         source = self._kinds.find(self._structure, arguments)
         if source is not None:
             return torch.ops.tyir.layer_copy(hidden_states, self._path, source)
+        before = self._kinds.asked
         out = super().forward(torch.ops.tyir.layer_begin(hidden_states, self._path), *args, **kwargs)  # type: ignore[misc]
         if (
             not isinstance(out, torch.Tensor)
@@ -109,33 +114,38 @@ class _Reusing:
             or out.dtype != hidden_states.dtype
         ):
             raise RuntimeError("the layer does not return a hidden state alone")
-        self._kinds.traced.append((self._structure, arguments, self._path))
+        if self._kinds.asked == before:
+            self._kinds.traced.append((self._structure, arguments, self._path))
         return torch.ops.tyir.layer_end(out, self._path)
 
 
 @contextlib.contextmanager
 def layers_traced_once(model: torch.nn.Module) -> Iterator[None]:
     """Let equal layers of `model` be traced once.  The model is as before afterwards."""
-    kinds, classes, numbers = _Kinds(), [], []
+    kinds = _Kinds()
+    classes: list[tuple[Any, type[Any]]] = []
+
+    def put_before(module: Any, first: type[Any]) -> None:
+        classes.append((module, type(module)))
+        module._kinds = kinds
+        module.__class__ = type(type(module).__name__, (first, type(module)), {})
+
     for path, layer in decoder_layers(model):
         structure = _structure(layer)
         if structure is None:
             continue
-        classes.append((layer, type(layer)))
-        layer._kinds, layer._structure, layer._path = kinds, structure, path
-        layer.__class__ = type(type(layer).__name__, (_Reusing, type(layer)), {})
         for module in layer.modules():
             if _NUMBER in module.__dict__:
-                numbers.append((module, module.__dict__[_NUMBER]))
-                module.__dict__[_NUMBER] = _Unreadable()
+                put_before(module, _Numbered)
+        put_before(layer, _Reusing)
+        layer._structure, layer._path = structure, path
     try:
         yield
     finally:
-        for layer, own in classes:
-            layer.__class__ = own
-            del layer._kinds, layer._structure, layer._path
-        for module, number in numbers:
-            module.__dict__[_NUMBER] = number
+        for module, own in reversed(classes):
+            module.__class__ = own
+            for name in ("_kinds", "_structure", "_path"):
+                module.__dict__.pop(name, None)
 
 
 def decoder_layers(model: Any) -> list[tuple[str, Any]]:

@@ -93,7 +93,7 @@ class ModelPlugin:
                 continue
             counts = [rows if isinstance(rows, int) else int(rows(config)) for _, rows in rule.parts]
             total = stored.type.dims[0] if stored.type.dims else 0
-            if sum(counts) != total or stored.encoding or bit_width(stored.type.element) < 8:
+            if sum(counts) != total or stored.converted or bit_width(stored.type.element) < 8:
                 message = (
                     f"'{stored.key}' of type {stored.type} cannot be split into"
                     f" {' + '.join(map(str, counts))} rows"

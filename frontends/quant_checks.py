@@ -5,6 +5,7 @@ The tensors decide; what the config says otherwise is reported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -40,6 +41,7 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
         )
     _note_rounding(weights, note)
     for weight_format in formats:
+        _note_scattered(weights, weight_format, note)
         if isinstance(weight_format, GptqFormat) and weight_format.config.zero_shift:
             _note_wrapping_zeros(weights, note)
         own = [name for name in packed if name.endswith(f".{weight_format.packed}")]
@@ -53,7 +55,13 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
                 where=where,
                 help="remove quantization_config from config.json if these are the unquantised weights",
             )
-        excluded = [n for n in own if _is_excluded(n.rpartition(".")[0], weight_format)]
+        modules = {n: n.rpartition(".")[0] for n in own}
+        excluded = [
+            n
+            for n, module in modules.items()
+            if weights.canonical(f"{module}.weight") == f"{module}.weight"  # not a tied one stored once more
+            and _is_excluded(module, weight_format)
+        ]
         if excluded:
             message = (
                 f"{len(excluded)} tensors are quantised although config.json excludes them (first"
@@ -77,6 +85,25 @@ def quantization_contradictions(weights: Weights, note: Callable[[Diagnostic], N
                 f" '{plain[0]}'); the tensors decide"
             )
             note(Diagnostic(message, severity="warning", where=where))
+
+
+def _note_scattered(
+    weights: Weights,
+    weight_format: AwqFormat | GptqFormat | CompressedTensorsFormat,
+    note: Callable[[Diagnostic], None],
+) -> None:
+    """Dies and kernels take groups that are ranges of input channels; other weights are computed densely."""
+    tensors, ending = weights.checkpoint.tensors, f".{weight_format.index}"
+    bases = [
+        n.removesuffix(ending) for n, t in tensors.items() if n.endswith(ending) and len(t.type.dims) == 1
+    ]
+    scattered = [base for base in bases if weight_format.scattered(base, tensors)]
+    if scattered:
+        message = (
+            f"{len(scattered)} linears are quantised in order of activations (desc_act, actorder; first"
+            f" '{scattered[0]}'): their values are taken exactly, as fp16; --weights int4 groups them anew"
+        )
+        note(Diagnostic(message, severity="warning", where=str(weights.checkpoint.folder)))
 
 
 def _note_rounding(weights: Weights, note: Callable[[Diagnostic], None]) -> None:
@@ -114,10 +141,22 @@ def _note_wrapping_zeros(weights: Weights, note: Callable[[Diagnostic], None]) -
 
 
 def _is_excluded(module: str, weight_format: AwqFormat | GptqFormat | CompressedTensorsFormat) -> bool:
-    """Whether the config's list names the module: by substring for AWQ and GPTQ, by name or last part for
-    compressed-tensors.
+    """Whether the config's list names the module: by substring for AWQ and GPTQ, by name, last part or
+    regular expression ("re:...") for compressed-tensors.
     """
     names = weight_format.config.excluded
     if isinstance(weight_format, CompressedTensorsFormat):
-        return any(module == name or module.endswith(f".{name}") for name in names)
+        return any(
+            _matches(name[3:], module)
+            if name.startswith("re:")
+            else module == name or module.endswith(f".{name}")
+            for name in names
+        )
     return any(name in module for name in names)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error:
+        return False

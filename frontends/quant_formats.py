@@ -21,7 +21,7 @@ from tyir.frontends.checkpoint import StoredTensor
 from tyir.frontends.quant_config import QuantConfig
 from tyir.frontends.weights import Emit, Weights
 from tyir.ir import Value
-from tyir.types import TensorType, Type, f16, ui4
+from tyir.types import TensorType, Type, f16, i32, i64, ui4
 
 __all__ = ["AwqFormat", "CompressedTensorsFormat", "GptqFormat", "emit_dequantized", "quantized_format"]
 
@@ -32,16 +32,27 @@ _SCALE_ELEMENTS: Final = ("f16", "bf16", "f32")
 
 
 def emit_dequantized(
-    q: Value, scales: Value, zeros: Value | None, group_size: int, element: Type, emit: Emit
+    q: Value,
+    scales: Value,
+    zeros: Value | None,
+    group_size: int,
+    element: Type,
+    emit: Emit,
+    groups: Value | None = None,
 ) -> Value:
-    """The weight [N, K] of q, scales [N, K/g] and zeros (None: 8 everywhere) in `element`."""
+    """The weight [N, K] of q, scales [N, K/g] and zeros (None: 8 everywhere) in `element`; `groups` [K] says
+    the group of each column where groups are not ranges of `group_size` columns.
+    """
     scale_type = scales.type
     assert isinstance(scale_type, TensorType)
     if scale_type.element is not f16:
         scales = emit(ty.Cast(scales, element=f16)).result
     if zeros is None:
         zeros = emit(ty.Constant(value=DenseElementsAttr(bytes((8,)), scale_type.with_element(ui4)))).result
-    out = emit(ty.Dequantize(q, scales, zeros, group_size=group_size)).result
+    if groups is not None:
+        out = emit(quant.DequantizeIndexed(q, scales, zeros, groups)).result
+    else:
+        out = emit(ty.Dequantize(q, scales, zeros, group_size=group_size)).result
     return out if element is f16 else emit(ty.Cast(out, element=element)).result
 
 
@@ -108,7 +119,7 @@ class _PackedFormat(ABC):
         yield from self.index_problems(base, k, group, tensors)
 
     def index_problems(self, base: str, k: int, group: int, tensors: Tensors) -> Iterator[str]:
-        """Groups must be contiguous: a die cuts them as ranges of input channels."""
+        """Each input channel must have a group that there is."""
         stored = tensors.get(f"{base}.{self.index}")
         if stored is None:
             if self.config.reordered:
@@ -116,11 +127,32 @@ class _PackedFormat(ABC):
             return
         if stored.type.dims != (k,):
             yield f"tensor '{stored.key}' has shape {list(stored.type.dims)}, expected {[k]}"
-        elif not np.array_equal(self.read(stored), np.arange(k) // group):
-            yield (
-                f"'{base}' has input channels whose groups are not contiguous (desc_act / actorder): dies"
-                " cannot be given whole groups; quantise with desc_act = false"
-            )
+        elif stored.type.element not in (i32, i64):
+            yield f"tensor '{stored.key}' has element type {stored.type.element}, expected i32 or i64"
+        elif k and not 0 <= (groups := self.read(stored)).min() <= groups.max() < k // group:
+            yield f"tensor '{stored.key}' names groups from {groups.min()} to {groups.max()} of {k // group}"
+
+    def scattered(self, base: str, tensors: Tensors) -> bool:
+        """Whether the groups of a weight are not ranges of input channels (GPTQ's desc_act,
+        compressed-tensors' actorder "group").
+        """
+        stored = tensors.get(f"{base}.{self.index}")
+        if stored is None or self.index not in self.optional or len(stored.type.dims) != 1:
+            return False
+        (k,) = stored.type.static_shape
+        group = self.group(base, k, tensors)
+        return group is not None and not np.array_equal(self.read(stored), np.arange(k) // group)
+
+    def dequantized(
+        self, base: str, q: Value, scales: Value, zeros: Value | None, weights: Weights, element: Type,
+        emit: Emit,
+    ) -> Value:  # fmt: skip
+        """The weight of q [N, K], scales and zeros [N, K/g], in groups that are ranges of columns or not."""
+        groups = None
+        if self.scattered(base, weights.checkpoint.tensors):
+            groups = emit(weights.reference(f"{base}.{self.index}")).result
+        group = _dims(q)[1] // _dims(scales)[1]
+        return emit_dequantized(q, scales, zeros, group, element, emit, groups)
 
     @abstractmethod
     def group(self, base: str, k: int, tensors: Tensors) -> int | None:
@@ -198,10 +230,8 @@ class GptqFormat(_PackedFormat):
         z = emit(quant.Unpack(zeros, axis=1, size=n)).result
         if self.config.zero_shift:
             z = emit(quant.AddWrapping(z, value=self.config.zero_shift)).result
-        group = k // _dims(scales)[0]
-        return emit_dequantized(
-            _transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit
-        )
+        q, scales, z = (_transposed(v, emit) for v in (q, scales, z))
+        return self.dequantized(base, q, scales, z, weights, element, emit)
 
 
 class CompressedTensorsFormat(_PackedFormat):
@@ -249,7 +279,7 @@ class CompressedTensorsFormat(_PackedFormat):
         if f"{base}.weight_zero_point" in weights.checkpoint.tensors:
             packed = emit(weights.reference(f"{base}.weight_zero_point")).result
             zeros = emit(quant.Unpack(packed, axis=0, size=n)).result
-        return emit_dequantized(q, scales, zeros, k // _dims(scales)[1], element, emit)
+        return self.dequantized(base, q, scales, zeros, weights, element, emit)
 
 
 def _dims(value: Value) -> tuple[int, ...]:

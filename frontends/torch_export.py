@@ -241,14 +241,14 @@ def _check_no_experts(model: torch.nn.Module) -> None:
         )
 
 
-def build_plain_model(folder: Path, model_class: type[Any] | None = None) -> Any:
+def build_plain_model(folder: Path, model_class: type[Any] | None = None, base: Path | None = None) -> Any:
     """The model of config.json on the CPU in fp32 with eager attention and weights yet to be filled in, built
     as if nothing were quantised.
     """
     from tyir.frontends.checkpoint import open_checkpoint
 
     problems: list[Diagnostic] = []
-    checkpoint = open_checkpoint(folder, problems)
+    checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is None or problems:
         raise TyirError(problems)
     raw = dict(checkpoint.config)

@@ -41,7 +41,10 @@ THIRD_PARTY: dict[str, set[str]] = {
 
 # Libraries a package may import inside functions only.
 LAZY: dict[str, set[str]] = {
-    "tyir": {"pydantic", "pydantic_core"},  # checks a manifest when one is read
+    "tyir": {
+        *{"pydantic", "pydantic_core"},  # checks a manifest when one is read
+        "gguf",  # what llama.cpp's block formats mean, when a weight of one is evaluated
+    },
     "tools": {
         "torch",
         "transformers",

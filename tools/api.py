@@ -64,6 +64,7 @@ def compile_path(
     mcpu: str | None = None,
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
+    base: Path | None = None,
     binary: bool = False,
     machine: str | Path | None = None,
     backend: str = "edge10",
@@ -74,7 +75,8 @@ def compile_path(
 
     Of a mapping what it names is asked for, of `BuildOptions` everything; what an `.ir` file was built with
     holds where nothing is asked for, and an `options` that contradicts it is an error.
-    `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`); `binary` and `machine` are
+    `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
+    of a LoRA adapter is; `binary` and `machine` are
     for the `CompileContext` of the back end, which `backend` names.
     """
     from tyir.backends.registry import find_backend
@@ -91,7 +93,7 @@ def compile_path(
         positions = wanted.max_kv
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model, plugin, warn, positions)
+        module = load_module(model, plugin, warn, positions, base)
     wanted = settled(options, module)
     check_options(wanted)
     _warn_about_positions(module, wanted, warn)
@@ -99,7 +101,14 @@ def compile_path(
         module,
         out,
         options,
-        chosen.CompileContext(watch=watch, progress=progress, mcpu=mcpu, binary=binary, machine=machine),
+        chosen.CompileContext(
+            watch=watch,
+            progress=progress,
+            mcpu=mcpu,
+            binary=binary,
+            machine=machine,
+            files=_side_files(module, warn),
+        ),
     )
 
 
@@ -108,6 +117,7 @@ def load_module(
     plugin: ModelPlugin | None = None,
     warn: Callable[[str], None] = _silent,
     positions: int | None = None,
+    base: Path | None = None,
 ) -> Module:
     """The module of a checkpoint folder or of an `.ir` file.
 
@@ -116,7 +126,9 @@ def load_module(
     if model.is_dir() or model.suffix == ".gguf" or (plugin is not None and model.suffix != ".ir"):
         from tyir.frontends.huggingface import import_model
 
-        return import_model(model, note=lambda d: warn(d.message), plugin=plugin, positions=positions)
+        return import_model(
+            model, note=lambda d: warn(d.message), plugin=plugin, positions=positions, base=base
+        )
     if not model.exists():
         raise TyirError(
             f"{model} does not exist",
@@ -134,6 +146,19 @@ def load_module(
         )
     verify(module)
     return module
+
+
+def _side_files(module: Module, warn: Callable[[str], None]) -> dict[str, bytes]:
+    """Config and tokenizer files that the checkpoint of a module holds in another form."""
+    from tyir.attributes import DictAttr
+    from tyir.execution.weights import checkpoint_of
+    from tyir.frontends.side_files import side_files
+
+    files = module.attributes.get("tyir.files")
+    if "tyir.checkpoint" not in module.attributes:
+        return {}
+    names = [name for name, _ in files.items()] if isinstance(files, DictAttr) else []
+    return side_files(checkpoint_of(module), names, lambda d: warn(f"{d.message}; {d.help}"))
 
 
 def check_options(options: BuildOptions) -> None:

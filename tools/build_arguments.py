@@ -6,10 +6,11 @@ Here so that `--help` of the tools that share them loads nothing else.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["add_build_options", "numbers"]
+__all__ = ["add_base_option", "add_build_options", "numbers"]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -23,6 +24,19 @@ def numbers(text: str) -> tuple[int, ...]:
                 f"'{item}' in '{text}' is not a whole number", help="write a list such as 1,8"
             ) from None
     return tuple(values)
+
+
+def add_base_option(parser: argparse._ActionsContainer) -> None:
+    """Where the base model of a LoRA adapter is."""
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help=(
+            "the model is a LoRA adapter of the model in FOLDER (default: base_model_name_or_path of"
+            " adapter_config.json, when it is a folder here)"
+        ),
+    )
 
 
 def add_build_options(parser: argparse._ActionsContainer) -> None:

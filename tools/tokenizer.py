@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
 
-__all__ = ["load_tokenizer", "stop_tokens"]
+__all__ = ["load_tokenizer", "prompt_ids", "stop_tokens"]
 
 _WHOLE: Final = "tokenizer.json"
 _VOCABULARIES: Final = (_WHOLE, "tokenizer.model", "vocab.json")
@@ -75,6 +75,20 @@ def _read(copy: Path, path: Path) -> Any:
             line = (str(error).splitlines() or [""])[0][:200].replace(str(copy), str(path))
             reason = reason or f"{type(error).__name__}: {line}"
     raise TyirError(f"transformers cannot read the tokenizer of {path}: {reason}", help=_NO_HELP)
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a prompt.
+
+    A text that begins with the beginning-of-sequence token, as chat templates write it, does not get a second
+    one from tokenizers that put one before every text.
+    """
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    begin, token = tokenizer.bos_token_id, tokenizer.bos_token
+    if not token or not text.startswith(token):
+        return ids
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[1:] if own[:1] == [begin] and ids[: len(own) + 1] == [begin, *own] else ids
 
 
 def stop_tokens(source: Artifacts | Path) -> set[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.build_arguments import add_build_options, numbers
+from tyir.tools.build_arguments import add_base_option, add_build_options, numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
 
 __all__ = ["main", "numbers"]
@@ -42,6 +42,11 @@ def main(argv: Sequence[str]) -> int:
         from tyir.frontends.plugin import load_plugin
 
         plugin = load_plugin(args.model_plugin)
+    if args.base is not None and args.model.suffix == ".ir":
+        raise TyirError(
+            "--base is for folders of adapters; a module has been imported already",
+            help="give it to tyir-import",
+        )
     target = compile_path(
         args.model,
         args.out,
@@ -51,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
         mcpu=args.mcpu,
         warn=warn,
         plugin=plugin,
+        base=args.base,
         binary=args.binary,
         machine=args.machine,
         backend=args.backend,
@@ -96,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
+    add_base_option(parser)
     parser.add_argument(
         "--die-map",
         type=numbers,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tyir.tools.build_arguments import add_build_options
+from tyir.tools.build_arguments import add_base_option, add_build_options
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Python file with a model class, rename rules, packed tensors or a base checkpoint",
     )
+    add_base_option(parser)
     parser.add_argument(
         "--check-weights",
         action="store_true",
@@ -115,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
         check_weights=options.check_weights,
         plugin=plugin,
         positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
+        base=options.base,
     )
     if options.explain:
         from tyir.tools.explain import explain

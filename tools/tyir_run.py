@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
     from tyir.runtime_sim.session.session import Session
-    from tyir.tools.tokenizer import load_tokenizer, stop_tokens
+    from tyir.tools.tokenizer import load_tokenizer, prompt_ids, stop_tokens
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     session = Session(args.artifacts, args.engine, check=not args.no_check)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts)
     prompts = args.prompt or [sys.stdin.read()]
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     stops = stop_tokens(session.artifacts)
     if len(prompts) > 1:
         return _run_batch(args, session.artifacts, prompts, ids, tokenizer, sampler, stops)

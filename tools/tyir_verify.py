@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
-from tyir.tools.build_arguments import numbers
+from tyir.tools.build_arguments import add_base_option, numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     _check_checkpoint(args.against)
     prompts = _prompts(args, session.artifacts)
     plugin = _plugin(args.model_plugin)
-    reference = Reference(args.against, session.manifest.options, plugin)
+    reference = Reference(args.against, session.manifest.options, plugin, args.base)
     results: list[PromptResult] = []
     for number, ids in enumerate(prompts):
         session.sequence = states.sequence = (
@@ -66,7 +66,12 @@ def main(argv: Sequence[str]) -> int:
     if args.engine != "edge10":
         worst = min(results, key=lambda r: r.logit_cosine.min())
         found = locate(
-            session.artifacts, args.against, worst.ids[: worst.prompt_length + 8], args.engine, plugin=plugin
+            session.artifacts,
+            args.against,
+            worst.ids[: worst.prompt_length + 8],
+            args.engine,
+            plugin=plugin,
+            base=args.base,
         )
         print(
             (
@@ -90,17 +95,14 @@ def _plugin(path: Path | None) -> ModelPlugin | None:
 def _check_checkpoint(path: Path) -> None:
     """`TyirError` unless `path` is a checkpoint.
 
-    A GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model.
+    A GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model; an
+    adapter's base has one.
     """
-    if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".gguf"):
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
-    files = sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        message = (
-            f"{path} holds no config.json and {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
-        )
-        raise TyirError(message, help="give the file the artifacts were compiled from")
-    if not files:
+    from tyir.frontends.gguf_files import gguf_model
+
+    if not gguf_model(path):
         raise TyirError(
             f"{path} holds no config.json and no GGUF file",
             help="--against takes the checkpoint folder the artifacts were compiled from",
@@ -127,7 +129,7 @@ def _check_amount(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     """The token ids of each prompt; `TyirError` for a prompt without any and for ids that are no tokens."""
-    from tyir.tools.tokenizer import load_tokenizer
+    from tyir.tools.tokenizer import load_tokenizer, prompt_ids
     from tyir.tools.verify.compare import PROMPTS
 
     vocabulary = artifacts.manifest.model.get("vocab_size")
@@ -136,7 +138,7 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     else:
         tokenizer = load_tokenizer(artifacts)
         texts = [args.prompt] if args.prompt is not None else PROMPTS[: args.prompts]
-        prompts = [tokenizer(text)["input_ids"] for text in texts]
+        prompts = [prompt_ids(tokenizer, text) for text in texts]
     for ids in prompts:
         if not ids:
             raise TyirError("a prompt has no tokens: there is nothing to compare", help="give a longer one")
@@ -200,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-plugin", type=Path, metavar="FILE", help="the plugin the artifacts were compiled with"
     )
+    add_base_option(parser)
     parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
     parser.add_argument(
         "--ids",

@@ -85,6 +85,7 @@ class CompileContext:
 
     `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's
     name, or a machine file, which goes to the artifacts; None is the one a module was cut for, or edge10.
+    `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -92,6 +93,7 @@ class CompileContext:
     mcpu: str | None = None
     binary: bool = False
     machine: str | Path | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
     passes: PassContext = field(default_factory=PassContext)
 
     @property
@@ -138,7 +140,7 @@ def compile_module(
             constants = _write_weights(dies, folder, options, module, context)
         programs, memory = _write_programs(dies, folder, options, constants, context)
         with context.watch.stage("manifest"):
-            _copy_model_files(checkpoint_of(module), folder)
+            _copy_model_files(checkpoint_of(module), folder, context.files)
             machine = _copy_machine(folder, context)
             _write_buffer_config(folder, options, programs, memory)
             _write_manifest(folder, module, options, programs, context, machine)
@@ -346,10 +348,12 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str
 # --------------------------------------------------------------------------------------------------- the rest
 
 
-def _copy_model_files(checkpoint: Path, folder: Path) -> None:
+def _copy_model_files(checkpoint: Path, folder: Path, others: Mapping[str, bytes]) -> None:
     for name in _COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
+        elif name in others:
+            (folder / name).write_bytes(others[name])
     (folder / _EMPTY).write_bytes(b"")
 
 

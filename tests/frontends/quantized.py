@@ -129,15 +129,17 @@ def unpack_gptq(t: dict[str, Array], n: int, k: int, version: int) -> Array:
     return out
 
 
-def unpack_compressed(t: dict[str, Array], n: int, k: int) -> Array:
+def unpack_compressed(t: dict[str, Array], n: int, k: int, groups: Array | None = None) -> Array:
+    """`groups`: the group of each column, where groups are not ranges of columns."""
     g = k // t["weight_scale"].shape[1]
+    of = np.arange(k) // g if groups is None else groups
     zeros = t.get("weight_zero_point")
     out = np.empty((n, k), np.float16)
     for row in range(n):
         for column in range(k):
             q = nibble(t["weight_packed"][row, column // 8], column % 8) - 8
-            z = 0 if zeros is None else nibble(zeros[row // 8, column // g], row % 8) - 8
-            out[row, column] = np.float16(np.float32(q - z) * np.float32(t["weight_scale"][row, column // g]))
+            z = 0 if zeros is None else nibble(zeros[row // 8, of[column]], row % 8) - 8
+            out[row, column] = np.float16(np.float32(q - z) * np.float32(t["weight_scale"][row, of[column]]))
     return out
 
 

@@ -121,7 +121,7 @@ def test_config_is_no_object(folder: Path, text: str, wanted: str) -> None:
         ),
         (
             {"quantization_config": {"quant_method": "fp8"}},
-            "formats that can be imported: awq, gptq, compressed-tensors (4 bits each), GGUF",
+            "formats that can be imported: awq, gptq, compressed-tensors, auto-round (4 bits each), GGUF",
         ),
     ],
 )

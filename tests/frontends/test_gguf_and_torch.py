@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tyir.attributes import DictAttr, SymbolRefAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects import ty
 from tyir.execution.weights import CheckpointReader, check_files
@@ -158,28 +159,31 @@ def test_gguf(plain: Path, tmp_path: Path, kind: str) -> None:
     check_files(module)
 
 
-def test_a_q4_0_block_by_hand(plain: Path, tmp_path: Path) -> None:
+def test_a_q4_0_block_by_hand() -> None:
     """f16 d, then 16 bytes: element i is the low nibble of byte i, element 16 + i its high nibble; the weight
     is (nibble - 8) d.
     """
-    from tyir.dialects.quant import GGML_BLOCKS
+    from tyir.dialects import quant
+    from tyir.ir import Value
+    from tyir.types import TensorType, f32, ui8
 
-    block = np.concatenate([np.array([0.5], np.float16).view(np.uint8), np.arange(16, dtype=np.uint8) * 17])[
-        None
-    ]
+    block = np.concatenate([np.array([0.5], np.float16).view(np.uint8), np.arange(16, dtype=np.uint8) * 17])
+    source = ty.GetGlobal.create(
+        (), (TensorType((1, 18), ui8),), DictAttr({"symbol": SymbolRefAttr("a")})
+    ).result
+    assert isinstance(source, Value)
     half = [(i - 8) * 0.5 for i in range(16)]
-    assert GGML_BLOCKS["Q4_0"][2](block)[0].tolist() == half + half
-    eight = np.concatenate(
-        [np.array([0.25], np.float16).view(np.uint8), np.arange(-16, 16, dtype=np.int8).view(np.uint8)]
-    )[None]
-    assert GGML_BLOCKS["Q8_0"][2](eight)[0].tolist() == [i * 0.25 for i in range(-16, 16)]
+    dense = quant.GgmlDequantize(source, format="Q4_0", element=f32).evaluate(block[None])
+    assert dense[0].tolist() == half + half
+    q, scales = quant.GgmlQ40(source).evaluate(block[None])
+    assert q[0].tolist() == [*range(16), *range(16)] and scales.tolist() == [[0.5]]
 
 
 def test_gguf_tensor_names_of_any_form(plain: Path, tmp_path: Path) -> None:
     """Names are looked at as a whole: one without a dot, and one that only looks like a layer's."""
     path = tmp_path / "model.gguf"
     write_gguf(path, plain, "F16", extra=["plain", "vision.attn_q.weight"])
-    _, tensors = read_gguf(path)
+    _, tensors = read_gguf([path])
     assert tensors["plain"].interleaved == tensors["vision.attn_q.weight"].interleaved == 0
     assert tensors["model.layers.0.self_attn.q_proj.weight"].interleaved == 4
 

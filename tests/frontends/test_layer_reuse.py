@@ -79,6 +79,44 @@ def test_layers_that_differ(save_model: SaveModel, what: str) -> None:
     before = [(type(m), m.__dict__.get("layer_idx")) for m in meta.model.modules()]
     found = traced_layers(torch_export.export_model(meta).graph_module.graph.nodes)
     assert {path: layer.count for path, layer in found.items()} == (
-        {} if what == "number" else {"model.layers.0": 4, "model.layers.2": 1}
+        {f"model.layers.{i}": 1 for i in range(5)}
+        if what == "number"
+        else {"model.layers.0": 4, "model.layers.2": 1}
     )
     assert before == [(type(m), m.__dict__.get("layer_idx")) for m in meta.model.modules()]
+
+
+def test_the_number_stays_an_int(save_model: SaveModel) -> None:
+    """However a layer asks for its number, it sees what it sees in eager execution: factors of each layer's
+    MLP that depend on it arrive in the graph.
+    """
+    import torch
+
+    factors = [2.0, 3.0, 5.0]
+    ways: list[Callable[[Any], float]] = [
+        lambda n: factors[n] if isinstance(n, int) else 7.0,
+        lambda n: factors[n] if type(n) is int else 7.0,
+        lambda n: 13.0 if n == 0 else 17.0,
+        lambda n: float(f"1{n}"),
+        lambda n: 19.0 if n % 2 else 23.0,
+        lambda n: {0: 29.0, 1: 31.0}.get(n, 37.0),
+    ]
+    meta = open_model(save_model("llama", num_hidden_layers=3), "f16").meta
+    layers: Any = meta.model.get_submodule("model.layers")
+    original = type(layers[0].mlp).forward
+
+    class Numbered(type(layers[0].mlp)):  # type: ignore[misc]
+        layer_idx: int
+
+        def forward(self, x: Any) -> Any:
+            out = original(self, x)
+            for way in ways:
+                out = out * way(self.layer_idx)
+            return out
+
+    for i, layer in enumerate(layers):
+        layer.mlp.__class__, layer.mlp.layer_idx = Numbered, i
+    graph = torch_export.export_model(meta).graph_module.graph
+    numbers = [n.args[1] for n in graph.nodes if n.target is torch.ops.aten.mul.Tensor]
+    found = [n for n in numbers if isinstance(n, float) and n != 1.0]  # rotary tables are multiplied by 1.0
+    assert found == [way(i) for i in range(3) for way in ways]

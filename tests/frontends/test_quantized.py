@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.frontends.quantized import KINDS, Kind, awq, compressed, gptq, nibble, write_quantized
+from tests.frontends.quantized import (
+    KINDS,
+    Kind,
+    awq,
+    compressed,
+    gptq,
+    nibble,
+    quantize,
+    unpack_compressed,
+    write_quantized,
+)
 from tests.frontends.quantized import Groups as Quantized
 from tyir.attributes import DenseElementsAttr
 from tyir.diagnostics import Diagnostic, TyirError
@@ -192,12 +202,12 @@ def refusal(folder: Path) -> str:
     ("change", "wanted"),
     [
         ({"bits": 8}, "bits 8 (4 is accepted)"),
-        ({"version": "gemv"}, "version 'gemv' ('gemm' is accepted)"),
+        ({"version": "gemv"}, "version 'gemv' (gemm is accepted)"),
         ({"zero_point": False}, "zero_point False"),
         ({"group_size": "x"}, "group_size 'x'"),
         ({"group_size": 32}, "has groups of 64 input channels, the quantisation config says 32"),
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', which cannot be imported"),
-        ({"quant_method": "compressed-tensors"}, "0 config_groups (one is accepted)"),
+        ({"quant_method": "compressed-tensors"}, "no config_groups"),
     ],
 )
 def test_configs_that_cannot_be_read(awq_folder: Path, change: dict[str, Any], wanted: str) -> None:
@@ -261,21 +271,93 @@ def test_a_linear_is_quantised_exactly_when_its_tensors_are(awq_folder: Path, pl
     assert sum(1 for _ in module.walk_type(ty.QuantizedLinear)) == 13
 
 
-def test_gptq_in_order_of_activations(gptq_folder: Path) -> None:
-    edit(gptq_folder, {"desc_act": True})
-    import_model(gptq_folder)  # every g_idx is k // g all the same
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2", "ct-group", "ct-symmetric"])
+def test_groups_in_order_of_activations(
+    checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path, kind: str
+) -> None:
+    """Input channels whose groups are no ranges: the values are exact, one warning has the count, and a
+    channel without a group is refused.
+    """
+    folder = Path(shutil.copytree(checkpoints[kind][0], tmp_path / "checkpoint"))
+    several = ("gate", "up", "down") if KINDS[kind].group == 32 else ("down",)  # groups of 64: one of 64
+    bases = [f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1) for part in several]
+    index, scales = ("g_idx", "scales") if kind.startswith("gptq") else ("weight_g_idx", "weight_scale")
+    wanted: dict[str, npt.NDArray[Any]] = {}
     rng = np.random.default_rng(0)
-    edit(
-        gptq_folder,
-        tensors=lambda t: t.update(
-            {"model.layers.0.mlp.up_proj.g_idx": rng.permutation(t["model.layers.0.mlp.up_proj.g_idx"])}
-        ),
-    )
-    message = refusal(gptq_folder)
-    assert (
-        "'model.layers.0.mlp.up_proj' has input channels whose groups are not contiguous" in message
-        and message.count("not contiguous") == 1
-    )
+
+    def shuffle(t: dict[str, Any]) -> None:
+        for base in bases:
+            n, k = SHAPES[base.rpartition(".")[2]]
+            count = t[f"{base}.{scales}"].shape[0 if kind.startswith("gptq") else 1]
+            groups = rng.permutation(np.arange(k) // (k // count)).astype(np.int32)
+            t[f"{base}.{index}"] = groups
+            parts = {key.rpartition(".")[2]: v for key, v in t.items() if key.rpartition(".")[0] == base}
+            wanted[f"{base}.weight"] = (
+                KINDS[kind].unpack(parts, n, k)
+                if kind.startswith("gptq")
+                else unpack_compressed(parts, n, k, groups)
+            )
+
+    config = {"desc_act": True} if kind.startswith("gptq") else {}
+    edit(folder, config, shuffle)
+    notes: list[Diagnostic] = []
+    module = import_model(folder, note=notes.append)
+    said = [n.message for n in notes if "in order of activations" in n.message]
+    assert len(said) == 1 and said[0].startswith(f"{len(bases)} linears") and min(bases) in said[0]
+    found = dict(dense_state(folder))
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array.astype(np.float32), err_msg=name)
+    raise_aten(module)
+    assert sum(1 for _ in module.walk_type(ty.QuantizedLinear)) == 14 - len(bases)
+    again = parse_module(print_op(module))
+    assert sum(1 for _ in again.walk_type(quant.DequantizeIndexed)) == len(bases)
+    edit(folder, tensors=lambda t: [t[f"{b}.{index}"].__setitem__(3, 99) for b in bases])
+    message = refusal(folder)
+    assert "names groups from 0 to 99" in message and message.count("names groups") == 1
+    assert f"(and {len(bases) - 1} more like it)" in message
+
+
+def test_an_index_in_order_is_no_order_of_activations(gptq_folder: Path) -> None:
+    """desc_act with static groups stores k // g all the same: nothing changes."""
+    edit(gptq_folder, {"desc_act": True})
+    assert "order of activations" not in notes_of(gptq_folder)
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "ct-group", "plain"])
+def test_a_tied_head_stored_once_more(
+    checkpoints: dict[str, tuple[Path, Stored]], save_model: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    """A quantised copy, in the format of the others, is left out with one warning; and so is a copy as it
+    is.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    plain = save_model("qwen2", dtype="float16", tie_word_embeddings=True, intermediate_size=128)
+    folder = tmp_path / "tied"
+    stored: dict[str, Any]
+    if kind == "plain":
+        shutil.copytree(plain, folder)
+        stored = {"weight": load_file(plain / "model.safetensors")["model.embed_tokens.weight"]}
+    else:
+        write_quantized(plain, folder, KINDS[kind])
+        head = load_file(plain / "model.safetensors")["model.embed_tokens.weight"]
+        head = np.random.default_rng(0).normal(0, 0.02, head.shape)  # the padding token's row would be zero
+        stored = KINDS[kind].pack(quantize(head, KINDS[kind].group or 64, KINDS[kind].symmetric))
+    tensors = load_file(folder / "model.safetensors")
+    tensors.update({f"lm_head.{part}": np.ascontiguousarray(v) for part, v in stored.items()})
+    save_file(tensors, folder / "model.safetensors")
+    said = [n for n in notes_of(folder).splitlines() if "lm_head" in n]
+    assert len(said) == 1 and "not used" in said[0] and "tied 'model.embed_tokens.weight'" in said[0]
+
+
+def test_a_weight_stored_twice(awq_folder: Path, plain: Path) -> None:
+    """The unquantised weights that some tools leave beside the quantised ones are not used."""
+    from safetensors.numpy import load_file
+
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    whole = load_file(plain / "model.safetensors")
+    edit(awq_folder, tensors=lambda t: t.update({n: whole[n] for n in names}))
+    assert "2 tensors are not used: stored quantised as well" in notes_of(awq_folder)
 
 
 def test_gptq_zero_biases_are_ignored_and_others_are_not(gptq_folder: Path) -> None:
@@ -283,7 +365,7 @@ def test_gptq_zero_biases_are_ignored_and_others_are_not(gptq_folder: Path) -> N
     edit(gptq_folder, tensors=lambda t: t.update({name: np.zeros(128, np.float16)}))
     notes: list[Diagnostic] = []
     import_model(gptq_folder, note=notes.append)
-    assert any(f"'{name}' is all zeros" in n.message for n in notes)
+    assert any(f"'{name}' is not used: all zeros" in n.message for n in notes)
     edit(gptq_folder, tensors=lambda t: t.update({name: np.ones(128, np.float16)}))
     assert f"no place for: {name}" in refusal(gptq_folder)
 

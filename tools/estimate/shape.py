@@ -232,7 +232,13 @@ def read_shape(path: Path) -> ModelShape:
         head_norms=family.head_norms and family.flag(family.qk_norm, raw),
         head_bias=family.head_bias,
         rotary_tables=_rotary_tables(family, raw, sizes["num_hidden_layers"]),
-        group=_gguf_group(tensors) if quant is None else quant.group_size or 0,
+        group=(
+            _gguf_group(tensors)
+            if quant is None
+            else None
+            if quant.reordered  # groups that are not ranges of channels become fp16
+            else quant.group_size or 0
+        ),
         quantised_head=(
             _gguf_head(tensors)
             if quant is None
@@ -254,26 +260,15 @@ def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor
 
     The tensors' types say what stays 4-bit.
     """
-    gguf = _gguf_file(path)
-    if gguf is None:
+    from tyir.frontends.gguf_files import gguf_model, read_gguf
+
+    files = () if path.is_dir() and any(path.glob("*.safetensors")) else gguf_model(path)
+    if not files:
         where = path / "config.json" if path.is_dir() else path
         return where, _json(where), {}
-    from tyir.frontends.gguf_files import read_gguf
-
-    beside = gguf.parent / "config.json"
-    config, tensors = read_gguf(gguf, needs_config=not beside.exists())
-    return gguf, _json(beside) if beside.exists() else config, tensors
-
-
-def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that is the only weights in it."""
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
-    if len(files) > 1:
-        message = f"the folder holds {len(files)} GGUF files: {', '.join(f.name for f in files[:5])}"
-        raise TyirError(message, where=str(path), help="give one of the files instead of the folder")
-    return files[0] if files else None
+    beside = files[0].parent / "config.json"
+    config, tensors = read_gguf(files, needs_config=not beside.exists())
+    return files[0], _json(beside) if beside.exists() else config, tensors
 
 
 def _gguf_group(tensors: Mapping[str, StoredTensor]) -> int | None:

@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.attributes import IntegerAttr
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, QuantizedLinear, Slice, Take, Transpose, dequantize, tensor_type
 from tyir.execution.constexpr import ConstantExpressions, expression_ops
 from tyir.execution.entry_points import alias_of
-from tyir.execution.weights import CheckpointReader
+from tyir.execution.weights import CheckpointReader, checkpoint_of
 from tyir.interpreter import Interpreter, lookup_symbol
 from tyir.ir import Op, Value
 from tyir.layers import path_of
@@ -93,7 +93,13 @@ class Reference:
     `plugin` is the one they were compiled with.
     """
 
-    def __init__(self, folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        options: BuildOptions,
+        plugin: ModelPlugin | None = None,
+        base: Path | None = None,
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -102,12 +108,13 @@ class Reference:
 
         logging.disable_progress_bar()
         self.folder = folder
-        if plugin is None and _is_plain(folder):
+        self.base = base
+        if plugin is None and _is_plain(folder, base):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             ).eval()
         else:
-            self.model = dense_model(folder, plugin)
+            self.model = dense_model(folder, plugin, base)
         freeze_rope(self.model, options.max_kv)
         if options.weights == "int4":
             self._replace_weights(options, plugin)
@@ -116,9 +123,8 @@ class Reference:
         import torch
 
         parameters = dict(self.model.named_parameters())
-        for name, turned, rows, array in dequantized_weights(
-            reference_module(self.folder, options, plugin), CheckpointReader(self.folder)
-        ):
+        module = reference_module(self.folder, options, plugin, self.base)
+        for name, turned, rows, array in dequantized_weights(module, CheckpointReader(checkpoint_of(module))):
             with torch.no_grad():
                 whole = parameters[name].T if turned else parameters[name]
                 whole[torch.from_numpy(rows)] = torch.from_numpy(array.astype(np.float32))
@@ -163,21 +169,18 @@ class Reference:
         return [layer for _, layer in decoder_layers(self.model)]
 
 
-def _is_plain(folder: Path) -> bool:
-    """Whether transformers itself reads the folder: unquantised safetensors."""
-    from tyir.frontends.checkpoint import open_checkpoint
-    from tyir.frontends.huggingface import formats_of
+def _is_plain(folder: Path, base: Path | None) -> bool:
+    """Whether transformers itself reads the folder: unquantised tensors under the model's names."""
+    from tyir.frontends.huggingface import open_model
     from tyir.frontends.weights import PlainFormat
 
-    problems: list[Diagnostic] = []
-    checkpoint = open_checkpoint(folder, problems)
-    formats = formats_of(checkpoint, problems) if checkpoint is not None else ()
-    if problems:
-        raise TyirError(problems)
-    return len(formats) == 1 and isinstance(formats[0], PlainFormat)
+    opened = open_model(folder, "f32", base=base)
+    return all(isinstance(f, PlainFormat) for f in opened.weights.formats) and all(
+        name == stored.key for name, stored in opened.checkpoint.tensors.items()
+    )
 
 
-def dense_model(folder: Path, plugin: ModelPlugin | None) -> Any:
+def dense_model(folder: Path, plugin: ModelPlugin | None, base: Path | None = None) -> Any:
     """Hugging Face's model in fp32 of a checkpoint that is quantised or has its own layout.
 
     Built from the config, filled with the parameters as imported.
@@ -187,19 +190,21 @@ def dense_model(folder: Path, plugin: ModelPlugin | None) -> Any:
     from tyir.frontends.dense_state import dense_state
     from tyir.frontends.torch_export import build_plain_model
 
-    model = build_plain_model(folder, plugin.model_class if plugin is not None else None)
+    model = build_plain_model(folder, plugin.model_class if plugin is not None else None, base)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, array in dense_state(folder, plugin):
+        for name, array in dense_state(folder, plugin, base):
             parameters[name].copy_(torch.tensor(array))
     return model
 
 
-def reference_module(folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None) -> Module:
+def reference_module(
+    folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None, base: Path | None = None
+) -> Module:
     """The unpartitioned model in `ty` ops, with the artifacts' weights."""
     from tyir.frontends.huggingface import import_model
 
-    module = import_model(folder, plugin=plugin, positions=options.max_kv)
+    module = import_model(folder, plugin=plugin, positions=options.max_kv, base=base)
     run_pipeline(module, reference_pipeline(options), PassContext())
     return module
 

@@ -23,7 +23,7 @@ from tyir.dialects.func import Call
 from tyir.dialects.kv import Append, Rows
 from tyir.dialects.ty import GetGlobal
 from tyir.execution.artifacts import Artifacts
-from tyir.execution.weights import CheckpointReader
+from tyir.execution.weights import CheckpointReader, checkpoint_of
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
 from tyir.layers import layer_in, path_of
@@ -72,6 +72,7 @@ def locate(
     engine: EngineName = "host",
     threshold: float = 0.999,
     plugin: ModelPlugin | None = None,
+    base: Path | None = None,
 ) -> Divergence | None:
     """Run `ids` through the artifacts and the reference; the first op that is off, or None.
 
@@ -79,9 +80,8 @@ def locate(
     """
     recorder = _Recorder()
     session = Session(folder, engine, check=False, probe=recorder)
-    expected = _reference_results(
-        reference_module(checkpoint, session.manifest.options, plugin), checkpoint, ids
-    )
+    module = reference_module(checkpoint, session.manifest.options, plugin, base)
+    expected = _reference_results(module, ids)
     session.next_tokens(ids)
     for key, parts in recorder.parts.items():
         if key not in expected:
@@ -179,9 +179,7 @@ def _compare(expected: Array, parts: Sequence[_Part]) -> Iterator[tuple[int, flo
             yield part.die, value
 
 
-def _reference_results(
-    module: Module, checkpoint: Path, ids: Sequence[int]
-) -> Mapping[Key, tuple[Array, str]]:
+def _reference_results(module: Module, ids: Sequence[int]) -> Mapping[Key, tuple[Array, str]]:
     """The result of every op of the reference, and the line of the model's source it came from."""
     found: dict[Key, tuple[Array, str]] = {}
     keys = _Keys()
@@ -191,7 +189,7 @@ def _reference_results(
         if key is not None and results and results[0].ndim >= 3:
             found[key] = results[0], _source(op.loc)
 
-    interpreter = Interpreter(module, CheckpointReader(checkpoint), probe=probe)
+    interpreter = Interpreter(module, CheckpointReader(checkpoint_of(module)), probe=probe)
     positions = np.arange(len(ids), dtype=np.int64)[None]
     run_lockstep([interpreter.run("main", [np.array([list(ids)], np.int64), positions])])
     return found

@@ -1,26 +1,35 @@
-"""`quant`: how checkpoints store few-bit weights, undone exactly.
+"""`quant`: how checkpoints store few-bit weights, undone exactly; and adapters added to weights.
 
 The ops of weight expressions between a quantised checkpoint's words and `ty.quantized_linear`: whatever the
-source, a linear ends with q [N, K], scales [N, K/g] and zeros [N, K/g].  Nothing here rounds, except
-`quant.ggml_dequantize`, whose formats have no integer zero point.
+source, a linear ends with q [N, K], scales [N, K/g] and zeros [N, K/g], or with a dense weight where groups
+are no ranges of columns or zero points no integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import KW_ONLY
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from tyir.diagnostics import TyirError
 from tyir.dialects.ty import as_type, axis_in, static_shape, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result
 from tyir.traits import Pure
 from tyir.types import TensorType, Type, f16, i32, ui4, ui8
 
-__all__ = ["GGML_BLOCKS", "AddWrapping", "GgmlDequantize", "GgmlQ40", "Unpack"]
+__all__ = [
+    "GGML_BLOCKS",
+    "AddLowRank",
+    "AddWrapping",
+    "DequantizeIndexed",
+    "GgmlDequantize",
+    "GgmlQ40",
+    "Unpack",
+]
 
 Array = npt.NDArray[Any]
 _PER_WORD: Final = 8
@@ -91,75 +100,106 @@ class AddWrapping(DeclaredOp, name="quant.add_wrapping", traits=(Pure,)):
         return (x + np.uint8(self.value % 16)) & np.uint8(15)
 
 
+class DequantizeIndexed(DeclaredOp, name="quant.dequantize_indexed", traits=(Pure,)):
+    """f16((q - zero) * scale) where column k takes the scale and zero point of group `groups`[k]: q [N, K]
+    ui4, scales [N, G] f16, zeros [N, G] ui4, groups [K] -> [N, K] f16.
+
+    What GPTQ's desc_act and compressed-tensors' actorder "group" store: groups are not ranges of columns.
+    """
+
+    q: Value = operand()
+    scales: Value = operand()
+    zeros: Value = operand()
+    groups: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return tensor_type(self.q).with_element(f16)
+
+    def verify(self) -> Iterator[str]:
+        if tensor_type(self.groups).dims != tensor_type(self.q).dims[1:]:
+            yield f"groups {self.groups.type} do not say a group for each column of {self.q.type}"
+
+    def evaluate(self, q: Array, scales: Array, zeros: Array, groups: Array) -> Array:
+        centred = q.astype(np.float32) - zeros[:, groups].astype(np.float32)
+        return (centred * scales[:, groups].astype(np.float32)).astype(np.float16)
+
+
+class AddLowRank(DeclaredOp, name="quant.add_low_rank", traits=(Pure,)):
+    """w + scale * (b a), computed in f32 and rounded once to `element`: w [N, K], a [r, K], b [N, r].
+
+    A weight with a LoRA adapter merged into it.
+    """
+
+    w: Value = operand()
+    a: Value = operand()
+    b: Value = operand()
+    _: KW_ONLY
+    scale: float = attr()
+    element: Type = attr(default=f16)
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return tensor_type(self.w).with_element(self.element)
+
+    def verify(self) -> Iterator[str]:
+        (n, k), a, b = static_shape(self.w, 2), static_shape(self.a, 2), static_shape(self.b, 2)
+        if a != (a[0], k) or b != (n, a[0]):
+            yield f"factors {self.a.type} and {self.b.type} do not make a matrix of {n}x{k}"
+
+    def evaluate(self, w: Array, a: Array, b: Array) -> Array:
+        w, a, b = (x.astype(np.float32, copy=False) for x in (w, a, b))
+        return as_type(w + np.float32(self.scale) * (b @ a), self.element)
+
+
 # ---------------------------------------------------------------------------------------------------- GGUF
-# Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0, block_q4_1, block_q8_0,
-# block_q4_K, block_q6_K).
-
-
-def _f16(data: Array) -> npt.NDArray[np.float32]:
-    """Two bytes per f16, [..., 2 n] -> [..., n] as f32."""
-    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
-
-
-def _nibbles(data: Array) -> Array:
-    """[B, n] bytes -> [B, 2 n]: all low nibbles, then all high ones."""
-    return np.concatenate([data & 15, data >> 4], axis=1)
-
-
-def _q4_0(blocks: Array) -> npt.NDArray[np.float32]:
-    return _f16(blocks[:, :2]) * (_nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8))
-
-
-def _q4_1(blocks: Array) -> npt.NDArray[np.float32]:
-    return _f16(blocks[:, :2]) * _nibbles(blocks[:, 4:]).astype(np.float32) + _f16(blocks[:, 2:4])
-
-
-def _q8_0(blocks: Array) -> npt.NDArray[np.float32]:
-    return _f16(blocks[:, :2]) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float32)
-
-
-def _q4_k(blocks: Array) -> npt.NDArray[np.float32]:
-    """256 elements in 8 groups: f16 d and dmin, twelve bytes of 6-bit scales and minima, 128 bytes of nibbles
-    (per 64 elements: low, then high).
-    """
-    packed = blocks[:, 4:16]
-    low, mid, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
-    scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=1).astype(np.float32) * _f16(
-        blocks[:, 0:2]
-    )
-    minima = np.concatenate([mid & 63, (high >> 4) | ((mid >> 6) << 4)], axis=1).astype(np.float32) * _f16(
-        blocks[:, 2:4]
-    )
-    quants = blocks[:, 16:].reshape(-1, 4, 1, 32)
-    q = np.concatenate([quants & 15, quants >> 4], axis=2).reshape(-1, 8, 32).astype(np.float32)
-    return np.asarray(scales[:, :, None] * q - minima[:, :, None], np.float32).reshape(-1, 256)
-
-
-def _q6_k(blocks: Array) -> npt.NDArray[np.float32]:
-    """256 elements in 16 groups: 128 bytes of low nibbles, 64 bytes of upper bit pairs, 16 int8 scales, f16
-    d; q - 32.
-    """
-    low = blocks[:, :128].reshape(-1, 2, 1, 64)
-    lower = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 8, 32)
-    pairs = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    upper = np.concatenate([(pairs >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2).reshape(-1, 8, 32)
-    q = (lower | (upper << 4)).astype(np.int8) - np.int8(32)
-    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32) * _f16(
-        blocks[:, 208:210]
-    )
-    return np.asarray(scales[:, :, None] * q.reshape(-1, 16, 16).astype(np.float32), np.float32).reshape(
-        -1, 256
-    )
-
-
-# name: (elements, bytes) of a block and its values in f32
-GGML_BLOCKS: Final[dict[str, tuple[int, int, Callable[[Array], npt.NDArray[np.float32]]]]] = {
-    "Q4_0": (32, 18, _q4_0),
-    "Q4_1": (32, 20, _q4_1),
-    "Q8_0": (32, 34, _q8_0),
-    "Q4_K": (256, 144, _q4_k),
-    "Q6_K": (256, 210, _q6_k),
+# Elements and bytes of a block of each type that llama.cpp's quantisers write and the gguf package
+# de-quantises.  Source: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0, ...).
+GGML_BLOCKS: Final[dict[str, tuple[int, int]]] = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ1_S": (256, 50),
+    "IQ1_M": (256, 56),
+    "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98),
+    "IQ3_S": (256, 110),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54),
+    "TQ2_0": (256, 66),
+    "MXFP4": (32, 17),
+    "NVFP4": (64, 36),
 }
+_UNKNOWN: Final = (1, 1)
+
+
+def _ggml_values(data: Array, format: str) -> npt.NDArray[np.float32]:
+    """Rows of blocks [n, bytes] in f32 [n, K], by ggml's own package; `TyirError` when it is missing or too
+    old.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise TyirError(
+            f"weights of GGUF type {format} need the gguf package", help="pip install 'tyir[gguf]'"
+        ) from None
+    try:
+        values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format])
+    except (KeyError, NotImplementedError):
+        raise TyirError(
+            f"the installed gguf package does not read type {format}", help="pip install --upgrade gguf"
+        ) from None
+    return np.asarray(values, np.float32)
 
 
 class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
@@ -175,7 +215,7 @@ class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
 
     def infer(self) -> Type:
         rows, width = static_shape(self.data, 2)
-        elements, nbytes, _values = GGML_BLOCKS.get(self.format, (1, 1, _q4_0))
+        elements, nbytes = GGML_BLOCKS.get(self.format, _UNKNOWN)
         return TensorType((rows, width // nbytes * elements), self.element)
 
     def verify(self) -> Iterator[str]:
@@ -188,15 +228,14 @@ class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
             yield f"{self.data.type} does not hold whole blocks of {GGML_BLOCKS[self.format][1]} bytes"
 
     def evaluate(self, data: Array) -> Array:
-        _elements, nbytes, values = GGML_BLOCKS[self.format]
         rows = data.shape[0]
         out = np.empty(tensor_type(self.out).static_shape, as_type(np.zeros(0), self.element).dtype)
         step = max(
             1, (1 << 22) // max(out.shape[1], 1)
         )  # some millions of elements at a time bound the f32 intermediates
         for start in range(0, rows, step):
-            part = values(np.ascontiguousarray(data[start : start + step]).reshape(-1, nbytes))
-            out[start : start + step] = as_type(part, self.element).reshape(-1, out.shape[1])
+            part = _ggml_values(np.ascontiguousarray(data[start : start + step]), self.format)
+            out[start : start + step] = as_type(part, self.element)
         return out
 
 
@@ -221,4 +260,5 @@ class GgmlQ40(DeclaredOp, name="quant.ggml_q4_0", traits=(Pure,)):
         rows = data.shape[0]
         blocks = data.reshape(-1, 18)
         scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").reshape(rows, -1)
-        return _nibbles(blocks[:, 2:]).reshape(rows, -1), scales
+        nibbles = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)  # all low ones first
+        return nibbles.reshape(rows, -1), scales
