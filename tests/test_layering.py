@@ -151,6 +151,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "diagnostics",
         "dtypes",
         "ir",
+        "json_files",
         "layers",
         "location",
         "manifest",

@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import Manifest
-from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.chunks import Chunk, length_for
+from tyir.runtime_sim.session.ending import check_limit, end_reason
+from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
 from tyir.runtime_sim.session.session import EngineName, make_engine
@@ -39,6 +41,7 @@ class BatchSession:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder, check=check)
         self.engine = make_engine(engine, self.folder, self.manifest, probe)
+        self._step = FiniteSteps(self.engine, self.manifest)
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
 
     def reset(self) -> None:
@@ -70,8 +73,9 @@ class BatchSession:
     ) -> list[list[int]]:
         """Up to `limit` new tokens after each prompt, every sequence for itself.
 
-        It ends at a token for which `stop` holds, or when its cache is full.
+        It ends at a token for which `stop` holds, or when its cache is full (`end_reason` tells which).
         """
+        check_limit(limit)
         made: list[list[int]] = [[] for _ in self.tokens]
         following = [list(p) for p in prompts]
         for _ in range(limit):
@@ -80,7 +84,7 @@ class BatchSession:
                 if following[number]:
                     made[number].append(_choose(own, sampler))
             going = [
-                bool(f) and not stop(m[-1]) and len(t) < self.manifest.options.max_kv
+                bool(f) and end_reason(m, limit, self.manifest.options.max_kv - len(t), stop) is None
                 for f, m, t in zip(following, made, self.tokens)
             ]
             following = [[m[-1]] if goes else [] for goes, m in zip(going, made)]
@@ -95,10 +99,10 @@ class BatchSession:
         rows: list[dict[str, list[Array]]] = [{} for _ in left]
         while any(left) or not rows[0]:
             most = max(map(len, left))
-            lengths = self.manifest.options.seqlens
-            seqlen = next((s for s in lengths if s >= most), max(lengths))
+            seqlen = length_for(most, self.manifest.options.seqlens)
             parts = [part[:seqlen] for part in left]
-            outputs = self.engine.step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen))
+            counts = [len(part) for part in parts]
+            outputs = self._step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen), counts)
             for number, part in enumerate(parts):
                 for name, array in outputs.items():
                     rows[number].setdefault(name, []).append(array[number, : len(part)])

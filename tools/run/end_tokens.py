@@ -1,0 +1,71 @@
+"""Which tokens end an answer: what every file says that could know.
+
+The sources disagree in published checkpoints: a chat model's generation_config.json may still have the base
+model's end while its template closes turns with another token.  vLLM stops at the tokenizer's own end and at
+all of generation_config.json; so do we, and at the ends of turns that the chat template writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.diagnostics import TyirError
+from tyir.json_files import read_json_object
+
+__all__ = ["end_tokens"]
+
+_FILES: Final = ("generation_config.json", "config.json")
+_KEY: Final = "eos_token_id"
+# Special tokens that end a turn, by the families that write them.
+_TURN_ENDS: Final = (
+    "<|im_end|>",  # ChatML: Qwen, SmolLM
+    "<|eot_id|>",  # Llama 3
+    "<|eom_id|>",  # Llama 3, before a tool's answer
+    "<|eot|>",  # Llama 4
+    "<end_of_turn>",  # Gemma
+    "<|end|>",  # Phi-3
+    "<|endoftext|>",
+    "<|end_of_text|>",  # Granite
+    "<|end_of_role|>",
+    "<|END_OF_TURN_TOKEN|>",  # Cohere
+    "<|user|>",  # GLM-4
+    "[|endofturn|]",  # EXAONE
+)
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> dict[int, str]:
+    """Every token that ends an answer, with the source that says so.
+
+    `generation_config.json`, `config.json` (also its text model's), the tokenizer's end of text, and the ends
+    of turns in the chat template.  `TyirError` for a file that is not JSON, or whose `eos_token_id` is no
+    token.
+    """
+    found: dict[int, str] = {}
+    for name in _FILES:
+        if not (folder / name).is_file():
+            continue
+        content = read_json_object(folder / name, "restore the file from the model's checkpoint")
+        text = content.get("text_config")
+        for part in (content, text if isinstance(text, dict) else {}):
+            for token in _ids(part.get(_KEY), folder / name):
+                found.setdefault(token, name)
+    if isinstance(tokenizer.eos_token_id, int):
+        found.setdefault(tokenizer.eos_token_id, "the tokenizer")
+    template = str(tokenizer.chat_template or "")
+    special = tokenizer.get_added_vocab()
+    for token in _TURN_ENDS:
+        if token in template and token in special:
+            found.setdefault(special[token], "the chat template")
+    return found
+
+
+def _ids(value: Any, path: Path) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise TyirError(
+            f"{_KEY} of {path.name} is {value!r}: a token id, or a list of them, is needed",
+            where=str(path),
+            help="compare it with the file of the model's checkpoint",
+        )
+    return ids

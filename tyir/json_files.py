@@ -1,0 +1,39 @@
+"""JSON files that people write and edit: what is wrong with one, with its line and column."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tyir.diagnostics import Diagnostic, TyirError
+
+__all__ = ["read_json_object"]
+
+
+def read_json_object(path: Path, help: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    `TyirError` with `help`, at line and column where there is one, for a file that cannot be read, is not
+    UTF-8, not JSON or another value than an object.
+    """
+    name = path.name
+    try:
+        if path.exists() and not path.is_file():
+            raise TyirError(f"{name} is not a file", where=str(path), help=help)  # a pipe would never end
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise TyirError(f"cannot read {name}: {error.strerror}", where=str(path), help=help) from None
+    except UnicodeDecodeError:
+        raise TyirError(f"{name} is not UTF-8 text", where=str(path), help=help) from None
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}:{error.colno}"
+        raise TyirError(
+            Diagnostic(f"{name} is not valid JSON: {error.msg}", where=place, help=help)
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise TyirError(f"{name} cannot be read as JSON: {error}", where=str(path), help=help) from None
+    if not isinstance(content, dict):
+        message = f"{name} holds a JSON {type(content).__name__}, an object is needed"
+        raise TyirError(message, where=str(path), help=help)
+    return content
