@@ -35,9 +35,9 @@ def _positive(value: float) -> bool:
 
 
 _SENSES: Final = (
-    _Sense(r".*(eps|epsilon)", lambda v: 0 < v < 1, "a number between 0 and 1"),
+    _Sense(r".+(eps|epsilon)", lambda v: 0 < v < 1, "a number between 0 and 1"),
     _Sense(r".*theta|rope_local_base_freq|rotary_emb_base", _positive, "a number above 0"),
-    _Sense(r".*soft_?cap(ping)?", _positive, "a number above 0, or null for no cap"),
+    _Sense(r"(?!moe_).*soft_?cap(ping)?", _positive, "a number above 0, or null for no cap"),
     _Sense(
         r"query_pre_attn_scalar|.*_multiplier|logits?_scal(e|ing)|scale_(emb|depth)|softmax_scale|clip_qkv",
         _positive,
@@ -94,7 +94,7 @@ def _needed(config: Mapping[str, Any], key: str, value: Any) -> str | None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and not _is_finite(value):
         return sense.needed if sense is not None else "a finite number"
-    if sense is None or isinstance(value, bool) and name.startswith("use_"):
+    if sense is None or (isinstance(value, bool) and name.startswith("use_")):
         return None
     if isinstance(value, str) and not _looks_like_a_number(value):
         return None  # a rule of the model's own, as `inv_sqrt_d_model`

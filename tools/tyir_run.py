@@ -92,9 +92,7 @@ def _why(
         token = tokenizer.convert_ids_to_tokens(made[-1])
         return f"by stop token {made[-1]} ({token}) of {stops[made[-1]]}"
     if reason == "cache full":
-        return (
-            f"because all {capacity} positions of the cache are taken; compile with a larger --max-kv for more"
-        )
+        return f"because all {capacity} positions of the cache are taken; more need a larger --max-kv"
     return f"after {len(made)} tokens, as many as --max-tokens allows"
 
 
@@ -164,7 +162,14 @@ def load_tokenizer(folder: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the libraries stumble over in its files
+        text = next(iter(str(error).splitlines()), "")[:200]
+        raise TyirError(
+            f"the tokenizer of {folder} cannot be loaded: {type(error).__name__} {text}",
+            help="restore the tokenizer's files of the original model, then compile again",
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tyir.diagnostics import Diagnostic, TyirError
 
-__all__ = ["read_json_object"]
+__all__ = ["read_json_object", "token_ids"]
 
 
 def read_json_object(path: Path, help: str) -> dict[str, Any]:
@@ -37,3 +38,21 @@ def read_json_object(path: Path, help: str) -> dict[str, Any]:
         message = f"{name} holds a JSON {type(content).__name__}, an object is needed"
         raise TyirError(message, where=str(path), help=help)
     return content
+
+
+def token_ids(content: Mapping[str, Any], key: str, path: Path) -> list[int]:
+    """The token ids that a config of Hugging Face's has for `key`: none, one or a list.
+
+    `TyirError` for another value, with the line of the file that it stands in.
+    """
+    value = content.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        lines = path.read_text("utf-8").splitlines()
+        line = next((n for n, text in enumerate(lines, 1) if f'"{key}"' in text), 1)
+        raise TyirError(
+            f"'{key}' of {path.name} is {json.dumps(value)}: a token id, or a list of them, is needed",
+            where=f"{path}:{line}",
+            help="restore the file of the original model",
+        )
+    return ids

@@ -32,13 +32,14 @@ from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.check import check_memory
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, Param, tensor_type
 from tyir.edge10.binary import encode
 from tyir.execution.entry_points import alias_of, entry_point, name_of
 from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
+from tyir.json_files import read_json_object, token_ids
 from tyir.layers import location_by_path
 from tyir.manifest import (
     MACHINE,
@@ -125,6 +126,7 @@ def compile_module(
     its record, `tyir.build`, and may not contradict them.  Raises `TyirError` and leaves `out` as it was.
     """
     context = (context or CompileContext()).for_module(module)
+    _check_model_files(checkpoint_of(module))
     stage, source, asked = _stage(module), module.clone(), settled(options, module)
     with context.watch.stage("passes"):
         options = to_program(module, asked, context)
@@ -397,6 +399,25 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str
 
 
 # --------------------------------------------------------------------------------------------------- the rest
+
+
+def _check_model_files(checkpoint: Path) -> None:
+    """`TyirError` for files beside the weights that would break the artifacts when they are run: JSON that is
+    none, end tokens that are no tokens.
+    """
+    problems: list[Diagnostic] = []
+    for name in _COPIED:
+        path = checkpoint / name
+        if path.suffix != ".json" or not path.exists():
+            continue
+        try:
+            content = read_json_object(path, "restore the file of the original model, or remove it")
+            if name in ("config.json", "generation_config.json"):
+                token_ids(content, "eos_token_id", path)
+        except TyirError as error:
+            problems.extend(error.diagnostics)
+    if problems:
+        raise TyirError(problems)
 
 
 def _copy_model_files(checkpoint: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import Manifest
-from tyir.runtime_sim.session.chunks import Chunk, length_for
+from tyir.runtime_sim.session.chunks import Chunk, length_for, pad
 from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import StepProbe
@@ -131,7 +131,7 @@ class BatchSession:
                 raise TyirError(f"sequence {number}: token {bad[0]} is not in the vocabulary of {vocabulary}")
 
     def _inputs(self, parts: Sequence[Sequence[int]], seqlen: int) -> dict[str, Array]:
-        padded = np.array([[*part, *[0] * (seqlen - len(part))] for part in parts], np.int32)
+        padded = np.array([pad(part, seqlen) for part in parts], np.int32)
         pos = np.array([len(known) for known in self.tokens], np.int32)
         if self.manifest.options.embedding_as_input:
             return {"embeddings": self._embedding_table[padded], "pos": pos}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["Chunk", "length_for", "plan_chunks"]
+__all__ = ["Chunk", "length_for", "pad", "plan_chunks"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,8 @@ def plan_chunks(tokens: int, position: int, seqlens: Sequence[int], capacity: in
     The largest length while it is full, then the smallest that holds the rest.
 
     A step on a memory-bound machine costs nearly the same for one token as for a few, so padding beats
-    several short steps.  Padding may reach past the end of the cache: the programs drop it
-    (`kv.append`), so that every position can be used whatever the lengths.  `TyirError` when the tokens do not
-    fit.
+    several short steps.  Padding may reach past the end of the cache: the programs drop it (`kv.append`), so
+    that every position can be used whatever the lengths.  `TyirError` when the tokens do not fit.
     """
     if position + tokens > capacity:
         raise TyirError(
@@ -46,3 +45,12 @@ def plan_chunks(tokens: int, position: int, seqlens: Sequence[int], capacity: in
 def length_for(tokens: int, seqlens: Sequence[int]) -> int:
     """The compiled length that a step for `tokens` takes: the smallest that holds them, else the largest."""
     return min((s for s in seqlens if s >= tokens), default=max(seqlens))
+
+
+def pad(ids: Sequence[int], seqlen: int) -> list[int]:
+    """`seqlen` tokens: these, then the last of them again (token 0 after none).
+
+    Nothing that counts reads padding, but products do: their zero weights times a value that is not finite
+    are NaN.  A token that was computed already is as finite as the rest.
+    """
+    return [*ids, *(ids[-1:] or [0]) * (seqlen - len(ids))]

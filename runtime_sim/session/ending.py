@@ -12,9 +12,7 @@ __all__ = ["EndReason", "check_limit", "end_reason"]
 EndReason = Literal["stop token", "limit", "cache full"]
 
 
-def end_reason(
-    made: Sequence[int], limit: int, free: int, stop: Callable[[int], bool]
-) -> EndReason | None:
+def end_reason(made: Sequence[int], limit: int, free: int, stop: Callable[[int], bool]) -> EndReason | None:
     """Why nothing follows the tokens `made`, None when the last of them is to be run.
 
     They ended the text, are `limit`, or no position of the cache is `free` for the last.

@@ -30,7 +30,6 @@ __all__ = ["FiniteSteps"]
 
 Array = npt.NDArray[Any]
 _LOWEST: Final = np.finfo(np.float32).min  # what `ty.top_k` counts NaN and -inf as
-_FLOAT: Final = "f"
 
 
 @dataclass
@@ -41,9 +40,7 @@ class FiniteSteps:
     manifest: Manifest
     done: int = field(default=0, init=False)  # steps, from 1 on in messages
 
-    def __call__(
-        self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]
-    ) -> dict[str, Array]:
+    def __call__(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> dict[str, Array]:
         """One step, of which the first `counts[i]` rows of sequence i are used.
 
         `TyirError` when one of them is not finite: step, position, and where it began.
@@ -53,7 +50,7 @@ class FiniteSteps:
             outputs = self.engine.step(inputs, chunk)
         for sequence, count in enumerate(counts):
             for name, array in outputs.items():
-                row = _first_bad(name, array[sequence, :count])
+                row = _first_bad(array[sequence, :count], _LOWEST if name == "top_values" else -np.inf)
                 if row is not None:
                     raise self._error(name, array[sequence, row], inputs, chunk, counts, (sequence, row))
         return outputs
@@ -67,13 +64,14 @@ class FiniteSteps:
         counts: Sequence[int],
         place: tuple[int, int],
     ) -> TyirError:
-        sequence, row = place
+        origin = self._origin(inputs, chunk, counts)
+        # where it began: within a step, masked products carry NaN to earlier rows too (0 * NaN)
+        sequence, row = origin.place if origin is not None and origin.place is not None else place
         position = int(inputs["pos"][sequence]) + row
         of = f" of sequence {sequence}" if len(counts) > 1 else ""
         found = not_finite(values) or "no finite value"
-        what = "logits" if name == "logits" else "best logits" if name == "top_values" else name
-        message = f"the {what} at position {position}{of} are not finite ({found}) in step {self.done}"
-        origin = self._origin(inputs, chunk, counts)
+        what = {"logits": "logits", "top_values": "best logits"}.get(name, name)
+        message = f"the {what} of step {self.done} are not finite ({found}), from position {position}{of} on"
         if origin is None:
             help = (
                 "the reference computes this step without: tyir-verify --against the checkpoint names the op"
@@ -101,16 +99,12 @@ class FiniteSteps:
         return watch.origin
 
 
-def _first_bad(name: str, rows: Array) -> int | None:
-    """The first of rows [n, ..] that holds something which is not finite."""
-    if rows.dtype.kind != _FLOAT:
+def _first_bad(rows: Array, lowest: float = -np.inf) -> int | None:
+    """The first of rows [n, ..] that holds something which is not finite, or nothing above `lowest`."""
+    if rows.dtype.kind != "f":
         return None
-    good = np.isfinite(rows)
-    if name == "top_values":
-        good &= rows > _LOWEST
-    if good.all():
-        return None
-    return int(np.argmin(good.reshape(len(rows), -1).all(axis=1)))
+    good = np.isfinite(rows) if lowest == -np.inf else np.isfinite(rows) & (rows > lowest)
+    return None if good.all() else int(np.argmin(good.reshape(len(rows), -1).all(axis=1)))
 
 
 @dataclass(frozen=True)
@@ -121,10 +115,10 @@ class _Origin:
     path: str
     die: int
     found: str
-    weight: bool
+    place: tuple[int, int] | None  # sequence and row of the step; None of a weight
 
     def __str__(self) -> str:
-        if self.weight:
+        if self.place is None:
             return f"weight {self.path} of die {self.die} holds {self.found}"
         layer = layer_in(self.path)
         where = f"layer {layer}: " if layer is not None else ""
@@ -132,7 +126,7 @@ class _Origin:
 
     @property
     def help(self) -> str:
-        if self.weight:
+        if self.place is None:
             return "the artifacts are damaged; compile the model again"
         if "infinite" in self.found:
             return (
@@ -155,18 +149,24 @@ class _Watch:
     def __call__(
         self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]
     ) -> None:
-        if self.origin is not None or isinstance(op, Call) or op.has_trait(InPlace) or op.has_trait(Collective):
+        if (
+            self.origin is not None
+            or isinstance(op, Call)
+            or op.has_trait(InPlace)
+            or op.has_trait(Collective)
+        ):
             return
         weight = op.has_trait(WeightReference)
         for array in results:
-            for part in [array] if weight else self._used(array, chunk):
+            for sequence, part in [(None, array)] if weight else self._used(array, chunk):
                 if found := not_finite(part):
                     path = str(op.properties["symbol"]) if weight else path_in_calls(op, stack) or "an op"
-                    self.origin = _Origin(op.name, path, die, found, weight)
+                    place = None if sequence is None else (sequence, _first_bad(part) or 0)
+                    self.origin = _Origin(op.name, path, die, found, place)
                     return
 
-    def _used(self, array: Array, chunk: Chunk) -> list[Array]:
-        """The rows of [b, s, ..] that are no padding; nothing of arrays that are not so laid out."""
+    def _used(self, array: Array, chunk: Chunk) -> list[tuple[int | None, Array]]:
+        """The rows of [b, s, ..] that are no padding, by sequence; nothing of arrays not so laid out."""
         if array.shape[:2] != (len(self.counts), chunk.seqlen):
             return []
-        return [array[i, :count] for i, count in enumerate(self.counts) if count]
+        return [(i, array[i, :count]) for i, count in enumerate(self.counts) if count]

@@ -66,9 +66,7 @@ class _Argument:
         value = self.value
         if value is None or (_is_number(value) and self.holds(value)):
             return None
-        return Diagnostic(
-            f"{self.option} {value} is out of range", help=f"{self.option} takes {self.needed}"
-        )
+        return Diagnostic(f"{self.option} {value} is out of range", help=f"{self.option} takes {self.needed}")
 
 
 def _is_number(value: object) -> bool:
@@ -86,8 +84,8 @@ def make_sampler(
 
     Temperature 0 is greedy.
 
-    `top_k` = 0, `top_p` = 1 and `min_p` = 0 leave everything in.  `TyirError` names every argument that is out
-    of its range, NaN included.
+    `top_k` = 0, `top_p` = 1 and `min_p` = 0 leave everything in.  `TyirError` names every argument that is
+    out of its range, NaN included.
     """
     arguments = (
         _Argument("--temperature", temperature, lambda v: 0 <= v < math.inf, "a finite number from 0 on"),

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.manifest import Manifest
-from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
+from tyir.runtime_sim.session.chunks import Chunk, pad, plan_chunks
 from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
@@ -207,7 +207,7 @@ class Session:
 
     def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
         padded = np.zeros((self.manifest.options.batch, chunk.seqlen), np.int32)
-        padded[self.sequence, : len(ids)] = ids
+        padded[self.sequence] = pad(ids, chunk.seqlen)
         pos = np.zeros(self.manifest.options.batch, np.int32)
         pos[self.sequence] = chunk.start
         if self.manifest.options.embedding_as_input:

@@ -134,7 +134,8 @@ def gemma(folder: Path) -> Any:
     vocabulary, merges = _llama_bpe()
     names = {"<s>": "<bos>", "</s>": "<eos>"}
     return GemmaTokenizer(
-        vocab={**{names.get(k, k): v for k, v in vocabulary.items()}, "<mask>": len(vocabulary)}, merges=merges
+        vocab={**{names.get(k, k): v for k, v in vocabulary.items()}, "<mask>": len(vocabulary)},
+        merges=merges,
     )
 
 

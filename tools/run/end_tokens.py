@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from tyir.diagnostics import TyirError
-from tyir.json_files import read_json_object
+from tyir.json_files import read_json_object, token_ids
 
 __all__ = ["end_tokens"]
 
@@ -45,27 +44,16 @@ def end_tokens(folder: Path, tokenizer: Any) -> dict[int, str]:
     for name in _FILES:
         if not (folder / name).is_file():
             continue
-        content = read_json_object(folder / name, "restore the file from the model's checkpoint")
+        content = read_json_object(folder / name, "restore the file of the original model")
         text = content.get("text_config")
         for part in (content, text if isinstance(text, dict) else {}):
-            for token in _ids(part.get(_KEY), folder / name):
+            for token in token_ids(part, _KEY, folder / name):
                 found.setdefault(token, name)
     if isinstance(tokenizer.eos_token_id, int):
         found.setdefault(tokenizer.eos_token_id, "the tokenizer")
     template = str(tokenizer.chat_template or "")
     special = tokenizer.get_added_vocab()
-    for token in _TURN_ENDS:
-        if token in template and token in special:
-            found.setdefault(special[token], "the chat template")
+    for name in _TURN_ENDS:
+        if name in template and name in special:
+            found.setdefault(special[name], "the chat template")
     return found
-
-
-def _ids(value: Any, path: Path) -> list[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise TyirError(
-            f"{_KEY} of {path.name} is {value!r}: a token id, or a list of them, is needed",
-            where=str(path),
-            help="compare it with the file of the model's checkpoint",
-        )
-    return ids

@@ -30,7 +30,8 @@ def _argument(text: str) -> str:
         raise _not_utf8("--prompt", error) from None
     except UnicodeEncodeError as error:  # half of a pair, which no bytes stand for
         raise TyirError(
-            f"--prompt holds the surrogate {text[error.start]!r} at character {error.start}, which is no text",
+            f"--prompt holds the surrogate {text[error.start]!r} at character {error.start}, which is not"
+            " text",
             help="give the prompt as UTF-8",
         ) from None
 

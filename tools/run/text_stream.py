@@ -15,7 +15,6 @@ the end of what the longer window gave.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -79,7 +78,9 @@ class TextStream:
         the end of a piece goes with the next piece: so a few tokens are tried.
         """
         common = [text, *(self._raw([*self._window, probe]) for probe in self._probes)]
-        return len(os.path.commonprefix(common).rstrip(_REPLACEMENT))
+        changes = (i for i, column in enumerate(zip(*common)) if len(set(column)) > 1)
+        same = next(changes, min(map(len, common)))
+        return len(text[:same].rstrip(_REPLACEMENT))
 
     def _shorten(self, text: str) -> None:
         """Begin the window later, where that leaves the rest of its text as it is."""
