@@ -18,7 +18,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
-from tyir.json_files import read_json_object
+from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
 __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]

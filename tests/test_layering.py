@@ -151,7 +151,6 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "diagnostics",
         "dtypes",
         "ir",
-        "json_files",
         "layers",
         "location",
         "manifest",

@@ -39,7 +39,6 @@ from tyir.dialects.ty import GetGlobal, Param, tensor_type
 from tyir.edge10.binary import encode
 from tyir.execution.entry_points import alias_of, entry_point, name_of
 from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
-from tyir.json_files import read_json_object, token_ids
 from tyir.layers import location_by_path
 from tyir.manifest import (
     MACHINE,
@@ -58,6 +57,7 @@ from tyir.printer import print_op
 from tyir.process.stopwatch import Stopwatch
 from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
+from tyir.text.json_files import read_json_object, token_ids
 from tyir.types import i64
 
 __all__ = ["CompileContext", "check_target", "compile_module", "to_program"]

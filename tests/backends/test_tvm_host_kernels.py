@@ -102,6 +102,15 @@ def attention(
     )
 
 
+def attention_of_nan() -> Case:
+    """A query that is not finite has no weights: the kernel's exponential must not make some."""
+    q = np.random.default_rng(0).standard_normal((1, 4, 2, 16))
+    q[0, 1] = np.nan
+    q[0, 3, 1, 5] = np.inf
+    case = attention(4, (0, 1), 16, 16, (3,))
+    return Case("attention_of_nan", case.types, case.make, (*case.data, (0, q)))
+
+
 def attention8(
     s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], window: int = 0
 ) -> Case:
@@ -231,6 +240,7 @@ CASES: list[Case] = [
     quantized((1, 4), 48, 6, 24),
     quantized((1, 1), 30, 6, 6),
     quantized((1, 1), 1024, 600, 128),
+    attention_of_nan(),
     attention(1, (0, 0, 1, 1), 32, 64, (0,)),
     attention(1, (0, 0, 1, 1), 64, 64, (40,)),
     attention(1, (0, 1, 1, 1, 2), 64, 64, (63,)),

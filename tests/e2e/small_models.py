@@ -65,7 +65,7 @@ def save_llama(folder: Path, edit: Callable[[Any], None], **sizes: Any) -> Path:
 
 
 def chain(folder: Path, following: Mapping[int, int], vocabulary: int = 259) -> Path:
-    """A model that answers `following[t]` after t, and else t: a channel of the hidden state for each token."""
+    """A model that answers `following[t]` after t, and else t: a channel of the hidden state for each."""
     import torch
 
     width = -(-vocabulary // 8) * 8

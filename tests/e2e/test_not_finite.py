@@ -22,7 +22,7 @@ CAUSES = {
     10: "ty.silu_mul at model.layers.0.mlp ",
     11: "ty.silu_mul at model.layers.1.mlp ",
     12: "ty.linear at model.layers.1.self_attn.q_proj ",
-    13: "ty.linear at lm_head ",
+    13: "ty.linear at model.layers.1.self_attn.k_proj ",
     14: "ty.linear at model.layers.0.mlp.gate_proj ",
 }
 HARMLESS = [20, 30, 40, 50, 60, 70, 80, 90, 100]
@@ -44,7 +44,7 @@ def blow_up(model: Any) -> None:
     for part in (layers[1].mlp.gate_proj, layers[1].mlp.up_proj):
         part.weight[:, 1] = 100.0
     layers[1].self_attn.q_proj.weight[:, 2] = 3e4
-    model.lm_head.weight[:, 3] = 3e4
+    layers[1].self_attn.k_proj.weight[:, 3] = 3e4
     layers[0].mlp.gate_proj.weight[:, 4] = 3e4
 
 
@@ -109,7 +109,7 @@ def test_dies_batches_and_best_tokens(checkpoint: Path) -> None:
     assert (
         "best logits of step 1" in message
         and "from position 2 of sequence 1 on" in message
-        and "lm_head" in message
+        and CAUSES[13] in message
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from tyir.json_files import read_json_object, token_ids
+from tyir.text.json_files import read_json_object, token_ids
 
 __all__ = ["end_tokens"]
 
