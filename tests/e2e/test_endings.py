@@ -126,7 +126,7 @@ def test_the_tokenizers_own_end(compiled: Path, answer: Run) -> None:
 
 
 def test_all_files_count(artifacts: Path, answer: Run) -> None:
-    """A list in generation_config.json, another token in config.json, the tokenizer's: each ends an answer."""
+    """A list in generation_config.json, another token in config.json, the tokenizer's: each ends a text."""
     edit_json(artifacts / "generation_config.json", eos_token_id=[BYTES + ord("E"), BYTES + ord("K")])
     edit_json(artifacts / "config.json", eos_token_id=BYTES + ord("P"))
     for start, end, source in (
