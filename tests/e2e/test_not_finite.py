@@ -96,6 +96,7 @@ def test_padding_does_not_count(checkpoint: Path, one_die: Path) -> None:
     assert "from position 2 on" in refusal(Session(folder), [20, 30, 0])
 
 
+@pytest.mark.slow
 def test_dies_batches_and_best_tokens(checkpoint: Path) -> None:
     """`argmax` returns no logits: that none of them is a number is seen by its value."""
     options = BuildOptions(dies=2, seqlens=(1, 4), max_kv=32, output="argmax", batch=2)
