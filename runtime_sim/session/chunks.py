@@ -53,4 +53,5 @@ def pad(ids: Sequence[int], seqlen: int) -> list[int]:
     Nothing that counts reads padding, but products do: their zero weights times a value that is not finite
     are NaN.  A token that was computed already is as finite as the rest.
     """
-    return [*ids, *(ids[-1:] or [0]) * (seqlen - len(ids))]
+    filler = ids[-1] if ids else 0
+    return [*ids, *[filler] * (seqlen - len(ids))]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["FiniteSteps"]
 
 Array = npt.NDArray[Any]
-_LOWEST: Final = np.finfo(np.float32).min  # what `ty.top_k` counts NaN and -inf as
+_LOWEST: Final = float(np.finfo(np.float32).min)  # what `ty.top_k` counts NaN and -inf as
 
 
 @dataclass
