@@ -7,18 +7,16 @@ One parameter is in memory at a time.  A quantised weight is checked as it is us
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Final
 
 import numpy as np
 
 from tyir.diagnostics import Diagnostic
+from tyir.execution.finite import number_problem
 from tyir.execution.weights import CheckpointReader
 from tyir.frontends.dense_state import parameter_array
 from tyir.frontends.weights import Weights
 
 __all__ = ["value_problems"]
-
-_F16_LIMIT: Final = 65520.0  # from here on rounding gives infinity
 
 
 def value_problems(weights: Weights, dtype: str, skip: Collection[str] = ()) -> Iterator[Diagnostic]:
@@ -36,19 +34,5 @@ def value_problems(weights: Weights, dtype: str, skip: Collection[str] = ()) -> 
             continue
         seen.add(found[1])
         array = np.asarray(parameter_array(weights, name, reader))
-        nans, infinities = int(np.isnan(array).sum()), int(np.isinf(array).sum())
-        if nans or infinities:
-            what = " and ".join(
-                f"{count} {word}" for count, word in ((nans, "NaN"), (infinities, "infinite")) if count
-            )
-            yield Diagnostic(
-                f"'{found[1]}' holds {what} values",
-                where=where,
-                help="the checkpoint is damaged; download it again",
-            )
-        elif dtype == "f16" and array.size and (largest := float(np.abs(array).max())) >= _F16_LIMIT:
-            count = int((np.abs(array) >= _F16_LIMIT).sum())
-            message = (
-                f"'{found[1]}' holds {count} values beyond the f16 range of 65504 (largest {largest:.6g})"
-            )
-            yield Diagnostic(message, where=where, help="the weights need rescaling before they fit f16")
+        if (problem := number_problem(array, f16=dtype == "f16")) is not None:
+            yield Diagnostic(f"'{found[1]}' {problem[0]}", where=where, help=problem[1])

@@ -18,6 +18,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
+from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
 __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
@@ -87,31 +88,11 @@ class _Reader:
 
     def json_file(self, name: str, help: str) -> dict[str, Any] | None:
         """A JSON object from a file; None (and a problem) when it is not one."""
-        path = self.folder / name
         try:
-            content = json.loads(path.read_text("utf-8"))
-        except OSError as error:
-            self.problem(f"cannot read {name}: {error.strerror}", help, path)
+            return read_json_object(self.folder / name, help)
+        except TyirError as error:
+            self.problems.extend(error.diagnostics)
             return None
-        except UnicodeDecodeError:
-            self.problem(f"{name} is not UTF-8 text", help, path)
-            return None
-        except json.JSONDecodeError as error:
-            self.problems.append(
-                Diagnostic(
-                    f"{name} is not valid JSON: {error.msg}",
-                    where=f"{path}:{error.lineno}:{error.colno}",
-                    help=help,
-                )
-            )
-            return None
-        except (RecursionError, ValueError) as error:
-            self.problem(f"{name} cannot be read as JSON: {error}", help, path)
-            return None
-        if not isinstance(content, dict):
-            self.problem(f"{name} holds a JSON {type(content).__name__}, an object is needed", help, path)
-            return None
-        return content
 
     def tensor_file(self, name: str) -> bool:
         """Read the header of one safetensors file; False (and a problem) when the file cannot be used."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,17 +18,29 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from tyir.attributes import ArrayAttr, Attribute, BoolAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
+from tyir.attributes import (
+    ArrayAttr,
+    Attribute,
+    BoolAttr,
+    DenseElementsAttr,
+    DictAttr,
+    FloatAttr,
+    IntegerAttr,
+    StringAttr,
+)
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
+from tyir.execution.finite import not_finite
 from tyir.frontends.check_values import value_problems
 from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
+from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
 from tyir.frontends.quant_formats import quantized_format
 from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
-from tyir.layers import layer_in
+from tyir.layers import layer_in, path_of
 from tyir.types import f64, i64
 
 if TYPE_CHECKING:
@@ -152,10 +165,13 @@ def open_model(
     checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
+    if checkpoint is not None:
+        problems.extend(config_problems(checkpoint.config, str(checkpoint.folder / "config.json")))
+    sound = not problems  # a model of other numbers would only fail at what follows from them
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
     meta = (
         _meta_model(checkpoint, dtype, problems, note, plugin, positions)
-        if checkpoint is not None and formats
+        if checkpoint is not None and formats and sound
         else None
     )
     if checkpoint is not None and meta is not None:
@@ -388,6 +404,7 @@ def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights) -> Module:
     from tyir.frontends.torch_export import export_model, real_buffer
 
     main = import_graph(export_model(meta), weights, lambda name: real_buffer(meta, name))
+    _check_constants(main, str(checkpoint.folder / "config.json"))
     module = Module.empty()
     for reference in weights.globals.values():
         module.body.append(reference)
@@ -399,6 +416,28 @@ def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights) -> Module:
         "tyir.files": DictAttr({name: stamp.attribute() for name, stamp in checkpoint.stamps.items()}),
     })  # fmt: skip
     return module
+
+
+def _check_constants(main: Func, where: str) -> None:
+    """`TyirError` for numbers that follow from the config and are not finite, though each of its own is:
+    `rope_theta` 1e-300, or what only one family reads.
+    """
+    problems = []
+    for op in main.walk():
+        for name, value in op.properties.items():
+            if isinstance(value, FloatAttr):
+                bad = "" if math.isfinite(value.value) else f"is {value.value}"
+            elif isinstance(value, DenseElementsAttr):
+                bad = not_finite(value.to_numpy()) and f"holds {not_finite(value.to_numpy())}"
+            else:
+                continue
+            if bad:
+                place = f" at {path}" if (path := path_of(op)) else ""
+                message = f"'{name}' of {op.name}{place}, which follows from config.json, {bad}"
+                help = "compare the numbers of config.json with those of the original model"
+                problems.append(Diagnostic(message, where=where, help=help))
+    if problems:
+        raise TyirError(problems)
 
 
 def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:

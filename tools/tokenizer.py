@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
 
-__all__ = ["load_tokenizer", "prompt_ids", "stop_tokens"]
+__all__ = ["files_of", "load_tokenizer"]
 
 _WHOLE: Final = "tokenizer.json"
 _VOCABULARIES: Final = (_WHOLE, "tokenizer.model", "vocab.json")
@@ -34,7 +34,7 @@ def load_tokenizer(source: Artifacts | Path) -> Any:
 
     `TyirError` when there is none, it is damaged, or it is code.  Nothing is ever asked on standard input.
     """
-    path, find = _files(source)
+    path, find = files_of(source)
     found = {name: data for name in (*_DATA, *_SETTINGS) if (data := find(name)) is not None}
     if not any(name in found for name in _VOCABULARIES):
         raise TyirError(
@@ -77,32 +77,7 @@ def _read(copy: Path, path: Path) -> Any:
     raise TyirError(f"transformers cannot read the tokenizer of {path}: {reason}", help=_NO_HELP)
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of a prompt.
-
-    A text that begins with the beginning-of-sequence token, as chat templates write it, does not get a second
-    one from tokenizers that put one before every text.
-    """
-    ids: list[int] = list(tokenizer(text)["input_ids"])
-    begin, token = tokenizer.bos_token_id, tokenizer.bos_token
-    if not token or not text.startswith(token):
-        return ids
-    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids[1:] if own[:1] == [begin] and ids[: len(own) + 1] == [begin, *own] else ids
-
-
-def stop_tokens(source: Artifacts | Path) -> set[int]:
-    """The end-of-sequence ids of generation_config.json, else of config.json."""
-    path, find = _files(source)
-    for name in ("generation_config.json", "config.json"):
-        if (data := find(name)) is not None:
-            value = _settings(data, path / name).get("eos_token_id")
-            if value is not None:
-                return set(value) if isinstance(value, list) else {value}
-    return set()
-
-
-def _files(source: Artifacts | Path) -> tuple[Path, Find]:
+def files_of(source: Artifacts | Path) -> tuple[Path, Find]:
     """What the folder is called, and what its files hold."""
     try:
         folder = source if isinstance(source, Artifacts) else OpenedFolder(source)

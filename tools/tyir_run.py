@@ -6,9 +6,10 @@ All dies run in this process.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
+    from tyir.runtime_sim.session.ending import EndReason
     from tyir.runtime_sim.session.sampling import Sampler
     from tyir.runtime_sim.session.session import Session
 
@@ -27,19 +29,26 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = _parser().parse_args(argv)
+    from tyir.runtime_sim.session.ending import check_limit, end_reason
     from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
     from tyir.runtime_sim.session.session import Session
-    from tyir.tools.tokenizer import load_tokenizer, prompt_ids, stop_tokens
+    from tyir.tools.run.end_tokens import end_tokens
+    from tyir.tools.run.prompts import read_prompts, token_ids
+    from tyir.tools.run.text_stream import TextStream, pieces
+    from tyir.tools.tokenizer import load_tokenizer
 
-    sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    check_limit(args.max_tokens)
     session = Session(args.artifacts, args.engine, check=not args.no_check)
     if args.trace_commands is not None:
         _trace_commands(session, args.trace_commands)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts)
-    prompts = args.prompt or [sys.stdin.read()]
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    stops = stop_tokens(session.artifacts)
+    prompts = read_prompts(args.prompt)
+    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
+    stops = end_tokens(session.artifacts, tokenizer)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any character
     if len(prompts) > 1:
         return _run_batch(args, session.artifacts, prompts, ids, tokenizer, sampler, stops)
     if args.cache is not None and args.cache.exists():
@@ -48,13 +57,15 @@ def main(argv: Sequence[str]) -> int:
     shared = session.shared_prefix(ids[0])
     reused = f", {shared} of them from the cache" if shared else ""
     times: list[float] = []
+    made: list[int] = []
 
     def timed() -> Iterator[int]:
-        for token in session.generate(ids[0], args.max_tokens, sampler=sampler, stop=lambda t: t in stops):
+        for token in session.generate(ids[0], args.max_tokens, sampler=sampler, stop=stops.__contains__):
             times.append(time.perf_counter())
+            made.append(token)
             yield token
 
-    stream = decode_stream(tokenizer, timed())
+    stream = pieces(TextStream(tokenizer, ids[0]), timed())
     first = next(stream, "")  # a prompt that does not fit is refused before anything is printed
     sys.stdout.write(prompts[0] + first)
     for text in stream:
@@ -63,14 +74,28 @@ def main(argv: Sequence[str]) -> int:
     print()
     if args.cache is not None:
         session.save(args.cache)
-    if times:
-        decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-        print(
-            f"{len(ids[0])} prompt tokens{reused}, first token after {times[0] - start:.3f} s; {len(times)}"
-            f" tokens at {decode:.1f} tokens/s ({args.engine} engine on this machine, not the device)",
-            file=sys.stderr,
-        )
+    decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    after = f", first token after {times[0] - start:.3f} s" if times else ""
+    why = end_reason(made, args.max_tokens, session.capacity - len(session.tokens), stops.__contains__)
+    print(
+        f"{len(ids[0])} prompt tokens{reused}{after}; {len(times)} tokens at {decode:.1f} tokens/s"
+        f" ({args.engine} engine on this machine, not the device)\n"
+        f"ended {_why(why, made, stops, tokenizer, session.capacity)}",
+        file=sys.stderr,
+    )
     return 0
+
+
+def _why(
+    reason: EndReason | None, made: Sequence[int], stops: Mapping[int, str], tokenizer: Any, capacity: int
+) -> str:
+    """Why an answer ended, for people."""
+    if reason == "stop token":
+        token = tokenizer.convert_ids_to_tokens(made[-1])
+        return f"by stop token {made[-1]} ({token}) of {stops[made[-1]]}"
+    if reason == "cache full":
+        return f"because all {capacity} positions of the cache are taken; more need a larger --max-kv"
+    return f"after {len(made)} tokens, as many as --max-tokens allows"
 
 
 def _trace_commands(session: Session, path: Path) -> None:
@@ -95,10 +120,12 @@ def _run_batch(
     ids: Sequence[Sequence[int]],
     tokenizer: Any,
     sampler: Sampler,
-    stops: set[int],
+    stops: Mapping[int, str],
 ) -> int:
     """Continue several prompts at once, each printed when all are done."""
     from tyir.runtime_sim.session.batch_session import BatchSession
+    from tyir.runtime_sim.session.ending import end_reason
+    from tyir.tools.run.text_stream import continuation
 
     if args.cache is not None:
         raise TyirError("--cache is for one prompt", help="give one --prompt")
@@ -112,36 +139,21 @@ def _run_batch(
         )
     start = time.perf_counter()
     waiting: list[list[int]] = [[] for _ in range(len(session.tokens) - len(ids))]
-    made = session.generate([*ids, *waiting], args.max_tokens, sampler=sampler, stop=lambda t: t in stops)
+    made = session.generate([*ids, *waiting], args.max_tokens, sampler=sampler, stop=stops.__contains__)
     seconds = time.perf_counter() - start
-    for prompt, tokens in zip(prompts, made):
-        print(prompt + tokenizer.decode(tokens, skip_special_tokens=True))
+    for prompt, own, tokens in zip(prompts, ids, made):
+        print(prompt + continuation(tokenizer, own, tokens))
     total = sum(map(len, made))
     print(
         f"{len(prompts)} prompts, {total} tokens in {seconds:.3f} s: {total / seconds:.1f} tokens/s"
         f" ({args.engine} engine on this machine, not the device)",
         file=sys.stderr,
     )
+    capacity = session.manifest.options.max_kv
+    for number, (tokens, held) in enumerate(zip(made, session.tokens[: len(ids)])):
+        why = end_reason(tokens, args.max_tokens, capacity - len(held), stops.__contains__)
+        print(f"prompt {number} ended {_why(why, tokens, stops, tokenizer, capacity)}", file=sys.stderr)
     return 0
-
-
-def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes final.
-
-    A token may end in the middle of a character, which is held back until it is whole.
-    """
-    pending: list[int] = []
-    shown = 0
-    for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
-            if text.endswith("\n"):
-                pending, shown = [], 0
-    if pending:
-        yield tokenizer.decode(pending, skip_special_tokens=True)[shown:]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,6 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="sample among the fewest tokens of this total probability"
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="sample among tokens that have at least this share of the best one's probability",
     )
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument(

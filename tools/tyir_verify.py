@@ -129,7 +129,8 @@ def _check_amount(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     """The token ids of each prompt; `TyirError` for a prompt without any and for ids that are no tokens."""
-    from tyir.tools.tokenizer import load_tokenizer, prompt_ids
+    from tyir.tools.run.prompts import token_ids
+    from tyir.tools.tokenizer import load_tokenizer
     from tyir.tools.verify.compare import PROMPTS
 
     vocabulary = artifacts.manifest.model.get("vocab_size")
@@ -138,7 +139,7 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     else:
         tokenizer = load_tokenizer(artifacts)
         texts = [args.prompt] if args.prompt is not None else PROMPTS[: args.prompts]
-        prompts = [prompt_ids(tokenizer, text) for text in texts]
+        prompts = [token_ids(tokenizer, text) for text in texts]
     for ids in prompts:
         if not ids:
             raise TyirError("a prompt has no tokens: there is nothing to compare", help="give a longer one")

@@ -11,6 +11,7 @@ to weights have neither: their symbol says what they are.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
@@ -26,6 +27,7 @@ __all__ = [
     "layer_of",
     "layer_root",
     "location_by_path",
+    "path_in_calls",
     "path_of",
     "place",
     "place_attributes",
@@ -82,6 +84,13 @@ def path_of(op: Op) -> str | None:
     """The module path of the model an op came from: `model.layers.3.self_attn.q_proj`."""
     value = op.attributes.get(PATH)
     return value.value if isinstance(value, StringAttr) else None
+
+
+def path_in_calls(op: Op, stack: Sequence[Op]) -> str | None:
+    """The module path of an op that is executed inside of these calls, the last of which names the layer."""
+    path = path_of(op)
+    layer = layer_of(stack[-1]) if stack else None
+    return path if path is None or layer is None else path.replace("*", str(layer), 1)
 
 
 def place_attributes(path: str) -> DictAttr:

@@ -32,7 +32,7 @@ from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.check import check_memory
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, Param
@@ -57,6 +57,7 @@ from tyir.printer import print_op
 from tyir.process.stopwatch import Stopwatch
 from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
+from tyir.text.json_files import read_json_object, token_ids
 from tyir.types import i64
 
 __all__ = ["CompileContext", "check_target", "compile_module", "to_program"]
@@ -128,6 +129,7 @@ def compile_module(
     its record, `tyir.build`, and may not contradict them.  Raises `TyirError` and leaves `out` as it was.
     """
     context = (context or CompileContext()).for_module(module)
+    _check_model_files(checkpoint_of(module))
     stage, source, asked = _stage(module), module.clone(), settled(options, module)
     with context.watch.stage("passes"):
         options = to_program(module, asked, context)
@@ -346,6 +348,25 @@ def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str
 
 
 # --------------------------------------------------------------------------------------------------- the rest
+
+
+def _check_model_files(checkpoint: Path) -> None:
+    """`TyirError` for files beside the weights that would break the artifacts when they are run: JSON that is
+    none, end tokens that are no tokens.
+    """
+    problems: list[Diagnostic] = []
+    for name in _COPIED:
+        path = checkpoint / name
+        if path.suffix != ".json" or not path.exists():
+            continue
+        try:
+            content = read_json_object(path, "restore the file of the original model, or remove it")
+            if name in ("config.json", "generation_config.json"):
+                token_ids(content, "eos_token_id", path, path.read_bytes())
+        except TyirError as error:
+            problems.extend(error.diagnostics)
+    if problems:
+        raise TyirError(problems)
 
 
 def _copy_model_files(checkpoint: Path, folder: Path, others: Mapping[str, bytes]) -> None:

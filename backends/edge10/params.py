@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import GetGlobal, Global, Param, Yield
+from tyir.dialects.ty.tensors import bf16_to_f32
 from tyir.dtypes import by_element
+from tyir.execution.finite import number_problem
 from tyir.execution.storage import pack, packed_shape
 from tyir.execution.weights import WeightSource
 from tyir.interpreter import evaluate_op, lookup_symbol
 from tyir.ir import Op, Value
-from tyir.types import FloatType, Type, from_dtype, storage_dtype
+from tyir.types import FloatType, Type, bf16, f16, from_dtype, storage_dtype
 
 __all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
 
@@ -105,8 +107,9 @@ def write_params(files: Sequence[ParamsFile], weights: WeightSource, *, progress
             key=lambda item: (_source(item[1]), str(item[1].sym_name), item[0]),
         )
         for file_index, param in tqdm(order, desc="weights", unit="tensor", disable=not progress):
-            array = evaluator.evaluate(param)
-            if (problem := _check(param, array)) is not None:
+            with np.errstate(all="ignore"):  # reported below, by the tensor's name
+                array = evaluator.evaluate(param)
+            if (problem := _check(param, array, weights)) is not None:
                 problems.append(problem)
             handles[file_index].seek(files[file_index].slots[param].offset)
             handles[file_index].write(pack(array, param.type).tobytes())
@@ -125,26 +128,30 @@ def _dtype_name(element: Type) -> str:
 
 def _source(param: Param) -> tuple[str, int]:
     """The checkpoint tensor a parameter is made of, as a place to sort by."""
-    for op in param.body:
-        if isinstance(op, GetGlobal) and isinstance(target := lookup_symbol(param, op.symbol.leaf), Global):
-            return (target.file, target.offset)
-    return ("", 0)
+    return next(((source.file, source.offset) for source in _sources(param)), ("", 0))
 
 
-def _check(param: Param, array: Array) -> Diagnostic | None:
+def _check(param: Param, array: Array, weights: WeightSource) -> Diagnostic | None:
+    """What of a parameter cannot be computed with, by the stored tensor that it comes from."""
     if not isinstance(param.type.element, FloatType) or array.dtype.kind != "f" or np.isfinite(array).all():
         return None
-    bad = (
-        "NaN"
-        if np.isnan(array).any()
-        else "a value beyond the f16 range (65504)"
-        if array.dtype == np.float16
-        else "infinity"
-    )
-    return Diagnostic(
-        f"weight {param.sym_name} holds {bad}",
-        help="the checkpoint is damaged, or its weights need rescaling before they fit f16",
-    )
+    sources = _sources(param)
+    for source in sources:
+        found = weights.read(source)
+        if source.type.element is bf16:
+            found = bf16_to_f32(found)
+        if (problem := number_problem(found, f16=param.type.element is f16)) is not None:
+            where = f"{source.file}: " if source.file else ""
+            return Diagnostic(f"{where}tensor '{source.key}' {problem[0]}", help=problem[1])
+    made = f", made of {', '.join(repr(s.key) for s in sources)}" if sources else ""
+    what, help = number_problem(array, f16=False) or ("", "")
+    return Diagnostic(f"weight {param.sym_name}{made}, {what}", help=help)
+
+
+def _sources(param: Param) -> list[Global]:
+    """The stored tensors that a parameter is made of."""
+    found = (lookup_symbol(param, op.symbol.leaf) for op in param.body if isinstance(op, GetGlobal))
+    return [target for target in found if isinstance(target, Global)]
 
 
 class ParamEvaluator:

@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
-from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.chunks import Chunk, length_for, pad
 from tyir.runtime_sim.session.embedding import embedding_table
+from tyir.runtime_sim.session.ending import check_limit, end_reason
+from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
 from tyir.runtime_sim.session.session import EngineName, make_engine
@@ -46,6 +48,7 @@ class BatchSession:
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.manifest = self.artifacts.manifest
         self.engine = make_engine(engine, self.artifacts, probe)
+        self._step = FiniteSteps(self.engine)
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
 
     def reset(self) -> None:
@@ -77,8 +80,9 @@ class BatchSession:
     ) -> list[list[int]]:
         """Up to `limit` new tokens after each prompt, every sequence for itself.
 
-        It ends at a token for which `stop` holds, or when its cache is full.
+        It ends at a token for which `stop` holds, or when its cache is full (`end_reason` tells which).
         """
+        check_limit(limit)
         made: list[list[int]] = [[] for _ in self.tokens]
         following = [list(p) for p in prompts]
         for _ in range(limit):
@@ -87,7 +91,7 @@ class BatchSession:
                 if following[number]:
                     made[number].append(_choose(own, sampler))
             going = [
-                bool(f) and not stop(m[-1]) and len(t) < self.manifest.options.max_kv
+                bool(f) and end_reason(m, limit, self.manifest.options.max_kv - len(t), stop) is None
                 for f, m, t in zip(following, made, self.tokens)
             ]
             following = [[m[-1]] if goes else [] for goes, m in zip(going, made)]
@@ -102,10 +106,10 @@ class BatchSession:
         rows: list[dict[str, list[Array]]] = [{} for _ in left]
         while any(left) or not rows[0]:
             most = max(map(len, left))
-            lengths = self.manifest.options.seqlens
-            seqlen = next((s for s in lengths if s >= most), max(lengths))
+            seqlen = length_for(most, self.manifest.options.seqlens)
             parts = [part[:seqlen] for part in left]
-            outputs = self.engine.step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen))
+            counts = [len(part) for part in parts]
+            outputs = self._step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen), counts)
             for number, part in enumerate(parts):
                 for name, array in outputs.items():
                     rows[number].setdefault(name, []).append(array[number, : len(part)])
@@ -134,7 +138,7 @@ class BatchSession:
                 raise TyirError(f"sequence {number}: token {bad[0]} is not in the vocabulary of {vocabulary}")
 
     def _inputs(self, parts: Sequence[Sequence[int]], seqlen: int) -> dict[str, Array]:
-        padded = np.array([[*part, *[0] * (seqlen - len(part))] for part in parts], np.int32)
+        padded = np.array([pad(part, seqlen) for part in parts], np.int32)
         pos = np.array([len(known) for known in self.tokens], np.int32)
         if self.manifest.options.embedding_as_input:
             return {"embeddings": self._embedding_table[padded], "pos": pos}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["Chunk", "plan_chunks"]
+__all__ = ["Chunk", "length_for", "pad", "plan_chunks"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ def plan_chunks(tokens: int, position: int, seqlens: Sequence[int], capacity: in
     The largest length while it is full, then the smallest that holds the rest.
 
     A step on a memory-bound machine costs nearly the same for one token as for a few, so padding beats
-    several short steps.  `TyirError` when the cache is full.
+    several short steps.  Padding may reach past the end of the cache: the programs drop it (`kv.append`), so
+    that every position can be used whatever the lengths.  `TyirError` when the tokens do not fit.
     """
     if position + tokens > capacity:
         raise TyirError(
@@ -35,16 +36,22 @@ def plan_chunks(tokens: int, position: int, seqlens: Sequence[int], capacity: in
         )
     end = position + tokens
     while position < end:
-        left = end - position
-        fitting = [s for s in seqlens if position + s <= capacity]
-        if not fitting:
-            raise TyirError(
-                f"no compiled length fits: {capacity - position} positions are left in the cache and the"
-                f" shortest length is {min(seqlens)}",
-                help="compile with length 1 among --seqlens",
-            )
-        holding = [s for s in fitting if s >= left]
-        seqlen = min(holding) if holding else max(fitting)
-        count = min(seqlen, left)
+        seqlen = length_for(end - position, seqlens)
+        count = min(seqlen, end - position)
         yield Chunk(position, count, seqlen)
         position += count
+
+
+def length_for(tokens: int, seqlens: Sequence[int]) -> int:
+    """The compiled length that a step for `tokens` takes: the smallest that holds them, else the largest."""
+    return min((s for s in seqlens if s >= tokens), default=max(seqlens))
+
+
+def pad(ids: Sequence[int], seqlen: int) -> list[int]:
+    """`seqlen` tokens: these, then the last of them again (token 0 after none).
+
+    Nothing that counts reads padding, but products do: their zero weights times a value that is not finite
+    are NaN.  A token that was computed already is as finite as the rest.
+    """
+    filler = ids[-1] if ids else 0
+    return [*ids, *[filler] * (seqlen - len(ids))]

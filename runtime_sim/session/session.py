@@ -23,8 +23,10 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
-from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
+from tyir.runtime_sim.session.chunks import Chunk, pad, plan_chunks
 from tyir.runtime_sim.session.embedding import embedding_table
+from tyir.runtime_sim.session.ending import check_limit, end_reason
+from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
 from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, write_cache
@@ -38,6 +40,8 @@ ENGINES: Final[tuple[EngineName, ...]] = ("host", "interpreter", "edge10")
 
 class Engine(Protocol):
     """Executes one step of all dies and keeps their caches."""
+
+    artifacts: Artifacts
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """Run one chunk; the main die's outputs by name, caches excepted, each [b, seqlen, ..].
@@ -94,6 +98,7 @@ class Session:
                 help=f"{self.artifacts.path} runs {self.manifest.options.batch}, numbered from 0",
             )
         self.engine = make_engine(engine, self.artifacts, probe)
+        self._step = FiniteSteps(self.engine)
         self.tokens: list[int] = []
 
     @property
@@ -187,7 +192,7 @@ class Session:
         return Candidates(outputs["top_values"], outputs["top_ids"])
 
     def _advance(self, ids: Sequence[int]) -> dict[str, Array]:
-        """Run tokens through the program; its outputs by name, [len(ids), ..] each."""
+        """Run tokens through the program; its outputs by name, [len(ids), ..] each, all of them finite."""
         if not ids:
             raise TyirError(
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
@@ -200,14 +205,15 @@ class Session:
         first = len(self.tokens)
         for chunk in plan_chunks(len(ids), first, self.manifest.options.seqlens, self.capacity):
             part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
-            for name, array in self.engine.step(self._inputs(part, chunk), chunk).items():
+            counts = [chunk.count if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
+            for name, array in self._step(self._inputs(part, chunk), chunk, counts).items():
                 rows.setdefault(name, []).append(np.asarray(array[self.sequence, : chunk.count]))
             self.tokens += part
         return {name: np.concatenate(parts) for name, parts in rows.items()}
 
     def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
         padded = np.zeros((self.manifest.options.batch, chunk.seqlen), np.int32)
-        padded[self.sequence, : len(ids)] = ids
+        padded[self.sequence] = pad(ids, chunk.seqlen)
         pos = np.zeros(self.manifest.options.batch, np.int32)
         pos[self.sequence] = chunk.start
         if self.manifest.options.embedding_as_input:
@@ -229,14 +235,18 @@ class Session:
         """Yield up to `limit` new tokens after `prompt`.
 
         What the cache already holds of the prompt is not computed again.  Ends early at a token for which
-        `stop` holds, or when the cache is full.
+        `stop` holds, or when the cache is full (`end_reason` tells which).  `TyirError` when logits are not
+        finite.
         """
-        token = self._sample(self._new_of(prompt), sampler)
-        for produced in range(1, limit + 1):
-            yield token
-            if stop(token) or produced == limit or len(self.tokens) == self.capacity:
+        check_limit(limit)
+        made = [self._sample(self._new_of(prompt), sampler)]
+        if not limit:
+            return
+        while True:
+            yield made[-1]
+            if end_reason(made, limit, self.capacity - len(self.tokens), stop) is not None:
                 return
-            token = self._sample([token], sampler)
+            made.append(self._sample(made[-1:], sampler))
 
     def _sample(self, ids: Sequence[int], sampler: Sampler) -> int:
         """The token to follow `ids`, chosen among all tokens or among those that the program returns."""

@@ -329,10 +329,10 @@ def test_values_are_checked_when_asked(single: Path) -> None:
 
     edit_tensors(single, spoil)
     message = refusal(single, check_weights=True)
-    assert "'model.norm.weight' holds 1 NaN values" in message
+    assert "'model.norm.weight' holds 1 NaN value" in message
     assert "'model.layers.0.mlp.up_proj.weight' holds 2 infinite values" in message
     assert (
-        "'model.layers.1.mlp.up_proj.weight' holds 1 values beyond the f16 range of 65504 (largest 999424)"
+        "'model.layers.1.mlp.up_proj.weight' holds 1 value beyond the f16 range of 65504 (largest 999424)"
         in message
     )
     assert "'lm_head.weight' has shape [95, 64]" in message

@@ -377,7 +377,7 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path, add: bool | None) -> None:
     """Merges follow from the scores; one beginning token, whether the text begins with one or not."""
     from transformers import LlamaTokenizer
 
-    from tyir.tools.tyir_run import prompt_ids
+    from tyir.tools.run.prompts import token_ids
 
     pieces = ["▁", "t", "h", "e", "o", "l", "d", "s", "u", "th", "▁th", "▁the", "ol", "old", "▁old", "se"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
@@ -401,11 +401,11 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path, add: bool | None) -> None:
         vocab={t: i for i, t in enumerate(tokens)}, merges=merges, add_bos_token=add is not False
     )
     for text in ("the old", "the ä", "theold\nse"):
-        ids = prompt_ids(found, text)
+        ids = token_ids(found, text)
         assert ids == original(text)["input_ids"], text
         assert ids.count(1) == int(add is not False)
-    assert prompt_ids(found, "<s>the")[:2].count(1) == 1
-    assert prompt_ids(found, "<s><s>the").count(1) == 2  # the user wrote two
+    assert token_ids(found, "<s>the")[:2].count(1) == 1
+    assert token_ids(found, "<s><s>the").count(1) == 2  # the user wrote two
 
 
 def test_tokenizers_that_cannot_be_made(tmp_path: Path) -> None:

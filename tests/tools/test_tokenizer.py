@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.tools.tokenizer import load_tokenizer, stop_tokens
+from tyir.tools.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "models" / "tiny-qwen2"
@@ -123,17 +123,6 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(TyirError, match="cannot read"):
         load_tokenizer(tmp_path / "nowhere")
-
-
-def test_stop_tokens(tmp_path: Path) -> None:
-    assert stop_tokens(tmp_path) == set()
-    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    assert stop_tokens(tmp_path) == {7}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert stop_tokens(tmp_path) == {1, 2}
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(TyirError, match=r"generation_config\.json is not JSON"):
-        stop_tokens(tmp_path)
 
 
 def test_every_call_of_transformers_refuses_code() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tyir.attributes import DenseArrayAttr, IntegerAttr
+from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call
 from tyir.dialects.kv import Append, Rows
@@ -26,7 +26,7 @@ from tyir.execution.artifacts import Artifacts
 from tyir.execution.weights import CheckpointReader, checkpoint_of
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
-from tyir.layers import layer_in, path_of
+from tyir.layers import layer_in, path_in_calls
 from tyir.location import FileLoc, FusedLoc, Location, NameLoc
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.session import EngineName, Session
@@ -117,11 +117,9 @@ class _Keys:
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
 
     def of(self, op: Op, stack: tuple[Call, ...]) -> Key | None:
-        path = path_of(op)
+        path = path_in_calls(op, stack)
         if path is None or isinstance(op, (Call, GetGlobal, Append, Rows)) or op.has_trait(Collective):
             return None
-        if stack and isinstance(layer := stack[-1].attributes.get("tyir.layer"), IntegerAttr):
-            path = path.replace("*", str(layer.value))
         name = _SAME.get(op.name, op.name)
         number = self.counts[path, name]
         self.counts[path, name] += 1

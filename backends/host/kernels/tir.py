@@ -202,11 +202,11 @@ _EXP_LOW, _EXP_HIGH = -87.0, 88.0
 
 def exp(x: Expr, lanes: int) -> Expr:
     """e^x in f32 for every lane; x is clamped to -87..88, where neither end leaves the range of normal
-    numbers.
+    numbers.  NaN stays NaN: of two operands that do not compare, minimum and maximum take the second.
 
     Own code rather than libm's: vectors stay vectors and every machine computes the same bits.
     """
-    x = bind(T.max(T.min(x, f32(_EXP_HIGH, lanes)), f32(_EXP_LOW, lanes)))
+    x = bind(T.max(f32(_EXP_LOW, lanes), T.min(f32(_EXP_HIGH, lanes), x)))
     n = bind(T.floor(x * f32(_LOG2E, lanes) + f32(0.5, lanes)))
     r = bind(x - n * f32(_LN2_HIGH, lanes) - n * f32(_LN2_LOW, lanes))
     poly = f32(_EXP_COEFFICIENTS[0], lanes)

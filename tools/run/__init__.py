@@ -1,0 +1,1 @@
+"""What tyir-run is made of: prompts in, text out, where it ends."""

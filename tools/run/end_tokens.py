@@ -1,0 +1,62 @@
+"""Which tokens end an answer: what every file says that could know.
+
+The sources disagree in published checkpoints: a chat model's generation_config.json may still have the base
+model's end while its template closes turns with another token.  vLLM stops at the tokenizer's own end and at
+all of generation_config.json; so do we, and at the ends of turns that the chat template writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.execution.artifacts import Artifacts
+from tyir.text.json_files import json_object, token_ids
+from tyir.tools.tokenizer import files_of
+
+__all__ = ["end_tokens"]
+
+_FILES: Final = ("generation_config.json", "config.json")
+_KEY: Final = "eos_token_id"
+# Special tokens that end a turn, by the families that write them.
+_TURN_ENDS: Final = (
+    "<|im_end|>",  # ChatML: Qwen, SmolLM
+    "<|eot_id|>",  # Llama 3
+    "<|eom_id|>",  # Llama 3, before a tool's answer
+    "<|eot|>",  # Llama 4
+    "<end_of_turn>",  # Gemma
+    "<|end|>",  # Phi-3
+    "<|endoftext|>",
+    "<|end_of_text|>",  # Granite
+    "<|end_of_role|>",
+    "<|END_OF_TURN_TOKEN|>",  # Cohere
+    "<|user|>",  # GLM-4
+    "[|endofturn|]",  # EXAONE
+)
+
+
+def end_tokens(source: Artifacts | Path, tokenizer: Any) -> dict[int, str]:
+    """Every token that ends an answer, with the source that says so.
+
+    `generation_config.json`, `config.json` (also its text model's), the tokenizer's end of text, and the ends
+    of turns in the chat template.  `TyirError` for a file that is not JSON, or whose `eos_token_id` is no
+    token.
+    """
+    found: dict[int, str] = {}
+    folder, find = files_of(source)
+    for name in _FILES:
+        if (data := find(name)) is None:
+            continue
+        content = json_object(data, folder / name, "restore the file of the original model")
+        text = content.get("text_config")
+        for part in (content, text if isinstance(text, dict) else {}):
+            for token in token_ids(part, _KEY, folder / name, data):
+                found.setdefault(token, name)
+    if isinstance(tokenizer.eos_token_id, int):
+        found.setdefault(tokenizer.eos_token_id, "the tokenizer")
+    template = str(tokenizer.chat_template or "")
+    special = tokenizer.get_added_vocab()
+    for name in _TURN_ENDS:
+        if name in template and name in special:
+            found.setdefault(special[name], "the chat template")
+    return found

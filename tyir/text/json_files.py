@@ -1,0 +1,65 @@
+"""JSON files that people write and edit: what is wrong with one, with its line and column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tyir.diagnostics import Diagnostic, TyirError
+
+__all__ = ["json_object", "read_json_object", "token_ids"]
+
+
+def read_json_object(path: Path, help: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    `TyirError` with `help`, at line and column where there is one, for a file that cannot be read, is not
+    UTF-8, not JSON or another value than an object.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise TyirError(f"{path.name} is not a file", where=str(path), help=help)  # a pipe never ends
+        data = path.read_bytes()
+    except OSError as error:
+        raise TyirError(f"cannot read {path.name}: {error.strerror}", where=str(path), help=help) from None
+    return json_object(data, path, help)
+
+
+def json_object(data: bytes, path: Path, help: str) -> dict[str, Any]:
+    """The same of the bytes of a file; `path` is for messages."""
+    name = path.name
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise TyirError(f"{name} is not UTF-8 text", where=str(path), help=help) from None
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}:{error.colno}"
+        raise TyirError(
+            Diagnostic(f"{name} is not valid JSON: {error.msg}", where=place, help=help)
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise TyirError(f"{name} cannot be read as JSON: {error}", where=str(path), help=help) from None
+    if not isinstance(content, dict):
+        message = f"{name} holds a JSON {type(content).__name__}, an object is needed"
+        raise TyirError(message, where=str(path), help=help)
+    return content
+
+
+def token_ids(content: Mapping[str, Any], key: str, path: Path, data: bytes) -> list[int]:
+    """The token ids that a config of Hugging Face's has for `key`: none, one or a list.
+
+    `TyirError` for another value, with the line of `data`, the file at `path`, that it stands in.
+    """
+    value = content.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        lines = data.decode("utf-8").splitlines()
+        line = next((n for n, text in enumerate(lines, 1) if f'"{key}"' in text), 1)
+        raise TyirError(
+            f"'{key}' of {path.name} is {json.dumps(value)}: a token id, or a list of them, is needed",
+            where=f"{path}:{line}",
+            help="restore the file of the original model",
+        )
+    return ids
