@@ -44,7 +44,7 @@ Writes = Callable[[str, bool], bool]
 """Whether a compile writes something of this name (relative, forward slashes), in the way of which a file, or
 with True a folder, of somebody else would be."""
 
-_LOCK, _NEW, _OLD, _TRIAL = "lock", "new", "old", "trial"
+_LOCK, _NEW, _OLD, _TRIAL, _GONE = "lock", "new", "old", "trial", "gone"
 _MADE_NAME: Final = re.compile(r"[a-z0-9_]{8}")  # what `tempfile.mkdtemp` appends
 _ATTEMPTS: Final = 20  # against other compiles of the same target, which come and go in between
 
@@ -181,7 +181,12 @@ def _put_back(aside: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             os.rename(aside, target)
     if os.path.lexists(aside) and os.path.lexists(target) and _rescue(aside, target, newer=False):
-        shutil.rmtree(aside, ignore_errors=True)
+        # a deletion that is interrupted is not to be taken for a folder without a manifest
+        gone = aside.with_name(_GONE)
+        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rename(aside, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -307,7 +312,7 @@ def _dispose(place: Path, target: Path) -> None:
         _put_back(place / _OLD, target)
         if (place / _OLD).exists():
             return  # it holds the only copy of something
-    for name in (_NEW, _TRIAL):
+    for name in (_NEW, _TRIAL, _GONE):
         shutil.rmtree(place / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         if os.listdir(place) == [_LOCK]:

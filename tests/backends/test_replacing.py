@@ -118,6 +118,7 @@ def test_whatever_strikes_at_a_rename_leaves_one_whole_folder(
                     result = move(one, other)
                     done += result is not False
                     if done == when == moves:
+                        done += 100
                         strike(how)
                     return result
 
