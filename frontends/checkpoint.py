@@ -10,6 +10,7 @@ tensors without gaps).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
+from tyir.process.files import load_json, open_regular, parse_json
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
 __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
@@ -80,7 +82,7 @@ class _Reader:
         """A JSON object from a file; None (and a problem) when it is not one."""
         path = self.folder / name
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = load_json(path)
         except OSError as error:
             self.problem(f"cannot read {name}: {error.strerror}", help, path)
             return None
@@ -96,7 +98,7 @@ class _Reader:
                 )
             )
             return None
-        except (RecursionError, ValueError) as error:
+        except ValueError as error:
             self.problem(f"{name} cannot be read as JSON: {error}", help, path)
             return None
         if not isinstance(content, dict):
@@ -109,12 +111,20 @@ class _Reader:
         path = self.folder / name
         again = "the file is incomplete or damaged; download it again"
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 header_bytes = file.read(length) if length <= min(_MAX_HEADER, size - 8) else b""
         except OSError as error:
-            self.problem(f"cannot read {name}: {error.strerror}", "download the missing file", path)
+            self.problem(f"cannot read {name}: {error.strerror}", "download the file again", path)
+            return False
+        if size - 8 >= length > _MAX_HEADER:
+            self.problem(
+                f"{name} is no safetensors file: its header would have {length} bytes, more than the"
+                f" {_MAX_HEADER} it may have",
+                again,
+                path,
+            )
             return False
         if size < 8 or not header_bytes:
             self.problem(
@@ -122,9 +132,12 @@ class _Reader:
             )
             return False
         try:
-            header = json.loads(header_bytes)
-        except (ValueError, RecursionError):
+            header = parse_json(header_bytes)
+        except json.JSONDecodeError:
             self.problem(f"{name} is no safetensors file: its header is not JSON", again, path)
+            return False
+        except ValueError as error:
+            self.problem(f"{name} is no safetensors file: its header is not JSON: {error}", again, path)
             return False
         if not isinstance(header, dict):
             self.problem(

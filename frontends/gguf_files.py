@@ -16,6 +16,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import quant, ty
 from tyir.dialects.quant import GGML_BLOCKS
 from tyir.frontends.checkpoint import StoredTensor
+from tyir.frontends.gguf_header import gguf_header_problem
 from tyir.frontends.quant_formats import emit_dequantized
 from tyir.frontends.weights import Emit, PlainFormat, Weights
 from tyir.ir import Value
@@ -112,6 +113,8 @@ def _open(path: Path) -> Any:
     except ImportError:
         raise TyirError(f"{path.name} needs the gguf package", help="pip install 'tyir[gguf]'") from None
     try:
+        if (problem := gguf_header_problem(path)) is not None:
+            raise ValueError(problem)
         return gguf.GGUFReader(path)
     except Exception as error:
         text = next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,7 +7,11 @@ gives `main(argv: Sequence[str] | None = None) -> int` (None: the process's argu
 
 * turns `TyirError` into its message on stderr and exit code 1,
 * turns an interrupt into exit code 130 and a closed output pipe into a silent 141,
+* turns what the system refuses (no memory, a full disk, a closed output) into a message that says so
+  (`tyir.process.system_errors`) and exit code 1,
 * turns anything else into "internal error ... this is a bug" and exit code 1,
+* works with its standard streams closed or full and in any locale, and keeps the libraries it loads from
+  starting more threads than the system gives (`tyir.process`),
 * with `--debug` anywhere among the arguments shows the Python traceback instead of hiding it.
 
 argparse's own exits (`--help` 0, wrong usage 2) pass through as return values.
@@ -27,7 +31,16 @@ from typing import Any, NoReturn, Protocol
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["ToolMain", "ToolParser", "add_debug_option", "run_tool", "warn", "write_output"]
+__all__ = [
+    "ToolMain",
+    "ToolParser",
+    "add_debug_option",
+    "argument_text",
+    "read_stdin",
+    "run_tool",
+    "warn",
+    "write_output",
+]
 
 
 class ToolMain(Protocol):
@@ -41,8 +54,13 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        if argv is None:  # as the process that it is, not as a function
+            from tyir.process.streams import adopt_streams
+            from tyir.process.threads import limit_threads
+
+            adopt_streams()
+            limit_threads()
         arguments = list(sys.argv[1:] if argv is None else argv)
-        debug = "--debug" in arguments
         try:
             code = main(arguments)
             sys.stdout.flush()
@@ -51,32 +69,58 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
                 # 100,000 ops)
                 gc.freeze()
             return code
-        except SystemExit as exit:
-            return (
-                exit.code
-                if isinstance(exit.code, int)
-                else 0
-                if exit.code is None
-                else _say(str(exit.code), 1)
-            )
-        except TyirError as error:
-            return _say((_traceback() if debug else "") + error.render(), 1)
-        except KeyboardInterrupt:
-            return _say("interrupted", 130)
-        except BrokenPipeError:
-            _silence_stdout()
-            return 141
-        except Exception as error:
-            if debug:
-                return _say(_traceback(), 1)
-            return _say(_internal_error(error), 1)
+        except BaseException as error:
+            return _report(error, "--debug" in arguments)
 
     return wrapped
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Say what ended a tool; the exit code."""
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        return _say(str(error.code), 1)
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted", 130)
+    from tyir.process.streams import silence_output
+    from tyir.process.system_errors import system_error
+
+    if isinstance(error, BrokenPipeError):
+        silence_output()
+        return 141
+    trace = traceback.format_exc() if debug else ""
+    if isinstance(error, TyirError):
+        return _say(trace + error.render(), 1)
+    if (refused := system_error(error)) is not None:
+        return _say(trace + refused.render(), 1)
+    return _say(trace or _internal_error(error), 1)
 
 
 def add_debug_option(parser: argparse.ArgumentParser) -> None:
     """The `--debug` flag, for the help text; `run_tool` itself looks for it."""
     parser.add_argument("--debug", action="store_true", help="show Python tracebacks")
+
+
+def argument_text(argument: str) -> str:
+    """A text given as an argument (a prompt), whatever the locale's encoding; `TyirError` if not UTF-8."""
+    from tyir.text.source_file import decode_source
+
+    return decode_source(os.fsencode(argument), "<argument>")
+
+
+def read_stdin() -> str:
+    """The text on standard input; `TyirError` when there is none, or when it is not UTF-8."""
+    from tyir.process.streams import read_input
+    from tyir.text.source_file import decode_source
+
+    try:
+        data = read_input()
+    except OSError as error:
+        raise TyirError(
+            f"cannot read standard input: {error.strerror}", help="give a file, or pipe the text in"
+        ) from None
+    return decode_source(data, "<stdin>")
 
 
 def warn(message: str) -> None:
@@ -89,11 +133,7 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _traceback() -> str:
-    return traceback.format_exc()
-
-
-def _internal_error(error: Exception) -> str:
+def _internal_error(error: BaseException) -> str:
     """One paragraph: what happened, where, and what to do."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
@@ -103,17 +143,6 @@ def _internal_error(error: Exception) -> str:
         f"internal error: {type(error).__name__}: {text}{place}{notes}\n"
         "this is a bug in tyir, not in your input; run again with --debug for the traceback and report it"
     )
-
-
-def _silence_stdout() -> None:
-    """Keep the interpreter from complaining about the closed pipe when it flushes at exit."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass
-    finally:
-        os.close(sink)
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -137,7 +166,7 @@ def write_output(text: str, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
         return
-    target = Path(path).resolve()  # a link stays a link
+    target = Path(os.path.realpath(path))  # a link stays a link
     if target.exists() and not target.is_file():
         _write_through(text, target)
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, add_debug_option, argument_text, read_stdin, run_tool
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.session.sampling import Sampler
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         _trace_commands(session, args.trace_commands)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(args.artifacts)
-    prompts = args.prompt or [sys.stdin.read()]
+    prompts = args.prompt or [read_stdin()]
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     stops = stop_tokens(args.artifacts)
     if len(prompts) > 1:
@@ -136,14 +136,26 @@ def load_tokenizer(folder: Path) -> Any:
 
 def stop_tokens(folder: Path) -> set[int]:
     """The end-of-sequence ids of generation_config.json, else of config.json."""
-    import json
-
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            value = json.loads((folder / name).read_text()).get("eos_token_id")
+            value = _settings(folder / name).get("eos_token_id")
             if value is not None:
                 return set(value) if isinstance(value, list) else {value}
     return set()
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `TyirError` when there is none."""
+    from tyir.process.files import load_json
+
+    try:
+        found = load_json(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TyirError(f"cannot read {path}: {reason}", help="restore the file, or compile again") from None
+    if not isinstance(found, dict):
+        raise TyirError(f"{path} does not hold a JSON object", help="restore the file, or compile again")
+    return found
 
 
 def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
@@ -170,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument(
         "--prompt",
+        type=argument_text,
         action="append",
         help="the text to continue (default: read from stdin); several with artifacts compiled for a batch",
     )

@@ -30,6 +30,7 @@ import numpy as np
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
+from tyir.process.files import load_json, open_regular
 from tyir.types import FloatType, IntegerType, i64, storage_dtype
 
 __all__ = [
@@ -248,10 +249,10 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            raw = json.loads(path.read_text())
+            raw = load_json(path)
         except FileNotFoundError:
             raise TyirError(f"{folder} holds no {MANIFEST}", help=_nearest_artifacts(folder)) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise TyirError(f"cannot read {path}: {error}", help="compile the model again") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise TyirError(f"{path} is not a manifest of tyir artifacts")
@@ -321,7 +322,7 @@ def _nearest_artifacts(folder: Path) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -17,7 +17,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_at_stage", "run_pipeline"]
 
 ANY: Final = "any"
+MAX_PASSES: Final = 10_000
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,14 @@ class Pipeline:
         """The pipeline as text, options spelled out."""
         return f"{self.anchor}({','.join(item.text() for item in self.items)})"
 
+    def passes(self) -> Iterator[Pass]:
+        """The passes in order, those of nested pipelines included."""
+        for item in self.items:
+            if isinstance(item, Pipeline):
+                yield from item.passes()
+            else:
+                yield item
+
     def run(self, op: Op, context: PassContext) -> None:
         """Run on one op of the anchor's kind."""
         for item in self.items:
@@ -206,7 +215,13 @@ def build_pipeline(text: str, registry: PassRegistry | None = None, root: str = 
     items = parse_pipeline_text(text)
     if len(items) == 1 and isinstance(items[0], Nest) and items[0].anchor in (root, ANY):
         items = items[0].items
-    return Pipeline(root, _build_items(items, root, registry or PassRegistry(), ()))
+    built = Pipeline(root, _build_items(items, root, registry or PassRegistry(), ()))
+    if (count := sum(1 for _ in built.passes())) > MAX_PASSES:
+        raise TyirError(
+            f"the pipeline has {count} passes, more than the {MAX_PASSES} it may have",
+            help="run it in parts, each on the output of the one before",
+        )
+    return built
 
 
 def _build_items(

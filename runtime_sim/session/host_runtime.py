@@ -27,6 +27,7 @@ from tyir.dialects import ty
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Evaluator, evaluate_op
 from tyir.ir import Op
+from tyir.process.files import open_regular
 from tyir.traits import InPlace
 from tyir.types import TensorType, storage_dtype
 
@@ -160,8 +161,8 @@ def _check_complete(path: Path) -> None:
     The section header table stands last in the file; its place is in the ELF header (System V ABI, chapter
     4).
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         header = file.read(64)
     complete = False
     if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):

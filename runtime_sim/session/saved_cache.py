@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects.kv import position_axis
 from tyir.manifest import Manifest
+from tyir.process.files import open_regular
 from tyir.runtime_sim.session.program_engine import CacheName
 
 __all__ = ["identity_of", "read_cache", "write_cache"]
@@ -87,7 +88,7 @@ def read_cache(
     `TyirError` when the file is damaged, or says everything in which it is another's.
     """
     try:
-        with path.open("rb") as file, np.load(file) as saved:
+        with open_regular(path) as file, np.load(file) as saved:
             data = {name: saved[name] for name in saved.files}
         theirs = json.loads(str(data.pop("identity")))
         tokens = [int(token) for token in data.pop("tokens")]

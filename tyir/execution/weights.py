@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dtypes import by_safetensors
 from tyir.execution.storage import packed_shape, unpack
+from tyir.process.files import open_regular
 from tyir.types import TensorType, i64, storage_dtype
 
 __all__ = [
@@ -85,8 +87,8 @@ class FileStamp:
     @staticmethod
     def of(path: Path) -> FileStamp:
         """The stamp of a file; `OSError` when it cannot be read.  Only the header is read."""
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = file.read(8)
             count = int.from_bytes(length, "little")
             header = file.read(count if count <= _MAX_HEADER else _OTHER_HEADER)
@@ -137,7 +139,8 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     """The tensors of a `.params` file as read-only views, as stored (format:
     https://huggingface.co/docs/safetensors).
     """
-    data = np.memmap(path, np.uint8, "r")
+    with open_regular(path) as file:
+        data = np.memmap(file, np.uint8, "r")
     base = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:base].tobytes())
     header.pop("__metadata__", None)
@@ -162,7 +165,8 @@ class CheckpointReader:
     def _map(self, file: str) -> npt.NDArray[np.uint8]:
         path = self.folder / file
         try:
-            return np.memmap(path, np.uint8, "r")
+            with open_regular(path) as mapped:
+                return np.memmap(mapped, np.uint8, "r")
         except (OSError, ValueError) as error:
             raise TyirError(
                 f"cannot read weights from {path}: {error}",

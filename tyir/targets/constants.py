@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+from tyir.process.files import read_regular
 
 __all__ = ["LABELS", "Constant", "Form", "build_sections", "entries_of", "read_table", "shipped_names"]
 
 Label = Literal["published", "derived", "assumed", "fitted", "override"]
 LABELS: Final = ("published", "derived", "assumed", "fitted", "override")
+_MAX_BYTES: Final = 1 << 17  # of a machine file; the shipped ones have 7 kB
+_MAX_LINE: Final = 2000
 _IN_FILES: Final = LABELS[:-1]
 
 
@@ -50,7 +53,15 @@ def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
     path = Path(name_or_path)
     own = path.suffix == ".toml"
     try:
-        text = path.read_text() if own else (resources.files(package) / f"{name_or_path}.toml").read_text()
+        if not own:
+            return tomllib.loads((resources.files(package) / f"{name_or_path}.toml").read_text())
+        text = read_regular(path, _MAX_BYTES).decode()
+        if (
+            long := next((n for n, t in enumerate(text.splitlines(), 1) if len(t) > _MAX_LINE), None)
+        ) is not None:
+            raise ValueError(
+                f"line {long} is longer than {_MAX_LINE} characters"
+            )  # of keys of keys: quadratic
         return tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
@@ -60,9 +71,10 @@ def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
             else f"there is no machine '{name_or_path}'",
             help=f"known machines: {', '.join(shipped_names(package))}; or give the path of a .toml file",
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        reason = "its lists or tables are nested too deeply" if isinstance(error, RecursionError) else error
         raise TyirError(
-            f"not valid TOML: {error}",
+            f"not valid TOML: {reason}",
             where=str(path),
             help="a machine file is described in docs/machines.md",
         ) from None
