@@ -79,7 +79,7 @@ def read_gguf(path: Path, *, needs_config: bool = True) -> tuple[dict[str, Any],
         if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
     }
     architecture = fields.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         message = f"{path.name} holds architecture {architecture!r}, which cannot be imported from GGUF"
         raise TyirError(
             message,

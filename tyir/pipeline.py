@@ -28,7 +28,14 @@ from tyir.ir import Op
 from tyir.pass_manager.analysis import AnalysisManager
 from tyir.pass_manager.options import make_pass, options_text
 from tyir.pass_manager.registry import PassRegistry
-from tyir.pass_manager.text import Nest, PassText, PipelineItem, parse_pipeline_text, pipeline_error
+from tyir.pass_manager.text import (
+    MAX_PASSES,
+    Nest,
+    PassText,
+    PipelineItem,
+    parse_pipeline_text,
+    pipeline_error,
+)
 from tyir.stages import KEY, require_stage
 from tyir.verify import verify
 
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_at_stage", "run_pipeline"]
 
 ANY: Final = "any"
-MAX_PASSES: Final = 10_000
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
             code = 99
             try:
                 code = _child(case, out.fileno(), err.fileno())
+            except BaseException:
+                os.write(2, traceback.format_exc().encode("utf-8", "replace"))
             finally:
                 os._exit(code)
         status = _wait(child, began + case["limit"])

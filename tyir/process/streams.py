@@ -32,6 +32,10 @@ def _as_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
 class _Said(io.TextIOWrapper):
     """Standard error: lines at once, and nothing happens when nobody can read them."""
 
+    def __init__(self, before: io.TextIOWrapper) -> None:
+        super().__init__(before.buffer, "utf-8", _AS_BYTES, line_buffering=True)
+        self._before = before  # which closes the descriptor when it goes
+
     def write(self, text: str) -> int:
         try:
             return super().write(text)
@@ -67,8 +71,8 @@ def adopt_streams() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors=_AS_BYTES)
     elif sys.stdout is None:
         sys.stdout = _Closed()
-    if type(sys.stderr) is io.TextIOWrapper:  # which lives on as sys.__stderr__
-        sys.stderr = _Said(sys.stderr.buffer, "utf-8", _AS_BYTES, line_buffering=True)
+    if type(sys.stderr) is io.TextIOWrapper:
+        sys.stderr = _Said(sys.stderr)
     elif sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8", errors=_AS_BYTES)  # noqa: SIM115
 

@@ -108,7 +108,7 @@ def _hex_bytes(text: str, size: int, element: Type, shaped: Type) -> bytes:
             if len(data) * 8 >= size
             else _wrong(data, size, shaped)
         )
-    if len(data) not in (size * dtype.itemsize, dtype.itemsize):
+    if len(data) != size * dtype.itemsize and (len(data) != dtype.itemsize or not size):
         return _wrong(data, size * dtype.itemsize, shaped)
     return data
 

@@ -18,7 +18,9 @@ def read_source(path: str | Path) -> str:
     try:
         data = read_regular(path, _MAX_SOURCE)
     except OSError as error:
-        raise TyirError(f"cannot read {path}: {error.strerror}") from None
+        raise TyirError(
+            f"cannot read {path}: {error.strerror}", help="give a file of IR, as tyir-import writes it"
+        ) from None
     return decode_source(data, str(path))
 
 
