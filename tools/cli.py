@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import math
 import os
 import sys
 import traceback
@@ -39,6 +40,7 @@ __all__ = [
     "read_stdin",
     "run_tool",
     "warn",
+    "whole_number",
     "write_output",
 ]
 
@@ -55,16 +57,20 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         if argv is None:  # as the process that it is, not as a function
-            from tyir.process.streams import adopt_streams
+            from tyir.process.streams import adopt_streams, finish_output
             from tyir.process.threads import limit_threads
 
             adopt_streams()
             limit_threads()
         arguments = list(sys.argv[1:] if argv is None else argv)
         try:
-            code = main(arguments)
+            try:
+                code = main(arguments)
+            except SystemExit as exit:  # argparse's own, of --help and --version
+                code = _exit_code(exit)
             sys.stdout.flush()
             if argv is None:
+                finish_output()
                 # the process ends: its memory goes as a whole, not object by object (0.8 s for a module of
                 # 100,000 ops)
                 gc.freeze()
@@ -75,12 +81,14 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
     return wrapped
 
 
+def _exit_code(exit: SystemExit) -> int:
+    if exit.code is None or isinstance(exit.code, int):
+        return exit.code or 0
+    return _say(str(exit.code), 1)
+
+
 def _report(error: BaseException, debug: bool) -> int:
     """Say what ended a tool; the exit code."""
-    if isinstance(error, SystemExit):
-        if error.code is None or isinstance(error.code, int):
-            return error.code or 0
-        return _say(str(error.code), 1)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted", 130)
     from tyir.process.streams import silence_output
@@ -145,14 +153,35 @@ def _internal_error(error: BaseException) -> str:
     )
 
 
+def whole_number(text: str) -> int:
+    """An argument of kind `int`: what the IR's i64 holds.
+
+    `ValueError` for what is not one, `ArgumentTypeError` for one that is too large.
+    """
+    value = int(text) if len(text) < 1000 else 1 << 63
+    if not -(1 << 63) <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} has more than 63 bits")
+    return value
+
+
+def number(text: str) -> float:
+    """An argument of kind `float`; NaN is not one."""
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError("not a number")
+    return value
+
+
 class ToolParser(argparse.ArgumentParser):
     """An argument parser whose complaints are `TyirError`s; flags are never abbreviated.
 
-    Exit code 1, in the style of all other messages.
+    Exit code 1, in the style of all other messages.  Numbers of kinds `int` and `float` are bounded.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.register("type", int, whole_number)
+        self.register("type", float, number)
 
     def error(self, message: str) -> NoReturn:
         raise TyirError(f"{self.prog}: {message}", help=f"{self.prog} --help lists the options")

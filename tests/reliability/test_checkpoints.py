@@ -25,31 +25,68 @@ Files = dict[str, bytes]
 def _configs() -> Iterator[tuple[str, bytes]]:
     """Texts of config.json."""
     for name, text in (
-        ("empty", ""), ("brace", "{"), ("list", "[]"), ("null", "null"), ("number", "1"), ("nan", "NaN"),
-        ("deep lists", "[" * 100_000), ("deep lists closed", "[" * 5000 + "]" * 5000), ("deep objects", '{"a":' * 100_000),
-        ("many lists", "[" + "[]," * 500_000 + "[]]"), ("digits", '{"a": ' + "9" * 5000 + "}"),
-        ("digits of a size", '{"hidden_size": ' + "9" * 4000 + "}"), ("zeros", "\0" * 10_000), ("spaces", " " * 1_000_000),
-        ("twice", '{"a": 1, "a": 2}'), ("model_type twice", '{"model_type": "qwen2", "model_type": "llama"}'),
-        ("long string", '{"a": "' + "x" * 1_000_000 + '"}'), ("unclosed string", '"' + "x" * 1_000_000),
-        ("surrogate", '{"model_type": "\\ud800"}'), ("exponent", '{"hidden_size": 1e400}'), ("bom", "\ufeff{}"),
-    ):  # fmt: skip
+        ("empty", ""),
+        ("brace", "{"),
+        ("list", "[]"),
+        ("null", "null"),
+        ("number", "1"),
+        ("nan", "NaN"),
+        ("deep lists", "[" * 100_000),
+        ("deep lists closed", "[" * 5000 + "]" * 5000),
+        ("deep objects", '{"a":' * 100_000),
+        ("many lists", "[" + "[]," * 500_000 + "[]]"),
+        ("digits", '{"a": ' + "9" * 5000 + "}"),
+        ("digits of a size", '{"hidden_size": ' + "9" * 4000 + "}"),
+        ("zeros", "\0" * 10_000),
+        ("spaces", " " * 1_000_000),
+        ("twice", '{"a": 1, "a": 2}'),
+        ("model_type twice", '{"model_type": "qwen2", "model_type": "llama"}'),
+        ("long string", '{"a": "' + "x" * 1_000_000 + '"}'),
+        ("unclosed string", '"' + "x" * 1_000_000),
+        ("surrogate", '{"model_type": "\\ud800"}'),
+        ("exponent", '{"hidden_size": 1e400}'),
+        ("bom", "\ufeff{}"),
+    ):
         yield f"config of {name}", text.encode()
     yield "config not UTF-8", b'{"a": "\xff"}'
     yield "config of UTF-16", json.dumps(CONFIG).encode("utf-16")
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "vocab_size", "head_dim", "max_position_embeddings"):  # fmt: skip
+    for key in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "head_dim",
+        "max_position_embeddings",
+    ):
         for value in (0, -1, 1 << 40, 1 << 70, 10**300, 1.5, "x", None, True, [1], {"a": 1}):
             yield f"{key} = {str(value)[:30]}", json.dumps({**CONFIG, key: value}).encode()
     for key, values in {
         "rms_norm_eps": (-1, 0, 1e400, "x", None),
-        "rope_parameters": ([], {}, "x", {"rope_type": "x"}, {"rope_type": "yarn"}, {"rope_theta": 0}, {"rope_theta": "x"}),
+        "rope_parameters": (
+            [],
+            {},
+            "x",
+            {"rope_type": "x"},
+            {"rope_type": "yarn"},
+            {"rope_theta": 0},
+            {"rope_theta": "x"},
+        ),
         "hidden_act": ("os.system", None, 5, "x" * 100_000, []),
         "architectures": ([], None, "x", [5], ["x" * 100_000], ["Qwen2ForCausalLM"] * 1000, [None], {}),
         "model_type": (None, 5, [], "x" * 100_000, "../../x", ""),
         "layer_types": ([], "x", ["x"] * 6, ["full_attention"] * 100_000, None, [5] * 6),
-        "quantization_config": ([], 5, "x", {}, {"quant_method": []}, {"quant_method": "awq", "bits": 1 << 70},
-                                {"quant_method": "gptq", "group_size": 1 << 70, "bits": 4},
-                                {"quant_method": "compressed-tensors", "config_groups": {"a": 5}}),
+        "quantization_config": (
+            [],
+            5,
+            "x",
+            {},
+            {"quant_method": []},
+            {"quant_method": "awq", "bits": 1 << 70},
+            {"quant_method": "gptq", "group_size": 1 << 70, "bits": 4},
+            {"quant_method": "compressed-tensors", "config_groups": {"a": 5}},
+        ),
         "tie_word_embeddings": (None, "x", 5, []),
         "sliding_window": (-1, 1 << 70, "x", [], 0),
         "use_sliding_window": (True, "x"),
@@ -67,7 +104,7 @@ def _configs() -> Iterator[tuple[str, bytes]]:
         "pruned_heads": ({"x": [1]}, 5),
         "return_dict": (5, "x"),
         "transformers_version": (5, [], "x"),
-    }.items():  # fmt: skip
+    }.items():
         for value in values:
             text = json.dumps({**CONFIG, key: value}).replace("Infinity", "1e400")
             yield f"{key} = {str(value)[:40]}", text.encode()
@@ -80,26 +117,61 @@ def _file(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
 def _headers() -> Iterator[tuple[str, bytes]]:
     """Contents of model.safetensors."""
     for name, data in (
-        ("nothing", b""), ("7 bytes", b"\0" * 7), ("zeros", bytes(10_000)), ("10 GB", struct.pack("<Q", 10 << 30) + b"{}"),
-        ("2^64 - 1", b"\xff" * 100), ("2^63", struct.pack("<Q", 1 << 63) + b"{}"), ("no header", _file(b"")),
-        ("list", _file(b"[]")), ("deep", _file(b"[" * 100_000)), ("deep objects", _file(b'{"a":' * 100_000)),
-        ("not UTF-8", _file(b'{"\xff": 1}')), ("digits", _file(b'{"a": ' + b"9" * 5000 + b"}")),
-        ("metadata only", _file(b'{"__metadata__": {"format": "pt"}}')), ("metadata of 5", _file(b'{"__metadata__": 5}')),
-        ("html", b"<!DOCTYPE html><html>" * 100), ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
+        ("nothing", b""),
+        ("7 bytes", b"\0" * 7),
+        ("zeros", bytes(10_000)),
+        ("10 GB", struct.pack("<Q", 10 << 30) + b"{}"),
+        ("2^64 - 1", b"\xff" * 100),
+        ("2^63", struct.pack("<Q", 1 << 63) + b"{}"),
+        ("no header", _file(b"")),
+        ("list", _file(b"[]")),
+        ("deep", _file(b"[" * 100_000)),
+        ("deep objects", _file(b'{"a":' * 100_000)),
+        ("not UTF-8", _file(b'{"\xff": 1}')),
+        ("digits", _file(b'{"a": ' + b"9" * 5000 + b"}")),
+        ("metadata only", _file(b'{"__metadata__": {"format": "pt"}}')),
+        ("metadata of 5", _file(b'{"__metadata__": 5}')),
+        ("html", b"<!DOCTYPE html><html>" * 100),
+        ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
         ("many entries", _file(("{" + ",".join(f'"t{i}":1' for i in range(200_000)) + "}").encode())),
-        ("many empty tensors", _file(("{" + ",".join(
-            f'"t{i}":{{"dtype":"F16","shape":[0],"data_offsets":[0,0]}}' for i in range(100_000)) + "}").encode())),
-    ):  # fmt: skip
+        (
+            "many empty tensors",
+            _file(
+                (
+                    "{"
+                    + ",".join(
+                        f'"t{i}":{{"dtype":"F16","shape":[0],"data_offsets":[0,0]}}' for i in range(100_000)
+                    )
+                    + "}"
+                ).encode()
+            ),
+        ),
+    ):
         yield f"safetensors of {name}", data
     entry = '{{"dtype": {}, "shape": {}, "data_offsets": {}}}'
     for dtype, shape, offsets in (
-        ('"F16"', "[1]", "[0, 2, 4]"), ('"F16"', "[1]", "[2, 0]"), ('"F16"', "[1]", "[-2, 0]"), ('"F16"', "1", "[0, 2]"),
-        ('"F16"', "[1.0]", "[0, 2]"), ('"F16"', "[9223372036854775807, 9223372036854775807]", "[0, 2]"), ('"F13"', "[1]", "[0, 2]"),
-        ('"F16"', "[" + "1," * 20_000 + "1]", "[0, 2]"), ('"F16"', "[" + "9," * 20_000 + "9]", "[0, 2]"), ("5", "[1]", "[0, 2]"),
-        ('"F16"', "[1]", "null"), ('"F16"', "[true]", "[0, 2]"), ('"F16"', "[1]", "[0, 1e300]"), ('"F16"', '["1"]', "[0, 2]"),
-        ('"F16"', "[1]", "[0, 18446744073709551616]"), ('"U8"', "[1099511627776]", "[0, 1099511627776]"), ('"F16"', "[]", "[0, 2]"),
-        ('"F16"', "[0]", "[0, 0]"), ('"F4"', "[3]", "[0, 2]"), ('"F16"', "{}", "{}"), ("[]", "[]", "[]"),
-    ):  # fmt: skip
+        ('"F16"', "[1]", "[0, 2, 4]"),
+        ('"F16"', "[1]", "[2, 0]"),
+        ('"F16"', "[1]", "[-2, 0]"),
+        ('"F16"', "1", "[0, 2]"),
+        ('"F16"', "[1.0]", "[0, 2]"),
+        ('"F16"', "[9223372036854775807, 9223372036854775807]", "[0, 2]"),
+        ('"F13"', "[1]", "[0, 2]"),
+        ('"F16"', "[" + "1," * 20_000 + "1]", "[0, 2]"),
+        ('"F16"', "[" + "9," * 20_000 + "9]", "[0, 2]"),
+        ("5", "[1]", "[0, 2]"),
+        ('"F16"', "[1]", "null"),
+        ('"F16"', "[true]", "[0, 2]"),
+        ('"F16"', "[1]", "[0, 1e300]"),
+        ('"F16"', '["1"]', "[0, 2]"),
+        ('"F16"', "[1]", "[0, 18446744073709551616]"),
+        ('"U8"', "[1099511627776]", "[0, 1099511627776]"),
+        ('"F16"', "[]", "[0, 2]"),
+        ('"F16"', "[0]", "[0, 0]"),
+        ('"F4"', "[3]", "[0, 2]"),
+        ('"F16"', "{}", "{}"),
+        ("[]", "[]", "[]"),
+    ):
         one = entry.format(dtype, shape, offsets)
         yield f"tensor {one[:90]}", _file(f'{{"a": {one}}}'.encode(), b"\0\0")
     for name, second in (
@@ -108,7 +180,8 @@ def _headers() -> Iterator[tuple[str, bytes]]:
         ("gap", "[4, 6]"),
         ("beyond", "[2, 4]"),
     ):
-        both = f'{{"a": {entry.format(chr(34) + "F16" + chr(34), "[1]", "[0, 2]")}, "b": {entry.format(chr(34) + "F16" + chr(34), "[1]", second)}}}'
+        first = entry.format('"F16"', "[1]", "[0, 2]")
+        both = f'{{"a": {first}, "b": {entry.format(chr(34) + "F16" + chr(34), "[1]", second)}}}'
         yield f"tensors with {name}", _file(both.encode(), b"\0" * 3)
     one = entry.format('"F16"', "[1]", "[0, 2]")
     yield "a tensor twice", _file(f'{{"a": {one}, "a": {one}}}'.encode(), b"\0\0")
@@ -116,24 +189,54 @@ def _headers() -> Iterator[tuple[str, bytes]]:
         "a key in an entry twice",
         _file(one.replace("{", '{"a": {"dtype": "F32", ', 1).encode() + b"}", b"\0\0"),
     )
-    for key in ("", "\0", "x" * 100_000, "a/../b", "__proto__", "model.layers.99999999999.x", "model.layers.-1.x",
-                "\\ud800", "\\n", "model.layers." + "9" * 4000 + ".mlp.up_proj.weight"):  # fmt: skip
+    for key in (
+        "",
+        "\0",
+        "x" * 100_000,
+        "a/../b",
+        "__proto__",
+        "model.layers.99999999999.x",
+        "model.layers.-1.x",
+        "\\ud800",
+        "\\n",
+        "model.layers." + "9" * 4000 + ".mlp.up_proj.weight",
+    ):
         yield f"tensor named {key[:30]!r}", _file(f'{{"{key}": {one}}}'.encode(), b"\0\0")
 
 
 def _indexes() -> Iterator[tuple[str, bytes]]:
     """Texts of model.safetensors.index.json."""
     for name, content in (
-        ("nothing", {}), ("a list", []), ("a map of numbers", {"weight_map": {"a": 1}}), ("a list of names", {"weight_map": ["a"]}),
-        ("null", {"weight_map": None}), ("an empty map", {"weight_map": {}}),
+        ("nothing", {}),
+        ("a list", []),
+        ("a map of numbers", {"weight_map": {"a": 1}}),
+        ("a list of names", {"weight_map": ["a"]}),
+        ("null", {"weight_map": None}),
+        ("an empty map", {"weight_map": {}}),
         ("many files", {"weight_map": {f"t{i}": f"f{i}.safetensors" for i in range(100_000)}}),
         ("many tensors", {"weight_map": {f"t{i}": "model.safetensors" for i in range(300_000)}}),
-        *((f"file {n[:20]!r}", {"weight_map": {"a": n}}) for n in (
-            "../x.safetensors", "/etc/passwd", "/dev/zero", "a\0.safetensors", "", ".", "..", "x" * 300 + ".safetensors",
-            "x" * 5000 + ".safetensors", "\ud800.safetensors", "a/b.safetensors", "~.safetensors", "model.safetensors.index.json",
-            "C:\\x.safetensors", "\n.safetensors")),
+        *(
+            (f"file {n[:20]!r}", {"weight_map": {"a": n}})
+            for n in (
+                "../x.safetensors",
+                "/etc/passwd",
+                "/dev/zero",
+                "a\0.safetensors",
+                "",
+                ".",
+                "..",
+                "x" * 300 + ".safetensors",
+                "x" * 5000 + ".safetensors",
+                "\ud800.safetensors",
+                "a/b.safetensors",
+                "~.safetensors",
+                "model.safetensors.index.json",
+                "C:\\x.safetensors",
+                "\n.safetensors",
+            )
+        ),
         ("a deep map", {"weight_map": {"a": {"b": {}}}}),
-    ):  # fmt: skip
+    ):
         yield f"index of {name}", json.dumps(content).encode()
     yield "index twice", b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
     yield "index of deep lists", b'{"weight_map": ' + b"[" * 100_000
@@ -210,16 +313,32 @@ def _archive(path: Path, pickle: bytes, compression: int = zipfile.ZIP_STORED, *
 
 def _torch_files(folder: Path) -> Iterator[tuple[str, Path]]:
     folder.mkdir()
-    laughs = b"\x80\x02]q\x00" + b"".join(
-        b"]" + b"q" + bytes([i + 1]) + b"(" + b"h" + bytes([i]) * 1 + (b"h" + bytes([i])) * 9 + b"e" for i in range(30)
-    ) + b"."  # fmt: skip
+    laughs = (
+        b"\x80\x02]q\x00"
+        + b"".join(
+            b"]" + b"q" + bytes([i + 1]) + b"(" + b"h" + bytes([i]) * 1 + (b"h" + bytes([i])) * 9 + b"e"
+            for i in range(30)
+        )
+        + b"."
+    )
     pickles = {
-        "code": b"cos\nsystem\n(S'touch hacked'\ntR.", "nothing": b"", "dot": b".", "none": b"N.", "laughs": laughs,
-        "marks": b"(" * 1_000_000 + b".", "deep tuple": b"N" + b"\x85" * 100_000 + b".", "frame": b"\x80\x04\x95" + b"\xff" * 8 + b".",
-        "long": b"\x8b" + b"\xff\xff\xff\x7f" + b".", "string": b"\x8d" + struct.pack("<Q", 1 << 60) + b"x.", "memo": b"j\xff\xff\xff\xff.",
-        "int": b"I" + b"9" * 100_000 + b"\n.", "list": b"]" + b"N" * 100 + b"e.", "garbage": bytes(range(256)),
-        "dictionary of numbers": b"}S'a'\nI1\ns.", "bytearray": b"\x96" + struct.pack("<Q", 1 << 60) + b".",
-    }  # fmt: skip
+        "code": b"cos\nsystem\n(S'touch hacked'\ntR.",
+        "nothing": b"",
+        "dot": b".",
+        "none": b"N.",
+        "laughs": laughs,
+        "marks": b"(" * 1_000_000 + b".",
+        "deep tuple": b"N" + b"\x85" * 100_000 + b".",
+        "frame": b"\x80\x04\x95" + b"\xff" * 8 + b".",
+        "long": b"\x8b" + b"\xff\xff\xff\x7f" + b".",
+        "string": b"\x8d" + struct.pack("<Q", 1 << 60) + b"x.",
+        "memo": b"j\xff\xff\xff\xff.",
+        "int": b"I" + b"9" * 100_000 + b"\n.",
+        "list": b"]" + b"N" * 100 + b"e.",
+        "garbage": bytes(range(256)),
+        "dictionary of numbers": b"}S'a'\nI1\ns.",
+        "bytearray": b"\x96" + struct.pack("<Q", 1 << 60) + b".",
+    }
     for name, data in pickles.items():
         _archive(folder / f"{name}.bin", data)
         yield f"torch pickle of {name}", folder / f"{name}.bin"

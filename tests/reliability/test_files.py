@@ -1,4 +1,4 @@
-"""What stands in a file's place, whatever reads it: a pipe, a device, a socket, a folder, a link to itself."""
+"""What stands in a file's place, whatever reads it: a pipe, a device, a folder, a link to itself."""
 
 from __future__ import annotations
 
@@ -57,9 +57,13 @@ def _light(folder: Path) -> Iterator[tuple[str, Path, str, tuple[str | Path, ...
         ("gpu model", "x.json", PROBES + "gpu_model", ("{}",)),
         ("params", "x.params", PROBES + "safetensors", ("{}",)),
         ("library", "x.so", PROBES + "library", ("{}",)),
-        ("lower-edge10 machine", "m.toml", TOOLS + "opt",
-         (str(ROOT / "tests/passes/layer.ir"), "-p", "plan-memory{{machine={}}}")),
-    ):  # fmt: skip
+        (
+            "lower-edge10 machine",
+            "m.toml",
+            TOOLS + "opt",
+            (str(ROOT / "tests/passes/layer.ir"), "-p", "plan-memory{{machine={}}}"),
+        ),
+    ):
         path = folder / name.replace(" ", "_") / file
         yield name, path, tool, tuple(a.format(path) for a in arguments)
     path = folder / "manifest" / "manifest.json"
@@ -99,8 +103,16 @@ def test_not_files_in_checkpoints(
     count = tally("not files in checkpoints")
     cases = []
     for kind in SAYS:
-        for file in ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                     "pytorch_model.bin.index.json", "model.gguf", "quantize_config.json", "quant_config.json"):  # fmt: skip
+        for file in (
+            "config.json",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+            "model.gguf",
+            "quantize_config.json",
+            "quant_config.json",
+        ):
             folder = _spoiled(tmp_path / kind / file, file, kind)
             wanted = frozenset((0, 1)) if file.startswith("quant") else REFUSED
             cases.append(
@@ -121,10 +133,33 @@ def test_not_files_in_checkpoints(
 
 
 NAMES: tuple[bytes, ...] = (
-    b"a b.ir", b"-x.ir", b"--cse", b"a\nb.ir", b"a\tb.ir", b"\xff\xfe.ir", b"caf\xc3\xa9.ir", b"caf\xe9.ir", b"'\".ir", b"$(x).ir",
-    b"a;b.ir", b"{}.ir", b"%s.ir", b"\\.ir", b"*.ir", b"x" * 252 + b".ir", b"x" * 253 + b".ir", "日本.ir".encode(),
-    "🦊.ir".encode(), b".ir", b"..ir", b"#.ir", b"~.ir", b"a/../b.ir", b"\x01\x7f.ir", b"\xed\xa0\x80.ir",
-)  # fmt: skip
+    b"a b.ir",
+    b"-x.ir",
+    b"--cse",
+    b"a\nb.ir",
+    b"a\tb.ir",
+    b"\xff\xfe.ir",
+    b"caf\xc3\xa9.ir",
+    b"caf\xe9.ir",
+    b"'\".ir",
+    b"$(x).ir",
+    b"a;b.ir",
+    b"{}.ir",
+    b"%s.ir",
+    b"\\.ir",
+    b"*.ir",
+    b"x" * 252 + b".ir",
+    b"x" * 253 + b".ir",
+    "日本.ir".encode(),
+    "🦊.ir".encode(),
+    b".ir",
+    b"..ir",
+    b"#.ir",
+    b"~.ir",
+    b"a/../b.ir",
+    b"\x01\x7f.ir",
+    b"\xed\xa0\x80.ir",
+)
 
 
 def test_names(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:

@@ -65,20 +65,50 @@ def _bombs() -> Iterator[tuple[str, str, frozenset[int]]]:
     yield "regions side by side", '"x.n"() (' + ", ".join(["{}"] * 20_000) + ") : () -> ()", ONCE
     for n in (50, 99):
         yield f"brackets {n}", _USE.format("[" * n + "]" * n), frozenset((0, 1))
-    for opening, closing in (("[", "]"), ("{x = ", "}"), ("tuple<", ">"), ("tensor<2x", ">"), ("complex<", ">"),
-                             ("() -> (", ")"), ("dense<[", "]>"), ("loc(callsite(", "))"), ("!x.y<", ">"),
-                             ("affine_map<(", ")>"), ("#x.y<[", "]>"), ("array<", ">"), ("loc(fused[", "])"),
-                             ("vector<", ">"), ("memref<", ">")):  # fmt: skip
+    for opening, closing in (
+        ("[", "]"),
+        ("{x = ", "}"),
+        ("tuple<", ">"),
+        ("tensor<2x", ">"),
+        ("complex<", ">"),
+        ("() -> (", ")"),
+        ("dense<[", "]>"),
+        ("loc(callsite(", "))"),
+        ("!x.y<", ">"),
+        ("affine_map<(", ")>"),
+        ("#x.y<[", "]>"),
+        ("array<", ">"),
+        ("loc(fused[", "])"),
+        ("vector<", ">"),
+        ("memref<", ">"),
+    ):
         for n in (200, 100_000):
             yield f"nested {opening} {n}", _USE.format(opening * n + "i1" + closing * n), frozenset((0, 1))
-    for number in ("9" * 3999, "9" * 5000, "-" + "9" * 4500, "0x" + "F" * 3200, "0x" + "F" * 3999, "1" * 1_000_000,
-                   "9" * 5000 + ".0", "1.0e" + "9" * 5000, "0x" + "0" * 100_000):  # fmt: skip
+    for number in (
+        "9" * 3999,
+        "9" * 5000,
+        "-" + "9" * 4500,
+        "0x" + "F" * 3200,
+        "0x" + "F" * 3999,
+        "1" * 1_000_000,
+        "9" * 5000 + ".0",
+        "1.0e" + "9" * 5000,
+        "0x" + "0" * 100_000,
+    ):
         for kind in ("i64", "i16000000", "si16777215", "ui16777215", "index", "f16", "f64"):
             yield f"number of {len(number)} as {kind}", _USE.format(f"{number} : {kind}"), frozenset((0, 1))
     yield "many wide numbers", "".join(_USE.format(f"-{i} : i16000000") + "\n" for i in range(2000)), ONCE
     yield "wide numbers out of range", _USE.format("-5 : ui16000000"), REFUSED
-    for shape in ("9223372036854775807x9223372036854775807", "9223372036854775808", "9" * 5000, "1x" * 20_000 + "1",
-                  "3x" * 20_000 + "3", "1000000000000", "0x9223372036854775807", "?x9223372036854775807x4"):  # fmt: skip
+    for shape in (
+        "9223372036854775807x9223372036854775807",
+        "9223372036854775808",
+        "9" * 5000,
+        "1x" * 20_000 + "1",
+        "3x" * 20_000 + "3",
+        "1000000000000",
+        "0x9223372036854775807",
+        "?x9223372036854775807x4",
+    ):
         yield f"shape {shape[:30]}", _RESULT.format(f"tensor<{shape}xi32>"), frozenset((0, 1))
         for value in ("1", "[1, 2]", '"0x01000000"', ""):
             constant = f"dense<{value}> : tensor<{shape}xi32>"
@@ -94,17 +124,24 @@ def _bombs() -> Iterator[tuple[str, str, frozenset[int]]]:
     for shape in ("-1", "1000000000000, 1", "1000000, 1000000", "-1, -1", "0, -1"):
         text = (
             f'%0 = "ty.constant"() <{{value = dense<3> : {big}}}> : () -> {big}\n'
-            f'%1 = "ty.reshape"(%0) <{{shape = array<i64: {shape}>}}> : ({big}) -> tensor<1000000x1000000xi32>\n'
+            f'%1 = "ty.reshape"(%0) <{{shape = array<i64: {shape}>}}> : ({big}) -> '
+            "tensor<1000000x1000000xi32>\n"
         )
         yield f"reshape {shape} of a splat", text, frozenset((0, 1))
     yield "undefined names", "".join(f'"x.op"(%a{i}, %b{i}) : (i1, i1) -> ()\n' for i in range(4000)), REFUSED
-    yield "undefined beside defined", "".join(
-        f'%c{i} = "x.op"(%a{i}) : (i1) -> i1\n' for i in range(4000)
-    ), REFUSED  # fmt: skip
+    yield (
+        "undefined beside defined",
+        "".join(f'%c{i} = "x.op"(%a{i}) : (i1) -> i1\n' for i in range(4000)),
+        REFUSED,
+    )
     yield "a long undefined name", '"x.op"(%' + "a" * 1_000_000 + ") : (i1) -> ()", REFUSED
-    yield "undefined blocks", '"x.n"() ({\n' + "".join(
-        f'"x.br"()[^a{i}] : () -> ()\n^c{i}:\n' for i in range(4000)
-    ) + "}) : () -> ()", REFUSED  # fmt: skip
+    yield (
+        "undefined blocks",
+        '"x.n"() ({\n'
+        + "".join(f'"x.br"()[^a{i}] : () -> ()\n^c{i}:\n' for i in range(4000))
+        + "}) : () -> ()",
+        REFUSED,
+    )
     yield "a long unknown word", _USE.format("z" * 1_000_000), REFUSED
     yield "a long unknown alias", _USE.format("#" + "z" * 1_000_000), REFUSED
     yield (
@@ -113,16 +150,34 @@ def _bombs() -> Iterator[tuple[str, str, frozenset[int]]]:
         REFUSED,
     )
     yield "many results", '%0:999999 = "x.op"() : () -> i1', REFUSED
-    yield "many results named", ", ".join(f"%a{i}" for i in range(20_000)) + ' = "x.op"() : () -> (' + ", ".join(
-        ["i1"] * 20_000
-    ) + ")", ONCE  # fmt: skip
+    yield (
+        "many results named",
+        ", ".join(f"%a{i}" for i in range(20_000))
+        + ' = "x.op"() : () -> ('
+        + ", ".join(["i1"] * 20_000)
+        + ")",
+        ONCE,
+    )
     yield "an fp8 list", _USE.format("dense<[" + "1.5, " * 20_000 + "1.0]> : tensor<20001xf8E4M3FN>"), ONCE
     yield "a bf16 list", _USE.format("dense<[" + "1.5, " * 20_000 + "1.0]> : tensor<20001xbf16>"), ONCE
     yield "a ragged list", _USE.format("dense<[" + "[1], " * 20_000 + "1]> : tensor<20001xi8>"), REFUSED
     yield "a hex constant", _USE.format('dense<"0x' + "0F" * 1_000_000 + '"> : tensor<1000000xi8>'), ONCE
-    for text in ('"\\', '"x.op"() {a = "\\GG"}', "\0" * 1000, "\ufeff", "\r" * 100_000, "//" * 100_000, '"' * 99_999,
-                 "%" * 100_000, "^bb" * 50_000, "{-#" * 1000, "{-# dialect_resources: {" * 1000, "-->" * 30_000,
-                 "{-# external_resources: {" + "a: {" * 20_000, '"x.op"() : ' + "(" * 100_000):  # fmt: skip
+    for text in (
+        '"\\',
+        '"x.op"() {a = "\\GG"}',
+        "\0" * 1000,
+        "\ufeff",
+        "\r" * 100_000,
+        "//" * 100_000,
+        '"' * 99_999,
+        "%" * 100_000,
+        "^bb" * 50_000,
+        "{-#" * 1000,
+        "{-# dialect_resources: {" * 1000,
+        "-->" * 30_000,
+        "{-# external_resources: {" + "a: {" * 20_000,
+        '"x.op"() : ' + "(" * 100_000,
+    ):
         yield f"text {text[:20]!r}", text, frozenset((0, 1))
 
 
@@ -214,8 +269,14 @@ def test_damaged_programs(tmp_path: Path, light: Zygote, tally: Callable[[str], 
         tool = (DIS, SIM)[number % 2]
         cases.append(Case(f"{tool[-3:]} {path.name}", tool, (path, "-o", tmp_path / "out")))
     deep = b"EDG10\x01" + b"\x80" * 100_000
-    for name, data in (("digits", deep), ("empty", b""), ("magic", b"EDG10"), ("version", b"EDG10\x09"),
-                       ("counts", b"EDG10\x01" + b"\xff" * 9 + b"\x01"), ("zeros", b"EDG10\x01" + bytes(1000))):  # fmt: skip
+    for name, data in (
+        ("digits", deep),
+        ("empty", b""),
+        ("magic", b"EDG10"),
+        ("version", b"EDG10\x09"),
+        ("counts", b"EDG10\x01" + b"\xff" * 9 + b"\x01"),
+        ("zeros", b"EDG10\x01" + bytes(1000)),
+    ):
         path = tmp_path / f"{name}.bin"
         path.write_bytes(data)
         wanted = REFUSED if data else ONCE  # an empty text is an empty module
@@ -243,8 +304,24 @@ _BEFORE = {
     "specialize-seqlen": "kv-materialize{max-kv=16},partition-dies{dies=2},",
     "lower-edge10": _PROGRAM + ",",
 }
-_VALUES = ("0", "-1", "2147483648", "9223372036854775807", "1" + "0" * 20, "9" * 5000, "1.5", "nan", "", "1,2,3",
-           "99999999", "1000000", "0x10", "1_000", "[" * 1000, "٣")  # fmt: skip
+_VALUES = (
+    "0",
+    "-1",
+    "2147483648",
+    "9223372036854775807",
+    "1" + "0" * 20,
+    "9" * 5000,
+    "1.5",
+    "nan",
+    "",
+    "1,2,3",
+    "99999999",
+    "1000000",
+    "0x10",
+    "1_000",
+    "[" * 1000,
+    "٣",
+)
 
 
 def _pipelines() -> Iterator[tuple[str, frozenset[int]]]:
@@ -294,14 +371,46 @@ def test_pipelines(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally],
 
 _KEYS = ("dram.latency_ns", "dram.bandwidth", "clock.frequency_mhz", "die.sram_bytes")
 _TOML = (
-    "", "[", "a", "a = ", "[a", "[[a]]", "a = [" * 1000, "a = " + "[" * 100_000, "a = {b = " * 20_000,
-    "a." * 60_000 + "b = 1", "[" + "a." * 60_000 + "b]", "a = " + "9" * 5000, "a = 1e99999", "a = nan", "a = 1\na = 2",
-    "\0", "\xff", "a = '''" + "x" * 100_000, "x = 1\n" * 20_000, "#" * 130_000, "a = 1\n" * 100_000,
-    'like = "edge10"', 'like = "nothing"', 'like = 5', 'like = "edge10"\n[dram]\nx = 1', "sm = 1",
-    *(f'like = "edge10"\n[{k.partition(".")[0]}]\n{k.partition(".")[2]} = {v}'
-      for k in _KEYS for v in ("1", "-1", "{value = 1}", '{value = 1e-308, label = "assumed", source = "x"}', "[]",
-                               '{value = inf, label = "assumed", source = "x"}', "true")),
-)  # fmt: skip
+    "",
+    "[",
+    "a",
+    "a = ",
+    "[a",
+    "[[a]]",
+    "a = [" * 1000,
+    "a = " + "[" * 100_000,
+    "a = {b = " * 20_000,
+    "a." * 60_000 + "b = 1",
+    "[" + "a." * 60_000 + "b]",
+    "a = " + "9" * 5000,
+    "a = 1e99999",
+    "a = nan",
+    "a = 1\na = 2",
+    "\0",
+    "\xff",
+    "a = '''" + "x" * 100_000,
+    "x = 1\n" * 20_000,
+    "#" * 130_000,
+    "a = 1\n" * 100_000,
+    'like = "edge10"',
+    'like = "nothing"',
+    "like = 5",
+    'like = "edge10"\n[dram]\nx = 1',
+    "sm = 1",
+    *(
+        f'like = "edge10"\n[{k.partition(".")[0]}]\n{k.partition(".")[2]} = {v}'
+        for k in _KEYS
+        for v in (
+            "1",
+            "-1",
+            "{value = 1}",
+            '{value = 1e-308, label = "assumed", source = "x"}',
+            "[]",
+            '{value = inf, label = "assumed", source = "x"}',
+            "true",
+        )
+    ),
+)
 
 
 def test_machine_files(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:

@@ -16,7 +16,7 @@ import sys
 from contextlib import suppress
 from typing import Final
 
-__all__ = ["adopt_streams", "output_error", "read_input", "silence_output"]
+__all__ = ["adopt_streams", "finish_output", "output_error", "read_input", "silence_output"]
 
 _AS_BYTES: Final = "tyir-as-bytes"
 
@@ -47,16 +47,42 @@ class _Said(io.TextIOWrapper):
             super().flush()
 
 
+class _Output(io.TextIOWrapper):
+    """Standard output, which remembers why something could not be written: not everybody passes it on."""
+
+    failure: OSError | None = None
+
+    def __init__(self, before: io.TextIOWrapper) -> None:
+        super().__init__(before.buffer, "utf-8", _AS_BYTES, line_buffering=before.line_buffering)
+        self._before = before
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.failure = error
+            raise
+
+
 class _Closed(io.TextIOBase):
     """Standard output that was closed before the command began: an error for who writes to it."""
 
     encoding = "utf-8"
+    failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self.failure = OSError(errno.EBADF, os.strerror(errno.EBADF))
+        raise self.failure
 
 
 def adopt_streams() -> None:
@@ -67,8 +93,8 @@ def adopt_streams() -> None:
         except OSError:  # the lowest free descriptor is this one
             os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
     codecs.register_error(_AS_BYTES, _as_bytes)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors=_AS_BYTES)
+    if type(sys.stdout) is io.TextIOWrapper:
+        sys.stdout = _Output(sys.stdout)
     elif sys.stdout is None:
         sys.stdout = _Closed()
     if type(sys.stderr) is io.TextIOWrapper:
@@ -86,15 +112,16 @@ def read_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
+def finish_output() -> None:
+    """Write what is left of standard output; `OSError` when something could not be written."""
+    sys.stdout.flush()
+    if (failure := output_error()) is not None:
+        raise failure
+
+
 def output_error() -> OSError | None:
-    """What is wrong with standard output, if that is what has just failed."""
-    try:
-        if isinstance(sys.stdout, _Closed):
-            sys.stdout.write("")
-        sys.stdout.flush()  # what could not be written is still to be
-    except OSError as error:
-        return error
-    return None
+    """Why something could not be written to standard output, if that has happened."""
+    return sys.stdout.failure if isinstance(sys.stdout, _Output | _Closed) else None
 
 
 def silence_output() -> None:

@@ -47,7 +47,7 @@ def system_error(error: BaseException) -> Diagnostic | None:
         return Diagnostic("no thread can be started", help=_CURES[errno.EAGAIN])
     if not isinstance(error, OSError):
         return None
-    if (output := output_error()) is not None:
+    if (output := output_error()) is error and output is not None:
         silence_output()
         return Diagnostic(
             f"cannot write to standard output: {output.strerror}",
