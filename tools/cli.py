@@ -76,7 +76,11 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
                 gc.freeze()
             return code
         except BaseException as error:
-            return _report(error, "--debug" in arguments)
+            try:
+                return _report(error, "--debug" in arguments)
+            except MemoryError:  # not even for saying so
+                os.write(2, b"error: there is not enough memory\nhelp: allow more (ulimit -v)\n")
+                return 1
 
     return wrapped
 

@@ -387,7 +387,7 @@ def test_hostile_checkpoints(
         ),
     ]
     cases = []
-    for number, (name, files, without) in enumerate(sample(folders, slow, 24)):
+    for number, (name, files, without) in enumerate(sample(folders, slow, 6)):
         folder = _folder(tmp_path / str(number), files, without)
         flags = ("--plan",) if slow and number % 7 == 3 and "config.json" in files else ()
         cases.append(Case(name, IMPORT, (folder, "-o", tmp_path / "out.ir", *flags), EITHER))
@@ -403,7 +403,7 @@ def test_damaged_checkpoints(
     count, rng = tally("damaged checkpoints"), random.Random(13)
     whole = (MODEL / "model.safetensors").read_bytes()
     cases = []
-    for number in range(120 if slow else 10):
+    for number in range(120 if slow else 3):
         name, data = (
             ("config.json", bytearray((MODEL / "config.json").read_bytes())),
             ("model.safetensors", bytearray(whole)),

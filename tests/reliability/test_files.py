@@ -81,7 +81,7 @@ def test_not_files(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally],
             # a Python module is looked at by its kind before it is opened
             told = "" if "load" in name or tool.endswith(("dis", "sim", "library")) else says
             cases.append(Case(f"{kind} as {name}", tool, arguments, REFUSED, told))
-    count.run(light, sample(cases, slow, 24))
+    count.run(light, sample(cases, slow, 10))
     count.close()
 
 
@@ -128,7 +128,7 @@ def test_not_files_in_checkpoints(
         cases.append(
             Case(f"plugin of {kind}", TOOLS + "import", (MODEL, "--model-plugin", path, "-o", "out"), REFUSED)
         )
-    count.run(importing, sample(cases, slow, 8))
+    count.run(importing, sample(cases, slow, 3))
     count.close()
 
 
@@ -168,7 +168,7 @@ def test_names(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slo
     (tmp_path / "a").mkdir()
     text = '"x.op"() {a = "b"} : () -> ()\n'
     cases = []
-    for number, name in enumerate(sample(NAMES, slow, 10)):
+    for number, name in enumerate(sample(NAMES, slow, 3)):
         path = os.fsencode(tmp_path) + b"/" + bytes(name)
         fits = len(bytes(name)) <= 255
         if fits:

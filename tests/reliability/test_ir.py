@@ -194,7 +194,7 @@ def _files(folder: Path, texts: list[tuple[str, str, frozenset[int]]], *flags: s
 
 def test_ir_bombs(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
     count = tally("IR bombs")
-    picked = sample(range(len(BOMBS)), slow, 40)  # type: ignore[type-var]
+    picked = sample(range(len(BOMBS)), slow, 20)  # type: ignore[type-var]
     texts = [BOMBS[i] for i in picked]  # type: ignore[index]
     count.run(light, _files(tmp_path / "plain", texts, "--verify-roundtrip"))
     if slow:
@@ -234,7 +234,7 @@ def test_damaged_ir(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally]
     folder = ROOT / "tests" / "tyir"
     bases = [(folder / n).read_bytes() for n in ("generic.ir", "pretty.ir")] + [LAYER.read_bytes()]
     cases = []
-    for number in range(240 if slow else 40):
+    for number in range(240 if slow else 15):
         path = tmp_path / f"{number}.ir"
         path.write_bytes(_damaged(bases[number % len(bases)], rng))
         flags = (("--canonicalize", "--cse", "--dce"), ("--pretty",), ("--inline", "--symbol-dce"))[
@@ -262,7 +262,7 @@ def test_damaged_programs(tmp_path: Path, light: Zygote, tally: Callable[[str], 
     count.run(light, making)
     assert not count.failures, count.failures
     cases = []
-    for number in range(160 if slow else 30):
+    for number in range(160 if slow else 10):
         base, ending = ((binary, "bin"), (text, "edge10"))[number % 3 == 2]
         path = tmp_path / f"{number}.{ending}"
         path.write_bytes(_damaged(base.read_bytes(), rng))
@@ -353,7 +353,7 @@ def _pipelines() -> Iterator[tuple[str, frozenset[int]]]:
 def test_pipelines(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
     count = tally("pipelines")
     cases = []
-    for text, wanted in sample(_pipelines(), slow, 40):  # type: ignore[misc]
+    for text, wanted in sample(_pipelines(), slow, 12):  # type: ignore[misc]
         name, option = ("--pass-pipeline", text)  # by a reproducer what an argument cannot hold
         path = tmp_path / f"{len(cases)}.ir"
         if len(text) > 100_000:
@@ -416,7 +416,7 @@ _TOML = (
 def test_machine_files(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
     count = tally("machine files")
     cases = []
-    for number, text in enumerate(sample(_TOML, slow, 20)):  # type: ignore[arg-type]
+    for number, text in enumerate(sample(_TOML, slow, 8)):  # type: ignore[arg-type]
         path = tmp_path / f"{number}.toml"
         path.write_bytes(str(text).encode("latin-1"))
         cases.append(Case(f"{str(text)[:50]!r}", MACHINE, (path,)))
