@@ -10,6 +10,7 @@ tensors without gaps).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
+from tyir.process.files import open_regular, parse_json
 from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
@@ -99,12 +101,20 @@ class _Reader:
         path = self.folder / name
         again = "the file is incomplete or damaged; download it again"
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 header_bytes = file.read(length) if length <= min(_MAX_HEADER, size - 8) else b""
         except OSError as error:
-            self.problem(f"cannot read {name}: {error.strerror}", "download the missing file", path)
+            self.problem(f"cannot read {name}: {error.strerror}", "download the file again", path)
+            return False
+        if size - 8 >= length > _MAX_HEADER:
+            self.problem(
+                f"{name} is no safetensors file: its header would have {length} bytes, more than the"
+                f" {_MAX_HEADER} it may have",
+                again,
+                path,
+            )
             return False
         if size < 8 or not header_bytes:
             self.problem(
@@ -112,9 +122,12 @@ class _Reader:
             )
             return False
         try:
-            header = json.loads(header_bytes)
-        except (ValueError, RecursionError):
+            header = parse_json(header_bytes)
+        except json.JSONDecodeError:
             self.problem(f"{name} is no safetensors file: its header is not JSON", again, path)
+            return False
+        except ValueError as error:
+            self.problem(f"{name} is no safetensors file: its header is not JSON: {error}", again, path)
             return False
         if not isinstance(header, dict):
             self.problem(
@@ -184,7 +197,7 @@ class _Reader:
         """Note the tensors of a GGUF model; returns the config in its metadata, None (and problems) when the
         files cannot be used.
         """
-        from tyir.frontends.gguf_files import read_gguf
+        from tyir.frontends.gguf.files import read_gguf
 
         try:
             config, tensors = read_gguf(paths, needs_config=not (self.folder / "config.json").exists())
@@ -366,7 +379,7 @@ def _open_model(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
     """`open_checkpoint` of a whole model."""
     given, folder = folder, folder.absolute()
     if not (folder.is_dir() and any((folder / n).exists() for n in _TENSOR_FILES)):
-        from tyir.frontends.gguf_files import gguf_model
+        from tyir.frontends.gguf.files import gguf_model
 
         try:
             if files := gguf_model(folder):

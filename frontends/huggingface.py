@@ -11,7 +11,7 @@ import contextlib
 import gc
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -82,6 +82,9 @@ _MODEL_KEYS: Final = (
     "eos_token_id",
     "pad_token_id",
 )
+
+# The most that a model may have of what transformers makes one by one; the largest have some 200 layers.
+_MOST_PARTS: Final = {"layer": 1000, "expert": 100_000, "label": 100_000}
 
 Note = Callable[[Diagnostic], None]
 
@@ -204,7 +207,7 @@ def formats_of(
 
         formats = (DeltaFormat(), *formats)
     elif any(t.converted for t in checkpoint.tensors.values()):
-        from tyir.frontends.gguf_files import GgufFormat
+        from tyir.frontends.gguf.files import GgufFormat
 
         formats = (GgufFormat(), *formats)
     elif config is not None:
@@ -239,6 +242,13 @@ def _meta_model(
                 " plain attention, as transformers does"
             )
             note(Diagnostic(message, severity="warning", where=where))
+    before = len(problems)
+    problems.extend(
+        Diagnostic(problem, where=where, help="restore the file, or correct the number")
+        for problem in _size_problems(config)
+    )
+    if len(problems) > before:
+        return None
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
     try:
@@ -251,6 +261,25 @@ def _meta_model(
     except TyirError as error:
         problems.extend(error.diagnostics)
         return None
+
+
+def _size_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers of a config that no model has: transformers makes a module, or a name, for each layer, expert
+    and label before any tensor is looked at.
+    """
+    waiting: list[tuple[str, Any]] = list(config.items())
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting.extend((f"{key}.{inner}", v) for inner, v in value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, v) for v in value)
+        elif isinstance(value, int) and value.bit_length() > 63:
+            yield f"{key} in config.json has more than 63 bits"
+        elif isinstance(value, int) and value > min(_MOST_PARTS.values()):
+            most = min((most for part, most in _MOST_PARTS.items() if part in key), default=value)
+            if value > most:
+                yield f"{key} is {value} in config.json, more than the {most} that a model may have"
 
 
 def _rope_note(limit: int, kind: str, positions: int | None) -> str | None:

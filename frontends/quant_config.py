@@ -7,13 +7,13 @@ is a problem that names the value and what is accepted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic
+from tyir.process.files import load_json
 
 __all__ = ["QuantConfig", "read_quant_config"]
 
@@ -96,8 +96,8 @@ def _side_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
     for name, method in _SIDE_FILES:
         path = folder / name
         try:
-            content = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
+            content = load_json(path)
+        except (OSError, ValueError):
             continue
         if isinstance(content, dict):
             return str(path), {"quant_method": method, **content}

@@ -51,14 +51,14 @@ _COPY: Final = "put the original model's tokenizer.json beside the checkpoint"
 
 
 def _gguf_config(files: Sequence[Path]) -> bytes:
-    from tyir.frontends.gguf_files import read_gguf
+    from tyir.frontends.gguf.files import read_gguf
 
     return json.dumps(read_gguf(files)[0], indent=2).encode()
 
 
 def _gguf_tokenizer(path: Path, note: Note) -> dict[str, bytes]:
     """The tokenizer and chat template that a GGUF file carries; none when it carries none."""
-    from tyir.frontends.gguf_files import open_gguf
+    from tyir.frontends.gguf.files import open_gguf
 
     fields = open_gguf(path).fields
     if "tokenizer.ggml.tokens" not in fields:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tyir.diagnostics import TyirError
 from tyir.frontends.checkpoint import ELEMENTS, StoredTensor
+from tyir.process.files import open_regular
 from tyir.types import TensorType
 
 __all__ = ["read_torch_file"]
@@ -34,6 +35,7 @@ _NAMES: Final = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_MAX_PICKLE: Final = 64 << 20  # bytes; 100 for each tensor
 _CONVERT: Final = (
     "load it with torch.load(weights_only=True) and save the model with save_pretrained, which writes"
     " safetensors"
@@ -45,12 +47,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
 
     `TyirError` when it holds anything else, or in a way that cannot be mapped.
     """
-    if not zipfile.is_zipfile(path):
-        raise TyirError(
-            f"{path.name} is no archive as torch.save has written since version 1.6, or it is truncated",
-            where=str(path),
-            help=_CONVERT,
-        )
+    _check_archive(path)
     try:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -73,6 +70,34 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
         raise TyirError(f"{path.name} is not a dictionary of tensors", where=str(path), help=_CONVERT)
     size = path.stat().st_size
     return {name: _stored(name, tensor, path, size) for name, tensor in content.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what is not an archive, or one that unpacks to more than it should: torch reads the pickle
+    whole.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+    except OSError as error:
+        raise TyirError(
+            f"cannot read {path.name}: {error.strerror}", where=str(path), help="download the file again"
+        ) from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError):
+        raise TyirError(
+            f"{path.name} is no archive as torch.save has written since version 1.6, or it is truncated",
+            where=str(path),
+            help=_CONVERT,
+        ) from None
+    pickled = max((r.file_size for r in records if r.filename.endswith("data.pkl")), default=0)
+    packed = next((r.filename for r in records if r.compress_type != zipfile.ZIP_STORED), None)
+    if pickled > _MAX_PICKLE or packed is not None:
+        what = (
+            f"record '{packed}' is compressed"
+            if packed is not None
+            else f"its list of tensors has {pickled} bytes, more than the {_MAX_PICKLE} it may have"
+        )
+        raise TyirError(f"{path.name} was not written by torch.save: {what}", where=str(path), help=_CONVERT)
 
 
 def _stored(name: str, tensor: Any, path: Path, size: int) -> StoredTensor:

@@ -384,7 +384,7 @@ class _Builder(Parser):
         return a.OpaqueAttr(str(name)[1:], "" if body is None else self._body(body))
 
     def _body(self, node: Node) -> str:
-        return self.expand_aliases(self._text(node))
+        return self.expand_aliases(self._text(node), 0)
 
     # -- types
     # ------------------------------------------------------------------------------------------------------

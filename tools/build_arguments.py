@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from tyir.diagnostics import TyirError
+from tyir.tools.cli import whole_number
 
 __all__ = ["add_base_option", "add_build_options", "numbers"]
 
@@ -18,11 +19,13 @@ def numbers(text: str) -> tuple[int, ...]:
     values = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         try:
-            values.append(int(item))
+            values.append(whole_number(item))
         except ValueError:
             raise TyirError(
                 f"'{item}' in '{text}' is not a whole number", help="write a list such as 1,8"
             ) from None
+        except argparse.ArgumentTypeError as error:
+            raise TyirError(str(error), help="write a list such as 1,8") from None
     return tuple(values)
 
 

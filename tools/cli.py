@@ -8,7 +8,11 @@ gives `main(argv: Sequence[str] | None = None) -> int` (None: the process's argu
 * turns `TyirError` into its message on stderr and exit code 1,
 * turns an interrupt into exit code 130 and a closed output pipe into a silent 141,
 * does the same for SIGTERM and SIGHUP, which clean up alike; exit codes 143 and 129,
+* turns what the system refuses (no memory, a full disk, a closed output) into a message that says so
+  (`tyir.process.system_errors`) and exit code 1,
 * turns anything else into "internal error ... this is a bug" and exit code 1,
+* works with its standard streams closed or full and in any locale, and keeps the libraries it loads from
+  starting more threads than the system gives (`tyir.process`),
 * with `--debug` anywhere among the arguments shows the Python traceback instead of hiding it.
 
 argparse's own exits (`--help` 0, wrong usage 2) pass through as return values.
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import math
 import os
 import signal
 import sys
@@ -31,7 +36,17 @@ from typing import Any, NoReturn, Protocol
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["Terminated", "ToolMain", "ToolParser", "add_debug_option", "run_tool", "warn", "write_output"]
+__all__ = [
+    "Terminated",
+    "ToolMain",
+    "ToolParser",
+    "add_debug_option",
+    "read_stdin",
+    "run_tool",
+    "warn",
+    "whole_number",
+    "write_output",
+]
 
 
 class ToolMain(Protocol):
@@ -45,38 +60,32 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        if argv is None:  # as the process that it is, not as a function
+            from tyir.process.streams import adopt_streams, finish_output
+            from tyir.process.threads import limit_threads
+
+            adopt_streams()
+            limit_threads()
         arguments = list(sys.argv[1:] if argv is None else argv)
-        debug = "--debug" in arguments
         try:
-            with _ending_signals_as_interrupts():
-                code = main(arguments)
+            try:
+                with _ending_signals_as_interrupts():
+                    code = main(arguments)
+            except SystemExit as exit:  # argparse's own, of --help and --version
+                code = _exit_code(exit)
             sys.stdout.flush()
             if argv is None:
+                finish_output()
                 # the process ends: its memory goes as a whole, not object by object (0.8 s for a module of
                 # 100,000 ops)
                 gc.freeze()
             return code
-        except SystemExit as exit:
-            return (
-                exit.code
-                if isinstance(exit.code, int)
-                else 0
-                if exit.code is None
-                else _say(str(exit.code), 1)
-            )
-        except TyirError as error:
-            return _say((_traceback() if debug else "") + error.render(), 1)
-        except Terminated as end:
-            return _say("interrupted" if end.signal == signal.SIGINT else "terminated", 128 + end.signal)
-        except KeyboardInterrupt:
-            return _say("interrupted", 130)
-        except BrokenPipeError:
-            _silence_stdout()
-            return 141
-        except Exception as error:
-            if debug:
-                return _say(_traceback(), 1)
-            return _say(_internal_error(error), 1)
+        except BaseException as error:
+            try:
+                return _report(error, "--debug" in arguments)
+            except MemoryError:  # not even for saying so
+                os.write(2, b"error: there is not enough memory\nhelp: allow more (ulimit -v)\n")
+                return 1
 
     return wrapped
 
@@ -126,9 +135,49 @@ def _ending_signals_as_interrupts() -> Iterator[None]:
             signal.signal(number, defaults[number])
 
 
+def _exit_code(exit: SystemExit) -> int:
+    if exit.code is None or isinstance(exit.code, int):
+        return exit.code or 0
+    return _say(str(exit.code), 1)
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Say what ended a tool; the exit code."""
+    if isinstance(error, Terminated):
+        return _say("interrupted" if error.signal == signal.SIGINT else "terminated", 128 + error.signal)
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted", 130)
+    from tyir.process.streams import silence_output
+    from tyir.process.system_errors import system_error
+
+    if isinstance(error, BrokenPipeError):
+        silence_output()
+        return 141
+    trace = traceback.format_exc() if debug else ""
+    if isinstance(error, TyirError):
+        return _say(trace + error.render(), 1)
+    if (refused := system_error(error)) is not None:
+        return _say(trace + refused.render(), 1)
+    return _say(trace or _internal_error(error), 1)
+
+
 def add_debug_option(parser: argparse.ArgumentParser) -> None:
     """The `--debug` flag, for the help text; `run_tool` itself looks for it."""
     parser.add_argument("--debug", action="store_true", help="show Python tracebacks")
+
+
+def read_stdin() -> str:
+    """The text on standard input; `TyirError` when there is none, or when it is not UTF-8."""
+    from tyir.process.streams import read_input
+    from tyir.text.source_file import decode_source
+
+    try:
+        data = read_input()
+    except OSError as error:
+        raise TyirError(
+            f"cannot read standard input: {error.strerror}", help="give a file, or pipe the text in"
+        ) from None
+    return decode_source(data, "<stdin>")
 
 
 def warn(message: str) -> None:
@@ -141,11 +190,7 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _traceback() -> str:
-    return traceback.format_exc()
-
-
-def _internal_error(error: Exception) -> str:
+def _internal_error(error: BaseException) -> str:
     """One paragraph: what happened, where, and what to do."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
@@ -157,25 +202,35 @@ def _internal_error(error: Exception) -> str:
     )
 
 
-def _silence_stdout() -> None:
-    """Keep the interpreter from complaining about the closed pipe when it flushes at exit."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass
-    finally:
-        os.close(sink)
+def whole_number(text: str) -> int:
+    """An argument of kind `int`: what the IR's i64 holds.
+
+    `ValueError` for what is not one, `ArgumentTypeError` for one that is too large.
+    """
+    value = int(text) if len(text) < 1000 else 1 << 63
+    if not -(1 << 63) <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} has more than 63 bits")
+    return value
+
+
+def number(text: str) -> float:
+    """An argument of kind `float`; NaN is not one."""
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError("not a number")
+    return value
 
 
 class ToolParser(argparse.ArgumentParser):
     """An argument parser whose complaints are `TyirError`s; flags are never abbreviated.
 
-    Exit code 1, in the style of all other messages.
+    Exit code 1, in the style of all other messages.  Numbers of kinds `int` and `float` are bounded.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.register("type", int, whole_number)
+        self.register("type", float, number)
 
     def error(self, message: str) -> NoReturn:
         raise TyirError(f"{self.prog}: {message}", help=f"{self.prog} --help lists the options")
@@ -189,7 +244,7 @@ def write_output(text: str, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
         return
-    target = Path(path).resolve()  # a link stays a link
+    target = Path(os.path.realpath(path))  # a link stays a link
     if target.exists() and not target.is_file():
         _write_through(text, target)
         return

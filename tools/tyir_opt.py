@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import Diagnostic, Label, SourceText, TyirError, did_you_mean
-from tyir.tools.cli import run_tool, write_output
+from tyir.tools.cli import read_stdin, run_tool, write_output
 from tyir.tools.opt.options import make_parser, split_pass_flags, with_mlir_spellings
 
 if TYPE_CHECKING:
@@ -76,15 +76,9 @@ def _load(args: argparse.Namespace, registry: PassRegistry) -> None:
 
 
 def _read(path: str) -> tuple[str, str]:
-    from tyir.text.source_file import decode_source, read_source
+    from tyir.text.source_file import read_source
 
-    if path == "-":
-        return "<stdin>", (
-            decode_source(sys.stdin.buffer.read(), "<stdin>")
-            if hasattr(sys.stdin, "buffer")
-            else sys.stdin.read()
-        )
-    return path, read_source(path)
+    return ("<stdin>", read_stdin()) if path == "-" else (path, read_source(path))
 
 
 def _parts(text: str) -> list[str]:
@@ -328,7 +322,7 @@ def _check_registered(module: Module, source: SourceText, positions: dict[Op, in
     problems: list[Diagnostic] = []
     seen: set[str] = set()
     for op in module.walk():
-        if op.registered or op.name in seen:
+        if op.registered or op.name in seen or len(problems) == 20:
             continue
         seen.add(op.name)
         known = dialect_ops(op.dialect) if op.dialect in dialect_names() else {}
@@ -340,7 +334,7 @@ def _check_registered(module: Module, source: SourceText, positions: dict[Op, in
         )
         problems.append(Diagnostic(what, label=_label(op, source, positions), help=help))
     if problems:
-        raise TyirError(problems[:20])
+        raise TyirError(problems)
 
 
 def _check_round_trip(module: Module) -> None:

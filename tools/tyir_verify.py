@@ -100,7 +100,7 @@ def _check_checkpoint(path: Path) -> None:
     """
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
-    from tyir.frontends.gguf_files import gguf_model
+    from tyir.frontends.gguf.files import gguf_model
 
     if not gguf_model(path):
         raise TyirError(

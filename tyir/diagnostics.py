@@ -9,13 +9,20 @@ error.
 from __future__ import annotations
 
 import difflib
+import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import lru_cache
+from itertools import islice
+from typing import Final, Literal
 
 __all__ = ["Diagnostic", "Label", "Severity", "SourceText", "TyirError", "did_you_mean"]
 
 Severity = Literal["error", "warning", "note", "remark"]
+_LONGEST_NAME: Final = 100
+_MOST_NAMES: Final = 5000
+_MOST_SHOWN: Final = 100  # of the problems of one error
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +35,14 @@ class SourceText:
     def line_col(self, offset: int) -> tuple[int, int]:
         """1-based line and column of a character offset."""
         offset = min(max(offset, 0), len(self.text))
-        line_start = self.text.rfind("\n", 0, offset) + 1
-        return self.text.count("\n", 0, offset) + 1, offset - line_start + 1
+        starts = _line_starts(self.text)
+        line = bisect_right(starts, offset)
+        return line, offset - starts[line - 1] + 1
+
+
+@lru_cache(maxsize=1)  # thousands of ops are located one after the other, all in one text
+def _line_starts(text: str) -> list[int]:
+    return [0, *(match.end() for match in re.finditer("\n", text))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +126,23 @@ class TyirError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        return "\n".join(d.render() for d in self.diagnostics)
+        lines = [d.render() for d in self.diagnostics[:_MOST_SHOWN]]
+        if len(self.diagnostics) > _MOST_SHOWN:
+            lines.append(f"... and {len(self.diagnostics) - _MOST_SHOWN} more problems")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.render()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    """`did you mean 'x'?` for the nearest known name, or an empty string.
+
+    Comparing takes the product of the lengths and names may come from hostile input: a name longer than any
+    written by hand gets no suggestion, and of many known ones the first thousands are looked at.
+    """
+    if len(name) > _LONGEST_NAME:
+        return ""
+    near = [k for k in islice(known, _MOST_NAMES) if abs(len(k) - len(name)) <= len(name)]
+    close = difflib.get_close_matches(name, near, n=1)
     return f"did you mean '{close[0]}'?" if close else ""

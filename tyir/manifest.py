@@ -35,10 +35,11 @@ from annotated_types import Interval, MaxLen, MinLen
 from typing_extensions import TypedDict  # pydantic reads those of Python 3.11 not
 
 from tyir.artifacts.consistency import problems_of
-from tyir.artifacts.schema import Matches, checked, closed, first_of, parse_json, sha256_of, with_others
+from tyir.artifacts.schema import Matches, checked, closed, first_of, sha256_of, with_others
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
+from tyir.process.files import open_regular, parse_strict_json
 from tyir.types import FloatType, IntegerType, i64, storage_dtype
 
 __all__ = [
@@ -355,7 +356,7 @@ class Manifest:
 def _read(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON of a manifest of this version."""
     try:
-        raw = parse_json(data)
+        raw = parse_strict_json(data)
     except ValueError as error:
         raise TyirError(f"cannot read {path}: {error}", help=AGAIN) from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -385,7 +386,7 @@ def no_manifest(folder: Path) -> TyirError:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -17,7 +17,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -28,7 +28,14 @@ from tyir.ir import Op
 from tyir.pass_manager.analysis import AnalysisManager
 from tyir.pass_manager.options import make_pass, options_text
 from tyir.pass_manager.registry import PassRegistry
-from tyir.pass_manager.text import Nest, PassText, PipelineItem, parse_pipeline_text, pipeline_error
+from tyir.pass_manager.text import (
+    MAX_PASSES,
+    Nest,
+    PassText,
+    PipelineItem,
+    parse_pipeline_text,
+    pipeline_error,
+)
 from tyir.stages import KEY, require_stage
 from tyir.verify import verify
 
@@ -123,6 +130,14 @@ class Pipeline:
         """The pipeline as text, options spelled out."""
         return f"{self.anchor}({','.join(item.text() for item in self.items)})"
 
+    def passes(self) -> Iterator[Pass]:
+        """The passes in order, those of nested pipelines included."""
+        for item in self.items:
+            if isinstance(item, Pipeline):
+                yield from item.passes()
+            else:
+                yield item
+
     def run(self, op: Op, context: PassContext) -> None:
         """Run on one op of the anchor's kind."""
         for item in self.items:
@@ -206,7 +221,13 @@ def build_pipeline(text: str, registry: PassRegistry | None = None, root: str = 
     items = parse_pipeline_text(text)
     if len(items) == 1 and isinstance(items[0], Nest) and items[0].anchor in (root, ANY):
         items = items[0].items
-    return Pipeline(root, _build_items(items, root, registry or PassRegistry(), ()))
+    built = Pipeline(root, _build_items(items, root, registry or PassRegistry(), ()))
+    if (count := sum(1 for _ in built.passes())) > MAX_PASSES:
+        raise TyirError(
+            f"the pipeline has {count} passes, more than the {MAX_PASSES} it may have",
+            help="run it in parts, each on the output of the one before",
+        )
+    return built
 
 
 def _build_items(

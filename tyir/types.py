@@ -78,18 +78,27 @@ class IntegerType(Type):
         """`value` as this type holds it: signless types accept the unsigned spelling (15 : i4 is -1 : i4);
         `ValueError` when out of range.
         """
-        low, high = 0, (1 << self.width) - 1
-        if self.signedness != "u":
-            low = -(1 << (self.width - 1))
-            if self.signedness == "s":
-                high = -low - 1
-        if not low <= value <= high:
-            raise ValueError(f"integer constant {value} out of range for {self} ({low}..{high})")
-        if self.signedness == "" and self.width > 1 and value > (high >> 1):
+        # by the bits that it takes: types may have 2**24, and their bounds as many
+        bits = value.bit_length() if value >= 0 else (~value).bit_length()
+        positive = self.width - (self.signedness == "s")
+        negative = -1 if self.signedness == "u" else self.width - 1
+        if bits > (positive if value >= 0 else negative):
+            low = "0" if negative < 0 else f"-{_power(negative)}"
+            high = str((1 << positive) - 1) if positive <= 64 else f"{_power(positive)}-1"
+            raise ValueError(f"integer constant {_digits(value)} out of range for {self} ({low}..{high})")
+        if self.signedness == "" and self.width > 1 and value >= 0 and bits == self.width:
             value -= 1 << self.width
         elif self.signedness == "" and self.width == 1:
             value &= 1
         return value
+
+
+def _power(bits: int) -> str:
+    return str(1 << bits) if bits <= 64 else f"2**{bits}"
+
+
+def _digits(value: int) -> str:
+    return str(value) if value.bit_length() <= 128 else f"of {value.bit_length()} bits"
 
 
 @final

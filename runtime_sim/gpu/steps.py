@@ -14,13 +14,13 @@ by (the share of the time in which the device works)^(-1/3), at most the burst's
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+from tyir.process.files import load_json
 from tyir.runtime_sim.gpu.accelerator import Accelerator
 from tyir.runtime_sim.gpu.allreduce import all_reduce_ns
 from tyir.runtime_sim.gpu.attention import Attention, attention_ns
@@ -85,7 +85,7 @@ def model_of(name_or_path: str) -> Model:
             raise TyirError(f"there is no model '{name_or_path}'", help=help)
         return MODELS[name_or_path]
     try:
-        config = json.loads(path.read_text())
+        config = load_json(path)
     except (OSError, ValueError) as error:
         raise TyirError(f"cannot read the model's configuration: {error}", where=str(path)) from None
     return _from_config(config, str(path))

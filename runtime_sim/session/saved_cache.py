@@ -27,18 +27,16 @@ import numpy.typing as npt
 
 from tyir.artifacts.cache_layout import position_axis
 from tyir.artifacts.consistency import cache_inputs
-from tyir.artifacts.files import open_regular
-from tyir.artifacts.schema import parse_json
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.manifest import Manifest, TensorInfo
+from tyir.process.files import open_regular, parse_strict_json
 from tyir.runtime_sim.session.program_engine import CacheName
 
 __all__ = ["identity_of", "read_cache", "write_cache"]
 
 Array = npt.NDArray[Any]
 _AGAIN: Final = "run the prompt again"
-_MOST_BYTES: Final = 1 << 50
 _MOST_HEADER: Final = 1 << 16  # bytes of an array besides its elements, and of what is no array
 _OPTIONS: Final = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights", "group_size")
 
@@ -101,7 +99,7 @@ def read_cache(path: Path, artifacts: Artifacts) -> tuple[list[int], dict[CacheN
     """
     manifest = artifacts.manifest
     try:
-        with open_regular(path, _MOST_BYTES) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive, path)
             _check_identity(_text(archive, members, "identity"), identity_of(artifacts), path)
             tokens = _tokens(archive, members, manifest, path)
@@ -180,7 +178,7 @@ def _text(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name
 
 
 def _check_identity(text: str, mine: Mapping[str, Any], path: Path) -> None:
-    theirs = parse_json(text)
+    theirs = parse_strict_json(text.encode())
     different = [
         f"{name} {str(theirs.get(name))[:80]} there, {here} here"
         for name, here in mine.items()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.process.files import read_regular
 from tyir.runtime_sim.timing.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 SLOS: Final = ("ttft", "tpot", "e2el")
+_MAX_TRACE: Final = 256 << 20  # bytes of a file of requests, a few million of them
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def read_trace(path: Path) -> list[Request]:
     requests: list[Request] = []
     problems: list[Diagnostic] = []
     try:
-        lines = path.read_text().splitlines()
+        lines = read_regular(path, _MAX_TRACE).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TyirError(f"cannot read {path}: {error}", help="give a file of JSON lines") from None
     for number, line in enumerate(lines, 1):

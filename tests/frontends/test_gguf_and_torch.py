@@ -20,7 +20,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import ty
 from tyir.execution.weights import CheckpointReader, check_files
 from tyir.frontends.dense_state import dense_state
-from tyir.frontends.gguf_files import read_gguf
+from tyir.frontends.gguf.files import read_gguf
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.passes.raise_aten import raise_aten

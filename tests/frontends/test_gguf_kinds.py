@@ -18,7 +18,7 @@ from tyir.dialects import quant, ty
 from tyir.dialects.quant import GGML_BLOCKS
 from tyir.frontends.checkpoint import open_checkpoint
 from tyir.frontends.dense_state import dense_state
-from tyir.frontends.gguf_files import gguf_model, read_gguf
+from tyir.frontends.gguf.files import gguf_model, read_gguf
 from tyir.frontends.huggingface import import_model
 from tyir.frontends.side_files import side_files
 from tyir.ir import Value

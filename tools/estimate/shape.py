@@ -8,7 +8,6 @@ test compares them).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.checkpoint import StoredTensor
 from tyir.frontends.quant_config import read_quant_config
+from tyir.process.files import load_json
 from tyir.tools.estimate.model import ModelShape
 
 __all__ = ["FAMILIES", "Family", "read_shape"]
@@ -260,7 +260,7 @@ def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor
 
     The tensors' types say what stays 4-bit.
     """
-    from tyir.frontends.gguf_files import gguf_model, read_gguf
+    from tyir.frontends.gguf.files import gguf_model, read_gguf
 
     files = () if path.is_dir() and any(path.glob("*.safetensors")) else gguf_model(path)
     if not files:
@@ -288,13 +288,13 @@ def _gguf_head(tensors: Mapping[str, StoredTensor]) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = load_json(path)
     except OSError as error:
         raise TyirError(
             f"cannot read {path}: {error.strerror}",
             help="give a checkpoint folder, its config.json, or a GGUF file",
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TyirError(f"{path} is not valid JSON: {error}", help=_RESTORE) from None
     if not isinstance(raw, dict):
         raise TyirError(f"{path} holds a JSON {type(raw).__name__}, an object is needed", help=_RESTORE)

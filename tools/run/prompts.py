@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from tyir.diagnostics import TyirError
+from tyir.process.streams import read_input
 
 __all__ = ["read_prompts", "token_ids"]
 
@@ -37,13 +37,8 @@ def _argument(text: str) -> str:
 
 
 def _standard_input() -> str:
-    if sys.stdin is None or sys.stdin.closed:
-        raise TyirError("there is no prompt: standard input is closed", help="give --prompt TEXT")
-    binary = getattr(sys.stdin, "buffer", None)
-    if binary is None:  # already text, as in a notebook
-        return sys.stdin.read()
     try:
-        content: str = binary.read().decode("utf-8")
+        content = read_input().decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8("the prompt on standard input", error) from None
     except OSError as error:

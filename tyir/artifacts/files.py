@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Final
+from typing import Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["file_inside", "is_relative_name", "open_regular", "read_regular"]
+__all__ = ["file_inside", "is_relative_name"]
 
 _LONGEST_PART: Final = 255  # bytes of a name, NAME_MAX of the file systems in use
 
@@ -55,30 +55,6 @@ def file_inside(folder: Path, name: str) -> Path:
     if not stat.S_ISREG(kind):
         raise TyirError(f"{path} is not a file with contents: it is {_kind(kind)}", help="put the file there")
     return path
-
-
-def open_regular(path: Path, most: int) -> BinaryIO:
-    """A regular file of at most `most` bytes, opened for reading.
-
-    `TyirError` for anything else: a pipe is not waited for; `OSError` is passed on.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    found = os.fstat(descriptor)
-    problem = None
-    if not stat.S_ISREG(found.st_mode):
-        problem = f"is not a file with contents: it is {_kind(found.st_mode)}"
-    elif found.st_size > most:
-        problem = f"has {found.st_size} bytes, more than the {most} that such a file has"
-    if problem is not None:
-        os.close(descriptor)
-        raise TyirError(f"{path} {problem}")
-    return os.fdopen(descriptor, "rb")
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of such a file."""
-    with open_regular(path, most) as file:
-        return file.read(most)
 
 
 def _blobs(folder: Path) -> list[Path]:

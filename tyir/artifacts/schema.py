@@ -1,4 +1,4 @@
-"""Values from a file against the annotations of a dataclass, and JSON without surprises.
+"""Values from a file against the annotations of a dataclass.
 
 A schema is a dataclass whose fields say type and range in their annotations
 (https://docs.pydantic.dev/latest/concepts/dataclasses/, `annotated_types` for ranges, `Matches` for texts):
@@ -28,13 +28,11 @@ __all__ = [
     "checked",
     "closed",
     "first_of",
-    "parse_json",
     "sha256_of",
     "with_others",
 ]
 
 MOST_SHOWN: Final = 12  # problems of one file that are listed
-_MOST_DIGITS: Final = 400  # of a number; a float has 309 before the point at most
 
 T = TypeVar("T")
 
@@ -61,52 +59,6 @@ def with_others(record: type[T]) -> type[T]:
     """A `TypedDict` beside whose keys others may stand, of any value."""
     record.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]
     return record
-
-
-# ----------------------------------------------------------------------------------------------------- JSON
-
-
-def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text (RFC 8259); `ValueError` says what is wrong with it.
-
-    Stricter than `json.loads`: a key that stands twice, NaN and infinity, numbers of hundreds of digits and
-    nesting without end are refused.
-    """
-    try:
-        return json.loads(
-            text,
-            object_pairs_hook=_without_repetition,
-            parse_constant=_not_a_number,
-            parse_int=_whole,
-            parse_float=_finite,
-        )
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return found
-
-
-def _not_a_number(text: str) -> float:
-    raise ValueError(f"{text} is not a number of JSON")
-
-
-def _whole(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text[:40]} is beyond the range of numbers")
-    return value
 
 
 def canonical(value: Any) -> str:

@@ -28,6 +28,7 @@ from tyir.ir import Block, Op, Region, Value
 from tyir.location import UNKNOWN, Location
 from tyir.parser import parse_bytes, parse_file
 from tyir.process.collector import collector_paused
+from tyir.process.files import open_regular, read_regular
 from tyir.registry import op_class
 from tyir.text.attribute_parser import parse_attribute_text, parse_type_text
 from tyir.text.attribute_printer import attribute_text
@@ -37,12 +38,14 @@ __all__ = ["MAGIC", "decode", "encode", "is_binary", "program_of", "read_program
 
 MAGIC: Final = b"EDG10"
 VERSION: Final = 1
+_MAX_BYTES: Final = 1 << 30  # of a file; a program of 28 layers has 1 MB
+_MAX_REGIONS: Final = 100  # nesting, which reading and writing follow; programs loop a few levels deep
 
 
 def is_binary(path: Path) -> bool:
     """Whether a file holds a command program as bytes; what has another beginning is text."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(MAGIC)) == MAGIC
     except OSError as error:
         raise TyirError(
@@ -53,7 +56,12 @@ def is_binary(path: Path) -> bool:
 
 def read_program(path: Path) -> Module:
     """A command program from its file: bytes (`.bin`) or text (`.edge10`), whichever it holds."""
-    return decode(path.read_bytes(), str(path)) if is_binary(path) else parse_file(path)
+    if not is_binary(path):
+        return parse_file(path)
+    try:
+        return decode(read_regular(path, _MAX_BYTES), str(path))
+    except OSError as error:
+        raise TyirError(f"cannot read {path}: {error.strerror}") from None
 
 
 def program_of(data: bytes, name: str) -> Module:
@@ -132,6 +140,7 @@ class _Writer:
         self.attributes: dict[str, int] = {}
         self._texts: dict[Attribute, int] = {}
         self._values: dict[Value, int] = {}
+        self._depth = 0
 
     def number(self, value: int) -> None:
         _put(self.out, value)
@@ -174,6 +183,9 @@ class _Writer:
         self.dictionary(op.properties)
         self.dictionary(op.attributes)
         self.number(len(op.regions))
+        self._depth += 1
+        if op.regions and self._depth > _MAX_REGIONS:
+            raise _unwritable(op, f"nests regions deeper than {_MAX_REGIONS} levels")
         for region in op.regions:
             self.number(len(region.blocks))
             for block in region.blocks:
@@ -185,6 +197,7 @@ class _Writer:
                 self.number(len(ops))
                 for inner in ops:
                     self.op(inner)
+        self._depth -= 1
 
 
 class _Reader:
@@ -193,6 +206,7 @@ class _Reader:
     def __init__(self, data: bytes, position: int) -> None:
         self.data, self.position = data, position
         self._values: list[Value] = []
+        self._depth = 0
         self._strings = self._table()
         self._types: list[Type] = [parse_type_text(text) for text in self._table()]
         self._attributes: list[Attribute] = [parse_attribute_text(text) for text in self._table()]
@@ -213,13 +227,14 @@ class _Reader:
         if byte < 0x80:
             return byte
         value, shift = byte & 0x7F, 7
-        while True:
+        while shift < 64:
             byte = self.data[self.position]
             self.position += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
             shift += 7
+        raise ValueError("a number has more than 64 bits")
 
     def string(self) -> str:
         return self._strings[self.number()]
@@ -253,6 +268,9 @@ class _Reader:
         return op
 
     def region(self) -> Region:
+        self._depth += 1
+        if self._depth > _MAX_REGIONS:
+            raise ValueError(f"regions are nested deeper than {_MAX_REGIONS} levels")
         blocks: list[Block] = []
         for _ in range(self.number()):
             types, names = self.defined()
@@ -261,4 +279,5 @@ class _Reader:
             for _ in range(self.number()):
                 block.append(self.op())
             blocks.append(block)
+        self._depth -= 1
         return Region(blocks)

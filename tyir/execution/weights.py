@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.files import file_inside
-from tyir.artifacts.schema import parse_json
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dtypes import by_safetensors
 from tyir.execution.storage import packed_shape, unpack
+from tyir.process.files import open_regular, parse_strict_json
 from tyir.types import TensorType, i64, storage_dtype
 
 __all__ = [
@@ -89,8 +90,8 @@ class FileStamp:
     @staticmethod
     def of(path: Path) -> FileStamp:
         """The stamp of a file; `OSError` when it cannot be read.  Only the header is read."""
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = file.read(8)
             count = int.from_bytes(length, "little")
             header = file.read(count if count <= _MAX_HEADER else _OTHER_HEADER)
@@ -166,7 +167,7 @@ def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
     if not 8 < base <= min(len(data), 8 + _MAX_HEADER):
         raise damaged
     try:
-        header = parse_json(data[8:base].tobytes())
+        header = parse_strict_json(data[8:base].tobytes())
         header.pop("__metadata__", None)
         found = {key: _entry(base, **entry) for key, entry in header.items()}
         for entry in found.values():
@@ -211,7 +212,8 @@ def _weights_file(folder: Path, name: str) -> Path:
 def _mapped(folder: Path, name: str) -> npt.NDArray[np.uint8]:
     """The bytes of a file inside a folder."""
     try:
-        return np.memmap(_weights_file(folder, name), np.uint8, "r")
+        with open_regular(_weights_file(folder, name)) as file:
+            return np.memmap(file, np.uint8, "r")
     except (OSError, ValueError) as error:
         raise TyirError(
             f"cannot read weights from {folder / name}: {error}",

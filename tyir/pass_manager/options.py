@@ -16,6 +16,8 @@ from tyir.pass_manager.text import OptionText, PassText, pipeline_error
 
 __all__ = ["describe_options", "make_pass", "options_text"]
 
+MAX_VALUES: Final = 1000  # of a list
+_MAX_INT: Final = (1 << 63) - 1  # what the IR's i64 holds
 _TRUE: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -84,7 +86,7 @@ def make_pass(pass_class: type[Any], text: PassText) -> Any:
 
 def _value(kind: Any, option: OptionText, text: PassText) -> Any:
     try:
-        if typing.get_origin(kind) is tuple:
+        if typing.get_origin(kind) is tuple and len(option.values) <= MAX_VALUES:
             return tuple(_scalar(typing.get_args(kind)[0], word) for word in option.values)
         if not option.values and kind is bool:
             return True
@@ -95,6 +97,7 @@ def _value(kind: Any, option: OptionText, text: PassText) -> Any:
         return _scalar(kind, option.values[0])
     except ValueError:
         got = ",".join(option.values) or "nothing"
+        got = got if len(got) <= 100 else f"{got[:100]}..."
         message = f"option '{option.name}' of '{text.name}' takes {_kind_text(kind)}, got '{got}'"
         raise pipeline_error(text.source, option.start, option.end, message) from None
 
@@ -108,12 +111,18 @@ def _scalar(kind: Any, word: str) -> Any:
         if word not in typing.get_args(kind):
             raise ValueError(word)
         return word
-    return int(word) if kind is int else float(word) if kind is float else word
+    if kind is int:
+        value = int(word)
+        if not -_MAX_INT <= value <= _MAX_INT:
+            raise ValueError(word)
+        return value
+    return float(word) if kind is float else word
 
 
 def _kind_text(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
-        return f"a list of {'integers' if typing.get_args(kind)[0] is int else 'values'} such as 1,8"
+        what = "integers" if typing.get_args(kind)[0] is int else "values"
+        return f"a list of {what} such as 1,8"
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(kind, str(kind))

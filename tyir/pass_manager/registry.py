@@ -38,6 +38,7 @@ class PassRegistry:
 
     extra: dict[str, type[Pass]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)  # where those of `extra` come from
+    _found: dict[str, type[Pass] | None] = field(default_factory=dict, repr=False, compare=False)
 
     def names(self) -> list[str]:
         """Every pass, sorted; nothing is imported for it."""
@@ -62,6 +63,12 @@ class PassRegistry:
         """The pass of a name, or None."""
         if name in self.extra:
             return self.extra[name]
+        if name not in self._found:  # looking through packages takes milliseconds, pipelines repeat names
+            self._found[name] = self._look_for(name)
+        return self._found[name]
+
+    @staticmethod
+    def _look_for(name: str) -> type[Pass] | None:
         module_name = name.replace("-", "_")
         is_name = "_" not in name and module_name.isidentifier()
         if is_name and importlib.util.find_spec(f"{_PACKAGE}.{module_name}") is not None:

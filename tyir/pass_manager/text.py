@@ -17,8 +17,17 @@ from typing import Final, NoReturn
 
 from tyir.diagnostics import Diagnostic, Label, SourceText, TyirError
 
-__all__ = ["Nest", "OptionText", "PassText", "PipelineItem", "parse_pipeline_text", "pipeline_error"]
+__all__ = [
+    "MAX_PASSES",
+    "Nest",
+    "OptionText",
+    "PassText",
+    "PipelineItem",
+    "parse_pipeline_text",
+    "pipeline_error",
+]
 
+MAX_PASSES: Final = 10_000
 _NAME: Final = re.compile(r"[A-Za-z_][\w.-]*")
 _OPTION: Final = re.compile(r"[A-Za-z_][\w-]*")
 _WORD: Final = re.compile(r"""'[^']*'|"[^"]*"|\[[^\]]*\]|[^\s,{}'"\[\]]+""")
@@ -97,6 +106,8 @@ class _Reader:
     def items(self) -> tuple[PipelineItem, ...]:
         items = [self.item()]
         while self.space() == ",":
+            if len(items) == MAX_PASSES:
+                self.fail(f"a pipeline has at most {MAX_PASSES} passes", help="run it in parts")
             self.pos += 1
             items.append(self.item())
         return tuple(items)

@@ -19,8 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
 
-from tyir.artifacts.files import read_regular
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+from tyir.process.files import read_regular
 
 __all__ = [
     "LABELS",
@@ -36,8 +36,9 @@ __all__ = [
 
 Label = Literal["published", "derived", "assumed", "fitted", "override"]
 LABELS: Final = ("published", "derived", "assumed", "fitted", "override")
+_MAX_BYTES: Final = 1 << 17  # of a machine file; the shipped ones have 7 kB
+_MAX_LINE: Final = 2000
 _IN_FILES: Final = LABELS[:-1]
-_MOST_BYTES: Final = 1 << 20  # of a file; the shipped ones have 10 KB
 
 # The least (but 0) and the most that a constant may be, by the unit that its name ends in; for others the
 # last.  Within them no time is 0 or infinite, and no size is beyond an address of 64 bits.
@@ -80,7 +81,7 @@ def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
     try:
         if path.suffix != ".toml":
             return parse_table((resources.files(package) / f"{name_or_path}.toml").read_bytes(), path)
-        return parse_table(read_regular(path, _MOST_BYTES), path)
+        return parse_table(read_regular(path, _MAX_BYTES), path)
     except OSError as error:
         raise TyirError(
             f"cannot read the machine file {path}: {error.strerror or error}", help=others
@@ -90,15 +91,20 @@ def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
 def parse_table(data: bytes, path: Path) -> dict[str, Any]:
     """The contents of a machine file: UTF-8 text of TOML; `path` is for messages."""
     try:
-        return tomllib.loads(data.decode())
+        text = data.decode()
+        for number, line in enumerate(text.splitlines(), 1):
+            if len(line) > _MAX_LINE:  # of keys of keys: quadratic
+                raise ValueError(f"line {number} is longer than {_MAX_LINE} characters")
+        return tomllib.loads(text)
     except UnicodeDecodeError:
         raise TyirError(
             f"cannot read the machine file {path}: it is not UTF-8",
             help="a machine file is described in docs/machines.md",
         ) from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        reason = "its lists or tables are nested too deeply" if isinstance(error, RecursionError) else error
         raise TyirError(
-            f"not valid TOML: {error}",
+            f"not valid TOML: {reason}",
             where=str(path),
             help="a machine file is described in docs/machines.md",
         ) from None

@@ -6,6 +6,7 @@ unknown names get "did you mean".
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Final
@@ -16,7 +17,7 @@ from tyir.attributes import Attribute, DictAttr
 from tyir.diagnostics import SourceText, TyirError, did_you_mean
 from tyir.ir import EMPTY_DICT
 from tyir.text.dense_literal import DenseLiteral, dense_from_literal, float_from_bits
-from tyir.text.lexer import MAX_DIGITS
+from tyir.text.lexer import has_too_many_digits
 from tyir.text.location_parser import LocationParser
 
 __all__ = ["AttributeParser", "parse_attribute_text", "parse_type_text"]
@@ -33,6 +34,7 @@ _FLAT_ENTRY: Final = re.compile(
     rf' ("[^"\\\n]*+"|@[A-Za-z_][A-Za-z0-9_$.]*+|[^",{{}}\[\]()<>\n#@!/]++(?:<{_FLAT}*+>)?+(?: :'
     rf" [a-z]++<{_FLAT}*+>)?+))?(, |\}}>?)"
 )
+_NO_BRACKETS: Final = re.compile(r"[^<>=()\[\]{}\"-]++")
 _CLOSERS: Final = {"<": ">", "(": ")", "[": "]", "{": "}"}
 _FLOAT_TYPES: Final = {n: t.FloatType(n) for n in ("f16", "bf16", "f32", "f64", "tf32", "f8E4M3FN", "f8E5M2")}
 _KNOWN_TYPES: Final = (
@@ -235,7 +237,7 @@ class AttributeParser(LocationParser):
         return self._integer(match[0], kind, start)
 
     def _integer(self, literal: str, kind: Attribute, start: int) -> Attribute:
-        if len(literal) > MAX_DIGITS:
+        if has_too_many_digits(literal):
             self.fail(f"an integer of {len(literal)} digits fits no type", start, start + len(literal))
         value = int(literal, 0) if "x" in literal else int(literal)
         if isinstance(kind, t.FloatType):
@@ -355,6 +357,8 @@ class AttributeParser(LocationParser):
         open_brackets = [">"]
         text = self.text
         while open_brackets:
+            if (plain := _NO_BRACKETS.match(text, self.pos)) is not None:
+                self.pos = plain.end()
             char = text[self.pos : self.pos + 1]
             if char == "":
                 self.fail("'<' is never closed", start, start + 1)
@@ -371,7 +375,7 @@ class AttributeParser(LocationParser):
                     self.fail(f"expected '{open_brackets[-1]}' before '{char}'", self.pos, self.pos + 1)
                 open_brackets.pop()
             self.pos += 1
-        return self.expand_aliases(text[start : self.pos])
+        return self.expand_aliases(text[start : self.pos], start)
 
     # -- types
     # ------------------------------------------------------------------------------------------------------
@@ -441,7 +445,7 @@ class AttributeParser(LocationParser):
 
     def _tensor(self) -> t.Type:
         self.expect("<")
-        self.skip_space()
+        start = self.skip_space()
         shape: list[int | None] | None = []
         if self.text.startswith("*x", self.pos):
             self.pos += 2
@@ -453,6 +457,13 @@ class AttributeParser(LocationParser):
                     self.fail("dimension does not fit in 63 bits", self.pos, match.end())
                 shape.append(None if match[1] == "?" else int(match[1]))
                 self.pos = match.end()
+            if math.prod(d for d in shape if d is not None) >= 1 << 63:
+                self.fail(
+                    "the tensor has more elements than 63 bits can count",
+                    start,
+                    self.pos,
+                    help="make a dimension smaller, or write ? where it is not known",
+                )
         element = self.type()
         encoding = self.attribute() if self.accept(",") else None
         self.expect(">", "',' or '>'")

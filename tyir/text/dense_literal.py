@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from tyir.attributes import DenseElementsAttr
 from tyir.text.attribute_printer import dense_shape
-from tyir.text.lexer import MAX_DIGITS
+from tyir.text.lexer import has_too_many_digits
 from tyir.types import FloatType, IndexType, IntegerType, Type, storage_dtype
 
 __all__ = ["DenseLiteral", "dense_from_literal", "float_from_bits"]
@@ -106,7 +108,7 @@ def _hex_bytes(text: str, size: int, element: Type, shaped: Type) -> bytes:
             if len(data) * 8 >= size
             else _wrong(data, size, shaped)
         )
-    if len(data) not in (size * dtype.itemsize, dtype.itemsize):
+    if len(data) != size * dtype.itemsize and (len(data) != dtype.itemsize or not size):
         return _wrong(data, size * dtype.itemsize, shaped)
     return data
 
@@ -146,7 +148,7 @@ def _integer(literal: DenseLiteral, element: IntegerType | IndexType) -> int:
         return int(literal.value == "true")
     if literal.kind == "float":
         raise ValueError(f"'{literal.value}' is not of type {element}")
-    if len(literal.value) > MAX_DIGITS:
+    if has_too_many_digits(literal.value):
         raise ValueError(f"an integer of {len(literal.value)} digits fits no type")
     value = int(literal.value, 0) if "x" in literal.value else int(literal.value)
     if isinstance(element, IntegerType):
@@ -170,17 +172,22 @@ def _encode_floats(values: list[float], element: FloatType, dtype: np.dtype[Any]
         return np.array(values, dtype).tobytes()
 
 
+@cache
+def _fp8_values(name: str) -> list[tuple[float, int]]:
+    """The finite values that are not negative, ascending, with their bits."""
+    return [(value, bits) for bits in range(0x80) if math.isfinite(value := abs(float_from_bits(bits, name)))]
+
+
 def _fp8_to_bits(value: float, name: str) -> int:
     """Nearest even; what overflows becomes infinity (f8E5M2) or NaN (f8E4M3FN, which has no infinity)."""
     if math.isnan(value):
         return 0x7F
     sign = 0x80 if math.copysign(1.0, value) < 0 else 0
-    finite = [
-        (abs(float_from_bits(b, name)), b) for b in range(0x80) if math.isfinite(float_from_bits(b, name))
-    ]
+    finite = _fp8_values(name)
     largest, top = finite[-1]
     step = largest - finite[-2][0]
     if abs(value) >= largest + step / 2:
         return sign | (0x7C if name == "f8E5M2" else 0x7F)
-    nearest = min(finite, key=lambda p: (abs(p[0] - abs(value)), p[1] & 1))
+    above = bisect_left(finite, (abs(value), 0))
+    nearest = min(finite[max(above - 1, 0) : above + 1], key=lambda p: (abs(p[0] - abs(value)), p[1] & 1))
     return sign | min(nearest[1], top)

@@ -170,10 +170,12 @@ class FlatParser(ScopeParser):
         if m[group] is None or m[group].isspace() or not m[group]:
             return EMPTY_DICT
         self.pos = m.start(group)
+        before = self._expansion.total
         entries = self.entries(closing)
         if self.pos != m.end(group) + len(closing):
             return None
-        memo[m[group]] = entries
+        if self._expansion.is_small_since(before, len(m[group])):
+            memo[m[group]] = entries
         return entries
 
     def _tail(self, m: re.Match[str]) -> tuple[list[Type], tuple[Type, ...], Location] | None:
@@ -183,12 +185,14 @@ class FlatParser(ScopeParser):
         signature_text = tail if split < 0 else tail[:split]
         loc_text = "" if split < 0 else tail[split + 1 :]
         signature = self._signatures.get(signature_text)
+        before = self._expansion.total
         if signature is None:
             self.pos = m.start(6)
             signature = self._signature()
             if self.pos != m.start(6) + len(signature_text):
                 return None
-            self._signatures[signature_text] = signature
+            if self._expansion.is_small_since(before, len(signature_text)):
+                self._signatures[signature_text] = signature
         loc = self._locations.get(loc_text) if loc_text else UNKNOWN
         if loc is None:
             if (plain := _NAME_LOC.fullmatch(loc_text)) is not None:
@@ -198,9 +202,10 @@ class FlatParser(ScopeParser):
                 loc = self.location()
                 if self.pos != m.end(6):
                     return None
-            self._locations[loc_text] = loc
+            if self._expansion.is_small_since(before, len(tail)):
+                self._locations[loc_text] = loc
         result = (*signature, loc)
-        if not loc_text:
+        if not loc_text and self._expansion.is_small_since(before, len(tail)):
             self._tails[tail] = result
         return result
 
@@ -308,6 +313,7 @@ class FlatParser(ScopeParser):
         or has a complaint.
         """
         given = EMPTY_DICT
+        before = self._expansion.total
         if text:
             self.pos = m.start(6)
             given = self.entries("}")
@@ -319,7 +325,8 @@ class FlatParser(ScopeParser):
             )
         except ValueError:
             return None
-        self._short_entries[cls, symbol, text] = found
+        if text is None or self._expansion.is_small_since(before, len(text)):
+            self._short_entries[cls, symbol, text] = found
         return found
 
     def _short_tail(self, m: re.Match[str], text: str) -> _ShortTail | None:
@@ -327,6 +334,7 @@ class FlatParser(ScopeParser):
         in_types: list[Type] = []
         out_types: tuple[Type, ...] = ()
         common: Type | None = None
+        before = self._expansion.total
         self.pos = m.start(7)
         if text.startswith(" : "):
             self.pos += 3
@@ -341,7 +349,7 @@ class FlatParser(ScopeParser):
         if self.pos != m.end(7):
             return None
         tail = in_types, out_types, common, loc
-        if loc is UNKNOWN:
+        if loc is UNKNOWN and self._expansion.is_small_since(before, len(text)):
             self._short_tails[text] = tail
         return tail
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.process.files import MAX_JSON, parse_json, read_regular
 
 __all__ = ["json_object", "read_json_object", "token_ids"]
 
@@ -19,9 +20,7 @@ def read_json_object(path: Path, help: str) -> dict[str, Any]:
     UTF-8, not JSON or another value than an object.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise TyirError(f"{path.name} is not a file", where=str(path), help=help)  # a pipe never ends
-        data = path.read_bytes()
+        data = read_regular(path, MAX_JSON)
     except OSError as error:
         raise TyirError(f"cannot read {path.name}: {error.strerror}", where=str(path), help=help) from None
     return json_object(data, path, help)
@@ -31,7 +30,7 @@ def json_object(data: bytes, path: Path, help: str) -> dict[str, Any]:
     """The same of the bytes of a file; `path` is for messages."""
     name = path.name
     try:
-        content = json.loads(data.decode("utf-8"))
+        content = parse_json(data)
     except UnicodeDecodeError:
         raise TyirError(f"{name} is not UTF-8 text", where=str(path), help=help) from None
     except json.JSONDecodeError as error:
@@ -39,7 +38,7 @@ def json_object(data: bytes, path: Path, help: str) -> dict[str, Any]:
         raise TyirError(
             Diagnostic(f"{name} is not valid JSON: {error.msg}", where=place, help=help)
         ) from None
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise TyirError(f"{name} cannot be read as JSON: {error}", where=str(path), help=help) from None
     if not isinstance(content, dict):
         message = f"{name} holds a JSON {type(content).__name__}, an object is needed"

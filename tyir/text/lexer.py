@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 
 from tyir.diagnostics import Diagnostic, Label, SourceText, TyirError
 
-__all__ = ["Scanner", "unescape"]
+__all__ = ["Scanner", "has_too_many_digits", "unescape"]
 
 _SPACE: Final = re.compile(r"(?:[ \t\r\n]++|//[^\n]*+)*+")
 _STRING: Final = re.compile(r'"((?:[^"\\\n]++|\\.)*+)"')
@@ -19,7 +19,9 @@ _ESCAPE: Final = re.compile(rb"\\(?:([nt\\\"])|([0-9A-Fa-f]{2}))")
 _TOKEN: Final = re.compile(r'->|::|-?\d[\w.]*|[@#!%^]?[\w$.-]+|"(?:[^"\\\n]|\\.)*"?|\S')
 _SIMPLE: Final = {b"n": b"\n", b"t": b"\t", b"\\": b"\\", b'"': b'"'}
 MAX_DIGITS: Final = 4000  # of an integer literal; Python refuses to convert more than 4300
-MAX_DEPTH: Final = 100  # nesting of attributes and types; regions are not limited
+_MAX_HEX_DIGITS: Final = 3300  # fewer than MAX_DIGITS decimal ones, in which they are printed
+MAX_DEPTH: Final = 100  # nesting of attributes and types, aliases written out
+MAX_REGIONS: Final = 1000  # nesting of regions: every line of the innermost is indented by twice as much
 
 
 def unescape(body: str) -> str:
@@ -37,6 +39,11 @@ def unescape(body: str) -> str:
     return decoded.decode("utf-8", "surrogateescape")
 
 
+def has_too_many_digits(literal: str) -> bool:
+    """Whether an integer as written could not be printed again."""
+    return len(literal) > (_MAX_HEX_DIGITS if "x" in literal else MAX_DIGITS)
+
+
 class Scanner:
     """A cursor over one source text."""
 
@@ -45,6 +52,15 @@ class Scanner:
         self.text: Final = source.text
         self.pos = 0
         self.depth = 0
+
+    def enough_levels(self, further: int, start: int | None = None) -> None:
+        """Refuse what would nest deeper than `MAX_DEPTH`: hostile input must not exhaust Python's stack."""
+        if self.depth + further > MAX_DEPTH:
+            self.fail(
+                f"attribute or type is nested deeper than {MAX_DEPTH} levels",
+                start,
+                help="write it with fewer lists, dictionaries or types within each other",
+            )
 
     # -- errors
     # -----------------------------------------------------------------------------------------------------
@@ -117,12 +133,10 @@ class Scanner:
             self.fail(str(error), match.start(), match.end())
 
     def enter(self) -> None:
-        """One level deeper into an attribute; the limit keeps hostile input from exhausting Python's
-        stack.
-        """
+        """One level deeper into an attribute."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            self.fail(f"attribute or type is nested deeper than {MAX_DEPTH} levels")
+            self.enough_levels(0)
 
     def leave(self) -> None:
         self.depth -= 1

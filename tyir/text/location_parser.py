@@ -9,6 +9,7 @@ from typing import Any, Final
 from tyir import location as l
 from tyir.attributes import Attribute
 from tyir.diagnostics import SourceText, did_you_mean
+from tyir.text.expansion import Expansion
 from tyir.text.lexer import Scanner
 
 __all__ = ["LocationParser"]
@@ -28,6 +29,7 @@ class LocationParser(Scanner):
         self._later: dict[str, int] = {}  # where aliases of locations are defined below their first use
         self._looked_for_later = False
         self._being_read: set[str] = set()
+        self._expansion = Expansion(len(source.text))
 
     def listed(self, opening: str, closing: str, item: Callable[[], Any]) -> list[Any]:
         """`( item (, item)* )?` between brackets."""
@@ -50,11 +52,25 @@ class LocationParser(Scanner):
         self.aliases[name] = value
 
     def _alias(self, name: str, start: int) -> Attribute:
-        value = self.aliases.get(name) or self._later_alias(name)
-        if value is None:
+        value = self.aliases.get(name)
+        if value is None and (value := self._later_alias(name)) is None:
             hint = did_you_mean(name, self.aliases) or f"define it above its first use: {name} = ..."
             self.fail(f"unknown alias {name}", start, self.pos, help=hint)
+        self.enough_levels(self._charge(name, value, start), start)
         return value
+
+    def _charge(self, name: str, value: Attribute, start: int) -> int:
+        """Count the text that a use of an alias stands for; returns the levels it is nested."""
+        size, depth = self._expansion.add(value)
+        if self._expansion.is_too_much:
+            self.fail(
+                f"the aliases stand for more than {self._expansion.limit} characters, {size} of them here:"
+                f" {name}",
+                start,
+                start + len(name),
+                help="let an alias be used often or stand for much, not both: printed IR has no aliases",
+            )
+        return depth
 
     def _later_alias(self, name: str) -> Attribute | None:
         """The location of an alias that is defined further below: mlir-opt writes the aliases of locations
@@ -75,13 +91,17 @@ class LocationParser(Scanner):
         self.pos = before
         return value
 
-    def expand_aliases(self, body: str) -> str:
+    def expand_aliases(self, body: str, at: int) -> str:
+        """`body`, which stands at `at`, with the aliases in it replaced by what they stand for."""
         if not self.aliases:
             return body
 
         def expand(match: re.Match[str]) -> str:
             value = self.aliases.get(match[1]) if match[1] else None
-            return match[0] if value is None else str(value)
+            if value is None:
+                return match[0]
+            self._charge(match[1], value, at + match.start(1))
+            return str(value)
 
         return _ALIAS_USE.sub(expand, body)
 

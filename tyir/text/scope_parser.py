@@ -2,19 +2,21 @@
 far.
 
 Values may be used before their definition within one isolated op; what stays undefined is reported at its
-end, and order is the verifier's business. Regions are a stack of frames of our own: nesting is not bounded by
-Python's recursion limit.
+end, and order is the verifier's business. Regions are a stack of frames of our own: their nesting is not
+bounded by Python's recursion limit, but by `MAX_REGIONS`.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import Final
 
 from tyir.diagnostics import Diagnostic, SourceText, TyirError, did_you_mean
 from tyir.ir import Block, Op, Region, Value
 from tyir.location import UNKNOWN, Location
 from tyir.text.attribute_parser import AttributeParser
+from tyir.text.lexer import MAX_REGIONS
 from tyir.text.parser_state import Frame, Header, Scope
 from tyir.types import NoneType, Type
 
@@ -43,10 +45,22 @@ class ScopeParser(AttributeParser):
         scope = Scope() if isolated else self._scope
         block = Block()
         region.append(block)
+        if header is not None and len(self._frames) - self._is_in_a_module > MAX_REGIONS:
+            self.fail(
+                f"regions are nested deeper than {MAX_REGIONS} levels",
+                header.start,
+                help="call functions instead of nesting what they would hold",
+            )
         frame = Frame(header, region, block, scope, len(scope.values))
         self._frames.append(frame)
         self._frame = frame
         self._scope = scope
+
+    @property
+    def _is_in_a_module(self) -> bool:
+        """Whether the outermost op is a module, which printing puts around whatever has none."""
+        outermost = self._frames[1].header if len(self._frames) > 1 else None
+        return outermost is not None and outermost.name == "builtin.module"
 
     def _close_region(self) -> None:
         """Leave the innermost region: its names go out of scope, its labels and values must all be
@@ -55,12 +69,13 @@ class ScopeParser(AttributeParser):
         frame = self._frames.pop()
         missing = [
             self.diagnostic(f"block ^{label} is not defined", at, at + len(label) + 1)
-            for label, at in frame.forward.values()
+            for label, at in islice(frame.forward.values(), MAX_PROBLEMS)
         ]
         outer = self._frames[-1].scope if self._frames else None
         if outer is not frame.scope:
             missing += [
-                self._undefined(name, at, frame.scope) for name, (_, at) in frame.scope.pending.items()
+                self._undefined(name, at, frame.scope)
+                for name, (_, at) in islice(frame.scope.pending.items(), MAX_PROBLEMS)
             ]
         else:
             values = frame.scope.values

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from tyir.diagnostics import TyirError
+from tyir.process.files import read_regular
 
 __all__ = ["decode_source", "read_source"]
+
+_MAX_SOURCE: Final = 1 << 30  # bytes; a module of 100,000 ops has 20 MB, weights never stand in the text
 
 
 def read_source(path: str | Path) -> str:
     """The text of a file; `TyirError` when it cannot be read or is not UTF-8."""
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(path, _MAX_SOURCE)
     except OSError as error:
-        raise TyirError(f"cannot read {path}: {error.strerror}") from None
+        raise TyirError(
+            f"cannot read {path}: {error.strerror}", help="give a file of IR, as tyir-import writes it"
+        ) from None
     return decode_source(data, str(path))
 
 

@@ -20,7 +20,8 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import quant, ty
 from tyir.dialects.quant import GGML_BLOCKS
 from tyir.frontends.checkpoint import StoredTensor
-from tyir.frontends.gguf_config import ARCHITECTURES, ROPE_FREQS, Architecture, config_of, parameter_name
+from tyir.frontends.gguf.config import ARCHITECTURES, ROPE_FREQS, Architecture, config_of, parameter_name
+from tyir.frontends.gguf.header import gguf_header_problem
 from tyir.frontends.quant_formats import emit_dequantized
 from tyir.frontends.weights import Emit, PlainFormat, Weights
 from tyir.ir import Value
@@ -90,7 +91,7 @@ def read_gguf(
         if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
     }
     name = fields.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         message = f"{files[0].name} holds architecture {name!r}, which cannot be imported from GGUF"
         raise TyirError(
             message,
@@ -150,6 +151,8 @@ def open_gguf(path: Path) -> Any:
     except ImportError:
         raise TyirError(f"{path.name} needs the gguf package", help="pip install 'tyir[gguf]'") from None
     try:
+        if (problem := gguf_header_problem(path)) is not None:
+            raise ValueError(problem)
         return gguf.GGUFReader(path)
     except Exception as error:
         text = next(iter(str(error).splitlines()), type(error).__name__)

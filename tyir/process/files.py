@@ -1,0 +1,136 @@
+"""Opening files that somebody else has chosen: regular ones only, and no more bytes than are expected.
+
+A named pipe in place of a file would be waited for, a device would never end; both are refused by what they
+are before anything is read.  All failures are `OSError`s whose `strerror` completes "cannot read x: ...", or
+of a JSON file `ValueError`s.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable
+from typing import Any, BinaryIO, Final
+
+__all__ = ["MAX_JSON", "load_json", "open_regular", "parse_json", "parse_strict_json", "read_regular"]
+
+_MAX_DIGITS: Final = 400  # of a number; a float has 309 before the point at most
+MAX_JSON: Final = 64 << 20  # bytes; the index of a checkpoint of 100,000 tensors has 10 MB
+_KINDS: Final = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+AnyPath = str | os.PathLike[str]
+
+
+def open_regular(path: AnyPath) -> BinaryIO:
+    """A regular file, open for reading bytes.
+
+    `OSError` when it is anything else (which is never waited for), or when it cannot be opened.
+    """
+    try:
+        _check_regular(os.stat(path), path)
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - the caller's to close
+    except ValueError:  # a NUL byte, or characters that file names do not have in this locale
+        raise OSError(errno.EINVAL, "the system has no file of such a name", os.fspath(path)) from None
+    try:
+        _check_regular(os.fstat(file.fileno()), path)  # exchanged since it was looked at
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_regular(found: os.stat_result, path: AnyPath) -> None:
+    if stat.S_ISREG(found.st_mode):
+        return
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    kind = next((name for test, name in _KINDS if test(found.st_mode)), "something else")
+    raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
+
+
+def read_regular(path: AnyPath, limit: int) -> bytes:
+    """The bytes of a regular file; `OSError` when there are more than `limit`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(limit + 1) if size <= limit else b""
+    size = max(size, len(data))
+    if size > limit:
+        raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {limit} such a file may have")
+    return data
+
+
+def load_json(path: AnyPath, limit: int = MAX_JSON) -> Any:
+    """What a JSON file holds.  Errors: `OSError`, and the `ValueError`s of `parse_json`."""
+    return parse_json(read_regular(path, limit))
+
+
+def parse_json(data: bytes) -> Any:
+    """What a JSON text (RFC 8259) of UTF-8 holds.
+
+    `ValueError` (`UnicodeDecodeError`, `JSONDecodeError` with its line) for what is not JSON, and for more
+    than `json.loads` refuses: a key given twice, of which readers take different ones, numbers of hundreds of
+    digits, and lists in lists beyond what Python's stack holds.  NaN and infinity, which `json` writes though
+    JSON has none, are read: who takes a number says what it may be.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def parse_strict_json(data: bytes) -> Any:
+    """The same of a text that holds finite numbers only; `ValueError` for others."""
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_not_a_number,
+            parse_int=_whole,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def _not_a_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:40]} is beyond the range of numbers")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"key '{_repeated(key for key, _ in pairs)}' is given twice")
+    return found
+
+
+def _repeated(keys: Iterable[str]) -> str:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            return key[:100]
+        seen.add(key)
+    raise AssertionError("no key is repeated")
