@@ -115,7 +115,7 @@ def _ending_signals_as_interrupts() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         raise Terminated(number)
 
-    defaults = {
+    defaults: dict[int, Any] = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,

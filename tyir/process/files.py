@@ -12,7 +12,8 @@ import json
 import os
 import stat
 from collections.abc import Iterable
-from typing import Any, BinaryIO, Final
+from io import BufferedReader
+from typing import Any, Final
 
 __all__ = ["MAX_JSON", "load_json", "open_regular", "parse_json", "parse_strict_json", "read_regular"]
 
@@ -28,7 +29,7 @@ _KINDS: Final = (
 AnyPath = str | os.PathLike[str]
 
 
-def open_regular(path: AnyPath) -> BinaryIO:
+def open_regular(path: AnyPath) -> BufferedReader:
     """A regular file, open for reading bytes.
 
     `OSError` when it is anything else (which is never waited for), or when it cannot be opened.

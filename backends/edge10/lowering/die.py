@@ -142,8 +142,9 @@ class _DieLowering:
         for layer in self.layers.values():
             self.program.body.append(self.layer_lowering.lower(layer))
         main = MainLowering(self.main, self.layers, places, self.caches, self.bodies)
-        entry = self.program.body.append(main.lower(self.boundary.sram_bytes))
+        entry = main.lower(self.boundary.sram_bytes)
         mark_entry(entry, self.seqlen)
+        self.program.body.append(entry)
         self.buffers.check()
         if problems := list(program_problems(self.program, self.machine)):
             raise TyirError(problems)
