@@ -58,10 +58,14 @@ def _light(folder: Path) -> Iterator[tuple[str, Path, str, tuple[str | Path, ...
         ("params", "x.params", PROBES + "safetensors", ("{}",)),
         ("library", "x.so", PROBES + "library", ("{}",)),
         (
-            "lower-edge10 machine",
+            "partition-dies machine",
             "m.toml",
             TOOLS + "opt",
-            (str(ROOT / "tests/passes/layer.ir"), "-p", "plan-memory{{machine={}}}"),
+            (
+                str(ROOT / "tests/passes/layer.ir"),
+                "-p",
+                "kv-materialize{{max-kv=16}},partition-dies{{machine={}}}",
+            ),
         ),
     ):
         path = folder / name.replace(" ", "_") / file

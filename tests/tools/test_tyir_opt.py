@@ -102,7 +102,8 @@ def test_user_errors(ir: Path, capsys: Capture, arguments: list[str], message: s
 
 def test_missing_file(capsys: Capture) -> None:
     assert main(["nowhere.ir"]) == 1
-    assert capsys.readouterr().err == "error: cannot read nowhere.ir: No such file or directory\n"
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot read nowhere.ir: No such file or directory\nhelp: ")
 
 
 def test_unregistered_ops_need_permission(tmp_path: Path, capsys: Capture) -> None:
