@@ -97,7 +97,7 @@ def _from_sentencepiece(folder: Path, note: Note) -> dict[str, bytes]:
         return {}
     from transformers import AutoTokenizer
 
-    return _saved(AutoTokenizer.from_pretrained(folder))
+    return _saved(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
 
 
 def _installed(name: str) -> bool:
