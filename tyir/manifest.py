@@ -74,7 +74,11 @@ AGAIN: Final = "compile the model again"
 
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
 FileName = Annotated[
-    str, Matches("[A-Za-z0-9_][A-Za-z0-9_.=-]*(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*"), MaxLen(1000)
+    str,
+    Matches(
+        "[A-Za-z0-9_][A-Za-z0-9_.=-]{0,200}(/[A-Za-z0-9_][A-Za-z0-9_.=-]{0,200}){0,20}",
+        "the path of a file inside the folder, as the compiler names them",
+    ),
 ]
 Name = Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9_.$-]*"), MaxLen(200)]
 Version = Annotated[str, Matches("[A-Za-z0-9_.+!-]+"), MaxLen(100)]

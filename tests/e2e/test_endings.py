@@ -211,7 +211,7 @@ def test_broken_side_files_are_refused_before_the_work(compiled: Path, tmp_path:
 def test_a_broken_tokenizer(artifacts: Path, answer: Run, text: str) -> None:
     (artifacts / "tokenizer.json").write_text(text)
     code, out, errors = answer(artifacts, "--prompt", "A")
-    assert (code, out) == (1, "") and "cannot be loaded" in errors and "internal" not in errors
+    assert (code, out) == (1, "") and "cannot read the tokenizer of" in errors and "internal" not in errors
 
 
 # -------------------------------------------------------------------------------------------------- prompts
@@ -254,7 +254,7 @@ def test_stdin_that_is_one(compiled: Path, answer: Run, monkeypatch: pytest.Monk
 def test_no_stdin(compiled: Path, answer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     code, out, errors = answer(compiled)
-    assert (code, out) == (1, "") and "standard input is closed" in errors
+    assert (code, out) == (1, "") and "standard input: it is closed" in errors
 
 
 @pytest.mark.parametrize("bad", [b"\xff", b"abc\xfe", b"\xc3\x28", b"\xf0\x9f\x99"])
@@ -281,11 +281,11 @@ def test_special_tokens_are_a_prompt(compiled: Path, answer: Run, prompt: str) -
 # ------------------------------------------------------------------------------------------------ arguments
 
 OUT_OF_RANGE = [
-    ("--temperature", ["nan", "-1", "inf", "-inf", "-0.001"]),
-    ("--top-p", ["nan", "0", "2", "-1", "inf"]),
-    ("--min-p", ["nan", "-0.1", "1.5", "inf"]),
+    ("--temperature", ["-1", "inf", "-inf", "-0.001"]),
+    ("--top-p", ["0", "2", "-1", "inf"]),
+    ("--min-p", ["-0.1", "1.5", "inf"]),
     ("--top-k", ["-1", "-1000000"]),
-    ("--seed", ["-1", "-99999999999999999999"]),
+    ("--seed", ["-1", "-9999999999"]),
     ("--max-tokens", ["-1", "-64"]),
 ]
 
@@ -298,6 +298,19 @@ def test_arguments_out_of_range(compiled: Path, answer: Run, option: str, value:
 
 
 @pytest.mark.parametrize(
+    "option", ["--temperature", "--top-p", "--min-p", "--top-k", "--seed", "--max-tokens"]
+)
+@pytest.mark.parametrize("value", ["nan", "1e400", "many", "9" * 300, ""])
+def test_arguments_that_are_no_numbers(compiled: Path, answer: Run, option: str, value: str) -> None:
+    if value == "1e400" and option in ("--temperature", "--top-p", "--min-p"):
+        pytest.skip("infinity, which is out of range")
+    if value == "9" * 300 and option in ("--temperature", "--top-p", "--min-p"):
+        pytest.skip("a large number")
+    code, out, errors = answer(compiled, "--prompt", "A", f"{option}={value}")
+    assert code != 0 and out == "" and f"argument {option}: " in errors
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
     [
         ("--temperature", "1e-320"),
@@ -306,8 +319,6 @@ def test_arguments_out_of_range(compiled: Path, answer: Run, option: str, value:
         ("--top-k", "999999999"),
         ("--top-p", "1e-300"),
         ("--min-p", "1"),
-        ("--seed", "9" * 300),
-        ("--max-tokens", "99999999999999999999"),
     ],
 )
 def test_extreme_arguments_in_range(compiled: Path, answer: Run, option: str, value: str) -> None:

@@ -30,6 +30,7 @@ from tests.hostile import DELETED, Tally, changed, decoy, places, sample
 from tyir.artifacts.schema import sha256_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.ty import Global
+from tyir.execution.artifacts import Artifacts
 from tyir.execution.weights import CheckpointReader
 from tyir.manifest import BuildOptions, Manifest
 from tyir.parser import parse_module
@@ -67,9 +68,8 @@ class Made:
         """Whether tokens give the same logits, also from the cache, and a step the same time."""
         session = Session(self.folder, engine, check=check)  # type: ignore[arg-type]
         same = np.array_equal(session.feed(IDS), self.logits)
-        manifest = session.manifest
-        programs = load_programs(self.folder, manifest, manifest.options.seqlens[-1])
-        return same and simulate(programs, machine_of(self.folder, manifest), 3).total_ns == self.ns
+        programs = load_programs(session.artifacts, session.manifest.options.seqlens[-1])
+        return same and simulate(programs, machine_of(session.artifacts), 3).total_ns == self.ns
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Made:
     session = Session(made)
     logits = session.feed(IDS)
     session.save(folder / "cache.npz")
-    manifest = session.manifest
-    ns = simulate(load_programs(made, manifest, 4), machine_of(made, manifest), 3).total_ns
+    ns = simulate(load_programs(session.artifacts, 4), machine_of(session.artifacts), 3).total_ns
     return Made(made, json.loads((made / "manifest.json").read_text()), logits, ns, folder / "cache.npz")
 
 
@@ -186,7 +185,7 @@ def test_a_manifest_that_fits_itself_is_held_against_the_programs(
         with pytest.raises(TyirError, match=r"llm_die0\.ir has input 2 .*32.*, the manifest"):
             made.same(engine, check)
         with pytest.raises(TyirError, match=r"llm_die0\.edge10 has @.*, the manifest"):
-            load_programs(made.folder, manifest, 4)
+            load_programs(Artifacts.open(made.folder, check=check), 4)
 
 
 @pytest.mark.parametrize(
@@ -546,7 +545,7 @@ def test_machine_files(original: Made, tmp_path: Path, everything: bool) -> None
     """What is accepted is a machine on which a step takes a time."""
     table = tomllib.loads((resources.files("tyir.targets") / "edge10.toml").read_text())
     tally, path = Tally("machine files"), tmp_path / "mine.toml"
-    programs = load_programs(original.folder, Manifest.load(original.folder), 4)
+    programs = load_programs(Artifacts.open(original.folder), 4)
     decoy(tmp_path, b"", "file.toml")
 
     def times() -> bool:

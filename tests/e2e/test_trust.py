@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tyir.artifacts.schema import sha256_of
 from tyir.backends.edge10.compile import check_target
 from tyir.diagnostics import TyirError
 from tyir.execution import processor
@@ -54,7 +56,8 @@ def list_again(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     raw = json.loads(path.read_text())
     raw["files"] = {name: file_record(folder / name) for name in raw["files"] if (folder / name).is_file()}
-    path.write_text(json.dumps({**raw, **changes}))
+    content = {k: v for k, v in {**raw, **changes}.items() if k != "sha256"}
+    path.write_text(json.dumps({**content, "sha256": sha256_of(content)}))
 
 
 def make_other(folder: Path) -> None:
@@ -224,12 +227,12 @@ def test_libraries_are_not_mixed_up(folder: Path, base: Path, check: bool) -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("../outside", "leads out of the artifact folder"),
-        ("/etc/passwd", "leads out of the artifact folder"),
-        ("batch_1/../../outside", "leads out of the artifact folder"),
-        ("unlisted", "does not list"),
-        ("config.json/", "does not list"),
-        ("", "leads out of the artifact folder"),
+        ("../outside", "it is not the path of a file inside the folder"),
+        ("/etc/passwd", "it is not the path of a file inside the folder"),
+        ("batch_1/../../outside", "it is not the path of a file inside the folder"),
+        ("unlisted", "files lists no unlisted"),
+        ("config.json/", "it is not the path of a file inside the folder"),
+        ("", "it is not the path of a file inside the folder"),
     ],
 )
 def test_programs_are_files_of_the_list(
@@ -249,7 +252,7 @@ def test_listed_names_stay_in_the_folder(folder: Path, name: str) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**raw, "files": {**raw["files"], name: {}}}))
     for check in (True, False):
-        with pytest.raises(TyirError, match="leads out of the artifact folder"):
+        with pytest.raises(TyirError, match="it is not the path of a file inside the folder"):
             Session(folder, check=check)
 
 
@@ -262,7 +265,7 @@ def test_weights_are_files_of_the_list(folder: Path, engine: EngineName, file: s
         path.write_text(path.read_text().replace(f'file = "{PARAMS}"', f'file = "{file}"'))
         assert file in path.read_text()
     list_again(folder)
-    with pytest.raises(TyirError, match=r"leads out of the artifact folder|does not list"):
+    with pytest.raises(TyirError, match=re.escape(file)):
         Session(folder, engine).feed(IDS)
 
 
@@ -274,7 +277,12 @@ V3_FLAGS = f"{OLD_FLAGS} avx avx2 bmi1 bmi2 f16c fma abm movbe"
 
 @pytest.mark.parametrize(
     ("flags", "missing"),
-    [("fpu sse sse2", "pni"), (OLD_FLAGS, "avx2"), (V3_FLAGS.replace("fma", ""), "fma"), ("", "popcnt")],
+    [
+        ("fpu sse sse2", "pni"),
+        (OLD_FLAGS, "avx2"),
+        (V3_FLAGS.replace("fma", ""), "fma"),
+        ("", "popcnt"),
+    ],
 )
 def test_code_for_another_processor_is_refused_by_feature(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, missing: str
@@ -296,7 +304,7 @@ def test_code_for_another_processor_is_refused_by_feature(
 def test_code_for_an_unknown_processor_is_refused(folder: Path, host: object) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     list_again(folder, build={**raw["build"], "host": host})
-    with pytest.raises(TyirError, match="does not say which features of a processor"):
+    with pytest.raises(TyirError, match=r"build\.host"):
         Session(folder, check=False)
 
 

@@ -39,14 +39,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """A text that a regular expression describes from beginning to end."""
+    """A text that a regular expression describes from beginning to end; `meaning` completes "it is not"."""
 
     pattern: str
+    meaning: str = ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        return core_schema.str_schema(pattern=f"^(?:{self.pattern})$")
+        schema = core_schema.str_schema(pattern=f"^(?:{self.pattern})$")
+        if not self.meaning:
+            return schema
+        return core_schema.custom_error_schema(
+            schema, custom_error_type="meaning", custom_error_message=f"it is not {self.meaning}"
+        )
 
 
 def closed(record: type[T]) -> type[T]:

@@ -67,8 +67,9 @@ class Artifacts:
             try:
                 file = self._folder.file(name)
             except FileNotFoundError:
-                if self.checked:  # otherwise it is missed when it is needed
+                if self.checked or self._folder.has_link(name):
                     problems.append(f"{self.path / name} is missing")
+                # otherwise it is missed when it is needed
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise TyirError(

@@ -12,6 +12,7 @@ which `unchanged` notices afterwards.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -153,6 +154,14 @@ class OpenedFolder:
         except OSError:
             return None
 
+    def has_link(self, name: str) -> bool:
+        """Whether something of that name lies in the folder, be it a link to nothing."""
+        try:
+            os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
     def inside(self, name: str) -> str:
         """`name`; `TyirError` when it leads out of the folder, by its text or by a link."""
         if not is_relative_name(name):
@@ -162,7 +171,10 @@ class OpenedFolder:
             )
         here = Path(f"/proc/self/fd/{self._descriptor}")  # this folder, wherever it has been moved
         base = here if here.exists() else self.path
-        real = (base / name).resolve()
+        try:
+            real = (base / name).resolve()
+        except RuntimeError:  # of Path before Python 3.13, for links in a circle
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
         if not real.is_relative_to(base.resolve()):
             raise TyirError(
                 f"{self.path / name} is a link out of its folder, to {real}",
