@@ -129,27 +129,44 @@ def replacing(target: Path, writes: Writes) -> Iterator[Path]:
     real = Path(os.path.realpath(target))
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
-        _clear_away(real)
+        with _turn(real.parent):
+            _clear_away(real)
+            check_target(target, writes)
     except OSError as error:
         raise TyirError(
             f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
         ) from None
-    check_target(target, writes)
     with _workplace(real, target) as place:
         folder = place / _NEW
         try:
             folder.mkdir()
-            _carry_over(real, place / _TRIAL)
+            with _turn(real.parent):
+                _carry_over(real, place / _TRIAL)
             shutil.rmtree(place / _TRIAL, ignore_errors=True)
             yield folder
-            check_target(target, writes)  # somebody may have been at it meanwhile
-            _carry_over(real, folder)
-            _put_in_place(folder, real, place / _OLD)
-            _rescue(place / _OLD, real, newer=True)
-            if not _rescue(folder, real, newer=True):
-                os.rename(folder, place / _OLD)  # which `_dispose` keeps
+            with _turn(real.parent):
+                check_target(target, writes)  # somebody may have been at it meanwhile
+                _carry_over(real, folder)
+                _put_in_place(folder, real, place / _OLD)
+                _rescue(place / _OLD, real, newer=True)
+                if not _rescue(folder, real, newer=True):
+                    os.rename(folder, place / _OLD)  # which `_dispose` keeps
         except OSError as error:
             raise _file_error(error, place, target, real) from error
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Other compiles into `folder` wait with their replacement: between two renames one of them would find no
+    target, or half of an answer about it.  Without locks in the file system all go on at once.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _put_in_place(folder: Path, target: Path, aside: Path) -> None:
@@ -284,7 +301,8 @@ def _workplace(real: Path, target: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        _dispose(place, real)
+        with _turn(real.parent):
+            _dispose(place, real)
         os.close(lock)
 
 

@@ -168,13 +168,14 @@ def open_model(
     checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
+    numbers: list[Diagnostic] = []
     if checkpoint is not None:
-        problems.extend(config_problems(checkpoint.config, str(checkpoint.folder / "config.json")))
-    sound = not problems  # a model of other numbers would only fail at what follows from them
+        numbers = list(config_problems(checkpoint.config, str(checkpoint.folder / "config.json")))
+        problems.extend(numbers)
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
     meta = (
         _meta_model(checkpoint, dtype, problems, note, plugin, positions)
-        if checkpoint is not None and formats and sound
+        if checkpoint is not None and formats and not numbers  # which all else would follow from
         else None
     )
     if checkpoint is not None and meta is not None:

@@ -12,17 +12,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.e2e.test_artifacts import hashes
+from tyir.artifacts.schema import sha256_of
 from tyir.backends.edge10.compile import CompileContext, to_program
 from tyir.diagnostics import TyirError
 from tyir.frontends.huggingface import import_model
-from tyir.manifest import MANIFEST, BuildOptions, Manifest, recorded, settled
+from tyir.manifest import MANIFEST, BuildOptions, recorded, settled
 from tyir.parser import parse_module
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, Pipeline, build_pipeline
 from tyir.printer import print_op
+from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.stages import stage_of
 from tyir.tools.api import compile_path
@@ -245,8 +248,10 @@ def test_a_missing_input_is_no_cache(whole: Path, tmp_path: Path, engine: Engine
     shutil.copytree(whole, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["options"]["embedding_as_input"] = False
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert Manifest.load(folder).options.batch == 2
-    session = Session(folder, engine)
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": sha256_of(manifest)}))
+    with pytest.raises(TyirError, match="takes embeddings, which no step gives"):
+        Session(folder, engine)
+    session = Session(whole, engine)
     with pytest.raises(TyirError, match="takes embeddings, pos: the step lacks embeddings and has ids"):
-        session.next_tokens(IDS)
+        session.engine.step({"ids": np.zeros((2, 1), np.int32), "pos": np.zeros(2, np.int32)}, Chunk(0, 1, 1))

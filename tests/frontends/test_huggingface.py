@@ -202,5 +202,8 @@ def test_stray_tensors_are_noted(llama: Path, tmp_path: Path) -> None:
     notes: list[Diagnostic] = []
     import_model(tmp_path, note=notes.append)
     assert [(n.severity, n.message) for n in notes] == [
-        ("warning", "'model.layers.0.self_attn.rotary_emb.inv_freq' follows from the config and is not used")
+        (
+            "warning",
+            "'model.layers.0.self_attn.rotary_emb.inv_freq' is not used: what follows from the config",
+        )
     ]
