@@ -1,4 +1,4 @@
-"""Where `BatchSession` was before sessions had a folder of their own; programs that import it from here go on."""
+"""Where `BatchSession` was before sessions had a folder of their own; what imports it from here goes on."""
 
 from tyir.runtime_sim.session.batch_session import BatchSession
 
