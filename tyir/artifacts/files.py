@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from tyir.diagnostics import TyirError
+from tyir.process.files import kind_of
 
 __all__ = ["file_inside", "is_relative_name"]
 
@@ -53,7 +54,9 @@ def file_inside(folder: Path, name: str) -> Path:
             f"{path} is a link out of its folder, to {real}", help="put a copy of the file in its place"
         )
     if not stat.S_ISREG(kind):
-        raise TyirError(f"{path} is not a file with contents: it is {_kind(kind)}", help="put the file there")
+        raise TyirError(
+            f"{path} is not a file with contents: it is {kind_of(kind)}", help="put the file there"
+        )
     return path
 
 
@@ -61,17 +64,6 @@ def _blobs(folder: Path) -> list[Path]:
     """Where the links of a cache's snapshot lead."""
     snapshots = next((p for p in folder.parents if p.name == "snapshots"), None)
     return [snapshots.parent / "blobs"] if snapshots is not None else []
-
-
-def _kind(mode: int) -> str:
-    kinds = (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    )
-    return next((name for test, name in kinds if test(mode)), "something else")
 
 
 def _shown(name: str) -> str:

@@ -15,11 +15,20 @@ from collections.abc import Iterable
 from io import BufferedReader
 from typing import Any, Final
 
-__all__ = ["MAX_JSON", "load_json", "open_regular", "parse_json", "parse_strict_json", "read_regular"]
+__all__ = [
+    "MAX_JSON",
+    "kind_of",
+    "load_json",
+    "open_regular",
+    "parse_json",
+    "parse_strict_json",
+    "read_regular",
+]
 
 _MAX_DIGITS: Final = 400  # of a number; a float has 309 before the point at most
 MAX_JSON: Final = 64 << 20  # bytes; the index of a checkpoint of 100,000 tensors has 10 MB
 _KINDS: Final = (
+    (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
@@ -56,8 +65,12 @@ def _check_regular(found: os.stat_result, path: AnyPath) -> None:
         return
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    kind = next((name for test, name in _KINDS if test(found.st_mode)), "something else")
-    raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
+    raise OSError(errno.EINVAL, f"it is {kind_of(found.st_mode)}, not a regular file", os.fspath(path))
+
+
+def kind_of(mode: int) -> str:
+    """What something is that is no regular file, by its `st_mode`: "a named pipe"."""
+    return next((name for test, name in _KINDS if test(mode)), "something else")
 
 
 def read_regular(path: AnyPath, limit: int) -> bytes:
