@@ -83,7 +83,7 @@ def _check_archive(path: Path) -> None:
         raise TyirError(
             f"cannot read {path.name}: {error.strerror}", where=str(path), help="download the file again"
         ) from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, ValueError, RuntimeError):
         raise TyirError(
             f"{path.name} is no archive as torch.save has written since version 1.6, or it is truncated",
             where=str(path),

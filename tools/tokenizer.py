@@ -16,6 +16,7 @@ from typing import Any, Final
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
+from tyir.text.json_files import json_object
 
 __all__ = ["files_of", "load_tokenizer"]
 
@@ -41,7 +42,9 @@ def load_tokenizer(source: Artifacts | Path) -> Any:
             f"{path} holds no tokenizer",
             help="copy the model's tokenizer.json there, or compile from a folder that has one",
         )
-    settings = {name: _settings(found[name], path / name) for name in _SETTINGS if name in found}
+    settings = {
+        name: json_object(found[name], path / name, "restore the file") for name in _SETTINGS if name in found
+    }
     code = _code_of(settings.get(_TOKENIZER_SETTINGS, {}))
     if code is not None and _WHOLE not in found:
         raise TyirError(
@@ -89,16 +92,6 @@ def files_of(source: Artifacts | Path) -> tuple[Path, Find]:
         return file.read() if file is not None else None
 
     return folder.path, find
-
-
-def _settings(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise TyirError(f"{path} is not JSON: {error}", help="restore the file") from None
-    if not isinstance(value, dict):
-        raise TyirError(f"{path} holds {type(value).__name__}, not an object", help="restore the file")
-    return value
 
 
 def _code_of(settings: dict[str, Any]) -> str | None:

@@ -156,6 +156,16 @@ def _run_batch(
     return 0
 
 
+def number(text: str) -> float:
+    """A number of any size, NaN too: `make_sampler` says for each argument what is in range."""
+    return float(text)
+
+
+def whole_number(text: str) -> int:
+    """The same for whole numbers."""
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
@@ -174,27 +184,31 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)"
+        "--max-tokens",
+        type=whole_number,
+        default=64,
+        metavar="N",
+        help="tokens to generate at most (default 64)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) takes the most likely token"
+        "--temperature", type=number, default=0.0, help="0 (default) takes the most likely token"
     )
     parser.add_argument(
         "--top-k",
-        type=int,
+        type=whole_number,
         default=0,
         help="sample among the k most likely tokens (0: all that the program returns)",
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample among the fewest tokens of this total probability"
+        "--top-p", type=number, default=1.0, help="sample among the fewest tokens of this total probability"
     )
     parser.add_argument(
         "--min-p",
-        type=float,
+        type=number,
         default=0.0,
         help="sample among tokens that have at least this share of the best one's probability",
     )
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--seed", type=whole_number, help="makes sampling repeatable")
     parser.add_argument(
         "--engine",
         choices=("host", "interpreter", "edge10"),

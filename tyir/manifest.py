@@ -39,7 +39,7 @@ from tyir.artifacts.schema import Matches, checked, closed, first_of, sha256_of,
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
-from tyir.process.files import open_regular, parse_strict_json
+from tyir.process.files import open_regular, parse_json
 from tyir.types import FloatType, IntegerType, i64, storage_dtype
 
 __all__ = [
@@ -360,7 +360,7 @@ class Manifest:
 def _read(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON of a manifest of this version."""
     try:
-        raw = parse_strict_json(data)
+        raw = parse_json(data, finite=True)
     except ValueError as error:
         raise TyirError(f"cannot read {path}: {error}", help=AGAIN) from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

@@ -28,6 +28,7 @@ from tyir.dialects import ty
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Evaluator, evaluate_op
 from tyir.ir import Op
+from tyir.process.files import open_regular
 from tyir.traits import InPlace
 from tyir.types import TensorType, storage_dtype
 
@@ -207,7 +208,8 @@ class HostLibrary:
         self.path = path
         if content is None:
             try:
-                content = path.read_bytes()
+                with open_regular(path) as file:
+                    content = file.read()
             except OSError as error:
                 raise TyirError(
                     f"there is no library {path}: {error.strerror}",

@@ -73,7 +73,8 @@ class ProgramEngine:
         self._programs: dict[tuple[int, int], _Loaded] = {}
         self._caches: dict[CacheName, Array] = {}
         if compiled:
-            check_processor(self.manifest.build.get("host"), artifacts.path)
+            host = self.manifest.build["host"]
+            check_processor(host["mcpu"], host["features"], artifacts.path)
 
     def reset(self) -> None:
         """Forget the caches."""

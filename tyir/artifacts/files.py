@@ -6,6 +6,7 @@ Whoever wrote a manifest or an `.ir` chose the names in it, so none is opened be
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from typing import Final
 from tyir.diagnostics import TyirError
 from tyir.process.files import kind_of
 
-__all__ = ["file_inside", "is_relative_name"]
+__all__ = ["check_link", "file_inside", "is_relative_name"]
 
 _LONGEST_PART: Final = 255  # bytes of a name, NAME_MAX of the file systems in use
 
@@ -48,16 +49,26 @@ def file_inside(folder: Path, name: str) -> Path:
         )
     path = folder / PurePosixPath(name)
     kind = path.stat().st_mode  # fails for links in a circle
-    real, root = path.resolve(), folder.resolve()
-    if not any(real.is_relative_to(allowed) for allowed in (root, *_blobs(root))):
-        raise TyirError(
-            f"{path} is a link out of its folder, to {real}", help="put a copy of the file in its place"
-        )
+    check_link(folder, name, path, *_blobs(folder.resolve()))
     if not stat.S_ISREG(kind):
         raise TyirError(
             f"{path} is not a file with contents: it is {kind_of(kind)}", help="put the file there"
         )
     return path
+
+
+def check_link(folder: Path, name: str, shown: Path, *allowed: Path) -> None:
+    """`TyirError`, with the path as `shown`, when links lead `name` out of `folder` and all `allowed` ones;
+    `OSError` for links in a circle.
+    """
+    try:
+        real = (folder / name).resolve()
+    except RuntimeError:  # of Path before Python 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+    if not any(real.is_relative_to(each) for each in (folder.resolve(), *allowed)):
+        raise TyirError(
+            f"{shown} is a link out of its folder, to {real}", help="put a copy of the file in its place"
+        )
 
 
 def _blobs(folder: Path) -> list[Path]:

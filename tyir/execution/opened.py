@@ -12,7 +12,6 @@ which `unchanged` notices afterwards.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import mmap
 import os
@@ -25,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tyir.artifacts.files import is_relative_name
+from tyir.artifacts.files import check_link, is_relative_name
 from tyir.diagnostics import TyirError
 
 __all__ = ["OpenedFile", "OpenedFolder"]
@@ -170,14 +169,5 @@ class OpenedFolder:
                 help="artifacts refer to files of their own folder only; compile the model again",
             )
         here = Path(f"/proc/self/fd/{self._descriptor}")  # this folder, wherever it has been moved
-        base = here if here.exists() else self.path
-        try:
-            real = (base / name).resolve()
-        except RuntimeError:  # of Path before Python 3.13, for links in a circle
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
-        if not real.is_relative_to(base.resolve()):
-            raise TyirError(
-                f"{self.path / name} is a link out of its folder, to {real}",
-                help="put a copy of the file in its place",
-            )
+        check_link(here if here.exists() else self.path, name, self.path / name)
         return name

@@ -6,7 +6,7 @@ Code with an instruction that the processor does not have ends the process by SI
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -89,25 +89,15 @@ def features_here() -> frozenset[str] | None:
     return frozenset(found.partition(":")[2].split())
 
 
-def check_processor(host: object, folder: Path) -> None:
-    """`TyirError` unless this processor has what a manifest's `build.host` says that the libraries in
-    `folder` need: `mcpu`, LLVM's name, and `features`.
+def check_processor(mcpu: str, needed: Sequence[str], folder: Path) -> None:
+    """`TyirError` unless this processor has the features that the libraries in `folder` need; `mcpu`: LLVM's
+    name of the one that they were compiled for.
     """
-    needed = host.get("features") if isinstance(host, dict) else None
-    if not isinstance(needed, list):
-        raise TyirError(
-            f"{folder} does not say which features of a processor its libraries need",
-            help="compile the model again, or add --engine interpreter",
-        )
     here = features_here()
-    missing = [str(name) for name in needed if here is not None and name not in here]
+    missing = [name for name in needed if here is not None and name not in here]
     if missing:
         raise TyirError(
-            f"the libraries in {folder} were compiled for a {_name(host)} processor and need"
+            f"the libraries in {folder} were compiled for a {mcpu} processor and need"
             f" {', '.join(missing)}, which this one does not have",
             help="compile again on this machine or with --mcpu x86-64-v3, or add --engine interpreter",
         )
-
-
-def _name(host: object) -> str:
-    return str(host.get("mcpu", "different")) if isinstance(host, dict) else "different"

@@ -24,7 +24,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dtypes import by_safetensors
 from tyir.execution.storage import packed_shape, unpack
-from tyir.process.files import open_regular, parse_strict_json
+from tyir.process.files import open_regular, parse_json
 from tyir.types import TensorType, i64, storage_dtype
 
 __all__ = [
@@ -167,7 +167,7 @@ def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
     if not 8 < base <= min(len(data), 8 + _MAX_HEADER):
         raise damaged
     try:
-        header = parse_strict_json(data[8:base].tobytes())
+        header = parse_json(data[8:base].tobytes(), finite=True)
         header.pop("__metadata__", None)
         found = {key: _entry(base, **entry) for key, entry in header.items()}
         for entry in found.values():

@@ -21,7 +21,6 @@ __all__ = [
     "load_json",
     "open_regular",
     "parse_json",
-    "parse_strict_json",
     "read_regular",
 ]
 
@@ -89,30 +88,17 @@ def load_json(path: AnyPath, limit: int = MAX_JSON) -> Any:
     return parse_json(read_regular(path, limit))
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, *, finite: bool = False) -> Any:
     """What a JSON text (RFC 8259) of UTF-8 holds.
 
     `ValueError` (`UnicodeDecodeError`, `JSONDecodeError` with its line) for what is not JSON, and for more
     than `json.loads` refuses: a key given twice, of which readers take different ones, numbers of hundreds of
     digits, and lists in lists beyond what Python's stack holds.  NaN and infinity, which `json` writes though
-    JSON has none, are read: who takes a number says what it may be.
+    JSON has none, are read unless all numbers must be `finite`.
     """
+    strict: dict[str, Any] = {"parse_constant": _not_a_number, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole)
-    except RecursionError:
-        raise ValueError("its lists or objects are nested too deeply") from None
-
-
-def parse_strict_json(data: bytes) -> Any:
-    """The same of a text that holds finite numbers only; `ValueError` for others."""
-    try:
-        return json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=_not_a_number,
-            parse_int=_whole,
-            parse_float=_finite,
-        )
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole, **strict)
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply") from None
 
