@@ -264,6 +264,8 @@ def _stored_tensor(key: str, file: str, entry: Any, base: int) -> StoredTensor |
         )
     tensor_type = TensorType(tuple(shape), ELEMENTS[dtype])
     wanted = tensor_type.size * max(bit_width(tensor_type.element), 8) // 8
+    if wanted >= 2**63:
+        return f"tensor '{key}' has shape {str(shape)[:60]}, of more elements than any file holds"
     if stop - start != wanted:
         return (
             f"tensor '{key}' of shape {shape} and dtype {dtype} takes {wanted} bytes, its data_offsets span"

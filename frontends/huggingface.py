@@ -32,6 +32,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.execution.finite import not_finite
+from tyir.frontends.architectures import architecture_problem
 from tyir.frontends.check_values import value_problems
 from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
 from tyir.frontends.config_numbers import config_problems
@@ -168,14 +169,13 @@ def open_model(
     checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
-    numbers: list[Diagnostic] = []
-    if checkpoint is not None:
-        numbers = list(config_problems(checkpoint.config, str(checkpoint.folder / "config.json")))
-        problems.extend(numbers)
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
+    if checkpoint is not None:
+        problems.extend(_early_problems(checkpoint, plugin))
+    # all else would follow from these, and takes the seconds that torch and transformers need to be loaded
     meta = (
         _meta_model(checkpoint, dtype, problems, note, plugin, positions)
-        if checkpoint is not None and formats and not numbers  # which all else would follow from
+        if checkpoint is not None and not problems
         else None
     )
     if checkpoint is not None and meta is not None:
@@ -192,6 +192,26 @@ def open_model(
         raise TyirError(problems)
     assert checkpoint is not None and meta is not None
     return OpenedModel(checkpoint, meta, weights)
+
+
+def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Iterator[Diagnostic]:
+    """What config.json and the names of the tensors say alone is wrong."""
+    config, where = checkpoint.config, str(checkpoint.folder / "config.json")
+    yield from config_problems(config, where)
+    for problem in _size_problems(config):
+        yield Diagnostic(problem, where=where, help="restore the file, or correct the number")
+    if plugin is not None and plugin.model_class is not None:
+        return
+    if (unknown := architecture_problem(config, where)) is not None:
+        yield unknown
+    wanted, stored = config.get("num_hidden_layers"), _layer_count(checkpoint.tensors)
+    few = stored or len(checkpoint.tensors) < (wanted or 0)  # layers may have names of a kind not known here
+    if type(wanted) is int and stored < wanted and few and checkpoint.whole and not checkpoint.unreadable:
+        yield Diagnostic(
+            f"the checkpoint lacks layers: {stored} are stored, config.json asks for {wanted}",
+            where=str(checkpoint.folder),
+            help="download the missing files, or use the config.json that belongs to these weights",
+        )
 
 
 def formats_of(
@@ -243,13 +263,6 @@ def _meta_model(
                 " plain attention, as transformers does"
             )
             note(Diagnostic(message, severity="warning", where=where))
-    before = len(problems)
-    problems.extend(
-        Diagnostic(problem, where=where, help="restore the file, or correct the number")
-        for problem in _size_problems(config)
-    )
-    if len(problems) > before:
-        return None
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
     try:

@@ -19,6 +19,7 @@ import io
 import itertools
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import textwrap
@@ -27,6 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Signals as a terminal leaves them: what nohup and a shell's `&` ignore, commands of tests would too."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    for name, handler in usual.items():
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -169,10 +169,10 @@ def add_debug_option(parser: argparse.ArgumentParser) -> None:
 def read_stdin() -> str:
     """The text on standard input; `TyirError` when there is none, or when it is not UTF-8."""
     from tyir.process.streams import read_input
-    from tyir.text.source_file import decode_source
+    from tyir.text.source_file import MAX_SOURCE, decode_source
 
     try:
-        data = read_input()
+        data = read_input(MAX_SOURCE)
     except OSError as error:
         raise TyirError(
             f"cannot read standard input: {error.strerror}", help="give a file, or pipe the text in"

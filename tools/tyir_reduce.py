@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
@@ -43,13 +43,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+_LONGEST: Final = 1e6  # seconds; the system's clocks take no more than 2^63 nanoseconds
+
+
 class _Command:
     """Runs the command on a module; it is interesting when it fails the way it did at first."""
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
-        self.words = shlex.split(args.command)
-        self.match = re.compile(args.match) if args.match else None
-        self.timeout = args.timeout
+        try:
+            self.words = shlex.split(args.command)
+            self.match = re.compile(args.match) if args.match else None
+        except re.error as error:
+            raise TyirError(f"--match {args.match[:100]!r} is not a regular expression: {error}") from None
+        except ValueError as error:
+            raise TyirError(f"--command cannot be split into words: {error}", help="quote it") from None
+        if not self.words:
+            raise TyirError("--command is empty", help="for example --command 'tyir-opt --cse {}'")
+        if not args.timeout > 0:
+            raise TyirError(
+                f"--timeout {args.timeout} is out of range", help="--timeout takes seconds above 0"
+            )
+        self.timeout = min(args.timeout, _LONGEST)
         self.path = Path(folder) / "candidate.ir"
         if not any("{}" in word for word in self.words):
             self.words.append("{}")
@@ -103,10 +117,8 @@ def _reduce(module: Module, args: argparse.Namespace) -> Module:
 
 
 def _cut(module: Module, args: argparse.Namespace) -> Module:
-    import numpy as np
-
     from tyir.dialects.func import Func
-    from tyir.tools.reduce.cut_ir import check_array, cut_ops, sample_arguments
+    from tyir.tools.reduce.cut_ir import check_array, cut_ops, read_array, sample_arguments
 
     first, dots, last = args.cut.partition("..")
     if not dots:
@@ -124,11 +136,11 @@ def _cut(module: Module, args: argparse.Namespace) -> Module:
                 help=f"its arguments: {', '.join(f'%{n}' for n in positions)}",
             )
         try:
-            arrays[positions[name]] = check_array(
-                function.args[positions[name]], np.load(path, allow_pickle=False)
-            )
-        except (OSError, ValueError) as error:
-            raise TyirError(f"cannot read {path}: {error}") from None
+            array = read_array(path)
+        except (OSError, ValueError, EOFError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            raise TyirError(f"cannot read {path}: {why}", help="save it with numpy.save") from None
+        arrays[positions[name]] = check_array(function.args[positions[name]], array)
     cut = cut_ops(module, first, last, arrays, args.function)
     if args.arrays is not None:
         for path in cut.save_arrays(args.arrays):

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts)
     prompts = read_prompts(args.prompt)
-    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [token_ids(tokenizer, prompt, session.capacity) for prompt in prompts]
     stops = end_tokens(session.artifacts, tokenizer)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any character

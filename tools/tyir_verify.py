@@ -139,7 +139,7 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     else:
         tokenizer = load_tokenizer(artifacts)
         texts = [args.prompt] if args.prompt is not None else PROMPTS[: args.prompts]
-        prompts = [token_ids(tokenizer, text) for text in texts]
+        prompts = [token_ids(tokenizer, text, artifacts.manifest.options.max_kv) for text in texts]
     for ids in prompts:
         if not ids:
             raise TyirError("a prompt has no tokens: there is nothing to compare", help="give a longer one")

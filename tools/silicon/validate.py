@@ -20,6 +20,7 @@ import numpy as np
 
 from tyir.diagnostics import TyirError
 from tyir.edge10.vector_functions import VECTOR_PASSES
+from tyir.text.json_files import json_lines
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineRow", "derive", "engine_rows", "main", "read_measured", "summary_lines"]
 
 _DATA: Final = Path(__file__).resolve().parents[2] / "tests" / "data" / "h100_sm"
+_HOW: Final = "python -m tyir.tools.silicon.measure says how it is made"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if not rows:
         raise TyirError(
             f"{args.data} has no measurement of a program",
-            help="python -m tyir.tools.silicon.measure says how it is made",
+            help=_HOW,
         )
     if args.json:
         print(json.dumps([{**vars(r), "error": r.error} for r in rows], indent=1))
@@ -79,14 +81,20 @@ def main(argv: Sequence[str]) -> int:
 
 def read_measured(path: Path = _DATA) -> dict[str, float]:
     """ns by program, from the lines that `die` printed: a file, or all of a folder's."""
-    try:
-        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise TyirError(
-            f"cannot read {path}: {error}", help="python -m tyir.tools.silicon.measure says how it is made"
-        ) from None
-    return {str(line["name"]): float(line["ns"]) for line in lines if "name" in line}
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    found: dict[str, float] = {}
+    for file in files:
+        for where, row in json_lines(file, _HOW):
+            if "name" not in row:
+                continue
+            name, ns = row["name"], row.get("ns")
+            if not isinstance(name, str) or type(ns) not in (int, float) or not ns > 0:
+                message = (
+                    f"name {str(name)[:40]!r} with ns {str(ns)[:40]}: a name and a time above 0 are needed"
+                )
+                raise TyirError(message, where=where, help=_HOW)
+            found[name] = float(ns)
+    return found
 
 
 def engine_rows(measured: Mapping[str, float], machine: Machine) -> list[EngineRow]:
