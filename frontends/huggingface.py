@@ -204,7 +204,8 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
         return
     if (unknown := architecture_problem(config, where)) is not None:
         yield unknown
-    wanted, stored = config.get("num_hidden_layers"), _layer_count(checkpoint.tensors)
+    wanted = config.get("num_hidden_layers")
+    stored = len({layer_in(name) for name in checkpoint.tensors} - {None})
     few = stored or len(checkpoint.tensors) < (wanted or 0)  # layers may have names of a kind not known here
     if type(wanted) is int and stored < wanted and few and checkpoint.whole and not checkpoint.unreadable:
         yield Diagnostic(

@@ -68,6 +68,22 @@ def importing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="session")
+def early(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Children with the front end that cannot load torch."""
+    names = ("huggingface", "checkpoint", "gguf.files", "tensor_names")
+    zygote = Zygote(
+        [
+            "tests.reliability.no_torch",
+            "tyir.tools.tyir_import",
+            *(f"tyir.frontends.{name}" for name in names),
+        ],
+        tmp_path_factory.mktemp("early"),
+    )
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model on one die, in 64 positions; nobody writes to it."""
     from tyir.manifest import BuildOptions

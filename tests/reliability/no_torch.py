@@ -1,4 +1,4 @@
-"""Loaded into a process, keeps torch and transformers from being loaded: what needs them is an internal error."""
+"""Loaded into a process, keeps torch and transformers from being loaded: who needs them fails internally."""
 
 from __future__ import annotations
 

@@ -419,7 +419,6 @@ def _others(folder: Path) -> Iterator[Case]:
         ("--command", "false", "--timeout", "0"),
         ("--command", "false", "--timeout", "-1"),
         ("--command", "false", "--timeout", "nan"),
-        ("--command", "kill -9 $$"),
         ("--command", "sleep 100", "--timeout", "1e-9", "--match", "x"),
         ("--command", "\0"[:0] + "a" * 100_000),
     ):

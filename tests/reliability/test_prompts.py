@@ -312,7 +312,7 @@ def test_tokenizers(
     """Hostile tokenizers, templates and settings in the artifacts (`--no-check`: their hashes do not fit)."""
     count, cases = tally("tokenizers"), []
     contents: list[tuple[str, dict[str, bytes], frozenset[int]]] = [
-        *((n, {"tokenizer.json": data}, REFUSED if bad else EITHER) for n, data, bad in _tokenizers()),
+        *((n, {"tokenizer.json": data, "config.json": b"{}"}, REFUSED if bad else EITHER) for n, data, bad in _tokenizers()),
         *(
             (n, {"tokenizer_config.json": json.dumps({**SETTINGS, **more}).replace("Infinity", "1e400").encode()}, EITHER)
             for n, more in _settings()

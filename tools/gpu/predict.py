@@ -83,6 +83,8 @@ def _summary(step: Step, machine: Accelerator, measured_us: float | None) -> dic
         "tokens_per_second": step.rows / us * 1e6,
     }
     if measured_us is not None:
+        if not measured_us > 0:
+            raise TyirError(f"--measured-us {measured_us} is out of range", help="give microseconds above 0")
         found |= {"measured_us": measured_us, "error_percent": 100 * (us / measured_us - 1)}
     return found
 
