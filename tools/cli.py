@@ -232,6 +232,12 @@ class ToolParser(argparse.ArgumentParser):
         self.register("type", int, whole_number)
         self.register("type", float, number)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The value of an option may be `--`, of which Python before 3.13 makes an empty list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         raise TyirError(f"{self.prog}: {message}", help=f"{self.prog} --help lists the options")
 

@@ -86,7 +86,6 @@ def _lengths(folder: Path, artifacts: Path) -> Iterator[Case]:
     with sparse.open("wb") as file:
         file.truncate(1 << 32)
     yield Case("4 GiB of zeros", RUN, (artifacts,), REFUSED, "more than the", stdin=sparse)
-    yield Case("a folder", RUN, (artifacts,), REFUSED, stdin=folder)
     yield Case("a device that ends at once", RUN, (artifacts,), REFUSED, "is empty", stdin=Path("/dev/null"))
     yield Case("a device that does not end", RUN, (artifacts,), REFUSED, stdin=Path("/dev/zero"))
 
