@@ -23,13 +23,13 @@ from tyir.process.files import open_regular, parse_json
 from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
-__all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+__all__ = ["TENSOR_FILES", "Checkpoint", "StoredTensor", "open_checkpoint"]
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 TORCH_FILE: Final = "pytorch_model.bin"
 TORCH_INDEX: Final = "pytorch_model.bin.index.json"
-_TENSOR_FILES: Final = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
+TENSOR_FILES: Final = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 
 # The element types of safetensors files by their names there.
@@ -363,7 +363,7 @@ def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -
     config = reader.json_file(CONFIG, "restore it from where the adapter came from")
     if config is None:
         return None
-    found = base or base_folder(folder, config, any((folder / n).exists() for n in _TENSOR_FILES))
+    found = base or base_folder(folder, config, any((folder / n).exists() for n in TENSOR_FILES))
     if found is None:
         problems.append(no_base(folder, config))
         return None
@@ -380,7 +380,7 @@ def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -
 def _open_model(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
     """`open_checkpoint` of a whole model."""
     given, folder = folder, folder.absolute()
-    if not (folder.is_dir() and any((folder / n).exists() for n in _TENSOR_FILES)):
+    if not (folder.is_dir() and any((folder / n).exists() for n in TENSOR_FILES)):
         from tyir.frontends.gguf.files import gguf_model
 
         try:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
     if args.plan:
-        return print_plan(args.model, BuildOptions(**options))
+        return print_plan(args.model, BuildOptions(**options), args.base)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
@@ -67,13 +67,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def print_plan(model: Path, options: BuildOptions) -> int:
+def print_plan(model: Path, options: BuildOptions, base: Path | None = None) -> int:
     """Print the plan of a compile; 1 when something does not fit."""
     from tyir.tools.api import check_options
     from tyir.tools.estimate.plan import make_plan
 
     check_options(options)
-    plan = make_plan(model, options)
+    plan = make_plan(model, options, base=base)
     print(plan.text())
     if plan.problems:
         raise TyirError(plan.problems)

@@ -158,12 +158,14 @@ class Plan:
         return "\n".join(_lines(self))
 
 
-def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = None) -> Plan:
-    """The plan for compiling `folder` with `options`.
+def make_plan(
+    folder: Path, options: BuildOptions, machine: Machine | None = None, base: Path | None = None
+) -> Plan:
+    """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
 
     `TyirError` when the config or the options cannot be at all.
     """
-    shape, machine = read_shape(folder), machine or load_machine()
+    shape, machine = read_shape(folder, base), machine or load_machine()
     group = (
         shape.group if shape.group is not None else options.group_size if options.weights == "int4" else None
     )
