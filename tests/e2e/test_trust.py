@@ -425,14 +425,15 @@ def test_signals_at_random_moments_of_a_compile(tmp_path: Path, compile_here: Co
     assert end_of(compile_here(tmp_path)) == 0
     whole = time.monotonic() - start
     (target / "chat.npz").write_text("mine")
-    before, struck, leftovers = hashes(target), 0, 0
+    number, before, struck, leftovers = getattr(signal, name), hashes(target), 0, 0
     for _ in range(6):
         process = compile_here(tmp_path)
         # the first half is Python's and the libraries' start, when nothing has been written yet
         time.sleep(whole * chance.uniform(0.4, 1.0))
-        process.send_signal(getattr(signal, name))
+        process.send_signal(number)
         code = end_of(process)
-        assert code in (0, {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name]), code
+        # by the system's default where Python was still starting
+        assert code in (0, -number) or (name != "SIGKILL" and code == 128 + number), code
         struck += code != 0
         assert hashes(target) == before, "the same bytes, whichever compile they are of"
         found = [p.name for p in tmp_path.iterdir() if p.name != "1die"]
