@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.reliability.cases import MODEL, ROOT, Case, Tally, Zygote, run_process, sample
 
 TOOLS = "tyir.tools.tyir_"
@@ -76,12 +78,13 @@ def test_damaged_artifacts(
             words = (folder, "--no-check", *(("--check-plan",) if number % 2 else ()))
             cases.append(Case(f"{name} {number}, sim --no-check", TOOLS + "sim", words))
     count = tally("damaged artifacts")
-    count.run(running, sample(cases, slow, 12))
+    count.run(running, sample(cases, slow, 6))
     count.close()
 
 
+@pytest.mark.slow
 def test_verify_of_damaged_artifacts(
-    tmp_path: Path, compiled: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, compiled: Path, importing: Zygote, tally: Callable[[str], Tally]
 ) -> None:
     rng, cases = random.Random(32), []
     given = ("--against", MODEL, "--prompts", "1", "--tokens", "2")
@@ -126,7 +129,7 @@ def test_verify_of_damaged_artifacts(
             )
         )
     count = tally("tyir-verify")
-    count.run(importing, sample(cases, slow, 2))
+    count.run(importing, cases)
     count.close()
 
 
@@ -232,7 +235,7 @@ def test_simulations(
     tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], Tally], slow: bool
 ) -> None:
     count = tally("tyir-sim's arguments")
-    count.run(running, sample(_simulations(compiled, tmp_path), slow, 8))
+    count.run(running, sample(_simulations(compiled, tmp_path), slow, 4))
     count.close()
 
 
@@ -318,7 +321,7 @@ def _builds(folder: Path) -> Iterator[Case]:
 
 def test_builds(tmp_path: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
     count = tally("builds that cannot be")
-    count.run(importing, sample(_builds(tmp_path), slow, 8))
+    count.run(importing, sample(_builds(tmp_path), slow, 3))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     count.close()
 
@@ -480,7 +483,7 @@ def _others(folder: Path) -> Iterator[Case]:
 def test_other_tools(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
     """`tyir-reduce`, `tools.gpu.predict`, `tools.silicon.validate`: what they are given to read."""
     count = tally("files of other tools")
-    count.run(light, sample(_others(tmp_path), slow, 10))
+    count.run(light, sample(_others(tmp_path), slow, 6))
     assert not list(tmp_path.rglob("hacked")) and not (light.folder / "hacked").exists()
     count.close()
 
@@ -488,9 +491,8 @@ def test_other_tools(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally
 # ------------------------------------------------------------------------------------------- several at once
 
 
-def test_writers_of_one_cache(
-    tmp_path: Path, compiled: Path, tally: Callable[[str], Tally], slow: bool
-) -> None:
+@pytest.mark.slow
+def test_writers_of_one_cache(tmp_path: Path, compiled: Path, tally: Callable[[str], Tally]) -> None:
     """Conversations that save to one file at once: it is always the cache of one of them, whole."""
     count = tally("writers of one cache")
     cache = tmp_path / "cache.npz"
@@ -504,10 +506,10 @@ def test_writers_of_one_cache(
         "--cache",
         str(cache),
     )
-    for number in range(4 if slow else 1):
+    for number in range(4):
         others = [
             subprocess.Popen([*command, "--prompt", f"The {word} house"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for word in ("old", "new", "small")[: 3 if slow else 1]
+            for word in ("old", "new", "small")
         ]  # fmt: skip
         count.add(f"round {number}", run_process((*command, "--prompt", "The old house"), tmp_path), FINE)
         for other in others:

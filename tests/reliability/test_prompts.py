@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.reliability.cases import MODEL, Case, Tally, Zygote, run_process, sample
 
 RUN = "tyir.tools.tyir_run"
@@ -95,8 +97,8 @@ def test_prompts(
 ) -> None:
     count = tally("prompts")
     (tmp_path / "lengths").mkdir()
-    count.run(running, sample(_texts(tmp_path, compiled), slow, 10))
-    count.run(running, sample(_lengths(tmp_path / "lengths", compiled), slow, 6))
+    count.run(running, sample(_texts(tmp_path, compiled), slow, 6))
+    count.run(running, sample(_lengths(tmp_path / "lengths", compiled), slow, 3))
     count.close()
 
 
@@ -142,7 +144,7 @@ def test_arguments(
     tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], Tally], slow: bool
 ) -> None:
     count = tally("sampling and arguments")
-    count.run(running, sample(_arguments(compiled, tmp_path), slow, 8))
+    count.run(running, sample(_arguments(compiled, tmp_path), slow, 4))
     count.close()
 
 
@@ -321,7 +323,7 @@ def test_tokenizers(
             for n, t in enumerate(TEMPLATES)
         ),
     ]  # fmt: skip
-    picked = sample(range(len(contents)), slow, 12)  # type: ignore[type-var]
+    picked = sample(range(len(contents)), slow, 6)  # type: ignore[type-var]
     for number, (name, files, wanted) in enumerate(contents[i] for i in picked):  # type: ignore[index]
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -341,15 +343,13 @@ def test_tokenizers(
 # ------------------------------------------------------------------------------------------------- processes
 
 
-def test_prompts_of_processes(
-    tmp_path: Path, compiled: Path, tally: Callable[[str], Tally], slow: bool
-) -> None:
+@pytest.mark.slow
+def test_prompts_of_processes(tmp_path: Path, compiled: Path, tally: Callable[[str], Tally]) -> None:
     """Standard input that comes late, in pieces, not at all; standard output that ends in the answer."""
     count = tally("prompts of processes")
     command = (sys.executable, "-m", "tyir.tools.tyir_run", str(compiled), "--max-tokens", "20")
     given = (*command, "--prompt", "The old house")
-    for name, words, shell, wanted in sample(
-        (
+    for name, words, shell, wanted in (
             ("stdin closed", command, '"$@" <&-', REFUSED),
             ("stdin in pieces", command, "{ printf 'The '; sleep 1; printf '\\xc3'; sleep 1; printf '\\xa9 old'; } | \"$@\"", FINE),
             ("stdin that ends in a character", command, "printf 'The \\xc3' | \"$@\"", REFUSED),
@@ -364,9 +364,6 @@ def test_prompts_of_processes(
             ("ASCII locale", (*command, "--prompt", "caf\u00e9 日本"), 'PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 LC_ALL=POSIX "$@"', FINE),
             ("no home, no temporary folder", given, 'HOME=/nonexistent TMPDIR=/nonexistent "$@"', EITHER),
             ("a temporary folder that is full", given, 'TMPDIR=/proc "$@"', EITHER),
-        ),
-        slow,
-        1,
-    ):  # type: ignore[misc]  # fmt: skip
+    ):  # fmt: skip
         count.add(name, run_process(words, tmp_path, shell=shell), wanted)
     count.close()
