@@ -174,7 +174,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "stages",
     ),
     "text": ("text", "parser", "printer"),
-    "checking, rewriting, passes": ("checking", "pass_manager", "pipeline", "rewrite", "verify"),
+    "checking, rewriting, passes": ("checking", "pass_manager", "pipeline", "rewrite", "verifier"),
     "execution": ("execution", "interpreter"),
 }
 
@@ -250,7 +250,7 @@ def test_what_is_permitted_is_done() -> None:
         ("tyir/ir.py", "from tyir.text import lexer"),
         ("tyir/ir.py", "def f():\n    from tyir.text.lexer import Scanner"),
         ("tyir/ir.py", "from tyir.dialects.builtin import Module"),
-        ("tyir/text/a.py", "from tyir.verify import verify"),
+        ("tyir/text/a.py", "from tyir.verifier import verify"),
         ("tyir/rewrite.py", "from tyir.dialects.ty import Constant"),
         ("tyir/rewrite.py", "from tyir.dialects import func, ty"),
         ("tyir/checking/a.py", "if TYPE_CHECKING:\n    from tyir.interpreter import Interpreter"),

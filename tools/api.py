@@ -136,7 +136,7 @@ def load_module(
         )
     from tyir.parser import parse_file
     from tyir.printer import has_elided_constants
-    from tyir.verify import verify
+    from tyir.verifier import verify
 
     module = parse_file(model)
     if has_elided_constants(module):

@@ -14,15 +14,15 @@ from pathlib import Path
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.tools.build_arguments import add_base_option, add_build_options, numbers
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
+from tyir.tools.cli import ToolParser, run_tool, warn
 
-__all__ = ["main", "numbers"]
+__all__ = ["main", "make_parser", "numbers"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
@@ -80,7 +80,7 @@ def print_plan(model: Path, options: BuildOptions) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-compile",
         description=(
@@ -173,8 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    add_debug_option(parser)
     return parser
 
 

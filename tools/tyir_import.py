@@ -9,23 +9,21 @@ complete or not at all.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.tools.build_arguments import add_base_option, add_build_options
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
+from tyir.tools.cli import ToolParser, check_output, note, run_tool, warn, write_output
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-import",
         description="Import a Hugging Face model folder as tyir IR; weights stay in the folder.",
@@ -80,14 +78,13 @@ def _parser() -> argparse.ArgumentParser:
             " length"
         )
     )
-    add_debug_option(parser)
     return parser
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     if options.plan:
         from tyir.manifest import BuildOptions
         from tyir.tools.tyir_compile import print_plan
@@ -98,8 +95,7 @@ def main(argv: Sequence[str]) -> int:
             if (value := getattr(options, key)) is not None
         }
         return print_plan(options.folder, BuildOptions(**build))
-    if options.output != "-":
-        _check_output(Path(options.output))
+    check_output(options.output)
     from tyir.frontends.huggingface import import_model
     from tyir.manifest import BuildOptions
     from tyir.printer import print_op
@@ -128,44 +124,9 @@ def main(argv: Sequence[str]) -> int:
         from tyir.passes.raise_aten import raise_aten
 
         raise_aten(module)
-    text = print_op(module)
-    if options.output == "-":
-        sys.stdout.write(text)
-    else:
-        write_atomically(Path(options.output), text)
-    print(_summary(module), file=sys.stderr)
+    write_output(print_op(module), options.output)
+    note(_summary(module))
     return 0
-
-
-def _check_output(path: Path) -> None:
-    """Refuse a place that cannot be written before the seconds of work."""
-    from tyir.diagnostics import TyirError
-
-    if path.is_dir():
-        raise TyirError(f"{path} is a folder", help="give a file name, such as model.ir")
-    if not path.parent.is_dir():
-        raise TyirError(f"folder {path.parent} does not exist", help="create it, or write somewhere else")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one beside it.
-
-    An existing file keeps its permissions' defaults and is replaced whole.
-    """
-    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
-        path.write_text(text, encoding="utf-8")
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _summary(module: Module) -> str:

@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if (args.command is None) == (args.cut is None):
         raise TyirError(
             "tyir-reduce needs either --command or --cut", help="for example --command 'tyir-opt --cse {}'"
@@ -136,7 +136,7 @@ def _cut(module: Module, args: argparse.Namespace) -> Module:
     return cut.with_constants() if args.constants else cut.module
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-reduce",
         description=(
@@ -189,7 +189,6 @@ def _parser() -> argparse.ArgumentParser:
         "--arrays", type=Path, metavar="DIR", help="save what flows into and out of the cut as .npy files"
     )
     cut.add_argument("--constants", action="store_true", help="put the inputs into the IR as constants")
-    add_debug_option(parser)
     return parser
 
 

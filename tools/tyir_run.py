@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from tyir.runtime_sim.session.sampling import Sampler
     from tyir.runtime_sim.session.session import Session
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from tyir.runtime_sim.session.ending import check_limit, end_reason
     from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
     from tyir.runtime_sim.session.session import Session
@@ -166,7 +166,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument(
@@ -222,7 +222,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="with --engine edge10: a line for every command, with what it reads and writes",
     )
-    add_debug_option(parser)
     return parser
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.ir import Op
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from tyir.targets.collectives import CollectiveNeed
     from tyir.targets.machine import Machine
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if missing := [str(p) for p in args.artifacts if not p.exists()]:
         raise TyirError(
             f"{', '.join(missing)} does not exist",
@@ -300,7 +300,7 @@ def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int
     return sweep_text(name, rows, prompt)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-sim",
         description="Simulate the time that compiled command programs take on the device.",
@@ -371,7 +371,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top", type=int, default=12, metavar="N", help="how many ops to list (default 12)")
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes")
-    add_debug_option(parser)
     return parser
 
 

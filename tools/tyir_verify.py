@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
 from tyir.tools.build_arguments import add_base_option, numbers
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 LOGIT_COSINE: Final = 0.9999
 
@@ -28,7 +28,7 @@ LOGIT_COSINE: Final = 0.9999
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from tyir.runtime_sim.session.session import Session
     from tyir.tools.verify.compare import LayerStates, PromptResult, Reference, check_prompt
     from tyir.tools.verify.locate import locate
@@ -193,7 +193,7 @@ def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-verify",
         description="Compare compiled artifacts with Hugging Face in fp32 on the same weights.",
@@ -224,7 +224,6 @@ def _parser() -> argparse.ArgumentParser:
         help="what executes the programs (default host)",
     )
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
-    add_debug_option(parser)
     return parser
 
 

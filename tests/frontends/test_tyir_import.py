@@ -15,7 +15,7 @@ from tyir.dialects.builtin import Module
 from tyir.parser import parse_file, parse_module
 from tyir.printer import print_op
 from tyir.tools.tyir_import import main, write_atomically
-from tyir.verify import verify
+from tyir.verifier import verify
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 
