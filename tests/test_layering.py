@@ -34,9 +34,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tyir": {"numpy", "lark", "networkx", "annotated_types", "typing_extensions"},
     "passes": {"numpy", "networkx"},
     "frontends": {"numpy", "torch", "transformers", "gguf", "safetensors"},
-    "backends": {"numpy", "tqdm"},  # writing artifacts takes minutes and shows that it moves
+    "backends": {"numpy"},
     "runtime_sim": {"numpy"},
-    "tools": {"numpy", "tqdm"},
+    "tools": {"numpy"},
 }
 
 # Libraries a package may import inside functions only.
@@ -44,8 +44,10 @@ LAZY: dict[str, set[str]] = {
     "tyir": {
         *{"pydantic", "pydantic_core"},  # checks a manifest when one is read
         "gguf",  # what llama.cpp's block formats mean, when a weight of one is evaluated
+        "tqdm",  # bars, on a terminal
     },
     "tools": {
+        "shtab",  # completion scripts, an extra
         "torch",
         "transformers",
         "safetensors",

@@ -93,7 +93,7 @@ def compile_path(
         positions = wanted.max_kv
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model, plugin, warn, positions, base)
+        module = load_module(model, plugin, warn, positions, base, progress)
     wanted = settled(options, module)
     check_options(wanted)
     _warn_about_positions(module, wanted, warn)
@@ -118,6 +118,7 @@ def load_module(
     warn: Callable[[str], None] = _silent,
     positions: int | None = None,
     base: Path | None = None,
+    progress: bool = False,
 ) -> Module:
     """The module of a checkpoint folder or of an `.ir` file.
 
@@ -127,7 +128,12 @@ def load_module(
         from tyir.frontends.huggingface import import_model
 
         return import_model(
-            model, note=lambda d: warn(d.message), plugin=plugin, positions=positions, base=base
+            model,
+            note=lambda d: warn(d.message),
+            plugin=plugin,
+            positions=positions,
+            base=base,
+            progress=progress,
         )
     if not model.exists():
         raise TyirError(

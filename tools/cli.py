@@ -290,7 +290,10 @@ def _is_users(file: str) -> bool:
     return not any(real.is_relative_to(os.path.realpath(folder)) for folder in (*ours, *libraries))
 
 
-_PACKAGES: Final = ("tyir", *(f"tyir.{n}" for n in ("passes", "frontends", "backends", "runtime_sim", "tools")))
+_PACKAGES: Final = (
+    "tyir",
+    *(f"tyir.{n}" for n in ("passes", "frontends", "backends", "runtime_sim", "tools")),
+)
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -341,7 +344,10 @@ class ToolParser(argparse.ArgumentParser):
             "-q", "--quiet", action="store_true", help="no progress and no notes; warnings and errors stay"
         )
         common.add_argument(
-            "-v", "--verbose", action="store_true", help="also say what is done meanwhile, and what libraries say"
+            "-v",
+            "--verbose",
+            action="store_true",
+            help="also say what is done meanwhile, and what libraries say",
         )
         common.add_argument("--debug", action="store_true", help="show Python tracebacks")
         common.add_argument("--version", action=_Version, nargs=0, help="print the version")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.session.serving import Server
@@ -37,15 +37,14 @@ def main(argv: Sequence[str]) -> int:
     )
     server, note = _server(args)
     figures = summary(serve(requests, server, max_concurrency=args.max_concurrency), slos)
-    print(text_block(figures))
-    print(note)
+    whole = {"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}
+    if args.json:
+        print(json.dumps(whole, indent=1))
+    else:
+        print(text_block(figures))
+        print(note)
     if args.result:
-        write_output(
-            json.dumps(
-                {"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}, indent=1
-            ),
-            str(args.result),
-        )
+        write_output(json.dumps(whole, indent=1), str(args.result))
     return 0
 
 
@@ -165,6 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--machine", metavar="NAME|FILE", help="machine to simulate (default: the one compiled for)"
     )
     parser.add_argument("--result", type=Path, metavar="FILE", help="also write everything as JSON")
+    add_json_option(parser, "print everything as JSON, by vLLM's names")
     return parser
 
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.tools.build_arguments import add_base_option, add_build_options, numbers
-from tyir.tools.cli import ToolParser, run_tool, warn
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn
+
+if TYPE_CHECKING:
+    from tyir.process.stopwatch import Stopwatch
+    from tyir.tools.commands.json_forms import Artifacts
 
 __all__ = ["main", "make_parser", "numbers"]
 
@@ -28,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
     if args.plan:
-        return print_plan(args.model, BuildOptions(**options))
+        return print_plan(args.model, BuildOptions(**options), as_json=args.json)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
@@ -63,18 +68,43 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
-    print(target)
+    if args.json:
+        from tyir.tools.commands.json_forms import print_json
+
+        print_json(_facts(target, watch))
+    else:
+        print(target)
     return 0
 
 
-def print_plan(model: Path, options: BuildOptions) -> int:
-    """Print the plan of a compile; 1 when something does not fit."""
+def _facts(target: Path, watch: Stopwatch) -> Artifacts:
+    from tyir.manifest import Manifest
+    from tyir.tools.commands.json_forms import Artifacts, Stage
+
+    manifest = Manifest.load(target, check=False)
+    return Artifacts(
+        artifacts=str(target),
+        files=len(manifest.files) + 1,
+        bytes=sum(f.stat().st_size for f in target.rglob("*") if f.is_file()),
+        options=asdict(manifest.options),
+        seconds=sum(s.seconds for s in watch.stages),
+        stages=tuple(Stage(s.name, s.seconds, s.peak_mib) for s in watch.stages),
+    )
+
+
+def print_plan(model: Path, options: BuildOptions, *, as_json: bool = False) -> int:
+    """Print the plan of a compile; `TyirError` when something does not fit."""
     from tyir.tools.api import check_options
     from tyir.tools.estimate.plan import make_plan
 
     check_options(options)
     plan = make_plan(model, options)
-    print(plan.text())
+    if as_json:
+        from tyir.tools.commands.json_forms import print_json
+
+        print_json(plan.as_form())
+    else:
+        print(plan.text())
     if plan.problems:
         raise TyirError(plan.problems)
     return 0
@@ -173,6 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"
     )
+    add_json_option(parser, "print the folder with what was built, or the plan, as JSON")
     return parser
 
 

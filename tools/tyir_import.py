@@ -14,11 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tyir.diagnostics import TyirError
 from tyir.tools.build_arguments import add_base_option, add_build_options
-from tyir.tools.cli import ToolParser, check_output, note, run_tool, warn, write_output
+from tyir.tools.cli import (
+    ToolParser,
+    add_json_option,
+    check_output,
+    note,
+    quiet,
+    run_tool,
+    warn,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
+    from tyir.tools.commands.json_forms import Imported
 
 __all__ = ["main", "make_parser"]
 
@@ -72,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only say, from config.json, what compiling with the options below would need and make",
     )
+    add_json_option(parser, "print what was imported, or the plan, as JSON")
     add_build_options(
         parser.add_argument_group(
             "options of --plan; --max-kv also chooses the frequencies of rope types that change with the"
@@ -94,7 +106,9 @@ def main(argv: Sequence[str]) -> int:
             for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
             if (value := getattr(options, key)) is not None
         }
-        return print_plan(options.folder, BuildOptions(**build))
+        return print_plan(options.folder, BuildOptions(**build), as_json=options.json)
+    if options.json and options.output == "-":
+        raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
     check_output(options.output)
     from tyir.frontends.huggingface import import_model
     from tyir.manifest import BuildOptions
@@ -113,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
         plugin=plugin,
         positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
         base=options.base,
+        progress=not quiet(),
     )
     if options.explain:
         from tyir.tools.explain import explain
@@ -125,26 +140,43 @@ def main(argv: Sequence[str]) -> int:
 
         raise_aten(module)
     write_output(print_op(module), options.output)
-    note(_summary(module))
+    if options.json:
+        from tyir.tools.commands.json_forms import print_json
+
+        print_json(_facts(module, options.output))
+    else:
+        note(_summary(_facts(module, options.output)))
     return 0
 
 
-def _summary(module: Module) -> str:
-    """`Qwen2ForCausalLM: 6 layers, 5.6 M parameters in 1 file (10.6 MiB), 459 ops at stage ty`."""
+def _facts(module: Module, output: str) -> Imported:
     from tyir.attributes import DictAttr, IntegerAttr, StringAttr
     from tyir.dialects.ty import Global
+    from tyir.tools.commands.json_forms import Imported
 
     model, files, stage = (module.attributes[key] for key in ("tyir.model", "tyir.files", "tyir.stage"))
     assert isinstance(model, DictAttr) and isinstance(files, DictAttr) and isinstance(stage, StringAttr)
     architecture, layers = model.get("architecture"), model.get("num_hidden_layers")
     assert isinstance(architecture, StringAttr) and isinstance(layers, IntegerAttr)
     weights = [op for op in module.body if isinstance(op, Global)]
-    parameters, size = sum(w.type.size for w in weights), sum(w.nbytes for w in weights)
-    ops = sum(1 for op in module.walk()) - len(weights)
-    plural = "" if len(files) == 1 else "s"
+    return Imported(
+        output=output,
+        architecture=architecture.value,
+        layers=layers.value,
+        parameters=sum(w.type.size for w in weights),
+        files=len(files),
+        bytes=sum(w.nbytes for w in weights),
+        ops=sum(1 for op in module.walk()) - len(weights),
+        stage=stage.value,
+    )
+
+
+def _summary(facts: Imported) -> str:
+    """`Qwen2ForCausalLM: 6 layers, 5.6 M parameters in 1 file (10.6 MiB), 459 ops at stage ty`."""
     return (
-        f"{architecture.value}: {layers.value} layers, {_count(parameters)} parameters in {len(files)}"
-        f" file{plural} ({size / 2**20:.1f} MiB), {ops} ops at stage {stage.value}"
+        f"{facts.architecture}: {facts.layers} layers, {_count(facts.parameters)} parameters in {facts.files}"
+        f" file{'s' * (facts.files != 1)} ({facts.bytes / 2**20:.1f} MiB), {facts.ops} ops at stage"
+        f" {facts.stage}"
     )
 
 

@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
     known, flags = split_pass_flags(with_mlir_spellings(list(argv)), parser)
     args, unknown = parser.parse_known_args(known)
     parser.said(args)
+    if args.json:
+        for name in ("list_passes", "show_dialects", "timing", "pass_statistics"):
+            setattr(args, name, getattr(args, name) and "json")
     flags += unknown
     from tyir.pass_manager.registry import PassRegistry
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.ir import Op
@@ -29,6 +29,8 @@ __all__ = ["main", "make_parser"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
+    if args.json:
+        args.report = "json"
     if missing := [str(p) for p in args.artifacts if not p.exists()]:
         raise TyirError(
             f"{', '.join(missing)} does not exist",
@@ -352,6 +354,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="text",
         help="how to print the result (default text)",
     )
+    add_json_option(parser, "the same as --report json")
     parser.add_argument(
         "-o", "--output", default="-", metavar="FILE", help="where the report goes (default: standard output)"
     )

@@ -197,4 +197,6 @@ def foreign_option(flag: str) -> Iterator[Foreign]:
     name = _normal(flag.partition("=")[0])
     spellings = {name, name.removeprefix("-") if name.startswith("--") else f"-{name}"}
     yield from (f for f in FOREIGN_OPTIONS if name in f.names)
-    yield from (f for f in FOREIGN_OPTIONS if name not in f.names and len(name) > 3 and spellings & set(f.names))
+    yield from (
+        f for f in FOREIGN_OPTIONS if name not in f.names and len(name) > 3 and spellings & set(f.names)
+    )

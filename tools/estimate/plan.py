@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,7 @@ from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
 from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine, load_machine
+from tyir.tools.commands.json_forms import Planned, PlannedDie
 from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.tools.estimate.shape import read_shape
 
@@ -156,6 +157,23 @@ class Plan:
     def text(self) -> str:
         """The plan as lines for a terminal."""
         return "\n".join(_lines(self))
+
+    def as_form(self) -> Planned:
+        """The plan as `--json` prints it."""
+        return Planned(
+            model=self.shape.name,
+            layers=self.shape.layers,
+            parameters=self.shape.parameters,
+            group_size=self.group,
+            options=asdict(self.options),
+            dies=tuple(PlannedDie(d.weights, d.kv_cache, d.activations, d.total) for d in self.dies),
+            dram_bytes=int(self.machine.dram.capacity_bytes),
+            tokens_per_second=self.tokens_per_second,
+            host_ram_bytes=self.host_ram,
+            host_disk_bytes=self.host_disk,
+            host_seconds=self.host_seconds,
+            problems=tuple(p.render() for p in self.problems),
+        )
 
 
 def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = None) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tyir.tools.cli import ToolParser
+from tyir.tools.cli import ToolParser, add_json_option
 
 __all__ = ["make_parser", "split_pass_flags", "with_mlir_spellings"]
 
@@ -202,6 +202,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         metavar="json",
         help="what the passes counted",
     )
+    add_json_option(group, "lists, times and statistics as JSON")
     group.add_argument(
         "--opt-bisect-limit",
         type=int,
