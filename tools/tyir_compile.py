@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
     if args.plan:
-        return print_plan(args.model, BuildOptions(**options), as_json=args.json)
+        return print_plan(args.model, options, as_json=args.json)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
@@ -92,11 +92,12 @@ def _facts(target: Path, watch: Stopwatch) -> Artifacts:
     )
 
 
-def print_plan(model: Path, options: BuildOptions, *, as_json: bool = False) -> int:
+def print_plan(model: Path, given: Mapping[str, Any], *, as_json: bool = False) -> int:
     """Print the plan of a compile; `TyirError` when something does not fit."""
     from tyir.tools.api import check_options
-    from tyir.tools.estimate.plan import make_plan
+    from tyir.tools.estimate.plan import make_plan, settle_group_size
 
+    options = BuildOptions(**settle_group_size(model, given))
     check_options(options)
     plan = make_plan(model, options)
     if as_json:

@@ -98,7 +98,6 @@ def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
     options = make_parser().parse_args(argv)
     if options.plan:
-        from tyir.manifest import BuildOptions
         from tyir.tools.tyir_compile import print_plan
 
         build = {
@@ -106,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
             for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
             if (value := getattr(options, key)) is not None
         }
-        return print_plan(options.folder, BuildOptions(**build), as_json=options.json)
+        return print_plan(options.folder, build, as_json=options.json)
     if options.json and options.output == "-":
         raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
     check_output(options.output)

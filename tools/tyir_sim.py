@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
+from tyir.process.files import download_hint
 from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         args.report = "json"
     if missing := [str(p) for p in args.artifacts if not p.exists()]:
+        hint = download_hint(missing[0])
         raise TyirError(
             f"{', '.join(missing)} does not exist",
-            help="give the folder that tyir-compile printed, for example out/4die",
+            help=f"{hint}, and compiled (tyir-compile)"
+            if hint
+            else "give the folder that tyir-compile printed, for example out/4die",
         )
     if args.top < 0:
         raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")

@@ -22,8 +22,8 @@ __all__ = [
     "PlannedDie",
     "Prompt",
     "PromptChecked",
-    "Reduced",
     "Ran",
+    "Reduced",
     "Stage",
     "print_json",
 ]
