@@ -1,10 +1,10 @@
 """setuptools' build backend, with editable installs that a folder called `tyir` does not hide.
 
-An editable install of packages that lie side by side (`tyir/`, `passes/`, ...) is a finder, which Python asks
-last.  Before that it takes any folder of the name on its path for a namespace package: a script beside a clone
-called `tyir` would import the clone's folder.  A regular package on the path goes before namespace packages
-wherever it stands, so `src/`, where `tyir` is a link to the package, is put on the path as well; the finder
-still supplies `tyir.passes` and the others.  (PEP 420, "Specification"; PEP 660.)
+An editable install of packages that lie side by side (`tyir/`, `passes/`, ...) is a finder, which Python
+asks last.  Before that it takes any folder of the name on its path for a namespace package: a script beside
+a clone called `tyir` would import the clone's folder.  A regular package on the path goes before namespace
+packages wherever it stands, so `src/`, where `tyir` is a link to the package, is put on the path as well; the
+finder still supplies `tyir.passes` and the others.  (PEP 420, "Specification"; PEP 660.)
 """
 
 from __future__ import annotations

@@ -321,8 +321,8 @@ def no_checkpoint(given: Path) -> Diagnostic:
     folder = given.absolute()
     if folder.exists():
         return Diagnostic(
-            f"checkpoint folder {folder} is a file, not a folder",
-            help=f"give the folder it lies in: {folder.parent}",
+            f"checkpoint folder {given} is a file, not a folder",
+            help=f"give the folder it lies in: {given.parent}",
         )
     help = download_hint(given) or "give the folder that holds config.json and the *.safetensors files"
     return Diagnostic(f"checkpoint folder {given} does not exist", help=help)

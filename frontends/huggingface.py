@@ -108,8 +108,8 @@ def import_model(
     all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
     frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
     for every prompt: keys in a cache cannot be turned again when it grows.  `base`: the folder of the base
-    model, when `folder` holds a LoRA adapter whose config does not say it.  `progress` shows on standard error
-    how far it is.  `TyirError` holds every problem
+    model, when `folder` holds a LoRA adapter whose config does not say it.  `progress` shows on standard
+    error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:

@@ -47,6 +47,7 @@ LAZY: dict[str, set[str]] = {
         "tqdm",  # bars, on a terminal
     },
     "tools": {
+        "packaging",  # which versions a requirement allows
         "shtab",  # completion scripts, an extra
         "torch",
         "transformers",

@@ -18,8 +18,8 @@ gives `main(argv: Sequence[str] | None = None) -> int` (None: the process's argu
 
 `ToolParser` gives every command `--version`, `-q`, `-v` and `--debug`, and answers what it does not know with
 what was probably meant (`tyir.tools.commands.unknown`).  A command says things on standard error by `warn`
-(always), `note` (not with `-q`) and `detail` (with `-v`), and prints a result by `print` or, with `--json`, by
-`print_json`.
+(always), `note` (not with `-q`) and `detail` (with `-v`), and prints a result by `print` or, with `--json`,
+by `tyir.tools.commands.json_forms.print_json`.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ __all__ = [
 EXIT_CODES: Final = {
     0: "done; everything that was to be written is written",
     1: "`error: ...` on standard error, with a cure: a wrong file, argument or IR, a check that failed"
-    " (`tyir-verify`, `tyir-opt --verify-diagnostics`), or what the system refuses (memory, space, permission,"
-    " a closed standard output); `internal error` is a bug of tyir",
+    " (`tyir-verify`, `tyir-opt --verify-diagnostics`), or what the system refuses (memory, space,"
+    " permission, a closed standard output); `internal error` is a bug of tyir",
     129: "the terminal was closed (SIGHUP)",
     130: "interrupted (Ctrl-C, SIGINT)",
-    141: "nobody reads standard output any more (`tyir-opt ... | head`)",
+    141: "nobody reads standard output any more (a pager that was closed)",
     143: "terminated (SIGTERM)",
 }
 

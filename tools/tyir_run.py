@@ -93,8 +93,8 @@ def main(argv: Sequence[str]) -> int:
     reused = f", {shared} of them from the cache" if shared else ""
     after = f"first token {times[0] - start:.3f} s after that, " if times else ""
     note(
-        f"loaded in {loaded:.1f} s; {after}{len(times)} tokens at {decode:.1f} tokens/s ({args.engine} engine on"
-        " this machine, not the device)\n"
+        f"loaded in {loaded:.1f} s; {after}{len(times)} tokens at {decode:.1f} tokens/s ({args.engine} engine"
+        " on this machine, not the device)\n"
         f"{len(ids[0])} prompt tokens{reused}; ended {ended}"
     )
     return 0
@@ -108,7 +108,7 @@ def _why(
         token = tokenizer.convert_ids_to_tokens(made[-1])
         return f"by stop token {made[-1]} ({token}) of {stops[made[-1]]}"
     if reason == "cache full":
-        return f"because the cache is full: all its {capacity} positions are taken; compile with a larger --max-kv"
+        return f"because the cache of {capacity} positions is full; compile with a larger --max-kv"
     return f"after {len(made)} tokens, as many as --max-tokens allows"
 
 

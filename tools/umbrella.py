@@ -44,7 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     return ToolParser(
         prog="tyir",
         usage="tyir COMMAND ...",
-        description=f"A compiler from Hugging Face language models to multi-die edge NPUs.\n\ncommands:\n{lines}",
+        description="A compiler from Hugging Face language models to multi-die edge NPUs.\n\n"
+        f"commands:\n{lines}",
         epilog="tyir COMMAND --help says what a command takes; each is also a program, tyir-COMMAND.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -20,8 +20,8 @@ __all__ = ["FOREIGN_COMMANDS", "FOREIGN_OPTIONS", "FOREIGN_VALUES", "Foreign", "
 
 @dataclass(frozen=True)
 class Foreign:
-    """An option of the program `of`; ours is `option` of the commands `tools` (empty: it has none), and `note`
-    says what else there is to know.
+    """An option of the program `of`; ours is `option` of the commands `tools` (empty: it has none), and
+    `note` says what else there is to know.
     """
 
     of: str
@@ -40,6 +40,13 @@ class Foreign:
 
 
 _SETTLED: Final = "it is settled when the model is compiled"
+_SEQUENCES: Final = "sequences per step are compiled in"
+_LORA: Final = "give the adapter as the model, and its base with --base"
+_RECOGNISED: Final = "as the model: it is recognised; --weights int4 rounds a float one"
+_ENGINES: Final = (
+    "programs run compiled for this machine (host), by numpy (interpreter), or as commands (edge10)"
+)
+_F16: Final = "that is --dtype f16, which the chip computes in; f32 is for comparing"
 _BUILD: Final = ("compile", "import")
 
 FOREIGN_OPTIONS: Final = (
@@ -58,15 +65,17 @@ FOREIGN_OPTIONS: Final = (
     Foreign("tpu-mlir", ("--seq-length", "--max-input-length"), "--max-kv N", _BUILD,
             "that is the cache; --seqlens lists the tokens per step"),
     Foreign("llama.cpp", ("--ctx-size", "-c"), "--max-kv N", _BUILD, _SETTLED),
-    Foreign("vLLM", ("--max-num-seqs",), "--batch B", ("compile",), "sequences per step are compiled in"),
-    Foreign("llama.cpp", ("--parallel", "-np"), "--batch B", ("compile",), "sequences per step are compiled in"),
+    Foreign("vLLM", ("--max-num-seqs",), "--batch B", ("compile",), _SEQUENCES),
+    Foreign("llama.cpp", ("--parallel", "-np"), "--batch B", ("compile",), _SEQUENCES),
     Foreign("llama.cpp", ("--batch-size", "-b", "--ubatch-size", "-ub"), "--seqlens N,N,..", _BUILD,
             "tokens per step; --batch of tyir-compile is the number of sequences"),
     Foreign("vLLM", ("--max-num-batched-tokens", "--enable-chunked-prefill"), "--seqlens N,N,..", _BUILD,
             "prompts run in chunks of the lengths compiled"),
-    Foreign("vLLM", ("--gpu-memory-utilization", "--swap-space", "--cpu-offload-gb", "--num-gpu-blocks-override"),
+    Foreign("vLLM", ("--gpu-memory-utilization", "--swap-space", "--cpu-offload-gb",
+                     "--num-gpu-blocks-override"),
             note="all memory is planned when the model is compiled; tyir-compile --plan says what is needed"),
-    Foreign("llama.cpp", ("--n-gpu-layers", "--gpu-layers", "-ngl", "--no-mmap", "--mlock", "--main-gpu", "-mg"),
+    Foreign("llama.cpp", ("--n-gpu-layers", "--gpu-layers", "-ngl", "--no-mmap", "--mlock",
+                          "--main-gpu", "-mg"),
             note="all layers are on the dies; tyir-compile --plan says what fits"),
     Foreign("llama.cpp", ("--threads", "-t", "--threads-batch", "-tb"),
             note="set OMP_NUM_THREADS and TVM_NUM_THREADS for code that runs on this machine"),
@@ -85,7 +94,7 @@ FOREIGN_OPTIONS: Final = (
     Foreign("transformers", ("--torch-dtype", "--load-in-4bit", "--load-in-8bit"), "--weights int4", _BUILD),
     Foreign("tpu-mlir", ("--calibration-table", "--quantize-table", "--tolerance", "--test-input",
                          "--test-result"),
-            note="weights are rounded to nearest without calibration; tyir-verify compares with Hugging Face"),
+            note="weights are rounded without calibration; tyir-verify compares with Hugging Face"),
     # ---------------------------------------------------------------------------- models and files
     Foreign("vLLM", ("--model", "--model-path", "--tokenizer", "--served-model-name"),
             note="the model is the first argument, a folder: tyir-compile FOLDER -o out/"),
@@ -94,14 +103,15 @@ FOREIGN_OPTIONS: Final = (
     Foreign("tpu-mlir", ("--model-name", "--model-def", "--mlir", "--input-shapes", "--model-data"),
             note="the model is the first argument, a Hugging Face folder: tyir-import FOLDER -o model.ir"),
     Foreign("vLLM", ("--trust-remote-code",), "--model-plugin FILE", _BUILD,
-            "no code of a checkpoint is executed; a class of your own comes in by a file (docs/model-plugin.md)"),
+            "no code of a checkpoint is executed; your own comes in by a file (docs/model-plugin.md)"),
     Foreign("vLLM", ("--download-dir", "--revision", "--load-format", "--hf-token"),
             note="models are folders here: hf download ORG/MODEL --local-dir MODEL"),
     Foreign("llama.cpp", ("--lora",), "--base FOLDER", ("compile", "import", "verify"),
-            "give the adapter as the model, and its base with --base"),
+            _LORA),
     Foreign("vLLM", ("--enable-lora", "--lora-modules"), "--base FOLDER", ("compile", "import", "verify"),
-            "give the adapter as the model, and its base with --base"),
-    Foreign("tpu-mlir", ("--chip", "--processor"), "--machine NAME|FILE", ("compile", "sim", "bench-serving")),
+            _LORA),
+    Foreign("tpu-mlir", ("--chip", "--processor"), "--machine NAME|FILE",
+            ("compile", "sim", "bench-serving")),
     Foreign("vLLM", ("--device", "--distributed-executor-backend"), "--engine host|interpreter|edge10",
             ("run", "verify", "bench-serving")),
     Foreign("GCC", ("--out", "--out-dir", "--output-dir", "--output-file"), "-o OUT",
@@ -139,8 +149,8 @@ FOREIGN_OPTIONS: Final = (
     Foreign("MLIR", ("--debug-only", "-debug-only", "--mlir-debug"), "--debug", ("opt",),
             "passes say what they did with --pass-statistics and --print-ir-after-change"),
     Foreign("MLIR", ("--help-list", "--help-hidden", "--print-all-options"), "--list-passes", ("opt",)),
-    Foreign("MLIR", ("--inline", "--symbol-dce", "--sccp", "--loop-invariant-code-motion", "--control-flow-sink",
-                     "--mem2reg", "--sroa"),
+    Foreign("MLIR", ("--sccp", "--loop-invariant-code-motion",
+                     "--control-flow-sink", "--mem2reg", "--sroa"),
             note="the passes there are: tyir-opt --list-passes"),
 )  # fmt: skip
 
@@ -148,19 +158,19 @@ FOREIGN_OPTIONS: Final = (
 FOREIGN_VALUES: Final = {
     ("--weights", "int8"): "8 bits are for caches, --kv-dtype int8; weights are fp16 or int4",
     ("--weights", "fp8"): "weights are fp16, or int4 with a scale per --group-size channels",
-    ("--weights", "awq"): "give the AWQ checkpoint as the model: it is recognised; --weights int4 rounds a float one",
-    ("--weights", "gptq"): "give the GPTQ checkpoint as the model: it is recognised; --weights int4 rounds a float one",
+    ("--weights", "awq"): f"give the AWQ checkpoint {_RECOGNISED}",
+    ("--weights", "gptq"): f"give the GPTQ checkpoint {_RECOGNISED}",
     ("--weights", "gguf"): "give the .gguf file as the model: it is recognised",
-    ("--weights", "q4_0"): "give a .gguf file of Q4_0 as the model, or round with --weights int4 --group-size 32",
-    ("--weights", "q4_k_m"): "give the .gguf file as the model (it becomes fp16), or round with --weights int4",
+    ("--weights", "q4_0"): "give a .gguf file of Q4_0 as the model, or --weights int4 --group-size 32",
+    ("--weights", "q4_k_m"): "give the .gguf file as the model (it becomes fp16), or --weights int4",
     ("--weights", "w4a16"): "that is --weights int4",
     ("--weights", "w4f16"): "that is --weights int4",
     ("--weights", "4"): "that is --weights int4",
     ("--weights", "f16"): "that is --weights fp16",
-    ("--weights", "bf16"): "that is --weights fp16: what a bf16 checkpoint holds is converted, and checked for overflow",
+    ("--weights", "bf16"): "that is --weights fp16: a bf16 checkpoint is converted, and checked for overflow",
     ("--weights", "auto"): "leave --weights out: what the checkpoint holds stays",
-    ("--dtype", "bfloat16"): "that is --dtype f16, which the chip computes in; f32 is for comparing",
-    ("--dtype", "bf16"): "that is --dtype f16, which the chip computes in; f32 is for comparing",
+    ("--dtype", "bfloat16"): _F16,
+    ("--dtype", "bf16"): _F16,
     ("--dtype", "float16"): "that is --dtype f16",
     ("--dtype", "half"): "that is --dtype f16",
     ("--dtype", "float32"): "that is --dtype f32",
@@ -173,8 +183,8 @@ FOREIGN_VALUES: Final = {
     ("--kv-dtype", "q8_0"): "8 bits of a cache are --kv-dtype int8",
     ("--kv-dtype", "f16"): "that is --kv-dtype fp16",
     ("--kv-dtype", "auto"): "leave --kv-dtype out: it is fp16",
-    ("--engine", "cuda"): "programs run compiled for this machine (host), by numpy (interpreter), or as commands (edge10)",
-    ("--engine", "vllm"): "programs run compiled for this machine (host), by numpy (interpreter), or as commands (edge10)",
+    ("--engine", "cuda"): _ENGINES,
+    ("--engine", "vllm"): _ENGINES,
     ("--engine", "cpu"): "that is --engine host",
 }  # fmt: skip
 

@@ -17,7 +17,15 @@ __all__ = [
     "FORMS",
     "Artifacts",
     "Checked",
+    "DialectEntry",
+    "DialectList",
+    "Doctor",
     "Imported",
+    "OpEntry",
+    "PassEntry",
+    "PassList",
+    "PassOption",
+    "PassTimes",
     "Planned",
     "PlannedDie",
     "Prompt",
@@ -25,6 +33,7 @@ __all__ = [
     "Ran",
     "Reduced",
     "Stage",
+    "Trouble",
     "print_json",
 ]
 
@@ -166,11 +175,108 @@ class Reduced:
     runs: Annotated[int, "times the command ran; 0 for --cut"]
 
 
+@dataclass(frozen=True)
+class PassOption:
+    """An option of a pass."""
+
+    name: Annotated[str, "as one writes it"]
+    kind: Annotated[str, "of its value"]
+    default: Annotated[str, "its value unless given"]
+
+
+@dataclass(frozen=True)
+class PassEntry:
+    """A pass."""
+
+    name: Annotated[str, "as one writes it"]
+    summary: Annotated[str, "the first line of its docstring"]
+    anchor: Annotated[str, "the kind of op it runs on"]
+    options: Annotated[tuple[PassOption, ...], "in order"]
+
+
+@dataclass(frozen=True)
+class PassList:
+    """`tyir-opt --list-passes --json`: every pass, those of `--load-pass` included."""
+
+    passes: Annotated[tuple[PassEntry, ...], "by name"]
+    pipelines: Annotated[dict[str, str], "named pipelines: name -> text"]
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    """An op."""
+
+    name: Annotated[str, "with its dialect"]
+    summary: Annotated[str, "the first line of its docstring"]
+
+
+@dataclass(frozen=True)
+class DialectEntry:
+    """A dialect."""
+
+    name: Annotated[str, "its name"]
+    ops: Annotated[tuple[OpEntry, ...], "by name"]
+
+
+@dataclass(frozen=True)
+class DialectList:
+    """`tyir-opt --show-dialects --json`: every dialect, those of `--load-dialect` included."""
+
+    dialects: Annotated[tuple[DialectEntry, ...], "by name"]
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """`tyir-opt --timing --json`, as `timing` on standard error: the IR has standard output."""
+
+    stages: Annotated[tuple[Stage, ...], "one per pass"]
+    seconds: Annotated[float, "of all"]
+    peak_mib: Annotated[float | None, "the highest of them"]
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that is in the way."""
+
+    what: Annotated[str, "what is wrong"]
+    cure: Annotated[str, "what to do"]
+    fatal: Annotated[bool, "whether compiling cannot work; then the exit code is 1"]
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """`tyir-doctor --json`: what commands run with here."""
+
+    tyir: Annotated[str | None, "version"]
+    python: Annotated[str, "version"]
+    executable: Annotated[str, "the interpreter"]
+    system: Annotated[str, "operating system and its version"]
+    libraries: Annotated[dict[str, str | None], "versions; null: not installed"]
+    compiler: Annotated[str | None, "what links host libraries, and its version"]
+    processor: Annotated[str, "its name"]
+    features: Annotated[tuple[str, ...], "those that host code is made faster by, as Linux calls them"]
+    processors: Annotated[int, "of the machine"]
+    usable_processors: Annotated[int | None, "of this process (affinity)"]
+    processor_limit: Annotated[float | None, "of the control group (containers)"]
+    memory_bytes: Annotated[int | None, "of the machine"]
+    memory_available_bytes: Annotated[int | None, "not in use"]
+    memory_limit_bytes: Annotated[int | None, "of the control group"]
+    cwd_free_bytes: Annotated[int | None, "on the disk of the current folder"]
+    tmp: Annotated[str, "where temporary files go"]
+    tmp_free_bytes: Annotated[int | None, "on its disk"]
+    stdout_is_terminal: Annotated[bool, "whether standard output is one"]
+    encoding: Annotated[str, "of names of files"]
+    locale: Annotated[str, "as the environment says it; empty: not set"]
+    troubles: Annotated[tuple[Trouble, ...], "what is in the way"]
+
+
 # Command -> its forms, those of nested values included, and where the form is declared otherwise.
 FORMS: dict[str, tuple[type[Any], ...]] = {
     "tyir-import": (Imported, Planned, PlannedDie),
+    "tyir-opt": (PassList, PassEntry, PassOption, DialectList, DialectEntry, OpEntry, PassTimes),
     "tyir-compile": (Artifacts, Stage, Planned, PlannedDie),
     "tyir-run": (Ran, Prompt),
     "tyir-verify": (Checked, PromptChecked),
     "tyir-reduce": (Reduced,),
+    "tyir-doctor": (Doctor, Trouble),
 }

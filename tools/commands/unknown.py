@@ -24,7 +24,8 @@ def unknown_options(
         Diagnostic(
             f"{parser.prog}: unknown option '{flag.partition('=')[0]}'",
             help=_meant(parser, flag.partition("=")[0], list(passes))
-            or f"{parser.prog} --help lists the options",
+            or f"{parser.prog} --help lists the options"
+            + (", --list-passes the passes" if parser.prog == "tyir-opt" else ""),
         )
         for flag in dict.fromkeys(flags)
     )

@@ -265,7 +265,7 @@ def _check_group(shape: ModelShape, group: int | None, *, stored: bool) -> None:
         )
     raise TyirError(
         f"group size {group} does not divide the decoder linears' input channels ({said})",
-        help=f"--group-size {largest_group_size(channels, group)} divides them all; --group-size auto finds it",
+        help=f"--group-size {largest_group_size(channels, group)} divides them all; auto chooses",
     )
 
 

@@ -1,5 +1,5 @@
-"""The attributes named `tyir.*` that ops, arguments and results may carry: what passes and people say to later
-passes.
+"""The attributes named `tyir.*` that ops, arguments and results may carry: what passes and people say to
+later passes.
 
 A name that is not in the table means nothing to anybody: `tyir.pim = "split"` would be ignored in silence.
 Attributes of one's own have a prefix of one's own, as in MLIR.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from tyir.attributes import ArrayAttr, DictAttr
-from tyir.diagnostics import did_you_mean
+from tyir.diagnostics import Diagnostic, did_you_mean
 from tyir.ir import Op
 
 __all__ = ["OWN_ATTRIBUTES", "unknown_attributes"]
@@ -55,7 +55,7 @@ OWN_ATTRIBUTES: Final[Mapping[str, str]] = {
 }
 
 
-def unknown_attributes(op: Op) -> Iterator[str]:
+def unknown_attributes(op: Op) -> Iterator[Diagnostic]:
     """What is wrong with the names of an op's attributes, and of its arguments' and results'."""
     where = {"": op.attributes}
     for key, what in (("arg_attrs", "argument"), ("res_attrs", "result")):
@@ -65,7 +65,8 @@ def unknown_attributes(op: Op) -> Iterator[str]:
     for place, attributes in where.items():
         for name in attributes:
             if name.startswith(_PREFIX) and name not in OWN_ATTRIBUTES:
-                hint = (
-                    did_you_mean(name, OWN_ATTRIBUTES) or "attributes of your own need a prefix of your own"
+                hint = did_you_mean(name, OWN_ATTRIBUTES)
+                yield Diagnostic(
+                    f"'{op.name}' has an attribute '{name}'{place}, which nothing reads",
+                    help=hint or "give attributes of your own a prefix of your own",
                 )
-                yield f"has an attribute '{name}'{place}, which nothing reads; {hint}"
