@@ -19,7 +19,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
-from tyir.process.files import download_hint, open_regular, parse_json
+from tyir.process.files import missing_hint, open_regular, parse_json
 from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
@@ -324,7 +324,7 @@ def no_checkpoint(given: Path) -> Diagnostic:
             f"checkpoint folder {given} is a file, not a folder",
             help=f"give the folder it lies in: {given.parent}",
         )
-    help = download_hint(given) or "give the folder that holds config.json and the *.safetensors files"
+    help = missing_hint(given) or "give the folder that holds config.json and the *.safetensors files"
     return Diagnostic(f"checkpoint folder {given} does not exist", help=help)
 
 

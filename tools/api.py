@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.manifest import BuildOptions, settled
-from tyir.process.files import download_hint
+from tyir.process.files import missing_hint
 from tyir.process.stopwatch import Stopwatch
 from tyir.tools.build_arguments import AUTO
 
@@ -165,7 +165,7 @@ def load_module(
         )
     if not model.exists():
         hub = "give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"
-        raise TyirError(f"{model} does not exist", help=download_hint(model) or hub)
+        raise TyirError(f"{model} does not exist", help=missing_hint(model) or hub)
     from tyir.parser import parse_file
     from tyir.printer import has_elided_constants
     from tyir.verifier import verify

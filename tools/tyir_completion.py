@@ -61,7 +61,7 @@ def make_parser() -> ToolParser:
         description="Print a script that makes a shell complete tyir's commands and options.",
         epilog="bash: tyir completion bash > ~/.local/share/bash-completion/completions/tyir",
     )
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
+    parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
     return parser
 
 

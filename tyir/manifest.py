@@ -39,7 +39,7 @@ from tyir.artifacts.schema import Matches, checked, closed, first_of, sha256_of,
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
-from tyir.process.files import download_hint, open_regular, parse_json
+from tyir.process.files import download_hint, missing_hint, open_regular, parse_json
 from tyir.types import FloatType, IntegerType, i64, storage_dtype
 
 __all__ = [
@@ -403,6 +403,8 @@ def _artifacts_near(folder: Path, found: list[str]) -> str:
         return f"compile it: tyir-compile {model} -o out, then give the folder which that prints"
     if hint := download_hint(folder):
         return f"{hint}, then compiled: tyir-compile {folder.name} -o out"
+    if not folder.exists() and (hint := missing_hint(folder)):
+        return hint
     return "give the folder that tyir-compile printed, for example out/4die"
 
 

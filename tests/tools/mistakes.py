@@ -90,7 +90,7 @@ MISTAKES: Final = (
     Mistake("models", "tyir-verify out/1die --against other", "--against the checkpoint that was compiled"),
     Mistake("models", "tyir-run model --prompt x", "compile it: tyir-compile model -o out"),
     Mistake("models", "tyir-sim ty.ir", "tyir-compile FILE.ir -o out"),
-    Mistake("models", "tyir-compile modle -o o", "checkpoint folder"),
+    Mistake("models", "tyir-compile modle -o o", "did you mean 'model'?"),
     Mistake("models", "tyir-import model/config.json", "give the folder it lies in: model"),
     Mistake("numbers", "tyir-compile model -o o --dies 17", "use 16"),
     Mistake("numbers", "tyir-compile model -o o --seqlens 1,a", "write a list such as 1,8"),

@@ -114,7 +114,7 @@ FOREIGN_OPTIONS: Final = (
             ("compile", "sim", "bench-serving")),
     Foreign("vLLM", ("--device", "--distributed-executor-backend"), "--engine host|interpreter|edge10",
             ("run", "verify", "bench-serving")),
-    Foreign("GCC", ("--out", "--out-dir", "--output-dir", "--output-file"), "-o OUT",
+    Foreign("TensorRT-LLM", ("--output-dir", "--out-dir", "--outfile"), "-o OUT",
             ("compile", "import", "opt", "dis", "reduce", "sim")),
     Foreign("TyLLM", ("--artifacts-path",), "-o OUT", ("compile",)),
     # ----------------------------------------------------------------------------------- generating

@@ -16,7 +16,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.checkpoint import StoredTensor
 from tyir.frontends.quant_config import read_quant_config
-from tyir.process.files import download_hint, load_json
+from tyir.process.files import load_json, missing_hint
 from tyir.tools.estimate.model import ModelShape
 
 __all__ = ["FAMILIES", "Family", "read_shape"]
@@ -292,7 +292,7 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TyirError(
             f"cannot read {path}: {error.strerror}",
-            help=download_hint(path.parent if path.name == "config.json" else path)
+            help=missing_hint(path.parent if path.name == "config.json" else path)
             or "give a checkpoint folder, its config.json, or a GGUF file",
         ) from None
     except ValueError as error:

@@ -17,11 +17,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
+from tyir.diagnostics import did_you_mean
+
 __all__ = [
     "MAX_JSON",
     "download_hint",
     "kind_of",
     "load_json",
+    "missing_hint",
     "open_regular",
     "parse_json",
     "read_regular",
@@ -104,6 +107,19 @@ def parse_json(data: bytes, *, finite: bool = False) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole, **strict)
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def missing_hint(path: PathLike[str] | str) -> str:
+    """What to do where a path names nothing: download the model that it names, or take what it nearly names;
+    empty where neither is to be seen.
+    """
+    if hint := download_hint(path):
+        return hint
+    try:
+        beside = os.listdir(Path(path).parent)
+    except OSError:
+        return ""
+    return did_you_mean(Path(path).name, sorted(beside))
 
 
 def download_hint(path: PathLike[str] | str) -> str:
