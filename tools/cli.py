@@ -264,10 +264,11 @@ def _internal_error(error: BaseException) -> str:
     if own:
         line = f": {own[-1].line}" if own[-1].line else ""
         return Diagnostic(
-            f"{text}{notes}",
+            text,
             where=f"{own[-1].filename}:{own[-1].lineno}:1",
             excerpt=f"in {own[-1].name}{line}",
             help="this is in a file of yours; --debug shows the whole traceback",
+            notes=tuple(Diagnostic(said, severity="note") for said in getattr(error, "__notes__", ())),
         ).render()
     place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return (

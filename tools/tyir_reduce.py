@@ -1,6 +1,6 @@
 """`tyir-reduce`: a smaller file that still fails, or a part of a file with the numbers that flow through it.
 
-tyir-reduce model.ir --command 'tyir-opt --my-pass {}' --match 'internal error: KeyError' -o small.ir
+tyir-reduce model.ir --command 'tyir-opt --my-pass {}' --match KeyError -o small.ir
 tyir-reduce model.ir --cut %q..%attn --arrays cut/ -o cut.ir
 """
 
