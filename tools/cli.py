@@ -263,13 +263,15 @@ def _internal_error(error: BaseException) -> str:
     own = [frame for frame in frames if _is_users(frame.filename)]
     if own:
         line = f": {own[-1].line}" if own[-1].line else ""
-        return Diagnostic(
-            text,
-            where=f"{own[-1].filename}:{own[-1].lineno}:1",
-            excerpt=f"in {own[-1].name}{line}",
-            help="this is in a file of yours; --debug shows the whole traceback",
-            notes=tuple(Diagnostic(said, severity="note") for said in getattr(error, "__notes__", ())),
-        ).render()
+        return (
+            Diagnostic(
+                text,
+                where=f"{own[-1].filename}:{own[-1].lineno}:1",
+                excerpt=f"in {own[-1].name}{line}",
+                help="this is in a file of yours; --debug shows the whole traceback",
+            ).render()
+            + notes
+        )
     place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return (
         f"internal error: {text}{place}{notes}\n"
