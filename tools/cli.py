@@ -375,6 +375,10 @@ class ToolParser(argparse.ArgumentParser):
         """How much the command says from now on."""
         global _level
         _level = -1 if found.quiet else 1 if found.verbose else 0
+        if found.verbose or "tyir.process.progress" in sys.modules:
+            from tyir.process.progress import lines_in_pipes
+
+            lines_in_pipes(found.verbose)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's, whose complaints about one argument are said with what that argument is for."""

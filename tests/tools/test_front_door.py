@@ -287,12 +287,14 @@ def test_progress_in_a_pipe_is_lines_or_nothing(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    for seconds, lines in ((1.0, 0), (6.0, 3)):
+    for seconds, flags, lines in ((1.0, "-v", 0), (6.0, "", 0), (6.0, "-v", 3)):
+        ToolParser(prog="t").parse_args(flags.split())
         for _ in track(range(8), "work", "piece", show=True):
             now[0] += seconds
         err = capsys.readouterr().err
         assert "\r" not in err and len(err.splitlines()) == lines
     assert err.splitlines()[0] == "work: 2 of 8 pieces, about 36 s left"
+    ToolParser(prog="t").parse_args([])
     assert list(track(range(8), "work", "piece", show=False)) == list(range(8))
     assert capsys.readouterr().err == ""
 

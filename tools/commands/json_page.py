@@ -26,7 +26,8 @@ standard output as well (`tyir-import`, `tyir-reduce`), `-o FILE` is needed.  Ol
 `tyir-bench-serving --result FILE`.
 
 `-q` leaves out progress and notes, `-v` says more and lets other libraries speak, `NO_COLOR` turns colours
-off; in a pipe there are none, nor any bars."""
+off.  On a terminal long work has bars; in a pipe there is nothing of them, with `-v` a line every ten
+seconds."""
 
 _SIM = "## tyir-sim\n\nTimes are in ms; an interval has the bounds of the assumed constants."
 

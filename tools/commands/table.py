@@ -51,7 +51,7 @@ class Command:
 @cache
 def commands() -> dict[str, Command]:
     """All commands, by name; in the order of a model's way, then of the alphabet."""
-    found = {}
+    found: dict[str, Command] = {}
     for folder in map(Path, tyir.tools.__path__):
         for module in pkgutil.iter_modules([str(folder)]):
             if module.name.startswith("tyir_"):

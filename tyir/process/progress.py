@@ -1,5 +1,5 @@
-"""How far long work is, on standard error: a bar with the time left on a terminal, a line now and then in a
-pipe or a file, never a carriage return there.
+"""How far long work is, on standard error: a bar with the time left on a terminal; in a pipe or a file
+nothing, or with `lines_in_pipes` a line now and then, never a carriage return.
 
     for tensor in track(tensors, "weights", "tensor", show=True): ...
 
@@ -15,11 +15,18 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-__all__ = ["Bar", "track"]
+__all__ = ["Bar", "lines_in_pipes", "track"]
 
 _T = TypeVar("_T")
 _EVERY: Final = 10.0  # seconds between lines where there is no terminal: work that is shorter says nothing
+_lines = False
 _FORMAT: Final = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+
+
+def lines_in_pipes(wanted: bool) -> None:
+    """Whether there are lines where no terminal shows a bar; programs that read standard error want none."""
+    global _lines
+    _lines = wanted
 
 
 class Bar:
@@ -60,7 +67,7 @@ class Bar:
         if self._bar is not None:
             self._bar.set_postfix_str(self._now, refresh=False)
             self._bar.update(count)
-        elif self.show and time.monotonic() - self._said >= _EVERY and self.done < self.total:
+        elif self.show and _lines and time.monotonic() - self._said >= _EVERY and self.done < self.total:
             self._say()
 
     def stage(self, name: str, share: float) -> None:
