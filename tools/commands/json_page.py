@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tyir.runtime_sim.session.serving import Request, Result, summary
@@ -69,12 +69,12 @@ def _type(hint: Any) -> str:
     if origin is tuple:
         inner = args[:1] if args[-1] is Ellipsis else args
         return f"list of {_type(inner[0])}" if len({*inner}) == 1 else f"[{', '.join(map(_type, inner))}]"
-    if isinstance(origin, type) and issubclass(origin, dict | typing.Mapping):  # type: ignore[arg-type]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"object of {_type(args[1])}"
     names: dict[Any, str] = {
         str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", Any: "any value"
     }  # fmt: skip
-    return names.get(hint) or getattr(hint, "__name__", str(hint))
+    return names.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _reached(form: type[Any]) -> Iterator[type[Any]]:
