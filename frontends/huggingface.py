@@ -42,6 +42,7 @@ from tyir.frontends.quant_formats import quantized_format
 from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.layers import layer_in, path_of
+from tyir.process.progress import Bar
 from tyir.types import f64, i64
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def import_model(
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
     base: Path | None = None,
+    progress: bool = False,
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
@@ -107,7 +109,8 @@ def import_model(
     all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
     frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
     for every prompt: keys in a cache cannot be turned again when it grows.  `base`: the folder of the base
-    model, when `folder` holds a LoRA adapter whose config does not say it.  `TyirError` holds every problem
+    model, when `folder` holds a LoRA adapter whose config does not say it.  `progress` shows on standard
+    error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
@@ -115,7 +118,7 @@ def import_model(
             f"dtype {dtype!r} is not one a model can be imported in",
             help=f"choose one of {', '.join(DTYPES)}",
         )
-    with _collector_paused():
+    with _collector_paused(), Bar("import", 100, show=progress) as bar:
         opened = open_model(
             folder,
             dtype,
@@ -124,8 +127,9 @@ def import_model(
             plugin=plugin,
             positions=positions,
             base=base,
+            bar=bar,
         )
-        return _build(opened.checkpoint, opened.meta, opened.weights)
+        return _build(opened.checkpoint, opened.meta, opened.weights, bar)
 
 
 @contextlib.contextmanager
@@ -162,9 +166,12 @@ def open_model(
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
     base: Path | None = None,
+    bar: Bar | None = None,
 ) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
+    bar = bar or Bar("import", 100)
+    bar.stage("reading the checkpoint", 2)
     problems: list[Diagnostic] = []
     checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
@@ -174,11 +181,12 @@ def open_model(
         problems.extend(_early_problems(checkpoint, plugin))
     # all else would follow from these, and takes the seconds that torch and transformers need to be loaded
     meta = (
-        _meta_model(checkpoint, dtype, problems, note, plugin, positions)
+        _meta_model(checkpoint, dtype, problems, note, plugin, positions, bar)
         if checkpoint is not None and not problems
         else None
     )
     if checkpoint is not None and meta is not None:
+        bar.stage("checking the tensors", 2)
         named = with_model_names(checkpoint, meta.aliases, note)
         if isinstance(named, Diagnostic):
             raise TyirError([*problems, named])
@@ -252,6 +260,7 @@ def _meta_model(
     note: Note,
     plugin: ModelPlugin | None,
     positions: int | None,
+    bar: Bar,
 ) -> MetaModel | None:
     """The model without storage, None (and problems) when the config does not describe one that can be
     imported.
@@ -264,8 +273,10 @@ def _meta_model(
                 " plain attention, as transformers does"
             )
             note(Diagnostic(message, severity="warning", where=where))
+    bar.stage("loading torch and transformers", 65)
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
+    bar.stage("building the model", 3)
     try:
         model_class = plugin.model_class if plugin is not None else None
         meta = build_meta_model(checkpoint.folder, dict(config), dtype, model_class, positions)
@@ -442,12 +453,15 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights) -> Module:
+def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, bar: Bar) -> Module:
     """Export the checked model and convert the graph."""
     from tyir.frontends.graph_importer import import_graph
     from tyir.frontends.torch_export import export_model, real_buffer
 
-    main = import_graph(export_model(meta), weights, lambda name: real_buffer(meta, name))
+    bar.stage("tracing the model", 22)
+    graph = export_model(meta)
+    bar.stage("converting the graph", 6)
+    main = import_graph(graph, weights, lambda name: real_buffer(meta, name))
     _check_constants(main, str(checkpoint.folder / "config.json"))
     module = Module.empty()
     for reference in weights.globals.values():

@@ -13,7 +13,7 @@ groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +25,27 @@ from tyir.layers import carry, layer_of, path_of, require_layers
 from tyir.manifest import record
 from tyir.pipeline import Pass, PassContext
 
-__all__ = ["QuantizeWeights"]
+__all__ = ["QuantizeWeights", "decoder_linears", "largest_group_size"]
+
+
+def decoder_linears(op: Op) -> list[Linear]:
+    """The linears of decoder layers whose weights are known when the model is compiled."""
+    constants = ConstantExpressions()
+    return [
+        linear
+        for linear in op.walk_type(Linear)
+        if layer_of(linear) is not None and constants.is_constant(linear.weight)
+    ]
+
+
+def largest_group_size(channels: Iterable[int], most: int) -> int:
+    """The largest size of groups, `most` at most, that divides all these numbers of input channels.
+
+    >>> largest_group_size([160, 352], 128)
+    32
+    """
+    common = math.gcd(*channels)
+    return max(d for d in range(1, max(min(most, common), 1) + 1) if common % d == 0)
 
 
 @dataclass(frozen=True)
@@ -38,10 +58,7 @@ class QuantizeWeights(Pass):
 
     def run(self, op: Op, context: PassContext) -> None:
         require_layers(op, "no linear can be chosen")
-        constants = ConstantExpressions()
-        linears = [
-            op for op in op.walk_type(Linear) if layer_of(op) is not None and constants.is_constant(op.weight)
-        ]
+        linears = decoder_linears(op)
         self._check_group_size(linears)
         for linear in linears:
             groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc)
@@ -69,8 +86,7 @@ class QuantizeWeights(Pass):
             by_channels.setdefault(tensor_type(linear.weight).static_shape[1], []).append(linear)
         bad = {k: some for k, some in by_channels.items() if self.group_size < 1 or k % self.group_size}
         if bad:
-            common = math.gcd(*by_channels)
-            nearest = max(d for d in range(1, max(min(self.group_size, common), 1) + 1) if common % d == 0)
+            nearest = largest_group_size(by_channels, self.group_size)
             raise TyirError(
                 Diagnostic(
                     f"group size {self.group_size} does not divide the {k} input channels of"

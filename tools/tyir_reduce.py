@@ -1,6 +1,6 @@
 """`tyir-reduce`: a smaller file that still fails, or a part of a file with the numbers that flow through it.
 
-tyir-reduce model.ir --command 'tyir-opt --my-pass {}' --match 'internal error: KeyError' -o small.ir
+tyir-reduce model.ir --command 'tyir-opt --my-pass {}' --match KeyError -o small.ir
 tyir-reduce model.ir --cut %q..%attn --arrays cut/ -o cut.ir
 """
 
@@ -17,29 +17,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, check_output, note, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if (args.command is None) == (args.cut is None):
         raise TyirError(
             "tyir-reduce needs either --command or --cut", help="for example --command 'tyir-opt --cse {}'"
         )
     from tyir.parser import parse_file
 
+    check_output(args.output)
+    if args.json and args.output == "-":
+        raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
     module = parse_file(args.file)
-    smaller = _reduce(module, args) if args.command is not None else _cut(module, args)
+    before = sum(1 for _ in module.walk())
+    smaller, runs = _reduce(module, args) if args.command is not None else (_cut(module, args), 0)
     from tyir.printer import print_op
 
     write_output(print_op(smaller, pretty=args.pretty), args.output)
+    after = sum(1 for _ in smaller.walk())
+    if args.json:
+        from tyir.tools.commands.json_forms import Reduced, print_json
+
+        print_json(Reduced(output=args.output, ops_before=before, ops=after, runs=runs))
+    elif args.command is not None:
+        note(f"{before} ops -> {after} ops, the command ran {runs} times")
     return 0
 
 
@@ -104,16 +115,15 @@ class _Command:
         return done.returncode, done.stdout + done.stderr
 
 
-def _reduce(module: Module, args: argparse.Namespace) -> Module:
+def _reduce(module: Module, args: argparse.Namespace) -> tuple[Module, int]:
+    """The smaller module, and how often the command ran."""
     from tyir.tools.reduce.reduce_ir import reduce_module
 
     with tempfile.TemporaryDirectory() as folder:
         command = _Command(args, folder)
         command.first_run(module)
-        before = sum(1 for _ in module.walk())
         result = reduce_module(module, command)
-    print(f"{before} ops -> {result.size()} ops, the command ran {result.tried + 1} times", file=sys.stderr)
-    return result.module
+    return result.module, result.tried + 1
 
 
 def _cut(module: Module, args: argparse.Namespace) -> Module:
@@ -144,11 +154,11 @@ def _cut(module: Module, args: argparse.Namespace) -> Module:
     cut = cut_ops(module, first, last, arrays, args.function)
     if args.arrays is not None:
         for path in cut.save_arrays(args.arrays):
-            print(path, file=sys.stderr)
+            note(str(path))
     return cut.with_constants() if args.constants else cut.module
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-reduce",
         description=(
@@ -201,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         "--arrays", type=Path, metavar="DIR", help="save what flows into and out of the cut as .npy files"
     )
     cut.add_argument("--constants", action="store_true", help="put the inputs into the IR as constants")
-    add_debug_option(parser)
+    add_json_option(parser, "print the counts as JSON")
     return parser
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.process.files import download_hint
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.ir import Op
@@ -22,17 +23,22 @@ if TYPE_CHECKING:
     from tyir.targets.collectives import CollectiveNeed
     from tyir.targets.machine import Machine
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if args.json:
+        args.report = "json"
     if missing := [str(p) for p in args.artifacts if not p.exists()]:
+        hint = download_hint(missing[0])
         raise TyirError(
             f"{', '.join(missing)} does not exist",
-            help="give the folder that tyir-compile printed, for example out/4die",
+            help=f"{hint}, and compiled (tyir-compile)"
+            if hint
+            else "give the folder that tyir-compile printed, for example out/4die",
         )
     if args.top < 0:
         raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")
@@ -300,7 +306,7 @@ def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int
     return sweep_text(name, rows, prompt)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-sim",
         description="Simulate the time that compiled command programs take on the device.",
@@ -352,6 +358,7 @@ def _parser() -> argparse.ArgumentParser:
         default="text",
         help="how to print the result (default text)",
     )
+    add_json_option(parser, "the same as --report json")
     parser.add_argument(
         "-o", "--output", default="-", metavar="FILE", help="where the report goes (default: standard output)"
     )
@@ -371,7 +378,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top", type=int, default=12, metavar="N", help="how many ops to list (default 12)")
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes")
-    add_debug_option(parser)
     return parser
 
 

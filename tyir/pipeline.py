@@ -37,7 +37,7 @@ from tyir.pass_manager.text import (
     pipeline_error,
 )
 from tyir.stages import KEY, require_stage
-from tyir.verify import verify
+from tyir.verifier import verify
 
 if TYPE_CHECKING:
     from tyir.execution.weights import WeightSource

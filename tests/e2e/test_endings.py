@@ -77,7 +77,7 @@ def test_every_position_of_the_cache(compiled: Path, answer: Run, length: int) -
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 3
     code, out, notes = answer(compiled, "--prompt", alphabet[:length], "--max-tokens", 64)
     assert (code, out) == (0, alphabet[: CAPACITY + 1] + "\n"), "one token follows the last position"
-    assert "ended because all 30 positions of the cache are taken" in notes and "--max-kv" in notes
+    assert "ended because the cache of 30 positions is full" in notes and "--max-kv" in notes
 
 
 def test_a_prompt_too_long_is_refused_with_the_numbers(compiled: Path, answer: Run) -> None:

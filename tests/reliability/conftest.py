@@ -38,7 +38,7 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
             *(f"tyir.tools.{name}" for name in names),
             "tyir.parser",
             "tyir.printer",
-            "tyir.verify",
+            "tyir.verifier",
             "tyir.targets.machine",
             "tyir.passes.pipelines",
         ],

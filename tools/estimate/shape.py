@@ -17,7 +17,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.adapters import base_of
 from tyir.frontends.checkpoint import StoredTensor
 from tyir.frontends.quant_config import read_quant_config
-from tyir.process.files import load_json
+from tyir.process.files import load_json, missing_hint
 from tyir.tools.estimate.model import ModelShape
 
 __all__ = ["FAMILIES", "Family", "read_shape"]
@@ -303,7 +303,8 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TyirError(
             f"cannot read {path}: {error.strerror}",
-            help="give a checkpoint folder, its config.json, or a GGUF file",
+            help=missing_hint(path.parent if path.name == "config.json" else path)
+            or "give a checkpoint folder, its config.json, or a GGUF file",
         ) from None
     except ValueError as error:
         raise TyirError(f"{path} is not valid JSON: {error}", help=_RESTORE) from None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tyir.diagnostics import TyirError
 from tyir.text.json_files import json_lines
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.gpu.accelerator import Accelerator
@@ -190,7 +190,6 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON lines of measured steps (kind, model, world, batch, tokens, past, us): print all errors",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_debug_option(parser)
     return parser
 
 

@@ -26,7 +26,7 @@ from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.runtime_sim.timing.unroll import Step
 from tyir.targets.collectives import all_reduce_phases
 from tyir.targets.machine import Machine, load_machine
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 from tyir.tools.silicon.programs import MACHINE, all_programs
 from tyir.types import bit_width
 
@@ -180,7 +180,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="only programs of this kind (unit, stream, model, blind) or with this in their name",
     )
-    add_debug_option(parser)
     return parser
 
 

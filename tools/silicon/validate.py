@@ -21,7 +21,7 @@ import numpy as np
 from tyir.diagnostics import TyirError
 from tyir.edge10.vector_functions import VECTOR_PASSES
 from tyir.text.json_files import json_lines
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.targets.machine import Machine
@@ -249,7 +249,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--all", action="store_true", help="a line for each program")
     parser.add_argument("--json", action="store_true", help="all programs as JSON")
-    add_debug_option(parser)
     return parser
 
 

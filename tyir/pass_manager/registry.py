@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,20 +144,34 @@ def load_module_file(path: str | Path) -> ModuleType:
     file = Path(path)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if not file.is_file() or spec is None or spec.loader is None:
-        raise TyirError(f"cannot load {path}: there is no such Python file")
+        raise TyirError(
+            f"cannot load {path}: there is no such Python file", help="give the path of a .py file"
+        )
     module = importlib.util.module_from_spec(spec)
     shadowed = sys.modules.get(file.stem)
     sys.modules[file.stem] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise TyirError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+        raise TyirError(
+            f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}",
+            where=_line_of(error, file),
+            help="the file cannot be loaded as it is: mend this line; --debug shows the traceback",
+        ) from error
     finally:
         if shadowed is not None and shadowed is not _loaded.get(file.stem):
             sys.modules[file.stem] = shadowed  # a library's module keeps its name
         else:
             _loaded[file.stem] = module
     return module
+
+
+def _line_of(error: Exception, file: Path) -> str:
+    """The line of `file` that an error at loading comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}:{error.offset or 1}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
+    return f"{file}:{lines[-1] if lines else 1}:1"
 
 
 def _is_pass_file(folders: list[str], module_name: str) -> bool:
