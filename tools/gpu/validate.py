@@ -68,12 +68,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _engine_lines() -> list[str]:
-    """The table of the timing engine on silicon."""
+    """The tables of the timing engine on silicon."""
     from tyir.targets.machine import load_machine
     from tyir.tools.silicon.programs import MACHINE
-    from tyir.tools.silicon.validate import engine_rows, read_measured, summary_lines
+    from tyir.tools.silicon.validate import page_lines
 
-    return summary_lines(engine_rows(read_measured(), load_machine(MACHINE)))
+    return page_lines(load_machine(MACHINE))
 
 
 def _candidates(name: str, data: Path | None) -> list[Path]:

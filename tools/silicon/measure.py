@@ -2,7 +2,7 @@
 
 As `tools/silicon/die.cu` reads them.
 
-    nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a tools/silicon/die.cu -o die && ./die programs.bin > tests/data/h100_sm/engine.jsonl
+    nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a tools/silicon/die.cu -o die && ./die programs.bin > tests/data/h200_sm/engine.jsonl
 
 `python -m tyir.tools.silicon.validate` compares what that measured with what the timing engine says of the
 same programs.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if not chosen:
         raise TyirError(
             f"no program is of the kind '{args.only}' or has it in its name",
-            help="kinds: unit, stream, model, blind",
+            help="kinds: unit, waiting, stream, model, blind",
         )
     parts = [np.array([_MAGIC, len(chosen)], np.uint32)]
     for entry in chosen:
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         metavar="TEXT",
-        help="only programs of this kind (unit, stream, model, blind) or with this in their name",
+        help="only programs of this kind (unit, waiting, stream, model, blind) or with this in their name",
     )
     return parser
 
