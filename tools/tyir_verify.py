@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 LOGIT_COSINE: Final = 0.9999
+LOGIT_SIZE: Final = 0.01  # how far the logits' norm may be from Hugging Face's, of 1
 
 
 @run_tool
@@ -49,7 +50,10 @@ def main(argv: Sequence[str]) -> int:
         results.append(check_prompt(session, reference, ids, count, states))
     if not results or not all(len(r.logit_cosine) for r in results):
         raise TyirError("no position was compared", help="give a prompt, or leave --prompt and --ids out")
-    good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)
+    good = all(
+        r.logit_cosine.min() >= LOGIT_COSINE and abs(r.logit_size - 1) <= LOGIT_SIZE and not r.differing
+        for r in results
+    )
     if args.json:
         print(json.dumps(_summary(results, good), indent=1))
     else:
@@ -64,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     if good:
         return 0
     if args.engine != "edge10":
-        worst = min(results, key=lambda r: r.logit_cosine.min())
+        worst = min(results, key=lambda r: r.logit_cosine.min() - abs(r.logit_size - 1))
         found = locate(
             session.artifacts,
             args.against,
@@ -157,13 +161,13 @@ def _print(results: Sequence[object], engine: str, good: bool) -> None:
 
     rows = [r for r in results if isinstance(r, PromptResult)]
     print(
-        f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'max logit error':>17}{'same greedy tokens':>20}"  # noqa: E501
+        f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'logit size':>12}{'max logit error':>17}{'same greedy tokens':>20}"  # noqa: E501
     )
     for number, r in enumerate(rows):
         same = r.positions - len(r.differing) - len(r.ties)
         ties = f" (+{len(r.ties)} tied)" if r.ties else ""
         print(
-            f"{number:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
+            f"{number:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}{r.logit_size:>12.5f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
         )
     layers = [min(column) for column in zip(*(r.layer_cosine for r in rows))]
     if layers:
@@ -185,6 +189,7 @@ def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
     return {
         "ok": good,
         "min_logit_cosine": min(float(r.logit_cosine.min()) for r in rows),
+        "logit_size": max((r.logit_size for r in rows), key=lambda size: abs(size - 1)),
         "max_logit_error": max(float(r.logit_error.max()) for r in rows),
         "tokens": sum(r.positions for r in rows),
         "differing": sum(len(r.differing) for r in rows),
