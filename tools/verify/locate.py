@@ -44,8 +44,8 @@ __all__ = ["Agreement", "Divergence", "Recorder", "first_off", "locate", "refere
 Array = npt.NDArray[Any]
 
 
-# Rounding is far below these.  Of the embedded model the worst op has cosine 0.999997, is 0.0006 off in size and
-# 0.0012 in a row, in fp16 and int4; with a cache of int8 0.99991, 0.0037 and 0.0126.
+# Rounding is far below these.  Of the embedded model the worst op has cosine 0.999997, is 0.0006 off in size
+# and 0.0012 in a row, in fp16 and int4; with a cache of int8 0.99991, 0.0037 and 0.0126.
 MIN_COSINE: Final = 0.999
 SIZE_OFF: Final = 0.01
 ROW_OFF: Final = 0.05
@@ -54,8 +54,8 @@ _SMALL_ROW: Final = 1e-2  # rows below this share of the largest are mostly roun
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two tensors agree: their cosine, and the ratio of their norms; of the norms of two rows where those are
-    further apart.
+    """How two tensors agree: their cosine, and the ratio of their norms; of the norms of two rows where those
+    are further apart.
     """
 
     cosine: float
