@@ -210,13 +210,8 @@ def summarize(
         decode_bound_by=_bound_with_host(decode, predictor.host_ns),
         prefill_tokens_per_s=ttft.map(lambda ns: prompt * 1e9 / ns),
         decode_tokens_per_s=tpot.map(lambda ns: 1e9 / ns),
-        ttft_by_prompt=tuple(
-            _at(predictor, n, lambda p, n=n: p.prefill_device_ns(n, exact=False), predictor.prefill_steps(n))
-            for n in prompts
-        ),
-        tpot_by_position=tuple(
-            _at(predictor, n, lambda p, n=n: p.decode_device_ns(n, exact=False), 1) for n in positions
-        ),
+        ttft_by_prompt=tuple(_ttft_point(predictor, n) for n in prompts),
+        tpot_by_position=tuple(_tpot_point(predictor, n) for n in positions),
         decode_step=_step_report(decode, least),
         prefill_step=_step_report(predictor.step(longest, 0), least) if longest > shortest else None,
         tornado=_tornado(predictor, pos) if tornado else (),
@@ -235,12 +230,19 @@ def _points(predictor: Predictor, prompt: int, pos: int) -> tuple[list[int], lis
     return sorted(prompts), sorted(positions)
 
 
-def _at(predictor: Predictor, tokens: int, device_ns: Callable[[Predictor], float], steps: int) -> Point:
+def _ttft_point(predictor: Predictor, tokens: int) -> Point:
+    device = predictor.interval(lambda p: p.prefill_device_ns(tokens, exact=False))
+    return _point(predictor, tokens, device, predictor.prefill_steps(tokens))
+
+
+def _tpot_point(predictor: Predictor, pos: int) -> Point:
+    return _point(predictor, pos, predictor.interval(lambda p: p.decode_device_ns(pos, exact=False)), 1)
+
+
+def _point(predictor: Predictor, tokens: int, device: Interval, steps: int) -> Point:
     """A point of a curve, for a figure of so many steps."""
-    device = predictor.interval(device_ns)
-    return Point(
-        tokens, device.plus(predictor.interval(lambda p: p.host_ns), steps).map(_ms), device.map(_ms)
-    )
+    host = predictor.interval(lambda p: p.host_ns)
+    return Point(tokens, device.plus(host, steps).map(_ms), device.map(_ms))
 
 
 def _bound_with_host(step: Timing, host_ns: float) -> str:

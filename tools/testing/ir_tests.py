@@ -135,7 +135,8 @@ def _filecheck(words: list[str]) -> int:
         print("filecheck is not installed\nhelp: pip install filecheck", file=sys.stderr)
         return 1
 
-    return Matcher.from_opts(parse_argv_options(words)).run()
+    code: int = Matcher.from_opts(parse_argv_options(words)).run()
+    return code
 
 
 def _part(words: list[str]) -> int:
