@@ -58,6 +58,8 @@ LAZY: dict[str, set[str]] = {
 
 # Files and folders that may import a library nobody else may.
 SPECIAL: dict[str, tuple[str, ...]] = {
+    "pytest": ("tools/testing/",),
+    "filecheck": ("tools/testing/",),
     "tvm": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
     "tvm_ffi": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
 }

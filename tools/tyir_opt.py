@@ -137,6 +137,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.statistics: dict[str, int] = {}
+        self.said: list[Diagnostic] = []  # warnings and remarks of passes, for --verify-diagnostics
 
     def run(self, name: str, text: str) -> str | None:
         """The printed result of one part; None after an error, which has been reported."""
@@ -151,12 +152,12 @@ class _Job:
                 return None
         from tyir.tools.opt.diagnostics import check_expected
 
-        result, found = None, []
+        result, self.said = None, []
         try:
             result = self._process(name, text)
         except TyirError as error:
-            found = list(error.diagnostics)
-        problems = check_expected(text, found, name, self.args.verify_diagnostics == "only-expected")
+            self.said += error.diagnostics
+        problems = check_expected(text, self.said, name, self.args.verify_diagnostics == "only-expected")
         for problem in problems:
             print(problem, file=sys.stderr)
         self.failed = self.failed or bool(problems)
@@ -179,7 +180,7 @@ class _Job:
             _check_round_trip(module)
         pipeline_text, verify_each = self._pipeline_of(text)
         if pipeline_text is not None:
-            self._run_pipeline(module, pipeline_text, verify_each, text)
+            self._run_pipeline(module, pipeline_text, verify_each, source, positions)
         locations = self.args.print_debuginfo and not self.args.verify_diagnostics
         return print_op(module, locations, self.pretty, self.args.elide_large_constants)
 
@@ -205,7 +206,9 @@ class _Job:
             )
         return found[0], found[1] and self.args.verify_each
 
-    def _run_pipeline(self, module: Module, text: str, verify_each: bool, source: str) -> None:
+    def _run_pipeline(
+        self, module: Module, text: str, verify_each: bool, source: SourceText, positions: dict[Op, int]
+    ) -> None:
         from tyir.pipeline import PassContext, build_pipeline
 
         pipeline = build_pipeline(text, self.registry)
@@ -216,14 +219,17 @@ class _Job:
             verify_each=verify_each,
             instruments=self._instruments(pipeline, verify_each),
             registry=self.registry,
+            label_of=lambda op: _label(op, source, positions),
         )
+        if self.args.verify_diagnostics:
+            context.report = self.said.append
         try:
             pipeline.run(module, context)
         except TyirError:
             raise
         except Exception as error:
             if self.args.crash_reproducer is None:
-                error.add_note(_leave_reproducer(source, pipeline))
+                error.add_note(_leave_reproducer(source.text, pipeline))
             raise
 
     def _instruments(self, pipeline: Pipeline, verify_each: bool) -> list[Instrument]:

@@ -28,6 +28,7 @@ __all__ = ["main", "make_parser"]
 LOGIT_COSINE: Final = 0.9999
 TOKENS: Final = {False: 32, True: 64}  # greedy tokens per prompt, without and with --full
 _WHOLE: Final = "8 prompts of 64 tokens"
+LOGIT_SIZE: Final = 0.01  # how far the logits' norm may be from Hugging Face's, of 1
 
 
 @run_tool
@@ -64,7 +65,10 @@ def main(argv: Sequence[str]) -> int:
                 bar.line(_row(number, results[-1]))
     if not results or not all(len(r.logit_cosine) for r in results):
         raise TyirError("no position was compared", help="give a prompt, or leave --prompt and --ids out")
-    good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)
+    good = all(
+        r.logit_cosine.min() >= LOGIT_COSINE and abs(r.logit_size - 1) <= LOGIT_SIZE and not r.differing
+        for r in results
+    )
     if not args.json:
         _print_end(results, args.engine, good)
         if not args.full and args.prompt is None and args.ids is None:
@@ -78,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     found = None
     if not good and args.engine != "edge10":
         note("looking for the first op that is off")
-        worst = min(results, key=lambda r: r.logit_cosine.min())
+        worst = min(results, key=lambda r: r.logit_cosine.min() - abs(r.logit_size - 1))
         found = locate(
             session.artifacts,
             args.against,
@@ -208,8 +212,8 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
 
 
 _HEAD: Final = (
-    f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'max logit error':>17}"
-    f"{'same greedy tokens':>20}"
+    f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'logit size':>12}"
+    f"{'max logit error':>17}{'same greedy tokens':>20}"
 )
 
 
@@ -218,7 +222,7 @@ def _row(number: int, r: PromptResult) -> str:
     ties = f" (+{len(r.ties)} tied)" if r.ties else ""
     return (
         f"{number:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}"
-        f"{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
+        f"{r.logit_size:>12.5f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
     )
 
 
@@ -247,6 +251,7 @@ def _form(results: Sequence[PromptResult], good: bool, divergence: str | None) -
             prompt_tokens=r.prompt_length,
             positions=len(r.logit_cosine),
             min_logit_cosine=float(r.logit_cosine.min()),
+            logit_size=r.logit_size,
             max_logit_error=float(r.logit_error.max()),
             tokens=r.positions,
             differing=len(r.differing),
@@ -257,6 +262,7 @@ def _form(results: Sequence[PromptResult], good: bool, divergence: str | None) -
     return Checked(
         ok=good,
         min_logit_cosine=min(p.min_logit_cosine for p in prompts),
+        logit_size=max((p.logit_size for p in prompts), key=lambda size: abs(size - 1)),
         max_logit_error=max(p.max_logit_error for p in prompts),
         tokens=sum(p.tokens for p in prompts),
         differing=sum(p.differing for p in prompts),

@@ -142,6 +142,7 @@ class PromptChecked:
     prompt_tokens: Annotated[int, "its tokens"]
     positions: Annotated[int, "whose logits were compared"]
     min_logit_cosine: Annotated[float, "the smallest of them"]
+    logit_size: Annotated[float, "the logits' norm, of Hugging Face's"]
     max_logit_error: Annotated[float, "the largest absolute difference of a logit"]
     tokens: Annotated[int, "greedy tokens compared"]
     differing: Annotated[int, "of them not Hugging Face's"]
@@ -154,8 +155,9 @@ class Checked:
     unless `ok`.
     """
 
-    ok: Annotated[bool, "every cosine is at least 0.9999 and no token differs"]
+    ok: Annotated[bool, "every cosine is at least 0.9999, sizes are within 1 %, and no token differs"]
     min_logit_cosine: Annotated[float, "over all prompts"]
+    logit_size: Annotated[float, "the farthest from 1 of all prompts"]
     max_logit_error: Annotated[float, "over all prompts"]
     tokens: Annotated[int, "over all prompts"]
     differing: Annotated[int, "over all prompts"]

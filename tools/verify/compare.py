@@ -2,7 +2,7 @@
 
 Three questions, each asked with the same prompts:
 
-* logits: at every position, the artifacts' logits against Hugging Face in fp32 on the same (de-quantised) weights;
+* logits: at every position, the artifacts' logits against Hugging Face in fp32 on the same (de-quantised) weights, by direction and by size;
 * tokens: at every position, whether greedy decoding takes the token Hugging Face takes (positions are fed Hugging Face's own tokens, so one difference
   does not hide the next; a difference counts as a tie when Hugging Face's own preference is smaller than the numerical error there);
 * layers: the hidden state after every decoder layer.
@@ -53,6 +53,7 @@ __all__ = [
     "cosine",
     "dense_model",
     "reference_module",
+    "size_ratio",
 ]
 
 Array = npt.NDArray[Any]
@@ -78,6 +79,16 @@ def cosine(a: Array, b: Array) -> float:
         return float(not x.any() and not y.any())
     value = float(x @ y) / norm
     return value if np.isfinite(value) else 0.0
+
+
+def size_ratio(a: Array, b: Array) -> float:
+    """The norm of `a` in that of `b`, which a cosine does not see: 1 when both are zero, infinite when `b`
+    alone is or when either holds NaN.
+    """
+    x, y = (float(np.linalg.norm(t.astype(np.float64))) for t in (a, b))
+    if y == 0 or not np.isfinite(x / y):
+        return 1.0 if x == y == 0 else float("inf")
+    return x / y
 
 
 def cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
@@ -297,6 +308,7 @@ class PromptResult:
     prompt_length: int
     logit_cosine: npt.NDArray[np.float64]
     logit_error: npt.NDArray[np.float64]
+    logit_size: float  # norm of all logits in that of Hugging Face's
     layer_cosine: list[float]
     differing: list[int] = field(default_factory=list)
     ties: list[int] = field(default_factory=list)
@@ -343,6 +355,7 @@ def check_prompt(
         prompt_length=len(ids),
         logit_cosine=cosines(got, wanted),
         logit_error=error,
+        logit_size=size_ratio(got, wanted),
         layer_cosine=(
             [float(cosines(states.rows(i), s[: len(got)]).min()) for i, s in enumerate(wanted_states)]
             if states.seen
