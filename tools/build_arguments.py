@@ -27,6 +27,10 @@ def numbers(text: str) -> tuple[int, ...]:
             ) from None
         except argparse.ArgumentTypeError as error:
             raise TyirError(str(error), help="write a list such as 1,8") from None
+    if not values:
+        raise TyirError(
+            f"'{text}' is an empty list", help="write a list such as 1,8, or leave the option out"
+        )
     return tuple(values)
 
 

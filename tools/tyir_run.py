@@ -92,9 +92,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     reused = f", {shared} of them from the cache" if shared else ""
     after = f"first token {times[0] - start:.3f} s after that, " if times else ""
+    rate = (
+        f"{len(times)} tokens at {decode:.1f} tokens/s"
+        if len(times) > 1
+        else f"{len(times)} token{'s' * (not times)}"
+    )
     note(
-        f"loaded in {loaded:.1f} s; {after}{len(times)} tokens at {decode:.1f} tokens/s ({args.engine} engine"
-        " on this machine, not the device)\n"
+        f"loaded in {loaded:.1f} s; {after}{rate} ({args.engine} engine on this machine, not the device)\n"
         f"{len(ids[0])} prompt tokens{reused}; ended {ended}"
     )
     return 0

@@ -322,8 +322,8 @@ def _builds(folder: Path) -> Iterator[Case]:
 def test_builds(tmp_path: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
     count = tally("builds that cannot be")
     count.run(importing, sample(_builds(tmp_path), slow, 3))
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     count.close()
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 # ----------------------------------------------------------------------------------------- other tools' files
