@@ -272,7 +272,7 @@ def _units() -> Iterator[EnginePrograms]:
 
 # What each unit does when it only waits, by the unit's name.
 _LITTLE: Final[Mapping[str, Callable[[_Writer, Value], Value]]] = {
-    **{queue: lambda w, t, q=queue: w.load(1024, t, queue=q) for queue in edge10.DMA_UNITS[:-1]},  # type: ignore[misc]
+    **{queue: lambda w, t, q=queue: w.load(1024, t, queue=q) for queue in edge10.DMA_UNITS[:-1]},
     edge10.DMA_UNITS[-1]: lambda w, t: w.store(1024, t),
     "dequant": lambda w, t: w.dequant(1, 256, t),
     "cube": lambda w, t: w.matmul(16, 16, 16, t),

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -110,7 +110,9 @@ def read_measured(path: Path = _DATA / GPUS[0]) -> dict[str, float]:
         for where, row in json_lines(file, _HOW):
             if "name" not in row:
                 continue
-            name, ns, mhz = row["name"], row.get("ns"), row.get("mhz", _CLOCK_MHZ)
+            name: Any = row["name"]
+            ns: Any = row.get("ns")
+            mhz: Any = row.get("mhz", _CLOCK_MHZ)
             if not isinstance(name, str) or not all(type(n) in (int, float) and n > 0 for n in (ns, mhz)):
                 message = (
                     f"name {str(name)[:40]!r} with ns {str(ns)[:40]} at mhz {str(mhz)[:40]}: a name, a time"
