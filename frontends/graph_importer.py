@@ -1,8 +1,9 @@
-"""An exported graph to `@main` at stage `aten`, one op per node, in one walk.
+"""An exported graph to a function at stage `aten`, one op per node, in one walk.
 
-Dead nodes (assertions, checks of position ids) are dropped first.  Then every remaining node must have a row
-in `aten_table.ROWS`; those without are collected and reported together, with counts, the first layer and the
-model's source line.  Symbolic sizes vanish: result types carry `?` instead.
+Dead nodes (assertions, checks of position ids) are dropped first; a node that writes into a tensor is never
+dead, whether or not anything reads its result, and is refused: ops of the IR have values only.  Then every
+remaining node must have a row in `aten_table.ROWS`; those without are collected and reported together, with
+counts, the first layer and the model's source line.  Symbolic sizes vanish: result types carry `?` instead.
 """
 
 from __future__ import annotations
@@ -159,12 +160,20 @@ def tensor_type_of(value: torch.Tensor) -> TensorType:
     return TensorType(tuple(d if isinstance(d, int) else None for d in value.shape), _ELEMENTS[value.dtype])
 
 
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its operands (`copy_`, `index_put_`): its readers need not be its
+    users.
+    """
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and bool(getattr(schema, "is_mutable", False))
+
+
 def live_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that the output depends on, in order, leaving out pure size arithmetic (which result types
-    replace).
+    replace); what a node writes into may be the output's, so such nodes are live as well.
     """
     live: set[fx.Node] = set()
-    stack = [n for n in graph.nodes if n.op == "output"]
+    stack = [n for n in graph.nodes if n.op == "output" or _writes(n)]
     while stack:
         node = stack.pop()
         if node not in live:
@@ -370,6 +379,9 @@ def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Laye
             continue
         target, value = str(node.target), node.meta.get("val")
         if target == LAYER_COPY:
+            continue
+        if _writes(node):
+            unsupported.add(f"{target}, which writes into its operand", node)
             continue
         if (
             node.target is operator.getitem
