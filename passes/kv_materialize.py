@@ -23,7 +23,8 @@ learned positions is read like the rotary ones: `ty.embedding(%table, %position_
 
 Where a token has positions on several axes (%position_ids: tensor<3x1x?xi64>) a row of the rotary tables
 does not follow from its slot in the cache.  The tables are then arguments `rope_cos` and `rope_sin` [CAP,
-D/2], row = slot, which the caller fills once per request; slots and chunks stay what they are.  Further
+D/2], row = slot, which the caller fills once per request; slots and chunks stay what they are.  (Of a module without
+towers, `tyir.vision`, all positions of a token are its slot.)  Further
 arguments of the step (addends of a picture's features) stay arguments.
 """  # noqa: E501
 
@@ -111,7 +112,8 @@ class KvMaterialize(Pass):
         names, caches = [str(entry.name), "pos"], []
         roles: list[Role] = ["embeddings" if self.embedding_as_input else "tokens", "position"]
         tables: list[Value] = []
-        for angles in [a for a in function.walk_type(RopeAngles) if a.axis]:
+        seeing = function.parent_op is not None and "tyir.vision" in function.parent_op.attributes
+        for angles in [a for a in function.walk_type(RopeAngles) if a.axis and seeing]:
             self._take_tables(angles, pos, entry, tables)
         names += [str(t.name) for t in tables]
         roles += ["rope"] * len(tables)

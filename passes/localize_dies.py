@@ -107,6 +107,7 @@ class _Localizer:
             function_type=FunctionType((), ()),
             body_region=Region([self.block]),
             loc=source.loc,
+            attributes=source.attributes,
         )
         for op in source.body:
             self._localize(op)

@@ -86,7 +86,11 @@ class LayerLowering:
     # -- blocks of rows
     # -------------------------------------------------------------------------------------------
     def _takes_rows(self, layer: LayerLayout) -> bool:
-        """Whether a layer has more tokens than are worked on at once, in all that it takes and gives."""
+        """Whether a layer has more tokens than are worked on at once, in all that it takes and gives, and
+        what it makes of a row needs no row after it.
+        """
+        if any(True for _ in layer.function.walk_type(ty.Attention)):
+            return False
         types = [ty.tensor_type(layer.function.args[i]) for i in layer.activations]
         return self._seqlen > MOST_ROWS and all(
             t.rank >= 3 and t.static_shape[:2] == (1, self._seqlen) for t in types
