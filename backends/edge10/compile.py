@@ -16,16 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.artifacts.agreement import interface_of
-from tyir.attributes import (
-    ArrayAttr,
-    Attribute,
-    BoolAttr,
-    DenseArrayAttr,
-    DictAttr,
-    FloatAttr,
-    IntegerAttr,
-    StringAttr,
-)
+from tyir.artifacts.json_attributes import to_json
+from tyir.attributes import DictAttr, IntegerAttr, StringAttr
 from tyir.backends import replacing
 from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.lowering.search import Search
@@ -447,16 +439,3 @@ def _write_manifest(
     }
     manifest = Manifest(model=model, options=options, build=build, programs=tuple(programs), files=files)
     (folder / MANIFEST).write_text(manifest.to_json())
-
-
-def to_json(attribute: Attribute) -> Any:
-    """An attribute of plain values as Python data."""
-    if isinstance(attribute, DictAttr):
-        return {k: to_json(v) for k, v in attribute.items()}
-    if isinstance(attribute, ArrayAttr):
-        return [to_json(a) for a in attribute]
-    if isinstance(attribute, DenseArrayAttr):
-        return list(attribute.values)
-    if isinstance(attribute, (StringAttr, IntegerAttr, FloatAttr, BoolAttr)):
-        return attribute.value
-    return str(attribute)
