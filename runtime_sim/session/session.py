@@ -159,7 +159,7 @@ class Session:
 
         `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
         """
-        tokens, caches = read_cache(path, self.artifacts)
+        tokens, caches, _ = read_cache(path, self.artifacts)
         self.engine.load_caches(caches)
         self.tokens = tokens
 

@@ -26,7 +26,7 @@ from tyir.runtime_sim.vision.pictures import Picture, pillow
 from tyir.vision.settings import ImageSettings
 from tyir.vision.sizes import GridGeometry, SquareGeometry
 
-__all__ = ["Patches", "prepare", "prepare_video"]
+__all__ = ["Media", "Patches", "prepare", "prepare_video"]
 
 Array = npt.NDArray[Any]
 _COLOURS: Final = 3
@@ -42,6 +42,28 @@ class Patches:
     patches: npt.NDArray[np.float32]
     size: ImageSize
     sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """A picture or a video of a prompt: a run of the tower for each of `parts`.
+
+    `seconds`: of a video, when each part is shown; empty of a picture.  `name`: what messages call it.
+    """
+
+    parts: tuple[Patches, ...]
+    seconds: tuple[float, ...] = ()
+    name: str = "the picture"
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the tokens of videos stand for it."""
+        return bool(self.seconds)
+
+    @property
+    def size(self) -> ImageSize:
+        """Of each part."""
+        return self.parts[0].size
 
 
 def prepare(picture: Picture, settings: ImageSettings, size: ImageSize | None = None) -> Patches:

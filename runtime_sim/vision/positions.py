@@ -83,6 +83,14 @@ class RopePositions:
         self.prompt: Positions = np.concatenate([*parts, _text(first, length - slot)], axis=1)
         self.delta = int(self.prompt.max(initial=-1)) + 1 - length
 
+    @classmethod
+    def going_on(cls, positions: Positions) -> RopePositions:
+        """After tokens whose positions [3, n] are known, as those of a saved cache."""
+        made = cls(0)
+        made.prompt = positions
+        made.delta = int(positions.max(initial=-1)) + 1 - positions.shape[1]
+        return made
+
     def at(self, start: int, count: int) -> Positions:
         """[3, count] int64: the positions of the slots from `start` on."""
         asked = self.prompt[:, start : start + count]
