@@ -51,7 +51,7 @@ ROWS: Final[dict[str, Row]] = {
     "aten.add.Tensor": Row(aten.Add, ("self", "other"), scalar="other"),
     "aten.addmm.default": Row(aten.Addmm, ("self", "mat1", "mat2")),
     "aten.alias.default": Row(None),
-    "aten.argsort.default": Row(aten.Argsort, ignored=("stable",), required={"dim": 0}),
+    "aten.argsort.default": Row(aten.Argsort, properties={"dim": "dim"}),
     "aten.cat.default": Row(aten.Cat, ("tensors",), {"dim": "dim"}),
     "aten.clone.default": Row(None, ignored=("memory_format",)),
     **{f"aten.conv{n}d.{kind}": _CONV for n in (2, 3) for kind in ("default", "padding")},

@@ -22,20 +22,32 @@ _TRIED: Final = 257  # positions that the table is compared on
 
 @torch.library.custom_op("tyir::rope_angles", mutates_args=())  # type: ignore[untyped-decorator]
 def rope_angles(
-    positions: torch.Tensor, inv_freq: Sequence[float], axis: Sequence[int], scale: float, like: torch.Tensor
+    positions: torch.Tensor,
+    inv_freq: Sequence[float],
+    axis: Sequence[int],
+    scale: float,
+    like: torch.Tensor,
+    wide: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions [A, ..] to cosines and sines [.., D/2] of the type of `like`; only ever traced (it means
-    `ty.rope_angles`).
+    """Positions [A, ..] to cosines and sines [.., D/2] of the type of `like`, or f32 when `wide`.
+
+    Only ever traced (its meaning is `ty.rope_angles`).
     """
     raise TyirError("tyir::rope_angles has no eager kernel: it exists to be exported")
 
 
 @rope_angles.register_fake  # type: ignore[untyped-decorator]
 def _shapes(
-    positions: torch.Tensor, inv_freq: Sequence[float], axis: Sequence[int], scale: float, like: torch.Tensor
+    positions: torch.Tensor,
+    inv_freq: Sequence[float],
+    axis: Sequence[int],
+    scale: float,
+    like: torch.Tensor,
+    wide: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*positions.shape[1:], len(inv_freq))
-    return like.new_empty(shape), like.new_empty(shape)
+    dtype = torch.float32 if wide else like.dtype
+    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -101,9 +113,8 @@ class FixedRotary(torch.nn.Module):  # type: ignore[misc]  # torch is not follow
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         positions = self.positions if self.fixed else position_ids
-        like = x.new_empty((), dtype=torch.float32) if self.fixed else x
         turning = self.turning
         cos, sin = torch.ops.tyir.rope_angles(
-            positions, list(turning.inv_freq), list(turning.axis), turning.scale, like
+            positions, list(turning.inv_freq), list(turning.axis), turning.scale, x, self.fixed
         )
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)

@@ -483,13 +483,15 @@ class Index(DeclaredOp, name="aten.index", traits=(Pure,)):
 
 
 class Argsort(DeclaredOp, name="aten.argsort", traits=(Pure,)):
-    """Where the entries of x [n] stand in ascending order."""
+    """The places of x's entries along `dim` in ascending order."""
 
     x: Value = operand()
+    _: KW_ONLY
+    dim: int = attr(default=-1)
     out: Value = result()
 
     def evaluate(self, x: Array) -> Array:
-        return np.argsort(x, axis=-1, kind="stable")
+        return np.argsort(x, axis=self.dim, kind="stable")
 
 
 class Sum(DeclaredOp, name="aten.sum", traits=(Pure,)):
