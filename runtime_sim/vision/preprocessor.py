@@ -15,10 +15,16 @@ from tyir.text.json_files import json_object
 from tyir.vision.settings import ImageSettings, image_settings, video_settings
 from tyir.vision.sizes import GridGeometry, nearest, size_text
 
-__all__ = ["FRAMES_PER_SECOND", "Preprocessor", "vision_of"]
+__all__ = ["FRAMES_PER_SECOND", "Preprocessor", "part_seconds", "vision_of"]
 
 FRAMES_PER_SECOND: Final = 2.0  # at which these models' own tools sample videos
 _CONFIG: Final = "config.json"
+
+
+def part_seconds(frames: int, step: int, frames_per_second: float) -> tuple[float, ...]:
+    """When each part of a video is shown: the middle of its first and last frame."""
+    shown = [min(i, frames - 1) / frames_per_second for i in range(-(-frames // step) * step)]
+    return tuple((shown[i] + shown[i + step - 1]) / 2 for i in range(0, len(shown), step))
 
 
 def vision_of(artifacts: Artifacts) -> Vision:
@@ -94,9 +100,7 @@ class Preprocessor:
         self.said += [f"{frame.name}: {done}" for frame in frames for done in frame.done]
         size = self._compiled(first.name, first.size, settings.size(*first.size, len(frames)))
         parts = prepare_video(frames, settings, size)
-        step, last = settings.geometry.temporal, len(frames) - 1
-        shown = [min(i, last) / frames_per_second for i in range(step * len(parts))]
-        seconds = tuple((shown[i] + shown[i + step - 1]) / 2 for i in range(0, len(shown), step))
+        seconds = part_seconds(len(frames), settings.geometry.temporal, frames_per_second)
         return Media(tuple(parts), seconds, f"the video of {first.name}")
 
     def _compiled(self, name: str, given: tuple[int, int], wanted: ImageSize) -> ImageSize:

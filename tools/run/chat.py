@@ -99,7 +99,7 @@ class Chat:
         self.media.clear()
 
     def _render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """By the template, which gets parts where it asks for them, and text alone where it knows text only."""
+        """By the template, which gets parts, and text alone where it knows text only."""
         plain = [{**m, "content": _text_of(m["content"])} for m in messages]
         reasons = []
         for given in (messages, plain) if not self.media else (messages,):
