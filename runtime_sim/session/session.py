@@ -97,6 +97,7 @@ class Session:
                 f"there is no sequence {sequence}",
                 help=f"{self.artifacts.path} runs {self.manifest.options.batch}, numbered from 0",
             )
+        self.engine_name: EngineName = engine
         self.engine = make_engine(engine, self.artifacts, probe)
         self._step = FiniteSteps(self.engine)
         self.tokens: list[int] = []

@@ -48,11 +48,13 @@ class Patches:
 class Media:
     """A picture or a video of a prompt: a run of the tower for each of `parts`.
 
-    `seconds`: of a video, when each part is shown; empty of a picture.  `name`: what messages call it.
+    `seconds`: of a video, when each part is shown; empty of a picture.  `interval`: the seconds that a part
+    stands for.  `name`: what messages call it.
     """
 
     parts: tuple[Patches, ...]
     seconds: tuple[float, ...] = ()
+    interval: float = 1.0
     name: str = "the picture"
 
     @property

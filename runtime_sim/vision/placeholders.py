@@ -156,9 +156,7 @@ def _steps(media: Media, rule: VideoRule) -> list[tuple[int, ...]]:
     """The times, as positions, of each span of a picture or video."""
     if not media.is_video or rule.timed:
         return [(0,)] * len(media.parts)
-    count = len(media.parts)
-    gap = media.seconds[1] - media.seconds[0] if count > 1 else 1.0
-    return [video_steps(count, rule.tokens_per_second, gap)]
+    return [video_steps(len(media.parts), rule.tokens_per_second, media.interval)]
 
 
 def _runs(ids: Sequence[int], token: int | None) -> Iterator[tuple[int, int]]:

@@ -100,8 +100,9 @@ class Preprocessor:
         self.said += [f"{frame.name}: {done}" for frame in frames for done in frame.done]
         size = self._compiled(first.name, first.size, settings.size(*first.size, len(frames)))
         parts = prepare_video(frames, settings, size)
-        seconds = part_seconds(len(frames), settings.geometry.temporal, frames_per_second)
-        return Media(tuple(parts), seconds, f"the video of {first.name}")
+        step = settings.geometry.temporal
+        seconds = part_seconds(len(frames), step, frames_per_second)
+        return Media(tuple(parts), seconds, step / frames_per_second, f"the video of {first.name}")
 
     def _compiled(self, name: str, given: tuple[int, int], wanted: ImageSize) -> ImageSize:
         """The compiled size that a picture is brought to."""

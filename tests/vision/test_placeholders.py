@@ -1,4 +1,4 @@
-"""Places of pictures in prompts: transformers' processors make the same tokens; what does not fit is refused."""
+"""Places of pictures in prompts: the tokens of transformers' processors; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def video(parts: int, tokens: int, seconds: Sequence[float]) -> Media:
     """Patches that are not looked at, in a row of tokens."""
     size = ImageSize((28 * tokens, 28), (28 * tokens, 28), (2, 2 * tokens), tokens)
     made = tuple(Patches(np.zeros((1, 1), np.float32), size, str(i)) for i in range(parts))
-    return Media(made, tuple(seconds), "the video")
+    return Media(made, tuple(seconds), 1.0, "the video")
 
 
 def chat(model: Path) -> Chat:

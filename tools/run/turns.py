@@ -15,20 +15,11 @@ from tyir.runtime_sim.vision.placeholders import VideoRule, expand, spans_of
 from tyir.runtime_sim.vision.preprocessor import FRAMES_PER_SECOND, Preprocessor
 from tyir.runtime_sim.vision.request import VisionRequest, request_of
 from tyir.runtime_sim.vision.session import VisionSession
-from tyir.runtime_sim.vision.towers import Towers
+from tyir.runtime_sim.vision.tower import Towers
 from tyir.tools.run.chat import Chat, chat_template, marks_of
 from tyir.tools.run.prompts import token_ids
 
-__all__ = ["Prompt", "Turns", "open_session"]
-
-
-def open_session(artifacts: Any, engine: Any, check: bool) -> Session:
-    """A session of a folder: with pictures where its model takes them."""
-    from tyir.execution.artifacts import Artifacts
-
-    opened = Artifacts.open(artifacts, check=check)
-    kind = Session if opened.manifest.vision is None else VisionSession
-    return kind(opened, engine)
+__all__ = ["Prompt", "Turns", "timed"]
 
 
 @dataclass
