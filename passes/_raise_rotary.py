@@ -241,8 +241,10 @@ def rope(op: Op) -> Value | None:
     found = _rotation(op.result)
     if found is None or found.neighbours:
         return None
-    x, angles = found.x, _angles_for(found.angles, element_of(found.x))
-    if len(dims_of(x)) == 3:
+    if len(dims_of(found.x)) == 3:
+        # ty.rope computes in f32 and rounds once, as the graph does of f16 widened before
+        x = through_float(found.x)
+        angles = _angles_for(found.angles, element_of(x))
         sequence, cos, sin = (
             insert(op, ty.Reshape(v, shape=(1, *(d or 0 for d in dims_of(v))))).out
             for v in (x, angles.cos, angles.sin)
@@ -250,6 +252,7 @@ def rope(op: Op) -> Value | None:
         turned = insert(op, ty.Rope(sequence, cos, sin), found.product).out
         out = insert(op, ty.Reshape(turned, shape=tuple(d or 0 for d in dims_of(x)))).out
         return with_element_of(op.out.type, out, op) if isinstance(op, aten.Add) else None
+    x, angles = found.x, _angles_for(found.angles, element_of(found.x))
     by_token = x if found.axis == 2 else insert(op, ty.Transpose(x, perm=HEADS_FIRST)).out
     out = insert(op, ty.Rope(by_token, angles.cos, angles.sin), found.product).out
     out = out if found.axis == 2 else insert(op, ty.Transpose(out, perm=HEADS_FIRST)).out

@@ -28,6 +28,7 @@ from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, head_axis
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import (
+    Attention,
     Embedding,
     Linear,
     Norm,
@@ -266,12 +267,14 @@ def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
     constants = ConstantExpressions()
     group = _stages(function, dies, stages)
     blocks = [_attention_block(a, group(a)) for a in function.walk_type(CachedAttention)]
+    blocks += [_tower_attention_block(a, group(a)) for a in function.walk_type(Attention)]
     taken = {op for block in blocks for op in block.cuts}
     for linear in [op for op in function.body if isinstance(op, LINEAR)]:
         sources = _gated_sources(linear.x, constants)
         if sources and linear not in taken and not taken & set(sources):
             blocks.append(_mlp_block(linear, group(linear)))
-    blocks += [_embedding_block(e, dies) for e in function.walk_type(Embedding)]
+    lookups = [e for e in function.walk_type(Embedding) if not constants.is_constant(e.out)]
+    blocks += [_embedding_block(e, dies) for e in lookups]
     result = _before_cap(next((value.op for value in function.body.terminator.operands), None))
     head = _before_cap(result.x.op) if isinstance(result, TopK) else result
     if isinstance(head, LINEAR) and head not in taken:
@@ -341,6 +344,16 @@ def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
             _demand(append.rows, Split(2, groups), block)
         block.caches[append.cache] = Split(head_axis(append.layout), groups)
     _consumers(attention.out, Split(2, queries), block)
+    return block
+
+
+def _tower_attention_block(attention: Attention, dies: _Group) -> _Block:
+    """Heads evenly, of a tower's attention, where each has its own keys and values."""
+    block = _Block(dies.size)
+    heads = Split(2, dies.ranges(tensor_type(attention.q).dims[2] or 0))
+    for value in (attention.q, attention.k, attention.v):
+        _demand(value, heads, block)
+    _consumers(attention.out, heads, block)
     return block
 
 
