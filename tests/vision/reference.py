@@ -1,4 +1,4 @@
-"""Hugging Face in fp32 on the pictures themselves: its own processors, its own forward, its own choice of tokens."""
+"""Hugging Face in fp32 on the pictures themselves: its processors, its forward, its choice of tokens."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_a_tower_takes_patches_of_its_size_only(compiled: Compiled) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_second_picture_has_its_own_answer(name: str, compiled: Compiled, tmp_path: Path) -> None:
-    """All rows of pictures have one token: what the cache holds of the first picture is not taken for the second."""
+    """All rows of pictures have one token: what the cache holds of one is not taken for the other."""
     talk = Talk(compiled(name, 1))
     answers = []
     for seed in (3, 4, 3):
@@ -261,7 +261,7 @@ def test_a_video_is_its_pairs_of_frames(
 
 def test_a_size_that_was_not_compiled_is_refused_or_resized(compiled: Compiled, tmp_path: Path) -> None:
     path = draw(3, (300, 280)).save(tmp_path / "a.png")
-    with pytest.raises(TyirError, match="a.png is 300x280, which the model sees as") as error:
+    with pytest.raises(TyirError, match=r"a\.png is 300x280, which the model sees as") as error:
         Talk(compiled(QWEN, 1)).turns.ask(DESCRIBE, [path])
     assert "--resize to bring it to 224x224" in error.value.render()
     talk = Talk(compiled(QWEN, 1), resize=True)
