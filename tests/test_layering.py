@@ -45,6 +45,7 @@ LAZY: dict[str, set[str]] = {
         *{"pydantic", "pydantic_core"},  # checks a manifest when one is read
         "gguf",  # what llama.cpp's block formats mean, when a weight of one is evaluated
     },
+    "runtime_sim": {"PIL"},  # decodes and resizes pictures, where one is given
     "tools": {
         "torch",
         "transformers",
@@ -173,7 +174,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "execution.entry_points",
         "stages",
     ),
-    "text": ("text", "parser", "printer"),
+    "text": ("text", "parser", "printer", "vision"),
     "checking, rewriting, passes": ("checking", "pass_manager", "pipeline", "rewrite", "verify"),
     "execution": ("execution", "interpreter"),
 }

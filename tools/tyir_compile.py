@@ -67,13 +67,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def print_plan(model: Path, options: BuildOptions) -> int:
+def print_plan(model: Path, options: BuildOptions, images: Sequence[tuple[int, int]] = ()) -> int:
     """Print the plan of a compile; 1 when something does not fit."""
     from tyir.tools.api import check_options
     from tyir.tools.estimate.plan import make_plan
 
     check_options(options)
-    plan = make_plan(model, options)
+    plan = make_plan(model, options, images=images)
     print(plan.text())
     if plan.problems:
         raise TyirError(plan.problems)

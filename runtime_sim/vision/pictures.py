@@ -1,8 +1,8 @@
 """Files of pictures, as RGB pixels: what was converted is said, what cannot be is refused.
 
-Pillow decodes (the extra `vision`), from a list of formats: others start programs of the system or read no
-picture.  Transparency goes onto white, as transformers' processors have it (`image_transforms.convert_to_rgb`);
-rotation by EXIF and 16 bits are undone first, which they leave to the caller.
+Pillow decodes (the extra `vision`), from a list of formats: others start programs of the system or read
+no picture.  Transparency goes onto white, as in transformers' `image_transforms.convert_to_rgb`; rotation
+by EXIF and 16 bits are undone first, which that leaves to the caller.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.process.files import read_regular
+from tyir.vision.sizes import size_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +32,19 @@ MOST_PIXELS: Final = 100_000_000  # 300 MB as RGB; a camera's have 12 to 60 mill
 _MOST_BYTES: Final = 256 << 20
 _MOST_FRAMES: Final = 2048
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+_SUFFIXES: Final = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".avif",
+)
 _CONVERT: Final = "save it as PNG or JPEG with any program that shows pictures"
 _ORIENTATION: Final = 0x0112  # EXIF's tag, 1 being upright
 
@@ -56,7 +69,7 @@ class Picture:
     def sha256(self) -> str:
         """Of shape and pixels: two pictures that look the same to the tower have the same."""
         found = hashlib.sha256(repr(self.pixels.shape).encode())
-        found.update(np.ascontiguousarray(self.pixels))
+        found.update(self.pixels.tobytes())
         return found.hexdigest()
 
 
@@ -75,8 +88,8 @@ def pillow() -> Any:
 def read_picture(path: Path) -> Picture:
     """The picture in a file.
 
-    `TyirError` for a file that cannot be read, is empty, is not a picture of a known format, is damaged or cut
-    off, or holds more than `MOST_PIXELS`.
+    `TyirError` for a file that cannot be read, is empty, is no picture of a known format, is damaged or
+    cut off, or holds more than `MOST_PIXELS`.
     """
     data = _read(path)
     image = _open(data, path)
@@ -129,8 +142,8 @@ def read_frames(paths: Sequence[Path]) -> list[Picture]:
     other = next((f for f in frames if f.size != frames[0].size), None)
     if other is not None:
         raise TyirError(
-            f"the frames of a video have one size: {frames[0].name} is {frames[0].size[0]}x{frames[0].size[1]},"
-            f" {other.name} {other.size[0]}x{other.size[1]}",
+            f"the frames of a video have one size: {frames[0].name} is {size_text(frames[0].size)},"
+            f" {other.name} {size_text(other.size)}",
             help="give frames of one video, or give the pictures with --image",
         )
     return frames
@@ -144,7 +157,8 @@ def _read(path: Path) -> bytes:
         data = read_regular(path, _MOST_BYTES)
     except OSError as error:
         raise TyirError(
-            f"cannot read the picture {path}: {error.strerror or error}", help="give a file that holds a picture"
+            f"cannot read the picture {path}: {error.strerror or error}",
+            help="give a file that holds a picture",
         ) from None
     if not data:
         raise TyirError(f"the picture {path} is empty: the file has no bytes", help="copy it again")
@@ -161,11 +175,13 @@ def _open(data: bytes, path: Path) -> Image:
             return image
     except UnidentifiedImageError:
         known = ", ".join(_FORMATS)
-        raise TyirError(f"{path} is not a picture of a format that is read ({known})", help=_CONVERT) from None
+        raise TyirError(
+            f"{path} is not a picture of a format that is read ({known})", help=_CONVERT
+        ) from None
 
 
 class _decoding:
-    """Whatever Pillow raises on damaged data, as a sentence; its warnings of large pictures are not needed."""
+    """Whatever Pillow raises on damaged data, as a sentence; its warnings are not needed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -189,7 +205,8 @@ class _decoding:
             # decoders raise OSError, SyntaxError, ValueError, struct.error, ... as the data leads them to
             line = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise TyirError(
-                f"the picture {self.path} is damaged or cut off: {line}", help="copy it again, or save it anew"
+                f"the picture {self.path} is damaged or cut off: {line}",
+                help="copy it again, or save it anew",
             ) from None
 
 

@@ -2,12 +2,12 @@
 
     prepare(picture, settings).patches        # [N, C * T * P * P] float32, in the order of the processor
 
-Transformers 5.24, `image_processing_backends.PilBackend`: Pillow's own resampling in uint8, the factor in float64
-rounded to float32, mean and standard deviation in float32.  A value of 8 bits has 256 results per colour, so that
-all of the arithmetic is a table.
+Transformers 5.24, `image_processing_backends.PilBackend`: Pillow's own resampling in uint8, the factor in
+float64 rounded to float32, mean and standard deviation in float32.  A value of 8 bits has 256 results per
+colour, so that all of the arithmetic is a table.
 
-Order of patches: of `GridGeometry` the four of a token are neighbours (block row, block column, row, column), of
-`SquareGeometry` row by row.  Inside a patch: colour, frame, row, column.
+Order of patches: of `GridGeometry` the four of a token are neighbours (block row, block column, row, column),
+of `SquareGeometry` row by row.  Inside a patch: colour, frame, row, column.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.vision import ImageSize
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.vision.pictures import Picture, pillow
 from tyir.vision.settings import ImageSettings
-from tyir.vision.sizes import GridGeometry, PictureSize, SquareGeometry
+from tyir.vision.sizes import GridGeometry, SquareGeometry
 
-__all__ = ["Patches", "prepare", "prepare_video"]
+__all__ = ["Media", "Patches", "prepare", "prepare_video"]
 
 Array = npt.NDArray[Any]
 _COLOURS: Final = 3
@@ -39,11 +40,35 @@ class Patches:
     """
 
     patches: npt.NDArray[np.float32]
-    size: PictureSize
+    size: ImageSize
     sha256: str
 
 
-def prepare(picture: Picture, settings: ImageSettings, size: PictureSize | None = None) -> Patches:
+@dataclass(frozen=True, eq=False)
+class Media:
+    """A picture or a video of a prompt: a run of the tower for each of `parts`.
+
+    `seconds`: of a video, when each part is shown; empty of a picture.  `interval`: the seconds that a part
+    stands for.  `name`: what messages call it.
+    """
+
+    parts: tuple[Patches, ...]
+    seconds: tuple[float, ...] = ()
+    interval: float = 1.0
+    name: str = "the picture"
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the tokens of videos stand for it."""
+        return bool(self.seconds)
+
+    @property
+    def size(self) -> ImageSize:
+        """Of each part."""
+        return self.parts[0].size
+
+
+def prepare(picture: Picture, settings: ImageSettings, size: ImageSize | None = None) -> Patches:
     """The patches of a still, which the model sees `temporal` times.
 
     `size`: one to bring it to in place of the rule's.
@@ -53,7 +78,7 @@ def prepare(picture: Picture, settings: ImageSettings, size: PictureSize | None 
 
 
 def prepare_video(
-    frames: Sequence[Picture], settings: ImageSettings, size: PictureSize | None = None
+    frames: Sequence[Picture], settings: ImageSettings, size: ImageSize | None = None
 ) -> list[Patches]:
     """The patches of each group of `temporal` frames; the last frame is repeated until it is full.
 
@@ -67,7 +92,7 @@ def prepare_video(
     return [_patches(whole[i : i + step], settings, size) for i in range(0, len(whole), step)]
 
 
-def _patches(frames: Sequence[Picture], settings: ImageSettings, size: PictureSize) -> Patches:
+def _patches(frames: Sequence[Picture], settings: ImageSettings, size: ImageSize) -> Patches:
     table = _table(settings)
     made: dict[int, Array] = {}  # a still is resized once
     for frame in frames:
@@ -103,7 +128,7 @@ def _table(settings: ImageSettings) -> Array:
 # ------------------------------------------------------------------------------------------------ geometry
 
 
-def _resized(picture: Picture, settings: ImageSettings, size: PictureSize) -> npt.NDArray[np.uint8]:
+def _resized(picture: Picture, settings: ImageSettings, size: ImageSize) -> npt.NDArray[np.uint8]:
     """[height, width, 3] uint8 of the size that the tower takes."""
     geometry = settings.geometry
     if isinstance(geometry, GridGeometry):
@@ -113,7 +138,7 @@ def _resized(picture: Picture, settings: ImageSettings, size: PictureSize) -> np
     return _cropped(scaled, geometry)
 
 
-def _scale(pixels: npt.NDArray[np.uint8], size: tuple[int, int], resample: int) -> npt.NDArray[np.uint8]:
+def _scale(pixels: npt.NDArray[np.uint8], size: tuple[int, ...], resample: int) -> npt.NDArray[np.uint8]:
     image = pillow().fromarray(np.ascontiguousarray(pixels))
     return np.array(image.resize(size, resample=resample))
 

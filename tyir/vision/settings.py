@@ -1,9 +1,10 @@
 """How a checkpoint says its pictures are prepared: geometry, mean, standard deviation, filter.
 
-A folder says it in `processor_config.json` (transformers 5) or `preprocessor_config.json`, of videos also in
-`video_preprocessor_config.json`; transformers reads them in this order.  What belongs to the checkpoint (sizes,
-limits, mean, standard deviation) must be said: the defaults of transformers' classes are those of other models.
-What all of these processors do alike (bicubic filter, 1/255, RGB) may be left out.
+A folder says it in `processor_config.json` (transformers 5) or `preprocessor_config.json`, of videos also
+in `video_preprocessor_config.json`; transformers reads them in this order.  What belongs to the
+checkpoint (sizes, limits, mean, standard deviation) must be said: the defaults of transformers' classes
+are those of other models.  What all of these processors do alike (bicubic filter, 1/255, RGB) may be left
+out.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tyir.artifacts.vision import ImageSize
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.text.json_files import json_object
-from tyir.vision.sizes import Geometry, GridGeometry, PictureSize, SquareGeometry, smart_resize_video
+from tyir.vision.sizes import Geometry, GridGeometry, SquareGeometry, smart_resize_video
 
 __all__ = ["FILES", "Find", "ImageSettings", "image_settings", "video_settings"]
 
@@ -40,8 +42,8 @@ _RESTORE: Final = "copy it from the original model's folder"
 class ImageSettings:
     """How pixels become numbers: `(value * factor - mean[c]) / std[c]` of pictures brought to a size.
 
-    `factor` and `mean` are None where the checkpoint switches the step off.  `resample`: Pillow's number of the
-    filter.  `all_frames`: the limits of a video's pixels are of all its frames together (Qwen3-VL).
+    `factor` and `mean` are None where the checkpoint switches the step off.  `resample`: Pillow's number of
+    the filter.  `all_frames`: the limits of a video's pixels are of all its frames together (Qwen3-VL).
     `source`: the file that says so.
     """
 
@@ -53,7 +55,7 @@ class ImageSettings:
     all_frames: bool = False
     source: str = _IMAGE
 
-    def size(self, width: int, height: int, frames: int = 1) -> PictureSize:
+    def size(self, width: int, height: int, frames: int = 1) -> ImageSize:
         """What becomes of a picture, or of each of a video's `frames`; `TyirError` for no such picture."""
         geometry = self.geometry
         size = geometry.size(width, height)
@@ -111,7 +113,7 @@ def _section(find: Find, folder: Path, key: str, files: tuple[str, ...]) -> tupl
     raise TyirError(
         f"{folder} does not say how its pictures are prepared: it holds neither {' nor '.join(files)}, nor a"
         f" {_PROCESSOR} with '{key}'",
-        help=f"copy {files[-1]} from the original model's folder; another model's sizes and means give wrong answers",
+        help=f"copy {files[-1]} from the original model's folder: another model's would give wrong answers",
     )
 
 
@@ -153,8 +155,10 @@ class _Reader:
         if said is None or name not in (*_GRID, *_SQUARE):
             known = [*_GRID, *_SQUARE]
             raise TyirError(
-                f"{self.folder / self.source} is for {str(said)[:80]!r}, which is not one of {', '.join(known)}",
-                help=did_you_mean(name, known) or "prepare the pixels yourself and call the tower with patches",
+                f"{self.folder / self.source} is for {str(said)[:80]!r}, which is not one of"
+                f" {', '.join(known)}",
+                help=did_you_mean(name, known)
+                or "prepare the pixels yourself and call the tower with patches",
             )
         return name
 
@@ -195,11 +199,14 @@ class _Reader:
         edge = None if whole is not None else self._number("size.shortest_edge", edge)
         crop = self._sides("crop_size") if self._flag("do_center_crop") else whole
         if crop is None:
-            raise self._wrong("do_center_crop", "is off: pictures of any shape would reach a tower of one size")
+            raise self._wrong(
+                "do_center_crop", "is off: pictures of any shape would reach a tower of one size"
+            )
         side = self.vision.get("image_size")
         if side is not None and crop != (side, side):
             raise self._wrong(
-                "crop_size", f"makes pictures of {crop[0]}x{crop[1]}, the tower of config.json takes {side}x{side}"
+                "crop_size",
+                f"makes pictures of {crop[0]}x{crop[1]}, the tower of config.json takes {side}x{side}",
             )
         patch = self._number("patch_size", self.vision.get("patch_size", self.content.get("patch_size")))
         return SquareGeometry(patch, crop, edge, whole, self._pads(kind))
@@ -209,8 +216,8 @@ class _Reader:
         said = self.config.get("image_aspect_ratio")
         if said not in (None, "pad", "square"):
             raise TyirError(
-                f"config.json has image_aspect_ratio {str(said)[:40]!r}: pictures are cut into tiles, which is not"
-                " built here",
+                f"config.json has image_aspect_ratio {str(said)[:40]!r}: pictures are cut into tiles, which"
+                " is not built here",
                 help="use a model of one tile: LLaVA-1.5 or earlier",
             )
         return said == "pad" or (kind == "LlavaImageProcessor" and self.content.get("do_pad") is True)
@@ -260,7 +267,9 @@ class _Reader:
     def _factor(self) -> float:
         value = self.content.get("rescale_factor", 1 / 255)
         if type(value) not in (int, float) or not math.isfinite(value) or not value:
-            raise self._wrong("rescale_factor", f"is {json.dumps(value)[:40]}, which is not a number to work with")
+            raise self._wrong(
+                "rescale_factor", f"is {json.dumps(value)[:40]}, which is not a number to work with"
+            )
         return float(value)
 
     def _filter(self) -> int:

@@ -16,15 +16,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tyir.artifacts.vision import ImageSize
 from tyir.diagnostics import TyirError
 
 __all__ = [
     "MOST_ASPECT",
     "Geometry",
     "GridGeometry",
-    "PictureSize",
     "SquareGeometry",
     "by_grid",
+    "described",
     "nearest",
     "parse_sizes",
     "size_text",
@@ -38,35 +39,15 @@ _MOST_SIDE: Final = 1 << 16
 _MOST_SIZES: Final = 64
 
 
-@dataclass(frozen=True)
-class PictureSize:
-    """What becomes of pictures of one size.
-
-    `given` and `resized`: (width, height) before and after; `grid`: (rows, columns) of patches; `tokens`: rows
-    that the tower gives to the language model.
-    """
-
-    given: tuple[int, int]
-    resized: tuple[int, int]
-    grid: tuple[int, int]
-    tokens: int
-
-    @property
-    def patches(self) -> int:
-        """Rows that the tower takes."""
-        return self.grid[0] * self.grid[1]
-
-    def __str__(self) -> str:
-        rows, columns = self.grid
-        return (
-            f"{size_text(self.given)} becomes {size_text(self.resized)}, {rows} rows of {columns} patches,"
-            f" {self.tokens} tokens"
-        )
-
-
-def size_text(size: tuple[int, int]) -> str:
+def size_text(size: tuple[int, ...]) -> str:
     """`960x540`."""
     return f"{size[0]}x{size[1]}"
+
+
+def described(size: ImageSize) -> str:
+    """What becomes of pictures of a size, for people."""
+    grid = f"{size.grid[0]} rows of {size.grid[1]} patches"
+    return f"{size.name} becomes {size_text(size.resized)}, {grid}, {size.tokens} tokens"
 
 
 @dataclass(frozen=True)
@@ -87,16 +68,16 @@ class GridGeometry:
         """Pixels of a token's side."""
         return self.patch * self.merge
 
-    def size(self, width: int, height: int) -> PictureSize:
+    def size(self, width: int, height: int) -> ImageSize:
         """The size of a picture; `TyirError` for one that has no pixels or is too narrow."""
         check_sides(width, height)
         tall, wide = smart_resize(height, width, self.unit, self.min_pixels, self.max_pixels)
         return self.whole((width, height), (wide, tall))
 
-    def whole(self, given: tuple[int, int], resized: tuple[int, int]) -> PictureSize:
+    def whole(self, given: tuple[int, int], resized: tuple[int, int]) -> ImageSize:
         """`given` brought to `resized`, whose sides are multiples of the unit."""
         grid = resized[1] // self.patch, resized[0] // self.patch
-        return PictureSize(given, resized, grid, grid[0] * grid[1] // self.merge**2)
+        return ImageSize(given, resized, grid, grid[0] * grid[1] // self.merge**2)
 
 
 @dataclass(frozen=True)
@@ -124,16 +105,17 @@ class SquareGeometry:
         """A patch is of one picture."""
         return 1
 
-    def size(self, width: int, height: int) -> PictureSize:
+    def size(self, width: int, height: int) -> ImageSize:
         """The size of a picture, the same for all; `TyirError` for one without pixels."""
         check_sides(width, height)
         grid = self.crop[1] // self.patch, self.crop[0] // self.patch
-        return PictureSize((width, height), self.crop, grid, grid[0] * grid[1])
+        return ImageSize((width, height), self.crop, grid, grid[0] * grid[1])
 
     def scaled(self, width: int, height: int) -> tuple[int, int]:
         """The (width, height) a picture is scaled to before the middle is cut out.
 
-        As `get_resize_output_image_size` of transformers' `image_transforms.py`: the longer side is rounded down.
+        `get_resize_output_image_size` of transformers' `image_transforms.py`: the longer side is rounded
+        down.
         """
         if self.edge is None:
             return self.resize or self.crop
@@ -151,8 +133,8 @@ def check_sides(width: int, height: int) -> None:
         raise TyirError(f"a picture of {width}x{height} has no pixels", help="give one that has")
     if max(width, height) > MOST_ASPECT * min(width, height):
         raise TyirError(
-            f"a picture of {width}x{height} is {max(width, height) / min(width, height):.0f} times as long as it"
-            f" is wide, the model takes at most {MOST_ASPECT} times",
+            f"a picture of {width}x{height} is {max(width, height) / min(width, height):.0f} times as long"
+            f" as it is wide, the model takes at most {MOST_ASPECT} times",
             help="cut it into pieces, or pad it",
         )
 
@@ -198,7 +180,7 @@ def smart_resize_video(
     return tall, wide
 
 
-def window_lengths(grid: tuple[int, int], merge: int, window: int, patch: int) -> tuple[int, ...]:
+def window_lengths(grid: tuple[int, ...], merge: int, window: int, patch: int) -> tuple[int, ...]:
     """Patches in each window of Qwen2.5-VL's tower, row by row; those at the border are smaller.
 
     `window` is a side in pixels (`get_vision_window_index` of transformers' `vision_utils.py`).
@@ -216,7 +198,7 @@ def _cuts(length: int, side: int) -> list[int]:
 
 
 def parse_sizes(text: str, option: str = "--image") -> tuple[tuple[int, int], ...]:
-    """`960x540,1920x1080` as (width, height) each, in this order, each once; `TyirError` for anything else."""
+    """`960x540,1920x1080` as (width, height) each, in order, each once; `TyirError` for anything else."""
     found: dict[tuple[int, int], None] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,6})[xX×]([0-9]{1,6})\s*", part)
@@ -237,21 +219,21 @@ def parse_sizes(text: str, option: str = "--image") -> tuple[tuple[int, int], ..
     return tuple(found)
 
 
-def by_grid(sizes: Iterable[PictureSize]) -> dict[tuple[int, int], list[PictureSize]]:
+def by_grid(sizes: Iterable[ImageSize]) -> dict[tuple[int, ...], list[ImageSize]]:
     """The sizes that share a program: those of one grid, in order."""
-    found: dict[tuple[int, int], list[PictureSize]] = {}
+    found: dict[tuple[int, ...], list[ImageSize]] = {}
     for size in sizes:
         found.setdefault(size.grid, []).append(size)
     return found
 
 
-def nearest(width: int, height: int, compiled: Sequence[PictureSize]) -> PictureSize:
+def nearest(width: int, height: int, compiled: Sequence[ImageSize]) -> ImageSize:
     """The compiled size that changes a picture's sides least, as ratios.
 
     Of equal ones the first.
     """
 
-    def change(size: PictureSize) -> float:
+    def change(size: ImageSize) -> float:
         return abs(math.log(size.resized[0] / width)) + abs(math.log(size.resized[1] / height))
 
     return min(compiled, key=change)
