@@ -349,10 +349,10 @@ class _Block:
 
     def _caches(self, outer: Emitter) -> dict[Space, Value]:
         """The caches as the loop finds them: their blocks need not wait for the queries."""
-        values = (self.op.k, self.op.v, *self.op.scales)
-        reads = {
-            p.base: p.access(self._sequence_bytes(v), write=False) for v in values for p in [self._place(v)]
-        }
+        reads: dict[Space, list[Access]] = {}
+        for value in (self.op.k, self.op.v, *self.op.scales):
+            place = self._place(value)  # a tower's lie in one buffer
+            reads.setdefault(place.base, []).extend(place.access(self._sequence_bytes(value), write=False))
         return {space: outer.join(outer.tracker.waits(accesses, None)) for space, accesses in reads.items()}
 
     def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
