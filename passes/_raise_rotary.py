@@ -382,7 +382,7 @@ def _turned_heads(root: Op, part: _Heads, element: Type) -> Value:
         inv_freq=DenseElementsAttr.from_numpy(padded),
         scale=angles.scale,
         element=element,
-        axis=(*angles.axis, *(0,) * (len(padded) - len(frequencies))) if angles.axis else (),
+        axis=(*angles.axis, *(0,) * (len(padded) - len(frequencies))) if angles.axis else None,
         loc=angles.loc,
     )
     shared = _shared_angles(carry(wanted, angles))

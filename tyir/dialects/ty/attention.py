@@ -76,7 +76,7 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
     window: int = attr(default=0)
     softcap: float | None = attr(default=None)
     causal: bool = attr(default=True)
-    segments: tuple[int, ...] = attr(default=())
+    segments: tuple[int, ...] | None = attr(default=None)
     out: Value = result()
 
     def infer(self) -> Type:

@@ -238,7 +238,7 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
     inv_freq: DenseElementsAttr = attr()
     scale: float = attr(default=1.0)
     element: Type = attr(default=f16)
-    axis: tuple[int, ...] = attr(default=())
+    axis: tuple[int, ...] | None = attr(default=None)
     cos: Value = result()
     sin: Value = result()
 
@@ -251,7 +251,7 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
         axes = tensor_type(self.positions, least=1).dims[0]
         if self.axis and len(self.axis) != _frequencies(self.inv_freq):
             yield f"{len(self.axis)} axes are named for {_frequencies(self.inv_freq)} frequencies"
-        elif any(a < 0 or (axes is not None and a >= axes) for a in self.axis):
+        elif any(a < 0 or (axes is not None and a >= axes) for a in self.axis or ()):
             yield f"an axis lies outside the {axes} that the positions have"
 
     def evaluate(self, positions: Array) -> tuple[Array, Array]:
