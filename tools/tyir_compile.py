@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.build_arguments import add_base_option, add_build_options, numbers
+from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
 
 __all__ = ["main", "numbers"]
@@ -60,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
         binary=args.binary,
         machine=args.machine,
         backend=args.backend,
+        images=args.image,
+        vision_dies=args.vision_dies,
+        vision_die_map=args.vision_die_map or (),
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -103,6 +106,16 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
     add_base_option(parser)
+    add_image_option(parser)
+    parser.add_argument(
+        "--vision-dies", type=int, metavar="M", help="dies of the vision tower (default: those of --dies)"
+    )
+    parser.add_argument(
+        "--vision-die-map",
+        type=numbers,
+        metavar="D,D,..",
+        help="physical dies of the vision tower, the main one first (default: those of --die-map)",
+    )
     parser.add_argument(
         "--die-map",
         type=numbers,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tyir.tools.build_arguments import add_base_option, add_build_options
+from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option
 from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file with a model class, rename rules, packed tensors or a base checkpoint",
     )
     add_base_option(parser)
+    add_image_option(parser)
     parser.add_argument(
         "--check-weights",
         action="store_true",
@@ -117,6 +118,7 @@ def main(argv: Sequence[str]) -> int:
         plugin=plugin,
         positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
         base=options.base,
+        images=options.image,
     )
     if options.explain:
         from tyir.tools.explain import explain
