@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
     if args.plan:
-        return print_plan(args.model, BuildOptions(**options))
+        return print_plan(args.model, BuildOptions(**options), args.image)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()

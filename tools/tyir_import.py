@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
             for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
             if (value := getattr(options, key)) is not None
         }
-        return print_plan(options.folder, BuildOptions(**build))
+        return print_plan(options.folder, BuildOptions(**build), options.image)
     if options.output != "-":
         _check_output(Path(options.output))
     from tyir.frontends.huggingface import import_model

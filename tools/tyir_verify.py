@@ -29,14 +29,24 @@ LOGIT_COSINE: Final = 0.9999
 def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
     args = _parser().parse_args(argv)
+    from tyir.execution.artifacts import Artifacts
     from tyir.runtime_sim.session.session import Session
     from tyir.tools.verify.compare import LayerStates, PromptResult, Reference, check_prompt
     from tyir.tools.verify.locate import locate
 
     states = LayerStates()
     _check_amount(args)
-    session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     _check_checkpoint(args.against)
+    artifacts = Artifacts.open(args.artifacts)
+    if artifacts.manifest.vision is not None and args.ids is None:
+        from tyir.tools.verify.report import verify_pictures
+
+        return verify_pictures(args, artifacts, _plugin(args.model_plugin))
+    if args.image:
+        from tyir.runtime_sim.vision.preprocessor import vision_of
+
+        vision_of(artifacts)
+    session = Session(artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     prompts = _prompts(args, session.artifacts)
     plugin = _plugin(args.model_plugin)
     reference = Reference(args.against, session.manifest.options, plugin, args.base)
@@ -51,9 +61,9 @@ def main(argv: Sequence[str]) -> int:
         raise TyirError("no position was compared", help="give a prompt, or leave --prompt and --ids out")
     good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)
     if args.json:
-        print(json.dumps(_summary(results, good), indent=1))
+        print(json.dumps(summary_of(results, good), indent=1))
     else:
-        _print(results, args.engine, good)
+        print_prompts(results, args.engine, good)
     if session.choices is not None:
         print(
             f"these artifacts return {session.choices} token{'s' if session.choices > 1 else ''} of each"
@@ -152,7 +162,7 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     return prompts
 
 
-def _print(results: Sequence[object], engine: str, good: bool) -> None:
+def print_prompts(results: Sequence[object], engine: str, good: bool) -> None:
     from tyir.tools.verify.compare import PromptResult
 
     rows = [r for r in results if isinstance(r, PromptResult)]
@@ -178,7 +188,7 @@ def _print(results: Sequence[object], engine: str, good: bool) -> None:
     )
 
 
-def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
+def summary_of(results: Sequence[object], good: bool) -> dict[str, object]:
     from tyir.tools.verify.compare import PromptResult
 
     rows = [r for r in results if isinstance(r, PromptResult)]
@@ -213,6 +223,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prompts", type=int, default=8, metavar="N", help="how many of the 8 built-in prompts (default 8)"
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help=(
+            "of a vision-language model: a picture to ask about, instead of a drawn one for each compiled"
+            " size; --prompt is the question"
+        ),
     )
     parser.add_argument(
         "--tokens", type=int, default=64, metavar="N", help="greedy tokens per prompt (default 64)"

@@ -51,9 +51,9 @@ class VisionSession(Session):
         # of the tokens in the cache: where they stand, and of which row of which picture they are
         self._positions = np.zeros((3, self.capacity), np.int64)
         self._content = np.zeros(self.capacity, np.uint64)
-        self._begin(VisionRequest.text(()))
+        self.begin(VisionRequest.text(()))
 
-    def _begin(self, request: VisionRequest) -> None:
+    def begin(self, request: VisionRequest) -> None:
         """The request that the next tokens are of."""
         self.request = request
         self._rope: dict[str, Array] = {}
@@ -64,11 +64,11 @@ class VisionSession(Session):
     def reset(self) -> None:
         """Start over with an empty cache."""
         super().reset()
-        self._begin(VisionRequest.text(()))
+        self.begin(VisionRequest.text(()))
 
     def prefill_request(self, request: VisionRequest) -> npt.NDArray[np.float32]:
         """Make the cache hold exactly a request's tokens; logits [n, V] of the n that were computed."""
-        self._begin(request)
+        self.begin(request)
         return self.prefill(request.ids)
 
     def generate(
@@ -81,7 +81,7 @@ class VisionSession(Session):
     ) -> Iterator[int]:
         """As `Session.generate`, of a request or of tokens without pictures."""
         request = prompt if isinstance(prompt, VisionRequest) else VisionRequest.text(prompt)
-        self._begin(request)
+        self.begin(request)
         yield from super().generate(request.ids, limit, sampler=sampler, stop=stop)
 
     def shared_prefix(self, ids: Sequence[int]) -> int:
@@ -113,7 +113,7 @@ class VisionSession(Session):
         self.tokens = tokens
         self._positions[:, : len(tokens)] = beside["positions"]
         self._content[: len(tokens)] = beside["content"]
-        self._begin(VisionRequest(tuple(tokens), RopePositions.going_on(beside["positions"])))
+        self.begin(VisionRequest(tuple(tokens), RopePositions.going_on(beside["positions"])))
 
     def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
         inputs = super()._inputs(ids, chunk)

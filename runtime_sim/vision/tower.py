@@ -69,13 +69,13 @@ class Tower:
                 f" {list(wanted)}",
                 help="prepare pictures with the settings of the artifacts",
             )
-        given = self._ordered(patches.astype(np.float16))
+        given = self.ordered(patches.astype(np.float16))
         outputs = self._commands(given) if self.engine == "edge10" else self._walk(given, self.probe)
         if bad := next((name for name, array in outputs.items() if not np.isfinite(array).all()), None):
             raise self._not_finite(bad, outputs[bad], given)
         return tuple(self._restored(array) for array in outputs.values())
 
-    def _ordered(self, patches: Array) -> Array:
+    def ordered(self, patches: Array) -> Array:
         """In the programs' order of groups of merged patches."""
         order = self.size.order
         if not order:

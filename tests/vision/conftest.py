@@ -18,14 +18,17 @@ MAX_KV = 512
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """`compiled(name, dies)`: the folder, for all sizes that are drawn, steps of 1 and 16 tokens."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`compiled(name, dies)`: the folder, for two sizes and steps of 16 tokens; `compiled(name, dies, True)`:
+    for all sizes that are drawn, steps of 1 and 16.
+    """
     out = tmp_path_factory.mktemp("vision")
 
     @functools.cache
-    def make(name: str, dies: int) -> Path:
-        options = BuildOptions(dies=dies, seqlens=(1, 16), max_kv=MAX_KV)
-        return compile_path(MODELS / name, out / name, options, images=SIZES)
+    def make(name: str, dies: int, every: bool = False) -> Path:
+        sizes, lengths = (SIZES, (1, 16)) if every else (SIZES[:2], (16,))
+        options = BuildOptions(dies=dies, seqlens=lengths, max_kv=MAX_KV)
+        return compile_path(MODELS / name, out / f"{name}-{len(lengths)}", options, images=sizes)
 
     return make
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tyir.runtime_sim.session.session import Session
-from tyir.runtime_sim.vision.pictures import read_frames, read_picture
+from tyir.runtime_sim.vision.pictures import Picture, read_frames, read_picture
 from tyir.runtime_sim.vision.pixels import Media
 from tyir.runtime_sim.vision.placeholders import VideoRule, expand, spans_of
 from tyir.runtime_sim.vision.preprocessor import FRAMES_PER_SECOND, Preprocessor
@@ -64,14 +64,16 @@ class Turns:
         images: Sequence[Path] = (),
         videos: Sequence[Sequence[Path]] = (),
         frames_per_second: float = FRAMES_PER_SECOND,
+        shown: Sequence[Picture] = (),
     ) -> Prompt:
-        """The prompt of the next turn; `TyirError` for what cannot be shown to the model, and the turn is as
-        if it had not been asked.
+        """The prompt of the next turn, about pictures in files and such as are `shown`; `TyirError` for
+        what cannot be shown to the model, and the turn is as if it had not been asked.
         """
         clock = _Clock()
         media: list[Media] = []
         if self.preprocessor is not None:
             media += [self.preprocessor.image(read_picture(path)) for path in images]
+            media += [self.preprocessor.image(picture) for picture in shown]
             media += [self.preprocessor.video(read_frames(paths), frames_per_second) for paths in videos]
         elif images or videos:
             from tyir.runtime_sim.vision.preprocessor import vision_of

@@ -13,7 +13,7 @@ When something differs, `tyir.tools.verify.locate` finds the first op that is of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.vision import ImageSize
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -50,6 +51,7 @@ __all__ = [
     "cosine",
     "dense_model",
     "reference_module",
+    "tower_module",
 ]
 
 Array = npt.NDArray[Any]
@@ -93,6 +95,8 @@ class Reference:
     `plugin` is the one they were compiled with.
     """
 
+    reads_plainly = True  # transformers' own class of a model of text reads a folder that is not quantised
+
     def __init__(
         self,
         folder: Path,
@@ -109,7 +113,7 @@ class Reference:
         logging.disable_progress_bar()
         self.folder = folder
         self.base = base
-        if plugin is None and _is_plain(folder, base):
+        if plugin is None and self.reads_plainly and _is_plain(folder, base):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             ).eval()
@@ -209,6 +213,18 @@ def reference_module(
     return module
 
 
+def tower_module(
+    folder: Path, image: ImageSize, plugin: ModelPlugin | None = None, base: Path | None = None
+) -> Module:
+    """The unpartitioned tower for pictures of a size in `ty` ops, on sequences as artifacts have it."""
+    from tyir.frontends.huggingface import import_model
+
+    module = import_model(folder, plugin=plugin, base=base, images=[(image.given[0], image.given[1])])
+    graph = f"extract-graph{{graph=visual_{image.name}}}"
+    run_pipeline(module, f"to-ty,{graph},static-step,canonicalize,cse,dce", PassContext())
+    return module
+
+
 def dequantized_weights(
     module: Module, weights: CheckpointReader
 ) -> Iterator[tuple[str, bool, Array, Array]]:
@@ -288,9 +304,15 @@ class PromptResult:
 
 
 def check_prompt(
-    session: Session, reference: Reference, ids: Sequence[int], count: int, states: LayerStates
+    session: Session,
+    reference: Reference,
+    ids: Sequence[int],
+    count: int,
+    states: LayerStates,
+    begin: Callable[[], None] = lambda: None,
 ) -> PromptResult:
-    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position.
+    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position; `begin` is called
+    before, for what a prompt has besides tokens.
 
     Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's
     of the same tokens.
@@ -298,6 +320,7 @@ def check_prompt(
     tokens = [*ids, *reference.continue_greedily(ids, count)]
     logits, wanted_states = reference.run(tokens)
     session.reset()
+    begin()
     states.clear()
     feeds = [tokens[: len(ids)], *([t] for t in tokens[len(ids) : -1])]
     if session.choices is None:

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
-from tyir.dialects.func import Call
+from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append, Rows
-from tyir.dialects.ty import GetGlobal
+from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.weights import CheckpointReader, checkpoint_of
 from tyir.interpreter import Interpreter, run_lockstep
@@ -30,13 +30,14 @@ from tyir.layers import layer_in, path_in_calls
 from tyir.location import FileLoc, FusedLoc, Location, NameLoc
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.session import EngineName, Session
-from tyir.tools.verify.compare import cosine, reference_module
+from tyir.runtime_sim.vision.tower import Tower
+from tyir.tools.verify.compare import cosine, reference_module, tower_module
 from tyir.traits import Collective
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["Divergence", "locate"]
+__all__ = ["Divergence", "locate", "locate_in_tower"]
 
 Array = npt.NDArray[Any]
 
@@ -83,6 +84,12 @@ def locate(
     module = reference_module(checkpoint, session.manifest.options, plugin, base)
     expected = _reference_results(module, ids)
     session.next_tokens(ids)
+    return _first_off(recorder, expected, threshold)
+
+
+def _first_off(
+    recorder: _Recorder, expected: Mapping[Key, tuple[Array, str]], threshold: float
+) -> Divergence | None:
     for key, parts in recorder.parts.items():
         if key not in expected:
             continue
@@ -97,6 +104,27 @@ def locate(
             op = recorder.ops[key]
             return Divergence(layer_in(path), path, op.name, source, tuple(sorted(dies)), worst)
     return None
+
+
+def locate_in_tower(
+    tower: Tower,
+    checkpoint: Path,
+    patches: Array,
+    threshold: float = 0.999,
+    plugin: ModelPlugin | None = None,
+    base: Path | None = None,
+) -> Divergence | None:
+    """The first op of a vision tower that is off for `patches` [N, C] in the processor's order, or None."""
+    image = tower.size.image
+    recorder = _Recorder()
+    chunk = Chunk(0, image.patches, image.patches)
+    tower.probe = lambda die, stack, op, results: recorder(chunk, die, stack, op, results)
+    tower.run(patches)
+    module = tower_module(checkpoint, image, plugin, base)
+    (name,) = [str(f.sym_name) for f in module.body if isinstance(f, Func)]
+    given = tower.ordered(patches.astype(np.float16))
+    expected = _results_of(module, name, [given])
+    return _first_off(recorder, expected, threshold)
 
 
 def _source(location: Location) -> str:
@@ -179,6 +207,18 @@ def _compare(expected: Array, parts: Sequence[_Part]) -> Iterator[tuple[int, flo
 
 def _reference_results(module: Module, ids: Sequence[int]) -> Mapping[Key, tuple[Array, str]]:
     """The result of every op of the reference, and the line of the model's source it came from."""
+    positions = np.arange(len(ids), dtype=np.int64)[None]
+    main = next(f for f in module.body if isinstance(f, Func) and str(f.sym_name) == "main")
+    if len(tensor_type(main.args[1]).dims) == 3:  # time, row and column, all the same for text
+        positions = np.broadcast_to(positions, (3, 1, len(ids)))
+    inputs = [np.array([list(ids)], np.int64), positions]
+    for addend in main.args[2:]:  # what pictures add to the first layers: nothing
+        inputs.append(np.zeros((1, len(ids), tensor_type(addend).dims[-1]), np.float16))
+    return _results_of(module, "main", inputs)
+
+
+def _results_of(module: Module, function: str, inputs: Sequence[Array]) -> Mapping[Key, tuple[Array, str]]:
+    """The same of any function."""
     found: dict[Key, tuple[Array, str]] = {}
     keys = _Keys()
 
@@ -188,6 +228,5 @@ def _reference_results(module: Module, ids: Sequence[int]) -> Mapping[Key, tuple
             found[key] = results[0], _source(op.loc)
 
     interpreter = Interpreter(module, CheckpointReader(checkpoint_of(module)), probe=probe)
-    positions = np.arange(len(ids), dtype=np.int64)[None]
-    run_lockstep([interpreter.run("main", [np.array([list(ids)], np.int64), positions])])
+    run_lockstep([interpreter.run(function, list(inputs))])
     return found
