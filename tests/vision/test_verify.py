@@ -57,18 +57,19 @@ def set_one(value: float) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "op"),
+    ("name", "change", "where"),
     [
-        ("blocks.3.mlp.down_proj.bias", np.inf, "blocks.3"),
-        ("blocks.0.norm1.weight", np.nan, "blocks.0"),
-        ("merger.mlp.2.bias", np.inf, "merger"),
+        ("blocks.3.mlp.down_proj.bias", set_one(np.inf), r"weight .*blocks\.3\.mlp\.down_proj\.bias"),
+        ("blocks.0.norm1.weight", set_one(np.nan), r"weight .*blocks\.0\.norm1\.weight"),
+        ("blocks.4.mlp.down_proj.weight", lambda w: w * 3e4, r"first in layer 4: .*blocks\.4\.mlp"),
+        ("merger.mlp.2.weight", lambda w: w * 3e4, r"first in .*merger\.mlp\.2"),
     ],
 )
 def test_rows_that_are_not_finite_stop_with_the_op(
-    name: str, value: float, op: str, compiled: Compiled, tmp_path: Path
+    name: str, change: Callable[[Any], Any], where: str, compiled: Compiled, tmp_path: Path
 ) -> None:
-    artifacts = broken(compiled(QWEN, 1), tmp_path / "1die", name, set_one(value))
-    with pytest.raises(TyirError, match=rf"rows of the picture's embeddings are not finite; first in .*{op}"):
+    artifacts = broken(compiled(QWEN, 1), tmp_path / "1die", name, change)
+    with pytest.raises(TyirError, match=rf"rows of the picture's embeddings are not finite; {where}"):
         Tower(artifacts).run(patches_of(artifacts).patches)
 
 
