@@ -18,15 +18,16 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.execution.artifacts import Artifacts
-from tyir.execution.finite import F16_LARGEST, not_finite
+from tyir.execution.finite import not_finite
 from tyir.interpreter import Probe, run_lockstep
 from tyir.ir import Op
 from tyir.layers import path_in_calls
 from tyir.runtime_sim.session.die_programs import DiePrograms
+from tyir.runtime_sim.session.finite_steps import Origin
 from tyir.runtime_sim.session.session import EngineName
 from tyir.runtime_sim.vision.pixels import Patches
 from tyir.runtime_sim.vision.preprocessor import vision_of
-from tyir.traits import Collective, InPlace
+from tyir.traits import Collective, InPlace, WeightReference
 
 __all__ = ["Tower", "TowerProbe", "Towers"]
 
@@ -118,26 +119,23 @@ class Tower:
 
     def _not_finite(self, name: str, values: Array, patches: Array) -> TyirError:
         """What to say of a picture that left f16: where it began."""
-        first: list[str] = []
+        first: list[Origin] = []
 
         def watch(die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]) -> None:
             if first or isinstance(op, Call) or op.has_trait(InPlace) or op.has_trait(Collective):
                 return
             found = next((f for array in results if (f := not_finite(array))), None)
             if found is not None:
-                path = path_in_calls(op, stack) or "an op"
-                first.append(f"first in {op.name} at {path} on die {die} ({found})")
+                weight = op.has_trait(WeightReference)
+                path = str(op.properties["symbol"]) if weight else path_in_calls(op, stack) or "an op"
+                first.append(Origin(op.name, path, die, found, None if weight else (0, 0)))
 
         self._walk(patches, watch, compiled=False if self.engine == "edge10" else None)
         rows = int((~np.isfinite(values)).reshape(len(values), -1).any(axis=1).sum())
         message = f"{rows} of {len(values)} rows of the picture's {name} are not finite"
-        return TyirError(
-            f"{message}; {first[0]}" if first else f"{message} ({not_finite(values)})",
-            help=(
-                f"f16 ends at {F16_LARGEST:.0f}: compile the model again with calibration pictures such as"
-                " this one, which choose the scale of the tower's residual stream"
-            ),
-        )
+        if not first:
+            return TyirError(f"{message} ({not_finite(values)})", help="compile the model again")
+        return TyirError(f"{message}; {first[0]}", help=first[0].help)
 
 
 def _for_die(probe: TowerProbe, die: int) -> Probe:

@@ -23,6 +23,7 @@ from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append, Rows
 from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.artifacts import Artifacts
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.execution.weights import CheckpointReader, checkpoint_of
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
@@ -143,11 +144,14 @@ class _Keys:
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
+        self.constants = ConstantExpressions()
 
     def of(self, op: Op, stack: tuple[Call, ...]) -> Key | None:
         path = path_in_calls(op, stack)
         if path is None or isinstance(op, (Call, GetGlobal, Append, Rows)) or op.has_trait(Collective):
             return None
+        if op.results and self.constants.is_constant(op.results[0]):
+            return None  # of weights alone, as rotary tables of one size are: dies have the result
         name = _SAME.get(op.name, op.name)
         number = self.counts[path, name]
         self.counts[path, name] += 1
