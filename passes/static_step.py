@@ -103,6 +103,7 @@ class _Sequences:
         operands = [self.lines.get(v) or self._constant(v, op) for v in op.operands]
         properties = op.properties
         kinds = [_sequence_type(r) for r in op.results]
+        new: Op
         if isinstance(op, Reshape):
             new = Reshape(operands[0], shape=kinds[0].static_shape, loc=op.loc)
         elif isinstance(op, Transpose):
