@@ -18,33 +18,33 @@ from tyir.diagnostics import Diagnostic, did_you_mean
 __all__ = ["TESTED", "architecture_problem"]
 
 TESTED: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
-_ENDINGS: Final = ("ForCausalLM", "LMHeadModel")  # how transformers calls causal language models
-_TABLE: Final = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+# How transformers calls causal language models, those that see pictures last.
+_ENDINGS: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_TABLES: Final = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 _FILE: Final = "models/auto/modeling_auto.py"
 
 
 @cache
 def causal_models() -> Mapping[str, str]:
-    """`model_type` by the name of each causal language model of transformers."""
+    """`model_type` by the name of each causal language model of transformers, pictures seen or not."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin is not None, "a dependency of the front end"
     source = (Path(spec.origin).parent / _FILE).read_text(encoding="utf-8")
-    entries = dict(_entries(source))
-    if not entries:  # written in another way by a release to come
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found: dict[str, str] = {}
+    for table in _TABLES:
+        entries = dict(_entries(source, table))
+        if not entries:  # written in another way by a release to come
+            from transformers.models.auto import modeling_auto
 
-        entries = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return {
-        name: kind
-        for kind, names in entries.items()
-        for name in ((names,) if isinstance(names, str) else names)
-        if name.endswith(_ENDINGS)
-    }
+            entries = dict(getattr(modeling_auto, table))
+        for kind, names in entries.items():
+            found.update(dict.fromkeys((names,) if isinstance(names, str) else names, kind))
+    return {name: kind for name, kind in found.items() if name.endswith(_ENDINGS)}
 
 
-def _entries(source: str) -> Iterator[tuple[str, Any]]:
+def _entries(source: str, table: str) -> Iterator[tuple[str, Any]]:
     """The pairs of `TABLE = OrderedDict([(kind, name), ..])`; none when it is written otherwise."""
-    start = source.find(f"\n{_TABLE} = OrderedDict(\n")
+    start = source.find(f"\n{table} = OrderedDict(\n")
     end = source.find("\n)\n", start)
     if min(start, end) < 0:
         return
@@ -66,6 +66,8 @@ def architecture_problem(raw: Mapping[str, Any], where: str) -> Diagnostic | Non
             help=f'add "architectures": ["..."]; tested: {", ".join(TESTED)}',
         )
     name, known = architectures[0], causal_models()
+    if (refusal := _known_refusal(name, raw)) is not None:
+        return Diagnostic(refusal[0], where=where, help=refusal[1])
     if name not in known:
         help = (
             f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the same ops"
@@ -82,4 +84,28 @@ def architecture_problem(raw: Mapping[str, Any], where: str) -> Diagnostic | Non
             f" belongs to {known[name]!r}"
         )
         return Diagnostic(message, where=where, help=f'set "model_type": "{known[name]}"')
+    return None
+
+
+_OWN_PYTHON: Final = (
+    "write a class of transformers' form yourself, with a tower of one of the known structures, and give it"
+    " with --model-plugin (docs/model-plugin.md)"
+)
+
+
+def _known_refusal(name: str, raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What to say of a model that sees pictures and cannot be imported as it is: message and cure."""
+    if name.startswith("LlavaLlama") or "mm_vision_tower" in raw:
+        tower = raw.get("mm_vision_tower", "a CLIP model")
+        return (
+            f"{name[:100]} is LLaVA's own format: its config.json is a language model's with mm_* keys, which"
+            f" transformers' LLaVA would ignore, and the weights of its tower are in {str(tower)[:100]}",
+            "convert it with transformers' convert_llava_weights_to_hf.py, or take the converted model"
+            " (llava-hf/...)",
+        )
+    if name not in causal_models() and raw.get("auto_map") and {"vision_config", "visual"} & raw.keys():
+        return (
+            f"{name[:100]} sees pictures and is written in the checkpoint's own Python, which is not run",
+            _OWN_PYTHON,
+        )
     return None

@@ -16,7 +16,7 @@ from typing import Final
 from tyir.dialects import aten, ty
 from tyir.opdef import DeclaredOp
 
-__all__ = ["PARTS", "ROWS", "FromResult", "Row"]
+__all__ = ["ANGLES", "PARTS", "ROWS", "UNBIND", "FromResult", "Row"]
 
 
 class FromResult(Enum):
@@ -45,13 +45,16 @@ class Row:
 _COPY: Final = ("non_blocking", "copy", "memory_format")
 _TO: Final = {"element": FromResult.ELEMENT}
 _SHAPE: Final = {"shape": FromResult.SHAPE}
+_CONV: Final = Row(aten.Conv, ("input", "weight", "bias"), {"stride": "stride"})
 
 ROWS: Final[dict[str, Row]] = {
     "aten.add.Tensor": Row(aten.Add, ("self", "other"), scalar="other"),
     "aten.addmm.default": Row(aten.Addmm, ("self", "mat1", "mat2")),
     "aten.alias.default": Row(None),
+    "aten.argsort.default": Row(aten.Argsort, properties={"dim": "dim"}),
     "aten.cat.default": Row(aten.Cat, ("tensors",), {"dim": "dim"}),
     "aten.clone.default": Row(None, ignored=("memory_format",)),
+    **{f"aten.conv{n}d.{kind}": _CONV for n in (2, 3) for kind in ("default", "padding")},
     "aten.contiguous.default": Row(None, ignored=("memory_format",)),
     "aten.cos.default": Row(aten.Cos),
     "aten.detach.default": Row(None),
@@ -68,10 +71,12 @@ ROWS: Final[dict[str, Row]] = {
         {"normalized_shape": "normalized_shape", "eps": "eps"},
         ignored=("cudnn_enable",),
     ),
+    "aten.index.Tensor": Row(aten.Index, ("self", "indices")),
     "aten.linear.default": Row(aten.Linear, ("input", "weight", "bias")),
     "aten.mean.dim": Row(aten.Mean, properties={"dim": "dim", "keepdim": "keepdim"}),
     "aten.mul.Tensor": Row(aten.Mul, ("self", "other"), scalar="other"),
     "aten.neg.default": Row(aten.Neg),
+    "aten.permute.default": Row(aten.Permute, properties={"dims": "dims"}),
     "aten.pow.Tensor_Scalar": Row(aten.Pow, properties={"exponent": "exponent"}),
     "aten.reshape.default": Row(aten.Reshape, properties=_SHAPE, ignored=("shape",)),
     "aten.flatten.using_ints": Row(aten.Reshape, properties=_SHAPE, ignored=("start_dim", "end_dim")),
@@ -79,6 +84,7 @@ ROWS: Final[dict[str, Row]] = {
         aten.RepeatInterleave, properties={"repeats": "repeats", "dim": "dim"}, ignored=("output_size",)
     ),
     "aten.relu.default": Row(aten.Relu),
+    "aten.select.int": Row(aten.Select, properties={"dim": "dim", "index": "index"}),
     "aten.sigmoid.default": Row(aten.Sigmoid),
     "aten.stack.default": Row(aten.Stack, ("tensors",), {"dim": "dim"}),
     "aten.rsqrt.default": Row(aten.Rsqrt),
@@ -88,6 +94,7 @@ ROWS: Final[dict[str, Row]] = {
         aten.Slice, properties={"dim": "dim", "start": "start", "end": "end", "step": "step"}
     ),
     "aten.sub.Tensor": Row(aten.Sub, ("self", "other"), scalar="other"),
+    "aten.sum.dim_IntList": Row(aten.Sum, properties={"dim": "dim", "keepdim": "keepdim"}),
     "aten.tanh.default": Row(aten.Tanh),
     "aten.to.device": Row(aten.To, properties=_TO, ignored=("device", "dtype", *_COPY)),
     "aten.to.dtype": Row(aten.To, properties=_TO, ignored=("dtype", *_COPY)),
@@ -101,7 +108,15 @@ ROWS: Final[dict[str, Row]] = {
     "tyir.layer_begin.default": Row(None, ("x",), ignored=("path",)),
     "tyir.layer_end.default": Row(None, ("x",), ignored=("path",)),
     "tyir.attention.default": Row(
-        ty.Attention, ("q", "k", "v"), {"scale": "scale", "window": "window", "softcap": "softcap"}
+        ty.Attention,
+        ("q", "k", "v"),
+        {
+            "scale": "scale",
+            "window": "window",
+            "softcap": "softcap",
+            "causal": "causal",
+            "segments": "segments",
+        },
     ),
 }
 
@@ -109,3 +124,5 @@ ROWS: Final[dict[str, Row]] = {
 PARTS: Final = frozenset(
     ("aten.chunk.default", "aten.split.Tensor", "aten.split.default", "aten.split_with_sizes.default")
 )
+UNBIND: Final = "aten.unbind.int"  # the entries along `dim`, without that dimension: each becomes a select
+ANGLES: Final = "tyir.rope_angles.default"  # cosines and sines: two results

@@ -5,11 +5,15 @@ Every model of transformers that uses `AttentionInterface` calls `_attention` wi
 D]; it emits `tyir::attention` on [b, s, heads, D].  The mask registry hands the model an integer in place of
 a mask tensor: the length of the sliding window, 0 for plain causal attention.  A mask or an argument that
 this op cannot express is refused, never dropped.
+
+Towers that see pictures ask for no mask and say which rows see each other by bounds (`cu_seq_lens_q`).  They
+do so in one call when the implementation's name has `flash` in it, which `TOWER` has; given as a tuple of
+numbers the bounds become a property of the op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CellType
 from typing import Any
 
@@ -19,9 +23,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["IMPLEMENTATION", "install"]
+__all__ = ["IMPLEMENTATION", "TOWER", "install"]
 
 IMPLEMENTATION = "tyir"
+TOWER = "tyir_flash"
 
 # Arguments of transformers' attention functions that do not change the result of a forward pass without
 # cache.
@@ -39,6 +44,8 @@ _HARMLESS = {
     "logits_to_keep",
     "position_embeddings",
     "layer_type",
+    "max_length_q",
+    "max_length_k",
 }
 
 
@@ -50,8 +57,10 @@ def attention(
     scale: float,
     window: int,
     softcap: float | None = None,
+    causal: bool = True,
+    segments: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Causal attention; only ever traced (its meaning is `ty.attention`)."""
+    """Attention over whole sequences; only ever traced (its meaning is `ty.attention`)."""
     raise TyirError("tyir::attention has no eager kernel: it exists to be exported")
 
 
@@ -63,6 +72,8 @@ def _attention_shape(
     scale: float,
     window: int,
     softcap: float | None = None,
+    causal: bool = True,
+    segments: Sequence[int] | None = None,
 ) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
@@ -76,9 +87,12 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    cu_seq_lens_q: Any = None,
+    cu_seq_lens_k: Any = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     name = type(module).__name__
+    both = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     unknown = sorted(k for k, v in others.items() if k not in _HARMLESS and v is not None)
     if unknown:
         raise TyirError(
@@ -86,9 +100,19 @@ def _attention(
             help="supported: scale, causal mask, sliding window, softcap",
         )
     causal = others.get("is_causal")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    bounds = _bounds(name, cu_seq_lens_q, cu_seq_lens_k)
     if not (getattr(module, "is_causal", True) if causal is None else causal):
+        if attention_mask is not None or sliding_window:
+            raise TyirError(
+                f"{name} is not causal and has a mask, which cannot be represented",
+                help="supported: vision towers whose rows see each other, all or within segments",
+            )
+        return attention(*both, scale, 0, softcap, False, bounds or None), None
+    if bounds:
         raise TyirError(
-            f"{name} is not causal", help="only decoder models that generate text can be imported"
+            f"{name} is causal within segments, which cannot be represented",
+            help="import sequences one by one",
         )
     if not isinstance(attention_mask, int) or attention_mask != (sliding_window or 0):
         mask = f"a window of {attention_mask}" if isinstance(attention_mask, int) else "a mask of its own"
@@ -96,9 +120,19 @@ def _attention(
             f"{name} combines {mask} with sliding_window = {sliding_window}",
             help="supported: a causal mask, or one sliding window in both places",
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    heads = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attention(*heads, scale, attention_mask, softcap), None
+    return attention(*both, scale, attention_mask, softcap), None
+
+
+def _bounds(name: str, queries: Any, keys: Any) -> list[int]:
+    """The bounds of segments, none where nothing is said."""
+    if queries is None:
+        return []
+    if not isinstance(queries, (tuple, list)) or queries != keys:
+        raise TyirError(
+            f"{name} has segments that depend on values, which cannot be represented",
+            help="import at a fixed size: --image WIDTHxHEIGHT",
+        )
+    return [int(bound) for bound in queries]
 
 
 def _mask(*positional: Any, mask_function: Callable[..., Any] = causal_mask_function, **others: Any) -> int:
@@ -150,4 +184,5 @@ def _name(function: Callable[..., Any]) -> str:
 def install() -> None:
     """Enter the implementation into transformers' registries; doing so again changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionInterface.register(TOWER, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)

@@ -1,8 +1,9 @@
-"""An exported graph to `@main` at stage `aten`, one op per node, in one walk.
+"""An exported graph to a function at stage `aten`, one op per node, in one walk.
 
-Dead nodes (assertions, checks of position ids) are dropped first.  Then every remaining node must have a row
-in `aten_table.ROWS`; those without are collected and reported together, with counts, the first layer and the
-model's source line.  Symbolic sizes vanish: result types carry `?` instead.
+Dead nodes (assertions, checks of position ids) are dropped first; a node that writes into a tensor is never
+dead, whether or not anything reads its result, and is refused: ops of the IR have values only.  Then every
+remaining node must have a row in `aten_table.ROWS`; those without are collected and reported together, with
+counts, the first layer and the model's source line.  Symbolic sizes vanish: result types carry `?` instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import fx
 from tyir.attributes import DenseElementsAttr, DictAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import aten, func, ty
-from tyir.frontends.aten_table import PARTS, ROWS, FromResult, Row
+from tyir.frontends.aten_table import ANGLES, PARTS, ROWS, UNBIND, FromResult, Row
 from tyir.frontends.layer_reuse import LAYER_BEGIN, LAYER_COPY, LAYER_END
 from tyir.frontends.torch_export import WRAPPER_PREFIX
 from tyir.frontends.weights import Weights
@@ -159,12 +160,20 @@ def tensor_type_of(value: torch.Tensor) -> TensorType:
     return TensorType(tuple(d if isinstance(d, int) else None for d in value.shape), _ELEMENTS[value.dtype])
 
 
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its operands (`copy_`, `index_put_`): its readers need not be its
+    users.
+    """
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and bool(getattr(schema, "is_mutable", False))
+
+
 def live_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that the output depends on, in order, leaving out pure size arithmetic (which result types
-    replace).
+    replace); what a node writes into may be the output's, so such nodes are live as well.
     """
     live: set[fx.Node] = set()
-    stack = [n for n in graph.nodes if n.op == "output"]
+    stack = [n for n in graph.nodes if n.op == "output" or _writes(n)]
     while stack:
         node = stack.pop()
         if node not in live:
@@ -216,6 +225,7 @@ class _Importer:
     block: Block
     values: dict[fx.Node, Value] = field(default_factory=dict)
     emitted: dict[str, Value] = field(default_factory=dict)
+    angles: dict[fx.Node, ty.RopeAngles] = field(default_factory=dict)
     places: dict[str, DictAttr] = field(default_factory=dict)
     moved: tuple[str, str] | None = (
         None  # the traced layer whose nodes are being converted, and the layer they are converted for
@@ -257,7 +267,10 @@ class _Importer:
 
     def convert(self, node: fx.Node) -> None:
         """Append the op of one node."""
-        if str(node.target) in PARTS:
+        if str(node.target) in PARTS or str(node.target) == UNBIND:
+            return
+        if str(node.target) == ANGLES:
+            self.angles[node] = self.rope_angles(node)
             return
         if str(node.target) == LAYER_COPY:
             self.values[node] = self.layer_copy(node)
@@ -297,21 +310,42 @@ class _Importer:
         return result
 
     def part(self, node: fx.Node) -> Value:
-        """One part of a tensor that a node of `PARTS` cuts: a slice."""
+        """One result of a node that has several: of one of `PARTS` a slice, of an unbind a select."""
         whole, index = node.args
         assert isinstance(whole, fx.Node) and isinstance(index, int)
-        arguments, sizes = _argument_map(whole), _part_sizes(whole)
-        index %= len(sizes)
-        start = sum(sizes[:index])
-        properties = {"dim": arguments["dim"], "start": start, "end": start + sizes[index]}
-        fields = {f.name: f for f in aten.Slice.attr_fields}
+        if str(whole.target) == ANGLES:
+            return self.angles[whole].results[index]
+        arguments = _argument_map(whole)
+        kind: type[aten.Slice | aten.Select] = aten.Select
+        properties = {"dim": arguments["dim"], "index": index}
+        if str(whole.target) != UNBIND:
+            sizes = _part_sizes(whole)
+            start = sum(sizes[: index % len(sizes)])
+            kind = aten.Slice
+            properties = {"dim": arguments["dim"], "start": start, "end": start + sizes[index % len(sizes)]}
+        fields = {f.name: f for f in kind.attr_fields}
         encoded = DictAttr({name: fields[name].codec.encode(value) for name, value in properties.items()})
         x, result = self.operand(arguments["self"]), tensor_type_of(node.meta["val"])
         location = location_of(whole, self.moved)
-        op = aten.Slice.create(
+        op = kind.create(
             [x], (result,), encoded, self.place(location), loc=location, result_names=(node.name,)
         )
-        return self.block.append(op).result
+        return self.block.append(op).results[0]
+
+    def rope_angles(self, node: fx.Node) -> ty.RopeAngles:
+        """The tables that a rotary module makes of its positions (`tyir.frontends.vision.rotary`)."""
+        arguments = _argument_map(node)
+        op = ty.RopeAngles(
+            self.operand(arguments["positions"]),
+            inv_freq=DenseElementsAttr.from_numpy(np.asarray(arguments["inv_freq"], np.float32)),
+            scale=arguments["scale"],
+            element=tensor_type_of(node.meta["val"][0]).element,
+            axis=tuple(arguments["axis"]),
+            loc=location_of(node, self.moved),
+        )
+        op.cos.name, op.sin.name = "cos", "sin"
+        self.block.append(op)
+        return place(op, module_path(op.loc) or "")
 
 
 def _part_sizes(node: fx.Node) -> list[int]:
@@ -334,6 +368,10 @@ def _operand_nodes(row: Row, node: fx.Node, arguments: dict[str, Any]) -> list[f
     for name in row.operands:
         value = arguments[name]
         for item in value if isinstance(value, (list, tuple)) else (value,):
+            if item is None and item is not value:
+                raise _Skip(
+                    f"{node.target} with {name} = {value}"
+                )  # x[:, index]: another axis than the first
             if isinstance(item, fx.Node) and not _is_size(item):
                 nodes.append(item)
             elif item is not None and not (name == row.scalar and isinstance(item, (int, float))):
@@ -371,9 +409,14 @@ def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Laye
         target, value = str(node.target), node.meta.get("val")
         if target == LAYER_COPY:
             continue
+        if _writes(node):
+            unsupported.add(f"{target}, which writes into its operand", node)
+            continue
         if (
             node.target is operator.getitem
         ):  # one of several results: the op that made them is what is missing
+            continue
+        if target in (ANGLES, UNBIND):
             continue
         if target not in ROWS and target not in PARTS:
             unsupported.add(target, node)
@@ -399,9 +442,12 @@ def _check(nodes: Iterable[fx.Node], bound: set[str], layers: Mapping[str, _Laye
 
 
 def import_graph(
-    program: torch.export.ExportedProgram, weights: Weights, buffer: Callable[[str], Any]
+    program: torch.export.ExportedProgram,
+    weights: Weights,
+    buffer: Callable[[str], Any],
+    name: str = "main",
 ) -> func.Func:
-    """`@main` of an exported program.
+    """`@main`, or the function `name`, of an exported program.
 
     `buffer` gives the array of a buffer that is not stored.  `TyirError` lists everything unsupported.
     """
@@ -409,19 +455,19 @@ def import_graph(
     parameters: dict[str, str] = {}
     buffers: dict[str, Callable[[], Any]] = {}
     for spec in program.graph_signature.input_specs:
-        name, target = spec.arg.name, str(spec.target or "").removeprefix(WRAPPER_PREFIX)
+        argument, target = spec.arg.name, str(spec.target or "").removeprefix(WRAPPER_PREFIX)
         if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
-            inputs.append(name)
+            inputs.append(argument)
         elif weights.find(target) is not None:
-            parameters[name] = target
+            parameters[argument] = target
         elif spec.kind is torch.export.graph_signature.InputKind.BUFFER:
-            buffers[name] = partial(buffer, target)
+            buffers[argument] = partial(buffer, target)
     nodes = live_nodes(program.graph_module.graph)
     by_name = {n.name: n for n in program.graph_module.graph.nodes if n.op == "placeholder"}
     body = [n for n in nodes if n.op != "output"]
     layers = traced_layers(body)
     _check(body, {*inputs, *parameters, *buffers}, layers)
-    main = func.Func.make("main", [tensor_type_of(by_name[n].meta["val"]) for n in inputs], inputs)
+    main = func.Func.make(name, [tensor_type_of(by_name[n].meta["val"]) for n in inputs], inputs)
     importer = _Importer(weights, parameters, buffers, layers, main.body)
     importer.values.update({by_name[n]: arg for n, arg in zip(inputs, main.args)})
     for node in body:
@@ -434,4 +480,9 @@ def import_graph(
 
 def _outputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     (output,) = (n for n in nodes if n.op == "output")
-    return list(output.all_input_nodes)
+    returned = output.args[0]
+    return [
+        n
+        for n in (returned if isinstance(returned, (tuple, list)) else (returned,))
+        if isinstance(n, fx.Node)
+    ]

@@ -11,23 +11,15 @@ import contextlib
 import gc
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from tyir.attributes import (
-    ArrayAttr,
-    Attribute,
-    BoolAttr,
-    DenseElementsAttr,
-    DictAttr,
-    FloatAttr,
-    IntegerAttr,
-    StringAttr,
-)
+from tyir.artifacts.json_attributes import to_attribute
+from tyir.attributes import Attribute, DenseElementsAttr, DictAttr, FloatAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
@@ -43,7 +35,7 @@ from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.layers import layer_in, path_of
 from tyir.process.progress import Bar
-from tyir.types import f64, i64
+from tyir.vision.graphs import LANGUAGE, mark_graph
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
@@ -85,6 +77,9 @@ _MODEL_KEYS: Final = (
     "pad_token_id",
 )
 
+# Of these the whole model's word counts where it has a language model inside.
+_WHOLE_KEYS: Final = ("model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
 # The most that a model may have of what transformers makes one by one; the largest have some 200 layers.
 _MOST_PARTS: Final = {"layer": 1000, "expert": 100_000, "label": 100_000}
 
@@ -101,6 +96,7 @@ def import_model(
     positions: int | None = None,
     base: Path | None = None,
     progress: bool = False,
+    images: Sequence[tuple[int, int]] = (),
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
@@ -108,7 +104,9 @@ def import_model(
     stay in the folder (`ty.global`). `note` receives warnings (stray tensors).  `check_weights` reads them
     all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
     frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
-    for every prompt: keys in a cache cannot be turned again when it grows.  `base`: the folder of the base
+    for every prompt: keys in a cache cannot be turned again when it grows.  `images`: of a vision-language
+    model the sizes (width, height) of pictures; one function `@visual_{W}x{H}(%patches)` for each grid among
+    them stands beside `@main`, its language model (`tyir.frontends.vision`).  `base`: the folder of the base
     model, when `folder` holds a LoRA adapter whose config does not say it.  `progress` shows on standard
     error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
@@ -129,7 +127,12 @@ def import_model(
             base=base,
             bar=bar,
         )
-        return _build(opened.checkpoint, opened.meta, opened.weights, bar)
+        if images and not opened.meta.sees:
+            raise TyirError(
+                f"{type(opened.meta.model).__name__} sees no pictures: it has no sizes of images",
+                help="leave --image out",
+            )
+        return _build(opened.checkpoint, opened.meta, opened.weights, bar, images)
 
 
 @contextlib.contextmanager
@@ -187,6 +190,8 @@ def open_model(
     )
     if checkpoint is not None and meta is not None:
         bar.stage("checking the tensors", 2)
+        if meta.sees:
+            checkpoint = _with_names_of(checkpoint, meta)
         named = with_model_names(checkpoint, meta.aliases, note)
         if isinstance(named, Diagnostic):
             raise TyirError([*problems, named])
@@ -221,6 +226,15 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
             where=str(checkpoint.folder),
             help="download the missing files, or use the config.json that belongs to these weights",
         )
+
+
+def _with_names_of(checkpoint: Checkpoint, meta: MetaModel) -> Checkpoint:
+    """The checkpoint with its tensors under the names of transformers' modules."""
+    from tyir.frontends.torch_export import module_name
+
+    name = module_name(meta.model)
+    tensors = {name(stored): tensor for stored, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors, unreadable=frozenset(map(name, checkpoint.unreadable)))
 
 
 def formats_of(
@@ -280,7 +294,7 @@ def _meta_model(
     try:
         model_class = plugin.model_class if plugin is not None else None
         meta = build_meta_model(checkpoint.folder, dict(config), dtype, model_class, positions)
-        limit = position_limit(meta.config)
+        limit = position_limit(meta.text_config)
         if limit is not None and (rope := _rope_note(*limit, positions)) is not None:
             note(Diagnostic(rope, severity="warning", where=where))
         return meta
@@ -453,8 +467,14 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, bar: Bar) -> Module:
-    """Export the checked model and convert the graph."""
+def _build(
+    checkpoint: Checkpoint,
+    meta: MetaModel,
+    weights: Weights,
+    bar: Bar,
+    images: Sequence[tuple[int, int]] = (),
+) -> Module:
+    """Export the checked model and convert the graphs."""
     from tyir.frontends.graph_importer import import_graph
     from tyir.frontends.torch_export import export_model, real_buffer
 
@@ -462,16 +482,29 @@ def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, bar: Bar) 
     graph = export_model(meta)
     bar.stage("converting the graph", 6)
     main = import_graph(graph, weights, lambda name: real_buffer(meta, name))
-    _check_constants(main, str(checkpoint.folder / "config.json"))
+    functions = [main]
+    attributes: dict[str, Attribute] = {}
+    if meta.sees:
+        mark_graph(main, LANGUAGE)
+    if images:
+        from tyir.frontends.vision.functions import settings_of, tower_functions, vision_attribute
+
+        settings = settings_of(checkpoint.folder, checkpoint.config)
+        functions += tower_functions(meta, weights, [settings.size(*size) for size in images])
+        attributes["tyir.vision"] = vision_attribute(meta, settings)
+    for function in functions:
+        _check_constants(function, str(checkpoint.folder / "config.json"))
     module = Module.empty()
     for reference in weights.globals.values():
         module.body.append(reference)
-    module.body.append(main)
+    for function in functions:
+        module.body.append(function)
     module.attributes = DictAttr({
         "tyir.stage": StringAttr("aten"),
         "tyir.checkpoint": StringAttr(str(checkpoint.folder)),
         "tyir.model": _model_attribute(checkpoint, meta),
         "tyir.files": DictAttr({name: stamp.attribute() for name, stamp in checkpoint.stamps.items()}),
+        **attributes,
     })  # fmt: skip
     return module
 
@@ -499,31 +532,20 @@ def _check_constants(main: Func, where: str) -> None:
 
 
 def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
-    """The facts of config.json that later stages need, with transformers' defaults filled in."""
+    """The facts of config.json that later stages need, with transformers' defaults filled in: those of the
+    language model, and the whole's own name.
+    """
     from tyir.frontends.torch_export import position_limit
 
     # getattr, not to_dict: it also finds what a configuration class calls by another name (n_embd for
     # hidden_size).
-    found = {key: getattr(meta.config, key, None) for key in _MODEL_KEYS}
+    text = meta.text_config
+    found = {key: getattr(text, key, None) for key in _MODEL_KEYS}
+    found |= {key: value for key in _WHOLE_KEYS if (value := getattr(meta.config, key, None)) is not None}
     facts = {key: value for key, value in found.items() if value is not None}
-    if (limit := position_limit(meta.config)) is not None:
+    if (limit := position_limit(text)) is not None:
         facts["max_position_embeddings"] = max(limit[0], meta.positions or 0)
     if "hidden_size" in facts and "num_attention_heads" in facts:
         facts.setdefault("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
     facts["architecture"] = checkpoint.config["architectures"][0]
-    return DictAttr({key: _attribute(value) for key, value in facts.items()})
-
-
-def _attribute(value: Any) -> Attribute:
-    """A JSON value as an attribute."""
-    if isinstance(value, bool):
-        return BoolAttr(value)
-    if isinstance(value, int):
-        return IntegerAttr(value, i64)
-    if isinstance(value, float):
-        return FloatAttr(value, f64)
-    if isinstance(value, dict):
-        return DictAttr({str(k): _attribute(v) for k, v in value.items() if v is not None})
-    if isinstance(value, (list, tuple)):
-        return ArrayAttr([_attribute(v) for v in value])
-    return StringAttr(str(value))
+    return DictAttr({key: to_attribute(value) for key, value in facts.items()})

@@ -15,6 +15,7 @@ it was traced stands for no other.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -120,8 +121,11 @@ class _Reusing:
 
 
 @contextlib.contextmanager
-def layers_traced_once(model: torch.nn.Module) -> Iterator[None]:
-    """Let equal layers of `model` be traced once.  The model is as before afterwards."""
+def layers_traced_once(model: torch.nn.Module, prefix: str = "") -> Iterator[None]:
+    """Let equal layers of `model` be traced once.  The model is as before afterwards.
+
+    `prefix`: what stands before its modules' paths when it is a part of what is exported.
+    """
     kinds = _Kinds()
     classes: list[tuple[Any, type[Any]]] = []
 
@@ -131,6 +135,7 @@ def layers_traced_once(model: torch.nn.Module) -> Iterator[None]:
         module.__class__ = type(type(module).__name__, (first, type(module)), {})
 
     for path, layer in decoder_layers(model):
+        path = prefix + path
         structure = _structure(layer)
         if structure is None:
             continue
@@ -187,4 +192,6 @@ def _value(value: Any) -> object:
         return (type(value), value)
     if isinstance(value, (list, tuple)):
         return (type(value), [_value(v) for v in value])
+    if isinstance(value, functools.partial):  # made anew for each layer: an activation with its arguments
+        return (functools.partial, id(value.func), _value(value.args), _value(sorted(value.keywords.items())))
     return id(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,10 +22,12 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tyir.artifacts.vision import ImageSize
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.frontends import attention_hook
 from tyir.frontends.architectures import architecture_problem
 from tyir.frontends.layer_reuse import layers_traced_once
+from tyir.frontends.vision.parts import Tower, language_of, tower_of
 
 __all__ = [
     "WRAPPER_PREFIX",
@@ -33,7 +35,9 @@ __all__ = [
     "build_meta_model",
     "build_plain_model",
     "export_model",
+    "export_tower",
     "freeze_rope",
+    "module_name",
     "position_limit",
     "real_buffer",
     "trace_all",
@@ -66,6 +70,23 @@ class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]  # torch is not follow
         ).logits
         return logits
 
+    def examples(self, length: int) -> tuple[torch.Tensor, ...]:
+        """Arguments for tracing, on the meta device."""
+        ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+        return ids, ids.clone()
+
+    def dimensions(self, length: Any) -> tuple[dict[int, Any], ...]:
+        """Which axis of each argument is the length."""
+        return ({1: length}, {1: length})
+
+    def ready(self) -> contextlib.AbstractContextManager[None]:
+        """While this holds the model is as it is exported."""
+        return contextlib.nullcontext()
+
+    def reuse(self) -> contextlib.AbstractContextManager[None]:
+        """Equal layers are traced once."""
+        return layers_traced_once(self.model_)
+
 
 @dataclass(frozen=True)
 class MetaModel:
@@ -80,6 +101,16 @@ class MetaModel:
     config: Any
     aliases: dict[str, tuple[str, ...]]
     positions: int | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether it is a vision-language model: pictures enter its language model as embeddings."""
+        return hasattr(self.config, "vision_config")
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return self.config.get_text_config()
 
     @property
     def state(self) -> dict[str, tuple[int, ...]]:
@@ -147,9 +178,7 @@ def build_meta_model(
             config = _config(raw, model_class)
             with torch.device("meta"):
                 if model_class is None:
-                    model = transformers.AutoModelForCausalLM.from_config(
-                        config, trust_remote_code=False, **settings
-                    ).eval()
+                    model = _automatic(config).from_config(config, trust_remote_code=False, **settings).eval()
                 else:
                     model = model_class._from_config(config, **settings).eval()
     except TyirError:
@@ -171,6 +200,24 @@ def build_meta_model(
     return MetaModel(
         model, config, {name: tuple(names) for names in groups.values() for name in names}, positions
     )
+
+
+def module_name(model: Any) -> Callable[[str], str]:
+    """What a stored tensor of a vision-language model is called in the model, by transformers' own rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(model, add_legacy=False)
+    renaming, converting = (
+        [t for t in steps if isinstance(t, kind)] for kind in (WeightRenaming, WeightConverter)
+    )
+    state = model.state_dict()
+
+    def name(stored: str) -> str:
+        found: str = rename_source_key(stored, renaming, converting, model.base_model_prefix, state)[0]
+        return found
+
+    return name
 
 
 def _stored_names(name: str, model: torch.nn.Module) -> tuple[str, ...]:
@@ -214,9 +261,14 @@ def build_plain_model(folder: Path, model_class: type[Any] | None = None, base: 
             return model_class._from_config(_config(raw, model_class), **settings).eval()
         if (problem := architecture_problem(raw, str(folder / "config.json"))) is not None:
             raise TyirError(problem)
-        return transformers.AutoModelForCausalLM.from_config(
-            _config(raw), trust_remote_code=False, **settings
-        ).eval()
+        config = _config(raw)
+        return _automatic(config).from_config(config, trust_remote_code=False, **settings).eval()
+
+
+def _automatic(config: Any) -> Any:
+    """The automatic class that builds the model of a configuration."""
+    sees = hasattr(config, "vision_config")
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def _config(raw: dict[str, Any], model_class: type[Any] | None = None) -> Any:
@@ -269,9 +321,10 @@ def export_model(meta: MetaModel) -> torch.export.ExportedProgram:
 
     `TyirError` when the model cannot be traced.
     """
+    wrapper = _language(meta)
     try:
-        with layers_traced_once(meta.model):
-            return _trace(meta)
+        with wrapper.reuse():
+            return _trace(wrapper)
     except TyirError:
         raise
     except Exception:  # whatever reuse stumbles over; if the model itself cannot be traced, this says so
@@ -281,7 +334,7 @@ def export_model(meta: MetaModel) -> torch.export.ExportedProgram:
 def trace_all(meta: MetaModel) -> torch.export.ExportedProgram:
     """`export_model` without reuse: every layer is traced."""
     try:
-        return _trace(meta)
+        return _trace(_language(meta))
     except TyirError:
         raise
     except Exception as error:
@@ -298,16 +351,60 @@ def trace_all(meta: MetaModel) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _trace(meta: MetaModel) -> torch.export.ExportedProgram:
-    ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.long, device="meta")
+def _language(meta: MetaModel) -> Any:
+    """What is exported: (input ids, positions) to logits."""
+    if not meta.sees:
+        return _LogitsOnly(meta.model)
+    return language_of(meta.model)
+
+
+def _trace(wrapper: Any) -> torch.export.ExportedProgram:
     length = torch.export.Dim("s", min=1)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), wrapper.ready():
         return torch.export.export(
-            _LogitsOnly(meta.model),
-            (ids, ids.clone()),
-            dynamic_shapes=({1: length}, {1: length}),
+            wrapper,
+            wrapper.examples(_EXAMPLE_LENGTH),
+            dynamic_shapes=_dynamic(wrapper.dimensions(length)),
             strict=False,
         )
+
+
+def _dynamic(dimensions: tuple[dict[int, Any], ...]) -> Any:
+    """Dynamic shapes as torch.export wants them: what the last parameter collects is a tuple of its own."""
+    ids, positions, *others = dimensions
+    return (ids, positions, tuple(others)) if others else (ids, positions)
+
+
+def export_tower(meta: MetaModel, size: ImageSize) -> tuple[torch.export.ExportedProgram, Tower]:
+    """The exported graph of patches [N, columns] -> embeddings (and deepstack features) of a vision-language
+    model's tower at one size, equal blocks traced once where that can be.
+
+    `TyirError` when the tower cannot be traced, or is of a structure that is not known.
+    """
+    with _quiet():
+        tower = tower_of(meta.model, size)
+    patches = torch.zeros(size.patches, tower.columns, dtype=meta.model.dtype, device="meta")
+
+    def trace() -> torch.export.ExportedProgram:
+        with _quiet(), torch.no_grad(), tower.ready():
+            return torch.export.export(tower.module, (patches,), strict=False)
+
+    try:
+        with layers_traced_once(meta.model.get_submodule(tower.path), f"{tower.path}."):
+            return trace(), tower
+    except TyirError:
+        raise
+    except Exception:
+        try:
+            return trace(), tower
+        except TyirError:
+            raise
+        except Exception as error:
+            raise TyirError(
+                f"torch.export cannot trace the tower of {type(meta.model).__name__} at {size.name}:"
+                f" {_summary(error)}",
+                help="transformers 5.24 is the release this is tested with",
+            ) from error
 
 
 def real_buffer(meta: MetaModel, name: str) -> npt.NDArray[Any]:

@@ -15,6 +15,7 @@ from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
 from tyir.dialects.ty import (
+    Attention,
     Embedding,
     LayerNorm,
     Linear,
@@ -162,6 +163,14 @@ def _attention(op: Op) -> Rule:
     return [q, *caches, REPLICATED, *(placement_of(v) for v in op.operands[4:])], q
 
 
+def _attention_of_segments(op: Op) -> Rule:
+    """The die's heads, queries as keys and values."""
+    x = placement_of(op.operands[0])
+    one_each = len({tensor_type(v).dims[2] for v in op.operands}) == 1
+    wanted: Placement = x if isinstance(x, Split) and x.axis == 2 and one_each else REPLICATED
+    return [wanted] * 3, wanted
+
+
 def _quantize_rows(op: Op) -> Rule:
     """Heads (axis 2 of the rows and of their scales) may be cut."""
     x = placement_of(op.operands[0])
@@ -217,6 +226,7 @@ _RULES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Op], Rule]], ...]] 
     (QuantizeRows, _quantize_rows),
     (Append, _append),
     (CachedAttention, _attention),
+    (Attention, _attention_of_segments),
     (TopKCandidates, _candidates),
     ((AllReduce, AllGather, CollectivePermute), _already_joined),
 )

@@ -124,6 +124,7 @@ def _angles_for(angles: ty.RopeAngles, element: Type) -> ty.RopeAngles:
                 inv_freq=angles.inv_freq,
                 scale=angles.scale,
                 element=element,
+                axis=angles.axis,
                 loc=angles.loc,
             ),
             angles,
@@ -223,9 +224,10 @@ def _rotation(value: Value) -> _Rotation | None:
         for x, cos in either_order(first) if first and second else ():
             table = _table(cos, 0)
             for rotated, sin in (
-                either_order(second) if first and second and table and len(dims_of(x)) == 4 else ()
+                either_order(second) if first and second and table and len(dims_of(x)) in (3, 4) else ()
             ):
-                if table is None or first is None or _table(sin, 1) != table or table[1] not in (1, 2):
+                axes = (1, 2) if len(dims_of(x)) == 4 else (1,)  # a tower's lines of patches [N, H, D]
+                if table is None or first is None or _table(sin, 1) != table or table[1] not in axes:
                     continue
                 if (_turns_neighbours if table[2] else _turns_halves)(rotated, x):
                     return _Rotation(x, *table, first)
@@ -233,10 +235,23 @@ def _rotation(value: Value) -> _Rotation | None:
 
 
 def rope(op: Op) -> Value | None:
-    """x * cos + rotate_half(x) * sin --> ty.rope x, c, s, between transposes when x is [b, H, s, D]."""
+    """x * cos + rotate_half(x) * sin --> ty.rope x, c, s, between transposes when x is [b, H, s, D], between
+    reshapes when it is [N, H, D].
+    """
     found = _rotation(op.result)
     if found is None or found.neighbours:
         return None
+    if len(dims_of(found.x)) == 3:
+        # ty.rope computes in f32 and rounds once, as the graph does of f16 widened before
+        x = through_float(found.x)
+        angles = _angles_for(found.angles, element_of(x))
+        sequence, cos, sin = (
+            insert(op, ty.Reshape(v, shape=(1, *(d or 0 for d in dims_of(v))))).out
+            for v in (x, angles.cos, angles.sin)
+        )
+        turned = insert(op, ty.Rope(sequence, cos, sin), found.product).out
+        out = insert(op, ty.Reshape(turned, shape=tuple(d or 0 for d in dims_of(x)))).out
+        return with_element_of(op.out.type, out, op) if isinstance(op, aten.Add) else None
     x, angles = found.x, _angles_for(found.angles, element_of(found.x))
     by_token = x if found.axis == 2 else insert(op, ty.Transpose(x, perm=HEADS_FIRST)).out
     out = insert(op, ty.Rope(by_token, angles.cos, angles.sin), found.product).out
@@ -367,6 +382,7 @@ def _turned_heads(root: Op, part: _Heads, element: Type) -> Value:
         inv_freq=DenseElementsAttr.from_numpy(padded),
         scale=angles.scale,
         element=element,
+        axis=(*angles.axis, *(0,) * (len(padded) - len(frequencies))) if angles.axis else None,
         loc=angles.loc,
     )
     shared = _shared_angles(carry(wanted, angles))

@@ -28,6 +28,18 @@ from tyir.passes._raise_matching import (
     through_float,
     with_element_of,
 )
+from tyir.passes._raise_pictures import (
+    concat,
+    constant_rows,
+    expand_unit,
+    identity_index,
+    mixed_rows,
+    patches,
+    permute,
+    select,
+    select_of_split,
+    unit_axis_before_transpose,
+)
 from tyir.passes._raise_rotary import reordered_rope, rope, rope_angles
 from tyir.rewrite import Phase
 from tyir.traits import Elementwise
@@ -488,6 +500,7 @@ PHASES: Final[tuple[Phase, ...]] = (
         (aten.Expand, same_type),
         (aten.Slice, same_type),
         (aten.Cat, cat_of_one),
+        (aten.Index, identity_index),
     ),
     # Structures whose parts (mul, to) would otherwise be raised one by one.
     (
@@ -498,14 +511,16 @@ PHASES: Final[tuple[Phase, ...]] = (
         (aten.Mul, gelu),
         (aten.Mul, softcap),
         (aten.Mul, scale_by_constant),
+        (aten.Embedding, constant_rows),
         (aten.Embedding, shifted_embedding),
+        (aten.Sum, mixed_rows),
         (aten.To, rope_angles),
         (aten.Mul, rope_angles),
         (aten.Cos, rope_angles),
         (aten.Sin, rope_angles),
     ),
     # Projections and norms of heads that are packed or written out head by head.
-    ((aten.Slice, part_of_heads), (aten.Cat, norms_of_heads)),
+    ((aten.Slice, part_of_heads), (aten.Cat, norms_of_heads), (aten.Select, select_of_split)),
     # Rope reads the tables that a previous phase has made; rotations of other channels than halves of whole
     # heads must be seen before it takes a part of one.
     ((ty.Attention, reordered_rope),),
@@ -530,9 +545,14 @@ PHASES: Final[tuple[Phase, ...]] = (
         (aten.Unsqueeze, reshape),
         (aten.Transpose, transpose),
         (aten.Slice, slice_),
+        (aten.Select, select),
+        (aten.Permute, permute),
+        (aten.Conv, patches),
+        (aten.Cat, concat),
+        (aten.Expand, expand_unit),
     ),
     # Lines of tokens become sequences again, and what stands between two shapes goes.
-    ((ty.Reshape, reshape_before),),
+    ((ty.Reshape, unit_axis_before_transpose), (ty.Reshape, reshape_before)),
     ((ty.Reshape, merge),),
     # Parts of a packed projection become projections of their own, which dies can share out.
     (

@@ -20,6 +20,12 @@ two more caches of the layer.
 argument instead of the ids, and the table becomes the module's `ty.param @embedding`. Logits leave the
 accumulators unrounded (f32), so that near ties are decided by the sums and not by f16 rounding. A table of
 learned positions is read like the rotary ones: `ty.embedding(%table, %position_ids)` becomes `kv.rows`.
+
+Where a token has positions on several axes (%position_ids: tensor<3x1x?xi64>) a row of the rotary tables
+does not follow from its slot in the cache.  The tables are then arguments `rope_cos` and `rope_sin` [CAP,
+D/2], row = slot, which the caller fills once per request; slots and chunks stay what they are.  (Of a module without
+towers, `tyir.vision`, all positions of a token are its slot.)  Further
+arguments of the step (addends of a picture's features) stay arguments.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -90,12 +96,12 @@ class KvMaterialize(Pass):
 
     def _convert(self, function: Func) -> None:
         block = function.body
-        if len(block.args) != 2:
+        if len(block.args) < 2:
             raise TyirError(
                 f"@{function.sym_name} must take input ids and position ids, it takes {len(block.args)}"
                 " arguments"
             )
-        input_ids, position_ids = block.args
+        input_ids, position_ids, *addends = block.args
         batch, tokens = tensor_type(input_ids).dims
         entry = (
             self._embeddings(function)
@@ -105,6 +111,17 @@ class KvMaterialize(Pass):
         pos = block.add_arg(TensorType((batch,), i32), "pos")
         names, caches = [str(entry.name), "pos"], []
         roles: list[Role] = ["embeddings" if self.embedding_as_input else "tokens", "position"]
+        tables: list[Value] = []
+        seeing = function.parent_op is not None and "tyir.vision" in function.parent_op.attributes
+        for angles in [a for a in function.walk_type(RopeAngles) if a.axis and seeing]:
+            self._take_tables(angles, pos, entry, tables)
+        names += [str(t.name) for t in tables]
+        roles += ["rope"] * len(tables)
+        for number, addend in enumerate(addends):
+            given = block.add_arg(addend.type, f"deepstack{number}")
+            addend.replace_all_uses_with(given)
+            names.append(str(given.name))
+            roles.append("addend")
         for angles in list(function.walk_type(RopeAngles)):
             self._tabulate(angles, pos, entry)
         for lookup in [e for e in function.walk_type(Embedding) if e.ids is position_ids]:
@@ -119,8 +136,9 @@ class KvMaterialize(Pass):
                 f"'{position_ids.uses[0].name}' still uses the position ids",
                 help="only rotary embeddings and learned positions may; run raise-aten and dce first",
             )
-        block.erase_arg(1)
-        block.erase_arg(0)
+        first_cache = len(names) - len(caches)
+        for index in reversed(range(2 + len(addends))):
+            block.erase_arg(index)
         terminator = block.terminator
         logits = terminator.operands[0]
         _leave_unrounded(logits)
@@ -128,7 +146,7 @@ class KvMaterialize(Pass):
         function.refresh_type()
         roles += ["cache"] * len(caches)
         function.set_arg_attrs([argument(name, role) for name, role in zip(names, roles)])
-        aliases = [result(names[2 + i], alias=2 + i) for i in range(len(caches))]
+        aliases = [result(names[first_cache + i], alias=first_cache + i) for i in range(len(caches))]
         function.set_res_attrs([result("logits"), *aliases])
 
     def _embeddings(self, function: Func) -> Value:
@@ -172,6 +190,21 @@ class KvMaterialize(Pass):
         rows = [
             carry(Rows(t, pos, like, loc=angles.loc), angles).insert_before(angles).result
             for t in table.results
+        ]
+        angles.replace_with(rows)
+
+    def _take_tables(self, angles: RopeAngles, pos: Value, like: Value, tables: list[Value]) -> None:
+        """Rows of tables that the caller gives, for positions on several axes; all layers share them."""
+        if tables:
+            raise TyirError(
+                "the model has two kinds of rotary tables of positions on several axes",
+                help="models with one can be compiled",
+            )
+        kind = TensorType((self.max_kv, tensor_type(angles.cos).dims[-1]), angles.element)
+        assert angles.block is not None
+        tables += [angles.block.add_arg(kind, name) for name in ("rope_cos", "rope_sin")]
+        rows = [
+            carry(Rows(t, pos, like, loc=angles.loc), angles).insert_before(angles).result for t in tables
         ]
         angles.replace_with(rows)
 

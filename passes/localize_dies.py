@@ -107,6 +107,7 @@ class _Localizer:
             function_type=FunctionType((), ()),
             body_region=Region([self.block]),
             loc=source.loc,
+            attributes=source.attributes,
         )
         for op in source.body:
             self._localize(op)
@@ -156,6 +157,8 @@ class _Localizer:
                 self._linear(op, operands)
             elif isinstance(op, Embedding):
                 self._embedding(op, operands)
+            elif isinstance(op, Reshape):
+                self._reshape(op, operands)
             else:
                 copy = self._copy(op, operands)
                 if copy.results:
@@ -233,9 +236,7 @@ class _Localizer:
         if not isinstance(split, Split):
             return
         offset, size = self._range(split)
-        if isinstance(new, Reshape):
-            new.shape = tuple(size if axis == split.axis else d for axis, d in enumerate(new.shape))
-        elif isinstance(new, CachedAttention):
+        if isinstance(new, CachedAttention):
             caches = placement_of(op.operands[1])
             first = self._range(caches)[0] if isinstance(caches, Split) else 0
             new.kv_heads = tuple(g - first for g in new.kv_heads[offset : offset + size])
@@ -243,6 +244,19 @@ class _Localizer:
             new.offset = sum(new.sizes[: self.die])
             new.sizes = (new.sizes[self.die],)
         infer_results(new)
+
+    def _reshape(self, op: Reshape, operands: list[Value]) -> None:
+        """To the shape of the die's part."""
+        split = placement_of(op.out)
+        size = self._range(split)[1] if isinstance(split, Split) else None
+        shape = tuple(
+            size if size is not None and isinstance(split, Split) and axis == split.axis else d
+            for axis, d in enumerate(op.shape)
+        )
+        new = Reshape(operands[0], shape=shape, attributes=op.attributes, loc=op.loc)
+        new.out.name = op.out.name
+        self._annotate(new, op)
+        self.local[op.out] = self.block.append(new).results[0]
 
     def _embedding(self, op: Embedding, operands: list[Value]) -> None:
         """Rows of the vocabulary; ids outside give zeros, the all-reduce that follows adds the one die that

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from tyir.attributes import SymbolRefAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.ty import GetGlobal, Param, QuantizeGroups, RopeTable, Yield, tensor_type
+from tyir.dialects.ty import GetGlobal, Param, QuantizeGroups, RopeAngles, RopeTable, Yield, tensor_type
 from tyir.execution.constexpr import ConstantExpressions, clone_expression, expression_ops
 from tyir.ir import Block, Op, Region, Value
 from tyir.layers import carry
@@ -103,8 +103,10 @@ def _base_name(value: Value) -> str:
     while (op := current.op) is not None and op.operands:
         if isinstance(op, QuantizeGroups):
             suffix = "." + ("q", "scales", "zeros")[current.index]
+        if isinstance(op, RopeAngles):
+            break
         current = op.operands[0]
-    if isinstance(op, RopeTable):
+    if isinstance(op, (RopeTable, RopeAngles)):
         return ("rope.cos", "rope.sin")[current.index] + suffix
     symbols = [o.symbol.leaf for o in expression_ops(value) if isinstance(o, GetGlobal)]
     return (symbols[0] if symbols else "constant") + suffix

@@ -14,7 +14,7 @@ from tyir.manifest import BuildOptions
 from tyir.passes.select_output import parse_output
 from tyir.stages import STAGES
 
-__all__ = ["PIPELINES", "reference_pipeline", "remaining_pipeline"]
+__all__ = ["PIPELINES", "reference_pipeline", "remaining_pipeline", "tower_pipeline"]
 
 _MACHINE: Final = "edge10"
 
@@ -79,6 +79,37 @@ def remaining_pipeline(
         raise TyirError(f"there is no stage '{stage}'; stages are {', '.join(order)}")
     first = order.index(stage)
     return ",".join(text for s, text in entries if text and order.index(s) >= first)
+
+
+def tower_pipeline(
+    stage: str,
+    patches: int,
+    dies: int,
+    die_map: tuple[int, ...] = (),
+    machine: str = _MACHINE,
+) -> str:
+    """The pipeline that takes a module of one vision tower (`extract-graph`) from `stage` to `program`:
+    without cache and with one length, its `patches`.
+
+    Reshapes that the tower's lines of patches needed meet in static-step; canonicalize merges them.
+    """
+    cut = [f"dies={dies}", *([f"remap={numbers(die_map)}"] if die_map else [])]
+    quote = '"' if "'" in machine else "'"  # of a path
+    cut += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []
+    entries = [
+        ("aten", "to-ty"),
+        ("ty", "static-step,canonicalize,cse,dce"),
+        ("kv", f"partition-dies{{{' '.join(cut)}}}"),
+        ("dist", f"specialize-seqlen{{seqlens={patches}}}"),
+        ("static", "to-program"),
+    ]
+    order = list(STAGES)
+    if stage not in order or order.index(stage) > order.index("ty"):
+        raise TyirError(
+            f"a vision tower at stage '{stage}' is not compiled beside its language model",
+            help="give the module as tyir-import writes it, or at stage ty",
+        )
+    return ",".join(text for s, text in entries if order.index(s) >= order.index(stage))
 
 
 def reference_pipeline(options: BuildOptions) -> str:

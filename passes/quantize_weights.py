@@ -5,9 +5,9 @@
     %q, %s, %z = ty.quantize_groups(%w) {group_size = 128}
     %y = ty.quantized_linear(%x, %q, %s, %z, %b) {group_size = 128}
 
-Only linears inside decoder layers whose weight is a weight expression are touched; embedding and head stay as
-they are, as in AWQ checkpoints. Runs before kv-materialize and partition-dies, which cut the MLP in whole
-groups.
+Only linears inside decoder layers whose weight is a weight expression are touched; embedding, head and vision
+towers stay as they are, as in AWQ checkpoints. Runs before kv-materialize and partition-dies, which cut the
+MLP in whole groups.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.func import Func
 from tyir.dialects.ty import Linear, QuantizedLinear, QuantizeGroups, tensor_type
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
 from tyir.layers import carry, layer_of, path_of, require_layers
 from tyir.manifest import record
 from tyir.pipeline import Pass, PassContext
+from tyir.vision.graphs import VISION, graph_kind
 
 __all__ = ["QuantizeWeights", "decoder_linears", "largest_group_size"]
 
 
 def decoder_linears(op: Op) -> list[Linear]:
-    """The linears of decoder layers whose weights are known when the model is compiled."""
+    """The linears of decoder layers whose weights are known when the model is compiled; a tower's layers are
+    none.
+    """
     constants = ConstantExpressions()
+    towers = [f for f in op.walk_type(Func) if graph_kind(f) == VISION]
+    seeing = {inner for tower in towers for inner in tower.walk_type(Linear)}
     return [
         linear
         for linear in op.walk_type(Linear)
-        if layer_of(linear) is not None and constants.is_constant(linear.weight)
+        if linear not in seeing and layer_of(linear) is not None and constants.is_constant(linear.weight)
     ]
 
 

@@ -5,6 +5,8 @@ static shapes, marked as entry points (`tyir.entry`).
 
 A prompt runs as chunks of these lengths over the cache, the last one padded.  All lengths share the
 weights. Runs after partition-dies, so that the dies are cut once.
+
+A vision tower has one length, its patches: it becomes an entry point as it is.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import ClassVar
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append
-from tyir.execution.entry_points import mark_entry
+from tyir.dialects.ty import tensor_type
+from tyir.execution.entry_points import arguments, mark_entry
 from tyir.ir import Op
 from tyir.manifest import record
 from tyir.opdef import DeclaredOp
@@ -70,6 +73,11 @@ class SpecializeSeqlen(Pass):
     seqlens: tuple[int, ...] = (1, 8)
 
     def run(self, op: Op, context: PassContext) -> None:
+        towers = [f for f in op.walk_type(Func) if arguments(f, "patches")]
+        if towers:
+            self._enter(towers)
+            record(op, seqlens=self.seqlens)
+            return
         dynamic = [
             f
             for f in op.walk_type(Func)
@@ -82,6 +90,17 @@ class SpecializeSeqlen(Pass):
                 self._specialize(function, tokens)
             function.erase()
         record(op, seqlens=self.seqlens)
+
+    def _enter(self, towers: Sequence[Func]) -> None:
+        """Entry points of graphs that have one length, that of their input: a vision tower's patches."""
+        for function in towers:
+            rows = tensor_type(arguments(function, "patches")[0]).static_shape[0]
+            if self.seqlens != (rows,):
+                raise TyirError(
+                    f"@{function.sym_name} takes {rows} patches, not {','.join(map(str, self.seqlens))}",
+                    help=f"use seqlens={rows}: a vision tower has one size",
+                )
+            mark_entry(function, rows)
 
     def _specialize(self, function: Func, tokens: int) -> None:
         new = function.clone()

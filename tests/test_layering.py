@@ -46,6 +46,7 @@ LAZY: dict[str, set[str]] = {
         "gguf",  # what llama.cpp's block formats mean, when a weight of one is evaluated
         "tqdm",  # bars, on a terminal
     },
+    "runtime_sim": {"PIL"},  # decodes and resizes pictures, where one is given
     "tools": {
         "packaging",  # which versions a requirement allows
         "shtab",  # completion scripts, an extra
@@ -178,7 +179,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "execution.entry_points",
         "stages",
     ),
-    "text": ("text", "parser", "printer"),
+    "text": ("text", "parser", "printer", "vision"),
     "checking, rewriting, passes": ("checking", "pass_manager", "pipeline", "rewrite", "verifier"),
     "execution": ("execution", "interpreter"),
 }

@@ -21,7 +21,7 @@ from tyir.tools.build_arguments import AUTO
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["build_and_compile_llm", "check_options", "compile_path", "load_module"]
+__all__ = ["build_and_compile_llm", "build_and_compile_vlm", "check_options", "compile_path", "load_module"]
 
 
 def _silent(message: str) -> None:
@@ -57,6 +57,45 @@ def build_and_compile_llm(
     return compile_path(model, out, options)
 
 
+def build_and_compile_vlm(
+    model_path: str | Path,
+    artifacts_path: str | Path | None = None,
+    max_kv_cache_size: int = 4096,
+    seq_len_list: Sequence[int] = (1, 96),
+    dev_count: int = 1,
+    image_sizes: Sequence[tuple[int, int]] = ((540, 960),),
+    *,
+    weights: str = "fp16",
+    vision_dev_count: int | None = None,
+    vision_die_map: Sequence[int] = (),
+    die_map: Sequence[int] = (),
+) -> Path:
+    """Compile a vision-language model; returns the folder of the artifacts, `artifacts_path/{dev_count}die`.
+
+    `image_sizes` are (height, width) in pixels, TyLLM's order; `--image` writes the width first.
+    `vision_dev_count` dies run the tower (default: those of the language model); `die_map` and
+    `vision_die_map` name the physical dies, the main one first.  Raises `TyirError`.
+    """
+    model = Path(model_path)
+    out = Path(artifacts_path) if artifacts_path is not None else model.with_name(model.name + "_tyir")
+    options = BuildOptions(
+        dies=dev_count,
+        die_map=tuple(die_map),
+        seqlens=tuple(seq_len_list),
+        max_kv=max_kv_cache_size,
+        embedding_as_input=True,
+        weights=weights,
+    )
+    return compile_path(
+        model,
+        out,
+        options,
+        images=[(width, height) for height, width in image_sizes],
+        vision_dies=vision_dev_count,
+        vision_die_map=tuple(vision_die_map),
+    )
+
+
 def compile_path(
     model: Path,
     out: Path,
@@ -71,6 +110,9 @@ def compile_path(
     binary: bool = False,
     machine: str | Path | None = None,
     backend: str = "edge10",
+    images: Sequence[tuple[int, int]] = (),
+    vision_dies: int | None = None,
+    vision_die_map: tuple[int, ...] = (),
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
@@ -80,12 +122,22 @@ def compile_path(
     holds where nothing is asked for, and an `options` that contradicts it is an error.
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
     of a LoRA adapter is; `binary` and `machine` are
-    for the `CompileContext` of the back end, which `backend` names.
+    for the `CompileContext` of the back end, which `backend` names.  `images`: of a vision-language model
+    the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies of its tower.
     """
     from tyir.backends.registry import find_backend
+    from tyir.passes.annotate_sharding import check_dies
     from tyir.targets.machine import load_machine
 
     chosen = find_backend(backend)
+    tower = {"vision_dies": vision_dies, "vision_die_map": vision_die_map}
+    if vision_dies is not None or vision_die_map:
+        check_dies(len(vision_die_map) if vision_dies is None else vision_dies)
+    if images and model.suffix == ".ir":
+        raise TyirError(
+            "--image is for checkpoint folders; a module has been imported already",
+            help="give it to tyir-import",
+        )
     if machine is not None:
         load_machine(machine)
     positions = None
@@ -100,7 +152,7 @@ def compile_path(
         positions = wanted.max_kv
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model, plugin, warn, positions, base, progress)
+        module = load_module(model, plugin, warn, positions, base, progress, images)
     options = _with_group_size(options, module)
     wanted = settled(options, module)
     check_options(wanted)
@@ -116,6 +168,7 @@ def compile_path(
             binary=binary,
             machine=machine,
             files=_side_files(module, warn),
+            **{name: value for name, value in tower.items() if value},
         ),
     )
 
@@ -147,6 +200,7 @@ def load_module(
     positions: int | None = None,
     base: Path | None = None,
     progress: bool = False,
+    images: Sequence[tuple[int, int]] = (),
 ) -> Module:
     """The module of a checkpoint folder or of an `.ir` file.
 
@@ -162,6 +216,7 @@ def load_module(
             positions=positions,
             base=base,
             progress=progress,
+            images=images,
         )
     if not model.exists():
         hub = "give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"

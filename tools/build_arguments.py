@@ -12,7 +12,7 @@ from typing import Final
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import whole_number
 
-__all__ = ["AUTO", "add_base_option", "add_build_options", "numbers"]
+__all__ = ["AUTO", "add_base_option", "add_build_options", "add_image_option", "numbers"]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -39,6 +39,26 @@ AUTO: Final = "auto"
 
 def _group_size(text: str) -> int | str:
     return AUTO if text == AUTO else whole_number(text)
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    from tyir.vision.sizes import parse_sizes
+
+    return parse_sizes(text)
+
+
+def add_image_option(parser: argparse._ActionsContainer) -> None:
+    """The sizes of pictures that a vision-language model's tower is made for."""
+    parser.add_argument(
+        "--image",
+        type=_sizes,
+        metavar="WxH,..",
+        default=(),
+        help=(
+            "of a vision-language model: sizes of pictures in pixels, as 960x540; the tower becomes a program"
+            " for each grid of patches among them"
+        ),
+    )
 
 
 def add_base_option(parser: argparse._ActionsContainer) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.build_arguments import add_base_option, add_build_options, numbers
+from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
     if args.plan:
-        return print_plan(args.model, options, args.base, as_json=args.json)
+        return print_plan(args.model, options, args.image, args.base, as_json=args.json)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
@@ -65,6 +65,9 @@ def main(argv: Sequence[str]) -> int:
         binary=args.binary,
         machine=args.machine,
         backend=args.backend,
+        images=args.image,
+        vision_dies=args.vision_dies,
+        vision_die_map=args.vision_die_map or (),
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -93,7 +96,12 @@ def _facts(target: Path, watch: Stopwatch) -> Artifacts:
 
 
 def print_plan(
-    model: Path, given: Mapping[str, Any], base: Path | None = None, *, as_json: bool = False
+    model: Path,
+    given: Mapping[str, Any],
+    images: Sequence[tuple[int, int]] = (),
+    base: Path | None = None,
+    *,
+    as_json: bool = False,
 ) -> int:
     """Print the plan of a compile; `TyirError` when something does not fit."""
     from tyir.tools.api import check_options
@@ -101,7 +109,7 @@ def print_plan(
 
     options = BuildOptions(**settle_group_size(model, given))
     check_options(options)
-    plan = make_plan(model, options, base=base)
+    plan = make_plan(model, options, images=images, base=base)
     if as_json:
         from tyir.tools.commands.json_forms import print_json
 
@@ -136,6 +144,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
     add_base_option(parser)
+    add_image_option(parser)
+    parser.add_argument(
+        "--vision-dies", type=int, metavar="M", help="dies of the vision tower (default: those of --dies)"
+    )
+    parser.add_argument(
+        "--vision-die-map",
+        type=numbers,
+        metavar="D,D,..",
+        help="physical dies of the vision tower, the main one first (default: those of --die-map)",
+    )
     parser.add_argument(
         "--die-map",
         type=numbers,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.build_arguments import add_base_option, add_build_options
+from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option
 from tyir.tools.cli import (
     ToolParser,
     add_json_option,
@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Python file with a model class, rename rules, packed tensors or a base checkpoint",
     )
     add_base_option(parser)
+    add_image_option(parser)
     parser.add_argument(
         "--check-weights",
         action="store_true",
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
             for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
             if (value := getattr(options, key)) is not None
         }
-        return print_plan(options.folder, build, options.base, as_json=options.json)
+        return print_plan(options.folder, build, options.image, options.base, as_json=options.json)
     if options.json and options.output == "-":
         raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
     check_output(options.output)
@@ -127,6 +128,7 @@ def main(argv: Sequence[str]) -> int:
         positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
         base=options.base,
         progress=not quiet(),
+        images=options.image,
     )
     if options.explain:
         from tyir.tools.explain import explain

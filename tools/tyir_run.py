@@ -1,4 +1,4 @@
-"""`tyir-run OUT/{n}die --prompt "..."`: continue a prompt with compiled artifacts.
+"""`tyir-run OUT/{n}die --prompt "..."`: continue a prompt, or answer a question about pictures.
 
 All dies run in this process.
 """
@@ -19,7 +19,6 @@ from tyir.tools.cli import ToolParser, add_json_option, check_output, note, run_
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
-    from tyir.runtime_sim.session.ending import EndReason
     from tyir.runtime_sim.session.sampling import Sampler
     from tyir.runtime_sim.session.session import Session
 
@@ -33,20 +32,25 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter() - _age()
     from tyir.runtime_sim.session.ending import check_limit, end_reason
     from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
-    from tyir.runtime_sim.session.session import Session
     from tyir.tools.commands.json_forms import Prompt, Ran, print_json
-    from tyir.tools.run.end_tokens import end_tokens
+    from tyir.tools.run.end_tokens import end_tokens, why
     from tyir.tools.run.prompts import read_prompts, token_ids
+    from tyir.tools.run.session_of import open_session
     from tyir.tools.run.text_stream import TextStream, continuation, pieces
     from tyir.tools.tokenizer import load_tokenizer
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     check_limit(args.max_tokens)
-    session = Session(args.artifacts, args.engine, check=not args.no_check)
+    session = open_session(args.artifacts, args.engine, check=not args.no_check)
     if args.trace_commands is not None:
         _trace_commands(session, args.trace_commands)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts)
+    pictures = bool(args.image or args.video)
+    if args.chat or pictures or session.artifacts.manifest.vision is not None:
+        from tyir.tools.run.answers import run_turns
+
+        return run_turns(args, session, tokenizer, sampler, end_tokens(session.artifacts, tokenizer))
     prompts = read_prompts(args.prompt)
     ids = [token_ids(tokenizer, prompt, session.capacity) for prompt in prompts]
     stops = end_tokens(session.artifacts, tokenizer)
@@ -81,8 +85,8 @@ def main(argv: Sequence[str]) -> int:
     if args.cache is not None:
         session.save(args.cache)
     decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    why = end_reason(made, args.max_tokens, session.capacity - len(session.tokens), stops.__contains__)
-    ended = _why(why, made, stops, tokenizer, session.capacity)
+    reason = end_reason(made, args.max_tokens, session.capacity - len(session.tokens), stops.__contains__)
+    ended = why(reason, made, stops, tokenizer, session.capacity)
     if args.json:
         answer = Prompt(
             prompts[0], len(ids[0]), shared, tuple(made), continuation(tokenizer, ids[0], made), ended
@@ -102,18 +106,6 @@ def main(argv: Sequence[str]) -> int:
         f"{len(ids[0])} prompt tokens{reused}; ended {ended}"
     )
     return 0
-
-
-def _why(
-    reason: EndReason | None, made: Sequence[int], stops: Mapping[int, str], tokenizer: Any, capacity: int
-) -> str:
-    """Why an answer ended, for people."""
-    if reason == "stop token":
-        token = tokenizer.convert_ids_to_tokens(made[-1])
-        return f"by stop token {made[-1]} ({token}) of {stops[made[-1]]}"
-    if reason == "cache full":
-        return f"because the cache of {capacity} positions is full; compile with a larger --max-kv"
-    return f"after {len(made)} tokens, as many as --max-tokens allows"
 
 
 def _trace_commands(session: Session, path: Path) -> None:
@@ -147,6 +139,7 @@ def _run_batch(
     from tyir.runtime_sim.session.batch_session import BatchSession
     from tyir.runtime_sim.session.ending import end_reason
     from tyir.tools.commands.json_forms import Prompt, Ran, print_json
+    from tyir.tools.run.end_tokens import why
     from tyir.tools.run.text_stream import continuation
 
     if args.cache is not None:
@@ -167,8 +160,8 @@ def _run_batch(
     capacity = session.manifest.options.max_kv
     answers = []
     for prompt, own, tokens, held in zip(prompts, ids, made, session.tokens):
-        why = end_reason(tokens, args.max_tokens, capacity - len(held), stops.__contains__)
-        ended = _why(why, tokens, stops, tokenizer, capacity)
+        reason = end_reason(tokens, args.max_tokens, capacity - len(held), stops.__contains__)
+        ended = why(reason, tokens, stops, tokenizer, capacity)
         text = continuation(tokenizer, own, tokens)
         answers.append(Prompt(prompt, len(own), 0, tuple(tokens), text, ended))
     total = sum(map(len, made))
@@ -211,12 +204,52 @@ def whole_number(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = ToolParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
+    parser = ToolParser(
+        prog="tyir-run",
+        description="Continue a prompt, or answer questions about pictures, with compiled artifacts.",
+    )
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument(
         "--prompt",
         action="append",
         help="the text to continue (default: read from stdin); several with artifacts compiled for a batch",
+    )
+    pictures = parser.add_argument_group("pictures, of artifacts of a vision-language model")
+    pictures.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="a picture that the prompt is about; several in the order they are given",
+    )
+    pictures.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        nargs="+",
+        metavar="FRAME",
+        help="the frames of a video as pictures in order, or one folder of them",
+    )
+    pictures.add_argument(
+        "--fps", type=number, default=2.0, help="frames in a second of each --video (default 2)"
+    )
+    pictures.add_argument(
+        "--resize",
+        action="store_true",
+        help="bring a picture whose size was not compiled to the nearest that was, instead of refusing it",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help=(
+            "answer one line of standard input after the other, each with what was said before; /image FILE"
+            " shows a picture, /video FRAME.. a video, /reset starts over"
+        ),
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="the prompt is the whole text, with places for pictures, and no chat template is applied",
     )
     parser.add_argument(
         "--cache",

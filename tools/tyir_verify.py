@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
     from tyir.frontends.plugin import ModelPlugin
     from tyir.manifest import Manifest
-    from tyir.tools.commands.json_forms import Checked
+    from tyir.tools.commands.json_forms import Checked, PictureChecked
     from tyir.tools.verify.compare import PromptResult
 
 __all__ = ["main", "make_parser"]
@@ -35,6 +35,7 @@ LOGIT_SIZE: Final = 0.01  # how far the logits' norm may be from Hugging Face's,
 def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
     args = make_parser().parse_args(argv)
+    from tyir.execution.artifacts import Artifacts
     from tyir.process.progress import Bar
     from tyir.runtime_sim.session.session import Session
     from tyir.tools.commands.json_forms import print_json
@@ -44,8 +45,17 @@ def main(argv: Sequence[str]) -> int:
     states = LayerStates()
     _check_amount(args)
     _check_checkpoint(args.against)
-    session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
-    _check_same_model(session.manifest, args.against, args.base)
+    artifacts = Artifacts.open(args.artifacts)
+    _check_same_model(artifacts.manifest, args.against, args.base)
+    if artifacts.manifest.vision is not None and args.ids is None:
+        from tyir.tools.verify.report import verify_pictures
+
+        return verify_pictures(args, artifacts, _plugin(args.model_plugin))
+    if args.image:
+        from tyir.runtime_sim.vision.preprocessor import vision_of
+
+        vision_of(artifacts)
+    session = Session(artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     prompts = _prompts(args, session.artifacts)
     plugin = _plugin(args.model_plugin)
     detail("loading the model that is compared with")
@@ -54,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     counts = [min(tokens, session.capacity - len(ids)) for ids in prompts]
     results: list[PromptResult] = []
     if not args.json:
-        print(_HEAD)
+        print(HEAD)
     with Bar("verification", 2 * sum(counts), "step", show=not quiet()) as bar:
         for number, (ids, count) in enumerate(zip(prompts, counts)):
             session.sequence = states.sequence = (
@@ -62,15 +72,12 @@ def main(argv: Sequence[str]) -> int:
             )  # every sequence of a batch has its turn
             results.append(check_prompt(session, reference, ids, count, states, bar.advance))
             if not args.json and len(results[-1].logit_cosine):
-                bar.line(_row(number, results[-1]))
+                bar.line(row_of(number, results[-1]))
     if not results or not all(len(r.logit_cosine) for r in results):
         raise TyirError("no position was compared", help="give a prompt, or leave --prompt and --ids out")
-    good = all(
-        r.logit_cosine.min() >= LOGIT_COSINE and abs(r.logit_size - 1) <= LOGIT_SIZE and not r.differing
-        for r in results
-    )
+    good = all(map(agrees, results))
     if not args.json:
-        _print_end(results, args.engine, good)
+        print_end(results, args.engine, good)
         if not args.full and args.prompt is None and args.ids is None:
             note(f"compared {len(prompts)} prompts of {tokens} tokens; --full compares {_WHOLE}")
     if session.choices is not None:
@@ -100,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
     if args.json:
-        print_json(_form(results, good, str(found) if found else None))
+        print_json(form_of(results, good, str(found) if found else None))
     return 0 if good else 1
 
 
@@ -211,13 +218,19 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     return prompts
 
 
-_HEAD: Final = (
+HEAD: Final = (
     f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'logit size':>12}"
     f"{'max logit error':>17}{'same greedy tokens':>20}"
 )
 
 
-def _row(number: int, r: PromptResult) -> str:
+def agrees(r: PromptResult) -> bool:
+    """Whether a prompt's logits and tokens are Hugging Face's, but for rounding."""
+    right = r.logit_cosine.min() >= LOGIT_COSINE and abs(r.logit_size - 1) <= LOGIT_SIZE
+    return bool(right) and not r.differing
+
+
+def row_of(number: int, r: PromptResult) -> str:
     same = r.positions - len(r.differing) - len(r.ties)
     ties = f" (+{len(r.ties)} tied)" if r.ties else ""
     return (
@@ -226,7 +239,7 @@ def _row(number: int, r: PromptResult) -> str:
     )
 
 
-def _print_end(results: Sequence[PromptResult], engine: str, good: bool) -> None:
+def print_end(results: Sequence[PromptResult], engine: str, good: bool) -> None:
     if layers := _layers(results):
         print("\nlayer  min cosine of the hidden state after it")
         for i, layer in enumerate(layers):
@@ -243,7 +256,12 @@ def _layers(results: Sequence[PromptResult]) -> tuple[float, ...]:
     return tuple(min(column) for column in zip(*(r.layer_cosine for r in results)))
 
 
-def _form(results: Sequence[PromptResult], good: bool, divergence: str | None) -> Checked:
+def form_of(
+    results: Sequence[PromptResult],
+    good: bool,
+    divergence: str | None,
+    pictures: Sequence[PictureChecked] = (),
+) -> Checked:
     from tyir.tools.commands.json_forms import Checked, PromptChecked
 
     prompts = tuple(
@@ -270,6 +288,7 @@ def _form(results: Sequence[PromptResult], good: bool, divergence: str | None) -
         layer_cosine=_layers(results),
         prompts=prompts,
         first_divergence=divergence,
+        pictures=tuple(pictures),
     )
 
 
@@ -293,6 +312,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prompts", type=int, metavar="N", help="how many of the 8 built-in prompts (default 2)"
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help=(
+            "of a vision-language model: a picture to ask about, instead of a drawn one for each compiled"
+            " size; --prompt is the question"
+        ),
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="greedy tokens per prompt (default 32)")
     parser.add_argument("--full", action="store_true", help=f"compare {_WHOLE}, unless given otherwise")

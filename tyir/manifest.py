@@ -9,6 +9,7 @@ the runtime checks it first.
       build                   versions, targets and the processor's features (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
+      vision                  of a vision-language model: sizes of pictures, their programs, tokens (`tyir.artifacts.vision`); null of others
       files                   every file: size in bytes and sha256
 
 While a module is compiled, `tyir.build = {max_kv = 1024 : i64, ...}` on it records what passes have done
@@ -30,17 +31,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Self, cast
 
-import numpy as np
 from annotated_types import Interval, MaxLen, MinLen
 from typing_extensions import TypedDict  # pydantic reads those of Python 3.11 not
 
 from tyir.artifacts.consistency import problems_of
+from tyir.artifacts.programs import MAX_DIES, Count, DieProgram, FileName, Name, TensorInfo
 from tyir.artifacts.schema import Matches, checked, closed, first_of, sha256_of, with_others
+from tyir.artifacts.vision import Vision
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
 from tyir.process.files import download_hint, missing_hint, open_regular, parse_json
-from tyir.types import FloatType, IntegerType, i64, storage_dtype
+from tyir.types import i64
 
 __all__ = [
     "BUILD",
@@ -69,20 +71,9 @@ MACHINE: Final = "machine.toml"  # a machine file of the user's own that the pro
 FORMAT: Final = "tyir-artifacts"
 VERSION: Final = 2
 BUILD: Final = "tyir.build"
-MAX_DIES: Final = 16
 AGAIN: Final = "compile the model again"
 
-Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
-FileName = Annotated[
-    str,
-    Matches(
-        "[A-Za-z0-9_][A-Za-z0-9_.=-]{0,200}(/[A-Za-z0-9_][A-Za-z0-9_.=-]{0,200}){0,20}",
-        "the path of a file inside the folder, as the compiler names them",
-    ),
-]
-Name = Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9_.$-]*"), MaxLen(200)]
 Version = Annotated[str, Matches("[A-Za-z0-9_.+!-]+"), MaxLen(100)]
-Element = Annotated[str, Matches("f16|bf16|f32|f64|i1|[su]?i(4|8|16|32|64)")]
 Recorded = bool | int | str | tuple[int, ...]
 
 
@@ -218,48 +209,6 @@ def _said(value: Recorded) -> str:
 
 
 @closed
-@dataclass(frozen=True)
-class TensorInfo:
-    """An input or output of a program: `dtype` in IR spelling (f16, i32), `alias` the index of the input an
-    output updates in place.
-    """
-
-    name: Name
-    shape: Annotated[tuple[Count, ...], MaxLen(8)]
-    dtype: Element
-    alias: Annotated[int, Interval(ge=0, le=2**15)] | None = None
-
-    @property
-    def storage_dtype(self) -> np.dtype[Any]:
-        """The numpy dtype of a buffer for it."""
-        return storage_dtype(
-            FloatType(self.dtype) if "f" in self.dtype else IntegerType(int(self.dtype.lstrip("sui")))
-        )
-
-
-@closed
-@dataclass(frozen=True)
-class DieProgram:
-    """The files of one die at one sequence length."""
-
-    die: Annotated[int, Interval(ge=0, lt=MAX_DIES)]
-    seqlen: Count
-    function: Name
-    library: FileName
-    program: FileName
-    ir: FileName
-    constants: FileName
-    params: FileName
-    inputs: Annotated[tuple[TensorInfo, ...], MinLen(1)]
-    outputs: Annotated[tuple[TensorInfo, ...], MinLen(1)]
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The names of its files."""
-        return (self.library, self.program, self.ir, self.constants, self.params)
-
-
-@closed
 class FileRecord(TypedDict):
     """What a file was when it was written: bytes, SHA-256 in hexadecimal digits."""
 
@@ -308,6 +257,7 @@ class Manifest:
     build: Build
     programs: Annotated[tuple[DieProgram, ...], MinLen(1)]
     files: Annotated[dict[FileName, FileRecord], MinLen(1)] = field(default_factory=dict)
+    vision: Vision | None = None
 
     def program(self, die: int, seqlen: int) -> DieProgram:
         return next(p for p in self.programs if p.die == die and p.seqlen == seqlen)

@@ -7,11 +7,11 @@ tyir's (a user's own) are legal everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from tyir.attributes import StringAttr
+from tyir.attributes import BoolAttr, StringAttr
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
@@ -47,15 +47,36 @@ class Stage:
         """The pass that should have removed the op, or None when the op is legal here."""
         name = op.name
         if name in self.leftovers:
-            return self.leftovers[name]
+            return None if name in _STAYS and _STAYS[name](op) else self.leftovers[name]
         if op.dialect in self.dialects or name in self.ops:
             return None
         return self.leftovers.get(f"{op.dialect}.*")
 
 
+def _sees_both_ways(op: Op) -> bool:
+    """Attention without a cache, of a vision tower."""
+    causal = op.properties.get("causal")
+    return isinstance(causal, BoolAttr) and not causal.value
+
+
+def _of_constants(op: Op) -> bool:
+    """Tables of positions that are known, of a vision tower: a weight expression."""
+    return all(value.op is not None and not value.op.operands for value in op.operands)
+
+
+# Leftovers of the language model's stages that are none in a vision tower.
+_STAYS: Final[dict[str, Callable[[Op], bool]]] = {
+    "ty.attention": _sees_both_ways,
+    "ty.rope_angles": _of_constants,
+}
 _TO_TY: Final = {"aten.*": "raise-aten"}
 _TO_KV: Final = {**_TO_TY, "ty.attention": "kv-materialize", "ty.rope_angles": "kv-materialize"}
-_WEIGHT_WORK: Final = {"ty.quantize_groups": "outline-params", "ty.rope_table": "outline-params"}
+_WEIGHT_WORK: Final = {
+    "ty.quantize_groups": "outline-params",
+    "ty.rope_table": "outline-params",
+    "ty.rope_angles": "outline-params",
+    "ty.mix_rows": "outline-params",
+}
 _EARLY: Final = {
     "kv.*": "(none: it belongs to the stage kv)",
     "dist.*": "(none: it belongs to the stage dist)",
@@ -158,7 +179,7 @@ def check_stage(root: Op) -> Iterator[tuple[Op, str]]:
     verdicts: dict[type[Op], str | None] = {}
     for op in root.walk():
         cls = type(op)
-        if cls not in verdicts:
+        if cls not in verdicts or op.name in _STAYS:
             verdicts[cls] = stage.culprit(op)
         if (culprit := verdicts[cls]) is not None:
             yield op, _leftover(name, culprit)

@@ -15,29 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tyir.artifacts.agreement import interface_of
-from tyir.attributes import (
-    ArrayAttr,
-    Attribute,
-    BoolAttr,
-    DenseArrayAttr,
-    DictAttr,
-    FloatAttr,
-    IntegerAttr,
-    StringAttr,
-)
+from tyir.artifacts.json_attributes import to_json
+from tyir.artifacts.vision import Vision
+from tyir.attributes import DictAttr
 from tyir.backends import replacing
-from tyir.backends.edge10.lowering.die import lower_die
-from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.check import check_memory
-from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.params import ParamsFile, write_params
+from tyir.backends.edge10.programs import Memory, Places, ProgramFiles, ProgramWriter, functions_of
+from tyir.backends.edge10.towers import Towers, make_towers, split_towers
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
-from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, Param
-from tyir.edge10.binary import encode
-from tyir.execution.entry_points import entry_point
 from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
 from tyir.layers import location_by_path
 from tyir.manifest import (
@@ -53,19 +41,16 @@ from tyir.manifest import (
 )
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
-from tyir.printer import print_op
 from tyir.process.progress import track
 from tyir.process.stopwatch import Stopwatch
 from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
 from tyir.text.json_files import read_json_object, token_ids
-from tyir.types import i64
 
 __all__ = ["CompileContext", "check_target", "compile_module", "to_program"]
 
 EDGE10: Final = "edge10"
 _BUFFER_CONFIG, _EMPTY, _EMBEDDING = "buffer_config.json", "empty.bin", "embedding.params"
-Memory = dict[tuple[int, int], dict[str, int]]  # (die, length) -> bytes by kind, `memory_plan.memory_summary`
 
 _COPIED = (
     "config.json",
@@ -78,6 +63,10 @@ _COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -88,6 +77,7 @@ class CompileContext:
     `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's
     name, or a machine file, which goes to the artifacts; None is the one a module was cut for, or edge10.
     `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
+    `vision_dies`, `vision_die_map`: the dies of the towers, those of the language model when None and ().
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -97,6 +87,8 @@ class CompileContext:
     machine: str | Path | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     passes: PassContext = field(default_factory=PassContext)
+    vision_dies: int | None = None
+    vision_die_map: tuple[int, ...] = ()
 
     @property
     def chosen_machine(self) -> str | Path:
@@ -131,23 +123,54 @@ def compile_module(
     """
     context = (context or CompileContext()).for_module(module)
     _check_model_files(checkpoint_of(module))
+    with context.watch.stage("passes"):
+        separate = split_towers(module)
     stage, source, asked = _stage(module), module.clone(), settled(options, module)
+    if separate:  # pictures enter as embeddings
+        asked = replace(asked, embedding_as_input=True)
+        _check_for_pictures(asked)
     with context.watch.stage("passes"):
         options = to_program(module, asked, context)
+        towers = _towers(separate, module, options, context)
     dies = [m for m in module.body if isinstance(m, Module)]
     wanted = replace(asked, seqlens=options.seqlens)
     check_memory(dies, wanted, source, stage, context.chosen_machine)
     target = out / f"{options.dies}die"
     with replacing.replacing(target, _writes(checkpoint_of(module))) as folder:
         with context.watch.stage("weights"):
-            constants = _write_weights(dies, folder, options, module, context)
+            constants = _write_weights(dies, folder, options, module, towers, context)
         programs, memory = _write_programs(dies, folder, options, constants, context)
+        vision = towers.write(folder, constants, context) if towers is not None else None
         with context.watch.stage("manifest"):
             _copy_model_files(checkpoint_of(module), folder, context.files)
             machine = _copy_machine(folder, context)
             _write_buffer_config(folder, options, programs, memory)
-            _write_manifest(folder, module, options, programs, context, machine)
+            _write_manifest(folder, module, options, programs, context, machine, vision)
     return target
+
+
+def _check_for_pictures(options: BuildOptions) -> None:
+    if options.batch > 1:
+        raise TyirError(
+            f"a batch of {options.batch} of a model that sees pictures: its rotary tables are one request's",
+            help="leave --batch out",
+        )
+
+
+def _towers(
+    separate: Mapping[str, Module], module: Module, options: BuildOptions, context: CompileContext
+) -> Towers | None:
+    """The towers as programs; None for a model of text alone."""
+    if not separate:
+        if context.vision_dies is not None or context.vision_die_map:
+            raise TyirError(
+                "dies for a vision tower are asked for, the module has none",
+                help="leave --vision-dies and --vision-die-map out, or import with --image WIDTHxHEIGHT",
+            )
+        return None
+    dies = options.dies if context.vision_dies is None else context.vision_dies
+    die_map = context.vision_die_map or (options.die_map if dies == options.dies else ())
+    return make_towers(separate, module, dies, die_map, context)
 
 
 def to_program(module: Module, asked: BuildOptions, context: CompileContext) -> BuildOptions:
@@ -180,8 +203,11 @@ def _stage(module: Module) -> str:
 
 
 _OWN_FILES: Final = (MANIFEST, _BUFFER_CONFIG, _EMPTY, _EMBEDDING, MACHINE)
-_OWN_FOLDERS: Final = re.compile(r"batch_\d+(/seqlen_\d+)?")
-_PROGRAM_FILES: Final = re.compile(r"batch_\d+/(common_die\d+|seqlen_\d+/llm_die\d+)\.\w+")
+_OWN_FOLDERS: Final = re.compile(r"batch_\d+(/seqlen_\d+)?|visual(/size_\d+x\d+)?")
+_PROGRAM_FILES: Final = re.compile(
+    r"batch_\d+/(common_die\d+|seqlen_\d+/llm_die\d+)\.\w+"
+    r"|visual/((constant_die\d+|(size_\d+x\d+/)?vit_die\d+)\.\w+|(aot|buffer)_config\.json)"
+)
 
 
 def check_target(target: Path) -> None:
@@ -201,28 +227,21 @@ def _writes(checkpoint: Path | None = None) -> replacing.Writes:
     return writes
 
 
-def _program_folder(options: BuildOptions, seqlen: int) -> str:
-    return f"batch_{options.batch}/seqlen_{seqlen}"
-
-
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-def _functions(die: Module, seqlen: int) -> list[Func]:
-    """A die's entry function for a sequence length and what it calls."""
-    by_name = {str(f.sym_name): f for f in die.body if isinstance(f, Func)}
-    main = entry_point(die, seqlen)
-    called = dict.fromkeys(c.callee.leaf for c in main.walk_type(Call))
-    return [*(by_name[name] for name in called), main]
-
-
 def _write_weights(
-    dies: list[Module], folder: Path, options: BuildOptions, module: Module, context: CompileContext
-) -> dict[tuple[int, Param], tuple[ParamsFile, str]]:
+    dies: list[Module],
+    folder: Path,
+    options: BuildOptions,
+    module: Module,
+    towers: Towers | None,
+    context: CompileContext,
+) -> Places:
     """Write all `.params`; returns where each die's parameter went: tensors of all lengths in common_die{i},
     those of one length beside its program.
     """
-    places: dict[tuple[int, Param], tuple[ParamsFile, str]] = {}
+    places: Places = {}
     files: list[ParamsFile] = []
 
     def add(die: int, params: list[Param], name: str) -> None:
@@ -235,7 +254,7 @@ def _write_weights(
     for index, die in enumerate(dies):
         params = [p for p in die.body if isinstance(p, Param)]
         users = {
-            s: {g.symbol.leaf for f in _functions(die, s) for g in f.walk_type(GetGlobal)}
+            s: {g.symbol.leaf for f in functions_of(die, s) for g in f.walk_type(GetGlobal)}
             for s in options.seqlens
         }
         own = {
@@ -246,13 +265,17 @@ def _write_weights(
         }
         owned = {p for ps in own.values() for p in ps}
         common = [p for p in params if p not in owned]
-        add(index, common, f"batch_{options.batch}/common_die{index}.params")
         for seqlen in options.seqlens:
-            add(index, own[seqlen], f"{_program_folder(options, seqlen)}/llm_die{index}.params")
+            named = _files(options, seqlen)
+            if seqlen == options.seqlens[0]:
+                add(index, common, named.shared(index))
+            add(index, own[seqlen], named.name(index, "params"))
     if shared := [
         p for p in module.body if isinstance(p, Param)
     ]:  # embedding-as-input: the table is the host's
         files.append(ParamsFile(folder / _EMBEDDING, shared))
+    if towers is not None:
+        files += towers.params(folder, places)
     check_files(module)
     write_params(files, CheckpointReader(checkpoint_of(module)), progress=context.progress)
     return places
@@ -265,86 +288,24 @@ def _write_programs(
     dies: list[Module],
     folder: Path,
     options: BuildOptions,
-    places: dict[tuple[int, Param], tuple[ParamsFile, str]],
+    places: Places,
     context: CompileContext,
 ) -> tuple[list[DieProgram], Memory]:
     """Code, command program and IR of every die and length; returns their entries for the manifest and what
     the programs need of memory.
     """
-    from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library
-
-    target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
-    machine = load_machine(context.chosen_machine)
-    search = Search()
-    programs: list[DieProgram] = []
-    memory: Memory = {}
-    built: dict[tuple[str, ...], Path] = {}
+    writer = ProgramWriter(folder, places, context)
     parts = [(seqlen, index, die) for seqlen in options.seqlens for index, die in enumerate(dies)]
-    for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress):
-        place = _program_folder(options, seqlen)
-        with context.watch.stage(f"edge10 s{seqlen} die{index}"):
-            lowered = lower_die(die, seqlen, machine, search=search)
-            memory[index, seqlen] = memory_summary(lowered)
-            _write_command_program(lowered, folder / _command_program(place, index, context))
-        with context.watch.stage(f"host code s{seqlen} die{index}"):
-            kernels = assign_kernels(_functions(die, seqlen))
-            library = folder / place / f"llm_die{index}.so"
-            same = built.setdefault(tuple(sorted(kernels)), library)
-            if same is library:
-                build_library(kernels, target, library)
-            else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
-                shutil.copyfile(same, library)
-        program = _die_program(die, index, seqlen, place, _command_program(place, index, context))
-        text = print_op(_artifact_ir(die, index, seqlen, places), locations=False)
-        (folder / program.ir).write_text(text)
-        programs.append(program)
-    return programs, memory
+    programs = [
+        writer.write(die, index, seqlen, _files(options, seqlen))
+        for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress)
+    ]
+    return programs, writer.memory
 
 
-def _command_program(place: str, die: int, context: CompileContext) -> str:
-    return f"{place}/llm_die{die}.{'bin' if context.binary else 'edge10'}"
-
-
-def _write_command_program(lowered: Module, path: Path) -> None:
-    if path.suffix == ".bin":
-        path.write_bytes(encode(lowered))
-    else:
-        path.write_text(print_op(lowered))
-
-
-def _artifact_ir(
-    die: Module, index: int, seqlen: int, places: dict[tuple[int, Param], tuple[ParamsFile, str]]
-) -> Module:
-    """The die's program as the runtime walks it: functions with their kernels named, weights by reference to
-    the `.params`.
-    """
-    module = Module.empty(f"die{index}")
-    functions = _functions(die, seqlen)
-    used = {g.symbol.leaf for f in functions for g in f.walk_type(GetGlobal)}
-    for param in [p for p in die.body if isinstance(p, Param) and p.sym_name in used]:
-        file, name = places[index, param]
-        module.body.append(file.global_for(param, name))
-    for function in functions:
-        module.body.append(function.clone())
-    module.set_attribute("tyir.die", IntegerAttr(index, i64))
-    module.set_attribute("tyir.stage", StringAttr("program"))
-    return module
-
-
-def _die_program(die: Module, index: int, seqlen: int, place: str, commands: str) -> DieProgram:
-    main = _functions(die, seqlen)[-1]
-    inputs, outputs = interface_of(main)
-    return DieProgram(
-        die=index,
-        seqlen=seqlen,
-        function=str(main.sym_name),
-        library=f"{place}/llm_die{index}.so",
-        program=commands,
-        ir=f"{place}/llm_die{index}.ir",
-        constants=f"{place}/llm_die{index}.params",
-        params=f"{Path(place).parent.as_posix()}/common_die{index}.params",
-        inputs=inputs,
-        outputs=outputs,
+def _files(options: BuildOptions, seqlen: int) -> ProgramFiles:
+    return ProgramFiles(
+        f"batch_{options.batch}/seqlen_{seqlen}", "llm", f"batch_{options.batch}/common_die{{die}}.params"
     )
 
 
@@ -430,6 +391,7 @@ def _write_manifest(
     programs: list[DieProgram],
     context: CompileContext,
     machine: str,
+    vision: Vision | None,
 ) -> None:
     import importlib.metadata
 
@@ -446,18 +408,7 @@ def _write_manifest(
     files = {
         p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()
     }
-    manifest = Manifest(model=model, options=options, build=build, programs=tuple(programs), files=files)
+    manifest = Manifest(
+        model=model, options=options, build=build, programs=tuple(programs), files=files, vision=vision
+    )
     (folder / MANIFEST).write_text(manifest.to_json())
-
-
-def to_json(attribute: Attribute) -> Any:
-    """An attribute of plain values as Python data."""
-    if isinstance(attribute, DictAttr):
-        return {k: to_json(v) for k, v in attribute.items()}
-    if isinstance(attribute, ArrayAttr):
-        return [to_json(a) for a in attribute]
-    if isinstance(attribute, DenseArrayAttr):
-        return list(attribute.values)
-    if isinstance(attribute, (StringAttr, IntegerAttr, FloatAttr, BoolAttr)):
-        return attribute.value
-    return str(attribute)

@@ -9,15 +9,17 @@ import numpy.typing as npt
 from tyir.artifacts.agreement import check_ir
 from tyir.dialects.ty import Global
 from tyir.execution.artifacts import Artifacts, ArtifactWeights
+from tyir.manifest import DieProgram
 from tyir.parser import parse_bytes
 from tyir.runtime_sim.execution.command_trace import Observer
 from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.program_engine import CacheName, check_inputs
 from tyir.runtime_sim.timing.program import load_program, machine_of
+from tyir.targets.machine import Machine
 from tyir.types import storage_dtype
 
-__all__ = ["Edge10Engine"]
+__all__ = ["Edge10Engine", "functional_die"]
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +37,6 @@ class Edge10Engine:
         self.artifacts = artifacts
         self.manifest = artifacts.manifest
         self.machine = machine_of(artifacts)
-        self._reader = ArtifactWeights(artifacts)
         self._dies: dict[int, list[FunctionalDie]] = {}
 
     def reset(self) -> None:
@@ -85,10 +86,14 @@ class Edge10Engine:
         return self._dies[seqlen]
 
     def _load(self, die: int, seqlen: int) -> FunctionalDie:
-        program = self.manifest.program(die, seqlen)
-        path = self.artifacts.path / program.ir
-        module = parse_bytes(self.artifacts.read(program.ir), str(path))
-        check_ir(module, program, path, self.manifest.model.get("vocab_size"))
-        globals_ = [g for g in module.body if isinstance(g, Global)]
-        weights = {str(g.sym_name): self._reader.read_packed(g) for g in globals_}
-        return FunctionalDie(load_program(self.artifacts, die, seqlen), weights, self.machine)
+        return functional_die(self.artifacts, self.manifest.program(die, seqlen), self.machine)
+
+
+def functional_die(artifacts: Artifacts, program: DieProgram, machine: Machine) -> FunctionalDie:
+    """A die with a program and its weights; `TyirError` unless both are what the manifest says."""
+    path = artifacts.path / program.ir
+    module = parse_bytes(artifacts.read(program.ir), str(path))
+    check_ir(module, program, path, artifacts.manifest.model.get("vocab_size"))
+    reader = ArtifactWeights(artifacts)
+    weights = {str(g.sym_name): reader.read_packed(g) for g in module.body if isinstance(g, Global)}
+    return FunctionalDie(load_program(artifacts, program), weights, machine)

@@ -25,7 +25,7 @@ from tyir.traits import Collective, InPlace, WeightReference
 if TYPE_CHECKING:
     from tyir.runtime_sim.session.session import Engine
 
-__all__ = ["FiniteSteps"]
+__all__ = ["FiniteSteps", "Origin"]
 
 Array = npt.NDArray[Any]
 _LOWEST: Final = float(np.finfo(np.float32).min)  # what `ty.top_k` counts NaN and -inf as
@@ -78,7 +78,7 @@ class FiniteSteps:
             return TyirError(message, help=help)
         return TyirError(f"{message}; {origin}", help=origin.help)
 
-    def _origin(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> _Origin | None:
+    def _origin(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> Origin | None:
         """The first op whose result is not finite, by walking the step again.
 
         It writes the same rows of the caches again, and later rows are not read.
@@ -106,7 +106,7 @@ def _first_bad(rows: Array, lowest: float = -np.inf) -> int | None:
 
 
 @dataclass(frozen=True)
-class _Origin:
+class Origin:
     """The first op that gave something not finite: of which module, on which die, what."""
 
     op: str
@@ -142,7 +142,7 @@ class _Watch:
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = counts
-        self.origin: _Origin | None = None
+        self.origin: Origin | None = None
 
     def __call__(
         self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]
@@ -160,7 +160,7 @@ class _Watch:
                 if found := not_finite(part):
                     path = str(op.properties["symbol"]) if weight else path_in_calls(op, stack) or "an op"
                     place = None if sequence is None else (sequence, _first_bad(part) or 0)
-                    self.origin = _Origin(op.name, path, die, found, place)
+                    self.origin = Origin(op.name, path, die, found, place)
                     return
 
     def _used(self, array: Array, chunk: Chunk) -> list[tuple[int | None, Array]]:

@@ -6,25 +6,20 @@ Ops are executed by compiled kernels or by their reference meaning.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tyir.artifacts.agreement import check_ir
 from tyir.artifacts.consistency import cache_inputs
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
-from tyir.dialects.ty import Global
-from tyir.execution.artifacts import Artifacts, ArtifactWeights
-from tyir.execution.processor import check_processor
-from tyir.interpreter import Evaluator, Interpreter, evaluate_op, run_lockstep
+from tyir.execution.artifacts import Artifacts
+from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
 from tyir.manifest import DieProgram, TensorInfo
-from tyir.parser import parse_bytes
 from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.die_programs import DiePrograms
 
 __all__ = ["CacheName", "ProgramEngine", "StepProbe", "check_inputs"]
 
@@ -38,12 +33,6 @@ class StepProbe(Protocol):
     def __call__(
         self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]
     ) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    program: DieProgram
-    interpreter: Interpreter
 
 
 def check_inputs(program: DieProgram, given: Collection[str]) -> None:
@@ -69,12 +58,8 @@ class ProgramEngine:
         self.manifest = artifacts.manifest
         self.compiled = compiled
         self.probe = probe
-        self._params: dict[tuple[int, str], Array] = {}
-        self._programs: dict[tuple[int, int], _Loaded] = {}
+        self._programs = DiePrograms(artifacts, compiled=compiled)
         self._caches: dict[CacheName, Array] = {}
-        if compiled:
-            host = self.manifest.build["host"]
-            check_processor(host["mcpu"], host["features"], artifacts.path)
 
     def reset(self) -> None:
         """Forget the caches."""
@@ -82,9 +67,10 @@ class ProgramEngine:
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """One step of all dies; the main die's outputs by name, each [1, seqlen, ...]."""
-        loaded = [self._load(die, chunk.seqlen) for die in range(self.manifest.options.dies)]
+        programs = [self.manifest.program(die, chunk.seqlen) for die in range(self.manifest.options.dies)]
         runs = []
-        for die, (program, interpreter) in enumerate((item.program, item.interpreter) for item in loaded):
+        for die, program in enumerate(programs):
+            interpreter = self._programs.interpreter(program)
             self._watch(interpreter, die, chunk)
             check_inputs(program, inputs)
             caches = cache_inputs(program)
@@ -94,7 +80,7 @@ class ProgramEngine:
             runs.append(interpreter.run(program.function, args))
         outputs = run_lockstep(runs)
         for die, results in enumerate(outputs):
-            program = loaded[die].program
+            program = programs[die]
             for info, array in zip(program.outputs, results):
                 if info.alias is not None:
                     self._caches[die, program.inputs[info.alias].name] = array
@@ -122,38 +108,3 @@ class ProgramEngine:
         if key not in self._caches:
             self._caches[key] = np.zeros(info.shape, info.storage_dtype)
         return self._caches[key]
-
-    def _load(self, die: int, seqlen: int) -> _Loaded:
-        key = (die, seqlen)
-        if key not in self._programs:
-            program = self.manifest.program(die, seqlen)
-            path = self.artifacts.path / program.ir
-            module = parse_bytes(self.artifacts.read(program.ir), str(path))
-            check_ir(module, program, path, self.manifest.model.get("vocab_size"))
-            constants = {str(g.sym_name): self._param(die, g) for g in module.body if isinstance(g, Global)}
-            self._programs[key] = _Loaded(
-                program, Interpreter(module, constants=constants, evaluator=self._evaluator(program))
-            )
-        return self._programs[key]
-
-    def _evaluator(self, program: DieProgram) -> Evaluator:
-        if not self.compiled:
-            return evaluate_op
-        from tyir.runtime_sim.session.host_runtime import HostLibrary
-
-        name = program.library
-        return HostLibrary(self.artifacts.path / name, self.artifacts.executable(name)).evaluate
-
-    @cached_property
-    def _reader(self) -> ArtifactWeights:
-        return ArtifactWeights(self.artifacts)
-
-    def _param(self, die: int, ref: Global) -> Array:
-        """A parameter, once per die.
-
-        Mapped and packed for compiled kernels, one element per entry for the reference.
-        """
-        key = (die, str(ref.sym_name))
-        if key not in self._params:
-            self._params[key] = self._reader.read_packed(ref) if self.compiled else self._reader.read(ref)
-        return self._params[key]

@@ -61,15 +61,20 @@ def identity_of(artifacts: Artifacts) -> dict[str, Any]:
 
 
 def write_cache(
-    path: Path, identity: Mapping[str, Any], tokens: Sequence[int], caches: Mapping[CacheName, Array]
+    path: Path,
+    identity: Mapping[str, Any],
+    tokens: Sequence[int],
+    caches: Mapping[CacheName, Array],
+    beside: Mapping[str, Array] | None = None,
 ) -> None:
-    """Write the positions that hold `tokens`.
+    """Write the positions that hold `tokens`, and what else is to be known of them.
 
     `TyirError` when the file cannot be written; what was there then stays.
     """
     used = (slice(None),) * position_axis(identity["kv-layout"]) + (slice(len(tokens)),)
     arrays: dict[str, Any] = {f"die{die}/{name}": array[used] for (die, name), array in caches.items()}
     arrays |= {"tokens": np.array(tokens, np.int64), "identity": np.array(json.dumps(identity))}
+    arrays |= beside or {}
     if path.exists() and not path.is_file():
         raise TyirError(f"cannot write the cache {path}: it is not a file", help="choose another file")
     temporary: Path | None = None
@@ -90,9 +95,15 @@ def write_cache(
             temporary.unlink(missing_ok=True)
 
 
-def read_cache(path: Path, artifacts: Artifacts) -> tuple[list[int], dict[CacheName, Array]]:
+# Of an array beside the caches: its shape, None being one for each token, and its type.
+Kind = tuple[tuple[int | None, ...], np.dtype[Any]]
+
+
+def read_cache(
+    path: Path, artifacts: Artifacts, beside: Mapping[str, Kind] | None = None
+) -> tuple[list[int], dict[CacheName, Array], dict[str, Array]]:
     """The tokens and caches of a file that artifacts like these have saved, each cache at its full
-    size.
+    size, and the arrays `beside` them.
 
     All of it or nothing: `TyirError` when the file is damaged or cut off, when it was saved with other
     artifacts (with everything in which they differ), and when an array is missing, unknown, of another
@@ -104,15 +115,20 @@ def read_cache(path: Path, artifacts: Artifacts) -> tuple[list[int], dict[CacheN
             members = _members(archive, path)
             _check_identity(_text(archive, members, "identity"), identity_of(artifacts), path)
             tokens = _tokens(archive, members, manifest, path)
-            wanted = _expected(manifest, len(tokens)) if tokens or len(members) > 2 else {}
-            if missing := sorted(wanted.keys() - members.keys()):
+            more = beside or {}
+            wanted = _expected(manifest, len(tokens)) if tokens or len(members) > 2 + len(more) else {}
+            if missing := sorted((wanted.keys() | more.keys()) - members.keys()):
                 raise _refused(path, f"has no {', '.join(missing[:8])}")
-            if unknown := sorted(members.keys() - wanted.keys() - {"identity", "tokens"}):
+            if unknown := sorted(members.keys() - wanted.keys() - more.keys() - {"identity", "tokens"}):
                 raise _refused(path, f"has {', '.join(unknown[:8])}, which no cache of these artifacts is")
             axis = position_axis(manifest.options.kv_layout)
             caches = {
                 cache: _with_room(_cache(archive, members[name], name, tensor, path), manifest, axis)
                 for name, (cache, tensor) in wanted.items()
+            }
+            others = {
+                name: _beside(archive, members[name], name, kind, len(tokens), path)
+                for name, kind in more.items()
             }
     except OSError as error:
         raise TyirError(
@@ -124,7 +140,7 @@ def read_cache(path: Path, artifacts: Artifacts) -> tuple[list[int], dict[CacheN
         *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
     ):
         raise TyirError(f"{path} is not a saved cache, or is cut off or damaged", help=_AGAIN) from None
-    return tokens, caches
+    return tokens, caches, others
 
 
 def _expected(manifest: Manifest, rows: int) -> dict[str, tuple[CacheName, TensorInfo]]:
@@ -200,6 +216,18 @@ def _tokens(
     if bad := [t for t in tokens if not 0 <= t < vocabulary]:
         raise _refused(path, f"has token {bad[0]}, which is not in the vocabulary of {vocabulary}")
     return tokens
+
+
+def _beside(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, kind: Kind, tokens: int, path: Path
+) -> Array:
+    shape, dtype = tuple(tokens if side is None else side for side in kind[0]), kind[1]
+    array, in_order = _array(archive, info, math.prod(shape) * dtype.itemsize)
+    if (array.shape, array.dtype) != (shape, dtype) or not in_order:
+        raise _refused(
+            path, f"has {name} as {array.dtype}{list(array.shape)}, these tokens have {dtype}{list(shape)}"
+        )
+    return array
 
 
 def _cache(

@@ -97,6 +97,7 @@ class Session:
                 f"there is no sequence {sequence}",
                 help=f"{self.artifacts.path} runs {self.manifest.options.batch}, numbered from 0",
             )
+        self.engine_name: EngineName = engine
         self.engine = make_engine(engine, self.artifacts, probe)
         self._step = FiniteSteps(self.engine)
         self.tokens: list[int] = []
@@ -159,7 +160,7 @@ class Session:
 
         `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
         """
-        tokens, caches = read_cache(path, self.artifacts)
+        tokens, caches, _ = read_cache(path, self.artifacts)
         self.engine.load_caches(caches)
         self.tokens = tokens
 

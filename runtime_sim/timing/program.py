@@ -18,7 +18,7 @@ from tyir.edge10.memory import sram_bytes
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.entry_points import ENTRY, entry_points
 from tyir.ir import Block, Value
-from tyir.manifest import MACHINE
+from tyir.manifest import MACHINE, DieProgram
 from tyir.parser import parse_module
 from tyir.runtime_sim.timing.unroll import Command, Kinds, Position, Step, unroll
 from tyir.stages import stage_of
@@ -107,12 +107,12 @@ def alike_programs(programs: Sequence[EdgeProgram]) -> list[list[int]]:
 
 def load_programs(artifacts: Artifacts, seqlen: int) -> list[EdgeProgram]:
     """The command programs of all dies of an artifact folder, for one of its sequence lengths."""
-    return [load_program(artifacts, die, seqlen) for die in range(artifacts.manifest.options.dies)]
+    manifest = artifacts.manifest
+    return [load_program(artifacts, manifest.program(die, seqlen)) for die in range(manifest.options.dies)]
 
 
-def load_program(artifacts: Artifacts, die: int, seqlen: int) -> EdgeProgram:
+def load_program(artifacts: Artifacts, program: DieProgram) -> EdgeProgram:
     """One die's command program; `TyirError` unless it is what the manifest says."""
-    program = artifacts.manifest.program(die, seqlen)
     path = artifacts.path / program.program
     module = program_of(artifacts.read(program.program), str(path))
     check_commands(module, program, path)

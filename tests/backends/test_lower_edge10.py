@@ -63,9 +63,9 @@ def test_unknown_length_and_unknown_op_are_explained() -> None:
         lowered(seqlen=4)
     text = PROGRAM.replace(
         '"ty.add"(%x, %x) : (tensor<1x2x64xf16>, tensor<1x2x64xf16>)',
-        '"ty.slice"(%x) <{axis = 0 : i64, offset = 0 : i64, size = 1 : i64}> : (tensor<1x2x64xf16>)',
+        '"ty.transpose"(%x) <{perm = array<i64: 0, 1, 2>}> : (tensor<1x2x64xf16>)',
     )
-    with pytest.raises(TyirError, match=r"'ty\.slice' has no edge10 command"):
+    with pytest.raises(TyirError, match=r"'ty\.transpose' has no edge10 command"):
         lowered(text)
 
 

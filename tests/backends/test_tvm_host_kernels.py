@@ -220,6 +220,23 @@ def merge(rows: tuple[int, ...], count: int, k: int) -> Case:
     )
 
 
+def both_ways(
+    rows: int, heads: int, width: int, segments: tuple[int, ...], groups: int = 0, cap: float | None = None
+) -> Case:
+    types = (t(1, rows, heads, width), *(t(1, rows, groups or heads, width),) * 2)
+    return Case(
+        f"both_ways_{rows}_{heads}_{groups}_{width}_{segments}",
+        types,
+        lambda v: ty.Attention(*v, scale=width**-0.5, causal=False, segments=segments, softcap=cap),
+    )
+
+
+def concat(axis: int, *shapes: tuple[int, ...]) -> Case:
+    return Case(
+        f"concat_{axis}_{shapes}", tuple(t(*s) for s in shapes), lambda v: ty.Concat(tuple(v), axis=axis)
+    )
+
+
 CASES: list[Case] = [
     linear((1, 1), 64, 33),
     linear((1, 1), 1536, 48, bias=True),
@@ -253,6 +270,15 @@ CASES: list[Case] = [
     attention(4, (0, 0, 1), 64, 80, (30, 0), window=9, cap=0.7),
     attention(1, (0, 1), 64, 64, (40,), cap=50.0),
     attention(32, (0, 0, 1, 1), 32, 96, (17,), window=0),
+    both_ways(12, 3, 32, ()),
+    both_ways(82, 2, 32, ()),  # patches and a class token
+    both_ways(37, 2, 80, (), cap=2.0),
+    both_ways(40, 3, 72, (0, 16, 24, 40)),  # windows at a border are shorter
+    both_ways(60, 2, 16, (0, 4, 36, 44, 60)),
+    both_ways(64, 4, 32, (0, 32, 64), groups=2),
+    concat(1, (1, 1, 24), (1, 9, 24)),
+    concat(1, (2, 3, 5), (2, 1, 5), (2, 4, 5)),
+    concat(0, (3, 8), (2, 8)),
     append(1, 2, 32, 40, (0,)),
     append(8, 3, 24, 40, (36,)),
     append(4, 2, 7, 16, (2, 15)),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MODELS", "write_checkpoint"]
+__all__ = ["MODELS", "write_checkpoint", "write_folder"]
 
 Array = npt.NDArray[Any]
 GROUP: Final = 128
@@ -161,7 +161,10 @@ _QUANTIZATION: Final = {
 }
 
 
-def _plain_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _plain_tensors(config: dict[str, Any]) -> Shapes:
     """Every parameter's name and shape, from transformers' own model of the config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -171,10 +174,12 @@ def _plain_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones once
 
 
-def _layout(config: dict[str, Any], layout: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _layout(
+    plain: Shapes, layout: str, quantized: Callable[[str], bool]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of each stored tensor."""
-    for name, shape in _plain_tensors(config).items():
-        if layout == "fp16" or ".layers." not in name or len(shape) != 2:
+    for name, shape in plain.items():
+        if layout == "fp16" or not quantized(name) or len(shape) != 2:
             yield name, "F16", shape
             continue
         base, (n, k) = name.removesuffix(".weight"), shape
@@ -203,9 +208,9 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], layout: s
     if name.endswith(".g_idx"):
         return (np.arange(shape[0]) // GROUP).astype(np.int32)
     normal = rng.standard_normal(shape, dtype=np.float32)
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight") or (len(shape) == 1 and name.endswith(".weight")):
         return (1 + 0.05 * normal).astype(np.float16)
-    spread = 0.02 if name.endswith((".bias", "embed_tokens.weight")) else shape[-1] ** -0.5
+    spread = 0.02 if name.endswith((".bias", "embed_tokens.weight")) else math.prod(shape[1:]) ** -0.5
     normal *= np.float32(spread)
     return normal.astype(np.float16)
 
@@ -234,10 +239,25 @@ def write_checkpoint(
         "num_hidden_layers": layers,
         **({} if vocabulary is None else {"vocab_size": vocabulary}),
     }
+    write_folder(folder, config, _plain_tensors(config), layout, seed)
+
+
+def write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    plain: Shapes,
+    layout: str = "fp16",
+    seed: int = 0,
+    quantized: Callable[[str], bool] = lambda name: ".layers." in name,
+) -> None:
+    """A folder with `config.json` and the tensors of `plain`, by their stored names, drawn from `seed`.
+
+    Matrices of which `quantized` holds are stored in `layout`.
+    """
     folder.mkdir(parents=True)
     extra = {"quantization_config": _QUANTIZATION[layout]} if layout in _QUANTIZATION else {}
     (folder / "config.json").write_text(json.dumps({**config, **extra}, indent=2))
-    tensors, header, position = list(_layout(config, layout)), {}, 0
+    tensors, header, position = list(_layout(plain, layout, quantized)), {}, 0
     for key, dtype, shape in tensors:
         size = math.prod(shape) * (2 if dtype == "F16" else 4)
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}

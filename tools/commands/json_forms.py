@@ -150,6 +150,25 @@ class PromptChecked:
 
 
 @dataclass(frozen=True)
+class TowerRowsChecked:
+    """Rows of a tower's state after one block, or of what leaves it."""
+
+    name: Annotated[str, "of the block"]
+    min_cosine: Annotated[float, "of a row with Hugging Face's"]
+    max: Annotated[float, "the largest absolute value"]
+    not_finite: Annotated[int, "rows with a value that is not finite"]
+
+
+@dataclass(frozen=True)
+class PictureChecked:
+    """The comparison of one picture."""
+
+    picture: Annotated[str, "its name"]
+    relative_error: Annotated[float, "of the embeddings, in their mean"]
+    rows: Annotated[tuple[TowerRowsChecked, ...], "block by block"]
+
+
+@dataclass(frozen=True)
 class Checked:
     """`tyir-verify --json`: the comparison with Hugging Face in fp32 on the same weights; the exit code is 1
     unless `ok`.
@@ -165,6 +184,7 @@ class Checked:
     layer_cosine: Annotated[tuple[float, ...], "smallest cosine of the hidden state after each layer"]
     prompts: Annotated[tuple[PromptChecked, ...], "in order"]
     first_divergence: Annotated[str | None, "the first op that is off, unless ok"]
+    pictures: Annotated[tuple[PictureChecked, ...], "of a vision-language model, in order"] = ()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tyir.dialects.func import Func
 from tyir.dialects.kv import Rows
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
 from tyir.execution.entry_points import alias_of
+from tyir.frontends.adapters import base_of
 from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
 from tyir.passes.quantize_weights import largest_group_size
@@ -31,7 +32,8 @@ from tyir.targets.machine import Machine, load_machine
 from tyir.tools.build_arguments import AUTO
 from tyir.tools.commands.json_forms import Planned, PlannedDie
 from tyir.tools.estimate.model import ModelShape, few_layers
-from tyir.tools.estimate.shape import read_shape
+from tyir.tools.estimate.shape import read_config, read_shape
+from tyir.tools.estimate.tower import PicturePlan, TowerShape, picture_plans, read_tower
 
 __all__ = ["DieNeed", "Plan", "make_plan", "settle_group_size"]
 
@@ -42,7 +44,8 @@ __all__ = ["DieNeed", "Plan", "make_plan", "settle_group_size"]
 class DieNeed:
     """Bytes of DRAM on one die.
 
-    Of the weights every token reads `streamed` in the layers and `head` after them.
+    Of the weights every token reads `streamed` in the layers and `head` after them.  `tower`: weights that
+    pictures go through.
     """
 
     weights: int
@@ -50,10 +53,11 @@ class DieNeed:
     head: int
     kv_cache: int
     activations: int
+    tower: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations
+        return self.weights + self.tower + self.kv_cache + self.activations
 
 
 class _Cuts:
@@ -62,8 +66,9 @@ class _Cuts:
     The real passes, run once per number on a model of one layer per pipeline stage.
     """
 
-    def __init__(self, shape: ModelShape, options: BuildOptions) -> None:
-        self.shape, self.options = shape, options
+    def __init__(self, shape: ModelShape, options: BuildOptions, tower: int = 0) -> None:
+        """`tower`: bytes of a vision tower, which each die may hold whole."""
+        self.shape, self.options, self.tower = shape, options, tower
         self._per_token: dict[int, list[tuple[int, ...]]] = {}
 
     def needs(self, dies: int, max_kv: int) -> list[DieNeed]:
@@ -72,7 +77,7 @@ class _Cuts:
         s, o = self.shape, self.options
         activations = max(o.seqlens) * o.batch * (s.vocabulary * 4 + 4)
         return [
-            DieNeed(w + rope * max_kv, streamed, head, kv * max_kv * o.batch, activations)
+            DieNeed(w + rope * max_kv, streamed, head, kv * max_kv * o.batch, activations, self.tower)
             for w, streamed, head, kv, rope in self._per_token[dies]
         ]
 
@@ -155,6 +160,8 @@ class Plan:
     host_disk: int
     host_seconds: tuple[float, float]
     problems: tuple[Diagnostic, ...]
+    tower: TowerShape | None = None
+    pictures: tuple[PicturePlan, ...] = ()
 
     def text(self) -> str:
         """The plan as lines for a terminal."""
@@ -179,26 +186,38 @@ class Plan:
 
 
 def make_plan(
-    folder: Path, options: BuildOptions, machine: Machine | None = None, base: Path | None = None
+    folder: Path,
+    options: BuildOptions,
+    machine: Machine | None = None,
+    images: Sequence[tuple[int, int]] = (),
+    base: Path | None = None,
 ) -> Plan:
-    """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
+    """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`, for pictures
+    of the sizes (width, height) in `images`.
 
     `TyirError` when the config or the options cannot be at all.
     """
     shape, machine = read_shape(folder, base), machine or load_machine()
+    where, raw = read_config(base_of(folder, base) or folder)
+    tower = read_tower(raw, where)
+    if tower is None and images:
+        raise TyirError(f"{shape.name} takes text only", help="leave --image out")
+    if tower is not None:
+        options = replace(options, embedding_as_input=True)  # rows of pictures stand among those of tokens
+    pictures = () if tower is None else tuple(_pictures(where, raw, tower, images, machine, options))
     group = (
         shape.group if shape.group is not None else options.group_size if options.weights == "int4" else None
     )
     _check_group(shape, group, stored=shape.group is not None)
-    cuts = _Cuts(shape, options)
+    cuts = _Cuts(shape, options, 0 if tower is None else 2 * tower.parameters)
     needs = cuts.needs(options.dies, options.max_kv)
-    weights, code = sum(n.weights for n in needs), options.dies * len(options.seqlens)
+    weights, code = sum(n.weights + n.tower for n in needs), options.dies * len(options.seqlens)
     linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
     ram = _BASE_RAM + max(4 * table, linear * (4 if group is None else 14))
     fast, slow = (
         _IMPORT_SECONDS + 0.1 * shape.layers + code * c + weights / r for c, r in ((0.5, 4e8), (3.0, 5e7))
     )
-    problems = tuple(_memory_problems(cuts, machine))
+    problems = (*_memory_problems(cuts, machine), *_too_large(pictures, options))
     return Plan(
         shape,
         options,
@@ -210,7 +229,35 @@ def make_plan(
         weights + code * _CODE_BYTES,
         (fast, slow),
         problems,
+        tower,
+        pictures,
     )
+
+
+def _pictures(
+    where: Path,
+    raw: Mapping[str, Any],
+    tower: TowerShape,
+    images: Sequence[tuple[int, int]],
+    machine: Machine,
+    options: BuildOptions,
+) -> Iterator[PicturePlan]:
+    """Plans of what pictures of these sizes cost, one for each grid."""
+    seen = set()
+    for plan in picture_plans(where.parent, raw, tower, images, machine, options.dies) if images else ():
+        if plan.size.grid not in seen:
+            seen.add(plan.size.grid)
+            yield plan
+
+
+def _too_large(pictures: Sequence[PicturePlan], options: BuildOptions) -> Iterator[Diagnostic]:
+    """Pictures that leave a prompt no room in the cache."""
+    for size in (plan.size for plan in pictures if plan.size.tokens >= options.max_kv):
+        enough = -(-(size.tokens + 256) // 256) * 256
+        yield Diagnostic(
+            f"a picture of {size.name} takes {size.tokens} tokens, the cache holds {options.max_kv}",
+            help=f"--max-kv {enough} leaves room for a question, or give a smaller --image",
+        )
 
 
 # Measured on 2 cores with the embedded model: libraries 0.65 GiB, import 5 to 7 s, host code 0.5 to 1.5 s and
@@ -314,14 +361,16 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
         if changed.weights == "int4":
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
             changed = replace(changed, group_size=math.gcd(common, changed.group_size))
-        of = known.setdefault(_kind(changed), _Cuts(cuts.shape, changed))
+        of = known.setdefault(_kind(changed), _Cuts(cuts.shape, changed, cuts.tower))
         return max(n.total for n in of.needs(changed.dies, changed.max_kv))
 
-    left = capacity - worst.weights - worst.activations
+    left = capacity - worst.weights - worst.tower - worst.activations
     if left > 0:
         message = f"max-kv {options.max_kv} needs {gib(worst.kv_cache)} per die and {gib(left)} are left"
     else:
-        message = f"the weights need {gib(worst.weights)} per die, {machine.name} has {gib(capacity)}"
+        message = (
+            f"the weights need {gib(worst.weights + worst.tower)} per die, {machine.name} has {gib(capacity)}"
+        )
     yield Diagnostic(message, help=remedy_text(cheapest_remedies(options, capacity, need)))
 
 
@@ -348,6 +397,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     for i, n in enumerate(plan.dies):
         share = f"{100 * n.total / m.dram.capacity_bytes:.0f} %"
         yield f"{i:>4}{gib(n.weights):>12}{gib(n.kv_cache):>12}{gib(n.activations):>13}{gib(n.total):>12}{share:>9}"  # noqa: E501
+    if plan.tower is not None:
+        size = 2 * plan.tower.parameters
+        yield (
+            f"tower: {plan.tower.blocks} blocks, {plan.tower.parameters / 1e6:.1f} M parameters in fp16,"
+            f" {gib(size)}: whole on each die, which it is at most"
+        )
+        for picture in plan.pictures:
+            yield from picture.lines(o.max_kv)
     sram = m.sram.capacity_bytes
     state = max(o.seqlens) * s.hidden * 2
     yield (

@@ -20,7 +20,7 @@ from tyir.frontends.quant_config import read_quant_config
 from tyir.process.files import load_json, missing_hint
 from tyir.tools.estimate.model import ModelShape
 
-__all__ = ["FAMILIES", "Family", "read_shape"]
+__all__ = ["FAMILIES", "Family", "language_config", "read_config", "read_shape"]
 
 _SIZES: Final = (
     "hidden_size",
@@ -188,8 +188,45 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 
+# The family that the language model of a vision-language model is of; LLaVA's says so itself.
+_LANGUAGES: Final = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
+# What Llama's class has by default, which converted LLaVA checkpoints leave out.
+_LLAMA_7B: Final = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+
+
+def language_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's part of a vision-language model's config; any other config as it is."""
+    kind, text = raw.get("model_type"), raw.get("text_config")
+    if kind not in (*_LANGUAGES, "llava"):
+        return dict(raw)
+    own = text if isinstance(text, dict) else raw
+    tied = {"tie_word_embeddings": raw["tie_word_embeddings"]} if "tie_word_embeddings" in raw else {}
+    defaults = _LLAMA_7B if kind == "llava" and own.get("model_type", "llama") == "llama" else {}
+    language = _LANGUAGES.get(str(kind), own.get("model_type", "llama"))
+    return {
+        **{k: raw[k] for k in ("architectures", "quantization_config") if k in raw},
+        **tied,
+        **defaults,
+        **{k: v for k, v in own.items() if k != "architectures"},
+        "model_type": language,
+    }
+
+
+def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that describes a model, and what it says."""
+    where, raw, _ = _config(path)
+    return where, raw
+
+
 def read_shape(path: Path, base: Path | None = None) -> ModelShape:
-    """The sizes of a checkpoint folder, of a config.json itself, or of a GGUF file.
+    """The sizes of a checkpoint folder, of a config.json itself, or of a GGUF file; of a vision-language
+    model those of its language model.
 
     Of a LoRA adapter's folder those of its base model, `base` unless the adapter says it.  Which weights of a
     quantised base the adapter changes, so that they become fp16, its config alone does not say: all count so.
@@ -204,6 +241,7 @@ def read_shape(path: Path, base: Path | None = None) -> ModelShape:
 def _shape_of(path: Path) -> ModelShape:
     """`read_shape` of a whole model."""
     where, raw, tensors = _config(path)
+    raw = language_config(raw)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise TyirError(

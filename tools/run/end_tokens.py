@@ -7,14 +7,16 @@ all of generation_config.json; so do we, and at the ends of turns that the chat 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from tyir.execution.artifacts import Artifacts
+from tyir.runtime_sim.session.ending import EndReason
 from tyir.text.json_files import json_object, token_ids
 from tyir.tools.tokenizer import files_of
 
-__all__ = ["end_tokens"]
+__all__ = ["end_tokens", "why"]
 
 _FILES: Final = ("generation_config.json", "config.json")
 _KEY: Final = "eos_token_id"
@@ -60,3 +62,15 @@ def end_tokens(source: Artifacts | Path, tokenizer: Any) -> dict[int, str]:
         if name in template and name in special:
             found.setdefault(special[name], "the chat template")
     return found
+
+
+def why(
+    reason: EndReason | None, made: Sequence[int], stops: Mapping[int, str], tokenizer: Any, capacity: int
+) -> str:
+    """Why an answer ended, for people."""
+    if reason == "stop token":
+        token = tokenizer.convert_ids_to_tokens(made[-1])
+        return f"by stop token {made[-1]} ({token}) of {stops[made[-1]]}"
+    if reason == "cache full":
+        return f"because the cache of {capacity} positions is full; compile with a larger --max-kv"
+    return f"after {len(made)} tokens, as many as --max-tokens allows"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.vision import ImageSize
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -54,6 +55,7 @@ __all__ = [
     "dense_model",
     "reference_module",
     "size_ratio",
+    "tower_module",
 ]
 
 Array = npt.NDArray[Any]
@@ -108,6 +110,8 @@ class Reference:
     `plugin` is the one they were compiled with.
     """
 
+    reads_plainly = True  # transformers' own class of a model of text reads a folder that is not quantised
+
     def __init__(
         self,
         folder: Path,
@@ -124,7 +128,7 @@ class Reference:
         logging.disable_progress_bar()
         self.folder = folder
         self.base = base
-        if plugin is None and _is_plain(folder, base):
+        if plugin is None and self.reads_plainly and _is_plain(folder, base):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             ).eval()
@@ -239,6 +243,18 @@ def reference_module(
     return module
 
 
+def tower_module(
+    folder: Path, image: ImageSize, plugin: ModelPlugin | None = None, base: Path | None = None
+) -> Module:
+    """The unpartitioned tower for pictures of a size in `ty` ops, on sequences as artifacts have it."""
+    from tyir.frontends.huggingface import import_model
+
+    module = import_model(folder, plugin=plugin, base=base, images=[(image.given[0], image.given[1])])
+    graph = f"extract-graph{{graph=visual_{image.name}}}"
+    run_pipeline(module, f"to-ty,{graph},static-step,canonicalize,cse,dce", PassContext())
+    return module
+
+
 def dequantized_weights(
     module: Module, weights: CheckpointReader
 ) -> Iterator[tuple[str, bool, Array, Array]]:
@@ -329,8 +345,10 @@ def check_prompt(
     count: int,
     states: LayerStates,
     step: Callable[[float], None] = _no_step,
+    begin: Callable[[], None] = lambda: None,
 ) -> PromptResult:
-    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position.
+    """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position; `begin` is called
+    before, for what a prompt has besides tokens.
 
     `step(n)` is told of work done, 2 * `count` in all: Hugging Face's tokens, then ours.
     Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's
@@ -340,6 +358,7 @@ def check_prompt(
     logits, wanted_states = reference.run(tokens)
     step(count)
     session.reset()
+    begin()
     states.clear()
     feeds = [tokens[: len(ids)], *([t] for t in tokens[len(ids) : -1])]
     if session.choices is None:

@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
-from tyir.dialects.func import Call
+from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append, Rows
-from tyir.dialects.ty import GetGlobal
+from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.artifacts import Artifacts
+from tyir.execution.constexpr import ConstantExpressions
 from tyir.execution.weights import CheckpointReader, WeightSource, checkpoint_of
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
@@ -33,13 +34,22 @@ from tyir.layers import layer_in, path_in_calls
 from tyir.location import FileLoc, FusedLoc, Location, NameLoc
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.session import EngineName, Session
-from tyir.tools.verify.compare import cosine, reference_module, size_ratio
+from tyir.runtime_sim.vision.tower import Tower
+from tyir.tools.verify.compare import cosine, reference_module, size_ratio, tower_module
 from tyir.traits import Collective
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["Agreement", "Divergence", "Recorder", "first_off", "locate", "reference_results"]
+__all__ = [
+    "Agreement",
+    "Divergence",
+    "Recorder",
+    "first_off",
+    "locate",
+    "locate_in_tower",
+    "reference_results",
+]
 
 Array = npt.NDArray[Any]
 
@@ -152,6 +162,26 @@ def first_off(expected: Mapping[Key, tuple[Array, str]], recorder: Recorder) -> 
     return None
 
 
+def locate_in_tower(
+    tower: Tower,
+    checkpoint: Path,
+    patches: Array,
+    plugin: ModelPlugin | None = None,
+    base: Path | None = None,
+) -> Divergence | None:
+    """The first op of a vision tower that is off for `patches` [N, C] in the processor's order, or None."""
+    image = tower.size.image
+    recorder = Recorder()
+    chunk = Chunk(0, image.patches, image.patches)
+    tower.probe = lambda die, stack, op, results: recorder(chunk, die, stack, op, results)
+    tower.run(patches)
+    module = tower_module(checkpoint, image, plugin, base)
+    (name,) = [str(f.sym_name) for f in module.body if isinstance(f, Func)]
+    given = tower.ordered(patches.astype(np.float16))
+    expected = _results_of(module, name, [given], CheckpointReader(checkpoint_of(module)))
+    return first_off(expected, recorder)
+
+
 def _source(location: Location) -> str:
     if isinstance(location, NameLoc) and isinstance(location.child, FileLoc):
         return f"{location.child.file}:{location.child.line}"
@@ -168,11 +198,14 @@ class _Keys:
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
+        self.constants = ConstantExpressions()
 
     def of(self, op: Op, stack: tuple[Call, ...]) -> Key | None:
         path = path_in_calls(op, stack)
         if path is None or isinstance(op, (Call, GetGlobal, Append, Rows)) or op.has_trait(Collective):
             return None
+        if op.results and self.constants.is_constant(op.results[0]):
+            return None  # of weights alone, as rotary tables of one size are: dies have the result
         name = _SAME.get(op.name, op.name)
         number = self.counts[path, name]
         self.counts[path, name] += 1
@@ -234,6 +267,20 @@ def reference_results(
     module: Module, ids: Sequence[int], weights: WeightSource
 ) -> Mapping[Key, tuple[Array, str]]:
     """The result of every op of the reference, and the line of the model's source it came from."""
+    positions = np.arange(len(ids), dtype=np.int64)[None]
+    main = next(f for f in module.body if isinstance(f, Func) and str(f.sym_name) == "main")
+    if len(tensor_type(main.args[1]).dims) == 3:  # time, row and column, all the same for text
+        positions = np.broadcast_to(positions, (3, 1, len(ids)))
+    inputs = [np.array([list(ids)], np.int64), positions]
+    for addend in main.args[2:]:  # what pictures add to the first layers: nothing
+        inputs.append(np.zeros((1, len(ids), tensor_type(addend).dims[-1]), np.float16))
+    return _results_of(module, "main", inputs, weights)
+
+
+def _results_of(
+    module: Module, function: str, inputs: Sequence[Array], weights: WeightSource
+) -> Mapping[Key, tuple[Array, str]]:
+    """The same of any function."""
     found: dict[Key, tuple[Array, str]] = {}
     keys = _Keys()
 
@@ -243,6 +290,5 @@ def reference_results(
             found[key] = results[0], _source(op.loc)
 
     interpreter = Interpreter(module, weights, probe=probe)
-    positions = np.arange(len(ids), dtype=np.int64)[None]
-    run_lockstep([interpreter.run("main", [np.array([list(ids)], np.int64), positions])])
+    run_lockstep([interpreter.run(function, list(inputs))])
     return found

@@ -50,7 +50,10 @@ def problems_of(manifest: Manifest) -> Iterator[str]:
         states = [_caches(p) for p in manifest.programs if p.die == die]
         if any(state != states[0] for state in states):
             yield f"the programs of die {die} have other caches for other lengths"
+    yield from _vision(manifest)
     needed = {name for p in manifest.programs for name in p.files}
+    if manifest.vision is not None:
+        needed |= {name for size in manifest.vision.sizes for p in size.programs for name in p.files}
     needed |= {"embedding.params"} if options.embedding_as_input else set()
     needed |= {manifest.build["machine"]} if manifest.build["machine"].endswith(".toml") else set()
     if missing := sorted(needed - manifest.files.keys()):
@@ -99,6 +102,7 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
         yield from _tensor(given.pop(_EMBEDDINGS, None), _EMBEDDINGS, "f16", (*step, None))
     else:
         yield from _tensor(given.pop(_IDS, None), _IDS, "i32", step)
+    yield from _of_pictures(given, manifest, step)
     if given:
         yield f"takes {', '.join(given)}, which no step gives and it does not update"
     for cache in (program.inputs[i] for i in sorted(state) if i < len(program.inputs)):
@@ -113,6 +117,52 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
         yield from _tensor(made.pop("top_ids", None), "top_ids", "i32", (*step, best))
     if made:
         yield f"returns {', '.join(made)}, which options.output {options.output} does not say"
+
+
+def _of_pictures(given: dict[str, TensorInfo], manifest: Manifest, step: tuple[int, int]) -> Iterator[str]:
+    """Takes out of `given` what a vision-language model's step is given beside embeddings and position."""
+    vision = manifest.vision
+    if vision is None:
+        return
+    if vision.rope is not None:
+        for name in ("rope_cos", "rope_sin"):
+            shape = (manifest.options.max_kv, len(vision.rope.axes))
+            yield from _tensor(given.pop(name, None), name, "f16", shape)
+    for name in (f"deepstack{number}" for number in range(vision.deepstack)):
+        yield from _tensor(given.pop(name, None), name, "f16", (*step, manifest.model.get("hidden_size")))
+
+
+def _vision(manifest: Manifest) -> Iterator[str]:
+    """What the tower's entries contradict each other in."""
+    vision = manifest.vision
+    if vision is None:
+        return
+    if not manifest.options.embedding_as_input:
+        yield "options.embedding_as_input is false, but pictures enter a step as embeddings"
+    if vision.rope is not None and len(vision.rope.axes) != len(vision.rope.inv_freq):
+        yield f"vision.rope has {len(vision.rope.axes)} axes for {len(vision.rope.inv_freq)} frequencies"
+    if vision.die_map and len(set(vision.die_map)) != vision.dies:
+        yield f"vision.die_map {vision.die_map} does not name {vision.dies} different dies"
+    hidden, pixels = manifest.model.get("hidden_size"), vision.pixels
+    outputs = ("embeddings", *(f"deepstack{number}" for number in range(vision.deepstack)))
+    for size in vision.sizes:
+        image, who = size.image, f"the tower for {size.image.name}"
+        groups = image.patches // pixels.merge**2
+        if size.order and sorted(size.order) != list(range(groups)):
+            yield f"{who} has an order that is not one of its {groups} groups of patches"
+        if sorted(p.die for p in size.programs) != list(range(vision.dies)):
+            yield f"{who} needs a program for each of {vision.dies} dies"
+        for program in size.programs:
+            if program.seqlen != image.patches:
+                yield f"{who} has a program of {program.seqlen} patches, its grid has {image.patches}"
+            (taken, *others), made = program.inputs, {t.name: t for t in program.outputs}
+            for problem in _tensor(taken, "patches", "f16", (image.patches, pixels.columns)):
+                yield f"{who} {problem}"
+            if others or any(t.alias is not None for t in program.outputs) or tuple(made) != outputs:
+                yield f"{who} takes or returns other tensors than patches and {', '.join(outputs)}"
+                continue
+            for name in outputs:
+                yield from (f"{who} {p}" for p in _tensor(made[name], name, "f16", (image.tokens, hidden)))
 
 
 def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tyir.diagnostics import TyirError
 from tyir.dialects.ty import as_type, bf16_to_f32, gelu, silu, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result, variadic_operand
@@ -443,3 +444,91 @@ class Cat(DeclaredOp, name="aten.cat", traits=(Pure,)):
 
     def evaluate(self, *tensors: Array) -> Array:
         return np.concatenate(tensors, axis=self.dim)
+
+
+class Select(DeclaredOp, name="aten.select", traits=(Pure,)):
+    """The entry `index` along `dim`, which goes: [.., n, ..] -> [.., ..]."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    dim: int = attr()
+    index: int = attr()
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return np.asarray(np.take(x, self.index, axis=self.dim))
+
+
+class Permute(DeclaredOp, name="aten.permute", traits=(Pure,)):
+    """Axes in another order: out.shape[i] = x.shape[dims[i]]."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    dims: tuple[int, ...] = attr()
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return np.transpose(x, self.dims)
+
+
+class Index(DeclaredOp, name="aten.index", traits=(Pure,)):
+    """The rows `index` [n] of x along its first axis, in that order."""
+
+    x: Value = operand()
+    index: Value = operand()
+    out: Value = result()
+
+    def evaluate(self, x: Array, index: Array) -> Array:
+        return np.take(x, index, axis=0)
+
+
+class Argsort(DeclaredOp, name="aten.argsort", traits=(Pure,)):
+    """The places of x's entries along `dim` in ascending order."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    dim: int = attr(default=-1)
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return np.asarray(np.argsort(x, axis=self.dim, kind="stable"))
+
+
+class Sum(DeclaredOp, name="aten.sum", traits=(Pure,)):
+    """Sum over the axes `dim`."""
+
+    x: Value = operand()
+    _: KW_ONLY
+    dim: tuple[int, ...] = attr()
+    keepdim: bool = attr(default=False)
+    out: Value = result()
+
+    def evaluate(self, x: Array) -> Array:
+        return _rounded(np.sum(_wide(x), axis=self.dim, keepdims=self.keepdim), self.out)
+
+
+class Conv(DeclaredOp, name="aten.conv", traits=(Pure,)):
+    """Convolution without padding whose windows tile x: x [n, C, ..] and weight [M, C, ..] -> [n, M, ..];
+    `stride` is the kernel's size, and so that of x along each axis but one window's.
+    """
+
+    x: Value = operand()
+    weight: Value = operand()
+    bias: Value | None = optional_operand(default=None)
+    _: KW_ONLY
+    stride: tuple[int, ...] = attr()
+    out: Value = result()
+
+    def evaluate(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        kernel = weight.shape[2:]
+        if self.stride != kernel or any(n % k for n, k in zip(x.shape[2:], kernel)):
+            raise TyirError(f"aten.conv of a kernel {kernel} has stride {self.stride}")
+        counts = [n // k for n, k in zip(x.shape[2:], kernel)]
+        split = x.reshape(*x.shape[:2], *(d for pair in zip(counts, kernel) for d in pair))
+        axes = range(len(kernel))
+        inner = [3 + 2 * i for i in axes]
+        patches = split.transpose(0, *(2 + 2 * i for i in axes), 1, *inner)
+        rows = patches.reshape(x.shape[0], *counts, -1).astype(np.float32)
+        out = rows @ weight.reshape(len(weight), -1).astype(np.float32).T
+        out = out if bias is None else out + bias.astype(np.float32)
+        return _rounded(np.moveaxis(out, -1, 1), self.out)

@@ -164,6 +164,11 @@ class Machine:
         return self.macs_per_cycle_int8 * 2 * self.clock.frequency_mhz * 1e-6
 
     @property
+    def peak_fp16_tflops(self) -> float:
+        """Two operations per multiply-accumulate."""
+        return self.macs_per_cycle_fp16 * 2 * self.clock.frequency_mhz * 1e-6
+
+    @property
     def dram_bytes_per_ns(self) -> float:
         """Sustained DRAM bandwidth: GB/s is bytes per nanosecond."""
         return self.dram.bandwidth_gbps * self.dram.efficiency

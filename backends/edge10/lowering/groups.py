@@ -25,6 +25,7 @@ from tyir.backends.edge10.lowering.ops.collective import (
     lower_send,
 )
 from tyir.backends.edge10.lowering.ops.linear import lower_linear, product_scratch
+from tyir.backends.edge10.lowering.ops.rows import lower_concat, lower_slice
 from tyir.backends.edge10.lowering.ops.rowwise import lower_rowwise
 from tyir.backends.edge10.lowering.ops.top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
 from tyir.backends.edge10.memory.allocate import SramPlan
@@ -47,6 +48,8 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     dist.Send: lower_send,
     dist.Recv: lower_recv,
     kv.QuantizeRows: lower_quantize_rows,
+    ty.Concat: lower_concat,
+    ty.Slice: lower_slice,
     ty.TopK: lower_top_k,
     ty.TopKCandidates: lower_top_k_candidates,
     ty.MergeTopK: lower_merge_top_k,
@@ -60,6 +63,7 @@ _WITH_SCRATCH: Final[
     ]
 ] = {
     kv.CachedAttention: (attention_scratch, lower_attention),
+    ty.Attention: (attention_scratch, lower_attention),
     ty.Linear: (product_scratch, lower_linear),
     ty.QuantizedLinear: (product_scratch, lower_linear),
 }

@@ -14,7 +14,7 @@ from tyir.backends.edge10.memory.allocate import ALIGNMENT, Interval, align, pla
 from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Call, Func
 from tyir.dialects.kv import Append, CachedAttention
-from tyir.dialects.ty import Add, GetGlobal, Linear, QuantizedLinear, Reshape, Rope, tensor_type
+from tyir.dialects.ty import Add, Attention, GetGlobal, Linear, QuantizedLinear, Reshape, Rope, tensor_type
 from tyir.ir import Op, Value
 from tyir.traits import Elementwise
 from tyir.types import TensorType
@@ -204,6 +204,11 @@ class Places:
     spill_bytes: int
 
 
+def _streamed(function: Func) -> set[Value]:
+    """The keys and values of a tower's attention, which pass through SRAM by blocks as a cache's do."""
+    return {root(v) for op in function.body if isinstance(op, Attention) for v in (op.k, op.v)}
+
+
 def in_place(function: Func, boundary: Boundary) -> dict[Value, Place]:
     """Sums that may be made in the place of an argument which nothing reads afterwards.
 
@@ -273,8 +278,14 @@ def assign_places(
         for op, s in scratch.items()
         if s.dram_bytes
     }
+    streamed = _streamed(function)
     place_intervals(
-        [*held.values(), *(i for v, i in intervals.items() if not lifetimes.spans_call(v))], low, high
+        [
+            *held.values(),
+            *(i for v, i in intervals.items() if v not in streamed and not lifetimes.spans_call(v)),
+        ],
+        low,
+        high,
     )
     spilled = [*(i for i in intervals.values() if i.offset is None), *kept.values()]
     places = {v: Place("sram", i.offset) for v, i in intervals.items() if i.offset is not None}

@@ -1,5 +1,5 @@
 """kv.attention: causal attention of s new tokens over the cache, three passes per query head and tile of
-queries.
+queries; and ty.attention that sees both ways within segments, where a tile's keys are those of its segment.
 
 Only positions that a query of the tile may see are visited, so the loops end at pos + s however large the
 cache is.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a scratch buffer
@@ -8,6 +8,7 @@ cache is.  Scores, maximum, sums and the weighted values are f32; the scores of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -36,7 +37,8 @@ from tyir.backends.host.kernels.tir import (
     store,
     vector,
 )  # fmt: skip
-from tyir.dialects import kv
+from tyir.dialects import kv, ty
+from tyir.dialects.ty import default_kv_heads
 
 __all__ = ["EMITTERS"]
 
@@ -46,14 +48,17 @@ _HIDDEN = float("-inf")
 
 @dataclass(frozen=True)
 class _Work:
-    """One tile: queries token0.. of one head, and the cache rows `low`..`high` that any of them sees."""
+    """One tile: queries token0.. of one head, and the rows of keys `low`..`high` that any of them sees.
+
+    `first`: the position of the first query, which sees none after it; None where all see all of them.
+    """
 
     sequence: Expr
     head: Expr
     group: Expr
     token0: Expr
     queries: int
-    first: Expr
+    first: Expr | None
     low: Expr
     high: Expr
     by_head: bool
@@ -105,6 +110,39 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
         _weighted_values(work, v, v_scales, scores, totals, out, cpu)
 
 
+def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    """Tiles of queries never cross a segment: their number divides all of them."""
+    q, k, v, out = buffers
+    b, s, heads, width = (int(d) for d in q.shape)
+    spans = op.spans()
+    step = math.gcd(*(end for _, end in spans))
+    queries = max(d for d in range(1, _MOST_QUERIES + 1) if step % d == 0)
+    tiles, longest = s // queries, max(end - first for first, end in spans)
+    groups = default_kv_heads(heads, int(k.shape[2]))
+    with loop(b * heads * tiles, cpu, b * s * heads * width * longest) as item:
+        head = bind(item // tiles % heads)
+        token0 = bind(item % tiles * queries)
+        low = bind(_of_segment(token0, [(first, first) for first, _ in spans]))
+        high = bind(_of_segment(token0, spans))
+        group = bind(_group_of(head, groups))
+        work = _Work(bind(item // (tiles * heads)), head, group, token0, queries, None, low, high, False)
+        scores = T.alloc_buffer((queries, longest + cpu.lanes), "float32")
+        _scores(op, work, q, k, None, scores, cpu)
+        totals = T.alloc_buffer((queries,), "float32")
+        _softmax(work, scores, totals, cpu)
+        _weighted_values(work, v, None, scores, totals, out, cpu)
+
+
+def _of_segment(row: Expr, bounds: Sequence[tuple[int, int]]) -> Expr:
+    """Of pairs (first row of a segment, value) the value of the row's segment, by halves."""
+    if len(bounds) == 1:
+        return T.int32(bounds[0][1])
+    middle = len(bounds) // 2
+    return T.Select(
+        row < bounds[middle][0], _of_segment(row, bounds[:middle]), _of_segment(row, bounds[middle:])
+    )
+
+
 def _read(cache: Buffer, scale: Expr | None, index: Sequence[Expr], lanes: int) -> Expr:
     """Elements of a cache row as f32; of an 8-bit cache f16(q * scale)."""
     value = load(cache, index, lanes)
@@ -120,7 +158,13 @@ def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
 
 
 def _scores(
-    op: kv.CachedAttention, work: _Work, q: Buffer, k: Buffer, scales: Buffer | None, scores: Buffer, cpu: Cpu
+    op: kv.CachedAttention | ty.Attention,
+    work: _Work,
+    q: Buffer,
+    k: Buffer,
+    scales: Buffer | None,
+    scores: Buffer,
+    cpu: Cpu,
 ) -> None:
     """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j."""
     width = int(q.shape[3])
@@ -145,6 +189,9 @@ def _scores(
             score = horizontal_sum(sums[t], lanes) * f32(op.scale)
             if op.softcap is not None:
                 score = capped(score, op.softcap, 1)
+            if work.first is None:
+                T.buffer_store(scores, score, [t, j])
+                continue
             visible = position <= work.first + t
             if op.window > 0:
                 visible = T.And(visible, position > work.first + t - op.window)
@@ -201,4 +248,5 @@ def _weighted_values(
 
 EMITTERS: Final[Emitters] = {
     kv.CachedAttention: attention,
+    ty.Attention: both_ways,
 }

@@ -131,6 +131,22 @@ def slice_(op: ty.Slice, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     _grid(shape[:-1], emit)
 
 
+def concat(op: ty.Concat, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    """The tensors one after the other along an axis that is not the last."""
+    *parts, out = buffers
+    start = 0
+    for part in parts:
+        shape = _shape(part)
+
+        def emit(at: list[Expr], part: Buffer = part, start: int = start, size: int = shape[-1]) -> None:
+            target = [*at, 0]
+            target[op.axis] = target[op.axis] + start
+            _copy_row(part, [*at, 0], out, target, size, cpu)
+
+        _grid(shape[:-1], emit)
+        start += shape[op.axis]
+
+
 def repeat(op: ty.Repeat, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     x, out = buffers
     shape = _shape(x)
@@ -152,6 +168,7 @@ EMITTERS: Final[Emitters] = {
     ty.Embedding: embedding,
     ty.Transpose: transpose,
     ty.Slice: slice_,
+    ty.Concat: concat,
     ty.Repeat: repeat,
     kv.Append: append,
     kv.Rows: rows,

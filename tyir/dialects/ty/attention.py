@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +60,12 @@ def default_kv_heads(heads: int, kv_heads: int) -> tuple[int, ...]:
 
 
 class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
-    """Causal self-attention without a cache: softmax(scale * q k^T) v per head; q [b, s, H, D], k and v [b,
-    s, G, D] -> [b, s, H, D].
+    """Self-attention without a cache: softmax(scale * q k^T) v per head; q [b, s, H, D], k and v [b, s, G, D]
+    -> [b, s, H, D].
 
-    Scores, softmax and sums are f32.  `window` > 0 is a sliding window (itself included); `softcap` c makes a
-    score s c * tanh(s / c).
+    Scores, softmax and sums are f32.  `causal`: a row sees itself and those before it, with `window` > 0 at
+    most that many; otherwise (a vision tower) it sees all rows of its segment, where `segments` are the
+    bounds 0, .., s of the segments, none being one segment.  `softcap` c makes a score s c * tanh(s / c).
     """
 
     q: Value = operand()
@@ -73,10 +75,17 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
     scale: float = attr()
     window: int = attr(default=0)
     softcap: float | None = attr(default=None)
+    causal: bool = attr(default=True)
+    segments: tuple[int, ...] | None = attr(default=None)
     out: Value = result()
 
     def infer(self) -> Type:
         return self.q.type
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First row and end of each segment of keys, of an attention that is not causal, whose s is known."""
+        rows = tensor_type(self.k).static_shape[1]
+        return list(pairwise(self.segments or (0, rows)))
 
     def verify(self) -> Iterator[str]:
         q, k = tensor_type(self.q), tensor_type(self.k)
@@ -84,9 +93,21 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
             yield f"q and k must be [b, s, heads, D] with equal D; got {q} and {k}"
         elif (q.dims[2] or 0) % (k.dims[2] or 1):
             yield f"{q.dims[2]} query heads are not a multiple of {k.dims[2]} key/value heads"
+        if self.causal and self.segments:
+            yield "has segments and is causal; segments are for attention that sees both ways"
+        if not self.causal and self.window:
+            yield f"has a window of {self.window} and is not causal; a window looks back"
+        if self.segments and (
+            self.segments[0] != 0
+            or (q.rank == 4 and self.segments[-1] != q.dims[1])
+            or any(a >= b for a, b in pairwise(self.segments))
+        ):
+            yield f"segments must ascend from 0 to the number of rows, {q.dims[1] if q.rank == 4 else '?'}"
 
     def evaluate(self, q: Array, k: Array, v: Array) -> Array:
         heads = default_kv_heads(q.shape[2], k.shape[2])
+        if not self.causal:
+            return as_type(self._both_ways(q, k, v, heads), tensor_type(self.out).element)
         rows = [
             attend(
                 q[i],
@@ -101,3 +122,15 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
             for i in range(q.shape[0])
         ]
         return as_type(np.stack(rows), tensor_type(self.out).element)
+
+    def _both_ways(self, q: Array, k: Array, v: Array, kv_heads: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        out = np.empty(q.shape, np.float32)
+        for first, end in pairwise(self.segments or (0, q.shape[1])):
+            for head, group in enumerate(kv_heads):
+                mine, keys, values = (
+                    x[:, first:end, h].astype(np.float32) for x, h in ((q, head), (k, group), (v, group))
+                )
+                scores = mine @ keys.swapaxes(1, 2) * np.float32(self.scale)
+                scores = scores if self.softcap is None else softcap(scores, self.softcap)
+                out[:, first:end, head] = softmax(scores) @ values
+        return out

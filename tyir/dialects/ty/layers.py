@@ -228,6 +228,9 @@ class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
 class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
     """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0: positions [b, s] -> two
     tensors [b, s, D/2] of type `element`.
+
+    With `axis` each token has a position on several axes (time, row, column), positions [A, ..] -> [.., D/2],
+    and pair i of channels is turned by the position on axis[i].
     """
 
     positions: Value = operand()
@@ -235,18 +238,27 @@ class RopeAngles(DeclaredOp, name="ty.rope_angles", traits=(Pure,)):
     inv_freq: DenseElementsAttr = attr()
     scale: float = attr(default=1.0)
     element: Type = attr(default=f16)
+    axis: tuple[int, ...] | None = attr(default=None)
     cos: Value = result()
     sin: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        t = TensorType((*tensor_type(self.positions).dims, _frequencies(self.inv_freq)), self.element)
+        dims = tensor_type(self.positions, least=1).dims[1 if self.axis else 0 :]
+        t = TensorType((*dims, _frequencies(self.inv_freq)), self.element)
         return t, t
+
+    def verify(self) -> Iterator[str]:
+        axes = tensor_type(self.positions, least=1).dims[0]
+        if self.axis and len(self.axis) != _frequencies(self.inv_freq):
+            yield f"{len(self.axis)} axes are named for {_frequencies(self.inv_freq)} frequencies"
+        elif any(a < 0 or (axes is not None and a >= axes) for a in self.axis or ()):
+            yield f"an axis lies outside the {axes} that the positions have"
 
     def evaluate(self, positions: Array) -> tuple[Array, Array]:
         frequencies = self.inv_freq.to_numpy()
-        return rope_tables(
-            positions.astype(np.float32)[..., None] * frequencies, frequencies, self.scale, self.element
-        )
+        wide = positions.astype(np.float32)
+        turning = np.moveaxis(wide[list(self.axis)], 0, -1) if self.axis else wide[..., None]
+        return rope_tables(turning * frequencies, frequencies, self.scale, self.element)
 
 
 class Rope(DeclaredOp, name="ty.rope", traits=(Pure,)):

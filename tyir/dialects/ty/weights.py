@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from tyir.attributes import Attribute, DenseElementsAttr, SymbolRefAttr
 from tyir.checking.symbols import SymbolTables
-from tyir.dialects.ty.tensors import Array, axis_in, static_shape, stored_bytes, tensor_type
+from tyir.diagnostics import TyirError
+from tyir.dialects.ty.tensors import Array, as_type, axis_in, static_shape, stored_bytes, tensor_type
 from tyir.ir import Op, Region, Value
 from tyir.opdef import DeclaredOp, attr, operand, region, result
 from tyir.traits import (
@@ -31,6 +32,7 @@ __all__ = [
     "Dequantize",
     "GetGlobal",
     "Global",
+    "MixRows",
     "Param",
     "QuantizeGroups",
     "Repeat",
@@ -207,6 +209,43 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
 
     def evaluate(self, x: Array) -> Array:
         return np.repeat(x, self.times, axis=self.axis)
+
+
+class MixRows(DeclaredOp, name="ty.mix_rows", traits=(Pure,)):
+    """out[n] = sum_j weights[n, j] * table[rows[n, j]] in f32, rounded once: learned positions resampled to
+    another grid, in weight expressions.  table [V, h], rows and weights [N, J] -> [N, h] of type `element`.
+    """
+
+    table: Value = operand()
+    _: KW_ONLY
+    rows: DenseElementsAttr = attr()
+    weights: DenseElementsAttr = attr()
+    element: Type = attr(default=f16)
+    out: Value = result()
+
+    def infer(self) -> Type:
+        rows = self.rows.type
+        if not isinstance(rows, TensorType) or rows.rank != 2:
+            raise TyirError(f"rows must be [N, J], got {rows}")
+        return TensorType((rows.dims[0], tensor_type(self.table, 2).dims[1]), self.element)
+
+    def verify(self) -> Iterator[str]:
+        rows, weights = self.rows.type, self.weights.type
+        if (
+            not isinstance(weights, TensorType)
+            or not isinstance(rows, TensorType)
+            or weights.dims != rows.dims
+        ):
+            yield f"rows {rows} and weights {weights} differ in shape"
+            return
+        count, found = tensor_type(self.table, 2).dims[0], self.rows.to_numpy()
+        if count is not None and found.size and (found.min() < 0 or found.max() >= count):
+            yield f"a row lies outside the {count} of the table"
+
+    def evaluate(self, table: Array) -> Array:
+        weights = self.weights.to_numpy().astype(np.float32)
+        wide = table.astype(np.float32)[self.rows.to_numpy()] * weights[:, :, None]
+        return as_type(wide.sum(axis=1), tensor_type(self.out).element)
 
 
 class Take(DeclaredOp, name="ty.take", traits=(Pure,)):

@@ -9,12 +9,15 @@ For each piece of the queries (and each cache head, when all heads together do n
 The strips of a turn are two steps apart: the cube is at one strip's scores while another's are drained and a third's softmax runs.  An 8-bit cache's blocks are
 loaded with their scales and de-quantised to f16 first.  The K and V blocks are handed from turn to turn by tokens of their own: the K block of the next turn loads
 while this turn is at its last products with V.
+
+Attention of a vision tower sees both ways within segments and has no cache: its keys and values are the layer's
+own, in DRAM, and the loop runs over a segment's rows.
 """  # noqa: E501
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, groupby
 
 from tyir.attributes import ArrayAttr
@@ -27,7 +30,7 @@ from tyir.backends.edge10.memory.places import Scratch
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import CachedAttention
-from tyir.dialects.ty import tensor_type
+from tyir.dialects.ty import Attention, default_kv_heads, tensor_type
 from tyir.ir import Value
 from tyir.targets.machine import Machine
 from tyir.types import f16, f32
@@ -35,6 +38,41 @@ from tyir.types import f16, f32
 __all__ = ["attention_scratch", "lower_attention"]
 
 _LOWEST = -1.0e30  # the running maximum before the first key: finite, so that differences with it are numbers
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What is lowered: queries q [b, s, H, D] over `capacity` rows of keys and values.
+
+    `segment`: the rows (first, end) that its queries see; None where each sees those up to its position.
+    """
+
+    q: Value
+    k: Value
+    v: Value
+    out: Value
+    scales: Sequence[Value]
+    kv_heads: Sequence[int]
+    cache_heads: int
+    capacity: int
+    layout: str
+    scale: float
+    window: int
+    softcap: float | None
+    segment: tuple[int, int] | None = None
+
+
+def _described(op: CachedAttention | Attention) -> _Attention:
+    if isinstance(op, CachedAttention):
+        return _Attention(
+            *(op.q, op.k, op.v, op.out, op.scales, op.kv_heads, op.cache_heads, op.capacity, op.layout),
+            *(op.scale, op.window, op.softcap),
+        )
+    _, rows, groups, _ = tensor_type(op.k).static_shape
+    heads = default_kv_heads(tensor_type(op.q).static_shape[2], groups)
+    return _Attention(
+        *(op.q, op.k, op.v, op.out, (), heads, groups, rows, "NHD", op.scale, 0, op.softcap, (0, rows))
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +107,7 @@ class _Strip:
     buffer: int
 
 
-def attention_scratch(op: CachedAttention, arena: int, machine: Machine) -> Scratch | None:
+def attention_scratch(op: CachedAttention | Attention, arena: int, machine: Machine) -> Scratch | None:
     """What the attention of many tokens takes of an arena beside its queries, whose place its result takes;
     few tokens do with the temporaries.
     """
@@ -77,26 +115,44 @@ def attention_scratch(op: CachedAttention, arena: int, machine: Machine) -> Scra
     if tensor_type(op.q).static_shape[1] <= machine.cube.rows or room <= 0:
         return None
     try:
-        return Scratch(_bytes(op, _blocks(op, room, machine, transfers=False)), 0)
+        known = _described(op)
+        return Scratch(_bytes(known, _blocks(known, room, machine, transfers=False)), 0)
     except TyirError:
         return None
 
 
-def lower_attention(op: CachedAttention, lowering: Lowering, scratch: Area | None = None) -> None:
-    """`kv.attention`, with the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
+def lower_attention(op: CachedAttention | Attention, lowering: Lowering, scratch: Area | None = None) -> None:
+    """With the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
+    known = _described(op)
     area = Area(lowering.plan.temp, lowering.plan.temp_bytes)
     in_sram = lowering.place(op.q).in_sram and lowering.place(op.out).in_sram
     if scratch is not None and in_sram and scratch.nbytes > area.nbytes:
         area = scratch
-    blocks, runs = _blocks(op, area.nbytes, lowering.machine, transfers=not in_sram), _runs(op.kv_heads)
+    blocks = _blocks(known, area.nbytes, lowering.machine, transfers=not in_sram)
+    runs = _runs(known.kv_heads)
     batch, tokens, *_ = tensor_type(op.q).static_shape
     for sequence in range(batch):
-        for first, count in spans(tokens, blocks.queries):
+        for part, first, count in _parts(op, known, blocks.queries, tokens, lowering.first_token):
             for members in [runs] if blocks.all_heads else [[r] for r in runs]:
-                _Block(op, lowering, blocks, members, sequence, first, count, area.offset).lower()
+                _Block(part, lowering, blocks, members, sequence, first, count, area.offset).lower()
 
 
-def _blocks(op: CachedAttention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
+def _parts(
+    op: CachedAttention | Attention, known: _Attention, most: int, tokens: int, before: int
+) -> Iterator[tuple[_Attention, int, int]]:
+    """The attention with the rows that some queries see, the first of these and their number; `before` rows
+    of keys come before the first query.
+    """
+    if isinstance(op, CachedAttention):
+        yield from ((known, first, count) for first, count in spans(tokens, most))
+        return
+    for low, high in op.spans():
+        begin, end = max(low - before, 0), min(high - before, tokens)
+        for first, count in spans(max(end - begin, 0), most):
+            yield replace(known, segment=(low, high)), begin + first, count
+
+
+def _blocks(op: _Attention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
     _, tokens, heads, dim = tensor_type(op.q).static_shape
     groups, largest = op.cache_heads, max(r.heads for r in _runs(op.kv_heads))
     return attention_blocks(
@@ -104,7 +160,7 @@ def _blocks(op: CachedAttention, room: int, machine: Machine, *, transfers: bool
     )
 
 
-def _bytes(op: CachedAttention, blocks: AttentionBlocks) -> int:
+def _bytes(op: _Attention, blocks: AttentionBlocks) -> int:
     """What the blocks take of SRAM, queries and result not counted."""
     _, _, heads, dim = tensor_type(op.q).static_shape
     heads, groups = (
@@ -118,7 +174,7 @@ class _Block:
 
     def __init__(
         self,
-        op: CachedAttention,
+        op: _Attention,
         lowering: Lowering,
         blocks: AttentionBlocks,
         runs: Sequence[_Run],
@@ -264,21 +320,28 @@ class _Block:
     # -- the loop
     # -------------------------------------------------------------------------------------------------
     def _loop(self, q: int, q_strides: tuple[int, int]) -> None:
-        outer, pos, size = self.lowering.emitter, self.lowering.position(self.sequence), self.keys
-        visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
-        start = (
-            outer.affine([pos], [1], self.first - self.op.window + 1, divisor=size)
-            if self.op.window
-            else outer.affine([], [])
-        )
-        end = outer.affine([visible], [1], size - 1, divisor=size)
+        outer, size, segment = self.lowering.emitter, self.keys, self.op.segment
+        low = 0
+        if segment is not None:
+            low, high = segment
+            visible = outer.affine([], [], high)
+            start, end = outer.affine([], []), outer.affine([], [], -(-(high - low) // size))
+        else:
+            pos = self.lowering.position(self.sequence)
+            visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
+            start = (
+                outer.affine([pos], [1], self.first - self.op.window + 1, divisor=size)
+                if self.op.window
+                else outer.affine([], [])
+            )
+            end = outer.affine([visible], [1], size - 1, divisor=size)
         block = Emitter.body(3)
         index, *tokens = block.args
         slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores0"]))
         inner = Tracker(slots, tokens[:2], tokens[2], self._caches(outer))
         self.lowering.emitter = body = outer.nested(block, inner)
         try:
-            first_key = body.affine([index], [size])
+            first_key = body.affine([index], [size], low)
             keys = body.affine([visible, first_key], [1, -1], high=size)
             self._turn(q, q_strides, first_key, keys)
             carried, rest = inner.finish()
@@ -289,10 +352,10 @@ class _Block:
 
     def _caches(self, outer: Emitter) -> dict[Space, Value]:
         """The caches as the loop finds them: their blocks need not wait for the queries."""
-        values = (self.op.k, self.op.v, *self.op.scales)
-        reads = {
-            p.base: p.access(self._sequence_bytes(v), write=False) for v in values for p in [self._place(v)]
-        }
+        reads: dict[Space, list[Access]] = {}
+        for value in (self.op.k, self.op.v, *self.op.scales):
+            place = self._place(value)  # a tower's lie in one buffer
+            reads.setdefault(place.base, []).extend(place.access(self._sequence_bytes(value), write=False))
         return {space: outer.join(outer.tracker.waits(accesses, None)) for space, accesses in reads.items()}
 
     def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
@@ -331,7 +394,7 @@ class _Block:
             alpha=alpha,
             rows=rows,
             heads=strip.heads,
-            first_query=self.lowering.first_token + self.first,
+            first_query=self._first_query,
             window=self.op.window,
             sequence=self.sequence,
             scale=self.op.scale,
@@ -346,6 +409,13 @@ class _Block:
                 *(sram_range(at, rows * 4, write=True) for at in (maximum, total, alpha)),
             ],
         )
+
+    @property
+    def _first_query(self) -> int:
+        """The position of the first query after `pos`; after all keys where it sees all of them."""
+        if self.op.segment is not None:
+            return self.capacity
+        return self.lowering.first_token + self.first
 
     def _sum_up(self, strip: _Strip, keys: Value) -> None:
         """A strip's values, added to what it has of the blocks before."""

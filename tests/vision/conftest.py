@@ -1,0 +1,46 @@
+"""Artifacts of the embedded vision-language models, compiled once per number of dies and session."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.vision.folders import MODELS
+from tests.vision.reference import HuggingFace
+from tests.vision.scenes import SIZES
+from tyir.manifest import BuildOptions
+from tyir.tools.api import compile_path
+
+MAX_KV = 512
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`compiled(name, dies)`: the folder, for two sizes and steps of 16 tokens; `compiled(name, dies, True)`:
+    for all sizes that are drawn, steps of 1 and 16.
+    """
+    out = tmp_path_factory.mktemp("vision")
+
+    @functools.cache
+    def make(name: str, dies: int, every: bool = False) -> Path:
+        sizes, lengths = (SIZES, (1, 16)) if every else (SIZES[:2], (16,))
+        options = BuildOptions(dies=dies, seqlens=lengths, max_kv=MAX_KV)
+        return compile_path(MODELS / name, out / f"{name}-{len(lengths)}", options, images=sizes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def references() -> Callable[[str], HuggingFace]:
+    """Hugging Face's model of a name, in fp32."""
+    return functools.cache(lambda name: HuggingFace(MODELS / name))
+
+
+@pytest.fixture(scope="session")
+def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts of a model that takes no pictures."""
+    out = tmp_path_factory.mktemp("text")
+    return compile_path(MODELS / "tiny-qwen2", out, BuildOptions(dies=1, seqlens=(1,), max_kv=64))

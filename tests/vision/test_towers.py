@@ -1,0 +1,89 @@
+"""Artifacts of towers: the tree of files, sizes that share weights, embeddings on dies and on engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.frontends.pictures import drawn_patches, tower_outputs
+from tests.vision.folders import MODELS
+from tyir.execution.artifacts import Artifacts
+from tyir.execution.weights import tensors_of
+from tyir.manifest import Manifest
+from tyir.runtime_sim.session.session import EngineName
+from tyir.runtime_sim.vision.tower import Tower
+
+
+def smallest_cosine(mine: npt.NDArray[np.floating], theirs: npt.NDArray[np.floating]) -> float:
+    """Of rows, summed in f64."""
+    a, b = mine.astype(np.float64), theirs.astype(np.float64)
+    return float(((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))).min())
+
+
+def check_embeddings(folder: Path, model: str, number: int, engine: EngineName, least: float) -> None:
+    artifacts = Artifacts.open(folder)
+    assert artifacts.manifest.vision is not None
+    grid = artifacts.manifest.vision.sizes[number].image.grid
+    patches = drawn_patches(MODELS / model, (grid[0], grid[1])).astype(np.float16).astype(np.float32)
+    wanted = tower_outputs(MODELS / model, patches, (grid[0], grid[1]))
+    found = Tower(artifacts, number, engine).run(patches)
+    assert len(found) == len(wanted)
+    for mine, theirs in zip(found, wanted):
+        assert mine.shape == theirs.shape
+        assert smallest_cosine(mine, theirs) >= least
+
+
+@pytest.mark.parametrize("dies", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_embeddings_of_every_size(compiled: Callable[[str, int], Path], dies: int) -> None:
+    folder = compiled("tiny-qwen2.5-vl", dies)
+    vision = Manifest.load(folder).vision
+    assert vision is not None and vision.dies == dies
+    for number in range(len(vision.sizes)):
+        check_embeddings(folder, "tiny-qwen2.5-vl", number, "host", 0.99999)
+
+
+@pytest.mark.parametrize("engine", ["interpreter", "edge10"])
+def test_engines_agree(compiled: Callable[[str, int], Path], engine: EngineName) -> None:
+    least = 0.99999 if engine == "interpreter" else 0.9999
+    check_embeddings(compiled("tiny-qwen2.5-vl", 1), "tiny-qwen2.5-vl", 0, engine, least)
+
+
+def test_sizes_share_weights(compiled: Callable[[str, int], Path]) -> None:
+    folder = compiled("tiny-qwen2.5-vl", 1)
+    manifest = Manifest.load(folder)
+    assert manifest.vision is not None and len(manifest.vision.sizes) > 1
+    own = {p.params for s in manifest.vision.sizes for p in s.programs}
+    assert own == {"visual/constant_die0.params"}
+    shared = tensors_of(np.fromfile(folder / "visual/constant_die0.params", np.uint8), folder)
+    assert sum("blocks" in name for name in shared) == sum(
+        "blocks" in name for name in set(shared)
+    )  # each once
+    for size in manifest.vision.sizes:
+        (program,) = size.programs
+        tables = tensors_of(np.fromfile(folder / program.constants, np.uint8), folder)
+        assert set(tables) == {"rope.cos", "rope.sin"}
+        assert tables["rope.cos"].shape[-2] == size.image.patches
+
+
+def test_the_tree_is_complete(compiled: Callable[[str, int], Path]) -> None:
+    folder = compiled("tiny-qwen2.5-vl", 1)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    vision = Manifest.load(folder).vision
+    assert vision is not None
+    first = vision.sizes[0].programs[0]
+    assert {first.library, first.program, first.ir} <= {
+        f"visual/vit_die0.{s}" for s in ("so", "edge10", "ir")
+    }
+    others = [s for s in vision.sizes if s.programs[0] != first]
+    assert all(f"visual/size_{s.image.name}/vit_die0.so" in names for s in others)
+    assert {
+        "visual/aot_config.json",
+        "visual/buffer_config.json",
+        "embedding.params",
+        "processor_config.json",
+        "chat_template.jinja",
+    } <= names

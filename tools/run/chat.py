@@ -1,0 +1,123 @@
+"""Turns of a chat as the model was trained on them: its template, and pictures in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tyir.diagnostics import TyirError
+from tyir.execution.artifacts import Artifacts
+from tyir.runtime_sim.vision.pixels import Media
+from tyir.runtime_sim.vision.placeholders import Marks, places_in
+from tyir.text.json_files import json_object
+
+__all__ = ["Chat", "chat_template", "marks_of"]
+
+_BESIDE: Final = "chat_template.json"  # where processors kept theirs before transformers 4.53
+# LLaVA's own conversation of version 1 (haotian-liu/LLaVA, conversation.py), whose folders have no template.
+_LLAVA: Final = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,"
+    " detailed, and polite answers to the user's questions. "
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}PICTURE\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} "
+    "{% else %}ASSISTANT: {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def chat_template(artifacts: Artifacts, tokenizer: Any, marks: Marks | None) -> str:
+    """The template of the folder; `TyirError` when it has none."""
+    if tokenizer.chat_template:
+        return str(tokenizer.chat_template)
+    if (file := artifacts.find(_BESIDE)) is not None:
+        path = artifacts.path / _BESIDE
+        said = json_object(file.read(), path, "restore the file").get("chat_template")
+        if isinstance(said, str):
+            return said
+    if marks is not None and artifacts.manifest.model.get("architecture", "").startswith("Llava"):
+        return _LLAVA.replace("PICTURE", f"{marks.start or ''}{marks.image}{marks.end or ''}")
+    raise TyirError(
+        f"{artifacts.path} has no chat template, which says how a question is put to the model",
+        help="copy the original model's chat_template.jinja there, or give the whole text with --raw",
+    )
+
+
+def marks_of(artifacts: Artifacts, tokenizer: Any) -> Marks | None:
+    """The tokens that stand for pictures, as text; None for a model that takes none.
+
+    `TyirError` when the tokenizer does not know them.
+    """
+    vision = artifacts.manifest.vision
+    if vision is None:
+        return None
+    ids = (vision.ids.image, vision.ids.video, vision.ids.start, vision.ids.end)
+    texts = [None if i is None else tokenizer.convert_ids_to_tokens(i) for i in ids]
+    if not isinstance(texts[0], str):
+        raise TyirError(
+            f"the tokenizer of {artifacts.path} has no token {ids[0]}, which stands for pictures",
+            help="copy the original model's tokenizer there",
+        )
+    return Marks(texts[0], *texts[1:])
+
+
+@dataclass
+class Chat:
+    """The turns so far, and what has been shown; `template` is Jinja, as Hugging Face's are."""
+
+    tokenizer: Any
+    template: str
+    marks: Marks | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    media: list[Media] = field(default_factory=list)
+
+    def ask(self, question: str, media: Sequence[Media] = ()) -> str:
+        """The text of the conversation up to the model's next turn, one place for each picture.
+
+        Pictures come first, unless the question says where they go.
+        """
+        places = places_in(question, self.marks) if self.marks is not None else (0, 0)
+        parts: list[dict[str, str]] = []
+        if not any(places):
+            parts += [{"type": "video" if m.is_video else "image"} for m in media]
+        self.messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        self.media += media
+        try:
+            return self._render(self.messages)
+        except TyirError:
+            self.forget()
+            raise
+
+    def answered(self, text: str) -> None:
+        """Remember what the model said."""
+        self.messages.append({"role": "assistant", "content": text})
+
+    def forget(self) -> None:
+        """Start over."""
+        self.messages.clear()
+        self.media.clear()
+
+    def _render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """By the template, which gets parts, and text alone where it knows text only."""
+        plain = [{**m, "content": _text_of(m["content"])} for m in messages]
+        reasons = []
+        for given in (messages, plain) if not self.media else (messages,):
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    list(given), chat_template=self.template, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # a template is a program of the folder's: it raises what it likes
+                reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
+            else:
+                if _text_of(messages[-1]["content"]) in text:
+                    return str(text)
+                reasons.append("it leaves the question out")
+        raise TyirError(
+            f"the chat template cannot be applied: {reasons[0]}",
+            help="restore the original model's chat_template.jinja, or give the whole text with --raw",
+        )
+
+
+def _text_of(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
