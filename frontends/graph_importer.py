@@ -344,7 +344,8 @@ class _Importer:
             loc=location_of(node, self.moved),
         )
         op.cos.name, op.sin.name = "cos", "sin"
-        return place(self.block.append(op), module_path(op.loc) or "")
+        self.block.append(op)
+        return place(op, module_path(op.loc) or "")
 
 
 def _part_sizes(node: fx.Node) -> list[int]:

@@ -6,7 +6,8 @@ The first step of partition-dies.
 
 A block (attention, MLP, embedding or head of the model) is split or left replicated, whichever the machine
 file says is faster for one token: a split block reads the largest die's share of the weights and pays for
-a collective, a replicated one reads everything on every die.  `strategy=split` always splits; `tyir.pin =
+a collective, a replicated one reads everything on every die.  For a vision tower it is all patches of a
+picture instead, and products count where they take longer than their weights.  `strategy=split` always splits; `tyir.pin =
 "split"` or `"replicated"` on any linear or embedding of a block decides for that block.
 
 `pp=K` cuts the decoder into K stages beside that: the dies form K groups of neighbours, each executes (and
@@ -226,17 +227,18 @@ class _Block:
     dies: int
     cuts: dict[Op, Placement] = field(default_factory=dict)
     caches: dict[Value, Placement] = field(default_factory=dict)
-    weights: list[tuple[int, float]] = field(default_factory=list)  # (bytes, largest die's share)
+    # bytes, largest die's share, rows that are multiplied with them
+    weights: list[tuple[int, float, int]] = field(default_factory=list)
     joined_bytes: int = 0
     gathers: bool = False  # the head's columns are gathered, everything else is reduced
     normed: Op | None = None  # a norm over what would be cut: every die needs all of it
 
     def replicated_ns(self, machine: Machine) -> float:
-        return sum(b for b, _ in self.weights) / machine.dram_bytes_per_ns
+        return sum(_weight_ns(b, rows, machine) for b, _, rows in self.weights)
 
     def split_ns(self, machine: Machine) -> float:
         """The largest share of the weights, and a collective's latency and bytes."""
-        share = sum(b * s for b, s in self.weights) / machine.dram_bytes_per_ns
+        share = sum(_weight_ns(b * s, rows, machine) for b, s, rows in self.weights)
         if self.gathers:
             return share + all_gather_ns(1, [self.joined_bytes // self.dies] * self.dies, machine)
         return share + all_reduce_ns(self.joined_bytes, f16, self.dies, machine)
@@ -255,7 +257,8 @@ class _Block:
     def add(self, op: Op, cut: Split) -> None:
         """A linear whose rows (or, for the consumer, columns) are cut."""
         total = sum(size for _, size in cut.ranges)
-        self.weights.append((_weight_bytes(op), max(s for _, s in cut.ranges) / max(total, 1)))
+        share = max(s for _, s in cut.ranges) / max(total, 1)
+        self.weights.append((_weight_bytes(op), share, _rows(op.results[0])))
 
 
 def _weight_bytes(op: Op) -> int:
@@ -375,7 +378,8 @@ def _embedding_block(embedding: Embedding, dies: int) -> _Block:
     block = _Block(dies, cuts={embedding: PARTIAL})
     block.joined_bytes = _row_bytes(embedding.out)
     rows = tensor_type(embedding.table).static_shape[0]
-    block.weights.append((_weight_bytes(embedding), max(s for _, s in vocabulary_ranges(rows, dies)) / rows))
+    share = max(s for _, s in vocabulary_ranges(rows, dies)) / rows
+    block.weights.append((_weight_bytes(embedding), share, 1))
     return block
 
 
@@ -399,10 +403,22 @@ def mlp_unit(width: int, group_size: int, dies: int) -> int:
     return unit
 
 
-def _row_bytes(value: Value) -> int:
-    """Bytes of one token's row."""
+def _rows(value: Value) -> int:
+    """Rows of a value: one token's where the length is not known, all patches of a vision tower."""
     t = tensor_type(value)
-    return t.with_shape([1, t.dims[-1]]).nbytes
+    return math.prod(d or 1 for d in t.dims[:-1]) if t.is_static else 1
+
+
+def _row_bytes(value: Value) -> int:
+    """Bytes of those rows."""
+    t = tensor_type(value)
+    return t.with_shape([_rows(value), t.dims[-1]]).nbytes
+
+
+def _weight_ns(nbytes: float, rows: int, machine: Machine) -> float:
+    """How long weights take: to be read or, of many rows, to be multiplied with (as f16)."""
+    products = nbytes / 2 * rows / machine.macs_per_cycle_fp16 * machine.cycle_ns
+    return max(nbytes / machine.dram_bytes_per_ns, products)
 
 
 def _demand(value: Value, split: Split, block: _Block) -> None:

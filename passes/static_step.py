@@ -97,12 +97,13 @@ class _Sequences:
                 self.lines[op.out] = carry(sequence, op).insert_before(op).results[0]
             return  # a sequence already
         if isinstance(op, Reshape) and _is_sequence(op.out):
-            new = Reshape(self.lines[op.x], shape=tensor_type(op.out).static_shape, loc=op.loc)
-            op.replace_with([carry(new, op).insert_before(op).results[0]])
+            known = Reshape(self.lines[op.x], shape=tensor_type(op.out).static_shape, loc=op.loc)
+            op.replace_with([carry(known, op).insert_before(op).results[0]])
             return
         operands = [self.lines.get(v) or self._constant(v, op) for v in op.operands]
         properties = op.properties
         kinds = [_sequence_type(r) for r in op.results]
+        new: Op
         if isinstance(op, Reshape):
             new = Reshape(operands[0], shape=kinds[0].static_shape, loc=op.loc)
         elif isinstance(op, Transpose):
@@ -114,11 +115,11 @@ class _Sequences:
         elif isinstance(op, (Linear, Norm)) or op.has_trait(Elementwise):
             new = type(op).create(operands, kinds, properties, loc=op.loc)
         else:
-            known = "linear, norms, elementwise ops, attention, rope and changes of shape"
+            parts = "linear, norms, elementwise ops, attention, rope and changes of shape"
             raise TyirError(
                 Diagnostic(
                     f"'{op.name}' at {path_of(op)} works on lines of patches {op.results[0].type}",
-                    help=f"towers are made of {known}",
+                    help=f"towers are made of {parts}",
                 )
             )
         for old, made in zip(op.results, carry(new, op).insert_before(op).results):

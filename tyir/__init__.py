@@ -46,6 +46,7 @@ __all__ = [
     "Value",
     "attr",
     "build_and_compile_llm",
+    "build_and_compile_vlm",
     "operand",
     "optional_operand",
     "parse_file",
@@ -60,7 +61,7 @@ __all__ = [
     "verify",
 ]
 
-# Where each name lives.  build_and_compile_llm is named by string only: nothing in this package imports the
+# Where each name lives.  build_and_compile_* are named by string only: nothing in this package imports the
 # packages built on it.
 _HOMES: Final = {
     "Diagnostic": "tyir.diagnostics",
@@ -87,7 +88,7 @@ _HOMES: Final = {
     **dict.fromkeys(("Pass", "PassContext", "run_pipeline"), "tyir.pipeline"),
     "print_op": "tyir.printer",
     "verify": "tyir.verify",
-    "build_and_compile_llm": "tyir.tools.api",
+    **dict.fromkeys(("build_and_compile_llm", "build_and_compile_vlm"), "tyir.tools.api"),
 }
 
 

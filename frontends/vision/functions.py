@@ -73,8 +73,16 @@ def vision_attribute(meta: MetaModel, settings: ImageSettings) -> DictAttr:
         rescale=1.0 if settings.factor is None else settings.factor,
         **limits,
     )
-    names = {"image": "image", "video": "video", "start": "vision_start", "end": "vision_end"}
-    ids = TokenIds(**{key: getattr(config, f"{name}_token_id", None) for key, name in names.items()})
+    found: dict[str, Any] = {
+        key: getattr(config, f"{name}_token_id", None)
+        for key, name in (
+            ("image", "image"),
+            ("video", "video"),
+            ("start", "vision_start"),
+            ("end", "vision_end"),
+        )
+    }
+    ids = TokenIds(**found)
     facts: dict[str, Any] = {
         "model_type": config.model_type,
         "pixels": asdict(pixels),
@@ -83,6 +91,6 @@ def vision_attribute(meta: MetaModel, settings: ImageSettings) -> DictAttr:
     }
     if (turning := turning_of_language(meta.model)) is not None:
         facts["rope"] = asdict(Rope(turning.axis, turning.inv_freq, turning.scale))
-    found = to_attribute(facts)
-    assert isinstance(found, DictAttr)
-    return found
+    said = to_attribute(facts)
+    assert isinstance(said, DictAttr)
+    return said

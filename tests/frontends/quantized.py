@@ -226,6 +226,8 @@ def write_quantized(source: Path, target: Path, kind: Kind) -> dict[str, dict[st
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     for name in list(tensors):
         module = name.removesuffix(".weight")
+        if "visual" in module:
+            continue  # quantisers leave a vision tower as it is
         if (module.endswith(PROJECTIONS) and name.endswith(".weight")) or (kind.head and module == "lm_head"):
             w = tensors.pop(name)
             parts = kind.pack(quantize(w, kind.group or w.shape[1], kind.symmetric))

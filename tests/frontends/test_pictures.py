@@ -18,6 +18,7 @@ from tests.frontends.pictures import (
     save_random,
     tower_outputs,
 )
+from tests.frontends.quantized import KINDS, write_quantized
 from tyir.artifacts.json_attributes import to_json
 from tyir.dialects.builtin import Module
 from tyir.execution.weights import CheckpointReader
@@ -120,6 +121,30 @@ def test_llava() -> None:
     check_tower(LLAVA, module, "visual_126x126")
     names = {str(op.attributes.get("tyir.path")) for op in module.walk()}
     assert not any("encoder.layers.5" in n or "post_layernorm" in n for n in names)
+
+
+@pytest.mark.parametrize("kind", ["awq-head", "gptq"])
+def test_quantised_weights_leave_the_tower_as_it_is(kind: str, families: Any, tmp_path: Path) -> None:
+    source = families("qwen2_5_vl")
+    write_quantized(source, tmp_path / kind, KINDS[kind])
+    module = module_of(tmp_path / kind, ((84, 56),))
+    kinds = {name: [op.name for op in f.body] for name, f in graphs_of(module).items()}
+    assert kinds["main"].count("ty.quantized_linear") == 3 * 7 + (kind == "awq-head")
+    assert "ty.quantized_linear" not in kinds["visual_84x56"]
+    grid, order = size_of(module, "visual_84x56")
+    patches = drawn_patches(source, grid)
+    (wanted,) = tower_outputs(source, patches, grid)
+    reader = CheckpointReader(tmp_path / kind)
+    (found,) = run_function(module, "visual_84x56", [in_order(patches, order)], reader)
+    np.testing.assert_allclose(back(found, order), wanted, atol=2e-5 * np.abs(wanted).max(), rtol=0)
+
+
+def test_int4_is_for_decoder_layers() -> None:
+    module = module_of(QWEN, SIZES).clone()
+    run_pipeline(module, "quantize-weights{group-size=64}")
+    kinds = {name: [op.name for op in f.body] for name, f in graphs_of(module).items()}
+    assert kinds["main"].count("ty.quantized_linear") == 4 * 7
+    assert not any("ty.quantized_linear" in ops for name, ops in kinds.items() if name != "main")
 
 
 @pytest.fixture(scope="module")

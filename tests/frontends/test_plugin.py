@@ -32,7 +32,7 @@ def plain(save_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def example(tmp_path: Path) -> Path:
-    (code,) = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
     (tmp_path / "my_model.py").write_text(code)
     return tmp_path / "my_model.py"
 

@@ -456,7 +456,7 @@ class Select(DeclaredOp, name="aten.select", traits=(Pure,)):
     out: Value = result()
 
     def evaluate(self, x: Array) -> Array:
-        return np.take(x, self.index, axis=self.dim)
+        return np.asarray(np.take(x, self.index, axis=self.dim))
 
 
 class Permute(DeclaredOp, name="aten.permute", traits=(Pure,)):
@@ -491,7 +491,7 @@ class Argsort(DeclaredOp, name="aten.argsort", traits=(Pure,)):
     out: Value = result()
 
     def evaluate(self, x: Array) -> Array:
-        return np.argsort(x, axis=self.dim, kind="stable")
+        return np.asarray(np.argsort(x, axis=self.dim, kind="stable"))
 
 
 class Sum(DeclaredOp, name="aten.sum", traits=(Pure,)):

@@ -11,24 +11,41 @@ many tokens takes them in blocks of rows (`fused/rows.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from tyir.backends.edge10.lowering.body_lowering import BodyLowering
 from tyir.backends.edge10.lowering.columns import MOST_ROWS, collective_block
 from tyir.backends.edge10.lowering.context import Lowering, Place, ResidualCopy
 from tyir.backends.edge10.lowering.dependences import Tracker
 from tyir.backends.edge10.lowering.fused.fusion import Room
-from tyir.backends.edge10.lowering.fused.rows import row_blocks, rows_part
+from tyir.backends.edge10.lowering.fused.rows import in_two, row_blocks, rows_part
 from tyir.backends.edge10.lowering.fused.waiting_sums import waiting_sums
 from tyir.backends.edge10.lowering.layers import LayerLayout
 from tyir.backends.edge10.lowering.search import Prices
 from tyir.backends.edge10.memory.places import Boundary, BoundaryPlaces, boundary_of, in_place, root
+from tyir.diagnostics import TyirError
 from tyir.dialects import edge10, ty
 from tyir.dialects.func import Func, Return
 from tyir.ir import Value
+from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16
 
 __all__ = ["LayerLowering"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What rows pass through: a function with the layer's arguments (and more), where these lie that are not
+    activations, its results that are caches, where the rows of its other results go, and the arguments that
+    are needed of all rows.
+    """
+
+    function: Func
+    given: Mapping[int, Place]
+    aliased: Mapping[int, int]
+    results: Mapping[int, Place]
+    uncut: Collection[int]
 
 
 class LayerLowering:
@@ -59,11 +76,14 @@ class LayerLowering:
         lowering = self._bodies.begin(function, Tracker(slots, tokens[:-1], tokens[-1]), prices)
         given = _given(layer, function.args)
         if self._takes_rows(layer):
-            blocks = list(row_blocks(self._seqlen, self._bodies.machine))
+            parts = self._parts(layer, given)
+            each = 2 if len(parts) == 1 else _rows_each(layer, self._bodies.machine)
+            blocks = list(row_blocks(self._seqlen, self._bodies.machine, each))
             if prices is not None:  # one of each size
                 blocks = list({count: (first, count) for first, count in blocks}.values())
-            for first, count in blocks:
-                self._lower_rows(layer, lowering, given, first, count)
+            for part in parts:
+                for first, count in blocks:
+                    self._lower_rows(layer, part, lowering, first, count)
         else:
             self._lower_body(source, layer.boundary, lowering, given, self._boundary.sram_bytes)
         slot_tokens, rest = lowering.emitter.tracker.finish()
@@ -86,37 +106,64 @@ class LayerLowering:
     # -- blocks of rows
     # -------------------------------------------------------------------------------------------
     def _takes_rows(self, layer: LayerLayout) -> bool:
-        """Whether a layer has more tokens than are worked on at once, in all that it takes and gives, and
-        what it makes of a row needs no row after it.
-        """
-        if any(True for _ in layer.function.walk_type(ty.Attention)):
-            return False
+        """Whether a layer has more tokens than are worked on at once, in all that it takes and gives."""
         types = [ty.tensor_type(layer.function.args[i]) for i in layer.activations]
         return self._seqlen > MOST_ROWS and all(
             t.rank >= 3 and t.static_shape[:2] == (1, self._seqlen) for t in types
         )
 
-    def _lower_rows(
-        self, layer: LayerLayout, lowering: Lowering, given: Mapping[int, Place], first: int, count: int
-    ) -> None:
-        """A layer for `count` tokens: their rows are brought to where the layer works, and its results
-        back.
+    def _parts(self, layer: LayerLayout, given: Mapping[int, Place]) -> list[_Part]:
+        """What the rows pass through one after the other: the layer or, of one that attends to rows after its
+        own, its two parts.
         """
-        part = rows_part(layer.function, self._seqlen, first, count)
+        source = layer.function
+        if not any(True for _ in source.walk_type(ty.Attention)):
+            return [_Part(source, given, layer.aliased, layer.boundary.results, ())]
+        halves = in_two(source)
+        if halves is None:
+            raise TyirError(
+                f"@{source.sym_name} attends to rows after its own in more places than one",
+                help="layers with one attention can be lowered for many rows",
+            )
+        handed: dict[int, Place] = {}
+        for number, (letter, value) in enumerate(zip("qkv", halves[0].body.terminator.operands)):
+            name = f"{letter}.{source.sym_name}"
+            self._bodies.buffers.add_activations(name, ty.tensor_type(value))
+            handed[number] = Place("dram", 0, name)
+        count = len(source.args)
+        taken = {**given, **{count + number: place for number, place in handed.items()}}
+        return [
+            _Part(halves[0], given, {}, handed, ()),
+            _Part(halves[1], taken, layer.aliased, layer.boundary.results, (count + 1, count + 2)),
+        ]
+
+    def _lower_rows(
+        self, layer: LayerLayout, whole: _Part, lowering: Lowering, first: int, count: int
+    ) -> None:
+        """A part of a layer for `count` tokens: their rows are brought to where the layer works, and its
+        results back.
+        """
+        part = rows_part(whole.function, self._seqlen, first, count, whole.uncut)
         start = self._boundary.sram_bytes
         room = max(self._bodies.plan.boundary - start, 0)
         places = BoundaryPlaces(room, f"rows.{part.sym_name}", start)
-        boundary = boundary_of(part, layer.activations, layer.aliased, places)
+        boundary = boundary_of(part, layer.activations, whole.aliased, places)
         self._bodies.buffers.add_bytes(places.symbol, places.dram_bytes)
         lowering.first_token = first
         lowering.emitter.begin(next(iter(part.body)))
         for index, place in boundary.arguments.items():
             nbytes = ty.tensor_type(part.args[index]).nbytes
             lowering.move(layer.boundary.arguments[index].at(nbytes // count * first), place, nbytes)
+        given = {}
+        for index, place in whole.given.items():
+            mine, all_rows = part.args[index].type, whole.function.args[index].type
+            offset = ty.tensor_type(part.args[index]).nbytes // count * first if mine is not all_rows else 0
+            given[index] = place.at(offset)
         self._lower_body(part, boundary, lowering, given, start + places.sram_bytes)
         for index, place in boundary.results.items():
             nbytes = ty.tensor_type(part.body.terminator.operands[index]).nbytes
-            lowering.move(place, layer.boundary.results[index].at(nbytes // count * first), nbytes)
+            lowering.move(place, whole.results[index].at(nbytes // count * first), nbytes)
+        lowering.first_token = 0
 
     # -- sums that wait
     # -------------------------------------------------------------------------------------------
@@ -134,6 +181,17 @@ class LayerLowering:
                 block = collective_block(rows, 2, machine)
                 lowering.waits[value] = normed
                 lowering.copies[value] = ResidualCopy(Place("dram", 0, name), rows, columns, block)
+
+
+def _rows_each(layer: LayerLayout, machine: Machine) -> int:
+    """How many of the cube's rows each of its units takes of a tower's layer at once: an even number, with
+    which a row block and its norm take a third of SRAM.  A tower's rows are short, and its weights, read
+    once for each block, are much for few of them.
+    """
+    row = max(ty.tensor_type(layer.function.args[i]).nbytes for i in layer.activations)
+    row //= ty.tensor_type(layer.function.args[layer.activations[0]]).static_shape[1]
+    rows = int(machine.sram.capacity_bytes) // 3 // (2 * row)
+    return max(2, rows // (machine.cube.rows * machine.cube.count) // 2 * 2)
 
 
 def _given(layer: LayerLayout, arguments: Sequence[Value]) -> dict[int, Place]:

@@ -83,8 +83,8 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
         return self.q.type
 
     def spans(self) -> list[tuple[int, int]]:
-        """First row and end of each segment of an attention that is not causal, whose s is known."""
-        rows = tensor_type(self.q).static_shape[1]
+        """First row and end of each segment of keys, of an attention that is not causal, whose s is known."""
+        rows = tensor_type(self.k).static_shape[1]
         return list(pairwise(self.segments or (0, rows)))
 
     def verify(self) -> Iterator[str]:

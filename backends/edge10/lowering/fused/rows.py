@@ -6,27 +6,32 @@ rows through the whole layer.
 Nothing but the cache goes from row to row, and a block's keys are appended before the next block attends
 to them.  Weights are read once for each block: that many tokens are bound by the cube all the same, while
 activations that do not fit SRAM would be read again for every tile of a weight.
+
+A layer of a vision tower attends to rows after its own: it takes the rows twice, first up to queries, keys and
+values, which lie in DRAM, and when those of all rows are there from the attention on.
 """  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from tyir.dialects.func import Func
+from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import Append
+from tyir.dialects.ty import Attention
+from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, Type
 
-__all__ = ["row_blocks", "rows_part"]
+__all__ = ["in_two", "row_blocks", "rows_part"]
 
 
-def row_blocks(tokens: int, machine: Machine) -> Iterator[tuple[int, int]]:
-    """(first, count) of blocks of nearly equal size, at most two of the cube's rows for each of its units:
-    what deals every tile evenly.  The same on all dies.
+def row_blocks(tokens: int, machine: Machine, each: int = 2) -> Iterator[tuple[int, int]]:
+    """(first, count) of blocks of nearly equal size, at most `each` of the cube's rows for each of its units:
+    an even number deals every tile evenly.  The same on all dies.
     """
     unit = machine.cube.rows
     units = -(-tokens // unit)
-    blocks = -(-units // (2 * machine.cube.count))
+    blocks = -(-units // (each * machine.cube.count))
     first = 0
     for number in range(blocks):
         count = min((units + blocks - 1 - number) // blocks * unit, tokens - first)
@@ -34,11 +39,54 @@ def row_blocks(tokens: int, machine: Machine) -> Iterator[tuple[int, int]]:
         first += count
 
 
-def rows_part(function: Func, tokens: int, first: int, count: int) -> Func:
-    """A copy of a layer function of `tokens` tokens for `count` of them."""
+def in_two(function: Func) -> tuple[Func, Func] | None:
+    """A layer with one attention that sees both ways, as what makes its queries, keys and values, which it
+    returns, and the rest, which takes these after the layer's own arguments; None for other layers.
+    """
+    found = list(function.walk_type(Attention))
+    if len(found) != 1:
+        return None
+    handed = found[0].operands
+    before = _makers(handed)
+    types, names = [a.type for a in function.args], [a.name for a in function.args]
+    first = Func.make(f"{function.sym_name}.qkv", types, names)
+    second = Func.make(
+        f"{function.sym_name}.rest", [*types, *(v.type for v in handed)], [*names, "q", "k", "v"]
+    )
+    mapping: dict[Value, Value] = dict(zip(function.args, first.args))
+    for op in [o for o in function.body if o in before]:
+        first.body.append(op.clone(mapping))
+    first.body.append(Return(values=[mapping[v] for v in handed]))
+    mapping = dict(zip((*function.args, *handed), second.args))
+    for op in [o for o in function.body if o not in before]:
+        if any(v not in mapping for v in op.operands):
+            return None  # the rest takes something else of what stands before the attention
+        second.body.append(op.clone(mapping))
+    for part in (first, second):
+        part.refresh_type()
+    return first, second
+
+
+def _makers(values: Collection[Value]) -> set[Op]:
+    """The ops that values depend on."""
+    found: set[Op] = set()
+    waiting = [v.op for v in values if v.op is not None]
+    while waiting:
+        op = waiting.pop()
+        if op not in found:
+            found.add(op)
+            waiting += [v.op for v in op.operands if v.op is not None]
+    return found
+
+
+def rows_part(function: Func, tokens: int, first: int, count: int, whole: Collection[int] = ()) -> Func:
+    """A copy of a layer function of `tokens` tokens for `count` of them; arguments in `whole` keep all
+    rows.
+    """
     part = function.clone()
     part.sym_name = f"{function.sym_name}.{first}"
     caches = {v for op in part.walk_type(Append) for v in (op.cache, op.out)}
+    caches |= {part.args[index] for index in whole}
     for value in (*part.args, *(r for op in part.body for r in op.results)):
         if value not in caches:
             value.type = _part_type(value.type, tokens, count)

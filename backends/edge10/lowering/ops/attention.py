@@ -132,21 +132,24 @@ def lower_attention(op: CachedAttention | Attention, lowering: Lowering, scratch
     runs = _runs(known.kv_heads)
     batch, tokens, *_ = tensor_type(op.q).static_shape
     for sequence in range(batch):
-        for part, first, count in _parts(op, known, blocks.queries, tokens):
+        for part, first, count in _parts(op, known, blocks.queries, tokens, lowering.first_token):
             for members in [runs] if blocks.all_heads else [[r] for r in runs]:
                 _Block(part, lowering, blocks, members, sequence, first, count, area.offset).lower()
 
 
 def _parts(
-    op: CachedAttention | Attention, known: _Attention, most: int, tokens: int
+    op: CachedAttention | Attention, known: _Attention, most: int, tokens: int, before: int
 ) -> Iterator[tuple[_Attention, int, int]]:
-    """The attention with the rows that some queries see, the first of these and their number."""
+    """The attention with the rows that some queries see, the first of these and their number; `before` rows
+    of keys come before the first query.
+    """
     if isinstance(op, CachedAttention):
         yield from ((known, first, count) for first, count in spans(tokens, most))
         return
     for low, high in op.spans():
-        for first, count in spans(high - low, most):
-            yield replace(known, segment=(low, high)), low + first, count
+        begin, end = max(low - before, 0), min(high - before, tokens)
+        for first, count in spans(max(end - begin, 0), most):
+            yield replace(known, segment=(low, high)), begin + first, count
 
 
 def _blocks(op: _Attention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:

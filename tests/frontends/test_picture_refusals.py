@@ -1,0 +1,51 @@
+"""Models that see pictures and cannot be imported as they are: refused by name, with what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frontends.pictures import LLAVA, MODELS, QWEN
+from tyir.diagnostics import TyirError
+from tyir.frontends.huggingface import import_model
+
+REMOTE = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+OWN: dict[str, dict[str, Any]] = {
+    "LlavaLlamaForCausalLM": {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14"},
+    "LlavaLlamaForCausalLM of 1.5": {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"},
+    "CogVLMForCausalLM": {**REMOTE, "vision_config": {"hidden_size": 1792}},
+    "QWenLMHeadModel": {**REMOTE, "model_type": "qwen", "visual": {"width": 1664}},
+}
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(TyirError) as raised:
+        import_model(folder, **options)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_format_of_its_own(name: str, tmp_path: Path) -> None:
+    architecture = name.split()[0]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": [architecture], "hidden_size": 64, **OWN[name]})
+    )
+    said = refusal(tmp_path, images=[(336, 336)])
+    assert architecture in said
+    wanted = "convert_llava_weights_to_hf" if architecture.startswith("Llava") else "--model-plugin"
+    assert wanted in said
+
+
+def test_a_model_of_text_has_no_sizes_of_pictures() -> None:
+    assert "sees no pictures" in refusal(MODELS / "tiny-qwen2", images=[(112, 112)])
+
+
+@pytest.mark.parametrize("folder", [QWEN, LLAVA], ids=["qwen", "llava"])
+def test_a_folder_that_does_not_say_how_pictures_are_prepared(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "processor_config.json":
+            (tmp_path / path.name).symlink_to(path)
+    assert "preprocessor_config.json" in refusal(tmp_path, images=[(126, 126)])
