@@ -192,8 +192,9 @@ def make_plan(
     images: Sequence[tuple[int, int]] = (),
     base: Path | None = None,
 ) -> Plan:
-    """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`, for pictures
-    of the sizes (width, height) in `images`.
+    """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
+
+    `images`: the sizes (width, height) of pictures.
 
     `TyirError` when the config or the options cannot be at all.
     """

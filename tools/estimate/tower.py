@@ -202,7 +202,7 @@ class PicturePlan:
         """For a terminal."""
         yield f"picture {described(self.size)}"
         yield (
-            f"  {self.operations / 1e12:.2f} TFLOP in the tower, at least {self.seconds:.3f} s;"
+            f"  {self.operations / 1e12:.3g} TFLOP in the tower, at least {self.seconds:.3g} s;"
             f" {max_kv // self.size.tokens} of them fill the cache"
         )
 

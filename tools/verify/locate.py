@@ -271,9 +271,10 @@ def reference_results(
     main = next(f for f in module.body if isinstance(f, Func) and str(f.sym_name) == "main")
     if len(tensor_type(main.args[1]).dims) == 3:  # time, row and column, all the same for text
         positions = np.broadcast_to(positions, (3, 1, len(ids)))
-    inputs = [np.array([list(ids)], np.int64), positions]
+    inputs: list[Array] = [np.array([list(ids)], np.int64), positions]
     for addend in main.args[2:]:  # what pictures add to the first layers: nothing
-        inputs.append(np.zeros((1, len(ids), tensor_type(addend).dims[-1]), np.float16))
+        width = int(tensor_type(addend).dims[-1] or 1)
+        inputs.append(np.zeros((1, len(ids), width), np.float16))
     return _results_of(module, "main", inputs, weights)
 
 

@@ -228,12 +228,13 @@ def by_grid(sizes: Iterable[ImageSize]) -> dict[tuple[int, ...], list[ImageSize]
 
 
 def nearest(width: int, height: int, compiled: Sequence[ImageSize]) -> ImageSize:
-    """The compiled size that changes a picture's sides least, as ratios.
+    """The compiled size that changes a picture least: its shape counts more than how large it is.
 
     Of equal ones the first.
     """
 
     def change(size: ImageSize) -> float:
-        return abs(math.log(size.resized[0] / width)) + abs(math.log(size.resized[1] / height))
+        wider, taller = math.log(size.resized[0] / width), math.log(size.resized[1] / height)
+        return 2 * abs(wider - taller) + abs(wider + taller) / 2
 
     return min(compiled, key=change)
