@@ -28,6 +28,7 @@ from tyir.pipeline import run_pipeline
 from tyir.vision.graphs import graphs_of
 
 # whole windows (4 tokens of 56 px a side), partial ones, one window, portrait, one row of tokens
+SLOW = pytest.mark.slow
 SIZES = ((224, 112), (252, 168), (56, 56), (84, 224), (196, 28))
 
 
@@ -106,7 +107,7 @@ def check_language(folder: Path, module: Module, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("raised", [False, True], ids=["aten", "ty"])
+@pytest.mark.parametrize("raised", [pytest.param(False, marks=SLOW), True], ids=["aten", "ty"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_windows_of_every_kind(size: tuple[int, int], raised: bool) -> None:
     check_tower(QWEN, module_of(QWEN, SIZES, raised), f"visual_{size[0]}x{size[1]}")
@@ -123,7 +124,7 @@ def test_llava() -> None:
     assert not any("encoder.layers.5" in n or "post_layernorm" in n for n in names)
 
 
-@pytest.mark.parametrize("kind", ["awq-head", "gptq"])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW) for kind in ("awq-head", "gptq")])
 def test_quantised_weights_leave_the_tower_as_it_is(kind: str, families: Any, tmp_path: Path) -> None:
     source = families("qwen2_5_vl")
     write_quantized(source, tmp_path / kind, KINDS[kind])
@@ -152,7 +153,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda name: save_random(tmp_path_factory.mktemp(name), name))
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=SLOW) for n in ("qwen2_vl", "qwen2_5_vl")), "qwen3_vl"]
+)
 def test_random_weights_of_each_family(name: str, families: Any) -> None:
     folder = families(name)
     side = 32 if name == "qwen3_vl" else 28
