@@ -255,7 +255,9 @@ def check_picture(
     reference.show([media])
     request = prompt.given
     count = min(count, session.capacity - len(request.ids))
-    result = check_prompt(session, reference, request.ids, count, states, lambda: session.begin(request))
+    result = check_prompt(
+        session, reference, request.ids, count, states, begin=lambda: session.begin(request)
+    )
     return PictureResult(picture.name, rows, relative, result)
 
 

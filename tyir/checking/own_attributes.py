@@ -25,6 +25,7 @@ OWN_ATTRIBUTES: Final[Mapping[str, str]] = {
     "tyir.model": "facts of config.json",
     "tyir.checkpoint": "the folder that `ty.global`s are relative to",
     "tyir.files": "size and time of the weights' files when they were imported",
+    "tyir.vision": "what pictures become: sizes, grids, tokens (`tyir.artifacts.vision`)",
     "tyir.die": "of a module below it: the die",
     "tyir.machine": "of a command program: the machine it was scheduled for",
     # of ops: where in the model they belong
@@ -39,8 +40,9 @@ OWN_ATTRIBUTES: Final[Mapping[str, str]] = {
     "tyir.shard": "the axis and first row of a die's share",
     "tyir.partial": "a sum that the dies' shares are still to be added up to",
     # of functions, their arguments and results
+    "tyir.graph": "which part of the model a function is (`tyir.vision.graphs`)",
     "tyir.entry": "a function that is called from outside, and the tokens of its step",
-    "tyir.role": "what the caller gives: tokens, embeddings, position or cache",
+    "tyir.role": "what the caller gives: tokens, embeddings, position, cache and more (`Role`)",
     "tyir.name": "what it is called outside",
     "tyir.alias": "the argument that a result updates in place",
     # of programs: kernels and memory
