@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
     if args.chat or pictures or session.artifacts.manifest.vision is not None:
         from tyir.tools.run.answers import run_turns
 
-        return run_turns(args, session, tokenizer, sampler, end_tokens(session.artifacts, tokenizer))
+        stops = end_tokens(session.artifacts, tokenizer)
+        return run_turns(args, session, tokenizer, sampler, stops, time.perf_counter() - start)
     prompts = read_prompts(args.prompt)
     ids = [token_ids(tokenizer, prompt, session.capacity) for prompt in prompts]
     stops = end_tokens(session.artifacts, tokenizer)

@@ -5,6 +5,7 @@ pytest tests/vision/test_answers.py --slow -s      # 1 to 4 dies, 104 pictures o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,7 +291,6 @@ def test_a_turn_that_fails_is_as_if_it_had_not_been_asked(compiled: Compiled, tm
 
 
 def test_other_settings_than_those_compiled_are_refused(compiled: Compiled, tmp_path: Path) -> None:
-    import json
     import shutil
 
     folder = tmp_path / "1die"
@@ -321,6 +321,11 @@ def test_the_command_answers(compiled: Compiled, tmp_path: Path, capsys: pytest.
     assert out == f"{scene.answers[DESCRIBE]}\n"
     for word in ("1 picture", "preprocess", "tower", "prefill", "ended by stop token"):
         assert word in err
+    words = [str(compiled(QWEN, 1)), "--image", str(path), "--prompt", DESCRIBE, "--json"]
+    assert main(words) == 0
+    (told,) = json.loads(capsys.readouterr().out)["prompts"]
+    assert told["text"] == scene.answers[DESCRIBE] and told["pictures"] == 1
+    assert set(told["seconds"]) == {"preprocess", "tower", "prefill"}
 
 
 def test_a_chat_on_standard_input(

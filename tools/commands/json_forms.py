@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 __all__ = [
@@ -119,6 +120,10 @@ class Prompt:
     tokens: Annotated[tuple[int, ...], "that were generated"]
     text: Annotated[str | None, "that they stand for; null where there is no tokenizer"]
     ended: Annotated[str, "why: a stop token, --max-tokens, a full cache"]
+    pictures: Annotated[int, "shown with it"] = 0
+    seconds: Annotated[
+        Mapping[str, float], "until the first token by what took them, where pictures are shown"
+    ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

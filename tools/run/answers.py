@@ -16,6 +16,7 @@ from tyir.runtime_sim.session.ending import end_reason
 from tyir.runtime_sim.session.sampling import Sampler
 from tyir.runtime_sim.session.session import Session
 from tyir.runtime_sim.vision.request import VisionRequest
+from tyir.tools.cli import note
 from tyir.tools.run.end_tokens import why
 from tyir.tools.run.prompts import read_prompts
 from tyir.tools.run.text_stream import TextStream, pieces
@@ -27,13 +28,20 @@ _COMMANDS: Final = ("/image", "/video", "/reset")
 
 
 def run_turns(
-    args: argparse.Namespace, session: Session, tokenizer: Any, sampler: Sampler, stops: Mapping[int, str]
+    args: argparse.Namespace,
+    session: Session,
+    tokenizer: Any,
+    sampler: Sampler,
+    stops: Mapping[int, str],
+    loaded: float,
 ) -> int:
     """Answer `--prompt` about `--image` and `--video`, then with `--chat` what standard input asks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any character
+    if args.chat and args.json:
+        raise TyirError("--json is for one question, --chat for many", help="leave one of them out")
     turns = Turns(session, tokenizer, resize=args.resize, raw=args.raw)
-    speaker = _Speaker(args, turns, sampler, stops)
+    speaker = _Speaker(args, turns, sampler, stops, loaded)
     images, videos = args.image or [], args.video or []
     if args.cache is not None and args.cache.exists():
         session.restore(args.cache)
@@ -56,16 +64,22 @@ class _Speaker:
     """Writes answers as they come, and what they took to standard error."""
 
     def __init__(
-        self, args: argparse.Namespace, turns: Turns, sampler: Sampler, stops: Mapping[int, str]
+        self,
+        args: argparse.Namespace,
+        turns: Turns,
+        sampler: Sampler,
+        stops: Mapping[int, str],
+        loaded: float,
     ) -> None:
         self.args, self.turns, self.sampler, self.stops = args, turns, sampler, stops
+        self.loaded = loaded
         self._told = 0
 
     def answer(self, prompt: Prompt) -> None:
         """Generate, write, and remember the answer."""
         session, start = self.turns.session, time.perf_counter()
         for line in self.turns.said[self._told :]:
-            print(f"note: {line}", file=sys.stderr)
+            note(line)
         self._told = len(self.turns.said)
         times: list[float] = []
         made: list[int] = []
@@ -79,13 +93,24 @@ class _Speaker:
         parts = []
         for text in pieces(TextStream(self.turns.tokenizer, prompt.ids), timed(tokens, times, made)):
             parts.append(text)
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        print()
-        self.turns.chat.answered("".join(parts))
-        self._report(prompt, start, times, made, shared)
+            if not self.args.json:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+        if not self.args.json:
+            print()
+        answer = "".join(parts)
+        self.turns.chat.answered(answer)
+        self._report(prompt, answer, start, times, made, shared)
 
-    def _report(self, prompt: Prompt, start: float, times: list[float], made: list[int], shared: int) -> None:
+    def _report(
+        self,
+        prompt: Prompt,
+        answer: str,
+        start: float,
+        times: list[float],
+        made: list[int],
+        shared: int,
+    ) -> None:
         session = self.turns.session
         decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
         seconds = dict(prompt.seconds)
@@ -99,12 +124,35 @@ class _Speaker:
         reason = end_reason(
             made, self.args.max_tokens, session.capacity - len(session.tokens), self.stops.__contains__
         )
-        print(
-            f"{len(prompt.ids)} prompt tokens{pictures}{reused}, first token after {first:.3f} s ({split});"
-            f" {len(times)} tokens at {decode:.1f} tokens/s ({self.args.engine} engine on this machine, not"
-            f" the device)\nended {why(reason, made, self.stops, self.turns.tokenizer, session.capacity)}",
-            file=sys.stderr,
+        ended = why(reason, made, self.stops, self.turns.tokenizer, session.capacity)
+        if self.args.json:
+            self._print_json(prompt, answer, made, shared, ended, seconds, decode)
+            return
+        rate = f"{len(times)} tokens at {decode:.1f} tokens/s" if len(times) > 1 else f"{len(times)} token"
+        note(
+            f"loaded in {self.loaded:.1f} s; first token {first:.3f} s after that ({split}), {rate}"
+            f" ({self.args.engine} engine on this machine, not the device)\n"
+            f"{len(prompt.ids)} prompt tokens{pictures}{reused}; ended {ended}"
         )
+
+    def _print_json(
+        self,
+        prompt: Prompt,
+        answer: str,
+        made: list[int],
+        shared: int,
+        ended: str,
+        seconds: Mapping[str, float],
+        decode: float,
+    ) -> None:
+        from tyir.tools.commands import json_forms
+
+        told = json_forms.Prompt(
+            prompt.text, len(prompt.ids), shared, tuple(made), answer, ended, prompt.pictures, dict(seconds)
+        )
+        first = sum(seconds.values()) if made else None
+        form = json_forms.Ran(str(self.args.artifacts), self.args.engine, (told,), self.loaded, first, decode)
+        json_forms.print_json(form)
 
 
 def _shared(session: Session, prompt: Prompt) -> int:
