@@ -87,9 +87,10 @@ def tower_pipeline(
     dies: int,
     die_map: tuple[int, ...] = (),
     machine: str = _MACHINE,
+    exponent: int = 0,
 ) -> str:
     """The pipeline that takes a module of one vision tower (`extract-graph`) from `stage` to `program`:
-    without cache and with one length, its `patches`.
+    without cache and with one length, its `patches`; its residual stream divided by 2^`exponent`.
 
     Reshapes that the tower's lines of patches needed meet in static-step; canonicalize merges them.
     """
@@ -98,6 +99,7 @@ def tower_pipeline(
     cut += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []
     entries = [
         ("aten", "to-ty"),
+        ("ty", f"scale-residual{{exponent={exponent}}}" if exponent else ""),
         ("ty", "static-step,canonicalize,cse,dce"),
         ("kv", f"partition-dies{{{' '.join(cut)}}}"),
         ("dist", f"specialize-seqlen{{seqlens={patches}}}"),
@@ -109,7 +111,7 @@ def tower_pipeline(
             f"a vision tower at stage '{stage}' is not compiled beside its language model",
             help="give the module as tyir-import writes it, or at stage ty",
         )
-    return ",".join(text for s, text in entries if order.index(s) >= order.index(stage))
+    return ",".join(text for s, text in entries if text and order.index(s) >= order.index(stage))
 
 
 def reference_pipeline(options: BuildOptions) -> str:

@@ -113,6 +113,7 @@ def compile_path(
     images: Sequence[tuple[int, int]] = (),
     vision_dies: int | None = None,
     vision_die_map: tuple[int, ...] = (),
+    vision_exponent: int | None = None,
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
@@ -123,14 +124,17 @@ def compile_path(
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
     of a LoRA adapter is; `binary` and `machine` are
     for the `CompileContext` of the back end, which `backend` names.  `images`: of a vision-language model
-    the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies of its tower.
+    the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies of its tower,
+    `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds it.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
     from tyir.targets.machine import load_machine
 
     chosen = find_backend(backend)
-    tower = {"vision_dies": vision_dies, "vision_die_map": vision_die_map}
+    tower: dict[str, Any] = {"vision_dies": vision_dies, "vision_die_map": vision_die_map}
+    if vision_exponent is not None:
+        tower["vision_exponent"] = vision_exponent
     if vision_dies is not None or vision_die_map:
         check_dies(len(vision_die_map) if vision_dies is None else vision_dies)
     if images and model.suffix == ".ir":

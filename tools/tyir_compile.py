@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tyir.artifacts.vision import VISION_EXPONENT
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option, numbers
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
         images=args.image,
         vision_dies=args.vision_dies,
         vision_die_map=args.vision_die_map or (),
+        vision_exponent=args.vision_exponent,
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -147,6 +149,15 @@ def make_parser() -> argparse.ArgumentParser:
     add_image_option(parser)
     parser.add_argument(
         "--vision-dies", type=int, metavar="M", help="dies of the vision tower (default: those of --dies)"
+    )
+    parser.add_argument(
+        "--vision-exponent",
+        type=int,
+        metavar="K",
+        help=(
+            "divide the residual stream of the vision tower by 2^K, exactly, so that f16 holds it (default"
+            f" {VISION_EXPONENT}); tyir-verify shows how large it gets"
+        ),
     )
     parser.add_argument(
         "--vision-die-map",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.artifacts.json_attributes import to_json
-from tyir.artifacts.vision import Vision
+from tyir.artifacts.vision import VISION_EXPONENT, Vision
 from tyir.attributes import DictAttr
 from tyir.backends import replacing
 from tyir.backends.edge10.memory.check import check_memory
@@ -78,6 +78,7 @@ class CompileContext:
     name, or a machine file, which goes to the artifacts; None is the one a module was cut for, or edge10.
     `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
     `vision_dies`, `vision_die_map`: the dies of the towers, those of the language model when None and ().
+    `vision_exponent`: by which power of two a tower's residual stream is divided (`scale-residual`).
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -89,6 +90,7 @@ class CompileContext:
     passes: PassContext = field(default_factory=PassContext)
     vision_dies: int | None = None
     vision_die_map: tuple[int, ...] = ()
+    vision_exponent: int = VISION_EXPONENT
 
     @property
     def chosen_machine(self) -> str | Path:

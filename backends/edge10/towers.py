@@ -204,13 +204,16 @@ def make_towers(
     for name, tower in towers.items():
         patches = _patches(tower, name)
         machine = str(context.chosen_machine)
-        pipeline = tower_pipeline(stage_of(tower) or "", patches, dies, die_map, machine)
+        pipeline = tower_pipeline(
+            stage_of(tower) or "", patches, dies, die_map, machine, context.vision_exponent
+        )
         run_pipeline(tower, pipeline, context.passes)
         for op in tower.walk():
             op.loc = location_by_path(op)
             for value in op.results:
                 value.name = None
-    return Towers(towers, to_json(module.attributes[FACTS]), dies, die_map)
+    facts = {**to_json(module.attributes[FACTS]), "exponent": context.vision_exponent}
+    return Towers(towers, facts, dies, die_map)
 
 
 def _patches(tower: Module, name: str) -> int:

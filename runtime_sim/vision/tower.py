@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.execution.artifacts import Artifacts
+from tyir.artifacts.vision import MAX_EXPONENT
 from tyir.execution.finite import not_finite
 from tyir.interpreter import Probe, run_lockstep
 from tyir.ir import Op
@@ -135,7 +136,10 @@ class Tower:
         message = f"{rows} of {len(values)} rows of the picture's {name} are not finite"
         if not first:
             return TyirError(f"{message} ({not_finite(values)})", help="compile the model again")
-        return TyirError(f"{message}; {first[0]}", help=first[0].help)
+        help = first[0].help
+        if self.vision.exponent < MAX_EXPONENT:
+            help += f"; or divide the tower's stream further: tyir-compile --vision-exponent {MAX_EXPONENT}"
+        return TyirError(f"{message}; {first[0]}", help=help)
 
 
 def _for_die(probe: TowerProbe, die: int) -> Probe:

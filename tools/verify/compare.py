@@ -244,14 +244,21 @@ def reference_module(
 
 
 def tower_module(
-    folder: Path, image: ImageSize, plugin: ModelPlugin | None = None, base: Path | None = None
+    folder: Path,
+    image: ImageSize,
+    exponent: int = 0,
+    plugin: ModelPlugin | None = None,
+    base: Path | None = None,
 ) -> Module:
-    """The unpartitioned tower for pictures of a size in `ty` ops, on sequences as artifacts have it."""
+    """The unpartitioned tower for pictures of a size in `ty` ops, on sequences and as large as artifacts have
+    it.
+    """
     from tyir.frontends.huggingface import import_model
 
     module = import_model(folder, plugin=plugin, base=base, images=[(image.given[0], image.given[1])])
     graph = f"extract-graph{{graph=visual_{image.name}}}"
-    run_pipeline(module, f"to-ty,{graph},static-step,canonicalize,cse,dce", PassContext())
+    scaling = f"scale-residual{{exponent={exponent}}}"
+    run_pipeline(module, f"to-ty,{graph},{scaling},static-step,canonicalize,cse,dce", PassContext())
     return module
 
 

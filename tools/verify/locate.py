@@ -175,7 +175,7 @@ def locate_in_tower(
     chunk = Chunk(0, image.patches, image.patches)
     tower.probe = lambda die, stack, op, results: recorder(chunk, die, stack, op, results)
     tower.run(patches)
-    module = tower_module(checkpoint, image, plugin, base)
+    module = tower_module(checkpoint, image, tower.vision.exponent, plugin, base)
     (name,) = [str(f.sym_name) for f in module.body if isinstance(f, Func)]
     given = tower.ordered(patches.astype(np.float16))
     expected = _results_of(module, name, [given], CheckpointReader(checkpoint_of(module)))

@@ -5,7 +5,7 @@ and how image embeddings and rotary tables enter the language programs.
       pixels    patch side, frames of a patch, merged patches a side, mean, standard deviation, limits
       ids       tokens that stand for images and mark their begin and end
       rope      which row of the positions turns each pair of channels, with its frequency; absent: plain positions
-      dies, die_map, deepstack
+      dies, die_map, deepstack, exponent
       sizes     per compiled size: given, resized, grid, tokens, order of the patches, a program per die
 
 Sizes are (width, height) in pixels as `--image 252x168` spells them, grids (rows, columns) in patches.
@@ -14,18 +14,30 @@ Sizes are (width, height) in pixels as `--image 252x168` spells them, grids (row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final
 
 from annotated_types import Interval, MaxLen, MinLen
 
 from tyir.artifacts.programs import MAX_DIES, Count, DieProgram, Name
 from tyir.artifacts.schema import closed
 
-__all__ = ["ImageSize", "Pixels", "Rope", "TokenIds", "Vision", "VisionSize"]
+__all__ = [
+    "MAX_EXPONENT",
+    "VISION_EXPONENT",
+    "ImageSize",
+    "Pixels",
+    "Rope",
+    "TokenIds",
+    "Vision",
+    "VisionSize",
+]
 
 Index = Annotated[int, Interval(ge=0, le=2**31 - 1)]
 Pair = Annotated[tuple[Count, ...], MinLen(2), MaxLen(2)]
 Channels = Annotated[tuple[float, ...], MinLen(1), MaxLen(4)]
+MAX_EXPONENT: Final = 12  # of a tower's residual stream: beyond, small weights would vanish
+# Divides it by 64: f16 then holds what is up to 4.2e6, and no loss was measurable (docs/vision.md).
+VISION_EXPONENT: Final = 6
 
 
 @closed
@@ -123,7 +135,8 @@ class VisionSize:
 @dataclass(frozen=True)
 class Vision:
     """All of it; `deepstack`: how many further outputs of the tower are added to the language model's hidden
-    states, given to its programs as `deepstack0`, ... [1, seqlen, hidden], zero at text.
+    states, given to its programs as `deepstack0`, ... [1, seqlen, hidden], zero at text; `exponent`: the
+    tower's residual stream is divided by this power of two (`scale-residual`).
     """
 
     model_type: Name
@@ -134,6 +147,7 @@ class Vision:
     sizes: Annotated[tuple[VisionSize, ...], MinLen(1), MaxLen(256)]
     deepstack: Annotated[int, Interval(ge=0, le=64)] = 0
     rope: Rope | None = None
+    exponent: Annotated[int, Interval(ge=0, le=MAX_EXPONENT)] = 0
 
     def program(self, size: int, die: int) -> DieProgram:
         """The program of the size number `size` for a die."""
