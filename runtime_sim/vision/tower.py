@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.vision import MAX_EXPONENT
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.execution.artifacts import Artifacts
-from tyir.artifacts.vision import MAX_EXPONENT
 from tyir.execution.finite import not_finite
 from tyir.interpreter import Probe, run_lockstep
 from tyir.ir import Op

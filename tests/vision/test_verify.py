@@ -61,7 +61,7 @@ def set_one(value: float) -> Callable[[Any], Any]:
     [
         ("blocks.3.mlp.down_proj.bias", set_one(np.inf), r"weight .*blocks\.3\.mlp\.down_proj\.bias"),
         ("blocks.0.norm1.weight", set_one(np.nan), r"weight .*blocks\.0\.norm1\.weight"),
-        ("blocks.4.mlp.down_proj.weight", lambda w: w * 1e6, r"first in layer 4: .*blocks\.4\.mlp"),
+        ("blocks.4.mlp.down_proj.weight", lambda w: w * 64 * 3e4, r"first in layer 4: .*blocks\.4\.mlp"),
         ("merger.mlp.2.weight", lambda w: w * 3e4, r"first in .*merger\.mlp\.2"),
     ],
 )
