@@ -1,22 +1,16 @@
 """Writing `.params` files: safetensors, one tensor at a time, so that a compile never holds more than a few
 tensors.
 
-Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with
-spaces, data).  The library's writers take the whole file's tensors at once, which is why the header is laid
-out here first and the data streamed after it.
-
 All dies' files are written side by side, source tensor by source tensor: the checkpoint is read once and an
 expensive expression (quantising a whole weight) is computed once for all the dies that take slices of it.
 """
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +21,7 @@ from tyir.dialects.ty import GetGlobal, Global, Param, Yield
 from tyir.dialects.ty.tensors import bf16_to_f32
 from tyir.dtypes import by_element
 from tyir.execution.finite import number_problem
+from tyir.execution.safetensors_layout import SafetensorsLayout
 from tyir.execution.storage import pack, packed_shape
 from tyir.execution.weights import WeightSource
 from tyir.interpreter import evaluate_op, lookup_symbol
@@ -36,48 +31,26 @@ from tyir.types import FloatType, Type, bf16, f16, from_dtype, storage_dtype
 __all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
 
 Array = npt.NDArray[Any]
-_ALIGNMENT: Final = 64  # the data starts on a cache line
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor's bytes lie in its file."""
-
-    offset: int
-    nbytes: int
 
 
 class ParamsFile:
-    """The layout of one `.params` file: tensors in order of first use, without holes (the format allows
-    none).
-    """
+    """The layout of one `.params` file: tensors in order of first use."""
 
     def __init__(self, path: Path, params: Sequence[Param]) -> None:
         self.path = path
         self.params = params
-        header: dict[str, Any] = {"__metadata__": {"format": "tyir"}}
-        position, relative = 0, {}
-        for param in params:
-            nbytes = param.type.nbytes
-            header[str(param.sym_name)] = {
-                "dtype": _dtype_name(param.type.element),
-                "shape": list(packed_shape(param.type)),
-                "data_offsets": [position, position + nbytes],
-            }
-            relative[param] = (position, nbytes)
-            position += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        self.header = text + b" " * (-(8 + len(text)) % _ALIGNMENT)
-        self.size = 8 + len(self.header) + position
-        base = 8 + len(self.header)
-        self.slots = {param: Slot(base + offset, nbytes) for param, (offset, nbytes) in relative.items()}
+        self.layout = SafetensorsLayout(
+            {
+                str(param.sym_name): (_dtype_name(param.type.element), packed_shape(param.type))
+                for param in params
+            },
+            {"format": "tyir"},
+        )
+        self.slots = {param: self.layout.slots[str(param.sym_name)] for param in params}
 
     def create(self) -> IO[bytes]:
         """The file at its full size with its header; tensors are then written at their offsets."""
-        file = self.path.open("wb")
-        file.write(len(self.header).to_bytes(8, "little") + self.header)
-        file.truncate(self.size)
-        return file
+        return self.layout.create(self.path)
 
     def global_for(self, param: Param, file: str) -> Global:
         """The reference by which a program names this tensor."""
