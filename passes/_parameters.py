@@ -199,7 +199,8 @@ class ParameterUses:
         """The path of the module that a parameter belongs to; of a head that shares the embedding's table its
         own.
         """
-        if layer_of(use.user) is None and isinstance(use.user, ty.Linear) and self._is_embedding(use.name):
+        head = layer_of(use.user) is None and isinstance(use.user, (ty.Linear, ty.QuantizedLinear))
+        if head and self._is_embedding(use.name):
             return HEAD
         return use.name.rpartition(".")[0]
 

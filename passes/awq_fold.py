@@ -8,10 +8,10 @@
     %w = f16(ty.clamp_groups(ty.multiply_channels(f32(@w), %s), @awq.model...mlp.up_proj.range))
     %y = ty.linear %n, %w
 
-The table (`tyir.execution.awq_table`) lies beside the IR as checkpoint weights do; which of its scales a model
-has room for, `tyir.passes._scale_groups` finds by dataflow.  Every parameter is computed in f32 from what is
-stored, and rounded once.  A norm that adds 1 to its weight (Gemma) gets (1 + w) / s - 1.  quantize-weights
-follows, with the table's settings as its options (`tyir.passes.pipelines.awq_pipeline`).
+The table (`tyir.execution.awq_table`) lies beside the IR as checkpoint weights do; which of its scales a
+model has room for, `tyir.passes._scale_groups` finds by dataflow.  Every parameter is computed in f32 from
+what is stored, and rounded once.  A norm that adds 1 to its weight (Gemma) gets (1 + w) / s - 1.
+quantize-weights follows, with the table's settings as its options (`tyir.passes.pipelines.awq_pipeline`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ expensive expression (quantising a whole weight) is computed once for all the di
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ from tyir.execution.safetensors_layout import SafetensorsLayout
 from tyir.execution.storage import pack, packed_shape
 from tyir.execution.weights import WeightSource
 from tyir.interpreter import evaluate_op, lookup_symbol
-from tyir.ir import Op, Value
+from tyir.ir import Value
 from tyir.types import FloatType, Type, bf16, f16, from_dtype, storage_dtype
 
 __all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
@@ -136,28 +136,34 @@ class ParamEvaluator:
         self.remember = remember
 
     def evaluate(self, param: Param) -> Array:
-        env: dict[Value, tuple[Array, Any]] = {}
+        keys: dict[Value, Any] = {}
         for op in param.body:
             if isinstance(op, Yield):
-                return env[op.value][0]
-            key = (op.name, op.properties, *(env[v][1] for v in op.operands))
-            for value, array in zip(op.results, self._run(op, key, [env[v][0] for v in op.operands])):
-                env[value] = (array, (value.index, *key))
+                return self._value(op.value, keys, {})
+            key = (op.name, op.properties, *(keys[v] for v in op.operands))
+            keys.update((value, (value.index, *key)) for value in op.results)
         raise TyirError(f"the initializer of @{param.sym_name} yields nothing")
 
-    def _run(self, op: Op, key: Any, operands: Iterable[Array]) -> tuple[Array, ...]:
+    def _value(self, value: Value, keys: dict[Value, Any], known: dict[Value, Array]) -> Array:
+        """One value of an initializer; nothing is computed that a remembered result is made of."""
+        if value in known:
+            return known[value]
+        op, key = value.op, keys[value][1:]
+        assert op is not None
         if isinstance(op, GetGlobal):
             target = lookup_symbol(op, op.symbol.leaf)
             if not isinstance(target, Global):
                 raise TyirError(f"@{op.symbol.leaf} is not a tensor of the checkpoint")
-            return (self.weights.read(target),)
-        if key in self.recent:
+            results: tuple[Array, ...] = (self.weights.read(target),)
+        elif key in self.recent:
             self.recent.move_to_end(key)
-            return self.recent[key]
-        result = evaluate_op(op, list(operands))
-        results = result if isinstance(result, tuple) else (result,)
-        if len(results) > 1 or op.dialect == "quant":
-            self.recent[key] = results
-            if len(self.recent) > self.remember:
-                self.recent.popitem(last=False)
-        return results
+            results = self.recent[key]
+        else:
+            result = evaluate_op(op, [self._value(v, keys, known) for v in op.operands])
+            results = result if isinstance(result, tuple) else (result,)
+            if len(results) > 1 or op.dialect == "quant":
+                self.recent[key] = results
+                if len(self.recent) > self.remember:
+                    self.recent.popitem(last=False)
+        known.update(zip(op.results, results))
+        return known[value]
