@@ -91,7 +91,15 @@ def reference_pipeline(options: BuildOptions) -> str:
 
 
 def quantization(options: BuildOptions) -> str:
-    """The entry that makes the weights what `options` asks for; empty when they stay as they are."""
+    """The entry that makes the weights what `options` asks for; empty when they stay as they are.
+
+    `TyirError` for weights that only a table can make (`awq_pipeline`).
+    """
+    if options.weights == "awq":
+        raise TyirError(
+            "weights awq are made with an AWQ table, and none has been folded in",
+            help="give --awq-table FILE, or run awq-fold and quantize-weights first",
+        )
     return f"quantize-weights{{group-size={options.group_size}}}" if options.weights == "int4" else ""
 
 

@@ -7,6 +7,7 @@ script changes one import.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from tyir.process.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["build_and_compile_llm", "check_options", "compile_path", "load_module"]
+__all__ = ["build_and_compile_llm", "check_options", "compile_path", "load_module", "quantize_by_table"]
 
 
 def _silent(message: str) -> None:
@@ -65,6 +66,7 @@ def compile_path(
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
+    awq_table: Path | None = None,
     binary: bool = False,
     machine: str | Path | None = None,
     backend: str = "edge10",
@@ -76,8 +78,8 @@ def compile_path(
     Of a mapping what it names is asked for, of `BuildOptions` everything; what an `.ir` file was built with
     holds where nothing is asked for, and an `options` that contradicts it is an error.
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
-    of a LoRA adapter is; `binary` and `machine` are
-    for the `CompileContext` of the back end, which `backend` names.
+    of a LoRA adapter is; `awq_table` is the file of scales and ranges that weights "awq" are made with;
+    `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.
     """
     from tyir.backends.registry import find_backend
     from tyir.targets.machine import load_machine
@@ -94,6 +96,9 @@ def compile_path(
     watch = watch or Stopwatch()
     with watch.stage("import"):
         module = load_module(model, plugin, warn, positions, base)
+    if awq_table is not None:
+        with watch.stage("awq"):
+            options = quantize_by_table(module, awq_table, options)
     wanted = settled(options, module)
     check_options(wanted)
     _warn_about_positions(module, wanted, warn)
@@ -110,6 +115,35 @@ def compile_path(
             files=_side_files(module, warn),
         ),
     )
+
+
+def quantize_by_table(
+    module: Module, table: Path, options: BuildOptions | Mapping[str, Any]
+) -> BuildOptions | Mapping[str, Any]:
+    """Take a module of stage `aten` or `ty` to 4-bit weights with an AWQ table; returns the options to go on
+    with, which then say so.
+
+    `TyirError` for options that ask for other weights, and for a module that is further on.
+    """
+    from tyir.execution.awq_table import AwqTable
+    from tyir.passes.pipelines import awq_pipeline
+    from tyir.pipeline import run_pipeline
+    from tyir.stages import stage_of
+
+    asked = options.weights if isinstance(options, BuildOptions) else options.get("weights", "awq")
+    if asked != "awq":
+        raise TyirError(
+            f"an AWQ table is given, and weights {asked} are asked for", help="use --weights awq with it"
+        )
+    if (stage := stage_of(module)) not in ("aten", "ty"):
+        raise TyirError(
+            f"the module is at stage {stage}; a table is folded in before the caches are made",
+            help="start from the checkpoint, or from a module at stage aten or ty",
+        )
+    run_pipeline(module, ",".join([*["to-ty"][: stage == "aten"], awq_pipeline(table)]))
+    if isinstance(options, BuildOptions):
+        return replace(options, group_size=AwqTable.open(table).settings.group_size)
+    return {**options, "weights": "awq"}
 
 
 def load_module(
@@ -177,8 +211,8 @@ def check_options(options: BuildOptions) -> None:
             f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024"
         )
     check_seqlens(options.seqlens, options.max_kv)
-    if options.weights not in ("fp16", "int4", "checkpoint"):
-        raise TyirError(f"weights '{options.weights}': one of fp16, int4")
+    if options.weights not in ("fp16", "int4", "awq", "checkpoint"):
+        raise TyirError(f"weights '{options.weights}': one of fp16, int4, awq")
     check_batch(options.batch)
     if options.kv_dtype not in ("fp16", "int8"):
         raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")

@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         warn=warn,
         plugin=plugin,
         base=args.base,
+        awq_table=args.awq_table,
         binary=args.binary,
         machine=args.machine,
         backend=args.backend,
@@ -103,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
     add_base_option(parser)
+    parser.add_argument(
+        "--awq-table",
+        type=Path,
+        metavar="FILE",
+        help="AWQ table (.safetensors) that the weights are scaled and quantised with (docs/quantization.md)",
+    )
     parser.add_argument(
         "--die-map",
         type=numbers,

@@ -72,6 +72,7 @@ BUILD: Final = "tyir.build"
 MAX_DIES: Final = 16
 AGAIN: Final = "compile the model again"
 
+_QUANTIZED: Final = ("int4", "awq")
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
 FileName = Annotated[
     str,
@@ -114,6 +115,11 @@ class BuildOptions:
     pp: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
     mesh: Annotated[tuple[Count, ...], MaxLen(2)] = ()
     awq: Annotated[str, Matches("([0-9a-f]{64})?")] = ""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the compiler makes 4-bit weights of the checkpoint's."""
+        return self.weights in _QUANTIZED
 
     @classmethod
     def of(cls, module: Op) -> Self:
@@ -194,7 +200,7 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
     done = {name: value for name, value in recorded(module).items() if name in SETTLED_BY}
     given = asdict(asked) if isinstance(asked, BuildOptions) else dict(asked)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in ((), "")}
-    if done.get("weights", "int4") not in ("int4", "awq"):
+    if done.get("weights", "int4") not in _QUANTIZED:
         given.pop("group_size", None)  # says nothing of weights without groups
         if given.get("weights") == "fp16":
             del given["weights"]  # as the checkpoint holds them

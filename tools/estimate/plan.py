@@ -84,7 +84,7 @@ class _Cuts:
         entry += f" dtype={o.kv_dtype}"
         quantize = (
             f"quantize-weights{{group-size={o.group_size}}},"
-            if o.weights == "int4" and self.shape.group is None
+            if o.quantizes and self.shape.group is None
             else ""
         )
         run_pipeline(
@@ -164,9 +164,7 @@ def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = Non
     `TyirError` when the config or the options cannot be at all.
     """
     shape, machine = read_shape(folder), machine or load_machine()
-    group = (
-        shape.group if shape.group is not None else options.group_size if options.weights == "int4" else None
-    )
+    group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
     cuts = _Cuts(shape, options)
     needs = cuts.needs(options.dies, options.max_kv)
@@ -256,7 +254,7 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
             return None  # the checkpoint's weights are quantised already
         if changed.dies % changed.pp:
             return None
-        if changed.weights == "int4":
+        if changed.quantizes:
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
             changed = replace(changed, group_size=math.gcd(common, changed.group_size))
         of = known.setdefault(_kind(changed), _Cuts(cuts.shape, changed))
