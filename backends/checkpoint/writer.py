@@ -168,7 +168,7 @@ class _Parameters:
                     assert inner is not None
                     path = uses.path(use)
                     self._add(entries, _Entry(f"{path}.weight", inner, groups))
-                    sizes.add((groups.group_size, groups.symmetric))
+                    sizes.add((groups.group_size, bool(groups.symmetric)))
                     self.untied |= path == HEAD and use.name != f"{HEAD}.weight"
                 continue
             if isinstance(use.user, ty.QuantizedLinear) and use.index < 4:
