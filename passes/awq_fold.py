@@ -229,7 +229,7 @@ class _Fold:
             around = [(0, first), (first + count, total)]
             before, after = [[_ones(b - a, user)] if b > a else [] for a, b in around]
             parts = [*before, scales, *after]
-            return scales if len(parts) == 1 else insert_before(user, ty.Concat(parts, axis=0)).result
+            return scales if len(parts) == 1 else insert_before(user, ty.Concat(tuple(parts), axis=0)).result
         places = np.full(total, count)
         places[use.rows] = np.arange(count)
         whole = insert_before(user, ty.Concat((scales, _ones(1, user)), axis=0)).result

@@ -187,6 +187,46 @@ def test_shards_and_their_index(module: Module, tmp_path: Path) -> None:
         assert np.array_equal(parts[name][key], whole[key]), key
 
 
+def test_weights_that_were_rounded_otherwise(module: Module, tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(1), "model.layers.1.mlp.down_proj"
+    q, zeros = (rng.integers(0, 16, (64, n)).astype(np.uint8) for n in (96, 6))
+    scales = rng.uniform(0.01, 0.1, (64, 6)).astype(np.float16)
+    out = write_checkpoint(module, tmp_path / "out", rounded={path: (q, scales, zeros)})
+    stored = load_file(out / "model.safetensors")
+    parts = {k.removeprefix(f"{path}."): v for k, v in stored.items() if k.startswith(f"{path}.")}
+    assert np.array_equal(unpack_awq(parts, 64, 96), dequantize(q, scales, zeros, 16))
+    with pytest.raises(TyirError, match="is not quantised in the module"):
+        write_checkpoint(module, tmp_path / "no", rounded={"model.norm": (q, scales, zeros)})
+    with pytest.raises(TyirError, match="in groups of 16"):
+        write_checkpoint(module, tmp_path / "no", rounded={path: (q, scales[:, :3], zeros)})
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf, 1e9])
+def test_what_is_not_finite_is_not_written(bf16: Path, tmp_path: Path, factor: float) -> None:
+    """A checkpoint's own NaN, and scales that leave f16: by the tensor's name, and nothing is written."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    folder = tmp_path / "model"
+    shutil.copytree(bf16, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        tensors = load(folder / index[name])
+        tensors[name][..., 0] = torch.tensor(factor, dtype=torch.bfloat16)
+        save(tensors, folder / index[name], {"format": "pt"})
+    module = import_model(folder, positions=64)
+    run_pipeline(module, "to-ty,quantize-weights{group-size=16}")
+    with pytest.raises(TyirError) as caught:
+        write_checkpoint(module, tmp_path / "out")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        assert f"tensor '{name}' holds" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_tied_head_that_is_quantised_is_untied(bf16: Path, tmp_path: Path) -> None:
     module = quantised(bf16, tmp_path, AwqSettings(group_size=16, lm_head=True, zero_point=False), 0.05)
