@@ -26,7 +26,7 @@ import numpy as np
 from tyir.attributes import DenseElementsAttr, DictAttr, StringAttr, SymbolRefAttr
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects import ty
-from tyir.dialects.ty import tensor_type
+from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.awq_table import RANGE, SCALE, AwqTable
 from tyir.execution.weights import FileStamp
 from tyir.ir import Op, Value
@@ -142,7 +142,7 @@ class _Fold:
                 known = {*linears, *(p for use in self.uses if (p := self.uses.path(use)))}
                 yield Diagnostic(
                     f"{self.path.name}: '{name}' belongs to {_what(path, known)}",
-                    help=did_you_mean(path, groups)
+                    help=(path not in known and did_you_mean(path, groups))
                     or "remove the entry; scales are for norms that only linears read, up_proj, v_proj",
                 )
             elif scale.shape != (group.channels,):
@@ -160,7 +160,8 @@ class _Fold:
                 known = {p for each in self.uses if (p := self.uses.path(each))}
                 yield Diagnostic(
                     f"{self.path.name}: '{name}' belongs to {_what(path, known, 'a linear')}",
-                    help=did_you_mean(path, linears) or "remove the entry; ranges are for linears",
+                    help=(path not in known and did_you_mean(path, linears))
+                    or "remove the entry; ranges are for linears",
                 )
                 continue
             n, k = tensor_type(use.root).static_shape
@@ -228,7 +229,7 @@ class _Fold:
             around = [(0, first), (first + count, total)]
             before, after = [[_ones(b - a, user)] if b > a else [] for a, b in around]
             parts = [*before, scales, *after]
-            return scales if len(parts) == 1 else insert_before(user, ty.Concat(parts, axis=0)).result
+            return scales if len(parts) == 1 else insert_before(user, ty.Concat(tuple(parts), axis=0)).result
         places = np.full(total, count)
         places[use.rows] = np.arange(count)
         whole = insert_before(user, ty.Concat((scales, _ones(1, user)), axis=0)).result
@@ -245,9 +246,9 @@ class _Fold:
 
     def _entry(self, name: str, user: Op) -> Value:
         """A tensor of the table."""
-        symbol = _PREFIX + name
         kind = self.symbols.setdefault(name, TensorType(self.table.entries[name].shape, f32))
-        return insert_before(user, ty.GetGlobal(symbol=SymbolRefAttr(symbol), result_types=[kind])).result
+        reference = GetGlobal(symbol=SymbolRefAttr(_PREFIX + name), result_types=[kind])
+        return reference.insert_before(user).result
 
     def _declare(self) -> None:
         """The table's tensors as `ty.global`s, and its file among those that are looked at before use."""

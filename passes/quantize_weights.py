@@ -49,7 +49,10 @@ class QuantizeWeights(Pass):
         self._check_group_size(linears)
         for linear in linears:
             groups = QuantizeGroups(
-                linear.weight, group_size=self.group_size, symmetric=not self.zero_point, loc=linear.loc
+                linear.weight,
+                group_size=self.group_size,
+                symmetric=None if self.zero_point else True,
+                loc=linear.loc,
             )
             carry(groups, linear).insert_before(linear)
             new = QuantizedLinear(

@@ -122,7 +122,7 @@ class _Gptq:
         }
 
     def config(self, quantization: Quantization) -> dict[str, Any]:
-        kept = {f"-:^{re.escape(path)}$": {} for path in quantization.kept}
+        kept: dict[str, dict[str, Any]] = {f"-:^{re.escape(path)}$": {} for path in quantization.kept}
         return {
             "quant_method": "gptq",
             "bits": 4,
@@ -144,7 +144,7 @@ class _CompressedTensors:
 
     def stored(self, n: int, k: int, quantization: Quantization) -> Stored:
         groups = k // quantization.group_size
-        zeros = {} if quantization.symmetric else {"weight_zero_point": ("I32", (_words(n), groups))}
+        zeros: Stored = {} if quantization.symmetric else {"weight_zero_point": ("I32", (_words(n), groups))}
         return {
             "weight_packed": ("I32", (n, _words(k))),
             "weight_scale": ("F16", (n, groups)),

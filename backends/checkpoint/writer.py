@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tyir.backends.checkpoint.formats import FORMATS, CheckpointFormat, Quantization
 from tyir.backends.replacing import replacing
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
 from tyir.dialects.ty import tensor_type
@@ -37,9 +37,10 @@ from tyir.layers import layer_of
 from tyir.passes._parameters import HEAD, ParameterUse, ParameterUses, parameter_use
 from tyir.process.files import parse_json
 
-__all__ = ["MAX_SHARD", "write_checkpoint"]
+__all__ = ["MAX_SHARD", "Rounded", "write_checkpoint"]
 
 Array = npt.NDArray[Any]
+Rounded = tuple[Array, Array, Array]
 MAX_SHARD: Final = 5_000_000_000  # bytes of a file, as transformers' save_pretrained has it
 _BLOCK: Final = 1 << 24  # elements that are converted or quantised at once
 _CONFIG: Final = "config.json"
@@ -80,6 +81,7 @@ def write_checkpoint(
     *,
     format: str = "awq",
     files: Mapping[str, bytes] | None = None,
+    rounded: Mapping[str, Rounded] | None = None,
     max_shard: int = MAX_SHARD,
     progress: bool = False,
 ) -> Path:
@@ -87,10 +89,13 @@ def write_checkpoint(
 
     `format`: "awq" (AutoAWQ GEMM), "gptq" or "compressed-tensors" (pack-quantized).  config.json, the
     tokenizer and other small files are those of the checkpoint the module was imported from; `files` stand in
-    for those that its folder does not hold.  Peak memory is that of the largest tensor's expression.
+    for those that its folder does not hold.  `rounded`: q [N, K] and zeros [N, K/g] (0..15), scales f16
+    [N, K/g] of linears by module path, in place of what round-to-nearest gives (GPTQ's).  Peak memory is that
+    of the largest tensor's expression.
 
-    `TyirError`, and `out` as it was, for what a format cannot hold, a checkpoint that is quantised already, a
-    source that has changed since it was imported, and tensors that are not finite in f16.
+    `TyirError`, and `out` as it was, for what a format cannot hold, `rounded` weights of no such linear, a
+    checkpoint that is quantised already, a source that has changed since it was imported, and tensors that
+    are not finite in f16.
     """
     found = FORMATS.get(format)
     if found is None:
@@ -99,7 +104,7 @@ def write_checkpoint(
     config = _config(source, files or {})
     parameters = _Parameters(module)
     entries, quantization = parameters.entries, parameters.quantization
-    if problems := list(_problems(entries, found, format)):
+    if problems := [*_problems(entries, found, format), *_rounded_problems(entries, rounded or {})]:
         raise TyirError(problems)
     check_files(module)
     config["quantization_config"] = found.config(quantization)
@@ -111,7 +116,7 @@ def write_checkpoint(
         for name, data in _side_files(source, files or {}):
             (folder / name).write_bytes(data)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _Writer(module, found, quantization, progress).write(entries, folder, max_shard)
+        _Writer(module, found, quantization, rounded or {}, progress).write(entries, folder, max_shard)
     return out
 
 
@@ -168,7 +173,7 @@ class _Parameters:
                     assert inner is not None
                     path = uses.path(use)
                     self._add(entries, _Entry(f"{path}.weight", inner, groups))
-                    sizes.add((groups.group_size, groups.symmetric))
+                    sizes.add((groups.group_size, bool(groups.symmetric)))
                     self.untied |= path == HEAD and use.name != f"{HEAD}.weight"
                 continue
             if isinstance(use.user, ty.QuantizedLinear) and use.index < 4:
@@ -226,11 +231,27 @@ def _problems(entries: list[_Entry], format: CheckpointFormat, name: str) -> Ite
             )
 
 
+def _rounded_problems(entries: list[_Entry], rounded: Mapping[str, Rounded]) -> Iterator[Diagnostic]:
+    known = {entry.path: entry for entry in entries if entry.quantized is not None}
+    for path in rounded:
+        if path not in known:
+            yield Diagnostic(
+                f"rounded weights are given for {path}, which is not quantised in the module",
+                help=did_you_mean(path, known) or "give those of the module's quantised linears",
+            )
+
+
 class _Writer:
     def __init__(
-        self, module: Module, format: CheckpointFormat, quantization: Quantization, progress: bool
+        self,
+        module: Module,
+        format: CheckpointFormat,
+        quantization: Quantization,
+        rounded: Mapping[str, Rounded],
+        progress: bool,
     ) -> None:
-        self.format, self.quantization, self.progress = format, quantization, progress
+        self.format, self.quantization = format, quantization
+        self.rounded, self.progress = rounded, progress
         self.weights: WeightSource = CheckpointReader(checkpoint_of(module))
 
     def write(self, entries: list[_Entry], folder: Path, max_shard: int) -> None:
@@ -285,14 +306,10 @@ class _Writer:
                 file.write(block.tobytes())
             return
         with np.errstate(all="ignore"):  # reported below, by the tensor's name
-            weight = self._evaluate(entry.use.root)
-        if (problem := number_problem(weight, f16=False)) is not None:
+            q, scales, zeros = self._rounded(entry, entry.quantized)
+        if (problem := number_problem(scales, f16=False)) is not None:
             yield self._not_finite(entry, problem)
             return
-        rows = max(1, _BLOCK // weight.shape[1])
-        parts = [entry.quantized.evaluate(weight[i : i + rows]) for i in range(0, len(weight), rows)]
-        q, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
-        del weight, parts
         tensors = self.format.tensors(q, scales, zeros)
         for key in self._stored(entry):
             slot = layout.slots[key]
@@ -300,6 +317,24 @@ class _Writer:
             assert len(data) == slot.nbytes, key
             file.seek(slot.offset)
             file.write(data)
+
+    def _rounded(self, entry: _Entry, groups: ty.QuantizeGroups) -> Rounded:
+        """q, scales and zero points of a linear; of a weight that is not finite the scales are not either."""
+        n, k = entry.shape
+        if (given := self.rounded.get(entry.path)) is not None:
+            shapes = [each.shape for each in given]
+            if shapes != [(n, k), *[(n, k // groups.group_size)] * 2]:
+                raise TyirError(
+                    f"rounded weights of {entry.path} have shapes {shapes}, the weight is {n}x{k} in groups"
+                    f" of {groups.group_size}",
+                    help="give q, scales and zeros of the module's own group size",
+                )
+            return given
+        weight = self._evaluate(entry.use.root)
+        rows = max(1, _BLOCK // k)
+        parts = [groups.evaluate(weight[i : i + rows]) for i in range(0, n, rows)]
+        q, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return q, scales, zeros
 
     def _not_finite(self, entry: _Entry, problem: tuple[str, str]) -> Diagnostic:
         """What is wrong with a tensor: the stored one, or what was made of it."""

@@ -221,7 +221,7 @@ class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
     weight: Value = operand()
     _: KW_ONLY
     group_size: int = attr(least=1)
-    symmetric: bool = attr(default=False)
+    symmetric: bool | None = attr(default=None)
     q: Value = result()
     scales: Value = result()
     zeros: Value = result()
