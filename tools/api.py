@@ -19,7 +19,14 @@ from tyir.process.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["build_and_compile_llm", "check_options", "compile_path", "load_module", "quantize_by_table"]
+__all__ = [
+    "build_and_compile_llm",
+    "check_options",
+    "compile_path",
+    "load_module",
+    "quantize",
+    "quantize_by_table",
+]
 
 
 def _silent(message: str) -> None:
@@ -115,6 +122,38 @@ def compile_path(
             files=_side_files(module, warn),
         ),
     )
+
+
+def quantize(
+    model_path: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    evaluate: str | Path | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Path:
+    """Quantise the checkpoint folder `model_path` into the checkpoint folder `out`, which is returned.
+
+    `settings` are the fields of `tyir.tools.quantize.settings.QuantizeSettings`: method ("awq", "gptq",
+    "awq+gptq", "rtn"), bits, group_size, zero_point, lm_head, ...; `calibration` is a file of text,
+    `evaluate` a text whose perplexity is printed before and after.  Raises `TyirError`.
+    """
+    from tyir.tools.quantize.quantize import Text, quantize
+    from tyir.tools.quantize.report import summary_lines
+    from tyir.tools.quantize.settings import QuantizeSettings
+
+    outcome = quantize(
+        Path(model_path),
+        Path(out),
+        QuantizeSettings(**settings),
+        calibration=None if calibration is None else Path(calibration),
+        evaluate=None if evaluate is None else Text(Path(evaluate)),
+        progress=progress,
+    )
+    if evaluate is not None:
+        print(*summary_lines(outcome), sep="\n")
+    return outcome.out
 
 
 def quantize_by_table(

@@ -51,6 +51,7 @@ __all__ = [
     "parse_file",
     "parse_module",
     "print_op",
+    "quantize",
     "region",
     "result",
     "run_function",
@@ -60,8 +61,8 @@ __all__ = [
     "verify",
 ]
 
-# Where each name lives.  build_and_compile_llm is named by string only: nothing in this package imports the
-# packages built on it.
+# Where each name lives.  build_and_compile_llm and quantize are named by string only: nothing in this package
+# imports the packages built on it.
 _HOMES: Final = {
     "Diagnostic": "tyir.diagnostics",
     "TyirError": "tyir.diagnostics",
@@ -88,6 +89,7 @@ _HOMES: Final = {
     "print_op": "tyir.printer",
     "verify": "tyir.verify",
     "build_and_compile_llm": "tyir.tools.api",
+    "quantize": "tyir.tools.api",
 }
 
 

@@ -84,7 +84,8 @@ def _of_line(line: str, where: str) -> str:
         value = next((value[f] for f in _FIELDS if f in value), None)
     if not isinstance(value, str):
         raise TyirError(
-            f"{where} has no text", help=f'write {{"text": "..."}}; fields that are read: {", ".join(_FIELDS)}'
+            f"{where} has no text",
+            help=f'write {{"text": "..."}}; fields that are read: {", ".join(_FIELDS)}',
         )
     return value
 

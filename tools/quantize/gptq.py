@@ -32,7 +32,7 @@ def gptq_rounded(
     Channels that no token excites (a zero on the diagonal) are rounded to nearest.  `TyirError` when the
     moments of `path` cannot be factored.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     size = grid.group_size
     scales, zeros = scales_and_zeros(ranges[0], ranges[1], grid)
     targets = moments.targets if columns is None else moments.targets / columns

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from tyir.diagnostics import TyirError
-from tyir.tools.quantize.arithmetic import dequantized, extremes, folded, quantized, to_f16
+from tyir.tools.quantize.arithmetic import Quantized, dequantized, extremes, folded, quantized, to_f16
 from tyir.tools.quantize.gptq import gptq_rounded
 from tyir.tools.quantize.moments import Inputs, Moments
 from tyir.tools.quantize.ranges import search_ranges
@@ -63,14 +63,15 @@ class LinearReport:
 
 @dataclass
 class LayerResult:
-    """What was chosen in a layer: `scales` [channels] by producer, `ranges` [2, N, K/g] and, of GPTQ, `codes`
-    u8 [N, K] by linear.  `tensors`: the layer's tensors with the de-quantised weights, in the coordinates of
-    the unscaled model.
+    """What was chosen in a layer: `scales` [channels] by producer, `ranges` [2, N, K/g] and, of GPTQ,
+    `rounded` (q u8 [N, K], scales f16 and zeros u8 [N, K/g]) by linear.
+
+    `tensors`: the layer's tensors with the de-quantised weights, in the coordinates of the unscaled model.
     """
 
     scales: dict[str, Tensor] = field(default_factory=dict)
     ranges: dict[str, Tensor] = field(default_factory=dict)
-    codes: dict[str, Tensor] = field(default_factory=dict)
+    rounded: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     reports: list[LinearReport] = field(default_factory=list)
     tensors: Tensors = field(default_factory=dict)
 
@@ -115,6 +116,7 @@ class _LayerSearch:
         self.linears = {m.path: m for m in model.linears(index) if not is_kept(self.prefix + m.path)}
         self.groups = groups
         self.columns: dict[str, Tensor] = {}
+        self.codes: dict[str, Tensor] = {}  # GPTQ's q
         self.found = LayerResult()
 
     def result(self) -> LayerResult:
@@ -183,9 +185,7 @@ class _LayerSearch:
     def _moments(self, stage: Sequence[LinearModule]) -> list[Moments]:
         channels = stage[0].shape[1]
         inputs = Inputs(channels, self.model.device)
-        found = [
-            Moments(inputs, torch.zeros(m.shape[0], channels, device=self.model.device)) for m in stage
-        ]
+        found = [Moments(inputs, torch.zeros(m.shape[0], channels, device=self.model.device)) for m in stage]
         for exact, rough in zip(self.exact, self.rough, strict=True):
             outputs = self._values(stage, self.plain, exact[None], outputs=True)
             if self.settings.sequential:
@@ -232,9 +232,9 @@ class _LayerSearch:
             else:
                 ranges = extremes(weight, self.grid)
             if self.settings.rounding:
-                q, _, _ = gptq_rounded(weight, columns, ranges, moments, self.grid, path)
-                self.found.codes[path] = q.to(torch.uint8)
-            after = self._dequantized(path, weight, ranges if self.settings.ranges else None)
+                self.codes[path] = gptq_rounded(weight, columns, ranges, moments, self.grid, path)[0]
+            numbers = self._numbers(path, weight, ranges if self.settings.ranges else None)
+            after = dequantized(numbers, self.grid)
             after = after if columns is None else after / columns
             self.current[linear.weight_name] = linear.stored(after)
             kept = 1.0
@@ -254,12 +254,10 @@ class _LayerSearch:
                 )
             )
 
-    def _dequantized(self, path: str, weight: Tensor, ranges: Tensor | None) -> Tensor:
-        """The weight [N, K] that the table (and GPTQ's numbers) make of a folded one."""
+    def _numbers(self, path: str, weight: Tensor, ranges: Tensor | None) -> Quantized:
+        """What the table (and GPTQ) make of a folded weight [N, K]."""
         q, scales, zeros = quantized(weight, ranges, self.grid)
-        if path in self.found.codes:
-            q = self.found.codes[path].to(torch.float32)
-        return dequantized((q, scales, zeros), self.grid)
+        return self.codes.get(path, q), scales, zeros
 
     def _rows(self, path: str, count: int) -> Tensor | None:
         """What a linear's rows are divided by, as the producer of channels that were scaled."""
@@ -282,7 +280,11 @@ class _LayerSearch:
         full = self.prefix + path
         columns, rows = self.columns.get(full), self._rows(full, linear.shape[0])
         weight = folded(linear.weight(self.plain), rows, columns)
-        final = self._dequantized(full, weight, self.found.ranges.get(full))
+        numbers = self._numbers(full, weight, self.found.ranges.get(full))
+        if full in self.codes:
+            q, scales, zeros = numbers
+            self.found.rounded[full] = (q.to(torch.uint8), scales.to(torch.float16), zeros.to(torch.uint8))
+        final = dequantized(numbers, self.grid)
         if columns is not None:
             final = final / columns
         return final if rows is None else final * rows[:, None]

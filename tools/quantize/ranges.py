@@ -30,9 +30,7 @@ _ROWS: Final = 1024  # so many rows of a group stay in a core's cache
 _NARROWEST: Final = {3: 0.44, 4: 0.6, 8: 0.9}  # the smallest part of the full range that is tried
 
 
-def search_ranges(
-    weight: Tensor, columns: Tensor | None, moments: Moments, grid: Grid, work: Work
-) -> Tensor:
+def search_ranges(weight: Tensor, columns: Tensor | None, moments: Moments, grid: Grid, work: Work) -> Tensor:
     """The ranges [2, N, K/g] of a folded weight [N, K] whose columns were scaled by `columns` [K]."""
     n, k = weight.shape
     size = grid.group_size

@@ -45,7 +45,9 @@ def search_scale(
     """
     some = [w[:: -(-len(w) // _ROWS)] for w in weights]
     size = grid.group_size
-    blocks = torch.stack([inputs.second[i : i + size, i : i + size] for i in range(0, len(inputs.second), size)])
+    blocks = torch.stack(
+        [inputs.second[i : i + size, i : i + size] for i in range(0, len(inputs.second), size)]
+    )
 
     def error(columns: Tensor | None) -> float:
         total = 0.0

@@ -13,19 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from tyir.backends.checkpoint.writer import Rounded
 from tyir.diagnostics import TyirError
 from tyir.execution.awq_table import AwqSettings, AwqTable
 from tyir.layers import is_named_in
@@ -38,6 +37,7 @@ __all__ = ["Found", "scaled_channels", "search"]
 Tensor = Any
 _VERSION: Final = 1
 _STATE: Final = "state.json"
+_ROUNDED: Final = ("q", "scales", "zeros")
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Found:
     """What a search chose: see `LayerResult`, for all layers.  Arrays are mapped from the layers' files."""
 
     table: AwqTable
-    codes: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    rounded: dict[str, Rounded] = field(default_factory=dict)
     reports: dict[int, list[LinearReport]] = field(default_factory=dict)
 
 
@@ -247,7 +247,11 @@ class _Store:
         tensors = {
             **{f"{path}.scale": t for path, t in result.scales.items()},
             **{f"{path}.range": t for path, t in result.ranges.items()},
-            **{f"{path}.codes": t for path, t in result.codes.items()},
+            **{
+                f"{path}.{kind}": t
+                for path, each in result.rounded.items()
+                for kind, t in zip(_ROUNDED, each, strict=True)
+            },
         }
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         report = json.dumps([asdict(r) for r in result.reports])
@@ -262,14 +266,14 @@ class _Store:
         for index in range(depth):
             with safe_open(self._layer(index), framework="np") as file:
                 found.reports[index] = [LinearReport(**r) for r in json.loads(file.metadata()["report"])]
-                for name in file.keys():  # noqa: SIM118  # not a dict
+                names = list(file.keys())
+                for name in names:
                     path, _, kind = name.rpartition(".")
-                    home: Mapping[str, dict[str, Any]] = {
-                        "scale": scales,
-                        "range": ranges,
-                        "codes": found.codes,
-                    }
-                    home[kind][path] = file.get_tensor(name)
+                    if kind in ("scale", "range"):
+                        (scales if kind == "scale" else ranges)[path] = file.get_tensor(name)
+                    elif kind == _ROUNDED[0]:
+                        q, scale, zeros = (file.get_tensor(f"{path}.{k}") for k in _ROUNDED)
+                        found.rounded[path] = (q, scale, zeros)
         return found
 
 

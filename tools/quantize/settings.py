@@ -28,7 +28,7 @@ _POINTS: Final = (4, 16)
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers a group of weights may become: `bits` of them, asymmetric around a zero point or symmetric."""
+    """The numbers that weights become: of `bits` bits, around a zero point of the group or symmetric."""
 
     bits: int
     group_size: int
