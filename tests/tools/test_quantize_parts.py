@@ -1,4 +1,4 @@
-"""The parts of tyir-quantize, each against what it should compute: arithmetic, ranges, scales, GPTQ, texts."""
+"""The parts of tyir-quantize, each against what it should compute."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_ranges_then_gptq_lower_the_error(kind: str, bits: int) -> None:
     assert bool((found[0] >= widest[0]).all()) and bool((found[1] <= widest[1]).all())
     rounded = gptq.gptq_rounded(w, None, widest, moments, grid, "a.linear")
     assert moments.error(arithmetic.dequantized(rounded, grid)) < 0.95 * nearest
-    q, s, z = arithmetic.quantized(w, widest, grid)
+    _, s, z = arithmetic.quantized(w, widest, grid)
     assert torch.equal(rounded[1], s) and torch.equal(rounded[2], z)
     assert float(rounded[0].min()) >= 0 and float(rounded[0].max()) <= grid.highest
 
