@@ -71,6 +71,7 @@ def _settings(args: argparse.Namespace) -> QuantizeSettings:
         seed=args.seed,
         sequential=not args.not_sequential,
         smooth=not args.no_scales,
+        quick=args.quick,
         device=args.device,
     )
 
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="inputs do not see the error of the layers before (faster, as AutoAWQ)",
     )
     parser.add_argument("--no-scales", action="store_true", help="ranges alone; norms stay as they are")
+    parser.add_argument("--quick", action="store_true", help="the least work: fewest windows and candidates")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--format", help="awq (default), gptq or compressed-tensors")
     parser.add_argument(

@@ -233,6 +233,7 @@ def test_the_work_follows_from_shapes() -> None:
     assert tiny.samples > middle.samples > large.samples >= 4
     assert tiny.points > middle.points >= large.points >= 4
     assert settings.work_for(settings.QuantizeSettings(samples=3), 24, half).samples == 3
+    assert settings.work_for(settings.QuantizeSettings(quick=True), 1, [(8, 8)]) == settings.Work(4, 4, 1)
 
 
 @pytest.mark.parametrize(

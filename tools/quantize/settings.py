@@ -51,7 +51,8 @@ class QuantizeSettings:
 
     `modules_to_not_convert`: module paths, or runs of whole components of them.  `samples`: windows of
     `window` tokens that the search sees; None: as many as the work allows.  `sequential`: a layer's inputs
-    carry the error of the layers before it, and its targets do not.  `smooth` False leaves scales out.
+    carry the error of the layers before it, and its targets do not.  `smooth` False leaves scales
+    out; `quick` takes the least work.
     """
 
     method: str = "awq"
@@ -65,6 +66,7 @@ class QuantizeSettings:
     seed: int = 0
     sequential: bool = True
     smooth: bool = True
+    quick: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -116,6 +118,8 @@ class Work:
 
 def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[int, int]]) -> Work:
     """The work for a model of `layers` layers whose linears have these shapes [N, K]."""
+    if settings.quick:
+        return Work(settings.samples or _SAMPLES[0], _POINTS[0], 1)
     factor = _ACCELERATOR if settings.device != "cpu" else 1
     weights = max(1, layers * sum(n * k for n, k in linears))
     samples = int(factor * _FORWARD_WORK / (weights * settings.window))
