@@ -50,8 +50,13 @@ LAZY: dict[str, set[str]] = {
         "transformers",
         "safetensors",
         "scipy",
+        "matplotlib",  # the plot of a quantisation's report, an extra
+        "pyarrow",  # calibration text in Parquet files, an extra
     },  # scipy: fitting the constants of a machine file, dev only
 }
+
+# Folders whose files may import a lazy library at their top, because commands import them inside functions.
+LATE: dict[str, tuple[str, ...]] = {"torch": ("tools/quantize/",), "safetensors": ("tools/quantize/",)}
 
 # Files and folders that may import a library nobody else may.
 SPECIAL: dict[str, tuple[str, ...]] = {
@@ -138,7 +143,9 @@ def _refused(path: str, package: str, item: Import) -> str:
         )
     if library in LAZY.get(package, ()):
         return (
-            "" if item.lazy or item.typing_only else f"{package} may import {library} inside functions only"
+            ""
+            if item.lazy or item.typing_only or path.startswith(LATE.get(library, ()) or "\0")
+            else f"{package} may import {library} inside functions only"
         )
     return f"{package} may import the standard library and {', '.join(sorted(THIRD_PARTY[package]))}"
 
