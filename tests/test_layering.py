@@ -183,6 +183,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "text": ("text", "parser", "printer"),
     "checking, rewriting, passes": ("checking", "pass_manager", "pipeline", "rewrite", "verify"),
     "execution": ("execution", "interpreter"),
+    "names of what is built on it": ("awq",),
 }
 
 # Imports inside functions, and those for annotations alone that point upwards: importing module -> imported.
