@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Final
 
-__all__ = ["AutoAWQForCausalLM"]  # noqa: F822  # loaded when it is asked for
+__all__ = ["AutoAWQForCausalLM"]  # loaded when it is asked for
 
 # By string: nothing in this package imports the packages built on it.
 _HOME: Final = "tyir.tools.quantize.autoawq"
