@@ -24,7 +24,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -37,6 +36,7 @@ from typing import Final
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.manifest import FORMAT, MANIFEST
+from tyir.process.files import load_json
 
 __all__ = ["check_target", "replacing"]
 
@@ -88,8 +88,8 @@ def check_target(target: Path, writes: Writes) -> None:
 def _ours(folder: Path) -> set[str] | None:
     """The files that a compile has written into a folder, by its manifest; None when it has written none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        manifest = load_json(folder / MANIFEST)
+    except (OSError, ValueError):
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None

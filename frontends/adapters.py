@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tyir.diagnostics import Diagnostic
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import quant, ty
-from tyir.frontends.checkpoint import Checkpoint, StoredTensor
+from tyir.frontends.checkpoint import TENSOR_FILES, Checkpoint, StoredTensor
 from tyir.frontends.weights import Emit, PlainFormat, WeightFormat, Weights
 from tyir.ir import Value
+from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, f32
 
-__all__ = ["CONFIG", "FILES", "LoraFormat", "base_folder", "merged", "no_base"]
+__all__ = ["CONFIG", "FILES", "LoraFormat", "base_folder", "base_of", "merged", "no_base"]
 
 CONFIG: Final = "adapter_config.json"
 FILES: Final = ("adapter_model.safetensors", "adapter_model.bin")
@@ -56,6 +57,24 @@ def base_folder(folder: Path, config: Mapping[str, Any], own_weights: bool) -> P
         return None
     places = (Path(name), folder / name, folder.parent / name)
     return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def base_of(folder: Path, base: Path | None = None) -> Path | None:
+    """The folder of the base model, `base` unless the adapter in `folder` says it; None where there is no
+    adapter.  `TyirError` when the base is not here, and for a `base` of what needs none.
+    """
+    if not (folder / CONFIG).is_file():
+        if base is not None:
+            raise TyirError(
+                f"{folder} is not a LoRA adapter: it holds no {CONFIG}",
+                help="leave --base out, or give the adapter's folder",
+            )
+        return None
+    config = read_json_object(folder / CONFIG, "restore it from where the adapter came from")
+    own = any((folder / name).exists() for name in TENSOR_FILES)
+    if (found := base or base_folder(folder, config, own)) is None:
+        raise TyirError(no_base(folder, config))
+    return found
 
 
 def merged(

@@ -19,17 +19,17 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
-from tyir.process.files import open_regular, parse_json
+from tyir.process.files import missing_hint, open_regular, parse_json
 from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
-__all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+__all__ = ["TENSOR_FILES", "Checkpoint", "StoredTensor", "no_checkpoint", "open_checkpoint"]
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 TORCH_FILE: Final = "pytorch_model.bin"
 TORCH_INDEX: Final = "pytorch_model.bin.index.json"
-_TENSOR_FILES: Final = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
+TENSOR_FILES: Final = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 
 # The element types of safetensors files by their names there.
@@ -264,6 +264,8 @@ def _stored_tensor(key: str, file: str, entry: Any, base: int) -> StoredTensor |
         )
     tensor_type = TensorType(tuple(shape), ELEMENTS[dtype])
     wanted = tensor_type.size * max(bit_width(tensor_type.element), 8) // 8
+    if wanted >= 2**63:
+        return f"tensor '{key}' has shape {str(shape)[:60]}, of more elements than any file holds"
     if stop - start != wanted:
         return (
             f"tensor '{key}' of shape {shape} and dtype {dtype} takes {wanted} bytes, its data_offsets span"
@@ -316,25 +318,16 @@ def _open_gguf(paths: Sequence[Path], problems: list[Diagnostic]) -> Checkpoint 
     return Checkpoint(folder, config, reader.tensors, reader.stamps, whole=bool(reader.stamps))
 
 
-def _no_folder(given: Path, folder: Path) -> Diagnostic:
-    """What is wrong with a place that is no folder."""
+def no_checkpoint(given: Path) -> Diagnostic:
+    """What is wrong with a place that is no folder, and what to do when it is a model of the hub."""
+    folder = given.absolute()
     if folder.exists():
         return Diagnostic(
-            f"checkpoint folder {folder} is a file, not a folder",
-            help=f"give the folder it lies in: {folder.parent}",
+            f"checkpoint folder {given} is a file, not a folder",
+            help=f"give the folder it lies in: {given.parent}",
         )
-    help = "give the folder that holds config.json and the *.safetensors files"
-    if (
-        not given.is_absolute()
-        and len(given.parts) == 2
-        and ".." not in given.parts
-        and not folder.parent.exists()
-    ):
-        help += (
-            f"; a model of the hub is downloaded first: hf download {given.as_posix()} --local-dir"
-            f" {given.name}"
-        )
-    return Diagnostic(f"checkpoint folder {folder} does not exist", help=help)
+    help = missing_hint(given) or "give the folder that holds config.json and the *.safetensors files"
+    return Diagnostic(f"checkpoint folder {given} does not exist", help=help)
 
 
 def open_checkpoint(folder: Path, problems: list[Diagnostic], base: Path | None = None) -> Checkpoint | None:
@@ -361,7 +354,7 @@ def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -
     config = reader.json_file(CONFIG, "restore it from where the adapter came from")
     if config is None:
         return None
-    found = base or base_folder(folder, config, any((folder / n).exists() for n in _TENSOR_FILES))
+    found = base or base_folder(folder, config, any((folder / n).exists() for n in TENSOR_FILES))
     if found is None:
         problems.append(no_base(folder, config))
         return None
@@ -378,7 +371,7 @@ def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -
 def _open_model(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
     """`open_checkpoint` of a whole model."""
     given, folder = folder, folder.absolute()
-    if not (folder.is_dir() and any((folder / n).exists() for n in _TENSOR_FILES)):
+    if not (folder.is_dir() and any((folder / n).exists() for n in TENSOR_FILES)):
         from tyir.frontends.gguf.files import gguf_model
 
         try:
@@ -388,7 +381,7 @@ def _open_model(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
             problems.extend(error.diagnostics)
             return None
     if not folder.is_dir():
-        problems.append(_no_folder(given, folder))
+        problems.append(no_checkpoint(given))
         return None
     reader = _Reader(folder, problems)
     config = reader.json_file(

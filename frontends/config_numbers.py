@@ -1,4 +1,4 @@
-"""The numbers of a config.json: finite, and within what their keys mean.
+"""The values of a config.json: numbers finite and within what their keys mean, the rest of the right kind.
 
 A checkpoint whose `rms_norm_eps` is NaN compiles as well as any other and answers nothing, so every family's
 numbers are looked at before a model is built.  What a key means is decided by its name, which families share;
@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic
@@ -28,6 +29,7 @@ class _Sense:
     holds: Callable[[float], bool]
     needed: str
     of_rope: bool = False  # only within a description of rotary embeddings
+    or_word: bool = False  # or a rule of the model's own, as `inv_sqrt_d_model`
 
 
 def _positive(value: float) -> bool:
@@ -42,6 +44,7 @@ _SENSES: Final = (
         r"query_pre_attn_scalar|.*_multiplier|logits?_scal(e|ing)|scale_(emb|depth)|softmax_scale|clip_qkv",
         _positive,
         "a number above 0",
+        or_word=True,
     ),
     _Sense(r"partial_rotary_factor|rotary_(pct|percent)", lambda v: 0 < v <= 1, "a number in 0..1, not 0"),
     _Sense(r"(short_|long_)?mscale.*", lambda v: v >= 0, "a number from 0 on", of_rope=True),
@@ -50,10 +53,41 @@ _SENSES: Final = (
         r"(vocab|hidden|intermediate|ffn_hidden)_size|(original_)?max_position_embeddings|head_dim"
         r"|num_(hidden_layers|attention_heads|key_value_heads|kv_heads)|n_(embd|layers?|heads?|positions|ctx|inner)"
         r"|d_model|ffn_dim|word_embed_proj_dim|rotary_dim|sliding_window",
-        lambda v: v >= 1 and v == int(v),
-        "a whole number from 1 on",
+        lambda v: 1 <= v < 2**31 and v == int(v),
+        "a whole number from 1 to 2^31 - 1",
     ),
 )
+
+
+# Of keys whose value all families understand alike; where null means the default it is one of the kinds.
+_NOTHING: Final = type(None)
+_FLAG: Final = ((bool, _NOTHING), "true or false")
+_TABLE: Final = ((dict, _NOTHING), "an object")
+_COUNT: Final = ((int, float, str), "a whole number from 1 to 2^31 - 1")  # what is no number has been said
+_SIZES: Final = ((int, float, str, list, _NOTHING), "a whole number from 1 to 2^31 - 1")
+_KINDS: Final[dict[str, tuple[tuple[type, ...], str]]] = {
+    "hidden_size": _COUNT,
+    "num_hidden_layers": _COUNT,
+    "vocab_size": _COUNT,
+    "intermediate_size": _SIZES,
+    "num_attention_heads": _SIZES,
+    "num_key_value_heads": _SIZES,
+    "head_dim": _SIZES,
+    "max_position_embeddings": _SIZES,
+    "tie_word_embeddings": _FLAG,
+    "quantization_config": _TABLE,
+    "auto_map": _TABLE,
+    "id2label": _TABLE,
+    "rope_parameters": _TABLE,
+    "rope_scaling": _TABLE,
+    "text_config": _TABLE,
+    "use_cache": _FLAG,
+    "use_sliding_window": _FLAG,
+    "hidden_act": ((str, _NOTHING), "a name"),
+    "layer_types": ((list, _NOTHING), "a list"),
+    "dtype": ((str, _NOTHING), "a name"),
+    "torch_dtype": ((str, _NOTHING), "a name"),
+}
 
 
 def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Diagnostic]:
@@ -64,6 +98,9 @@ def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Diagnosti
     for key, value in _scalars(config, ""):
         if (needed := _needed(config, key, value)) is not None:
             yield Diagnostic(f"'{key}' is {_said(value)}, {needed} is needed", where=where, help=_HELP)
+    for key, (kinds, needed) in _KINDS.items():
+        if key in config and not isinstance(config[key], kinds):
+            yield Diagnostic(f"'{key}' is {_said(config[key])}, {needed} is needed", where=where, help=_HELP)
     for name in ("rope_parameters", "rope_scaling"):
         entry = config.get(name)
         if isinstance(entry, dict):
@@ -86,7 +123,7 @@ def _needed(config: Mapping[str, Any], key: str, value: Any) -> str | None:
     """What the key needs instead of the value; None when the value will do."""
     *above, last = key.split(".")
     name, rope = last.partition("[")[0], any(p.startswith("rope_") for p in above)
-    sense = next((s for s in _SENSES if re.fullmatch(s.keys, name) and (rope or not s.of_rope)), None)
+    sense = _sense_of(name, rope)
     if not rope and any(p != "text_config" for p in above):
         sense = None  # a quantisation's or a vision tower's keys mean other things
     if name == "sliding_window" and config.get("use_sliding_window") is False:
@@ -96,9 +133,15 @@ def _needed(config: Mapping[str, Any], key: str, value: Any) -> str | None:
         return sense.needed if sense is not None else "a finite number"
     if sense is None or (isinstance(value, bool) and name.startswith("use_")):
         return None
-    if isinstance(value, str) and not _looks_like_a_number(value):
-        return None  # a rule of the model's own, as `inv_sqrt_d_model`
+    if sense.or_word and isinstance(value, str) and not _looks_like_a_number(value):
+        return None
     return None if number and sense.holds(value) else sense.needed
+
+
+@lru_cache(4096)
+def _sense_of(name: str, rope: bool) -> _Sense | None:
+    """What a key's numbers mean, where that is known; `rope`: it describes rotary embeddings."""
+    return next((s for s in _SENSES if re.fullmatch(s.keys, name) and (rope or not s.of_rope)), None)
 
 
 def _is_finite(value: float) -> bool:

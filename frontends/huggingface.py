@@ -32,6 +32,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.execution.finite import not_finite
+from tyir.frontends.architectures import architecture_problem
 from tyir.frontends.check_values import value_problems
 from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
 from tyir.frontends.config_numbers import config_problems
@@ -41,6 +42,7 @@ from tyir.frontends.quant_formats import quantized_format
 from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.layers import layer_in, path_of
+from tyir.process.progress import Bar
 from tyir.types import f64, i64
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ def import_model(
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
     base: Path | None = None,
+    progress: bool = False,
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
@@ -106,7 +109,8 @@ def import_model(
     all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
     frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
     for every prompt: keys in a cache cannot be turned again when it grows.  `base`: the folder of the base
-    model, when `folder` holds a LoRA adapter whose config does not say it.  `TyirError` holds every problem
+    model, when `folder` holds a LoRA adapter whose config does not say it.  `progress` shows on standard
+    error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
     """
     if dtype not in DTYPES:
@@ -114,7 +118,7 @@ def import_model(
             f"dtype {dtype!r} is not one a model can be imported in",
             help=f"choose one of {', '.join(DTYPES)}",
         )
-    with _collector_paused():
+    with _collector_paused(), Bar("import", 100, show=progress) as bar:
         opened = open_model(
             folder,
             dtype,
@@ -123,8 +127,9 @@ def import_model(
             plugin=plugin,
             positions=positions,
             base=base,
+            bar=bar,
         )
-        return _build(opened.checkpoint, opened.meta, opened.weights)
+        return _build(opened.checkpoint, opened.meta, opened.weights, bar)
 
 
 @contextlib.contextmanager
@@ -161,24 +166,27 @@ def open_model(
     plugin: ModelPlugin | None = None,
     positions: int | None = None,
     base: Path | None = None,
+    bar: Bar | None = None,
 ) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
+    bar = bar or Bar("import", 100)
+    bar.stage("reading the checkpoint", 2)
     problems: list[Diagnostic] = []
     checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
-    numbers: list[Diagnostic] = []
-    if checkpoint is not None:
-        numbers = list(config_problems(checkpoint.config, str(checkpoint.folder / "config.json")))
-        problems.extend(numbers)
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
+    if checkpoint is not None:
+        problems.extend(_early_problems(checkpoint, plugin))
+    # all else would follow from these, and takes the seconds that torch and transformers need to be loaded
     meta = (
-        _meta_model(checkpoint, dtype, problems, note, plugin, positions)
-        if checkpoint is not None and formats and not numbers  # which all else would follow from
+        _meta_model(checkpoint, dtype, problems, note, plugin, positions, bar)
+        if checkpoint is not None and not problems
         else None
     )
     if checkpoint is not None and meta is not None:
+        bar.stage("checking the tensors", 2)
         named = with_model_names(checkpoint, meta.aliases, note)
         if isinstance(named, Diagnostic):
             raise TyirError([*problems, named])
@@ -192,6 +200,27 @@ def open_model(
         raise TyirError(problems)
     assert checkpoint is not None and meta is not None
     return OpenedModel(checkpoint, meta, weights)
+
+
+def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Iterator[Diagnostic]:
+    """What config.json and the names of the tensors say alone is wrong."""
+    config, where = checkpoint.config, str(checkpoint.folder / "config.json")
+    yield from config_problems(config, where)
+    for problem in _size_problems(config):
+        yield Diagnostic(problem, where=where, help="restore the file, or correct the number")
+    if plugin is not None and plugin.model_class is not None:
+        return
+    if (unknown := architecture_problem(config, where)) is not None:
+        yield unknown
+    wanted = config.get("num_hidden_layers")
+    stored = len({layer_in(name) for name in checkpoint.tensors} - {None})
+    few = stored or len(checkpoint.tensors) < (wanted or 0)  # layers may have names of a kind not known here
+    if type(wanted) is int and stored < wanted and few and checkpoint.whole and not checkpoint.unreadable:
+        yield Diagnostic(
+            f"the checkpoint lacks layers: {stored} are stored, config.json asks for {wanted}",
+            where=str(checkpoint.folder),
+            help="download the missing files, or use the config.json that belongs to these weights",
+        )
 
 
 def formats_of(
@@ -231,6 +260,7 @@ def _meta_model(
     note: Note,
     plugin: ModelPlugin | None,
     positions: int | None,
+    bar: Bar,
 ) -> MetaModel | None:
     """The model without storage, None (and problems) when the config does not describe one that can be
     imported.
@@ -243,15 +273,10 @@ def _meta_model(
                 " plain attention, as transformers does"
             )
             note(Diagnostic(message, severity="warning", where=where))
-    before = len(problems)
-    problems.extend(
-        Diagnostic(problem, where=where, help="restore the file, or correct the number")
-        for problem in _size_problems(config)
-    )
-    if len(problems) > before:
-        return None
+    bar.stage("loading torch and transformers", 65)
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
+    bar.stage("building the model", 3)
     try:
         model_class = plugin.model_class if plugin is not None else None
         meta = build_meta_model(checkpoint.folder, dict(config), dtype, model_class, positions)
@@ -428,12 +453,15 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights) -> Module:
+def _build(checkpoint: Checkpoint, meta: MetaModel, weights: Weights, bar: Bar) -> Module:
     """Export the checked model and convert the graph."""
     from tyir.frontends.graph_importer import import_graph
     from tyir.frontends.torch_export import export_model, real_buffer
 
-    main = import_graph(export_model(meta), weights, lambda name: real_buffer(meta, name))
+    bar.stage("tracing the model", 22)
+    graph = export_model(meta)
+    bar.stage("converting the graph", 6)
+    main = import_graph(graph, weights, lambda name: real_buffer(meta, name))
     _check_constants(main, str(checkpoint.folder / "config.json"))
     module = Module.empty()
     for reference in weights.globals.values():

@@ -21,10 +21,10 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.frontends import attention_hook
+from tyir.frontends.architectures import architecture_problem
 from tyir.frontends.layer_reuse import layers_traced_once
 
 __all__ = [
@@ -40,8 +40,6 @@ __all__ = [
 ]
 
 DTYPES: Final = {"f16": torch.float16, "f32": torch.float32}
-TESTED: Final = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
-_ENDINGS: Final = ("ForCausalLM", "LMHeadModel")  # how transformers calls causal language models
 WRAPPER_PREFIX: Final = "model_."  # what `_LogitsOnly` puts before every module path
 _EXAMPLE_LENGTH: Final = 16
 # How weights are stored is the front end's business: the model is built as if they were not quantised.
@@ -111,46 +109,6 @@ def _summary(error: BaseException) -> str:
     return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or not text else text
 
 
-def _check_architecture(folder: Path, raw: dict[str, Any]) -> None:
-    """`TyirError` unless transformers itself knows the architecture as a causal language model."""
-    known = {
-        n: k
-        for k, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-        for n in ((names,) if isinstance(names, str) else names)
-    }
-    architectures = raw.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise TyirError(
-            "config.json names no architecture",
-            where=str(folder / "config.json"),
-            help=f'add "architectures": ["..."]; tested: {", ".join(TESTED)}',
-        )
-    name = architectures[0]
-    if name not in known or not name.endswith(_ENDINGS):
-        hint = did_you_mean(name, [n for n in known if n.endswith(_ENDINGS)])
-        raise TyirError(
-            f"architecture {name} is not a causal language model that can be imported",
-            where=str(folder / "config.json"),
-            help=(
-                f"supported: {', '.join(TESTED)}, and other decoder models of transformers made of the"
-                " same ops"
-            )
-            + (
-                "; code in the folder is not run: give the class with --model-plugin"
-                if raw.get("auto_map")
-                else f"; {hint}"
-                if hint
-                else ""
-            ),
-        )
-    if raw.get("model_type") != known[name]:
-        message = (
-            f"config.json is inconsistent: model_type is {raw.get('model_type')!r} but {name} belongs to"
-            f" {known[name]!r}"
-        )
-        raise TyirError(message, where=str(folder / "config.json"), help=f'set "model_type": "{known[name]}"')
-
-
 def _check_rope(folder: Path, raw: dict[str, Any]) -> None:
     """`TyirError` for a kind of rotary scaling that transformers does not know."""
     known = ("default", *ROPE_INIT_FUNCTIONS)
@@ -181,8 +139,6 @@ def build_meta_model(
 
     Code inside the folder is never executed.  `TyirError` when the model cannot be built.
     """
-    if model_class is None:
-        _check_architecture(folder, raw)
     _check_rope(folder, raw)
     attention_hook.install()
     settings = {"dtype": DTYPES[dtype], "attn_implementation": attention_hook.IMPLEMENTATION}
@@ -256,7 +212,8 @@ def build_plain_model(folder: Path, model_class: type[Any] | None = None, base: 
     with _quiet():
         if model_class is not None:
             return model_class._from_config(_config(raw, model_class), **settings).eval()
-        _check_architecture(folder, raw)
+        if (problem := architecture_problem(raw, str(folder / "config.json"))) is not None:
+            raise TyirError(problem)
         return transformers.AutoModelForCausalLM.from_config(
             _config(raw), trust_remote_code=False, **settings
         ).eval()

@@ -13,7 +13,7 @@ weights it takes as they are, and before kv-materialize and partition-dies, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +25,23 @@ from tyir.manifest import record, recorded
 from tyir.passes._parameters import ParameterUses
 from tyir.pipeline import Pass, PassContext
 
-__all__ = ["QuantizeWeights"]
+__all__ = ["QuantizeWeights", "decoder_linears", "largest_group_size"]
+
+
+def decoder_linears(op: Op) -> list[Linear]:
+    """The linears of decoder layers whose weights are known when the model is compiled."""
+    known = {use.user for use in ParameterUses(op) if use.index == 1}
+    return [linear for linear in op.walk_type(Linear) if linear in known and layer_of(linear) is not None]
+
+
+def largest_group_size(channels: Iterable[int], most: int) -> int:
+    """The largest size of groups, `most` at most, that divides all these numbers of input channels.
+
+    >>> largest_group_size([160, 352], 128)
+    32
+    """
+    common = math.gcd(*channels)
+    return max(d for d in range(1, max(min(most, common), 1) + 1) if common % d == 0)
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,7 @@ class QuantizeWeights(Pass):
             by_channels.setdefault(tensor_type(linear.weight).static_shape[1], []).append(linear)
         bad = {k: some for k, some in by_channels.items() if self.group_size < 1 or k % self.group_size}
         if bad:
-            common = math.gcd(*by_channels)
-            nearest = max(d for d in range(1, max(min(self.group_size, common), 1) + 1) if common % d == 0)
+            nearest = largest_group_size(by_channels, self.group_size)
             raise TyirError(
                 Diagnostic(
                     f"group size {self.group_size} does not divide the {k} input channels of"

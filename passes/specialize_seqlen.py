@@ -39,7 +39,8 @@ def check_seqlens(seqlens: Sequence[int], capacity: int) -> None:
         )  # fmt: skip
         raise TyirError(
             f"sequence lengths {','.join(map(str, seqlens))}: {what}",
-            help=f"use seqlens={','.join(map(str, wanted))}",
+            help=f"use seqlens={','.join(map(str, wanted))}"
+            + (f", or max-kv={max(seqlens)}" if max(seqlens) > capacity else ""),
         )
 
 

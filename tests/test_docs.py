@@ -108,7 +108,10 @@ def unknown_parts(command: str) -> list[str]:
     return unknown
 
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md")),
+]
 # Commands with passes of the reader's own; tests/test_writing_passes.py runs them.
 OWN_COMMANDS = ("writing-passes.md",)
 

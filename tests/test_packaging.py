@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the checkout, built from a copy: a build in place keeps deleted modules in `build/lib`."""
     copy = tmp_path_factory.mktemp("wheel") / "tyir"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "_build_backend.py"):
         shutil.copy(ROOT / name, copy)
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -51,6 +51,52 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip(["wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist)], copy)
     (built,) = dist.glob("*.whl")
     return built
+
+
+@pytest.mark.parametrize(
+    "imported",
+    ["from tyir import build_and_compile_llm", "import tyir.passes.cse", "from tyir.tools import cli"],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_editable_install_is_found_beside_its_clone(
+    editable: Path, imported: str, beside: bool, tmp_path: Path
+) -> None:
+    """A folder called `tyir` in the current one, the clone itself or another, does not hide the package."""
+    place = editable.parents[2] if beside else tmp_path
+    (place / "tyir").mkdir(exist_ok=True)
+    done = subprocess.run([editable, "-c", imported], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_editable_install_sees_new_files(editable: Path, tmp_path: Path) -> None:
+    for package in ("passes", "tyir"):
+        new = editable.parents[2] / "tyir" / package / "appeared.py"
+        new.write_text("HERE = 1\n")
+        name = "tyir.appeared" if package == "tyir" else f"tyir.{package}.appeared"
+        done = subprocess.run([editable, "-c", f"import {name}"], cwd=tmp_path, capture_output=True)
+        new.unlink()
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of an environment with an editable install of a clone called `tyir` beside it."""
+    folder = tmp_path_factory.mktemp("editable")
+    copy = folder / "tyir"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "_build_backend.py"):
+        shutil.copy(ROOT / name, copy)
+    for name in (*FOLDERS.values(), "src"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = folder / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    (site,) = environment.glob("lib/python*/site-packages")
+    libraries = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "zz_libraries.pth").write_text("\n".join(libraries) + "\n", encoding="utf-8")
+    options = ["--no-deps", "--no-build-isolation", "--no-compile", "--ignore-installed"]
+    pip(["--python", str(python), "install", *options, "-e", str(copy)], folder)
+    return python
 
 
 def pip(arguments: list[str], folder: Path) -> None:

@@ -1,57 +1,31 @@
-"""The worked example of docs/writing-passes.md: its files are written, its commands run, what they print is
-what the page says.
-"""
+"""The pattern of docs/writing-passes.md; its commands are run by `tests/test_console_blocks.py`."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
-import re
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.console_blocks import read_page
 from tyir.pass_manager.registry import load_module_file
 from tyir.registry import unload_dialect
 from tyir.rewrite import rewrite_greedily
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/writing-passes.md").read_text(encoding="utf-8")
-FILES = re.findall(r"^```\w+ file=(\S+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    part.partition("\n")
-    for block in re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
-]
+FILES = read_page(PAGE, "writing-passes.md").files
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for name, text in FILES:
+    for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     unload_dialect("mine")
     for name in ("mine", "clamp_silu", "patterns"):
         sys.modules.pop(name, None)
-
-
-def test_the_page_has_files_and_commands() -> None:
-    assert [name for name, _ in FILES] == ["mine.py", "clamp_silu.py", "in.ir", "patterns.py"]
-    assert len(COMMANDS) == 4
-
-
-@pytest.mark.parametrize("command, _, expected", COMMANDS, ids=range(len(COMMANDS)))
-def test_commands_print_what_the_page_says(folder: Path, command: str, _: str, expected: str) -> None:
-    words = shlex.split(command)
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-        code = importlib.import_module("tyir.tools." + words[0].replace("-", "_")).main(words[1:])
-    assert shown.getvalue() == expected
-    assert code == ("error:" in expected)
 
 
 def test_the_pattern(folder: Path) -> None:

@@ -7,14 +7,16 @@ script changes one import.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.manifest import BuildOptions, settled
+from tyir.process.files import missing_hint
 from tyir.process.stopwatch import Stopwatch
+from tyir.tools.build_arguments import AUTO
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
@@ -96,16 +98,21 @@ def compile_path(
         load_machine(machine)
     positions = None
     if model.is_dir() or model.suffix != ".ir":  # a module may have settled its options
-        wanted = options if isinstance(options, BuildOptions) else BuildOptions(**options)
+        from tyir.tools.estimate.plan import settle_group_size
+
+        given = asdict(options) if isinstance(options, BuildOptions) else options
+        options = settle_group_size(model, given)
+        wanted = BuildOptions(**{**options, "group_size": _number_of(options)})
         check_options(wanted)
         chosen.check_target(out / f"{wanted.dies}die")
         positions = wanted.max_kv
     watch = watch or Stopwatch()
     with watch.stage("import"):
-        module = load_module(model, plugin, warn, positions, base)
+        module = load_module(model, plugin, warn, positions, base, progress)
     if awq_table is not None:
         with watch.stage("awq"):
             options = quantize_by_table(module, awq_table, options)
+    options = _with_group_size(options, module)
     wanted = settled(options, module)
     check_options(wanted)
     _warn_about_positions(module, wanted, warn)
@@ -185,12 +192,33 @@ def quantize_by_table(
     return {**options, "weights": "awq"}
 
 
+def _number_of(options: Mapping[str, Any]) -> int:
+    """The group size, or a stand-in for `auto` where only the imported model can tell."""
+    size = options.get("group_size", BuildOptions.group_size)
+    return BuildOptions.group_size if size == AUTO else size
+
+
+def _with_group_size(options: BuildOptions | Mapping[str, Any], module: Module) -> Any:
+    """Options whose group size is a number, where `auto` stood that of the module's linears."""
+    from tyir.dialects.ty import tensor_type
+    from tyir.passes.quantize_weights import decoder_linears, largest_group_size
+
+    if isinstance(options, BuildOptions) or options.get("group_size") != AUTO:
+        return options
+    found = {key: value for key, value in options.items() if key != "group_size"}
+    channels = {tensor_type(linear.weight).static_shape[1] for linear in decoder_linears(module)}
+    if channels and found.get("weights") == "int4":
+        found["group_size"] = largest_group_size(channels, BuildOptions.group_size)
+    return found
+
+
 def load_module(
     model: Path,
     plugin: ModelPlugin | None = None,
     warn: Callable[[str], None] = _silent,
     positions: int | None = None,
     base: Path | None = None,
+    progress: bool = False,
 ) -> Module:
     """The module of a checkpoint folder or of an `.ir` file.
 
@@ -200,16 +228,19 @@ def load_module(
         from tyir.frontends.huggingface import import_model
 
         return import_model(
-            model, note=lambda d: warn(d.message), plugin=plugin, positions=positions, base=base
+            model,
+            note=lambda d: warn(d.message),
+            plugin=plugin,
+            positions=positions,
+            base=base,
+            progress=progress,
         )
     if not model.exists():
-        raise TyirError(
-            f"{model} does not exist",
-            help="give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt",
-        )
+        hub = "give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"
+        raise TyirError(f"{model} does not exist", help=missing_hint(model) or hub)
     from tyir.parser import parse_file
     from tyir.printer import has_elided_constants
-    from tyir.verify import verify
+    from tyir.verifier import verify
 
     module = parse_file(model)
     if has_elided_constants(module):

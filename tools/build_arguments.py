@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Final
 
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import whole_number
 
-__all__ = ["add_base_option", "add_build_options", "numbers"]
+__all__ = ["AUTO", "add_base_option", "add_build_options", "numbers"]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -26,7 +27,18 @@ def numbers(text: str) -> tuple[int, ...]:
             ) from None
         except argparse.ArgumentTypeError as error:
             raise TyirError(str(error), help="write a list such as 1,8") from None
+    if not values:
+        raise TyirError(
+            f"'{text}' is an empty list", help="write a list such as 1,8, or leave the option out"
+        )
     return tuple(values)
+
+
+AUTO: Final = "auto"
+
+
+def _group_size(text: str) -> int | str:
+    return AUTO if text == AUTO else whole_number(text)
 
 
 def add_base_option(parser: argparse._ActionsContainer) -> None:
@@ -72,5 +84,11 @@ def add_build_options(parser: argparse._ActionsContainer) -> None:
         ),
     )
     parser.add_argument(
-        "--group-size", type=int, metavar="N", help="input channels per int4 scale (default 128)"
+        "--group-size",
+        type=_group_size,
+        metavar="N",
+        help=(
+            "input channels per int4 scale (default 128); auto: the largest up to 128 that divides the input"
+            " channels of all decoder linears"
+        ),
     )

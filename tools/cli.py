@@ -13,9 +13,13 @@ gives `main(argv: Sequence[str] | None = None) -> int` (None: the process's argu
 * turns anything else into "internal error ... this is a bug" and exit code 1,
 * works with its standard streams closed or full and in any locale, and keeps the libraries it loads from
   starting more threads than the system gives (`tyir.process`),
+* keeps the warnings of other libraries out of what a command says (`-v` lets them through),
 * with `--debug` anywhere among the arguments shows the Python traceback instead of hiding it.
 
-argparse's own exits (`--help` 0, wrong usage 2) pass through as return values.
+`ToolParser` gives every command `--version`, `-q`, `-v` and `--debug`, and answers what it does not know with
+what was probably meant (`tyir.tools.commands.unknown`).  A command says things on standard error by `warn`
+(always), `note` (not with `-q`) and `detail` (with `-v`), and prints a result by `print` or, with `--json`,
+by `tyir.tools.commands.json_forms.print_json`.
 """
 
 from __future__ import annotations
@@ -25,28 +29,47 @@ import functools
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 
 __all__ = [
+    "EXIT_CODES",
     "Terminated",
     "ToolMain",
     "ToolParser",
-    "add_debug_option",
+    "add_json_option",
+    "check_output",
+    "detail",
+    "note",
+    "quiet",
     "read_stdin",
     "run_tool",
     "warn",
     "whole_number",
     "write_output",
 ]
+
+# What a command's exit code means; docs/json.md is written from this.
+EXIT_CODES: Final = {
+    0: "done; everything that was to be written is written",
+    1: "`error: ...` on standard error, with a cure: a wrong file, argument or IR, a check that failed"
+    " (`tyir-verify`, `tyir-opt --verify-diagnostics`), or what the system refuses (memory, space,"
+    " permission, a closed standard output); `internal error` is a bug of tyir",
+    129: "the terminal was closed (SIGHUP)",
+    130: "interrupted (Ctrl-C, SIGINT)",
+    141: "nobody reads standard output any more (a pager that was closed)",
+    143: "terminated (SIGTERM)",
+}
 
 
 class ToolMain(Protocol):
@@ -66,6 +89,8 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
 
             adopt_streams()
             limit_threads()
+            if not {"-v", "--verbose"}.intersection(sys.argv[1:]):
+                _quieten_libraries()
         arguments = list(sys.argv[1:] if argv is None else argv)
         try:
             try:
@@ -161,18 +186,24 @@ def _report(error: BaseException, debug: bool) -> int:
     return _say(trace or _internal_error(error), 1)
 
 
-def add_debug_option(parser: argparse.ArgumentParser) -> None:
-    """The `--debug` flag, for the help text; `run_tool` itself looks for it."""
-    parser.add_argument("--debug", action="store_true", help="show Python tracebacks")
+def _quieten_libraries() -> None:
+    """Keep warnings meant for who programs with a library from who runs a command; `-W` and the libraries'
+    own variables still decide.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns on every fork otherwise
 
 
 def read_stdin() -> str:
     """The text on standard input; `TyirError` when there is none, or when it is not UTF-8."""
     from tyir.process.streams import read_input
-    from tyir.text.source_file import decode_source
+    from tyir.text.source_file import MAX_SOURCE, decode_source
 
     try:
-        data = read_input()
+        data = read_input(MAX_SOURCE)
     except OSError as error:
         raise TyirError(
             f"cannot read standard input: {error.strerror}", help="give a file, or pipe the text in"
@@ -180,26 +211,94 @@ def read_stdin() -> str:
     return decode_source(data, "<stdin>")
 
 
+# ------------------------------------------------------------------------------------------ saying things
+
+_level = 0  # of the command that runs: -1 with -q, 1 with -v
+
+
 def warn(message: str) -> None:
     """A warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}", 0)
+
+
+def note(message: str) -> None:
+    """What a command did, on stderr; `-q` leaves it out."""
+    if _level >= 0:
+        print(message, file=sys.stderr)
+
+
+def detail(message: str) -> None:
+    """What only `-v` asks for, on stderr."""
+    if _level > 0:
+        print(message, file=sys.stderr)
+
+
+def quiet() -> bool:
+    """Whether `-q` was given: no progress, no notes."""
+    return _level < 0
+
+
+_COLOURS: Final = {"error": "1;31", "internal error": "1;31", "warning": "1;33", "help": "1;36"}
+_KIND: Final = re.compile(r"^((?:[^\s:]+:\d+:\d+: )?)(error|internal error|warning|help)(?=: )", re.MULTILINE)
 
 
 def _say(message: str, code: int) -> int:
-    print(message.rstrip("\n"), file=sys.stderr)
+    message = message.rstrip("\n")
+    if _has_colours():
+        message = _KIND.sub(lambda m: f"{m[1]}\x1b[{_COLOURS[m[2]]}m{m[2]}\x1b[0m", message)
+    print(message, file=sys.stderr)
     return code
+
+
+def _has_colours() -> bool:
+    """On a terminal that has them, unless NO_COLOR says otherwise (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stderr.isatty()
 
 
 def _internal_error(error: BaseException) -> str:
     """One paragraph: what happened, where, and what to do."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    text = str(error).splitlines()[0][:300] if str(error) else ""
+    text = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+    own = [frame for frame in frames if _is_users(frame.filename)]
+    if own:
+        line = f": {own[-1].line}" if own[-1].line else ""
+        return (
+            Diagnostic(
+                text,
+                where=f"{own[-1].filename}:{own[-1].lineno}:1",
+                excerpt=f"in {own[-1].name}{line}",
+                help="this is in a file of yours; --debug shows the whole traceback",
+            ).render()
+            + notes
+        )
+    place = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return (
-        f"internal error: {type(error).__name__}: {text}{place}{notes}\n"
+        f"internal error: {text}{place}{notes}\n"
         "this is a bug in tyir, not in your input; run again with --debug for the traceback and report it"
+        " with what tyir doctor prints"
     )
+
+
+def _is_users(file: str) -> bool:
+    """Whether code stands in a file of the user's: neither tyir's, nor a library's, nor Python's."""
+    import sysconfig
+
+    if file.startswith("<"):
+        return False
+    ours = [p for name in _PACKAGES if (module := sys.modules.get(name)) for p in module.__path__]
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    libraries += [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    real = Path(os.path.realpath(file))
+    return not any(real.is_relative_to(os.path.realpath(folder)) for folder in (*ours, *libraries))
+
+
+_PACKAGES: Final = (
+    "tyir",
+    *(f"tyir.{n}" for n in ("passes", "frontends", "backends", "runtime_sim", "tools")),
+)
+
+# ------------------------------------------------------------------------------------------------ arguments
 
 
 def whole_number(text: str) -> int:
@@ -221,46 +320,161 @@ def number(text: str) -> float:
     return value
 
 
-class ToolParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `TyirError`s; flags are never abbreviated.
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes longer than everything else here."""
 
-    Exit code 1, in the style of all other messages.  Numbers of kinds `int` and `float` are bounded.
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        from importlib.metadata import version
+
+        print(f"tyir {version('tyir')}")
+        parser.exit()
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `TyirError`s; flags are never abbreviated and may stand between
+    files.
+
+    Exit code 1, in the style of all other messages.  Numbers of kinds `int` and `float` are bounded.  Every
+    parser has `--version`, `-q`, `-v` and `--debug`.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, exit_on_error=False, **options)
         self.register("type", int, whole_number)
         self.register("type", float, number)
+        common = self.add_argument_group("options of every command")
+        common.add_argument(
+            "-q", "--quiet", action="store_true", help="no progress and no notes; warnings and errors stay"
+        )
+        common.add_argument(
+            "-v",
+            "--verbose",
+            action="store_true",
+            help="also say what is done meanwhile, and what libraries say",
+        )
+        common.add_argument("--debug", action="store_true", help="show Python tracebacks")
+        common.add_argument("--version", action=_Version, nargs=0, help="print the version")
+
+    def format_help(self) -> str:
+        """The help, with what every command has at the end."""
+        groups = self._action_groups
+        groups.sort(key=lambda group: group.title == "options of every command")
+        return super().format_help()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The arguments; `TyirError` with the cure of what is wrong with them."""
+        words = list(sys.argv[1:] if args is None else args)
+        self.refuse_unknown(words)
+        found, rest = self.parse_known_intermixed_args(words, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        self.said(found)
+        return found
+
+    def said(self, found: argparse.Namespace) -> None:
+        """How much the command says from now on."""
+        global _level
+        _level = -1 if found.quiet else 1 if found.verbose else 0
+        if found.verbose or "tyir.process.progress" in sys.modules:
+            from tyir.process.progress import lines_in_pipes
+
+            lines_in_pipes(found.verbose)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, whose complaints about one argument are said with what that argument is for."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            from tyir.tools.commands.unknown import wrong_value
+
+            raise wrong_value(self, error) from None
+
+    def refuse_unknown(self, words: Sequence[str]) -> None:
+        """`TyirError` for all flags that the parser does not have, before it misses what they stand for."""
+        unknown = [word for word in self._flags(words) if not self._knows(word)]
+        if unknown:
+            from tyir.tools.commands.unknown import unknown_options
+
+            raise unknown_options(self, unknown)
+
+    def _flags(self, words: Sequence[str]) -> Iterator[str]:
+        """The words that argparse takes for flags."""
+        for word in words:
+            if word == "--":
+                return
+            if word[:1] == "-" and len(word) > 1 and " " not in word and not re.match(r"-\.?\d", word):
+                yield word
+
+    def _knows(self, flag: str) -> bool:
+        known = self._option_string_actions
+        return flag.partition("=")[0] in known or (flag[1] != "-" and flag[:2] in known)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The value of an option may be `--`, of which Python before 3.13 makes an empty list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
-        raise TyirError(f"{self.prog}: {message}", help=f"{self.prog} --help lists the options")
+        from tyir.tools.commands.unknown import wrong_usage
+
+        raise wrong_usage(self, message)
 
 
-def write_output(text: str, path: str) -> None:
-    """Write text to a file, which appears complete or not at all, or to standard output for `-`.
+def add_json_option(parser: argparse._ActionsContainer, what: str = "print the result as JSON") -> None:
+    """`--json`, spelled alike everywhere; what is printed is described in docs/json.md."""
+    parser.add_argument("--json", action="store_true", help=f"{what} (docs/json.md)")
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def check_output(path: str) -> None:
+    """`TyirError` for a place where no file can be written, before the seconds of work."""
+    if path == "-":
+        return
+    if Path(path).is_dir():
+        raise TyirError(f"{path} is a folder", help=f"give a file name, such as {Path(path) / 'model.ir'}")
+    above = next(p for p in Path(os.path.abspath(path)).parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise TyirError(
+            f"cannot write {path}: {above} is a file, not a folder", help="write to another folder"
+        )
+    if not os.access(above, os.W_OK | os.X_OK) and not Path(path).exists():
+        raise TyirError(
+            f"cannot write {path}: nothing may be written to {above}",
+            help="give yourself the permission, or write somewhere else",
+        )
+
+
+def write_output(text: str | bytes, path: str) -> None:
+    """Write to a file, which appears complete or not at all and whose folders are made, or to standard output
+    for `-` (text alone).
 
     `TyirError` when it cannot be written.
     """
+    data = text.encode() if isinstance(text, str) else text
     if path == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(data.decode())
         return
+    check_output(path)
     target = Path(os.path.realpath(path))  # a link stays a link
-    if target.exists() and not target.is_file():
-        _write_through(text, target)
-        return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)  # a device or a pipe must be written to, never replaced
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
         os.replace(temporary, target)
     except OSError as error:
-        raise TyirError(f"cannot write {path}: {error.strerror}") from None
+        raise TyirError(f"cannot write {path}: {error.strerror}", help=_cure(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write_through(text: str, target: Path) -> None:
-    """A device or a pipe must be written to, never replaced."""
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TyirError(f"cannot write {target}: {error.strerror}") from None
+def _cure(error: OSError) -> str:
+    from tyir.process.system_errors import system_error
+
+    found = system_error(error)
+    return (found.help if found is not None else "") or "write somewhere else"

@@ -52,7 +52,7 @@ _TIMED = {
     "read, verify and print IR": """
 from tyir.parser import parse_module
 from tyir.printer import print_op
-from tyir.verify import verify
+from tyir.verifier import verify
 from tyir.frontends.huggingface import import_model
 text = print_op(import_model(model))
 begin = time.process_time()
@@ -79,7 +79,7 @@ print(time.process_time() - begin)
 """,
     "import tyir": """
 begin = time.process_time()
-import tyir.parser, tyir.printer, tyir.verify, tyir.pipeline
+import tyir.parser, tyir.printer, tyir.verifier, tyir.pipeline
 print(time.process_time() - begin)
 """,
 }  # fmt: skip

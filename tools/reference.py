@@ -1,4 +1,5 @@
-"""Writes the reference documentation from the declarations: `docs/ops.md` and `docs/passes.md`.
+"""Writes the reference documentation from the declarations: `docs/ops.md`, `docs/passes.md` and
+`docs/json.md`.
 
     python -m tyir.tools.reference            (in the checkout)
 
@@ -22,18 +23,17 @@ from tyir.registry import dialect_names, dialect_ops
 from tyir.stages import STAGES
 from tyir.text.attribute_printer import attribute_text
 from tyir.tools.cli import ToolParser, run_tool, write_output
+from tyir.tools.commands.json_page import json_reference
 
-__all__ = ["main", "ops_reference", "passes_reference"]
+__all__ = ["HEAD", "main", "ops_reference", "passes_reference"]
 
-_HEAD = "<!-- written by python -m tyir.tools.reference; do not edit -->\n"
+HEAD = "<!-- written by python -m tyir.tools.reference; do not edit -->\n"
 
 
 def ops_reference() -> str:
     """The Markdown of all dialects that come with tyir."""
     dialects = [name for name in dialect_names() if dialect_ops(name) and _is_own(dialect_ops(name))]
-    parts = [
-        _HEAD + "# Ops\n\nEvery op as declared; how to declare one: [tyir/README.md](../tyir/README.md)."
-    ]
+    parts = [HEAD + "# Ops\n\nEvery op as declared; how to declare one: [tyir/README.md](../tyir/README.md)."]
     parts.append("Dialects: " + ", ".join(f"[{name}](#{name})" for name in dialects))
     for name in dialects:
         ops = dialect_ops(name)
@@ -86,8 +86,7 @@ def passes_reference() -> str:
     """The Markdown of all passes and named pipelines."""
     registry = PassRegistry()
     parts = [
-        _HEAD
-        + "# Passes\n\nEvery pass as declared; how to write one: [writing-passes.md](writing-passes.md)."
+        HEAD + "# Passes\n\nEvery pass as declared; how to write one: [writing-passes.md](writing-passes.md)."
     ]
     for name in registry.names():
         cls = registry.find(name)
@@ -151,6 +150,7 @@ def main(argv: Sequence[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_output(ops_reference(), str(args.out / "ops.md"))
     write_output(passes_reference(), str(args.out / "passes.md"))
+    write_output(HEAD + json_reference(), str(args.out / "json.md"))
     return 0
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +18,9 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
 from tyir.text.json_files import json_object
+from tyir.tools.run.tokenizer_limits import MAX_BYTES, tokenizer_problem
 
-__all__ = ["files_of", "load_tokenizer"]
+__all__ = ["files_of", "load_tokenizer", "tokenizing"]
 
 _WHOLE: Final = "tokenizer.json"
 _VOCABULARIES: Final = (_WHOLE, "tokenizer.model", "vocab.json")
@@ -37,6 +39,9 @@ def load_tokenizer(source: Artifacts | Path) -> Any:
     """
     path, find = files_of(source)
     found = {name: data for name in (*_DATA, *_SETTINGS) if (data := find(name)) is not None}
+    whole = tokenizer_problem(found[_WHOLE]) if _WHOLE in found else None
+    if whole is not None:
+        raise TyirError(f"{path / _WHOLE} cannot be used: {whole}", help=_NO_HELP)
     if not any(name in found for name in _VOCABULARIES):
         raise TyirError(
             f"{path} holds no tokenizer",
@@ -71,13 +76,27 @@ def _read(copy: Path, path: Path) -> Any:
     reason = ""
     for each in classes:
         try:
-            tokenizer = each.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
-            tokenizer("")["input_ids"]
-            return tokenizer
-        except Exception as error:  # transformers and tokenizers raise whatever the data led them to
-            line = (str(error).splitlines() or [""])[0][:200].replace(str(copy), str(path))
-            reason = reason or f"{type(error).__name__}: {line}"
-    raise TyirError(f"transformers cannot read the tokenizer of {path}: {reason}", help=_NO_HELP)
+            with tokenizing(f"cannot read the tokenizer of {path}"):
+                tokenizer = each.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
+                tokenizer("")["input_ids"]
+                return tokenizer
+        except TyirError as error:
+            reason = reason or error.diagnostics[0].message.replace(str(copy), str(path))
+    raise TyirError(reason, help=_NO_HELP)
+
+
+@contextmanager
+def tokenizing(what: str) -> Iterator[None]:
+    """`TyirError` that transformers `what` ("cannot read .."), for whatever a tokenizer's data leads its
+    library to: exceptions of all kinds, and panics, which are none.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        line = (str(error).splitlines() or [""])[0][:200]
+        raise TyirError(f"transformers {what}: {type(error).__name__}: {line}", help=_NO_HELP) from None
 
 
 def files_of(source: Artifacts | Path) -> tuple[Path, Find]:
@@ -89,6 +108,9 @@ def files_of(source: Artifacts | Path) -> tuple[Path, Find]:
 
     def find(name: str) -> bytes | None:
         file = folder.find(name)
+        if file is not None and file.size > MAX_BYTES:
+            message = f"{file.path} has {file.size} bytes, more than the {MAX_BYTES} such a file may have"
+            raise TyirError(message, help="restore the file of the original model")
         return file.read() if file is not None else None
 
     return folder.path, find

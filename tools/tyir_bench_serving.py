@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.session.serving import Server
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from tyir.runtime_sim.session.serving import poisson, read_trace, serve, summary, text_block
 
     _check_positive(args)
@@ -37,15 +37,14 @@ def main(argv: Sequence[str]) -> int:
     )
     server, note = _server(args)
     figures = summary(serve(requests, server, max_concurrency=args.max_concurrency), slos)
-    print(text_block(figures))
-    print(note)
+    whole = {"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}
+    if args.json:
+        print(json.dumps(whole, indent=1))
+    else:
+        print(text_block(figures))
+        print(note)
     if args.result:
-        write_output(
-            json.dumps(
-                {"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}, indent=1
-            ),
-            str(args.result),
-        )
+        write_output(json.dumps(whole, indent=1), str(args.result))
     return 0
 
 
@@ -114,7 +113,7 @@ def _slos(items: Sequence[str]) -> dict[str, float]:
     return slos
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-bench-serving",
         description=(
@@ -165,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "--machine", metavar="NAME|FILE", help="machine to simulate (default: the one compiled for)"
     )
     parser.add_argument("--result", type=Path, metavar="FILE", help="also write everything as JSON")
-    add_debug_option(parser)
+    add_json_option(parser, "print everything as JSON, by vLLM's names")
     return parser
 
 

@@ -7,28 +7,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.tools.build_arguments import add_base_option, add_build_options, numbers
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn
 
-__all__ = ["main", "numbers"]
+if TYPE_CHECKING:
+    from tyir.process.stopwatch import Stopwatch
+    from tyir.tools.commands.json_forms import Artifacts
+
+__all__ = ["main", "make_parser", "numbers"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
     options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
     if args.plan:
-        return print_plan(args.model, BuildOptions(**options))
+        return print_plan(args.model, options, args.base, as_json=args.json)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch()
@@ -64,24 +69,52 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
-    print(target)
+    if args.json:
+        from tyir.tools.commands.json_forms import print_json
+
+        print_json(_facts(target, watch))
+    else:
+        print(target)
     return 0
 
 
-def print_plan(model: Path, options: BuildOptions) -> int:
-    """Print the plan of a compile; 1 when something does not fit."""
-    from tyir.tools.api import check_options
-    from tyir.tools.estimate.plan import make_plan
+def _facts(target: Path, watch: Stopwatch) -> Artifacts:
+    from tyir.manifest import Manifest
+    from tyir.tools.commands.json_forms import Artifacts, Stage
 
+    manifest = Manifest.load(target, check=False)
+    return Artifacts(
+        artifacts=str(target),
+        files=len(manifest.files) + 1,
+        bytes=sum(f.stat().st_size for f in target.rglob("*") if f.is_file()),
+        options=asdict(manifest.options),
+        seconds=sum(s.seconds for s in watch.stages),
+        stages=tuple(Stage(s.name, s.seconds, s.peak_mib) for s in watch.stages),
+    )
+
+
+def print_plan(
+    model: Path, given: Mapping[str, Any], base: Path | None = None, *, as_json: bool = False
+) -> int:
+    """Print the plan of a compile; `TyirError` when something does not fit."""
+    from tyir.tools.api import check_options
+    from tyir.tools.estimate.plan import make_plan, settle_group_size
+
+    options = BuildOptions(**settle_group_size(model, given))
     check_options(options)
-    plan = make_plan(model, options)
-    print(plan.text())
+    plan = make_plan(model, options, base=base)
+    if as_json:
+        from tyir.tools.commands.json_forms import print_json
+
+        print_json(plan.as_form())
+    else:
+        print(plan.text())
     if plan.problems:
         raise TyirError(plan.problems)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-compile",
         description=(
@@ -180,8 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    add_debug_option(parser)
+    add_json_option(parser, "print the folder with what was built, or the plan, as JSON")
     return parser
 
 

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, run_tool, write_output
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from tyir.edge10.binary import encode, read_program
     from tyir.printer import print_op
 
@@ -34,10 +34,7 @@ def main(argv: Sequence[str]) -> int:
     elif args.output == "-":
         raise TyirError("bytes are not written to a terminal", help="add -o FILE.bin")
     else:
-        try:
-            Path(args.output).write_bytes(encode(module))
-        except OSError as error:
-            raise TyirError(f"cannot write {args.output}: {error.strerror}") from None
+        write_output(encode(module), args.output)
     return 0
 
 
@@ -47,7 +44,7 @@ def _programs_in(folder: Path) -> str:
     return f"did you mean {found}?" if found else "give a .bin or .edge10 file that tyir-compile wrote"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-dis", description="Print a command program as text, or write one as bytes."
     )
@@ -60,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
         help="where to write; - is standard output (the default)",
     )
     parser.add_argument("--assemble", action="store_true", help="write bytes instead of text")
-    add_debug_option(parser)
     return parser
 
 

@@ -9,23 +9,32 @@ complete or not at all.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tyir.diagnostics import TyirError
 from tyir.tools.build_arguments import add_base_option, add_build_options
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
+from tyir.tools.cli import (
+    ToolParser,
+    add_json_option,
+    check_output,
+    note,
+    quiet,
+    run_tool,
+    warn,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
+    from tyir.tools.commands.json_forms import Imported
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-import",
         description="Import a Hugging Face model folder as tyir IR; weights stay in the folder.",
@@ -74,22 +83,21 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only say, from config.json, what compiling with the options below would need and make",
     )
+    add_json_option(parser, "print what was imported, or the plan, as JSON")
     add_build_options(
         parser.add_argument_group(
             "options of --plan; --max-kv also chooses the frequencies of rope types that change with the"
             " length"
         )
     )
-    add_debug_option(parser)
     return parser
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     if options.plan:
-        from tyir.manifest import BuildOptions
         from tyir.tools.tyir_compile import print_plan
 
         build = {
@@ -97,9 +105,10 @@ def main(argv: Sequence[str]) -> int:
             for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
             if (value := getattr(options, key)) is not None
         }
-        return print_plan(options.folder, BuildOptions(**build))
-    if options.output != "-":
-        _check_output(Path(options.output))
+        return print_plan(options.folder, build, options.base, as_json=options.json)
+    if options.json and options.output == "-":
+        raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
+    check_output(options.output)
     from tyir.frontends.huggingface import import_model
     from tyir.manifest import BuildOptions
     from tyir.printer import print_op
@@ -117,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
         plugin=plugin,
         positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
         base=options.base,
+        progress=not quiet(),
     )
     if options.explain:
         from tyir.tools.explain import explain
@@ -128,62 +138,44 @@ def main(argv: Sequence[str]) -> int:
         from tyir.passes.raise_aten import raise_aten
 
         raise_aten(module)
-    text = print_op(module)
-    if options.output == "-":
-        sys.stdout.write(text)
+    write_output(print_op(module), options.output)
+    if options.json:
+        from tyir.tools.commands.json_forms import print_json
+
+        print_json(_facts(module, options.output))
     else:
-        write_atomically(Path(options.output), text)
-    print(_summary(module), file=sys.stderr)
+        note(_summary(_facts(module, options.output)))
     return 0
 
 
-def _check_output(path: Path) -> None:
-    """Refuse a place that cannot be written before the seconds of work."""
-    from tyir.diagnostics import TyirError
-
-    if path.is_dir():
-        raise TyirError(f"{path} is a folder", help="give a file name, such as model.ir")
-    if not path.parent.is_dir():
-        raise TyirError(f"folder {path.parent} does not exist", help="create it, or write somewhere else")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one beside it.
-
-    An existing file keeps its permissions' defaults and is replaced whole.
-    """
-    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
-        path.write_text(text, encoding="utf-8")
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _summary(module: Module) -> str:
-    """`Qwen2ForCausalLM: 6 layers, 5.6 M parameters in 1 file (10.6 MiB), 459 ops at stage ty`."""
+def _facts(module: Module, output: str) -> Imported:
     from tyir.attributes import DictAttr, IntegerAttr, StringAttr
     from tyir.dialects.ty import Global
+    from tyir.tools.commands.json_forms import Imported
 
     model, files, stage = (module.attributes[key] for key in ("tyir.model", "tyir.files", "tyir.stage"))
     assert isinstance(model, DictAttr) and isinstance(files, DictAttr) and isinstance(stage, StringAttr)
     architecture, layers = model.get("architecture"), model.get("num_hidden_layers")
     assert isinstance(architecture, StringAttr) and isinstance(layers, IntegerAttr)
     weights = [op for op in module.body if isinstance(op, Global)]
-    parameters, size = sum(w.type.size for w in weights), sum(w.nbytes for w in weights)
-    ops = sum(1 for op in module.walk()) - len(weights)
-    plural = "" if len(files) == 1 else "s"
+    return Imported(
+        output=output,
+        architecture=architecture.value,
+        layers=layers.value,
+        parameters=sum(w.type.size for w in weights),
+        files=len(files),
+        bytes=sum(w.nbytes for w in weights),
+        ops=sum(1 for op in module.walk()) - len(weights),
+        stage=stage.value,
+    )
+
+
+def _summary(facts: Imported) -> str:
+    """`Qwen2ForCausalLM: 6 layers, 5.6 M parameters in 1 file (10.6 MiB), 459 ops at stage ty`."""
     return (
-        f"{architecture.value}: {layers.value} layers, {_count(parameters)} parameters in {len(files)}"
-        f" file{plural} ({size / 2**20:.1f} MiB), {ops} ops at stage {stage.value}"
+        f"{facts.architecture}: {facts.layers} layers, {_count(facts.parameters)} parameters in {facts.files}"
+        f" file{'s' * (facts.files != 1)} ({facts.bytes / 2**20:.1f} MiB), {facts.ops} ops at stage"
+        f" {facts.stage}"
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import Diagnostic, Label, SourceText, TyirError, did_you_mean
-from tyir.tools.cli import read_stdin, run_tool, write_output
+from tyir.tools.cli import ToolParser, read_stdin, run_tool, write_output
 from tyir.tools.opt.options import make_parser, split_pass_flags, with_mlir_spellings
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tyir.pass_manager.registry import PassRegistry
     from tyir.pipeline import Instrument, Pipeline
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _SPLIT = "// -----"
 _SHORT_HEAD = re.compile(r"(?:%[^=\n]*=\s*)?[A-Za-z_][\w$.]*")
@@ -43,6 +43,10 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     known, flags = split_pass_flags(with_mlir_spellings(list(argv)), parser)
     args, unknown = parser.parse_known_args(known)
+    parser.said(args)
+    if args.json:
+        for name in ("list_passes", "show_dialects", "timing", "pass_statistics"):
+            setattr(args, name, getattr(args, name) and "json")
     flags += unknown
     from tyir.pass_manager.registry import PassRegistry
 
@@ -96,24 +100,22 @@ def _parts(text: str) -> list[str]:
 
 
 def _pipeline_text(
-    args: argparse.Namespace, flags: list[str], parser: argparse.ArgumentParser, registry: PassRegistry
+    args: argparse.Namespace, flags: list[str], parser: ToolParser, registry: PassRegistry
 ) -> str | None:
     """The pipeline of `--pass-pipeline` or of the pass flags, None when there are neither."""
     items: list[str] = []
+    unknown: list[str] = []
     for flag in flags:
         if not flag.startswith("--"):
             raise TyirError(f"too many inputs: '{args.input}' and '{flag}'", help="tyir-opt reads one file")
         name, _, options = flag.removeprefix("--").partition("=")
         if registry.find(name) is None and name not in registry.pipelines():
-            known = [
-                *(o for action in parser._actions for o in action.option_strings),
-                *("--" + n for n in registry.names()),
-            ]
-            raise TyirError(
-                f"unknown argument '{flag}'",
-                help=did_you_mean(flag.partition("=")[0], known) or "tyir-opt --list-passes lists the passes",
-            )
+            unknown.append(flag)
         items.append(f"{name}{{{options}}}" if options else name)
+    if unknown:
+        from tyir.tools.commands.unknown import unknown_options
+
+        raise unknown_options(parser, unknown, [f"--{n}" for n in (*registry.names(), *registry.pipelines())])
     if items and args.pass_pipeline is not None:
         raise TyirError(
             f"--pass-pipeline and the flag '{flags[0]}' exclude each other",
@@ -135,6 +137,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.statistics: dict[str, int] = {}
+        self.said: list[Diagnostic] = []  # warnings and remarks of passes, for --verify-diagnostics
 
     def run(self, name: str, text: str) -> str | None:
         """The printed result of one part; None after an error, which has been reported."""
@@ -149,12 +152,12 @@ class _Job:
                 return None
         from tyir.tools.opt.diagnostics import check_expected
 
-        result, found = None, []
+        result, self.said = None, []
         try:
             result = self._process(name, text)
         except TyirError as error:
-            found = list(error.diagnostics)
-        problems = check_expected(text, found, name, self.args.verify_diagnostics == "only-expected")
+            self.said += error.diagnostics
+        problems = check_expected(text, self.said, name, self.args.verify_diagnostics == "only-expected")
         for problem in problems:
             print(problem, file=sys.stderr)
         self.failed = self.failed or bool(problems)
@@ -163,7 +166,7 @@ class _Job:
     def _process(self, name: str, text: str) -> str:
         from tyir.parser import parse_module
         from tyir.printer import print_op
-        from tyir.verify import verify
+        from tyir.verifier import verify
 
         source = SourceText(name, text)
         positions: dict[Op, int] = {}
@@ -177,7 +180,7 @@ class _Job:
             _check_round_trip(module)
         pipeline_text, verify_each = self._pipeline_of(text)
         if pipeline_text is not None:
-            self._run_pipeline(module, pipeline_text, verify_each, text)
+            self._run_pipeline(module, pipeline_text, verify_each, source, positions)
         locations = self.args.print_debuginfo and not self.args.verify_diagnostics
         return print_op(module, locations, self.pretty, self.args.elide_large_constants)
 
@@ -203,7 +206,9 @@ class _Job:
             )
         return found[0], found[1] and self.args.verify_each
 
-    def _run_pipeline(self, module: Module, text: str, verify_each: bool, source: str) -> None:
+    def _run_pipeline(
+        self, module: Module, text: str, verify_each: bool, source: SourceText, positions: dict[Op, int]
+    ) -> None:
         from tyir.pipeline import PassContext, build_pipeline
 
         pipeline = build_pipeline(text, self.registry)
@@ -214,14 +219,17 @@ class _Job:
             verify_each=verify_each,
             instruments=self._instruments(pipeline, verify_each),
             registry=self.registry,
+            label_of=lambda op: _label(op, source, positions),
         )
+        if self.args.verify_diagnostics:
+            context.report = self.said.append
         try:
             pipeline.run(module, context)
         except TyirError:
             raise
         except Exception as error:
             if self.args.crash_reproducer is None:
-                error.add_note(_leave_reproducer(source, pipeline))
+                error.add_note(_leave_reproducer(source.text, pipeline))
             raise
 
     def _instruments(self, pipeline: Pipeline, verify_each: bool) -> list[Instrument]:

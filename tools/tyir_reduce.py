@@ -1,6 +1,6 @@
 """`tyir-reduce`: a smaller file that still fails, or a part of a file with the numbers that flow through it.
 
-tyir-reduce model.ir --command 'tyir-opt --my-pass {}' --match 'internal error: KeyError' -o small.ir
+tyir-reduce model.ir --command 'tyir-opt --my-pass {}' --match KeyError -o small.ir
 tyir-reduce model.ir --cut %q..%attn --arrays cut/ -o cut.ir
 """
 
@@ -14,42 +14,67 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, check_output, note, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Run the tool; 0 on success."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if (args.command is None) == (args.cut is None):
         raise TyirError(
             "tyir-reduce needs either --command or --cut", help="for example --command 'tyir-opt --cse {}'"
         )
     from tyir.parser import parse_file
 
+    check_output(args.output)
+    if args.json and args.output == "-":
+        raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
     module = parse_file(args.file)
-    smaller = _reduce(module, args) if args.command is not None else _cut(module, args)
+    before = sum(1 for _ in module.walk())
+    smaller, runs = _reduce(module, args) if args.command is not None else (_cut(module, args), 0)
     from tyir.printer import print_op
 
     write_output(print_op(smaller, pretty=args.pretty), args.output)
+    after = sum(1 for _ in smaller.walk())
+    if args.json:
+        from tyir.tools.commands.json_forms import Reduced, print_json
+
+        print_json(Reduced(output=args.output, ops_before=before, ops=after, runs=runs))
+    elif args.command is not None:
+        note(f"{before} ops -> {after} ops, the command ran {runs} times")
     return 0
+
+
+_LONGEST: Final = 1e6  # seconds; the system's clocks take no more than 2^63 nanoseconds
 
 
 class _Command:
     """Runs the command on a module; it is interesting when it fails the way it did at first."""
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
-        self.words = shlex.split(args.command)
-        self.match = re.compile(args.match) if args.match else None
-        self.timeout = args.timeout
+        try:
+            self.words = shlex.split(args.command)
+            self.match = re.compile(args.match) if args.match else None
+        except re.error as error:
+            raise TyirError(f"--match {args.match[:100]!r} is not a regular expression: {error}") from None
+        except ValueError as error:
+            raise TyirError(f"--command cannot be split into words: {error}", help="quote it") from None
+        if not self.words:
+            raise TyirError("--command is empty", help="for example --command 'tyir-opt --cse {}'")
+        if not args.timeout > 0:
+            raise TyirError(
+                f"--timeout {args.timeout} is out of range", help="--timeout takes seconds above 0"
+            )
+        self.timeout = min(args.timeout, _LONGEST)
         self.path = Path(folder) / "candidate.ir"
         if not any("{}" in word for word in self.words):
             self.words.append("{}")
@@ -90,23 +115,20 @@ class _Command:
         return done.returncode, done.stdout + done.stderr
 
 
-def _reduce(module: Module, args: argparse.Namespace) -> Module:
+def _reduce(module: Module, args: argparse.Namespace) -> tuple[Module, int]:
+    """The smaller module, and how often the command ran."""
     from tyir.tools.reduce.reduce_ir import reduce_module
 
     with tempfile.TemporaryDirectory() as folder:
         command = _Command(args, folder)
         command.first_run(module)
-        before = sum(1 for _ in module.walk())
         result = reduce_module(module, command)
-    print(f"{before} ops -> {result.size()} ops, the command ran {result.tried + 1} times", file=sys.stderr)
-    return result.module
+    return result.module, result.tried + 1
 
 
 def _cut(module: Module, args: argparse.Namespace) -> Module:
-    import numpy as np
-
     from tyir.dialects.func import Func
-    from tyir.tools.reduce.cut_ir import check_array, cut_ops, sample_arguments
+    from tyir.tools.reduce.cut_ir import check_array, cut_ops, read_array, sample_arguments
 
     first, dots, last = args.cut.partition("..")
     if not dots:
@@ -124,19 +146,19 @@ def _cut(module: Module, args: argparse.Namespace) -> Module:
                 help=f"its arguments: {', '.join(f'%{n}' for n in positions)}",
             )
         try:
-            arrays[positions[name]] = check_array(
-                function.args[positions[name]], np.load(path, allow_pickle=False)
-            )
-        except (OSError, ValueError) as error:
-            raise TyirError(f"cannot read {path}: {error}") from None
+            array = read_array(path)
+        except (OSError, ValueError, EOFError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            raise TyirError(f"cannot read {path}: {why}", help="save it with numpy.save") from None
+        arrays[positions[name]] = check_array(function.args[positions[name]], array)
     cut = cut_ops(module, first, last, arrays, args.function)
     if args.arrays is not None:
         for path in cut.save_arrays(args.arrays):
-            print(path, file=sys.stderr)
+            note(str(path))
     return cut.with_constants() if args.constants else cut.module
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-reduce",
         description=(
@@ -189,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         "--arrays", type=Path, metavar="DIR", help="save what flows into and out of the cut as .npy files"
     )
     cut.add_argument("--constants", action="store_true", help="put the inputs into the IR as constants")
-    add_debug_option(parser)
+    add_json_option(parser, "print the counts as JSON")
     return parser
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, add_json_option, check_output, note, run_tool
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
@@ -22,19 +23,21 @@ if TYPE_CHECKING:
     from tyir.runtime_sim.session.sampling import Sampler
     from tyir.runtime_sim.session.session import Session
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    start = time.perf_counter() - _age()
     from tyir.runtime_sim.session.ending import check_limit, end_reason
     from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
     from tyir.runtime_sim.session.session import Session
+    from tyir.tools.commands.json_forms import Prompt, Ran, print_json
     from tyir.tools.run.end_tokens import end_tokens
     from tyir.tools.run.prompts import read_prompts, token_ids
-    from tyir.tools.run.text_stream import TextStream, pieces
+    from tyir.tools.run.text_stream import TextStream, continuation, pieces
     from tyir.tools.tokenizer import load_tokenizer
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
@@ -45,17 +48,15 @@ def main(argv: Sequence[str]) -> int:
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts)
     prompts = read_prompts(args.prompt)
-    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [token_ids(tokenizer, prompt, session.capacity) for prompt in prompts]
     stops = end_tokens(session.artifacts, tokenizer)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any character
     if len(prompts) > 1:
-        return _run_batch(args, session.artifacts, prompts, ids, tokenizer, sampler, stops)
+        return _run_batch(args, session.artifacts, prompts, ids, tokenizer, sampler, stops, start)
     if args.cache is not None and args.cache.exists():
         session.restore(args.cache)
-    start = time.perf_counter()
     shared = session.shared_prefix(ids[0])
-    reused = f", {shared} of them from the cache" if shared else ""
     times: list[float] = []
     made: list[int] = []
 
@@ -65,23 +66,40 @@ def main(argv: Sequence[str]) -> int:
             made.append(token)
             yield token
 
-    stream = pieces(TextStream(tokenizer, ids[0]), timed())
-    first = next(stream, "")  # a prompt that does not fit is refused before anything is printed
-    sys.stdout.write(prompts[0] + first)
-    for text in stream:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    print()
+    loaded = time.perf_counter() - start
+    start = time.perf_counter()
+    if args.json:
+        list(timed())
+    else:
+        stream = pieces(TextStream(tokenizer, ids[0]), timed())
+        first = next(stream, "")  # a prompt that does not fit is refused before anything is printed
+        sys.stdout.write(prompts[0] + first)
+        for text in stream:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        print()
     if args.cache is not None:
         session.save(args.cache)
     decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    after = f", first token after {times[0] - start:.3f} s" if times else ""
     why = end_reason(made, args.max_tokens, session.capacity - len(session.tokens), stops.__contains__)
-    print(
-        f"{len(ids[0])} prompt tokens{reused}{after}; {len(times)} tokens at {decode:.1f} tokens/s"
-        f" ({args.engine} engine on this machine, not the device)\n"
-        f"ended {_why(why, made, stops, tokenizer, session.capacity)}",
-        file=sys.stderr,
+    ended = _why(why, made, stops, tokenizer, session.capacity)
+    if args.json:
+        answer = Prompt(
+            prompts[0], len(ids[0]), shared, tuple(made), continuation(tokenizer, ids[0], made), ended
+        )
+        first_token = times[0] - start if times else None
+        print_json(Ran(str(args.artifacts), args.engine, (answer,), loaded, first_token, decode))
+        return 0
+    reused = f", {shared} of them from the cache" if shared else ""
+    after = f"first token {times[0] - start:.3f} s after that, " if times else ""
+    rate = (
+        f"{len(times)} tokens at {decode:.1f} tokens/s"
+        if len(times) > 1
+        else f"{len(times)} token{'s' * (not times)}"
+    )
+    note(
+        f"loaded in {loaded:.1f} s; {after}{rate} ({args.engine} engine on this machine, not the device)\n"
+        f"{len(ids[0])} prompt tokens{reused}; ended {ended}"
     )
     return 0
 
@@ -94,7 +112,7 @@ def _why(
         token = tokenizer.convert_ids_to_tokens(made[-1])
         return f"by stop token {made[-1]} ({token}) of {stops[made[-1]]}"
     if reason == "cache full":
-        return f"because all {capacity} positions of the cache are taken; more need a larger --max-kv"
+        return f"because the cache of {capacity} positions is full; compile with a larger --max-kv"
     return f"after {len(made)} tokens, as many as --max-tokens allows"
 
 
@@ -107,10 +125,12 @@ def _trace_commands(session: Session, path: Path) -> None:
         raise TyirError(
             "--trace-commands needs the engine that executes commands", help="add --engine edge10"
         )
+    check_output(str(path))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         session.engine.observer = CommandTrace(path.open("w", encoding="utf-8", buffering=1))
     except OSError as error:
-        raise TyirError(f"cannot write {path}: {error.strerror}") from None
+        raise TyirError(f"cannot write {path}: {error.strerror}", help="write to another place") from None
 
 
 def _run_batch(
@@ -121,10 +141,12 @@ def _run_batch(
     tokenizer: Any,
     sampler: Sampler,
     stops: Mapping[int, str],
+    began: float,
 ) -> int:
     """Continue several prompts at once, each printed when all are done."""
     from tyir.runtime_sim.session.batch_session import BatchSession
     from tyir.runtime_sim.session.ending import end_reason
+    from tyir.tools.commands.json_forms import Prompt, Ran, print_json
     from tyir.tools.run.text_stream import continuation
 
     if args.cache is not None:
@@ -138,22 +160,44 @@ def _run_batch(
             help=f"compile with --batch {len(prompts)}, or give fewer",
         )
     start = time.perf_counter()
+    loaded = start - began
     waiting: list[list[int]] = [[] for _ in range(len(session.tokens) - len(ids))]
     made = session.generate([*ids, *waiting], args.max_tokens, sampler=sampler, stop=stops.__contains__)
     seconds = time.perf_counter() - start
-    for prompt, own, tokens in zip(prompts, ids, made):
-        print(prompt + continuation(tokenizer, own, tokens))
-    total = sum(map(len, made))
-    print(
-        f"{len(prompts)} prompts, {total} tokens in {seconds:.3f} s: {total / seconds:.1f} tokens/s"
-        f" ({args.engine} engine on this machine, not the device)",
-        file=sys.stderr,
-    )
     capacity = session.manifest.options.max_kv
-    for number, (tokens, held) in enumerate(zip(made, session.tokens[: len(ids)])):
+    answers = []
+    for prompt, own, tokens, held in zip(prompts, ids, made, session.tokens):
         why = end_reason(tokens, args.max_tokens, capacity - len(held), stops.__contains__)
-        print(f"prompt {number} ended {_why(why, tokens, stops, tokenizer, capacity)}", file=sys.stderr)
+        ended = _why(why, tokens, stops, tokenizer, capacity)
+        text = continuation(tokenizer, own, tokens)
+        answers.append(Prompt(prompt, len(own), 0, tuple(tokens), text, ended))
+    total = sum(map(len, made))
+    if args.json:
+        speed = total / seconds
+        print_json(Ran(str(args.artifacts), args.engine, tuple(answers), loaded, None, speed))
+        return 0
+    for answer in answers:
+        print(f"{answer.prompt}{answer.text}")
+    note(
+        f"loaded in {loaded:.1f} s; {len(prompts)} prompts, {total} tokens in {seconds:.3f} s:"
+        f" {total / seconds:.1f} tokens/s ({args.engine} engine on this machine, not the device)"
+    )
+    for number, answer in enumerate(answers):
+        note(f"prompt {number} ended {answer.ended}")
     return 0
+
+
+def _age() -> float:
+    """Seconds since this process began, or 0 where the system does not tell or a program has called `main`:
+    what the interpreter and imports took belongs to the loading.
+    """
+    if sys.argv[:1] and not Path(sys.argv[0]).name.startswith(("tyir", "__main__")):
+        return 0.0
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK"), 0.0)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
 
 
 def number(text: str) -> float:
@@ -166,7 +210,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-run", description="Continue a prompt with compiled artifacts.")
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
     parser.add_argument(
@@ -216,13 +260,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what executes the programs (default host)",
     )
     parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")
+    add_json_option(parser, "print everything as JSON when all is done; nothing is streamed")
     parser.add_argument(
         "--trace-commands",
         type=Path,
         metavar="FILE",
         help="with --engine edge10: a line for every command, with what it reads and writes",
     )
-    add_debug_option(parser)
     return parser
 
 

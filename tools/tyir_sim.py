@@ -5,35 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
 
 if TYPE_CHECKING:
-    from tyir.ir import Op
-    from tyir.manifest import Manifest
     from tyir.runtime_sim.timing.predictor import Predictor
-    from tyir.runtime_sim.timing.program import EdgeProgram
     from tyir.runtime_sim.timing.summary import Summary
-    from tyir.targets.collectives import CollectiveNeed
-    from tyir.targets.machine import Machine
+    from tyir.tools.sim.sources import Choice, Lengths, Source
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
-    if missing := [str(p) for p in args.artifacts if not p.exists()]:
-        raise TyirError(
-            f"{', '.join(missing)} does not exist",
-            help="give the folder that tyir-compile printed, for example out/4die",
-        )
+    args = make_parser().parse_args(argv)
+    if args.json:
+        args.report = "json"
     if args.top < 0:
         raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")
     if args.report == "html" and (args.compare or args.sweep):
@@ -41,11 +34,21 @@ def main(argv: Sequence[str]) -> int:
     if args.compare:
         write_output(_compare(args) + "\n", args.output)
         return 0
-    predictor, name, manifest = _predictor(args.artifacts, args)
+    if len(args.machine) > 1:
+        raise TyirError(
+            f"--machine is given {len(args.machine)} times",
+            help="one machine is simulated at a time; --compare shows one artifact folder on two",
+        )
+    if len(args.artifacts) == 1 and _is_saved(args.artifacts[0]):
+        write_output(_saved(args) + "\n", args.output)
+        return 0
+    source = _open(args.artifacts, args, _choices(args)[0])
+    predictor = source.predictor
     if args.check_plan:
         write_output(_check_plan(predictor) + "\n", args.output)
         return 0
-    prompt, pos = _positions(args, predictor)
+    lengths = _lengths(args)
+    prompt, pos = source.lengths(lengths)
     if args.sweep:
         write_output(_sweep(args, predictor, prompt, pos) + "\n", args.output)
         return 0
@@ -53,93 +56,36 @@ def main(argv: Sequence[str]) -> int:
         from tyir.runtime_sim.timing.trace import chrome_trace
 
         write_output(chrome_trace(predictor.step(min(predictor.seqlens), pos)), str(args.trace))
-    write_output(
-        _report(args, _summary(args, predictor, name, manifest, prompt, pos), predictor) + "\n", args.output
-    )
+    summary = source.summary(lengths, tornado=args.tornado)
+    write_output(_report(args, summary, predictor) + "\n", args.output)
     return 0
 
 
 # ------------------------------------------------------------------------------------------- what to simulate
 
 
-def _predictor(paths: Sequence[Path], args: argparse.Namespace) -> tuple[Predictor, str, Manifest | None]:
-    """The predictor of what was given, what to call it, and the manifest of a folder.
+def _open(paths: Sequence[Path], args: argparse.Namespace, choice: Choice) -> Source:
+    from tyir.tools.sim.sources import open_source
 
-    An artifact folder, or the programs (`.edge10`, `.bin`) of all dies for one length.
-    """
-    from tyir.edge10.binary import read_program
-    from tyir.runtime_sim.timing.predictor import Predictor
-    from tyir.runtime_sim.timing.program import EdgeProgram
-
-    if all(p.is_file() for p in paths):
-        programs = [EdgeProgram(read_program(p)) for p in paths]
-        lengths = {p.seqlen for p in programs}
-        if len(lengths) > 1:
-            raise TyirError(
-                f"the programs are for different lengths: {', '.join(map(str, sorted(lengths)))}",
-                help="give the files of all dies of one length",
-            )
-        name = str(paths[0]) if len(paths) == 1 else f"{len(programs)} programs"
-        return (
-            Predictor(
-                lambda s: programs,
-                tuple(lengths),
-                _capacity(programs),
-                _machine(args, lambda: _named_machine(programs[0])),
-            ),
-            name,
-            None,
-        )
-    if len(paths) > 1:
-        raise TyirError(
-            "more than one folder given",
-            help=(
-                "give one artifact folder, or the .edge10 files of all dies for one length; --compare takes"
-                " two folders"
-            ),
-        )
-    from tyir.execution.artifacts import Artifacts
-    from tyir.runtime_sim.timing.program import load_programs, machine_of
-
-    artifacts = Artifacts.open(paths[0], check=not args.no_check)
-    manifest = artifacts.manifest
-    loaded: dict[int, list[EdgeProgram]] = {}
-
-    def programs_of(seqlen: int) -> list[EdgeProgram]:
-        if seqlen not in loaded:
-            loaded[seqlen] = load_programs(artifacts, seqlen)
-        return loaded[seqlen]
-
-    machine = _machine(args, lambda: machine_of(artifacts))
-    predictor = Predictor(programs_of, manifest.options.seqlens, manifest.options.max_kv, machine)
-    return predictor, str(paths[0]), manifest
+    return open_source(paths, choice, check=not args.no_check)
 
 
-def _capacity(programs: Sequence[EdgeProgram]) -> int:
-    """Positions of the cache, from its buffers."""
-    return min(
-        (
-            _int_attribute(b, "tyir.capacity") or b.type.static_shape[2]
-            for p in programs
-            for b in p.buffers.values()
-            if b.kind == "kv"
-        ),
-        default=1 << 30,
-    )
+def _is_saved(path: Path) -> bool:
+    from tyir.tools.sim.sources import is_report
+
+    return is_report(path)
 
 
-def _int_attribute(op: Op, name: str) -> int | None:
-    from tyir.attributes import IntegerAttr
+def _lengths(args: argparse.Namespace) -> Lengths:
+    from tyir.tools.sim.sources import Lengths
 
-    value = op.attributes.get(name)
-    return value.value if isinstance(value, IntegerAttr) else None
+    return Lengths(args.prompt_tokens, args.pos)
 
 
-def _machine(args: argparse.Namespace, compiled_for: Callable[[], Machine]) -> Machine:
-    """The machine asked for, or the one that the programs were compiled for, with `--set` applied."""
-    from tyir.targets.machine import load_machine
+def _choices(args: argparse.Namespace) -> list[Choice]:
+    """The machines asked for, with `--set` applied to each; the one that was compiled for when none is."""
+    from tyir.tools.sim.sources import Choice
 
-    machine = load_machine(args.machine) if args.machine else compiled_for()
     values: dict[str, float] = {}
     for setting in args.set:
         name, equals, value = setting.partition("=")
@@ -150,50 +96,49 @@ def _machine(args: argparse.Namespace, compiled_for: Callable[[], Machine]) -> M
                 f"--set {setting}: '{value}' is not a number" if equals else f"--set {setting} lacks a value",
                 help="write --set dram.bandwidth_gbps=34.1",
             ) from None
-    return machine.with_overrides(values)
-
-
-def _named_machine(program: EdgeProgram) -> Machine:
-    """The machine that a program names."""
-    from tyir.attributes import StringAttr
-    from tyir.targets.machine import load_machine
-
-    name = program.module.attributes.get("tyir.machine")
-    return load_machine(name.value if isinstance(name, StringAttr) else "edge10")
-
-
-def _positions(args: argparse.Namespace, predictor: Predictor) -> tuple[int, int]:
-    """Prompt length and decode position.
-
-    By default a prompt of 128 tokens (less if the cache is smaller) and the position after it.
-    """
-    capacity, shortest = predictor.capacity, min(predictor.seqlens)
-    prompt = args.prompt_tokens if args.prompt_tokens is not None else max(min(128, capacity - shortest), 1)
-    pos = args.pos if args.pos is not None else min(prompt, capacity - shortest)
-    if not 1 <= prompt <= capacity:
-        raise TyirError(
-            f"--prompt-tokens {prompt} is not in 1..{capacity}, the cache's positions",
-            help=f"the nearest possible is {min(max(prompt, 1), capacity)}",
-        )
-    if pos < 0:
-        raise TyirError(
-            f"--pos {pos} is negative", help="it is the number of tokens in the cache, 0 for the first"
-        )
-    if pos > capacity - shortest:
-        raise TyirError(
-            f"--pos {pos} leaves no room for a step of {shortest} in a cache of {capacity}",
-            help=f"give a position in 0..{capacity - shortest}",
-        )
-    return prompt, pos
+    return [Choice(name, values) for name in args.machine or [None]]
 
 
 # ------------------------------------------------------------------------------------------------ the answers
 
 
-def _report(args: argparse.Namespace, summary: Summary, predictor: Predictor) -> str:
+def _saved(args: argparse.Namespace) -> str:
+    """A saved report shown again."""
+    from tyir.tools.sim.sources import read_report
+
+    path = args.artifacts[0]
+    _refuse_simulating(args, path)
+    if args.report == "html":
+        raise TyirError(
+            f"{path} is a saved report, which holds no timeline for an HTML page",
+            help="simulate the artifacts again with --report html",
+        )
+    return _report(args, read_report(path), None)
+
+
+def _refuse_simulating(args: argparse.Namespace, path: Path) -> None:
+    """What is asked of a simulation cannot be asked of a report that was saved."""
+    asked = {
+        "--set": bool(args.set),
+        "--machine": bool(args.machine),
+        "--prompt-tokens": args.prompt_tokens is not None,
+        "--pos": args.pos is not None,
+        "--sweep": bool(args.sweep),
+        "--tornado": args.tornado,
+        "--check-plan": args.check_plan,
+        "--trace": args.trace is not None,
+    }
+    if flags := [flag for flag, given in asked.items() if given]:
+        raise TyirError(
+            f"{path} is a saved report: {' and '.join(flags)} would have to simulate",
+            help="give the artifact folder instead of the report",
+        )
+
+
+def _report(args: argparse.Namespace, summary: Summary, predictor: Predictor | None) -> str:
     if args.report == "json":
         return json.dumps(summary.as_json(), indent=1)
-    if args.report == "html":
+    if args.report == "html" and predictor is not None:
         from tyir.runtime_sim.report.html import html_report
 
         return html_report(summary, predictor)
@@ -202,69 +147,38 @@ def _report(args: argparse.Namespace, summary: Summary, predictor: Predictor) ->
     return text_report(summary, args.top)
 
 
-def _summary(
-    args: argparse.Namespace,
-    predictor: Predictor,
-    name: str,
-    manifest: Manifest | None,
-    prompt: int,
-    pos: int,
-) -> Summary:
-    from tyir.runtime_sim.timing.summary import summarize
-
-    return summarize(
-        predictor,
-        name,
-        prompt,
-        pos,
-        least=_least(manifest) if manifest is not None else None,
-        curves=not args.compare,
-        tornado=args.tornado and not args.compare,
-    )
-
-
-def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | None:
-    """The closed form of the collectives on the main die, for a step of so many tokens.
-
-    None where the manifest does not say the model's sizes.
-    """
-    from tyir.passes.select_output import parse_output
-    from tyir.targets.collectives import minimal_collectives
-
-    layers, hidden, vocabulary = (
-        manifest.model.get(name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-    )
-    if not (isinstance(layers, int) and isinstance(hidden, int) and isinstance(vocabulary, int)):
-        return None
-    options = manifest.options
-    return lambda tokens: minimal_collectives(
-        layers,
-        hidden,
-        vocabulary,
-        tokens * options.batch,
-        options.dies,
-        stages=options.pp,
-        top_k=parse_output(options.output),
-        embedding_as_input=options.embedding_as_input,
-    )
-
-
 def _compare(args: argparse.Namespace) -> str:
-    """Two artifact folders (or two programs of one die) side by side."""
-    if len(args.artifacts) != 2:
-        raise TyirError(
-            f"--compare takes two artifact folders, {len(args.artifacts)} given",
-            help="tyir-sim --compare out/1die out/4die",
-        )
-    found = []
-    for path in args.artifacts:
-        predictor, name, manifest = _predictor([path], args)
-        found.append(_summary(args, predictor, name, manifest, *_positions(args, predictor)))
-    if args.report == "json":
-        return json.dumps({"a": found[0].as_json(), "b": found[1].as_json()}, indent=1)
-    from tyir.runtime_sim.report.text import compare_text
+    """Two of: artifact folders, programs of one die, saved reports; or one of them on two machines."""
+    from tyir.runtime_sim.report.comparison import compare_text
+    from tyir.tools.sim.sources import Lengths, common_lengths, read_report
 
-    return compare_text(found[0], found[1], args.top)
+    paths, choices = list(args.artifacts), _choices(args)
+    if len(paths) == 1 and args.machine:  # on the machine it was compiled for, unless two are named
+        if len(choices) == 1:
+            choices.insert(0, replace(choices[0], name=None))
+        paths *= 2
+    if len(paths) != 2 or len(choices) > 2:
+        machines = f" and {len(choices)} machines" if len(choices) > 1 else ""
+        raise TyirError(
+            f"--compare takes two artifact folders, {len(args.artifacts)} given{machines}",
+            help="tyir-sim out/1die --compare out/4die, or one folder with --machine twice",
+        )
+    if len(choices) == 1:
+        choices *= 2
+    saved = {i: read_report(p) for i, p in enumerate(paths) if _is_saved(p)}
+    if len(saved) == 2:
+        _refuse_simulating(args, paths[0])
+    opened = {i: _open([p], args, choices[i]) for i, p in enumerate(paths) if i not in saved}
+    lengths = _lengths(args)
+    if saved and opened and lengths == Lengths(None, None):  # what the report was asked, or nearest to it
+        told = next(iter(saved.values()))
+        lengths = next(iter(opened.values())).within(Lengths(told.prompt_tokens, told.pos))
+    if opened:
+        lengths = common_lengths(list(opened.values()), lengths)
+    both = [saved[i] if i in saved else opened[i].summary(lengths, curves=False) for i in range(2)]
+    if args.report == "json":
+        return json.dumps({"a": both[0].as_json(), "b": both[1].as_json()}, indent=1)
+    return compare_text(both[0], both[1], args.top)
 
 
 def _check_plan(predictor: Predictor) -> str:
@@ -300,7 +214,7 @@ def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int
     return sweep_text(name, rows, prompt)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-sim",
         description="Simulate the time that compiled command programs take on the device.",
@@ -314,7 +228,10 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="OUT/{n}die",
-        help="artifact folder, or the program files (.edge10, .bin) of all dies for one length",
+        help=(
+            "artifact folder, or the program files (.edge10, .bin) of all dies for one length, or a report"
+            " saved with --report json"
+        ),
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -337,8 +254,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--machine",
+        action="append",
+        default=[],
         metavar="NAME|FILE",
-        help="machine to simulate (default: the one the programs were compiled for)",
+        help=(
+            "machine to simulate (default: the one the programs were compiled for); with --compare, twice for"
+            " one artifact folder on two"
+        ),
     )
     parser.add_argument(
         "--trace",
@@ -352,17 +274,24 @@ def _parser() -> argparse.ArgumentParser:
         default="text",
         help="how to print the result (default text)",
     )
+    add_json_option(parser, "the same as --report json")
     parser.add_argument(
         "-o", "--output", default="-", metavar="FILE", help="where the report goes (default: standard output)"
     )
-    parser.add_argument("--compare", action="store_true", help="compare two artifact folders")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help=(
+            "compare two: artifact folders, programs, reports saved as JSON, or one of them on two machines"
+        ),
+    )
     parser.add_argument(
         "--sweep", metavar="NAME=V,V,..", help="the figures for several values of one constant"
     )
     parser.add_argument(
         "--tornado",
         action="store_true",
-        help="also show how far each assumed constant alone moves the time per token",
+        help=("also show how far each assumed constant alone moves the device's part of the time per token"),
     )
     parser.add_argument(
         "--check-plan",
@@ -371,7 +300,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top", type=int, default=12, metavar="N", help="how many ops to list (default 12)")
     parser.add_argument("--no-check", action="store_true", help="do not verify the artifacts' hashes")
-    add_debug_option(parser)
     return parser
 
 

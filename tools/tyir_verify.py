@@ -6,65 +6,83 @@ When they differ it names the op at fault.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
+from tyir.process.files import load_json
 from tyir.tools.build_arguments import add_base_option, numbers
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, add_json_option, detail, note, quiet, run_tool
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
     from tyir.frontends.plugin import ModelPlugin
+    from tyir.manifest import Manifest
+    from tyir.tools.commands.json_forms import Checked
+    from tyir.tools.verify.compare import PromptResult
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 LOGIT_COSINE: Final = 0.9999
+TOKENS: Final = {False: 32, True: 64}  # greedy tokens per prompt, without and with --full
+_WHOLE: Final = "8 prompts of 64 tokens"
+LOGIT_SIZE: Final = 0.01  # how far the logits' norm may be from Hugging Face's, of 1
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    from tyir.process.progress import Bar
     from tyir.runtime_sim.session.session import Session
-    from tyir.tools.verify.compare import LayerStates, PromptResult, Reference, check_prompt
+    from tyir.tools.commands.json_forms import print_json
+    from tyir.tools.verify.compare import LayerStates, Reference, check_prompt
     from tyir.tools.verify.locate import locate
 
     states = LayerStates()
     _check_amount(args)
-    session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     _check_checkpoint(args.against)
+    session = Session(args.artifacts, args.engine, probe=states if args.engine != "edge10" else None)
+    _check_same_model(session.manifest, args.against, args.base)
     prompts = _prompts(args, session.artifacts)
     plugin = _plugin(args.model_plugin)
+    detail("loading the model that is compared with")
     reference = Reference(args.against, session.manifest.options, plugin, args.base)
+    tokens = args.tokens if args.tokens is not None else TOKENS[args.full]
+    counts = [min(tokens, session.capacity - len(ids)) for ids in prompts]
     results: list[PromptResult] = []
-    for number, ids in enumerate(prompts):
-        session.sequence = states.sequence = (
-            number % session.manifest.options.batch
-        )  # every sequence of a batch has its turn
-        count = min(args.tokens, session.capacity - len(ids))
-        results.append(check_prompt(session, reference, ids, count, states))
+    if not args.json:
+        print(_HEAD)
+    with Bar("verification", 2 * sum(counts), "step", show=not quiet()) as bar:
+        for number, (ids, count) in enumerate(zip(prompts, counts)):
+            session.sequence = states.sequence = (
+                number % session.manifest.options.batch
+            )  # every sequence of a batch has its turn
+            results.append(check_prompt(session, reference, ids, count, states, bar.advance))
+            if not args.json and len(results[-1].logit_cosine):
+                bar.line(_row(number, results[-1]))
     if not results or not all(len(r.logit_cosine) for r in results):
         raise TyirError("no position was compared", help="give a prompt, or leave --prompt and --ids out")
-    good = all(r.logit_cosine.min() >= LOGIT_COSINE and not r.differing for r in results)
-    if args.json:
-        print(json.dumps(_summary(results, good), indent=1))
-    else:
-        _print(results, args.engine, good)
+    good = all(
+        r.logit_cosine.min() >= LOGIT_COSINE and abs(r.logit_size - 1) <= LOGIT_SIZE and not r.differing
+        for r in results
+    )
+    if not args.json:
+        _print_end(results, args.engine, good)
+        if not args.full and args.prompt is None and args.ids is None:
+            note(f"compared {len(prompts)} prompts of {tokens} tokens; --full compares {_WHOLE}")
     if session.choices is not None:
-        print(
+        note(
             f"these artifacts return {session.choices} token{'s' if session.choices > 1 else ''} of each"
             " position: only those and their logits were compared; compile with --output logits to"
-            " compare all",
-            file=sys.stderr,
+            " compare all"
         )
-    if good:
-        return 0
-    if args.engine != "edge10":
-        worst = min(results, key=lambda r: r.logit_cosine.min())
+    found = None
+    if not good and args.engine != "edge10":
+        note("looking for the first op that is off")
+        worst = min(results, key=lambda r: r.logit_cosine.min() - abs(r.logit_size - 1))
         found = locate(
             session.artifacts,
             args.against,
@@ -81,7 +99,9 @@ def main(argv: Sequence[str]) -> int:
             ),
             file=sys.stderr,
         )
-    return 1
+    if args.json:
+        print_json(_form(results, good, str(found) if found else None))
+    return 0 if good else 1
 
 
 def _plugin(path: Path | None) -> ModelPlugin | None:
@@ -100,12 +120,49 @@ def _check_checkpoint(path: Path) -> None:
     """
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
+    from tyir.frontends.checkpoint import no_checkpoint
     from tyir.frontends.gguf.files import gguf_model
 
-    if not gguf_model(path):
+    if gguf_model(path):
+        return
+    if not path.exists():
+        raise TyirError(no_checkpoint(path))
+    raise TyirError(
+        f"{path} holds no config.json and no GGUF file",
+        help="--against takes the checkpoint folder the artifacts were compiled from",
+    )
+
+
+# What two checkpoints of one model have alike, whatever their weights are stored as.
+_SIZES: Final = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def _check_same_model(manifest: Manifest, path: Path, base: Path | None) -> None:
+    """`TyirError` when the sizes in a checkpoint's config.json are not those of the artifacts: said before
+    anything is compared, or quantised by the sizes of another model.
+    """
+    folder = base if base is not None and not (path / "config.json").is_file() else path
+    try:
+        config = load_json(folder / "config.json")
+    except (OSError, ValueError):
+        return  # a GGUF file; what is wrong with a config.json is said when the model is read
+    compiled: Mapping[str, object] = {**manifest.model}
+    other = [
+        f"{key} {config[key]}, the artifacts {compiled[key]}"
+        for key in _SIZES
+        if isinstance(config, dict) and key in config and key in compiled and config[key] != compiled[key]
+    ]
+    if other:
         raise TyirError(
-            f"{path} holds no config.json and no GGUF file",
-            help="--against takes the checkpoint folder the artifacts were compiled from",
+            f"{path} is not the model that these artifacts were compiled from: it has {'; '.join(other)}",
+            help="give --against the checkpoint that was compiled, or compile this one",
         )
 
 
@@ -118,12 +175,14 @@ def _check_amount(args: argparse.Namespace) -> None:
             f"--{'ids' if args.ids == () else 'prompt'} is empty: there is nothing to compare",
             help="give at least one token, or leave it out for the built-in prompts",
         )
+    if args.prompts is None:
+        args.prompts = len(PROMPTS) if args.full else 2
     if not 1 <= args.prompts <= len(PROMPTS):
         raise TyirError(
             f"--prompts {args.prompts} is not in 1..{len(PROMPTS)}, the built-in prompts",
             help=f"the nearest possible is {min(max(args.prompts, 1), len(PROMPTS))}",
         )
-    if args.tokens < 1:
+    if args.tokens is not None and args.tokens < 1:
         raise TyirError(f"--tokens {args.tokens}: there is nothing to compare", help="give 1 or more")
 
 
@@ -139,7 +198,7 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     else:
         tokenizer = load_tokenizer(artifacts)
         texts = [args.prompt] if args.prompt is not None else PROMPTS[: args.prompts]
-        prompts = [token_ids(tokenizer, text) for text in texts]
+        prompts = [token_ids(tokenizer, text, artifacts.manifest.options.max_kv) for text in texts]
     for ids in prompts:
         if not ids:
             raise TyirError("a prompt has no tokens: there is nothing to compare", help="give a longer one")
@@ -152,25 +211,27 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
     return prompts
 
 
-def _print(results: Sequence[object], engine: str, good: bool) -> None:
-    from tyir.tools.verify.compare import PromptResult
+_HEAD: Final = (
+    f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'logit size':>12}"
+    f"{'max logit error':>17}{'same greedy tokens':>20}"
+)
 
-    rows = [r for r in results if isinstance(r, PromptResult)]
-    print(
-        f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'max logit error':>17}{'same greedy tokens':>20}"  # noqa: E501
+
+def _row(number: int, r: PromptResult) -> str:
+    same = r.positions - len(r.differing) - len(r.ties)
+    ties = f" (+{len(r.ties)} tied)" if r.ties else ""
+    return (
+        f"{number:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}"
+        f"{r.logit_size:>12.5f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
     )
-    for number, r in enumerate(rows):
-        same = r.positions - len(r.differing) - len(r.ties)
-        ties = f" (+{len(r.ties)} tied)" if r.ties else ""
-        print(
-            f"{number:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
-        )
-    layers = [min(column) for column in zip(*(r.layer_cosine for r in rows))]
-    if layers:
+
+
+def _print_end(results: Sequence[PromptResult], engine: str, good: bool) -> None:
+    if layers := _layers(results):
         print("\nlayer  min cosine of the hidden state after it")
         for i, layer in enumerate(layers):
             print(f"{i:>5}  {layer:.7f}")
-    tied = sum(len(r.ties) for r in rows)
+    tied = sum(len(r.ties) for r in results)
     note = f"; {tied} near ties of Hugging Face's own logits fell the other way" if tied else ""
     print(
         f"\n{'OK' if good else 'DIFFERENT'}: {engine} engine against Hugging Face fp32 on the same"
@@ -178,22 +239,41 @@ def _print(results: Sequence[object], engine: str, good: bool) -> None:
     )
 
 
-def _summary(results: Sequence[object], good: bool) -> dict[str, object]:
-    from tyir.tools.verify.compare import PromptResult
-
-    rows = [r for r in results if isinstance(r, PromptResult)]
-    return {
-        "ok": good,
-        "min_logit_cosine": min(float(r.logit_cosine.min()) for r in rows),
-        "max_logit_error": max(float(r.logit_error.max()) for r in rows),
-        "tokens": sum(r.positions for r in rows),
-        "differing": sum(len(r.differing) for r in rows),
-        "ties": sum(len(r.ties) for r in rows),
-        "layer_cosine": [min(column) for column in zip(*(r.layer_cosine for r in rows))],
-    }
+def _layers(results: Sequence[PromptResult]) -> tuple[float, ...]:
+    return tuple(min(column) for column in zip(*(r.layer_cosine for r in results)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _form(results: Sequence[PromptResult], good: bool, divergence: str | None) -> Checked:
+    from tyir.tools.commands.json_forms import Checked, PromptChecked
+
+    prompts = tuple(
+        PromptChecked(
+            prompt_tokens=r.prompt_length,
+            positions=len(r.logit_cosine),
+            min_logit_cosine=float(r.logit_cosine.min()),
+            logit_size=r.logit_size,
+            max_logit_error=float(r.logit_error.max()),
+            tokens=r.positions,
+            differing=len(r.differing),
+            ties=len(r.ties),
+        )
+        for r in results
+    )
+    return Checked(
+        ok=good,
+        min_logit_cosine=min(p.min_logit_cosine for p in prompts),
+        logit_size=max((p.logit_size for p in prompts), key=lambda size: abs(size - 1)),
+        max_logit_error=max(p.max_logit_error for p in prompts),
+        tokens=sum(p.tokens for p in prompts),
+        differing=sum(p.differing for p in prompts),
+        ties=sum(p.ties for p in prompts),
+        layer_cosine=_layers(results),
+        prompts=prompts,
+        first_divergence=divergence,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tyir-verify",
         description="Compare compiled artifacts with Hugging Face in fp32 on the same weights.",
@@ -212,19 +292,17 @@ def _parser() -> argparse.ArgumentParser:
         help="one prompt as token ids, for models without a tokenizer",
     )
     parser.add_argument(
-        "--prompts", type=int, default=8, metavar="N", help="how many of the 8 built-in prompts (default 8)"
+        "--prompts", type=int, metavar="N", help="how many of the 8 built-in prompts (default 2)"
     )
-    parser.add_argument(
-        "--tokens", type=int, default=64, metavar="N", help="greedy tokens per prompt (default 64)"
-    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="greedy tokens per prompt (default 32)")
+    parser.add_argument("--full", action="store_true", help=f"compare {_WHOLE}, unless given otherwise")
     parser.add_argument(
         "--engine",
         choices=("host", "interpreter", "edge10"),
         default="host",
         help="what executes the programs (default host)",
     )
-    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
-    add_debug_option(parser)
+    add_json_option(parser, "print the comparison as JSON")
     return parser
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tyir.parser import parse_file, parse_module
     from tyir.pipeline import Pass, PassContext, run_pipeline
     from tyir.printer import print_op
-    from tyir.verify import verify
+    from tyir.verifier import verify
 
 __all__ = [
     "Block",
@@ -87,7 +87,7 @@ _HOMES: Final = {
     "parse_module": "tyir.parser",
     **dict.fromkeys(("Pass", "PassContext", "run_pipeline"), "tyir.pipeline"),
     "print_op": "tyir.printer",
-    "verify": "tyir.verify",
+    "verify": "tyir.verifier",
     "build_and_compile_llm": "tyir.tools.api",
     "quantize": "tyir.tools.api",
 }

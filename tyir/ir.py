@@ -4,7 +4,7 @@
     Op ─ regions → Region ─ blocks → Block ─ ops → Op  ops of a block are a doubly linked list: insert and erase are O(1)
 
 Invariants kept by every method here: `value.uses` lists each using op once per use; an op is in at most
-one block.  Everything else (types, dominance, terminators) is the verifier's business (`tyir.verify`).
+one block.  Everything else (types, dominance, terminators) is the verifier's business (`tyir.verifier`).
 
 A registered op is a class declared with `tyir.opdef`; an unregistered one gets a bare class per name, so
 `op.name` and `type(op)` always tell what it is.

@@ -43,7 +43,7 @@ _OpT = TypeVar("_OpT", bound=Op)
 LAYER: Final = "tyir.layer"
 PATH: Final = "tyir.path"
 # `model.layers.3.mlp`, `transformer.h.3`, `blocks.3.norm`
-_LAYER: Final = re.compile(r"((?:^|\.)(?:layers|h|blocks)\.)(\d+)(?=\.|$)")
+_LAYER: Final = re.compile(r"((?:^|\.)(?:layers|h|blocks)\.)(\d{1,9})(?=\.|$)")
 
 
 # ---------------------------------------------------------------------------------------------- paths as text

@@ -39,7 +39,7 @@ from tyir.artifacts.schema import Matches, checked, closed, first_of, sha256_of,
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.ir import Op
-from tyir.process.files import open_regular, parse_json
+from tyir.process.files import download_hint, missing_hint, open_regular, parse_json
 from tyir.types import FloatType, IntegerType, i64, storage_dtype
 
 __all__ = [
@@ -391,12 +391,31 @@ def no_manifest(folder: Path) -> TyirError:
             f"{folder} is gone: a compile that was to replace it was killed",
             help=f"compile again, or move {left[0].parent} back",
         )
-    return TyirError(
-        f"{folder} holds no {MANIFEST}",
-        help=f"did you mean {folder / found[0]}?"
-        if found
-        else "give the folder that tyir-compile printed, for example out/4die",
-    )
+    return TyirError(f"{folder} {_instead(folder)}", help=_artifacts_near(folder, found))
+
+
+def _instead(folder: Path) -> str:
+    """What a place is that is not a folder of artifacts."""
+    if not folder.exists():
+        return "does not exist"
+    if not folder.is_dir():
+        return "is a file, not a folder of artifacts"
+    if (folder / "config.json").is_file():
+        return f"is a checkpoint, not a folder of artifacts: it holds no {MANIFEST}"
+    return f"holds no {MANIFEST}"
+
+
+def _artifacts_near(folder: Path, found: list[str]) -> str:
+    if found:
+        return f"did you mean {folder / found[0]}?"
+    if (folder / "config.json").is_file() or folder.suffix in (".ir", ".gguf", ".safetensors"):
+        model = folder.parent if folder.suffix == ".safetensors" else folder
+        return f"compile it: tyir-compile {model} -o out, then give the folder which that prints"
+    if hint := download_hint(folder):
+        return f"{hint}, then compiled: tyir-compile {folder.name} -o out"
+    if not folder.exists() and (hint := missing_hint(folder)):
+        return hint
+    return "give the folder that tyir-compile printed, for example out/4die"
 
 
 def sha256_file(path: Path) -> str:

@@ -49,7 +49,7 @@ class Parser(ShortParser):
         if self.text.startswith("{-#", self.skip_space()):
             resources = parse_metadata(self)
         if self.skip_space() != len(self.text):
-            self.expected("an operation or the end of the file")
+            self.expected("an operation or the end of the file", help=_FILE)
         self._close_region()
         module = self._as_module(outer)
         module.resources.update(resources)
@@ -231,12 +231,15 @@ class Parser(ShortParser):
         self._make(header, attributes, in_types, out_types, loc, types_at, types_end)
 
 
+_FILE: Final = "give a file of IR, as tyir-import writes it, or mend this line"
+
+
 def _op_hint(text: str, pos: int) -> str:
     word = re.compile(r"[A-Za-z_][\w.]*").match(text, pos)
     return (
         f'an op is written "{word[0]}"(...) : (...) -> ..., a declared one also as dialect.name'
         if word
-        else ""
+        else _FILE
     )
 
 

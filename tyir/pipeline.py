@@ -17,12 +17,14 @@ again.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tyir.attributes import StringAttr
-from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+from tyir.diagnostics import Diagnostic, Label, Severity, TyirError, did_you_mean
 from tyir.dialects.builtin import Module
 from tyir.ir import Op
 from tyir.pass_manager.analysis import AnalysisManager
@@ -36,8 +38,9 @@ from tyir.pass_manager.text import (
     parse_pipeline_text,
     pipeline_error,
 )
+from tyir.printer import op_excerpt
 from tyir.stages import KEY, require_stage
-from tyir.verify import verify
+from tyir.verifier import location_text, verify
 
 if TYPE_CHECKING:
     from tyir.execution.weights import WeightSource
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_at_stage", "run_pipeline"]
 
 ANY: Final = "any"
+_WORD_STARTS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class Pass:
 
     @classmethod
     def name(cls) -> str:
-        """The pass's name: its module's, with dashes."""
-        return cls.__module__.rpartition(".")[2].replace("_", "-")
+        """The pass's name: its class's, in words with dashes (`KvMaterialize` is `kv-materialize`)."""
+        return _WORD_STARTS.sub("-", cls.__name__).replace("_", "-").lower()
 
     def run(self, op: Op, context: PassContext) -> None:
         """Change `op` (an op of the kind `anchor` names) in place.
@@ -93,9 +97,19 @@ class Instrument:
         """The pass raised, or the op does not verify any more."""
 
 
+def _show(diagnostic: Diagnostic) -> None:
+    """Where nobody listens, on standard error."""
+    print(diagnostic.render(), file=sys.stderr)
+
+
 @dataclass
 class PassContext:
-    """What passes may use besides the IR: the weights (None when there are none) and statistics to add to."""
+    """What passes may use besides the IR: the weights (None when there are none), statistics to add to, and
+    `error`, `warning` and `remark` about an op.
+
+    `report` is given warnings and remarks as they come; `label_of` says where an op stands in the text that
+    was read.
+    """
 
     weights: WeightSource | None = None
     statistics: dict[str, int] = field(default_factory=dict)
@@ -103,8 +117,46 @@ class PassContext:
     instruments: list[Instrument] = field(default_factory=list)
     registry: PassRegistry = field(default_factory=PassRegistry)
     analyses: AnalysisManager = field(default_factory=AnalysisManager)
+    report: Callable[[Diagnostic], None] = _show
+    label_of: Callable[[Op], Label | None] | None = None
     _unchanged: bool = False
     _preserved: tuple[Callable[[Any], Any], ...] = ()
+    _errors: list[Diagnostic] = field(default_factory=list)
+
+    def error(self, op: Op, message: str, *, help: str = "", notes: Sequence[Diagnostic] = ()) -> None:
+        """Said by a pass: `op` is wrong, for which `help` is the cure.
+
+        The pass goes on, so that all that is wrong is found together; when it has run, the pipeline ends with
+        a `TyirError` of all its errors.
+        """
+        self._errors.append(self._about(op, message, "error", help, notes))
+
+    def warning(self, op: Op, message: str, *, help: str = "", notes: Sequence[Diagnostic] = ()) -> None:
+        """Said by a pass: `op` is likely not what was meant."""
+        self.report(self._about(op, message, "warning", help, notes))
+
+    def remark(self, op: Op, message: str, *, help: str = "", notes: Sequence[Diagnostic] = ()) -> None:
+        """Said by a pass: something worth knowing about `op`."""
+        self.report(self._about(op, message, "remark", help, notes))
+
+    def _about(
+        self, op: Op, message: str, severity: Severity, help: str, notes: Sequence[Diagnostic]
+    ) -> Diagnostic:
+        label = self.label_of(op) if self.label_of is not None else None
+        return Diagnostic(
+            message,
+            severity=severity,
+            where=location_text(op.loc),
+            label=label,
+            excerpt="" if label is not None else op_excerpt(op),
+            notes=tuple(notes),
+            help=help,
+        )
+
+    def take_errors(self) -> list[Diagnostic]:
+        """The errors that passes have said since the last call."""
+        taken, self._errors = self._errors, []
+        return taken
 
     def nothing_changed(self) -> None:
         """Said by a pass: the op is as it was, neither verification nor the analyses need to be repeated."""
@@ -187,7 +239,13 @@ def run_at_stage(pass_: Pass, op: Op, context: PassContext) -> None:
     """Run a pass on a module that stands where the pass may run, and say where it stands afterwards."""
     if pass_.stage:
         require_stage(op, pass_.name(), pass_.stage)
-    pass_.run(op, context)
+    try:
+        pass_.run(op, context)
+    except TyirError as error:
+        error.diagnostics = (*context.take_errors(), *error.diagnostics)
+        raise
+    if errors := context.take_errors():
+        raise TyirError(errors)
     if pass_.to_stage is not None and op.parent_op is None:
         op.set_attribute(KEY, StringAttr(pass_.to_stage))
 

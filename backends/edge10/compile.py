@@ -54,6 +54,7 @@ from tyir.manifest import (
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
+from tyir.process.progress import track
 from tyir.process.stopwatch import Stopwatch
 from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
@@ -278,25 +279,25 @@ def _write_programs(
     programs: list[DieProgram] = []
     memory: Memory = {}
     built: dict[tuple[str, ...], Path] = {}
-    for seqlen in options.seqlens:
+    parts = [(seqlen, index, die) for seqlen in options.seqlens for index, die in enumerate(dies)]
+    for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress):
         place = _program_folder(options, seqlen)
-        for index, die in enumerate(dies):
-            with context.watch.stage(f"edge10 s{seqlen} die{index}"):
-                lowered = lower_die(die, seqlen, machine, search=search)
-                memory[index, seqlen] = memory_summary(lowered)
-                _write_command_program(lowered, folder / _command_program(place, index, context))
-            with context.watch.stage(f"host code s{seqlen} die{index}"):
-                kernels = assign_kernels(_functions(die, seqlen))
-                library = folder / place / f"llm_die{index}.so"
-                same = built.setdefault(tuple(sorted(kernels)), library)
-                if same is library:
-                    build_library(kernels, target, library)
-                else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
-                    shutil.copyfile(same, library)
-            program = _die_program(die, index, seqlen, place, _command_program(place, index, context))
-            text = print_op(_artifact_ir(die, index, seqlen, places), locations=False)
-            (folder / program.ir).write_text(text)
-            programs.append(program)
+        with context.watch.stage(f"edge10 s{seqlen} die{index}"):
+            lowered = lower_die(die, seqlen, machine, search=search)
+            memory[index, seqlen] = memory_summary(lowered)
+            _write_command_program(lowered, folder / _command_program(place, index, context))
+        with context.watch.stage(f"host code s{seqlen} die{index}"):
+            kernels = assign_kernels(_functions(die, seqlen))
+            library = folder / place / f"llm_die{index}.so"
+            same = built.setdefault(tuple(sorted(kernels)), library)
+            if same is library:
+                build_library(kernels, target, library)
+            else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
+                shutil.copyfile(same, library)
+        program = _die_program(die, index, seqlen, place, _command_program(place, index, context))
+        text = print_op(_artifact_ir(die, index, seqlen, places), locations=False)
+        (folder / program.ir).write_text(text)
+        programs.append(program)
     return programs, memory
 
 

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import GetGlobal, Global, Param, Yield
@@ -26,6 +25,7 @@ from tyir.execution.storage import pack, packed_shape
 from tyir.execution.weights import WeightSource
 from tyir.interpreter import evaluate_op, lookup_symbol
 from tyir.ir import Value
+from tyir.process.progress import track
 from tyir.types import FloatType, Type, bf16, f16, from_dtype, storage_dtype
 
 __all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
@@ -79,7 +79,7 @@ def write_params(files: Sequence[ParamsFile], weights: WeightSource, *, progress
             ((file_index, param) for file_index, file in enumerate(files) for param in file.params),
             key=lambda item: (_source(item[1]), str(item[1].sym_name), item[0]),
         )
-        for file_index, param in tqdm(order, desc="weights", unit="tensor", disable=not progress):
+        for file_index, param in track(order, "weights", "tensor", show=progress):
             with np.errstate(all="ignore"):  # reported below, by the tensor's name
                 array = evaluator.evaluate(param)
             if (problem := _check(param, array, weights)) is not None:

@@ -17,17 +17,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
-from tyir.process.files import load_json
 from tyir.runtime_sim.gpu.accelerator import Accelerator
 from tyir.runtime_sim.gpu.allreduce import all_reduce_ns
 from tyir.runtime_sim.gpu.attention import Attention, attention_ns
 from tyir.runtime_sim.gpu.gemm import Product, gemm_ns, is_long
 from tyir.runtime_sim.gpu.rowwise import add_norm_ns, copy_ns, norm_ns, rope_ns, silu_mul_ns
+from tyir.text.json_files import read_json_object
 
 __all__ = ["MODELS", "Model", "Step", "kernels", "model_of", "step_ns"]
+
+_MOST: Final = 2**31 - 1  # of anything that is counted
+_MOST_DEVICES: Final = 1 << 16  # that are looked at for a number that divides a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +87,19 @@ def model_of(name_or_path: str) -> Model:
             )
             raise TyirError(f"there is no model '{name_or_path}'", help=help)
         return MODELS[name_or_path]
-    try:
-        config = load_json(path)
-    except (OSError, ValueError) as error:
-        raise TyirError(f"cannot read the model's configuration: {error}", where=str(path)) from None
-    return _from_config(config, str(path))
+    return _from_config(read_json_object(path, "give the config.json of a Llama-like model"), str(path))
 
 
-def _from_config(config: Mapping[str, int], where: str) -> Model:
+def _from_config(config: Mapping[str, Any], where: str) -> Model:
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-    missing = [k for k in keys if not isinstance(config.get(k), int)]
-    if missing:
+    given = {k: config.get(k) for k in (*keys, "num_key_value_heads", "head_dim")}
+    optional = {k for k, value in given.items() if k not in keys and not value}
+    if missing := [k for k in keys if given[k] is None]:
         raise TyirError([Diagnostic(f"the configuration has no '{k}'", where=where) for k in missing])
+    wrong = [k for k, v in given.items() if k not in optional and not (type(v) is int and 0 < v <= _MOST)]
+    if wrong:
+        message = "'{}' is {}, a whole number from 1 to 2^31 - 1 is needed"
+        raise TyirError([Diagnostic(message.format(k, str(given[k])[:40]), where=where) for k in wrong])
     if config.get("num_experts") or config.get("num_local_experts"):
         raise TyirError(
             "mixtures of experts are not modelled",
@@ -130,19 +134,19 @@ class Step:
         They must divide its heads and columns.
         """
         problems = [
-            f"{n} = {v}: must be at least {least}"
+            f"{n} = {v}: must be at least {least}" if v < least else f"{n} = {v}: must be at most {_MOST}"
             for n, v, least in (
                 ("devices", self.devices, 1),
                 ("batch", self.batch, 1),
                 ("tokens", self.tokens, 1),
                 ("past", self.past, 0),
             )
-            if v < least
+            if not least <= v <= _MOST
         ]
-        for name in ("query_heads", "intermediate") if self.devices > 0 else ():
+        for name in ("query_heads", "intermediate") if not problems else ():
             size = getattr(self.model, name)
             if size % self.devices:
-                near = max(d for d in range(1, self.devices + 1) if size % d == 0)
+                near = max(d for d in range(1, min(self.devices, _MOST_DEVICES) + 1) if size % d == 0)
                 problems.append(
                     f"{size} {name} cannot be split over {self.devices} devices: {near} devices divide them"
                 )

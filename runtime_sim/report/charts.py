@@ -104,7 +104,7 @@ def key(names: Iterable[str]) -> str:
 
 
 def curve(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """A line with its band; both axes from zero."""
+    """A line with its band, and the device's part of it dashed; both axes from zero."""
     width, height, left, right, top, bottom = 520, 250, 62, 20, 26, 40
     most_x, most_y = _round_up(max(p.tokens for p in points) or 1), _round_up(max(p.ms.slow for p in points))
 
@@ -129,10 +129,17 @@ def curve(points: Sequence[Point], x_label: str, y_label: str) -> str:
             f"<polyline points='{path((p.tokens, p.ms.point) for p in points)}' fill='none' stroke='#1f6f8b'"
             " stroke-width='2'/>"
         ),
+        (
+            f"<polyline points='{path((p.tokens, p.device_ms.point) for p in points)}' fill='none'"
+            " stroke='#1f6f8b' stroke-width='1.5' stroke-dasharray='5 4'/>"
+        ),
     ]
     for p in points:
         x, y = at(p.tokens, p.ms.point)
-        tip = f"{p.tokens} {x_label}: {p.ms.point:.4g} ms ({p.ms.fast:.4g} to {p.ms.slow:.4g})"
+        tip = (
+            f"{p.tokens} {x_label}: {p.ms.point:.4g} ms ({p.ms.fast:.4g} to {p.ms.slow:.4g}),"
+            f" {p.device_ms.point:.4g} ms of them on the device"
+        )
         body.append(
             f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3.5' fill='#1f6f8b'><title>{escape(tip)}</title></circle>"
         )
@@ -204,23 +211,25 @@ def layer_bars(layers: Sequence[LayerCost]) -> str:
 
 
 def tornado_bars(rows: Sequence[TornadoRow], point_ms: float) -> str:
-    """A bar for each constant from the time at its low bound to that at its high one."""
-    ends = [ms for r in rows for ms in (r.tpot_ms_at_low, r.tpot_ms_at_high)]
-    low, high = min(*ends, point_ms), max(*ends, point_ms)
+    """A bar for each constant from the device's time at its low bound to that at its high one."""
+    ends = [ms for r in rows for ms in (r.device_ms_at_low, r.device_ms_at_high)]
+    low, high = min([*ends, point_ms]), max([*ends, point_ms])
     left, scale = 250, (WIDTH - 420) / ((high - low) or 1.0)
     body = []
     for number, r in enumerate(rows):
         y = number * 21
-        a, b = sorted((r.tpot_ms_at_low, r.tpot_ms_at_high))
+        a, b = sorted((r.device_ms_at_low, r.device_ms_at_high))
         tip = (
-            f"{r.constant} from {r.low:g} to {r.high:g}: {r.tpot_ms_at_low:.4g} to {r.tpot_ms_at_high:.4g}"
-            f" ms. {r.source}"
+            f"{r.constant} from {r.low:g} to {r.high:g}: {r.device_ms_at_low:.4g} to"
+            f" {r.device_ms_at_high:.4g} ms. {r.source}"
         )
         body += [
             _text(left - 8, y + 14, f"{r.constant} {r.low:g} to {r.high:g}", "end"),
             _rect(left + (a - low) * scale, y + 3, (b - a) * scale, 14, "#c98a1b", tip),
             _text(
-                left + (b - low) * scale + 6, y + 14, f"{r.tpot_ms_at_low:.4g} to {r.tpot_ms_at_high:.4g} ms"
+                left + (b - low) * scale + 6,
+                y + 14,
+                f"{r.device_ms_at_low:.4g} to {r.device_ms_at_high:.4g} ms",
             ),
         ]
     middle = left + (point_ms - low) * scale

@@ -19,6 +19,7 @@ from tyir.runtime_sim.report.charts import (
     tornado_bars,
     unit_bars,
 )
+from tyir.runtime_sim.report.text import host_line
 from tyir.runtime_sim.timing.costs import OpCost
 from tyir.runtime_sim.timing.predictor import Interval, Predictor
 from tyir.runtime_sim.timing.summary import StepReport, Summary
@@ -51,7 +52,7 @@ def html_report(s: Summary, predictor: Predictor) -> str:
                 curve(s.ttft_by_prompt, "prompt tokens", "time to first token (ms)"),
                 curve(s.tpot_by_position, "cached tokens", "time per output token (ms)"),
             ),
-            f"<p>Line: the machine file as it is. {_band(s)}</p>",
+            f"<p>Line: the machine file as it is; dashed: the device's part of it. {_band(s)}</p>",
         ]
     parts += ["<h2>What bounds a step</h2>", _two(*(_bounds(r) for r in _steps(s)))]
     parts += [
@@ -83,8 +84,9 @@ def html_report(s: Summary, predictor: Predictor) -> str:
     ]
     if s.tornado:
         parts += [
-            "<h2>Which assumed constant moves the time per token</h2>",
-            tornado_bars(s.tornado, s.tpot_ms.point),
+            "<h2>Which assumed constant moves the device's part of the time per token</h2>",
+            tornado_bars([r for r in s.tornado if r.of_device], s.tpot_device_ms.point),
+            *_host_row(s),
         ]
     for report in _steps(s):
         parts += [f"<h2>Ops of {_name(report)}</h2>", _ops(report.ops)]
@@ -121,15 +123,28 @@ def _name(step: StepReport) -> str:
     return f"a step of {step.seqlen} token{'s' if step.seqlen > 1 else ''} at position {step.pos}"
 
 
+def _host_row(s: Summary) -> list[str]:
+    """What the host's constant does to all of the time, which the bars are not about."""
+    return [
+        f"<p>{escape(r.constant)} from {r.low:g} to {r.high:g} moves all of the time per token, and"
+        f" nothing of the device: {r.tpot_ms_at_low:.4g} to {r.tpot_ms_at_high:.4g} ms.</p>"
+        for r in s.tornado
+        if not r.of_device
+    ]
+
+
 def _two(*cells: str) -> str:
     return "<div class='two'>" + "".join(f"<div>{cell}</div>" for cell in cells) + "</div>"
 
 
 def _head(s: Summary) -> list[str]:
     lines = [
-        f"<p>Simulated device time plus {s.host_ms_per_step:g} ms of host time a step; compiled lengths"
-        f" {', '.join(map(str, s.seqlens))}, cache of {s.max_kv:,} tokens.</p>"
+        f"<p>Simulated device time, and {s.host_ms_per_step:g} ms of host time a step, which the machine file"
+        f" says; compiled lengths {', '.join(map(str, s.seqlens))}, cache of {s.max_kv:,} tokens.</p>"
     ]
+    host = host_line(s)
+    css = " class='note'" if s.decode_bound_by == "host" else ""
+    lines.append(f"<p{css}>{host[:1].upper()}{host[1:]}.</p>")
     if s.overrides:
         lines.append(
             "<p>Changed: "
@@ -153,23 +168,24 @@ def _band(s: Summary) -> str:
 
 
 def _cards(s: Summary) -> str:
-    def card(label: str, value: Interval, unit: str) -> str:
+    def card(label: str, value: Interval, device: Interval, unit: str) -> str:
         low, high = sorted((value.fast, value.slow))
         return (
             f"<div class='card'><span>{escape(label)}</span><b>{_number(value.point)}"
-            f" {unit}</b><span>{_number(low)} to {_number(high)}</span></div>"
+            f" {unit}</b><span>{_number(low)} to {_number(high)}</span><br><span>device alone:"
+            f" {_number(device.point)} {unit}</span></div>"
         )
 
+    rates = (
+        s.tpot_device_ms.map(lambda ms: 1000 / ms),
+        s.ttft_device_ms.map(lambda ms: s.prompt_tokens * 1000 / ms),
+    )
     return (
         "<div class='cards'>"
-        + "".join(
-            (
-                card(f"first token, prompt of {s.prompt_tokens}", s.ttft_ms, "ms"),
-                card(f"each token after {s.pos} cached", s.tpot_ms, "ms"),
-                card("decode", s.decode_tokens_per_s, "tokens/s"),
-                card("prefill", s.prefill_tokens_per_s, "tokens/s"),
-            )
-        )
+        + card(f"first token, prompt of {s.prompt_tokens}", s.ttft_ms, s.ttft_device_ms, "ms")
+        + card(f"each token after {s.pos} cached", s.tpot_ms, s.tpot_device_ms, "ms")
+        + card("decode", s.decode_tokens_per_s, rates[0], "tokens/s")
+        + card("prefill", s.prefill_tokens_per_s, rates[1], "tokens/s")
         + "</div>"
     )
 
@@ -180,8 +196,8 @@ def _number(value: float) -> str:
 
 def _bounds(step: StepReport) -> str:
     return (
-        f"<h3>{_name(step).capitalize()}: {step.device_ms:.4g} ms, bounded by"
-        f" {step.bound_by}</h3>{unit_bars(dict(step.unit_shares), step.bound_by)}<p>{max(step.dram_bytes) / 1e6:,.1f}"  # noqa: E501
+        f"<h3>{_name(step).capitalize()}: {step.device_ms:.4g} ms on the device, bounded by"
+        f" {step.bound_by}</h3>{unit_bars(step.units, step.bound_by)}<p>{max(step.dram_bytes) / 1e6:,.1f}"
         f" MB of DRAM a die, {max(step.dram_gbps):.1f} GB/s over the step; {step.commands:,} commands</p>"
     )
 

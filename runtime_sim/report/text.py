@@ -1,4 +1,4 @@
-"""`tyir-sim`'s answer as text: one model, two models side by side, a sweep."""
+"""`tyir-sim`'s answer as text: one model, or a sweep of one constant."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from itertools import groupby
 
 from tyir.runtime_sim.timing.costs import LayerCost
 from tyir.runtime_sim.timing.predictor import Interval
-from tyir.runtime_sim.timing.summary import Point, StepReport, Summary, SweepRow
+from tyir.runtime_sim.timing.summary import Point, StepReport, Summary, SweepRow, TornadoRow
 
-__all__ = ["compare_text", "sweep_text", "text_report"]
+__all__ = ["figures", "host_line", "number", "sweep_text", "text_report"]
 
 _ALIKE = 0.01  # layers whose times differ by less are shown on one line
+_LABEL = 46
 
 
 def text_report(s: Summary, top: int) -> str:
     """The whole report, the `top` most expensive ops of each step."""
     lines = [
         (
-            f"{s.artifacts} on {s.dies} x {s.machine} (simulated device time plus {s.host_ms_per_step:g} ms"
-            " of host time a step)"
+            f"{s.artifacts} on {s.dies} x {s.machine}: simulated device time, and {s.host_ms_per_step:g} ms"
+            " of host time a step, which the machine file says"
         ),
         (
             "calibrated"
@@ -34,45 +35,77 @@ def text_report(s: Summary, top: int) -> str:
         lines.append("changed: " + ", ".join(f"{name} = {value:g}" for name, value in s.overrides.items()))
     lines += [
         "",
-        f"{'':<34}{'fast':>10}{'point':>10}{'slow':>10}",
-        *(f"{label:<34}{_interval(value)}" for label, value in _figures(s)),
+        f"{'':<{_LABEL}}{'fast':>10}{'point':>10}{'slow':>10}",
+        *(f"{label:<{_LABEL}}{_interval(value)}" for label, value in figures(s)),
+        host_line(s),
     ]
     if s.ttft_by_prompt:
-        lines += ["", f"{'':<34}{'fast':>10}{'point':>10}{'slow':>10}{'tokens/s':>10}"]
+        heads = ("fast", "point", "slow", "of device", "tokens/s")
+        lines += ["", " " * _LABEL + "".join(f"{head:>10}" for head in heads)]
         lines += [_point("TTFT (ms), prompt of", p, p.tokens) for p in s.ttft_by_prompt]
         lines += [_point("TPOT (ms), position", p, 1) for p in s.tpot_by_position]
     for step in (s.decode_step, s.prefill_step):
         if step is not None:
             lines += ["", *_step(step, top)]
     if s.tornado:
-        lines += ["", f"{'assumed constant, alone':<30}{'low':>10}{'high':>10}{'TPOT (ms)':>22}"]
-        lines += [
-            f"{t.constant:<30}{t.low:>10g}{t.high:>10g}{t.tpot_ms_at_low:>11.4g}{t.tpot_ms_at_high:>11.4g}"
-            for t in s.tornado
-        ]
+        lines += ["", *_tornado(s.tornado)]
     return "\n".join(lines)
 
 
-def _figures(s: Summary) -> tuple[tuple[str, Interval], ...]:
-    return (
-        (f"TTFT, {s.prompt_tokens} tokens (ms)", s.ttft_ms),
-        (f"TPOT at position {s.pos} (ms)", s.tpot_ms),
-        ("prefill (tokens/s)", s.prefill_tokens_per_s),
-        ("decode (tokens/s)", s.decode_tokens_per_s),
+def figures(s: Summary) -> Iterator[tuple[str, Interval]]:
+    """What is told first: each time and rate, then the device's part of it.
+
+    A label says every length that its figure depends on: figures of one label may be compared.
+    """
+    steps = "" if s.decode_step.seqlen == 1 else f", steps of {s.decode_step.seqlen}"
+    yield f"TTFT, {s.prompt_tokens} tokens (ms)", s.ttft_ms
+    yield f"TTFT, {s.prompt_tokens} tokens, device (ms)", s.ttft_device_ms
+    yield f"TPOT at position {s.pos}{steps} (ms)", s.tpot_ms
+    yield f"TPOT at position {s.pos}{steps}, device (ms)", s.tpot_device_ms
+    yield f"prefill of {s.prompt_tokens} (tokens/s)", s.prefill_tokens_per_s
+    yield (
+        f"prefill of {s.prompt_tokens}, device (tokens/s)",
+        s.ttft_device_ms.map(lambda ms: s.prompt_tokens * 1000 / ms),
+    )
+    yield f"decode at position {s.pos}{steps} (tokens/s)", s.decode_tokens_per_s
+    yield (
+        f"decode at position {s.pos}{steps}, device (tokens/s)",
+        s.tpot_device_ms.map(lambda ms: 1000 / ms),
     )
 
 
+def host_line(s: Summary) -> str:
+    """What bounds a token, the host being counted."""
+    share = f"{100 * s.decode_host_share:.0f} % of a token's time is the host's"
+    if s.decode_bound_by == "host":
+        return f"decode bound by host: {share}, which is assumed; the device's part is what is simulated"
+    return f"decode bound by {s.decode_bound_by}: {share}"
+
+
 def _interval(value: Interval) -> str:
-    return "".join(f"{_number(figure):>10}" for figure in (value.fast, value.point, value.slow))
+    return "".join(f"{number(figure):>10}" for figure in (value.fast, value.point, value.slow))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Four digits, never an exponent."""
     return f"{value:.4g}" if value < 9999.5 else f"{value:.0f}"
 
 
 def _point(label: str, p: Point, tokens: int) -> str:
-    return f"{label + ' ' + str(p.tokens):<34}{_interval(p.ms)}{_number(tokens * 1000 / p.ms.point):>10}"
+    more = f"{number(p.device_ms.point):>10}{number(tokens * 1000 / p.ms.point):>10}"
+    return f"{label + ' ' + str(p.tokens):<{_LABEL}}{_interval(p.ms)}{more}"
+
+
+def _tornado(rows: Sequence[TornadoRow]) -> Iterator[str]:
+    """The device's part first, as it is what the constants are constants of; the host's row last."""
+    yield f"{'':<50}{'device (ms) at':>22}{'TPOT (ms) at':>22}"
+    yield f"{'assumed constant, alone':<30}{'low':>10}{'high':>10}" + f"{'low':>11}{'high':>11}" * 2
+    for r in rows:
+        device = (
+            f"{r.device_ms_at_low:>11.4g}{r.device_ms_at_high:>11.4g}" if r.of_device else f"{'-':>11}" * 2
+        )
+        ends = f"{r.tpot_ms_at_low:>11.4g}{r.tpot_ms_at_high:>11.4g}"
+        yield f"{r.constant:<30}{r.low:>10g}{r.high:>10g}{device}{ends}"
 
 
 def _step(step: StepReport, top: int) -> Iterator[str]:
@@ -80,7 +113,7 @@ def _step(step: StepReport, top: int) -> Iterator[str]:
         f"one step of {step.seqlen} at position {step.pos}: {step.device_ms:.4g} ms on the device,"
         f" {step.commands} commands; bound by {step.bound_by}"
     )
-    yield "busy: " + ", ".join(f"{unit} {100 * share:.0f} %" for unit, share in step.unit_shares.items())
+    yield "busy: " + ", ".join(f"{unit} {100 * share:.0f} %" for unit, share in step.units.items())
     yield f"DRAM: {max(step.dram_bytes) / 1e6:.2f} MB a die, {max(step.dram_gbps):.1f} GB/s over the step"
     yield from _collectives(step)
     yield "layers: " + "; ".join(_layers(step.layers))
@@ -128,50 +161,19 @@ def _layers(layers: Sequence[LayerCost]) -> Iterator[str]:
         yield f"{where}: {mean / 1e6:.4g} ms{' each' if len(costs) > 1 else ''}, bounded by {bound_by}"
 
 
-def compare_text(a: Summary, b: Summary, top: int) -> str:
-    """Two models side by side: the figures, what is busy, and the most expensive ops.
-
-    `top` says how many ops of the decode step.
-    """
-    lines = [f"{name} = {s.artifacts}, {s.dies} x {s.machine}" for name, s in (("a", a), ("b", b))]
-    lines += ["", f"{'':<34}{'a':>12}{'b':>12}{'b / a':>9}"]
-    for (label, left), (other, right) in zip(_figures(a), _figures(b)):
-        label = label if label == other else f"{label.partition(',')[0]} ({other.rpartition('(')[2]}"
-        lines.append(
-            f"{label:<34}{_number(left.point):>12}{_number(right.point):>12}{_ratio(left.point, right.point)}"
-        )
-    steps = (a.decode_step, b.decode_step)
-    lines.append(f"{'decode bound by':<34}{steps[0].bound_by:>12}{steps[1].bound_by:>12}")
-    for unit in steps[0].unit_shares:
-        lines.append(
-            f"{unit + ' busy (%)':<34}" + "".join(f"{100 * s.unit_shares[unit]:>12.1f}" for s in steps)
-        )
-    for what, values in (
-        ("DRAM (MB a die and step)", [max(s.dram_bytes) / 1e6 for s in steps]),
-        ("collectives a step", [float(s.collectives.count) for s in steps]),
-        ("collective bytes a step", [float(s.collectives.nbytes) for s in steps]),
-    ):
-        lines.append(f"{what:<34}{values[0]:>12.6g}{values[1]:>12.6g}{_ratio(*values)}")
-    times = [{(o.source, o.path): o.time_ns / 1000 for o in s.ops} for s in steps]
-    lines += ["", f"{'op (us of the decode step)':<66}{'a':>12}{'b':>12}{'b / a':>9}"]
-    for op in sorted(set(times[0]) | set(times[1]), key=lambda k: -max(t.get(k, 0.0) for t in times))[:top]:
-        cells = "".join(f"{t[op]:>12.2f}" if op in t else f"{'-':>12}" for t in times)
-        lines.append(
-            f"{op[0]:<22}{op[1][-43:]:<44}{cells}"
-            + (_ratio(times[0][op], times[1][op]) if all(op in t for t in times) else "")
-        )
-    return "\n".join(lines)
-
-
-def _ratio(a: float, b: float) -> str:
-    return f"{b / a:>9.3f}" if a else f"{'-':>9}"
-
-
 def sweep_text(constant: str, rows: Sequence[SweepRow], prompt: int) -> str:
-    """A line for each value of one constant."""
-    lines = [f"{constant:<30}{'TTFT ms':>12}{'TPOT ms':>12}{'prefill tok/s':>15}{'decode tok/s':>14}"]
-    lines += [
-        f"{r.value:<30g}{r.ttft_ms:>12.4g}{r.tpot_ms:>12.4g}{_number(prompt * 1e3 / r.ttft_ms):>15}{_number(1e3 / r.tpot_ms):>14}"  # noqa: E501
-        for r in rows
-    ]
+    """A line for each value of one constant: all of the time, and the device's part."""
+    heads = ("TTFT ms", "of device", "TPOT ms", "of device", "prefill tok/s", "decode tok/s", "of device")
+    lines = [f"{constant:<30}" + "".join(f"{head:>14}" for head in heads)]
+    for r in rows:
+        cells = (
+            r.ttft_ms,
+            r.ttft_device_ms,
+            r.tpot_ms,
+            r.tpot_device_ms,
+            prompt * 1e3 / r.ttft_ms,
+            1e3 / r.tpot_ms,
+            1e3 / r.tpot_device_ms,
+        )
+        lines.append(f"{r.value:<30g}" + "".join(f"{number(cell):>14}" for cell in cells))
     return "\n".join(lines)

@@ -74,6 +74,7 @@ def write_cache(
         raise TyirError(f"cannot write the cache {path}: it is not a file", help="choose another file")
     temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:

@@ -4,6 +4,8 @@
 Rules
 - A unit takes its commands in program order; a command starts when its tokens are done and its unit can take it: `sync.fetch_ns` after the one before, which passes while it waits for tokens.
 - dequant, cube, drain, vector: one command at a time, dispatch (`sync.command_ns`) and then the time of `tyir.edge10.command_times`.
+- Units that share a control (unit i has control i mod `sync.controls`) slow each other: work on a unit and issuing take `1 + sync.waiting_overhead` for each other unit of its control that the program uses, for a
+  unit that waits looks at its tokens again and again.
 - DMA queues: commands are issued one after the other (`sync.command_ns + dma.issue_ns`, and `dma.run_ns` for each run of addresses), up to `dma.outstanding` are in flight, so that the DRAM's latency
   is hidden behind the data of the transfers before; data moves in order, all queues of a die (and its collectives) sharing the DRAM bandwidth fairly, none
   faster than its port of the on-chip memory.
@@ -14,7 +16,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -145,11 +147,11 @@ class _Die:
     def __init__(self, step: Step, machine: Machine) -> None:
         self.step = step
         self.machine = machine
-        prices = {cost: _price(cost, machine) for cost in {kind.cost for kind in step.kinds}}
+        slowed = _slowed_by_waiting({kind.unit for kind in step.kinds}, machine)
         durations = Durations(
-            work=[prices[kind.cost] for kind in step.kinds],
+            work=[_work(kind, slowed[kind.unit], machine) for kind in step.kinds],
             fetch_ns=machine.sync.fetch_ns,
-            issue=[_issue_ns(kind.cost, machine) for kind in step.kinds],
+            issue=[slowed[kind.unit] * _issue_ns(kind.cost, machine) for kind in step.kinds],
             latency_ns=machine.dram.latency_ns,
             outstanding=max(1, int(machine.dma.outstanding)),
             dram_rate=machine.dram_bytes_per_ns,
@@ -174,11 +176,22 @@ class _Die:
         return DieTiming(self.step, start + launch, data + launch, end + launch, moved[self.step.kind], busy)
 
 
-def _price(cost: Transfer | Work, machine: Machine) -> float:
+def _slowed_by_waiting(units: Collection[str], machine: Machine) -> dict[str, float]:
+    """How many times longer a unit takes for its own work, since others of its control look for their tokens;
+    `units` are those that the program has commands for.
+    """
+    control = {unit: number % machine.sync.controls for number, unit in enumerate(edge10.UNITS)}
+    return {
+        unit: 1 + machine.sync.waiting_overhead * sum(control[u] == control[unit] for u in units if u != unit)
+        for unit in units
+    }
+
+
+def _work(kind: Kind, slowed: float, machine: Machine) -> float:
     """ns on its unit, dispatch included; for a transfer its bytes' worth of DRAM time."""
-    return (
-        cost.cost_bytes(machine) if isinstance(cost, Transfer) else machine.sync.command_ns + cost.ns(machine)
-    )
+    if isinstance(kind.cost, Transfer):
+        return kind.cost.cost_bytes(machine)
+    return slowed * (machine.sync.command_ns + kind.cost.ns(machine))
 
 
 def _issue_ns(cost: Transfer | Work, machine: Machine) -> float:

@@ -1,7 +1,8 @@
 """What a user wants to know from the timing engine: time to first token, time per output token, what bounds
 them, and how sure that is.
 
-Times are simulated device time plus the machine's host constant per step.  Figures that hang on assumed
+Times are simulated device time plus the machine's host constant per step; the device's part is told by
+itself.  Figures that hang on assumed
 constants come as an interval: every assumed constant at its faster bound, as the file has it, at its slower
 bound.
 """
@@ -35,6 +36,12 @@ class Interval:
     def map(self, change: Callable[[float], float]) -> Interval:
         """The interval of something computed from the figure."""
         return Interval(change(self.fast), change(self.point), change(self.slow))
+
+    def plus(self, other: Interval, times: int = 1) -> Interval:
+        """The interval of a sum with `times` another figure, end by end: what hurts one hurts both."""
+        return Interval(
+            self.fast + times * other.fast, self.point + times * other.point, self.slow + times * other.slow
+        )
 
 
 @dataclass(frozen=True)
@@ -85,28 +92,44 @@ class Predictor:
     def dies(self) -> int:
         return len(self.programs(min(self.seqlens)))
 
+    @property
+    def host_ns(self) -> float:
+        """What the host is assumed to add to a step: a constant of the machine file, never simulated."""
+        return self.machine.host.step_us * 1000
+
     def tpot_ns(self, pos: int, *, exact: bool = True) -> float:
-        """Time per output token when `pos` tokens are cached: one step of the shortest length, and the host's
-        constant.  Not `exact`: see `between`.
+        """Time per output token when `pos` tokens are cached: `decode_device_ns`, and the host's constant."""
+        return self.decode_device_ns(pos, exact=exact) + self.host_ns
+
+    def decode_device_ns(self, pos: int, *, exact: bool = True) -> float:
+        """The device's part of the time per output token: one step of the shortest length at `pos`.
+
+        Not `exact`: see `between`.
         """
         seqlen = min(self.seqlens)
-        step = self.step(seqlen, pos).total_ns if exact else self.between(seqlen, pos)
-        return step + self.machine.host.step_us * 1000
+        return self.step(seqlen, pos).total_ns if exact else self.between(seqlen, pos)
 
     def ttft_ns(self, tokens: int, *, exact: bool = True) -> float:
-        """Time to first token of a prompt: its chunks one after the other (`plan_chunks`), the host's
-        constant for each.
+        """Time to first token of a prompt: `prefill_device_ns`, and the host's constant for each step."""
+        return self.prefill_device_ns(tokens, exact=exact) + self.prefill_steps(tokens) * self.host_ns
+
+    def prefill_steps(self, tokens: int) -> int:
+        """How many steps a prompt takes."""
+        return len(list(plan_chunks(tokens, 0, self.seqlens, self.capacity)))
+
+    def prefill_device_ns(self, tokens: int, *, exact: bool = True) -> float:
+        """The device's part of the time to first token: the prompt's chunks one after the other
+        (`plan_chunks`).
 
         Steps of one length differ only in the cached rows they read; when there are more than eight, or when
         not `exact`, see `between`.
         """
         chunks = list(plan_chunks(tokens, 0, self.seqlens, self.capacity))
         exact = exact and len(chunks) <= _EXACT_STEPS
-        steps = [
+        return sum(
             self.step(c.seqlen, c.start).total_ns if exact else self.between(c.seqlen, c.start)
             for c in chunks
-        ]
-        return sum(steps) + len(chunks) * self.machine.host.step_us * 1000
+        )
 
     def between(self, seqlen: int, pos: int) -> float:
         """A step's ns at a position, between those simulated at the nearest of a few positions below and

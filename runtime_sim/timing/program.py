@@ -21,6 +21,7 @@ from tyir.ir import Block, Value
 from tyir.manifest import MACHINE
 from tyir.parser import parse_module
 from tyir.runtime_sim.timing.unroll import Command, Kinds, Position, Step, unroll
+from tyir.stages import stage_of
 from tyir.targets.machine import Machine, load_machine, machine_from
 
 __all__ = ["Command", "EdgeProgram", "alike_programs", "load_program", "load_programs", "machine_of"]
@@ -35,6 +36,12 @@ class EdgeProgram:
         self.module = module
         self.functions = {f.sym_name: f for f in module.body if isinstance(f, Func)}
         self.buffers = {b.sym_name: b for b in module.body if isinstance(b, edge10.Buffer)}
+        stage = stage_of(module)
+        if stage is not None and stage != "edge10":
+            raise TyirError(
+                f"this is a module at stage {stage}, not a command program",
+                help="compile it (tyir-compile FILE.ir -o out) and give the folder which that prints",
+            )
         entries = entry_points(module)
         if len(entries) != 1:
             raise TyirError(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tyir.runtime_sim.timing.costs import (
+    UNITS,
     CollectiveCount,
     LayerCost,
     OpCost,
@@ -26,10 +27,11 @@ __all__ = ["Collectives", "Point", "StepReport", "Summary", "SweepRow", "Tornado
 
 @dataclass(frozen=True)
 class Point:
-    """A time in ms at a number of tokens: of a prompt, or cached."""
+    """A time in ms at a number of tokens, of a prompt or cached: with the host's part, and of the device."""
 
     tokens: int
     ms: Interval
+    device_ms: Interval
 
 
 Least = Callable[[int], Sequence[CollectiveNeed]]
@@ -81,24 +83,43 @@ class StepReport:
     ops: tuple[OpCost, ...]
     collectives: Collectives
 
+    @property
+    def units(self) -> dict[str, float]:
+        """`unit_shares` in the order in which units are always shown, which JSON does not keep."""
+        return {unit: self.unit_shares[unit] for unit in UNITS if unit in self.unit_shares}
+
 
 @dataclass(frozen=True)
 class TornadoRow:
-    """How far one assumed constant, moved alone between its bounds, moves the time per token."""
+    """How far one assumed constant, moved alone between its bounds, moves the time per token: the device's
+    part of it, and all of it.
+
+    The two move alike but for the host's constant, which the device does not know.
+    """
 
     constant: str
     low: float
     high: float
+    device_ms_at_low: float
+    device_ms_at_high: float
     tpot_ms_at_low: float
     tpot_ms_at_high: float
     source: str
 
+    @property
+    def of_device(self) -> bool:
+        """Whether the device's part moves."""
+        return self.device_ms_at_low != self.device_ms_at_high
+
 
 @dataclass(frozen=True)
 class Summary:
-    """Times are device time and the host's constant for each step.
+    """All figures of a compiled model on a machine.
 
-    An interval's ends have every assumed constant at its faster and at its slower bound.
+    `ttft_ms`, `tpot_ms` and the rates made of them are device time and the host's constant for each step (a
+    prompt takes `prefill_steps` of them); `..._device_ms` is the device's part, which alone is simulated.
+    `decode_bound_by` is "host" when its constant takes more of a token's time than any unit.  An interval's
+    ends have every assumed constant at its faster and at its slower bound.
     """
 
     artifacts: str
@@ -112,8 +133,12 @@ class Summary:
     host_ms_per_step: float
     prompt_tokens: int
     pos: int
+    prefill_steps: int
     ttft_ms: Interval
+    ttft_device_ms: Interval
     tpot_ms: Interval
+    tpot_device_ms: Interval
+    decode_bound_by: str
     prefill_tokens_per_s: Interval
     decode_tokens_per_s: Interval
     ttft_by_prompt: tuple[Point, ...]
@@ -125,6 +150,21 @@ class Summary:
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `json.dumps`."""
         return asdict(self)
+
+    @property
+    def decode_host_share(self) -> float:
+        """The host's part of the time per token."""
+        return self.host_ms_per_step / self.tpot_ms.point
+
+    @staticmethod
+    def from_json(values: Any, where: str) -> Summary:
+        """The summary that `as_json` gave.
+
+        `TyirError` when the values are none; `where` is for messages.
+        """
+        from tyir.artifacts.schema import checked
+
+        return checked(Summary, values, where, f"simulate again: tyir-sim ARTIFACTS --report json -o {where}")
 
 
 def summarize(
@@ -144,7 +184,11 @@ def summarize(
     """
     machine = predictor.machine
     shortest, longest = min(predictor.seqlens), max(predictor.seqlens)
-    ttft, tpot = predictor.interval(lambda p: p.ttft_ns(prompt)), predictor.interval(lambda p: p.tpot_ns(pos))
+    prefill_device = predictor.interval(lambda p: p.prefill_device_ns(prompt))
+    decode_device = predictor.interval(lambda p: p.decode_device_ns(pos))
+    host, prefill_steps = predictor.interval(lambda p: p.host_ns), predictor.prefill_steps(prompt)
+    ttft, tpot = prefill_device.plus(host, prefill_steps), decode_device.plus(host)
+    decode = predictor.step(shortest, pos)
     prompts, positions = _points(predictor, prompt, pos) if curves else ([], [])
     return Summary(
         artifacts=artifacts,
@@ -158,13 +202,17 @@ def summarize(
         host_ms_per_step=machine.host.step_us / 1000,
         prompt_tokens=prompt,
         pos=pos,
+        prefill_steps=prefill_steps,
         ttft_ms=ttft.map(_ms),
+        ttft_device_ms=prefill_device.map(_ms),
         tpot_ms=tpot.map(_ms),
+        tpot_device_ms=decode_device.map(_ms),
+        decode_bound_by=_bound_with_host(decode, predictor.host_ns),
         prefill_tokens_per_s=ttft.map(lambda ns: prompt * 1e9 / ns),
         decode_tokens_per_s=tpot.map(lambda ns: 1e9 / ns),
-        ttft_by_prompt=_curve(predictor, prompts, lambda p, n: p.ttft_ns(n, exact=False)),
-        tpot_by_position=_curve(predictor, positions, lambda p, n: p.tpot_ns(n, exact=False)),
-        decode_step=_step_report(predictor.step(shortest, pos), least),
+        ttft_by_prompt=tuple(_ttft_point(predictor, n) for n in prompts),
+        tpot_by_position=tuple(_tpot_point(predictor, n) for n in positions),
+        decode_step=_step_report(decode, least),
         prefill_step=_step_report(predictor.step(longest, 0), least) if longest > shortest else None,
         tornado=_tornado(predictor, pos) if tornado else (),
     )
@@ -182,10 +230,24 @@ def _points(predictor: Predictor, prompt: int, pos: int) -> tuple[list[int], lis
     return sorted(prompts), sorted(positions)
 
 
-def _curve(
-    predictor: Predictor, points: Sequence[int], figure: Callable[[Predictor, int], float]
-) -> tuple[Point, ...]:
-    return tuple(Point(n, predictor.interval(lambda p, n=n: figure(p, n)).map(_ms)) for n in points)  # type: ignore[misc]
+def _ttft_point(predictor: Predictor, tokens: int) -> Point:
+    device = predictor.interval(lambda p: p.prefill_device_ns(tokens, exact=False))
+    return _point(predictor, tokens, device, predictor.prefill_steps(tokens))
+
+
+def _tpot_point(predictor: Predictor, pos: int) -> Point:
+    return _point(predictor, pos, predictor.interval(lambda p: p.decode_device_ns(pos, exact=False)), 1)
+
+
+def _point(predictor: Predictor, tokens: int, device: Interval, steps: int) -> Point:
+    """A point of a curve, for a figure of so many steps."""
+    host = predictor.interval(lambda p: p.host_ns)
+    return Point(tokens, device.plus(host, steps).map(_ms), device.map(_ms))
+
+
+def _bound_with_host(step: Timing, host_ns: float) -> str:
+    """What takes most of a step's time when the host's constant comes after it."""
+    return "host" if host_ns > step.share(step.bound_by) * step.total_ns else step.bound_by
 
 
 def _step_report(timing: Timing, least: Least | None) -> StepReport:
@@ -213,19 +275,26 @@ def _collectives(timing: Timing, least: Least | None) -> Collectives:
 
 
 def _tornado(predictor: Predictor, pos: int) -> tuple[TornadoRow, ...]:
-    found = predictor.sensitivities(lambda p: p.tpot_ns(pos))
-    return tuple(
-        TornadoRow(
-            s.name,
-            s.constant.low or 0.0,
-            s.constant.high or 0.0,
-            s.at_low * 1e-6,
-            s.at_high * 1e-6,
-            s.constant.source,
+    """The constants that move the device's part, the most important first; then the host's."""
+    rows = []
+    for s in predictor.sensitivities(lambda p: p.decode_device_ns(pos)):
+        low, high = (
+            predictor.machine.with_bounds({s.name: end}).host.step_us * 1000 for end in (False, True)
         )
-        for s in found
-        if s.swing > 0
-    )
+        if s.swing > 0 or low != high:
+            rows.append(
+                TornadoRow(
+                    constant=s.name,
+                    low=s.constant.low or 0.0,
+                    high=s.constant.high or 0.0,
+                    device_ms_at_low=_ms(s.at_low),
+                    device_ms_at_high=_ms(s.at_high),
+                    tpot_ms_at_low=_ms(s.at_low + low),
+                    tpot_ms_at_high=_ms(s.at_high + high),
+                    source=s.constant.source,
+                )
+            )
+    return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -234,7 +303,9 @@ class SweepRow:
 
     value: float
     ttft_ms: float
+    ttft_device_ms: float
     tpot_ms: float
+    tpot_device_ms: float
 
 
 def sweep(
@@ -245,6 +316,12 @@ def sweep(
     """
     machines = [predictor.machine.with_overrides({constant: value}) for value in values]
     return [
-        SweepRow(value, at.ttft_ns(prompt) * 1e-6, at.tpot_ns(pos) * 1e-6)
+        SweepRow(
+            value,
+            _ms(at.ttft_ns(prompt)),
+            _ms(at.prefill_device_ns(prompt)),
+            _ms(at.tpot_ns(pos)),
+            _ms(at.decode_device_ns(pos)),
+        )
         for value, at in zip(values, (predictor.on(m) for m in machines))
     ]

@@ -17,7 +17,7 @@ from tyir.parser import parse_module
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 from tyir.targets.machine import load_machine
-from tyir.verify import verify
+from tyir.verifier import verify
 
 MACHINE = load_machine("edge10")
 PROGRAM = """"builtin.module"() <{sym_name = "die0"}> ({

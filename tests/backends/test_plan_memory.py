@@ -21,7 +21,7 @@ from tyir.runtime_sim.execution.check_accesses import check_lengths
 from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
-from tyir.verify import verify
+from tyir.verifier import verify
 
 MACHINE = load_machine("edge10")
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"

@@ -25,7 +25,7 @@ from tyir.registry import load_dialect_module
 from tyir.rewrite import Rewriter, pattern, rewrite_greedily
 from tyir.traits import Commutative, ConstantLike, Pure
 from tyir.types import TensorType
-from tyir.verify import verify
+from tyir.verifier import verify
 
 __all__ = ["make"]
 

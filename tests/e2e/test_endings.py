@@ -63,7 +63,10 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Run:
 def test_the_limit(compiled: Path, answer: Run) -> None:
     code, out, notes = answer(compiled, "--prompt", "A", "--max-tokens", 5)
     assert (code, out) == (0, "ABCDEF\n")
-    assert "; 5 tokens at" in notes and "ended after 5 tokens, as many as --max-tokens allows" in notes
+    assert (
+        " s after that, 5 tokens at" in notes
+        and "ended after 5 tokens, as many as --max-tokens allows" in notes
+    )
 
 
 def test_no_tokens_are_an_answer_too(compiled: Path, answer: Run) -> None:
@@ -77,7 +80,7 @@ def test_every_position_of_the_cache(compiled: Path, answer: Run, length: int) -
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 3
     code, out, notes = answer(compiled, "--prompt", alphabet[:length], "--max-tokens", 64)
     assert (code, out) == (0, alphabet[: CAPACITY + 1] + "\n"), "one token follows the last position"
-    assert "ended because all 30 positions of the cache are taken" in notes and "--max-kv" in notes
+    assert "ended because the cache of 30 positions is full" in notes and "--max-kv" in notes
 
 
 def test_a_prompt_too_long_is_refused_with_the_numbers(compiled: Path, answer: Run) -> None:
@@ -121,7 +124,7 @@ def ends_at(source: str, token: str) -> str:
 
 def test_the_tokenizers_own_end(compiled: Path, answer: Run) -> None:
     code, out, notes = answer(compiled, "--prompt", "xa", "--max-tokens", 9)
-    assert (code, out) == (0, "xa\n") and "; 1 tokens at" in notes
+    assert (code, out) == (0, "xa\n") and " s after that, 1 token (host" in notes
     assert "ended by stop token 2 (<eos>) of" in notes
 
 

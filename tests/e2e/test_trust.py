@@ -348,6 +348,12 @@ def run(name: str, *arguments: object, **options: Any) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def end_of(process: subprocess.Popen[str]) -> int:
+    """Its exit code, once it has ended; its pipes are closed."""
+    process.communicate()
+    return process.returncode
+
+
 def waits_for_input(process: subprocess.Popen[str]) -> bool:
     """Whether it sleeps in a read of its standard input."""
     wait = Path(f"/proc/{process.pid}/syscall")
@@ -385,8 +391,7 @@ def test_a_signal_while_tyir_run_waits(base: Path) -> None:
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(number)
-        assert process.wait() == code
-        process.communicate()
+        assert end_of(process) == code
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -417,18 +422,18 @@ def test_signals_at_random_moments_of_a_compile(tmp_path: Path, compile_here: Co
     """What was there stays, TERM and INT leave nothing, what KILL leaves is gone with the next compile."""
     chance, target = random.Random(name), tmp_path / "1die"
     start = time.monotonic()
-    assert compile_here(tmp_path).wait() == 0
+    assert end_of(compile_here(tmp_path)) == 0
     whole = time.monotonic() - start
     (target / "chat.npz").write_text("mine")
-    before, struck, leftovers = hashes(target), 0, 0
+    number, before, struck, leftovers = getattr(signal, name), hashes(target), 0, 0
     for _ in range(6):
         process = compile_here(tmp_path)
         # the first half is Python's and the libraries' start, when nothing has been written yet
         time.sleep(whole * chance.uniform(0.4, 1.0))
-        process.send_signal(getattr(signal, name))
-        process.communicate()
-        code = process.returncode
-        assert code in (0, {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name]), code
+        process.send_signal(number)
+        code = end_of(process)
+        # by the system's default where Python was still starting
+        assert code in (0, -number) or (name != "SIGKILL" and code == 128 + number), code
         struck += code != 0
         assert hashes(target) == before, "the same bytes, whichever compile they are of"
         found = [p.name for p in tmp_path.iterdir() if p.name != "1die"]
@@ -436,7 +441,7 @@ def test_signals_at_random_moments_of_a_compile(tmp_path: Path, compile_here: Co
         assert name == "SIGKILL" or not found or code == 0
         assert len(found) <= 1, "each compile clears away what the one before it left"
     print(f"{name}: {struck} of 6 compiles ended by it, {leftovers} left a folder")
-    assert compile_here(tmp_path).wait() == 0
+    assert end_of(compile_here(tmp_path)) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["1die"] and hashes(target) == before
 
 
@@ -445,12 +450,12 @@ def test_two_whole_compiles_of_one_target_at_once(tmp_path: Path, compile_here: 
     """One after the other they would give one of two folders; so they do at once."""
     results = []
     for weights in ("int4", "fp16"):
-        assert compile_here(tmp_path / weights, weights).wait() == 0
+        assert end_of(compile_here(tmp_path / weights, weights)) == 0
         results.append(hashes(tmp_path / weights / "1die"))
     out = tmp_path / "both"
     for _ in range(3):
         processes = [compile_here(out, weights) for weights in ("int4", "fp16")]
-        assert [p.wait() for p in processes] == [0, 0]
+        assert [end_of(p) for p in processes] == [0, 0]
         assert hashes(out / "1die") in results
         assert [p.name for p in out.iterdir()] == ["1die"]
         check_target(out / "1die")

@@ -16,8 +16,10 @@ from tests.frontends.quantized import KINDS, write_quantized
 from tyir.diagnostics import TyirError
 from tyir.frontends.dense_state import dense_state
 from tyir.frontends.huggingface import import_model, open_model
+from tyir.manifest import BuildOptions
 from tyir.parser import parse_module
 from tyir.printer import print_op
+from tyir.tools.estimate.plan import make_plan
 
 Array = npt.NDArray[Any]
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -190,6 +192,46 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     assert "is not a LoRA adapter" in refusal(base, base)
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     assert "the adapter's weights are missing" in refusal(tmp_path / "a", base)
+
+
+def test_the_plan_of_an_adapter_is_its_bases(base: Path, tmp_path: Path) -> None:
+    """Named on the command line, by the adapter's config, or lying in the same folder."""
+    options = BuildOptions(dies=2, seqlens=(1,), max_kv=16)
+    wanted = make_plan(base, options).dies
+    adapter = write_adapter(tmp_path / "a", factors(state_of(base), 4))
+    assert make_plan(adapter, options, base=base).dies == wanted
+    named = write_adapter(tmp_path / "b", factors(state_of(base), 4), base_model_name_or_path=str(base))
+    assert make_plan(named, options).dies == wanted
+    shutil.copytree(base, tmp_path / "c")
+    shutil.copyfile(adapter / "adapter_config.json", tmp_path / "c" / "adapter_config.json")
+    assert make_plan(tmp_path / "c", options).dies == wanted
+
+
+def test_the_plan_of_an_adapter_over_a_quantised_base_counts_fp16(base: Path, tmp_path: Path) -> None:
+    options = BuildOptions(dies=1, seqlens=(1,), max_kv=16)
+    adapter = write_adapter(tmp_path / "a", factors(state_of(base), 4))
+    packed = tmp_path / "packed"
+    shutil.copytree(base, packed)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    (packed / "config.json").write_text(json.dumps(config))
+    assert make_plan(packed, options).dies[0].weights < make_plan(base, options).dies[0].weights
+    assert make_plan(adapter, options, base=packed).dies == make_plan(base, options).dies
+
+
+def test_plans_that_cannot_be_made_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    options = BuildOptions(dies=1, seqlens=(1,), max_kv=16)
+    adapter = write_adapter(tmp_path / "a", factors(state_of(base), 4))
+    for folder, given, said in (
+        (adapter, None, "holds a LoRA adapter, not a whole model; its base is 'org/name'"),
+        (adapter, tmp_path, "config.json"),
+        (base, base, "is not a LoRA adapter"),
+    ):
+        with pytest.raises(TyirError, match=said):
+            make_plan(folder, options, base=given)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(TyirError, match=r"adapter_config\.json is not valid JSON"):
+        make_plan(adapter, options, base=base)
 
 
 @pytest.mark.slow

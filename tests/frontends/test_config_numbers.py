@@ -59,7 +59,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("residual_multiplier", -0.22, "'residual_multiplier' is -0.22"),
     ("logits_scaling", 0, "'logits_scaling' is 0"),
     ("logit_scale", math.nan, "'logit_scale' is NaN"),
-    ("hidden_size", -64, "'hidden_size' is -64, a whole number from 1 on"),
+    ("hidden_size", -64, "'hidden_size' is -64, a whole number from 1 to 2^31 - 1"),
     ("num_hidden_layers", 0, "'num_hidden_layers' is 0"),
     ("vocab_size", 2.5, "'vocab_size' is 2.5"),
     ("n_embd", math.nan, "'n_embd' is NaN"),

@@ -14,8 +14,9 @@ import pytest
 from tyir.dialects.builtin import Module
 from tyir.parser import parse_file, parse_module
 from tyir.printer import print_op
-from tyir.tools.tyir_import import main, write_atomically
-from tyir.verify import verify
+from tyir.tools.cli import write_output
+from tyir.tools.tyir_import import main
+from tyir.verifier import verify
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 
@@ -48,9 +49,10 @@ def test_refusals(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "nowhere does not exist" in capsys.readouterr().err
     assert main([str(llama), "-o", str(tmp_path)]) == 1
     assert "is a folder" in capsys.readouterr().err
-    assert main([str(llama), "-o", str(tmp_path / "no" / "model.ir")]) == 1
-    assert f"folder {tmp_path / 'no'} does not exist" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    assert main([str(llama), "-o", str(tmp_path / "file" / "model.ir")]) == 1
+    assert f"{tmp_path / 'file'} is a file, not a folder" in capsys.readouterr().err
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +64,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, "new")
+        write_output("new", str(path))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

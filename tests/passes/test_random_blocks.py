@@ -29,7 +29,7 @@ from tyir.printer import print_op
 from tyir.rewrite import rewrite_greedily
 from tyir.traits import InPlace
 from tyir.types import FunctionType, TensorType, Type, f16, i32
-from tyir.verify import verify
+from tyir.verifier import verify
 
 CACHE, ROWS, POS = TensorType((1, 1, 4, 2), f16), TensorType((1, 1, 1, 2), f16), TensorType((1,), i32)
 FLAT = TensorType((4, 2), f16)

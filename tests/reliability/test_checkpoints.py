@@ -396,6 +396,60 @@ def test_hostile_checkpoints(
     count.close()
 
 
+# Of the cases above, what transformers' own classes say is wrong.
+_LATE = (
+    "rms_norm_eps = None",
+    "rope_parameters = {",
+    "hidden_act = ",
+    "architectures = ['Qwen2",
+    "layer_types = ",
+    "dtype = ",
+    "torch_dtype = ",
+    "quantization_config = {}",
+    "tie_word_embeddings = None",
+    "sliding_window = ",
+    "use_sliding_window = True",
+    "attention_dropout = ",
+    "initializer_range = ",
+    "auto_map = {",
+    "eos_token_id = ",
+    "attn_implementation",
+    "_attn_implementation",
+    "num_labels = ",
+    "id2label = {",
+    "text_config = {",
+    "pruned_heads",
+    "return_dict",
+    "transformers_version",
+)
+_LATE_ENDS = ("= None", "= [1]")
+
+
+def test_refused_before_torch_is_loaded(
+    tmp_path: Path, early: Zygote, tally: Callable[[str], Tally], slow: bool
+) -> None:
+    """What config.json and the headers say alone: the seconds that torch takes are not waited for."""
+    count = tally("refused before torch is loaded")
+    folders: list[tuple[str, dict[str, bytes | Path]]] = [
+        *(
+            (name, {"config.json": data})
+            for name, data in _configs()
+            if not (name.startswith(_LATE) or name.endswith(_LATE_ENDS)) or name.startswith("hidden_size")
+        ),
+        *(
+            (name, {"model.safetensors": data})
+            for name, data in _headers()
+            if not name.startswith(("safetensors of many empty",))
+        ),
+    ]
+    cases = []
+    for number, (name, files) in enumerate(sample(folders, slow, 12)):
+        folder = _folder(tmp_path / str(number), files)
+        cases.append(Case(name, IMPORT, (folder, "-o", tmp_path / "out.ir"), REFUSED))
+    count.run(early, cases)
+    count.close()
+
+
 def test_damaged_checkpoints(
     tmp_path: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool
 ) -> None:

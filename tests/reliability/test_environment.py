@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from tests.reliability.cases import MODEL, ROOT, Tally, run_process, sample
 
 OPT = (sys.executable, "-m", "tyir.tools.tyir_opt")
@@ -170,6 +172,35 @@ def _limits() -> Iterator[Surrounding]:
             yield Surrounding(f"{name}={value}, ulimit -v", command, EITHER, tight, environment=few)
 
 
+def _limits_of_artifacts(artifacts: Path) -> Iterator[Surrounding]:
+    """What executes and times compiled programs, and makes them: TVM, transformers and torch are loaded."""
+    run = (
+        sys.executable,
+        "-m",
+        "tyir.tools.tyir_run",
+        str(artifacts),
+        "--prompt",
+        "The",
+        "--max-tokens",
+        "2",
+    )
+    sim = (sys.executable, "-m", "tyir.tools.tyir_sim", str(artifacts))
+    options = ("--dies", "1", "--seqlens", "1", "--max-kv", "16", "-q", "-o", "out")
+    build = (sys.executable, "-m", "tyir.tools.tyir_compile", str(MODEL), *options)
+    for flag, values in (
+        ("-v", (300_000, 600_000, 1_000_000, 2_000_000, 4_000_000)),
+        ("-n", (6, 8, 12, 24, 64)),
+        ("-f", (0, 1, 100)),
+        ("-u", (1, 20)),
+        ("-s", (256,)),
+    ):
+        for value in values:
+            for name, command in (("run", run), ("sim", sim), ("compile", build)):
+                yield Surrounding(
+                    f"{name}, ulimit {flag} {value}", command, EITHER, f'ulimit {flag} {value}; "$@"'
+                )
+
+
 def _large_limits() -> Iterator[Surrounding]:
     """The front end, which loads torch."""
     out = (*IMPORT, "-o", "out.ir")
@@ -222,6 +253,13 @@ def test_locales(tmp_path: Path, tally: Callable[[str], Tally], slow: bool) -> N
 def test_surroundings(tmp_path: Path, tally: Callable[[str], Tally], slow: bool) -> None:
     count = tally("surroundings")
     _run(count, sample(_surroundings(), slow, 1), tmp_path)
+    count.close()
+
+
+@pytest.mark.slow
+def test_limits_of_artifacts(tmp_path: Path, compiled: Path, tally: Callable[[str], Tally]) -> None:
+    count = tally("limits of tyir-run, -sim, -compile")
+    _run(count, list(_limits_of_artifacts(compiled)), tmp_path)
     count.close()
 
 

@@ -194,7 +194,7 @@ def test_names(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slo
             wanted = REFUSED if kind == "folder" else frozenset((0,))  # a link that leads nowhere is replaced
             cases.append(Case(f"write to {kind}", TOOLS + "opt", ("/dev/null", "-o", target), REFUSED))
             cases.append(Case(f"write IR to {kind}", TOOLS + "opt", (path, "-o", target, *flags), wanted))
-    for target in ("/dev/full", "/proc/x", "/no/such/folder/x", "/dev/null/x", "", ".", "/"):
+    for target in ("/dev/full", "/proc/x", "/proc/no/folder/x", "/dev/null/x", "", ".", "/"):
         cases.append(Case(f"write to {target!r}", TOOLS + "opt", (path, "-o", target, *flags), REFUSED))
     count.run(light, cases)
     count.close()

@@ -14,7 +14,7 @@ from tyir.parser import parse_module
 from tyir.printer import print_op
 from tyir.runtime_sim.timing.engine import simulate
 from tyir.runtime_sim.timing.program import EdgeProgram
-from tyir.verify import verify
+from tyir.verifier import verify
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tokens": 8, "group": 16, "dies": 2}, {"window": 5, "capacity": 300}])

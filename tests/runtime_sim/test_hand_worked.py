@@ -234,6 +234,20 @@ def test_a_command_is_fetched_while_its_unit_waits() -> None:
     assert timed(waiting, machine=machine).total_ns == pytest.approx(303)
 
 
+def test_units_of_one_control_slow_each_other() -> None:
+    """Ten drains of 128 bytes take 10 * (40 + 2) = 420.  A queue of the same control (units 2 and 6 of 4
+    controls) adds a tenth to each: 462; a queue of another control nothing.
+    """
+    machine = MACHINE.with_overrides({"sync.controls": 4, "sync.waiting_overhead": 0.1})
+
+    def beside(queue: str) -> Callable[[Die], object]:
+        return lambda die: (die.load(20, queue=queue), *(die.drain(1, 32) for _ in range(10)))
+
+    assert timed(beside("eidma"), machine=machine).total_ns == pytest.approx(420)
+    assert timed(beside("ebdma"), machine=machine).total_ns == pytest.approx(462)
+    assert timed(beside("ebdma")).total_ns == pytest.approx(420)
+
+
 def test_a_queue_issues_one_transfer_at_a_time() -> None:
     """Four transfers of 20 bytes (1 ns): issued every 80 ns, the last at 240: 240 + 80 + 150 + 1 = 471.  On
     four queues all are issued at once.

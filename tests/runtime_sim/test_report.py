@@ -12,7 +12,8 @@ import pytest
 from tests.runtime_sim.test_hand_worked import MACHINE, Die
 from tyir.dialects import edge10
 from tyir.printer import print_op
-from tyir.runtime_sim.report.text import compare_text, text_report
+from tyir.runtime_sim.report.comparison import compare_text
+from tyir.runtime_sim.report.text import text_report
 from tyir.runtime_sim.timing.costs import layer_costs, op_costs, unit_shares
 from tyir.runtime_sim.timing.engine import simulate
 from tyir.runtime_sim.timing.predictor import Predictor
@@ -152,7 +153,46 @@ def test_figures_side_by_side(make_model: Callable[..., Any]) -> None:
     shown = compare_text(one, two, 4).splitlines()
     ratio = next(line for line in shown if line.startswith("TPOT at position 12")).split()[-1]
     assert float(ratio) == pytest.approx(two.tpot_ms.point / one.tpot_ms.point, abs=6e-4)
-    assert json.loads(json.dumps(two.as_json()))["decode_step"]["layers"][1]["layer"] == 0
+    assert Summary.from_json(json.loads(json.dumps(two.as_json())), "a file") == two
+
+
+def test_device_and_host_add_up_everywhere(predictor: Predictor) -> None:
+    s = summarize(predictor, "out", 12, 9, tornado=True)
+    host = s.host_ms_per_step
+    assert s.prefill_steps == 2  # a chunk of 8, and 4 padded to 8
+    assert s.tpot_ms.point - s.tpot_device_ms.point == pytest.approx(host)
+    assert s.ttft_ms.point - s.ttft_device_ms.point == pytest.approx(2 * host)
+    assert s.tpot_device_ms.point == s.decode_step.device_ms
+    for points, steps in ((s.ttft_by_prompt, predictor.prefill_steps), (s.tpot_by_position, lambda n: 1)):
+        for p in points:
+            assert p.ms.point - p.device_ms.point == pytest.approx(steps(p.tokens) * host)
+    *device, last = s.tornado
+    assert last.constant == "host.step_us" and not last.of_device and all(r.of_device for r in device)
+    swings = [abs(r.device_ms_at_high - r.device_ms_at_low) for r in device]
+    assert swings == sorted(swings, reverse=True)
+
+
+@pytest.mark.parametrize("step_us", [0.001, 1.0, 20.0, 5000.0])
+def test_the_host_bounds_decode_when_it_takes_most(predictor: Predictor, step_us: float) -> None:
+    other = predictor.on(predictor.machine.with_overrides({"host.step_us": step_us}))
+    s = summarize(other, "out", 12, 9, curves=False)
+    busiest = s.decode_step.unit_shares[s.decode_step.bound_by] * s.decode_step.device_ms
+    assert (s.decode_bound_by == "host") == (step_us / 1000 > busiest)
+    assert f"decode bound by {s.decode_bound_by}" in text_report(s, 0)
+
+
+def test_unlike_lengths_are_never_side_by_side(predictor: Predictor) -> None:
+    one, other = (summarize(predictor, "out", 12, pos, curves=False) for pos in (9, 12))
+    lines = compare_text(one, other, 5).splitlines()
+    assert (
+        len([line for line in lines if line.startswith("TTFT, 12 tokens") and line.endswith(" 1.000")]) == 2
+    )
+    lonely = [line for line in lines if " at position " in line and line.split()[-1] == "-"]
+    assert len(lonely) == 4 and all("position 9" in line for line in lonely)
+    assert any("unlike lengths" in line for line in lines) and not any("busy (%)" in line for line in lines)
+    longer = Predictor(predictor.programs, (8,), 40, predictor.machine)  # its decode step is of 8 tokens
+    shown = compare_text(one, summarize(longer, "out", 12, 9, curves=False), 5)
+    assert "TPOT at position 9, steps of 8 (ms)" in shown and "1 at position 9 and 8 at position 9" in shown
 
 
 def test_sweep_prints_a_line_for_each_value(

@@ -24,7 +24,7 @@ from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
 from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import Machine, load_machine
 from tyir.types import TensorType, Type, f16, f32, i64
-from tyir.verify import verify
+from tyir.verifier import verify
 
 MACHINE = load_machine("edge10")
 SMALL = MACHINE.with_overrides({"sram.capacity_bytes": 64 << 10})

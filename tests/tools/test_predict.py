@@ -81,7 +81,7 @@ def test_measured_rows(capsys: pytest.CaptureFixture[str]) -> None:
             "14336 intermediate cannot be split over 3 devices: 2 devices",
         ),
         (["--model", "llama3-8b", "--batch", "0", "--past", "-1"], "past = -1: must be at least 0"),
-        (["--model", "absent.json"], "cannot read the model's configuration"),
+        (["--model", "absent.json"], "cannot read absent.json"),
         (["--rows", str(DATA / "collectives.jsonl")], "no rows of kind 'model'"),
     ],
 )

@@ -99,4 +99,4 @@ def test_errors_without_a_signal_are_what_they_are(capsys: pytest.CaptureFixture
         raise RuntimeError("a bug")
 
     assert run_tool(wrong)([]) == run_tool(bug)([]) == 1
-    assert "a file is missing" in (said := capsys.readouterr().err) and "internal error" in said
+    assert "a file is missing" in (said := capsys.readouterr().err) and "RuntimeError: a bug" in said

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tyir.diagnostics import TyirError
+from tyir.tools.run.prompts import token_ids
 from tyir.tools.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +142,103 @@ def test_every_call_of_transformers_refuses_code() -> None:
                         found.append((file.name, node.lineno, given.get("trust_remote_code")))
     assert len(found) >= 5
     assert [f for f in found if f[2] != "False"] == []
+
+
+# -------------------------------------------------------------------------- what a file may ask of its reader
+
+
+def replace(part: str, pattern: str, content: str, count: int = 1) -> dict[str, Any]:
+    step = {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+    return {part: {"type": "Sequence", f"{part}s": [step] * count}}
+
+
+def template(steps: int) -> dict[str, Any]:
+    piece = {"SpecialToken": {"id": "x", "type_id": 0}}
+    special = {"x": {"id": "x", "ids": [0], "tokens": ["x"]}}
+    whole = [{"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*whole, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": [piece] * steps + whole,
+        "pair": pair,
+        "special_tokens": special,
+    }
+
+
+ASKS_TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {
+    "doubles": (replace("normalizer", "e", "ee", 40), "its normalizer makes 1099511627776 characters"),
+    "doubles when decoded": (replace("decoder", "e", "ee", 7), "its decoder makes 128 characters of one"),
+    "a long replacement": (replace("normalizer", "e", "b" * 65), "its normalizer makes 65"),
+    "a long replacement of a pattern": (
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": ".{9}"}, "content": "b" * 70}},
+        "its normalizer makes 71",
+    ),
+    "a long beginning": (
+        {"normalizer": {"type": "Prepend", "prepend": "b" * 100}},
+        "its normalizer makes 101",
+    ),
+    "long texts of a table": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA" + "YWJj" * 100}},
+        "its normalizer makes ",
+    ),
+    "a long template": ({"post_processor": template(1000)}, "its post_processor has 1004 steps"),
+    "added tokens": ({"added_tokens": [{"id": i} for i in range(20_001)]}, "it has 20001 added tokens"),
+    "a vocabulary": (
+        {"model": {"vocab": dict.fromkeys(map(str, range((1 << 20) + 1)), 0)}},
+        "it has 1048577 tokens",
+    ),
+    "deep lists": ({"version": "DEEP"}, "nested too deeply"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKS_TOO_MUCH)
+def test_a_tokenizer_that_asks_too_much_is_refused(folder: Path, name: str) -> None:
+    changes, said = ASKS_TOO_MUCH[name]
+    change(folder / "tokenizer.json", **changes)
+    text = (folder / "tokenizer.json").read_text().replace('"DEEP"', "[" * 9999 + "]" * 9999)
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(TyirError, match=said):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        replace("normalizer", "e", "ee", 6),
+        {"normalizer": {"type": "Prepend", "prepend": "▁"}},
+        replace("decoder", "aaaa", "b" * 8, 5),
+        {"post_processor": template(3)},
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_asks_little_is_read(folder: Path, changes: dict[str, Any]) -> None:
+    change(folder / "tokenizer.json", **changes)
+    assert load_tokenizer(folder)(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model"])
+def test_files_of_a_tokenizer_are_of_a_size(folder: Path, name: str) -> None:
+    with (folder / name).open("ab") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(TyirError, match=rf"{name} has 67108865 bytes, more than"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(aa|a)+$"])
+def test_a_panic_is_an_error_of_the_tokenizer(folder: Path, pattern: str) -> None:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    change(folder / "tokenizer.json", pre_tokenizer=split)
+    (folder / "config.json").unlink()  # whose family has a class that splits in its own way
+    with pytest.raises(TyirError, match="transformers cannot tokenize the prompt: PanicException"):
+        token_ids(load_tokenizer(folder), "a" * 5000 + "!")
+
+
+@pytest.mark.parametrize(("capacity", "fits"), [(10, False), (30_000, False), (40_000, True), (None, True)])
+def test_a_prompt_far_too_long_is_not_tokenized_whole(folder: Path, capacity: int | None, fits: bool) -> None:
+    """Of 100,000 characters the first 65,536 make 65,536 tokens here."""
+    change(folder / "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []})
+    tokenizer = load_tokenizer(folder)
+    if fits:
+        assert len(token_ids(tokenizer, "ab" * 50_000, capacity)) == 100_000
+        return
+    with pytest.raises(TyirError, match="65536 of its 100000 characters make 65536 tokens"):
+        token_ids(tokenizer, "ab" * 50_000, capacity)

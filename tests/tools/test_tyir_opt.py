@@ -82,7 +82,7 @@ def test_output_to_a_pipe_or_through_a_link(ir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--canonicalise"], "unknown argument '--canonicalise'\nhelp: did you mean '--canonicalize'?"),
+        (["--canonicalise"], "unknown option '--canonicalise'\nhelp: did you mean '--canonicalize'?"),
         (
             ["--pass-pipeline=builtin.module(cze)"],
             "<pipeline>:1:16: error: there is no pass or pipeline 'cze'",
@@ -91,7 +91,7 @@ def test_output_to_a_pipe_or_through_a_link(ir: Path, tmp_path: Path) -> None:
         (["--verify-each=maybe"], "'maybe' is neither 0 nor 1"),
         (["--run-reproducer"], "the input holds no reproducer"),
         (["--load-pass=nowhere.py"], "cannot load nowhere.py"),
-        (["-o", "/nowhere/out.ir"], "cannot write /nowhere/out.ir: No such file or directory"),
+        (["-o", "/dev/null/out.ir"], "cannot write /dev/null/out.ir: /dev/null is a file, not a folder"),
     ],
 )
 def test_user_errors(ir: Path, capsys: Capture, arguments: list[str], message: str) -> None:
@@ -200,7 +200,7 @@ def test_internal_error_leaves_a_reproducer(
     assert main([str(ir), load, "--cse", "--crash"]) == 1
     err = capsys.readouterr().err
     assert (
-        "internal error: KeyError: 'boom'" in err
+        "crash.py:8:1: error: KeyError: 'boom'" in err
         and "while running pass 'crash'" in err
         and "Traceback" not in err
     )
@@ -256,23 +256,108 @@ class Second(Pass):
 """
 
 
-def test_two_passes_of_one_name(ir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_two_passes_of_one_file(ir: Path, tmp_path: Path, capsys: Capture) -> None:
     both, other, builtin = (tmp_path / name for name in ("both.py", "a/both.py", "cse.py"))
     other.parent.mkdir()
     both.write_text(PASSES.replace("NAME", "pass"))
-    assert main([str(ir), f"--load-pass={both}", "--both"]) == 1
-    assert "declares two passes named 'both': First and Second" in capsys.readouterr().err
-    both.write_text(PASSES.replace("NAME", "name = classmethod(lambda cls: 'first')"))
     twice = [f"--load-pass={both}"] * 2
     assert main([str(ir), *twice, "--list-passes"]) == 0
     out = capsys.readouterr().out
-    assert "--first" in out and "--both" in out
+    assert "--first" in out and "--second" in out and "--both" not in out
+    both.write_text(PASSES.replace("NAME", "name = classmethod(lambda cls: 'second')"))
+    assert main([str(ir), f"--load-pass={both}", "--both"]) == 1
+    assert "declares two passes named 'second': First and Second" in capsys.readouterr().err
+    both.write_text(PASSES.replace("NAME", "pass"))
     other.write_text(PASSES.replace("NAME", "name = classmethod(lambda cls: 'x')"))
     assert main([str(ir), f"--load-pass={both}", f"--load-pass={other}"]) == 1
-    assert f"{both} has declared a pass 'both' already" in capsys.readouterr().err
-    builtin.write_text(PASSES.replace("NAME", "name = classmethod(lambda cls: 'x')"))
+    assert f"{both} has declared a pass 'second' already" in capsys.readouterr().err
+    alone = PASSES[: PASSES.index("@dataclass", 100)]
+    builtin.write_text(alone.replace("NAME", "pass"))
     assert main([str(ir), f"--load-pass={builtin}"]) == 1
     assert "there is a pass 'cse' already" in capsys.readouterr().err
+
+
+SAYING = """
+from dataclasses import dataclass
+from tyir.dialects.ty import Add, Silu
+from tyir.pipeline import Pass
+
+@dataclass(frozen=True)
+class CheckSilu(Pass):
+    limit: int = 1
+
+    def run(self, op, context):
+        for number, silu in enumerate(op.walk_type(Silu)):
+            if number >= self.limit:
+                context.error(silu, f"SiLU number {number}", help=f"use at most {self.limit}")
+            else:
+                context.remark(silu, "a SiLU")
+        for add in op.walk_type(Add):
+            context.warning(add, "adds")
+
+@dataclass(frozen=True)
+class CountOps(Pass):
+    def run(self, op, context):
+        for inner in op.walk():
+            context.count(f"count-ops.{inner.name}")
+        context.nothing_changed()
+"""
+SAID = """func.func @f(%x: tensor<4xf16>) -> tensor<4xf16> {
+  // expected-remark @below {{a SiLU}}
+  %a = ty.silu %x : tensor<4xf16>
+  // expected-error @below {{SiLU number 1}}
+  %b = ty.silu %a : tensor<4xf16>
+  // expected-warning @below {{adds}}
+  %c = ty.add %a, %b : tensor<4xf16>
+  return %c : tensor<4xf16>
+}
+// expected-note @unknown {{while running pass 'check-silu'}}
+"""
+
+
+@pytest.fixture
+def saying(tmp_path: Path) -> tuple[str, Path]:
+    (tmp_path / "mine.py").write_text(SAYING)
+    (tmp_path / "said.ir").write_text(SAID)
+    return f"--load-pass={tmp_path / 'mine.py'}", tmp_path / "said.ir"
+
+
+def test_what_passes_say(saying: tuple[str, Path], capsys: Capture) -> None:
+    load, file = saying
+    assert main([str(file), load, "--check-silu", "--count-ops"]) == 1
+    captured = capsys.readouterr()
+    assert not captured.out
+    remark, warning, error = (
+        captured.err.index(word) for word in ("remark: a SiLU", "warning: adds", "error:")
+    )
+    assert remark < warning < error
+    assert (
+        f"{file}:5:3: error: SiLU number 1\n5 |   %b = ty.silu %a : tensor<4xf16>\n  |   ^^" in captured.err
+    )
+    assert "help: use at most 1\nnote: while running pass 'check-silu'" in captured.err
+    assert main([str(file), load, "--check-silu=limit=2", "--count-ops", "--pass-statistics"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("remark:") == 2 and "2 count-ops.ty.silu" in captured.err and captured.out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("", "", None),
+        ("{{a SiLU}}", "{{a GELU}}", "unexpected remark: a SiLU"),
+        ("  // expected-warning @below {{adds}}\n", "", "unexpected warning: adds"),
+        ("  // expected-error @below {{SiLU number 1}}\n", "", "unexpected error: SiLU number 1"),
+        ("expected-remark @below {{a SiLU}}", "expected-warning @below {{a SiLU}}", "unexpected remark"),
+        ("{{adds}}", "{{subtracts}}", 'expected warning "subtracts" on line 7 was not produced'),
+    ],
+)  # fmt: skip
+def test_what_passes_say_is_checked(
+    saying: tuple[str, Path], old: str, new: str, problem: str | None, capsys: Capture
+) -> None:
+    load, file = saying
+    file.write_text(SAID.replace(old, new) if old else SAID)
+    assert main([str(file), load, "--check-silu", "--verify-diagnostics"]) == (problem is not None)
+    assert (problem or "") in capsys.readouterr().err
 
 
 def test_a_graph_for_a_folder_that_is_not_there(ir: Path, tmp_path: Path, capsys: Capture) -> None:

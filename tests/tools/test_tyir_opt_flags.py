@@ -109,7 +109,7 @@ def test_only_changed_ops_are_verified(ir: Path, monkeypatch: pytest.MonkeyPatch
             "there is no pass 'css' to print the IR at\nhelp: did you mean 'cse'?",
         ),
         (["other.ir"], "too many inputs: "),
-        (["--verify-diagnostics=some"], "invalid choice: 'some' (choose from 'all', 'only-expected')"),
+        (["--verify-diagnostics=some"], "'some' is not a value of --verify-diagnostics: all, only-expected"),
     ],
 )
 def test_wrong_flags(ir: Path, capsys: Capture, arguments: list[str], message: str) -> None:

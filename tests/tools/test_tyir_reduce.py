@@ -18,7 +18,7 @@ from tyir.printer import print_op
 from tyir.tools.bench.ir import decoder_text
 from tyir.tools.reduce.reduce_ir import reduce_module
 from tyir.tools.tyir_reduce import main
-from tyir.verify import verify
+from tyir.verifier import verify
 
 FUNCTION = """
 func.func @main(%x: tensor<1x?x4xf32>, %unused: tensor<2xf32>) -> tensor<1x?x4xf32> {

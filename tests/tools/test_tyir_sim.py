@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,11 @@ def test_trace_is_written(program: str, tmp_path: Path, capsys: pytest.CaptureFi
         (["--compare"], "--compare takes two artifact folders, 1 given"),
         (["--top", "-1"], "--top 0 lists no ops"),
         (["nothing"], "nothing does not exist"),
+        (["--machine", "edge10", "--machine", "hopper_sm"], "--machine is given 2 times"),
+        (
+            ["--compare", "--machine", "a", "--machine", "b", "--machine", "c"],
+            "1 given and 3 machines",
+        ),
     ],
 )
 def test_refusals(
@@ -129,3 +135,93 @@ def test_a_machine_with_less_sram_than_the_program_uses(
         and "use 1,048,576 bytes of SRAM, edge10 has 524,288" in captured.err
         and "tyir-compile --machine" in captured.err
     )
+
+
+def compared(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def shorter(tmp_path: Path) -> str:
+    """The program with a cache of 64 tokens."""
+    path = tmp_path / "shorter.edge10"
+    path.write_text(PROGRAM.replace("1x2x128x128", "1x2x64x256"))
+    return str(path)
+
+
+def test_two_are_compared_in_any_order(
+    program: str, shorter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = compared(capsys, program, "--compare", shorter)
+    assert shown == compared(capsys, "--compare", program, shorter)
+    assert shown == compared(capsys, program, shorter, "--compare")
+    assert "a = " + program in shown and "b = " + shorter in shown
+    # the smaller cache decides for both, so that every row has a ratio
+    assert "TTFT, 63 tokens (ms)" in shown and "TPOT at position 63 (ms)" in shown
+    assert not [line for line in shown.splitlines() if line.startswith(("TTFT", "TPOT")) and " - " in line]
+
+
+@pytest.mark.parametrize(
+    "machines", [["edge10", "faster"], ["faster"], ["faster", "edge10"], ["faster", "faster"]]
+)
+def test_one_artifact_on_two_machines(
+    program: str, tmp_path: Path, machines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "faster.toml"
+    file.write_text(
+        'base = "edge10"\n[dram]\nbandwidth_gbps = {value = 68.3, label = "published", source = "two"}\n'
+    )
+    paths = {"edge10": "edge10", "faster": str(file)}
+    flags = [word for name in machines for word in ("--machine", paths[name])]
+    shown = compared(capsys, program, "--compare", *flags).splitlines()
+    a, b = machines if len(machines) == 2 else ["edge10", *machines]
+    assert shown[:2] == [f"a = {program}, 1 x {a}", f"b = {program}, 1 x {b}"]
+    ratio = next(float(line.split()[-1]) for line in shown if line.startswith("TPOT") and "device" in line)
+    assert (ratio < 0.7, ratio > 1.4) == (a < b, a > b)  # "edge10" < "faster"
+
+
+def test_saved_reports(
+    program: str, shorter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of them, one beside artifacts, and one alone."""
+    saved = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    for path, report in zip((program, shorter), saved):
+        assert main([path, "--report", "json", "-o", report, "--top", "1"]) == 0
+    text = compared(capsys, *saved, "--compare")
+    assert "TTFT, 127 tokens (ms)" in text and "TTFT, 63 tokens (ms)" in text and "unlike lengths" in text
+    assert "TPOT at position 127 (ms)" in compared(capsys, program, "--compare", saved[0])
+    assert "unlike lengths" in compared(capsys, saved[0], "--compare", shorter)
+    assert compared(capsys, saved[0]) == compared(capsys, program)
+    assert main([*saved, "--compare", "--pos", "3"]) == 1
+    assert "--pos would have to simulate" in capsys.readouterr().err
+    assert main([saved[0], "--report", "html"]) == 1 and "holds no timeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: {"a": values, "b": values}, "is a comparison"),
+        (
+            lambda values: {k: v for k, v in values.items() if k != "tpot_device_ms"},
+            "tpot_device_ms is missing",
+        ),
+        (lambda values: {**values, "dies": "two"}, "dies is 'two'"),
+        (lambda values: {**values, "pos": 1.5}, "pos is 1.5"),
+    ],
+)
+def test_what_is_no_report_is_said(
+    program: str, tmp_path: Path, change: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([program, "--report", "json"]) == 0
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(change(json.loads(capsys.readouterr().out))))
+    assert main([str(path), "--compare", program]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_shows_the_device_alone(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a step that DRAM bounds, twice the bandwidth is nearly twice the rate; the host hides it."""
+    shown = compared(capsys, program, "--sweep", "dram.bandwidth_gbps=10,20")
+    slow, fast = (list(map(float, line.split())) for line in shown.splitlines()[1:])
+    assert fast[-1] / slow[-1] > 1.5 and fast[-2] / slow[-2] < 1.3

@@ -53,7 +53,7 @@ from tyir.types import (
     ui4,
     ui8,
 )
-from tyir.verify import verify
+from tyir.verifier import verify
 
 OPS = [op for dialect in dialect_names() for op in dialect_ops(dialect).values()]
 

@@ -22,7 +22,7 @@ from tyir.parser import parse_module
 from tyir.pass_manager.registry import PassRegistry
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.printer import print_op
-from tyir.verify import verify
+from tyir.verifier import verify
 
 TESTS = Path(__file__).resolve().parents[1]
 MODEL = TESTS / "models" / "tiny-qwen2"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from tyir.attributes import DictAttr, StringAttr, UnitAttr
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.ty import Silu
 from tyir.ir import Op
 from tyir.parser import parse_module
@@ -214,9 +214,55 @@ def test_loaded_file(tmp_path: Path) -> None:
         " op, context):\n        context.count('mine', self.size)\n"
     )
     found = PassContext()
-    assert found.registry.load_file(path) == ["my-pass"]
+    assert found.registry.load_file(path) == ["mine", "my-pass"]
     run_pipeline(parse_module(SILU), "my-pass{size=5}", found)
     assert found.statistics == {"mine": 5}
+
+
+@dataclass(frozen=True)
+class Complaining(Pass):
+    """Says an error of every op, and refuses at the end where it should."""
+
+    refuse: bool = False
+
+    def run(self, op: Op, context: PassContext) -> None:
+        for silu in op.walk_type(Silu):
+            context.error(silu, "not wanted", notes=[Diagnostic("seen before", severity="note")])
+        if self.refuse:
+            raise TyirError("cannot go on")
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_errors_of_a_pass_end_the_pipeline_together(refuse: bool) -> None:
+    found = context()
+    found.registry.extra["complaining"] = Complaining
+    with pytest.raises(TyirError) as error:
+        run_pipeline(parse_module(SILU), f"complaining{{refuse={str(refuse).lower()}}},mark", found)
+    messages = [d.message for d in error.value.diagnostics]
+    assert messages[0] == "not wanted" and ("cannot go on" in messages) == refuse
+    assert messages[-1].startswith("while running pass 'complaining'") and not found.statistics
+    assert "note: seen before" in error.value.render() and "loc(unknown)" not in error.value.render()
+    assert found.take_errors() == []  # the next pipeline begins without
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        ("CountMacs", "count-macs"),
+        ("KVCache", "kv-cache"),
+        ("LowerEdge10", "lower-edge10"),
+        ("Cse", "cse"),
+        ("snake_case", "snake-case"),
+    ],
+)
+def test_a_pass_is_named_after_its_class(cls: str, name: str) -> None:
+    assert type(cls, (Pass,), {}).name() == name
+
+
+def test_builtin_passes_have_their_files_names() -> None:
+    registry = PassContext().registry
+    assert len(registry.names()) > 20
+    assert [n for n in registry.names() if (found := registry.find(n)) is None or found.name() != n] == []
 
 
 def test_pipeline_text_positions() -> None:

@@ -21,7 +21,7 @@ from tyir.ir import Block, Op, Region, Value, unregistered_op
 from tyir.parser import parse_file, parse_module
 from tyir.printer import attribute_text, print_op
 from tyir.text.attribute_parser import parse_attribute_text, parse_type_text
-from tyir.verify import verify
+from tyir.verifier import verify
 
 GENERIC = (Path(__file__).parent / "generic.ir").read_text(encoding="utf-8")
 SMALL = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tyir.tools.cli import add_debug_option, run_tool
+from tyir.tools.cli import run_tool
 
 __all__ = ["main", "write_sparse_awq"]
 
@@ -163,7 +163,6 @@ def main(argv: Sequence[str]) -> int:
         description="Time and peak memory of importing large AWQ checkpoints (sparse files).",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_debug_option(parser)
     options = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

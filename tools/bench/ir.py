@@ -144,7 +144,7 @@ def tyir() -> Implementation:
     from tyir.passes.dce import eliminate_dead_code
     from tyir.printer import print_op
     from tyir.rewrite import rewrite_greedily
-    from tyir.verify import verify
+    from tyir.verifier import verify
 
     passes: dict[str, Callable[[Any], object]] = {
         "cse": merge_equal,

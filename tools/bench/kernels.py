@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tyir.tools.cli import add_debug_option, run_tool
+from tyir.tools.cli import run_tool
 
 __all__ = ["main"]
 
@@ -121,7 +121,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 96])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    add_debug_option(parser)
     options = parser.parse_args(argv)
     print(
         f"{options.k} -> {options.n}, groups of {options.group}, {options.threads} threads, median of"

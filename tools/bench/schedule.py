@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 from tyir.tools.tyir_compile import numbers
 
 if TYPE_CHECKING:
@@ -302,7 +302,6 @@ def _parser() -> argparse.ArgumentParser:
         help="replay every command's memory accesses: bounds, unwritten bytes, races",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_debug_option(parser)
     return parser
 
 

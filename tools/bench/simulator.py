@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tyir.tools.bench.schedule import QWEN2_5_7B, program_module, write_sparse_checkpoint
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 from tyir.tools.tyir_compile import numbers
 
 if TYPE_CHECKING:
@@ -211,7 +211,6 @@ def _parser() -> argparse.ArgumentParser:
         help="repetitions of a step, the least counts (default 5)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_debug_option(parser)
     return parser
 
 

@@ -10,10 +10,10 @@ beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
 from tyir.diagnostics import Diagnostic, TyirError
@@ -24,13 +24,16 @@ from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
 from tyir.execution.entry_points import alias_of
 from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
+from tyir.passes.quantize_weights import largest_group_size
 from tyir.pipeline import run_pipeline
 from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine, load_machine
+from tyir.tools.build_arguments import AUTO
+from tyir.tools.commands.json_forms import Planned, PlannedDie
 from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.tools.estimate.shape import read_shape
 
-__all__ = ["DieNeed", "Plan", "make_plan"]
+__all__ = ["DieNeed", "Plan", "make_plan", "settle_group_size"]
 
 # ---------------------------------------------------------------------------------------------------- bytes
 
@@ -157,13 +160,32 @@ class Plan:
         """The plan as lines for a terminal."""
         return "\n".join(_lines(self))
 
+    def as_form(self) -> Planned:
+        """The plan as `--json` prints it."""
+        return Planned(
+            model=self.shape.name,
+            layers=self.shape.layers,
+            parameters=self.shape.parameters,
+            group_size=self.group,
+            options=asdict(self.options),
+            dies=tuple(PlannedDie(d.weights, d.kv_cache, d.activations, d.total) for d in self.dies),
+            dram_bytes=int(self.machine.dram.capacity_bytes),
+            tokens_per_second=self.tokens_per_second,
+            host_ram_bytes=self.host_ram,
+            host_disk_bytes=self.host_disk,
+            host_seconds=self.host_seconds,
+            problems=tuple(p.render() for p in self.problems),
+        )
 
-def make_plan(folder: Path, options: BuildOptions, machine: Machine | None = None) -> Plan:
-    """The plan for compiling `folder` with `options`.
+
+def make_plan(
+    folder: Path, options: BuildOptions, machine: Machine | None = None, base: Path | None = None
+) -> Plan:
+    """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
 
     `TyirError` when the config or the options cannot be at all.
     """
-    shape, machine = read_shape(folder), machine or load_machine()
+    shape, machine = read_shape(folder, base), machine or load_machine()
     group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
     cuts = _Cuts(shape, options)
@@ -232,13 +254,46 @@ def _speed(
 def _check_group(shape: ModelShape, group: int | None, *, stored: bool) -> None:
     channels = {k for _, _, k, _ in shape.linears}
     common = math.gcd(*channels)
-    if group is not None and (group < 0 or (group == 0 and not stored) or (group and common % group)):
-        nearest = max(d for d in range(1, max(min(group, common), 1) + 1) if common % d == 0)
-        what = "the checkpoint's groups" if stored else "group size"
+    if group is None or (group > 0 and common % group == 0) or (group == 0 and stored):
+        return
+    said = ", ".join(map(str, sorted(channels)))
+    if stored:
         raise TyirError(
-            f"{what} of {group} do not divide the input channels {sorted(channels)}",
-            help=f"--group-size {nearest} divides them all",
+            f"the checkpoint's groups of {group} channels do not divide the decoder linears' input channels"
+            f" ({said})",
+            help="its config.json is another model's, or was edited: restore it",
         )
+    raise TyirError(
+        f"group size {group} does not divide the decoder linears' input channels ({said})",
+        help=f"--group-size {largest_group_size(channels, group)} divides them all; auto chooses",
+    )
+
+
+def settle_group_size(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a compile with a group size that divides: `auto` as a number.
+
+    From config.json alone, so that nothing is imported in vain; `TyirError` when the size given does not
+    divide.  A config that says too little settles nothing: the quantising pass looks at the model itself.
+    """
+    found = dict(options)
+    if found.get("weights") != "int4":
+        if found.get("group_size") == AUTO:
+            del found["group_size"]
+        return found
+    try:
+        shape = read_shape(folder)
+    except TyirError:
+        return found
+    if shape.group is not None:  # quantised already
+        if found.get("group_size") == AUTO:
+            del found["group_size"]
+        return found
+    size = found.get("group_size", BuildOptions.group_size)
+    if size == AUTO:
+        found["group_size"] = largest_group_size({k for _, _, k, _ in shape.linears}, BuildOptions.group_size)
+    else:
+        _check_group(shape, size, stored=False)
+    return found
 
 
 def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:

@@ -9,14 +9,15 @@ test compares them).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.frontends.adapters import base_of
 from tyir.frontends.checkpoint import StoredTensor
 from tyir.frontends.quant_config import read_quant_config
-from tyir.process.files import load_json
+from tyir.process.files import load_json, missing_hint
 from tyir.tools.estimate.model import ModelShape
 
 __all__ = ["FAMILIES", "Family", "read_shape"]
@@ -187,11 +188,21 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 
-def read_shape(path: Path) -> ModelShape:
+def read_shape(path: Path, base: Path | None = None) -> ModelShape:
     """The sizes of a checkpoint folder, of a config.json itself, or of a GGUF file.
+
+    Of a LoRA adapter's folder those of its base model, `base` unless the adapter says it.  Which weights of a
+    quantised base the adapter changes, so that they become fp16, its config alone does not say: all count so.
 
     `TyirError` lists every value that is missing or cannot be.
     """
+    if (found := base_of(path, base)) is not None:
+        return replace(_shape_of(found), group=None, quantised_head=False)
+    return _shape_of(path)
+
+
+def _shape_of(path: Path) -> ModelShape:
+    """`read_shape` of a whole model."""
     where, raw, tensors = _config(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -292,7 +303,8 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TyirError(
             f"cannot read {path}: {error.strerror}",
-            help="give a checkpoint folder, its config.json, or a GGUF file",
+            help=missing_hint(path.parent if path.name == "config.json" else path)
+            or "give a checkpoint folder, its config.json, or a GGUF file",
         ) from None
     except ValueError as error:
         raise TyirError(f"{path} is not valid JSON: {error}", help=_RESTORE) from None

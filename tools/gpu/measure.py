@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.runtime_sim.gpu.steps import MODELS, Model
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 
 __all__ = ["main"]
 
@@ -97,7 +97,6 @@ def _parser() -> argparse.ArgumentParser:
         "--collectives", action="store_true", help="all-reduce over the processes that torchrun started"
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended")
-    add_debug_option(parser)
     return parser
 
 

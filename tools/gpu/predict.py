@@ -17,16 +17,25 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.text.json_files import json_lines
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.gpu.accelerator import Accelerator
     from tyir.runtime_sim.gpu.steps import Step
 
 __all__ = ["main"]
+
+_ROW_KEYS: Final[dict[str, tuple[type, ...]]] = {
+    "model": (str,), "world": (int,), "batch": (int,), "tokens": (int,), "past": (int,), "us": (int, float),
+}  # fmt: skip
+_ROW: Final = (
+    'write {"kind": "model", "model": "llama3-8b", "world": 1, "batch": 1, "tokens": 1, "past": 127,'
+    ' "us": 4662.3}'
+)
 
 
 @run_tool
@@ -74,6 +83,8 @@ def _summary(step: Step, machine: Accelerator, measured_us: float | None) -> dic
         "tokens_per_second": step.rows / us * 1e6,
     }
     if measured_us is not None:
+        if not measured_us > 0:
+            raise TyirError(f"--measured-us {measured_us} is out of range", help="give microseconds above 0")
         found |= {"measured_us": measured_us, "error_percent": 100 * (us / measured_us - 1)}
     return found
 
@@ -106,10 +117,17 @@ def _compare(path: Path, machine: Accelerator, any_width: bool) -> str:
         f"{'model':<16}{'devices':>8}{'batch':>7}{'tokens':>8}{'past':>8}{'measured us':>14}{'predicted':>12}{'%':>8}"  # noqa: E501
     ]
     errors: dict[str, list[float]] = {}
-    for text in path.read_text().splitlines():
-        row = json.loads(text)
+    for where, row in json_lines(path, _ROW):
         if row.get("kind") != "model":
             continue
+        wrong = [key for key, kinds in _ROW_KEYS.items() if type(row.get(key)) not in kinds]
+        if wrong or not row["us"] > 0:
+            message = (
+                f"a row needs {', '.join(wrong)}"
+                if wrong
+                else f"'us' is {row['us']}, a time above 0 is needed"
+            )
+            raise TyirError(message, where=where, help=_ROW)
         step = Step(model_of(row["model"]), row["world"], row["batch"], row["tokens"], row["past"], any_width)
         us = step_ns(step, machine) / 1000
         error = 100 * (us / row["us"] - 1)
@@ -126,10 +144,7 @@ def _compare(path: Path, machine: Accelerator, any_width: bool) -> str:
     if not errors:
         raise TyirError(
             f"no rows of kind 'model' in {path}",
-            help=(
-                '{"kind": "model", "model": "llama3-8b", "world": 1, "batch": 1, "tokens": 1, "past": 127,'
-                ' "us": 4662.3}'
-            ),
+            help=_ROW,
         )
     return "\n".join(lines)
 
@@ -175,7 +190,6 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON lines of measured steps (kind, model, world, batch, tokens, past, us): print all errors",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_debug_option(parser)
     return parser
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.tools.gpu.validation_table import Line
@@ -68,12 +68,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _engine_lines() -> list[str]:
-    """The table of the timing engine on silicon."""
+    """The tables of the timing engine on silicon."""
     from tyir.targets.machine import load_machine
     from tyir.tools.silicon.programs import MACHINE
-    from tyir.tools.silicon.validate import engine_rows, read_measured, summary_lines
+    from tyir.tools.silicon.validate import page_lines
 
-    return summary_lines(engine_rows(read_measured(), load_machine(MACHINE)))
+    return page_lines(load_machine(MACHINE))
 
 
 def _candidates(name: str, data: Path | None) -> list[Path]:
@@ -123,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument("--markdown", action="store_true", help="print the performance page")
-    add_debug_option(parser)
     return parser
 
 

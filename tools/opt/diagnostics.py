@@ -1,4 +1,5 @@
-"""`tyir-opt --verify-diagnostics`: the errors a file should give stand in it as comments.
+"""`tyir-opt --verify-diagnostics`: the errors, warnings and remarks that a file should give stand in it as
+comments.
 
 In MLIR's notation.
 
@@ -6,7 +7,7 @@ In MLIR's notation.
     // expected-note-re {{while running pass '{{.*}}'}}   regular expressions stand in inner braces
 
 Every annotation must be met by a diagnostic of its severity on its line whose message holds the text, and
-every error by an annotation (not so with `only-expected`).
+every error, warning and remark by an annotation (not so with `only-expected`); notes need none.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def check_expected(
         unmet = next((e for e in fitting if not e.met), None)
         if unmet is not None:
             unmet.met = True
-        elif not fitting and not only_expected and diagnostic.severity in ("error", "warning"):
+        elif not fitting and not only_expected and diagnostic.severity != "note":
             problems.append(
                 f"{name}:{line or '?'}: error: unexpected {diagnostic.severity}: {diagnostic.message}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tyir.tools.cli import ToolParser, add_debug_option
+from tyir.tools.cli import ToolParser, add_json_option
 
 __all__ = ["make_parser", "split_pass_flags", "with_mlir_spellings"]
 
@@ -14,7 +14,7 @@ standard error; the exit code is 0 or 1.  Flags may be spelled as mlir-opt does 
 """  # noqa: E501
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ToolParser:
     """The parser; it leaves flags it does not know (passes) to the caller."""
     parser = ToolParser(
         prog="tyir-opt",
@@ -36,8 +36,6 @@ def make_parser() -> argparse.ArgumentParser:
     _add_reading(parser)
     _add_printing(parser)
     _add_watching(parser)
-    add_debug_option(parser)
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     return parser
 
 
@@ -204,6 +202,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         metavar="json",
         help="what the passes counted",
     )
+    add_json_option(group, "lists, times and statistics as JSON")
     group.add_argument(
         "--opt-bisect-limit",
         type=int,
@@ -215,16 +214,6 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="if a pass fails, write the IR before it and the rest of the pipeline",
     )
-
-
-class _Version(argparse.Action):
-    """Looks the version up when it is asked for: that takes longer than everything else here."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
-        from importlib.metadata import version
-
-        print(f"tyir {version('tyir')}")
-        parser.exit()
 
 
 def _boolean(text: str) -> bool:

@@ -23,10 +23,11 @@ from tyir.dialects.ty import Constant, GetGlobal
 from tyir.execution.weights import CheckpointReader, WeightSource, checkpoint_of
 from tyir.interpreter import lookup_symbol, run_function
 from tyir.ir import Op, Value
+from tyir.process.files import open_regular
 from tyir.traits import ConstantLike, Terminator
 from tyir.types import FloatType, IntegerType, TensorType, from_dtype, storage_dtype
 
-__all__ = ["Cut", "cut_ops", "sample_arguments"]
+__all__ = ["Cut", "check_array", "cut_ops", "read_array", "sample_arguments"]
 
 Array = npt.NDArray[Any]
 
@@ -209,6 +210,16 @@ def sample_arguments(function: Func, tokens: int, seed: int = 0) -> list[Array]:
         else:
             raise TyirError(f"%{value.name} has type {kind}; give its array with --arg")
     return arrays
+
+
+def read_array(path: str) -> Array:
+    """The array of a .npy file, mapped; `OSError` or `ValueError` when it is not one, or is cut off."""
+    open_regular(path).close()
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # a huge shape without its bytes is refused
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("it is an archive of arrays (.npz), one array (.npy) is needed")
+    return array
 
 
 def check_array(value: Value, array: Array) -> Array:

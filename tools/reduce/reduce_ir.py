@@ -26,7 +26,7 @@ from tyir.passes.symbol_dce import dead_symbols
 from tyir.printer import print_op
 from tyir.rewrite import erase_all
 from tyir.traits import Terminator
-from tyir.verify import verify
+from tyir.verifier import verify
 
 __all__ = ["Reduction", "reduce_module"]
 

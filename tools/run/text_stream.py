@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
+from tyir.tools.tokenizer import tokenizing
+
 __all__ = ["TextStream", "continuation", "decode", "pieces"]
 
 _WINDOW: Final = 16  # tokens a window begins with
@@ -30,7 +32,12 @@ _SEARCHED: Final = 4096  # ids looked at for probes
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of all tokens at once, special tokens left out."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return _decoded(tokenizer, ids)
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int], **options: bool) -> str:
+    with tokenizing("cannot decode the answer"):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, **options))
 
 
 class TextStream:
@@ -69,7 +76,7 @@ class TextStream:
         if not ids:
             return ""  # which some decoders cannot be asked
         options = {} if self._clean is None else {"clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, **options))
+        return _decoded(self._tokenizer, ids, **options)
 
     def _final(self, text: str) -> int:
         """How many characters of the window's text no further token changes.
@@ -121,7 +128,7 @@ def _probes(tokenizer: Any) -> list[int]:
             break
         if token in special:
             continue
-        text = str(tokenizer.decode([token, token], skip_special_tokens=True))
+        text = _decoded(tokenizer, [token, token])
         if re.fullmatch(r"\s*[A-Za-z]+\s[A-Za-z]+\s*", text):
             found.setdefault("word", token)
         elif re.fullmatch(r"[#A-Za-z]+", text):

@@ -2,7 +2,7 @@
 
 As `tools/silicon/die.cu` reads them.
 
-    nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a tools/silicon/die.cu -o die && ./die programs.bin > tests/data/h100_sm/engine.jsonl
+    nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a tools/silicon/die.cu -o die && ./die programs.bin > tests/data/h200_sm/engine.jsonl
 
 `python -m tyir.tools.silicon.validate` compares what that measured with what the timing engine says of the
 same programs.
@@ -26,7 +26,7 @@ from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.runtime_sim.timing.unroll import Step
 from tyir.targets.collectives import all_reduce_phases
 from tyir.targets.machine import Machine, load_machine
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.tools.cli import ToolParser, run_tool
 from tyir.tools.silicon.programs import MACHINE, all_programs
 from tyir.types import bit_width
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if not chosen:
         raise TyirError(
             f"no program is of the kind '{args.only}' or has it in its name",
-            help="kinds: unit, stream, model, blind",
+            help="kinds: unit, waiting, stream, model, blind",
         )
     parts = [np.array([_MAGIC, len(chosen)], np.uint32)]
     for entry in chosen:
@@ -178,9 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         metavar="TEXT",
-        help="only programs of this kind (unit, stream, model, blind) or with this in their name",
+        help="only programs of this kind (unit, waiting, stream, model, blind) or with this in their name",
     )
-    add_debug_option(parser)
     return parser
 
 

@@ -3,9 +3,11 @@
 Programs of one unit, from which a machine's figures are read off, and compiled ones, which judge it.
 
     units     one unit alone, or two that wait for each other: every figure of `hopper_sm.toml` is the slope or the intercept of two of them
+    waiting   one unit while all others wait for its last command: what looking for tokens costs those that work
     streams   loads, conversions and products that overlap, written by hand: one rule of the engine each
     models    decoder steps that the compiler makes for this machine: many sizes, weights, tokens, positions, dies, and machines with less SRAM or fewer transfers in flight
-    blind     more of them, with other sizes, caches and numbers of dies, measured when neither the engine nor the machine file was changed any more
+    blind     more of them, with other sizes, caches and numbers of dies, measured when neither the engine nor the machine file was changed any more;
+              the last three models after the rule of waiting units had been added
 
 A die's SRAM and transfers in flight are set by the program, everything else is the multiprocessor's.
 """  # noqa: E501
@@ -45,16 +47,17 @@ class EnginePrograms:
 
     `machine` changes the machine that the multiprocessor plays into the one they were made for.
 
-    `count`: commands of each die of a unit program.
+    `count`: commands of each die of a unit program, `unit` whose they are, where others wait for them.
     """
 
     name: str
-    kind: Literal["unit", "stream", "model", "blind"]
+    kind: Literal["unit", "waiting", "stream", "model", "blind"]
     make: Callable[[Machine], list[EdgeProgram]] = field(repr=False)
     group: str = ""
     pos: int = 0
     changes: tuple[tuple[str, float], ...] = ()
     count: int = 0
+    unit: str = ""
 
     def machine(self, base: Machine) -> Machine:
         return base.with_overrides(dict(self.changes))
@@ -180,9 +183,9 @@ class _Writer:
             **types,
         )
 
-    def all_gather(self, nbytes: int, dies: int) -> Value:
+    def all_gather(self, nbytes: int, dies: int, *tokens: Value | None) -> Value:
         return self.add(
-            edge10.AllGather, source=0, destination=0, rows=1, sizes=(nbytes,) * dies, die=self.die
+            edge10.AllGather, *tokens, source=0, destination=0, rows=1, sizes=(nbytes,) * dies, die=self.die
         )
 
     def all_reduce(self, nbytes: int) -> Value:
@@ -265,6 +268,50 @@ def _units() -> Iterator[EnginePrograms]:
             )
         for nbytes in (64, 2048, 16384):
             yield _unit(f"all-reduce {nbytes} on {dies}", 200, lambda w, i, n=nbytes: w.all_reduce(n), dies)
+
+
+# What each unit does when it only waits, by the unit's name.
+_LITTLE: Final[Mapping[str, Callable[[_Writer, Value], Value]]] = {
+    **{queue: lambda w, t, q=queue: w.load(1024, t, queue=q) for queue in edge10.DMA_UNITS[:-1]},
+    edge10.DMA_UNITS[-1]: lambda w, t: w.store(1024, t),
+    "dequant": lambda w, t: w.dequant(1, 256, t),
+    "cube": lambda w, t: w.matmul(16, 16, 16, t),
+    "drain": lambda w, t: w.drain(1, 128, t),
+    "vector": lambda w, t: w.vector(64, t),
+}
+
+
+def _while_others_wait(
+    name: str, unit: str, count: int, write: Callable[[_Writer], Value], dies: int
+) -> EnginePrograms:
+    """`count` commands of a unit; all others, the links too where there are several dies, wait for the last
+    of them.
+    """
+
+    def program(die: int) -> EdgeProgram:
+        w = _Writer(die)
+        last = [write(w) for _ in range(count)][-1]
+        for other, little in _LITTLE.items():
+            if other != unit:
+                little(w, last)
+        if dies > 1:
+            w.all_gather(64, dies, last)
+        return w.program()
+
+    where = f", others wait{f' on {dies} dies' if dies > 1 else ''}"
+    return EnginePrograms(
+        name + where, "waiting", lambda machine: [program(die) for die in range(dies)], count=count, unit=unit
+    )
+
+
+def _waiting() -> Iterator[EnginePrograms]:
+    for dies in (1, 2):
+        yield _while_others_wait("vector 16384", "vector", 400, lambda w: w.vector(16384), dies)
+        yield _while_others_wait("cube 16x16x4096", "cube", 400, lambda w: w.matmul(16, 16, 4096), dies)
+        yield _while_others_wait("dequant 128x256", "dequant", 400, lambda w: w.dequant(128, 256), dies)
+        yield _while_others_wait("drain 1x16384", "drain", 400, lambda w: w.drain(1, 16384), dies)
+        yield _while_others_wait("load 1024", edge10.DMA_UNITS[0], 600, lambda w: w.load(1024), dies)
+        yield _while_others_wait("store 1024", edge10.DMA_UNITS[-1], 600, lambda w: w.store(1024), dies)
 
 
 # --------------------------------------------------------------------------------------------------- overlaps
@@ -358,6 +405,9 @@ SHAPES: Final = {
         _shape("d", 1536, 4096, 12, 2, 128, 2000),
         _shape("e", 896, 2432, 14, 2, 64, 5000),
         _shape("f", 1280, 3456, 10, 5, 128, 6000),
+        _shape("g", 640, 1792, 10, 2, 64, 3500),
+        _shape("h", 1408, 3712, 11, 1, 128, 5000),
+        _shape("i", 1792, 4864, 14, 2, 128, 3000),
     )
 }
 
@@ -438,6 +488,23 @@ def _blind() -> Iterator[EnginePrograms]:
         for tokens, pos in ((1, 2000), (8, 1000)):
             yield _as_blind(_model(shape, True, tokens, pos, kv="int8"), "8-bit cache")
 
+    for shape in ("g", "h", "i"):
+        for int4 in (False, True):
+            for dies, tokens, pos in (
+                (1, 1, 1200),
+                (1, 12, 40),
+                (2, 1, 900),
+                (2, 48, 0),
+                (5, 1, 100),
+                (5, 16, 300),
+                (7, 2, 1700),
+            ):
+                if int4 or dies in (1, 5):
+                    yield _as_blind(
+                        _model(shape, int4, tokens, pos, dies), f"{'int4' if int4 else 'fp16'}, last"
+                    )
+        yield _as_blind(_model(shape, True, 4, 1500, 2, kv="int8"), "int4, last")
+
 
 def _as_blind(entry: EnginePrograms, group: str) -> EnginePrograms:
     return replace(entry, kind="blind", group=group)
@@ -446,4 +513,4 @@ def _as_blind(entry: EnginePrograms, group: str) -> EnginePrograms:
 @cache
 def all_programs() -> dict[str, EnginePrograms]:
     """By name."""
-    return {p.name: p for p in (*_units(), *_streams(), *_models(), *_blind())}
+    return {p.name: p for p in (*_units(), *_waiting(), *_streams(), *_models(), *_blind())}

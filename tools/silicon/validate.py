@@ -14,20 +14,38 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
 from tyir.edge10.vector_functions import VECTOR_PASSES
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool
+from tyir.text.json_files import json_lines
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.targets.machine import Machine
+    from tyir.tools.silicon.programs import EnginePrograms
 
-__all__ = ["EngineRow", "derive", "engine_rows", "main", "read_measured", "summary_lines"]
+__all__ = [
+    "GPUS",
+    "EngineRow",
+    "derive",
+    "engine_rows",
+    "main",
+    "page_lines",
+    "read_measured",
+    "summary_lines",
+]
 
-_DATA: Final = Path(__file__).resolve().parents[2] / "tests" / "data" / "h100_sm"
+_DATA: Final = Path(__file__).resolve().parents[2] / "tests" / "data"
+# Folders of `_DATA`; the first is the one that the machine file describes.
+GPUS: Final = ("h200_sm", "h100_sm")
+# The clock that all times are told at.  A GPU changes its own from program to program (an H100 between 1,975
+# and 2,090 MHz while these ran), and a multiprocessor's commands take cycles.
+_CLOCK_MHZ: Final = 1968
+_HOW: Final = "python -m tyir.tools.silicon.measure says how it is made"
 
 
 @dataclass(frozen=True)
@@ -54,39 +72,55 @@ def main(argv: Sequence[str]) -> int:
     from tyir.tools.silicon.programs import MACHINE
 
     args = _parser().parse_args(argv)
-    measured = read_measured(args.data)
     if args.derive:
-        for name, (value, source) in derive(measured).items():
+        for name, (value, source) in derive(read_measured(args.data or _DATA / GPUS[0])).items():
             print(f"{name} = {value:.5g}  # {source}")
         return 0
-    rows = engine_rows(measured, load_machine(MACHINE))
-    if not rows:
-        raise TyirError(
-            f"{args.data} has no measurement of a program",
-            help="python -m tyir.tools.silicon.measure says how it is made",
-        )
+    sets = [args.data] if args.data else [_DATA / gpu for gpu in GPUS]
+    rows_of = {path: engine_rows(read_measured(path), load_machine(MACHINE)) for path in sets}
+    for path, rows in rows_of.items():
+        if not rows:
+            raise TyirError(
+                f"{path} has no measurement of a program",
+                help=_HOW,
+            )
     if args.json:
-        print(json.dumps([{**vars(r), "error": r.error} for r in rows], indent=1))
+        found = {str(path): [{**vars(r), "error": r.error} for r in rows] for path, rows in rows_of.items()}
+        print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
         return 0
-    for row in rows if args.all else []:
-        print(
-            f"{row.name:<40}{row.commands:>7} commands {row.measured / 1000:>10.1f} us measured"
-            f" {row.predicted / 1000:>10.1f} predicted {row.error:>+7.1%}  {row.bound_by}"
-        )
-    print("\n".join(summary_lines(rows)))
+    for path, rows in rows_of.items():
+        if len(rows_of) > 1:
+            print(f"{path.name}:")
+        for row in rows if args.all else []:
+            print(
+                f"{row.name:<40}{row.commands:>7} commands {row.measured / 1000:>10.1f} us measured"
+                f" {row.predicted / 1000:>10.1f} predicted {row.error:>+7.1%}  {row.bound_by}"
+            )
+        print("\n".join(summary_lines(rows)))
     return 0
 
 
-def read_measured(path: Path = _DATA) -> dict[str, float]:
-    """ns by program, from the lines that `die` printed: a file, or all of a folder's."""
-    try:
-        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise TyirError(
-            f"cannot read {path}: {error}", help="python -m tyir.tools.silicon.measure says how it is made"
-        ) from None
-    return {str(line["name"]): float(line["ns"]) for line in lines if "name" in line}
+def read_measured(path: Path = _DATA / GPUS[0]) -> dict[str, float]:
+    """ns by program at a clock of `_CLOCK_MHZ`, from the lines that `die` printed: a file, or all of a
+    folder's.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    found: dict[str, float] = {}
+    for file in files:
+        for where, row in json_lines(file, _HOW):
+            if "name" not in row:
+                continue
+            name: Any = row["name"]
+            ns: Any = row.get("ns")
+            mhz: Any = row.get("mhz", _CLOCK_MHZ)
+            if not isinstance(name, str) or not all(type(n) in (int, float) and n > 0 for n in (ns, mhz)):
+                message = (
+                    f"name {str(name)[:40]!r} with ns {str(ns)[:40]} at mhz {str(mhz)[:40]}: a name, a time"
+                    " above 0 and a clock above 0 are needed"
+                )
+                raise TyirError(message, where=where, help=_HOW)
+            found[name] = float(ns) * float(mhz) / _CLOCK_MHZ
+    return found
 
 
 def engine_rows(measured: Mapping[str, float], machine: Machine) -> list[EngineRow]:
@@ -113,6 +147,15 @@ def engine_rows(measured: Mapping[str, float], machine: Machine) -> list[EngineR
     return rows
 
 
+def page_lines(machine: Machine) -> list[str]:
+    """The tables of the project's measurements, in Markdown, each under its GPU's name."""
+    lines: list[str] = []
+    for gpu in GPUS:
+        lines += [f"### {gpu.removesuffix('_sm').upper()}", ""]
+        lines += [*summary_lines(engine_rows(read_measured(_DATA / gpu), machine)), ""]
+    return lines[:-1]
+
+
 def summary_lines(rows: Sequence[EngineRow]) -> list[str]:
     """A table of the errors by kind and group, in Markdown."""
     lines = [
@@ -121,6 +164,7 @@ def summary_lines(rows: Sequence[EngineRow]) -> list[str]:
     ]
     kinds = {
         "unit": "one unit (read off)",
+        "waiting": "one unit, others wait (read off)",
         "stream": "overlaps by hand",
         "model": "compiled steps",
         "blind": "compiled steps, blind",
@@ -213,6 +257,10 @@ def derive(measured: Mapping[str, float]) -> dict[str, tuple[float, str]]:
         ),
         "sync.command_ns": (command, "an addition and a drain that wait for each other, less their time"),
     }
+    found["sync.waiting_overhead"] = (
+        _waiting_overhead(measured, programs),
+        "one unit while others wait, less alone, for each unit of the same control",
+    )
     found.update(
         {
             f"vector.{name}_cycles": (count * row / product, f"16,384 elements less 1024, {count} times over")
@@ -220,6 +268,29 @@ def derive(measured: Mapping[str, float]) -> dict[str, tuple[float, str]]:
         }
     )
     return found
+
+
+def _waiting_overhead(measured: Mapping[str, float], programs: Mapping[str, EnginePrograms]) -> float:
+    """What a unit that waits adds to the work of another of its control: the mean over programs of one unit
+    with the others waiting.
+    """
+    from tyir.targets.machine import load_machine
+    from tyir.tools.silicon.programs import MACHINE
+
+    shares, controls = [], int(load_machine(MACHINE).sync.controls)
+    for program in programs.values():
+        if program.kind == "waiting":
+            alone, _, where = program.name.partition(", others wait")
+            if not {alone, program.name} <= measured.keys():
+                raise TyirError(
+                    f"'{program.name}' was not measured",
+                    help="a machine's figures need all programs of kind waiting",
+                )
+            unit = edge10.UNITS.index(program.unit)
+            used = edge10.UNITS if where else edge10.UNITS[:-1]  # the links only where there are several dies
+            others = sum(number % controls == unit % controls for number in range(len(used))) - 1
+            shares.append((measured[program.name] / measured[alone] - 1) / others)
+    return sum(shares) / len(shares)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -230,9 +301,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         type=Path,
-        default=_DATA,
         metavar="FILE|DIR",
-        help="lines that `die` printed (default: those of the project)",
+        help="lines that `die` printed (default: those of the project, GPU by GPU)",
     )
     parser.add_argument(
         "--derive",
@@ -241,7 +311,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--all", action="store_true", help="a line for each program")
     parser.add_argument("--json", action="store_true", help="all programs as JSON")
-    add_debug_option(parser)
     return parser
 
 

@@ -2,7 +2,7 @@
 
 Three questions, each asked with the same prompts:
 
-* logits: at every position, the artifacts' logits against Hugging Face in fp32 on the same (de-quantised) weights;
+* logits: at every position, the artifacts' logits against Hugging Face in fp32 on the same (de-quantised) weights, by direction and by size;
 * tokens: at every position, whether greedy decoding takes the token Hugging Face takes (positions are fed Hugging Face's own tokens, so one difference
   does not hide the next; a difference counts as a tie when Hugging Face's own preference is smaller than the numerical error there);
 * layers: the hidden state after every decoder layer.
@@ -13,10 +13,11 @@ When something differs, `tyir.tools.verify.locate` finds the first op that is of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,8 @@ from tyir.runtime_sim.session.session import Session
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
+_SMALL: Final = 50_000_000  # parameters
+
 __all__ = [
     "PROMPTS",
     "LayerStates",
@@ -50,9 +53,11 @@ __all__ = [
     "cosine",
     "dense_model",
     "reference_module",
+    "size_ratio",
 ]
 
 Array = npt.NDArray[Any]
+_T = TypeVar("_T")
 
 PROMPTS: Final = (
     "The old house stood at the end of",
@@ -74,6 +79,16 @@ def cosine(a: Array, b: Array) -> float:
         return float(not x.any() and not y.any())
     value = float(x @ y) / norm
     return value if np.isfinite(value) else 0.0
+
+
+def size_ratio(a: Array, b: Array) -> float:
+    """The norm of `a` in that of `b`, which a cosine does not see: 1 when both are zero, infinite when `b`
+    alone is or when either holds NaN.
+    """
+    x, y = (float(np.linalg.norm(t.astype(np.float64))) for t in (a, b))
+    if y == 0 or not np.isfinite(x / y):
+        return 1.0 if x == y == 0 else float("inf")
+    return x / y
 
 
 def cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
@@ -141,7 +156,7 @@ class Reference:
 
         tokens, cache = list(ids), None
         feed = tokens
-        with torch.no_grad():
+        with torch.no_grad(), self._threads():
             for _ in range(count):
                 out = self.model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
@@ -162,12 +177,27 @@ class Reference:
             for layer in layers
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._threads():
                 logits = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
         finally:
             for hook in hooks:
                 hook.remove()
         return logits, [s.reshape(len(ids), -1) for s in states]
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Inside, a small model is computed by one thread: meeting after each product takes longer than the
+        product, many times so where other programs run.
+        """
+        import torch
+
+        before = torch.get_num_threads()
+        small = sum(p.numel() for p in self.model.parameters()) < _SMALL
+        torch.set_num_threads(1 if small else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _layers(self) -> Sequence[Any]:
         from tyir.frontends.layer_reuse import decoder_layers
@@ -284,6 +314,7 @@ class PromptResult:
     prompt_length: int
     logit_cosine: npt.NDArray[np.float64]
     logit_error: npt.NDArray[np.float64]
+    logit_size: float  # norm of all logits in that of Hugging Face's
     layer_cosine: list[float]
     differing: list[int] = field(default_factory=list)
     ties: list[int] = field(default_factory=list)
@@ -293,24 +324,35 @@ class PromptResult:
         return len(self.ids) - self.prompt_length
 
 
+def _no_step(count: float = 1) -> None:
+    """Nobody watches."""
+
+
 def check_prompt(
-    session: Session, reference: Reference, ids: Sequence[int], count: int, states: LayerStates
+    session: Session,
+    reference: Reference,
+    ids: Sequence[int],
+    count: int,
+    states: LayerStates,
+    step: Callable[[float], None] = _no_step,
 ) -> PromptResult:
     """Feed the prompt and Hugging Face's `count` greedy tokens, and compare every position.
 
+    `step(n)` is told of work done, 2 * `count` in all: Hugging Face's tokens, then ours.
     Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's
     of the same tokens.
     """
     tokens = [*ids, *reference.continue_greedily(ids, count)]
     logits, wanted_states = reference.run(tokens)
+    step(count)
     session.reset()
     states.clear()
     feeds = [tokens[: len(ids)], *([t] for t in tokens[len(ids) : -1])]
     if session.choices is None:
-        got = np.concatenate([session.feed(part) for part in feeds])
+        got = np.concatenate([_watched(session.feed(part), step) for part in feeds])
         best, wanted = got.argmax(axis=1), logits[: len(got)]
     else:
-        found = [session.next_tokens(part) for part in feeds]
+        found = [_watched(session.next_tokens(part), step) for part in feeds]
         got, names = np.concatenate([f.values for f in found]), np.concatenate([f.ids for f in found])
         best, wanted = names[:, 0], np.take_along_axis(logits[: len(got)], names, axis=1)
     error = np.abs(got - wanted).max(axis=1)
@@ -319,6 +361,7 @@ def check_prompt(
         prompt_length=len(ids),
         logit_cosine=cosines(got, wanted),
         logit_error=error,
+        logit_size=size_ratio(got, wanted),
         layer_cosine=(
             [float(cosines(states.rows(i), s[: len(got)]).min()) for i, s in enumerate(wanted_states)]
             if states.seen
@@ -332,6 +375,11 @@ def check_prompt(
             (result.ties if gap <= 2 * float(error[position]) and gap < 0.05 else result.differing).append(
                 position
             )
+    return result
+
+
+def _watched(result: _T, step: Callable[[float], None]) -> _T:
+    step(1)
     return result
 
 

@@ -1,1 +1,1 @@
-"""What `tyir.verify` is made of: the structural rules and dominance."""
+"""What `tyir.verifier` is made of: the structural rules and dominance."""

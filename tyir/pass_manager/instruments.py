@@ -174,6 +174,7 @@ class Reproducer(Instrument):
         self._before = print_op(_outermost(op))
 
     def failed(self, pass_: Pass, op: Op, error: BaseException) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(
             reproducer_text(self._before, _remaining(self.pipeline, pass_).text(), self.verify_each),
             encoding="utf-8",

@@ -58,9 +58,13 @@ def make_pass(pass_class: type[Any], text: PassText) -> Any:
         field = option.name.replace("-", "_")
         if field in values:
             raise pipeline_error(
-                text.source, option.start, option.end, f"option '{option.name}' is given twice"
+                text.source,
+                option.start,
+                option.end,
+                f"option '{option.name}' is given twice",
+                "give it once",
             )
-        values[field] = _value(kind, option, text)
+        values[field] = _value(kind, option, text, pass_class)
     missing = [
         f.name.replace("_", "-")
         for f in dataclasses.fields(pass_class)
@@ -75,16 +79,29 @@ def make_pass(pass_class: type[Any], text: PassText) -> Any:
             text.start,
             text.end,
             f"pass '{text.name}' needs the option{'s' * (len(missing) > 1)} {', '.join(missing)}",
+            _options_help(pass_class, text.name),
         )
     try:
         return pass_class(**values)
     except TyirError:
         raise
     except ValueError as error:
-        raise pipeline_error(text.source, text.start, text.end, f"pass '{text.name}': {error}") from None
+        raise pipeline_error(
+            text.source,
+            text.start,
+            text.end,
+            f"pass '{text.name}': {error}",
+            _options_help(pass_class, text.name),
+        ) from None
 
 
-def _value(kind: Any, option: OptionText, text: PassText) -> Any:
+def _options_help(pass_class: type[Any], name: str) -> str:
+    """`options of 'kv-materialize': max-kv=<integer>, default 1024; ...`"""
+    rows = describe_options(pass_class)
+    return f"options of '{name}': " + "; ".join(f"{o}=<{kind}>, default {d}" for o, kind, d in rows)
+
+
+def _value(kind: Any, option: OptionText, text: PassText, pass_class: type[Any]) -> Any:
     try:
         if typing.get_origin(kind) is tuple and len(option.values) <= MAX_VALUES:
             return tuple(_scalar(typing.get_args(kind)[0], word) for word in option.values)
@@ -99,7 +116,8 @@ def _value(kind: Any, option: OptionText, text: PassText) -> Any:
         got = ",".join(option.values) or "nothing"
         got = got if len(got) <= 100 else f"{got[:100]}..."
         message = f"option '{option.name}' of '{text.name}' takes {_kind_text(kind)}, got '{got}'"
-        raise pipeline_error(text.source, option.start, option.end, message) from None
+        help = _options_help(pass_class, text.name)
+        raise pipeline_error(text.source, option.start, option.end, message, help) from None
 
 
 def _scalar(kind: Any, word: str) -> Any:

@@ -1,5 +1,5 @@
-"""Finding passes by name: `kv-materialize` is the one `Pass` of `tyir.passes.kv_materialize`, imported when
-first asked for.
+"""Finding passes by name: `kv-materialize` is the class `KvMaterialize` of `tyir.passes.kv_materialize`,
+imported when first asked for.
 
 Other sources: entry points of the group `tyir.passes` (name -> a Pass class, or a module holding one) and
 files given to `load_pass_file`. `tyir` imports `tyir.passes` nowhere by name: the layers stay apart.
@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = ["PassRegistry"]
 
 _PACKAGE: Final = "tyir.passes"
 _GROUP: Final = "tyir.passes"
+_RENAME: Final = "a pass is named after its class, and one alone in a file after the file too: rename it"
 
 
 _loaded: dict[str, ModuleType] = {}  # what `load_module_file` has put into `sys.modules`
@@ -72,16 +74,16 @@ class PassRegistry:
         module_name = name.replace("-", "_")
         is_name = "_" not in name and module_name.isidentifier()
         if is_name and importlib.util.find_spec(f"{_PACKAGE}.{module_name}") is not None:
-            found = _only_pass(importlib.import_module(f"{_PACKAGE}.{module_name}"))
+            found = _pass_named(name, importlib.import_module(f"{_PACKAGE}.{module_name}"))
             if found is not None:
                 return found
         for entry in importlib.metadata.entry_points(group=_GROUP, name=name):
             loaded = entry.load()
-            return _only_pass(loaded) if isinstance(loaded, ModuleType) else loaded
+            return _pass_named(name, loaded) if isinstance(loaded, ModuleType) else loaded
         return None
 
     def load_file(self, path: str | Path) -> list[str]:
-        """Make the passes of a Python file known; returns their names.
+        """Make the passes of a Python file known; returns their names, of a lone pass also the file's.
 
         `TyirError` when it cannot be loaded, holds none, or two passes would have one name.
         """
@@ -93,20 +95,20 @@ class PassRegistry:
             )
         names: dict[str, type[Pass]] = {}
         for cls in classes:
-            name = cls.name()
-            if name in names:
+            if (name := cls.name()) in names:
                 raise TyirError(
                     f"{path} declares two passes named '{name}': {names[name].__name__} and {cls.__name__}",
-                    help="a pass has its file's name: one to a file, or give each a name() of its own",
-                )
-            other = self.files.get(name)
-            if name not in self.extra and self.find(name) is not None:
-                raise TyirError(f"{path}: there is a pass '{name}' already", help="rename the file")
-            if other is not None and other.resolve() != Path(path).resolve():
-                raise TyirError(
-                    f"{path}: {other} has declared a pass '{name}' already", help="rename the file"
+                    help="a pass is named after its class: rename one of them",
                 )
             names[name] = cls
+        if len(classes) == 1:
+            names.setdefault(Path(path).stem.replace("_", "-"), classes[0])
+        for name in names:
+            other = self.files.get(name)
+            if name not in self.extra and self.find(name) is not None:
+                raise TyirError(f"{path}: there is a pass '{name}' already", help=_RENAME)
+            if other is not None and other.resolve() != Path(path).resolve():
+                raise TyirError(f"{path}: {other} has declared a pass '{name}' already", help=_RENAME)
         self.extra.update(names)
         self.files.update(dict.fromkeys(names, Path(path)))
         return list(names)
@@ -127,15 +129,22 @@ def pass_classes(module: ModuleType) -> Iterator[type[Pass]]:
             yield value
 
 
-def _only_pass(module: ModuleType) -> type[Pass] | None:
-    """The pass of a module that has its name; None when there is none, an error when there are several."""
+def _pass_named(name: str, module: ModuleType) -> type[Pass] | None:
+    """The pass that a name stands for in a module: the only one, or that of several which is called so.
+
+    None when there is none; `TyirError` when there are several and none is called so.
+    """
     classes = list(pass_classes(module))
-    if len(classes) > 1:
+    if len(classes) < 2:
+        return classes[0] if classes else None
+    found = next((cls for cls in classes if cls.name() == name), None)
+    if found is None:
         raise TyirError(
-            f"{module.__name__} declares {len(classes)} passes: {', '.join(c.__name__ for c in classes)}",
-            help="a pass has its file's name: one to a file; helper classes begin with an underscore",
+            f"{module.__name__} declares {len(classes)} passes, none of them named '{name}':"
+            f" {', '.join(cls.name() for cls in classes)}",
+            help=f"name one: {name} = {module.__name__}:{classes[0].__name__}",
         )
-    return classes[0] if classes else None
+    return found
 
 
 def load_module_file(path: str | Path) -> ModuleType:
@@ -143,20 +152,34 @@ def load_module_file(path: str | Path) -> ModuleType:
     file = Path(path)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if not file.is_file() or spec is None or spec.loader is None:
-        raise TyirError(f"cannot load {path}: there is no such Python file")
+        raise TyirError(
+            f"cannot load {path}: there is no such Python file", help="give the path of a .py file"
+        )
     module = importlib.util.module_from_spec(spec)
     shadowed = sys.modules.get(file.stem)
     sys.modules[file.stem] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise TyirError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+        raise TyirError(
+            f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}",
+            where=_line_of(error, file),
+            help="the file cannot be loaded as it is: mend this line; --debug shows the traceback",
+        ) from error
     finally:
         if shadowed is not None and shadowed is not _loaded.get(file.stem):
             sys.modules[file.stem] = shadowed  # a library's module keeps its name
         else:
             _loaded[file.stem] = module
     return module
+
+
+def _line_of(error: Exception, file: Path) -> str:
+    """The line of `file` that an error at loading comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}:{error.offset or 1}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
+    return f"{file}:{lines[-1] if lines else 1}:1"
 
 
 def _is_pass_file(folders: list[str], module_name: str) -> bool:

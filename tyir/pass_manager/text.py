@@ -69,7 +69,12 @@ class Nest:
 PipelineItem = PassText | Nest
 
 
-def pipeline_error(source: SourceText, start: int, end: int, message: str, help: str = "") -> TyirError:
+_FORM: Final = (
+    "a pipeline is written as builtin.module(cse,func.func(canonicalize),kv-materialize{max-kv=512})"
+)
+
+
+def pipeline_error(source: SourceText, start: int, end: int, message: str, help: str = _FORM) -> TyirError:
     """An error that points into the pipeline's text."""
     return TyirError(Diagnostic(message, label=Label(source, start, max(end, start + 1)), help=help))
 
@@ -91,7 +96,7 @@ class _Reader:
         self.pos = 0
         self.depth = 0
 
-    def fail(self, message: str, help: str = "") -> NoReturn:
+    def fail(self, message: str, help: str = _FORM) -> NoReturn:
         found = (
             f", found '{self.text[self.pos]}'" if self.pos < len(self.text) else ", found the end of the text"
         )

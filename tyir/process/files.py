@@ -13,12 +13,18 @@ import os
 import stat
 from collections.abc import Iterable
 from io import BufferedReader
+from os import PathLike
+from pathlib import Path
 from typing import Any, Final
+
+from tyir.diagnostics import did_you_mean
 
 __all__ = [
     "MAX_JSON",
+    "download_hint",
     "kind_of",
     "load_json",
+    "missing_hint",
     "open_regular",
     "parse_json",
     "read_regular",
@@ -101,6 +107,33 @@ def parse_json(data: bytes, *, finite: bool = False) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole, **strict)
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def missing_hint(path: PathLike[str] | str) -> str:
+    """What to do where a path names nothing: download the model that it names, or take what it nearly names;
+    empty where neither is to be seen.
+    """
+    if hint := download_hint(path):
+        return hint
+    try:
+        beside = os.listdir(Path(path).parent)
+    except OSError:
+        return ""
+    return did_you_mean(Path(path).name, sorted(beside))
+
+
+def download_hint(path: PathLike[str] | str) -> str:
+    """What to do where a path names nothing and has the form of a model's name on the hub, `org/model`, or of
+    its page there; empty for other paths.
+    """
+    parts = Path(path).parts
+    if parts[:1] in (("https:",), ("http:",)) and parts[1:2] == ("huggingface.co",):
+        parts = parts[2:4]
+    elif Path(path).exists() or Path(path).parent.exists():
+        return ""
+    if len(parts) != 2 or ".." in parts or Path(*parts).is_absolute():
+        return ""
+    return f"a model of the hub is downloaded first: hf download {'/'.join(parts)} --local-dir {parts[1]}"
 
 
 def _not_a_number(text: str) -> float:

@@ -103,13 +103,16 @@ def adopt_streams() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8", errors=_AS_BYTES)  # noqa: SIM115
 
 
-def read_input() -> bytes:
-    """All of standard input; `OSError` when it is closed or cannot be read."""
+def read_input(limit: int) -> bytes:
+    """All of standard input; `OSError` when it is closed, cannot be read or has more than `limit` bytes."""
     if sys.stdin is None:
         raise OSError(errno.EBADF, "it is closed")
     if not hasattr(sys.stdin, "buffer"):  # put there by whoever called the command as a function
         return sys.stdin.read().encode("utf-8", "surrogateescape")
-    return sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than the {limit} bytes that are read")
+    return data
 
 
 def finish_output() -> None:

@@ -210,7 +210,9 @@ class Form:
         low, high = next((low, high) for ending, low, high in _RANGES if name.endswith(ending))
         if value != 0 and not low <= value <= high:
             return f"a constant of this unit lies between {low:g} and {high:g}"
-        if value == 0 and not (self.zeros or name.endswith(("_ns", "_us", "_cycles", "overhead_bytes"))):
+        if value == 0 and not (
+            self.zeros or name.endswith(("_ns", "_us", "_cycles", "_overhead", "overhead_bytes"))
+        ):
             return "rates, sizes and counts must be positive"
         if name == "dram.efficiency" and value > 1:
             return "a share of the bandwidth is at most 1"

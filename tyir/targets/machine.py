@@ -111,6 +111,8 @@ class Sync:
     fetch_ns: float
     command_ns: float
     launch_us: float
+    controls: int
+    waiting_overhead: float
 
     @property
     def dispatch_ns(self) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.process.files import MAX_JSON, parse_json, read_regular
 
-__all__ = ["json_object", "read_json_object", "token_ids"]
+__all__ = ["json_lines", "json_object", "read_json_object", "token_ids"]
 
 
 def read_json_object(path: Path, help: str) -> dict[str, Any]:
@@ -44,6 +44,32 @@ def json_object(data: bytes, path: Path, help: str) -> dict[str, Any]:
         message = f"{name} holds a JSON {type(content).__name__}, an object is needed"
         raise TyirError(message, where=str(path), help=help)
     return content
+
+
+def json_lines(path: Path, help: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a file that has one on each line, with the place ("file:line") of each.
+
+    `TyirError` with `help` for a file that cannot be read, and at the first line that is not such an object;
+    numbers are finite.
+    """
+    try:
+        lines = read_regular(path, MAX_JSON).splitlines()
+    except OSError as error:
+        raise TyirError(f"cannot read {path}: {error.strerror}", help=help) from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = parse_json(line, finite=True)
+        except UnicodeDecodeError:
+            raise TyirError("the line is not UTF-8 text", where=where, help=help) from None
+        except ValueError as error:
+            raise TyirError(f"the line is not valid JSON: {error}", where=where, help=help) from None
+        if not isinstance(row, dict):
+            message = f"the line holds a JSON {type(row).__name__}, an object is needed"
+            raise TyirError(message, where=where, help=help)
+        yield where, row
 
 
 def token_ids(content: Mapping[str, Any], key: str, path: Path, data: bytes) -> list[int]:

@@ -8,15 +8,15 @@ from typing import Final
 from tyir.diagnostics import TyirError
 from tyir.process.files import read_regular
 
-__all__ = ["decode_source", "read_source"]
+__all__ = ["MAX_SOURCE", "decode_source", "read_source"]
 
-_MAX_SOURCE: Final = 1 << 30  # bytes; a module of 100,000 ops has 20 MB, weights never stand in the text
+MAX_SOURCE: Final = 1 << 30  # bytes; a module of 100,000 ops has 20 MB, weights never stand in the text
 
 
 def read_source(path: str | Path) -> str:
     """The text of a file; `TyirError` when it cannot be read or is not UTF-8."""
     try:
-        data = read_regular(path, _MAX_SOURCE)
+        data = read_regular(path, MAX_SOURCE)
     except OSError as error:
         raise TyirError(
             f"cannot read {path}: {error.strerror}", help="give a file of IR, as tyir-import writes it"

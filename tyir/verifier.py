@@ -4,6 +4,7 @@
     order          a use follows its definition: in its block, or in a block that dominates it (graph regions included)
     isolation      no operand of an isolated op's region comes from outside
     declarations   counts, kinds and inferred types of registered ops, and their own `verify`
+    attributes     those named `tyir.*` are known ones (`tyir.checking.own_attributes`)
     symbols, calls, in-place updates, aliases: `tyir.checking.rules`;  stages: `tyir.stages`
 
 One walk visits every op with the values defined so far in its block; enclosing blocks form a stack.  What
@@ -20,7 +21,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tyir.attributes import DictAttr
 from tyir.checking.dominance import DominanceTree
+from tyir.checking.own_attributes import unknown_attributes
 from tyir.checking.rules import (
     check_call,
     check_function,
@@ -90,8 +93,10 @@ class _Verifier:
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     trees: dict[Region, DominanceTree] = field(default_factory=dict)
     tables: SymbolTables = field(default_factory=SymbolTables)
+    seen: set[DictAttr] = field(default_factory=set)  # attributes whose names have been looked at
 
     def run(self, root: Op) -> None:
+        self._names(root)
         self._declaration(root, self._facts(root))
         self._enter(root)
         while self.levels:
@@ -131,7 +136,7 @@ class _Verifier:
         """Walk the innermost block up to its next op with regions, or to its end."""
         level = self.levels[-1]
         defined, facts = level.defined, self.facts
-        checked = self.checked
+        checked, seen = self.checked, self.seen
         for op in level.ops:
             for value in op._operands:
                 if value not in defined:
@@ -142,6 +147,8 @@ class _Verifier:
                     defined.add(results[0])
                 else:
                     defined.update(results)
+            if op.attributes not in seen or op.regions:
+                self._names(op)
             cls = type(op)
             fact = facts.get(cls) or self._facts(op)
             if fact.declared:
@@ -192,6 +199,11 @@ class _Verifier:
                 self.problem(op, "jumps to a block outside its region")
             elif region is not None and block is region.blocks[0]:
                 self.problem(op, "jumps to the entry block")
+
+    def _names(self, op: Op) -> None:
+        for message in unknown_attributes(op):
+            self.problem(op, message)
+        self.seen.add(op.attributes)
 
     # -- values
     # -----------------------------------------------------------------------------------------------------

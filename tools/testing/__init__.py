@@ -1,0 +1,1 @@
+"""pytest's plugin for `.ir` tests, which the installed package brings along."""
