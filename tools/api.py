@@ -7,6 +7,7 @@ script changes one import.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ def compile_path(
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
     awq_table: Path | None = None,
+    calibration: Path | None = None,
     binary: bool = False,
     machine: str | Path | None = None,
     backend: str = "edge10",
@@ -87,19 +89,19 @@ def compile_path(
     Of a mapping what it names is asked for, of `BuildOptions` everything; what an `.ir` file was built with
     holds where nothing is asked for, and an `options` that contradicts it is an error.
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
-    of a LoRA adapter is; `awq_table` is the file of scales and ranges that weights "awq" are made with;
+    of a LoRA adapter is.  Weights "awq" are made with the scales and ranges of the file `awq_table`, or, of a
+    checkpoint folder, as `quantize` does it on the text `calibration`, in a folder that is gone afterwards;
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.
     """
     from tyir.backends.registry import find_backend
     from tyir.targets.machine import load_machine
+    from tyir.tools.estimate.plan import settle_group_size
 
     chosen = find_backend(backend)
     if machine is not None:
         load_machine(machine)
     positions = None
     if model.is_dir() or model.suffix != ".ir":  # a module may have settled its options
-        from tyir.tools.estimate.plan import settle_group_size
-
         given = asdict(options) if isinstance(options, BuildOptions) else options
         options = settle_group_size(model, given)
         wanted = BuildOptions(**{**options, "group_size": _number_of(options)})
@@ -107,6 +109,29 @@ def compile_path(
         chosen.check_target(out / f"{wanted.dies}die")
         positions = wanted.max_kv
     watch = watch or Stopwatch()
+    if calibration is not None or _is_searched(model, options, awq_table):
+        _check_search(model, options, awq_table, base is not None or plugin is not None)
+        from tyir.tools.quantize.in_passing import quantized_beside
+
+        assert not isinstance(options, BuildOptions)  # a folder's are a mapping by now
+        size = _number_of(settle_group_size(model, {**options, "weights": "int4"}))
+        with ExitStack() as stack:
+            with watch.stage("quantize"):
+                folder = stack.enter_context(
+                    quantized_beside(model, out, size, calibration=calibration, progress=progress, warn=warn)
+                )
+            return compile_path(
+                folder,
+                out,
+                {key: value for key, value in options.items() if key not in ("weights", "group_size")},
+                watch=watch,
+                progress=progress,
+                mcpu=mcpu,
+                warn=warn,
+                binary=binary,
+                machine=machine,
+                backend=backend,
+            )
     with watch.stage("import"):
         module = load_module(model, plugin, warn, positions, base, progress)
     if awq_table is not None:
@@ -129,6 +154,32 @@ def compile_path(
             files=_side_files(module, warn),
         ),
     )
+
+
+def _is_searched(model: Path, options: BuildOptions | Mapping[str, Any], table: Path | None) -> bool:
+    """Whether weights "awq" are to be found for a checkpoint folder."""
+    weights = options.weights if isinstance(options, BuildOptions) else options.get("weights")
+    return weights == "awq" and table is None and model.is_dir()
+
+
+def _check_search(
+    model: Path, options: BuildOptions | Mapping[str, Any], table: Path | None, other: bool
+) -> None:
+    """`TyirError` for what a search of scales cannot be joined with."""
+    if table is not None:
+        raise TyirError("a table and a calibration text are given", help="give one of them")
+    if not model.is_dir():
+        raise TyirError(
+            f"{model} is no checkpoint folder, and calibration looks at what a checkpoint computes",
+            help="give the checkpoint, or make a table with tyir-quantize and give --awq-table",
+        )
+    if not _is_searched(model, options, None):
+        raise TyirError("a calibration text is for weights awq", help="add --weights awq")
+    if other:
+        raise TyirError(
+            "weights awq are searched for plain checkpoints, not for adapters or through a model plug-in",
+            help="use --weights int4, or make a table and give --awq-table",
+        )
 
 
 def quantize(

@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
         plugin=plugin,
         base=args.base,
         awq_table=args.awq_table,
+        calibration=args.calibration,
         binary=args.binary,
         machine=args.machine,
         backend=args.backend,
@@ -137,6 +138,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
     add_base_option(parser)
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="with --weights awq: text, .jsonl or .parquet; without it the model generates its own",
+    )
     parser.add_argument(
         "--awq-table",
         type=Path,

@@ -11,28 +11,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_debug_option, run_tool, warn
+from tyir.tools.cli import ToolParser, add_json_option, quiet, run_tool, warn
 
 if TYPE_CHECKING:
     from tyir.tools.quantize.settings import QuantizeSettings
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if args.out is None and args.evaluate is None:
         raise TyirError("nothing is to be done", help="give -o OUT to quantise, --evaluate TEXT to measure")
+    from tyir.tools.commands.json_forms import print_json
     from tyir.tools.quantize.quantize import Text, check_device, perplexity_of, quantize
-    from tyir.tools.quantize.report import report_json, summary_lines, write_report
+    from tyir.tools.quantize.report import measured_form, report_form, summary_lines, write_report
 
     text = None if args.evaluate is None else Text(args.evaluate, args.characters)
     if args.out is None:
         assert text is not None
         check_device(args.device)
-        measured = perplexity_of(args.model, text, args.window, args.device, args.progress)
+        measured = perplexity_of(args.model, text, args.window, args.device, not quiet())
+        if args.json:
+            print_json(measured_form(measured, args.window))
+            return 0
         print(f"perplexity {measured.value:.3f} ({measured.tokens} tokens in windows of {args.window})")
         return 0
     outcome = quantize(
@@ -42,13 +46,13 @@ def main(argv: Sequence[str]) -> int:
         calibration=args.calibration,
         evaluate=text,
         format=args.format,
-        progress=args.progress,
+        progress=not quiet(),
         warn=warn,
     )
     for problem in write_report(outcome, args.report) if args.report is not None else ():
         warn(problem)
     if args.json:
-        print(report_json(outcome), end="")
+        print_json(report_form(outcome))
     else:
         for line in summary_lines(outcome):
             print(line)
@@ -76,15 +80,15 @@ def _settings(args: argparse.Namespace) -> QuantizeSettings:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="tyir-quantize", description=__doc__)
     parser.add_argument("model", type=Path, metavar="HF_DIR", help="checkpoint folder")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="checkpoint folder to write")
     parser.add_argument(
         "--method",
-        default="awq",
-        help="awq (default): scales and ranges by what the model computes; gptq: rounding that makes up for"
-        " its own errors; awq+gptq: both; rtn: round to nearest",
+        default="awq+gptq",
+        help="awq: scales and ranges by what the model computes; gptq: rounding that makes up for its own"
+        " errors; awq+gptq (default): both; rtn: round to nearest",
     )
     parser.add_argument("--bits", type=int, default=4, help="4 (default); 3 and 8 give the table alone")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="default 128")
@@ -124,9 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="write report.json, report.html, errors.png"
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--progress", action="store_true", help="show progress and the time left")
-    add_debug_option(parser)
+    add_json_option(parser, "print the report, or the perplexity, as JSON")
     return parser
 
 

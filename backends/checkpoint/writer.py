@@ -19,7 +19,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from tyir.backends.checkpoint.formats import FORMATS, CheckpointFormat, Quantization
 from tyir.backends.replacing import replacing
@@ -36,8 +35,9 @@ from tyir.ir import Value
 from tyir.layers import layer_of
 from tyir.passes._parameters import HEAD, ParameterUse, ParameterUses, parameter_use
 from tyir.process.files import parse_json
+from tyir.process.progress import Bar
 
-__all__ = ["MAX_SHARD", "Rounded", "write_checkpoint"]
+__all__ = ["MAX_SHARD", "Rounded", "check_source", "write_checkpoint"]
 
 Array = npt.NDArray[Any]
 Rounded = tuple[Array, Array, Array]
@@ -118,6 +118,11 @@ def write_checkpoint(
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _Writer(module, found, quantization, rounded or {}, progress).write(entries, folder, max_shard)
     return out
+
+
+def check_source(source: Path) -> None:
+    """`TyirError` for a checkpoint that `write_checkpoint` would refuse for its config.json."""
+    _config(source, {})
 
 
 def _config(source: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -271,7 +276,7 @@ class _Writer:
         ]
         problems: list[Diagnostic] = []
         index: dict[str, str] = {}
-        with tqdm(total=len(entries), desc="weights", unit="tensor", disable=not self.progress) as bar:
+        with Bar("weights", len(entries), "tensor", show=self.progress) as bar:
             for name, shard in zip(names, shards, strict=True):
                 layout = SafetensorsLayout(
                     {key: what for entry in shard for key, what in self._stored(entry).items()},
@@ -281,7 +286,7 @@ class _Writer:
                 with layout.create(folder / name) as file:
                     for entry in shard:
                         problems += self._write(entry, layout, file)
-                        bar.update()
+                        bar.advance()
         if problems:
             raise TyirError(problems)
         if len(shards) > 1:

@@ -232,7 +232,9 @@ class _LayerSearch:
             else:
                 ranges = extremes(weight, self.grid)
             if self.settings.rounding:
-                self.codes[path] = gptq_rounded(weight, columns, ranges, moments, self.grid, path)[0]
+                self.codes[path] = gptq_rounded(
+                    weight, columns, ranges, moments, self.grid, path, self.work.rounds
+                )[0]
             numbers = self._numbers(path, weight, ranges if self.settings.ranges else None)
             after = dequantized(numbers, self.grid)
             after = after if columns is None else after / columns

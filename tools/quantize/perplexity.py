@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tyir.diagnostics import TyirError
+from tyir.process.progress import track
 from tyir.tools.quantize.streamed_model import StreamedModel, Tensors
 
 __all__ = ["Perplexity", "artifact_perplexity", "model_perplexity"]
@@ -45,7 +45,7 @@ def model_perplexity(
 ) -> Perplexity:
     """Of a model, layer by layer, on windows [S, T]; `change` puts other tensors in a layer's place."""
     hidden = model.embedded(windows)
-    for index in tqdm(range(model.depth), desc="perplexity", unit="layer", disable=not progress):
+    for index in track(range(model.depth), "perplexity", "layer", show=progress):
         tensors = model.tensors(index)
         if change is not None:
             tensors = change(index, tensors)
@@ -83,7 +83,7 @@ def artifact_perplexity(folder: Path, windows: Tensor, progress: bool = False) -
             help=f"use --window {session.capacity}, or compile with a larger --max-kv",
         )
     total, count = 0.0, 0
-    for window in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
+    for window in track(list(windows), "perplexity", "window", show=progress):
         session.reset()
         logits = torch.from_numpy(session.feed(window.tolist()))
         total += _loss(logits[:-1], window[1:])

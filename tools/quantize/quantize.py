@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from tyir.backends.checkpoint.writer import write_checkpoint
+from tyir.backends.checkpoint.writer import check_source, write_checkpoint
 from tyir.backends.replacing import check_target
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.execution.awq_table import AwqTable
@@ -75,6 +75,11 @@ def quantize(
     check_device(settings.device)
     packs = settings.bits == 4
     if packs:
+        if not folder.is_dir():
+            raise TyirError(
+                f"checkpoint folder {folder} does not exist", help="download a model of the hub first"
+            )
+        check_source(folder)
         check_target(out, lambda name, is_folder: not is_folder)
     elif format is not None:
         raise TyirError(f"format {format} holds weights of 4 bits, not {settings.bits}", help="use --bits 4")

@@ -9,12 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from tyir.diagnostics import TyirError
 from tyir.tools.cli import write_output
+from tyir.tools.commands.json_forms import Measured, Quantized, QuantizedLinear
 from tyir.tools.quantize.layer_search import LinearReport, errors_by_layer
+from tyir.tools.quantize.perplexity import Perplexity
 from tyir.tools.quantize.quantize import Outcome
 
-__all__ = ["report_json", "summary_lines", "write_report"]
+__all__ = ["measured_form", "report_form", "summary_lines", "write_report"]
 
 _WIDTH: Final = 900
 _HEIGHT: Final = 220
@@ -39,27 +40,29 @@ def summary_lines(outcome: Outcome) -> Iterator[str]:
         )
 
 
-def report_json(outcome: Outcome) -> str:
+def report_form(outcome: Outcome) -> Quantized:
     """Everything of the report, for programs."""
-    content = {
-        "settings": asdict(outcome.settings),
-        "layers": {str(i): [asdict(r) for r in each] for i, each in outcome.reports.items()},
-        "perplexity": {
-            name: asdict(value)
-            for name, value in (("before", outcome.before), ("after", outcome.after))
-            if value is not None
-        },
-    }
-    return json.dumps(content, indent=1) + "\n"
+    return Quantized(
+        output=str(outcome.out),
+        settings=asdict(outcome.settings),
+        linears=tuple(
+            QuantizedLinear(layer=index, **asdict(report))
+            for index, each in outcome.reports.items()
+            for report in each
+        ),
+        before=measured_form(outcome.before, outcome.settings.window),
+        after=measured_form(outcome.after, outcome.settings.window),
+    )
+
+
+def measured_form(measured: Perplexity | None, window: int) -> Measured | None:
+    """A perplexity, for programs."""
+    return None if measured is None else Measured(measured.value, measured.tokens, window)
 
 
 def write_report(outcome: Outcome, folder: Path) -> list[str]:
     """report.json, report.html and, with matplotlib, errors.png; returns what could not be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TyirError(f"cannot make {folder}: {error.strerror}", help="choose another --report") from None
-    write_output(report_json(outcome), str(folder / "report.json"))
+    write_output(json.dumps(asdict(report_form(outcome)), indent=1) + "\n", str(folder / "report.json"))
     write_output(_page(outcome), str(folder / "report.html"))
     errors = errors_by_layer(outcome.reports)
     try:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from tyir.tools.quantize.arithmetic import dequantized, folded, quantized
+from tyir.tools.quantize.by_rows import by_rows
 from tyir.tools.quantize.moments import Inputs
 from tyir.tools.quantize.settings import Grid
 
@@ -20,7 +21,8 @@ __all__ = ["ChosenScale", "search_scale"]
 
 Tensor = Any
 _RATIOS: Final = 20
-_ROWS: Final = 2048  # of each reader are looked at
+_SAMPLED: Final = 1 << 20  # weights of each reader that are looked at, in whole rows
+_AT_ONCE: Final = 1 << 18  # weights that stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,31 @@ def search_scale(
 
     The channels of a producer stand in the readers' columns in runs of `head`, each `repeats` times.
     """
-    some = [w[:: -(-len(w) // _ROWS)] for w in weights]
+    some = [w[:: -(-w.numel() // _SAMPLED)] for w in weights]
     size = grid.group_size
     blocks = torch.stack(
         [inputs.second[i : i + size, i : i + size] for i in range(0, len(inputs.second), size)]
     )
+    tried = list(_candidates(some, inputs, head, repeats, grid))
+    columns = [None, *(_of_columns(scale, head, repeats) for _, _, scale in tried)]
 
-    def error(columns: Tensor | None) -> float:
-        total = 0.0
-        for weight in some:
-            rounded = dequantized(quantized(folded(weight, None, columns), None, grid), grid)
-            off = (rounded if columns is None else rounded / columns) - weight
+    def errors(weight: Tensor) -> list[float]:
+        found = []
+        for each in columns:
+            rounded = dequantized(quantized(folded(weight, None, each), None, grid), grid)
+            off = (rounded if each is None else rounded / each) - weight
             by_group = off.reshape(len(off), -1, size).transpose(0, 1)
-            total += float(((by_group @ blocks) * by_group).sum(dtype=torch.float64))
-        return total
+            found.append(float(((by_group @ blocks) * by_group).sum(dtype=torch.float64)))
+        return found
 
-    identity = error(None)
+    parts = [
+        part
+        for w in some
+        for part in by_rows(len(w), _AT_ONCE // w.shape[1], w.device.type, lambda rows, w=w: errors(w[rows]))
+    ]
+    identity, *scaled = (sum(each) for each in zip(*parts, strict=True))
     chosen = ChosenScale(None, None, False, identity, identity)
-    for ratio, duo, scale in _candidates(some, inputs, head, repeats, grid):
-        found = error(_of_columns(scale, head, repeats))
+    for (ratio, duo, scale), found in zip(tried, scaled, strict=True):
         if found < chosen.error:
             chosen = ChosenScale(scale, ratio, duo, found, identity)
     return chosen

@@ -22,12 +22,12 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from tyir.backends.checkpoint.writer import Rounded
 from tyir.diagnostics import TyirError
 from tyir.execution.awq_table import AwqSettings, AwqTable
 from tyir.layers import is_named_in
+from tyir.process.progress import Bar
 from tyir.tools.quantize.layer_search import LayerResult, LinearReport, ScaledChannels, search_layer
 from tyir.tools.quantize.settings import QuantizeSettings, Work, work_for
 from tyir.tools.quantize.streamed_model import StreamedModel
@@ -95,15 +95,13 @@ def search(
             states = (exact, exact.clone())
         else:
             model.embedded(windows[:1])  # what layers are called with
-        with tqdm(
-            total=model.depth, initial=done, desc=settings.method, unit="layer", disable=not progress
-        ) as bar:
+        with Bar(settings.method, model.depth - done, "layer", show=progress) as bar:
             for index in range(done, model.depth):
                 of_layer = [g for g in groups if g.readers[0].startswith(model.paths[index] + ".")]
                 result = search_layer(model, index, states, of_layer, settings, work, is_kept)
                 _advance(model, index, states, result, settings)
                 store.write(index, result, states)
-                bar.update()
+                bar.advance()
     return store.found(model.depth, _table_settings(model, settings))
 
 

@@ -24,6 +24,7 @@ _CANDIDATE_WORK: Final = 1.5e10
 _ACCELERATOR: Final = 25  # how many times the work a GPU may take
 _SAMPLES: Final = (4, 128)
 _POINTS: Final = (4, 16)
+_ROUNDS: Final = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class QuantizeSettings:
     out; `quick` takes the least work.
     """
 
-    method: str = "awq"
+    method: str = "awq+gptq"
     bits: int = 4
     group_size: int = 128
     zero_point: bool = True
@@ -109,17 +110,20 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class Work:
-    """How many windows are seen, and how many values of each end of a range are tried, how often."""
+    """How many windows are seen, how many values of each end of a range are tried, how often, and how often
+    GPTQ's numbers are rounded again.
+    """
 
     samples: int
     points: int
     sweeps: int
+    rounds: int = 0
 
 
 def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[int, int]]) -> Work:
     """The work for a model of `layers` layers whose linears have these shapes [N, K]."""
     if settings.quick:
-        return Work(settings.samples or _SAMPLES[0], _POINTS[0], 1)
+        return Work(settings.samples or _SAMPLES[0], _POINTS[0], 1, _ROUNDS[0])
     factor = _ACCELERATOR if settings.device != "cpu" else 1
     weights = max(1, layers * sum(n * k for n, k in linears))
     samples = int(factor * _FORWARD_WORK / (weights * settings.window))
@@ -129,4 +133,5 @@ def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[in
         samples = settings.samples
     else:
         samples = min(max(samples, _SAMPLES[0]), _SAMPLES[1])
-    return Work(samples, points, 2 if points == _POINTS[1] else 1)
+    small = points == _POINTS[1]
+    return Work(samples, points, 2 if small else 1, _ROUNDS[small])
