@@ -148,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--awq-table",
         type=Path,
         metavar="FILE",
-        help="AWQ table (.safetensors) that the weights are scaled and quantised with (docs/quantization.md)",
+        help="AWQ table (.safetensors) that the weights are scaled and quantised with (docs/quantise.md)",
     )
     parser.add_argument(
         "--die-map",

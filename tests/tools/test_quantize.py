@@ -190,7 +190,7 @@ def test_the_command(model: Path, text: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([str(out), "--evaluate", str(text), "--characters", "200", "--window", "16"]) == 0
     measured = float(capsys.readouterr().out.split()[1])
     assert measured == pytest.approx(
-        json.loads((tmp_path / "report.json").read_text())["perplexity"]["after"]["value"], abs=1e-3
+        json.loads((tmp_path / "report.json").read_text())["after"]["perplexity"], abs=1e-3
     )
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 
 __all__ = ["by_rows"]
 
 _T = TypeVar("_T")
+_LEAST: Final = 256
 
 
 def by_rows(count: int, most: int, device: str, work: Callable[[slice], _T]) -> list[_T]:
@@ -27,7 +28,8 @@ def by_rows(count: int, most: int, device: str, work: Callable[[slice], _T]) -> 
     """
     if device != "cpu":
         return [work(slice(0, count))]
-    parts = max(-(-count // max(most, 1)), min(2, count))  # two at least, for two threads
+    # two at least, for two threads, unless the steps would be so short that the interpreter is all they take
+    parts = max(-(-count // max(most, 1)), min(2, count // _LEAST), 1)
     bounds = [count * i // parts for i in range(parts + 1)]
     rows = [slice(a, b) for a, b in pairwise(bounds)]
     threads = torch.get_num_threads()

@@ -8,8 +8,8 @@ added, so that H is factored once and not inverted.
 Loud channels come first, when most of the others can still make up for them; scales and zero points are those
 of the ranges it is given, so that groups stay contiguous whatever the order (the original's act-order with
 static groups).  Then channels are rounded again, given all others, as often as the work allows (coordinate
-descent: QuantEase, arXiv 2309.01885).  The targets are the unquantised model's outputs: what the layers before
-did wrong is made up for as well.
+descent: QuantEase, arXiv 2309.01885).  The targets are the unquantised model's outputs: what the layers
+before did wrong is made up for as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 
 from tyir.diagnostics import TyirError
 from tyir.tools.quantize.arithmetic import Quantized, scales_and_zeros
-from tyir.tools.quantize.by_rows import by_rows
 from tyir.tools.quantize.moments import Moments
 from tyir.tools.quantize.settings import Grid
 
@@ -29,8 +28,7 @@ __all__ = ["gptq_rounded"]
 Tensor = Any
 _DAMPING: Final = 0.01  # of the mean of the diagonal; ten times as much when that is not enough
 _ATTEMPTS: Final = 4
-_ROWS: Final = 1024
-_BLOCK: Final = 128  # channels between two products with all others
+_BLOCK: Final = 32  # channels between two products with all others
 
 
 def gptq_rounded(
@@ -54,29 +52,16 @@ def gptq_rounded(
     # the last is taken first
     order = torch.sort(loudness, stable=True).indices
     groups = order // grid.group_size
-    factor, damping = _factored(moments, columns, order, path)
-    best = torch.empty_like(weight.T)
-    q = torch.empty_like(best)
-
-    def search(rows: slice) -> None:
-        targets = moments.targets[rows] if columns is None else moments.targets[rows] / columns
-        # the weight of least error, without rounding; damping holds it near the one there is
-        wanted = torch.add(targets, weight[rows], alpha=damping)
-        best[:, rows] = torch.cholesky_solve(wanted.T[order], factor)
-        q[:, rows] = _rounded(
-            best[:, rows], factor, scales[rows].T[groups], zeros[rows].T[groups], grid
-        )
-
-    def again(rows: slice) -> None:
-        _round_again(
-            q[:, rows], best[:, rows], second, scales[rows].T[groups], zeros[rows].T[groups], grid, sweeps
-        )
-
-    by_rows(len(weight), _ROWS, weight.device.type, search)
-    del factor
+    second, damping = _factored(moments, columns, order, path)
+    targets = moments.targets if columns is None else moments.targets / columns
+    # the weight of least error, without rounding; damping holds it near the one there is
+    wanted = torch.add(targets, weight, alpha=damping).T[order]
+    best = torch.cholesky_solve(wanted, second).contiguous()
+    steps = scales.T[groups], zeros.T[groups]
+    q = _rounded(best, second, *steps, grid)
     if sweeps:
-        second = _damped(moments, columns, order, damping)
-        by_rows(len(weight), _ROWS, weight.device.type, again)
+        del second  # the factor, before there is another of its size
+        _round_again(q, best, _damped(moments, columns, order, damping), *steps, grid, sweeps)
     found = torch.empty_like(weight)
     found[:, order] = q.T
     return found, scales, zeros

@@ -157,7 +157,7 @@ class _LayerSearch:
     def _values(
         self, stage: Sequence[LinearModule], tensors: Tensors, state: Tensor, outputs: bool
     ) -> list[Tensor]:
-        """What the linears of a stage give (without their biases), or what they read, for one window."""
+        """What the linears of a stage give (without their biases), or what they read, for some windows."""
         seen: dict[str, Tensor] = {}
 
         def note(linear: LinearModule) -> Callable[[Any, Any, Any], None]:
@@ -186,12 +186,13 @@ class _LayerSearch:
         channels = stage[0].shape[1]
         inputs = Inputs(channels, self.model.device)
         found = [Moments(inputs, torch.zeros(m.shape[0], channels, device=self.model.device)) for m in stage]
-        for exact, rough in zip(self.exact, self.rough, strict=True):
-            outputs = self._values(stage, self.plain, exact[None], outputs=True)
+        for windows in self.model.batches(len(self.exact)):
+            exact = self.exact[windows]
+            outputs = self._values(stage, self.plain, exact, outputs=True)
             if self.settings.sequential:
-                (x, *_) = self._values(stage[:1], self.current, rough[None], outputs=False)
+                (x, *_) = self._values(stage[:1], self.current, self.rough[windows], outputs=False)
             else:
-                (x, *_) = self._values(stage[:1], self.plain, exact[None], outputs=False)
+                (x, *_) = self._values(stage[:1], self.plain, exact, outputs=False)
             inputs.add(x)
             for moments, y in zip(found, outputs, strict=True):
                 moments.add_targets(x, y)

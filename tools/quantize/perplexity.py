@@ -49,8 +49,7 @@ def model_perplexity(
         tensors = model.tensors(index)
         if change is not None:
             tensors = change(index, tensors)
-        for i in range(len(hidden)):
-            hidden[i] = model.run(index, tensors, hidden[i : i + 1])[0]
+        model.advance(index, tensors, hidden)
         if not bool(torch.isfinite(hidden).all()):
             raise TyirError(
                 f"the values that leave {model.paths[index]} are not finite",

@@ -115,12 +115,10 @@ def _advance(
     """Take the states through the layer, in place; the plain tensors are read again, not kept beside."""
     exact, rough = states
     plain = model.tensors(index)
-    for i in range(len(exact)):
-        exact[i] = model.run(index, plain, exact[i : i + 1])[0]
+    model.advance(index, plain, exact)
     del plain
     if settings.sequential:
-        for i in range(len(rough)):
-            rough[i] = model.run(index, result.tensors, rough[i : i + 1])[0]
+        model.advance(index, result.tensors, rough)
     for state in states:
         if not bool(torch.isfinite(state).all()):
             raise TyirError(

@@ -34,6 +34,7 @@ __all__ = ["LinearModule", "StreamedModel", "Tensors"]
 Tensor = Any
 Tensors = dict[str, Any]
 _CHUNK: Final = 128  # tokens whose logits are held at once
+_AT_ONCE: Final = 1 << 22  # values of a layer's widest linear that are held at once
 
 
 class _Stop(Exception):
@@ -98,6 +99,9 @@ class StreamedModel:
         with torch.device("meta"):
             self.model = build_plain_model(folder, base=base)
         self.model.requires_grad_(False)
+        # one kernel in place of scores, mask and softmax one after another; it knows no capped scores
+        if self.model._supports_sdpa and not getattr(self.model.config, "attn_logit_softcapping", None):
+            self.model.set_attn_implementation("sdpa")
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if isinstance(limit, int) and window > limit:
             raise TyirError(
@@ -179,10 +183,21 @@ class StreamedModel:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def run(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
-        """What leaves a layer [1, T, C]; needs `embedded` to have been called."""
+        """What leaves a layer [B, T, C]; needs `embedded` to have been called."""
         args, kwargs = self._calls[index]
         result = functional_call(self.layers[index], tensors, (hidden, *args), kwargs)
         return result[0] if isinstance(result, tuple) else result
+
+    def batches(self, count: int) -> list[slice]:
+        """So many windows in parts that go through a layer at once."""
+        widest = max(size for linear in self.linears(0) for size in linear.shape)
+        most = max(1, _AT_ONCE // (widest * self.window))
+        return [slice(start, min(start + most, count)) for start in range(0, count, most)]
+
+    def advance(self, index: int, tensors: Tensors, states: Tensor) -> None:
+        """Take windows [S, T, C] through a layer, in place."""
+        for windows in self.batches(len(states)):
+            states[windows] = self.run(index, tensors, states[windows])
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[Callable[[Tensor], Iterator[Tensor]]]:
