@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tyir.diagnostics import TyirError  # noqa: E402
 from tyir.dialects.ty import QuantizeGroups, dequantize  # noqa: E402
 from tyir.tools.quantize import arithmetic, calibration, gptq, ranges, scales, settings  # noqa: E402
 from tyir.tools.quantize.autoawq import settings_of  # noqa: E402
+from tyir.tools.quantize.by_rows import by_rows  # noqa: E402
 from tyir.tools.quantize.moments import Inputs, Moments  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
@@ -96,7 +98,9 @@ def test_what_the_range_search_tries_is_what_the_table_gives(kind: str, grid: se
         b = b if grid.zero_point else a
         tried = torch.stack([arithmetic.to_f16(widest[0] * a), arithmetic.to_f16(widest[1] * b)])
         q, s, z = arithmetic.quantized(w, tried, grid)
-        assert torch.equal(ranges._rounded(w, tried[0], tried[1], grid), (q - z) * s)
+        nothing = (torch.zeros_like(w), torch.eye(grid.group_size))
+        best, chosen = ranges._best(w, nothing, tried[:, None, :, 0], grid)
+        assert torch.equal(best, (q - z) * s) and torch.equal(chosen, tried[..., 0])
 
 
 @pytest.mark.parametrize("kind", ["plain", "correlated", "outliers", "dead"])
@@ -125,6 +129,80 @@ def test_ranges_then_gptq_lower_the_error(kind: str, bits: int) -> None:
     _, s, z = arithmetic.quantized(w, widest, grid)
     assert torch.equal(rounded[1], s) and torch.equal(rounded[2], z)
     assert float(rounded[0].min()) >= 0 and float(rounded[0].max()) <= grid.highest
+
+
+@pytest.mark.parametrize("kind", ["plain", "correlated", "outliers", "dead"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gptq_is_the_published_one_channel_by_channel(kind: str, scaled: bool) -> None:
+    """Against the original's update with the inverse of the moments, loud channels first."""
+    grid = settings.Grid(4, 32, True)
+    columns = torch.linspace(0.5, 2, 64) if scaled else None
+    w = arithmetic.folded(weight_of("plain"), None, columns)
+    moments, _, _ = moments_of(weight_of("plain"), kind)
+    widest = arithmetic.extremes(w, grid)
+    q, s, z = gptq.gptq_rounded(w, columns, widest, moments, grid, "a.linear")
+    by = torch.ones(64) if columns is None else columns
+    second = (moments.inputs.second / by / by[:, None]).double()
+    damping = 0.01 * second.diagonal().mean()
+    second.diagonal()[second.diagonal() == 0] = 1
+    second += damping * torch.eye(64)
+    inverse = torch.linalg.inv(second)
+    work = (moments.targets / by + damping * w).double() @ inverse
+    loud = (moments.inputs.second.diagonal() / by**2).sort(stable=True).indices.flip(0)
+    left = inverse.clone()
+    for k in loud.tolist():
+        scale, zero = s[:, k // 32].double(), z[:, k // 32].double()
+        expected = (torch.round(work[:, k] / scale) + zero).clamp(0, 15)
+        assert float((expected == q[:, k]).double().mean()) > 0.9  # but for ties within rounding
+        off = (work[:, k] - (q[:, k].double() - zero) * scale) / left[k, k]
+        work -= off[:, None] * left[k]
+        left -= left[:, k : k + 1] * left[k] / left[k, k]
+
+
+@pytest.mark.parametrize("kind", ["plain", "correlated", "outliers", "dead"])
+@pytest.mark.parametrize(
+    "grid", [settings.Grid(3, 32, True), settings.Grid(4, 32, True), settings.Grid(4, 16, False)]
+)
+def test_rounding_again_never_raises_the_error(kind: str, grid: settings.Grid) -> None:
+    w = arithmetic.folded(weight_of("plain"))
+    moments, _, _ = moments_of(w, kind)
+    # the error that it descends on: with the damping that held the best weight near the one there is
+    moments.inputs.second += 1e-3 * torch.eye(64) * moments.inputs.second.diagonal().mean()
+    moments.targets += 1e-3 * w * moments.inputs.second.diagonal().mean()
+    widest = arithmetic.extremes(w, grid)
+    errors = [
+        moments.error(
+            arithmetic.dequantized(
+                gptq.gptq_rounded(w, None, widest, moments, grid, "a.linear", rounds), grid
+            )
+        )
+        for rounds in (0, 1, 2, 8)
+    ]
+    assert errors[1] < errors[0]
+    assert all(b <= a * 1.002 + 1e-7 for a, b in pairwise(errors))
+
+
+@pytest.mark.parametrize("count", [1, 255, 512, 1000, 5000])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_are_divided_by_numbers_alone(count: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = by_rows(count, 512, "cpu", lambda rows: (rows, torch.get_num_threads()))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [i for rows, _ in parts for i in range(count)[rows]] == list(range(count))
+    assert max(len(range(count)[rows]) for rows, _ in parts) <= 512
+    assert len(parts) == max(-(-count // 512), min(2, count // 256), 1)
+    assert len(parts) == 1 or {n for _, n in parts} == {1}
+
+
+def test_an_error_in_the_rows_comes_out() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        by_rows(4000, 256, "cpu", lambda rows: 1 // (rows.start - rows.start))
+    assert torch.get_num_threads() == before
 
 
 def test_scales_divided_out_change_nothing_in_the_search() -> None:
@@ -233,7 +311,8 @@ def test_the_work_follows_from_shapes() -> None:
     assert tiny.samples > middle.samples > large.samples >= 4
     assert tiny.points > middle.points >= large.points >= 4
     assert settings.work_for(settings.QuantizeSettings(samples=3), 24, half).samples == 3
-    assert settings.work_for(settings.QuantizeSettings(quick=True), 1, [(8, 8)]) == settings.Work(4, 4, 1)
+    assert settings.work_for(settings.QuantizeSettings(quick=True), 1, [(8, 8)]) == settings.Work(4, 4, 1, 2)
+    assert tiny.rounds > middle.rounds == large.rounds > 0
 
 
 @pytest.mark.parametrize(
