@@ -31,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
-    options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
+    options = {
+        f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name, None)) is not None
+    }
     if args.plan:
         return print_plan(args.model, options, args.base, as_json=args.json)
     if args.out is None:

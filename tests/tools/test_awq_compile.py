@@ -145,6 +145,7 @@ def test_what_one_step_refuses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [str(text) if a == "TEXT" else a for a in arguments]
+    given += SEARCH if "--group-size" not in given else []
     assert main([str(small), "-o", str(tmp_path / "out"), *BUILD, *given]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
