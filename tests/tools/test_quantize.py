@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from tyir.tools.tyir_quantize import main  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 TEXTS = Path(__file__).parents[3] / "shared" / "text"
-SETTINGS = QuantizeSettings(group_size=32, samples=2, window=16)
+SETTINGS = QuantizeSettings(method="awq", group_size=32, samples=2, window=16)
 WORDS = "The old house stood at the end of the road, and nobody went there. " * 12
 
 
@@ -247,8 +252,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], t
 @pytest.mark.parametrize("bits", [4, 3])
 def test_half_of_the_loss_is_removed(measured: Callable[[str, int], tuple[float, float]], bits: int) -> None:
     plain, nearest = measured("rtn", bits)
-    for method in ("awq", "awq+gptq"):
-        assert measured(method, bits)[1] < nearest - 0.5 * (nearest - plain), method
+    assert measured(QuantizeSettings.method, bits)[1] < nearest - 0.5 * (nearest - plain)
 
 
 @pytest.mark.slow
@@ -279,3 +283,73 @@ def test_stages_follow_the_execution(model: Path) -> None:
         {"mlp.gate_proj", "mlp.up_proj"},
         {"mlp.down_proj"},
     ]
+
+
+# ------------------------------------------------------------------------------------------ killed, and depth
+
+RESUMED = """
+import sys, torch
+torch.set_num_threads(2)
+from tyir.tools.tyir_quantize import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(model: Path, text: Path, tmp_path: Path) -> None:
+    """Each time a process that gets no chance to clean up; the last one may finish."""
+
+    def command(out: Path) -> list[str]:
+        given = [str(model), "-o", str(out), "--group-size", "32", "--samples", "8", "--window", "64"]
+        return [sys.executable, "-c", RESUMED, *given, "--calibration", str(text), "-q"]
+
+    begin = time.monotonic()
+    subprocess.run(command(tmp_path / "whole"), check=True)
+    whole = time.monotonic() - begin
+    moments = random.Random(7)
+    for _ in range(10):
+        process = subprocess.Popen(command(tmp_path / "killed"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(0.3, 1.0) * whole)
+        process.kill()
+        process.wait()
+    subprocess.run(command(tmp_path / "killed"), check=True)
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "killed").iterdir())
+    assert "awq.safetensors" in names and "model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_depth(text: Path, tmp_path: Path) -> None:
+    """Layers of 80 MiB in f32: two more of them would show."""
+    peaks = {}
+    for layers in (2, 4):
+        config = transformers.LlamaConfig(
+            vocab_size=4096,
+            hidden_size=1024,
+            intermediate_size=5120,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            max_position_embeddings=128,
+        )
+        folder = tmp_path / str(layers)
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(TINY / name, folder / name)
+        code = RESUMED.replace("raise SystemExit(main(sys.argv[1:]))", "assert main(sys.argv[1:]) == 0") + (
+            "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        )
+        given = [str(folder), "-o", str(tmp_path / f"out{layers}"), "--quick", "--window", "64"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *given, "--calibration", str(text), "-q"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        peaks[layers] = float(done.stdout.split()[-1])
+    print(peaks)
+    assert peaks[4] - peaks[2] < 60
