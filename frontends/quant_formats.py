@@ -27,7 +27,6 @@ __all__ = ["AwqFormat", "CompressedTensorsFormat", "GptqFormat", "emit_dequantiz
 
 Tensors = Mapping[str, StoredTensor]
 ReadInts = Callable[[StoredTensor], npt.NDArray[Any]]
-AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALE_ELEMENTS: Final = ("f16", "bf16", "f32")
 
 
@@ -195,7 +194,7 @@ class AwqFormat(_PackedFormat):
         base = name.removesuffix(".weight")
         words, zeros, scales = (emit(weights.reference(f"{base}.{part}")).result for part in self.needed)
         k = _dims(words)[0]
-        q, z = (emit(quant.Unpack(v, axis=1, order=AWQ_ORDER)).result for v in (words, zeros))
+        q, z = (emit(quant.Unpack(v, axis=1, order=quant.AWQ_ORDER)).result for v in (words, zeros))
         group = k // _dims(scales)[0]
         return emit_dequantized(
             _transposed(q, emit), _transposed(scales, emit), _transposed(z, emit), group, element, emit

@@ -17,15 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from tyir.attributes import SymbolRefAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.ty import GetGlobal, Param, QuantizeGroups, RopeAngles, RopeTable, Yield, tensor_type
+from tyir.dialects.ty import (
+    GetGlobal,
+    Param,
+    QuantizedLinear,
+    Reshape,
+    RopeAngles,
+    RopeTable,
+    Yield,
+    tensor_type,
+)
 from tyir.execution.constexpr import ConstantExpressions, clone_expression, expression_ops
 from tyir.ir import Block, Op, Region, Value
-from tyir.layers import carry
+from tyir.layers import layer_of, path_of
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["OutlineParams"]
@@ -56,14 +65,14 @@ def outline(module: Module) -> int:
             key = constants.key(value)
             param = params.get(key)
             if param is None:
-                param = params[key] = _make_param(value, names)
+                param = params[key] = _make_param(value, _base_name(value, user, index), names)
                 module.body.insert(param, before=first)
             ref = GetGlobal(
                 symbol=SymbolRefAttr(str(param.sym_name)),
                 result_types=[param.type],
                 loc=value.op.loc if value.op else user.loc,
             )
-            user.set_operand(index, carry(ref, value.op).insert_before(user).result)
+            user.set_operand(index, ref.insert_before(user).result)
         for op in reversed(function.body):
             if op.is_unused and op.results and constants.is_constant(op.results[0]):
                 op.erase()
@@ -80,33 +89,34 @@ def _roots(function: Func, constants: ConstantExpressions) -> Iterator[tuple[Op,
                 yield op, index, value
 
 
-def _make_param(value: Value, names: set[str]) -> Param:
+def _make_param(value: Value, base: str, names: set[str]) -> Param:
     block = Block()
     block.append(Yield(clone_expression(value, block)))
-    base = _base_name(value)
     name, number = base, 0
     while name in names:
         number += 1
         name = f"{base}.{number}"
     names.add(name)
     assert value.op is not None
-    param = Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc)
-    return carry(param, value.op)
+    return Param(sym_name=name, type=tensor_type(value), initializer=Region([block]), loc=value.op.loc)
 
 
-def _base_name(value: Value) -> str:
-    """The checkpoint tensor's name, with what was made of it: `...q_proj.weight`, `...q_proj.weight.scales`,
-    `rope.cos`.
+_ROLES: Final = {1: "q", 2: "scales", 3: "zeros"}  # by operand of ty.quantized_linear
+
+
+def _base_name(value: Value, user: Op, index: int) -> str:
+    """The checkpoint tensor's name: `...q_proj.weight`, `rope.cos`.
+
+    Parts of a quantised weight are called by what they are to the linear, `...q_proj.weight.scales`, whatever
+    they are called in the checkpoint that they come from, if any.
     """
-    suffix = ""
-    current = value
-    while (op := current.op) is not None and op.operands:
-        if isinstance(op, QuantizeGroups):
-            suffix = "." + ("q", "scales", "zeros")[current.index]
-        if isinstance(op, RopeAngles):
-            break
-        current = op.operands[0]
-    if isinstance(op, (RopeTable, RopeAngles)):
-        return ("rope.cos", "rope.sin")[current.index] + suffix
     symbols = [o.symbol.leaf for o in expression_ops(value) if isinstance(o, GetGlobal)]
-    return (symbols[0] if symbols else "constant") + suffix
+    if isinstance(user, QuantizedLinear) and index in _ROLES and symbols:
+        module = symbols[0].rpartition(".")[0] if layer_of(user) is not None else path_of(user)
+        return f"{module}.weight.{_ROLES[index]}"
+    table = value  # of a tower's positions it may have been given another shape
+    while isinstance(table.op, Reshape):
+        table = table.op.x
+    if isinstance(table.op, (RopeTable, RopeAngles)):
+        return ("rope.cos", "rope.sin")[table.index]
+    return symbols[0] if symbols else "constant"

@@ -7,14 +7,16 @@ Usable wherever a pass name is: `--pass-pipeline=to-ty`,
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import TyirError
+from tyir.execution.awq_table import AwqTable
 from tyir.manifest import BuildOptions
 from tyir.passes.select_output import parse_output
 from tyir.stages import STAGES
 
-__all__ = ["PIPELINES", "reference_pipeline", "remaining_pipeline", "tower_pipeline"]
+__all__ = ["PIPELINES", "awq_pipeline", "reference_pipeline", "remaining_pipeline", "tower_pipeline"]
 
 _MACHINE: Final = "edge10"
 
@@ -122,8 +124,37 @@ def reference_pipeline(options: BuildOptions) -> str:
 
 
 def quantization(options: BuildOptions) -> str:
-    """The entry that makes the weights what `options` asks for; empty when they stay as they are."""
+    """The entry that makes the weights what `options` asks for; empty when they stay as they are.
+
+    `TyirError` for weights that only a table can make (`awq_pipeline`).
+    """
+    if options.weights == "awq":
+        raise TyirError(
+            "weights awq are made with an AWQ table, and none has been folded in",
+            help="give --awq-table FILE, or run awq-fold and quantize-weights first",
+        )
     return f"quantize-weights{{group-size={options.group_size}}}" if options.weights == "int4" else ""
+
+
+def awq_pipeline(table: Path) -> str:
+    """From `ty` to quantised weights with an AWQ table: awq-fold, then quantize-weights with the table's
+    settings.
+
+    `TyirError` for a table that cannot be read, or for a number of bits that no engine computes with.
+    """
+    settings = AwqTable.open(table).settings
+    if settings.bits != 4:
+        raise TyirError(
+            f"{table} was made for {settings.bits} bits; weights are quantised to 4",
+            help="make a table for 4 bits",
+        )
+    text = f"group-size={settings.group_size}"
+    text += "" if settings.zero_point else " zero-point=false"
+    text += " lm-head=true" if settings.lm_head else ""
+    if settings.modules_to_not_convert:
+        text += f" skip={','.join(settings.modules_to_not_convert)}"
+    quote = '"' if "'" in str(table) else "'"
+    return f"awq-fold{{table={quote}{table}{quote}}},quantize-weights{{{text}}}"
 
 
 def numbers(values: tuple[int, ...]) -> str:

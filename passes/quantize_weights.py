@@ -6,8 +6,9 @@
     %y = ty.quantized_linear(%x, %q, %s, %z, %b) {group_size = 128}
 
 Only linears inside decoder layers whose weight is a weight expression are touched; embedding, head and vision
-towers stay as they are, as in AWQ checkpoints. Runs before kv-materialize and partition-dies, which cut the
-MLP in whole groups.
+towers stay as they are, as in AWQ checkpoints, unless `lm-head` asks for the head.  Runs after awq-fold,
+whose clamped weights it takes as they are, and before kv-materialize and partition-dies, which cut the MLP in
+whole groups.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Linear, QuantizedLinear, QuantizeGroups, tensor_type
-from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op
-from tyir.layers import carry, layer_of, path_of, require_layers
-from tyir.manifest import record
+from tyir.layers import carry, is_named_in, layer_of, path_of, require_layers
+from tyir.manifest import record, recorded
+from tyir.passes._parameters import ParameterUses
 from tyir.pipeline import Pass, PassContext
 from tyir.vision.graphs import VISION, graph_kind
 
@@ -34,13 +35,13 @@ def decoder_linears(op: Op) -> list[Linear]:
     """The linears of decoder layers whose weights are known when the model is compiled; a tower's layers are
     none.
     """
-    constants = ConstantExpressions()
+    known = {use.user for use in ParameterUses(op) if use.index == 1}
     towers = [f for f in op.walk_type(Func) if graph_kind(f) == VISION]
     seeing = {inner for tower in towers for inner in tower.walk_type(Linear)}
     return [
         linear
         for linear in op.walk_type(Linear)
-        if linear not in seeing and layer_of(linear) is not None and constants.is_constant(linear.weight)
+        if linear in known and linear not in seeing and layer_of(linear) is not None
     ]
 
 
@@ -56,18 +57,30 @@ def largest_group_size(channels: Iterable[int], most: int) -> int:
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Round-to-nearest asymmetric int4 weights for the linears of the decoder layers."""
+    """Round-to-nearest 4-bit weights for the linears of the decoder layers.
+
+    `zero-point=false`: symmetric, with zero in the middle.  `lm-head=true`: the output head too.  `skip`:
+    module paths, or runs of whole components of them (`mlp.down_proj`), that stay as they are.
+    """
 
     stage: ClassVar[tuple[str, ...]] = ("ty",)
 
     group_size: int = 128
+    zero_point: bool = True
+    lm_head: bool = False
+    skip: tuple[str, ...] = ()
 
     def run(self, op: Op, context: PassContext) -> None:
         require_layers(op, "no linear can be chosen")
-        linears = decoder_linears(op)
+        linears = self._chosen(op)
         self._check_group_size(linears)
         for linear in linears:
-            groups = QuantizeGroups(linear.weight, group_size=self.group_size, loc=linear.loc)
+            groups = QuantizeGroups(
+                linear.weight,
+                group_size=self.group_size,
+                symmetric=None if self.zero_point else True,
+                loc=linear.loc,
+            )
             carry(groups, linear).insert_before(linear)
             new = QuantizedLinear(
                 linear.x,
@@ -81,7 +94,32 @@ class QuantizeWeights(Pass):
             )
             linear.replace_with(carry(new, linear).insert_before(linear))
         context.statistics["quantized"] = len(linears)
-        record(op, weights="int4", group_size=self.group_size)
+        weights = "awq" if "awq" in recorded(op) else "int4"
+        record(op, weights=weights, group_size=self.group_size)
+
+    def _chosen(self, root: Op) -> list[Linear]:
+        """The linears to quantise; `TyirError` for names that skip nothing."""
+        uses = ParameterUses(root)
+        names = {use.user: uses.path(use) for use in uses if isinstance(use.user, Linear) and use.index == 1}
+        paths = {op: {p for p in (names[op], path_of(op)) if p} for op in names}
+        known = {p for each in paths.values() for p in each}
+        if unused := [name for name in self.skip if not any(is_named_in(p, (name,)) for p in known)]:
+            raise TyirError(
+                Diagnostic(
+                    f"skip={name}: no linear of the model has such a path",
+                    help=did_you_mean(name, known)
+                    or "give whole components of module paths, such as mlp.down_proj or model.layers.0",
+                )
+                for name in unused
+            )
+        head = _head(root) if self.lm_head else None
+        return [
+            op
+            for op in root.walk_type(Linear)
+            if op in names
+            and (layer_of(op) is not None or op is head)
+            and not any(is_named_in(p, self.skip) for p in paths[op])
+        ]
 
     def _check_group_size(self, linears: Sequence[Linear]) -> None:
         """`TyirError` naming the numbers of input channels that are no whole number of groups, with the
@@ -102,3 +140,9 @@ class QuantizeWeights(Pass):
                 )
                 for k, some in bad.items()
             )
+
+
+def _head(root: Op) -> Linear | None:
+    """The linear outside of the layers whose rows are the vocabulary: the last one."""
+    outside = [op for op in root.walk_type(Linear) if layer_of(op) is None]
+    return outside[-1] if outside else None

@@ -7,7 +7,8 @@ script changes one import.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,15 @@ from tyir.tools.build_arguments import AUTO
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
-__all__ = ["build_and_compile_llm", "build_and_compile_vlm", "check_options", "compile_path", "load_module"]
+__all__ = [
+    "build_and_compile_llm",
+    "build_and_compile_vlm",
+    "check_options",
+    "compile_path",
+    "load_module",
+    "quantize",
+    "quantize_by_table",
+]
 
 
 def _silent(message: str) -> None:
@@ -107,6 +116,8 @@ def compile_path(
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
+    awq_table: Path | None = None,
+    calibration: Path | None = None,
     binary: bool = False,
     machine: str | Path | None = None,
     backend: str = "edge10",
@@ -122,14 +133,16 @@ def compile_path(
     Of a mapping what it names is asked for, of `BuildOptions` everything; what an `.ir` file was built with
     holds where nothing is asked for, and an `options` that contradicts it is an error.
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
-    of a LoRA adapter is; `binary` and `machine` are
-    for the `CompileContext` of the back end, which `backend` names.  `images`: of a vision-language model
-    the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies of its tower,
-    `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds it.
+    of a LoRA adapter is.  Weights "awq" are made with the scales and ranges of the file `awq_table`, or, of a
+    checkpoint folder, as `quantize` does it on the text `calibration`, in a folder that is gone afterwards;
+    `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
+    a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies of
+    its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds it.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
     from tyir.targets.machine import load_machine
+    from tyir.tools.estimate.plan import settle_group_size
 
     chosen = find_backend(backend)
     tower: dict[str, Any] = {"vision_dies": vision_dies, "vision_die_map": vision_die_map}
@@ -146,8 +159,6 @@ def compile_path(
         load_machine(machine)
     positions = None
     if model.is_dir() or model.suffix != ".ir":  # a module may have settled its options
-        from tyir.tools.estimate.plan import settle_group_size
-
         given = asdict(options) if isinstance(options, BuildOptions) else options
         options = settle_group_size(model, given)
         wanted = BuildOptions(**{**options, "group_size": _number_of(options)})
@@ -155,8 +166,38 @@ def compile_path(
         chosen.check_target(out / f"{wanted.dies}die")
         positions = wanted.max_kv
     watch = watch or Stopwatch()
+    if calibration is not None or _is_searched(model, options, awq_table):
+        _check_search(model, options, awq_table, base is not None or plugin is not None)
+        from tyir.tools.quantize.in_passing import quantized_beside
+
+        assert not isinstance(options, BuildOptions)  # a folder's are a mapping by now
+        size = _number_of(settle_group_size(model, {**options, "weights": "int4"}))
+        with ExitStack() as stack:
+            with watch.stage("quantize"):
+                folder = stack.enter_context(
+                    quantized_beside(model, out, size, calibration=calibration, progress=progress, warn=warn)
+                )
+            return compile_path(
+                folder,
+                out,
+                {key: value for key, value in options.items() if key not in ("weights", "group_size")},
+                watch=watch,
+                progress=progress,
+                mcpu=mcpu,
+                warn=warn,
+                binary=binary,
+                machine=machine,
+                backend=backend,
+                images=images,
+                vision_dies=vision_dies,
+                vision_die_map=vision_die_map,
+                vision_exponent=vision_exponent,
+            )
     with watch.stage("import"):
         module = load_module(model, plugin, warn, positions, base, progress, images)
+    if awq_table is not None:
+        with watch.stage("awq"):
+            options = quantize_by_table(module, awq_table, options)
     options = _with_group_size(options, module)
     wanted = settled(options, module)
     check_options(wanted)
@@ -175,6 +216,93 @@ def compile_path(
             **{name: value for name, value in tower.items() if value},
         ),
     )
+
+
+def _is_searched(model: Path, options: BuildOptions | Mapping[str, Any], table: Path | None) -> bool:
+    """Whether weights "awq" are to be found for a checkpoint folder."""
+    weights = options.weights if isinstance(options, BuildOptions) else options.get("weights")
+    return weights == "awq" and table is None and model.is_dir()
+
+
+def _check_search(
+    model: Path, options: BuildOptions | Mapping[str, Any], table: Path | None, other: bool
+) -> None:
+    """`TyirError` for what a search of scales cannot be joined with."""
+    if table is not None:
+        raise TyirError("a table and a calibration text are given", help="give one of them")
+    if not model.is_dir():
+        raise TyirError(
+            f"{model} is no checkpoint folder, and calibration looks at what a checkpoint computes",
+            help="give the checkpoint, or make a table with tyir-quantize and give --awq-table",
+        )
+    if not _is_searched(model, options, None):
+        raise TyirError("a calibration text is for weights awq", help="add --weights awq")
+    if other:
+        raise TyirError(
+            "weights awq are searched for plain checkpoints, not for adapters or through a model plug-in",
+            help="use --weights int4, or make a table and give --awq-table",
+        )
+
+
+def quantize(
+    model_path: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    evaluate: str | Path | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Path:
+    """Quantise the checkpoint folder `model_path` into the checkpoint folder `out`, which is returned.
+
+    `settings` are the fields of `tyir.tools.quantize.settings.QuantizeSettings`: method ("awq", "gptq",
+    "awq+gptq", "rtn"), bits, group_size, zero_point, lm_head, ...; `calibration` is a file of text,
+    `evaluate` a text whose perplexity is printed before and after.  Raises `TyirError`.
+    """
+    from tyir.tools.quantize.quantize import Text, quantize
+    from tyir.tools.quantize.report import summary_lines
+    from tyir.tools.quantize.settings import QuantizeSettings
+
+    outcome = quantize(
+        Path(model_path),
+        Path(out),
+        QuantizeSettings(**settings),
+        calibration=None if calibration is None else Path(calibration),
+        evaluate=None if evaluate is None else Text(Path(evaluate)),
+        progress=progress,
+    )
+    if evaluate is not None:
+        print(*summary_lines(outcome), sep="\n")
+    return outcome.out
+
+
+def quantize_by_table(
+    module: Module, table: Path, options: BuildOptions | Mapping[str, Any]
+) -> BuildOptions | Mapping[str, Any]:
+    """Take a module of stage `aten` or `ty` to 4-bit weights with an AWQ table; returns the options to go on
+    with, which then say so.
+
+    `TyirError` for options that ask for other weights, and for a module that is further on.
+    """
+    from tyir.execution.awq_table import AwqTable
+    from tyir.passes.pipelines import awq_pipeline
+    from tyir.pipeline import run_pipeline
+    from tyir.stages import stage_of
+
+    asked = options.weights if isinstance(options, BuildOptions) else options.get("weights", "awq")
+    if asked != "awq":
+        raise TyirError(
+            f"an AWQ table is given, and weights {asked} are asked for", help="use --weights awq with it"
+        )
+    if (stage := stage_of(module)) not in ("aten", "ty"):
+        raise TyirError(
+            f"the module is at stage {stage}; a table is folded in before the caches are made",
+            help="start from the checkpoint, or from a module at stage aten or ty",
+        )
+    run_pipeline(module, ",".join([*["to-ty"][: stage == "aten"], awq_pipeline(table)]))
+    if isinstance(options, BuildOptions):
+        return replace(options, group_size=AwqTable.open(table).settings.group_size)
+    return {**options, "weights": "awq"}
 
 
 def _number_of(options: Mapping[str, Any]) -> int:
@@ -268,8 +396,8 @@ def check_options(options: BuildOptions) -> None:
             f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024"
         )
     check_seqlens(options.seqlens, options.max_kv)
-    if options.weights not in ("fp16", "int4", "checkpoint"):
-        raise TyirError(f"weights '{options.weights}': one of fp16, int4")
+    if options.weights not in ("fp16", "int4", "awq", "checkpoint"):
+        raise TyirError(f"weights '{options.weights}': one of fp16, int4, awq")
     check_batch(options.batch)
     if options.kv_dtype not in ("fp16", "int8"):
         raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")

@@ -97,10 +97,11 @@ def add_build_options(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=("fp16", "int4"),
+        choices=("fp16", "int4", "awq"),
         help=(
-            "decoder weights: fp16 (default), or int4 by round-to-nearest groups; weights that the checkpoint"
-            " holds quantised stay as they are"
+            "decoder weights: fp16 (default), int4 by round-to-nearest groups, or awq: as tyir-quantize makes"
+            " them, or with the scales and ranges of --awq-table; weights that the checkpoint holds quantised"
+            " stay as they are"
         ),
     )
     parser.add_argument(

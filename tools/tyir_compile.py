@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
-    options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
+    options = {
+        f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name, None)) is not None
+    }
     if args.plan:
         return print_plan(args.model, options, args.image, args.base, as_json=args.json)
     if args.out is None:
@@ -63,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         warn=warn,
         plugin=plugin,
         base=args.base,
+        awq_table=args.awq_table,
+        calibration=args.calibration,
         binary=args.binary,
         machine=args.machine,
         backend=args.backend,
@@ -164,6 +168,18 @@ def make_parser() -> argparse.ArgumentParser:
         type=numbers,
         metavar="D,D,..",
         help="physical dies of the vision tower, the main one first (default: those of --die-map)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="with --weights awq: text, .jsonl or .parquet; without it the model generates its own",
+    )
+    parser.add_argument(
+        "--awq-table",
+        type=Path,
+        metavar="FILE",
+        help="AWQ table (.safetensors) that the weights are scaled and quantised with (docs/quantise.md)",
     )
     parser.add_argument(
         "--die-map",

@@ -52,6 +52,7 @@ __all__ = [
     "parse_file",
     "parse_module",
     "print_op",
+    "quantize",
     "region",
     "result",
     "run_function",
@@ -61,8 +62,8 @@ __all__ = [
     "verify",
 ]
 
-# Where each name lives.  build_and_compile_* are named by string only: nothing in this package imports the
-# packages built on it.
+# Where each name lives.  build_and_compile_* and quantize are named by string only: nothing in this package
+# imports the packages built on it.
 _HOMES: Final = {
     "Diagnostic": "tyir.diagnostics",
     "TyirError": "tyir.diagnostics",
@@ -88,7 +89,7 @@ _HOMES: Final = {
     **dict.fromkeys(("Pass", "PassContext", "run_pipeline"), "tyir.pipeline"),
     "print_op": "tyir.printer",
     "verify": "tyir.verifier",
-    **dict.fromkeys(("build_and_compile_llm", "build_and_compile_vlm"), "tyir.tools.api"),
+    **dict.fromkeys(("build_and_compile_llm", "build_and_compile_vlm", "quantize"), "tyir.tools.api"),
 }
 
 

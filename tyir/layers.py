@@ -11,7 +11,7 @@ to weights have neither: their symbol says what they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, TypeVar
 
 from tyir.attributes import DictAttr, IntegerAttr, StringAttr
@@ -23,6 +23,7 @@ from tyir.types import i64
 __all__ = [
     "any_layer",
     "carry",
+    "is_named_in",
     "layer_in",
     "layer_of",
     "layer_root",
@@ -69,6 +70,13 @@ def within_layer(path: str) -> str:
 def any_layer(path: str) -> str:
     """`model.layers.*.mlp.up_proj` for `model.layers.3.mlp.up_proj`."""
     return _LAYER.sub(r"\1*", path, count=1)
+
+
+def is_named_in(path: str, names: Iterable[str]) -> bool:
+    """Whether one of `names` is the module path, or a run of whole components of it: `mlp.gate` and `visual`
+    name `model.visual.0.mlp.gate`, `mlp.gat` and `0.gate` do not.
+    """
+    return any(name and f".{name}." in f".{path}." for name in names)
 
 
 # ---------------------------------------------------------------------------------------------- places of ops

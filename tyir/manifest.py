@@ -5,7 +5,7 @@ the runtime checks it first.
       format, version         "tyir-artifacts", 2
       sha256                  of the manifest itself: of everything else in it, in canonical form (`tyir.artifacts.schema`)
       model                   what the front end knew of the model (architecture, vocabulary, ...)
-      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp
+      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp, awq
       build                   versions, targets and the processor's features (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
@@ -73,6 +73,7 @@ VERSION: Final = 2
 BUILD: Final = "tyir.build"
 AGAIN: Final = "compile the model again"
 
+_QUANTIZED: Final = ("int4", "awq")
 Version = Annotated[str, Matches("[A-Za-z0-9_.+!-]+"), MaxLen(100)]
 Recorded = bool | int | str | tuple[int, ...]
 
@@ -82,8 +83,9 @@ Recorded = bool | int | str | tuple[int, ...]
 class BuildOptions:
     """What a user chooses; everything here changes the artifacts.
 
-    `weights`: "fp16", "int4" (quantised by the compiler), or in a manifest "checkpoint" (the checkpoint's own
-    quantised weights, nothing more). `output`: what a step returns for each token: "logits", "argmax" or
+    `weights`: "fp16", "int4" (quantised by the compiler), "awq" (the same after an AWQ table has been folded
+    in, the file of SHA-256 `awq`), or in a manifest "checkpoint" (the checkpoint's own quantised weights,
+    nothing more). `output`: what a step returns for each token: "logits", "argmax" or
     "topk=K" (the K best tokens with their values). `pp`: pipeline stages; the decoder's layers are dealt out
     to that many groups of dies. `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3;
     empty: whole packages are groups. `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a
@@ -94,7 +96,7 @@ class BuildOptions:
     die_map: tuple[Annotated[int, Interval(ge=0, le=2**15)], ...] = ()
     seqlens: Annotated[tuple[Count, ...], MinLen(1), MaxLen(256)] = (1, 8)
     max_kv: Count = 1024
-    weights: Annotated[str, Matches("fp16|int4|checkpoint")] = "fp16"
+    weights: Annotated[str, Matches("fp16|int4|awq|checkpoint")] = "fp16"
     group_size: Count = 128
     embedding_as_input: bool = False
     batch: Annotated[int, Interval(ge=1, le=2**15)] = 1
@@ -103,6 +105,12 @@ class BuildOptions:
     kv_layout: Annotated[str, Matches("HND|NHD")] = "HND"
     pp: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
     mesh: Annotated[tuple[Count, ...], MaxLen(2)] = ()
+    awq: Annotated[str, Matches("([0-9a-f]{64})?")] = ""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the compiler makes 4-bit weights of the checkpoint's."""
+        return self.weights in _QUANTIZED
 
     @classmethod
     def of(cls, module: Op) -> Self:
@@ -124,6 +132,7 @@ class BuildOptions:
 # What a module may be built with, and the pass that settles it.
 SETTLED_BY: Final = {
     "weights": "quantize-weights",
+    "awq": "awq-fold",
     "group_size": "quantize-weights",
     "max_kv": "kv-materialize",
     "embedding_as_input": "kv-materialize",
@@ -137,7 +146,8 @@ SETTLED_BY: Final = {
     "mesh": "partition-dies",
     "seqlens": "specialize-seqlen",
 }
-_MAY_BE_MISSING: Final = ("group_size", "mesh")  # fp16 weights have no groups, and a mesh need not have any
+# fp16 weights have no groups, a mesh need not have any, and not every model has a table
+_MAY_BE_MISSING: Final = ("group_size", "mesh", "awq")
 
 
 def record(module: Op, **done: Recorded) -> None:
@@ -180,8 +190,8 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
     """
     done = {name: value for name, value in recorded(module).items() if name in SETTLED_BY}
     given = asdict(asked) if isinstance(asked, BuildOptions) else dict(asked)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v != ()}
-    if done.get("weights", "int4") != "int4":
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in ((), "")}
+    if done.get("weights", "int4") not in _QUANTIZED:
         given.pop("group_size", None)  # says nothing of weights without groups
         if given.get("weights") == "fp16":
             del given["weights"]  # as the checkpoint holds them

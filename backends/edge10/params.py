@@ -1,22 +1,16 @@
 """Writing `.params` files: safetensors, one tensor at a time, so that a compile never holds more than a few
 tensors.
 
-Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header padded with
-spaces, data).  The library's writers take the whole file's tensors at once, which is why the header is laid
-out here first and the data streamed after it.
-
 All dies' files are written side by side, source tensor by source tensor: the checkpoint is read once and an
 expensive expression (quantising a whole weight) is computed once for all the dies that take slices of it.
 """
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,58 +20,37 @@ from tyir.dialects.ty import GetGlobal, Global, Param, Yield
 from tyir.dialects.ty.tensors import bf16_to_f32
 from tyir.dtypes import by_element
 from tyir.execution.finite import number_problem
+from tyir.execution.safetensors_layout import SafetensorsLayout
 from tyir.execution.storage import pack, packed_shape
 from tyir.execution.weights import WeightSource
 from tyir.interpreter import evaluate_op, lookup_symbol
-from tyir.ir import Op, Value
+from tyir.ir import Value
 from tyir.process.progress import track
 from tyir.types import FloatType, Type, bf16, f16, from_dtype, storage_dtype
 
 __all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
 
 Array = npt.NDArray[Any]
-_ALIGNMENT: Final = 64  # the data starts on a cache line
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor's bytes lie in its file."""
-
-    offset: int
-    nbytes: int
 
 
 class ParamsFile:
-    """The layout of one `.params` file: tensors in order of first use, without holes (the format allows
-    none).
-    """
+    """The layout of one `.params` file: tensors in order of first use."""
 
     def __init__(self, path: Path, params: Sequence[Param]) -> None:
         self.path = path
         self.params = params
-        header: dict[str, Any] = {"__metadata__": {"format": "tyir"}}
-        position, relative = 0, {}
-        for param in params:
-            nbytes = param.type.nbytes
-            header[str(param.sym_name)] = {
-                "dtype": _dtype_name(param.type.element),
-                "shape": list(packed_shape(param.type)),
-                "data_offsets": [position, position + nbytes],
-            }
-            relative[param] = (position, nbytes)
-            position += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        self.header = text + b" " * (-(8 + len(text)) % _ALIGNMENT)
-        self.size = 8 + len(self.header) + position
-        base = 8 + len(self.header)
-        self.slots = {param: Slot(base + offset, nbytes) for param, (offset, nbytes) in relative.items()}
+        self.layout = SafetensorsLayout(
+            {
+                str(param.sym_name): (_dtype_name(param.type.element), packed_shape(param.type))
+                for param in params
+            },
+            {"format": "tyir"},
+        )
+        self.slots = {param: self.layout.slots[str(param.sym_name)] for param in params}
 
     def create(self) -> IO[bytes]:
         """The file at its full size with its header; tensors are then written at their offsets."""
-        file = self.path.open("wb")
-        file.write(len(self.header).to_bytes(8, "little") + self.header)
-        file.truncate(self.size)
-        return file
+        return self.layout.create(self.path)
 
     def global_for(self, param: Param, file: str) -> Global:
         """The reference by which a program names this tensor."""
@@ -163,28 +136,34 @@ class ParamEvaluator:
         self.remember = remember
 
     def evaluate(self, param: Param) -> Array:
-        env: dict[Value, tuple[Array, Any]] = {}
+        keys: dict[Value, Any] = {}
         for op in param.body:
             if isinstance(op, Yield):
-                return env[op.value][0]
-            key = (op.name, op.properties, *(env[v][1] for v in op.operands))
-            for value, array in zip(op.results, self._run(op, key, [env[v][0] for v in op.operands])):
-                env[value] = (array, (value.index, *key))
+                return self._value(op.value, keys, {})
+            key = (op.name, op.properties, *(keys[v] for v in op.operands))
+            keys.update((value, (value.index, *key)) for value in op.results)
         raise TyirError(f"the initializer of @{param.sym_name} yields nothing")
 
-    def _run(self, op: Op, key: Any, operands: Iterable[Array]) -> tuple[Array, ...]:
+    def _value(self, value: Value, keys: dict[Value, Any], known: dict[Value, Array]) -> Array:
+        """One value of an initializer; nothing is computed that a remembered result is made of."""
+        if value in known:
+            return known[value]
+        op, key = value.op, keys[value][1:]
+        assert op is not None
         if isinstance(op, GetGlobal):
             target = lookup_symbol(op, op.symbol.leaf)
             if not isinstance(target, Global):
                 raise TyirError(f"@{op.symbol.leaf} is not a tensor of the checkpoint")
-            return (self.weights.read(target),)
-        if key in self.recent:
+            results: tuple[Array, ...] = (self.weights.read(target),)
+        elif key in self.recent:
             self.recent.move_to_end(key)
-            return self.recent[key]
-        result = evaluate_op(op, list(operands))
-        results = result if isinstance(result, tuple) else (result,)
-        if len(results) > 1 or op.dialect == "quant":
-            self.recent[key] = results
-            if len(self.recent) > self.remember:
-                self.recent.popitem(last=False)
-        return results
+            results = self.recent[key]
+        else:
+            result = evaluate_op(op, [self._value(v, keys, known) for v in op.operands])
+            results = result if isinstance(result, tuple) else (result,)
+            if len(results) > 1 or op.dialect == "quant":
+                self.recent[key] = results
+                if len(self.recent) > self.remember:
+                    self.recent.popitem(last=False)
+        known.update(zip(op.results, results))
+        return known[value]

@@ -22,6 +22,7 @@ __all__ = [
     "DialectList",
     "Doctor",
     "Imported",
+    "Measured",
     "OpEntry",
     "PassEntry",
     "PassList",
@@ -31,6 +32,8 @@ __all__ = [
     "PlannedDie",
     "Prompt",
     "PromptChecked",
+    "Quantized",
+    "QuantizedLinear",
     "Ran",
     "Reduced",
     "Stage",
@@ -59,6 +62,39 @@ class Imported:
     bytes: Annotated[int, "of the weights as stored"]
     ops: Annotated[int, "of the module, weights not counted"]
     stage: Annotated[str, "aten, or ty with --raise"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`tyir-quantize MODEL --evaluate TEXT --json`: a perplexity."""
+
+    perplexity: Annotated[float, "exp of the mean negative log-likelihood of a token"]
+    tokens: Annotated[int, "that were predicted"]
+    window: Annotated[int, "tokens of a window; the first of each is not predicted"]
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """What was chosen for one linear."""
+
+    layer: Annotated[int, "the decoder layer"]
+    path: Annotated[str, "the module's path"]
+    ratio: Annotated[float | None, "its input's scale is activations^ratio; null: none"]
+    duo: Annotated[bool, "that over weights^(1 - ratio)"]
+    kept_range: Annotated[float, "part of the widest ranges that is kept, on average"]
+    error_before: Annotated[float, "squared error of its output over the output's square, rounded to nearest"]
+    error_after: Annotated[float, "the same, as chosen"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """`tyir-quantize MODEL -o OUT --json`, and report.json of `--report`: the checkpoint that was written."""
+
+    output: Annotated[str, "the folder"]
+    settings: Annotated[dict[str, Any], "method, bits, group_size and all other options"]
+    linears: Annotated[tuple[QuantizedLinear, ...], "layer by layer; empty for rtn, which searches nothing"]
+    before: Annotated[Measured | None, "of the model, with --evaluate"]
+    after: Annotated[Measured | None, "of what was written, with --evaluate"]
 
 
 @dataclass(frozen=True)
@@ -301,6 +337,7 @@ class Doctor:
 FORMS: dict[str, tuple[type[Any], ...]] = {
     "tyir-import": (Imported, Planned, PlannedDie),
     "tyir-opt": (PassList, PassEntry, PassOption, DialectList, DialectEntry, OpEntry, PassTimes),
+    "tyir-quantize": (Quantized, QuantizedLinear, Measured),
     "tyir-compile": (Artifacts, Stage, Planned, PlannedDie),
     "tyir-run": (Ran, Prompt),
     "tyir-verify": (Checked, PromptChecked),

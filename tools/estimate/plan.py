@@ -92,7 +92,7 @@ class _Cuts:
         entry += f" dtype={o.kv_dtype}"
         quantize = (
             f"quantize-weights{{group-size={o.group_size}}},"
-            if o.weights == "int4" and self.shape.group is None
+            if o.quantizes and self.shape.group is None
             else ""
         )
         run_pipeline(
@@ -206,9 +206,7 @@ def make_plan(
     if tower is not None:
         options = replace(options, embedding_as_input=True)  # rows of pictures stand among those of tokens
     pictures = () if tower is None else tuple(_pictures(where, raw, tower, images, machine, options))
-    group = (
-        shape.group if shape.group is not None else options.group_size if options.weights == "int4" else None
-    )
+    group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
     cuts = _Cuts(shape, options, 0 if tower is None else 2 * tower.parameters)
     needs = cuts.needs(options.dies, options.max_kv)
@@ -359,7 +357,7 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
             return None  # the checkpoint's weights are quantised already
         if changed.dies % changed.pp:
             return None
-        if changed.weights == "int4":
+        if changed.quantizes:
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
             changed = replace(changed, group_size=math.gcd(common, changed.group_size))
         of = known.setdefault(_kind(changed), _Cuts(cuts.shape, changed, cuts.tower))

@@ -135,6 +135,12 @@ class Reference:
         else:
             self.model = dense_model(folder, plugin, base)
         freeze_rope(self.model, options.max_kv)
+        if options.weights == "awq":
+            raise TyirError(
+                "the artifacts' weights were scaled and quantised with an AWQ table, which the checkpoint's"
+                " were not",
+                help="compare with the checkpoint that was written with the same table",
+            )
         if options.weights == "int4":
             self._replace_weights(options, plugin)
 

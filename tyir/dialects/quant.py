@@ -22,6 +22,7 @@ from tyir.traits import Pure
 from tyir.types import TensorType, Type, f16, i32, ui4, ui8
 
 __all__ = [
+    "AWQ_ORDER",
     "GGML_BLOCKS",
     "AddLowRank",
     "AddWrapping",
@@ -29,10 +30,30 @@ __all__ = [
     "GgmlDequantize",
     "GgmlQ40",
     "Unpack",
+    "pack_words",
 ]
 
 Array = npt.NDArray[Any]
 _PER_WORD: Final = 8
+AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns AutoAWQ puts into nibble i of a word
+
+
+def pack_words(
+    values: Array, axis: int, order: tuple[int, ...] = tuple(range(_PER_WORD))
+) -> npt.NDArray[np.int32]:
+    """The words that `quant.unpack` with the same axis and order makes `values` (0..15) of; the last word is
+    filled up with zeros.
+    """
+    missing = -values.shape[axis] % _PER_WORD
+    if missing:
+        around = [(0, missing if i == axis else 0) for i in range(values.ndim)]
+        values = np.pad(values, around)
+    shape = (*values.shape[:axis], -1, _PER_WORD, *values.shape[axis + 1 :])
+    parts = values.reshape(shape)
+    words = np.zeros((*parts.shape[: axis + 1], *parts.shape[axis + 2 :]), np.uint32)
+    for nibble, place in enumerate(order):
+        words |= np.take(parts, place, axis=axis + 1).astype(np.uint32) << np.uint32(4 * nibble)
+    return words.view(np.int32)
 
 
 class Unpack(DeclaredOp, name="quant.unpack", traits=(Pure,)):

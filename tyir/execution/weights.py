@@ -29,12 +29,14 @@ from tyir.types import TensorType, i64, storage_dtype
 
 __all__ = [
     "CheckpointReader",
+    "FileEntry",
     "FileStamp",
     "TensorReference",
     "WeightSource",
     "check_files",
     "checkpoint_of",
     "read_safetensors",
+    "safetensors_header",
     "tensors_of",
 ]
 
@@ -142,7 +144,7 @@ def check_files(module: Module) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class FileEntry:
     """A tensor of a safetensors file: bytes `start` to `end` of the file."""
 
     start: int
@@ -151,16 +153,22 @@ class _Entry:
     shape: tuple[int, ...]
 
 
-def _entry(base: int, data_offsets: Sequence[int], dtype: str, shape: Sequence[int]) -> _Entry:
+def _entry(base: int, data_offsets: Sequence[int], dtype: str, shape: Sequence[int]) -> FileEntry:
     start, end = data_offsets
     if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
         raise ValueError
-    return _Entry(base + start, base + end, dtype, tuple(shape))
+    return FileEntry(base + start, base + end, dtype, tuple(shape))
 
 
-def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
-    """What the header of a safetensors file lists (https://huggingface.co/docs/safetensors); `TyirError` when
-    it cannot be.
+def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, FileEntry]:
+    return safetensors_header(data, path)[0]
+
+
+def safetensors_header(
+    data: npt.NDArray[np.uint8], path: Path
+) -> tuple[dict[str, FileEntry], dict[str, Any]]:
+    """The tensors that the header of a safetensors file lists (https://huggingface.co/docs/safetensors), and
+    its `__metadata__`; `TyirError` when it is not one.
     """
     damaged = TyirError(f"{path} is damaged: its header is not one of safetensors", help=_RESTORE)
     base = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -168,7 +176,7 @@ def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
         raise damaged
     try:
         header = parse_json(data[8:base].tobytes(), finite=True)
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", {}))
         found = {key: _entry(base, **entry) for key, entry in header.items()}
         for entry in found.values():
             wanted = math.prod(entry.shape) * by_safetensors[entry.dtype].storage.itemsize
@@ -176,7 +184,7 @@ def _entries(data: npt.NDArray[np.uint8], path: Path) -> dict[str, _Entry]:
                 raise damaged
     except (ValueError, TypeError, KeyError, AttributeError):
         raise damaged from None
-    return found
+    return found, metadata
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
@@ -241,7 +249,7 @@ class CheckpointReader:
         return _mapped(self.folder, file)
 
     @lru_cache(maxsize=64)  # noqa: B019
-    def _entries(self, file: str) -> dict[str, _Entry]:
+    def _entries(self, file: str) -> dict[str, FileEntry]:
         listed = file.endswith((".params", ".safetensors"))
         return _entries(self._map(file), self.folder / file) if listed else {}
 

@@ -28,11 +28,14 @@ from tyir.traits import (
 from tyir.types import TensorType, Type, f16, ui4
 
 __all__ = [
+    "ClampGroups",
     "Constant",
     "Dequantize",
+    "DivideChannels",
     "GetGlobal",
     "Global",
     "MixRows",
+    "MultiplyChannels",
     "Param",
     "QuantizeGroups",
     "Repeat",
@@ -122,18 +125,105 @@ class Constant(DeclaredOp, name="ty.constant", traits=(Pure, ConstantLike)):
         return self.value.to_numpy()
 
 
-class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
-    """Round-to-nearest asymmetric 4-bit quantisation of a weight [N, K], one scale and zero point per
-    `group_size` columns of a row.
+def _channels_problem(x: Value, scales: Value, axis: int) -> Iterator[str]:
+    kind = tensor_type(x)
+    if tensor_type(scales).dims != (kind.dims[axis],):
+        yield f"scales {scales.type} are not one for each of the {kind.dims[axis]} entries along axis {axis}"
 
-    scale = f16(max(max(w, 0) - min(w, 0), 1e-5) / 15);  zero = clamp(-round(min / scale), 0, 15);  q =
-    clamp(round(w / scale) + zero, 0, 15) (the pseudo-quantisation of AutoAWQ, with the range widened to hold
-    zero).  Results: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4.
+
+class MultiplyChannels(DeclaredOp, name="ty.multiply_channels", traits=(Pure,)):
+    """Every slice along `axis` times a number of its own, in f32, rounded once: the input channels (axis 1)
+    of a weight [N, K] times scales f32 [K].
+    """
+
+    x: Value = operand()
+    scales: Value = operand()
+    _: KW_ONLY
+    axis: int = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        axis_in(self.axis, tensor_type(self.x))
+        return self.x.type
+
+    def verify(self) -> Iterator[str]:
+        yield from _channels_problem(self.x, self.scales, self.axis)
+
+    def evaluate(self, x: Array, scales: Array) -> Array:
+        along = scales.reshape([-1 if i == self.axis else 1 for i in range(x.ndim)])
+        return as_type(x.astype(np.float32, copy=False) * along, tensor_type(self.out).element)
+
+
+class DivideChannels(DeclaredOp, name="ty.divide_channels", traits=(Pure,)):
+    """Every slice along `axis` divided by a number of its own, in f32, rounded once: the rows (axis 0) of a
+    weight [N, K], or the entries of a norm's weight or of a bias, by scales f32 [N].
+    """
+
+    x: Value = operand()
+    scales: Value = operand()
+    _: KW_ONLY
+    axis: int = attr()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        axis_in(self.axis, tensor_type(self.x))
+        return self.x.type
+
+    def verify(self) -> Iterator[str]:
+        yield from _channels_problem(self.x, self.scales, self.axis)
+
+    def evaluate(self, x: Array, scales: Array) -> Array:
+        along = scales.reshape([-1 if i == self.axis else 1 for i in range(x.ndim)])
+        return as_type(x.astype(np.float32, copy=False) / along, tensor_type(self.out).element)
+
+
+class ClampGroups(DeclaredOp, name="ty.clamp_groups", traits=(Pure,)):
+    """A weight [N, K] clamped, group by group of columns, to ranges f32 [2, N, K/g]: the lowest and the
+    highest value of each group.
+
+    min(max(w, lowest), highest), in f32, rounded once.
+    """
+
+    x: Value = operand()
+    ranges: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        return self.x.type
+
+    def verify(self) -> Iterator[str]:
+        n, k = static_shape(self.x, 2)
+        ranges = static_shape(self.ranges, 3)
+        if ranges[:2] != (2, n) or not ranges[2] or k % ranges[2]:
+            yield f"ranges {self.ranges.type} do not divide {self.x.type} into equal groups of columns"
+
+    def evaluate(self, x: Array, ranges: Array) -> Array:
+        n, k = x.shape
+        groups = x.astype(np.float32, copy=False).reshape(n, ranges.shape[2], -1)
+        clamped = np.minimum(np.maximum(groups, ranges[0, :, :, None]), ranges[1, :, :, None])
+        return as_type(clamped.reshape(n, k), tensor_type(self.out).element)
+
+
+class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
+    """Round-to-nearest 4-bit quantisation of a weight [N, K], one scale and zero point per `group_size`
+    columns of a row.  Results: q [N, K] ui4, scales [N, K/g] f16, zeros [N, K/g] ui4.
+
+    With w the weight as it comes (f16 in a model of f16) taken to f32, in f32:
+
+    asymmetric: scale = f16(max(max(w, 0) - min(w, 0), 1e-5) / 15);  zero = clamp(-round(min(w, 0) / scale),
+    0, 15);  q = clamp(round(w / scale) + zero, 0, 15) (the pseudo-quantisation of AutoAWQ, with the range
+    widened to hold zero).
+
+    `symmetric`: scale = f16(max(max |w|, 1e-5) / 7);  zero = 8;  q = clamp(round(w / scale) + 8, 0, 15).
+
+    Rounding is to nearest even.  A weight that was clamped to a range before (`ty.clamp_groups`) is quantised
+    by what is left of it: the range of a group that does not reach its bounds is that of its values.
     """
 
     weight: Value = operand()
     _: KW_ONLY
     group_size: int = attr(least=1)
+    symmetric: bool | None = attr(default=None)
     q: Value = result()
     scales: Value = result()
     zeros: Value = result()
@@ -151,11 +241,15 @@ class QuantizeGroups(DeclaredOp, name="ty.quantize_groups", traits=(Pure,)):
     def evaluate(self, weight: Array) -> tuple[Array, Array, Array]:
         n, k = weight.shape
         w = weight.astype(np.float32).reshape(n, -1, self.group_size)
-        low = np.minimum(w.min(axis=2), 0)
-        span = np.maximum(w.max(axis=2), 0) - low
-        scales = (np.maximum(span, 1e-5) / 15).astype(np.float16)
-        s = scales.astype(np.float32)
-        zeros = np.clip(-np.rint(low / s), 0, 15)
+        low, high = np.minimum(w.min(axis=2), 0), np.maximum(w.max(axis=2), 0)
+        if self.symmetric:
+            scales = (np.maximum(np.maximum(-low, high), 1e-5) / 7).astype(np.float16)
+            s = scales.astype(np.float32)
+            zeros = np.full(s.shape, np.float32(8))
+        else:
+            scales = (np.maximum(high - low, 1e-5) / 15).astype(np.float16)
+            s = scales.astype(np.float32)
+            zeros = np.clip(-np.rint(low / s), 0, 15)
         q = np.clip(np.rint(w / s[:, :, None]) + zeros[:, :, None], 0, 15)
         return q.astype(np.uint8).reshape(n, k), scales, zeros.astype(np.uint8)
 

@@ -1,0 +1,90 @@
+"""Perplexity: exp of the mean negative log-likelihood of a text's tokens, in windows without overlap.
+
+The first token of a window is not predicted by anything and is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tyir.diagnostics import TyirError
+from tyir.process.progress import track
+from tyir.tools.quantize.streamed_model import StreamedModel, Tensors
+
+__all__ = ["Perplexity", "artifact_perplexity", "model_perplexity"]
+
+Tensor = Any
+Change = Callable[[int, Tensors], Tensors]
+"""(layer, its tensors) -> the tensors to compute with."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    value: float
+    tokens: int
+
+
+def _mean(total: float, count: int) -> Perplexity:
+    return Perplexity(math.exp(total / count), count)
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    """The summed negative log-likelihood of targets [t] under logits [t, V]."""
+    total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return float(total.sum(dtype=torch.float64))
+
+
+def model_perplexity(
+    model: StreamedModel, windows: Tensor, change: Change | None = None, progress: bool = False
+) -> Perplexity:
+    """Of a model, layer by layer, on windows [S, T]; `change` puts other tensors in a layer's place."""
+    hidden = model.embedded(windows)
+    for index in track(range(model.depth), "perplexity", "layer", show=progress):
+        tensors = model.tensors(index)
+        if change is not None:
+            tensors = change(index, tensors)
+        model.advance(index, tensors, hidden)
+        if not bool(torch.isfinite(hidden).all()):
+            raise TyirError(
+                f"the values that leave {model.paths[index]} are not finite",
+                help="the checkpoint is damaged, or its weights do not fit the type they are stored in",
+            )
+    total, count = 0.0, 0
+    with model.finishing() as logits:
+        for window, state in zip(windows.to(model.device), hidden, strict=True):
+            start = 0
+            for part in logits(state):
+                targets = window[start + 1 : start + 1 + len(part)]
+                total += _loss(part[: len(targets)], targets)
+                count += len(targets)
+                start += len(part)
+    return _mean(total, count)
+
+
+def artifact_perplexity(folder: Path, windows: Tensor, progress: bool = False) -> Perplexity:
+    """Of compiled artifacts, through their host engine; windows [S, T] must fit the cache."""
+    from tyir.runtime_sim.session.session import Session
+
+    session = Session(folder, "host")
+    if session.choices is not None:
+        raise TyirError(
+            f"{folder} returns tokens, not logits", help="compile it with --output logits for a perplexity"
+        )
+    if windows.shape[1] > session.capacity:
+        raise TyirError(
+            f"windows of {windows.shape[1]} tokens, the cache holds {session.capacity}",
+            help=f"use --window {session.capacity}, or compile with a larger --max-kv",
+        )
+    total, count = 0.0, 0
+    for window in track(list(windows), "perplexity", "window", show=progress):
+        session.reset()
+        logits = torch.from_numpy(session.feed(window.tolist()))
+        total += _loss(logits[:-1], window[1:])
+        count += len(window) - 1
+    return _mean(total, count)

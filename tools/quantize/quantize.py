@@ -1,0 +1,206 @@
+"""From a checkpoint to a quantised one: `quantize`, what `tyir-quantize` and `tyir.quantize` call."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from tyir.backends.checkpoint.writer import check_source, write_checkpoint
+from tyir.backends.replacing import check_target
+from tyir.diagnostics import Diagnostic, TyirError
+from tyir.execution.awq_table import AwqTable
+from tyir.frontends.huggingface import import_model
+from tyir.layers import is_named_in
+from tyir.passes.pipelines import awq_pipeline
+from tyir.pipeline import run_pipeline
+from tyir.tools.quantize.arithmetic import dequantized, folded, quantized
+from tyir.tools.quantize.calibration import drawn, generated_windows, text_windows
+from tyir.tools.quantize.layer_search import LinearReport
+from tyir.tools.quantize.perplexity import Change, Perplexity, artifact_perplexity, model_perplexity
+from tyir.tools.quantize.search import Found, scaled_channels, search
+from tyir.tools.quantize.settings import QuantizeSettings, work_for
+from tyir.tools.quantize.streamed_model import StreamedModel, Tensors
+
+__all__ = ["TABLE", "Outcome", "Text", "check_device", "perplexity_of", "quantize"]
+
+Tensor = Any
+TABLE: Final = "awq.safetensors"
+_GENERATED: Final = 16  # windows of the model's own text, unless more or fewer are asked for
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to measure a perplexity on: a file, and how many of its first characters."""
+
+    path: Path
+    characters: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What was done: the folder, the errors by layer, and perplexities where they were asked for."""
+
+    out: Path
+    settings: QuantizeSettings
+    reports: dict[int, list[LinearReport]] = field(default_factory=dict)
+    before: Perplexity | None = None
+    after: Perplexity | None = None
+
+
+def quantize(
+    folder: Path,
+    out: Path,
+    settings: QuantizeSettings | None = None,
+    *,
+    calibration: Path | None = None,
+    evaluate: Text | None = None,
+    format: str | None = None,
+    progress: bool = False,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Outcome:
+    """Quantise the checkpoint in `folder` into the checkpoint folder `out`.
+
+    `calibration`: a text, JSONL or Parquet file; None: the model's own text.  `format`: "awq", "gptq" or
+    "compressed-tensors"; None: awq, or gptq for the method gptq.  Weights of other than 4 bits, which no
+    format holds, leave the table alone in `out`.  `out` also gets the table, awq.safetensors.  What is done
+    of the search stays in `{out}.search` until `out` is complete: called again, it goes on there.
+    Raises `TyirError`.
+    """
+    settings = settings or QuantizeSettings()
+    check_device(settings.device)
+    packs = settings.bits == 4
+    if packs:
+        if not folder.is_dir():
+            raise TyirError(
+                f"checkpoint folder {folder} does not exist", help="download a model of the hub first"
+            )
+        check_source(folder)
+        check_target(out, lambda name, is_folder: not is_folder)
+    elif format is not None:
+        raise TyirError(f"format {format} holds weights of 4 bits, not {settings.bits}", help="use --bits 4")
+    note = _noting(warn)
+    work_folder = out.with_name(out.name + ".search")
+    model = StreamedModel(folder, settings.window, settings.device, note)
+    module = import_model(folder)
+    run_pipeline(module, "to-ty")
+    found = Found(AwqTable(_plain_table(settings)))
+    if settings.method != "rtn":
+        windows = _calibration(model, calibration, settings)
+        groups = scaled_channels(
+            module, lambda path: is_named_in(path, settings.modules_to_not_convert), settings.device
+        )
+        found = search(model, windows, groups, settings, work_folder, progress)
+    work_folder.mkdir(parents=True, exist_ok=True)
+    table = work_folder / TABLE
+    found.table.save(table)
+    outcome = Outcome(out, settings, found.reports)
+    if packs:
+        run_pipeline(module, awq_pipeline(table))
+        write_checkpoint(
+            module,
+            out,
+            format=format or ("gptq" if settings.method == "gptq" else "awq"),
+            rounded=found.rounded,
+            progress=progress,
+        )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(table, out / TABLE)
+    if evaluate is not None:
+        windows = text_windows(folder, evaluate.path, settings.window, evaluate.characters)
+        outcome.before = model_perplexity(model, windows, progress=progress)
+        if packs:
+            written = StreamedModel(out, settings.window, settings.device, note)
+            outcome.after = model_perplexity(written, windows, progress=progress)
+        else:
+            outcome.after = model_perplexity(model, windows, _change(model, found, settings), progress)
+    shutil.rmtree(work_folder)
+    return outcome
+
+
+def perplexity_of(
+    folder: Path, text: Text, window: int, device: str = "cpu", progress: bool = False
+) -> Perplexity:
+    """The perplexity of a checkpoint, or of compiled artifacts through their host engine."""
+    windows = text_windows(folder, text.path, window, text.characters)
+    if (folder / "manifest.json").is_file():
+        return artifact_perplexity(folder, windows, progress)
+    return model_perplexity(StreamedModel(folder, window, device), windows, progress=progress)
+
+
+def check_device(device: str) -> None:
+    """`TyirError` for a device that torch does not have."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TyirError(
+            f"device '{device}' cannot be used: {str(error).splitlines()[0]}", help="use --device cpu"
+        ) from None
+
+
+def _noting(warn: Callable[[str], None]) -> Callable[[Diagnostic], None]:
+    return lambda diagnostic: warn(diagnostic.message)
+
+
+def _plain_table(settings: QuantizeSettings) -> Any:
+    from tyir.execution.awq_table import AwqSettings
+
+    return AwqSettings(
+        bits=settings.bits,
+        group_size=settings.group_size,
+        zero_point=settings.zero_point,
+        modules_to_not_convert=settings.modules_to_not_convert,
+        lm_head=settings.lm_head,
+    )
+
+
+def _calibration(model: StreamedModel, source: Path | None, settings: QuantizeSettings) -> Tensor:
+    work = work_for(settings, model.depth, [m.shape for m in model.linears(0)])
+    if source is None:
+        samples = settings.samples or min(work.samples, _GENERATED)
+        return generated_windows(model.folder, settings.window, samples, settings.seed)
+    return drawn(text_windows(model.folder, source, settings.window), work.samples, settings.seed)
+
+
+def _change(model: StreamedModel, found: Found, settings: QuantizeSettings) -> Change:
+    """A layer's tensors with what the ranges and numbers make of its linears; for tables that no checkpoint
+    can be made of.  Scales are taken out again, so that norms stay as they are.
+    """
+    module = import_model(model.folder)
+    run_pipeline(module, "to-ty")
+    grid, device = settings.grid, settings.device
+
+    def is_kept(path: str) -> bool:
+        return is_named_in(path, settings.modules_to_not_convert)
+
+    groups = [g for g in scaled_channels(module, is_kept, device) if g.producer in found.table.scales]
+    scales = {g.producer: torch.tensor(found.table.scales[g.producer], device=device) for g in groups}
+    columns = {path: g.of_columns(scales[g.producer]) for g in groups for path in g.readers}
+
+    def change(index: int, tensors: Tensors) -> Tensors:
+        for linear in model.linears(index):
+            path = f"{model.paths[index]}.{linear.path}"
+            if is_kept(path):
+                continue
+            rows = None
+            for group in groups:
+                if group.producer == path and group.rows is not None:
+                    rows = torch.ones(linear.shape[0], device=device)
+                    rows[group.rows] = scales[path]
+            weight = folded(linear.weight(tensors), rows, columns.get(path))
+            ranges = found.table.ranges.get(path)
+            q, s, z = quantized(weight, None if ranges is None else torch.tensor(ranges, device=device), grid)
+            if path in found.rounded:
+                q = torch.tensor(found.rounded[path][0], device=device).float()
+            weight = dequantized((q, s, z), grid)
+            weight = weight / columns[path] if path in columns else weight
+            weight = weight if rows is None else weight * rows[:, None]
+            tensors[linear.weight_name] = linear.stored(weight)
+        return tensors
+
+    return change

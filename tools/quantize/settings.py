@@ -1,0 +1,137 @@
+"""What a quantisation is asked to be, and how much work it may take.
+
+The amount of work follows from the model's shapes alone, never from a clock: the same command gives the same
+bytes on a slow and on a busy machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
+
+__all__ = ["METHODS", "Grid", "QuantizeSettings", "Work", "work_for"]
+
+METHODS: Final = ("awq", "gptq", "awq+gptq", "rtn")
+BITS: Final = (3, 4, 8)
+
+# What one search may take on a CPU: tokens x weights of the forward passes, and candidates x weights of the
+# range search.  A 0.5B model (358 M weights in linears) comes out at 10 windows and 6 x 6 candidates.
+_FORWARD_WORK: Final = 2.0e12
+_CANDIDATE_WORK: Final = 1.5e10
+_ACCELERATOR: Final = 25  # how many times the work a GPU may take
+_SAMPLES: Final = (4, 128)
+_POINTS: Final = (4, 8)
+_ROUNDS: Final = (2, 8)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that weights become: of `bits` bits, around a zero point of the group or symmetric."""
+
+    bits: int
+    group_size: int
+    zero_point: bool
+
+    @property
+    def highest(self) -> int:
+        """The largest q."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """q of zero, in a symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """The options of `tyir-quantize`.
+
+    `modules_to_not_convert`: module paths, or runs of whole components of them.  `samples`: windows of
+    `window` tokens that the search sees; None: as many as the work allows.  `sequential`: a layer's inputs
+    carry the error of the layers before it, and its targets do not.  `smooth` False leaves scales
+    out; `quick` takes the least work.
+    """
+
+    method: str = "awq+gptq"
+    bits: int = 4
+    group_size: int = 128
+    zero_point: bool = True
+    lm_head: bool = False
+    modules_to_not_convert: tuple[str, ...] = ()
+    samples: int | None = None
+    window: int = 512
+    seed: int = 0
+    sequential: bool = True
+    smooth: bool = True
+    quick: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """`TyirError` for options that cannot be."""
+        problems = []
+        if self.method not in METHODS:
+            hint = did_you_mean(self.method, METHODS) or f"one of {', '.join(METHODS)}"
+            problems.append(Diagnostic(f"there is no method '{self.method}'", help=hint))
+        if self.bits not in BITS:
+            problems.append(Diagnostic(f"weights of {self.bits} bits", help=f"one of {BITS}"))
+        for name, value, least in (
+            ("group size", self.group_size, 1),
+            ("samples", self.samples, 1),
+            ("window", self.window, 8),
+        ):
+            if value is not None and value < least:
+                problems.append(Diagnostic(f"{name} is {value}", help=f"at least {least}"))
+        if problems:
+            raise TyirError(problems)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.zero_point)
+
+    @property
+    def scales(self) -> bool:
+        """Whether scales are searched."""
+        return self.smooth and self.method.startswith("awq")
+
+    @property
+    def ranges(self) -> bool:
+        """Whether ranges are searched."""
+        return self.method.startswith("awq")
+
+    @property
+    def rounding(self) -> bool:
+        """Whether weights are rounded one after another, the error carried on (GPTQ)."""
+        return self.method.endswith("gptq")
+
+
+@dataclass(frozen=True)
+class Work:
+    """How many windows are seen, how many values of each end of a range are tried, how often, and how often
+    GPTQ's numbers are rounded again.
+    """
+
+    samples: int
+    points: int
+    sweeps: int
+    rounds: int = 0
+
+
+def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[int, int]]) -> Work:
+    """The work for a model of `layers` layers whose linears have these shapes [N, K]."""
+    if settings.quick:
+        return Work(settings.samples or _SAMPLES[0], _POINTS[0], 1, _ROUNDS[0])
+    factor = _ACCELERATOR if settings.device != "cpu" else 1
+    weights = max(1, layers * sum(n * k for n, k in linears))
+    samples = int(factor * _FORWARD_WORK / (weights * settings.window))
+    points = int((factor * _CANDIDATE_WORK / weights) ** 0.5)
+    points = min(max(points, _POINTS[0]), _POINTS[1])
+    if settings.samples is not None:
+        samples = settings.samples
+    else:
+        samples = min(max(samples, _SAMPLES[0]), _SAMPLES[1])
+    small = points == _POINTS[1]
+    return Work(samples, points, 2 if small else 1, _ROUNDS[small])
