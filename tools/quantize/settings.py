@@ -22,7 +22,7 @@ BITS: Final = (3, 4, 8)
 _FORWARD_WORK: Final = 2.0e12
 _CANDIDATE_WORK: Final = 1.5e10
 _ACCELERATOR: Final = 25  # how many times the work a GPU may take
-_SAMPLES: Final = (4, 128)
+_SAMPLES: Final = (4, 64)
 _POINTS: Final = (4, 8)
 _ROUNDS: Final = (2, 8)
 
