@@ -6,7 +6,7 @@ weights^(1 - r); r from 0 to 1, and no scaling at all.  The scales of the least 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,11 +62,10 @@ def search_scale(
             found.append(float(((by_group @ blocks) * by_group).sum(dtype=torch.float64)))
         return found
 
-    parts = [
-        part
-        for w in some
-        for part in by_rows(len(w), _AT_ONCE // w.shape[1], w.device.type, lambda rows, w=w: errors(w[rows]))
-    ]
+    def of(weight: Tensor) -> Callable[[slice], list[float]]:
+        return lambda rows: errors(weight[rows])
+
+    parts = [part for w in some for part in by_rows(len(w), _AT_ONCE // w.shape[1], w.device.type, of(w))]
     identity, *scaled = (sum(each) for each in zip(*parts, strict=True))
     chosen = ChosenScale(None, None, False, identity, identity)
     for (ratio, duo, scale), found in zip(tried, scaled, strict=True):
