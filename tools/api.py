@@ -137,7 +137,8 @@ def compile_path(
     checkpoint folder, as `quantize` does it on the text `calibration`, in a folder that is gone afterwards;
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
-    of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds it.
+    of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
+    it.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
