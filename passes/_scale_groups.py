@@ -134,7 +134,9 @@ class _Finder:
             if use is None or use.rows is None or tensor_type(use.value).rank != self._rank(op, index):
                 return None
             sharing = self.uses.sharing(use)
-            if sharing is None or any(u is not use and np.isin(u.rows, use.rows).any() for u in sharing):
+            if sharing is None or any(
+                u is not use and (u.rows is None or np.isin(u.rows, use.rows).any()) for u in sharing
+            ):
                 return None
             found.append(use)
         return tuple(found) or None

@@ -34,7 +34,7 @@ def settings_of(quant_config: Mapping[str, Any]) -> QuantizeSettings:
         "lm_head_enable": "lm_head",
     }
     problems = [
-        Diagnostic(f"quant_config has '{key}', which is not known", help=did_you_mean(key, known) or None)
+        Diagnostic(f"quant_config has '{key}', which is not known", help=did_you_mean(key, known) or "")
         for key in quant_config
         if key not in known and key != "version"
     ]

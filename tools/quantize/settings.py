@@ -38,12 +38,12 @@ class Grid:
     @property
     def highest(self) -> int:
         """The largest q."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
         """q of zero, in a symmetric grid."""
-        return 2 ** (self.bits - 1)
+        return 1 << self.bits - 1
 
 
 @dataclass(frozen=True)
