@@ -135,7 +135,7 @@ class _Finder:
                 return None
             sharing = self.uses.sharing(use)
             if sharing is None or any(
-                u is not use and u.rows is not None and np.isin(u.rows, use.rows).any() for u in sharing
+                u is not use and (u.rows is None or np.isin(u.rows, use.rows).any()) for u in sharing
             ):
                 return None
             found.append(use)

@@ -6,8 +6,9 @@ weights^(1 - r); r from 0 to 1, and no scaling at all.  The scales of the least 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -53,19 +54,20 @@ def search_scale(
     tried = list(_candidates(some, inputs, head, repeats, grid))
     columns = [None, *(_of_columns(scale, head, repeats) for _, _, scale in tried)]
 
-    def errors(weight: Tensor) -> list[float]:
+    def errors(weight: Tensor, rows: slice) -> list[float]:
         found = []
         for each in columns:
-            rounded = dequantized(quantized(folded(weight, None, each), None, grid), grid)
-            off = (rounded if each is None else rounded / each) - weight
+            rounded = dequantized(quantized(folded(weight[rows], None, each), None, grid), grid)
+            off = (rounded if each is None else rounded / each) - weight[rows]
             by_group = off.reshape(len(off), -1, size).transpose(0, 1)
             found.append(float(((by_group @ blocks) * by_group).sum(dtype=torch.float64)))
         return found
 
-    def of(weight: Tensor) -> Callable[[slice], list[float]]:
-        return lambda rows: errors(weight[rows])
-
-    parts = [part for w in some for part in by_rows(len(w), _AT_ONCE // w.shape[1], w.device.type, of(w))]
+    parts = [
+        part
+        for w in some
+        for part in by_rows(len(w), _AT_ONCE // w.shape[1], w.device.type, partial(errors, w))
+    ]
     identity, *scaled = (sum(each) for each in zip(*parts, strict=True))
     chosen = ChosenScale(None, None, False, identity, identity)
     for (ratio, duo, scale), found in zip(tried, scaled, strict=True):

@@ -43,7 +43,7 @@ class Grid:
     @property
     def middle(self) -> int:
         """q of zero, in a symmetric grid."""
-        return 1 << (self.bits - 1)
+        return 1 << self.bits - 1
 
 
 @dataclass(frozen=True)
