@@ -158,7 +158,6 @@ FOREIGN_OPTIONS: Final = (
 FOREIGN_VALUES: Final = {
     ("--weights", "int8"): "8 bits are for caches, --kv-dtype int8; weights are fp16 or int4",
     ("--weights", "fp8"): "weights are fp16, or int4 with a scale per --group-size channels",
-    ("--weights", "awq"): f"give the AWQ checkpoint {_RECOGNISED}",
     ("--weights", "gptq"): f"give the GPTQ checkpoint {_RECOGNISED}",
     ("--weights", "gguf"): "give the .gguf file as the model: it is recognised",
     ("--weights", "q4_0"): "give a .gguf file of Q4_0 as the model, or --weights int4 --group-size 32",
