@@ -56,6 +56,7 @@ from tyir.layers import carry, layer_of
 from tyir.manifest import record, recorded
 from tyir.pipeline import Pass, PassContext
 from tyir.types import TensorType, f32, i32
+from tyir.vision.graphs import VISION, graph_kind
 
 __all__ = ["KvMaterialize"]
 
@@ -81,6 +82,11 @@ class KvMaterialize(Pass):
             )
         for function in list(op.walk_type(Func)):
             if any(True for _ in function.walk_type(Attention)):
+                if graph_kind(function) == VISION:
+                    raise TyirError(
+                        f"@{function.sym_name} is a vision tower, which keeps no cache",
+                        help="run extract-graph{graph=main} first, or static-step on a tower alone",
+                    )
                 self._convert(function)
                 context.statistics["caches"] = sum(1 for _ in function.walk_type(Append))
         if "weights" not in recorded(op):  # quantize-weights cannot follow

@@ -36,13 +36,18 @@ def decoder_linears(op: Op) -> list[Linear]:
     none.
     """
     known = {use.user for use in ParameterUses(op) if use.index == 1}
-    towers = [f for f in op.walk_type(Func) if graph_kind(f) == VISION]
-    seeing = {inner for tower in towers for inner in tower.walk_type(Linear)}
+    seeing = _of_towers(op)
     return [
         linear
         for linear in op.walk_type(Linear)
         if linear in known and linear not in seeing and layer_of(linear) is not None
     ]
+
+
+def _of_towers(op: Op) -> set[Linear]:
+    """The linears of vision towers."""
+    towers = [f for f in op.walk_type(Func) if graph_kind(f) == VISION]
+    return {inner for tower in towers for inner in tower.walk_type(Linear)}
 
 
 def largest_group_size(channels: Iterable[int], most: int) -> int:
@@ -113,10 +118,12 @@ class QuantizeWeights(Pass):
                 for name in unused
             )
         head = _head(root) if self.lm_head else None
+        seeing = _of_towers(root)
         return [
             op
             for op in root.walk_type(Linear)
             if op in names
+            and op not in seeing
             and (layer_of(op) is not None or op is head)
             and not any(is_named_in(p, self.skip) for p in paths[op])
         ]

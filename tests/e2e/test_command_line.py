@@ -24,7 +24,7 @@ def run(tool: str, *args: object, cwd: Path) -> subprocess.CompletedProcess[str]
     [
         (["--dies", "17"], "17 dies: a board has 1 to 16"),
         (["--dies", "x"], "argument --dies: invalid int value"),
-        (["--seqlens", ""], "the list of sequence lengths is empty"),
+        (["--seqlens", ""], "is an empty list"),
         (["--seqlens", "1,a"], "'a' in '1,a' is not a whole number"),
         (["--seqlens", "1,2000", "--max-kv", "100"], "2000 is larger than the cache of 100 tokens"),
     ],

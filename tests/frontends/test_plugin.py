@@ -142,7 +142,7 @@ def test_rules_that_do_not_fit_are_reported_together(plain: Path, tmp_path: Path
     message = str(caught.value)
     assert "cannot be split into 3 + 4 rows" in message
     assert "gives the name 'model.layers.0.self_attn.kv_proj.weight' to both" in message
-    assert "lacks 6 of the model's" in message
+    assert "lacks" not in message  # what follows from these is not told beside them
 
 
 def test_json_stays_json(packed: Path) -> None:

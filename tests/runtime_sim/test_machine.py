@@ -122,7 +122,7 @@ def test_a_machine_may_stand_on_another(tmp_path: Path) -> None:
 def test_the_documented_variant_loads(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "machines.md").read_text()
     path = tmp_path / "variant.toml"
-    path.write_text(page.split("```toml\n")[1].split("```")[0])
+    path.write_text(page.split("```toml file=mine.toml\n")[1].split("```")[0])
     machine = load_machine(path)
     assert machine.name == "edge10-lpddr5" and machine.dram_bytes_per_ns == pytest.approx(51.2 * 0.7)
     sections = {

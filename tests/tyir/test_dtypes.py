@@ -51,4 +51,4 @@ def test_names_in_params_files(element: str, name: str, tmp_path: Path) -> None:
     kind = scalar_type(element)
     assert isinstance(kind, Type)
     file = ParamsFile(tmp_path / "a.params", [Param(sym_name="w", type=TensorType((2, 4), kind))])
-    assert json.loads(file.header)["w"]["dtype"] == name
+    assert json.loads(file.layout.header)["w"]["dtype"] == name

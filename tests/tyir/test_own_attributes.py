@@ -23,7 +23,7 @@ USED = re.compile(
     r'|"(tyir\.\w+)" (?:not )?in \w+\.',
     re.MULTILINE,
 )
-NO_ATTRIBUTES = {"tyir.passes", "tyir.targets", "tyir.backends"}
+NO_ATTRIBUTES = {"tyir.passes", "tyir.targets", "tyir.backends", "tyir.awq"}
 
 
 def used() -> set[str]:
