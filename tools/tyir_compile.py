@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
 
-    options = {f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name)) is not None}
+    names = {f.name for f in fields(BuildOptions)}
+    options = {name: value for name, value in vars(args).items() if name in names and value is not None}
     if args.plan:
         return print_plan(args.model, BuildOptions(**options))
     if args.out is None:
