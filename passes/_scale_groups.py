@@ -134,9 +134,7 @@ class _Finder:
             if use is None or use.rows is None or tensor_type(use.value).rank != self._rank(op, index):
                 return None
             sharing = self.uses.sharing(use)
-            if sharing is None or any(
-                u is not use and (u.rows is None or np.isin(u.rows, use.rows).any()) for u in sharing
-            ):
+            if sharing is None or any(u is not use and _overlap(u, use) for u in sharing):
                 return None
             found.append(use)
         return tuple(found) or None
@@ -171,6 +169,10 @@ class _Finder:
                 return None
             end = reached
         return end
+
+
+def _overlap(one: ParameterUse, other: ParameterUse) -> bool:
+    return one.rows is None or other.rows is None or bool(np.isin(one.rows, other.rows).any())
 
 
 @dataclass(frozen=True)

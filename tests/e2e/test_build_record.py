@@ -19,11 +19,12 @@ from tests.e2e.test_artifacts import hashes
 from tyir.artifacts.schema import sha256_of
 from tyir.backends.edge10.compile import CompileContext, to_program
 from tyir.diagnostics import TyirError
+from tyir.execution.awq_table import AwqSettings, AwqTable
 from tyir.frontends.huggingface import import_model
-from tyir.manifest import MANIFEST, BuildOptions, recorded, settled
+from tyir.manifest import MANIFEST, BuildOptions, recorded, settled, sha256_file
 from tyir.parser import parse_module
-from tyir.passes.pipelines import remaining_pipeline
-from tyir.pipeline import PassContext, Pipeline, build_pipeline
+from tyir.passes.pipelines import awq_pipeline, remaining_pipeline
+from tyir.pipeline import PassContext, Pipeline, build_pipeline, run_pipeline
 from tyir.printer import print_op
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.session import EngineName, Session
@@ -130,7 +131,7 @@ def test_each_option_alone(aten: str, name: str) -> None:
 
 
 def test_every_option_has_a_case() -> None:
-    assert set(CHOICES) == set(BuildOptions.__dataclass_fields__)
+    assert {*CHOICES, "awq"} == set(BuildOptions.__dataclass_fields__)  # awq: what a table was, not a choice
     for name, (first, other) in CHOICES.items():
         assert first != other and (getattr(BuildOptions(), name) != first or name in ALL), name
 
@@ -176,6 +177,27 @@ def test_a_module_without_a_record_is_not_guessed_at(aten: str) -> None:
     module.attributes = module.attributes.without("tyir.build")
     with pytest.raises(TyirError, match=r"does not say with which weights, max_kv, .*seqlens it was built"):
         to_program(module, settled(STAGED, module), CompileContext())
+
+
+def test_a_table_that_was_folded_in_is_kept(aten: str, tmp_path: Path) -> None:
+    """Its hash and the weights it made go with the module, whatever else follows."""
+    path = tmp_path / "awq.safetensors"
+    scale = np.linspace(0.5, 2, 64, dtype=np.float32)
+    AwqTable(AwqSettings(group_size=16), {"model.layers.1.input_layernorm": scale}).save(path)
+    module = parse_module(aten)
+    run_pipeline(module, f"to-ty,{awq_pipeline(path)}")
+    wanted = sha256_file(path)
+    for text in (print_op(module), print_op(module, locations=False)):
+        done, program = built(text, {**STAGED, "weights": "awq"})
+        assert (done.weights, done.awq, done.group_size) == ("awq", wanted, 16)
+        assert program == built(text, STAGED)[1]
+    for asked, message in (
+        ({"weights": "int4"}, "weights = int4 is asked for, the module was built with weights = awq"),
+        ({"group_size": 32}, "group_size = 32 is asked for"),
+        ({"awq": "0" * 64}, f"the module was built with awq = {wanted}"),
+    ):
+        with pytest.raises(TyirError, match=message):
+            settled(asked, module)
 
 
 def test_the_machine_that_was_cut_for_is_kept(aten: str) -> None:
