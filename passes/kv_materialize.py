@@ -103,10 +103,10 @@ class KvMaterialize(Pass):
     def _convert(self, function: Func) -> None:
         block = function.body
         if len(block.args) < 2 or tensor_type(block.args[0]).rank != 2:
-            given = ", ".join(str(a.type) for a in block.args)
+            taken = ", ".join(str(a.type) for a in block.args)
             raise TyirError(
                 f"@{function.sym_name} must take input ids [batch, tokens] and position ids, it takes"
-                f" {given or 'nothing'}",
+                f" {taken or 'nothing'}",
                 help="tyir-import writes such a function",
             )
         input_ids, position_ids, *addends = block.args

@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         for text in stream:
             sys.stdout.write(text)
             sys.stdout.flush()
-        print()
+        print(flush=True)
     if args.cache is not None:
         session.save(args.cache)
     decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0

@@ -97,7 +97,7 @@ class _Speaker:
                 sys.stdout.write(text)
                 sys.stdout.flush()
         if not self.args.json:
-            print()
+            print(flush=True)
         answer = "".join(parts)
         self.turns.chat.answered(answer)
         self._report(prompt, answer, start, times, made, shared)
