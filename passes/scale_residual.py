@@ -31,9 +31,15 @@ from tyir.layers import carry, path_of
 from tyir.pipeline import Pass, PassContext
 from tyir.vision.graphs import VISION, graph_kind
 
-__all__ = ["ScaleResidual"]
+__all__ = ["ScaleResidual", "check_exponent"]
 
 _SHAPES: Final = (Add, Concat, Reshape, Scale, Slice, Transpose)  # what passes a stream on
+
+
+def check_exponent(exponent: int) -> None:
+    """`TyirError` for an exponent that towers cannot be scaled by."""
+    if not 0 <= exponent <= MAX_EXPONENT:
+        raise TyirError(f"exponent {exponent} is not in 0..{MAX_EXPONENT}", help="6 divides by 64")
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,7 @@ class ScaleResidual(Pass):
     exponent: int = VISION_EXPONENT
 
     def run(self, op: Op, context: PassContext) -> None:
-        if not 0 <= self.exponent <= MAX_EXPONENT:
-            raise TyirError(
-                f"exponent {self.exponent} is not in 0..{MAX_EXPONENT}", help="exponent=6 divides by 64"
-            )
+        check_exponent(self.exponent)
         towers = [f for f in op.walk_type(Func) if graph_kind(f) == VISION]
         if not towers:
             raise TyirError("the module has no vision tower", help="tyir-import --image makes towers")
@@ -106,7 +109,8 @@ class _Stream:
             raise TyirError(
                 Diagnostic(
                     f"the residual stream of @{self.function.sym_name} comes from {where}",
-                    help="it can be scaled where linears, norms and constants add to it; use exponent=0",
+                    help="it can be scaled where linears, norms and constants add to it; use exponent=0,"
+                    " tyir-compile --vision-exponent 0",
                 )
             )
 
@@ -126,7 +130,8 @@ class _Stream:
             raise TyirError(
                 Diagnostic(
                     f"'{op.name}' at {path_of(op)} reads the residual stream of @{self.function.sym_name}",
-                    help="norms, linears and the tower's result may; use exponent=0",
+                    help="norms, linears and the tower's result may; use exponent=0, tyir-compile"
+                    " --vision-exponent 0",
                 )
             )
 

@@ -142,13 +142,18 @@ def compile_path(
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
+    from tyir.passes.scale_residual import check_exponent
     from tyir.targets.machine import load_machine
     from tyir.tools.estimate.plan import settle_group_size
 
     chosen = find_backend(backend)
-    tower: dict[str, Any] = {"vision_dies": vision_dies, "vision_die_map": vision_die_map}
+    tower: dict[str, Any] = {
+        "vision_dies": vision_dies,
+        "vision_die_map": vision_die_map,
+        "vision_exponent": vision_exponent,
+    }
     if vision_exponent is not None:
-        tower["vision_exponent"] = vision_exponent
+        check_exponent(vision_exponent)
     if vision_dies is not None or vision_die_map:
         check_dies(len(vision_die_map) if vision_dies is None else vision_dies)
     if images and model.suffix == ".ir":

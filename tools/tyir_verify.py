@@ -20,15 +20,11 @@ if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
     from tyir.frontends.plugin import ModelPlugin
     from tyir.manifest import Manifest
-    from tyir.tools.commands.json_forms import Checked, PictureChecked
     from tyir.tools.verify.compare import PromptResult
 
 __all__ = ["main", "make_parser"]
 
-LOGIT_COSINE: Final = 0.9999
-TOKENS: Final = {False: 32, True: 64}  # greedy tokens per prompt, without and with --full
 _WHOLE: Final = "8 prompts of 64 tokens"
-LOGIT_SIZE: Final = 0.01  # how far the logits' norm may be from Hugging Face's, of 1
 
 
 @run_tool
@@ -41,6 +37,15 @@ def main(argv: Sequence[str]) -> int:
     from tyir.tools.commands.json_forms import print_json
     from tyir.tools.verify.compare import LayerStates, Reference, check_prompt
     from tyir.tools.verify.locate import locate
+    from tyir.tools.verify.prompt_report import (
+        HEAD,
+        TOKENS,
+        agrees,
+        form_of,
+        print_end,
+        row_of,
+        tell_divergence,
+    )
 
     states = LayerStates()
     _check_amount(args)
@@ -48,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     artifacts = Artifacts.open(args.artifacts)
     _check_same_model(artifacts.manifest, args.against, args.base)
     if artifacts.manifest.vision is not None and args.ids is None:
-        from tyir.tools.verify.report import verify_pictures
+        from tyir.tools.verify.picture_report import verify_pictures
 
         return verify_pictures(args, artifacts, _plugin(args.model_plugin))
     if args.image:
@@ -98,14 +103,7 @@ def main(argv: Sequence[str]) -> int:
             plugin=plugin,
             base=args.base,
         )
-        print(
-            (
-                f"first divergence: {found}"
-                if found
-                else "no single op is off by more than rounding: errors add up over the layers"
-            ),
-            file=sys.stderr,
-        )
+        tell_divergence(found)
     if args.json:
         print_json(form_of(results, good, str(found) if found else None))
     return 0 if good else 1
@@ -216,80 +214,6 @@ def _prompts(args: argparse.Namespace, artifacts: Artifacts) -> list[list[int]]:
                 help=f"tokens are numbered 0 to {vocabulary - 1}" if vocabulary is not None else "",
             )
     return prompts
-
-
-HEAD: Final = (
-    f"{'prompt':>6}{'tokens':>8}{'positions':>11}{'min logit cosine':>18}{'logit size':>12}"
-    f"{'max logit error':>17}{'same greedy tokens':>20}"
-)
-
-
-def agrees(r: PromptResult) -> bool:
-    """Whether a prompt's logits and tokens are Hugging Face's, but for rounding."""
-    right = r.logit_cosine.min() >= LOGIT_COSINE and abs(r.logit_size - 1) <= LOGIT_SIZE
-    return bool(right) and not r.differing
-
-
-def row_of(number: int, r: PromptResult) -> str:
-    same = r.positions - len(r.differing) - len(r.ties)
-    ties = f" (+{len(r.ties)} tied)" if r.ties else ""
-    return (
-        f"{number:>6}{r.prompt_length:>8}{len(r.logit_cosine):>11}{r.logit_cosine.min():>18.7f}"
-        f"{r.logit_size:>12.5f}{r.logit_error.max():>17.4f}{f'{same}/{r.positions}{ties}':>20}"
-    )
-
-
-def print_end(results: Sequence[PromptResult], engine: str, good: bool) -> None:
-    if layers := _layers(results):
-        print("\nlayer  min cosine of the hidden state after it")
-        for i, layer in enumerate(layers):
-            print(f"{i:>5}  {layer:.7f}")
-    tied = sum(len(r.ties) for r in results)
-    note = f"; {tied} near ties of Hugging Face's own logits fell the other way" if tied else ""
-    print(
-        f"\n{'OK' if good else 'DIFFERENT'}: {engine} engine against Hugging Face fp32 on the same"
-        f" weights{note}"
-    )
-
-
-def _layers(results: Sequence[PromptResult]) -> tuple[float, ...]:
-    return tuple(min(column) for column in zip(*(r.layer_cosine for r in results)))
-
-
-def form_of(
-    results: Sequence[PromptResult],
-    good: bool,
-    divergence: str | None,
-    pictures: Sequence[PictureChecked] = (),
-) -> Checked:
-    from tyir.tools.commands.json_forms import Checked, PromptChecked
-
-    prompts = tuple(
-        PromptChecked(
-            prompt_tokens=r.prompt_length,
-            positions=len(r.logit_cosine),
-            min_logit_cosine=float(r.logit_cosine.min()),
-            logit_size=r.logit_size,
-            max_logit_error=float(r.logit_error.max()),
-            tokens=r.positions,
-            differing=len(r.differing),
-            ties=len(r.ties),
-        )
-        for r in results
-    )
-    return Checked(
-        ok=good,
-        min_logit_cosine=min(p.min_logit_cosine for p in prompts),
-        logit_size=max((p.logit_size for p in prompts), key=lambda size: abs(size - 1)),
-        max_logit_error=max(p.max_logit_error for p in prompts),
-        tokens=sum(p.tokens for p in prompts),
-        differing=sum(p.differing for p in prompts),
-        ties=sum(p.ties for p in prompts),
-        layer_cosine=_layers(results),
-        prompts=prompts,
-        first_divergence=divergence,
-        pictures=tuple(pictures),
-    )
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.artifacts.json_attributes import to_json
-from tyir.artifacts.vision import VISION_EXPONENT, Vision
+from tyir.artifacts.vision import Vision
 from tyir.attributes import DictAttr
 from tyir.backends import replacing
 from tyir.backends.edge10.memory.check import check_memory
@@ -78,7 +78,8 @@ class CompileContext:
     name, or a machine file, which goes to the artifacts; None is the one a module was cut for, or edge10.
     `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
     `vision_dies`, `vision_die_map`: the dies of the towers, those of the language model when None and ().
-    `vision_exponent`: by which power of two a tower's residual stream is divided (`scale-residual`).
+    `vision_exponent`: by which power of two a tower's residual stream is divided (`scale-residual`), None:
+    `VISION_EXPONENT`.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -90,7 +91,7 @@ class CompileContext:
     passes: PassContext = field(default_factory=PassContext)
     vision_dies: int | None = None
     vision_die_map: tuple[int, ...] = ()
-    vision_exponent: int = VISION_EXPONENT
+    vision_exponent: int | None = None
 
     @property
     def chosen_machine(self) -> str | Path:
@@ -164,10 +165,13 @@ def _towers(
 ) -> Towers | None:
     """The towers as programs; None for a model of text alone."""
     if not separate:
-        if context.vision_dies is not None or context.vision_die_map:
+        if (context.vision_dies, context.vision_die_map, context.vision_exponent) != (None, (), None):
             raise TyirError(
-                "dies for a vision tower are asked for, the module has none",
-                help="leave --vision-dies and --vision-die-map out, or import with --image WIDTHxHEIGHT",
+                "something is asked for a vision tower, the module has none",
+                help=(
+                    "leave --vision-dies, --vision-die-map and --vision-exponent out, or import with --image"
+                    " WIDTHxHEIGHT"
+                ),
             )
         return None
     dies = options.dies if context.vision_dies is None else context.vision_dies

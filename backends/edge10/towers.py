@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tyir.artifacts.json_attributes import to_json
 from tyir.artifacts.programs import DieProgram
 from tyir.artifacts.schema import checked
-from tyir.artifacts.vision import ImageSize, Vision, VisionSize
+from tyir.artifacts.vision import VISION_EXPONENT, ImageSize, Vision, VisionSize
 from tyir.backends.edge10.params import ParamsFile
 from tyir.backends.edge10.programs import Memory, Places, ProgramFiles, ProgramWriter
 from tyir.diagnostics import TyirError
@@ -201,18 +201,17 @@ def make_towers(
     towers: Mapping[str, Module], module: Module, dies: int, die_map: tuple[int, ...], context: CompileContext
 ) -> Towers:
     """The towers that `split_towers` has taken out of a module, as programs of `dies`."""
+    exponent = VISION_EXPONENT if context.vision_exponent is None else context.vision_exponent
     for name, tower in towers.items():
         patches = _patches(tower, name)
         machine = str(context.chosen_machine)
-        pipeline = tower_pipeline(
-            stage_of(tower) or "", patches, dies, die_map, machine, context.vision_exponent
-        )
+        pipeline = tower_pipeline(stage_of(tower) or "", patches, dies, die_map, machine, exponent)
         run_pipeline(tower, pipeline, context.passes)
         for op in tower.walk():
             op.loc = location_by_path(op)
             for value in op.results:
                 value.name = None
-    facts = {**to_json(module.attributes[FACTS]), "exponent": context.vision_exponent}
+    facts = {**to_json(module.attributes[FACTS]), "exponent": exponent}
     return Towers(towers, facts, dies, die_map)
 
 

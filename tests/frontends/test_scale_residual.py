@@ -18,6 +18,7 @@ from tyir.execution.weights import CheckpointReader
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.pipeline import run_pipeline
+from tyir.tools.tyir_compile import main
 from tyir.vision.graphs import VISION, graph_kind, graphs_of
 
 
@@ -93,6 +94,32 @@ def test_a_stream_that_f16_does_not_hold() -> None:
     assert np.isfinite(scaled).all()
     a, b = wanted.astype(np.float64), scaled.astype(np.float64)
     assert ((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny-qwen2", "--vision-exponent", "3"], "the module has none"),
+        (["tiny-qwen2.5-vl", "--image", "84x56", "--vision-exponent", "13"], "exponent 13 is not in 0..12"),
+        (["tiny-qwen2.5-vl", "--image", "84x56", "--vision-exponent", "-1"], "exponent -1 is not in 0..12"),
+    ],
+)
+def test_exponents_that_cannot_be(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, *options = arguments
+    words = [
+        str(QWEN.with_name(model)),
+        "-o",
+        str(tmp_path / "out"),
+        "--dies",
+        "1",
+        "--max-kv",
+        "16",
+        *options,
+    ]
+    assert main([*words, "--seqlens", "1"]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_scaled_is_refused() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.tools.small_qwen3 import save_small
 from tyir.execution.awq_table import AwqSettings, AwqTable
 from tyir.tools.tyir_compile import main
 from tyir.tools.tyir_quantize import main as quantize
@@ -59,26 +59,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer of Qwen3's kind, with a tokenizer."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    torch.manual_seed(5)
-    config = transformers.Qwen3Config(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("models") / "small"
-    transformers.Qwen3ForCausalLM(config).to(torch.float16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MODEL / name, folder / name)
-    return folder
+    return save_small(tmp_path_factory.mktemp("models") / "small", layers=1, positions=512, seed=5)
 
 
 BUILD = ["--dies", "2", "--seqlens", "1,4", "--max-kv", "32"]

@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
+from tests.tools.small_qwen3 import save_small  # noqa: E402
 from tyir.diagnostics import TyirError  # noqa: E402
 from tyir.execution.awq_table import AwqTable  # noqa: E402
 from tyir.frontends.dense_state import dense_state  # noqa: E402
@@ -38,23 +39,7 @@ WORDS = "The old house stood at the end of the road, and nobody went there. " * 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers with grouped heads, biases, and norms of queries and keys as Qwen3 has them."""
-    torch.manual_seed(3)
-    config = transformers.Qwen3Config(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("models") / "small"
-    transformers.Qwen3ForCausalLM(config).to(torch.float16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TINY / name, folder / name)
-    return folder
+    return save_small(tmp_path_factory.mktemp("models") / "small", layers=2, positions=128, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +203,13 @@ def test_refusals(
         main([str(model), *given, "--window", "16"] if "--window" not in given else [str(model), *given]) == 1
     )
     assert message in capsys.readouterr().err
+
+
+def test_models_that_see_pictures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeing = TINY.with_name("tiny-qwen2.5-vl")
+    assert main([str(seeing), "-o", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "sees pictures" in error and "--weights int4" in error and not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------- slow ones

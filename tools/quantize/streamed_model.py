@@ -95,6 +95,14 @@ class StreamedModel:
     ) -> None:
         self.folder, self.window, self.device = folder, window, device
         self.opened: OpenedModel = open_model(folder, "f32", note, base=base)
+        if self.opened.meta.sees:
+            raise TyirError(
+                f"{type(self.opened.meta.model).__name__} sees pictures: texts alone do not calibrate it",
+                help=(
+                    "use tyir-compile --weights int4, which leaves the tower alone, or an AWQ or GPTQ"
+                    " checkpoint made elsewhere"
+                ),
+            )
         self._reader = CheckpointReader(self.opened.checkpoint.folder)
         with torch.device("meta"):
             self.model = build_plain_model(folder, base=base)

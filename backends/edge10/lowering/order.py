@@ -8,19 +8,21 @@ k = linear(x); v = linear(x); k = rope(k); append(k); append(v); q = linear(x); 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
 from tyir.ir import Op, Value
 
-__all__ = ["keys_first"]
+__all__ = ["keys_first", "makers"]
 
 
 def keys_first(function: Func) -> Func:
     """A copy of a layer function, in that order."""
     copy = function.clone()
     for attention in [op for op in copy.body if isinstance(op, CachedAttention)]:
-        wanted = _makers([v for v in attention.operands if v is not attention.q])
-        own = [op for op in _makers([attention.q]) if op not in wanted]
+        wanted = makers([v for v in attention.operands if v is not attention.q])
+        own = [op for op in makers([attention.q]) if op not in wanted]
         first = next((op for op in copy.body if op in own), None)
         if first is None:
             continue
@@ -29,8 +31,8 @@ def keys_first(function: Func) -> Func:
     return copy
 
 
-def _makers(values: list[Value]) -> set[Op]:
-    """The ops that the values depend on."""
+def makers(values: Collection[Value]) -> set[Op]:
+    """The ops that values depend on."""
     found: set[Op] = set()
     waiting = [v.op for v in values if v.op is not None]
     while waiting:

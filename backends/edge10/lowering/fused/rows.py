@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from tyir.backends.edge10.lowering.order import makers
 from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import Append
 from tyir.dialects.ty import Attention
-from tyir.ir import Op, Value
+from tyir.ir import Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, Type
 
@@ -47,7 +48,7 @@ def in_two(function: Func) -> tuple[Func, Func] | None:
     if len(found) != 1:
         return None
     handed = found[0].operands
-    before = _makers(handed)
+    before = makers(handed)
     types, names = [a.type for a in function.args], [a.name for a in function.args]
     first = Func.make(f"{function.sym_name}.qkv", types, names)
     second = Func.make(
@@ -65,18 +66,6 @@ def in_two(function: Func) -> tuple[Func, Func] | None:
     for part in (first, second):
         part.refresh_type()
     return first, second
-
-
-def _makers(values: Collection[Value]) -> set[Op]:
-    """The ops that values depend on."""
-    found: set[Op] = set()
-    waiting = [v.op for v in values if v.op is not None]
-    while waiting:
-        op = waiting.pop()
-        if op not in found:
-            found.add(op)
-            waiting += [v.op for v in op.operands if v.op is not None]
-    return found
 
 
 def rows_part(function: Func, tokens: int, first: int, count: int, whole: Collection[int] = ()) -> Func:

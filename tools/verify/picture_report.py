@@ -15,7 +15,6 @@ from tyir.tools.cli import note
 from tyir.tools.commands.json_forms import PictureChecked, TowerRowsChecked, print_json
 from tyir.tools.run.turns import Turns
 from tyir.tools.tokenizer import load_tokenizer
-from tyir.tools.tyir_verify import HEAD, TOKENS, agrees, form_of, print_end, row_of
 from tyir.tools.verify.compare import LayerStates
 from tyir.tools.verify.locate import locate, locate_in_tower
 from tyir.tools.verify.pictures import (
@@ -25,6 +24,7 @@ from tyir.tools.verify.pictures import (
     check_picture,
     drawn_picture,
 )
+from tyir.tools.verify.prompt_report import HEAD, TOKENS, agrees, form_of, print_end, row_of, tell_divergence
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
@@ -69,11 +69,7 @@ def verify_pictures(args: argparse.Namespace, artifacts: Artifacts, plugin: Mode
         else:  # the language model is the same one for text
             ids = [token for token in prompts[0].ids if token != vision_of(artifacts).ids.image][:24]
             found = locate(artifacts, args.against, ids, args.engine, plugin=plugin, base=args.base)
-        note(
-            f"first divergence: {found}"
-            if found
-            else "no single op is off by more than rounding: errors add up over the layers"
-        )
+        tell_divergence(found)
     if args.json:
         print_json(form_of(prompts, good, str(found) if found else None, _pictures(results)))
     return 0 if good else 1
