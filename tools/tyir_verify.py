@@ -153,17 +153,25 @@ def _check_same_model(manifest: Manifest, path: Path, base: Path | None) -> None
     """`TyirError` when the sizes in a checkpoint's config.json are not those of the artifacts: said before
     anything is compared, or quantised by the sizes of another model.
     """
+    from tyir.tools.estimate.shape import language_config
+
     folder = base if base is not None and not (path / "config.json").is_file() else path
     try:
         config = load_json(folder / "config.json")
     except (OSError, ValueError):
         return  # a GGUF file; what is wrong with a config.json is said when the model is read
+    if not isinstance(config, dict):
+        return
     compiled: Mapping[str, object] = {**manifest.model}
+    sizes = language_config(config)
     other = [
-        f"{key} {config[key]}, the artifacts {compiled[key]}"
+        f"{key} {sizes[key]}, the artifacts {compiled[key]}"
         for key in _SIZES
-        if isinstance(config, dict) and key in config and key in compiled and config[key] != compiled[key]
+        if key in sizes and key in compiled and sizes[key] != compiled[key]
     ]
+    seen = manifest.vision.model_type if manifest.vision is not None else None
+    if seen is not None and config.get("model_type") != seen:
+        other.insert(0, f"model_type {config.get('model_type')}, the artifacts {seen}")
     if other:
         raise TyirError(
             f"{path} is not the model that these artifacts were compiled from: it has {'; '.join(other)}",

@@ -100,7 +100,7 @@ def test_the_command(name: str, compiled: Compiled, capsys: pytest.CaptureFixtur
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
     assert found["min_logit_cosine"] >= 0.9999
-    rows = {row["name"]: row for row in found["tower"][0]["rows"]}
+    rows = {row["name"]: row for row in found["pictures"][0]["rows"]}
     assert {"block 0", "block 4", "embeddings"} <= rows.keys()
     assert rows["embeddings"]["min_cosine"] >= 0.99999
     assert all(row["not_finite"] == 0 and row["max"] > 0 for row in rows.values())
@@ -126,3 +126,11 @@ def test_text_only_artifacts_are_not_shown_pictures(
 ) -> None:
     assert main([str(text_only), "--against", str(MODELS / "tiny-qwen2"), "--image", "a.png"]) == 1
     assert "takes text only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["tiny-llava", "tiny-qwen2"])
+def test_another_model_is_named(other: str, compiled: Compiled, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is compared: sizes stand deeper in a config that has a tower."""
+    assert main([str(compiled(QWEN, 1)), "--against", str(MODELS / other)]) == 1
+    error = capsys.readouterr().err
+    assert f"{other} is not the model" in error and "the artifacts qwen2_5_vl; " in error

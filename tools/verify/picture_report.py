@@ -52,7 +52,7 @@ def verify_pictures(args: argparse.Namespace, artifacts: Artifacts, plugin: Mode
     seen = all(r.good for r in results)
     good = seen and all(map(agrees, prompts))
     if not args.json:
-        _print(results)
+        _print(results, vision_of(artifacts).exponent)
         print(HEAD)
         for number, prompt in enumerate(prompts):
             print(row_of(number, prompt))
@@ -75,7 +75,7 @@ def verify_pictures(args: argparse.Namespace, artifacts: Artifacts, plugin: Mode
     return 0 if good else 1
 
 
-def _print(results: Sequence[PictureResult]) -> None:
+def _print(results: Sequence[PictureResult], exponent: int) -> None:
     """The tower, block by block, over all pictures."""
     for number, result in enumerate(results):
         print(f"picture {number}: {result.name}, embeddings off by {result.relative:.1e} of their mean")
@@ -84,6 +84,11 @@ def _print(results: Sequence[PictureResult]) -> None:
         print(
             f"{rows[0].name:>12}{min(r.cosine for r in rows):>17.7f}{max(r.largest for r in rows):>12.4g}"
             f"{max(r.expected for r in rows):>12.4g}{sum(r.not_finite for r in rows):>12}"
+        )
+    if exponent:
+        print(
+            f"max |x| of blocks is the programs', whose stream is 1/{2**exponent} of the model's"
+            " (--vision-exponent)"
         )
     print()
 
