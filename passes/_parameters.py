@@ -71,6 +71,7 @@ class ParameterUse:
 
 def insert_before(user: Op, new: Op) -> Op:
     """A new op of the place of another, before it."""
+    new.loc = user.loc
     return carry(new, user).insert_before(user)
 
 

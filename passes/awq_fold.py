@@ -248,7 +248,7 @@ class _Fold:
         """A tensor of the table."""
         kind = self.symbols.setdefault(name, TensorType(self.table.entries[name].shape, f32))
         reference = GetGlobal(symbol=SymbolRefAttr(_PREFIX + name), result_types=[kind])
-        return reference.insert_before(user).result
+        return insert_before(user, reference).result
 
     def _declare(self) -> None:
         """The table's tensors as `ty.global`s, and its file among those that are looked at before use."""

@@ -71,24 +71,27 @@ class _Sequences:
         block = self.function.body
         ops = list(block)
         for arg in block.args:
-            sequence = Reshape(arg, shape=(1, *tensor_type(arg).static_shape))
-            self.lines[arg] = sequence.insert_before(ops[0]).results[0]
+            reader = min(arg.users, key=ops.index, default=ops[0])
+            sequence = Reshape(arg, shape=(1, *tensor_type(arg).static_shape), loc=reader.loc)
+            self.lines[arg] = carry(sequence, reader).insert_before(ops[0]).results[0]
         for op in ops:
             if isinstance(op, Return):
-                op.operands = [self._lined_up(v, op) for v in op.operands]
+                op.operands = [self._lined_up(v) for v in op.operands]
             elif op.results and not self.constants.is_constant(op.results[0]) and op.operands:
                 self._convert(op)
         for op in reversed(list(block)):
             if op.results and op.is_unused:
                 op.erase()
 
-    def _lined_up(self, value: Value, user: Op) -> Value:
+    def _lined_up(self, value: Value) -> Value:
         """A value in its own shape."""
         lifted = self.lines.get(value)
         if lifted is None:
             return value
-        back = Reshape(lifted, shape=tensor_type(value).static_shape, loc=user.loc)
-        return carry(back, value.op).insert_before(user).results[0]
+        made = lifted.op
+        assert made is not None
+        back = Reshape(lifted, shape=tensor_type(value).static_shape, loc=made.loc)
+        return carry(back, made).insert_before(self.function.body.last_op).results[0]
 
     def _convert(self, op: Op) -> None:
         if not any(v in self.lines for v in op.operands):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import signal
 
 import pytest
+from hypothesis import settings
 
 # Named here too, so that a checkout needs no installed entry point; pytest loads a plugin of one name once.
 pytest_plugins = ["tyir.tools.testing.plugin"]
 
 
-def pytest_configure() -> None:
-    """Signals as a terminal leaves them: what nohup and a shell's `&` ignore, commands of tests would too."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Random inputs are the same in every run: a change is judged by itself.  `--slow` looks for new ones.
+
+    Signals are as a terminal leaves them: what nohup and a shell's `&` ignore, commands of tests would too.
+    """
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("default" if config.getoption("--slow") else "repeatable")
     usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
     for name, handler in usual.items():
         if (number := getattr(signal, name, None)) and signal.getsignal(number) is signal.SIG_IGN:

@@ -29,7 +29,7 @@ from tyir.dialects.ty import tensor_type
 from tyir.execution.constexpr import expression_ops
 from tyir.execution.finite import number_problem
 from tyir.execution.safetensors_layout import SafetensorsLayout
-from tyir.execution.weights import CheckpointReader, WeightSource, check_files, checkpoint_of
+from tyir.execution.weights import CheckpointReader, check_files, checkpoint_of
 from tyir.interpreter import evaluate_op, lookup_symbol
 from tyir.ir import Value
 from tyir.layers import layer_of
@@ -257,7 +257,7 @@ class _Writer:
     ) -> None:
         self.format, self.quantization = format, quantization
         self.rounded, self.progress = rounded, progress
-        self.weights: WeightSource = CheckpointReader(checkpoint_of(module))
+        self.weights = CheckpointReader(checkpoint_of(module))
 
     def write(self, entries: list[_Entry], folder: Path, max_shard: int) -> None:
         """All shards, and their index when there are several."""
@@ -286,6 +286,7 @@ class _Writer:
                 with layout.create(folder / name) as file:
                     for entry in shard:
                         problems += self._write(entry, layout, file)
+                        self.weights.give_back()
                         bar.advance()
         if problems:
             raise TyirError(problems)

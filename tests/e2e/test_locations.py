@@ -7,9 +7,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tyir.dialects.builtin import Module
-from tyir.layers import layer_of
-from tyir.location import UNKNOWN
+from tyir.layers import layer_of, path_of
+from tyir.location import UNKNOWN, NameLoc
 from tyir.parser import parse_file
 from tyir.pass_manager.registry import PassRegistry
 from tyir.pipeline import PassContext, run_pipeline
@@ -22,6 +24,11 @@ PIPELINE = (
 )
 BRANCHES = ("partition-dies", "inline", "specialize-batch")  # they stand for, undo or exclude passes above
 FORGETS = ("strip-debuginfo",)  # its purpose
+PASSES = Path(__file__).parents[1] / "passes"
+INPUTS = {
+    "tower.ir": "extract-graph{graph=visual_12x4},scale-residual,static-step",
+    "layer.ir": f"awq-fold{{table={PASSES}/layer.awq.safetensors}}",
+}  # passes that want more than a text model, and what they have it from
 STRUCTURE = {
     "builtin.module",
     "func.func",
@@ -52,7 +59,9 @@ def _layers(module: Module) -> set[int]:
 
 
 def test_the_list_is_complete() -> None:
-    named = {item.partition("{")[0] for item in PIPELINE.split(",")}
+    named = {
+        item.partition("{")[0] for pipeline in (PIPELINE, *INPUTS.values()) for item in pipeline.split(",")
+    }
     assert named | {*BRANCHES, *FORGETS} == set(PassRegistry().names())
 
 
@@ -74,3 +83,19 @@ def test_no_pass_drops_locations(imported: Path, tmp_path: Path) -> None:
         run_pipeline(module, item.format(folder=tmp_path), PassContext())
         assert not _lost(module), name
         assert _layers(module) == layers, name
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_no_pass_drops_locations_of_its_own_input(name: str) -> None:
+    module = parse_file(PASSES / name)
+    for op in module.walk():
+        if op.name not in STRUCTURE:
+            op.loc = NameLoc(path_of(op) or op.name)
+    layers = _layers(module)
+    assert layers
+    for item in INPUTS[name].split(","):
+        before = [*module.walk()]
+        run_pipeline(module, item, PassContext())
+        assert [*module.walk()] != before, f"{item} did nothing"
+        assert not _lost(module), item
+        assert _layers(module) == layers, item

@@ -143,7 +143,9 @@ class StreamedModel:
         """All parameters and buffers of a layer, by their names in it."""
         layer = self.layers[index]
         names = [n for n, _ in layer.named_parameters()] + [n for n, _ in layer.named_buffers()]
-        return {name: self._tensor(f"{self.paths[index]}.{name}") for name in names}
+        found = {name: self._tensor(f"{self.paths[index]}.{name}") for name in names}
+        self._reader.give_back()
+        return found
 
     def linears(self, index: int) -> list[LinearModule]:
         """The linears of a layer in the order of its modules."""

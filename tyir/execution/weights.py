@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -240,10 +241,21 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._maps: dict[str, npt.NDArray[np.uint8]] = {}
 
-    @lru_cache(maxsize=64)  # noqa: B019 - a reader lives as long as one compile
     def _map(self, file: str) -> npt.NDArray[np.uint8]:
-        return self._open(file)
+        if file not in self._maps:
+            self._maps[file] = self._open(file)
+        return self._maps[file]
+
+    def give_back(self) -> None:
+        """Let the system have the pages that were read: a walk over a whole model then takes no more memory
+        than what is being worked on.  Arrays stay as they are, and read their bytes from the file again.
+        """
+        for array in self._maps.values():
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _open(self, file: str) -> npt.NDArray[np.uint8]:
         return _mapped(self.folder, file)
