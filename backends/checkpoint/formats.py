@@ -25,12 +25,15 @@ _PER_WORD: Final = 8
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a checkpoint says of itself: `kept` are the module paths of linears that are not quantised."""
+    """What a checkpoint says of itself: `kept` are the module paths of linears that are not quantised,
+    `apart` those of modules of which nothing is (a vision tower).
+    """
 
     group_size: int
     symmetric: bool
     kept: tuple[str, ...]
     lm_head: bool
+    apart: tuple[str, ...] = ()
 
 
 class CheckpointFormat(Protocol):
@@ -86,7 +89,7 @@ class _Awq:
             "group_size": quantization.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": list(quantization.kept) or None,
+            "modules_to_not_convert": [*quantization.apart, *quantization.kept] or None,
             **({"lm_head": True} if quantization.lm_head else {}),
         }
 
@@ -122,7 +125,10 @@ class _Gptq:
         }
 
     def config(self, quantization: Quantization) -> dict[str, Any]:
-        kept: dict[str, dict[str, Any]] = {f"-:^{re.escape(path)}$": {} for path in quantization.kept}
+        kept: dict[str, dict[str, Any]] = {
+            **{rf"-:^{re.escape(path)}\.": {} for path in quantization.apart},
+            **{f"-:^{re.escape(path)}$": {} for path in quantization.kept},
+        }
         return {
             "quant_method": "gptq",
             "bits": 4,
@@ -171,6 +177,7 @@ class _CompressedTensors:
             "actorder": None,
         }
         head = () if quantization.lm_head else ("lm_head",)
+        apart = [rf"re:^{re.escape(path)}\..*" for path in quantization.apart]
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -183,7 +190,7 @@ class _CompressedTensors:
                     "output_activations": None,
                 }
             },
-            "ignore": [*head, *(path for path in quantization.kept if path not in head)],
+            "ignore": [*head, *apart, *(path for path in quantization.kept if path not in head)],
             "kv_cache_scheme": None,
         }
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ from tyir.passes._parameters import HEAD, ParameterUse, ParameterUses, parameter
 from tyir.process.files import parse_json
 from tyir.process.progress import Bar
 
-__all__ = ["MAX_SHARD", "Rounded", "check_source", "write_checkpoint"]
+__all__ = ["MAX_SHARD", "Beside", "Rounded", "check_source", "write_checkpoint"]
 
 Array = npt.NDArray[Any]
 Rounded = tuple[Array, Array, Array]
@@ -56,6 +57,18 @@ _OF_THE_SOURCE: Final = (
     "quantization_config.json",
     "adapter_config.json",
 )
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A parameter that no function of the module reads, of a tower or a projector: what it is called in the
+    model and in the source, its shape, and what reads it.
+    """
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,8 @@ def write_checkpoint(
     format: str = "awq",
     files: Mapping[str, bytes] | None = None,
     rounded: Mapping[str, Rounded] | None = None,
+    names: Mapping[str, str] | None = None,
+    beside: Sequence[Beside] = (),
     max_shard: int = MAX_SHARD,
     progress: bool = False,
 ) -> Path:
@@ -90,8 +105,9 @@ def write_checkpoint(
     `format`: "awq" (AutoAWQ GEMM), "gptq" or "compressed-tensors" (pack-quantized).  config.json, the
     tokenizer and other small files are those of the checkpoint the module was imported from; `files` stand in
     for those that its folder does not hold.  `rounded`: q [N, K] and zeros [N, K/g] (0..15), scales f16
-    [N, K/g] of linears by module path, in place of what round-to-nearest gives (GPTQ's).  Peak memory is that
-    of the largest tensor's expression.
+    [N, K/g] of linears by module path, in place of what round-to-nearest gives (GPTQ's).  `names`: what the
+    source calls parameters, where that is not their name in the model; `beside`: those that the module's
+    functions do not read, which are written in f16.  Peak memory is that of the largest tensor's expression.
 
     `TyirError`, and `out` as it was, for what a format cannot hold, `rounded` weights of no such linear, a
     checkpoint that is quantised already, a source that has changed since it was imported, and tensors that
@@ -104,6 +120,8 @@ def write_checkpoint(
     config = _config(source, files or {})
     parameters = _Parameters(module)
     entries, quantization = parameters.entries, parameters.quantization
+    called = _Names(entries, names or {}, beside)
+    quantization = replace(quantization, apart=called.apart())
     if problems := [*_problems(entries, found, format), *_rounded_problems(entries, rounded or {})]:
         raise TyirError(problems)
     check_files(module)
@@ -111,12 +129,16 @@ def write_checkpoint(
     config.pop("torch_dtype", None)
     config["dtype"] = "float16"
     if parameters.untied:
-        config["tie_word_embeddings"] = False
+        for each in (config, config.get("text_config")):
+            if isinstance(each, dict):
+                each["tie_word_embeddings"] = False
     with replacing(out, lambda name, is_folder: not is_folder) as folder:
         for name, data in _side_files(source, files or {}):
             (folder / name).write_bytes(data)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _Writer(module, found, quantization, rounded or {}, progress).write(entries, folder, max_shard)
+        _Writer(module, found, quantization, rounded or {}, called, progress).write(
+            sorted([*entries, *beside], key=lambda e: e.name), folder, max_shard
+        )
     return out
 
 
@@ -156,6 +178,42 @@ def _side_files(source: Path, files: Mapping[str, bytes]) -> Iterator[tuple[str,
         if wanted and not weights and name not in _OF_THE_SOURCE and path.is_file():
             yield name, path.read_bytes()
     yield from ((n, data) for n, data in files.items() if n != _CONFIG and not (source / n).exists())
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What is called what."""
+
+    entries: list[_Entry]
+    names: Mapping[str, str]
+    beside: Sequence[Beside]
+
+    def stored(self, name: str) -> str:
+        """The name of a parameter in the checkpoint."""
+        return self.names.get(name, name)
+
+    def apart(self) -> tuple[str, ...]:
+        """The modules that hold parameters beside and none of the module's: as the source calls them, which
+        is what AutoAWQ lists, and as the model does, which is what transformers looks for.
+        """
+        inside = [entry.name for entry in self.entries]
+        in_source = _roots([b.stored for b in self.beside], map(self.stored, inside))
+        in_model = _roots([b.name for b in self.beside], inside)
+        return tuple(dict.fromkeys([*in_source, *in_model]))
+
+
+def _roots(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest paths in front of names that none of the others begins with.
+
+    >>> _roots(["model.visual.merger.weight", "model.visual.blocks.0.weight"], ["model.language_model.norm"])
+    ['model.visual']
+    """
+    taken = {path for name in others for path in accumulate(name.split("."), "{}.{}".format)}
+    found = (
+        next((p for p in accumulate(name.split("."), "{}.{}".format) if p not in taken), name)
+        for name in names
+    )
+    return list(dict.fromkeys(found))
 
 
 class _Parameters:
@@ -253,15 +311,16 @@ class _Writer:
         format: CheckpointFormat,
         quantization: Quantization,
         rounded: Mapping[str, Rounded],
+        called: _Names,
         progress: bool,
     ) -> None:
-        self.format, self.quantization = format, quantization
+        self.format, self.quantization, self.called = format, quantization, called
         self.rounded, self.progress = rounded, progress
         self.weights = CheckpointReader(checkpoint_of(module))
 
-    def write(self, entries: list[_Entry], folder: Path, max_shard: int) -> None:
+    def write(self, entries: list[_Entry | Beside], folder: Path, max_shard: int) -> None:
         """All shards, and their index when there are several."""
-        shards: list[list[_Entry]] = [[]]
+        shards: list[list[_Entry | Beside]] = [[]]
         sizes = [0]
         for entry in entries:
             size = sum(_bytes(*what) for what in self._stored(entry).values())
@@ -294,18 +353,22 @@ class _Writer:
             content = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
             (folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def _stored(self, entry: _Entry) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def _stored(self, entry: _Entry | Beside) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The tensors of an entry by their names."""
+        if isinstance(entry, Beside):
+            return {entry.stored: ("F16", entry.shape)}
+        name = self.called.stored(entry.name)
         if entry.quantized is None:
-            return {entry.name: ("F16", entry.shape)}
+            return {name: ("F16", entry.shape)}
         n, k = entry.shape
         parts = self.format.stored(n, k, self.quantization)
-        return {f"{entry.path}.{part}": what for part, what in parts.items()}
+        return {f"{name.rpartition('.')[0]}.{part}": what for part, what in parts.items()}
 
-    def _write(self, entry: _Entry, layout: SafetensorsLayout, file: Any) -> Iterator[Diagnostic]:
-        if entry.quantized is None:
-            file.seek(layout.slots[entry.name].offset)
-            for block in self._plain(entry.use.root):
+    def _write(self, entry: _Entry | Beside, layout: SafetensorsLayout, file: Any) -> Iterator[Diagnostic]:
+        if isinstance(entry, Beside) or entry.quantized is None:
+            (name,) = self._stored(entry)
+            file.seek(layout.slots[name].offset)
+            for block in self._in_f16(entry):
                 if (problem := number_problem(block, f16=False)) is not None:
                     yield self._not_finite(entry, problem)
                     return
@@ -342,7 +405,15 @@ class _Writer:
         q, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
         return q, scales, zeros
 
-    def _not_finite(self, entry: _Entry, problem: tuple[str, str]) -> Diagnostic:
+    def _in_f16(self, entry: _Entry | Beside) -> Iterator[npt.NDArray[np.float16]]:
+        """A parameter that is not quantised."""
+        if isinstance(entry, _Entry):
+            yield from self._plain(entry.use.root)
+            return
+        with np.errstate(all="ignore"):
+            yield np.ascontiguousarray(entry.read().astype(np.float16, copy=False))
+
+    def _not_finite(self, entry: _Entry | Beside, problem: tuple[str, str]) -> Diagnostic:
         """What is wrong with a tensor: the stored one, or what was made of it."""
         found, _ = problem
         return Diagnostic(

@@ -24,9 +24,9 @@ from tyir.frontends.attention_hook import TOWER
 from tyir.frontends.layer_reuse import layers_traced_once
 from tyir.frontends.vision.rotary import FixedRotary, Turning, turning_of
 
-__all__ = ["Language", "Tower", "language_of", "tower_of", "turning_of_language"]
+__all__ = ["LANGUAGE_MODEL", "Language", "Tower", "language_of", "tower_of", "turning_of_language"]
 
-_LANGUAGE: Final = "model.language_model"
+LANGUAGE_MODEL: Final = "model.language_model"  # the path of every model's that can be imported
 _TEXT_AXES, _TOWER_AXES = 3, 2
 
 
@@ -60,7 +60,7 @@ def turning_of_language(model: Any) -> Turning | None:
     """How the language model turns queries and keys by positions on three axes; None where each token has
     one position.
     """
-    language = model.get_submodule(_LANGUAGE)
+    language = model.get_submodule(LANGUAGE_MODEL)
     parameters = getattr(language.config, "rope_parameters", None) or {}
     if "mrope_section" not in parameters:
         return None
@@ -86,7 +86,7 @@ class Language(torch.nn.Module):  # type: ignore[misc]  # torch is not followed 
         """Arguments for tracing, on the meta device."""
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         positions = ids.new_zeros((_TEXT_AXES, 1, length)) if self.turning is not None else ids.clone()
-        config = self.model_.get_submodule(_LANGUAGE).config
+        config = self.model_.get_submodule(LANGUAGE_MODEL).config
         dtype = self.model_.lm_head.weight.dtype
         addends = [
             torch.zeros(1, length, config.hidden_size, dtype=dtype, device="meta")
@@ -101,7 +101,7 @@ class Language(torch.nn.Module):  # type: ignore[misc]  # torch is not followed 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """While this holds the model is as it is exported."""
-        language = self.model_.get_submodule(_LANGUAGE)
+        language = self.model_.get_submodule(LANGUAGE_MODEL)
         members: dict[str, Any] = {}
         if self.turning is not None:
             members["rotary_emb"] = FixedRotary(self.turning)
@@ -112,7 +112,7 @@ class Language(torch.nn.Module):  # type: ignore[misc]  # torch is not followed 
 
     def reuse(self) -> contextlib.AbstractContextManager[None]:
         """Equal layers are traced once."""
-        return layers_traced_once(self.model_.get_submodule(_LANGUAGE), f"{_LANGUAGE}.")
+        return layers_traced_once(self.model_.get_submodule(LANGUAGE_MODEL), f"{LANGUAGE_MODEL}.")
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *addends: Any) -> torch.Tensor:
         language = self.model_.model.language_model

@@ -205,13 +205,6 @@ def test_refusals(
     assert message in capsys.readouterr().err
 
 
-def test_models_that_see_pictures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seeing = TINY.with_name("tiny-qwen2.5-vl")
-    assert main([str(seeing), "-o", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert "sees pictures" in error and "--weights int4" in error and not (tmp_path / "out").exists()
-
-
 # ------------------------------------------------------------------------------------------------- slow ones
 
 

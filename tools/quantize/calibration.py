@@ -31,6 +31,8 @@ Tensor = Any
 _FIELDS: Final = ("text", "content")
 _MAX_GENERATING: Final = 4 << 30  # bytes of f32 weights that the model's own generations may take
 _BATCH: Final = 16
+# Entries of a config that name tokens in whose place pictures stand: no text has them.
+_OF_PICTURES: Final = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 def text_windows(folder: Path, source: Path, window: int, characters: int | None = None) -> Tensor:
@@ -131,10 +133,13 @@ def generated_windows(folder: Path, window: int, samples: int, seed: int) -> Ten
         for name, array in dense_state(folder):
             model.get_parameter(name).copy_(torch.tensor(array))
     model.tie_weights()
+    config = model.config.get_text_config()
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        first = torch.randint(model.config.vocab_size, (samples, 1))
+        first = torch.randint(config.vocab_size, (samples, 1))
+        pictures = [i for key, i in vars(model.config).items() if key.endswith(_OF_PICTURES)]
+        first[torch.isin(first, torch.tensor(pictures, dtype=first.dtype))] = 0
         parts = []
         for start in range(0, samples, _BATCH):
             begin = first[start : start + _BATCH]
@@ -150,6 +155,7 @@ def generated_windows(folder: Path, window: int, samples: int, seed: int) -> Ten
                     pad_token_id=0,
                     min_new_tokens=window - 1,
                     max_new_tokens=window - 1,
+                    suppress_tokens=pictures or None,
                 )
             )
         return torch.cat(parts)

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from tyir.diagnostics import TyirError
+from tyir.process.memory import return_free_memory
 from tyir.tools.quantize.arithmetic import Quantized, dequantized, extremes, folded, quantized, to_f16
 from tyir.tools.quantize.gptq import gptq_rounded
 from tyir.tools.quantize.moments import Inputs, Moments
@@ -120,12 +121,14 @@ class _LayerSearch:
         self.found = LayerResult()
 
     def result(self) -> LayerResult:
-        for stage in self._stages():
-            self._search(stage)
+        stages = self._stages()
+        for stage in stages:
+            self._search(stage, last=stage is stages[-1])
         self._divide_producers()
-        self.found.tensors = dict(self.plain)
+        self.found.tensors = self.model.tensors(self.index)
         for path, linear in self.linears.items():
-            self.found.tensors[linear.weight_name] = linear.stored(self._final(path, linear))
+            weight = linear.weight(self.found.tensors)
+            self.found.tensors[linear.weight_name] = linear.stored(self._final(path, weight))
         return self.found
 
     # ---------------------------------------------------------------------------------------- running
@@ -207,8 +210,13 @@ class _LayerSearch:
 
     # -------------------------------------------------------------------------------------- the search
 
-    def _search(self, stage: Sequence[LinearModule]) -> None:
+    def _search(self, stage: Sequence[LinearModule], last: bool) -> None:
         found = self._moments(stage)
+        if last:  # the layer does not run any more: its weights give room to the largest of all moments
+            names = {linear.weight_name for linear in stage}
+            self.plain = {name: t for name, t in self.plain.items() if name in names}
+            self.current = {}
+        return_free_memory()
         paths = {self.prefix + linear.path for linear in stage}
         group = next((g for g in self.groups if set(g.readers) <= paths), None)
         chosen = None
@@ -239,7 +247,8 @@ class _LayerSearch:
             numbers = self._numbers(path, weight, ranges if self.settings.ranges else None)
             after = dequantized(numbers, self.grid)
             after = after if columns is None else after / columns
-            self.current[linear.weight_name] = linear.stored(after)
+            if not last:
+                self.current[linear.weight_name] = linear.stored(after)
             kept = 1.0
             if self.settings.ranges:
                 widest = extremes(weight, self.grid)
@@ -278,11 +287,11 @@ class _LayerSearch:
             if rows is not None:
                 self.found.ranges[path] = to_f16(ranges / rows[:, None])
 
-    def _final(self, path: str, linear: LinearModule) -> Tensor:
-        """A linear's weight as the finished table has it, in the coordinates of the unscaled model."""
+    def _final(self, path: str, weight: Tensor) -> Tensor:
+        """A linear's weight [N, K] as the finished table has it, in the coordinates of the unscaled model."""
         full = self.prefix + path
-        columns, rows = self.columns.get(full), self._rows(full, linear.shape[0])
-        weight = folded(linear.weight(self.plain), rows, columns)
+        columns, rows = self.columns.get(full), self._rows(full, len(weight))
+        weight = folded(weight, rows, columns)
         numbers = self._numbers(full, weight, self.found.ranges.get(full))
         if full in self.codes:
             q, scales, zeros = numbers

@@ -5,16 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
-from tyir.backends.checkpoint.writer import check_source, write_checkpoint
+from tyir.backends.checkpoint.writer import Beside, check_source, write_checkpoint
 from tyir.backends.replacing import check_target
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
+from tyir.dialects.ty import Global
 from tyir.execution.awq_table import AwqTable
-from tyir.frontends.huggingface import import_model
+from tyir.execution.weights import CheckpointReader
+from tyir.frontends.dense_state import parameter_array
+from tyir.frontends.huggingface import OpenedModel, import_model
 from tyir.layers import is_named_in
 from tyir.passes.pipelines import awq_pipeline
 from tyir.pipeline import run_pipeline
@@ -107,6 +113,7 @@ def quantize(
             format=format or ("gptq" if settings.method == "gptq" else "awq"),
             rounded=found.rounded,
             progress=progress,
+            **_around(model.opened, module),
         )
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +148,32 @@ def check_device(device: str) -> None:
         raise TyirError(
             f"device '{device}' cannot be used: {str(error).splitlines()[0]}", help="use --device cpu"
         ) from None
+
+
+def _around(opened: OpenedModel, module: Module) -> dict[str, Any]:
+    """What `write_checkpoint` is told of a model that sees pictures: the names of its parameters in the
+    source, and those of tower and projector, which stay as they are.
+    """
+    if not opened.meta.sees:
+        return {}
+    weights, tensors = opened.weights, opened.checkpoint.tensors
+    read = {str(g.sym_name) for g in module.body if isinstance(g, Global)}
+    reader = CheckpointReader(opened.checkpoint.folder)
+
+    def array(name: str) -> Any:
+        found = np.array(parameter_array(weights, name, reader))
+        reader.give_back()
+        return found
+
+    outside = dict.fromkeys(
+        name for each in opened.meta.state if (name := weights.canonical(each)) not in read
+    )
+    return {
+        "names": {name: tensors[name].key for name in read if name in tensors},
+        "beside": [
+            Beside(name, tensors[name].key, weights.shape(name), partial(array, name)) for name in outside
+        ],
+    }
 
 
 def _noting(warn: Callable[[str], None]) -> Callable[[Diagnostic], None]:

@@ -85,21 +85,23 @@ def _best(weight: Tensor, error: tuple[Tensor, Tensor], tried: Tensor, grid: Gri
     """
     pull, curvature = error
     scales, zeros = scales_and_zeros(tried[0], tried[1], grid)
-    least = (torch.round(tried[0] / scales) + zeros).clamp_(0, grid.highest)[..., None]
-    most = (torch.round(tried[1] / scales) + zeros).clamp_(0, grid.highest)[..., None]
-    scales, zeros = scales[..., None], zeros[..., None]
+    # whole numbers are counted from the zero point here: fewer steps for every weight
+    least, most = (
+        (torch.round(end / scales) + zeros).clamp_(0, grid.highest).sub_(zeros)[..., None] for end in tried
+    )
+    parts, scales = (1 / scales)[..., None], scales[..., None]
 
-    def rounded(scales: Tensor, zeros: Tensor, least: Tensor, most: Tensor) -> Tensor:
-        q = torch.round(weight / scales).add_(zeros)
-        return torch.minimum(torch.maximum(q, least, out=q), most, out=q).sub_(zeros).mul_(scales)
+    def rounded(part: Tensor, least: Tensor, most: Tensor, scales: Tensor) -> Tensor:
+        q = (weight * part).round_()
+        return torch.minimum(torch.maximum(q, least, out=q), most, out=q).mul_(scales)
 
     costs = []
-    for each in zip(scales, zeros, least, most, strict=True):
+    for each in zip(parts, least, most, scales, strict=True):
         w = rounded(*each)
         costs.append((w @ curvature).add_(pull).mul_(w).sum(1))
     chosen = torch.stack(costs).argmin(0)
     rows = torch.arange(len(weight), device=weight.device)
-    return rounded(*(each[chosen, rows] for each in (scales, zeros, least, most))), tried[:, chosen, rows]
+    return rounded(*(each[chosen, rows] for each in (parts, least, most, scales))), tried[:, chosen, rows]
 
 
 def _fractions(grid: Grid, points: int) -> list[tuple[float, float]]:

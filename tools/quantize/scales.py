@@ -22,7 +22,7 @@ __all__ = ["ChosenScale", "search_scale"]
 
 Tensor = Any
 _RATIOS: Final = 20
-_SAMPLED: Final = 1 << 20  # weights of each reader that are looked at, in whole rows
+_SAMPLED: Final = 1 << 19  # weights of each reader that are looked at, in whole rows
 _AT_ONCE: Final = 1 << 18  # weights that stay in a core's cache
 
 

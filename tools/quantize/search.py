@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -27,6 +27,7 @@ from tyir.backends.checkpoint.writer import Rounded
 from tyir.diagnostics import TyirError
 from tyir.execution.awq_table import AwqSettings, AwqTable
 from tyir.layers import is_named_in
+from tyir.process.memory import return_free_memory
 from tyir.process.progress import Bar
 from tyir.tools.quantize.layer_search import LayerResult, LinearReport, ScaledChannels, search_layer
 from tyir.tools.quantize.settings import QuantizeSettings, Work, work_for
@@ -38,14 +39,49 @@ Tensor = Any
 _VERSION: Final = 1
 _STATE: Final = "state.json"
 _ROUNDED: Final = ("q", "scales", "zeros")
+_T = TypeVar("_T")
+
+
+class _Reading(Mapping[str, _T]):
+    """What lies in files, by module path: read each time it is asked for, and not held."""
+
+    def __init__(self, files: dict[str, Path], read: Callable[[Path, str], _T]) -> None:
+        self._files, self._read = files, read
+
+    def __getitem__(self, path: str) -> _T:
+        return self._read(self._files[path], path)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _array(kind: str) -> Callable[[Path, str], Any]:
+    def read(file: Path, path: str) -> Any:
+        with safe_open(file, framework="np") as opened:
+            return opened.get_tensor(f"{path}.{kind}")
+
+    return read
+
+
+def _numbers(file: Path, path: str) -> Rounded:
+    q, scales, zeros = (_array(kind)(file, path) for kind in _ROUNDED)
+    return q, scales, zeros
 
 
 @dataclass
 class Found:
-    """What a search chose: see `LayerResult`, for all layers.  Arrays are mapped from the layers' files."""
+    """What a search chose: see `LayerResult`, for all layers.  Arrays stay in the layers' files until they
+    are asked for.
+    """
 
     table: AwqTable
-    rounded: dict[str, Rounded] = field(default_factory=dict)
+    rounded: Mapping[str, Rounded] = field(default_factory=dict)
     reports: dict[int, list[LinearReport]] = field(default_factory=dict)
 
 
@@ -86,6 +122,7 @@ def search(
     shapes = [m.shape for m in model.linears(0) if not is_kept(f"{model.paths[0]}.{m.path}")]
     work = work_for(settings, model.depth, shapes)
     _check_group_size(model, settings, is_kept)
+    return_free_memory()
     with _reproducible():
         store = _Store(folder, _question(model, windows, settings, work))
         done = store.done()
@@ -101,6 +138,8 @@ def search(
                 result = search_layer(model, index, states, of_layer, settings, work, is_kept)
                 _advance(model, index, states, result, settings)
                 store.write(index, result, states)
+                del result
+                return_free_memory()
                 bar.advance()
     return store.found(model.depth, _table_settings(model, settings))
 
@@ -256,21 +295,21 @@ class _Store:
 
     def found(self, depth: int, settings: AwqSettings) -> Found:
         """All layers."""
-        scales: dict[str, Any] = {}
-        ranges: dict[str, Any] = {}
-        found = Found(AwqTable(settings, scales, ranges))
+        files: dict[str, dict[str, Path]] = {"scale": {}, "range": {}, _ROUNDED[0]: {}}
+        reports = {}
         for index in range(depth):
             with safe_open(self._layer(index), framework="np") as file:
-                found.reports[index] = [LinearReport(**r) for r in json.loads(file.metadata()["report"])]
-                names = list(file.keys())
-                for name in names:
+                reports[index] = [LinearReport(**r) for r in json.loads(file.metadata()["report"])]
+                for name in list(file.keys()):
                     path, _, kind = name.rpartition(".")
-                    if kind in ("scale", "range"):
-                        (scales if kind == "scale" else ranges)[path] = file.get_tensor(name)
-                    elif kind == _ROUNDED[0]:
-                        q, scale, zeros = (file.get_tensor(f"{path}.{k}") for k in _ROUNDED)
-                        found.rounded[path] = (q, scale, zeros)
-        return found
+                    if kind in files:
+                        files[kind][path] = self._layer(index)
+        table = AwqTable(
+            settings,
+            _Reading(files["scale"], _array("scale")),
+            _Reading(files["range"], _array("range")),
+        )
+        return Found(table, _Reading(files[_ROUNDED[0]], _numbers), reports)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -7,6 +7,8 @@
         hidden = model.run(index, tensors, hidden)
     logits = model.logits(hidden)
 
+Of a model that sees pictures it is the language model, given text: what is in front of it is never run.
+
 The model is built on torch's meta device; layers are called with the tensors of the moment.  What a layer is
 called with beside the hidden state (rotary tables, masks) is what the model itself calls it with, recorded
 once: all windows have the same length.
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.func import functional_call
 
@@ -28,6 +31,7 @@ from tyir.frontends.dense_state import parameter_array
 from tyir.frontends.huggingface import OpenedModel, open_model
 from tyir.frontends.layer_reuse import decoder_layers
 from tyir.frontends.torch_export import build_plain_model, freeze_rope, real_buffer
+from tyir.frontends.vision.parts import LANGUAGE_MODEL, language_of
 
 __all__ = ["LinearModule", "StreamedModel", "Tensors"]
 
@@ -95,29 +99,26 @@ class StreamedModel:
     ) -> None:
         self.folder, self.window, self.device = folder, window, device
         self.opened: OpenedModel = open_model(folder, "f32", note, base=base)
-        if self.opened.meta.sees:
-            raise TyirError(
-                f"{type(self.opened.meta.model).__name__} sees pictures: texts alone do not calibrate it",
-                help=(
-                    "use tyir-compile --weights int4, which leaves the tower alone, or an AWQ or GPTQ"
-                    " checkpoint made elsewhere"
-                ),
-            )
         self._reader = CheckpointReader(self.opened.checkpoint.folder)
         with torch.device("meta"):
             self.model = build_plain_model(folder, base=base)
         self.model.requires_grad_(False)
         # one kernel in place of scores, mask and softmax one after another; it knows no capped scores
-        if self.model._supports_sdpa and not getattr(self.model.config, "attn_logit_softcapping", None):
+        config = self.model.config.get_text_config()
+        if self.model._supports_sdpa and not getattr(config, "attn_logit_softcapping", None):
             self.model.set_attn_implementation("sdpa")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(config, "max_position_embeddings", None)
         if isinstance(limit, int) and window > limit:
             raise TyirError(
                 f"windows of {window} tokens, the model has {limit} positions", help=f"use --window {limit}"
             )
         freeze_rope(self.model, None)
-        found = decoder_layers(self.model)
-        self.paths = [path for path, _ in found]
+        self._inside = ""  # of a model that sees pictures only this is ever run, and the head
+        if self.opened.meta.sees:
+            language_of(self.model)
+            self._inside = f"{LANGUAGE_MODEL}."
+        found = decoder_layers(self.model.get_submodule(self._inside.rstrip(".")))
+        self.paths = [self._inside + path for path, _ in found]
         self.layers = [layer for _, layer in found]
         self.depth = len(found)
         self._state = set(self.model.state_dict())
@@ -133,11 +134,12 @@ class StreamedModel:
 
     def _tensor(self, name: str) -> Tensor:
         """A parameter, or a buffer that follows from the config."""
-        if name in self._state:
-            array = parameter_array(self.opened.weights, name, self._reader)
-        else:
-            array = real_buffer(self.opened.meta, name)
-        return torch.tensor(array, device=self.device)
+        if name not in self._state:
+            return torch.tensor(real_buffer(self.opened.meta, name), device=self.device)
+        array = parameter_array(self.opened.weights, name, self._reader)
+        # what was converted is held once; what the file holds as it is is not written to
+        tensor = torch.from_numpy(np.require(array, requirements=("C", "W")))
+        return tensor.to(self.device)
 
     def tensors(self, index: int) -> Tensors:
         """All parameters and buffers of a layer, by their names in it."""
@@ -158,8 +160,14 @@ class StreamedModel:
     def _around(self, without: torch.nn.Module) -> Tensors:
         """What lies outside of the layers, except one module."""
         skipped = {id(p) for p in without.parameters()} if without is not None else set()
+        head = self.model.get_output_embeddings()
         named = [*self.model.named_parameters(), *self.model.named_buffers()]  # tied ones once
-        return {name: self._tensor(name) for name, tensor in named if id(tensor) not in skipped}
+        inside = {
+            name: tensor
+            for name, tensor in named
+            if name.startswith(self._inside) or (head is not None and tensor is head.weight)
+        }
+        return {name: self._tensor(name) for name, tensor in inside.items() if id(tensor) not in skipped}
 
     # --------------------------------------------------------------------------------------------- calls
 

@@ -38,7 +38,7 @@ from annotated_types import Interval, MaxLen
 from tyir.artifacts.schema import Matches, checked, closed, first_of
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.execution.safetensors_layout import SafetensorsLayout
-from tyir.execution.weights import FileEntry, safetensors_header
+from tyir.execution.weights import FileEntry, give_back_pages, safetensors_header
 from tyir.process.files import open_regular, parse_json
 
 __all__ = ["RANGE", "SCALE", "AwqSettings", "AwqTable"]
@@ -75,7 +75,7 @@ class AwqSettings:
 
 @dataclass(frozen=True)
 class AwqTable:
-    """A table in memory, or mapped from its file.
+    """A table in memory, mapped from its file, or read when it is asked for (mappings that do so).
 
     `scales`: by the path of the producer, f32 [K]; `ranges`: by the path of the linear, f32 [2, N, K/g].
     `entries`: where each tensor lies in the file, by its whole name; empty for a table that was not opened.
@@ -122,6 +122,7 @@ class AwqTable:
                 arrays[kind][name.removesuffix(kind)] = found
         table = cls(settings, arrays[SCALE], arrays[RANGE], entries)
         problems += table._problems()
+        give_back_pages(data)
         if problems:
             raise TyirError(first_of(problems, str(path), _MEND))
         return table
@@ -129,19 +130,19 @@ class AwqTable:
     def save(self, path: Path) -> None:
         """Write the table, in place of what was there, at once: equal tables have equal bytes.
 
-        One tensor is held at a time, so arrays may be mapped from other files.  `TyirError` as for `open`.
+        One tensor is held at a time, so mappings may read them from other files.  `TyirError` as for `open`.
         """
         if problems := list(self._problems()):
             raise TyirError(first_of(problems, str(path), _MEND))
-        tensors = dict(sorted(self._tensors()))
+        shapes = dict(sorted((name, array.shape) for name, array in self._tensors()))
         layout = SafetensorsLayout(
-            {name: ("F32", array.shape) for name, array in tensors.items()}, {_KEY: self._metadata}
+            {name: ("F32", shape) for name, shape in shapes.items()}, {_KEY: self._metadata}
         )
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(descriptor)
         try:
             with layout.create(Path(temporary)) as file:
-                for name, array in tensors.items():
+                for name, array in self._tensors():
                     file.seek(layout.slots[name].offset)
                     file.write(np.ascontiguousarray(array, "<f4").tobytes())
             mask = os.umask(0)

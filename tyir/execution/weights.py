@@ -36,6 +36,7 @@ __all__ = [
     "WeightSource",
     "check_files",
     "checkpoint_of",
+    "give_back_pages",
     "read_safetensors",
     "safetensors_header",
     "tensors_of",
@@ -230,6 +231,13 @@ def _mapped(folder: Path, name: str) -> npt.NDArray[np.uint8]:
         ) from None
 
 
+def give_back_pages(mapped: npt.NDArray[np.uint8]) -> None:
+    """Let the system have the pages of a mapped file that were read; they are read again when needed."""
+    mapping = getattr(mapped, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
 class CheckpointReader:
     """`WeightSource` over a checkpoint folder, or a folder of artifacts.
 
@@ -253,9 +261,7 @@ class CheckpointReader:
         than what is being worked on.  Arrays stay as they are, and read their bytes from the file again.
         """
         for array in self._maps.values():
-            mapped = getattr(array, "_mmap", None)
-            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            give_back_pages(array)
 
     def _open(self, file: str) -> npt.NDArray[np.uint8]:
         return _mapped(self.folder, file)
