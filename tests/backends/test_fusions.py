@@ -14,6 +14,7 @@ from tyir.backends.edge10.lowering.fused.gathered import Gathered
 from tyir.backends.edge10.lowering.fused.halved import Halved
 from tyir.backends.edge10.lowering.fused.mlp import Mlp
 from tyir.backends.edge10.lowering.fused.ranked import Ranked
+from tyir.backends.edge10.lowering.fused.roped import Roped
 from tyir.backends.edge10.lowering.fused.summed import Summed
 from tyir.backends.edge10.lowering.fusions import FUSIONS
 from tyir.backends.edge10.lowering.groups import Groups, find_groups
@@ -102,7 +103,7 @@ def test_the_first_product_after_a_norm_is_the_one_that_is_lowered_first() -> No
 
 
 def test_all_kinds_are_listed() -> None:
-    assert (Mlp, Gated, Summed, Gathered, Ranked, Halved) == FUSIONS
+    assert (Mlp, Gated, Summed, Gathered, Ranked, Roped, Halved) == FUSIONS
     assert gated_function(None) is None
 
 

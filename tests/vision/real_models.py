@@ -221,7 +221,8 @@ def _tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+        # A copy: config classes write into what they are given, and the folder's is to be as published.
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**copy.deepcopy(config)))
     found = {}
     for name, parameter in model.named_parameters():
         stored = name

@@ -26,12 +26,14 @@ _WIDEST = 256
 class Columns(Protocol):
     """Takes the blocks of a product.
 
-    `piece_bytes`, `piece_limit` and `block` are as in `tiling.MatmulShape`.
+    `piece_bytes`, `piece_limit` and `block` are as in `tiling.MatmulShape`; columns are handed on in multiples
+    of `unit` where nothing fixes their number.
     """
 
     piece_bytes: int
     piece_limit: int
     block: int
+    unit: int
 
     def target(self, m0: int, m: int, n0: int, n: int) -> tuple[int, int]:
         """Where out[m0 : m0 + m, n0 : n0 + n] shall be drained to: the offset in SRAM, bytes from row to
@@ -70,6 +72,7 @@ class StoredColumns:
             area.nbytes // 2,
             0,
         )
+        self.unit = 1
         self._buffers = Buffers(area, self.piece_limit)
 
     def target(self, m0: int, m: int, n0: int, n: int) -> tuple[int, int]:

@@ -153,9 +153,9 @@ class Lowering:
         return rows if rows <= 2 * unit else align(rows // 2, unit)
 
     def begins_with_half(self, product: Op) -> bool:
-        """Whether a product may begin while its x is made: by a norm before it, from SRAM to SRAM."""
+        """Whether a product may begin while its x is made: by a norm before it, to SRAM."""
         norm = self.halved.get(product)
-        return norm is not None and all(self.place(v).in_sram for v in (norm.operands[0], norm.results[0]))
+        return norm is not None and self.place(norm.results[0]).in_sram
 
     def place(self, value: Value) -> Place:
         return self.places[value]

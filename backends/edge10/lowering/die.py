@@ -20,7 +20,7 @@ from tyir.backends.edge10.lowering.groups import is_known
 from tyir.backends.edge10.lowering.layer_lowering import LayerLowering
 from tyir.backends.edge10.lowering.layers import cache_arguments, find_layers
 from tyir.backends.edge10.lowering.main_lowering import MainLowering
-from tyir.backends.edge10.lowering.search import Prices, Search, products_ns
+from tyir.backends.edge10.lowering.search import CANDIDATES, TALL, Prices, Search, products_ns
 from tyir.backends.edge10.memory.allocate import SramShares, sram_plan
 from tyir.backends.edge10.memory.edited_plan import read_shares, write_plan
 from tyir.backends.edge10.memory.places import BoundaryPlaces
@@ -92,7 +92,11 @@ def _chosen_shares(
         for op in f.body
     )
     key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), shapes)
-    return search.best_shares(lambda shares: _estimated_ns(die_module, main, seqlen, machine, shares), key)
+    dense = not any(isinstance(op, ty.QuantizedLinear) for f in _reached(die_module, main) for op in f.body)
+    candidates = TALL if dense and seqlen > MOST_ROWS else CANDIDATES
+    return search.best_shares(
+        lambda shares: _estimated_ns(die_module, main, seqlen, machine, shares), key, candidates
+    )
 
 
 def _estimated_ns(die_module: Module, main: Func, seqlen: int, machine: Machine, shares: SramShares) -> float:

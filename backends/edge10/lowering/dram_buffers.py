@@ -20,7 +20,7 @@ from tyir.execution.entry_points import name_of, role_of
 from tyir.ir import Value
 from tyir.types import TensorType, i64, ui8
 
-__all__ = ["DramBuffers"]
+__all__ = ["DramBuffers", "NoBuffers"]
 
 
 class DramBuffers:
@@ -114,3 +114,16 @@ class DramBuffers:
         type = ty.tensor_type(main.body.terminator.operands[index])
         self.add(name, "output", type, address_in(main.res_attr(index)), result=index)
         return name
+
+
+class NoBuffers(DramBuffers):
+    """Takes no note of what it is asked for: of lowerings that are priced only."""
+
+    def __init__(self) -> None:
+        """Nothing is declared."""
+
+    def add_activations(self, name: str, type: TensorType) -> None:
+        """Not kept."""
+
+    def add_bytes(self, name: str, nbytes: int) -> None:
+        """Not kept."""

@@ -18,6 +18,7 @@ from tyir.backends.edge10.lowering.fused.gathered import Gathered
 from tyir.backends.edge10.lowering.fused.halved import Halved
 from tyir.backends.edge10.lowering.fused.mlp import Mlp
 from tyir.backends.edge10.lowering.fused.ranked import Ranked
+from tyir.backends.edge10.lowering.fused.roped import Roped
 from tyir.backends.edge10.lowering.fused.summed import Summed
 
 __all__ = ["FUSIONS"]
@@ -28,5 +29,6 @@ FUSIONS: Final[tuple[type[Fusion], ...]] = (
     Summed,  # product, all_reduce and residual sum, a block of columns at a time
     Gathered,  # product and all_gather, a block of columns at a time
     Ranked,  # product and top_k, a block of columns at a time
+    Roped,  # product and rotary embedding of many rows, some heads at a time
     Halved,  # norm and the product after it, which begins with the first half of the rows
 )

@@ -59,7 +59,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
 _WITH_SCRATCH: Final[
     dict[
         type[Op],
-        tuple[Callable[[Any, int, Machine], Scratch | None], Callable[[Any, Lowering, Area | None], None]],
+        tuple[Callable[[Any, int, Machine, Collection[Value]], Scratch | None], Callable[[Any, Lowering, Area | None], None]],
     ]
 ] = {
     kv.CachedAttention: (attention_scratch, lower_attention),
@@ -134,6 +134,6 @@ def find_groups(
         if op not in room.anchors
         and op not in room.fusions
         and type(op) in _WITH_SCRATCH
-        and (scratch := _WITH_SCRATCH[type(op)][0](op, arena, machine)) is not None
+        and (scratch := _WITH_SCRATCH[type(op)][0](op, arena, machine, held)) is not None
     }
     return Groups(room.fusions, room.anchors, alone)

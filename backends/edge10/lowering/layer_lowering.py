@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from tyir.backends.edge10.lowering.body_lowering import BodyLowering
 from tyir.backends.edge10.lowering.columns import MOST_ROWS, collective_block
 from tyir.backends.edge10.lowering.context import Lowering, Place, ResidualCopy
 from tyir.backends.edge10.lowering.dependences import Tracker
+from tyir.backends.edge10.lowering.dram_buffers import NoBuffers
 from tyir.backends.edge10.lowering.fused.fusion import Room
 from tyir.backends.edge10.lowering.fused.rows import in_two, row_blocks, rows_part
 from tyir.backends.edge10.lowering.fused.waiting_sums import waiting_sums
@@ -27,6 +29,7 @@ from tyir.backends.edge10.memory.places import Boundary, BoundaryPlaces, boundar
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10, ty
 from tyir.dialects.func import Func, Return
+from tyir.dialects.kv import CachedAttention
 from tyir.ir import Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16
@@ -76,14 +79,13 @@ class LayerLowering:
         lowering = self._bodies.begin(function, Tracker(slots, tokens[:-1], tokens[-1]), prices)
         given = _given(layer, function.args)
         if self._takes_rows(layer):
-            parts = self._parts(layer, given)
-            each = 2 if len(parts) == 1 else _rows_each(layer, self._bodies.machine)
-            blocks = list(row_blocks(self._seqlen, self._bodies.machine, each))
-            if prices is not None:  # one of each size
-                blocks = list({count: (first, count) for first, count in blocks}.values())
-            for part in parts:
-                for first, count in blocks:
-                    self._lower_rows(layer, part, lowering, first, count)
+            for part in self._parts(layer, given):
+                blocks = self._row_blocks(layer, part, function)
+                if prices is None:
+                    for first, count in blocks:
+                        self._lower_rows(layer, part, lowering, first, count)
+                else:
+                    prices.add_ns(self._rows_ns(layer, part, function, blocks))
         else:
             self._lower_body(source, layer.boundary, lowering, given, self._boundary.sram_bytes)
         slot_tokens, rest = lowering.emitter.tracker.finish()
@@ -106,11 +108,55 @@ class LayerLowering:
     # -- blocks of rows
     # -------------------------------------------------------------------------------------------
     def _takes_rows(self, layer: LayerLayout) -> bool:
-        """Whether a layer has more tokens than are worked on at once, in all that it takes and gives."""
+        """Whether a layer has more rows than are worked on at once, in all that it takes and gives."""
         types = [ty.tensor_type(layer.function.args[i]) for i in layer.activations]
-        return self._seqlen > MOST_ROWS and all(
-            t.rank >= 3 and t.static_shape[:2] == (1, self._seqlen) for t in types
+        rows = _rows(layer)
+        return rows > MOST_ROWS and all(t.rank >= 3 and t.static_shape[:2] == (1, rows) for t in types)
+
+    def _row_blocks(self, layer: LayerLayout, part: _Part, function: Func) -> list[tuple[int, int]]:
+        """The blocks of rows that a part of a layer is lowered in: the cheapest that fit.
+
+        Few blocks read the weights seldom, many leave room for what lies between the products.  A layer of a
+        language model keeps to the rows that its collectives work on in columns.
+        """
+        rows, machine = _rows(layer), self._bodies.machine
+        usual = list(row_blocks(rows, machine))
+        if any(True for _ in layer.function.walk_type(CachedAttention)):
+            return usual
+        best: tuple[float, list[tuple[int, int]]] | None = None
+        tried: set[int] = set()
+        for each in _EACH:
+            blocks = list(row_blocks(rows, machine, each))
+            if len(blocks) in tried:
+                continue
+            tried.add(len(blocks))
+            try:
+                cost = self._rows_ns(layer, part, function, blocks)
+            except TyirError:
+                continue  # they do not fit
+            if best is None or cost < best[0]:
+                best = cost, blocks
+        return usual if best is None else best[1]
+
+    def _rows_ns(
+        self, layer: LayerLayout, part: _Part, function: Func, blocks: Sequence[tuple[int, int]]
+    ) -> float:
+        """About how long a part of a layer takes in these blocks: each size is priced once."""
+        bodies = self._bodies
+        trial = LayerLowering(
+            BodyLowering(bodies.machine, bodies.plan, bodies.die, NoBuffers()),
+            self._boundary,
+            self._seqlen,
+            sums_may_wait=self._sums_may_wait,
         )
+        total = 0.0
+        for count, (first, times) in _sizes(blocks).items():
+            prices, tokens = Prices(bodies.machine), function.args[-len(bodies.plan.slots) - 1 :]
+            tracker = Tracker(bodies.plan.slots, tokens[:-1], tokens[-1])
+            emitter_of = Func.make("priced", [])
+            trial._lower_rows(layer, part, bodies.begin(emitter_of, tracker, prices), first, count)
+            total += times * prices.total_ns()
+        return total
 
     def _parts(self, layer: LayerLayout, given: Mapping[int, Place]) -> list[_Part]:
         """What the rows pass through one after the other: the layer or, of one that attends to rows after its
@@ -143,17 +189,24 @@ class LayerLowering:
         """A part of a layer for `count` tokens: their rows are brought to where the layer works, and its
         results back.
         """
-        part = rows_part(whole.function, self._seqlen, first, count, whole.uncut)
+        part = rows_part(whole.function, _rows(layer), first, count, whole.uncut)
         start = self._boundary.sram_bytes
         room = max(self._bodies.plan.boundary - start, 0)
         places = BoundaryPlaces(room, f"rows.{part.sym_name}", start)
         boundary = boundary_of(part, layer.activations, whole.aliased, places)
-        self._bodies.buffers.add_bytes(places.symbol, places.dram_bytes)
+        # What SRAM has no room for is worked on where it lies.
+        there = {i: _of_rows(layer.boundary.arguments[i], part.args[i], first) for i in boundary.arguments}
+        given_back = part.body.terminator.operands
+        back = {i: _of_rows(whole.results[i], given_back[i], first) for i in boundary.results}
+        boundary = replace(
+            boundary,
+            arguments={i: p if p.in_sram else there[i] for i, p in boundary.arguments.items()},
+            results={i: p if p.in_sram else back[i] for i, p in boundary.results.items()},
+        )
         lowering.first_token = first
         lowering.emitter.begin(next(iter(part.body)))
         for index, place in boundary.arguments.items():
-            nbytes = ty.tensor_type(part.args[index]).nbytes
-            lowering.move(layer.boundary.arguments[index].at(nbytes // count * first), place, nbytes)
+            lowering.move(there[index], place, ty.tensor_type(part.args[index]).nbytes)
         given = {}
         for index, place in whole.given.items():
             mine, all_rows = part.args[index].type, whole.function.args[index].type
@@ -161,8 +214,7 @@ class LayerLowering:
             given[index] = place.at(offset)
         self._lower_body(part, boundary, lowering, given, start + places.sram_bytes)
         for index, place in boundary.results.items():
-            nbytes = ty.tensor_type(part.body.terminator.operands[index]).nbytes
-            lowering.move(place, whole.results[index].at(nbytes // count * first), nbytes)
+            lowering.move(place, back[index], ty.tensor_type(given_back[index]).nbytes)
         lowering.first_token = 0
 
     # -- sums that wait
@@ -183,15 +235,28 @@ class LayerLowering:
                 lowering.copies[value] = ResidualCopy(Place("dram", 0, name), rows, columns, block)
 
 
-def _rows_each(layer: LayerLayout, machine: Machine) -> int:
-    """How many of the cube's rows each of its units takes of a tower's layer at once: an even number, with
-    which a row block and its norm take a third of SRAM.  A tower's rows are short, and its weights, read
-    once for each block, are much for few of them.
-    """
-    row = max(ty.tensor_type(layer.function.args[i]).nbytes for i in layer.activations)
-    row //= ty.tensor_type(layer.function.args[layer.activations[0]]).static_shape[1]
-    rows = int(machine.sram.capacity_bytes) // 3 // (2 * row)
-    return max(2, rows // (machine.cube.rows * machine.cube.count) // 2 * 2)
+# How many of the cube's rows each of its units takes of a block: even numbers deal every tile evenly.
+_EACH: Final = (14, 10, 8, 6, 4, 2)
+
+
+def _rows(layer: LayerLayout) -> int:
+    """Rows of what a layer takes; 0 for what is not in rows."""
+    first = ty.tensor_type(layer.function.args[layer.activations[0]]) if layer.activations else None
+    return first.static_shape[1] if first is not None and first.rank >= 3 else 0
+
+
+def _of_rows(place: Place, value: Value, first: int) -> Place:
+    """Where the rows of `value`, a part of a tensor that lies at `place`, begin: `first` rows after it."""
+    type = ty.tensor_type(value)
+    return place.at(type.nbytes // type.static_shape[1] * first)
+
+
+def _sizes(blocks: Sequence[tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Of each size of blocks, the first one's first row and how many there are."""
+    found: dict[int, tuple[int, int]] = {}
+    for first, count in blocks:
+        found[count] = (found[count][0], found[count][1] + 1) if count in found else (first, 1)
+    return found
 
 
 def _given(layer: LayerLayout, arguments: Sequence[Value]) -> dict[int, Place]:

@@ -26,7 +26,7 @@ from tyir.ir import Block, Value
 from tyir.targets.machine import Machine
 from tyir.types import bit_width, i64
 
-__all__ = ["CANDIDATES", "PricedEmitter", "Prices", "Search", "products_ns"]
+__all__ = ["CANDIDATES", "PricedEmitter", "TALL", "Prices", "Search", "products_ns"]
 
 CANDIDATES: Final = (
     SramShares(),
@@ -38,6 +38,12 @@ CANDIDATES: Final = (
     SramShares(32, (2, 4), (4, 4), (10, 4), 0.0),
     SramShares(32, (4, 4), (4, 4), (8, 4), 0.0),
 )
+# For many rows of f16 weights: an arena that holds them, nothing for 4-bit tiles.
+TALL: Final = (
+    SramShares(16, (1, 2), (5, 5), (19, 2), waiting_sums=True),
+    SramShares(40, (2, 2), (1, 1), (8, 3), 0.0),
+    SramShares(28, (2, 2), (1, 1), (6, 3), 0.0),
+)
 
 
 class Search:
@@ -48,7 +54,12 @@ class Search:
     def __init__(self) -> None:
         self._found: dict[Hashable, SramShares] = {}
 
-    def best_shares(self, cost: Callable[[SramShares], float], key: Hashable) -> SramShares:
+    def best_shares(
+        self,
+        cost: Callable[[SramShares], float],
+        key: Hashable,
+        candidates: Sequence[SramShares] = CANDIDATES,
+    ) -> SramShares:
         """The candidate of the least `cost` (ns); `key` says what the costs depend on.
 
         A candidate that does not fit the machine is passed over; when none fits, the error is that of the
@@ -56,13 +67,15 @@ class Search:
         """
         if key not in self._found:
             costs: list[tuple[float, int]] = []
-            for number, shares in enumerate(CANDIDATES):
+            errors: list[TyirError] = []
+            for number, shares in enumerate(candidates):
                 try:
                     costs.append((cost(shares), number))
-                except TyirError:
-                    if number == 0:
-                        raise
-            self._found[key] = CANDIDATES[min(costs)[1]]
+                except TyirError as error:
+                    errors.append(error)
+            if not costs:
+                raise errors[0]
+            self._found[key] = candidates[min(costs)[1]]
         return self._found[key]
 
 
@@ -75,6 +88,7 @@ class Prices:
         self.machine = machine
         self._known: dict[Hashable, tuple[str, float]] = {}
         self._busy: dict[str, dict[str, float]] = {}
+        self._elsewhere = 0.0
 
     def add(
         self,
@@ -92,8 +106,12 @@ class Prices:
         units = self._busy.setdefault(source, {})
         units[unit] = units.get(unit, 0.0) + ns
 
+    def add_ns(self, ns: float) -> None:
+        """Count what has been priced elsewhere."""
+        self._elsewhere += ns
+
     def total_ns(self) -> float:
-        return sum(max(units.values()) for units in self._busy.values())
+        return self._elsewhere + sum(max(units.values()) for units in self._busy.values())
 
 
 class PricedEmitter(Emitter):

@@ -18,6 +18,7 @@ from tyir.targets.machine import Machine
 
 __all__ = [
     "STRIP_ROWS",
+    "WIDEST_BLOCK",
     "AttentionBlocks",
     "MatmulShape",
     "Tiles",
@@ -79,7 +80,7 @@ class Tiles:
     block: int
 
 
-_WIDEST_BLOCK = (
+WIDEST_BLOCK = (
     256  # columns: longer runs of results gain little, and every block is waited for by what comes next
 )
 
@@ -144,7 +145,7 @@ def _fit(shape: MatmulShape, m: int, n: int, k: int, machine: Machine, plan: Sra
         return None
     if shape.block:
         return Tiles(m, n, k, min(shape.block, shape.n)) if min(shape.block, shape.n) <= widest else None
-    blocks = min(widest, max(_WIDEST_BLOCK, n), shape.n) // n
+    blocks = min(widest, max(WIDEST_BLOCK, n), shape.n) // n
     return Tiles(m, n, k, min(blocks * n, shape.n)) if blocks else None
 
 
@@ -244,6 +245,7 @@ class AttentionBlocks:
 # one before: ten dispatches of 40 ns and startups of 64 ns on `edge10`, where loads and other strips do not
 # hide them.  It only weighs larger blocks against more queries at a time: one figure does for all machines.
 _TURN_NS = 1000.0
+_KEYS: Final = (256, 128, 64, 32, 16)  # of a block
 
 
 def attention_blocks(
@@ -257,14 +259,16 @@ def attention_blocks(
     *,
     transfers: bool = True,
     quantized: bool = False,
+    keys: int = 0,
 ) -> AttentionBlocks:
     """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn
-    of the loop has its chain of commands.
+    of the loop has its chain of commands.  `keys`: so many are there at most, 0 where that is not known.
     """
+    most_keys = align(keys, machine.cube.columns) if keys else _KEYS[0]
     best: tuple[float, AttentionBlocks] | None = None
     key_bytes = 2 * (dim + 2) if quantized else 4 * dim
     for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
-        for keys in (256, 128, 64, 32, 16):
+        for keys in sorted({min(k, most_keys) for k in _KEYS}, reverse=True):
             for all_heads in (True, False):
                 h, g = (heads, groups) if all_heads else (largest_group, 1)
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))

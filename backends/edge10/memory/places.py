@@ -252,13 +252,14 @@ def assign_places(
     Values that live across a call are spilled: a layer uses the whole arena.
     """
     lifetimes = Lifetimes(function, fused)
+    made = {root(v) for op in function.body if op not in fused for v in op.results}
     own = [
         v
         for v in lifetimes.first
         if v not in fixed
         and isinstance(v.type, TensorType)
         and v.op is not None
-        and v.op not in fused
+        and v in made
         and not isinstance(v.op, GetGlobal)
     ]
     intervals: dict[Value, Interval] = {}

@@ -18,7 +18,7 @@ from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Buffers, Lowering, sram_range
 from tyir.backends.edge10.lowering.fused.fusion import Room, ScratchPlace
 from tyir.backends.edge10.lowering.ops.linear import InputTiles, Product
-from tyir.backends.edge10.lowering.tiling import spans
+from tyir.backends.edge10.lowering.tiling import WIDEST_BLOCK, spans
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.dialects import edge10
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
@@ -113,18 +113,23 @@ class Gated:
         gate_op, up_op = self.products.gate, self.products.up
         inputs, out = InputTiles(gate_op.x, lowering), lowering.place(self.products.out)
         area = lowering.results_area(inputs.in_sram)
-        gate, up = (Product(o, lowering, inputs, 3 * 2, area.nbytes // 2) for o in (gate_op, up_op))
-        buffers, row = Buffers(area, area.nbytes // 2), gate.shape.n * 2
+        # Results on their way to DRAM are gathered in the second half, for runs as long as it holds.
+        joined, stored = (area, area) if out.in_sram else area.split(area.nbytes // 2)
+        gate, up = (Product(o, lowering, inputs, 2 * 2, joined.nbytes // 2) for o in (gate_op, up_op))
+        buffers, results = Buffers(joined, joined.nbytes // 2), Buffers(stored, stored.nbytes // 2)
+        row, block = gate.shape.n * 2, gate.tiles.block
         for m0, m in spans(gate.shape.m, gate.tiles.m):
-            for n0, n in spans(gate.shape.n, gate.tiles.block):
-                size, first = m * n * 2, buffers.take()
-                for number, product in enumerate((gate, up)):
-                    product.columns(m0, m, n0, n, first + number * size, n * 2)
-                start = out.at(m0 * row + n0 * 2)
-                target, stride = (start.offset, row) if out.in_sram else (first + 2 * size, n * 2)
-                self.products.join(lowering, first, m, n, target, stride)
+            most = min(stored.nbytes // 2 // (m * 2), max(WIDEST_BLOCK, block)) // block * block
+            for g0, g in spans(gate.shape.n, block if out.in_sram else max(most, block)):
+                start = out.at(m0 * row + g0 * 2)
+                target, stride = (start.offset, row) if out.in_sram else (results.take(), g * 2)
+                for n0, n in spans(g, block):
+                    size, first = m * n * 2, buffers.take()
+                    for number, product in enumerate((gate, up)):
+                        product.columns(m0, m, g0 + n0, n, first + number * size, n * 2)
+                    self.products.join(lowering, first, m, n, target + n0 * 2, stride)
                 if not out.in_sram:
-                    lowering.store(start, target, (1, m, n * 2), dram_strides=(0, row))
+                    lowering.store(start, target, (1, m, g * 2), dram_strides=(0, row))
 
 
 def _is_worthwhile(products: GatedProducts, arena: int) -> bool:

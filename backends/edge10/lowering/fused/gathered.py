@@ -76,6 +76,7 @@ class _GatheredColumns:
         rows = math.prod(outer)
         self.width = self.piece_bytes = width
         self.block = collective_block(rows, width, lowering.machine)
+        self.unit = 1
         self.piece_limit = area.nbytes
         self.rows = rows
         self._buffers = Buffers(area, rows * self.block * width, most=3)

@@ -73,6 +73,7 @@ class _RankedColumns:
         self._ranges = ranges_of(best, lowering)
         self._list = align(math.prod(tensor_type(self.x).static_shape[:-1]) * best.k * 4)
         lists, rest = area.split(4 * self._list)
+        self.unit = 1
         self._lists, self.piece_limit = lists.offset, rest.nbytes // 2
         self._buffers = Buffers(rest, self.piece_limit)
 

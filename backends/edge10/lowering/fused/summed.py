@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tyir.attributes import ArrayAttr
-from tyir.backends.edge10.lowering.columns import block_of, collective_block
+from tyir.backends.edge10.lowering.columns import MOST_ROWS, block_of, collective_block
 from tyir.backends.edge10.lowering.context import Area, Buffers, Lowering, sram_range
 from tyir.backends.edge10.lowering.fused.fusion import ColumnSource, Room, ScratchPlace
 from tyir.backends.edge10.lowering.fused.sources import column_source
@@ -46,7 +46,7 @@ class Summed:
     def match(cls, op: Op, room: Room) -> Summed | None:
         if not isinstance(op, Add) or tensor_type(op.out).element is not f16:
             return None
-        if not block_of(op.out, room.machine):
+        if not block_of(op.out, room.machine) and not _many_rows(op.out):
             return None
         for value, residual in ((op.rhs, op.lhs), (op.lhs, op.rhs)):
             if residual is not value and residual.type is value.type:
@@ -58,7 +58,7 @@ class Summed:
     @classmethod
     def _of(cls, add: Add, value: Value, residual: Value, room: Room) -> Summed | None:
         reduce = value.op if isinstance(value.op, AllReduce) else None
-        if reduce is not None and len(value.uses) != 1:
+        if reduce is not None and (len(value.uses) != 1 or _many_rows(add.out)):
             return None
         product = value if reduce is None else reduce.x
         if product is None:
@@ -107,6 +107,7 @@ class _SummedColumns:
         self.piece_bytes = 2 if in_sram else 4  # the block, and that of the residual stream
         whole_rows = summed.reduce is not None or self.read_copy is not None or self.written_copy is not None
         self.block = collective_block(self.rows, 2, lowering.machine) if whole_rows else 0
+        self.unit = 1
         self.piece_limit = area.nbytes // (1 if self.block else 2)
         self._buffers = Buffers(area, self.rows * self.block * self.piece_bytes or self.piece_limit, most=3)
 
@@ -187,6 +188,14 @@ class _SummedColumns:
         else:
             self.lowering.load(self.residual.at(start), buffer, (1, m, n * 2), dram_strides=(0, row))
         return buffer, n * 2
+
+
+def _many_rows(value: Value) -> bool:
+    """Whether a tensor has too many rows for collectives by blocks; without one its sum is made by blocks all
+    the same.
+    """
+    *outer, _ = tensor_type(value).static_shape
+    return math.prod(outer) > MOST_ROWS
 
 
 def _lower_nothing(results: _SummedColumns) -> None:

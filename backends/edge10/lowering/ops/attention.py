@@ -16,7 +16,7 @@ own, in DRAM, and the loop runs over a segment's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, groupby
 
@@ -107,7 +107,9 @@ class _Strip:
     buffer: int
 
 
-def attention_scratch(op: CachedAttention | Attention, arena: int, machine: Machine) -> Scratch | None:
+def attention_scratch(
+    op: CachedAttention | Attention, arena: int, machine: Machine, held: Collection[Value] = ()
+) -> Scratch | None:
     """What the attention of many tokens takes of an arena beside its queries, whose place its result takes;
     few tokens do with the temporaries.
     """
@@ -116,7 +118,8 @@ def attention_scratch(op: CachedAttention | Attention, arena: int, machine: Mach
         return None
     try:
         known = _described(op)
-        return Scratch(_bytes(known, _blocks(known, room, machine, transfers=False)), 0)
+        blocks = _blocks(known, room, machine, transfers=False, longest=_longest(op))
+        return Scratch(_bytes(known, blocks), 0)
     except TyirError:
         return None
 
@@ -125,10 +128,12 @@ def lower_attention(op: CachedAttention | Attention, lowering: Lowering, scratch
     """With the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
     known = _described(op)
     area = Area(lowering.plan.temp, lowering.plan.temp_bytes)
-    in_sram = lowering.place(op.q).in_sram and lowering.place(op.out).in_sram
+    if isinstance(op, Attention):
+        known = _in_place(known, lowering)
+    in_sram = lowering.place(known.q).in_sram and lowering.place(op.out).in_sram
     if scratch is not None and in_sram and scratch.nbytes > area.nbytes:
         area = scratch
-    blocks = _blocks(known, area.nbytes, lowering.machine, transfers=not in_sram)
+    blocks = _blocks(known, area.nbytes, lowering.machine, transfers=not in_sram, longest=_longest(op))
     runs = _runs(known.kv_heads)
     batch, tokens, *_ = tensor_type(op.q).static_shape
     for sequence in range(batch):
@@ -152,11 +157,32 @@ def _parts(
             yield replace(known, segment=(low, high)), begin + first, count
 
 
-def _blocks(op: _Attention, room: int, machine: Machine, *, transfers: bool) -> AttentionBlocks:
+def _in_place(op: _Attention, lowering: Lowering) -> _Attention:
+    """A tower's attention whose result lies in SRAM, as if its queries lay there too: all of them are brought
+    to where the result of each takes their place.
+    """
+    queries, result = lowering.place(op.q), lowering.place(op.out)
+    if queries.in_sram or not result.in_sram:
+        return op
+    lowering.load_bytes(queries, result.offset, tensor_type(op.q).nbytes)
+    return replace(op, q=op.out)
+
+
+def _longest(op: CachedAttention | Attention) -> int:
+    """Rows of the longest segment; 0 where segments bound nothing."""
+    return max(end - first for first, end in op.spans()) if isinstance(op, Attention) else 0
+
+
+def _blocks(
+    op: _Attention, room: int, machine: Machine, *, transfers: bool, longest: int
+) -> AttentionBlocks:
     _, tokens, heads, dim = tensor_type(op.q).static_shape
     groups, largest = op.cache_heads, max(r.heads for r in _runs(op.kv_heads))
     return attention_blocks(
-        tokens, heads, groups, dim, largest, machine, room, transfers=transfers, quantized=bool(op.scales)
+        *(min(tokens, longest or tokens), heads, groups, dim, largest, machine, room),
+        transfers=transfers,
+        quantized=bool(op.scales),
+        keys=longest,
     )
 
 
@@ -451,6 +477,11 @@ class _Block:
             writes=[sram_range(sums, nbytes, write=True)],
         )
 
+    @property
+    def _key_major(self) -> bool:
+        """Whether a block in SRAM holds all heads of a key, then those of the next."""
+        return self.op.layout == "NHD" and not self.op.scales and self.groups == self.cache_heads
+
     def _load_cache(self, name: str, first_key: Value, keys: Value) -> None:
         """A block of the keys ("k") or the values ("v") as f16."""
         at, op, size = self.at, self.op, self.groups * self.keys
@@ -482,16 +513,19 @@ class _Block:
         emitter, heads, capacity = self.lowering.emitter, self.cache_heads, self.capacity
         by_head = self.op.layout == "HND"
         to_head, to_key = (capacity * row, row) if by_head else (row, heads * row)
+        planes = self.groups
+        if self._key_major:  # the heads of a key follow each other in both memories: one run
+            planes, row = 1, self.groups * row
         address = emitter.offset(self.lowering.address(cache), first_key, to_key)
-        whole = self.groups * self.keys * row
-        read = (self.first_group + self.groups) * capacity * row if by_head else capacity * heads * row
+        whole = planes * self.keys * row
+        read = (self.first_group + self.groups) * capacity * row if by_head else capacity * to_key
         emitter.emit(
             edge10.Load,
             address,
             keys,
             offset=cache.offset + self.first_group * to_head,
             sram=sram,
-            shape=(self.groups, edge10.DYNAMIC, row),
+            shape=(planes, edge10.DYNAMIC, row),
             dram_strides=(to_head, to_key),
             sram_strides=(self.keys * row, row),
             queue=queue,
@@ -513,7 +547,8 @@ class _Block:
     ) -> None:
         """scores = q K^T (`transposed`: the columns are keys) or p V, for one run of a strip's heads."""
         lowering, row = self.lowering, self.dim * 2
-        rhs = cache + (run.group - self.first_group) * self.keys * row
+        to_head, to_key = (row, self.groups * row) if self._key_major else (self.keys * row, row)
+        rhs = cache + (run.group - self.first_group) * to_head
         acc, width = (
             next(self._accumulators),
             align(self.keys if transposed else self.dim, lowering.machine.cube.columns) * 4,
@@ -525,14 +560,15 @@ class _Block:
             + (run.heads - 1) * strides[1]
             + (row if transposed else self.keys * 2)
         )
-        reads: list[Access] = [sram_range(lhs, lhs_bytes), sram_range(rhs, self.keys * row)]
+        rhs_bytes = (self.keys - 1) * to_key + row
+        reads: list[Access] = [sram_range(lhs, lhs_bytes), sram_range(rhs, rhs_bytes)]
         lowering.emitter.emit(
             edge10.Matmul,
             keys,
             lhs=lhs,
             lhs_strides=strides,
             rhs=rhs,
-            rhs_stride=row,
+            rhs_stride=to_key,
             transposed=transposed,
             acc=acc,
             acc_stride=width,

@@ -12,13 +12,21 @@ The accumulators' halves, the slots and the temporaries alternate, so every unit
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from tyir.backends.edge10.lowering.columns import MOST_ROWS, Columns, StoredColumns
-from tyir.backends.edge10.lowering.context import Area, Lowering, acc_range, sram_range
-from tyir.backends.edge10.lowering.tiling import MatmulShape, Tiles, choose_tiles, side_columns, spans
+from tyir.backends.edge10.lowering.context import Area, Lowering, acc_range, element_bytes, sram_range
+from tyir.backends.edge10.lowering.tiling import (
+    WIDEST_BLOCK,
+    MatmulShape,
+    Tiles,
+    choose_tiles,
+    side_columns,
+    spans,
+)
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, align
-from tyir.backends.edge10.memory.places import Scratch
+from tyir.backends.edge10.memory.places import Scratch, root
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type
@@ -26,7 +34,15 @@ from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
 from tyir.types import Type, bit_width
 
-__all__ = ["InputPart", "InputTiles", "Product", "lower_linear", "lower_product", "product_scratch"]
+__all__ = [
+    "InputPart",
+    "InputTiles",
+    "Product",
+    "lower_linear",
+    "lower_product",
+    "lower_rows",
+    "product_scratch",
+]
 
 
 @dataclass(frozen=True)
@@ -49,13 +65,18 @@ def lower_linear(op: Linear | QuantizedLinear, lowering: Lowering, rows: Area | 
             f"'{op.name}' has operands {', '.join(wrong)}; the matrix units take f16, and 4-bit weights",
             help="cast them to f16 (ty.cast) before lower-edge10",
         )
+    in_sram = lowering.place(op.x).in_sram or rows is not None
+    lower_rows(op, lowering, StoredColumns(op.out, lowering, lowering.results_area(in_sram)), rows)
+
+
+def lower_rows(
+    op: Linear | QuantizedLinear, lowering: Lowering, results: Columns, rows: Area | None
+) -> None:
+    """A product whose x is where it is, or brought to `rows`, as many rows at a time as fit there."""
     inputs = InputTiles(op.x, lowering)
     if rows is None or inputs.in_sram:
-        lower_product(
-            op, lowering, inputs, StoredColumns(op.out, lowering, lowering.results_area(inputs.in_sram))
-        )
+        lower_product(op, lowering, inputs, results)
         return
-    results = StoredColumns(op.out, lowering, lowering.results_area(True))
     count = tensor_type(op.x).nbytes // inputs.row
     for first, size in spans(count, rows.nbytes // inputs.row):
         lowering.load_bytes(inputs.place.at(first * inputs.row), rows.offset, size * inputs.row)
@@ -63,15 +84,18 @@ def lower_linear(op: Linear | QuantizedLinear, lowering: Lowering, rows: Area | 
         lower_product(op, lowering, part, results, (first, size))
 
 
-def product_scratch(op: Op, arena: int, machine: Machine) -> Scratch | None:
-    """Room for rows of x, for products of more rows than are worked on at once: as many as the arena takes,
-    in parts of nearly equal size.
+def product_scratch(op: Op, arena: int, machine: Machine, held: Collection[Value] = ()) -> Scratch | None:
+    """Room for rows of x, for products of more rows than are worked on at once whose x will not lie in SRAM:
+    as many as the arena takes, in parts of nearly equal size.
     """
     if not isinstance(op, (Linear, QuantizedLinear)):
         return None
     *outer, k = tensor_type(op.x).static_shape
     rows, most = math.prod(outer), arena // (k * 2) // machine.cube.rows * machine.cube.rows
     if rows <= MOST_ROWS or most < machine.cube.rows:
+        return None
+    source = root(op.x)
+    if source in held or (source.op is not None and tensor_type(op.x).nbytes <= arena):
         return None
     return Scratch(align(-(-rows // -(-rows // most)), machine.cube.rows) * k * 2, 0)
 
@@ -94,12 +118,27 @@ def lower_product(
         None if part is None else part[1],
     )
     first, rows = part or (0, product.shape.m)
+    width = element_bytes(op.out)
     for r0, r in ((first + r0, r) for r0, r in spans(rows, rows if results.block else product.tiles.m)):
-        for n0, n in spans(product.shape.n, product.tiles.block):
-            target, stride = results.target(r0, r, n0, n)
-            for m0, m in spans(r, product.tiles.m):
-                product.columns(r0 + m0, m, n0, n, target + m0 * stride, stride)
-            results.deliver(target, r0, r, n0, n)
+        for g0, g in spans(product.shape.n, _delivered(product, results, r)):
+            target, stride = results.target(r0, r, g0, g)
+            for n0, n in spans(g, product.tiles.block):
+                for m0, m in spans(r, product.tiles.m):
+                    first_row = target + m0 * stride + n0 * width
+                    product.columns(r0 + m0, m, g0 + n0, n, first_row, stride)
+            results.deliver(target, r0, r, g0, g)
+
+
+def _delivered(product: Product, results: Columns, rows: int) -> int:
+    """How many columns of `rows` rows are handed on together: a block, or as many as the taker has room for,
+    since the accumulators hold few columns of many rows, and short runs of results waste bursts of DRAM.
+    """
+    block, unit = product.tiles.block, results.unit
+    if results.block or not results.piece_bytes:
+        return block
+    most = min(results.piece_limit // (rows * results.piece_bytes), max(WIDEST_BLOCK, block))
+    unit = block if unit == 1 else unit
+    return max(most // unit, 1) * unit
 
 
 class InputTiles:
