@@ -1,4 +1,4 @@
-"""What cannot be read in an SVG: text that another text or an arrow covers, or that is cut off at the edge."""
+"""What cannot be read in an SVG: text that another text or an arrow covers, or that the edge cuts off."""
 
 from __future__ import annotations
 

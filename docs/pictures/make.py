@@ -65,10 +65,8 @@ def stages() -> str:
         if passes:
             lines = passes.split("\n")
             body.append(arrow(445, y + 46, 445, y + 82))
-            body += [
-                text(455, y + 76 - 7 * len(lines) + 14 * i, line, "s", "start")
-                for i, line in enumerate(lines)
-            ]
+            top = y + 76 - 7 * len(lines)
+            body += [text(455, top + 14 * i, line, "s", "start") for i, line in enumerate(lines)]
     body += [arrow(190, 43, 328, 43), text(259, 36, "tyir-import", "s")]
     last = 20 + 84 * (len(STAGES) - 1)
     body += box(660, last - 20, 230, "llm_die{i}.so", "kernels for this PC (TVM)", "#eaf3e6")

@@ -441,7 +441,7 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
 
 
 class _Labels:
-    """Where lines of text stand (left, right, base line), between two heights, so that none covers another."""
+    """Where lines of text stand (left, right, base line), between two heights; none covers another."""
 
     _HIGH: Final = 13.0
 

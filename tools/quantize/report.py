@@ -126,7 +126,8 @@ def _plot(outcome: Outcome) -> str:
         return f'<text x="{x}" y="18" text-anchor="end" fill="{color}">{escape(name)}</text>'
 
     return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="12">'
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
+        ' font-size="12">'
         + key(_WIDTH - 20, "#1f6f8b", outcome.settings.method)
         + key(_WIDTH - 110, "#c0504d", "rounded to nearest")
         + f'<text x="4" y="18">{top:.2%}</text><text x="4" y="{_HEIGHT - 26}">0</text>'
