@@ -58,6 +58,7 @@ MEANING: Final = {
     "dram": "any transfer",
 }
 _LETTER: Final = 7.5  # pixels of one at 12 px, in a wide font; bold ones are a tenth wider
+_SMALL: Final = 0.9 * _LETTER  # at 11 px
 _LEFT: Final = 10 + 1.1 * _LETTER * max(len(f"{unit}, {meaning}") for unit, meaning in MEANING.items())
 _ROW: Final = 23
 _PIXEL: Final = 0.8  # marks with a smaller gap are drawn as one
@@ -405,7 +406,7 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
             f"DRAM {bandwidth:.1f} GB/s",
         ),
     ]
-    labels = _Labels(20, height - 26, [(x - _LETTER * len(words), x, y) for x, y, words in captions])
+    taken = [(x - _LETTER * len(words), x, y) for x, y, words in captions]
     named: dict[tuple[float, float, float], list[str]] = {}
     for o in dots:
         x, y = at(o.macs / o.dram_bytes, _rate(o))
@@ -415,6 +416,7 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
             f" {100 * o.time_ns / total:.1f} % of the step, bounded by {o.bound_by}"
         )
         radius = 3 + 14 * math.sqrt(o.time_ns / total)
+        taken.append((x - radius, x + radius, y + 4))
         body.append(
             f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{radius:.1f}'"
             f" fill='{COLORS[o.bound_by]}' fill-opacity='.6'><title>{escape(tip)}</title></circle>"
@@ -425,11 +427,14 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
                 (x, y, radius),
             )
             named.setdefault(near, []).append(name.rpartition(".")[2])
+    labels = _Labels(20, height - 26, taken)
     for (x, y, radius), names in named.items():
-        label = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        long = _LETTER * len(label)
+        shown = names if len(names) <= 3 else [*names[:2], f"and {len(names) - 2} more"]
+        label = ", ".join(shown).replace(", and", " and")
+        long = _SMALL * len(label)
         right = x + radius + 5 + long < width
         x += (radius + 5) * (1 if right else -1)
+        x = x if right else max(x, left + long)
         y = labels.free(x if right else x - long, x + long if right else x, y + 4)
         body.append(_text(x, y, label, "start" if right else "end", "small"))
     body += [

@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.tools.commands.foreign import FOREIGN_COMMANDS, FOREIGN_VALUES, foreign_option
 from tyir.tools.commands.table import commands
 
 __all__ = ["too_much", "unknown_command", "unknown_options", "wrong_usage", "wrong_value"]
+
+
+_PASSES: Final = ", --list-passes the passes; --load-pass FILE.py makes passes of your own known"
 
 
 def unknown_options(
@@ -25,8 +29,7 @@ def unknown_options(
         Diagnostic(
             f"{parser.prog}: unknown option '{flag.partition('=')[0]}'",
             help=_meant(parser, flag.partition("=")[0], list(passes))
-            or f"{parser.prog} --help lists the options"
-            + (", --list-passes the passes" if parser.prog == "tyir-opt" else ""),
+            or f"{parser.prog} --help lists the options" + (_PASSES if parser.prog == "tyir-opt" else ""),
         )
         for flag in dict.fromkeys(flags)
     )
