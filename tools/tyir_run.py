@@ -103,12 +103,8 @@ def _run_one(args: argparse.Namespace, opened: Opened, prompt: str | None, ids: 
         print_json(Ran(str(args.artifacts), args.engine, (answer,), loaded, first_token, decode))
         return 0
     reused = f", {shared} of them from the cache" if shared else ""
-    after = f"first token {times[0] - start:.3f} s after that, " if times else ""
-    rate = (
-        f"{len(times)} tokens at {decode:.1f} tokens/s"
-        if len(times) > 1
-        else f"{len(times)} token{'s' * (not times)}"
-    )
+    after = f"first token {times[0] - start:.3f} s after that; " if times else ""
+    rate = f"{len(times)} tokens" + (f" at {decode:.1f} tokens/s" if len(times) > 1 else "")
     note(
         f"loaded in {loaded:.1f} s; {after}{rate} ({args.engine} engine on this machine, not the device)\n"
         f"{len(ids)} prompt tokens{reused}; ended {ended}"

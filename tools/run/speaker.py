@@ -131,11 +131,11 @@ class Speaker:
         pictures = f", {told.pictures} picture{'s' * (told.pictures != 1)}" if told.pictures else ""
         reused = f", {told.reused_tokens} of them from the cache" if told.reused_tokens else ""
         count = len(told.tokens)
-        rate = f"{count} tokens at {decode:.1f} tokens/s" if count > 1 else f"{count} token"
+        rate = f"{count} tokens" + (f" at {decode:.1f} tokens/s" if count > 1 else "")
         loaded = f"loaded in {self.loaded:.1f} s; " if len(self.answers) == 1 else ""
         after = " after that" if loaded else ""
         note(
-            f"{loaded}first token {first:.3f} s{after} ({split}), {rate}"
+            f"{loaded}first token {first:.3f} s{after} ({split}); {rate}"
             f" ({self.turns.session.engine_name} engine on this machine, not the device)\n"
             f"{told.prompt_tokens} prompt tokens{pictures}{reused}; ended {told.ended}"
         )
