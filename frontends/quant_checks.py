@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tyir.diagnostics import Diagnostic
+from tyir.dialects.ty.tensors import bf16_to_f32
 from tyir.frontends.quant_formats import AwqFormat, CompressedTensorsFormat, GptqFormat
 from tyir.frontends.weights import TensorReader, Weights
-from tyir.types import f16, i32
+from tyir.types import Type, bf16, f16, i32
 
 __all__ = ["quantization_contradictions"]
 
@@ -118,6 +121,21 @@ def _note_rounding(weights: Weights, note: Callable[[Diagnostic], None]) -> None
         kinds = " and ".join(sorted({str(tensors[n].type.element) for n in wide}))
         message = f"{len(wide)} tensors of scales are {kinds} and are rounded to f16 (first '{wide[0]}')"
         note(Diagnostic(message, severity="warning", where=str(weights.checkpoint.folder)))
+    read = TensorReader(weights.checkpoint.folder)
+    lost = [n for n in wide if _vanishes(read(tensors[n]), tensors[n].type.element)]
+    if lost:
+        message = (
+            f"{len(lost)} tensors of scales hold values that are 0 in f16, whose smallest is 6e-08: their"
+            f" groups become 0 (first '{lost[0]}')"
+        )
+        note(Diagnostic(message, severity="warning", where=str(weights.checkpoint.folder)))
+
+
+def _vanishes(scales: npt.NDArray[Any], element: Type) -> bool:
+    """Whether a scale that is not 0 becomes 0 in f16."""
+    wide = bf16_to_f32(scales) if element is bf16 else scales
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # what is too large is refused later
+        return bool(((wide != 0) & (wide.astype(np.float16) == 0)).any())
 
 
 def _note_wrapping_zeros(weights: Weights, note: Callable[[Diagnostic], None]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.tally import table
 
 # Named here too, so that a checkout needs no installed entry point; pytest loads a plugin of one name once.
 pytest_plugins = ["tyir.tools.testing.plugin"]
@@ -27,6 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--bless", dest="bless_ir", action="store_true", help="the same as --bless-ir")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if lines := table(report for reports in terminalreporter.stats.values() for report in reports):
+        terminalreporter.section("reliability: cases tried and survived")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,9 +2,7 @@
 
 A case survives when it is refused by a `TyirError`, or when what is read does what it did before.  Anything
 else, an internal error, another result, a file opened that the folder does not hold, a case that does not
-end, fails the test that tried it.  Every test prints a row of the table (`pytest -s`):
-
-    area                       tried  refused  harmless
+end, fails the test that tried it.  Every test is a row of the table at the end of a run (`tests/tally.py`).
 """
 
 from __future__ import annotations
@@ -13,56 +11,43 @@ import copy
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.tally import Tally
 from tyir.diagnostics import TyirError
 
-__all__ = ["DELETED", "Tally", "changed", "places", "sample", "watched"]
+__all__ = ["DELETED", "CallTally", "changed", "places", "sample", "watched"]
 
 DELETED = object()
 _HANGS_AFTER = 60  # seconds; no case takes one
 
 
-class Tally:
-    """Counts the cases of an area."""
-
-    def __init__(self, area: str) -> None:
-        self.area = area
-        self.refused = self.harmless = 0
-        self.bad: list[str] = []
+class CallTally(Tally):
+    """Counts cases of an area that are calls in this process."""
 
     def case(self, name: str, use: Callable[[], bool], *, must_refuse: bool = False) -> None:
         """One case: `use` reads the file and says whether it does what the unchanged one did."""
         signal.signal(signal.SIGALRM, _hangs)
         signal.alarm(_HANGS_AFTER)
+        problem, began = None, time.monotonic()
         try:
             with watched() as opened:
                 same = use()
             if not same or must_refuse:
-                self.bad.append(f"{name}: {'accepted' if same else 'another result'}")
-            else:
-                self.harmless += 1
+                problem = "accepted" if same else "another result"
         except TyirError as error:
-            self.refused += 1
             said = error.render()
             if not said.strip() or len(said) > 20_000:
-                self.bad.append(f"{name}: says {len(said)} characters")
+                problem = f"says {len(said)} characters"
         except Exception as error:  # what a tool would call an internal error
-            self.bad.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             signal.alarm(0)
-        if opened:
-            self.bad.append(f"{name}: opened {opened[0]}")
-
-    def close(self, least: int) -> None:
-        """Prints the row; fails for every case that did not survive, and below `least` cases."""
-        tried = self.refused + self.harmless + len(self.bad)
-        print(f"\n{self.area:<28}{tried:>6} tried{self.refused:>6} refused{self.harmless:>6} harmless")
-        assert not self.bad, "\n".join([f"{len(self.bad)} of {tried}", *self.bad[:40]])
-        assert tried >= least
+        self.count(name, f"opened {opened[0]}" if opened else problem, time.monotonic() - began)
 
 
 def _hangs(number: int, frame: Any) -> None:

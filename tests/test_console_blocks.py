@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.console_blocks import ROOT, Page, Step, clone, matches, read_page, run_page
+from tests.pictures import illegible
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): read_page(
@@ -138,3 +139,8 @@ def test_the_picture_of_the_stages_is_as_made() -> None:
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     assert (ROOT / "docs" / "pictures" / "stages.svg").read_text(encoding="utf-8") == make.stages()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "pictures").glob("*.svg")), ids=lambda p: p.stem)
+def test_pictures_can_be_read(path: Path) -> None:
+    assert illegible(path.read_text(encoding="utf-8")) == []

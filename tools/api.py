@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -31,6 +31,9 @@ __all__ = [
     "quantize",
     "quantize_by_table",
 ]
+
+
+_PARTS: Final = (".safetensors", ".bin", ".pt", ".pth")  # of a checkpoint, which is the folder
 
 
 def _silent(message: str) -> None:
@@ -359,6 +362,10 @@ def load_module(
     if not model.exists():
         hub = "give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"
         raise TyirError(f"{model} does not exist", help=missing_hint(model) or hub)
+    if model.name == "config.json" or model.suffix in _PARTS:
+        from tyir.frontends.checkpoint import no_checkpoint
+
+        raise TyirError(no_checkpoint(model))
     from tyir.parser import parse_file
     from tyir.printer import has_elided_constants
     from tyir.verifier import verify

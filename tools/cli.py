@@ -367,7 +367,9 @@ class ToolParser(argparse.ArgumentParser):
         self.refuse_unknown(words)
         found, rest = self.parse_known_intermixed_args(words, namespace)
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            from tyir.tools.commands.unknown import too_much
+
+            raise too_much(self, words, rest)
         self.said(found)
         return found
 

@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
         images=options.image,
     )
     if options.explain:
-        from tyir.tools.explain import explain
+        from tyir.tools.estimate.explain import explain
 
         print(explain(module.clone()))
         if options.output == "-":

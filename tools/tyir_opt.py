@@ -336,7 +336,8 @@ def _check_registered(module: Module, source: SourceText, positions: dict[Op, in
         known = dialect_ops(op.dialect) if op.dialect in dialect_names() else {}
         everywhere = [n for d in dialect_names() for n in dialect_ops(d)] if not known else list(known)
         hint = did_you_mean(op.name, everywhere)
-        help = f"{hint} {'(' if hint else ''}--allow-unregistered-dialect accepts any op{')' if hint else ''}".strip()  # noqa: E501
+        accept = "--load-dialect FILE.py makes ops known, --allow-unregistered-dialect accepts any"
+        help = f"{hint} ({accept})" if hint else accept
         what = (
             f"dialect '{op.dialect}' has no op '{op.name}'" if known else f"no dialect declares '{op.name}'"
         )

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tyir.verifier import verify
 
 __all__ = [
+    "BatchSession",
     "Block",
     "DeclaredOp",
     "Diagnostic",
@@ -42,6 +43,7 @@ __all__ = [
     "Pass",
     "PassContext",
     "Region",
+    "Session",
     "TyirError",
     "Value",
     "attr",
@@ -62,8 +64,8 @@ __all__ = [
     "verify",
 ]
 
-# Where each name lives.  build_and_compile_* and quantize are named by string only: nothing in this package
-# imports the packages built on it.
+# Where each name lives.  build_and_compile_*, quantize and the sessions are named by string only: nothing in
+# this package imports the packages built on it.
 _HOMES: Final = {
     "Diagnostic": "tyir.diagnostics",
     "TyirError": "tyir.diagnostics",
@@ -90,6 +92,8 @@ _HOMES: Final = {
     "print_op": "tyir.printer",
     "verify": "tyir.verifier",
     **dict.fromkeys(("build_and_compile_llm", "build_and_compile_vlm", "quantize"), "tyir.tools.api"),
+    "BatchSession": "tyir.runtime_sim.session.batch_session",
+    "Session": "tyir.runtime_sim.session.session",
 }
 
 

@@ -23,6 +23,7 @@ from tyir.execution.weights import TensorReference, WeightSource
 from tyir.ir import Block, Op, Value
 from tyir.opdef import DeclaredOp
 from tyir.traits import Collective, ComputedTensor, StoredTensor, Terminator, WeightReference
+from tyir.types import TensorType, storage_dtype
 
 __all__ = [
     "Evaluator",
@@ -206,6 +207,24 @@ def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:
     return lockstep.drive(runs)
 
 
+def _argument(function: str, number: int, given: Any, wanted: Value) -> Array:
+    """An argument as its parameter's type has it."""
+    declared = wanted.type
+    if not isinstance(declared, TensorType):
+        return cast("Array", given)
+    if not isinstance(given, np.ndarray):
+        given = np.asarray(given, storage_dtype(declared.element))
+    shape = declared.shape
+    if shape is not None and (
+        len(shape) != given.ndim or any(d not in (None, n) for d, n in zip(shape, given.shape))
+    ):
+        raise TyirError(
+            f"argument {number} of @{function} is {declared}, an array of shape {given.shape} was given",
+            help="give an array of that shape; ? stands for any length",
+        )
+    return given
+
+
 def run_function(
     module: Module,
     name: str,
@@ -213,5 +232,14 @@ def run_function(
     weights: WeightSource | None = None,
     probe: Probe | None = None,
 ) -> tuple[Array, ...]:
-    """Run a function of a module without dies; the common case of tests."""
+    """Run a function of a module without dies; the common case of tests.
+
+    `args`: arrays of the shapes that the function declares, or lists of numbers, which become arrays of its
+    element types; `TyirError` for other shapes.
+    """
+    function = next((f for f in module.body if isinstance(f, func.Func) and f.sym_name == name), None)
+    if function is not None:
+        args = [_argument(name, i, *pair) for i, pair in enumerate(zip(args, function.body.args))] + [
+            *args[len(function.body.args) :]
+        ]
     return run_lockstep([Interpreter(module, weights, probe=probe).run(name, args)])[0]

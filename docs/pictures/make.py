@@ -18,7 +18,7 @@ STAGES = (
     ("aten", "torch's ops", "raise-aten"),
     ("ty", "norm, linear, attention", "quantize-weights, kv-materialize"),
     ("kv", "a step with its caches", "partition-dies"),
-    ("dist", "a program per die, collectives", "specialize-seqlen, outline-layers, outline-params"),
+    ("dist", "a program per die, collectives", "specialize-seqlen,\noutline-layers, outline-params"),
     ("program", "static shapes, one length", ""),
 )
 STYLE = (
@@ -63,15 +63,18 @@ def stages() -> str:
         y = 20 + 84 * number
         body += box(330, y, 230, name, what, "#e6f0f3")
         if passes:
-            body += [arrow(445, y + 46, 445, y + 82), text(455, y + 69, passes, "s", "start")]
+            lines = passes.split("\n")
+            body.append(arrow(445, y + 46, 445, y + 82))
+            top = y + 76 - 7 * len(lines)
+            body += [text(455, top + 14 * i, line, "s", "start") for i, line in enumerate(lines)]
     body += [arrow(190, 43, 328, 43), text(259, 36, "tyir-import", "s")]
     last = 20 + 84 * (len(STAGES) - 1)
-    body += box(660, last - 62, 230, "llm_die{i}.so", "kernels for this PC (TVM)", "#eaf3e6")
-    body += box(660, last + 22, 230, "llm_die{i}.edge10", "commands of the chip's units", "#eaf3e6")
-    body += [arrow(560, last + 15, 658, last - 35), arrow(560, last + 31, 658, last + 45)]
+    body += box(660, last - 20, 230, "llm_die{i}.so", "kernels for this PC (TVM)", "#eaf3e6")
+    body += box(660, last + 54, 230, "llm_die{i}.edge10", "commands of the chip's units", "#eaf3e6")
+    body += [arrow(560, last + 15, 658, last + 3), arrow(560, last + 31, 658, last + 77)]
     body += [
-        text(775, last - 72, "tyir-run, tyir-verify", "s"),
-        text(775, last + 84, "tyir-sim, tyir-run --engine edge10", "s"),
+        text(775, last - 30, "tyir-run, tyir-verify", "s"),
+        text(775, last + 116, "tyir-sim, tyir-run --engine edge10", "s"),
     ]
     body += [
         text(20, 190, "Every box in the middle is a file:", "", "start"),
@@ -80,7 +83,7 @@ def stages() -> str:
         text(20, 262, "tyir-opt runs passes,", "s", "start"),
         text(20, 278, "tyir-compile whatever is left", "s", "start"),
     ]
-    return svg(910, last + 100, body)
+    return svg(910, last + 130, body)
 
 
 def report(folder: Path) -> str:

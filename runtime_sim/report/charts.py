@@ -57,7 +57,9 @@ MEANING: Final = {
     "d2d": "die to die",
     "dram": "any transfer",
 }
-_LEFT: Final = 150
+_LETTER: Final = 7.5  # pixels of one at 12 px, in a wide font; bold ones are a tenth wider
+_SMALL: Final = 0.9 * _LETTER  # at 11 px
+_LEFT: Final = 10 + 1.1 * _LETTER * max(len(f"{unit}, {meaning}") for unit, meaning in MEANING.items())
 _ROW: Final = 23
 _PIXEL: Final = 0.8  # marks with a smaller gap are drawn as one
 _SLICES: Final = 300
@@ -169,22 +171,22 @@ def _duration(ns: float) -> str:
 
 def unit_bars(shares: dict[str, float], bound_by: str) -> str:
     """How busy each unit is; the one that bounds the step stands out."""
-    rows = []
+    rows, width = [], 454 - _LEFT
     for number, (unit, share) in enumerate(shares.items()):
         y = number * 21
         rows += [
-            _text(132, y + 14, f"{unit}, {MEANING[unit]}", "end", "bold" if unit == bound_by else ""),
-            _rect(140, y + 3, 310, 14, "#f0f0f0"),
+            _text(_LEFT - 8, y + 14, f"{unit}, {MEANING[unit]}", "end", "bold" if unit == bound_by else ""),
+            _rect(_LEFT, y + 3, width, 14, "#f0f0f0"),
             _rect(
-                140,
+                _LEFT,
                 y + 3,
-                310 * min(share, 1),
+                width * min(share, 1),
                 14,
                 COLORS[unit],
                 f"{unit} {100 * share:.1f} %",
                 1.0 if unit == bound_by else 0.55,
             ),
-            _text(456, y + 14, f"{100 * share:.1f} %", css="bold" if unit == bound_by else ""),
+            _text(460, y + 14, f"{100 * share:.1f} %", css="bold" if unit == bound_by else ""),
         ]
     return _svg(520, 21 * len(shares) + 4, rows)
 
@@ -214,9 +216,12 @@ def tornado_bars(rows: Sequence[TornadoRow], point_ms: float) -> str:
     """A bar for each constant from the device's time at its low bound to that at its high one."""
     ends = [ms for r in rows for ms in (r.device_ms_at_low, r.device_ms_at_high)]
     low, high = min([*ends, point_ms]), max([*ends, point_ms])
-    left, scale = 250, (WIDTH - 420) / ((high - low) or 1.0)
+    labels = [f"{r.constant} {r.low:g} to {r.high:g}" for r in rows]
+    times = [f"{r.device_ms_at_low:.4g} to {r.device_ms_at_high:.4g} ms" for r in rows]
+    left, right = (16 + _LETTER * max(map(len, texts), default=0) for texts in (labels, times))
+    scale = (WIDTH - left - right) / ((high - low) or 1.0)
     body = []
-    for number, r in enumerate(rows):
+    for number, (r, label, time) in enumerate(zip(rows, labels, times)):
         y = number * 21
         a, b = sorted((r.device_ms_at_low, r.device_ms_at_high))
         tip = (
@@ -224,13 +229,9 @@ def tornado_bars(rows: Sequence[TornadoRow], point_ms: float) -> str:
             f" {r.device_ms_at_high:.4g} ms. {r.source}"
         )
         body += [
-            _text(left - 8, y + 14, f"{r.constant} {r.low:g} to {r.high:g}", "end"),
+            _text(left - 8, y + 14, label, "end"),
             _rect(left + (a - low) * scale, y + 3, (b - a) * scale, 14, "#c98a1b", tip),
-            _text(
-                left + (b - low) * scale + 6,
-                y + 14,
-                f"{r.device_ms_at_low:.4g} to {r.device_ms_at_high:.4g} ms",
-            ),
+            _text(left + (b - low) * scale + 6, y + 14, time),
         ]
     middle = left + (point_ms - low) * scale
     return _svg(WIDTH, 21 * len(rows) + 4, [*body, _line(middle, 0, middle, 21 * len(rows), "#222")])
@@ -397,7 +398,16 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
         " stroke='#555' stroke-width='2'/>"
     )
     total = sum(o.time_ns for o in ops) or 1.0
-    named: dict[tuple[float, float], list[str]] = {}
+    captions = [
+        (width - 4, end[1] - 6, f"cubes {peak:,.0f} GMAC/s"),
+        (
+            0.3 * start[0] + 0.7 * ridge[0] - 8,
+            0.3 * start[1] + 0.7 * ridge[1] - 8,
+            f"DRAM {bandwidth:.1f} GB/s",
+        ),
+    ]
+    taken = [(x - _LETTER * len(words), x, y) for x, y, words in captions]
+    named: dict[tuple[float, float, float], list[str]] = {}
     for o in dots:
         x, y = at(o.macs / o.dram_bytes, _rate(o))
         name = o.path or o.source
@@ -405,31 +415,58 @@ def roofline(ops: Sequence[OpCost], machine: Machine) -> str:
             f"{name}: {_rate(o):.1f} GMAC/s, {o.macs / o.dram_bytes:.2f} MAC/byte,"
             f" {100 * o.time_ns / total:.1f} % of the step, bounded by {o.bound_by}"
         )
+        radius = 3 + 14 * math.sqrt(o.time_ns / total)
+        taken.append((x - radius, x + radius, y + 4))
         body.append(
-            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{3 + 14 * math.sqrt(o.time_ns / total):.1f}'"
+            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{radius:.1f}'"
             f" fill='{COLORS[o.bound_by]}' fill-opacity='.6'><title>{escape(tip)}</title></circle>"
         )
         if o.time_ns > 0.02 * total:
             near = next(
-                (place for place in named if abs(place[0] - x) < 60 and abs(place[1] - y) < 14), (x, y)
+                (place for place in named if abs(place[0] - x) < 60 and abs(place[1] - y) < 14),
+                (x, y, radius),
             )
             named.setdefault(near, []).append(name.rpartition(".")[2])
-    for (x, y), names in named.items():
-        right = x < width - 210
-        label = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        body.append(_text(x + (14 if right else -14), y + 18, label, "start" if right else "end", "small"))
+    labels = _Labels(20, height - 26, taken)
+    for (x, y, radius), names in named.items():
+        shown = names if len(names) <= 3 else [*names[:2], f"and {len(names) - 2} more"]
+        label = ", ".join(shown).replace(", and", " and")
+        long = _SMALL * len(label)
+        right = x + radius + 5 + long < width
+        x += (radius + 5) * (1 if right else -1)
+        x = x if right else max(x, left + long)
+        y = labels.free(x if right else x - long, x + long if right else x, y + 4)
+        body.append(_text(x, y, label, "start" if right else "end", "small"))
     body += [
-        _text(width - 4, end[1] - 6, f"cubes {peak:,.0f} GMAC/s", "end"),
-        _text(
-            0.3 * start[0] + 0.7 * ridge[0] - 8,
-            0.3 * start[1] + 0.7 * ridge[1] - 8,
-            f"DRAM {bandwidth:.1f} GB/s",
-            "end",
-        ),
+        *(_text(x, y, words, "end") for x, y, words in captions),
         _text((left + width) / 2, height + 6, "MAC per byte of DRAM", "middle"),
         _text(left, 12, "GMAC/s", css="head"),
     ]
     return _svg(width + 10, height + 12, body)
+
+
+class _Labels:
+    """Where lines of text stand (left, right, base line), between two heights; none covers another."""
+
+    _HIGH: Final = 13.0
+
+    def __init__(self, top: float, bottom: float, taken: Sequence[tuple[float, float, float]]) -> None:
+        self._top, self._bottom, self._taken = top, bottom, list(taken)
+
+    def free(self, left: float, right: float, y: float) -> float:
+        """The base line nearest to y where nothing else stands, taken from now on."""
+        y = min(max(y, self._top + self._HIGH), self._bottom)
+        steps = sorted(range(-24, 25), key=lambda n: (abs(n), -n))
+        tried = [y + n * self._HIGH / 2 for n in steps]
+        fits = [
+            t for t in tried if self._top + self._HIGH <= t <= self._bottom and self._is_free(left, right, t)
+        ]
+        y = fits[0] if fits else y
+        self._taken.append((left, right, y))
+        return y
+
+    def _is_free(self, left: float, right: float, y: float) -> bool:
+        return not any(a < right and left < b and abs(y - at) < self._HIGH for a, b, at in self._taken)
 
 
 def _rate(op: OpCost) -> float:

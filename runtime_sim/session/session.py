@@ -194,7 +194,12 @@ class Session:
 
     def _advance(self, ids: Sequence[int]) -> dict[str, Array]:
         """Run tokens through the program; its outputs by name, [len(ids), ..] each, all of them finite."""
-        if not ids:
+        if isinstance(ids, str):
+            raise TyirError(
+                "a session runs token ids, not text",
+                help="load_tokenizer(session.artifacts) of tyir.tools.tokenizer makes ids of text",
+            )
+        if not len(ids):
             raise TyirError(
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
             )

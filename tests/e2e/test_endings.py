@@ -64,7 +64,7 @@ def test_the_limit(compiled: Path, answer: Run) -> None:
     code, out, notes = answer(compiled, "--prompt", "A", "--max-tokens", 5)
     assert (code, out) == (0, "ABCDEF\n")
     assert (
-        " s after that, 5 tokens at" in notes
+        " s after that; 5 tokens at" in notes
         and "ended after 5 tokens, as many as --max-tokens allows" in notes
     )
 
@@ -124,7 +124,7 @@ def ends_at(source: str, token: str) -> str:
 
 def test_the_tokenizers_own_end(compiled: Path, answer: Run) -> None:
     code, out, notes = answer(compiled, "--prompt", "xa", "--max-tokens", 9)
-    assert (code, out) == (0, "xa\n") and " s after that, 1 token (host" in notes
+    assert (code, out) == (0, "xa\n") and " s after that; 1 tokens (host" in notes
     assert "ended by stop token 2 (<eos>) of" in notes
 
 

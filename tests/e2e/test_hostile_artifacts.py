@@ -1,7 +1,7 @@
 """Manifests, references, saved caches and machine files that are well formed and lie: each is refused, or
 does nothing.
 
-Some of the cases are tried, all of them with `--slow`; `-s` shows how many.
+Some of the cases are tried, all of them with `--slow`; a table at the end shows how many.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.hostile import DELETED, Tally, changed, decoy, places, sample
+from tests.hostile import DELETED, CallTally, changed, decoy, places, sample
 from tyir.artifacts.schema import sha256_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.ty import Global
@@ -70,6 +70,15 @@ class Made:
         same = np.array_equal(session.feed(IDS), self.logits)
         programs = load_programs(session.artifacts, session.manifest.options.seqlens[-1])
         return same and simulate(programs, machine_of(session.artifacts), 3).total_ns == self.ns
+
+
+TallyOf = Callable[[str], CallTally]
+
+
+@pytest.fixture
+def tally_of(record_property: Callable[[str, object], None]) -> TallyOf:
+    """`tally_of(area)`: the count of an area."""
+    return lambda area: CallTally(area, record_property)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +152,10 @@ def manifest_changes(document: dict[str, Any]) -> Iterator[Change]:
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["check", "no-check"])
-def test_no_value_of_a_manifest_is_believed(made: Made, check: bool, everything: bool) -> None:
-    tally = Tally(f"manifest, {'hashes fit' if check else '--no-check'}")
+def test_no_value_of_a_manifest_is_believed(
+    made: Made, check: bool, everything: bool, tally_of: TallyOf
+) -> None:
+    tally = tally_of(f"manifest, {'hashes fit' if check else '--no-check'}")
     changes = list(manifest_changes(made.document))
     assert len(changes) > 5000
     for place, new in sample(changes, 150, everything):
@@ -153,9 +164,9 @@ def test_no_value_of_a_manifest_is_believed(made: Made, check: bool, everything:
     tally.close(150)
 
 
-def test_a_manifest_knows_its_own_hash(made: Made, everything: bool) -> None:
+def test_a_manifest_knows_its_own_hash(made: Made, everything: bool, tally_of: TallyOf) -> None:
     """Whatever is changed without writing the hash anew is refused, also what nobody asks for."""
-    tally = Tally("manifest, hash left")
+    tally = tally_of("manifest, hash left")
     for place, new in sample(list(manifest_changes(made.document)), 60, everything):
         made.write(changed(made.document, place, new), own_hash=False)
         tally.case(f"{place} = {new!r:.40}", made.same, must_refuse=True)
@@ -213,8 +224,8 @@ def test_what_is_said_of_a_wrong_value(made: Made, place: tuple[str | int, ...],
             Manifest.load(made.folder, check=check)
 
 
-def test_what_is_no_manifest(made: Made) -> None:
-    path, tally = made.folder / "manifest.json", Tally("manifest, the file")
+def test_what_is_no_manifest(made: Made, tally_of: TallyOf) -> None:
+    path, tally = made.folder / "manifest.json", tally_of("manifest, the file")
     text = json.dumps(made.document)
     for name, data in {
         "empty": b"", "not JSON": b"{", "not UTF-8": b"\xff\xfe", "deep": b"[" * 200_000, "a number": b"1",
@@ -248,9 +259,9 @@ OTHER_THINGS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def test_names_that_are_no_files(made: Made) -> None:
+def test_names_that_are_no_files(made: Made, tally_of: TallyOf) -> None:
     """Each kind of file of a folder, as a pipe, a folder, a device or a link out of it."""
-    tally = Tally("files of a folder")
+    tally = tally_of("files of a folder")
     for name in ("batch_1/common_die0.params", "batch_1/seqlen_4/llm_die0.so", "batch_1/seqlen_4/llm_die1.ir", "batch_1/seqlen_1/llm_die0.params", "batch_1/seqlen_4/llm_die0.edge10"):  # noqa: E501  # fmt: skip
         path = made.folder / name
         data = path.read_bytes()
@@ -275,8 +286,8 @@ NAMES = [
 
 
 @pytest.mark.parametrize("engine", ["host", "interpreter", "edge10"])
-def test_references_of_an_ir(made: Made, engine: str, everything: bool) -> None:
-    tally = Tally(f"references, {engine}")
+def test_references_of_an_ir(made: Made, engine: str, everything: bool, tally_of: TallyOf) -> None:
+    tally = tally_of(f"references, {engine}")
     path = made.folder / "batch_1" / "seqlen_4" / "llm_die0.ir"
     text = path.read_text()
     lines = [line for line in text.splitlines() if '"ty.global"' in line]
@@ -309,14 +320,14 @@ def test_references_of_an_ir(made: Made, engine: str, everything: bool) -> None:
     tally.close(25)
 
 
-def test_references_are_read_by_nobody(made: Made) -> None:
+def test_references_are_read_by_nobody(made: Made, tally_of: TallyOf) -> None:
     """The reader itself, which knows no manifest: what `tyir-compile` asks of an `.ir` of its own."""
     for name, target in (("link", "../decoy-outside-file"), ("itself", "itself"), ("loop", "..")):
         (made.folder / name).symlink_to(target)
     os.mkfifo(made.folder / "pipe")
     text = (made.folder / "batch_1" / "seqlen_4" / "llm_die0.ir").read_text()
     good = next(g for g in parse_module(text).body if isinstance(g, Global))
-    tally, wanted = Tally("references, reader"), CheckpointReader(made.folder).read_packed(good).copy()
+    tally, wanted = tally_of("references, reader"), CheckpointReader(made.folder).read_packed(good).copy()
     given = {n: getattr(good, n) for n in ("sym_name", "type", "file", "key", "offset", "nbytes")}
     end = good.offset + good.nbytes
     # a file that does not list its tensors (GGUF) may be meant, and constants are the same on both dies
@@ -444,11 +455,17 @@ def cache_files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("engine", ["host", "edge10"])
-def test_caches_are_restored_whole_or_not(made: Made, tmp_path: Path, engine: str, everything: bool) -> None:
+def test_caches_are_restored_whole_or_not(
+    made: Made, tmp_path: Path, engine: str, everything: bool, tally_of: TallyOf
+) -> None:
     """A file is refused and the session stays as it was, or it says what was saved (a byte that no reader of
     the format looks at may be any).
     """
-    session, tally, path = Session(made.folder, engine), Tally(f"saved caches, {engine}"), tmp_path / "c.npz"  # type: ignore[arg-type]
+    session, tally, path = (
+        Session(made.folder, engine),
+        tally_of(f"saved caches, {engine}"),
+        tmp_path / "c.npz",
+    )  # type: ignore[arg-type]
     session.restore(made.cache)
     saved = {name: array.copy() for name, array in session.engine.caches().items()}
     assert session.tokens == IDS and len(saved) == 16
@@ -541,10 +558,10 @@ def toml_of_table(table: dict[str, Any]) -> str:
     return "".join(f"{toml_of(key)} = {toml_of(value)}\n" for key, value in table.items())
 
 
-def test_machine_files(original: Made, tmp_path: Path, everything: bool) -> None:
+def test_machine_files(original: Made, tmp_path: Path, everything: bool, tally_of: TallyOf) -> None:
     """What is accepted is a machine on which a step takes a time."""
     table = tomllib.loads((resources.files("tyir.targets") / "edge10.toml").read_text())
-    tally, path = Tally("machine files"), tmp_path / "mine.toml"
+    tally, path = tally_of("machine files"), tmp_path / "mine.toml"
     programs = load_programs(Artifacts.open(original.folder), 4)
     decoy(tmp_path, b"", "file.toml")
 

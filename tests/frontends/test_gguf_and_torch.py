@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -157,6 +158,28 @@ def test_gguf(plain: Path, tmp_path: Path, kind: str) -> None:
     (got,) = run_function(module, "main", (ids, np.arange(17)[None]), CheckpointReader(tmp_path))
     assert float(np.linalg.norm(got - logits) / np.linalg.norm(logits)) < 1e-5
     check_files(module)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "value"), [("Q4_0", 0, np.nan), ("Q8_0", 0, np.inf), ("Q4_K", 2, np.nan)]
+)
+def test_a_block_whose_scale_is_no_number_is_named(
+    plain: Path, tmp_path: Path, kind: str, at: int, value: float
+) -> None:
+    """By the tensor in the file, when it is compiled."""
+    from tyir.tools.api import compile_path
+
+    path = tmp_path / "model.gguf"
+    write_gguf(path, plain, kind)
+    reader = gguf.GGUFReader(path, "r+")
+    (stored,) = (t for t in reader.tensors if t.name == "blk.0.ffn_up.weight")
+    stored.data[3, at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+    reader.data.flush()
+    with pytest.raises(TyirError) as caught:
+        compile_path(path, tmp_path / "out", {"dies": 1, "seqlens": (1,), "max_kv": 16})
+    message = str(caught.value)
+    assert "'blk.0.ffn_up.weight'" in message and re.search("holds [0-9]+ (NaN|infinite)", message), message
+    assert "blk.0.ffn_down.weight" not in message and not list((tmp_path / "out").glob("*"))
 
 
 def test_a_q4_0_block_by_hand() -> None:

@@ -394,6 +394,84 @@ def test_scales_that_are_rounded_are_noted(awq_folder: Path) -> None:
     assert f"1 tensors of scales are f32 and are rounded to f16 (first '{name}')" in notes_of(awq_folder)
 
 
+@pytest.mark.parametrize(("value", "noted"), [(1e-9, True), (0.0, False), (1e-7, False), (np.inf, False)])
+def test_scales_that_vanish_are_noted(awq_folder: Path, value: float, noted: bool) -> None:
+    name = "model.layers.1.self_attn.q_proj.scales"
+
+    def spoil(t: dict[str, Any]) -> None:
+        t[name] = t[name].astype(np.float32)
+        t[name][0, 3] = value
+
+    edit(awq_folder, tensors=spoil)
+    assert (f"their groups become 0 (first '{name}')" in notes_of(awq_folder)) == noted
+
+
+SCALES = {kind: "weight_scale" if kind.startswith("ct") else "scales" for kind in KINDS}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_scales_that_quantisers_never_write_give_the_right_values(
+    checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path, name: str
+) -> None:
+    """Zero, negative, subnormal and large ones: the values are those of the formats' descriptions."""
+    folder = Path(shutil.copytree(checkpoints[name][0], tmp_path / "checkpoint"))
+    wanted: dict[str, npt.NDArray[Any]] = {}
+
+    def craft(t: dict[str, Any]) -> None:
+        for parameter in checkpoints[name][1]:
+            base = parameter.removesuffix(".weight")
+            scales = t[f"{base}.{SCALES[name]}"]
+            scales.reshape(-1)[:6] = (0.0, -0.0, -scales.reshape(-1)[2], 6e-8, -3e-5, 4000.0)
+            parts = {key.rpartition(".")[2]: v for key, v in t.items() if key.rpartition(".")[0] == base}
+            wanted[parameter] = KINDS[name].unpack(parts, *SHAPES[base.rpartition(".")[2]])
+
+    edit(folder, tensors=craft)
+    found = dict(dense_state(folder))
+    for parameter, array in wanted.items():
+        assert np.isfinite(array).all()
+        np.testing.assert_array_equal(found[parameter], array.astype(np.float32), err_msg=parameter)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("awq", "int4"),
+        ("gptq", "fp16"),
+        ("gptq-scattered", "fp16"),
+        ("gptq-scattered", "int4"),
+        ("ct-group", "fp16"),
+    ],
+)
+def test_scales_that_are_no_numbers_are_named_by_a_compile(
+    checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path, name: str, weights: str
+) -> None:
+    """All of them at once, by tensor, whether the weight stays in groups or becomes fp16."""
+    from tyir.tools.api import compile_path
+
+    kind = name.removesuffix("-scattered")
+    folder = Path(shutil.copytree(checkpoints[kind][0], tmp_path / "checkpoint"))
+    bases = [f"model.layers.{i}.mlp.{part}_proj" for i, part in enumerate(("up", "down"))]
+
+    def spoil(t: dict[str, Any]) -> None:
+        for base, value in zip(bases, (np.nan, np.inf)):
+            t[f"{base}.{SCALES[kind]}"].reshape(-1)[3] = value
+            if kind != name:
+                t[f"{base}.g_idx"] = t[f"{base}.g_idx"][::-1].copy()
+        wide = f"model.layers.1.self_attn.o_proj.{SCALES[kind]}"
+        t[wide] = t[wide].astype(np.float32)
+        t[wide].reshape(-1)[0] = 1e30
+
+    edit(folder, {"desc_act": True} if kind != name else {}, spoil)
+    options = {"dies": 1, "seqlens": (1,), "max_kv": 16, "weights": weights, "group_size": 32}
+    with pytest.raises(TyirError) as caught:
+        compile_path(folder, tmp_path / "out", options)
+    message = str(caught.value)
+    for base, wrong in zip(bases, ("1 NaN value", "1 infinite value")):
+        assert f"tensor '{base}.{SCALES[kind]}' holds {wrong}" in message
+    assert f"o_proj.{SCALES[kind]}' holds 1 value beyond the f16 range of 65504 (largest 1e+30)" in message
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def words_of(module: Module) -> int:
     return sum(1 for _ in module.walk_type(quant.Unpack))
 

@@ -1,8 +1,8 @@
 """Cases of the breaking programs: run, judged and counted by area.
 
 A case survives when the tool ends by itself with an exit code of its own, and what it cannot do is said in
-one message with no word of an internal error and no traceback.  `Tally` counts; the table is printed at the
-end of the tests (`conftest.py`), and a test fails with everything that did not survive.
+one message with no word of an internal error and no traceback.  `ProcessTally` counts, and a test fails with
+everything that did not survive.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from tests.tally import Tally
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -136,34 +138,19 @@ def run_process(
     return Outcome(code, out, err, time.monotonic() - began)
 
 
-@dataclass
-class Tally:
-    """The cases of one area."""
-
-    area: str
-    record: Any  # pytest's record_property, which also reaches the process that prints
-    tried: int = 0
-    failures: list[str] = field(default_factory=list)
-    slowest: tuple[float, str] = (0.0, "")
+class ProcessTally(Tally):
+    """Counts cases of an area that are tools, run as processes."""
 
     def add(self, name: str, outcome: Outcome, wanted: Iterable[int] = (0, 1), says: str = "") -> None:
-        self.tried += 1
-        self.slowest = max(self.slowest, (outcome.seconds, name))
-        if (problem := outcome.problem(wanted, says)) is not None:
-            self.failures.append(f"{name}: {problem}")
+        self.count(name, outcome.problem(wanted, says), outcome.seconds)
 
     def run(self, zygote: Zygote, cases: Iterable[Case]) -> None:
         for case in cases:
             found = zygote.run(case)
-            self.add(case.name, found, case.wanted, case.says)
-            if found.code == 0 and not found.out.startswith(case.prints):
-                self.failures.append(f"{case.name}: printed {found.out[:100]!r}, not {case.prints[:100]!r}")
-
-    def close(self) -> None:
-        """Count for the table; fails the test if anything did not survive."""
-        self.record("reliability", [self.area, self.tried, self.tried - len(self.failures), *self.slowest])
-        shown = "\n\n".join(self.failures[:40])
-        assert not self.failures, f"{len(self.failures)} of {self.tried} did not survive:\n{shown}"
+            problem = found.problem(case.wanted, case.says)
+            if problem is None and found.code == 0 and not found.out.startswith(case.prints):
+                problem = f"printed {found.out[:100]!r}, not {case.prints[:100]!r}"
+            self.count(case.name, problem, found.seconds)
 
 
 def sample(cases: Iterable[_T], slow: bool, most: int) -> list[_T]:

@@ -1,14 +1,13 @@
-"""The table of tried and survived cases, at the end of the tests."""
+"""What the breaking programs share: processes that fork, artifacts, and the count of an area."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.reliability.cases import MODEL, Tally, Zygote
+from tests.reliability.cases import MODEL, ProcessTally, Zygote
 
 
 @pytest.fixture
@@ -18,15 +17,9 @@ def slow(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def tally(record_property: Any) -> Iterator[Callable[[str], Tally]]:
-    """`tally(area)`: the count of an area, closed at the end of the test."""
-    made: list[Tally] = []
-
-    def make(area: str) -> Tally:
-        made.append(Tally(area, record_property))
-        return made[-1]
-
-    yield make
+def tally(record_property: Callable[[str, object], None]) -> Callable[[str], ProcessTally]:
+    """`tally(area)`: the count of an area."""
+    return lambda area: ProcessTally(area, record_property)
 
 
 @pytest.fixture(scope="session")
@@ -111,25 +104,3 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     )
     yield zygote
     zygote.close()
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    rows: dict[str, list[Any]] = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            for name, value in getattr(report, "user_properties", ()):
-                if name == "reliability" and getattr(report, "when", "") == "call":
-                    area, tried, survived, seconds, slowest = value
-                    row = rows.setdefault(area, [0, 0, 0.0, ""])
-                    row[0] += tried
-                    row[1] += survived
-                    row[2:] = max(row[2:], [seconds, slowest])
-    if not rows:
-        return
-    terminalreporter.section("reliability: cases tried and survived")
-    for area, (tried, survived, seconds, slowest) in sorted(rows.items()):
-        terminalreporter.write_line(
-            f"{area:<40}{tried:>6}{survived:>6}   slowest {seconds:5.1f} s: {slowest}"
-        )
-    total = [sum(row[i] for row in rows.values()) for i in (0, 1)]
-    terminalreporter.write_line(f"{'all':<40}{total[0]:>6}{total[1]:>6}")

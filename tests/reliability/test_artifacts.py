@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.cases import MODEL, ROOT, Case, Tally, Zygote, run_process, sample
+from tests.reliability.cases import MODEL, ROOT, Case, ProcessTally, Zygote, run_process, sample
 
 TOOLS = "tyir.tools.tyir_"
 FINE, REFUSED, EITHER = frozenset((0,)), frozenset((1,)), frozenset((0, 1))
@@ -55,7 +55,7 @@ def _copy(source: Path, folder: Path, name: str, data: bytes) -> Path:
 
 
 def test_damaged_artifacts(
-    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     """Each file of a folder damaged: refused by its hash; without a check harmless, or refused."""
     rng, cases = random.Random(31), []
@@ -84,7 +84,7 @@ def test_damaged_artifacts(
 
 @pytest.mark.slow
 def test_verify_of_damaged_artifacts(
-    tmp_path: Path, compiled: Path, importing: Zygote, tally: Callable[[str], Tally]
+    tmp_path: Path, compiled: Path, importing: Zygote, tally: Callable[[str], ProcessTally]
 ) -> None:
     rng, cases = random.Random(32), []
     given = ("--against", MODEL, "--prompts", "1", "--tokens", "2")
@@ -232,7 +232,7 @@ def _simulations(artifacts: Path, folder: Path) -> Iterator[Case]:
 
 
 def test_simulations(
-    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     count = tally("tyir-sim's arguments")
     count.run(running, sample(_simulations(compiled, tmp_path), slow, 4))
@@ -319,7 +319,7 @@ def _builds(folder: Path) -> Iterator[Case]:
         yield Case(f"plan {' '.join(words)[:40]}", TOOLS + "compile", (MODEL, "--plan", *words), EITHER)
 
 
-def test_builds(tmp_path: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_builds(tmp_path: Path, importing: Zygote, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("builds that cannot be")
     count.run(importing, sample(_builds(tmp_path), slow, 3))
     count.close()
@@ -480,7 +480,7 @@ def _others(folder: Path) -> Iterator[Case]:
             yield Case(f"predict {key} = {value[:9]}", "tyir.tools.gpu.predict", ("--model", path), EITHER)
 
 
-def test_other_tools(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_other_tools(tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     """`tyir-reduce`, `tools.gpu.predict`, `tools.silicon.validate`: what they are given to read."""
     count = tally("files of other tools")
     count.run(light, sample(_others(tmp_path), slow, 6))
@@ -492,7 +492,7 @@ def test_other_tools(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally
 
 
 @pytest.mark.slow
-def test_writers_of_one_cache(tmp_path: Path, compiled: Path, tally: Callable[[str], Tally]) -> None:
+def test_writers_of_one_cache(tmp_path: Path, compiled: Path, tally: Callable[[str], ProcessTally]) -> None:
     """Conversations that save to one file at once: it is always the cache of one of them, whole."""
     count = tally("writers of one cache")
     cache = tmp_path / "cache.npz"
@@ -522,7 +522,7 @@ def test_writers_of_one_cache(tmp_path: Path, compiled: Path, tally: Callable[[s
 
 
 def test_nothing_is_left_in_the_temporary_folder(
-    tmp_path: Path, compiled: Path, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, compiled: Path, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     """Of commands that end by themselves, are refused, or are ended by a signal that can be caught."""
     count = tally("temporary folders")

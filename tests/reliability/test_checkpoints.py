@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.cases import MODEL, Case, Tally, Zygote, sample
+from tests.reliability.cases import MODEL, Case, ProcessTally, Zygote, sample
 
 IMPORT = "tyir.tools.tyir_import"
 REFUSED, EITHER = frozenset((1,)), frozenset((0, 1))
@@ -370,7 +370,7 @@ def _folder(path: Path, files: dict[str, bytes | Path], without: tuple[str, ...]
 
 
 def test_hostile_checkpoints(
-    tmp_path: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, importing: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     count = tally("hostile checkpoints")
     weights = ("model.safetensors",)
@@ -426,7 +426,7 @@ _LATE_ENDS = ("= None", "= [1]")
 
 
 def test_refused_before_torch_is_loaded(
-    tmp_path: Path, early: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, early: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     """What config.json and the headers say alone: the seconds that torch takes are not waited for."""
     count = tally("refused before torch is loaded")
@@ -451,7 +451,7 @@ def test_refused_before_torch_is_loaded(
 
 
 def test_damaged_checkpoints(
-    tmp_path: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, importing: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     """Random damage of config.json and of the header."""
     count, rng = tally("damaged checkpoints"), random.Random(13)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.cases import MODEL, ROOT, Tally, run_process, sample
+from tests.reliability.cases import MODEL, ROOT, ProcessTally, run_process, sample
 
 OPT = (sys.executable, "-m", "tyir.tools.tyir_opt")
 IMPORT = (sys.executable, "-m", "tyir.tools.tyir_import", str(MODEL))
@@ -219,7 +219,7 @@ def _large_limits() -> Iterator[Surrounding]:
     yield Surrounding("import, ulimit -f 1", out, REFUSED, 'ulimit -f 1; "$@"')
 
 
-def _run(count: Tally, cases: list[Surrounding], folder: Path) -> None:
+def _run(count: ProcessTally, cases: list[Surrounding], folder: Path) -> None:
     for number, case in enumerate(cases):
         place = folder / f"{count.area}{number}".replace(" ", "-")
         place.mkdir()
@@ -238,32 +238,32 @@ def _run(count: Tally, cases: list[Surrounding], folder: Path) -> None:
             count.add(case.name, found, case.wanted)
 
 
-def test_streams(tmp_path: Path, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_streams(tmp_path: Path, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("streams")
     _run(count, sample(_streams(), slow, 3), tmp_path)
     count.close()
 
 
-def test_locales(tmp_path: Path, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_locales(tmp_path: Path, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("locales")
     _run(count, sample(_locales(), slow, 1), tmp_path)
     count.close()
 
 
-def test_surroundings(tmp_path: Path, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_surroundings(tmp_path: Path, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("surroundings")
     _run(count, sample(_surroundings(), slow, 1), tmp_path)
     count.close()
 
 
 @pytest.mark.slow
-def test_limits_of_artifacts(tmp_path: Path, compiled: Path, tally: Callable[[str], Tally]) -> None:
+def test_limits_of_artifacts(tmp_path: Path, compiled: Path, tally: Callable[[str], ProcessTally]) -> None:
     count = tally("limits of tyir-run, -sim, -compile")
     _run(count, list(_limits_of_artifacts(compiled)), tmp_path)
     count.close()
 
 
-def test_limits(tmp_path: Path, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_limits(tmp_path: Path, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("limits")
     _run(count, sample(_limits(), slow, 1), tmp_path)
     if slow:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.reliability.cases import MODEL, ROOT, Case, Tally, Zygote, sample
+from tests.reliability.cases import MODEL, ROOT, Case, ProcessTally, Zygote, sample
 
 TOOLS = "tyir.tools.tyir_"
 PROBES = "tests.reliability.probes:"
@@ -75,7 +75,7 @@ def _light(folder: Path) -> Iterator[tuple[str, Path, str, tuple[str | Path, ...
     yield "sim folder", folder / "sim" / "manifest.json", TOOLS + "sim", (folder / "sim",)
 
 
-def test_not_files(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_not_files(tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("not files")
     cases = []
     for kind, says in SAYS.items():
@@ -102,7 +102,7 @@ def _spoiled(folder: Path, file: str, kind: str) -> Path:
 
 
 def test_not_files_in_checkpoints(
-    tmp_path: Path, importing: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, importing: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     count = tally("not files in checkpoints")
     cases = []
@@ -166,7 +166,7 @@ NAMES: tuple[bytes, ...] = (
 )
 
 
-def test_names(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_names(tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     """Every name that the system takes is read and written, every other is refused by it."""
     count = tally("names of files")
     (tmp_path / "a").mkdir()

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.reliability.cases import ROOT, Case, Tally, Zygote, sample
+from tests.reliability.cases import ROOT, Case, ProcessTally, Zygote, sample
 
 OPT, DIS, SIM = "tyir.tools.tyir_opt", "tyir.tools.tyir_dis", "tyir.tools.tyir_sim"
 MACHINE = "tests.reliability.probes:machine"
@@ -192,7 +192,7 @@ def _files(folder: Path, texts: list[tuple[str, str, frozenset[int]]], *flags: s
         yield Case(name, OPT, (path, ANY_OP, "-o", folder / "out.ir", *flags), wanted)
 
 
-def test_ir_bombs(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_ir_bombs(tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("IR bombs")
     picked = sample(range(len(BOMBS)), slow, 20)  # type: ignore[type-var]
     texts = [BOMBS[i] for i in picked]  # type: ignore[index]
@@ -228,7 +228,7 @@ def _damaged(base: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_damaged_ir(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_damaged_ir(tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     """Random damage of IR files, read and run through passes that fold."""
     count, rng = tally("damaged IR"), random.Random(11)
     folder = ROOT / "tests" / "tyir"
@@ -251,7 +251,9 @@ _PROGRAM = (
 )
 
 
-def test_damaged_programs(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_damaged_programs(
+    tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool
+) -> None:
     """Random damage of a command program's bytes, and of its text, printed and timed."""
     count, rng = tally("damaged programs"), random.Random(12)
     text, binary = tmp_path / "p.edge10", tmp_path / "p.bin"
@@ -350,7 +352,7 @@ def _pipelines() -> Iterator[tuple[str, frozenset[int]]]:
     yield "cse{}" * 1000, REFUSED
 
 
-def test_pipelines(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_pipelines(tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool) -> None:
     count = tally("pipelines")
     cases = []
     for text, wanted in sample(_pipelines(), slow, 12):  # type: ignore[misc]
@@ -413,7 +415,9 @@ _TOML = (
 )
 
 
-def test_machine_files(tmp_path: Path, light: Zygote, tally: Callable[[str], Tally], slow: bool) -> None:
+def test_machine_files(
+    tmp_path: Path, light: Zygote, tally: Callable[[str], ProcessTally], slow: bool
+) -> None:
     count = tally("machine files")
     cases = []
     for number, text in enumerate(sample(_TOML, slow, 8)):  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.reliability.cases import MODEL, Case, Tally, Zygote, run_process, sample
+from tests.reliability.cases import MODEL, Case, ProcessTally, Zygote, run_process, sample
 
 RUN = "tyir.tools.tyir_run"
 FINE, REFUSED, EITHER = frozenset((0,)), frozenset((1,)), frozenset((0, 1))
@@ -93,7 +93,7 @@ def _lengths(folder: Path, artifacts: Path) -> Iterator[Case]:
 
 
 def test_prompts(
-    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     count = tally("prompts")
     (tmp_path / "lengths").mkdir()
@@ -141,7 +141,7 @@ def _arguments(artifacts: Path, folder: Path) -> Iterator[Case]:
 
 
 def test_arguments(
-    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     count = tally("sampling and arguments")
     count.run(running, sample(_arguments(compiled, tmp_path), slow, 4))
@@ -308,7 +308,7 @@ def _settings() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_tokenizers(
-    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], Tally], slow: bool
+    tmp_path: Path, compiled: Path, running: Zygote, tally: Callable[[str], ProcessTally], slow: bool
 ) -> None:
     """Hostile tokenizers, templates and settings in the artifacts (`--no-check`: their hashes do not fit)."""
     count, cases = tally("tokenizers"), []
@@ -344,7 +344,7 @@ def test_tokenizers(
 
 
 @pytest.mark.slow
-def test_prompts_of_processes(tmp_path: Path, compiled: Path, tally: Callable[[str], Tally]) -> None:
+def test_prompts_of_processes(tmp_path: Path, compiled: Path, tally: Callable[[str], ProcessTally]) -> None:
     """Standard input that comes late, in pieces, not at all; standard output that ends in the answer."""
     count = tally("prompts of processes")
     command = (sys.executable, "-m", "tyir.tools.tyir_run", str(compiled), "--max-tokens", "20")

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.pictures import drawings, illegible
 from tests.runtime_sim.test_hand_worked import MACHINE, Die
 from tyir.dialects import edge10
 from tyir.printer import print_op
+from tyir.runtime_sim.report import charts
 from tyir.runtime_sim.report.comparison import compare_text
 from tyir.runtime_sim.report.text import text_report
 from tyir.runtime_sim.timing.costs import layer_costs, op_costs, unit_shares
@@ -92,9 +94,12 @@ def test_html_page_is_self_contained_and_costs_add_up(make_model: Callable[..., 
         paths.append(tmp_path / f"d{number}.edge10")
         paths[-1].write_text(print_op(module))
     out = tmp_path / "r.html"
-    assert main([*map(str, paths), "--report", "html", "-o", str(out), "--prompt-tokens", "4"]) == 0
+    assert (
+        main([*map(str, paths), "--report", "html", "-o", str(out), "--prompt-tokens", "4", "--tornado"]) == 0
+    )
     page = out.read_text()
-    assert page.count("<svg") >= 6 and "Uncalibrated" in page and "bounded by" in page
+    assert [wrong for drawing in drawings(page) for wrong in illegible(drawing)] == []
+    assert page.count("<svg") >= 7 and "Uncalibrated" in page and "bounded by" in page
     assert "http" not in page and "<script" not in page and "nan" not in page
     timing = simulate(model.programs, model.machine, 4)
     assert sum(c.time_ns for c in layer_costs(timing)) == pytest.approx(
@@ -208,3 +213,30 @@ def test_sweep_prints_a_line_for_each_value(
     assert len(times) == 3 and times == sorted(times, reverse=True)
     assert main([str(path), "--sweep", "dram.bandwidth_gbps"]) == 1
     assert main([str(path), "--compare"]) == 1
+
+
+def test_labels_of_dots_that_lie_close_do_not_cover_each_other() -> None:
+    """Twelve names at one point, at the lower edge, and at the right one."""
+    labels = charts._Labels(20, 300, [(100.0, 200.0, 60.0)])
+    taken = [(100.0, 200.0, 60.0)]
+    for x, y in [(150.0, 58.0)] * 4 + [(10.0, 400.0)] * 4 + [(430.0, 299.0)] * 4:
+        at = labels.free(x, x + 80, y)
+        assert at - 13 >= 20 and at <= 300
+        assert not any(a < x + 80 and x < b and abs(at - c) < 13 for a, b, c in taken)
+        taken.append((x, x + 80, at))
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("<text x='10' y='20'>a word</text><text x='30' y='22'>another</text>", "cover each other"),
+        ("<text x='5' y='20' text-anchor='end'>a word</text>", "is cut off"),
+        ("<text x='80' y='20'>a long sentence</text>", "is cut off"),
+        ("<g transform='translate(60 0)'><text x='30' y='20'>a word</text></g>", "is cut off"),
+        ("<line x1='0' y1='0' x2='90' y2='40' marker-end='a'/><text x='30' y='20'>a</text>", "an arrow"),
+        ("<text x='10' y='20'>a word</text><text x='10' y='40'>another</text>", ""),
+    ],
+)
+def test_what_cannot_be_read_is_found(body: str, wrong: str) -> None:
+    found = illegible(f"<svg viewBox='0 0 100 50'>{body}</svg>")
+    assert len(found) == bool(wrong) and wrong in "".join(found)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -365,11 +366,59 @@ def test_doctor_names_the_cure(
     assert found["cure"] and found["fatal"] == fatal and (code == 1 or not fatal)
 
 
+# What is typed, and what it becomes: the commands of `tyir` and the programs alike, and file names.
+TYPED = {
+    "tyir si": "sim",
+    "tyir ch": "chat",
+    "tyir sim --torn": "--tornado",
+    "tyir-sim --torn": "--tornado",
+    "tyir-run out --engine i": "interpreter",
+    "tyir run out --engine i": "interpreter",
+    "tyir-bench-serving --goo": "--goodput",
+    "tyir-compile --group-s": "--group-size",
+    "tyir-completion z": "zsh",
+}
+_BASH_TYPES = r"""
+source tyir.bash
+while read -ra COMP_WORDS; do
+  COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+  [[ $(complete -p "${COMP_WORDS[0]}") =~ -F\ ([^ ]+) ]]
+  "${BASH_REMATCH[1]}" "${COMP_WORDS[0]}" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
+  echo "${COMPREPLY[@]}"
+done
+"""
+# A shell of its own in a terminal, as nothing else completes in zsh: each line is typed and shown.
+_ZSH_TYPES = r"""
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell 'PROMPT=; fpath=($PWD $fpath); autoload -Uz compinit; compinit -D -u'
+zpty -w shell 'bindkey "^I" complete-word'
+zpty -w shell 'show() { print -r -- "<$BUFFER>"; BUFFER=; }; zle -N show; bindkey "^X" show; print rea''dy'
+zpty -r -m shell out '*ready*'
+while IFS= read -r line; do
+  zpty -w -n shell "$line"$'\t\C-x'
+  zpty -r -m shell out '*<*>*' && print -r -- "${${out##*<}%%>*}"
+done
+zpty -d shell
+"""
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_scripts_know_commands_and_options(shell: str) -> None:
+def test_completion_knows_commands_and_their_options(shell: str, tmp_path: Path) -> None:
+    """In the shell itself."""
     pytest.importorskip("shtab")
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
     code, out, _ = run(f"tyir completion {shell}")
-    assert code == 0 and "--group-size" in out and all(name in out for name in NAMES)
+    assert code == 0 and all(name in out for name in NAMES)
+    (tmp_path / ("tyir.bash" if shell == "bash" else "_tyir")).write_text(out)
+    program = _BASH_TYPES if shell == "bash" else _ZSH_TYPES
+    lines = "".join(f"{line}\n" for line in TYPED)
+    done = subprocess.run(
+        [shell, *["-f"][: shell == "zsh"], "-c", program],
+        cwd=tmp_path, input=lines, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert [line.split()[-1] for line in done.stdout.splitlines()] == list(TYPED.values()), done.stderr
 
 
 def test_completion_without_shtab(monkeypatch: pytest.MonkeyPatch) -> None:

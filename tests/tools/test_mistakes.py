@@ -24,6 +24,14 @@ Command lines of people who come from another program, or slip, with the answer 
 1, nothing has been written, and `help:` says what to do.  An answer
 without a cure is a bug: please report it.
 """
+OP = """from tyir.ir import Value
+from tyir.opdef import DeclaredOp, operand, result
+
+
+class Twice(DeclaredOp, name="mine.twice"):
+    x: Value = operand()
+    out: Value = result()
+"""
 PASS = """\
 from dataclasses import dataclass
 
@@ -84,6 +92,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         Path("count_macs.py").write_text(PASS)
         Path("broken.py").write_text("def run(self, op:\n    pass\n")
+        Path("mine.py").write_text(OP)
+        Path("own.ir").write_text(
+            "func.func @f(%x: tensor<4xf16>) -> tensor<4xf16> {\n"
+            "  %a = mine.twice %x : tensor<4xf16>\n  return %a : tensor<4xf16>\n}\n"
+        )
         Path("plugin.py").write_text("plugins = None\n")
     return folder
 

@@ -333,3 +333,18 @@ def test_autoawq_configurations() -> None:
     for bad in ({"version": "GEMV"}, {"q_groupsize": 128}, {"w_bit": 5}):
         with pytest.raises(TyirError):
             settings_of(bad)
+
+
+def test_the_plot_of_a_report_can_be_read() -> None:
+    from pathlib import Path
+
+    from tests.pictures import illegible
+    from tyir.tools.quantize import report
+    from tyir.tools.quantize.layer_search import LinearReport
+    from tyir.tools.quantize.quantize import Outcome
+    from tyir.tools.quantize.settings import QuantizeSettings
+
+    for layers in (1, 2, 80):
+        reports = {i: [LinearReport(f"model.layers.{i}.q", 0.5, True, 1.0, 0.1, 0.05)] for i in range(layers)}
+        plot = report._plot(Outcome(Path("out"), QuantizeSettings(), reports, None, None))
+        assert illegible(plot) == [] and "rounded to nearest</text>" in plot

@@ -148,14 +148,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and what was made of it."""
+    """One prompt, of a chat the whole text of a turn, and what was made of it."""
 
     prompt: Annotated[str | None, "as given; null where ids were given"]
     prompt_tokens: Annotated[int, "its tokens"]
-    reused_tokens: Annotated[int, "of them from the cache of --cache"]
+    reused_tokens: Annotated[int, "of them that the cache held: of --cache, or of the turns before"]
     tokens: Annotated[tuple[int, ...], "that were generated"]
     text: Annotated[str | None, "that they stand for; null where there is no tokenizer"]
-    ended: Annotated[str, "why: a stop token, --max-tokens, a full cache"]
+    ended: Annotated[str, "why: a stop token, --max-tokens, a full cache, Ctrl-C"]
     pictures: Annotated[int, "shown with it"] = 0
     seconds: Annotated[
         Mapping[str, float], "until the first token by what took them, where pictures are shown"
@@ -164,7 +164,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Ran:
-    """`tyir-run --json`: what was generated; nothing is streamed then."""
+    """`tyir-run --json`, `tyir-chat --json`: what was generated; nothing is streamed then."""
 
     artifacts: Annotated[str, "the folder"]
     engine: Annotated[str, "host, interpreter or edge10"]
@@ -340,6 +340,7 @@ FORMS: dict[str, tuple[type[Any], ...]] = {
     "tyir-quantize": (Quantized, QuantizedLinear, Measured),
     "tyir-compile": (Artifacts, Stage, Planned, PlannedDie),
     "tyir-run": (Ran, Prompt),
+    "tyir-chat": (Ran, Prompt),
     "tyir-verify": (Checked, PromptChecked),
     "tyir-reduce": (Reduced,),
     "tyir-doctor": (Doctor, Trouble),

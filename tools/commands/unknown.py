@@ -7,13 +7,18 @@ among those of the other commands and the passes, in this order.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.tools.commands.foreign import FOREIGN_COMMANDS, FOREIGN_VALUES, foreign_option
 from tyir.tools.commands.table import commands
 
-__all__ = ["unknown_command", "unknown_options", "wrong_usage", "wrong_value"]
+__all__ = ["too_much", "unknown_command", "unknown_options", "wrong_usage", "wrong_value"]
+
+
+_PASSES: Final = ", --list-passes the passes; --load-pass FILE.py makes passes of your own known"
 
 
 def unknown_options(
@@ -24,8 +29,7 @@ def unknown_options(
         Diagnostic(
             f"{parser.prog}: unknown option '{flag.partition('=')[0]}'",
             help=_meant(parser, flag.partition("=")[0], list(passes))
-            or f"{parser.prog} --help lists the options"
-            + (", --list-passes the passes" if parser.prog == "tyir-opt" else ""),
+            or f"{parser.prog} --help lists the options" + (_PASSES if parser.prog == "tyir-opt" else ""),
         )
         for flag in dict.fromkeys(flags)
     )
@@ -104,9 +108,20 @@ def wrong_usage(parser: argparse.ArgumentParser, message: str) -> TyirError:
     usage = " ".join([parser.prog, *(_spelt(a) for a in parser._actions if a.required)])
     if kind == "the following arguments are required":
         return TyirError(f"{parser.prog}: missing {rest}", help=f"{usage} ...; --help lists all")
-    if kind == "unrecognized arguments":
-        return TyirError(f"{parser.prog}: more was given than it takes: {rest}", help=f"write {usage} ...")
     return TyirError(f"{parser.prog}: {message}", help=f"{parser.prog} --help lists the options")
+
+
+def too_much(parser: argparse.ArgumentParser, words: Sequence[str], rest: Sequence[str]) -> TyirError:
+    """The error for `words` on a command line of which no argument takes the `rest`."""
+    usage = " ".join([parser.prog, *(_spelt(a) for a in parser._actions if a.required)])
+    help = f"write {usage} ..."
+    for flag, action in parser._option_string_actions.items():
+        if flag in words and "," in str(action.metavar):
+            values = itertools.takewhile(lambda w: not w.startswith("-"), words[words.index(flag) + 1 :])
+            given = list(values)
+            if rest[0] in given[1:]:
+                help = f"a list is written with commas: {flag} {','.join(given)}"
+    return TyirError(f"{parser.prog}: more was given than it takes: {' '.join(rest)}", help=help)
 
 
 def unknown_command(name: str) -> TyirError:

@@ -122,9 +122,15 @@ def _plot(outcome: Outcome) -> str:
         way = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         return f'<polyline points="{way}" fill="none" stroke="{color}"/>{marks}'
 
+    def key(x: float, color: str, name: str) -> str:
+        return f'<text x="{x}" y="18" text-anchor="end" fill="{color}">{escape(name)}</text>'
+
     return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" font-size="12">'
-        f'<text x="4" y="18">{top:.2%}</text><text x="4" y="{_HEIGHT - 26}">0</text>'
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
+        ' font-size="12">'
+        + key(_WIDTH - 20, "#1f6f8b", outcome.settings.method)
+        + key(_WIDTH - 110, "#c0504d", "rounded to nearest")
+        + f'<text x="4" y="18">{top:.2%}</text><text x="4" y="{_HEIGHT - 26}">0</text>'
         f'<text x="{_LEFT}" y="{_HEIGHT - 8}">layer 0</text>'
         f'<text x="{_WIDTH - 20}" y="{_HEIGHT - 8}" text-anchor="end">layer {len(errors) - 1}</text>'
         + line([e[0] for e in errors.values()], "#c0504d", "rounded to nearest")

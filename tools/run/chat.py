@@ -40,7 +40,8 @@ def chat_template(artifacts: Artifacts, tokenizer: Any, marks: Marks | None) -> 
         return _LLAVA.replace("PICTURE", f"{marks.start or ''}{marks.image}{marks.end or ''}")
     raise TyirError(
         f"{artifacts.path} has no chat template, which says how a question is put to the model",
-        help="copy the original model's chat_template.jinja there, or give the whole text with --raw",
+        help="tyir-chat --chat-template FILE takes the original model's chat_template.jinja; tyir-run --raw"
+        " takes the whole text of a prompt",
     )
 
 
@@ -64,11 +65,15 @@ def marks_of(artifacts: Artifacts, tokenizer: Any) -> Marks | None:
 
 @dataclass
 class Chat:
-    """The turns so far, and what has been shown; `template` is Jinja, as Hugging Face's are."""
+    """The turns so far, and what has been shown; `template` is Jinja, as Hugging Face's are.
+
+    `system`: what the model is told before the first turn.
+    """
 
     tokenizer: Any
     template: str
     marks: Marks | None = None
+    system: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
     media: list[Media] = field(default_factory=list)
 
@@ -94,15 +99,21 @@ class Chat:
         self.messages.append({"role": "assistant", "content": text})
 
     def forget(self) -> None:
-        """Start over."""
+        """Start over; what the model was told stays."""
         self.messages.clear()
         self.media.clear()
 
     def _render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """By the template, which gets parts, and text alone where it knows text only."""
+        """By the template, which gets text from a model that takes text only, else parts; what it refuses is
+        tried in the other form.
+        """
+        if self.system:
+            messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
         plain = [{**m, "content": _text_of(m["content"])} for m in messages]
         reasons = []
-        for given in (messages, plain) if not self.media else (messages,):
+        # a template that knows text only may print the list of parts as Python does, and raise nothing
+        forms = (plain, messages) if self.marks is None else (messages, plain)
+        for given in forms if not self.media else (messages,):
             try:
                 text = self.tokenizer.apply_chat_template(
                     list(given), chat_template=self.template, tokenize=False, add_generation_prompt=True

@@ -41,8 +41,8 @@ def end_tokens(source: Artifacts | Path, tokenizer: Any) -> dict[int, str]:
     """Every token that ends an answer, with the source that says so.
 
     `generation_config.json`, `config.json` (also its text model's), the tokenizer's end of text, and the ends
-    of turns in the chat template.  `TyirError` for a file that is not JSON, or whose `eos_token_id` is no
-    token.
+    of turns in the chat template; without a tokenizer (None) what the files say.  `TyirError` for a file
+    that is not JSON, or whose `eos_token_id` is no token.
     """
     found: dict[int, str] = {}
     folder, find = files_of(source)
@@ -54,6 +54,8 @@ def end_tokens(source: Artifacts | Path, tokenizer: Any) -> dict[int, str]:
         for part in (content, text if isinstance(text, dict) else {}):
             for token in token_ids(part, _KEY, folder / name, data):
                 found.setdefault(token, name)
+    if tokenizer is None:
+        return found
     if isinstance(tokenizer.eos_token_id, int):
         found.setdefault(tokenizer.eos_token_id, "the tokenizer")
     template = str(tokenizer.chat_template or "")
@@ -69,8 +71,8 @@ def why(
 ) -> str:
     """Why an answer ended, for people."""
     if reason == "stop token":
-        token = tokenizer.convert_ids_to_tokens(made[-1])
-        return f"by stop token {made[-1]} ({token}) of {stops[made[-1]]}"
+        token = f" ({tokenizer.convert_ids_to_tokens(made[-1])})" if tokenizer is not None else ""
+        return f"by stop token {made[-1]}{token} of {stops[made[-1]]}"
     if reason == "cache full":
         return f"because the cache of {capacity} positions is full; compile with a larger --max-kv"
     return f"after {len(made)} tokens, as many as --max-tokens allows"

@@ -1,20 +1,75 @@
-"""The session of an artifact folder: with pictures where its model takes them."""
+"""What an answer needs, opened from an artifact folder: the session, its tokenizer, and where answers end."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tyir.execution.artifacts import Artifacts
+from tyir.runtime_sim.session.ending import check_limit
+from tyir.runtime_sim.session.sampling import Sampler, check_sampling, make_sampler
 from tyir.runtime_sim.session.session import EngineName, Session
+from tyir.tools.run.end_tokens import end_tokens
+from tyir.tools.tokenizer import load_tokenizer
 
-__all__ = ["open_session"]
+__all__ = ["Opened", "open_session", "open_to_answer"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session with what else decides its answers.
+
+    `tokenizer`: transformers', None where prompts are token ids; `stops`: the tokens that end an answer, with
+    the source that says so; `began`: `time.perf_counter()` of the process's beginning.
+    """
+
+    session: Session
+    tokenizer: Any
+    sampler: Sampler
+    stops: Mapping[int, str]
+    limit: int
+    began: float
+
+
+def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
+    """Open what `add_answer_arguments` named; `TyirError` for numbers out of range, then for the folder.
+
+    With `text` false no tokenizer is needed.
+    """
+    began = time.perf_counter() - _age()
+    sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    check_limit(args.max_tokens)
+    session = open_session(args.artifacts, args.engine, check=not args.no_check)
+    check_sampling(session.choices, args.temperature, args.top_k)
+    tokenizer = load_tokenizer(session.artifacts) if text else None
+    stops = end_tokens(session.artifacts, tokenizer)
+    return Opened(session, tokenizer, sampler, stops, args.max_tokens, began)
 
 
 def open_session(folder: Path, engine: EngineName, *, check: bool = True) -> Session:
-    """A session of the folder; `TyirError` lists what is wrong with it."""
+    """A session of the folder, with pictures where its model takes them; `TyirError` lists what is wrong."""
     artifacts = Artifacts.open(folder, check=check)
     if artifacts.manifest.vision is None:
         return Session(artifacts, engine)
     from tyir.runtime_sim.vision.session import VisionSession
 
     return VisionSession(artifacts, engine)
+
+
+def _age() -> float:
+    """Seconds since this process began, or 0 where the system does not tell or a program has called `main`:
+    what the interpreter and imports took belongs to the loading.
+    """
+    if sys.argv[:1] and not Path(sys.argv[0]).name.startswith(("tyir", "__main__")):
+        return 0.0
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK"), 0.0)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0

@@ -40,7 +40,17 @@ class Prompt:
 class Turns:
     """A conversation of a session; `said` collects what was done to pictures on their way."""
 
-    def __init__(self, session: Session, tokenizer: Any, *, resize: bool = False, raw: bool = False) -> None:
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Any,
+        *,
+        resize: bool = False,
+        raw: bool = False,
+        template: str | None = None,
+        system: str = "",
+    ) -> None:
+        """`template`: Jinja in place of the folder's; `system`: what the model is told before everything."""
         self.session = session
         self.tokenizer = tokenizer
         self.marks = marks_of(session.artifacts, tokenizer)
@@ -48,9 +58,9 @@ class Turns:
             Preprocessor(session.artifacts, resize=resize) if isinstance(session, VisionSession) else None
         )
         self.towers = Towers(session.artifacts, session.engine_name) if self.preprocessor else None
-        self.chat = Chat(
-            tokenizer, "" if raw else chat_template(session.artifacts, tokenizer, self.marks), self.marks
-        )
+        if template is None:
+            template = "" if raw else chat_template(session.artifacts, tokenizer, self.marks)
+        self.chat = Chat(tokenizer, template, self.marks, system)
         self.raw = raw
 
     @property
@@ -92,6 +102,13 @@ class Turns:
             del self.chat.messages[before[0] :], self.chat.media[before[1] :]
             raise
         return Prompt(text, given, len(media), clock.seconds)
+
+    def take_back(self, prompt: Prompt) -> None:
+        """The last question, of which this is the prompt, is as if it had not been asked."""
+        chat = self.chat
+        del chat.media[len(chat.media) - prompt.pictures :]
+        if not self.raw:
+            chat.messages.pop()
 
     def _given(self, text: str, clock: _Clock) -> Sequence[int] | VisionRequest:
         media, preprocessor = self.chat.media, self.preprocessor

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
+from tyir.ir import Op
 
 if TYPE_CHECKING:
     from tyir.pipeline import Pass
@@ -90,9 +91,12 @@ class PassRegistry:
         module = load_module_file(path)
         classes = list(pass_classes(module))
         if not classes:
-            raise TyirError(
-                f"{path} declares no pass", help="a pass is a frozen dataclass deriving tyir.pipeline.Pass"
-            )
+            own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+            if any(isinstance(v, type) and issubclass(v, Op) for v in own):
+                help = f"it declares ops: --load-dialect={path}"
+            else:
+                help = "a pass is a frozen dataclass deriving tyir.pipeline.Pass"
+            raise TyirError(f"{path} declares no pass", help=help)
         names: dict[str, type[Pass]] = {}
         for cls in classes:
             if (name := cls.name()) in names:

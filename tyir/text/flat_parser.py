@@ -356,7 +356,12 @@ class FlatParser(ScopeParser):
     def check_name(self, name: str, start: int, end: int) -> None:
         """Refuse what cannot be the name of an op."""
         if not name or any(c.isspace() for c in name):
-            self.fail(f"'{name}' is not an operation name", start, end)
+            self.fail(
+                f"'{name}' is not an operation name",
+                start,
+                end,
+                help="give a file of IR, as tyir-import writes it, or mend this line",
+            )
 
     # -- one op
     # -----------------------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ class ShortParser(FlatParser):
     def _unknown_op(self, name: str, match: re.Match[str]) -> NoReturn:
         dialect = name.partition(".")[0]
         known = dialect_ops(dialect) if dialect in dialect_names() else ()
-        hint = (
-            did_you_mean(name, known)
-            or f'ops that no dialect declares are written in the generic form: "{name}"(...) : (...) -> ...'
+        hint = did_you_mean(name, known) or (
+            "--load-dialect FILE.py makes ops of your own known (in Python: load_dialect_module of"
+            f' tyir.registry); an op that no dialect declares is written "{name}"(...) : (...) -> ...'
         )
         self.fail(f"no dialect declares '{name}'", match.start(), match.end(), help=hint)
 

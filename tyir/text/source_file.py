@@ -32,5 +32,7 @@ def decode_source(data: bytes, name: str) -> str:
         before = data[: error.start]
         line, col = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
         raise TyirError(
-            f"byte 0x{data[error.start]:02X} is not UTF-8", where=f"{name}:{line}:{col}"
+            f"byte 0x{data[error.start]:02X} is not UTF-8",
+            where=f"{name}:{line}:{col}",
+            help="give a file of IR, as tyir-import writes it, or mend this line",
         ) from None

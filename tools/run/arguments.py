@@ -1,0 +1,80 @@
+"""The arguments that `tyir-run` and `tyir-chat` share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+__all__ = ["add_answer_arguments", "add_picture_settings", "any_number", "whole"]
+
+
+def any_number(text: str) -> float:
+    """A number of any size, NaN too: `make_sampler` says for each argument what is in range."""
+    return float(text)
+
+
+def whole(text: str) -> int:
+    """The same for whole numbers."""
+    return int(text)
+
+
+def add_picture_settings(group: argparse._ArgumentGroup) -> None:
+    """What is done to pictures and videos before a model sees them."""
+    group.add_argument(
+        "--fps", type=any_number, default=2.0, help="frames in a second of each video (default 2)"
+    )
+    group.add_argument(
+        "--resize",
+        action="store_true",
+        help="bring a picture whose size was not compiled to the nearest that was, instead of refusing it",
+    )
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """The artifacts, how tokens are chosen and how many, the cache, and what executes the programs."""
+    parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "begin with the cache in this file, if it exists, and write it there at the end: a longer prompt"
+            " computes only its new tokens"
+        ),
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=whole,
+        default=64 if parser.prog == "tyir-run" else 512,
+        metavar="N",
+        help="tokens to generate at most for each prompt (default %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature", type=any_number, default=0.0, help="0 (default) takes the most likely token"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=whole,
+        default=0,
+        help="sample among the k most likely tokens (0: all that the program returns)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=any_number,
+        default=1.0,
+        help="sample among the fewest tokens of this total probability",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=any_number,
+        default=0.0,
+        help="sample among tokens that have at least this share of the best one's probability",
+    )
+    parser.add_argument("--seed", type=whole, help="makes sampling repeatable")
+    parser.add_argument(
+        "--engine",
+        choices=("host", "interpreter", "edge10"),
+        default="host",
+        help="what executes the programs (default host)",
+    )
+    parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")

@@ -1,0 +1,85 @@
+"""`tyir-chat OUT/{n}die`: talk with a compiled model, which is told what was said before."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tyir.diagnostics import TyirError
+from tyir.tools.cli import ToolParser, add_json_option, note, run_tool
+from tyir.tools.run.arguments import add_answer_arguments, add_picture_settings
+
+__all__ = ["main", "make_parser"]
+
+
+@run_tool
+def main(argv: Sequence[str]) -> int:
+    """Entry point."""
+    args = make_parser().parse_args(argv)
+    from tyir.tools.run.conversation import converse
+    from tyir.tools.run.session_of import open_to_answer
+    from tyir.tools.run.speaker import Speaker
+    from tyir.tools.run.turns import Turns
+
+    template = _template(args.chat_template) if args.chat_template is not None else None
+    opened = open_to_answer(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any character
+    turns = Turns(opened.session, opened.tokenizer, resize=args.resize, template=template, system=args.system)
+    if args.cache is not None and args.cache.exists():
+        opened.session.restore(args.cache)
+    if sys.stdin is not None and sys.stdin.isatty():
+        note(f"{opened.session.capacity} tokens fit; /help lists the commands, Ctrl-C ends an answer")
+    speaker = Speaker(opened, turns, as_json=args.json)
+    converse(speaker, args.fps)
+    if args.cache is not None:
+        opened.session.save(args.cache)
+    if args.json:
+        speaker.print_json()
+    return 0
+
+
+def _template(path: Path) -> str:
+    """The text of a template's file."""
+    from tyir.process.files import read_regular
+
+    try:
+        return read_regular(path, _MAX_TEMPLATE).decode("utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"
+    raise TyirError(f"cannot read {path}: {reason}", help="give the model's chat_template.jinja")
+
+
+_MAX_TEMPLATE = 1 << 20  # bytes; published ones have up to 20 thousand
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="tyir-chat",
+        description="Answer one line of standard input after the other, each with what was said before: with"
+        " the model's chat template, computing only what is new. Lines that begin with / are commands:"
+        " /reset starts over, /quit ends, /image FILE shows a picture, /help lists them. Ctrl-C ends an"
+        " answer.",
+    )
+    add_answer_arguments(parser)
+    parser.add_argument(
+        "--system", metavar="TEXT", default="", help="what the model is told before the conversation"
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja in place of the model's own template, or for a model that has none",
+    )
+    add_picture_settings(parser.add_argument_group("pictures, of artifacts of a vision-language model"))
+    add_json_option(parser, "print the whole conversation as JSON at its end; nothing is streamed")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
