@@ -70,11 +70,13 @@ class HostTarget:
     """The processor that the library is for.
 
     `num_cores` = 1 gives code without threads; the number of threads used is the runtime's choice.
+    `activations`: what 4-bit weights are multiplied with, "fp32" or "int8" (`kernels/integer_linear.py`).
     """
 
     kind: str = "llvm"
     mcpu: str = field(default_factory=detected_cpu)
     num_cores: int = field(default_factory=lambda: os.cpu_count() or 1)
+    activations: str = "fp32"
 
     def __post_init__(self) -> None:
         triple = codegen.llvm_get_system_triple()
@@ -84,6 +86,15 @@ class HostTarget:
             raise TyirError(
                 f"LLVM knows no processor '{self.mcpu}' for {triple}",
                 help=f"use '{detected_cpu()}' (this machine) or '{GENERIC_CPU}'",
+            )
+        if self.activations not in ("fp32", "int8"):
+            raise TyirError(
+                f"activations '{self.activations}' are not supported", help="use 'fp32' or 'int8'"
+            )
+        if self.activations == "int8" and not self.cpu().byte_products:
+            raise TyirError(
+                f"a {self.mcpu} processor does not multiply 8-bit numbers: it has neither AVX2 nor VNNI",
+                help="use fp32 activations",
             )
         if self.num_cores < 1:
             raise TyirError(f"num_cores must be at least 1, got {self.num_cores}")
@@ -104,11 +115,21 @@ class HostTarget:
     def cpu(self) -> Cpu:
         """What the kernels need to know of the processor."""
         target = self.tvm_target()
-        if codegen.target_has_features("avx512f", target):
-            return Cpu(lanes=16, registers=32, lookup=True, cores=self.num_cores)
-        if codegen.target_has_features("avx2", target):
-            return Cpu(lanes=8, registers=16, lookup=False, cores=self.num_cores)
-        return Cpu(lanes=4, registers=16, lookup=False, cores=self.num_cores)
+
+        def has(*names: str) -> bool:
+            return all(codegen.target_has_features(name, target) for name in names)
+
+        lanes, registers = (16, 32) if has("avx512f") else (8, 16) if has("avx2") else (4, 16)
+        vnni = has("avx512vnni", "avx512vl") if lanes == 16 else has("avxvnni")
+        products = "vnni" if vnni else "madd" if has("avx2") else ""
+        return Cpu(
+            lanes,
+            registers,
+            lookup=lanes == 16,
+            cores=self.num_cores,
+            byte_products=products,
+            activations=self.activations,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- names
