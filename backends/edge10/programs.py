@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,12 @@ def functions_of(die: Module, seqlen: int) -> list[Func]:
     return [*(by_name[name] for name in called), main]
 
 
+def params_of(die: Module, functions: Sequence[Func]) -> list[Param]:
+    """The parameters that functions name, in the order in which a program lists them."""
+    used = {g.symbol.leaf for f in functions for g in f.walk_type(GetGlobal)}
+    return [p for p in die.body if isinstance(p, Param) and p.sym_name in used]
+
+
 @dataclass
 class ProgramWriter:
     """Writes programs into `folder`, whose weights are at `places`; `memory`: what they need of it."""
@@ -102,15 +109,19 @@ class ProgramWriter:
         )
 
     def _write_library(self, die: Module, seqlen: int, library: Path) -> None:
+        from tyir.backends.host.step import Program
         from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library
 
         mcpu: Any = self.context.mcpu
         target = HostTarget() if mcpu is None else HostTarget(mcpu=mcpu)
-        kernels = assign_kernels(functions_of(die, seqlen))
-        same = self.built.setdefault(tuple(sorted(kernels)), library)
+        functions = functions_of(die, seqlen)
+        kernels = assign_kernels(functions)
+        program = Program(tuple(functions), tuple(str(p.sym_name) for p in params_of(die, functions)))
+        key = tuple(print_op(f, locations=False) for f in functions)
+        same = self.built.setdefault(key, library)
         if same is library:
-            build_library(kernels, target, library)
-        else:  # kernels of one name are one program: dies with equal shapes share a library's bytes
+            build_library(kernels, target, library, program)
+        else:  # dies with equal programs share a library's bytes
             shutil.copyfile(same, library)
 
     def _artifact_ir(self, die: Module, index: int, seqlen: int) -> Module:
@@ -119,8 +130,7 @@ class ProgramWriter:
         """
         module = Module.empty(f"die{index}")
         functions = functions_of(die, seqlen)
-        used = {g.symbol.leaf for f in functions for g in f.walk_type(GetGlobal)}
-        for param in [p for p in die.body if isinstance(p, Param) and p.sym_name in used]:
+        for param in params_of(die, functions):
             file, name = self.places[index, param]
             module.body.append(file.global_for(param, name))
         for function in functions:

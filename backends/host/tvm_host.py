@@ -1,8 +1,10 @@
-"""Host code: one TVM kernel per distinct op of a die's program, all of them in one shared library.
+"""Host code: one TVM kernel per distinct op of a die's program and the step that calls them, in one shared
+library.
 
 `assign_kernels` names the kernel of every op (`tyir.kernel`); ops that compute the same thing share one, so
 the layers of a model cost the compile time of a layer.  `build_library` emits each kernel
-(`tyir.backends.host.kernels`), compiles them together and links them.
+(`tyir.backends.host.kernels`) as a function of pointers, with an exported one beside it that checks its
+tensors, adds the step (`tyir.backends.host.step`), compiles them together and links them.
 
 The library's bytes depend only on the kernels and the target: functions are ordered by name, the linker
 writes no build id, debug sections (which hold the compiler's directory) are stripped.
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import tvm
-from tvm.ir import IRModule
+from tvm import tirx
+from tvm.ir import Call, GlobalVar, IRModule, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.support.cc import get_cc
 from tvm.target import codegen
@@ -28,13 +31,14 @@ from tvm.tirx.script.builder import ir as T
 from tyir.attributes import StringAttr
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import Cpu
+from tyir.backends.host.step import Program, step_of
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func, kv
 from tyir.dialects.ty import tensor_type
 from tyir.execution.processor import features_of
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
-from tyir.types import FloatType, IntegerType, bit_width, storage_dtype
+from tyir.types import FloatType, IntegerType, TensorType, bit_width, storage_dtype
 
 __all__ = [
     "GENERIC_CPU",
@@ -51,6 +55,7 @@ GENERIC_CPU: Final = (
     "x86-64-v3"  # AVX2, FMA and F16C: every x86 server since 2015 (x86-64 psABI, micro-architecture levels)
 )
 
+_CPU: Final = 1  # kDLCPU of DLPack
 _LINK_OPTIONS: Final = ("-Wl,--build-id=none", "-Wl,--strip-debug", "-Wl,--hash-style=gnu")
 _MOST_ELEMENTS: Final = 1 << 31  # kernels index with 32-bit integers
 
@@ -65,11 +70,13 @@ class HostTarget:
     """The processor that the library is for.
 
     `num_cores` = 1 gives code without threads; the number of threads used is the runtime's choice.
+    `activations`: what 4-bit weights are multiplied with, "fp32" or "int8" (`kernels/integer_linear.py`).
     """
 
     kind: str = "llvm"
     mcpu: str = field(default_factory=detected_cpu)
     num_cores: int = field(default_factory=lambda: os.cpu_count() or 1)
+    activations: str = "fp32"
 
     def __post_init__(self) -> None:
         triple = codegen.llvm_get_system_triple()
@@ -79,6 +86,15 @@ class HostTarget:
             raise TyirError(
                 f"LLVM knows no processor '{self.mcpu}' for {triple}",
                 help=f"use '{detected_cpu()}' (this machine) or '{GENERIC_CPU}'",
+            )
+        if self.activations not in ("fp32", "int8"):
+            raise TyirError(
+                f"activations '{self.activations}' are not supported", help="use 'fp32' or 'int8'"
+            )
+        if self.activations == "int8" and not self.cpu().byte_products:
+            raise TyirError(
+                f"a {self.mcpu} processor does not multiply 8-bit numbers: it has neither AVX2 nor VNNI",
+                help="use fp32 activations",
             )
         if self.num_cores < 1:
             raise TyirError(f"num_cores must be at least 1, got {self.num_cores}")
@@ -99,11 +115,21 @@ class HostTarget:
     def cpu(self) -> Cpu:
         """What the kernels need to know of the processor."""
         target = self.tvm_target()
-        if codegen.target_has_features("avx512f", target):
-            return Cpu(lanes=16, registers=32, lookup=True, cores=self.num_cores)
-        if codegen.target_has_features("avx2", target):
-            return Cpu(lanes=8, registers=16, lookup=False, cores=self.num_cores)
-        return Cpu(lanes=4, registers=16, lookup=False, cores=self.num_cores)
+
+        def has(*names: str) -> bool:
+            return all(codegen.target_has_features(name, target) for name in names)
+
+        lanes, registers = (16, 32) if has("avx512f") else (8, 16) if has("avx2") else (4, 16)
+        vnni = has("avx512vnni", "avx512vl") if lanes == 16 else has("avxvnni")
+        products = "vnni" if vnni else "madd" if has("avx2") else ""
+        return Cpu(
+            lanes,
+            registers,
+            lookup=lanes == 16,
+            cores=self.num_cores,
+            byte_products=products,
+            activations=self.activations,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -184,22 +210,76 @@ def _check_types(op: Op) -> Iterable[Diagnostic]:
             )
 
 
-def _prim_func(name: str, op: Op, cpu: Cpu) -> Any:
-    """The kernel as a TensorIR function."""
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        buffers = []
-        for parameter, value in _parameters(op):
-            t = tensor_type(value)
-            dtype = storage_dtype(t.element)
-            buffers.append(T.arg(parameter, T.buffer(packed_shape(t), dtype.name, align=dtype.itemsize)))
+def _kernel(op: Op, cpu: Cpu) -> Any:
+    """The kernel as a TensorIR function of pointers, known inside of the library alone."""
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr({"tirx.noalias": True})
+        T.func_ret(PrimType("int32"))  # what a loop over cores that cannot start returns
+        stored = [(name, packed_shape(t), storage_dtype(t.element)) for name, t in _stored(op)]
+        pointers = [T.arg(name, T.handle(dtype.name)) for name, _, dtype in stored]
+        buffers = [
+            T.decl_buffer(shape, dtype.name, data=pointer, align=dtype.itemsize)
+            for pointer, (_, shape, dtype) in zip(pointers, stored)
+        ]
         EMITTERS[type(op)](op, buffers, cpu)
+        T.Return(T.int32(0))
     return builder.get()
 
 
-def build_library(kernels: Mapping[str, Op], target: HostTarget, path: Path) -> None:
-    """Compiles the kernels into the shared library `path`, replacing it only when all of it is there.
+def _exported(name: str, op: Op, kernel: GlobalVar) -> Any:
+    """A function of tensors that calls the kernel."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name})
+        buffers = []
+        for parameter, t in _stored(op):
+            dtype = storage_dtype(t.element)
+            buffers.append(T.arg(parameter, T.buffer(packed_shape(t), dtype.name, align=dtype.itemsize)))
+        T.evaluate(Call(kernel, [buffer.data for buffer in buffers], ret_ty="int32"))
+    return builder.get()
+
+
+def _stored(op: Op) -> list[tuple[str, TensorType]]:
+    return [(name, tensor_type(value)) for name, value in _parameters(op)]
+
+
+def _module(kernels: Mapping[str, Op], cpu: Cpu, program: Program | None) -> IRModule:
+    """All functions of a library; kernels first, in the order of their names."""
+    names = {name: GlobalVar(f"tyir_{name}") for name in sorted(kernels)}
+    functions = {variable: _kernel(kernels[name], cpu) for name, variable in names.items()}
+    functions.update(
+        (GlobalVar(name), _exported(name, kernels[name], variable)) for name, variable in names.items()
+    )
+    if program is not None:
+        functions.update(step_of(program, names))
+    return IRModule(functions)
+
+
+def _pipeline() -> tuple[Any, Any, Any]:
+    """TVM's own for TensorIR; at its end inner functions are told whose memory their temporaries are, which
+    exported ones know from their tensors.
+    """
+    passes, for_host, for_device = tirx.get_tir_pipeline("s_tir")
+
+    def on_cpu(function: Any, module: Any, context: Any) -> Any:
+        if "global_symbol" in function.attrs:
+            return function
+        body = tirx.AttrStmt("default", "device_type", tirx.const(_CPU, "int32"), function.body)
+        return function.with_body(tirx.AttrStmt("default", "device_id", tirx.const(0, "int32"), body))
+
+    ours = tirx.transform.prim_func_pass(on_cpu, opt_level=0)
+    return passes, lambda: tvm.transform.Sequential([ours, for_host()]), for_device
+
+
+_PIPELINE: Final = "tyir"
+tirx.register_tir_pipeline(_PIPELINE, _pipeline)
+
+
+def build_library(
+    kernels: Mapping[str, Op], target: HostTarget, path: Path, program: Program | None = None
+) -> None:
+    """Compiles the kernels, and the step of `program` that calls them, into the shared library `path`,
+    replacing it only when all of it is there.
 
     Raises TyirError when an op has a type that no kernel takes or no linker is installed.
     """
@@ -211,9 +291,8 @@ def build_library(kernels: Mapping[str, Op], target: HostTarget, path: Path) -> 
             "there is no C++ compiler to link the host library with",
             help="install g++ or clang++, or name one in CXX",
         )
-    cpu = target.cpu()
-    functions = {name: _prim_func(name, kernels[name], cpu) for name in sorted(kernels)}
-    executable = tvm.compile(IRModule(functions), target=target.tvm_target())
+    module = _module(kernels, target.cpu(), program)
+    executable = tvm.compile(module, target=target.tvm_target(), tir_pipeline=_PIPELINE)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".host-") as workspace:
         partial = Path(workspace) / "library.so"
         executable.export_library(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -14,6 +14,9 @@ from tyir.execution.processor import check_processor
 from tyir.interpreter import Evaluator, Interpreter, evaluate_op
 from tyir.manifest import DieProgram
 from tyir.parser import parse_bytes
+
+if TYPE_CHECKING:
+    from tyir.runtime_sim.session.host_runtime import HostLibrary
 
 __all__ = ["DiePrograms"]
 
@@ -29,6 +32,7 @@ class DiePrograms:
         self.compiled = compiled
         self._params: dict[tuple[int, str, str], Array] = {}
         self._loaded: dict[tuple[int, str], Interpreter] = {}
+        self._libraries: dict[tuple[int, str], HostLibrary] = {}
         if compiled:
             host = artifacts.manifest.build["host"]
             check_processor(host["mcpu"], host["features"], artifacts.path)
@@ -49,10 +53,17 @@ class DiePrograms:
     def _evaluator(self, program: DieProgram) -> Evaluator:
         if not self.compiled:
             return evaluate_op
+        return self.library(program).evaluate
+
+    def library(self, program: DieProgram) -> HostLibrary:
+        """The compiled library of a program."""
         from tyir.runtime_sim.session.host_runtime import HostLibrary
 
-        name = program.library
-        return HostLibrary(self.artifacts.path / name, self.artifacts.executable(name)).evaluate
+        key = (program.die, program.library)
+        if key not in self._libraries:
+            content = self.artifacts.executable(program.library)
+            self._libraries[key] = HostLibrary(self.artifacts.path / program.library, content)
+        return self._libraries[key]
 
     @cached_property
     def _reader(self) -> ArtifactWeights:

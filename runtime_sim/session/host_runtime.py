@@ -32,7 +32,7 @@ from tyir.process.files import open_regular
 from tyir.traits import InPlace
 from tyir.types import TensorType, storage_dtype
 
-__all__ = ["HostLibrary", "use_threads"]
+__all__ = ["CompiledStep", "Exchange", "HostLibrary", "use_threads"]
 
 Array = npt.NDArray[Any]
 
@@ -108,6 +108,17 @@ _DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 _DLPACK_CPU = 1
 
 
+def _descriptor(shape: Sequence[int], dtype: np.dtype[Any]) -> _DLTensor:
+    """Of an array that lies nowhere yet."""
+    extents = (ctypes.c_int64 * len(shape))(*shape)
+    code, bits = _DLPACK_CODES[dtype.kind], dtype.itemsize * 8
+    return _DLTensor(None, _DLPACK_CPU, 0, len(shape), code, bits, 1, extents, None, 0)
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
 class _Kernel:
     """One compiled function with the descriptors of its parameters, made once.
 
@@ -120,22 +131,7 @@ class _Kernel:
     def __init__(self, function: Any, types: Sequence[TensorType], results: int) -> None:
         self._function = function
         self._layouts = [(packed_shape(t), storage_dtype(t.element)) for t in types]
-        self._shapes = [(ctypes.c_int64 * len(shape))(*shape) for shape, _ in self._layouts]
-        self._tensors = [
-            _DLTensor(
-                None,
-                _DLPACK_CPU,
-                0,
-                len(shape),
-                _DLPACK_CODES[dtype.kind],
-                dtype.itemsize * 8,
-                1,
-                extents,
-                None,
-                0,
-            )
-            for (shape, dtype), extents in zip(self._layouts, self._shapes)
-        ]
+        self._tensors = [_descriptor(shape, dtype) for shape, dtype in self._layouts]
         self._arguments = [ctypes.c_void_p(ctypes.addressof(t)) for t in self._tensors]
         self._first_result = len(types) - results
 
@@ -149,9 +145,53 @@ class _Kernel:
                 raise ValueError(
                     f"an operand is {array.dtype}{list(array.shape)} where {dtype}{list(shape)} is stored"
                 )
-            tensor.data = array.__array_interface__["data"][0]
+            tensor.data = _address(array)
         self._function(*self._arguments)
         return results
+
+
+# int32_t exchange(void *context, int32_t site, const void *operand, void *result)
+Exchange = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class CompiledStep:
+    """The step of a die, one call of compiled code (`step` in docs/deploy.md)."""
+
+    def __init__(
+        self,
+        function: Any,
+        layouts: Sequence[tuple[tuple[int, ...], np.dtype[Any]]],
+        weights: Sequence[Array],
+        workspace: Array,
+        exchange: Any = None,
+    ) -> None:
+        """`layouts`: shapes and dtypes of inputs and outputs; `weights` in the order of the program's
+        `ty.global`s; `exchange`: an `Exchange`, of programs that meet others.
+        """
+        self._function = function
+        self._layouts = list(layouts)
+        self._tensors = [_descriptor(shape, dtype) for shape, dtype in layouts]
+        addresses = np.array([_address(w) for w in weights] or [0], np.int64)
+        self._kept = (weights, addresses, workspace, exchange)  # what the descriptors point into
+        table, space = (_descriptor(a.shape, a.dtype) for a in (addresses, workspace))
+        table.data, space.data = _address(addresses), _address(workspace)
+        self._own = (table, space)
+        call = ctypes.c_void_p(None) if exchange is None else ctypes.cast(exchange, ctypes.c_void_p)
+        self._arguments = [
+            *(ctypes.c_void_p(ctypes.addressof(t)) for t in (*self._tensors, *self._own)),
+            call,
+            ctypes.c_void_p(None),
+        ]
+
+    def __call__(self, arrays: Sequence[Array]) -> None:
+        """Runs the step on contiguous inputs and outputs; caches among the inputs are written."""
+        for tensor, (shape, dtype), array in zip(self._tensors, self._layouts, arrays, strict=True):
+            if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+                raise ValueError(
+                    f"{array.dtype}{list(array.shape)} is given where {dtype}{list(shape)} is taken"
+                )
+            tensor.data = _address(array)
+        self._function(*self._arguments)
 
 
 def _check_complete(data: bytes, path: Path) -> None:
@@ -224,6 +264,16 @@ class HostLibrary:
                 help="the file is damaged; compile the model again",
             ) from error
         self._kernels: dict[str, _Kernel] = {}
+
+    def function(self, name: str) -> Any:
+        """An exported function; `TyirError` when the library has none of that name."""
+        try:
+            return self._module[name]
+        except AttributeError as error:
+            raise TyirError(
+                f"{self.path} has no function '{name}'",
+                help="it was compiled by an older tyir; compile the model again",
+            ) from error
 
     def evaluator(self) -> Evaluator:
         """The evaluator for `tyir.interpreter.Interpreter`.

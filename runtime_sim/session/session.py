@@ -59,8 +59,14 @@ class Engine(Protocol):
         """Take over caches that `caches` gave."""
 
 
-def make_engine(name: str, artifacts: Artifacts, probe: StepProbe | None = None) -> Engine:
-    """The engine of a name, for an artifact folder.  `probe` sees the ops of the engines that walk IR."""
+def make_engine(
+    name: str, artifacts: Artifacts, probe: StepProbe | None = None, threads: int | None = None
+) -> Engine:
+    """The engine of a name, for an artifact folder.
+
+    `probe` sees the ops, which the engines that can then walk one by one.  `threads` of the engine `host`:
+    None for all cores that this process may use.
+    """
     if name == "edge10":
         from tyir.runtime_sim.session.edge10_engine import Edge10Engine
 
@@ -69,7 +75,11 @@ def make_engine(name: str, artifacts: Artifacts, probe: StepProbe | None = None)
         raise TyirError(
             f"there is no engine '{name}'", help=did_you_mean(name, ENGINES) or f"one of {', '.join(ENGINES)}"
         )
-    return ProgramEngine(artifacts, compiled=name == "host", probe=probe)
+    if name == "host":
+        from tyir.runtime_sim.session.host_engine import HostEngine
+
+        return HostEngine(artifacts, probe=probe, threads=threads)
+    return ProgramEngine(artifacts, compiled=False, probe=probe)
 
 
 class Session:
@@ -87,8 +97,9 @@ class Session:
         check: bool = True,
         probe: StepProbe | None = None,
         sequence: int = 0,
+        threads: int | None = None,
     ) -> None:
-        """`folder`: its name, or the folder opened already."""
+        """`folder`: its name, or the folder opened already.  `threads`: as `make_engine` takes them."""
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.manifest = self.artifacts.manifest
         self.sequence = sequence
@@ -98,7 +109,7 @@ class Session:
                 help=f"{self.artifacts.path} runs {self.manifest.options.batch}, numbered from 0",
             )
         self.engine_name: EngineName = engine
-        self.engine = make_engine(engine, self.artifacts, probe)
+        self.engine = make_engine(engine, self.artifacts, probe, threads)
         self._step = FiniteSteps(self.engine)
         self.tokens: list[int] = []
 

@@ -111,8 +111,9 @@ def test_partial_sums_never_leave_the_registers(tokens: int) -> None:
     function.body.append(ty.Linear(*function.args))
     ((name, op),) = assign_kernels([function]).items()
     target = HostTarget(num_cores=2)
-    kernel = tvm_host._prim_func(name, op, target.cpu())
-    source = tvm.compile(tvm.IRModule({name: kernel}), target=target.tvm_target()).mod.inspect_source("ll")
+    module = tvm_host._module({name: op}, target.cpu(), None)
+    compiled = tvm.compile(module, target=target.tvm_target(), tir_pipeline=tvm_host._PIPELINE)
+    source = compiled.mod.inspect_source("ll")
     bodies = [text for text in source.split("\ndefine ") if "parallel_lambda" in text.partition("{")[0]]
     assert bodies, "the loop runs on several cores"
     assert not any("AllocWorkspace" in body for body in bodies)

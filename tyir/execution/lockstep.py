@@ -8,6 +8,7 @@ so both say through `Meet`, `Send` or `Recv` what they ask for.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["Meet", "Recv", "Request", "Send", "drive"]
+__all__ = ["Meet", "Meeting", "Recv", "Request", "Send", "drive"]
 
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
@@ -78,9 +79,55 @@ def drive(runs: Sequence[Generator[Request, Array | None, Result]]) -> list[Resu
         for die in ready:
             del waiting[die]
     if waiting:
-        stuck = ", ".join(f"die {die} at {request.name}" for die, request in sorted(waiting.items()))
-        raise TyirError(f"the dies do not meet: {stuck}; {len(results)} of {len(runs)} dies have finished")
+        raise _stuck(waiting, len(results), len(runs))
     return [results[die] for die in range(len(runs))]
+
+
+class Meeting:
+    """The same for dies that run in threads of their own: each asks, and waits until it is answered."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.problem: BaseException | None = None
+        self._changed = threading.Condition()
+        self._waiting: dict[int, Request] = {}
+        self._answers: dict[int, Array | None] = {}
+        self._mail: dict[tuple[int, int, int], Array] = {}
+        self._finished = 0
+
+    def ask(self, die: int, request: Request) -> Array | None:
+        """What a collective gives a die.  Raises what another die has failed of, and `TyirError` when dies
+        wait for each other in vain.
+        """
+        with self._changed:
+            self._waiting[die] = request
+            self._serve()
+            while die not in self._answers:
+                if self.problem is not None:
+                    raise self.problem
+                self._changed.wait()
+            return self._answers.pop(die)
+
+    def leave(self, problem: BaseException | None = None) -> None:
+        """A die has finished, or failed."""
+        with self._changed:
+            self._finished += 1
+            self.problem = self.problem or problem
+            self._serve()
+
+    def _serve(self) -> None:
+        served = _served(self._waiting, self._mail, self.count)
+        for die in served:
+            del self._waiting[die]
+        self._answers.update(served)
+        if self._waiting and not served and len(self._waiting) + self._finished == self.count:
+            self.problem = self.problem or _stuck(self._waiting, self._finished, self.count)
+        self._changed.notify_all()
+
+
+def _stuck(waiting: dict[int, Request], finished: int, count: int) -> TyirError:
+    stuck = ", ".join(f"die {die} at {request.name}" for die, request in sorted(waiting.items()))
+    return TyirError(f"the dies do not meet: {stuck}; {finished} of {count} dies have finished")
 
 
 def _served(

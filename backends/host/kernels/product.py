@@ -25,6 +25,7 @@ from tyir.backends.host.kernels.tir import (
     Expr,
     add_to,
     get,
+    hold,
     horizontal_sum,
     load,
     loop,
@@ -78,6 +79,7 @@ class Tile:
 
 Accumulate = Callable[[Tile], None]
 Order = Callable[[Expr], Expr]
+Unpack = Callable[[Expr, Buffer, Expr], None]
 
 
 def _packed(x: Buffer, columns: int, lanes: int, order: Order, cpu: Cpu) -> Buffer:
@@ -96,6 +98,14 @@ def _packed(x: Buffer, columns: int, lanes: int, order: Order, cpu: Cpu) -> Buff
     if m % columns:
         panel(m - m % columns, m % columns)
     return panels
+
+
+def _accumulate_known(tile: Tile, known: Buffer, row: Expr) -> None:
+    """The k loop of a tile whose weights are rows `row`.. of an f32 buffer."""
+    with T.serial(0, tile.k // tile.lanes) as step:
+        for r in range(tile.rows):
+            at = (row + r) * tile.k + step * tile.lanes
+            tile.multiply(0, step, r, hold(known[span(at, tile.lanes)], tile.lanes))
 
 
 _ROWS = 4
@@ -125,9 +135,13 @@ def tiled_product(
     cpu: Cpu,
     accumulate: Accumulate,
     one_stream: bool = False,
+    unpack: Unpack | None = None,
 ) -> None:
     """Emits the loops; `accumulate` emits the k loop of one tile.  `x` is [m, k], `out` [m, n], `bias` [n] or
     None.
+
+    `unpack(n, to, row)` of a weight that is not stored as numbers puts row n of it into row `row` of an f32
+    buffer, vectors in order: where several tiles of x meet a block of rows, it is unpacked once for all.
 
     `order(step)` gives the indices along k of vector `step`, which is what `Tile.multiply` multiplies with.
     """
@@ -135,10 +149,13 @@ def tiled_product(
     rows, columns, chains = tile_shape(m, one_stream, cpu)
     panels = _packed(x, columns, lanes, order, cpu)
 
-    def tile(n0: Expr, m0: Expr, tile_rows: int, tile_columns: int) -> None:
+    def tile(n0: Expr, m0: Expr, tile_rows: int, tile_columns: int, known: Buffer | None, row: Expr) -> None:
         sums = [register(lanes, 0) for _ in range(chains * tile_rows * tile_columns)]
         whole = Tile(n0, m0, tile_rows, tile_columns, chains, lanes, sums, panels, k)
-        accumulate(whole)
+        if known is None:
+            accumulate(whole)
+        else:
+            _accumulate_known(whole, known, row)
         whole.join_chains()
         for r in range(tile_rows):
             for c in range(tile_columns):
@@ -148,11 +165,16 @@ def tiled_product(
 
     def row_tiles(n0: Expr, count: Expr, tile_rows: int) -> None:
         """All columns against `count` tiles of rows from n0."""
+        known: Buffer | None = None
+        if unpack is not None and m > columns:
+            known = T.alloc_buffer((_BLOCK_TILES * rows * k,), "float32")
+            with T.serial(0, count * tile_rows) as r:
+                unpack(n0 + r, known, r)
         with T.serial(0, m // columns) as c, T.serial(0, count) as t:
-            tile(n0 + t * tile_rows, c * columns, tile_rows, columns)
+            tile(n0 + t * tile_rows, c * columns, tile_rows, columns, known, t * tile_rows)
         if m % columns:
             with T.serial(0, count) as t:
-                tile(n0 + t * tile_rows, m - m % columns, tile_rows, m % columns)
+                tile(n0 + t * tile_rows, m - m % columns, tile_rows, m % columns, known, t * tile_rows)
 
     tiles = n // rows
     per_block = 1 if m <= columns else min(_BLOCK_TILES, tiles)

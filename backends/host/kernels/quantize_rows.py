@@ -28,7 +28,7 @@ from tyir.backends.host.kernels.tir import (
 )
 from tyir.dialects import kv
 
-__all__ = ["EMITTERS"]
+__all__ = ["EMITTERS", "rounded"]
 
 # 1.5 * 2^23: adding it leaves no bits for a fraction, so that the addition rounds to whole numbers, halves to
 # even
@@ -52,7 +52,8 @@ def quantize_rows(op: kv.QuantizeRows, buffers: Sequence[Buffer], cpu: Cpu) -> N
             value = load(x, [row, i * lanes], lanes) / splat(
                 T.Select(divisor > f32(0), divisor, f32(1)), lanes
             )
-            whole = _round(T.max(T.min(value, f32(127, lanes)), f32(-127, lanes)), lanes)
+            within = T.max(T.min(value, f32(127, lanes)), f32(-127, lanes))
+            whole = T.cast(rounded(within, lanes), vector("float32", lanes))
             store(
                 q,
                 [row, i * lanes],
@@ -61,12 +62,12 @@ def quantize_rows(op: kv.QuantizeRows, buffers: Sequence[Buffer], cpu: Cpu) -> N
             )
 
 
-def _round(x: Expr, lanes: int) -> Expr:
-    """The nearest whole number in f32, for small x; kept in integers so that no optimiser takes the two
+def rounded(x: Expr, lanes: int) -> Expr:
+    """The nearest whole number, an int32, for small x; kept in integers so that no optimiser takes the two
     additions for nothing.
     """
     bits = T.reinterpret(vector("int32", lanes), x + f32(_ROUND, lanes))
-    return T.cast(bits - splat(T.int32(0x4B400000), lanes), vector("float32", lanes))
+    return bits - splat(T.int32(0x4B400000), lanes)
 
 
 EMITTERS: Final[Emitters] = {

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.backends.host.kernels.integer_linear import integer_linear, takes_group
 from tyir.backends.host.kernels.product import Tile, tiled_product
 from tyir.backends.host.kernels.tir import (
     Buffer,
@@ -93,12 +94,30 @@ class _Weights:
 
 
 def quantized_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    if cpu.activations == "int8" and takes_group(op.group_size):
+        integer_linear(op, buffers, cpu)
+    else:
+        float_linear(op, buffers, cpu)
+
+
+def float_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     x, q, scales, zeros, *bias, out = buffers
     *lead, k = (int(d) for d in x.shape)
     m, n, group = math.prod(lead), int(q.shape[0]), op.group_size
     lanes, nibbles = block_shape(group, cpu)
     per_group = group // (lanes * nibbles)
     weights = _Weights(q, scales, zeros, lanes, nibbles, cpu)
+
+    def unpack(n0: Expr, to: Buffer, row: Expr) -> None:
+        """A row of the weight as f32, vectors in the order of `order`."""
+        with T.serial(0, k // group) as g:
+            known = weights.group(n0, g)
+            with T.serial(0, per_group) as p:
+                block = bind(g * per_group + p)
+                word = bind(_words(q, n0, block * (lanes * nibbles), lanes, nibbles))
+                for j in range(nibbles):
+                    at = row * k + (block * nibbles + j) * lanes
+                    T.buffer_store(to, weights.values(known, word, j), [span(at, lanes)])
 
     def accumulate(tile: Tile) -> None:
         with T.serial(0, k // group) as g:
@@ -121,7 +140,17 @@ def quantized_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu
         start = step // nibbles * (lanes * nibbles) + step % nibbles
         return start if lanes == 1 else T.ramp(start, nibbles, lanes)
 
-    tiled_product(flat(x, m, k), n, lanes, order, bias[0] if bias else None, flat(out, m, n), cpu, accumulate)
+    tiled_product(
+        flat(x, m, k),
+        n,
+        lanes,
+        order,
+        bias[0] if bias else None,
+        flat(out, m, n),
+        cpu,
+        accumulate,
+        unpack=unpack,
+    )
 
 
 EMITTERS: Final[Emitters] = {

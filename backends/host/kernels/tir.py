@@ -54,13 +54,17 @@ Emitters = Mapping[type[Op], Callable[[Any, Sequence[Any], Any], None]]
 @dataclass(frozen=True)
 class Cpu:
     """What the kernels ask of a processor: f32 lanes of a vector register, number of registers, a 16-entry
-    register lookup, and cores.
+    register lookup, cores, and how 8-bit numbers are multiplied: "vnni", "madd" or "" for not at all.
+
+    `activations`: what 4-bit weights are multiplied with, "fp32" or "int8".
     """
 
     lanes: int
     registers: int
     lookup: bool
     cores: int
+    byte_products: str = ""
+    activations: str = "fp32"
 
     @property
     def accumulators(self) -> int:

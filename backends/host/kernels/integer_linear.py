@@ -1,0 +1,248 @@
+"""ty.quantized_linear on 8-bit activations: products of 4-bit and 8-bit numbers are added up as integers.
+
+Each group of a row's activations becomes codes -127..127 and one factor, as wide as a group of the weight.  With s, z
+a weight's scale and zero point and f, c an activation's factor and codes, a group gives
+
+    sum_k (q_k - z) s x_k  ~  s f sum_k q_k c_k  -  s z f sum_k c_k
+
+The first sum is exact in int32: bytes of the weight are multiplied as they lie in the file, low nibbles with the codes
+of even columns, high nibbles with those of odd ones, `lanes` sums of four at once, by `vpdpbusd` or, where the
+processor has none, by `vpmaddubsw` (15 * 127 * 2 fits 16 bits, so that nothing saturates).  It is scaled into f32 sums
+of the row.  The second needs no weight: `offsets`, one number for each group, which are multiplied with s z at the end.
+A row's lanes are added up once.
+
+A row of the weight is read as it lies, one linear stream a core; a 16-channel layout was not needed: a group of 128 is
+one cache line of one row.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tvm.tirx.script.builder import ir as T
+
+from tyir.backends.host.kernels.quantize_rows import rounded
+from tyir.backends.host.kernels.tir import (
+    Buffer,
+    Cpu,
+    Expr,
+    add_to,
+    bind,
+    f32,
+    flat,
+    get,
+    horizontal_max,
+    horizontal_sum,
+    lanes_for,
+    load,
+    loop,
+    put,
+    register,
+    span,
+    splat,
+    store,
+    vector,
+)
+from tyir.dialects import ty
+
+__all__ = ["integer_linear", "takes_group"]
+
+_ROWS: Final = 4
+_BLOCK_ROWS: Final = 32  # whose scales are made ready together
+_LOW: Final = 0x0F0F0F0F
+_SMALLEST: Final = 16  # bytes of a vector
+
+
+def takes_group(group: int) -> bool:
+    """Whether groups of this size are whole vectors."""
+    return group % (2 * _SMALLEST) == 0
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of a product: a group of a row is `parts` vectors of `lanes` 32-bit words; `padded` groups fill
+    vectors of `lanes` numbers.
+    """
+
+    m: int
+    n: int
+    k: int
+    group: int
+    lanes: int
+    parts: int
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int, group: int, cpu: Cpu) -> _Shape:
+        lanes = math.gcd(4 * cpu.lanes, group // 2) // 4
+        return cls(m, n, k, group, lanes, group // 2 // (4 * lanes))
+
+    @property
+    def groups(self) -> int:
+        return self.k // self.group
+
+    @property
+    def padded(self) -> int:
+        return -(-self.groups // self.lanes) * self.lanes
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Codes [m, groups, parts, 2, 4 * lanes], even columns of a part and then odd ones; factors and offsets
+    [m, padded].
+    """
+
+    codes: Buffer
+    factors: Buffer
+    offsets: Buffer
+
+
+def _quantized(x: Buffer, shape: _Shape, cpu: Cpu) -> _Activations:
+    made = _Activations(
+        T.alloc_buffer((shape.m * shape.k,), "int8"),
+        T.alloc_buffer((shape.m * shape.padded,), "float32"),
+        T.alloc_buffer((shape.m * shape.padded,), "float32"),
+    )
+    lanes, half = lanes_for(cpu.lanes, 4 * shape.lanes), 4 * shape.lanes
+    with loop(shape.m, cpu, shape.m * shape.k * 8) as row:
+        with T.serial(shape.groups, shape.padded) as g:
+            T.buffer_store(made.factors, f32(0), [row * shape.padded + g])
+            T.buffer_store(made.offsets, f32(0), [row * shape.padded + g])
+        with T.serial(0, shape.groups) as g:
+            first = bind(g * shape.group)
+            largest, total = register(lanes, 0), register(lanes, 0)
+            with T.serial(0, shape.group // lanes) as i:
+                value = bind(load(x, [row, first + i * lanes], lanes))
+                put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
+            most = bind(horizontal_max(largest, lanes))
+            times = bind(T.Select(most > f32(0), f32(127) / most, f32(0)))
+            for part in range(shape.parts):
+                for odd in range(2):
+                    with T.serial(0, half // lanes) as i:
+                        column = bind(first + part * 2 * half + 2 * i * lanes + odd)
+                        value = T.cast(x[row, T.ramp(column, 2, lanes)], vector("float32", lanes))
+                        code = bind(rounded(value * splat(times, lanes), lanes))
+                        add_to(total, T.cast(code, vector("float32", lanes)), lanes)
+                        at = row * shape.k + first + (2 * part + odd) * half + i * lanes
+                        T.buffer_store(made.codes, T.cast(code, vector("int8", lanes)), [span(at, lanes)])
+            factor = bind(most / f32(127))
+            T.buffer_store(made.factors, factor, [row * shape.padded + g])
+            T.buffer_store(made.offsets, factor * horizontal_sum(total, lanes), [row * shape.padded + g])
+    return made
+
+
+def _dot(total: Expr, weights: Expr, codes: Expr, lanes: int, cpu: Cpu) -> Expr:
+    """total + the sums of four products each; `weights` are words of unsigned bytes, `codes` signed ones."""
+    unsigned = T.reinterpret(vector("uint8", 4 * lanes), weights)
+    words, halves = vector("int32", lanes), vector("int16", 2 * lanes)
+    if cpu.byte_products == "vnni":
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+        return T.call_llvm_pure_intrin(words, name, total, unsigned, codes)
+    pairs, words_of = {
+        8: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
+        4: ("llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"),
+    }[lanes]
+    products = T.call_llvm_pure_intrin(halves, pairs, unsigned, codes)
+    return total + T.call_llvm_pure_intrin(words, words_of, products, T.broadcast(T.int16(1), 2 * lanes))
+
+
+class _Product:
+    """Emits the product of one kernel."""
+
+    def __init__(self, shape: _Shape, q: Buffer, x: _Activations, bias: Buffer | None, out: Buffer, cpu: Cpu):
+        self.shape, self.q, self.x, self.bias, self.out, self.cpu = shape, q, x, bias, out, cpu
+
+    def ready(self, scales: Buffer, zeros: Buffer, n0: Expr, count: Expr) -> None:
+        """Scales, and scales times zero points, of `count` rows from n0 as f32 [row, padded]."""
+        shape = self.shape
+        self.scales = T.alloc_buffer((_BLOCK_ROWS * shape.padded,), "float32")
+        self.shifts = T.alloc_buffer((_BLOCK_ROWS * shape.padded,), "float32")
+        with T.serial(0, count) as r:
+            with T.serial(0, shape.groups) as g:
+                zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
+                scale = bind(load(scales, [n0 + r, g], 1))
+                T.buffer_store(self.scales, scale, [r * shape.padded + g])
+                T.buffer_store(
+                    self.shifts, scale * T.cast(T.cast(zero, "int32"), "float32"), [r * shape.padded + g]
+                )
+            with T.serial(shape.groups, shape.padded) as g:
+                T.buffer_store(self.shifts, f32(0), [r * shape.padded + g])
+
+    def tile(self, n0: Expr, local: Expr, m0: Expr, rows: int, columns: int) -> None:
+        """out[m0.., n0..] of `rows` weight rows, which are `local`.. of those made ready."""
+        shape, lanes = self.shape, self.shape.lanes
+        sums = [[register(lanes, 0) for _ in range(columns)] for _ in range(rows)]
+        with T.serial(0, shape.groups) as g:
+            for r in range(rows):
+                halves = self._halves(n0 + r, g)
+                scale = bind(splat(self.scales[(local + r) * shape.padded + g], lanes))
+                for c in range(columns):
+                    factor = splat(self.x.factors[(m0 + c) * shape.padded + g], lanes)
+                    total = T.cast(self._sum(halves, m0 + c, g), vector("float32", lanes))
+                    add_to(sums[r][c], total * (scale * factor), lanes)
+        for r in range(rows):
+            for c in range(columns):
+                with T.serial(0, shape.padded // lanes) as i:
+                    shift = self.shifts[span((local + r) * shape.padded + i * lanes, lanes)]
+                    offset = self.x.offsets[span((m0 + c) * shape.padded + i * lanes, lanes)]
+                    put(sums[r][c], get(sums[r][c], lanes) - shift * offset, lanes)
+                total = horizontal_sum(sums[r][c], lanes)
+                total = total if self.bias is None else total + load(self.bias, [n0 + r], 1)
+                store(self.out, [m0 + c, n0 + r], total, 1)
+
+    def _halves(self, row: Expr, g: Expr) -> list[Expr]:
+        """Of each part of a group the low nibbles and the high ones, as words of bytes."""
+        lanes, width = self.shape.lanes, 4 * self.shape.lanes
+        low = splat(T.int32(_LOW), lanes)
+        found = []
+        for part in range(self.shape.parts):
+            raw = self.q[row, span(g * (self.shape.group // 2) + part * width, width)]
+            word = bind(T.reinterpret(vector("int32", lanes), raw))
+            found += [bind(word & low), bind(T.shift_right(word, splat(T.int32(4), lanes)) & low)]
+        return found
+
+    def _sum(self, halves: Sequence[Expr], row: Expr, g: Expr) -> Expr:
+        shape, width = self.shape, 4 * self.shape.lanes
+        total = splat(T.int32(0), shape.lanes)
+        for number, half in enumerate(halves):
+            at = row * shape.k + g * shape.group + number * width
+            total = _dot(total, half, self.x.codes[span(at, width)], shape.lanes, self.cpu)
+        return bind(total)
+
+
+def _columns(m: int, cpu: Cpu) -> int:
+    """Rows of x of a tile: as many as there are registers for, preferring a number that leaves none over."""
+    most = min(m, max(1, cpu.accumulators // _ROWS))
+    even = max(d for d in range(1, most + 1) if m % d == 0)
+    return even if 2 * even > most else -(-m // -(-m // most))
+
+
+def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, q, scales, zeros, *bias, out = buffers
+    *lead, k = (int(d) for d in x.shape)
+    shape = _Shape.of(math.prod(lead), int(q.shape[0]), k, op.group_size, cpu)
+    m, n = shape.m, shape.n
+    activations = _quantized(flat(x, m, k), shape, cpu)
+    product = _Product(shape, q, activations, bias[0] if bias else None, flat(out, m, n), cpu)
+    columns = _columns(m, cpu)
+
+    def rows_at(n0: Expr, local: Expr, rows: int, count: Expr) -> None:
+        """All columns against `count` tiles of `rows` from n0."""
+        with T.serial(0, m // columns) as c, T.serial(0, count) as t:
+            product.tile(n0 + t * rows, local + t * rows, c * columns, rows, columns)
+        if m % columns:
+            with T.serial(0, count) as t:
+                product.tile(n0 + t * rows, local + t * rows, m - m % columns, rows, m % columns)
+
+    whole = n - n % _ROWS
+    if whole:
+        with loop(-(-whole // _BLOCK_ROWS), cpu, m * n * k) as block:
+            n0 = bind(block * _BLOCK_ROWS)
+            count = bind(T.min(_BLOCK_ROWS, whole - n0)) if whole % _BLOCK_ROWS else T.int32(_BLOCK_ROWS)
+            product.ready(scales, zeros, n0, count)
+            rows_at(n0, T.int32(0), _ROWS, count // _ROWS)
+    if n % _ROWS:
+        product.ready(scales, zeros, T.int32(whole), T.int32(n % _ROWS))
+        rows_at(T.int32(whole), T.int32(0), n % _ROWS, T.int32(1))

@@ -1,0 +1,182 @@
+"""The engine `host`: a step is one call of compiled code for each die, and dies run in threads of their own.
+
+With a probe, which wants to see every op, the programs are walked op by op instead, through the same kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.artifacts.consistency import cache_inputs
+from tyir.diagnostics import TyirError
+from tyir.dialects.func import Func
+from tyir.dialects.ty import tensor_type
+from tyir.execution.artifacts import Artifacts
+from tyir.execution.lockstep import Meeting, Request
+from tyir.execution.storage import packed_shape
+from tyir.interpreter import Interpreter
+from tyir.ir import Op, Value
+from tyir.manifest import DieProgram, TensorInfo
+from tyir.process.cores import usable_cores
+from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.host_runtime import CompiledStep, Exchange, HostLibrary, use_threads
+from tyir.runtime_sim.session.program_engine import ProgramEngine, StepProbe, check_inputs
+from tyir.traits import Collective
+from tyir.types import storage_dtype
+
+__all__ = ["HostEngine"]
+
+Array = npt.NDArray[Any]
+_CACHE_LINE: Final = 64
+
+
+class _Die:
+    """One die's programs, and the thread that runs them."""
+
+    def __init__(self, number: int, threads: int) -> None:
+        self.number = number
+        self.threads = threads
+        self.meeting: Meeting | None = None
+        self.steps: dict[int, CompiledStep] = {}  # by length
+        self.workspace = np.empty(0, np.uint8)  # shared by the lengths: one runs at a time
+        self._ready = False
+
+    def load(self, seqlen: int, program: DieProgram, interpreter: Interpreter, library: HostLibrary) -> None:
+        """Makes the step of one length ready to be called."""
+        if seqlen in self.steps:
+            return
+        module = interpreter.module
+        functions = [op for op in module.body if isinstance(op, Func)]
+        sites = [op for f in functions for op in f.walk() if op.has_trait(Collective)]
+        size = int(library.function("step_workspace_bytes")())
+        if self.workspace.size < size:
+            self.workspace = _aligned(size)
+        layouts = [_layout(t) for t in (*program.inputs, *(o for o in program.outputs if o.alias is None))]
+        self.steps[seqlen] = CompiledStep(
+            library.function("step"),
+            layouts,
+            list(interpreter.constants.values()),
+            self.workspace[:size],
+            Exchange(_exchange(self, sites)) if sites else None,
+        )
+
+    def run(self, seqlen: int, arrays: Sequence[Array], meeting: Meeting) -> None:
+        """One step, in the thread that this is called from: its workers are that thread's own."""
+        self.meeting = meeting
+        problem: BaseException | None = None
+        try:
+            if not self._ready:
+                use_threads(self.threads)
+                self._ready = True
+            self.steps[seqlen](arrays)
+        except BaseException as error:
+            problem = error
+            raise
+        finally:
+            meeting.leave(problem)
+
+
+def _exchange(die: _Die, sites: Sequence[Op]) -> Callable[..., int]:
+    """What a step calls where dies meet."""
+
+    def exchange(context: int, site: int, operand: int | None, result: int | None) -> int:
+        assert die.meeting is not None
+        try:
+            op: Any = sites[site]
+            given = _array(op.operands[0], operand) if op.operands else None
+            request: Request = op.request(given)
+            received = die.meeting.ask(die.number, request)
+            if op.results:
+                _array(op.results[0], result)[...] = received
+        except BaseException as error:  # compiled code lies between here and whoever can report it
+            die.meeting.problem = die.meeting.problem or error
+            return 1
+        return 0
+
+    return exchange
+
+
+def _array(value: Value, address: int | None) -> Array:
+    """The tensor of a value, where it lies."""
+    t = tensor_type(value)
+    shape, dtype = packed_shape(t), storage_dtype(t.element)
+    count = int(np.prod(shape)) * dtype.itemsize
+    return np.frombuffer((ctypes.c_uint8 * count).from_address(address or 0), dtype).reshape(shape)
+
+
+def _aligned(size: int) -> Array:
+    """Memory that begins with a cache line, as a step's workspace must."""
+    space = np.empty(size + _CACHE_LINE, np.uint8)
+    first = -int(space.__array_interface__["data"][0]) % _CACHE_LINE
+    return space[first : first + size]
+
+
+def _layout(info: TensorInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    return info.shape, info.storage_dtype
+
+
+class HostEngine(ProgramEngine):
+    """Compiled dies, side by side."""
+
+    def __init__(
+        self, artifacts: Artifacts, *, probe: StepProbe | None = None, threads: int | None = None
+    ) -> None:
+        """`threads`: all that run at once, None for the cores that this process may use.
+
+        Dies of several share them; each has at least one.
+        """
+        super().__init__(artifacts, compiled=True, probe=probe)
+        count = self.manifest.options.dies
+        threads = usable_cores() if threads is None else threads
+        self._dies = [_Die(die, max(1, threads // count)) for die in range(count)]
+        self._workers = [ThreadPoolExecutor(1, f"die{die}") for die in range(count)] if count > 1 else []
+
+    def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
+        """One step of all dies; the main die's outputs by name, each [1, seqlen, ...]."""
+        if self.probe is not None:
+            return super().step(inputs, chunk)
+        meeting = Meeting(len(self._dies))
+        calls: list[tuple[_Die, list[Array]]] = []
+        made: list[dict[str, Array]] = []
+        for die in self._dies:
+            program = self.manifest.program(die.number, chunk.seqlen)
+            interpreter = self._programs.interpreter(program)
+            check_inputs(program, inputs)
+            die.load(chunk.seqlen, program, interpreter, self._programs.library(program))
+            caches = cache_inputs(program)
+            own = {t.name: np.empty(*_layout(t)) for t in program.outputs if t.alias is None}
+            given = [
+                self._cache(die.number, t) if i in caches else _taken(inputs[t.name], t)
+                for i, t in enumerate(program.inputs)
+            ]
+            calls.append((die, [*given, *own.values()]))
+            made.append(own)
+        self._run(calls, chunk.seqlen, meeting)
+        return made[0]
+
+    def _run(self, calls: Sequence[tuple[_Die, list[Array]]], seqlen: int, meeting: Meeting) -> None:
+        if not self._workers:
+            die, arrays = calls[0]
+            die.run(seqlen, arrays, meeting)
+        else:
+            waiting = [
+                worker.submit(die.run, seqlen, arrays, meeting)
+                for worker, (die, arrays) in zip(self._workers, calls)
+            ]
+            for future in waiting:
+                future.exception()
+        if meeting.problem is not None:
+            raise meeting.problem
+
+
+def _taken(array: Array, info: TensorInfo) -> Array:
+    """An input as a step takes it; `TyirError` for one of another shape."""
+    if array.shape != info.shape:
+        raise TyirError(f"{info.name} {list(array.shape)} is given, the program takes {list(info.shape)}")
+    return np.ascontiguousarray(array, info.storage_dtype)

@@ -1,0 +1,45 @@
+"""How many threads this process may use at once: its affinity, and its control group's share of time."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Final
+
+__all__ = ["usable_cores"]
+
+_GROUPS: Final = Path("/sys/fs/cgroup")
+_OWN: Final = Path("/proc/self/cgroup")
+
+
+def usable_cores(groups: Path = _GROUPS, own: Path = _OWN) -> int:
+    """At least 1.  A control group (version 2) with a quota of 1.5 processors counts as 2.
+
+    `groups` and `own`: where the system says so.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min([cores, *(math.ceil(share) for share in _quotas(groups, own))]))
+
+
+def _quotas(groups: Path, own: Path) -> list[float]:
+    """The quotas of the process's control group and of those around it, in processors."""
+    found = []
+    for folder in _folders(groups, own):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            if quota != "max":
+                found.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # a system without such groups
+    return found
+
+
+def _folders(groups: Path, own: Path) -> list[Path]:
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    name = next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
+    parts = name.split("/") if name else []
+    return [groups.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1) if ".." not in parts]
