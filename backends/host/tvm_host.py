@@ -44,6 +44,7 @@ __all__ = [
     "build_library",
     "detected_cpu",
     "kernel_name",
+    "linker",
 ]
 
 KERNEL_ATTRIBUTE: Final = "tyir.kernel"
@@ -196,6 +197,12 @@ def _prim_func(name: str, op: Op, cpu: Cpu) -> Any:
             buffers.append(T.arg(parameter, T.buffer(packed_shape(t), dtype.name, align=dtype.itemsize)))
         EMITTERS[type(op)](op, buffers, cpu)
     return builder.get()
+
+
+def linker() -> str | None:
+    """The C++ compiler that links libraries, None where there is none."""
+    found = get_cc()
+    return None if found is None else str(found)
 
 
 def build_library(kernels: Mapping[str, Op], target: HostTarget, path: Path) -> None:

@@ -248,14 +248,20 @@ class CheckpointReader:
             self._maps[file] = self._open(file)
         return self._maps[file]
 
-    def give_back(self) -> None:
-        """Let the system have the pages that were read: a walk over a whole model then takes no more memory
-        than what is being worked on.  Arrays stay as they are, and read their bytes from the file again.
+    def give_back(self, ref: TensorReference | None = None) -> None:
+        """Let the system have the pages that were read, of one tensor or of all: a walk over a whole model
+        then takes no more memory than what is being worked on.  Arrays stay as they are, and read their bytes
+        from the file again.
         """
-        for array in self._maps.values():
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for array in [self._map(ref.file)] if ref is not None else list(self._maps.values()):
             mapped = getattr(array, "_mmap", None)
-            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            if mapped is None:
+                continue
+            begin = ref.offset // mmap.PAGESIZE * mmap.PAGESIZE if ref is not None else 0
+            end = ref.offset + ref.nbytes if ref is not None else len(array)
+            mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _open(self, file: str) -> npt.NDArray[np.uint8]:
         return _mapped(self.folder, file)
