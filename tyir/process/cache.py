@@ -5,15 +5,16 @@
         make(path)
         cache.put(key, path)
 
-    FOLDER/CACHEDIR.TAG               for programs that make back-ups (bford.info/cachedir)
-    FOLDER/pieces/3f/3fa9...-e3b0...  a piece: the hash of what it was made from, the SHA-256 of what it is
+    FOLDER/CACHEDIR.TAG             for programs that make back-ups (bford.info/cachedir)
+    FOLDER/pieces/e3/e3b0...        a piece, called by the SHA-256 of its bytes
+    FOLDER/keys/3f/3fa9...-e3b0...  an empty file: the hash of what a piece was made from, and the piece
 
-A piece appears by rename or by link, complete or not at all, so any number of processes may use one cache.
-It is believed only when nobody but the user could have written it (owner and permissions of the folders and
-of the piece), and only as far as its bytes have the SHA-256 of its name: what is damaged is removed and made
-again.  Large pieces are hard links where the file system has them, read-only ones, which cost neither time
-nor space; small ones are copied.  When there is more than `limit` bytes of pieces that nobody else has a link
-to, those that have not been used for longest go.
+Files appear by rename or by link, complete or not at all, so any number of processes may use one cache.
+A piece is believed only when nobody but the user could have written it (owner and permissions of the folders
+and of the piece), and only as far as its bytes have the SHA-256 that it is called by: what is damaged is
+removed and made again.  Large pieces are hard links where the file system has them, read-only ones, which
+cost neither time nor space; small ones are copied.  When there is more than `limit` bytes of pieces that
+nobody else has a link to, those that have not been used for longest go.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from typing import Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["DEFAULT_LIMIT", "Cache", "cache_key", "default_folder", "file_sha256"]
+__all__ = ["DEFAULT_LIMIT", "Cache", "cache_key", "default_folder"]
 
 DEFAULT_LIMIT: Final = 20 << 30  # bytes
 _LINKED: Final = 1 << 20  # bytes from which on a piece is linked, not copied
 _STALE: Final = 24 * 3600.0  # seconds after which a temporary file is nobody's any more
-_PIECE: Final = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})")
+_KEY: Final = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})")
 _TEMPORARY: Final = ".part-"
 _TAG: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# The cache of tyir-compile; it may be deleted.\n"
 
@@ -60,13 +61,6 @@ def cache_key(*parts: str | bytes) -> str:
     return found.hexdigest()
 
 
-def file_sha256(descriptor: int) -> str:
-    """The SHA-256 of an open file."""
-    with open(descriptor, "rb", buffering=0, closefd=False) as file:
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class Cache:
     """A cache in `folder`, of at most `limit` bytes; made by `open`."""
@@ -82,7 +76,7 @@ class Cache:
         """
         elsewhere = "use --cache-dir with a folder of your own, or --no-cache"
         try:
-            for each in (folder, folder / "pieces"):
+            for each in (folder, folder / "pieces", folder / "keys"):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if (problem := _not_ours(each.stat())) is not None:
                     raise TyirError(f"the cache folder {each} {problem}", help=elsewhere)
@@ -99,69 +93,108 @@ class Cache:
 
     def take(self, key: str, path: Path) -> str | None:
         """Make `path` the piece of this key and return its SHA-256; None when there is no such piece."""
-        for piece in self._pieces_of(key):
-            wanted = piece.name.partition("-")[2]
-            try:
-                if self._bring(piece, path) == wanted:
-                    return wanted
-                piece.unlink()  # damaged
-                path.unlink()
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                if error.errno == errno.ENOSPC:
-                    raise
-        return None
+        return next((sha256 for sha256 in self._named(key) if self.bring(sha256, path)), None)
+
+    def bring(self, sha256: str, path: Path) -> bool:
+        """Make `path` the piece of this SHA-256; False when there is none.
+
+        `OSError` when there is no space for it.
+        """
+        piece = self._piece(sha256)
+        try:
+            descriptor = _open(piece)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(descriptor)
+            if not _link(piece, path, status):
+                _copy(descriptor, path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if error.errno == errno.ENOSPC:
+                raise
+            return False
+        finally:
+            os.close(descriptor)
+        _used(piece)
+        if _sha256_of(path) == sha256:
+            return True
+        path.unlink(missing_ok=True)
+        piece.unlink(missing_ok=True)  # damaged
+        return False
 
     def read(self, key: str) -> bytes | None:
         """The bytes of a small piece."""
-        for piece in self._pieces_of(key):
+        for sha256 in self._named(key):
             with contextlib.suppress(OSError):
-                descriptor = _open(piece)
-                try:
-                    with open(descriptor, "rb", closefd=False) as file:
-                        data = file.read()
-                finally:
-                    os.close(descriptor)
-                if hashlib.sha256(data).hexdigest() == piece.name.partition("-")[2]:
-                    _used(piece)
+                descriptor = _open(self._piece(sha256))
+                with open(descriptor, "rb") as file:
+                    data = file.read()
+                if hashlib.sha256(data).hexdigest() == sha256:
+                    _used(self._piece(sha256))
                     return data
-                piece.unlink()
+                self._piece(sha256).unlink()
         return None
 
-    def put(self, key: str, path: Path, sha256: str | None = None) -> None:
+    def has(self, sha256: str) -> bool:
+        """Whether there is a piece of this SHA-256, as far as one can tell without reading it."""
+        return self._piece(sha256).exists()
+
+    def put(self, key: str | None, path: Path, sha256: str | None = None) -> None:
         """Keep the file `path`, of this SHA-256 if that is known, as the piece of a key.
 
         A file that becomes a link is read-only from then on.  Whatever the system refuses is no error: the
         piece is then made again next time.
         """
         with contextlib.suppress(OSError):
-            descriptor = _open(path)
-            try:
-                size = os.fstat(descriptor).st_size
-                digest = sha256 or file_sha256(descriptor)
-            finally:
-                os.close(descriptor)
-            if size > self.limit:
-                return
-            folder = self._folder_of(key, make=True)
-            piece = folder / f"{key}-{digest}"
-            if size >= _LINKED:
-                try:
-                    path.chmod(0o444)
-                    os.link(path, piece)
-                    return
-                except FileExistsError:
-                    return
-                except OSError:
-                    path.chmod(0o644)
-            self._publish(piece, path)
+            if path.lstat().st_size <= self.limit:
+                digest = sha256 or _sha256_of(path)
+                if not self.has(digest):
+                    self._add(path, digest)
+                self._name(key, digest)
 
     def write(self, key: str, data: bytes) -> None:
         """Keep bytes as the piece of a key."""
         with contextlib.suppress(OSError):
-            folder = self._folder_of(key, make=True)
-            self._publish(folder / f"{key}-{hashlib.sha256(data).hexdigest()}", data)
+            digest = hashlib.sha256(data).hexdigest()
+            if not self.has(digest):
+                self._publish(self._piece(digest), data)
+            self._name(key, digest)
+
+    def _add(self, path: Path, digest: str) -> None:
+        piece = self._piece(digest)
+        piece.parent.mkdir(mode=0o700, exist_ok=True)
+        if path.lstat().st_size >= _LINKED:
+            mode = stat.S_IMODE(path.lstat().st_mode)
+            path.chmod(0o444)
+            try:
+                os.link(path, piece, follow_symlinks=False)
+                return
+            except FileExistsError:
+                return
+            except OSError:
+                path.chmod(mode)  # another file system, or one without links
+        self._publish(piece, path)
+
+    def _name(self, key: str | None, digest: str) -> None:
+        if key is not None:
+            name = self.folder / "keys" / key[:2] / f"{key}-{digest}"
+            name.parent.mkdir(mode=0o700, exist_ok=True)
+            name.touch(mode=0o400)
+
+    def _named(self, key: str) -> Iterator[str]:
+        """The pieces of a key, in folders that nobody but the user could have written."""
+        folder = self.folder / "keys" / key[:2]
+        try:
+            names = sorted(os.listdir(folder)) if _not_ours(folder.lstat()) is None else []
+        except OSError:
+            return
+        for name in names:
+            if (found := _KEY.fullmatch(name)) and found[1] == key:
+                yield found[2]
+
+    def _piece(self, sha256: str) -> Path:
+        return self.folder / "pieces" / sha256[:2] / sha256
 
     def trim(self) -> None:
         """Remove what has not been used for longest, until the cache is within its limit.
@@ -179,7 +212,7 @@ class Cache:
 
     def _trim(self) -> None:
         found: list[tuple[int, int, Path]] = []
-        for path in self._all():
+        for path in _below(self.folder / "pieces"):
             with contextlib.suppress(OSError):
                 status = path.lstat()
                 if path.name.startswith(_TEMPORARY):
@@ -188,53 +221,20 @@ class Cache:
                 elif status.st_nlink == 1:
                     found.append((status.st_atime_ns, status.st_size, path))
         room = self.limit - sum(size for _, size, _ in found)
+        if room >= 0:
+            return
         for _, size, path in sorted(found):
             if room >= 0:
                 break
             with contextlib.suppress(OSError):
                 path.unlink()
                 room += size
-
-    def _all(self) -> Iterator[Path]:
-        for folder in (self.folder / "pieces").iterdir():
-            if len(folder.name) == 2 and folder.is_dir():
-                yield from folder.iterdir()
-
-    def _folder_of(self, key: str, *, make: bool = False) -> Path:
-        folder = self.folder / "pieces" / key[:2]
-        if make:
-            folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
-
-    def _pieces_of(self, key: str) -> Iterator[Path]:
-        """Pieces of a key that nobody but the user could have written."""
-        folder = self._folder_of(key)
-        try:
-            safe = _not_ours(folder.lstat()) is None
-            names = sorted(os.listdir(folder)) if safe else []
-        except OSError:
-            return
-        for name in names:
-            if _PIECE.fullmatch(name) and name.startswith(key):
-                yield folder / name
-
-    def _bring(self, piece: Path, path: Path) -> str:
-        """Link or copy a piece to `path`; returns the SHA-256 of what is there now."""
-        descriptor = _open(piece)
-        try:
-            status = os.fstat(descriptor)
-            if not _link(piece, path, status):
-                _copy(descriptor, path)
-        finally:
-            os.close(descriptor)
-        _used(piece)
-        descriptor = _open(path)
-        try:
-            return file_sha256(descriptor)
-        finally:
-            os.close(descriptor)
+        for path in _below(self.folder / "keys"):
+            if not self.has(path.name.partition("-")[2]):
+                path.unlink(missing_ok=True)
 
     def _publish(self, piece: Path, content: Path | bytes) -> None:
+        piece.parent.mkdir(mode=0o700, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=piece.parent)
         temporary = Path(name)
         try:
@@ -249,6 +249,18 @@ class Cache:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for each in folder.iterdir():
+        if len(each.name) == 2 and each.is_dir():
+            yield from each.iterdir()
+
+
+def _sha256_of(path: Path) -> str:
+    descriptor = _open(path)
+    with open(descriptor, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _not_ours(status: os.stat_result) -> str | None:
