@@ -9,10 +9,14 @@ While it is made the new folder stands in a workplace beside the target, which i
     out/.4die.k3x9a_2q/lock     held by flock for as long as the writer lives
     out/.4die.k3x9a_2q/new      what is written; after the exchange, what was replaced
     out/.4die.k3x9a_2q/old      what is replaced, where the system cannot exchange two folders
+    out/.4die.k3x9a_2q/journal  what of `new` is complete, if the writer says so (`journal_of`)
+    out/.4die.k3x9a_2q/left     what writers that were killed have left, to go on from (`left_behind`)
 
 The two folders are exchanged in one step (`renameat2` with RENAME_EXCHANGE); where that does not exist, by
 two renames, and whatever goes wrong between them puts the old one back.  Workplaces of writers that were
-killed are cleared away by the next compile of the same target, a replaced folder that they hold is put back.
+killed are cleared away by the next compile of the same target, a replaced folder that they hold is put back;
+what they have written is at the next one's disposal until it ends, if there is a journal of it.  An interrupt
+(Ctrl-C) leaves a workplace with a journal as a kill does.
 
 What somebody else has put into the old folder goes over to the new one, by hard links made before the
 exchange; what cannot go over, or has a name that is going to be written, is refused before the work starts.
@@ -38,13 +42,14 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.manifest import FORMAT, MANIFEST
 from tyir.process.files import load_json
 
-__all__ = ["check_target", "replacing"]
+__all__ = ["check_target", "journal_of", "left_behind", "replacing"]
 
 Writes = Callable[[str, bool], bool]
 """Whether a compile writes something of this name (relative, forward slashes), in the way of which a file, or
 with True a folder, of somebody else would be."""
 
 _LOCK, _NEW, _OLD, _TRIAL, _GONE = "lock", "new", "old", "trial", "gone"
+_JOURNAL, _LEFT = "journal", "left"
 _MADE_NAME: Final = re.compile(r"[a-z0-9_]{8}")  # what `tempfile.mkdtemp` appends
 _ATTEMPTS: Final = 20  # against other compiles of the same target, which come and go in between
 
@@ -130,7 +135,7 @@ def replacing(target: Path, writes: Writes) -> Iterator[Path]:
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         with _turn(real.parent):
-            _clear_away(real)
+            _clear_away(real, None)
             check_target(target, writes)
     except OSError as error:
         raise TyirError(
@@ -141,6 +146,7 @@ def replacing(target: Path, writes: Writes) -> Iterator[Path]:
         try:
             folder.mkdir()
             with _turn(real.parent):
+                _clear_away(real, place / _LEFT)
                 _carry_over(real, place / _TRIAL)
             shutil.rmtree(place / _TRIAL, ignore_errors=True)
             yield folder
@@ -153,6 +159,19 @@ def replacing(target: Path, writes: Writes) -> Iterator[Path]:
                     os.rename(folder, place / _OLD)  # which `_dispose` keeps
         except OSError as error:
             raise _file_error(error, place, target, real) from error
+
+
+def journal_of(folder: Path) -> Path:
+    """Where the writer of a new folder may say what of it is complete; it is gone when the folder is."""
+    return folder.parent / _JOURNAL
+
+
+def left_behind(folder: Path) -> list[tuple[Path, Path]]:
+    """Folders that killed writers of the same target have left, with their journals; what is moved out of
+    them stays, the rest goes with the new folder's workplace.
+    """
+    left = folder.parent / _LEFT
+    return [(p / _NEW, p / _JOURNAL) for p in sorted(left.iterdir())] if left.is_dir() else []
 
 
 @contextmanager
@@ -298,12 +317,22 @@ def _workplace(real: Path, target: Path) -> Iterator[Path]:
         raise TyirError(
             f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
         ) from None
+    resumable = False
     try:
         yield place
+    except KeyboardInterrupt:
+        resumable = _has_journal(place)
+        raise
     finally:
         with _turn(real.parent):
-            _dispose(place, real)
+            _dispose(place, real, keep=resumable)
         os.close(lock)
+
+
+def _has_journal(place: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (place / _JOURNAL).stat().st_size > 0 or (place / _LEFT).exists()
+    return False
 
 
 def _make_workplace(target: Path) -> tuple[Path, int]:
@@ -321,8 +350,9 @@ def _make_workplace(target: Path) -> tuple[Path, int]:
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(target.parent))
 
 
-def _dispose(place: Path, target: Path) -> None:
-    """Remove a workplace whose lock is held; a replaced folder goes back where nothing stands in its place.
+def _dispose(place: Path, target: Path, *, keep: bool = False) -> None:
+    """Remove a workplace whose lock is held, or with `keep` what another compile does not go on from; a
+    replaced folder goes back where nothing stands in its place.
 
     The lock goes last: what is killed on the way can be cleared away again.
     """
@@ -330,16 +360,22 @@ def _dispose(place: Path, target: Path) -> None:
         _put_back(place / _OLD, target)
         if (place / _OLD).exists():
             return  # it holds the only copy of something
-    for name in (_NEW, _TRIAL, _GONE):
+    if keep:
+        return
+    for name in (_NEW, _TRIAL, _GONE, _LEFT):
         shutil.rmtree(place / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.unlink(place / _JOURNAL)
     with contextlib.suppress(OSError):
         if os.listdir(place) == [_LOCK]:
             os.unlink(place / _LOCK)
         os.rmdir(place)
 
 
-def _clear_away(target: Path) -> None:
-    """Remove the workplaces of this target whose writers are gone."""
+def _clear_away(target: Path, left: Path | None) -> None:
+    """Remove the workplaces of this target whose writers are gone; what they have left with a journal goes
+    to `left`, or stays when that is None.
+    """
     prefix = f".{target.name}."
     with os.scandir(target.parent) as entries:
         found = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir(follow_symlinks=False)]
@@ -357,11 +393,24 @@ def _clear_away(target: Path) -> None:
             continue  # not one of ours
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _dispose(place, target)
+            if left is not None:
+                _take_over(place, left)
+            _dispose(place, target, keep=left is None and _has_journal(place))
         except OSError:
             pass  # its writer lives, or the file system has no locks
         finally:
             os.close(lock)
+
+
+def _take_over(place: Path, left: Path) -> None:
+    """Move what a workplace holds with a journal to `left`: its own, and what it had taken over itself."""
+    for each in (place, *((place / _LEFT).iterdir() if (place / _LEFT).is_dir() else ())):
+        if not ((each / _NEW).is_dir() and (each / _JOURNAL).is_file()):
+            continue
+        left.mkdir(exist_ok=True)
+        taken = Path(tempfile.mkdtemp(dir=left))
+        os.rename(each / _JOURNAL, taken / _JOURNAL)
+        os.rename(each / _NEW, taken / _NEW)
 
 
 # ------------------------------------------------------------------------------------------------- messages

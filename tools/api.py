@@ -6,6 +6,7 @@ script changes one import.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
-from tyir.manifest import BuildOptions, settled
+from tyir.manifest import MANIFEST, BuildOptions, settled
 from tyir.process.files import missing_hint
 from tyir.process.stopwatch import Stopwatch
+from tyir.process.threads import available_processors
 from tyir.tools.build_arguments import AUTO
 
 if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
+    from tyir.process.cache import Cache
 
 __all__ = [
     "build_and_compile_llm",
@@ -128,6 +131,8 @@ def compile_path(
     vision_dies: int | None = None,
     vision_die_map: tuple[int, ...] = (),
     vision_exponent: int | None = None,
+    jobs: int | None = None,
+    cache: Cache | None = None,
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
@@ -141,7 +146,8 @@ def compile_path(
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
-    it.
+    it.  `jobs`: how many threads write weights (None: one for each processor); artifacts are the same for
+    every number.  `cache`: where finished pieces are kept and looked for; a library call has none of its own.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
@@ -174,7 +180,17 @@ def compile_path(
         check_options(wanted)
         chosen.check_target(out / f"{wanted.dies}die")
         positions = wanted.max_kv
-    watch = watch or Stopwatch()
+    watch, jobs = watch or Stopwatch(), available_processors() if jobs is None else jobs
+    said: list[str] = []
+    whole = None
+    if cache is not None and model.is_dir() and plugin is None and base is None and awq_table is None:
+        from tyir.backends.reuse import artifacts_key, keep_artifacts, take_artifacts
+
+        asked = {**options, **tower, "mcpu": mcpu, "binary": binary, "machine": machine, "backend": backend}  # type: ignore[dict-item]
+        whole = artifacts_key(model, {**asked, "images": images, "calibration": calibration}, machine)
+        target = out / f"{wanted.dies}die"
+        if whole is not None and take_artifacts(cache, whole, target, warn):
+            return target
     if calibration is not None or _is_searched(model, options, awq_table):
         _check_search(model, options, awq_table, base is not None or plugin is not None)
         from tyir.tools.quantize.in_passing import quantized_beside
@@ -201,17 +217,26 @@ def compile_path(
                 vision_dies=vision_dies,
                 vision_die_map=vision_die_map,
                 vision_exponent=vision_exponent,
+                jobs=jobs,
+                cache=cache,
             )
+
+    def warn_and_note(message: str) -> None:
+        said.append(message)
+        warn(message)
+
     with watch.stage("import"):
-        module = load_module(model, plugin, warn, positions, base, progress, images)
+        module = load_module(model, plugin, warn_and_note, positions, base, progress, images)
     if awq_table is not None:
         with watch.stage("awq"):
             options = quantize_by_table(module, awq_table, options)
     options = _with_group_size(options, module)
     wanted = settled(options, module)
     check_options(wanted)
-    _warn_about_positions(module, wanted, warn)
-    return chosen.compile_module(
+    _warn_about_positions(module, wanted, warn_and_note)
+    optional = {**tower, "jobs": jobs, "cache": cache}
+    accepted = inspect.signature(chosen.CompileContext).parameters  # a back end need not know all of them
+    target = chosen.compile_module(
         module,
         out,
         options,
@@ -221,10 +246,17 @@ def compile_path(
             mcpu=mcpu,
             binary=binary,
             machine=machine,
-            files=_side_files(module, warn),
-            **{name: value for name, value in tower.items() if value},
+            files=_side_files(module, warn_and_note),
+            **{
+                name: value
+                for name, value in optional.items()
+                if value and (name in accepted or name not in ("jobs", "cache"))
+            },
         ),
     )
+    if cache is not None and whole is not None and (target / MANIFEST).is_file():
+        keep_artifacts(cache, whole, target, said)
+    return target
 
 
 def _is_searched(model: Path, options: BuildOptions | Mapping[str, Any], table: Path | None) -> bool:

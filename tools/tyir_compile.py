@@ -16,9 +16,10 @@ from tyir.artifacts.vision import VISION_EXPONENT
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option, numbers
-from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn
+from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn, whole_number
 
 if TYPE_CHECKING:
+    from tyir.process.cache import Cache
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.commands.json_forms import Artifacts
 
@@ -74,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         vision_dies=args.vision_dies,
         vision_die_map=args.vision_die_map or (),
         vision_exponent=args.vision_exponent,
+        jobs=args.jobs,
+        cache=_cache(args),
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -84,6 +87,22 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(target)
     return 0
+
+
+def _cache(args: argparse.Namespace) -> Cache | None:
+    """The cache that was asked for; the default one, where it cannot be used, is done without."""
+    from tyir.process.cache import Cache, default_folder
+
+    if args.no_cache:
+        return None
+    limit = int(args.cache_size * 1e9)
+    if args.cache_dir is not None:
+        return Cache.open(args.cache_dir, limit)
+    try:
+        return Cache.open(default_folder(), limit)
+    except TyirError as error:
+        warn(f"nothing is cached: {error.diagnostics[0].message}")
+        return None
 
 
 def _facts(target: Path, watch: Stopwatch) -> Artifacts:
@@ -125,6 +144,22 @@ def print_plan(
     if plan.problems:
         raise TyirError(plan.problems)
     return 0
+
+
+def _jobs(text: str) -> int:
+    if (number := whole_number(text)) < 1:
+        raise TyirError(f"{number} jobs: at least 1", help="leave --jobs out for one a processor")
+    return number
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e9:
+        raise TyirError(f"a cache of '{text}' GB", help="use a number such as 20, or --no-cache")
+    return number
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -247,6 +282,27 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_jobs,
+        metavar="N",
+        help="threads that write weights, beside the one that makes programs (default: one a processor);"
+        " artifacts are the same bytes for every N",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where finished pieces are kept and looked for (default $XDG_CACHE_HOME/tyir, ~/.cache/tyir)",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="keep and look for no pieces")
+    parser.add_argument(
+        "--cache-size",
+        type=_gigabytes,
+        default=20.0,
+        metavar="GB",
+        help="what the cache may take of the disk beside artifacts that are there (default 20)",
     )
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"

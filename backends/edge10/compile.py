@@ -20,9 +20,9 @@ from tyir.artifacts.vision import Vision
 from tyir.attributes import DictAttr
 from tyir.backends import replacing
 from tyir.backends.edge10.memory.check import check_memory
-from tyir.backends.edge10.params import ParamsFile, write_params
-from tyir.backends.edge10.programs import Memory, Places, ProgramFiles, ProgramWriter, functions_of
+from tyir.backends.edge10.programs import Memory, ProgramFiles, ProgramWriter, functions_of
 from tyir.backends.edge10.towers import Towers, make_towers, split_towers
+from tyir.backends.edge10.weight_files import Places, WeightFiles
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.ty import GetGlobal, Param
@@ -34,6 +34,7 @@ from tyir.manifest import (
     Build,
     BuildOptions,
     DieProgram,
+    FileRecord,
     Manifest,
     file_record,
     recorded,
@@ -41,6 +42,7 @@ from tyir.manifest import (
 )
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
+from tyir.process.cache import Cache
 from tyir.process.progress import track
 from tyir.process.stopwatch import Stopwatch
 from tyir.stages import stage_of
@@ -79,7 +81,8 @@ class CompileContext:
     `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
     `vision_dies`, `vision_die_map`: the dies of the towers, those of the language model when None and ().
     `vision_exponent`: by which power of two a tower's residual stream is divided (`scale-residual`), None:
-    `VISION_EXPONENT`.
+    `VISION_EXPONENT`.  `jobs`: how many threads write weights, beside the one that makes programs; artifacts
+    are the same for every number.  `cache`: where finished pieces are kept, None: nowhere.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -92,6 +95,8 @@ class CompileContext:
     vision_dies: int | None = None
     vision_die_map: tuple[int, ...] = ()
     vision_exponent: int | None = None
+    jobs: int = 1
+    cache: Cache | None = None
 
     @property
     def chosen_machine(self) -> str | Path:
@@ -140,15 +145,17 @@ def compile_module(
     check_memory(dies, wanted, source, stage, context.chosen_machine)
     target = out / f"{options.dies}die"
     with replacing.replacing(target, _writes(checkpoint_of(module))) as folder:
-        with context.watch.stage("weights"):
-            constants = _write_weights(dies, folder, options, module, towers, context)
-        programs, memory = _write_programs(dies, folder, options, constants, context)
-        vision = towers.write(folder, constants, context) if towers is not None else None
+        weights = _weight_files(dies, folder, options, module, towers)
+        with weights.running(context.jobs, context.cache, progress=context.progress, watch=context.watch):
+            programs, memory = _write_programs(dies, folder, options, weights.places, context)
+            vision = towers.write(folder, weights.places, context) if towers is not None else None
         with context.watch.stage("manifest"):
             _copy_model_files(checkpoint_of(module), folder, context.files)
             machine = _copy_machine(folder, context)
             _write_buffer_config(folder, options, programs, memory)
-            _write_manifest(folder, module, options, programs, context, machine, vision)
+            _write_manifest(folder, module, options, programs, context, machine, vision, weights.digests())
+    if context.cache is not None:
+        context.cache.trim()
     return target
 
 
@@ -236,55 +243,41 @@ def _writes(checkpoint: Path | None = None) -> replacing.Writes:
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-def _write_weights(
-    dies: list[Module],
-    folder: Path,
-    options: BuildOptions,
-    module: Module,
-    towers: Towers | None,
-    context: CompileContext,
-) -> Places:
-    """Write all `.params`; returns where each die's parameter went: tensors of all lengths in common_die{i},
-    those of one length beside its program.
-    """
-    places: Places = {}
-    files: list[ParamsFile] = []
-
-    def add(die: int, params: list[Param], name: str) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = ParamsFile(path, params)
-        files.append(file)
-        places.update({(die, p): (file, name) for p in params})
-
+def _weight_files(
+    dies: list[Module], folder: Path, options: BuildOptions, module: Module, towers: Towers | None
+) -> WeightFiles:
+    """Which parameter of which die goes to which `.params` file."""
+    found = WeightFiles(folder, CheckpointReader(checkpoint_of(module)))
+    places = found.places
     for index, die in enumerate(dies):
         params = [p for p in die.body if isinstance(p, Param)]
         users = {
             s: {g.symbol.leaf for f in functions_of(die, s) for g in f.walk_type(GetGlobal)}
             for s in options.seqlens
         }
-        own = {
-            s: [p for p in params if [t for t in users if p.sym_name in users[t]] == [s]]
-            if len(users) > 1
-            else []
-            for s in users
-        }
-        owned = {p for ps in own.values() for p in ps}
-        common = [p for p in params if p not in owned]
+        used = {p: [s for s in options.seqlens if p.sym_name in users[s]] for p in params}
+        tables = {p for p in params if not any(isinstance(op, GetGlobal) for op in p.body)}
+        several = len(options.seqlens) > 1
+        own = {p for p in params if p in tables or (several and len(used[p]) == 1)}
+        common = [p for p in params if p not in own]
         for seqlen in options.seqlens:
             named = _files(options, seqlen)
             if seqlen == options.seqlens[0]:
-                add(index, common, named.shared(index))
-            add(index, own[seqlen], named.name(index, "params"))
+                file = found.add(named.shared(index), common)
+                for p in common:
+                    places.add(index, p, file, named.shared(index))
+            mine = [p for p in params if p in own and seqlen in used[p]]
+            file = found.add(named.name(index, "params"), mine)
+            for p in mine:
+                places.add(index, p, file, named.name(index, "params"), seqlen)
     if shared := [
         p for p in module.body if isinstance(p, Param)
     ]:  # embedding-as-input: the table is the host's
-        files.append(ParamsFile(folder / _EMBEDDING, shared))
+        found.add(_EMBEDDING, shared)
     if towers is not None:
-        files += towers.params(folder, places)
+        towers.params(found)
     check_files(module)
-    write_params(files, CheckpointReader(checkpoint_of(module)), progress=context.progress)
-    return places
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- programs
@@ -398,6 +391,7 @@ def _write_manifest(
     context: CompileContext,
     machine: str,
     vision: Vision | None,
+    digests: Mapping[str, str],
 ) -> None:
     import importlib.metadata
 
@@ -411,9 +405,11 @@ def _write_manifest(
         "machine": machine,
     }
     model = to_json(module.attributes.get("tyir.model", DictAttr()))
-    files = {
-        p.relative_to(folder).as_posix(): file_record(p) for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    files: dict[str, FileRecord] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        known = digests.get(name)  # as it was hashed on its way out
+        files[name] = file_record(path) if known is None else {"size": path.stat().st_size, "sha256": known}
     manifest = Manifest(
         model=model, options=options, build=build, programs=tuple(programs), files=files, vision=vision
     )

@@ -1,40 +1,58 @@
-"""Writing `.params` files: safetensors, one tensor at a time, so that a compile never holds more than a few
-tensors.
+"""Writing `.params` files: safetensors, a block of rows at a time, so that a compile never holds more than a
+few blocks.
 
-All dies' files are written side by side, source tensor by source tensor: the checkpoint is read once and an
-expensive expression (quantising a whole weight) is computed once for all the dies that take slices of it.
+All dies' files are written side by side, source tensor by source tensor, by as many threads as `jobs` says:
+the checkpoint is read once, an expensive expression (quantising a weight) is computed once for all that take
+parts of it, and pages of the checkpoint are given back as soon as they have been used.  Bytes are hashed as
+they go out: a file's SHA-256 is known when its last tensor is written (`ParamsFile.sha256`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from tyir.backends.edge10.weight_windows import Window, WindowReader, whole_window
+from tyir.backends.pieces import Done
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.dialects.ty import GetGlobal, Global, Param, Yield
+from tyir.dialects.ty import GetGlobal, Global, Param, Slice, Yield
 from tyir.dialects.ty.tensors import bf16_to_f32
 from tyir.dtypes import by_element
-from tyir.execution.finite import number_problem
+from tyir.execution.finite import all_finite, number_problem
 from tyir.execution.safetensors_layout import SafetensorsLayout
-from tyir.execution.storage import pack, packed_shape
-from tyir.execution.weights import WeightSource
-from tyir.interpreter import evaluate_op, lookup_symbol
+from tyir.execution.storage import packed_shape
+from tyir.execution.weights import CheckpointReader, WeightSource
+from tyir.interpreter import lookup_symbol
 from tyir.ir import Value
-from tyir.process.progress import track
-from tyir.types import FloatType, Type, bf16, f16, from_dtype, storage_dtype
+from tyir.process.progress import Bar
+from tyir.types import FloatType, Type, bf16, bit_width, f16, from_dtype, storage_dtype
 
-__all__ = ["ParamEvaluator", "ParamsFile", "write_params"]
+__all__ = ["ParamsFile", "write_params"]
 
 Array = npt.NDArray[Any]
+_BLOCK: Final = 16 << 20  # bytes of a tensor that are computed and written at once
+_TASK: Final = 64 << 20  # bytes of blocks that one thread takes at a time
+_WAITING: Final = 32 << 20  # bytes of a file that may wait in memory for those before them to be hashed
+_ALIGNED: Final = 64  # rows; whole words and whole rows of blocks
 
 
 class ParamsFile:
-    """The layout of one `.params` file: tensors in order of first use."""
+    """The layout of one `.params` file: tensors in order of first use.
+
+    `sha256`: of the file, once it is written.  `keys`: of tensors (`TensorKeys`), where a journal is kept.
+    `left`: blocks that a writer that was killed has left in the file, by offset.
+    """
 
     def __init__(self, path: Path, params: Sequence[Param]) -> None:
         self.path = path
@@ -47,10 +65,9 @@ class ParamsFile:
             {"format": "tyir"},
         )
         self.slots = {param: self.layout.slots[str(param.sym_name)] for param in params}
-
-    def create(self) -> IO[bytes]:
-        """The file at its full size with its header; tensors are then written at their offsets."""
-        return self.layout.create(self.path)
+        self.sha256: str | None = None
+        self.keys: dict[Param, str] = {}
+        self.left: Mapping[int, Done] = {}
 
     def global_for(self, param: Param, file: str) -> Global:
         """The reference by which a program names this tensor."""
@@ -66,31 +83,241 @@ class ParamsFile:
         )
 
 
-def write_params(files: Sequence[ParamsFile], weights: WeightSource, *, progress: bool = False) -> None:
-    """Evaluate every parameter and write it.
+# ---------------------------------------------------------------------------------------------------- writing
 
-    `TyirError` lists the tensors that hold NaN or infinity or overflow f16.
+
+def write_params(
+    files: Sequence[ParamsFile],
+    weights: WeightSource,
+    *,
+    jobs: int = 1,
+    progress: bool = False,
+    journal: Callable[[ParamsFile, int, Done], None] | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Evaluate every parameter and write it; the bytes are the same for every number of `jobs`.
+
+    `journal` is told of every block when it is written.  Blocks that `file.left` has under the same key are
+    read again and compared with their CRC-32 instead.  With `stop` set it ends early, and files without
+    `sha256` are not complete.  `TyirError` lists the tensors that hold NaN or infinity or overflow f16.
     """
-    evaluator = ParamEvaluator(weights)
-    handles = [file.create() for file in files]
-    problems: list[Diagnostic] = []
-    try:
-        order = sorted(
-            ((file_index, param) for file_index, file in enumerate(files) for param in file.params),
-            key=lambda item: (_source(item[1]), str(item[1].sym_name), item[0]),
-        )
-        for file_index, param in track(order, "weights", "tensor", show=progress):
-            with np.errstate(all="ignore"):  # reported below, by the tensor's name
-                array = evaluator.evaluate(param)
-            if (problem := _check(param, array, weights)) is not None:
-                problems.append(problem)
-            handles[file_index].seek(files[file_index].slots[param].offset)
-            handles[file_index].write(pack(array, param.type).tobytes())
-    finally:
-        for handle in handles:
-            handle.close()
+    tasks = list(_tasks(files))
+    problems: dict[tuple[int, int], Diagnostic] = {}  # by file and offset, whoever finds them first
+    total = sum(file.layout.size for file in files)
+    local, stop = threading.local(), stop or threading.Event()
+    with ExitStack() as stack:
+        sinks = [stack.enter_context(_Sink(file)) for file in files]
+        bar = stack.enter_context(Bar("weights", total / 1e6, "MB", show=progress))
+
+        def work(task: list[_Block]) -> None:
+            reader: WindowReader | None = getattr(local, "reader", None)
+            if reader is None:
+                reader = local.reader = WindowReader(weights)
+            for block in task:
+                if stop.is_set():
+                    return
+                sink, key = sinks[block.file], sinks[block.file].file.keys.get(block.param)
+                left = sink.left(block, key)
+                if left is None:
+                    with np.errstate(all="ignore"):  # reported below, by the tensor's name
+                        array = reader.stored(block.root, block.window)
+                    place = (block.file, block.slot)
+                    if place not in problems and (problem := _check(block.param, array, weights)) is not None:
+                        problems[place] = problem
+                    data = memoryview(array.reshape(-1)).cast("B") if array.nbytes else memoryview(b"")
+                else:
+                    data = left
+                sink.write(block.offset, data, there=left is not None)
+                if journal is not None and key is not None:
+                    journal(sink.file, block.offset, Done(len(data), key, zlib.crc32(data)))
+                bar.advance(len(data) / 1e6)
+            _let_go(reader, weights)
+
+        if jobs == 1:
+            for task in tasks:
+                work(task)
+        else:
+            _in_threads(work, tasks, jobs, stop)
+        if not stop.is_set():
+            for sink in sinks:
+                sink.finish()
     if problems:
-        raise TyirError(problems)
+        raise TyirError([problems[place] for place in sorted(problems)])
+
+
+def _in_threads(
+    work: Callable[[list[_Block]], None], tasks: Sequence[list[_Block]], jobs: int, stop: threading.Event
+) -> None:
+    """All tasks, in order as far as several threads can; the first exception ends it."""
+    with ThreadPoolExecutor(jobs, thread_name_prefix="weights") as pool:
+        futures = [pool.submit(work, task) for task in tasks]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _let_go(reader: WindowReader, weights: WeightSource) -> None:
+    if isinstance(weights, CheckpointReader):
+        for target in reader.touched:
+            weights.give_back(target)
+    reader.forget()
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows of a parameter, and where in which file they go; `slot` is where the parameter begins."""
+
+    file: int
+    param: Param
+    root: Value
+    window: Window
+    slot: int
+    offset: int
+    nbytes: int
+
+
+def _tasks(files: Sequence[ParamsFile]) -> Iterator[list[_Block]]:
+    """Blocks in the order in which they are written: sources as the files first use them, all that is made of
+    one source together, row by row, so that what its parts share is at hand.
+    """
+    rank: dict[tuple[Any, ...], int] = {}
+    places: list[tuple[int, int, int, Param]] = []
+    for index in range(max((len(file.params) for file in files), default=0)):
+        for number, file in enumerate(files):
+            if index < len(file.params):
+                param = file.params[index]
+                source = tuple(id(s) for s in _sources(param)) or (id(param),)
+                places.append((rank.setdefault(source, len(rank)), number, index, param))
+    task: list[_Block] = []
+    before, size = -1, 0
+    for group, blocks in _grouped((p[0], b) for p in places for b in _blocks(files[p[1]], p[1], p[3])):
+        blocks.sort(key=lambda b: (_first_row(b), b.file, b.offset))
+        for block in blocks:
+            if task and (size >= _TASK or (group != before and size >= _BLOCK)):
+                yield task
+                task, size = [], 0
+            task.append(block)
+            size += block.nbytes
+            before = group
+    if task:
+        yield task
+
+
+def _grouped(blocks: Iterator[tuple[int, _Block]]) -> Iterator[tuple[int, list[_Block]]]:
+    groups: dict[int, list[_Block]] = {}
+    for group, block in blocks:
+        groups.setdefault(group, []).append(block)
+    yield from sorted(groups.items())
+
+
+def _first_row(block: _Block) -> int:
+    """The row of the whole weight that a block begins with."""
+    value, row = block.root, block.window[0].start if block.window else 0
+    while isinstance(value.op, Slice):
+        row += value.op.offset if value.op.axis == 0 else 0
+        value = value.op.x
+    return row
+
+
+def _blocks(file: ParamsFile, number: int, param: Param) -> Iterator[_Block]:
+    root, kind, slot = _root(param), param.type, file.slots[param]
+    window = whole_window(kind.static_shape)
+    indivisible = kind.rank == 0 or (kind.rank == 1 and bit_width(kind.element) == 4)
+    if indivisible or slot.nbytes <= _BLOCK:
+        yield _Block(number, param, root, window, slot.offset, slot.offset, slot.nbytes)
+        return
+    extent = kind.static_shape[0]
+    row = slot.nbytes // extent
+    step = max(1, _BLOCK // row)
+    step = step // _ALIGNED * _ALIGNED or step
+    for begin in range(0, extent, step):
+        end = min(begin + step, extent)
+        rows = (slice(begin, end), *window[1:])
+        yield _Block(number, param, root, rows, slot.offset, slot.offset + begin * row, (end - begin) * row)
+
+
+class _Sink:
+    """One file that is written in blocks, roughly in order, and hashed in order as it is.
+
+    A block that comes before those that stand before it waits to be hashed, in memory as long as there are
+    few of them; beyond that it is read again.
+    """
+
+    def __init__(self, file: ParamsFile) -> None:
+        self.file = file
+        self.hash = hashlib.sha256(file.layout.start)
+        self.hashed = len(file.layout.start)
+        self.waiting: dict[int, memoryview | int] = {}
+        self.waiting_bytes = 0
+        self.lock = threading.Lock()
+        self.busy = False
+
+    def __enter__(self) -> Self:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if self.file.left else os.O_TRUNC)
+        self.descriptor = os.open(self.file.path, flags, 0o666)
+        os.truncate(self.descriptor, self.file.layout.size)
+        self._put(0, memoryview(self.file.layout.start))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
+
+    def left(self, block: _Block, key: str | None) -> memoryview | None:
+        """The bytes of a block that are in the file already, if they are what they were."""
+        done = self.file.left.get(block.offset)
+        if done is None or (done.nbytes, done.key) != (block.nbytes, key):
+            return None
+        found = os.pread(self.descriptor, done.nbytes, block.offset)
+        return memoryview(found) if len(found) == done.nbytes and zlib.crc32(found) == done.crc else None
+
+    def write(self, offset: int, data: memoryview, *, there: bool = False) -> None:
+        """Write a block, which may be `there` already; several threads may."""
+        if not there:
+            self._put(offset, data)
+        with self.lock:
+            few = self.waiting_bytes + len(data) <= _WAITING or offset == self.hashed
+            self.waiting[offset] = data if few else len(data)
+            self.waiting_bytes += len(data) if few else 0
+            if self.busy:
+                return
+            self.busy = True
+        while (found := self._next()) is not None:
+            self.hash.update(found if isinstance(found, memoryview) else self._again(found))
+            size = found if isinstance(found, int) else len(found)
+            with self.lock:
+                self.hashed += size
+
+    def _next(self) -> memoryview | int | None:
+        """What is to be hashed next; whoever is told that there is nothing has stopped being busy."""
+        with self.lock:
+            found = self.waiting.pop(self.hashed, None)
+            if found is None:
+                self.busy = False
+            elif isinstance(found, memoryview):
+                self.waiting_bytes -= len(found)
+            return found
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        while data:
+            count = os.pwrite(self.descriptor, data, offset)
+            data, offset = data[count:], offset + count
+
+    def _again(self, size: int) -> bytes:
+        found = os.pread(self.descriptor, size, self.hashed)
+        if len(found) != size:
+            raise OSError(f"{self.file.path} ended while it was written")
+        return found
+
+    def finish(self) -> None:
+        """All is written."""
+        assert self.hashed == self.file.layout.size, self.file.path
+        self.file.sha256 = self.hash.hexdigest()
 
 
 def _dtype_name(element: Type) -> str:
@@ -99,14 +326,17 @@ def _dtype_name(element: Type) -> str:
     return found.safetensors
 
 
-def _source(param: Param) -> tuple[str, int]:
-    """The checkpoint tensor a parameter is made of, as a place to sort by."""
-    return next(((source.file, source.offset) for source in _sources(param)), ("", 0))
+def _root(param: Param) -> Value:
+    """What the initializer of a parameter yields."""
+    for op in param.body:
+        if isinstance(op, Yield):
+            return op.value
+    raise TyirError(f"the initializer of @{param.sym_name} yields nothing")
 
 
 def _check(param: Param, array: Array, weights: WeightSource) -> Diagnostic | None:
     """What of a parameter cannot be computed with, by the stored tensor that it comes from."""
-    if not isinstance(param.type.element, FloatType) or array.dtype.kind != "f" or np.isfinite(array).all():
+    if not isinstance(param.type.element, FloatType) or all_finite(array):
         return None
     sources = _sources(param)
     for source in sources:
@@ -125,45 +355,3 @@ def _sources(param: Param) -> list[Global]:
     """The stored tensors that a parameter is made of."""
     found = (lookup_symbol(param, op.symbol.leaf) for op in param.body if isinstance(op, GetGlobal))
     return [target for target in found if isinstance(target, Global)]
-
-
-class ParamEvaluator:
-    """Evaluates initializers, remembering the last few costly results across parameters that share them."""
-
-    def __init__(self, weights: WeightSource, remember: int = 2) -> None:
-        self.weights = weights
-        self.recent: OrderedDict[Any, tuple[Array, ...]] = OrderedDict()
-        self.remember = remember
-
-    def evaluate(self, param: Param) -> Array:
-        keys: dict[Value, Any] = {}
-        for op in param.body:
-            if isinstance(op, Yield):
-                return self._value(op.value, keys, {})
-            key = (op.name, op.properties, *(keys[v] for v in op.operands))
-            keys.update((value, (value.index, *key)) for value in op.results)
-        raise TyirError(f"the initializer of @{param.sym_name} yields nothing")
-
-    def _value(self, value: Value, keys: dict[Value, Any], known: dict[Value, Array]) -> Array:
-        """One value of an initializer; nothing is computed that a remembered result is made of."""
-        if value in known:
-            return known[value]
-        op, key = value.op, keys[value][1:]
-        assert op is not None
-        if isinstance(op, GetGlobal):
-            target = lookup_symbol(op, op.symbol.leaf)
-            if not isinstance(target, Global):
-                raise TyirError(f"@{op.symbol.leaf} is not a tensor of the checkpoint")
-            results: tuple[Array, ...] = (self.weights.read(target),)
-        elif key in self.recent:
-            self.recent.move_to_end(key)
-            results = self.recent[key]
-        else:
-            result = evaluate_op(op, [self._value(v, keys, known) for v in op.operands])
-            results = result if isinstance(result, tuple) else (result,)
-            if len(results) > 1 or op.dialect == "quant":
-                self.recent[key] = results
-                if len(self.recent) > self.remember:
-                    self.recent.popitem(last=False)
-        known.update(zip(op.results, results))
-        return known[value]

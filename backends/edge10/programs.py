@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tyir.artifacts.agreement import interface_of
 from tyir.attributes import IntegerAttr, StringAttr
 from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.summary import memory_summary
-from tyir.backends.edge10.params import ParamsFile
+from tyir.backends.edge10.weight_files import Places
+from tyir.backends.pieces import compiler_identity, tool_identity
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, Param
 from tyir.edge10.binary import encode
 from tyir.execution.entry_points import entry_point
+from tyir.ir import Op
 from tyir.manifest import DieProgram
 from tyir.printer import print_op
+from tyir.process.cache import cache_key
 from tyir.targets.machine import load_machine
 from tyir.types import i64
 
 if TYPE_CHECKING:
     from tyir.backends.edge10.compile import CompileContext
 
-__all__ = ["Memory", "Places", "ProgramFiles", "ProgramWriter", "functions_of"]
+__all__ = ["Memory", "ProgramFiles", "ProgramWriter", "functions_of"]
 
-# Where each die's parameter went: the file, and its name in the folder.
-Places = dict[tuple[int, Param], tuple[ParamsFile, str]]
 # (die, length) -> bytes by kind, `memory_summary`
 Memory = dict[tuple[int, int], dict[str, int]]
 
@@ -81,18 +83,20 @@ class ProgramWriter:
 
     def write(self, die: Module, index: int, seqlen: int, files: ProgramFiles) -> DieProgram:
         """The files of one die and length; returns the manifest's entry."""
+        from tyir.backends.host.tvm_host import assign_kernels
+
         commands = files.name(index, "bin" if self.context.binary else "edge10")
         for name in (commands, files.name(index, "so")):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         where = f"{files.stem} s{seqlen} die{index}"
-        with self.context.watch.stage(f"edge10 {where}"):
-            lowered = lower_die(die, seqlen, load_machine(self.context.chosen_machine), search=self.search)
-            self.memory[index, seqlen] = memory_summary(lowered)
-            _write_command_program(lowered, self.folder / commands)
-        with self.context.watch.stage(f"host code {where}"):
-            self._write_library(die, seqlen, self.folder / files.name(index, "so"))
+        kernels = assign_kernels(functions_of(die, seqlen))
         text = print_op(self._artifact_ir(die, index, seqlen), locations=False)
         (self.folder / files.name(index, "ir")).write_text(text)
+        with self.context.watch.stage(f"edge10 {where}"):
+            data, self.memory[index, seqlen] = self._commands(die, seqlen, text)
+            (self.folder / commands).write_bytes(data)
+        with self.context.watch.stage(f"host code {where}"):
+            self._write_library(kernels, die, seqlen, self.folder / files.name(index, "so"))
         main = functions_of(die, seqlen)[-1]
         inputs, outputs = interface_of(main)
         return DieProgram(
@@ -108,21 +112,41 @@ class ProgramWriter:
             outputs=outputs,
         )
 
-    def _write_library(self, die: Module, seqlen: int, library: Path) -> None:
-        from tyir.backends.host.step import Program
-        from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library
+    def _commands(self, die: Module, seqlen: int, text: str) -> tuple[bytes, dict[str, int]]:
+        """A command program as it is written, and what it needs of memory; `text` is the die's IR."""
+        machine, cache = load_machine(self.context.chosen_machine), self.context.cache
+        form = "bytes" if self.context.binary else "text"
+        key = cache_key("edge10", tool_identity(), repr(machine), form, str(seqlen), text)
+        if cache is not None and (known := cache.read(key)) is not None:
+            summary, _, data = known.partition(b"\n")
+            return data, json.loads(summary)
+        lowered = lower_die(die, seqlen, machine, search=self.search)
+        memory = memory_summary(lowered)
+        data = encode(lowered) if self.context.binary else print_op(lowered).encode()
+        if cache is not None:
+            cache.write(key, json.dumps(memory).encode() + b"\n" + data)
+        return data, memory
 
-        mcpu: Any = self.context.mcpu
-        target = HostTarget() if mcpu is None else HostTarget(mcpu=mcpu)
+    def _write_library(self, kernels: Mapping[str, Op], die: Module, seqlen: int, library: Path) -> None:
+        from tyir.backends.host.step import Program
+        from tyir.backends.host.tvm_host import HostTarget, build_library, linker
+
         functions = functions_of(die, seqlen)
-        kernels = assign_kernels(functions)
         program = Program(tuple(functions), tuple(str(p.sym_name) for p in params_of(die, functions)))
-        key = tuple(print_op(f, locations=False) for f in functions)
-        same = self.built.setdefault(key, library)
-        if same is library:
-            build_library(kernels, target, library, program)
-        else:  # dies with equal programs share a library's bytes
+        texts = (*program.weights, *(print_op(f, locations=False) for f in functions))
+        same = self.built.setdefault(texts, library)
+        if same is not library:  # dies with equal programs share a library's bytes
             shutil.copyfile(same, library)
+            return
+        mcpu, cache = self.context.mcpu, self.context.cache
+        target = HostTarget() if mcpu is None else HostTarget(mcpu=mcpu)
+        tools = (tool_identity(), compiler_identity(linker() or ""), repr(target), repr(target.features()))
+        key = cache_key("library", *tools, *texts)
+        if cache is not None and cache.take(key, library) is not None:
+            return
+        build_library(kernels, target, library, program)
+        if cache is not None:
+            cache.put(key, library)
 
     def _artifact_ir(self, die: Module, index: int, seqlen: int) -> Module:
         """The die's program as the runtime walks it: functions with their kernels named, weights by reference
@@ -131,17 +155,10 @@ class ProgramWriter:
         module = Module.empty(f"die{index}")
         functions = functions_of(die, seqlen)
         for param in params_of(die, functions):
-            file, name = self.places[index, param]
+            file, name = self.places.of(index, param, seqlen)
             module.body.append(file.global_for(param, name))
         for function in functions:
             module.body.append(function.clone())
         module.set_attribute("tyir.die", IntegerAttr(index, i64))
         module.set_attribute("tyir.stage", StringAttr("program"))
         return module
-
-
-def _write_command_program(lowered: Module, path: Path) -> None:
-    if path.suffix == ".bin":
-        path.write_bytes(encode(lowered))
-    else:
-        path.write_text(print_op(lowered))

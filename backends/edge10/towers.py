@@ -18,8 +18,8 @@ from tyir.artifacts.json_attributes import to_json
 from tyir.artifacts.programs import DieProgram
 from tyir.artifacts.schema import checked
 from tyir.artifacts.vision import VISION_EXPONENT, ImageSize, Vision, VisionSize
-from tyir.backends.edge10.params import ParamsFile
-from tyir.backends.edge10.programs import Memory, Places, ProgramFiles, ProgramWriter
+from tyir.backends.edge10.programs import Memory, ProgramFiles, ProgramWriter
+from tyir.backends.edge10.weight_files import Places, WeightFiles
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
@@ -91,25 +91,23 @@ class Towers:
         """The sizes of pictures that share a program."""
         return self.said[size][0]
 
-    def params(self, folder: Path, places: Places) -> list[ParamsFile]:
-        """The files of weights; `places` is told where each parameter goes."""
-        found: list[ParamsFile] = []
+    def params(self, files: WeightFiles) -> None:
+        """Adds the files of weights."""
         for die in range(self.dies):
             first = [p for p in _params(self.sizes[0][die]) if not self._own[p]]
             name = self.files(0).shared(die)
-            found.append(_file(folder / name, first))
+            common = files.add(name, first)
             for size, modules in enumerate(self.sizes):
                 own = [p for p in _params(modules[die]) if self._own[p]]
                 private = self.files(size).name(die, "params")
-                found.append(_file(folder / private, own))
-                places.update({(die, p): (found[-1], private) for p in own})
-            common = next(f for f in found if f.path == folder / name)
+                file = files.add(private, own)
+                for param in own:
+                    files.places.add(die, param, file, private)
             by_name = {str(p.sym_name): p for p in first}
             for modules in self.sizes:
                 for param in [p for p in _params(modules[die]) if not self._own[p]]:
                     common.slots[param] = common.slots[by_name[str(param.sym_name)]]
-                    places[die, param] = (common, name)
-        return found
+                    files.places.add(die, param, common, name)
 
     def write(self, folder: Path, places: Places, context: CompileContext) -> Vision:
         """The programs; returns the manifest's section."""
@@ -171,11 +169,6 @@ def _buffers(programs: tuple[DieProgram, ...], memory: Memory) -> dict[str, Any]
         }
         for p in programs
     }
-
-
-def _file(path: Path, params: list[Param]) -> ParamsFile:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return ParamsFile(path, params)
 
 
 def _dies(tower: Module) -> list[Module]:

@@ -48,6 +48,7 @@ __all__ = [
     "build_library",
     "detected_cpu",
     "kernel_name",
+    "linker",
 ]
 
 KERNEL_ATTRIBUTE: Final = "tyir.kernel"
@@ -273,6 +274,12 @@ def _pipeline() -> tuple[Any, Any, Any]:
 
 _PIPELINE: Final = "tyir"
 tirx.register_tir_pipeline(_PIPELINE, _pipeline)
+
+
+def linker() -> str | None:
+    """The C++ compiler that links libraries, None where there is none."""
+    found = get_cc()
+    return None if found is None else str(found)
 
 
 def build_library(

@@ -19,7 +19,7 @@ from tests.frontends.quantized import unpack_awq, unpack_compressed, unpack_gptq
 from tyir.attributes import DenseElementsAttr
 from tyir.backends.checkpoint.writer import write_checkpoint
 from tyir.backends.edge10.compile import CompileContext, to_program
-from tyir.backends.edge10.params import ParamEvaluator
+from tyir.backends.edge10.weight_windows import WindowReader
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.quant import AWQ_ORDER, Unpack, pack_words
@@ -112,7 +112,7 @@ def module(bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Module:
 def program(module: Module) -> tuple[str, dict[str, bytes]]:
     """The dies' programs of a module, as artifacts have them, and the weights that they are given."""
     to_program(module, settled({"dies": 2, "seqlens": (1,), "max_kv": 32}, module), CompileContext())
-    evaluator = ParamEvaluator(CheckpointReader(checkpoint_of(module)))
+    evaluator = WindowReader(CheckpointReader(checkpoint_of(module)))
     dies = [m for m in module.body if isinstance(m, Module)]
     weights = {
         f"{i}.{p.sym_name}": evaluator.evaluate(p).tobytes()

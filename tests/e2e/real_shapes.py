@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from tests.frontends.real_models import write_checkpoint
 from tests.llm import Shape, build, dies_of
-from tyir.backends.edge10.params import ParamEvaluator
+from tyir.backends.edge10.weight_windows import WindowReader
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
@@ -150,7 +150,7 @@ def measure(name: str, weights: Weights, dies: Sequence[int], folder: Path) -> I
     """Rows for the given numbers of dies; `folder` is for a checkpoint."""
     model = MODELS[name]
     make, source = _checkpoint(name, folder) if weights == "awq" else _in_memory(model)
-    evaluator = ParamEvaluator(source, remember=1 << 20)
+    evaluator = WindowReader(source, remember=1 << 40)
     quantize = weights == "int4"
     wanted = _logits(make(), evaluator, 1, quantize)
     norm = np.linalg.norm(wanted, axis=1)
@@ -179,7 +179,7 @@ def _checkpoint(name: str, folder: Path) -> tuple[Callable[[], Module], WeightSo
     return module.clone, CheckpointReader(folder)
 
 
-def _logits(module: Module, evaluator: ParamEvaluator, dies: int, int4: bool) -> Array:
+def _logits(module: Module, evaluator: WindowReader, dies: int, int4: bool) -> Array:
     """Logits [8, V] of the eight tokens as one chunk."""
     partition(module, dies, int4, "specialize-seqlen{seqlens=8},to-program")
     runs = []

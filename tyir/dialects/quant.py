@@ -31,6 +31,7 @@ __all__ = [
     "GgmlQ40",
     "Unpack",
     "pack_words",
+    "unpack_words",
 ]
 
 Array = npt.NDArray[Any]
@@ -90,16 +91,20 @@ class Unpack(DeclaredOp, name="quant.unpack", traits=(Pure,)):
             )
 
     def evaluate(self, words: Array) -> Array:
-        unsigned = np.ascontiguousarray(words).view(np.uint32)  # shifts of negative words would bring in ones
-        shape = list(words.shape)
-        shape.insert(self.axis + 1, _PER_WORD)
-        out = np.empty(shape, np.uint8)
-        for nibble, place in enumerate(self.order):
-            out[(slice(None),) * (self.axis + 1) + (place,)] = (
-                unsigned >> np.uint32(4 * nibble)
-            ) & np.uint32(15)
-        full = out.reshape(*words.shape[: self.axis], -1, *words.shape[self.axis + 1 :])
+        full = unpack_words(words, self.axis, self.order)
         return full[(slice(None),) * self.axis + (slice(0, self.size or None),)]
+
+
+def unpack_words(words: Array, axis: int, order: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """All elements of words, an element a byte: element 8 c + order[i] along `axis` is nibble i of word c."""
+    unsigned = np.ascontiguousarray(words).view(np.uint32)  # shifts of negative words would bring in ones
+    shape = list(words.shape)
+    shape.insert(axis + 1, _PER_WORD)
+    out = np.empty(shape, np.uint8)
+    for nibble, place in enumerate(order):
+        along = (slice(None),) * (axis + 1) + (place,)
+        out[along] = (unsigned >> np.uint32(4 * nibble)) & np.uint32(15)
+    return out.reshape(*words.shape[:axis], -1, *words.shape[axis + 1 :])
 
 
 class AddWrapping(DeclaredOp, name="quant.add_wrapping", traits=(Pure,)):
@@ -250,7 +255,9 @@ class GgmlDequantize(DeclaredOp, name="quant.ggml_dequantize", traits=(Pure,)):
 
     def evaluate(self, data: Array) -> Array:
         rows = data.shape[0]
-        out = np.empty(tensor_type(self.out).static_shape, as_type(np.zeros(0), self.element).dtype)
+        out = np.empty(
+            (rows, tensor_type(self.out).static_shape[1]), as_type(np.zeros(0), self.element).dtype
+        )
         step = max(
             1, (1 << 22) // max(out.shape[1], 1)
         )  # some millions of elements at a time bound the f32 intermediates

@@ -122,7 +122,7 @@ class AwqTable:
                 arrays[kind][name.removesuffix(kind)] = found
         table = cls(settings, arrays[SCALE], arrays[RANGE], entries)
         problems += table._problems()
-        give_back_pages(data)
+        give_back_pages(data, 0, len(data))
         if problems:
             raise TyirError(first_of(problems, str(path), _MEND))
         return table

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DAMAGED", "F16_LARGEST", "RESCALE", "not_finite", "number_problem"]
+__all__ = ["DAMAGED", "F16_LARGEST", "RESCALE", "all_finite", "not_finite", "number_problem"]
 
 Array = npt.NDArray[Any]
 
@@ -18,9 +18,21 @@ DAMAGED: Final = "the checkpoint is damaged; download it again"
 RESCALE: Final = "the weights need rescaling before they fit f16"
 
 
+def all_finite(array: Array) -> bool:
+    """Whether there is neither NaN nor infinity; arrays that are not of floating point have none.
+
+    Of f16, which processors compute with in f32, by its bits: exponents of all ones are neither.
+    """
+    if array.dtype.kind != "f" or not array.size:
+        return True
+    if array.dtype == np.float16:
+        return int((array.view(np.uint16) & np.uint16(0x7FFF)).max()) < 0x7C00
+    return bool(np.isfinite(array).all())
+
+
 def not_finite(array: Array) -> str:
     """`3 NaN and 2 infinite values`; empty when there are none."""
-    if array.dtype.kind != "f" or np.isfinite(array).all():
+    if all_finite(array):
         return ""
     counts = (int(np.isnan(array).sum()), "NaN"), (int(np.isinf(array).sum()), "infinite")
     kinds = " and ".join(f"{count} {word}" for count, word in counts if count)

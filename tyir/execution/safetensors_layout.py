@@ -52,13 +52,14 @@ class SafetensorsLayout:
             position += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         self.header: Final = text + b" " * (-(8 + len(text)) % _ALIGNMENT)
-        base = 8 + len(self.header)
+        self.start: Final = len(self.header).to_bytes(8, "little") + self.header  # what the data follows
+        base = len(self.start)
         self.size: Final = base + position
         self.slots: Final = {name: Slot(base + offset, nbytes) for name, (offset, nbytes) in relative.items()}
 
     def create(self, path: Path) -> IO[bytes]:
         """The file at its full size with its header; tensors are then written at their offsets."""
         file = path.open("wb")
-        file.write(len(self.header).to_bytes(8, "little") + self.header)
+        file.write(self.start)
         file.truncate(self.size)
         return file

@@ -231,11 +231,14 @@ def _mapped(folder: Path, name: str) -> npt.NDArray[np.uint8]:
         ) from None
 
 
-def give_back_pages(mapped: npt.NDArray[np.uint8]) -> None:
-    """Let the system have the pages of a mapped file that were read; they are read again when needed."""
+def give_back_pages(mapped: npt.NDArray[np.uint8], begin: int, end: int) -> None:
+    """Let the system have the pages of a mapped file that were read, of the bytes `begin`..`end`; they are
+    read again when needed.
+    """
     mapping = getattr(mapped, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
+        begin -= begin % mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 class CheckpointReader:
@@ -256,12 +259,14 @@ class CheckpointReader:
             self._maps[file] = self._open(file)
         return self._maps[file]
 
-    def give_back(self) -> None:
-        """Let the system have the pages that were read: a walk over a whole model then takes no more memory
-        than what is being worked on.  Arrays stay as they are, and read their bytes from the file again.
+    def give_back(self, ref: TensorReference | None = None) -> None:
+        """Let the system have the pages that were read, of one tensor or of all: a walk over a whole model
+        then takes no more memory than what is being worked on.  Arrays stay as they are, and read their bytes
+        from the file again.
         """
-        for array in self._maps.values():
-            give_back_pages(array)
+        for array in [self._map(ref.file)] if ref is not None else list(self._maps.values()):
+            begin, end = (0, len(array)) if ref is None else (ref.offset, ref.offset + ref.nbytes)
+            give_back_pages(array, begin, end)
 
     def _open(self, file: str) -> npt.NDArray[np.uint8]:
         return _mapped(self.folder, file)
