@@ -51,7 +51,7 @@ def table(reports: Iterable[Any]) -> list[str]:
                 row[1] += survived
                 row[2:] = max(row[2:], [seconds, slowest])
     lines = [
-        f"{area:<40}{tried:>6}{survived:>6}   slowest {seconds:5.1f} s: {slowest}"
+        f"{area:<40}{tried:>6}{survived:>6}   slowest {seconds:5.1f} s: {slowest[:60]}"
         for area, (tried, survived, seconds, slowest) in sorted(rows.items())
     ]
     total = [sum(row[i] for row in rows.values()) for i in (0, 1)]

@@ -45,7 +45,8 @@ def load_tokenizer(source: Artifacts | Path) -> Any:
     if not any(name in found for name in _VOCABULARIES):
         raise TyirError(
             f"{path} holds no tokenizer",
-            help="copy the model's tokenizer.json there, or compile from a folder that has one",
+            help="copy the model's tokenizer.json there, or compile from a folder that has one; --ids N,N,.."
+            " takes token ids",
         )
     settings = {
         name: json_object(found[name], path / name, "restore the file") for name in _SETTINGS if name in found

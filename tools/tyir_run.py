@@ -9,7 +9,7 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,7 @@ def _run_one(args: argparse.Namespace, opened: Opened, prompt: str | None, ids: 
     if args.json:
         list(tokens)
     else:
+        stream: Iterator[str]
         if prompt is None:
             stream = (f"{',' * (number > 0)}{token}" for number, token in enumerate(tokens))
         else:

@@ -212,17 +212,18 @@ def _argument(function: str, number: int, given: Any, wanted: Value) -> Array:
     declared = wanted.type
     if not isinstance(declared, TensorType):
         return cast("Array", given)
-    if not isinstance(given, np.ndarray):
-        given = np.asarray(given, storage_dtype(declared.element))
+    array: Array = (
+        given if isinstance(given, np.ndarray) else np.asarray(given, storage_dtype(declared.element))
+    )
     shape = declared.shape
     if shape is not None and (
-        len(shape) != given.ndim or any(d not in (None, n) for d, n in zip(shape, given.shape))
+        len(shape) != array.ndim or any(d not in (None, n) for d, n in zip(shape, array.shape))
     ):
         raise TyirError(
-            f"argument {number} of @{function} is {declared}, an array of shape {given.shape} was given",
+            f"argument {number} of @{function} is {declared}, an array of shape {array.shape} was given",
             help="give an array of that shape; ? stands for any length",
         )
-    return given
+    return array
 
 
 def run_function(

@@ -27,6 +27,7 @@ from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
 from tyir.runtime_sim.session.session import EngineName, make_engine
+from tyir.runtime_sim.session.token_ids import checked_ids
 
 __all__ = ["BatchSession"]
 
@@ -38,7 +39,7 @@ class BatchSession:
 
     def __init__(
         self,
-        folder: Path | Artifacts,
+        folder: str | Path | Artifacts,
         engine: EngineName = "host",
         *,
         check: bool = True,
@@ -101,8 +102,7 @@ class BatchSession:
 
     def _advance(self, ids: Sequence[Sequence[int]]) -> list[dict[str, Array]]:
         """Run each sequence's tokens; its outputs by name, [n, ..] each."""
-        self._check(ids)
-        left = [list(part) for part in ids]
+        left = self._checked(ids)
         rows: list[dict[str, list[Array]]] = [{} for _ in left]
         while any(left) or not rows[0]:
             most = max(map(len, left))
@@ -117,7 +117,10 @@ class BatchSession:
             left = [part[seqlen:] for part in left]
         return [{name: np.concatenate(arrays) for name, arrays in own.items()} for own in rows]
 
-    def _check(self, ids: Sequence[Sequence[int]]) -> None:
+    def _checked(self, given: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The tokens of each sequence; `TyirError` for what cannot be run."""
+        vocabulary = self.manifest.model.get("vocab_size")
+        ids = [checked_ids(part, vocabulary, f"sequence {number}: ") for number, part in enumerate(given)]
         if len(ids) != len(self.tokens):
             raise TyirError(
                 f"{len(ids)} sequences were given, the artifacts run {len(self.tokens)}",
@@ -125,7 +128,7 @@ class BatchSession:
             )
         if not any(ids):
             raise TyirError("nothing to run: all lists of tokens are empty", help="give at least one token")
-        capacity, vocabulary = self.manifest.options.max_kv, self.manifest.model.get("vocab_size")
+        capacity = self.manifest.options.max_kv
         for number, (part, known) in enumerate(zip(ids, self.tokens)):
             if len(known) + len(part) > capacity:
                 raise TyirError(
@@ -133,9 +136,7 @@ class BatchSession:
                     f" {capacity} positions are taken",
                     help=f"shorten it, or compile with --max-kv {len(known) + len(part)} or more",
                 )
-            bad = [i for i in part if vocabulary is not None and not 0 <= i < vocabulary]
-            if bad:
-                raise TyirError(f"sequence {number}: token {bad[0]} is not in the vocabulary of {vocabulary}")
+        return ids
 
     def _inputs(self, parts: Sequence[Sequence[int]], seqlen: int) -> dict[str, Array]:
         padded = np.array([pad(part, seqlen) for part in parts], np.int32)

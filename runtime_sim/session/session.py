@@ -30,6 +30,7 @@ from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
 from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, write_cache
+from tyir.runtime_sim.session.token_ids import checked_ids
 
 __all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
 
@@ -91,7 +92,7 @@ class Session:
 
     def __init__(
         self,
-        folder: Path | Artifacts,
+        folder: str | Path | Artifacts,
         engine: EngineName = "host",
         *,
         check: bool = True,
@@ -205,19 +206,11 @@ class Session:
 
     def _advance(self, ids: Sequence[int]) -> dict[str, Array]:
         """Run tokens through the program; its outputs by name, [len(ids), ..] each, all of them finite."""
-        if isinstance(ids, str):
-            raise TyirError(
-                "a session runs token ids, not text",
-                help="load_tokenizer(session.artifacts) of tyir.tools.tokenizer makes ids of text",
-            )
-        if not len(ids):
+        ids = checked_ids(ids, self.manifest.model.get("vocab_size"))
+        if not ids:
             raise TyirError(
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
             )
-        vocabulary = self.manifest.model.get("vocab_size")
-        if vocabulary is not None and not all(0 <= i < vocabulary for i in ids):
-            bad = next(i for i in ids if not 0 <= i < vocabulary)
-            raise TyirError(f"token {bad} is not in the vocabulary of {vocabulary}")
         rows: dict[str, list[Array]] = {}
         first = len(self.tokens)
         for chunk in plan_chunks(len(ids), first, self.manifest.options.seqlens, self.capacity):

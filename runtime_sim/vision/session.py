@@ -39,7 +39,7 @@ class VisionSession(Session):
 
     def __init__(
         self,
-        folder: Path | Artifacts,
+        folder: str | Path | Artifacts,
         engine: EngineName = "host",
         *,
         check: bool = True,

@@ -174,7 +174,7 @@ def test_ids_are_continued_as_ids(
 ) -> None:
     """No tokenizer is asked."""
     folder, prompt = artifacts(1, "fp16"), [12, 7, 99]
-    wanted = list(Session(folder).generate(prompt, 5))
+    wanted = list(Session(str(folder)).generate(prompt, 5))
     monkeypatch.setattr("tyir.tools.run.session_of.load_tokenizer", lambda artifacts: pytest.fail("asked"))
     words = [str(folder), "--ids", "12,7,99", "--max-tokens", "5"]
     assert run(words) == 0

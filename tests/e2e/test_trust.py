@@ -201,7 +201,9 @@ def test_a_damaged_library_is_refused_with_and_without_a_check(folder: Path, che
     with pytest.raises(TyirError, match=r"llm_die0\.so is missing"):
         Session(folder, check=check).feed(IDS)
     os.mkfifo(folder / LIBRARY)
-    with pytest.raises(TyirError, match=r"llm_die0\.so cannot be opened: it is not a file"):
+    with pytest.raises(
+        TyirError, match=r"llm_die0\.so cannot be opened: it is a named pipe, not a regular file"
+    ):
         Session(folder, check=check).feed(IDS)
 
 

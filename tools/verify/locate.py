@@ -121,7 +121,7 @@ _SAME: Final = {"kv.attention": "ty.attention", "ty.quantized_linear": "ty.linea
 
 
 def locate(
-    folder: Path | Artifacts,
+    folder: str | Path | Artifacts,
     checkpoint: Path,
     ids: Sequence[int],
     engine: EngineName = "host",

@@ -42,12 +42,13 @@ class Artifacts:
         return self._folder.path
 
     @classmethod
-    def open(cls, path: Path, *, check: bool = True) -> Self:
+    def open(cls, path: str | Path, *, check: bool = True) -> Self:
         """Open the folder, read its manifest, open every file it lists and (with `check`) verify size and
         hash of each.
 
         `TyirError` lists everything that is wrong.
         """
+        path = Path(path)
         try:
             folder = OpenedFolder(path)
             data = _manifest_of(folder)

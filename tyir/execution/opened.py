@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from tyir.artifacts.files import check_link, is_relative_name
 from tyir.diagnostics import TyirError
+from tyir.process.files import kind_of
 
 __all__ = ["OpenedFile", "OpenedFolder"]
 
@@ -140,9 +141,10 @@ class OpenedFolder:
                 descriptor = os.open(self.inside(name), flags, dir_fd=self._descriptor)
             except ValueError as error:  # a zero byte in the name
                 raise OSError(0, str(error)) from None
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
                 os.close(descriptor)
-                raise OSError(0, "it is not a file")
+                raise OSError(0, f"it is {kind_of(mode)}, not a regular file")
             self._files[name] = OpenedFile(self.path / name, descriptor)
         return self._files[name]
 
