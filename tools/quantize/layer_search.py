@@ -233,6 +233,9 @@ class _LayerSearch:
             original = linear.weight(self.plain)
             before = moments.error(dequantized(quantized(folded(original), None, self.grid), self.grid))
             weight = folded(original, None, columns)
+            del original
+            if last:
+                del self.plain[linear.weight_name]
             if float(weight.abs().max()) > _HIGHEST_F16:
                 raise TyirError(f"the weight of {path} is beyond f16", help="quantise it with --no-scales")
             if self.settings.ranges:
