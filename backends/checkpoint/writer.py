@@ -4,8 +4,9 @@ Every parameter of the model is written as its weight expression computes it, on
 linears (`ty.quantize_groups`) in one of the formats of `formats.py`, everything else in f16.  A folder that
 was written and is compiled gives the programs and weights that the module itself gives.
 
-A checkpoint is one more target: it is made of a module and of nothing else, as artifacts are, and written as
-they are, into a folder that takes the target's place when it is complete.
+A checkpoint is one more target: it is made of a module, as artifacts are, and written as they are, into a
+folder that takes the target's place when it is complete.  Parameters that the module's functions do not read,
+of a model that sees pictures, are given beside it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import random
 import shutil
@@ -27,6 +28,7 @@ from tyir.execution.awq_table import AwqTable  # noqa: E402
 from tyir.frontends.dense_state import dense_state  # noqa: E402
 from tyir.tools.quantize import layer_search, search  # noqa: E402
 from tyir.tools.quantize.quantize import Text, perplexity_of, quantize  # noqa: E402
+from tyir.tools.quantize.report import write_report  # noqa: E402
 from tyir.tools.quantize.settings import QuantizeSettings  # noqa: E402
 from tyir.tools.tyir_quantize import main  # noqa: E402
 
@@ -79,6 +81,16 @@ def test_the_report(awq: Any) -> None:
     assert all(r.error_after < r.error_before and 0.5 < r.kept_range <= 1 for r in reports)
     assert awq.before.tokens == awq.after.tokens > 15
     assert awq.after.value == pytest.approx(awq.before.value, rel=0.2)
+
+
+def test_the_plot(awq: Any, tmp_path: Path) -> None:
+    """As PNG where matplotlib is installed, and in the page in any case."""
+    problems = write_report(awq, tmp_path)
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    if importlib.util.find_spec("matplotlib") is None:
+        assert len(problems) == 1 and "tyir[plots]" in problems[0]
+    else:
+        assert problems == [] and (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_search_that_is_stopped_goes_on_with_the_same_bytes(

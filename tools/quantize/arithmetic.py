@@ -11,7 +11,7 @@ import torch
 
 from tyir.tools.quantize.settings import Grid
 
-__all__ = ["Quantized", "dequantized", "extremes", "folded", "quantized", "to_f16"]
+__all__ = ["Quantized", "dequantized", "extremes", "folded", "is_finite", "quantized", "to_f16"]
 
 Tensor = Any  # torch is not followed by the type check
 Quantized = tuple[Any, Any, Any]
@@ -21,6 +21,11 @@ Quantized = tuple[Any, Any, Any]
 def to_f16(x: Tensor) -> Tensor:
     """x rounded to f16, as f32."""
     return x.to(torch.float16).to(torch.float32)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all values are; without another tensor of its size, which torch.isfinite makes."""
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
 
 
 def folded(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ before did wrong is made up for as well.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -51,25 +52,54 @@ def gptq_rounded(
         loudness = loudness / columns.square()
     # the last is taken first
     order = torch.sort(loudness, stable=True).indices
-    groups = order // grid.group_size
-    second, damping = _factored(moments, columns, order, path)
-    targets = moments.targets if columns is None else moments.targets / columns
-    # the weight of least error, without rounding; damping holds it near the one there is
-    wanted = torch.add(targets, weight, alpha=damping).T[order]
-    best = torch.cholesky_solve(wanted, second).contiguous()
-    steps = scales.T[groups], zeros.T[groups]
-    q = _rounded(best, second, *steps, grid)
+    steps = _Steps(scales.T.contiguous(), zeros.T.contiguous(), (order // grid.group_size).tolist())
+    factor, damping = _factored(moments, columns, order, path)
+    best = _best(weight, columns, moments, order, factor, damping)
+    q, off = _rounded(best, factor, steps, grid)
     if sweeps:
-        del second  # the factor, before there is another of its size
-        _round_again(q, best, _damped(moments, columns, order, damping), *steps, grid, sweeps)
+        del factor  # before there is another of its size
+        _round_again(q, off.neg_(), _damped(moments, columns, order, damping), steps, grid, sweeps)
     found = torch.empty_like(weight)
     found[:, order] = q.T
     return found, scales, zeros
 
 
-def _rounded(best: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
-    """q [K, R] of some rows' best weights with scales and zeros, all [K, R], the last channel first."""
-    off = best.clone()
+@dataclass(frozen=True)
+class _Steps:
+    """Scales and zero points [K/g, R], and the group of every channel in the order they are taken in."""
+
+    scales: Tensor
+    zeros: Tensor
+    groups: list[int]
+
+    def of(self, k: int) -> tuple[Tensor, Tensor]:
+        """Scales and zero points [R] of a channel."""
+        return self.scales[self.groups[k]], self.zeros[self.groups[k]]
+
+    def values(self, q: Tensor, k: int) -> Tensor:
+        """What the numbers [R] of a channel stand for."""
+        scales, zeros = self.of(k)
+        return (q - zeros).mul_(scales)
+
+
+def _best(
+    weight: Tensor, columns: Tensor | None, moments: Moments, order: Tensor, factor: Tensor, damping: float
+) -> Tensor:
+    """The weight of least error [K, R], channels in this order, without rounding; damping holds it near the
+    one there is.
+    """
+    targets = moments.targets if columns is None else moments.targets / columns
+    best = torch.add(targets, weight, alpha=damping).T[order]
+    del targets
+    for triangle, upper in ((factor, False), (factor.T, True)):  # cholesky_solve would copy the factor
+        best = torch.linalg.solve_triangular(triangle, best, upper=upper)
+    return best.contiguous()
+
+
+def _rounded(off: Tensor, factor: Tensor, steps: _Steps, grid: Grid) -> tuple[Tensor, Tensor]:
+    """q [K, R] of some rows' best weights [K, R], the last channel first; the best weights, changed in place,
+    become what rounding takes away from them.
+    """
     q = torch.empty_like(off)
     diagonal = factor.diagonal()
     for end in range(len(off), 0, -_BLOCK):
@@ -78,18 +108,18 @@ def _rounded(best: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: 
         part = torch.addmm(off[start:end], carried[end - start :].T, off[end:])
         for i in reversed(range(end - start)):
             k = start + i
-            torch.div(part[i], scales[k], out=q[k]).round_().add_(zeros[k]).clamp_(0, grid.highest)
-            off[k] -= (q[k] - zeros[k]).mul_(scales[k])
+            scales, zeros = steps.of(k)
+            torch.div(part[i], scales, out=q[k]).round_().add_(zeros).clamp_(0, grid.highest)
+            off[k] -= steps.values(q[k], k)
             if i:
                 part[:i].addr_(carried[i, :i], off[k])
-    return q
+    return q, off
 
 
-def _round_again(
-    q: Tensor, best: Tensor, second: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, sweeps: int
-) -> None:
-    """Round every channel of q [K, R] again, given the others, in place."""
-    off = (q - zeros).mul_(scales).sub_(best)
+def _round_again(q: Tensor, off: Tensor, second: Tensor, steps: _Steps, grid: Grid, sweeps: int) -> None:
+    """Round every channel of q [K, R] again, given the others, in place; `off` [K, R]: how far each weight is
+    from the best one.
+    """
     diagonal = second.diagonal().tolist()
     for _ in range(sweeps):
         for end in range(len(q), 0, -_BLOCK):
@@ -98,10 +128,11 @@ def _round_again(
             block = second[start:end, start:end]
             for i in reversed(range(end - start)):
                 k = start + i
-                steps = (pull[i] / -diagonal[k]).div_(scales[k]).add_(q[k]).round_()
-                change = steps.clamp_(0, grid.highest).sub_(q[k])
+                scales, _ = steps.of(k)
+                change = (pull[i] / -diagonal[k]).div_(scales).add_(q[k]).round_()
+                change.clamp_(0, grid.highest).sub_(q[k])
                 q[k] += change
-                change *= scales[k]
+                change *= scales
                 off[k] += change
                 if i:
                     pull[:i].addr_(block[i, :i], change)

@@ -16,7 +16,15 @@ import torch
 
 from tyir.diagnostics import TyirError
 from tyir.process.memory import return_free_memory
-from tyir.tools.quantize.arithmetic import Quantized, dequantized, extremes, folded, quantized, to_f16
+from tyir.tools.quantize.arithmetic import (
+    Quantized,
+    dequantized,
+    extremes,
+    folded,
+    is_finite,
+    quantized,
+    to_f16,
+)
 from tyir.tools.quantize.gptq import gptq_rounded
 from tyir.tools.quantize.moments import Inputs, Moments
 from tyir.tools.quantize.ranges import search_ranges
@@ -201,7 +209,7 @@ class _LayerSearch:
                 moments.add_targets(x, y)
         for linear, moments in zip(stage, found, strict=True):
             for what, tensor in (("inputs", inputs.second), ("outputs", moments.targets)):
-                if not bool(torch.isfinite(tensor).all()):
+                if not is_finite(tensor):
                     raise TyirError(
                         f"the {what} of {self.prefix}{linear.path} are not finite",
                         help="mend the checkpoint: a weight before it holds NaN or values that overflow",
@@ -233,6 +241,9 @@ class _LayerSearch:
             original = linear.weight(self.plain)
             before = moments.error(dequantized(quantized(folded(original), None, self.grid), self.grid))
             weight = folded(original, None, columns)
+            del original
+            if last:
+                del self.plain[linear.weight_name]
             if float(weight.abs().max()) > _HIGHEST_F16:
                 raise TyirError(f"the weight of {path} is beyond f16", help="quantise it with --no-scales")
             if self.settings.ranges:

@@ -15,6 +15,7 @@ import torch
 
 from tyir.diagnostics import TyirError
 from tyir.process.progress import track
+from tyir.tools.quantize.arithmetic import is_finite
 from tyir.tools.quantize.streamed_model import StreamedModel, Tensors
 
 __all__ = ["Perplexity", "artifact_perplexity", "model_perplexity"]
@@ -50,7 +51,7 @@ def model_perplexity(
         if change is not None:
             tensors = change(index, tensors)
         model.advance(index, tensors, hidden)
-        if not bool(torch.isfinite(hidden).all()):
+        if not is_finite(hidden):
             raise TyirError(
                 f"the values that leave {model.paths[index]} are not finite",
                 help="the checkpoint is damaged, or its weights do not fit the type they are stored in",

@@ -29,6 +29,7 @@ from tyir.execution.awq_table import AwqSettings, AwqTable
 from tyir.layers import is_named_in
 from tyir.process.memory import return_free_memory
 from tyir.process.progress import Bar
+from tyir.tools.quantize.arithmetic import is_finite
 from tyir.tools.quantize.layer_search import LayerResult, LinearReport, ScaledChannels, search_layer
 from tyir.tools.quantize.settings import QuantizeSettings, Work, work_for
 from tyir.tools.quantize.streamed_model import StreamedModel
@@ -159,7 +160,7 @@ def _advance(
     if settings.sequential:
         model.advance(index, result.tensors, rough)
     for state in states:
-        if not bool(torch.isfinite(state).all()):
+        if not is_finite(state):
             raise TyirError(
                 f"the values that leave {model.paths[index]} are not finite",
                 help="mend the checkpoint: a weight of that layer holds NaN or values that overflow",
