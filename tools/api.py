@@ -20,6 +20,7 @@ from tyir.process.stopwatch import Stopwatch
 from tyir.tools.build_arguments import AUTO
 
 if TYPE_CHECKING:
+    from tyir.artifacts.vision import VisionSplit
     from tyir.frontends.plugin import ModelPlugin
 
 __all__ = [
@@ -125,6 +126,7 @@ def compile_path(
     vision_dies: int | None = None,
     vision_die_map: tuple[int, ...] = (),
     vision_exponent: int | None = None,
+    vision_split: VisionSplit = "cost",
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
@@ -138,7 +140,7 @@ def compile_path(
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
-    it.
+    it, `vision_split`: how it is cut over the dies.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
@@ -151,6 +153,7 @@ def compile_path(
         "vision_dies": vision_dies,
         "vision_die_map": vision_die_map,
         "vision_exponent": vision_exponent,
+        "vision_split": vision_split,
     }
     if vision_exponent is not None:
         check_exponent(vision_exponent)
@@ -198,6 +201,7 @@ def compile_path(
                 vision_dies=vision_dies,
                 vision_die_map=vision_die_map,
                 vision_exponent=vision_exponent,
+                vision_split=vision_split,
             )
     with watch.stage("import"):
         module = load_module(model, plugin, warn, positions, base, progress, images)

@@ -59,7 +59,10 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
 _WITH_SCRATCH: Final[
     dict[
         type[Op],
-        tuple[Callable[[Any, int, Machine, Collection[Value]], Scratch | None], Callable[[Any, Lowering, Area | None], None]],
+        tuple[
+            Callable[[Any, int, Machine, Collection[Value]], Scratch | None],
+            Callable[[Any, Lowering, Area | None], None],
+        ],
     ]
 ] = {
     kv.CachedAttention: (attention_scratch, lower_attention),

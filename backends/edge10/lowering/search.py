@@ -26,7 +26,7 @@ from tyir.ir import Block, Value
 from tyir.targets.machine import Machine
 from tyir.types import bit_width, i64
 
-__all__ = ["CANDIDATES", "PricedEmitter", "TALL", "Prices", "Search", "products_ns"]
+__all__ = ["CANDIDATES", "TALL", "PricedEmitter", "Prices", "Search", "products_ns"]
 
 CANDIDATES: Final = (
     SramShares(),

@@ -44,7 +44,7 @@ class Roped:
         while isinstance(value.op, Reshape) and len(value.uses) == 1:
             between.append(value.op)
             value = value.op.operands[0]
-        batch, tokens, heads, dim = tensor_type(op.out).static_shape
+        batch, tokens, _, dim = tensor_type(op.out).static_shape
         rows = batch * tokens
         if rows <= MOST_ROWS or math.prod(tensor_type(value).static_shape[:-1]) != rows:
             return None

@@ -173,9 +173,7 @@ def _longest(op: CachedAttention | Attention) -> int:
     return max(end - first for first, end in op.spans()) if isinstance(op, Attention) else 0
 
 
-def _blocks(
-    op: _Attention, room: int, machine: Machine, *, transfers: bool, longest: int
-) -> AttentionBlocks:
+def _blocks(op: _Attention, room: int, machine: Machine, *, transfers: bool, longest: int) -> AttentionBlocks:
     _, tokens, heads, dim = tensor_type(op.q).static_shape
     groups, largest = op.cache_heads, max(r.heads for r in _runs(op.kv_heads))
     return attention_blocks(

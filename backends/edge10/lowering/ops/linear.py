@@ -69,9 +69,7 @@ def lower_linear(op: Linear | QuantizedLinear, lowering: Lowering, rows: Area | 
     lower_rows(op, lowering, StoredColumns(op.out, lowering, lowering.results_area(in_sram)), rows)
 
 
-def lower_rows(
-    op: Linear | QuantizedLinear, lowering: Lowering, results: Columns, rows: Area | None
-) -> None:
+def lower_rows(op: Linear | QuantizedLinear, lowering: Lowering, results: Columns, rows: Area | None) -> None:
     """A product whose x is where it is, or brought to `rows`, as many rows at a time as fit there."""
     inputs = InputTiles(op.x, lowering)
     if rows is None or inputs.in_sram:
