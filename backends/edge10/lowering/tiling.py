@@ -13,7 +13,7 @@ from typing import Final
 
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, SramPlan, align
 from tyir.diagnostics import TyirError
-from tyir.edge10.command_times import dequant_ns, matmul_ns
+from tyir.edge10.command_times import dequant_ns, drain_ns, matmul_ns, softmax_ns, vector_ns
 from tyir.targets.machine import Machine
 
 __all__ = [
@@ -215,9 +215,16 @@ class AttentionBlocks:
     all_heads: bool
     strip: int
     quantized: bool = False
+    strip_rows: int = 0  # 0: a strip has all queries
+
+    @property
+    def strip_queries(self) -> int:
+        """Queries of a strip."""
+        return min(self.strip_rows or self.queries, self.queries)
 
     def strips(self, heads: int) -> int:
-        return -(-heads // self.strip)
+        """How many there are of so many heads."""
+        return -(-heads // self.strip) * -(-self.queries // self.strip_queries)
 
     def layout(self, heads: int, groups: int, dim: int, *, transfers: bool = True) -> dict[str, int]:
         """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from
@@ -230,7 +237,7 @@ class AttentionBlocks:
         rows, block = self.queries * heads, groups * self.keys
         parts = {"": dim * 2, "_q": dim, "_scales": 2} if self.quantized else {"": dim * 2}
         sizes = {name + part: align(block * row) for name in ("k", "v") for part, row in parts.items()}
-        of_strip = self.queries * min(self.strip, heads)
+        of_strip = self.strip_queries * min(self.strip, heads)
         for number in range(min(3, self.strips(heads))):
             sizes[f"scores{number}"] = align(
                 of_strip * max(self.keys, dim) * 4
@@ -259,12 +266,13 @@ def attention_blocks(
     *,
     transfers: bool = True,
     quantized: bool = False,
-    keys: int = 0,
+    longest: int = 0,
 ) -> AttentionBlocks:
     """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn
-    of the loop has its chain of commands.  `keys`: so many are there at most, 0 where that is not known.
+    of the loop has its chain of commands.  `longest`: so many keys are there at most, 0 where that is not
+    known; where it is, there are many queries, and the busiest unit counts.
     """
-    most_keys = align(keys, machine.cube.columns) if keys else _KEYS[0]
+    most_keys = align(longest, machine.cube.columns) if longest else _KEYS[0]
     best: tuple[float, AttentionBlocks] | None = None
     key_bytes = 2 * (dim + 2) if quantized else 4 * dim
     for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
@@ -272,17 +280,23 @@ def attention_blocks(
             for all_heads in (True, False):
                 h, g = (heads, groups) if all_heads else (largest_group, 1)
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
-                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized)
-                acc = accumulator_bytes(queries * min(strip, largest_group), max(keys, dim), machine)
+                part = STRIP_ROWS if longest and strip == 1 else 0
+                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized, part)
+                rows = blocks.strip_queries * min(strip, largest_group)
+                acc = accumulator_bytes(rows, max(keys, dim), machine)
                 if (
                     sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room
                     or acc > machine.accumulator_bytes // 2
                 ):
                     continue
                 pieces = -(-tokens // queries)
-                cost = pieces * (
-                    groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys
-                )
+                if longest:
+                    turn = _turn_ns(blocks, h, g, dim, min(keys, longest), machine)
+                    cost = pieces * groups / g * -(-longest // keys) * turn
+                else:
+                    cost = pieces * (
+                        groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys
+                    )
                 if best is None or cost < best[0]:
                     best = (cost, blocks)
     if best is not None:
@@ -292,6 +306,22 @@ def attention_blocks(
         " temporaries",
         help="use more dies, so that each holds fewer heads",
     )
+
+
+def _turn_ns(
+    blocks: AttentionBlocks, heads: int, groups: int, dim: int, keys: int, machine: Machine
+) -> float:
+    """About how long a turn takes: the busiest unit where three strips alternate, all one after the other
+    where one is alone.
+    """
+    rows, dispatch = blocks.strip_queries * blocks.strip, machine.sync.dispatch_ns
+    cube = matmul_ns(rows, keys, dim, machine) + matmul_ns(rows, dim, keys, machine) + 2 * dispatch
+    drain = drain_ns(rows, keys, machine) + drain_ns(rows, dim, machine) + 2 * dispatch
+    vector = softmax_ns(rows, keys, machine) + vector_ns("rescale_add", rows * dim, machine) + 2 * dispatch
+    strips = blocks.strips(heads)
+    chain = cube + drain + vector
+    loads = groups * keys * 4 * dim / machine.dram_bytes_per_ns
+    return max(strips * max(cube, drain, vector, chain / min(strips, 3)), loads) + chain
 
 
 def accumulator_bytes(rows: int, columns: int, machine: Machine) -> int:
