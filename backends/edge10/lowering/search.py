@@ -40,9 +40,10 @@ CANDIDATES: Final = (
 )
 # For many rows of f16 weights: an arena that holds them, nothing for 4-bit tiles.
 TALL: Final = (
-    SramShares(16, (1, 2), (5, 5), (19, 2), waiting_sums=True),
+    SramShares(16, (1, 2), (5, 5), (19, 2)),
     SramShares(40, (2, 2), (1, 1), (8, 3), 0.0),
     SramShares(28, (2, 2), (1, 1), (6, 3), 0.0),
+    SramShares(41, (2, 2), (1, 1), (6, 3), 0.0),
 )
 
 

@@ -7,6 +7,7 @@ those that fit, the one that takes the least time wins, by the same formulas as 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -25,6 +26,7 @@ __all__ = [
     "accumulator_bytes",
     "attention_blocks",
     "choose_tiles",
+    "segment_blocks",
     "side_columns",
     "spans",
     "tiles_ns",
@@ -253,6 +255,7 @@ class AttentionBlocks:
 # hide them.  It only weighs larger blocks against more queries at a time: one figure does for all machines.
 _TURN_NS = 1000.0
 _KEYS: Final = (256, 128, 64, 32, 16)  # of a block
+_STRIPS: Final = (STRIP_ROWS, 96, 64)  # queries of a strip, where it has some of them
 
 
 def attention_blocks(
@@ -266,46 +269,80 @@ def attention_blocks(
     *,
     transfers: bool = True,
     quantized: bool = False,
-    longest: int = 0,
 ) -> AttentionBlocks:
     """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn
-    of the loop has its chain of commands.  `longest`: so many keys are there at most, 0 where that is not
-    known; where it is, there are many queries, and the busiest unit counts.
+    of the loop has its chain of commands.
     """
-    most_keys = align(longest, machine.cube.columns) if longest else _KEYS[0]
     best: tuple[float, AttentionBlocks] | None = None
     key_bytes = 2 * (dim + 2) if quantized else 4 * dim
     for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
-        for keys in sorted({min(k, most_keys) for k in _KEYS}, reverse=True):
+        for keys in _KEYS:
             for all_heads in (True, False):
                 h, g = (heads, groups) if all_heads else (largest_group, 1)
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
-                part = STRIP_ROWS if longest and strip == 1 else 0
-                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized, part)
-                rows = blocks.strip_queries * min(strip, largest_group)
-                acc = accumulator_bytes(rows, max(keys, dim), machine)
+                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized)
+                acc = accumulator_bytes(queries * min(strip, largest_group), max(keys, dim), machine)
                 if (
                     sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room
                     or acc > machine.accumulator_bytes // 2
                 ):
                     continue
                 pieces = -(-tokens // queries)
-                if longest:
-                    turn = _turn_ns(blocks, h, g, dim, min(keys, longest), machine)
-                    cost = pieces * groups / g * -(-longest // keys) * turn
-                else:
-                    cost = pieces * (
-                        groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys
-                    )
+                cost = pieces * (
+                    groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys
+                )
                 if best is None or cost < best[0]:
                     best = (cost, blocks)
-    if best is not None:
-        return best[1]
-    raise TyirError(
+    if best is None:
+        raise _no_blocks(heads, dim, room)
+    return best[1]
+
+
+def _no_blocks(heads: int, dim: int, room: int) -> TyirError:
+    return TyirError(
         f"one token's attention over {heads} heads of {dim} does not fit {room} bytes of SRAM for"
         " temporaries",
         help="use more dies, so that each holds fewer heads",
     )
+
+
+def segment_blocks(
+    tokens: int,
+    longest: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    machine: Machine,
+    room: int,
+    *,
+    transfers: bool = True,
+) -> AttentionBlocks:
+    """As `attention_blocks`, of a tower: `tokens` queries see segments of at most `longest` keys.
+
+    There are many of both, so that the busiest unit counts, and strips of queries alternate as those of heads
+    do.
+    """
+    best: tuple[float, AttentionBlocks] | None = None
+    most = min(tokens, longest)
+    pieces = sorted({-(-most // parts) for parts in range(1, most + 1)}, reverse=True)
+    all_keys = sorted({min(k, align(longest, machine.cube.columns)) for k in _KEYS}, reverse=True)
+    for queries, keys, strip_rows, all_heads in itertools.product(pieces, all_keys, _STRIPS, (True, False)):
+        h, g = (heads, groups) if all_heads else (heads // groups, 1)
+        strip = h if queries * h <= STRIP_ROWS else 1
+        part = align(-(-queries // -(-queries // strip_rows)), machine.cube.rows)
+        blocks = AttentionBlocks(queries, keys, all_heads, strip, strip_rows=part)
+        acc = accumulator_bytes(blocks.strip_queries * strip, max(keys, dim), machine)
+        if acc > machine.accumulator_bytes // 2:
+            continue
+        if sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room:
+            continue
+        turns = -(-tokens // queries) * groups / g * -(-longest // keys)
+        cost = turns * _turn_ns(blocks, h, g, dim, min(keys, longest), machine)
+        if best is None or cost < best[0]:
+            best = cost, blocks
+    if best is None:
+        raise _no_blocks(heads, dim, room)
+    return best[1]
 
 
 def _turn_ns(

@@ -24,7 +24,13 @@ from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Area, Lowering, Place, acc_range, sram_range
 from tyir.backends.edge10.lowering.dependences import Access, Slot, Space, Tracker
 from tyir.backends.edge10.lowering.emitter import Emitter
-from tyir.backends.edge10.lowering.tiling import AttentionBlocks, accumulator_bytes, attention_blocks, spans
+from tyir.backends.edge10.lowering.tiling import (
+    AttentionBlocks,
+    accumulator_bytes,
+    attention_blocks,
+    segment_blocks,
+    spans,
+)
 from tyir.backends.edge10.memory.allocate import align
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.diagnostics import TyirError
@@ -182,11 +188,10 @@ def _longest(op: CachedAttention | Attention) -> int:
 def _blocks(op: _Attention, room: int, machine: Machine, *, transfers: bool, longest: int) -> AttentionBlocks:
     _, tokens, heads, dim = tensor_type(op.q).static_shape
     groups, largest = op.cache_heads, max(r.heads for r in _runs(op.kv_heads))
+    if longest:
+        return segment_blocks(tokens, longest, heads, groups, dim, machine, room, transfers=transfers)
     return attention_blocks(
-        *(min(tokens, longest or tokens), heads, groups, dim, largest, machine, room),
-        transfers=transfers,
-        quantized=bool(op.scales),
-        longest=longest,
+        tokens, heads, groups, dim, largest, machine, room, transfers=transfers, quantized=bool(op.scales)
     )
 
 
