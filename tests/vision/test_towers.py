@@ -50,10 +50,10 @@ def test_embeddings_of_every_size(compiled: Callable[[str, int], Path], dies: in
 
 @pytest.mark.parametrize("engine", ["interpreter", "edge10"])
 def test_engines_agree(compiled: Callable[[str, int], Path], engine: EngineName) -> None:
-    least = 0.99999 if engine == "interpreter" else 0.9999
-    check_embeddings(compiled("tiny-qwen2.5-vl", 1), "tiny-qwen2.5-vl", 0, engine, least)
+    check_embeddings(compiled("tiny-qwen2.5-vl", 1), "tiny-qwen2.5-vl", 0, engine, 0.99999)
 
 
+@pytest.mark.slow
 def test_a_tower_cut_by_rows(tmp_path: Path) -> None:
     """Windows stay whole on each die, keys and values of full attention are gathered; the larger picture's
     rows are taken in blocks on each die.
@@ -67,7 +67,7 @@ def test_a_tower_cut_by_rows(tmp_path: Path) -> None:
     check_embeddings(folder, model, 0, "host", 0.99999)
     check_embeddings(folder, model, 1, "interpreter", 0.99999)
     for number in range(len(sizes)):
-        check_embeddings(folder, model, number, "edge10", 0.9999)
+        check_embeddings(folder, model, number, "edge10", 0.99999)
 
 
 def test_sizes_share_weights(compiled: Callable[[str, int], Path]) -> None:
