@@ -95,13 +95,18 @@ def _last_axis(value: Value) -> int:
 def _linear(op: Op) -> Rule:
     """x cut along its channels: the weight's columns are cut alike and the result is an addend.
 
-    Otherwise the annotation says how rows are cut.
+    x cut by rows: so is the result.  Otherwise the annotation says how the weight's rows, or those of x, are
+    cut.
     """
     x = placement_of(op.operands[0])
     rest: list[Placement] = [REPLICATED] * (len(op.operands) - 1)
     if isinstance(x, Split) and x.axis == _last_axis(op.operands[0]):
         return [x, *rest], PARTIAL
+    if isinstance(x, Split):
+        return [x, *rest], x
     asked = placement_of(op.results[0])
+    if isinstance(asked, Split) and asked.axis != _last_axis(op.results[0]):
+        return [asked, *rest], asked
     return [REPLICATED, *rest], asked if isinstance(asked, Split) else REPLICATED
 
 
@@ -120,21 +125,28 @@ def _elementwise(op: Op) -> Rule:
 
 
 def _norm(op: Op) -> Rule:
-    """Any cut but one along the normalised axis; vectors that each head has of its own are cut alike."""
+    """Any cut but one along the normalised axis, x's or that of the annotation; vectors that each head has of
+    its own are cut alike.
+    """
+    last = _last_axis(op.operands[0])
     x = placement_of(op.operands[0])
-    wanted: Placement = x if isinstance(x, Split) and x.axis != _last_axis(op.operands[0]) else REPLICATED
+    x = x if isinstance(x, Split) else placement_of(op.results[0])
+    wanted: Placement = x if isinstance(x, Split) and x.axis != last else REPLICATED
     vectors: list[Placement] = [
-        wanted.along(0) if isinstance(wanted, Split) and tensor_type(v).rank == 2 else REPLICATED
+        wanted.along(0)
+        if isinstance(wanted, Split) and wanted.axis == last - 1 and tensor_type(v).rank == 2
+        else REPLICATED
         for v in op.operands[1:]
     ]
     return [wanted, *vectors], wanted
 
 
 def _rope(op: Op) -> Rule:
-    """Heads (axis 2) may be cut."""
+    """Heads (axis 2) may be cut, or rows (axis 1) and the angles with them."""
     x = placement_of(op.operands[0])
-    wanted: Placement = x if isinstance(x, Split) and x.axis == 2 else REPLICATED
-    return [wanted, REPLICATED, REPLICATED], wanted
+    wanted: Placement = x if isinstance(x, Split) and x.axis in (1, 2) else REPLICATED
+    angles: Placement = wanted if isinstance(wanted, Split) and wanted.axis == 1 else REPLICATED
+    return [wanted, angles, angles], wanted
 
 
 def _reshape(op: Op) -> Rule:
@@ -164,8 +176,16 @@ def _attention(op: Op) -> Rule:
 
 
 def _attention_of_segments(op: Op) -> Rule:
-    """The die's heads, queries as keys and values."""
+    """The die's heads, queries as keys and values; or its rows, if they are whole segments, or all rows are
+    one: that needs keys and values of all.
+    """
     x = placement_of(op.operands[0])
+    if isinstance(x, Split) and x.axis == 1:
+        assert isinstance(op, Attention)
+        if len(op.segments or ()) <= 2:
+            return [x, REPLICATED, REPLICATED], x
+        bounds = {low for low, size in x.ranges if size}
+        return ([x] * 3, x) if bounds <= set(op.segments or ()) else ([REPLICATED] * 3, REPLICATED)
     one_each = len({tensor_type(v).dims[2] for v in op.operands}) == 1
     wanted: Placement = x if isinstance(x, Split) and x.axis == 2 and one_each else REPLICATED
     return [wanted] * 3, wanted

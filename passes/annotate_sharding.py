@@ -7,8 +7,9 @@ The first step of partition-dies.
 A block (attention, MLP, embedding or head of the model) is split or left replicated, whichever the machine
 file says is faster for one token: a split block reads the largest die's share of the weights and pays for
 a collective, a replicated one reads everything on every die.  For a vision tower it is all patches of a
-picture instead, and products count where they take longer than their weights.  `strategy=split` always splits; `tyir.pin =
-"split"` or `"replicated"` on any linear or embedding of a block decides for that block.
+picture instead, and products count where they take longer than their weights; and the tower as a whole is cut
+by rows of patches instead where that is faster (`_rows_cut`).  `strategy=split` always splits blocks; `tyir.pin =
+"split"` or `"replicated"` on any linear or embedding of a block decides for that block, `"rows"` for a tower.
 
 `pp=K` cuts the decoder into K stages beside that: the dies form K groups of neighbours, each executes (and
 caches) its own share of the layers, named by `tyir.dies`; its all-reduces stay within the group, and the
@@ -18,7 +19,7 @@ residual stream is handed from group to group.  Embedding and head are cut over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -45,6 +46,8 @@ from tyir.ir import Op, Value
 from tyir.layers import layer_of, path_of
 from tyir.manifest import MAX_DIES, record, recorded
 from tyir.passes._placement import LINEAR, through_reshape
+from tyir.passes._rows_cut import rows_cut
+from tyir.passes._weight_times import weight_bytes, weight_ns
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute, vocabulary_ranges
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
@@ -101,9 +104,9 @@ class AnnotateSharding(Pass):
     """The mesh and the cuts that are a matter of choice.
 
     `remap` lists the physical dies, the main one first; `machine` is the machine file the choice is made
-    with; `strategy` is `cost` or `split`.  `mesh` says how the dies (of one stage) are grouped, `mesh=2,3`
-    being 2 groups of 3: sums then go first within a group and then between them.  Without it whole packages
-    are groups.
+    with; `strategy` is `cost`, `split` (blocks, always) or `rows` (a tower, always).  `mesh` says how the
+    dies (of one stage) are grouped, `mesh=2,3` being 2 groups of 3: sums then go first within a group and
+    then between them.  Without it whole packages are groups.
     """
 
     stage: ClassVar[tuple[str, ...]] = ("kv",)
@@ -112,7 +115,7 @@ class AnnotateSharding(Pass):
     dies: int = 4
     remap: tuple[int, ...] = ()
     machine: str = "edge10"
-    strategy: Literal["cost", "split"] = "cost"
+    strategy: Literal["cost", "split", "rows"] = "cost"
     pp: int = 1
     mesh: tuple[int, ...] = ()
 
@@ -143,10 +146,41 @@ class AnnotateSharding(Pass):
         if self.dies > 1:
             for function in [f for f in op.body if isinstance(f, Func)]:
                 blocks = _blocks(function, self.dies, self.pp)
+                if self._by_rows(function, blocks, machine):
+                    continue
                 for block in blocks:
                     self._decide(block, machine)
                 if self.pp > 1:
                     _name_dies(function, _stages(function, self.dies, self.pp))
+
+    def _by_rows(self, function: Func, blocks: Sequence[_Block], machine: Machine) -> bool:
+        """Whether a tower is cut by rows, which is annotated then, and not by heads."""
+        rows = rows_cut(function, self.dies) if self.pp == 1 and self.strategy != "split" else None
+        if rows is None:
+            if self.strategy == "rows":
+                raise TyirError(
+                    f"@{function.sym_name} cannot be cut by rows over {self.dies} dies",
+                    help="towers with as many windows (or rows of tokens) as dies can; use strategy=cost",
+                )
+            return False
+        counted = {op for block in blocks for op in block.counted}
+        constants = ConstantExpressions()
+        by_heads = sum(min(b.split_ns(machine), b.replicated_ns(machine)) for b in blocks) + sum(
+            weight_ns(weight_bytes(op), _rows(op.out), machine)
+            for op in function.body
+            if isinstance(op, LINEAR) and op not in counted and not constants.is_constant(op.out)
+        )
+        by_rows = rows.ns(function, machine)
+        pins = {p for op in function.body if (p := op.attributes.get("tyir.pin")) is not None}
+        pinned = StringAttr("rows") in pins
+        if not pinned and (pins or (self.strategy == "cost" and by_heads <= by_rows)):
+            return False
+        why = f"rows: {by_rows / 1e6:.2f} ms by rows against {by_heads / 1e6:.2f} ms by heads"
+        rows.first.set_attribute("tyir.choice", StringAttr(why + (" (pinned)" if pinned else "")))
+        written = to_attribute(rows.cut)
+        assert written is not None
+        rows.first.set_attribute("tyir.sharding", written)
+        return True
 
     def _leave_whole(self, norm: Op) -> None:
         """Attention whose queries or keys are normed over all heads (OLMo 2) is computed by every die."""
@@ -231,14 +265,15 @@ class _Block:
     weights: list[tuple[int, float, int]] = field(default_factory=list)
     joined_bytes: int = 0
     gathers: bool = False  # the head's columns are gathered, everything else is reduced
+    counted: set[Op] = field(default_factory=set)  # the ops whose weights these are
     normed: Op | None = None  # a norm over what would be cut: every die needs all of it
 
     def replicated_ns(self, machine: Machine) -> float:
-        return sum(_weight_ns(b, rows, machine) for b, _, rows in self.weights)
+        return sum(weight_ns(b, rows, machine) for b, _, rows in self.weights)
 
     def split_ns(self, machine: Machine) -> float:
         """The largest share of the weights, and a collective's latency and bytes."""
-        share = sum(_weight_ns(b * s, rows, machine) for b, s, rows in self.weights)
+        share = sum(weight_ns(b * s, rows, machine) for b, s, rows in self.weights)
         if self.gathers:
             return share + all_gather_ns(1, [self.joined_bytes // self.dies] * self.dies, machine)
         return share + all_reduce_ns(self.joined_bytes, f16, self.dies, machine)
@@ -258,12 +293,8 @@ class _Block:
         """A linear whose rows (or, for the consumer, columns) are cut."""
         total = sum(size for _, size in cut.ranges)
         share = max(s for _, s in cut.ranges) / max(total, 1)
-        self.weights.append((_weight_bytes(op), share, _rows(op.results[0])))
-
-
-def _weight_bytes(op: Op) -> int:
-    values = op.operands[:1] if isinstance(op, Embedding) else op.operands[1:]
-    return sum(tensor_type(v).nbytes for v in values)
+        self.weights.append((weight_bytes(op), share, _rows(op.results[0])))
+        self.counted.add(op)
 
 
 def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
@@ -379,7 +410,7 @@ def _embedding_block(embedding: Embedding, dies: int) -> _Block:
     block.joined_bytes = _row_bytes(embedding.out)
     rows = tensor_type(embedding.table).static_shape[0]
     share = max(s for _, s in vocabulary_ranges(rows, dies)) / rows
-    block.weights.append((_weight_bytes(embedding), share, 1))
+    block.weights.append((weight_bytes(embedding), share, 1))
     return block
 
 
@@ -413,12 +444,6 @@ def _row_bytes(value: Value) -> int:
     """Bytes of those rows."""
     t = tensor_type(value)
     return t.with_shape([_rows(value), t.dims[-1]]).nbytes
-
-
-def _weight_ns(nbytes: float, rows: int, machine: Machine) -> float:
-    """How long weights take: to be read or, of many rows, to be multiplied with (as f16)."""
-    products = nbytes / 2 * rows / machine.macs_per_cycle_fp16 * machine.cycle_ns
-    return max(nbytes / machine.dram_bytes_per_ns, products)
 
 
 def _demand(value: Value, split: Split, block: _Block) -> None:

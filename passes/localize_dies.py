@@ -25,6 +25,7 @@ from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import CachedAttention
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import (
+    Attention,
     Embedding,
     Linear,
     QuantizedLinear,
@@ -240,6 +241,9 @@ class _Localizer:
             caches = placement_of(op.operands[1])
             first = self._range(caches)[0] if isinstance(caches, Split) else 0
             new.kv_heads = tuple(g - first for g in new.kv_heads[offset : offset + size])
+        elif isinstance(new, Attention) and new.segments and split.axis == 1:
+            own = [bound - offset for bound in new.segments if offset <= bound <= offset + size]
+            new.segments = tuple(own) if len(new.segments) > 2 else None
         elif isinstance(new, TopKCandidates):
             new.offset = sum(new.sizes[: self.die])
             new.sizes = (new.sizes[self.die],)
@@ -276,7 +280,7 @@ class _Localizer:
         x_split, out = placement_of(op.x), placement_of(op.out)
         if out is PARTIAL and isinstance(x_split, Split):
             self._row_parallel(op, operands, x_split)
-        elif isinstance(out, Split):
+        elif isinstance(out, Split) and out.axis == tensor_type(op.out).rank - 1:
             offset, size = self._range(out)
             self._copy(op, [operands[0], *(self._slice(v, 0, offset, size) for v in operands[1:])])
         else:

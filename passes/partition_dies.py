@@ -34,7 +34,7 @@ class PartitionDies(Pass):
     dies: int = 4
     remap: tuple[int, ...] = ()
     machine: str = "edge10"
-    strategy: Literal["cost", "split"] = "cost"
+    strategy: Literal["cost", "split", "rows"] = "cost"
     pp: int = 1
     mesh: tuple[int, ...] = ()
 

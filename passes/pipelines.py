@@ -90,15 +90,18 @@ def tower_pipeline(
     die_map: tuple[int, ...] = (),
     machine: str = _MACHINE,
     exponent: int = 0,
+    strategy: str = "cost",
 ) -> str:
     """The pipeline that takes a module of one vision tower (`extract-graph`) from `stage` to `program`:
-    without cache and with one length, its `patches`; its residual stream divided by 2^`exponent`.
+    without cache and with one length, its `patches`; its residual stream divided by 2^`exponent`, cut over
+    the dies by `strategy` (`annotate-sharding`).
 
     Reshapes that the tower's lines of patches needed meet in static-step; canonicalize merges them.
     """
     cut = [f"dies={dies}", *([f"remap={numbers(die_map)}"] if die_map else [])]
     quote = '"' if "'" in machine else "'"  # of a path
     cut += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []
+    cut += [f"strategy={strategy}"] if strategy != "cost" else []
     entries = [
         ("aten", "to-ty"),
         ("ty", f"scale-residual{{exponent={exponent}}}" if exponent else ""),

@@ -27,7 +27,7 @@ from tyir.pipeline import Pass, PassContext
 from tyir.sharding import Placement, Split, shardy_attribute, to_attribute
 from tyir.types import TensorType
 
-__all__ = ["PropagateSharding", "set_placement"]
+__all__ = ["PropagateSharding", "propagate", "set_placement"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,17 @@ class PropagateSharding(Pass):
         axes = [name for name, _ in mesh.axes]
         assert isinstance(op, Module)
         for function in [f for f in op.body if isinstance(f, Func)]:
-            constants = ConstantExpressions()
-            for inner in list(function.body):
-                if isinstance(inner, TopK):
-                    inner = _in_parts(inner)
-                if inner.results and not constants.is_constant(inner.results[0]):
-                    set_placement(inner, rule_for(inner)[1], axes)
+            propagate(function, axes)
+
+
+def propagate(function: Func, axes: Sequence[str]) -> None:
+    """The placements of a function's values, along the mesh's `axes`."""
+    constants = ConstantExpressions()
+    for inner in list(function.body):
+        if isinstance(inner, TopK):
+            inner = _in_parts(inner)
+        if inner.results and not constants.is_constant(inner.results[0]):
+            set_placement(inner, rule_for(inner)[1], axes)
 
 
 def _in_parts(top: TopK) -> Op:

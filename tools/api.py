@@ -7,7 +7,7 @@ script changes one import.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from tyir.process.threads import available_processors
 from tyir.tools.build_arguments import AUTO
 
 if TYPE_CHECKING:
+    from tyir.artifacts.vision import VisionSplit
     from tyir.frontends.plugin import ModelPlugin
     from tyir.process.cache import Cache
 
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 
+_UNASKED: Final = (None, (), "cost")  # of a tower: what a compile settles by itself
 _PARTS: Final = (".safetensors", ".bin", ".pt", ".pth")  # of a checkpoint, which is the folder
 
 
@@ -133,6 +135,7 @@ def compile_path(
     vision_exponent: int | None = None,
     jobs: int | None = None,
     cache: Cache | None = None,
+    vision_split: VisionSplit = "cost",
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
@@ -146,8 +149,9 @@ def compile_path(
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
-    it.  `jobs`: how many threads write weights (None: one for each processor); artifacts are the same for
-    every number.  `cache`: where finished pieces are kept and looked for; a library call has none of its own.
+    it, `vision_split`: how it is cut over the dies.  `jobs`: how many threads write weights (None: one for
+    each processor); artifacts are the same for every number.  `cache`: where finished pieces are kept and
+    looked for; a library call has none of its own.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
@@ -160,6 +164,7 @@ def compile_path(
         "vision_dies": vision_dies,
         "vision_die_map": vision_die_map,
         "vision_exponent": vision_exponent,
+        "vision_split": vision_split,
     }
     if vision_exponent is not None:
         check_exponent(vision_exponent)
@@ -183,11 +188,15 @@ def compile_path(
     watch, jobs = watch or Stopwatch(), available_processors() if jobs is None else jobs
     said: list[str] = []
     whole = None
-    if cache is not None and model.is_dir() and plugin is None and base is None and awq_table is None:
+    # a key knows the checkpoint and tyir's own sources
+    own = (
+        backend == "edge10" and plugin is None and base is None and awq_table is None and calibration is None
+    )
+    if cache is not None and model.is_dir() and own:
         from tyir.backends.reuse import artifacts_key, keep_artifacts, take_artifacts
 
-        asked = {**options, **tower, "mcpu": mcpu, "binary": binary, "machine": machine, "backend": backend}  # type: ignore[dict-item]
-        whole = artifacts_key(model, {**asked, "images": images, "calibration": calibration}, machine)
+        asked = {**options, **tower, "mcpu": mcpu, "binary": binary, "machine": machine, "images": images}  # type: ignore[dict-item]
+        whole = artifacts_key(model, asked, machine)
         target = out / f"{wanted.dies}die"
         if whole is not None and take_artifacts(cache, whole, target, warn):
             return target
@@ -219,6 +228,7 @@ def compile_path(
                 vision_exponent=vision_exponent,
                 jobs=jobs,
                 cache=cache,
+                vision_split=vision_split,
             )
 
     def warn_and_note(message: str) -> None:
@@ -234,29 +244,32 @@ def compile_path(
     wanted = settled(options, module)
     check_options(wanted)
     _warn_about_positions(module, wanted, warn_and_note)
-    optional = {**tower, "jobs": jobs, "cache": cache}
-    accepted = inspect.signature(chosen.CompileContext).parameters  # a back end need not know all of them
-    target = chosen.compile_module(
-        module,
-        out,
-        options,
-        chosen.CompileContext(
-            watch=watch,
-            progress=progress,
-            mcpu=mcpu,
-            binary=binary,
-            machine=machine,
-            files=_side_files(module, warn_and_note),
-            **{
-                name: value
-                for name, value in optional.items()
-                if value and (name in accepted or name not in ("jobs", "cache"))
-            },
-        ),
+    accepted = inspect.signature(chosen.CompileContext).parameters
+    context = chosen.CompileContext(
+        watch=watch,
+        progress=progress,
+        mcpu=mcpu,
+        binary=binary,
+        machine=machine,
+        files=_side_files(module, warn_and_note),
+        **_taken(tower, accepted, backend),
+        **{k: v for k, v in {"jobs": jobs, "cache": cache}.items() if k in accepted},  # change no artifact
     )
+    target = chosen.compile_module(module, out, options, context)
     if cache is not None and whole is not None and (target / MANIFEST).is_file():
         keep_artifacts(cache, whole, target, said)
     return target
+
+
+def _taken(asked: Mapping[str, Any], accepted: Collection[str], backend: str) -> dict[str, Any]:
+    """What a back end is told of towers; `TyirError` when something was asked for that it does not know."""
+    unknown = [name for name, value in asked.items() if name not in accepted and value not in _UNASKED]
+    if unknown:
+        raise TyirError(
+            f"the back end '{backend}' does not know {', '.join(unknown)}",
+            help=f"leave out --{unknown[0].replace('_', '-')}",
+        )
+    return {name: value for name, value in asked.items() if name in accepted}
 
 
 def _is_searched(model: Path, options: BuildOptions | Mapping[str, Any], table: Path | None) -> bool:

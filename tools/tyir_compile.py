@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from tyir.artifacts.vision import VISION_EXPONENT
+from tyir.artifacts.vision import VISION_EXPONENT, VisionSplit
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option, numbers
@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
         vision_exponent=args.vision_exponent,
         jobs=args.jobs,
         cache=_cache(args),
+        vision_split=args.vision_split,
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -188,6 +189,15 @@ def make_parser() -> argparse.ArgumentParser:
     add_image_option(parser)
     parser.add_argument(
         "--vision-dies", type=int, metavar="M", help="dies of the vision tower (default: those of --dies)"
+    )
+    parser.add_argument(
+        "--vision-split",
+        choices=get_args(VisionSplit),
+        default="cost",
+        help=(
+            "how the vision tower is cut over its dies: by heads and inner channels, by rows of patches with"
+            " all weights on every die, or as the machine file says is faster (default)"
+        ),
     )
     parser.add_argument(
         "--vision-exponent",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.artifacts.json_attributes import to_json
-from tyir.artifacts.vision import Vision
+from tyir.artifacts.vision import Vision, VisionSplit
 from tyir.attributes import DictAttr
 from tyir.backends import replacing
 from tyir.backends.edge10.memory.check import check_memory
@@ -81,8 +81,9 @@ class CompileContext:
     `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
     `vision_dies`, `vision_die_map`: the dies of the towers, those of the language model when None and ().
     `vision_exponent`: by which power of two a tower's residual stream is divided (`scale-residual`), None:
-    `VISION_EXPONENT`.  `jobs`: how many threads write weights, beside the one that makes programs; artifacts
-    are the same for every number.  `cache`: where finished pieces are kept, None: nowhere.
+    `VISION_EXPONENT`.  `vision_split`: how a tower is cut over its dies, by heads or by rows of patches.
+    `jobs`: how many threads write weights, beside the one that makes programs; artifacts are the same for
+    every number.  `cache`: where finished pieces are kept, None: nowhere.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -97,6 +98,7 @@ class CompileContext:
     vision_exponent: int | None = None
     jobs: int = 1
     cache: Cache | None = None
+    vision_split: VisionSplit = "cost"
 
     @property
     def chosen_machine(self) -> str | Path:

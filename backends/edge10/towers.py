@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tyir.artifacts.json_attributes import to_json
 from tyir.artifacts.programs import DieProgram
 from tyir.artifacts.schema import checked
-from tyir.artifacts.vision import VISION_EXPONENT, ImageSize, Vision, VisionSize
+from tyir.artifacts.vision import VISION_EXPONENT, ImageSize, Vision, VisionSize, VisionSplit
 from tyir.backends.edge10.programs import Memory, ProgramFiles, ProgramWriter
 from tyir.backends.edge10.weight_files import Places, WeightFiles
 from tyir.diagnostics import TyirError
@@ -39,6 +39,7 @@ __all__ = ["Towers", "make_towers", "split_towers"]
 
 FACTS: Final = "tyir.vision"
 _FOLDER: Final = "visual"
+_STRATEGIES: Final[Mapping[VisionSplit, str]] = {"cost": "cost", "heads": "split", "rows": "rows"}
 
 
 def split_towers(module: Module) -> dict[str, Module]:
@@ -198,7 +199,8 @@ def make_towers(
     for name, tower in towers.items():
         patches = _patches(tower, name)
         machine = str(context.chosen_machine)
-        pipeline = tower_pipeline(stage_of(tower) or "", patches, dies, die_map, machine, exponent)
+        strategy = _STRATEGIES[context.vision_split]
+        pipeline = tower_pipeline(stage_of(tower) or "", patches, dies, die_map, machine, exponent, strategy)
         run_pipeline(tower, pipeline, context.passes)
         for op in tower.walk():
             op.loc = location_by_path(op)

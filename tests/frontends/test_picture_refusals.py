@@ -11,6 +11,7 @@ import pytest
 from tests.frontends.pictures import LLAVA, MODELS, QWEN
 from tyir.diagnostics import TyirError
 from tyir.frontends.huggingface import import_model
+from tyir.frontends.torch_export import build_meta_model
 
 REMOTE = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
 OWN: dict[str, dict[str, Any]] = {
@@ -49,3 +50,16 @@ def test_a_folder_that_does_not_say_how_pictures_are_prepared(folder: Path, tmp_
         if path.is_file() and path.name != "processor_config.json":
             (tmp_path / path.name).symlink_to(path)
     assert "preprocessor_config.json" in refusal(tmp_path, images=[(126, 126)])
+
+
+def test_the_hubs_word_for_rotary_axes_is_known(tmp_path: Path) -> None:
+    """Qwen2-VL's and Qwen2.5-VL's config.json say "mrope", which transformers lists among no kinds."""
+    config = json.loads((MODELS / QWEN / "config.json").read_text())
+    for kind in ("mrope", "mrope2"):
+        raw = {**config, "rope_scaling": {"type": kind, "mrope_section": [8, 12, 12]}}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        if kind == "mrope":
+            assert build_meta_model(tmp_path, raw, "f16").sees
+        else:
+            with pytest.raises(TyirError, match="asks for rope_scaling of type 'mrope2'"):
+                build_meta_model(tmp_path, raw, "f16")

@@ -14,7 +14,7 @@ Sizes are (width, height) in pixels as `--image 252x168` spells them, grids (row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from annotated_types import Interval, MaxLen, MinLen
 
@@ -30,6 +30,7 @@ __all__ = [
     "TokenIds",
     "Vision",
     "VisionSize",
+    "VisionSplit",
 ]
 
 Index = Annotated[int, Interval(ge=0, le=2**31 - 1)]
@@ -38,6 +39,7 @@ Channels = Annotated[tuple[float, ...], MinLen(1), MaxLen(4)]
 MAX_EXPONENT: Final = 12  # of a tower's residual stream: beyond, small weights would vanish
 # Divides it by 64: f16 then holds what is up to 4.2e6, and no loss was measurable (docs/vision.md).
 VISION_EXPONENT: Final = 6
+VisionSplit = Literal["cost", "heads", "rows"]  # of a tower over its dies
 
 
 @closed

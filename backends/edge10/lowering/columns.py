@@ -26,8 +26,8 @@ _WIDEST = 256
 class Columns(Protocol):
     """Takes the blocks of a product.
 
-    `piece_bytes`, `piece_limit` and `block` are as in `tiling.MatmulShape`; columns are handed on in multiples
-    of `unit` where nothing fixes their number.
+    `piece_bytes`, `piece_limit` and `block` are as in `tiling.MatmulShape`; where nothing fixes their number,
+    columns are handed on in multiples of `unit`.
     """
 
     piece_bytes: int

@@ -21,17 +21,18 @@ from tyir.backends.edge10.lowering.context import Lowering, Place, ResidualCopy
 from tyir.backends.edge10.lowering.dependences import Tracker
 from tyir.backends.edge10.lowering.dram_buffers import NoBuffers
 from tyir.backends.edge10.lowering.fused.fusion import Room
-from tyir.backends.edge10.lowering.fused.rows import in_two, row_blocks, rows_part
+from tyir.backends.edge10.lowering.fused.rows import gathered, in_two, row_blocks, rows_part
 from tyir.backends.edge10.lowering.fused.waiting_sums import waiting_sums
 from tyir.backends.edge10.lowering.layers import LayerLayout
+from tyir.backends.edge10.lowering.ops.collective import lower_all_gather
 from tyir.backends.edge10.lowering.search import Prices
 from tyir.backends.edge10.memory.places import Boundary, BoundaryPlaces, boundary_of, in_place, root
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10, ty
+from tyir.dialects.dist import AllGather
 from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import CachedAttention
 from tyir.ir import Value
-from tyir.targets.machine import Machine
 from tyir.types import TensorType, f16
 
 __all__ = ["LayerLowering"]
@@ -40,8 +41,8 @@ __all__ = ["LayerLowering"]
 @dataclass(frozen=True)
 class _Part:
     """What rows pass through: a function with the layer's arguments (and more), where these lie that are not
-    activations, its results that are caches, where the rows of its other results go, and the arguments that
-    are needed of all rows.
+    activations, its results that are caches, where the rows of its other results go, the arguments that are
+    needed of all rows, and what is gathered over the dies when all rows are through.
     """
 
     function: Func
@@ -49,6 +50,7 @@ class _Part:
     aliased: Mapping[int, int]
     results: Mapping[int, Place]
     uncut: Collection[int]
+    gathers: Sequence[AllGather] = ()
 
 
 class LayerLowering:
@@ -79,11 +81,14 @@ class LayerLowering:
         lowering = self._bodies.begin(function, Tracker(slots, tokens[:-1], tokens[-1]), prices)
         given = _given(layer, function.args)
         if self._takes_rows(layer):
-            for part in self._parts(layer, given):
+            for part in self._parts(layer, given, lowering):
                 blocks = self._row_blocks(layer, part, function)
                 if prices is None:
                     for first, count in blocks:
                         self._lower_rows(layer, part, lowering, first, count)
+                    for gather in part.gathers:
+                        lowering.emitter.begin(gather)
+                        lower_all_gather(gather, lowering)
                 else:
                     prices.add_ns(self._rows_ns(layer, part, function, blocks))
         else:
@@ -158,7 +163,7 @@ class LayerLowering:
             total += times * prices.total_ns()
         return total
 
-    def _parts(self, layer: LayerLayout, given: Mapping[int, Place]) -> list[_Part]:
+    def _parts(self, layer: LayerLayout, given: Mapping[int, Place], lowering: Lowering) -> list[_Part]:
         """What the rows pass through one after the other: the layer or, of one that attends to rows after its
         own, its two parts.
         """
@@ -171,17 +176,26 @@ class LayerLowering:
                 f"@{source.sym_name} attends to rows after its own in more places than one",
                 help="layers with one attention can be lowered for many rows",
             )
+        (attention,) = source.walk_type(ty.Attention)
         handed: dict[int, Place] = {}
-        for number, (letter, value) in enumerate(zip("qkv", halves[0].body.terminator.operands)):
-            name = f"{letter}.{source.sym_name}"
-            self._bodies.buffers.add_activations(name, ty.tensor_type(value))
-            handed[number] = Place("dram", 0, name)
-        count = len(source.args)
-        taken = {**given, **{count + number: place for number, place in handed.items()}}
+        taken, count = dict(given), len(source.args)
+        gathers: list[AllGather] = []
+        for number, (letter, value) in enumerate(zip("qkv", attention.operands)):
+            handed[number] = taken[count + number] = self._in_dram(f"{letter}.{source.sym_name}", value)
+            if (gather := gathered(value)) is not None:
+                gathers.append(gather)
+                handed[number] = self._in_dram(f"{letter}.own.{source.sym_name}", gather.operands[0])
+                lowering.places[gather.operands[0]] = handed[number]
+                lowering.places[gather.out] = taken[count + number]
         return [
-            _Part(halves[0], given, {}, handed, ()),
+            _Part(halves[0], given, {}, handed, (), gathers),
             _Part(halves[1], taken, layer.aliased, layer.boundary.results, (count + 1, count + 2)),
         ]
+
+    def _in_dram(self, name: str, value: Value) -> Place:
+        """A buffer for all rows of a value."""
+        self._bodies.buffers.add_activations(name, ty.tensor_type(value))
+        return Place("dram", 0, name)
 
     def _lower_rows(
         self, layer: LayerLayout, whole: _Part, lowering: Lowering, first: int, count: int

@@ -26,7 +26,7 @@ from tyir.ir import Block, Value
 from tyir.targets.machine import Machine
 from tyir.types import bit_width, i64
 
-__all__ = ["CANDIDATES", "PricedEmitter", "TALL", "Prices", "Search", "products_ns"]
+__all__ = ["CANDIDATES", "TALL", "PricedEmitter", "Prices", "Search", "products_ns"]
 
 CANDIDATES: Final = (
     SramShares(),
@@ -40,9 +40,10 @@ CANDIDATES: Final = (
 )
 # For many rows of f16 weights: an arena that holds them, nothing for 4-bit tiles.
 TALL: Final = (
-    SramShares(16, (1, 2), (5, 5), (19, 2), waiting_sums=True),
+    SramShares(16, (1, 2), (5, 5), (19, 2)),
     SramShares(40, (2, 2), (1, 1), (8, 3), 0.0),
     SramShares(28, (2, 2), (1, 1), (6, 3), 0.0),
+    SramShares(41, (2, 2), (1, 1), (6, 3), 0.0),
 )
 
 

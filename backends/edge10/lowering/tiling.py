@@ -7,13 +7,14 @@ those that fit, the one that takes the least time wins, by the same formulas as 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, SramPlan, align
 from tyir.diagnostics import TyirError
-from tyir.edge10.command_times import dequant_ns, matmul_ns
+from tyir.edge10.command_times import dequant_ns, drain_ns, matmul_ns, softmax_ns, vector_ns
 from tyir.targets.machine import Machine
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "accumulator_bytes",
     "attention_blocks",
     "choose_tiles",
+    "segment_blocks",
     "side_columns",
     "spans",
     "tiles_ns",
@@ -215,9 +217,16 @@ class AttentionBlocks:
     all_heads: bool
     strip: int
     quantized: bool = False
+    strip_rows: int = 0  # 0: a strip has all queries
+
+    @property
+    def strip_queries(self) -> int:
+        """Queries of a strip."""
+        return min(self.strip_rows or self.queries, self.queries)
 
     def strips(self, heads: int) -> int:
-        return -(-heads // self.strip)
+        """How many there are of so many heads."""
+        return -(-heads // self.strip) * -(-self.queries // self.strip_queries)
 
     def layout(self, heads: int, groups: int, dim: int, *, transfers: bool = True) -> dict[str, int]:
         """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from
@@ -230,7 +239,7 @@ class AttentionBlocks:
         rows, block = self.queries * heads, groups * self.keys
         parts = {"": dim * 2, "_q": dim, "_scales": 2} if self.quantized else {"": dim * 2}
         sizes = {name + part: align(block * row) for name in ("k", "v") for part, row in parts.items()}
-        of_strip = self.queries * min(self.strip, heads)
+        of_strip = self.strip_queries * min(self.strip, heads)
         for number in range(min(3, self.strips(heads))):
             sizes[f"scores{number}"] = align(
                 of_strip * max(self.keys, dim) * 4
@@ -246,6 +255,7 @@ class AttentionBlocks:
 # hide them.  It only weighs larger blocks against more queries at a time: one figure does for all machines.
 _TURN_NS = 1000.0
 _KEYS: Final = (256, 128, 64, 32, 16)  # of a block
+_STRIPS: Final = (STRIP_ROWS, 96, 64)  # queries of a strip, where it has some of them
 
 
 def attention_blocks(
@@ -259,16 +269,14 @@ def attention_blocks(
     *,
     transfers: bool = True,
     quantized: bool = False,
-    keys: int = 0,
 ) -> AttentionBlocks:
     """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn
-    of the loop has its chain of commands.  `keys`: so many are there at most, 0 where that is not known.
+    of the loop has its chain of commands.
     """
-    most_keys = align(keys, machine.cube.columns) if keys else _KEYS[0]
     best: tuple[float, AttentionBlocks] | None = None
     key_bytes = 2 * (dim + 2) if quantized else 4 * dim
     for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
-        for keys in sorted({min(k, most_keys) for k in _KEYS}, reverse=True):
+        for keys in _KEYS:
             for all_heads in (True, False):
                 h, g = (heads, groups) if all_heads else (largest_group, 1)
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
@@ -285,13 +293,72 @@ def attention_blocks(
                 )
                 if best is None or cost < best[0]:
                     best = (cost, blocks)
-    if best is not None:
-        return best[1]
-    raise TyirError(
+    if best is None:
+        raise _no_blocks(heads, dim, room)
+    return best[1]
+
+
+def _no_blocks(heads: int, dim: int, room: int) -> TyirError:
+    return TyirError(
         f"one token's attention over {heads} heads of {dim} does not fit {room} bytes of SRAM for"
         " temporaries",
         help="use more dies, so that each holds fewer heads",
     )
+
+
+def segment_blocks(
+    tokens: int,
+    longest: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    machine: Machine,
+    room: int,
+    *,
+    transfers: bool = True,
+) -> AttentionBlocks:
+    """As `attention_blocks`, of a tower: `tokens` queries see segments of at most `longest` keys.
+
+    There are many of both, so that the busiest unit counts, and strips of queries alternate as those of heads
+    do.
+    """
+    best: tuple[float, AttentionBlocks] | None = None
+    most = min(tokens, longest)
+    pieces = sorted({-(-most // parts) for parts in range(1, most + 1)}, reverse=True)
+    all_keys = sorted({min(k, align(longest, machine.cube.columns)) for k in _KEYS}, reverse=True)
+    for queries, keys, strip_rows, all_heads in itertools.product(pieces, all_keys, _STRIPS, (True, False)):
+        h, g = (heads, groups) if all_heads else (heads // groups, 1)
+        strip = h if queries * h <= STRIP_ROWS else 1
+        part = align(-(-queries // -(-queries // strip_rows)), machine.cube.rows)
+        blocks = AttentionBlocks(queries, keys, all_heads, strip, strip_rows=part)
+        acc = accumulator_bytes(blocks.strip_queries * strip, max(keys, dim), machine)
+        if acc > machine.accumulator_bytes // 2:
+            continue
+        if sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room:
+            continue
+        turns = -(-tokens // queries) * groups / g * -(-longest // keys)
+        cost = turns * _turn_ns(blocks, h, g, dim, min(keys, longest), machine)
+        if best is None or cost < best[0]:
+            best = cost, blocks
+    if best is None:
+        raise _no_blocks(heads, dim, room)
+    return best[1]
+
+
+def _turn_ns(
+    blocks: AttentionBlocks, heads: int, groups: int, dim: int, keys: int, machine: Machine
+) -> float:
+    """About how long a turn takes: the busiest unit where three strips alternate, all one after the other
+    where one is alone.
+    """
+    rows, dispatch = blocks.strip_queries * blocks.strip, machine.sync.dispatch_ns
+    cube = matmul_ns(rows, keys, dim, machine) + matmul_ns(rows, dim, keys, machine) + 2 * dispatch
+    drain = drain_ns(rows, keys, machine) + drain_ns(rows, dim, machine) + 2 * dispatch
+    vector = softmax_ns(rows, keys, machine) + vector_ns("rescale_add", rows * dim, machine) + 2 * dispatch
+    strips = blocks.strips(heads)
+    chain = cube + drain + vector
+    loads = groups * keys * 4 * dim / machine.dram_bytes_per_ns
+    return max(strips * max(cube, drain, vector, chain / min(strips, 3)), loads) + chain
 
 
 def accumulator_bytes(rows: int, columns: int, machine: Machine) -> int:

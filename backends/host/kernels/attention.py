@@ -115,7 +115,7 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     q, k, v, out = buffers
     b, s, heads, width = (int(d) for d in q.shape)
     spans = op.spans()
-    step = math.gcd(*(end for _, end in spans))
+    step = math.gcd(*(end for _, end in spans)) if op.segments else s
     queries = max(d for d in range(1, _MOST_QUERIES + 1) if step % d == 0)
     tiles, longest = s // queries, max(end - first for first, end in spans)
     groups = default_kv_heads(heads, int(k.shape[2]))

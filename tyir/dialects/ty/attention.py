@@ -65,7 +65,8 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
 
     Scores, softmax and sums are f32.  `causal`: a row sees itself and those before it, with `window` > 0 at
     most that many; otherwise (a vision tower) it sees all rows of its segment, where `segments` are the
-    bounds 0, .., s of the segments, none being one segment.  `softcap` c makes a score s c * tanh(s / c).
+    bounds 0, .., s of the segments, none being one segment, of which q may be some rows.  `softcap` c makes a
+    score s c * tanh(s / c).
     """
 
     q: Value = operand()
@@ -125,12 +126,12 @@ class Attention(DeclaredOp, name="ty.attention", traits=(Pure,)):
 
     def _both_ways(self, q: Array, k: Array, v: Array, kv_heads: tuple[int, ...]) -> npt.NDArray[np.float32]:
         out = np.empty(q.shape, np.float32)
-        for first, end in pairwise(self.segments or (0, q.shape[1])):
+        for first, end in pairwise(self.segments or (0, k.shape[1])):
+            own = slice(first, end) if self.segments else slice(None)  # one segment: of any rows
             for head, group in enumerate(kv_heads):
-                mine, keys, values = (
-                    x[:, first:end, h].astype(np.float32) for x, h in ((q, head), (k, group), (v, group))
-                )
+                mine = q[:, own, head].astype(np.float32)
+                keys, values = (x[:, first:end, group].astype(np.float32) for x in (k, v))
                 scores = mine @ keys.swapaxes(1, 2) * np.float32(self.scale)
                 scores = scores if self.softcap is None else softcap(scores, self.softcap)
-                out[:, first:end, head] = softmax(scores) @ values
+                out[:, own, head] = softmax(scores) @ values
         return out

@@ -44,12 +44,12 @@ class Roped:
         while isinstance(value.op, Reshape) and len(value.uses) == 1:
             between.append(value.op)
             value = value.op.operands[0]
-        batch, tokens, heads, dim = tensor_type(op.out).static_shape
+        batch, tokens, _, dim = tensor_type(op.out).static_shape
         rows = batch * tokens
         if rows <= MOST_ROWS or math.prod(tensor_type(value).static_shape[:-1]) != rows:
             return None
-        # The angles of all rows, and two buffers of a head, whose product may have to bring x too.
-        if rows * dim * 2 > room.plan.temp_bytes // 4 or tensor_type(op.cos).static_shape[1] != rows:
+        # One head must fit a buffer, of half of the temporaries where the product has to bring x.
+        if rows * dim * 2 > room.plan.temp_bytes // 2 or tensor_type(op.cos).static_shape[1] != rows:
             return None
         source = column_source(value, room)
         return cls(source, between, op) if isinstance(source, Alone) else None
@@ -94,7 +94,9 @@ class _RopedColumns:
         self.roped, self.lowering, self.angles = roped, lowering, angles
         self.out = lowering.place(roped.rope.out)
         *_, self.heads, self.dim = tensor_type(roped.rope.out).static_shape
-        self.piece_bytes, self.piece_limit, self.block, self.unit = 2, area.nbytes // 2, 0, self.dim
+        self.piece_bytes, self.block, self.unit = 2, 0, self.dim
+        head = math.prod(tensor_type(roped.rope.out).static_shape[:-2]) * self.dim * 2
+        self.piece_limit = max(area.nbytes // 2, head)
         self._buffers = Buffers(area, self.piece_limit)
 
     def target(self, m0: int, m: int, n0: int, n: int) -> tuple[int, int]:

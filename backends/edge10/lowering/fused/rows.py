@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from tyir.backends.edge10.lowering.order import makers
+from tyir.dialects.dist import AllGather
 from tyir.dialects.func import Func, Return
 from tyir.dialects.kv import Append
 from tyir.dialects.ty import Attention
@@ -23,7 +24,7 @@ from tyir.ir import Value
 from tyir.targets.machine import Machine
 from tyir.types import TensorType, Type
 
-__all__ = ["in_two", "row_blocks", "rows_part"]
+__all__ = ["gathered", "in_two", "row_blocks", "rows_part"]
 
 
 def row_blocks(tokens: int, machine: Machine, each: int = 2) -> Iterator[tuple[int, int]]:
@@ -40,15 +41,24 @@ def row_blocks(tokens: int, machine: Machine, each: int = 2) -> Iterator[tuple[i
         first += count
 
 
+def gathered(value: Value) -> AllGather | None:
+    """What joins the dies' rows of keys or values; None where a die needs none of the others'."""
+    return value.op if isinstance(value.op, AllGather) and value.op.axis == 1 else None
+
+
 def in_two(function: Func) -> tuple[Func, Func] | None:
     """A layer with one attention that sees both ways, as what makes its queries, keys and values, which it
     returns, and the rest, which takes these after the layer's own arguments; None for other layers.
+
+    Of rows that are gathered over the dies the first returns its own, the rest takes all.
     """
     found = list(function.walk_type(Attention))
     if len(found) != 1:
         return None
     handed = found[0].operands
-    before = makers(handed)
+    gathers = [g for v in handed if (g := gathered(v)) is not None]
+    own = [v if (g := gathered(v)) is None else _given_to(g) for v in handed]
+    before = makers(own)
     types, names = [a.type for a in function.args], [a.name for a in function.args]
     first = Func.make(f"{function.sym_name}.qkv", types, names)
     second = Func.make(
@@ -57,15 +67,20 @@ def in_two(function: Func) -> tuple[Func, Func] | None:
     mapping: dict[Value, Value] = dict(zip(function.args, first.args))
     for op in [o for o in function.body if o in before]:
         first.body.append(op.clone(mapping))
-    first.body.append(Return(values=[mapping[v] for v in handed]))
+    first.body.append(Return(values=[mapping[v] for v in own]))
     mapping = dict(zip((*function.args, *handed), second.args))
-    for op in [o for o in function.body if o not in before]:
+    for op in [o for o in function.body if o not in before and o not in gathers]:
         if any(v not in mapping for v in op.operands):
             return None  # the rest takes something else of what stands before the attention
         second.body.append(op.clone(mapping))
     for part in (first, second):
         part.refresh_type()
     return first, second
+
+
+def _given_to(gather: AllGather) -> Value:
+    assert gather.x is not None, "a die without rows has no tower"
+    return gather.x
 
 
 def rows_part(function: Func, tokens: int, first: int, count: int, whole: Collection[int] = ()) -> Func:

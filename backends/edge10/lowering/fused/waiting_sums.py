@@ -11,6 +11,7 @@ groups of the function are.
 
 from __future__ import annotations
 
+from tyir.backends.edge10.lowering.columns import block_of
 from tyir.backends.edge10.lowering.fused.fusion import Room
 from tyir.backends.edge10.lowering.fused.gated import gated_products
 from tyir.backends.edge10.lowering.fused.summed import Summed
@@ -22,9 +23,13 @@ __all__ = ["waiting_sums"]
 
 def waiting_sums(room: Room) -> dict[Value, Value]:
     """The sums that only a norm and the sum after the MLP read, and the norm's output, which only the MLP
-    reads.
+    reads; of sums that are made in blocks of columns of a size that all know.
     """
-    sums = {op: summed for op in room.function.body if (summed := Summed.match(op, room)) is not None}
+    sums = {
+        op: summed
+        for op in room.function.body
+        if (summed := Summed.match(op, room)) is not None and block_of(summed.add.out, room.machine)
+    }
     found: dict[Value, Value] = {}
     for summed in sums.values():
         value = summed.residual

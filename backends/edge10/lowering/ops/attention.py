@@ -24,7 +24,13 @@ from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Area, Lowering, Place, acc_range, sram_range
 from tyir.backends.edge10.lowering.dependences import Access, Slot, Space, Tracker
 from tyir.backends.edge10.lowering.emitter import Emitter
-from tyir.backends.edge10.lowering.tiling import AttentionBlocks, accumulator_bytes, attention_blocks, spans
+from tyir.backends.edge10.lowering.tiling import (
+    AttentionBlocks,
+    accumulator_bytes,
+    attention_blocks,
+    segment_blocks,
+    spans,
+)
 from tyir.backends.edge10.memory.allocate import align
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.diagnostics import TyirError
@@ -96,15 +102,21 @@ def _runs(kv_heads: Sequence[int]) -> list[_Run]:
 
 @dataclass(frozen=True)
 class _Strip:
-    """Some heads of a block, rows numbered [query, head]: `offset` rows after the block's first in what is
-    kept from turn to turn, `buffer` the set of temporaries.
+    """Some heads of a block for `count` of its queries from `query` on, rows numbered [query, head]: `offset`
+    rows after the block's first in what is kept from turn to turn, `buffer` the set of temporaries.
     """
 
     runs: Sequence[_Run]
     first: int
     heads: int
+    query: int
+    count: int
     offset: int
     buffer: int
+
+    @property
+    def rows(self) -> int:
+        return self.count * self.heads
 
 
 def attention_scratch(
@@ -176,11 +188,10 @@ def _longest(op: CachedAttention | Attention) -> int:
 def _blocks(op: _Attention, room: int, machine: Machine, *, transfers: bool, longest: int) -> AttentionBlocks:
     _, tokens, heads, dim = tensor_type(op.q).static_shape
     groups, largest = op.cache_heads, max(r.heads for r in _runs(op.kv_heads))
+    if longest:
+        return segment_blocks(tokens, longest, heads, groups, dim, machine, room, transfers=transfers)
     return attention_blocks(
-        *(min(tokens, longest or tokens), heads, groups, dim, largest, machine, room),
-        transfers=transfers,
-        quantized=bool(op.scales),
-        keys=longest,
+        tokens, heads, groups, dim, largest, machine, room, transfers=transfers, quantized=bool(op.scales)
     )
 
 
@@ -221,30 +232,34 @@ class _Block:
         self.first_group, self.groups = (0, op.cache_heads) if blocks.all_heads else (runs[0].group, 1)
         self.first_head, self.heads = runs[0].first, sum(r.heads for r in runs)
         self.rows = count * self.heads
-        self.strips = self._cut(blocks.strip)
+        self.strips = self._cut(blocks)
         self.at: dict[str, int] = {}
         for name, size in blocks.layout(self.heads, self.groups, self.dim).items():
             self.at[name] = start
             start += size
         self._accumulators = self._accumulator_offsets()
 
-    def _cut(self, most: int) -> list[_Strip]:
-        """The heads in strips of at most `most`; one strip for all of them if they are few, else each of
-        heads of one cache head.
+    def _cut(self, blocks: AttentionBlocks) -> list[_Strip]:
+        """The heads in strips of at most `blocks.strip`; one strip for all of them if they are few, else each
+        of heads of one cache head.  Of many queries a strip has some.
         """
-        if self.heads <= most:
-            return [_Strip(self.runs, self.first_head, self.heads, 0, 0)]
+        parts = [self.runs]
+        if self.heads > blocks.strip:
+            parts = [
+                [_Run(run.group, run.first + start, heads)]
+                for run in self.runs
+                for start, heads in spans(run.heads, blocks.strip)
+            ]
         strips: list[_Strip] = []
-        for run in self.runs:
-            for start, heads in spans(run.heads, most):
-                part, number = _Run(run.group, run.first + start, heads), len(strips)
-                strips.append(
-                    _Strip([part], part.first, heads, (part.first - self.first_head) * self.count, number % 3)
-                )
+        for runs in parts:
+            first, heads = runs[0].first, sum(r.heads for r in runs)
+            for query, count in spans(self.count, blocks.strip_queries):
+                offset = (first - self.first_head) * self.count + query * heads
+                strips.append(_Strip(runs, first, heads, query, count, offset, len(strips) % 3))
         return strips
 
     def _accumulator_offsets(self) -> Iterator[int]:
-        most = max(r.heads for s in self.strips for r in s.runs) * self.count
+        most = max(r.heads * s.count for s in self.strips for r in s.runs)
         machine = self.lowering.machine
         part = machine.accumulator_bytes // (
             4
@@ -312,9 +327,9 @@ class _Block:
             total, sums, rows = (
                 self._kept("total", strip, 4),
                 self._kept("sum", strip, self.dim * 4),
-                self.count * strip.heads,
+                strip.rows,
             )
-            out = target + (strip.first - self.first_head) * row
+            out = target + strip.query * outer + (strip.first - self.first_head) * row
             self.lowering.emitter.emit(
                 edge10.VectorOp,
                 function="divide_rows",
@@ -327,7 +342,7 @@ class _Block:
                 input_types=ArrayAttr([f32, f32]),
                 output_types=ArrayAttr([f16]),
                 reads=[sram_range(sums, rows * self.dim * 4), sram_range(total, rows * 4)],
-                writes=[sram_range(out, (self.count - 1) * outer + strip.heads * row, write=True)],
+                writes=[sram_range(out, (strip.count - 1) * outer + strip.heads * row, write=True)],
             )
         if not place.in_sram:
             self.lowering.store(
@@ -396,13 +411,13 @@ class _Block:
         self, strip: _Strip, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value
     ) -> None:
         """A strip's scores and their softmax."""
-        size, rows = self.keys, self.count * strip.heads
+        size, rows = self.keys, strip.rows
         scores, probabilities, alpha = (
             self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha")
         )
         maximum, total = self._kept("maximum", strip, 4), self._kept("total", strip, 4)
         for run in strip.runs:
-            lhs = q + (run.first - self.first_head) * q_strides[1]
+            lhs = q + strip.query * q_strides[0] + (run.first - self.first_head) * q_strides[1]
             target = scores + (run.first - strip.first) * size * 4
             self._product(strip, run, lhs, q_strides, self.at["k"], True, keys, target, size * 4)
         self.lowering.emitter.emit(
@@ -418,7 +433,7 @@ class _Block:
             alpha=alpha,
             rows=rows,
             heads=strip.heads,
-            first_query=self._first_query,
+            first_query=self._first_query(strip),
             window=self.op.window,
             sequence=self.sequence,
             scale=self.op.scale,
@@ -434,16 +449,15 @@ class _Block:
             ],
         )
 
-    @property
-    def _first_query(self) -> int:
+    def _first_query(self, strip: _Strip) -> int:
         """The position of the first query after `pos`; after all keys where it sees all of them."""
         if self.op.segment is not None:
             return self.capacity
-        return self.lowering.first_token + self.first
+        return self.lowering.first_token + self.first + strip.query
 
     def _sum_up(self, strip: _Strip, keys: Value) -> None:
         """A strip's values, added to what it has of the blocks before."""
-        size, dim, rows = self.keys, self.dim, self.count * strip.heads
+        size, dim, rows = self.keys, self.dim, strip.rows
         product, probabilities, alpha = (
             self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha")
         )
@@ -552,9 +566,9 @@ class _Block:
             align(self.keys if transposed else self.dim, lowering.machine.cube.columns) * 4,
         )
         n, k = (edge10.DYNAMIC, self.dim) if transposed else (self.dim, edge10.DYNAMIC)
-        acc_bytes = self.count * run.heads * width
+        acc_bytes = strip.count * run.heads * width
         lhs_bytes = (
-            (self.count - 1) * strides[0]
+            (strip.count - 1) * strides[0]
             + (run.heads - 1) * strides[1]
             + (row if transposed else self.keys * 2)
         )
@@ -570,19 +584,19 @@ class _Block:
             transposed=transposed,
             acc=acc,
             acc_stride=width,
-            m=(self.count, run.heads),
+            m=(strip.count, run.heads),
             n=n,
             k=k,
             reads=reads,
             writes=[acc_range(acc, acc_bytes, write=True)],
         )
-        extent = (self.count - 1) * strip.heads * target_row + run.heads * target_row
+        extent = (strip.count - 1) * strip.heads * target_row + run.heads * target_row
         lowering.emitter.emit(
             edge10.Drain,
             *([keys] if transposed else []),
             acc=acc,
             acc_stride=width,
-            m=(self.count, run.heads),
+            m=(strip.count, run.heads),
             n=n,
             sram=target,
             sram_strides=(strip.heads * target_row, target_row),
