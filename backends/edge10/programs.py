@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from tyir.artifacts.agreement import interface_of
 from tyir.attributes import IntegerAttr, StringAttr
@@ -18,7 +19,7 @@ from tyir.backends.edge10.weight_files import Places
 from tyir.backends.pieces import compiler_identity, tool_identity
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, Param
+from tyir.dialects.ty import GetGlobal, Global, Param
 from tyir.edge10.binary import encode
 from tyir.execution.entry_points import entry_point
 from tyir.ir import Op
@@ -66,7 +67,11 @@ def functions_of(die: Module, seqlen: int) -> list[Func]:
 
 @dataclass
 class ProgramWriter:
-    """Writes programs into `folder`, whose weights are at `places`; `memory`: what they need of it."""
+    """Writes programs into `folder`, whose weights are at `places`; `memory`: what they need of it.
+
+    A context manager: libraries are built by as many threads as the compile has jobs, beside the lowering of
+    other dies, and are all there when it is left.
+    """
 
     folder: Path
     places: Places
@@ -74,6 +79,23 @@ class ProgramWriter:
     memory: Memory = field(default_factory=dict)
     search: Search = field(default_factory=Search)
     built: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    _copies: list[tuple[Path, Path]] = field(default_factory=list)
+    _building: list[Future[None]] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(self.context.jobs, thread_name_prefix="host-code")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                for future in self._building:
+                    future.result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        if kind is None:
+            for same, library in self._copies:
+                shutil.copyfile(same, library)
 
     def write(self, die: Module, index: int, seqlen: int, files: ProgramFiles) -> DieProgram:
         """The files of one die and length; returns the manifest's entry."""
@@ -89,8 +111,16 @@ class ProgramWriter:
         with self.context.watch.stage(f"edge10 {where}"):
             data, self.memory[index, seqlen] = self._commands(die, seqlen, text)
             (self.folder / commands).write_bytes(data)
-        with self.context.watch.stage(f"host code {where}"):
-            self._write_library(kernels, self.folder / files.name(index, "so"))
+        library = self.folder / files.name(index, "so")
+        same = self.built.setdefault(tuple(sorted(kernels)), library)
+        if same is not library:  # kernels of one name are one program: equal dies share a library's bytes
+            self._copies.append((same, library))
+        elif self.context.jobs == 1:
+            self._write_library(kernels, library, f"host code {where}")
+        else:
+            self._building.append(
+                self._pool.submit(self._write_library, kernels, library, f"host code {where}")
+            )
         main = functions_of(die, seqlen)[-1]
         inputs, outputs = interface_of(main)
         return DieProgram(
@@ -110,7 +140,7 @@ class ProgramWriter:
         """A command program as it is written, and what it needs of memory; `text` is the die's IR."""
         machine, cache = load_machine(self.context.chosen_machine), self.context.cache
         form = "bytes" if self.context.binary else "text"
-        key = cache_key("edge10", tool_identity(), repr(machine), form, str(seqlen), text)
+        key = cache_key("edge10", tool_identity(), repr(machine), form, str(seqlen), text, _around(die))
         if cache is not None and (known := cache.read(key)) is not None:
             summary, _, data = known.partition(b"\n")
             return data, json.loads(summary)
@@ -121,13 +151,13 @@ class ProgramWriter:
             cache.write(key, json.dumps(memory).encode() + b"\n" + data)
         return data, memory
 
-    def _write_library(self, kernels: Mapping[str, Op], library: Path) -> None:
+    def _write_library(self, kernels: Mapping[str, Op], library: Path, stage: str) -> None:
+        with self.context.watch.stage(stage):
+            self._make_library(kernels, library)
+
+    def _make_library(self, kernels: Mapping[str, Op], library: Path) -> None:
         from tyir.backends.host.tvm_host import HostTarget, build_library, linker
 
-        same = self.built.setdefault(tuple(sorted(kernels)), library)
-        if same is not library:  # kernels of one name are one program: equal dies share a library's bytes
-            shutil.copyfile(same, library)
-            return
         mcpu, cache = self.context.mcpu, self.context.cache
         target = HostTarget() if mcpu is None else HostTarget(mcpu=mcpu)
         key = cache_key(
@@ -156,6 +186,15 @@ class ProgramWriter:
         module.set_attribute("tyir.die", IntegerAttr(index, i64))
         module.set_attribute("tyir.stage", StringAttr("program"))
         return module
+
+
+def _around(die: Module) -> str:
+    """What a lowering can see beside a die's own functions: attributes, and the mesh of the dies."""
+    module = die.parent_op
+    assert isinstance(module, Module)
+    of_all = {k: str(v) for k, v in module.attributes.items() if k not in ("tyir.checkpoint", "tyir.files")}
+    others = [op for op in module.body if not isinstance(op, (Module, Func, Param, Global))]
+    return repr((of_all, str(die.attributes), [print_op(op, locations=False) for op in others]))
 
 
 def _meaning(op: Op) -> str:
