@@ -3,10 +3,10 @@
     python -m tyir.tools.bench.compiling CHECKPOINT [--depths 4,8,16] [--plot FILE.svg] [--json] [...]
 
 For each depth a checkpoint of so many layers is written (layers of CHECKPOINT, again from the first when it
-has fewer), copied with `cp -r`, and compiled three times through `tyir-compile`, each in a process of its own:
-with an empty cache, with nothing changed, and with another --max-kv.  Wall and processor seconds; memory is
-the process's peak, mapped pages counted; `stages` are what `--timing` says.  Everything is in a folder that is
-gone afterwards; it needs three times the checkpoint of the greatest depth.
+has fewer), copied with `cp -r`, and compiled three times through `tyir-compile`, each in a process of its
+own: with an empty cache, with nothing changed, and with another --max-kv.  Wall and processor seconds; memory
+is the process's peak, mapped pages counted; `stages` are what `--timing` says.  Everything is in a folder
+that is gone afterwards; it needs three times the checkpoint of the greatest depth.
 """
 
 from __future__ import annotations
