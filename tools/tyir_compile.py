@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         return print_plan(args.model, options, args.image, args.base, as_json=args.json)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
-    watch = Stopwatch()
+    watch = Stopwatch(told=_log(args.json_log))
     plugin = None
     if args.model_plugin is not None:
         if args.model.suffix == ".ir":
@@ -81,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
+    if watch.told is not None:
+        watch.told({"event": "done", "artifacts": str(target)})
     if args.json:
         from tyir.tools.commands.json_forms import print_json
 
@@ -88,6 +90,28 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(target)
     return 0
+
+
+def _log(path: Path | None) -> Callable[[Mapping[str, object]], None] | None:
+    """Writes what happens to a file, an object a line."""
+    if path is None:
+        return None
+    import json
+    import threading
+    import time
+
+    from tyir.process.progress import report_to
+
+    file = path.open("a", buffering=1, encoding="utf-8")  # open until the command ends
+    lock = threading.Lock()
+
+    def told(event: Mapping[str, object]) -> None:
+        line = json.dumps({"time": round(time.time(), 3), **event})
+        with lock:
+            file.write(line + "\n")
+
+    report_to(told)
+    return told
 
 
 def _cache(args: argparse.Namespace) -> Cache | None:
@@ -292,6 +316,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)"
+    )
+    parser.add_argument(
+        "--json-log",
+        type=Path,
+        metavar="FILE",
+        help="append what happens to FILE, a JSON object a line: stages with time and memory, progress",
     )
     parser.add_argument(
         "--jobs",

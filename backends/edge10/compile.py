@@ -295,12 +295,12 @@ def _write_programs(
     """Code, command program and IR of every die and length; returns their entries for the manifest and what
     the programs need of memory.
     """
-    writer = ProgramWriter(folder, places, context)
     parts = [(seqlen, index, die) for seqlen in options.seqlens for index, die in enumerate(dies)]
-    programs = [
-        writer.write(die, index, seqlen, _files(options, seqlen))
-        for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress)
-    ]
+    with ProgramWriter(folder, places, context) as writer:
+        programs = [
+            writer.write(die, index, seqlen, _files(options, seqlen))
+            for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress)
+        ]
     return programs, writer.memory
 
 

@@ -103,11 +103,11 @@ def write_params(
     """
     tasks = list(_tasks(files))
     problems: dict[tuple[int, int], Diagnostic] = {}  # by file and offset, whoever finds them first
-    total = sum(file.layout.size for file in files)
+    total = sum(slot.nbytes for file in files for slot in file.layout.slots.values())
     local, stop = threading.local(), stop or threading.Event()
     with ExitStack() as stack:
         sinks = [stack.enter_context(_Sink(file)) for file in files]
-        bar = stack.enter_context(Bar("weights", total / 1e6, "MB", show=progress))
+        bar = stack.enter_context(Bar("weights", total, "byte", show=progress))
 
         def work(task: list[_Block]) -> None:
             reader: WindowReader | None = getattr(local, "reader", None)
@@ -124,13 +124,13 @@ def write_params(
                     place = (block.file, block.slot)
                     if place not in problems and (problem := _check(block.param, array, weights)) is not None:
                         problems[place] = problem
-                    data = memoryview(array.reshape(-1)).cast("B") if array.nbytes else memoryview(b"")
+                    data = memoryview(array.reshape(-1).view(np.uint8).data)
                 else:
                     data = left
                 sink.write(block.offset, data, there=left is not None)
                 if journal is not None and key is not None:
                     journal(sink.file, block.offset, Done(len(data), key, zlib.crc32(data)))
-                bar.advance(len(data) / 1e6)
+                bar.advance(len(data))
             _let_go(reader, weights)
 
         if jobs == 1:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from tyir.artifacts.agreement import interface_of
 from tyir.attributes import IntegerAttr, StringAttr
@@ -18,7 +19,7 @@ from tyir.backends.edge10.weight_files import Places
 from tyir.backends.pieces import compiler_identity, tool_identity
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.ty import GetGlobal, Param
+from tyir.dialects.ty import GetGlobal, Global, Param
 from tyir.edge10.binary import encode
 from tyir.execution.entry_points import entry_point
 from tyir.ir import Op
@@ -30,6 +31,7 @@ from tyir.types import i64
 
 if TYPE_CHECKING:
     from tyir.backends.edge10.compile import CompileContext
+    from tyir.backends.host.step import Program
 
 __all__ = ["Memory", "ProgramFiles", "ProgramWriter", "functions_of"]
 
@@ -70,9 +72,23 @@ def params_of(die: Module, functions: Sequence[Func]) -> list[Param]:
     return [p for p in die.body if isinstance(p, Param) and p.sym_name in used]
 
 
+@dataclass(frozen=True)
+class _Library:
+    """A library that is to be made; `texts`: all that its step is made from."""
+
+    kernels: Mapping[str, Op]
+    program: Program
+    texts: tuple[str, ...]
+    path: Path
+
+
 @dataclass
 class ProgramWriter:
-    """Writes programs into `folder`, whose weights are at `places`; `memory`: what they need of it."""
+    """Writes programs into `folder`, whose weights are at `places`; `memory`: what they need of it.
+
+    A context manager: libraries are built by as many threads as the compile has jobs, beside the lowering of
+    other dies, and are all there when it is left.
+    """
 
     folder: Path
     places: Places
@@ -80,24 +96,52 @@ class ProgramWriter:
     memory: Memory = field(default_factory=dict)
     search: Search = field(default_factory=Search)
     built: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    _copies: list[tuple[Path, Path]] = field(default_factory=list)
+    _building: list[Future[None]] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(self.context.jobs, thread_name_prefix="host-code")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                for future in self._building:
+                    future.result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        if kind is None:
+            for same, library in self._copies:
+                shutil.copyfile(same, library)
 
     def write(self, die: Module, index: int, seqlen: int, files: ProgramFiles) -> DieProgram:
         """The files of one die and length; returns the manifest's entry."""
+        from tyir.backends.host.step import Program
         from tyir.backends.host.tvm_host import assign_kernels
 
         commands = files.name(index, "bin" if self.context.binary else "edge10")
         for name in (commands, files.name(index, "so")):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         where = f"{files.stem} s{seqlen} die{index}"
-        kernels = assign_kernels(functions_of(die, seqlen))
+        functions = functions_of(die, seqlen)
+        kernels = assign_kernels(functions)
         text = print_op(self._artifact_ir(die, index, seqlen), locations=False)
         (self.folder / files.name(index, "ir")).write_text(text)
         with self.context.watch.stage(f"edge10 {where}"):
             data, self.memory[index, seqlen] = self._commands(die, seqlen, text)
             (self.folder / commands).write_bytes(data)
-        with self.context.watch.stage(f"host code {where}"):
-            self._write_library(kernels, die, seqlen, self.folder / files.name(index, "so"))
-        main = functions_of(die, seqlen)[-1]
+        program = Program(tuple(functions), tuple(str(p.sym_name) for p in params_of(die, functions)))
+        texts = (*program.weights, *(print_op(f, locations=False) for f in functions))
+        library = self.folder / files.name(index, "so")
+        same = self.built.setdefault(texts, library)
+        work = (_Library(kernels, program, texts, library), f"host code {where}")
+        if same is not library:  # dies with equal programs share a library's bytes
+            self._copies.append((same, library))
+        elif self.context.jobs == 1:
+            self._write_library(*work)
+        else:
+            self._building.append(self._pool.submit(self._write_library, *work))
+        main = functions[-1]
         inputs, outputs = interface_of(main)
         return DieProgram(
             die=index,
@@ -116,7 +160,7 @@ class ProgramWriter:
         """A command program as it is written, and what it needs of memory; `text` is the die's IR."""
         machine, cache = load_machine(self.context.chosen_machine), self.context.cache
         form = "bytes" if self.context.binary else "text"
-        key = cache_key("edge10", tool_identity(), repr(machine), form, str(seqlen), text)
+        key = cache_key("edge10", tool_identity(), repr(machine), form, str(seqlen), text, _around(die))
         if cache is not None and (known := cache.read(key)) is not None:
             summary, _, data = known.partition(b"\n")
             return data, json.loads(summary)
@@ -127,26 +171,22 @@ class ProgramWriter:
             cache.write(key, json.dumps(memory).encode() + b"\n" + data)
         return data, memory
 
-    def _write_library(self, kernels: Mapping[str, Op], die: Module, seqlen: int, library: Path) -> None:
-        from tyir.backends.host.step import Program
+    def _write_library(self, wanted: _Library, stage: str) -> None:
+        with self.context.watch.stage(stage):
+            self._make_library(wanted)
+
+    def _make_library(self, wanted: _Library) -> None:
         from tyir.backends.host.tvm_host import HostTarget, build_library, linker
 
-        functions = functions_of(die, seqlen)
-        program = Program(tuple(functions), tuple(str(p.sym_name) for p in params_of(die, functions)))
-        texts = (*program.weights, *(print_op(f, locations=False) for f in functions))
-        same = self.built.setdefault(texts, library)
-        if same is not library:  # dies with equal programs share a library's bytes
-            shutil.copyfile(same, library)
-            return
         mcpu, cache = self.context.mcpu, self.context.cache
         target = HostTarget() if mcpu is None else HostTarget(mcpu=mcpu)
         tools = (tool_identity(), compiler_identity(linker() or ""), repr(target), repr(target.features()))
-        key = cache_key("library", *tools, *texts)
-        if cache is not None and cache.take(key, library) is not None:
+        key = cache_key("library", *tools, *wanted.texts)
+        if cache is not None and cache.take(key, wanted.path) is not None:
             return
-        build_library(kernels, target, library, program)
+        build_library(wanted.kernels, target, wanted.path, wanted.program)
         if cache is not None:
-            cache.put(key, library)
+            cache.put(key, wanted.path)
 
     def _artifact_ir(self, die: Module, index: int, seqlen: int) -> Module:
         """The die's program as the runtime walks it: functions with their kernels named, weights by reference
@@ -162,3 +202,12 @@ class ProgramWriter:
         module.set_attribute("tyir.die", IntegerAttr(index, i64))
         module.set_attribute("tyir.stage", StringAttr("program"))
         return module
+
+
+def _around(die: Module) -> str:
+    """What a lowering can see beside a die's own functions: attributes, and the mesh of the dies."""
+    module = die.parent_op
+    assert isinstance(module, Module)
+    of_all = {k: str(v) for k, v in module.attributes.items() if k not in ("tyir.checkpoint", "tyir.files")}
+    others = [op for op in module.body if not isinstance(op, (Module, Func, Param, Global))]
+    return repr((of_all, str(die.attributes), [print_op(op, locations=False) for op in others]))

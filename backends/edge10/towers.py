@@ -115,12 +115,12 @@ class Towers:
         sizes: list[VisionSize] = []
         memory: list[Memory] = []
         for size, modules in enumerate(self.sizes):
-            writer = ProgramWriter(folder, places, context)
             images, order = self.said[size]
             patches = images[0].patches
-            programs = tuple(
-                writer.write(module, die, patches, self.files(size)) for die, module in enumerate(modules)
-            )
+            with ProgramWriter(folder, places, context) as writer:
+                programs = tuple(
+                    writer.write(module, die, patches, self.files(size)) for die, module in enumerate(modules)
+                )
             sizes += [VisionSize(image, tuple(order), programs) for image in images]
             memory.append(writer.memory)
         facts = {**self.facts, "dies": self.dies, "die_map": self.die_map}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -81,10 +82,9 @@ class WindowReader:
     def elements(self, value: Value, window: Window) -> Array:
         """The window, an element each in the storage dtype of the value's type."""
         op = value.op
-        rule = _RULES.get(type(op))
         if op is None:
             raise TyirError("a weight expression depends on an argument")
-        if rule is not None:
+        if (rule := _RULES.get(type(op))) is not None:
             return rule(self, op, window)
         if type(op) in _BY_ROWS:
             return self._rows(op, value.index, window)
@@ -156,7 +156,7 @@ class WindowReader:
         parts = []
         for number in range(rows.start // step, -(-rows.stop // step)):
             begin, end = number * step, min((number + 1) * step, extent)
-            found = self._remembered(op, number, lambda b=begin, e=end: self._operand_rows(op, slice(b, e)))
+            found = self._remembered(op, number, partial(self._operand_rows, op, slice(begin, end)))
             inside = slice(max(rows.start, begin) - begin, min(rows.stop, end) - begin)
             parts.append(found[index][(inside, *rest)])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -248,12 +248,13 @@ def _pairs_across(words: Array, order: Sequence[int]) -> Array:
 
 def _unpack(reader: WindowReader, op: Any, window: Window) -> Array:
     inner, kept = _words_of(window, op.axis)
-    found = quant.unpack_words(reader.elements(op.words, inner), op.axis, op.order)
-    return found[(slice(None),) * op.axis + (kept,)]
+    found: Array = quant.unpack_words(reader.elements(op.words, inner), op.axis, op.order)
+    return np.asarray(found[(slice(None),) * op.axis + (kept,)])
 
 
 def _concat(reader: WindowReader, op: Any, window: Window) -> Array:
-    found, position, along = [], 0, window[op.axis]
+    found: list[Array] = []
+    position, along = 0, window[op.axis]
     for part in op.parts:
         extent = ty.tensor_type(part).static_shape[op.axis]
         begin, end = max(along.start, position), min(along.stop, position + extent)
@@ -277,7 +278,7 @@ def _repeat(reader: WindowReader, op: Any, window: Window) -> Array:
     inner = slice(first, -(-along.stop // op.times))
     found = reader.elements(op.x, tuple(inner if i == op.axis else s for i, s in enumerate(window)))
     kept = slice(along.start - first * op.times, along.stop - first * op.times)
-    return np.repeat(found, op.times, axis=op.axis)[(slice(None),) * op.axis + (kept,)]
+    return np.asarray(np.repeat(found, op.times, axis=op.axis)[(slice(None),) * op.axis + (kept,)])
 
 
 def _elementwise(reader: WindowReader, op: Any, window: Window) -> Array:

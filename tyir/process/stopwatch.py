@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +24,27 @@ class StageTime:
 
 @dataclass
 class Stopwatch:
-    """Collects `StageTime`s; a stage is a `with watch.stage("import"):` block."""
+    """Collects `StageTime`s; a stage is a `with watch.stage("import"):` block.
+
+    `told` is called when a stage begins and when it ends.
+    """
 
     stages: list[StageTime] = field(default_factory=list)
+    told: Callable[[Mapping[str, object]], None] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        if self.told is not None:
+            self.told({"event": "begin", "stage": name})
         _reset_peak()
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.stages.append(StageTime(name, time.perf_counter() - start, _peak_mib()))
+            done = StageTime(name, time.perf_counter() - start, _peak_mib())
+            self.stages.append(done)
+            if self.told is not None:
+                self.told({"event": "end", "stage": name, "seconds": done.seconds, "peak_mib": done.peak_mib})
 
     def report(self) -> str:
         """A table, one line per stage, with the total."""

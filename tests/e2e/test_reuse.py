@@ -1,0 +1,185 @@
+"""What has been compiled is not compiled again: the cache, and what a killed compile has left."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backends.test_replacing import end_of, left, start
+from tyir.backends.edge10 import programs
+from tyir.backends.edge10.weight_windows import WindowReader
+from tyir.backends.host import tvm_host
+from tyir.backends.pieces import Journal
+from tyir.diagnostics import TyirError
+from tyir.process.cache import Cache
+from tyir.tools.api import compile_path
+
+MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-qwen2"
+OPTIONS: dict[str, Any] = {"dies": 1, "seqlens": (1,), "max_kv": 32}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The small model, older than what is told from a file that is being written."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def settled_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tyir.backends.pieces._RECENT", -1e9)
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+class Counts:
+    """How often each kind of piece was made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: dict[str, int] = {}
+        for name, place, function in (
+            ("libraries", tvm_host, "build_library"),
+            ("programs", programs, "lower_die"),
+            ("blocks", WindowReader, "stored"),
+        ):
+            monkeypatch.setattr(place, function, self._counted(name, getattr(place, function)))
+
+    def _counted(self, name: str, function: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
+            self.made[name] = self.made.get(name, 0) + 1
+            return function(*args, **options)
+
+        return counted
+
+    def since(self) -> dict[str, int]:
+        made, self.made = self.made, {}
+        return made
+
+
+def test_only_what_depends_on_a_change_is_made_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, cache = Counts(monkeypatch), Cache.open(tmp_path / "cache")
+    plain = bytes_of(compile_path(model, tmp_path / "plain", OPTIONS))
+    all_of_it = counts.since()
+    assert bytes_of(compile_path(model, tmp_path / "out", OPTIONS, cache=cache, jobs=2)) == plain
+    assert counts.since() == all_of_it
+
+    said: list[str] = []
+    assert bytes_of(compile_path(model, tmp_path / "again", OPTIONS, cache=cache, warn=said.append)) == plain
+    assert counts.since() == {} and not said
+
+    other = {**OPTIONS, "max_kv": 48}
+    compile_path(model, tmp_path / "other", other, cache=cache)
+    made = counts.since()
+    assert made["programs"] == made["libraries"] == 1 and made["blocks"] == 2  # the rotary tables
+    os.utime(model / "model.safetensors")  # another time: perhaps other weights
+    assert bytes_of(compile_path(model, tmp_path / "touched", OPTIONS, cache=cache)) == plain
+    assert counts.since() == {"blocks": all_of_it["blocks"] - 2}  # programs do not depend on them
+
+    params = tmp_path / "out" / "1die" / "batch_1" / "common_die0.params"
+    params.chmod(0o644)
+    with params.open("r+b") as file:  # an artifact that is a link to the cache's piece
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    assert bytes_of(compile_path(model, tmp_path / "mended", OPTIONS, cache=cache)) == plain
+    assert counts.since()["blocks"] > 0
+
+
+def compile_in_process(model: Path, out: Path, **options: Any) -> int:
+    def work() -> None:
+        compile_path(model, out, OPTIONS, **options)
+
+    return start(work)
+
+
+@pytest.fixture
+def strike(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Lets a process end itself with a signal when so many blocks of weights are written."""
+    add = Journal.add
+
+    def set_up(count: int, number: int) -> None:
+        def struck(self: Journal, *args: Any) -> None:
+            nonlocal count
+            add(self, *args)
+            count -= 1
+            if not count:
+                os.kill(os.getpid(), number)
+                time.sleep(3)
+
+        monkeypatch.setattr(Journal, "add", struck)
+
+    yield set_up
+
+
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGKILL, 40), (signal.SIGINT, 9)])
+def test_a_compile_goes_on_where_one_was_struck(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strike: Any, number: int, count: int
+) -> None:
+    with monkeypatch.context():
+        strike(count, number)
+        code = end_of(compile_in_process(model, tmp_path / "out"))
+    monkeypatch.undo()
+    monkeypatch.setattr("tyir.backends.pieces._RECENT", -1e9)
+    assert code == (-9 if number == signal.SIGKILL else 130)
+    assert left(tmp_path / "out") and not (tmp_path / "out" / "1die").exists()
+    counts = Counts(monkeypatch)
+    found = bytes_of(compile_path(model, tmp_path / "out", OPTIONS))
+    resumed = counts.since()["blocks"]
+    assert not left(tmp_path / "out")
+    assert found == bytes_of(compile_path(model, tmp_path / "whole", OPTIONS))
+    assert resumed == counts.since()["blocks"] - count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_killed_at_twenty_moments(model: Path, tmp_path: Path, cached: bool) -> None:
+    whole = bytes_of(compile_path(model, tmp_path / "whole", OPTIONS))
+    chosen = random.Random(int(cached))
+    options = {"cache": Cache.open(tmp_path / "cache")} if cached else {}
+    begin = time.monotonic()
+    assert end_of(compile_in_process(model, tmp_path / "timed")) == 0
+    seconds = time.monotonic() - begin
+    for turn in range(20):
+        number = compile_in_process(model, tmp_path / "out", jobs=1 + turn % 2, **options)
+        time.sleep(chosen.random() * seconds)
+        os.kill(number, signal.SIGKILL)
+        end_of(number)
+        if turn % 4 == 3:  # otherwise several are killed one after the other
+            assert bytes_of(compile_path(model, tmp_path / "out", OPTIONS, **options)) == whole
+            assert not left(tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_at_once_into_one_cache_and_one_folder(model: Path, tmp_path: Path) -> None:
+    whole = bytes_of(compile_path(model, tmp_path / "whole", OPTIONS))
+    cache = Cache.open(tmp_path / "cache")
+    for outs in (("one", "two"), ("same", "same")):
+        numbers = [compile_in_process(model, tmp_path / out, cache=cache) for out in outs]
+        assert [end_of(number) for number in numbers] == [0, 0]
+        for out in outs:
+            assert bytes_of(tmp_path / out / "1die") == whole and not left(tmp_path / out)
+
+
+def test_a_full_disk_is_refused_before_weights_are_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Counts(monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(TyirError, match=r"the artifacts need 0\.1 GB, .* has 0\.0 GB free"):
+        compile_path(model, tmp_path / "out", OPTIONS, jobs=2)
+    assert "blocks" not in counts.since() and not left(tmp_path / "out")
