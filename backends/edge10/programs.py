@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tyir.artifacts.agreement import interface_of
 from tyir.attributes import IntegerAttr, StringAttr
@@ -110,17 +110,15 @@ class ProgramWriter:
 
     def _write_library(self, die: Module, seqlen: int, library: Path) -> None:
         from tyir.backends.host.step import Program
-        from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library
+        from tyir.backends.host.tvm_host import assign_kernels, build_library
 
-        mcpu: Any = self.context.mcpu
-        target = HostTarget() if mcpu is None else HostTarget(mcpu=mcpu)
         functions = functions_of(die, seqlen)
         kernels = assign_kernels(functions)
         program = Program(tuple(functions), tuple(str(p.sym_name) for p in params_of(die, functions)))
         key = tuple(print_op(f, locations=False) for f in functions)
         same = self.built.setdefault(key, library)
         if same is library:
-            build_library(kernels, target, library, program)
+            build_library(kernels, self.context.host_target(), library, program)
         else:  # dies with equal programs share a library's bytes
             shutil.copyfile(same, library)
 

@@ -39,6 +39,7 @@ from tyir.backends.host.kernels.tir import (
     lanes_for,
     load,
     loop,
+    prefetch,
     put,
     register,
     span,
@@ -51,6 +52,7 @@ from tyir.dialects import ty
 __all__ = ["integer_linear", "takes_group"]
 
 _ROWS: Final = 4
+_AHEAD: Final = 8  # rows that are asked for ahead of their use, where one row of x meets each weight once
 _BLOCK_ROWS: Final = 32  # whose scales are made ready together
 _LOW: Final = 0x0F0F0F0F
 _SMALLEST: Final = 16  # bytes of a vector
@@ -176,6 +178,8 @@ class _Product:
         sums = [[register(lanes, 0) for _ in range(columns)] for _ in range(rows)]
         with T.serial(0, shape.groups) as g:
             for r in range(rows):
+                if columns == 1:
+                    prefetch(self.q, [n0 + r + _AHEAD, g * (shape.group // 2)])
                 halves = self._halves(n0 + r, g)
                 scale = bind(splat(self.scales[(local + r) * shape.padded + g], lanes))
                 for c in range(columns):
