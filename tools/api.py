@@ -113,6 +113,7 @@ def compile_path(
     watch: Stopwatch | None = None,
     progress: bool = False,
     mcpu: str | None = None,
+    host_activations: str = "fp32",
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
@@ -135,6 +136,7 @@ def compile_path(
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
     of a LoRA adapter is.  Weights "awq" are made with the scales and ranges of the file `awq_table`, or, of a
     checkpoint folder, as `quantize` does it on the text `calibration`, in a folder that is gone afterwards;
+    `host_activations`: what the host's code multiplies 4-bit weights with, "fp32" or "int8".
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
@@ -147,10 +149,11 @@ def compile_path(
     from tyir.tools.estimate.plan import settle_group_size
 
     chosen = find_backend(backend)
-    tower: dict[str, Any] = {
+    further: dict[str, Any] = {
         "vision_dies": vision_dies,
         "vision_die_map": vision_die_map,
         "vision_exponent": vision_exponent,
+        "activations": None if host_activations == "fp32" else host_activations,
     }
     if vision_exponent is not None:
         check_exponent(vision_exponent)
@@ -190,6 +193,7 @@ def compile_path(
                 watch=watch,
                 progress=progress,
                 mcpu=mcpu,
+                host_activations=host_activations,
                 warn=warn,
                 binary=binary,
                 machine=machine,
@@ -219,7 +223,7 @@ def compile_path(
             binary=binary,
             machine=machine,
             files=_side_files(module, warn),
-            **{name: value for name, value in tower.items() if value},
+            **{name: value for name, value in further.items() if value},
         ),
     )
 

@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
         watch=watch,
         progress=not args.quiet,
         mcpu=args.mcpu,
+        host_activations=args.host_activations,
         warn=warn,
         plugin=plugin,
         base=args.base,
@@ -247,6 +248,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)"
+    )
+    parser.add_argument(
+        "--host-activations",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="what the host's code multiplies 4-bit weights with: fp32 (default), or int8: faster, with an"
+        " error of its own (docs/host.md)",
     )
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"

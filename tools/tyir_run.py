@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     check_limit(args.max_tokens)
-    session = open_session(args.artifacts, args.engine, check=not args.no_check)
+    session = open_session(args.artifacts, args.engine, check=not args.no_check, threads=args.threads)
     if args.trace_commands is not None:
         _trace_commands(session, args.trace_commands)
     check_sampling(session.choices, args.temperature, args.top_k)
@@ -147,7 +147,7 @@ def _run_batch(
         raise TyirError("--cache is for one prompt", help="give one --prompt")
     if args.trace_commands is not None:
         raise TyirError("--trace-commands is for one prompt", help="give one --prompt")
-    session = BatchSession(artifacts, args.engine)
+    session = BatchSession(artifacts, args.engine, threads=args.threads)
     if len(prompts) > len(session.tokens):
         raise TyirError(
             f"{len(prompts)} prompts, and {args.artifacts} runs {len(session.tokens)} at once",
@@ -292,6 +292,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("host", "interpreter", "edge10"),
         default="host",
         help="what executes the programs (default host)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the host engine (default: the cores that this process may use)",
     )
     parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")
     add_json_option(parser, "print everything as JSON when all is done; nothing is streamed")

@@ -29,10 +29,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Self, cast
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    NotRequired,  # pydantic reads those of Python 3.11 not
+    Self,
+    cast,
+)
 
 from annotated_types import Interval, MaxLen, MinLen
-from typing_extensions import TypedDict  # pydantic reads those of Python 3.11 not
+from typing_extensions import TypedDict
 
 from tyir.artifacts.consistency import problems_of
 from tyir.artifacts.programs import MAX_DIES, Count, DieProgram, FileName, Name, TensorInfo
@@ -233,7 +240,7 @@ class Host(TypedDict):
 
     mcpu: Version
     features: list[Version]
-    activations: Annotated[str, Matches("fp32|int8")]
+    activations: NotRequired[Annotated[str, Matches("fp32|int8")]]  # fp32 where it does not say
 
 
 @closed

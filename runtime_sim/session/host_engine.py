@@ -6,6 +6,7 @@ With a probe, which wants to see every op, the programs are walked op by op inst
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -34,6 +35,17 @@ __all__ = ["HostEngine"]
 
 Array = npt.NDArray[Any]
 _CACHE_LINE: Final = 64
+
+
+class _NoThread(RuntimeError):
+    """The system lets no thread be started for a die."""
+
+
+def _threads() -> int:
+    """The cores that this process may use, or fewer where the environment says so."""
+    asked = os.environ.get("TVM_NUM_THREADS", "")
+    cores = usable_cores()
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 class _Die:
@@ -133,13 +145,14 @@ class HostEngine(ProgramEngine):
         """
         super().__init__(artifacts, compiled=True, probe=probe)
         count = self.manifest.options.dies
-        threads = usable_cores() if threads is None else threads
+        threads = _threads() if threads is None else threads
         self._dies = [_Die(die, max(1, threads // count)) for die in range(count)]
+        self._walks = False
         self._workers = [ThreadPoolExecutor(1, f"die{die}") for die in range(count)] if count > 1 else []
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """One step of all dies; the main die's outputs by name, each [1, seqlen, ...]."""
-        if self.probe is not None:
+        if self.probe is not None or self._walks:
             return super().step(inputs, chunk)
         meeting = Meeting(len(self._dies))
         calls: list[tuple[_Die, list[Array]]] = []
@@ -157,7 +170,11 @@ class HostEngine(ProgramEngine):
             ]
             calls.append((die, [*given, *own.values()]))
             made.append(own)
-        self._run(calls, chunk.seqlen, meeting)
+        try:
+            self._run(calls, chunk.seqlen, meeting)
+        except _NoThread:  # the dies can still be walked side by side in this one
+            self._walks = True
+            return super().step(inputs, chunk)
         return made[0]
 
     def _run(self, calls: Sequence[tuple[_Die, list[Array]]], seqlen: int, meeting: Meeting) -> None:
@@ -165,10 +182,12 @@ class HostEngine(ProgramEngine):
             die, arrays = calls[0]
             die.run(seqlen, arrays, meeting)
         else:
-            waiting = [
-                worker.submit(die.run, seqlen, arrays, meeting)
-                for worker, (die, arrays) in zip(self._workers, calls)
-            ]
+            waiting = []
+            for worker, (die, arrays) in zip(self._workers, calls):
+                try:
+                    waiting.append(worker.submit(die.run, seqlen, arrays, meeting))
+                except RuntimeError as error:
+                    meeting.leave(_NoThread(str(error)))
             for future in waiting:
                 future.exception()
         if meeting.problem is not None:

@@ -75,7 +75,8 @@ class _Measured:
             bytes_read = rate = share = ""
         else:
             bytes_read, rate = f"{self.nbytes / 1e6:.0f}", f"{self.nbytes / token / 1e9:.1f}"
-            share = f"{statistics.median(self.nbytes / t / 1e9 / b for t, b in zip(self.decode, self.bandwidth)):.0%}"
+            rates = [self.nbytes / t / 1e9 / b for t, b in zip(self.decode, self.bandwidth)]
+            share = f"{statistics.median(rates):.0%}"
         cells = [
             self.name,
             f"{1 / token:.1f}",
@@ -90,9 +91,16 @@ class _Measured:
         return f"| {' | '.join(cells)} |"
 
 
-_HEAD = (
-    "| engine | decode tokens/s | of the best other | prefill tokens/s | of the best other | MB a token | GB/s |"
-    " read bandwidth beside it, GB/s | share |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+_COLUMNS = (
+    "engine",
+    "decode tokens/s",
+    "of the best other",
+    "prefill tokens/s",
+    "of the best other",
+    "MB a token",
+    "GB/s",
+    "read bandwidth beside it, GB/s",
+    "share",
 )
 
 
@@ -174,9 +182,11 @@ def _print(found: Sequence[_Measured], ours: Sequence[bool], options: argparse.N
         max(options.prompt / statistics.median(m.prefill) for m in others),
     )
     print(
-        f"{options.threads} threads, a prompt of {options.prompt} tokens and {options.tokens} after it, medians of"
-        f" {options.rounds} rounds in turn\n\n{_HEAD}"
+        f"{options.threads} threads, a prompt of {options.prompt} tokens and {options.tokens} after it,"
+        f" medians of {options.rounds} rounds in turn\n"
     )
+    print(f"| {' | '.join(_COLUMNS)} |")
+    print(f"| {' | '.join('---' for _ in _COLUMNS)} |")
     for measured in found:
         print(measured.row(options.prompt, best))
 
