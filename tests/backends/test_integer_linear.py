@@ -51,7 +51,9 @@ SHAPES = [
     Shape(1, 1024, 600, 128),  # enough work for threads
     Shape(3, 96, 5, 32, bias=True),
     Shape(5, 256, 33, 64),
-    Shape(13, 512, 70, 256, bias=True),
+    Shape(13, 512, 70, 256, bias=True),  # blocks of rows, turned, and rows that are left
+    Shape(37, 384, 96, 128),
+    Shape(8, 64, 9, 32),
 ]
 
 
