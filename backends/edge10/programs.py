@@ -114,7 +114,9 @@ class ProgramWriter:
 
         functions = functions_of(die, seqlen)
         kernels = assign_kernels(functions)
-        program = Program(tuple(functions), tuple(str(p.sym_name) for p in params_of(die, functions)))
+        program = Program(
+            tuple(functions), tuple((str(p.sym_name), p.type) for p in params_of(die, functions))
+        )
         key = tuple(print_op(f, locations=False) for f in functions)
         same = self.built.setdefault(key, library)
         if same is library:

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from tyir.artifacts.consistency import cache_inputs
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
-from tyir.dialects.ty import tensor_type
+from tyir.dialects.ty import Global, tensor_type
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.lockstep import Meeting, Request
+from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Interpreter
 from tyir.ir import Op, Value
@@ -66,6 +67,12 @@ class _Die:
         module = interpreter.module
         functions = [op for op in module.body if isinstance(op, Func)]
         sites = [op for f in functions for op in f.walk() if op.has_trait(Collective)]
+        weights = [(str(g.sym_name), g.type) for g in module.body if isinstance(g, Global)]
+        if int(library.function("step_program")()) != step_identity(functions, weights):
+            raise TyirError(
+                f"{library.path} is not compiled from the program beside it",
+                help="they are of different builds, or one was changed; compile the model again",
+            )
         size = int(library.function("step_workspace_bytes")())
         if self.workspace.size < size:
             self.workspace = _aligned(size)
