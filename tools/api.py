@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-_UNASKED: Final = (None, (), "cost")  # of a tower: what a compile settles by itself
+_UNASKED: Final = (None, (), "cost")  # what a compile settles by itself
 _PARTS: Final = (".safetensors", ".bin", ".pt", ".pth")  # of a checkpoint, which is the folder
 
 
@@ -121,6 +121,7 @@ def compile_path(
     watch: Stopwatch | None = None,
     progress: bool = False,
     mcpu: str | None = None,
+    host_activations: str = "fp32",
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
@@ -146,6 +147,7 @@ def compile_path(
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
     of a LoRA adapter is.  Weights "awq" are made with the scales and ranges of the file `awq_table`, or, of a
     checkpoint folder, as `quantize` does it on the text `calibration`, in a folder that is gone afterwards;
+    `host_activations`: what the host's code multiplies 4-bit weights with, "fp32" or "int8".
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
@@ -160,11 +162,12 @@ def compile_path(
     from tyir.tools.estimate.plan import settle_group_size
 
     chosen = find_backend(backend)
-    tower: dict[str, Any] = {
+    further: dict[str, Any] = {
         "vision_dies": vision_dies,
         "vision_die_map": vision_die_map,
         "vision_exponent": vision_exponent,
         "vision_split": vision_split,
+        "activations": None if host_activations == "fp32" else host_activations,
     }
     if vision_exponent is not None:
         check_exponent(vision_exponent)
@@ -195,7 +198,7 @@ def compile_path(
     if cache is not None and model.is_dir() and own:
         from tyir.backends.reuse import artifacts_key, keep_artifacts, take_artifacts
 
-        asked = {**options, **tower, "mcpu": mcpu, "binary": binary, "machine": machine, "images": images}  # type: ignore[dict-item]
+        asked = {**options, **further, "mcpu": mcpu, "binary": binary, "machine": machine, "images": images}  # type: ignore[dict-item]
         whole = artifacts_key(model, asked, machine)
         target = out / f"{wanted.dies}die"
         if whole is not None and take_artifacts(cache, whole, target, warn):
@@ -218,6 +221,7 @@ def compile_path(
                 watch=watch,
                 progress=progress,
                 mcpu=mcpu,
+                host_activations=host_activations,
                 warn=warn,
                 binary=binary,
                 machine=machine,
@@ -252,7 +256,7 @@ def compile_path(
         binary=binary,
         machine=machine,
         files=_side_files(module, warn_and_note),
-        **_taken(tower, accepted, backend),
+        **_taken(further, accepted, backend),
         **{k: v for k, v in {"jobs": jobs, "cache": cache}.items() if k in accepted},  # change no artifact
     )
     target = chosen.compile_module(module, out, options, context)
@@ -262,7 +266,7 @@ def compile_path(
 
 
 def _taken(asked: Mapping[str, Any], accepted: Collection[str], backend: str) -> dict[str, Any]:
-    """What a back end is told of towers; `TyirError` when something was asked for that it does not know."""
+    """What a back end is told beside what all take; `TyirError` when something was asked for that it does not know."""
     unknown = [name for name, value in asked.items() if name not in accepted and value not in _UNASKED]
     if unknown:
         raise TyirError(

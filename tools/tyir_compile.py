@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
         watch=watch,
         progress=not args.quiet,
         mcpu=args.mcpu,
+        host_activations=args.host_activations,
         warn=warn,
         plugin=plugin,
         base=args.base,
@@ -343,6 +344,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=20.0,
         metavar="GB",
         help="what the cache may take of the disk beside artifacts that are there (default 20)",
+    )
+    parser.add_argument(
+        "--host-activations",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="what the host's code multiplies 4-bit weights with: fp32 (default), or int8: faster, with an"
+        " error of its own (docs/host.md)",
     )
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"

@@ -6,7 +6,7 @@ the runtime checks it first.
       sha256                  of the manifest itself: of everything else in it, in canonical form (`tyir.artifacts.schema`)
       model                   what the front end knew of the model (architecture, vocabulary, ...)
       options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, pp, awq
-      build                   versions, targets and the processor's features (host) the code was generated with; the machine by name, or machine.toml beside the manifest
+      build                   versions, targets, the processor's features and the activations' precision (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
       vision                  of a vision-language model: sizes of pictures, their programs, tokens (`tyir.artifacts.vision`); null of others
@@ -29,10 +29,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Self, cast
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    NotRequired,  # pydantic reads those of Python 3.11 not
+    Self,
+    cast,
+)
 
 from annotated_types import Interval, MaxLen, MinLen
-from typing_extensions import TypedDict  # pydantic reads those of Python 3.11 not
+from typing_extensions import TypedDict
 
 from tyir.artifacts.consistency import problems_of
 from tyir.artifacts.programs import MAX_DIES, Count, DieProgram, FileName, Name, TensorInfo
@@ -228,11 +235,12 @@ class FileRecord(TypedDict):
 
 @closed
 class Host(TypedDict):
-    """What the libraries were compiled for: LLVM's name of the processor, and its features
-    that they need (`tyir.execution.processor`)."""
+    """What the libraries were compiled for: LLVM's name of the processor, its features
+    that they need (`tyir.execution.processor`), and what 4-bit weights are multiplied with."""
 
     mcpu: Version
     features: list[Version]
+    activations: NotRequired[Annotated[str, Matches("fp32|int8")]]  # fp32 where it does not say
 
 
 @closed

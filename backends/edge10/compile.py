@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tyir.artifacts.json_attributes import to_json
 from tyir.artifacts.vision import Vision, VisionSplit
@@ -49,6 +49,9 @@ from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
 from tyir.text.json_files import read_json_object, token_ids
 
+if TYPE_CHECKING:
+    from tyir.backends.host.tvm_host import HostTarget
+
 __all__ = ["CompileContext", "check_target", "compile_module", "to_program"]
 
 EDGE10: Final = "edge10"
@@ -76,6 +79,7 @@ _COPIED = (
 class CompileContext:
     """What a compile carries along: where it reports, whether it shows progress, and what it builds for.
 
+    `activations`: what the host's code multiplies 4-bit weights with, "fp32" or "int8".
     `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's
     name, or a machine file, which goes to the artifacts; None is the one a module was cut for, or edge10.
     `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
@@ -89,6 +93,7 @@ class CompileContext:
     watch: Stopwatch = field(default_factory=Stopwatch)
     progress: bool = False
     mcpu: str | None = None
+    activations: str = "fp32"
     binary: bool = False
     machine: str | Path | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -99,6 +104,14 @@ class CompileContext:
     jobs: int = 1
     cache: Cache | None = None
     vision_split: VisionSplit = "cost"
+
+    def host_target(self) -> HostTarget:
+        """The processor that host code is for, this one when none is asked for."""
+        from tyir.backends.host.tvm_host import HostTarget
+
+        if self.mcpu is None:
+            return HostTarget(activations=self.activations)
+        return HostTarget(mcpu=self.mcpu, activations=self.activations)
 
     @property
     def chosen_machine(self) -> str | Path:
@@ -397,13 +410,15 @@ def _write_manifest(
 ) -> None:
     import importlib.metadata
 
-    from tyir.backends.host.tvm_host import HostTarget
-
-    target = HostTarget() if context.mcpu is None else HostTarget(mcpu=context.mcpu)
+    target = context.host_target()
     build: Build = {
         "tyir": importlib.metadata.version("tyir"),
         "tvm": importlib.metadata.version("apache-tvm"),
-        "host": {"mcpu": target.mcpu, "features": target.features()},
+        "host": {
+            "mcpu": target.mcpu,
+            "features": target.features(),
+            "activations": target.activations,
+        },
         "machine": machine,
     }
     model = to_json(module.attributes.get("tyir.model", DictAttr()))

@@ -130,8 +130,9 @@ class ProgramWriter:
         with self.context.watch.stage(f"edge10 {where}"):
             data, self.memory[index, seqlen] = self._commands(die, seqlen, text)
             (self.folder / commands).write_bytes(data)
-        program = Program(tuple(functions), tuple(str(p.sym_name) for p in params_of(die, functions)))
-        texts = (*program.weights, *(print_op(f, locations=False) for f in functions))
+        weights = tuple((str(p.sym_name), p.type) for p in params_of(die, functions))
+        program = Program(tuple(functions), weights)
+        texts = (repr(weights), *(print_op(f, locations=False) for f in functions))
         library = self.folder / files.name(index, "so")
         same = self.built.setdefault(texts, library)
         work = (_Library(kernels, program, texts, library), f"host code {where}")
@@ -176,10 +177,9 @@ class ProgramWriter:
             self._make_library(wanted)
 
     def _make_library(self, wanted: _Library) -> None:
-        from tyir.backends.host.tvm_host import HostTarget, build_library, linker
+        from tyir.backends.host.tvm_host import build_library, linker
 
-        mcpu, cache = self.context.mcpu, self.context.cache
-        target = HostTarget() if mcpu is None else HostTarget(mcpu=mcpu)
+        cache, target = self.context.cache, self.context.host_target()
         tools = (tool_identity(), compiler_identity(linker() or ""), repr(target), repr(target.features()))
         key = cache_key("library", *tools, *wanted.texts)
         if cache is not None and cache.take(key, wanted.path) is not None:

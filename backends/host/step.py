@@ -5,7 +5,8 @@
 `inputs`: the entry point's arguments in their order, caches included, which are written in place.  `outputs`: its
 results that are not caches.  `weights`: addresses of the tensors that the program names (`ty.global`), in the order of
 the file, i64 [n].  `workspace`: bytes for what lives between kernels, u8, of any content, beginning at a multiple of
-64; how many says a second function, `step_workspace_bytes()`.  Tensors are `DLTensor*`, contiguous, on the CPU.
+64; how many says a second function, `step_workspace_bytes()`; a third, `step_program()`, says of
+which program the step is (`tyir.execution.step_identity`).  Tensors are `DLTensor*`, contiguous, on the CPU.
 
 Where dies meet, the step calls `exchange`, a C function of its caller's, with `context`:
 
@@ -36,15 +37,17 @@ from tyir.attributes import StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal, Reshape, tensor_type
+from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
 from tyir.traits import Collective, InPlace
 from tyir.types import TensorType, storage_dtype
 
-__all__ = ["STEP", "WORKSPACE_BYTES", "Program", "step_of"]
+__all__ = ["PROGRAM", "STEP", "WORKSPACE_BYTES", "Program", "step_of"]
 
 STEP: Final = "step"
 WORKSPACE_BYTES: Final = "step_workspace_bytes"
+PROGRAM: Final = "step_program"
 _ALIGNMENT: Final = 64  # of values in the workspace: a cache line
 
 # What TensorIR cannot say: a call through a pointer, and a pointer out of an address.
@@ -70,11 +73,15 @@ def bytes_of(type: TensorType) -> int:
 @dataclass(frozen=True)
 class Program:
     """What is to be one step: `functions`, each after those that it calls, the entry last; `weights`: the
-    tensors that they name, in the order of their addresses.
+    tensors that they name with their types, in the order of their addresses.
     """
 
     functions: tuple[Func, ...]
-    weights: tuple[str, ...]
+    weights: tuple[tuple[str, TensorType], ...]
+
+    def identity(self) -> int:
+        """What a library says of which program its step is."""
+        return step_identity(self.functions, self.weights)
 
     def frames(self) -> dict[str, _Frame]:
         """Where each function's values lie."""
@@ -241,7 +248,7 @@ class _Step:
 
     def __init__(self, program: Program, kernels: Kernels) -> None:
         self.program, self.kernels = program, kernels
-        self.order = {name: number for number, name in enumerate(program.weights)}
+        self.order = {name: number for number, (name, _) in enumerate(program.weights)}
         *self.functions, self.entry = program.functions
         self.frames = program.frames()
         self.names = {str(f.sym_name): GlobalVar(f"tyir_{f.sym_name}") for f in self.functions}
@@ -253,14 +260,9 @@ class _Step:
 
     def build(self) -> dict[GlobalVar, Any]:
         made = {self.names[str(f.sym_name)]: self._inner(f) for f in self.functions}
-        return {**made, GlobalVar(STEP): self._outer(), GlobalVar(WORKSPACE_BYTES): self._bytes()}
-
-    def _bytes(self) -> Any:
-        with IRBuilder() as builder, T.prim_func(s_tir=True):
-            T.func_name(WORKSPACE_BYTES)
-            T.func_attr({"global_symbol": WORKSPACE_BYTES})
-            T.Return(T.int64(self.program.workspace_bytes()))
-        return builder.get()
+        said = {WORKSPACE_BYTES: self.program.workspace_bytes(), PROGRAM: self.program.identity()}
+        numbers = {GlobalVar(name): _number(name, value) for name, value in said.items()}
+        return {**made, GlobalVar(STEP): self._outer(), **numbers}
 
     def _inner(self, function: Func) -> Any:
         frame = self.frames[str(function.sym_name)]
@@ -296,6 +298,15 @@ class _Step:
         return builder.get()
 
 
+def _number(name: str, value: int) -> Any:
+    """An exported function that returns a number."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name})
+        T.Return(T.int64(value))
+    return builder.get()
+
+
 def step_of(program: Program, kernels: Kernels) -> dict[GlobalVar, Any]:
-    """The functions of a program's step; `STEP` and `WORKSPACE_BYTES` are the exported ones."""
+    """The functions of a program's step; `STEP`, `WORKSPACE_BYTES` and `PROGRAM` are exported."""
     return _Step(program, kernels).build()

@@ -57,8 +57,9 @@ GENERIC_CPU: Final = (
 )
 
 _CPU: Final = 1  # kDLCPU of DLPack
-# TVM tells LLVM that buffers of different names never overlap.  That holds within a kernel, whose parameters are
-# `noalias`; in a step, where one kernel's result is another's operand, it would let loads pass stores.
+# TVM tells LLVM (by TBAA) that buffers of different names never overlap.  That holds within a kernel, whose
+# parameters are `noalias`; in a step, where one kernel's result is another's operand, it would let loads pass
+# stores.
 _LLVM_OPTIONS: Final = ("-enable-tbaa:bool=0",)
 _LINK_OPTIONS: Final = ("-Wl,--build-id=none", "-Wl,--strip-debug", "-Wl,--hash-style=gnu")
 _MOST_ELEMENTS: Final = 1 << 31  # kernels index with 32-bit integers

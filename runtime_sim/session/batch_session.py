@@ -44,11 +44,12 @@ class BatchSession:
         *,
         check: bool = True,
         probe: StepProbe | None = None,
+        threads: int | None = None,
     ) -> None:
-        """`folder`: its name, or the folder opened already."""
+        """`folder`: its name, or the folder opened already.  `threads`: as `make_engine` takes them."""
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.manifest = self.artifacts.manifest
-        self.engine = make_engine(engine, self.artifacts, probe)
+        self.engine = make_engine(engine, self.artifacts, probe, threads)
         self._step = FiniteSteps(self.engine)
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
 

@@ -6,6 +6,7 @@ With a probe, which wants to see every op, the programs are walked op by op inst
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -16,9 +17,10 @@ import numpy.typing as npt
 from tyir.artifacts.consistency import cache_inputs
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
-from tyir.dialects.ty import tensor_type
+from tyir.dialects.ty import Global, tensor_type
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.lockstep import Meeting, Request
+from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Interpreter
 from tyir.ir import Op, Value
@@ -34,6 +36,17 @@ __all__ = ["HostEngine"]
 
 Array = npt.NDArray[Any]
 _CACHE_LINE: Final = 64
+
+
+class _NoThread(RuntimeError):
+    """The system lets no thread be started for a die."""
+
+
+def _threads() -> int:
+    """The cores that this process may use, or fewer where the environment says so."""
+    asked = os.environ.get("TVM_NUM_THREADS", "")
+    cores = usable_cores()
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 class _Die:
@@ -54,6 +67,12 @@ class _Die:
         module = interpreter.module
         functions = [op for op in module.body if isinstance(op, Func)]
         sites = [op for f in functions for op in f.walk() if op.has_trait(Collective)]
+        weights = [(str(g.sym_name), g.type) for g in module.body if isinstance(g, Global)]
+        if int(library.function("step_program")()) != step_identity(functions, weights):
+            raise TyirError(
+                f"{library.path} is not compiled from the program beside it",
+                help="they are of different builds, or one was changed; compile the model again",
+            )
         size = int(library.function("step_workspace_bytes")())
         if self.workspace.size < size:
             self.workspace = _aligned(size)
@@ -133,13 +152,14 @@ class HostEngine(ProgramEngine):
         """
         super().__init__(artifacts, compiled=True, probe=probe)
         count = self.manifest.options.dies
-        threads = usable_cores() if threads is None else threads
+        threads = _threads() if threads is None else threads
         self._dies = [_Die(die, max(1, threads // count)) for die in range(count)]
+        self._walks = False
         self._workers = [ThreadPoolExecutor(1, f"die{die}") for die in range(count)] if count > 1 else []
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """One step of all dies; the main die's outputs by name, each [1, seqlen, ...]."""
-        if self.probe is not None:
+        if self.probe is not None or self._walks:
             return super().step(inputs, chunk)
         meeting = Meeting(len(self._dies))
         calls: list[tuple[_Die, list[Array]]] = []
@@ -157,7 +177,11 @@ class HostEngine(ProgramEngine):
             ]
             calls.append((die, [*given, *own.values()]))
             made.append(own)
-        self._run(calls, chunk.seqlen, meeting)
+        try:
+            self._run(calls, chunk.seqlen, meeting)
+        except _NoThread:  # the dies can still be walked side by side in this one
+            self._walks = True
+            return super().step(inputs, chunk)
         return made[0]
 
     def _run(self, calls: Sequence[tuple[_Die, list[Array]]], seqlen: int, meeting: Meeting) -> None:
@@ -165,10 +189,12 @@ class HostEngine(ProgramEngine):
             die, arrays = calls[0]
             die.run(seqlen, arrays, meeting)
         else:
-            waiting = [
-                worker.submit(die.run, seqlen, arrays, meeting)
-                for worker, (die, arrays) in zip(self._workers, calls)
-            ]
+            waiting = []
+            for worker, (die, arrays) in zip(self._workers, calls):
+                try:
+                    waiting.append(worker.submit(die.run, seqlen, arrays, meeting))
+                except RuntimeError as error:
+                    meeting.leave(_NoThread(str(error)))
             for future in waiting:
                 future.exception()
         if meeting.problem is not None:

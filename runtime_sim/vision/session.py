@@ -44,10 +44,11 @@ class VisionSession(Session):
         *,
         check: bool = True,
         probe: StepProbe | None = None,
+        threads: int | None = None,
     ) -> None:
         artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.vision: Vision = vision_of(artifacts)
-        super().__init__(artifacts, engine, probe=probe)
+        super().__init__(artifacts, engine, probe=probe, threads=threads)
         # of the tokens in the cache: where they stand, and of which row of which picture they are
         self._positions = np.zeros((3, self.capacity), np.int64)
         self._content = np.zeros(self.capacity, np.uint64)

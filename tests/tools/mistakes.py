@@ -52,7 +52,7 @@ MISTAKES: Final = (
     Mistake("llama.cpp", "tyir-compile model -o o -c 4096", "--max-kv N here"),
     Mistake("llama.cpp", "tyir-run out/1die --n-predict 64 --prompt x", "--max-tokens N here"),
     Mistake("llama.cpp", "tyir-run out/1die -ngl 99 --prompt x", "all layers are on the dies"),
-    Mistake("llama.cpp", "tyir-run out/1die --threads 8 --prompt x", "set OMP_NUM_THREADS"),
+    Mistake("llama.cpp", "tyir-run out/1die -t 8 --prompt x", "--threads N here"),
     Mistake("llama.cpp", "tyir-run out/1die --temp 0.7 --prompt x", "--temperature T here"),
     Mistake("llama.cpp", "tyir-run out/1die --repeat-penalty 1.1 --prompt x", "--top-p and --min-p"),
     Mistake("llama.cpp", "tyir-compile model -o o --weights q4_k_m", "--weights int4"),

@@ -77,8 +77,7 @@ FOREIGN_OPTIONS: Final = (
     Foreign("llama.cpp", ("--n-gpu-layers", "--gpu-layers", "-ngl", "--no-mmap", "--mlock",
                           "--main-gpu", "-mg"),
             note="all layers are on the dies; tyir-compile --plan says what fits"),
-    Foreign("llama.cpp", ("--threads", "-t", "--threads-batch", "-tb"),
-            note="set OMP_NUM_THREADS and TVM_NUM_THREADS for code that runs on this machine"),
+    Foreign("llama.cpp", ("-t", "--threads-batch", "-tb"), "--threads N", ("run", "chat")),
     Foreign("vLLM", ("--block-size", "--enable-prefix-caching"), "--cache FILE", ("run", "chat"),
             "a prefix that the cache holds is not computed again"),
     # -------------------------------------------------------------------------------------- numbers

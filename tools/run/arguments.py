@@ -77,4 +77,10 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         default="host",
         help="what executes the programs (default host)",
     )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the host engine (default: the cores that this process may use)",
+    )
     parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")

@@ -45,21 +45,26 @@ def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
     began = time.perf_counter() - _age()
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     check_limit(args.max_tokens)
-    session = open_session(args.artifacts, args.engine, check=not args.no_check)
+    session = open_session(args.artifacts, args.engine, check=not args.no_check, threads=args.threads)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts) if text else None
     stops = end_tokens(session.artifacts, tokenizer)
     return Opened(session, tokenizer, sampler, stops, args.max_tokens, began)
 
 
-def open_session(folder: Path, engine: EngineName, *, check: bool = True) -> Session:
-    """A session of the folder, with pictures where its model takes them; `TyirError` lists what is wrong."""
+def open_session(
+    folder: Path, engine: EngineName, *, check: bool = True, threads: int | None = None
+) -> Session:
+    """A session of the folder, with pictures where its model takes them; `TyirError` lists what is wrong.
+
+    `threads`: of the host engine.
+    """
     artifacts = Artifacts.open(folder, check=check)
     if artifacts.manifest.vision is None:
-        return Session(artifacts, engine)
+        return Session(artifacts, engine, threads=threads)
     from tyir.runtime_sim.vision.session import VisionSession
 
-    return VisionSession(artifacts, engine)
+    return VisionSession(artifacts, engine, threads=threads)
 
 
 def _age() -> float:

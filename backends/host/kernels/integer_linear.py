@@ -11,8 +11,9 @@ processor has none, by `vpmaddubsw` (15 * 127 * 2 fits 16 bits, so that nothing 
 of the row.  The second needs no weight: `offsets`, one number for each group, which are multiplied with s z at the end.
 A row's lanes are added up once.
 
-A row of the weight is read as it lies, one linear stream a core; a 16-channel layout was not needed: a group of 128 is
-one cache line of one row.
+Of few tokens a row of the weight is read as it lies, one linear stream a core: a group of 128 is one cache line of one
+row.  Many tokens read a block of rows turned (`_Panel`), word by word with a row in each lane, so that a sum of a group
+is a vector over rows which scales meet once; turning costs a block what two tokens do, and needs no other file.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from tyir.backends.host.kernels.tir import (
     lanes_for,
     load,
     loop,
+    prefetch,
     put,
     register,
     span,
@@ -51,8 +53,11 @@ from tyir.dialects import ty
 __all__ = ["integer_linear", "takes_group"]
 
 _ROWS: Final = 4
+_AHEAD: Final = 8  # rows that are asked for ahead of their use, where one row of x meets each weight once
 _BLOCK_ROWS: Final = 32  # whose scales are made ready together
 _LOW: Final = 0x0F0F0F0F
+_WORD: Final = 4  # bytes that one lane of a product adds up
+_MANY: Final = 8  # tokens from which a block of rows is turned
 _SMALLEST: Final = 16  # bytes of a vector
 
 
@@ -90,8 +95,8 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Codes [m, groups, parts, 2, 4 * lanes], even columns of a part and then odd ones; factors and offsets
-    [m, padded].
+    """Codes [m, groups, parts, 2, 4 * lanes], even columns of a part and then odd ones (for panels: `lanes`
+    is 1, a part is a word); factors and offsets [m, padded].
     """
 
     codes: Buffer
@@ -99,13 +104,14 @@ class _Activations:
     offsets: Buffer
 
 
-def _quantized(x: Buffer, shape: _Shape, cpu: Cpu) -> _Activations:
+def _quantized(x: Buffer, shape: _Shape, cpu: Cpu, half: int) -> _Activations:
+    """`half`: how many even columns stand before as many odd ones."""
     made = _Activations(
         T.alloc_buffer((shape.m * shape.k,), "int8"),
         T.alloc_buffer((shape.m * shape.padded,), "float32"),
         T.alloc_buffer((shape.m * shape.padded,), "float32"),
     )
-    lanes, half = lanes_for(cpu.lanes, 4 * shape.lanes), 4 * shape.lanes
+    lanes = lanes_for(cpu.lanes, 4 * shape.lanes)
     with loop(shape.m, cpu, shape.m * shape.k * 8) as row:
         with T.serial(shape.groups, shape.padded) as g:
             T.buffer_store(made.factors, f32(0), [row * shape.padded + g])
@@ -118,15 +124,18 @@ def _quantized(x: Buffer, shape: _Shape, cpu: Cpu) -> _Activations:
                 put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
             most = bind(horizontal_max(largest, lanes))
             times = bind(T.Select(most > f32(0), f32(127) / most, f32(0)))
-            for part in range(shape.parts):
+            run = lanes_for(cpu.lanes, half)  # neighbouring codes
+            with T.serial(0, shape.group // (2 * half)) as part, T.serial(0, half // run) as i:
                 for odd in range(2):
-                    with T.serial(0, half // lanes) as i:
-                        column = bind(first + part * 2 * half + 2 * i * lanes + odd)
-                        value = T.cast(x[row, T.ramp(column, 2, lanes)], vector("float32", lanes))
-                        code = bind(rounded(value * splat(times, lanes), lanes))
-                        add_to(total, T.cast(code, vector("float32", lanes)), lanes)
-                        at = row * shape.k + first + (2 * part + odd) * half + i * lanes
-                        T.buffer_store(made.codes, T.cast(code, vector("int8", lanes)), [span(at, lanes)])
+                    column = bind(first + part * 2 * half + 2 * i * run + odd)
+                    value = T.cast(x[row, T.ramp(column, 2, run)], vector("float32", run))
+                    code = bind(rounded(value * splat(times, run), run))
+                    at = row * shape.k + first + (2 * part + odd) * half + i * run
+                    T.buffer_store(made.codes, T.cast(code, vector("int8", run)), [span(at, run)])
+            with T.serial(0, shape.group // lanes) as i:
+                value = load(x, [row, first + i * lanes], lanes)
+                code = rounded(value * splat(times, lanes), lanes)
+                add_to(total, T.cast(code, vector("float32", lanes)), lanes)
             factor = bind(most / f32(127))
             T.buffer_store(made.factors, factor, [row * shape.padded + g])
             T.buffer_store(made.offsets, factor * horizontal_sum(total, lanes), [row * shape.padded + g])
@@ -151,7 +160,9 @@ def _dot(total: Expr, weights: Expr, codes: Expr, lanes: int, cpu: Cpu) -> Expr:
 class _Product:
     """Emits the product of one kernel."""
 
-    def __init__(self, shape: _Shape, q: Buffer, x: _Activations, bias: Buffer | None, out: Buffer, cpu: Cpu):
+    def __init__(
+        self, shape: _Shape, q: Buffer, x: _Activations, bias: Buffer | None, out: Buffer, cpu: Cpu
+    ) -> None:
         self.shape, self.q, self.x, self.bias, self.out, self.cpu = shape, q, x, bias, out, cpu
 
     def ready(self, scales: Buffer, zeros: Buffer, n0: Expr, count: Expr) -> None:
@@ -176,6 +187,8 @@ class _Product:
         sums = [[register(lanes, 0) for _ in range(columns)] for _ in range(rows)]
         with T.serial(0, shape.groups) as g:
             for r in range(rows):
+                if columns == 1:
+                    prefetch(self.q, [n0 + r + _AHEAD, g * (shape.group // 2)])
                 halves = self._halves(n0 + r, g)
                 scale = bind(splat(self.scales[(local + r) * shape.padded + g], lanes))
                 for c in range(columns):
@@ -204,12 +217,110 @@ class _Product:
         return found
 
     def _sum(self, halves: Sequence[Expr], row: Expr, g: Expr) -> Expr:
-        shape, width = self.shape, 4 * self.shape.lanes
-        total = splat(T.int32(0), shape.lanes)
+        total = splat(T.int32(0), self.shape.lanes)
         for number, half in enumerate(halves):
-            at = row * shape.k + g * shape.group + number * width
-            total = _dot(total, half, self.x.codes[span(at, width)], shape.lanes, self.cpu)
+            total = _dot(total, half, self._codes(row, g, number), self.shape.lanes, self.cpu)
         return bind(total)
+
+    def _codes(self, row: Expr, g: Expr, number: int) -> Expr:
+        """The codes that half `number` of a group is multiplied with."""
+        shape, width = self.shape, 4 * self.shape.lanes
+        first = row * shape.k + g * shape.group
+        if shape.m < _MANY:
+            return self.x.codes[span(first + number * width, width)]
+        words = flat(self.x.codes, shape.m * shape.k // _WORD, _WORD)  # even and odd ones in turn
+        at = first // _WORD + number // 2 * 2 * shape.lanes + number % 2
+        return T.reinterpret(vector("int8", width), _word_vector(words, at, shape.lanes))
+
+
+class _Panel:
+    """Emits the product of a block of rows that is turned first: [groups, words of a group, vectors, lanes]
+    32-bit words, a row in each lane; scales and shifts [groups, vectors, lanes].
+    """
+
+    def __init__(
+        self, shape: _Shape, q: Buffer, x: _Activations, bias: Buffer | None, out: Buffer, cpu: Cpu
+    ) -> None:
+        self.shape, self.q, self.x, self.bias, self.out, self.cpu = shape, q, x, bias, out, cpu
+        self.lanes = cpu.lanes
+        self.vectors = 2 if cpu.registers >= 32 else 1
+        self.rows = self.vectors * self.lanes
+        self.words = shape.group // 8
+        most = (cpu.registers - 4 * self.vectors) // (2 * self.vectors)
+        self.columns = -(-shape.m // -(-shape.m // most))
+
+    def emit(self, scales: Buffer, zeros: Buffer, n0: Expr) -> None:
+        """out[:, n0 : n0 + rows]."""
+        self._turn(scales, zeros, n0)
+        m, columns = self.shape.m, self.columns
+        with T.serial(0, m // columns) as c:
+            self._tile(n0, c * columns, columns)
+        if m % columns:
+            self._tile(n0, T.int32(m - m % columns), m % columns)
+
+    def _turn(self, scales: Buffer, zeros: Buffer, n0: Expr) -> None:
+        shape = self.shape
+        self.panel = T.alloc_buffer((shape.k // 8 * self.rows,), "int32")
+        self.scales = T.alloc_buffer((shape.groups * self.rows,), "float32")
+        self.shifts = T.alloc_buffer((shape.groups * self.rows,), "float32")
+        with T.serial(0, shape.k // 8) as word, T.serial(0, self.rows) as r:
+            value = T.reinterpret("int32", self.q[n0 + r, span(word * _WORD, _WORD)])
+            T.buffer_store(self.panel, value, [word * self.rows + r])
+        with T.serial(0, shape.groups) as g, T.serial(0, self.rows) as r:
+            zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
+            scale = bind(load(scales, [n0 + r, g], 1))
+            T.buffer_store(self.scales, scale, [g * self.rows + r])
+            shift = scale * T.cast(T.cast(zero, "int32"), "float32")
+            T.buffer_store(self.shifts, shift, [g * self.rows + r])
+
+    def _tile(self, n0: Expr, m0: Expr, columns: int) -> None:
+        shape, lanes = self.shape, self.lanes
+        codes = flat(self.x.codes, shape.m * shape.k // _WORD, _WORD)
+        grid = [(v, c) for v in range(self.vectors) for c in range(columns)]
+        sums = {at: register(lanes, 0) for at in grid}
+        totals = {at: T.alloc_buffer((lanes,), "int32") for at in grid}
+        low = splat(T.int32(_LOW), lanes)
+        with T.serial(0, shape.groups) as g:
+            for at in grid:
+                T.buffer_store(totals[at], splat(T.int32(0), lanes), [span(0, lanes)])
+            with T.serial(0, self.words) as w:
+                word = bind(g * self.words + w)
+                for v in range(self.vectors):
+                    both = bind(self.panel[span((word * self.vectors + v) * lanes, lanes)])
+                    halves = (both & low, T.shift_right(both, splat(T.int32(4), lanes)) & low)
+                    for odd, half in enumerate(map(bind, halves)):
+                        for c in range(columns):
+                            code = codes[(m0 + c) * (shape.k // _WORD) + 2 * word + odd, span(0, _WORD)]
+                            spread = splat(T.reinterpret("int32", code), lanes)
+                            total = _dot(
+                                totals[v, c][span(0, lanes)],
+                                half,
+                                T.reinterpret(vector("int8", 4 * lanes), spread),
+                                lanes,
+                                self.cpu,
+                            )
+                            T.buffer_store(totals[v, c], total, [span(0, lanes)])
+            for v in range(self.vectors):
+                at = (g * self.vectors + v) * lanes
+                scale, shift = bind(self.scales[span(at, lanes)]), bind(self.shifts[span(at, lanes)])
+                for c in range(columns):
+                    factor = splat(self.x.factors[(m0 + c) * shape.padded + g], lanes)
+                    offset = splat(self.x.offsets[(m0 + c) * shape.padded + g], lanes)
+                    total = T.cast(totals[v, c][span(0, lanes)], vector("float32", lanes))
+                    add_to(sums[v, c], total * (scale * factor) - shift * offset, lanes)
+        for v, c in grid:
+            first = n0 + v * lanes
+            value = get(sums[v, c], lanes)
+            value = value if self.bias is None else value + load(self.bias, [first], lanes)
+            store(self.out, [m0 + c, first], value, lanes)
+
+
+def _word_vector(words: Buffer, first: Expr, lanes: int) -> Expr:
+    """Every other word from `first` on."""
+    slots = T.alloc_buffer((lanes,), "int32")
+    for lane in range(lanes):
+        T.buffer_store(slots, T.reinterpret("int32", words[first + 2 * lane, span(0, _WORD)]), [lane])
+    return slots[span(0, lanes)]
 
 
 def _columns(m: int, cpu: Cpu) -> int:
@@ -224,8 +335,23 @@ def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) 
     *lead, k = (int(d) for d in x.shape)
     shape = _Shape.of(math.prod(lead), int(q.shape[0]), k, op.group_size, cpu)
     m, n = shape.m, shape.n
-    activations = _quantized(flat(x, m, k), shape, cpu)
-    product = _Product(shape, q, activations, bias[0] if bias else None, flat(out, m, n), cpu)
+    turned = m >= _MANY
+    activations = _quantized(flat(x, m, k), shape, cpu, _WORD if turned else 4 * shape.lanes)
+    given = (shape, q, activations, bias[0] if bias else None, flat(out, m, n), cpu)
+    whole = 0
+    if turned:
+        panel = _Panel(*given)
+        whole = n - n % panel.rows
+        if whole:
+            with loop(whole // panel.rows, cpu, m * n * k) as block:
+                panel.emit(scales, zeros, bind(block * panel.rows))
+    if n > whole:
+        _by_rows(_Product(*given), scales, zeros, whole)
+
+
+def _by_rows(product: _Product, scales: Buffer, zeros: Buffer, first: int) -> None:
+    """The rows of the weight from `first` on, as they lie."""
+    m, n, k, cpu = product.shape.m, product.shape.n, product.shape.k, product.cpu
     columns = _columns(m, cpu)
 
     def rows_at(n0: Expr, local: Expr, rows: int, count: Expr) -> None:
@@ -236,13 +362,15 @@ def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) 
             with T.serial(0, count) as t:
                 product.tile(n0 + t * rows, local + t * rows, m - m % columns, rows, m % columns)
 
-    whole = n - n % _ROWS
+    whole = (n - first) // _ROWS * _ROWS
     if whole:
-        with loop(-(-whole // _BLOCK_ROWS), cpu, m * n * k) as block:
-            n0 = bind(block * _BLOCK_ROWS)
-            count = bind(T.min(_BLOCK_ROWS, whole - n0)) if whole % _BLOCK_ROWS else T.int32(_BLOCK_ROWS)
+        with loop(-(-whole // _BLOCK_ROWS), cpu, m * whole * k) as block:
+            n0 = bind(block * _BLOCK_ROWS + first)
+            left = whole + first - n0
+            count = bind(T.min(_BLOCK_ROWS, left)) if whole % _BLOCK_ROWS else T.int32(_BLOCK_ROWS)
             product.ready(scales, zeros, n0, count)
             rows_at(n0, T.int32(0), _ROWS, count // _ROWS)
-    if n % _ROWS:
-        product.ready(scales, zeros, T.int32(whole), T.int32(n % _ROWS))
-        rows_at(T.int32(whole), T.int32(0), n % _ROWS, T.int32(1))
+    if (n - first) % _ROWS:
+        last = T.int32(first + whole)
+        product.ready(scales, zeros, last, T.int32((n - first) % _ROWS))
+        rows_at(last, T.int32(0), (n - first) % _ROWS, T.int32(1))

@@ -129,7 +129,7 @@ def float_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) ->
                     for r in range(tile.rows)
                 ]
                 for r in range(tile.rows):
-                    prefetch(q, [tile.n0 + r + tile.rows, block * (lanes * nibbles) // 2])
+                    prefetch(q, [tile.n0 + r + 2 * tile.rows, block * (lanes * nibbles) // 2])
                 for j in range(nibbles):
                     for r in range(tile.rows):
                         tile.multiply(

@@ -1,0 +1,126 @@
+"""4-bit weights by 8-bit activations: the sums are exact, whatever the processor multiplies bytes with, and what the
+rounding of the activations costs is bounded.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tyir.backends.host.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, detected_cpu
+from tyir.diagnostics import TyirError
+from tyir.dialects import func, ty
+from tyir.execution.storage import pack
+from tyir.runtime_sim.session.host_runtime import HostLibrary
+from tyir.types import TensorType, f16, f32, ui4
+
+
+@dataclass(frozen=True)
+class Shape:
+    m: int
+    k: int
+    n: int
+    group: int
+    bias: bool = False
+
+    @property
+    def types(self) -> tuple[TensorType, ...]:
+        groups = self.k // self.group
+        biases = (TensorType((self.n,), f16),) if self.bias else ()
+        return (
+            TensorType((1, self.m, self.k), f16),
+            TensorType((self.n, self.k), ui4),
+            TensorType((self.n, groups), f16),
+            TensorType((self.n, groups), ui4),
+            *biases,
+        )
+
+    def op(self) -> tuple[func.Func, ty.QuantizedLinear]:
+        function = func.Func.make("f", self.types)
+        op = ty.QuantizedLinear(*function.args, group_size=self.group, element=f32)
+        function.body.append(op)
+        return function, op
+
+
+SHAPES = [
+    Shape(1, 896, 40, 128),  # seven groups: an odd number of zero points in a row
+    Shape(1, 1024, 600, 128),  # enough work for threads
+    Shape(3, 96, 5, 32, bias=True),
+    Shape(5, 256, 33, 64),
+    Shape(13, 512, 70, 256, bias=True),  # blocks of rows, turned, and rows that are left
+    Shape(37, 384, 96, 128),
+    Shape(8, 64, 9, 32),
+]
+
+
+@pytest.fixture(scope="module", params=[detected_cpu(), GENERIC_CPU])
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HostLibrary]:
+    target = HostTarget(mcpu=request.param, activations="int8")
+    if not target.cpu().byte_products:
+        pytest.skip("this processor does not multiply bytes")
+    path = tmp_path_factory.mktemp("integers") / "x.so"
+    build_library(assign_kernels([shape.op()[0] for shape in SHAPES]), target, path)
+    yield HostLibrary(path)
+
+
+def operands(shape: Shape) -> list[npt.NDArray[np.generic]]:
+    rng = np.random.default_rng(shape.k + shape.n)
+    x = rng.standard_normal(shape.types[0].static_shape) * rng.choice([0.01, 1, 30], (1, shape.m, shape.k))
+    x[0, 0, : shape.group] = 0  # a group without a largest value
+    found: list[npt.NDArray[np.generic]] = [x.astype(np.float16)]
+    for t in shape.types[1:]:
+        whole = str(t.element) == "ui4"
+        drawn = rng.integers(0, 16, t.static_shape) if whole else rng.uniform(0.001, 0.02, t.static_shape)
+        found.append(drawn.astype(np.uint8 if whole else np.float16))
+    return found
+
+
+def rounded(
+    shape: Shape, x: npt.NDArray[np.generic]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The activations that are multiplied, [m, groups, group], and how far apart two of a group are."""
+    groups = x[0].astype(np.float32).reshape(shape.m, -1, shape.group)
+    most = np.abs(groups).max(axis=2, keepdims=True)
+    times = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    step = most / np.float32(127)
+    return np.rint(groups * times).astype(np.float64) * step, step.astype(np.float64)
+
+
+def by_hand(
+    shape: Shape, x: npt.NDArray[np.generic], *others: npt.NDArray[np.generic]
+) -> npt.NDArray[np.float64]:
+    """The same from rounded activations, in f64."""
+    q, scales, zeros, *bias = (a.astype(np.float64) for a in others)
+    weight = (q.reshape(shape.n, -1, shape.group) - zeros[:, :, None]) * scales[:, :, None]
+    out = np.einsum("mgk,ngk->mn", rounded(shape, x)[0], weight)
+    return out + bias[0] if bias else out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_of_rounded_activations_are_exact(shape: Shape, library: HostLibrary) -> None:
+    function, op = shape.op()
+    assign_kernels([function])
+    arrays = operands(shape)
+    got = library.evaluate(op, [pack(a, t) for a, t in zip(arrays, shape.types)])
+    wanted = by_hand(shape, *arrays)
+    np.testing.assert_allclose(got[0], wanted, atol=2e-5 * np.abs(wanted).max())  # type: ignore[index]
+    most = np.repeat(rounded(shape, arrays[0])[1] / 2, shape.group, axis=2).reshape(shape.m, -1)
+    weight = ty.dequantize(arrays[1], arrays[2], arrays[3], shape.group).astype(np.float64)
+    bound = most @ np.abs(weight).T + 1e-3 * np.abs(wanted).max()  # weights are rounded to f16 by the op
+    assert (np.abs(got[0] - op.evaluate(*arrays)[0]) <= bound).all()  # type: ignore[index]
+
+
+def test_a_processor_that_multiplies_no_bytes_is_refused() -> None:
+    with pytest.raises(TyirError, match="a x86-64 processor does not multiply 8-bit numbers"):
+        HostTarget(mcpu="x86-64", activations="int8")
+
+
+def test_other_activations_are_refused() -> None:
+    with pytest.raises(TyirError, match="activations 'int4' are not supported"):
+        HostTarget(activations="int4")

@@ -1,0 +1,65 @@
+"""A step as one call of compiled code gives what its ops give one by one, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tyir.diagnostics import TyirError
+from tyir.manifest import BuildOptions, Manifest
+from tyir.runtime_sim.session.host_engine import HostEngine
+from tyir.runtime_sim.session.session import Session
+from tyir.tools.api import compile_path
+
+Artifacts = Callable[[int, str], Path]
+IDS = [5, 17, 300, 42, 9, 1000, 77, 3, 8, 900, 11]  # a chunk of 8, and single tokens
+
+
+def ignore(*seen: object) -> None:
+    """A probe, so that ops are walked."""
+
+
+@pytest.mark.parametrize(("dies", "weights"), [(1, "int4"), (3, "int4"), (2, "fp16")])
+def test_a_step_is_what_its_ops_are(artifacts: Artifacts, dies: int, weights: str) -> None:
+    folder = artifacts(dies, weights)
+    called, walked = Session(folder), Session(folder, probe=ignore)
+    assert isinstance(called.engine, HostEngine)
+    np.testing.assert_array_equal(called.feed(IDS), walked.feed(IDS))
+    mine, theirs = called.engine.caches(), walked.engine.caches()
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        np.testing.assert_array_equal(array, theirs[name])
+
+
+def test_threads_do_not_change_a_step(artifacts: Artifacts) -> None:
+    folder = artifacts(1, "int4")
+    np.testing.assert_array_equal(Session(folder, threads=1).feed(IDS), Session(folder).feed(IDS))
+
+
+def test_what_fails_where_dies_meet_is_reported(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of one die's exchange comes through compiled code, and no other die waits for ever."""
+    from tyir.dialects.dist import AllReduce
+
+    def broken(*parts: object) -> None:
+        raise TyirError("a sum that cannot be")
+
+    session = Session(artifacts(3, "int4"))
+    monkeypatch.setattr(AllReduce, "combine", broken)
+    with pytest.raises(TyirError, match="a sum that cannot be"):
+        session.feed(IDS)
+
+
+def test_8_bit_activations_are_recorded_and_near(
+    imported: Path, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    options = BuildOptions(dies=1, seqlens=(1, 8), max_kv=128, weights="int4")
+    folder = compile_path(imported, tmp_path, options, host_activations="int8")
+    assert Manifest.load(folder).build["host"]["activations"] == "int8"
+    exact, near = Session(artifacts(1, "int4")).feed(IDS), Session(folder).feed(IDS)
+    error = np.linalg.norm(near - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.03
