@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-_UNASKED: Final = (None, (), "cost")  # what a compile settles by itself
+_UNASKED: Final = (None, (), "cost", "fp32")  # what a compile settles by itself
 _PARTS: Final = (".safetensors", ".bin", ".pt", ".pth")  # of a checkpoint, which is the folder
 
 
@@ -167,7 +167,7 @@ def compile_path(
         "vision_die_map": vision_die_map,
         "vision_exponent": vision_exponent,
         "vision_split": vision_split,
-        "activations": None if host_activations == "fp32" else host_activations,
+        "activations": host_activations,
     }
     if vision_exponent is not None:
         check_exponent(vision_exponent)
@@ -266,7 +266,7 @@ def compile_path(
 
 
 def _taken(asked: Mapping[str, Any], accepted: Collection[str], backend: str) -> dict[str, Any]:
-    """What a back end is told beside what all take; `TyirError` when something was asked for that it does not know."""
+    """What a back end is told beside what all take; `TyirError` when it does not know what was asked for."""
     unknown = [name for name, value in asked.items() if name not in accepted and value not in _UNASKED]
     if unknown:
         raise TyirError(
