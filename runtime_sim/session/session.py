@@ -58,6 +58,9 @@ class Engine(Protocol):
     def load_caches(self, caches: dict[CacheName, Array]) -> None:
         """Take over caches that `caches` gave."""
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Make the caches of one sequence of the batch those of another."""
+
 
 def make_engine(name: str, artifacts: Artifacts, probe: StepProbe | None = None) -> Engine:
     """The engine of a name, for an artifact folder.  `probe` sees the ops of the engines that walk IR."""
