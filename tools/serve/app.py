@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
@@ -219,13 +220,19 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        places = [".".join(map(str, e["loc"]))[:200] for e in error.errors()[:10]]
+        places = [_place(e["loc"]) for e in error.errors()[:10]]
         text = "; ".join(f"{p}: {e['msg'][:200]}" for p, e in zip(places, error.errors()))
         return _shaped(request, RequestError(400, text, places[0] if places else None))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         return _shaped(request, RequestError(error.status_code, f"{request.url.path}: {error.detail}"))
+
+
+def _place(loc: Sequence[object]) -> str:
+    """Where in a body, without which of a field's types was tried: `body.prompt`."""
+    named = [str(part) for part in loc if part != "str" and "[" not in str(part)]
+    return ".".join(named)[:200]
 
 
 def _shaped(request: Request, error: RequestError) -> Response:
