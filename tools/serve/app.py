@@ -134,7 +134,7 @@ def make_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, gate: Ga
             )
         return json_reply({"prompt": completions._text(fields.tokens) if fields.tokens else ""})
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.get("/health")
     async def health() -> Response:
         return Response(status_code=200 if gate.refuses() is None else 503)
 
@@ -146,9 +146,12 @@ def make_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, gate: Ga
     async def load() -> Response:
         return json_reply({"server_load": sum(engine.engine.counts)})
 
-    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    @app.get("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    for path, route in (("/health", health), ("/metrics", prometheus)):
+        app.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
 
     # ------------------------------------------------------------------------------------------------- Ollama
 
