@@ -84,6 +84,7 @@ class Generation:
     constraint: Constraint | None = None
     salt: str = ""
     after: Generation | None = None
+    task: Task = field(init=False)
     made: list[int] = field(default_factory=list, init=False)
     finish: Finish | None = field(default=None, init=False)
     times: Times = field(default_factory=Times, init=False)

@@ -81,7 +81,8 @@ def random_request(rng: random.Random) -> tuple[str, Params]:
         presence_penalty=rng.choice([0.0, 0.5]),
     )
     stop = rng.choice([(), (), (rng.choice(["e", "th", ". ", " t", "ing"]),)])
-    return prompt, Params(max_tokens=rng.randrange(1, 14), sampling=sampling, stop=stop)
+    most, whole = rng.randrange(1, 14), rng.choice([True, False])
+    return prompt, Params(max_tokens=most, sampling=sampling, stop=stop, whole=whole)
 
 
 async def mix(engine: AsyncEngine, seed: int) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -468,3 +471,24 @@ def test_the_page_asks_nobody_else(served: Served) -> None:
     for text in (page, script, served.raw("GET", "/page.css")[1]):
         assert "http:" not in text and "https:" not in text and "//cdn" not in text
     assert "innerHTML" not in script and "<script>" not in page
+
+
+@pytest.mark.slow
+def test_the_command(four: Path) -> None:
+    """It says where it serves, serves there, and ends with 0 after SIGTERM."""
+    command = [sys.executable, "-m", "tyir.tools.tyir_serve", str(four), "--port", "0", "-q"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        place = process.stdout.readline().split()[-1].removeprefix("http://")
+        try:
+
+            def status() -> int:
+                connection = http.client.HTTPConnection(place, timeout=10)
+                connection.request("GET", "/health")
+                return connection.getresponse().status
+
+            _until(lambda: status() == 200, 120.0)
+        finally:
+            process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (0, "")

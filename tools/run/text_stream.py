@@ -69,6 +69,10 @@ class TextStream:
             self._shorten(text)
         return new if self._clean is None else self._clean.put(new)
 
+    def skip(self, token: int) -> None:
+        """A token whose text is not wanted before that of a later one, or the end's."""
+        self._window.append(token)
+
     def end(self) -> str:
         """What was held back; nothing follows it."""
         text = self._raw(self._window)

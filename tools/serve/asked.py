@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -63,6 +63,7 @@ def params_of(fields: SamplingFields, engine: AsyncEngine, most_answers: int) ->
         skip_special_tokens=fields.skip_special_tokens is not False,
         constraint=constraint_of(fields.response_format, fields.structured_outputs, engine),
         salt=fields.cache_salt or "",
+        whole=not fields.stream,
     )
 
 
@@ -79,7 +80,7 @@ def _sampling(fields: SamplingFields, engine: AsyncEngine) -> Sampling:
                      "presence_penalty", "frequency_penalty")
         if (value := getattr(fields, name)) is not None
     }  # fmt: skip
-    ranges = {
+    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
         "temperature": (lambda v: v >= 0, "non-negative"),
         "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
         "top_k": (lambda v: v >= -1, "-1 or more (0 and -1: all)"),

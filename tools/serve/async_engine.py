@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -46,7 +47,8 @@ class Params:
     to the same prompt, with seeds that follow each other.  `stop`: texts that end it.  `logprobs`: how many
     of the most likely tokens come with each token, None for no log-probabilities; `echo`: with those of the
     prompt's tokens as well.  `constraint` makes what the text is held to, one for each answer.  `salt`: what
-    was computed for an answer is used only for others with the same.
+    was computed for an answer is used only for others with the same.  `whole`: nothing is wanted of an answer
+    before its end.
     """
 
     max_tokens: int | None = 16
@@ -62,6 +64,7 @@ class Params:
     echo: bool = False
     constraint: Callable[[], Constraint] | None = None
     salt: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,13 @@ class _Listener:
     """Makes text of tokens in the engine's thread, so that a stop text ends the answer at its token."""
 
     def __init__(
-        self, index: int, stream: TextStream, stops: StopStrings, put: Callable[[Delta], None]
+        self,
+        index: int,
+        stream: TextStream,
+        stops: StopStrings | None,
+        put: Callable[[Delta], None],
     ) -> None:
+        """Without `stops` no text is wanted before the end."""
         self._index = index
         self._stream = stream
         self._stops = stops
@@ -96,6 +104,9 @@ class _Listener:
     def token(self, scored: Scored, finish: Finish | None) -> Finish | None:
         if finish is not None and finish.reason == "stop":  # a token that ends is not text
             text = self._rest()
+        elif self._stops is None:
+            self._stream.skip(scored.token)
+            text = self._stream.end() if finish is not None else ""
         else:
             text, stop = self._stops.put(self._stream.put(scored.token))
             if stop is not None:
@@ -114,6 +125,8 @@ class _Listener:
 
     def _end(self, text: str, finish: Finish) -> tuple[str, Finish]:
         """Nothing follows: what was held back may be shown, unless a stop text shows up in it."""
+        if self._stops is None:
+            return text + self._stream.end(), finish
         more, stop = self._stops.put(self._stream.end())
         return (
             (text + more, Finish("stop", stop))
@@ -128,18 +141,26 @@ class _Listener:
 class Answer:
     """The answers to one prompt: an asynchronous iterator of `Delta`, until all of them have ended."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, prompt: Sequence[int], *, whole: bool = False) -> None:
         self.prompt = prompt
         self.generations: list[Generation] = []
         self._engine = engine
+        self._whole = whole
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._queue: asyncio.Queue[list[Delta]] = asyncio.Queue()
+        self._kept: list[Delta] = []
+        self._lock = threading.Lock()
         self._left = 0
 
     def put(self, delta: Delta) -> None:
-        """From any thread."""
+        """From any thread.  A `whole` answer wakes the loop only when one of its parts has ended."""
+        with self._lock:
+            self._kept.append(delta)
+            if self._whole and delta.finish is None:
+                return
+            deltas, self._kept = self._kept, []
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, deltas)
 
     def expect(self, generations: Sequence[Generation]) -> None:
         self.generations = list(generations)
@@ -160,15 +181,16 @@ class Answer:
         for generation in self.generations:
             self._engine.cancel(generation)
 
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self._deltas()
+    def __aiter__(self) -> AsyncGenerator[Delta, None]:
+        return self.deltas()
 
-    async def _deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """The same; closing it early ends the answers."""
         try:
             while self._left:
-                delta = await self._queue.get()
-                self._left -= delta.finish is not None
-                yield delta
+                for delta in await self._queue.get():
+                    self._left -= delta.finish is not None
+                    yield delta
         finally:
             self.cancel()
 
@@ -284,22 +306,23 @@ class AsyncEngine:
         """The tokens of a prompt; `TyirError` when there are none, or clearly more than fit."""
         if isinstance(prompt, str):
             return token_ids(self.tokenizer, prompt, self.capacity)
-        if prompt and isinstance(prompt[0], Mapping):
-            return token_ids(self.tokenizer, self.chat_text(prompt), self.capacity)  # type: ignore[arg-type]
-        return [int(i) for i in prompt]  # type: ignore[call-overload]
+        messages = [m for m in prompt if isinstance(m, Mapping)]
+        if messages:
+            return token_ids(self.tokenizer, self.chat_text(messages), self.capacity)
+        return [int(i) for i in prompt if not isinstance(i, Mapping)]
 
     # ------------------------------------------------------------------------------------------------ answers
 
     async def generate(
         self, prompt: str | Sequence[int] | Messages, params: Params | None = None
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """What becomes of the answers to a prompt, as it comes.
 
         `QueueFull` when too many wait, `TyirError` for what cannot be answered.
         """
         ids = await asyncio.to_thread(self.ids_of, prompt)
         answer = self.submit(ids, params or Params())[0]
-        async with contextlib.aclosing(answer._deltas()) as deltas:
+        async with contextlib.aclosing(answer.deltas()) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -316,11 +339,12 @@ class AsyncEngine:
     def _answer(self, ids: Sequence[int], params: Params, first: int) -> Answer:
         limit = self.capacity - len(ids) if params.max_tokens is None else params.max_tokens
         stops = frozenset() if params.ignore_eos else frozenset(self.ends)
-        answer = Answer(self.engine, ids)
+        answer = Answer(self.engine, ids, whole=params.whole)
         made: list[Generation] = []
         for number in range(params.n):
             stream = TextStream(self.tokenizer, ids, skip=params.skip_special_tokens)
-            texts = StopStrings(params.stop, include=params.include_stop)
+            at_end = params.whole and not params.stop
+            texts = None if at_end else StopStrings(params.stop, include=params.include_stop)
             sampling = params.sampling
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=sampling.seed + number)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,8 +51,13 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def merged(answers: Sequence[Answer]) -> AsyncIterator[Delta]:
+async def merged(answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
     """What becomes of several answers, as it comes."""
+    if len(answers) == 1:
+        async with contextlib.aclosing(answers[0].deltas()) as deltas:
+            async for delta in deltas:
+                yield delta
+        return
     queue: asyncio.Queue[Delta | None] = asyncio.Queue()
 
     async def forward(answer: Answer) -> None:
@@ -288,7 +293,7 @@ class Completions:
         logprobs = self._logprobs(asked, [*choice.prompt, *choice.tokens], 0)
         return {"index": number, "text": before + choice.text, "logprobs": logprobs, **ended}
 
-    async def _stream(self, asked: _Asked, answers: Sequence[Answer]) -> AsyncIterator[str]:
+    async def _stream(self, asked: _Asked, answers: Sequence[Answer]) -> AsyncGenerator[str, None]:
         """Events; an error after the headers is one too."""
         options = asked.fields.stream_options
         continuous = options is not None and bool(options.continuous_usage_stats)
@@ -352,7 +357,8 @@ class Completions:
         """Of a plain completion; the chosen token is among the best ones, with the same number."""
         if asked.params.logprobs is None:
             return None
-        offsets, tops = [], []
+        offsets: list[int] = []
+        tops: list[dict[str, float] | None] = []
         for one in scored:
             offsets.append(offset)
             offset += len(self.texts.text_of(one.token))

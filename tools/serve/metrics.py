@@ -87,7 +87,7 @@ class Metrics(Observer):
 
     def watch(self, engine: Engine, config: dict[str, str]) -> None:
         """Show an engine's state whenever it is asked for, and what it was built with."""
-        self.registry.register(_State(engine, self._labels))  # type: ignore[arg-type]
+        self.registry.register(_State(engine, self._labels))
         info = Gauge("vllm:cache_config_info", "What the caches are", sorted(config), registry=self.registry)
         info.labels(**config).set(1)
 

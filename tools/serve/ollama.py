@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -177,6 +177,7 @@ class Ollama:
             presence_penalty=options.presence_penalty,
             frequency_penalty=options.frequency_penalty,
             stop=options.stop,
+            stream=fields.stream is not False,
             response_format=schema
             if isinstance(fields.format, dict)
             else {"type": "json_object"}
@@ -189,14 +190,16 @@ class Ollama:
         limit = limit_of(asked, None, len(ids), self._engine, "num_predict")
         return ids, replace(params, max_tokens=limit)
 
-    async def _parts(self, fields: OllamaFields, answer: Answer, form: str, began: int) -> AsyncIterator[str]:
+    async def _parts(
+        self, fields: OllamaFields, answer: Answer, form: str, began: int
+    ) -> AsyncGenerator[str, None]:
         head = self._head(fields)
 
         def put(text: str, **more: Any) -> str:
             said = {"role": "assistant", "content": text} if form == "message" else text
             return line({**head, form: said, "done": False, **more})
 
-        async with contextlib.aclosing(answer._deltas()) as deltas:
+        async with contextlib.aclosing(answer.deltas()) as deltas:
             async for delta in deltas:
                 if delta.finish is None:
                     if delta.text:
@@ -218,7 +221,7 @@ class Ollama:
                         eval_duration=int((times.last - times.first) * 1e9),
                     )
 
-    async def _whole(self, parts: AsyncIterator[str], form: str) -> Mapping[str, Any]:
+    async def _whole(self, parts: AsyncGenerator[str, None], form: str) -> Mapping[str, Any]:
         import json
 
         text, last = "", {}
