@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, note, run_tool, warn
+from tyir.tools.cli import ToolParser, add_json_option, note, run_tool, warn
 
 __all__ = ["main", "make_parser"]
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
             help="pip install 'tyir[serve]'",
         )
     _check(args)
+    from tyir.tools.commands.json_forms import Serving, print_json
     from tyir.tools.serve.async_engine import AsyncEngine
     from tyir.tools.serve.metrics import Metrics
     from tyir.tools.serve.running import listen, serve
@@ -55,7 +56,13 @@ def main(argv: Sequence[str]) -> int:
     host, port = listening.getsockname()[:2]
     if not keys and host not in ("127.0.0.1", "::1"):
         warn(f"whoever reaches {host} can use this server; --api-key-file or {_KEY} close it")
-    print(f"serving {names[0]} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if args.json:
+        found = Serving(str(args.artifacts), url, tuple(names), engine.slots, engine.capacity, args.max_queue)
+        print_json(found)
+    else:
+        print(f"serving {names[0]} at {url}")
+    sys.stdout.flush()
     note(f"{engine.slots} at once, {engine.capacity} tokens each, {args.max_queue} may wait")
     settings = Settings(
         names=tuple(names),
@@ -185,6 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="streams end with their usage only where stream_options asks for it",
     )
+    add_json_option(parser, "say where it serves as JSON")
     parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")
     return parser
 
