@@ -69,11 +69,11 @@ async def merged(answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
     try:
         left = len(answers)
         while left:
-            delta = await queue.get()
-            if delta is None:
+            part = await queue.get()
+            if part is None:
                 left -= 1
             else:
-                yield delta
+                yield part
     finally:
         for task, answer in zip(tasks, answers):
             task.cancel()
