@@ -56,11 +56,16 @@ LAZY: dict[str, set[str]] = {
         "scipy",
         "matplotlib",  # the plot of a quantisation's report, an extra
         "pyarrow",  # calibration text in Parquet files, an extra
+        *{"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"},  # tyir-serve, an extra
+        "llguidance",  # text that is held to a schema, of the same extra
     },  # scipy: fitting the constants of a machine file, dev only
 }
 
 # Folders whose files may import a lazy library at their top, because commands import them inside functions.
-LATE: dict[str, tuple[str, ...]] = {"torch": ("tools/quantize/",), "safetensors": ("tools/quantize/",)}
+LATE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("torch", "safetensors"), ("tools/quantize/",)),
+    **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), ("tools/serve/",)),
+}
 
 # Files and folders that may import a library nobody else may.
 SPECIAL: dict[str, tuple[str, ...]] = {

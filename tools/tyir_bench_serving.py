@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
 
 if TYPE_CHECKING:
-    from tyir.runtime_sim.session.serving import Server
+    from tyir.runtime_sim.serving.benchmark import Server
 
 __all__ = ["main", "make_parser"]
 
@@ -26,7 +26,7 @@ __all__ = ["main", "make_parser"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    from tyir.runtime_sim.session.serving import poisson, read_trace, serve, summary, text_block
+    from tyir.runtime_sim.serving.benchmark import poisson, read_trace, serve, summary, text_block
 
     _check_positive(args)
     slos = _slos(args.goodput)
@@ -63,8 +63,8 @@ def _check_positive(args: argparse.Namespace) -> None:
 
 def _server(args: argparse.Namespace) -> tuple[Server, str]:
     if args.engine != "sim":
+        from tyir.runtime_sim.serving.benchmark import MeasuredServer
         from tyir.runtime_sim.session.batch_session import BatchSession
-        from tyir.runtime_sim.session.serving import MeasuredServer
 
         session = BatchSession(args.artifacts, args.engine)
         return (
@@ -72,7 +72,7 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
             f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals",
         )
     from tyir.execution.artifacts import Artifacts
-    from tyir.runtime_sim.session.serving import SimulatedServer
+    from tyir.runtime_sim.serving.benchmark import SimulatedServer
     from tyir.runtime_sim.timing.predictor import Predictor
     from tyir.runtime_sim.timing.program import EdgeProgram, load_programs, machine_of
     from tyir.targets.machine import load_machine
@@ -96,7 +96,7 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
 
 
 def _slos(items: Sequence[str]) -> dict[str, float]:
-    from tyir.runtime_sim.session.serving import SLOS
+    from tyir.runtime_sim.serving.benchmark import SLOS
 
     slos: dict[str, float] = {}
     for item in items:

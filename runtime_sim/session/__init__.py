@@ -1,4 +1,4 @@
 """Running tokens through compiled artifacts.
 
-Sessions, chunks, sampling, saved caches, serving, and the engines behind them.
+Sessions, chunks, sampling, saved caches, and the engines behind them.
 """

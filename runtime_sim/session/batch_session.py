@@ -108,15 +108,45 @@ class BatchSession:
         while any(left) or not rows[0]:
             most = max(map(len, left))
             seqlen = length_for(most, self.manifest.options.seqlens)
-            parts = [part[:seqlen] for part in left]
-            counts = [len(part) for part in parts]
-            outputs = self._step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen), counts)
-            for number, part in enumerate(parts):
+            for own, outputs in zip(rows, self.step([part[:seqlen] for part in left], seqlen)):
                 for name, array in outputs.items():
-                    rows[number].setdefault(name, []).append(array[number, : len(part)])
-                self.tokens[number] += part
+                    own.setdefault(name, []).append(array)
             left = [part[seqlen:] for part in left]
         return [{name: np.concatenate(arrays) for name, arrays in own.items()} for own in rows]
+
+    def step(self, parts: Sequence[Sequence[int]], seqlen: int) -> list[dict[str, Array]]:
+        """One step of a compiled length: append at most `seqlen` tokens to each sequence; its outputs by
+        name, [n, ..] each.
+
+        Nothing is appended when it fails: `NotFinite` names the sequence whose numbers are at fault, and the
+        others may go on.
+        """
+        counts = [len(part) for part in parts]
+        outputs = self._step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen), counts)
+        for known, part in zip(self.tokens, parts):
+            known += part
+        return [
+            {name: array[number, :count] for name, array in outputs.items()}
+            for number, count in enumerate(counts)
+        ]
+
+    def rewind(self, sequence: int, count: int) -> None:
+        """Keep the first `count` tokens of a sequence and forget the rest; what follows is computed anew."""
+        if not 0 <= count <= len(self.tokens[sequence]):
+            raise TyirError(
+                f"cannot rewind sequence {sequence} to {count} tokens: its cache holds"
+                f" {len(self.tokens[sequence])}"
+            )
+        del self.tokens[sequence][count:]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Make `target` hold the first `count` tokens of `source`, without computing them again."""
+        if not 0 <= count <= len(self.tokens[source]):
+            raise TyirError(
+                f"cannot copy {count} tokens of sequence {source}: its cache holds {len(self.tokens[source])}"
+            )
+        self.engine.copy_sequence(source, target)
+        self.tokens[target] = self.tokens[source][:count]
 
     def _checked(self, given: Sequence[Sequence[int]]) -> list[list[int]]:
         """The tokens of each sequence; `TyirError` for what cannot be run."""

@@ -76,6 +76,13 @@ class Edge10Engine:
         for (number, name), array in caches.items():
             dies[number].memory.dram.write_buffer(name, array)
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """In every `kv` buffer, whose first axis is the batch."""
+        caches = self.caches()
+        for array in caches.values():
+            array[target] = array[source]
+        self.load_caches(caches)
+
     def _programs(self, seqlen: int) -> list[FunctionalDie]:
         if seqlen not in self._dies:
             dies = [self._load(die, seqlen) for die in range(self.manifest.options.dies)]

@@ -25,10 +25,18 @@ from tyir.traits import Collective, InPlace, WeightReference
 if TYPE_CHECKING:
     from tyir.runtime_sim.session.session import Engine
 
-__all__ = ["FiniteSteps", "Origin"]
+__all__ = ["FiniteSteps", "NotFinite", "Origin"]
 
 Array = npt.NDArray[Any]
 _LOWEST: Final = float(np.finfo(np.float32).min)  # what `ty.top_k` counts NaN and -inf as
+
+
+class NotFinite(TyirError):
+    """A step's numbers are not finite, of one sequence at least; the first such is `sequence`."""
+
+    def __init__(self, sequence: int, message: str, help: str) -> None:
+        super().__init__(message, help=help)
+        self.sequence = sequence
 
 
 @dataclass
@@ -41,7 +49,7 @@ class FiniteSteps:
     def __call__(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> dict[str, Array]:
         """One step, of which the first `counts[i]` rows of sequence i are used.
 
-        `TyirError` when one of them is not finite: step, position, and where it began.
+        `NotFinite` when one of them is not finite: step, position, and where it began.
         """
         self.done += 1
         with np.errstate(all="ignore"):  # what is not finite is reported below, by its place
@@ -61,7 +69,7 @@ class FiniteSteps:
         chunk: Chunk,
         counts: Sequence[int],
         place: tuple[int, int],
-    ) -> TyirError:
+    ) -> NotFinite:
         origin = self._origin(inputs, chunk, counts)
         # where it began: within a step, masked products carry NaN to earlier rows too (0 * NaN)
         sequence, row = origin.place if origin is not None and origin.place is not None else place
@@ -75,8 +83,8 @@ class FiniteSteps:
                 "the reference computes this step without: tyir-verify --against the checkpoint names the op"
                 " that differs; compile the model again"
             )
-            return TyirError(message, help=help)
-        return TyirError(f"{message}; {origin}", help=origin.help)
+            return NotFinite(place[0], message, help)
+        return NotFinite(place[0], f"{message}; {origin}", origin.help)
 
     def _origin(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> Origin | None:
         """The first op whose result is not finite, by walking the step again.

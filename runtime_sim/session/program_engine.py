@@ -98,6 +98,11 @@ class ProgramEngine:
         """Take over caches as `caches` gave them."""
         self._caches = {name: np.array(array) for name, array in caches.items()}
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """In every cache, whose first axis is the batch."""
+        for array in self._caches.values():
+            array[target] = array[source]
+
     def _watch(self, interpreter: Interpreter, die: int, chunk: Chunk) -> None:
         probe = self.probe
         if probe is not None:

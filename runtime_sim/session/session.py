@@ -59,6 +59,9 @@ class Engine(Protocol):
     def load_caches(self, caches: dict[CacheName, Array]) -> None:
         """Take over caches that `caches` gave."""
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Make the caches of one sequence of the batch those of another."""
+
 
 def make_engine(
     name: str, artifacts: Artifacts, probe: StepProbe | None = None, threads: int | None = None

@@ -49,6 +49,13 @@ def artifacts(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Artif
 
 
 @pytest.fixture(scope="session")
+def four(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts for four sequences at once."""
+    options = BuildOptions(dies=1, seqlens=(1, 8), max_kv=MAX_KV, weights="int4", batch=4)
+    return compile_path(imported, tmp_path_factory.mktemp("four"), options)
+
+
+@pytest.fixture(scope="session")
 def reference() -> Callable[[str], Reference]:
     """Hugging Face fp32 on the weights of a kind, with its answers remembered."""
 

@@ -20,7 +20,7 @@ def machine(argv: Sequence[str]) -> int:
 @run_tool
 def request_trace(argv: Sequence[str]) -> int:
     """Read a file of requests."""
-    from tyir.runtime_sim.session.serving import read_trace
+    from tyir.runtime_sim.serving.benchmark import read_trace
 
     read_trace(Path(argv[0]))
     return 0

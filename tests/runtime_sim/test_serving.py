@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.runtime_sim.session.serving import (
+from tyir.runtime_sim.serving.benchmark import (
     Request,
     SimulatedServer,
     poisson,
@@ -22,57 +22,58 @@ from tyir.runtime_sim.session.serving import (
     summary,
     text_block,
 )
+from tyir.runtime_sim.serving.scheduler import Step
 from tyir.runtime_sim.timing.predictor import Predictor
 
 
 @dataclass
 class FixedServer:
-    """Prompts take 10 ms for each token of the longest, every further token 20 ms."""
+    """Steps of one token take 20 ms, those of eight 50 ms."""
 
     slots: int = 1
     capacity: int = 1000
+    seqlens: Sequence[int] = (1, 8)
 
-    def prefill(self, prompts: Mapping[int, int]) -> float:
-        return 0.01 * max(prompts.values())
-
-    def decode(self, positions: Mapping[int, int]) -> float:
-        return 0.02
+    def run(self, step: Step) -> float:
+        return {1: 0.02, 8: 0.05}[step.seqlen]
 
 
 def test_two_requests_by_hand() -> None:
+    """Two steps for the first prompt, three for the second, which waits 90 ms for the first."""
     first, second = serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer())
     assert first.tokens == pytest.approx((0.1, 0.12, 0.14)) and (first.ttft, first.tpot) == pytest.approx(
         (0.1, 0.02)
     )
     assert (
-        second.tokens == pytest.approx((0.34,)) and second.ttft == pytest.approx(0.29) and second.tpot is None
-    )  # waits 90 ms for the first
+        second.tokens == pytest.approx((0.29,)) and second.ttft == pytest.approx(0.24) and second.tpot is None
+    )
     assert serve([Request(0, 10, 3), Request(0.05, 20, 1)], FixedServer(), max_concurrency=1)[
         1
-    ].ttft == pytest.approx(0.2)
+    ].ttft == pytest.approx(0.15)
     figures = summary([first, second], {"ttft": 200})
-    assert figures["duration"] == pytest.approx(0.34) and figures["output_throughput"] == pytest.approx(
-        4 / 0.34
+    assert figures["duration"] == pytest.approx(0.29) and figures["output_throughput"] == pytest.approx(
+        4 / 0.29
     )
-    assert figures["request_goodput"] == pytest.approx(1 / 0.34) and figures["max_concurrent_requests"] == 2
+    assert figures["request_goodput"] == pytest.approx(1 / 0.29) and figures["max_concurrent_requests"] == 2
 
 
 def test_three_requests_on_two_sequences_by_hand() -> None:
     """Prompts of 10, 20 and 5 tokens at 0, 0.05 and 0.06; outputs 4, 2 and 2.
 
-    The first prompt ends at 0.1.  The second has come meanwhile: 0.1 to 0.3 its prompt, while the first
-    waits.  Then both get a token: 0.32, the second is done.  Now the third's prompt: 0.37.  Both: 0.39, the
-    third is done.  The first: 0.41.
+    0.05: eight of the first prompt.  0.10: its last two and eight of the second.  From now on the first is
+    being answered, and every other step is short: 0.15 (long: 16 of the second), 0.17 (17), 0.22 (all 20:
+    both get a token, the first is done).  The third takes its place.  0.24: short again, the second is done.
+    0.29: the third's prompt.  0.31: its last token.
     """
     requests = [Request(0, 10, 4), Request(0.05, 20, 2), Request(0.06, 5, 2)]
     first, second, third = serve(requests, FixedServer(slots=2))
-    assert first.tokens == pytest.approx((0.1, 0.32, 0.39, 0.41))
-    assert second.tokens == pytest.approx((0.3, 0.32)) and third.tokens == pytest.approx((0.37, 0.39))
+    assert first.tokens == pytest.approx((0.1, 0.15, 0.17, 0.22))
+    assert second.tokens == pytest.approx((0.22, 0.24)) and third.tokens == pytest.approx((0.29, 0.31))
     assert [r.sent for r in serve(requests, FixedServer(slots=2), max_concurrency=2)] == pytest.approx(
-        [0, 0.05, 0.32]
+        [0, 0.05, 0.22]
     )
     together = serve([Request(0, 10, 2), Request(0, 30, 1)], FixedServer(slots=2))
-    assert [r.tokens for r in together] == [pytest.approx((0.3, 0.32)), pytest.approx((0.3,))]
+    assert [r.tokens for r in together] == [pytest.approx((0.1, 0.15)), pytest.approx((0.2,))]
 
 
 def test_identities() -> None:
@@ -102,9 +103,10 @@ def test_simulated_server(make_model: Callable[..., Any]) -> None:
     predictor = Predictor(lambda s: (prefill if s == 8 else decode).programs, (1, 8), 300, decode.machine)
     server = SimulatedServer(predictor)
     result = serve([Request(0, 20, 3)], server)[0]
-    assert result.ttft == pytest.approx(predictor.ttft_ns(20) * 1e-9)
-    assert server.decode({0: 128}) == pytest.approx(predictor.tpot_ns(128) * 1e-9)
-    assert server.decode({0: 100}) == pytest.approx(predictor.tpot_ns(100) * 1e-9, rel=0.05)
+    assert result.ttft == pytest.approx(predictor.ttft_ns(20, exact=False) * 1e-9)
+    one = lambda position: server.run(Step(1, (position,), ((1,),)))  # noqa: E731
+    assert one(128) == pytest.approx(predictor.tpot_ns(128) * 1e-9)
+    assert one(100) == pytest.approx(predictor.tpot_ns(100) * 1e-9, rel=0.05)
     with pytest.raises(TyirError, match="cache of 300"):
         serve([Request(0, 290, 20)], server)
 

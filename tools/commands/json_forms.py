@@ -36,6 +36,7 @@ __all__ = [
     "QuantizedLinear",
     "Ran",
     "Reduced",
+    "Serving",
     "Stage",
     "Trouble",
     "print_json",
@@ -174,6 +175,18 @@ class Ran:
     ]
     first_token_seconds: Annotated[float | None, "from there to the first token; null for a batch"]
     tokens_per_second: Annotated[float, "of this machine, not the device; of all prompts together"]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """`tyir-serve --json`: printed when it listens; `/health` says when it is ready."""
+
+    artifacts: Annotated[str, "the folder"]
+    url: Annotated[str, "where it serves"]
+    models: Annotated[tuple[str, ...], "names of the model; the first is answered with"]
+    slots: Annotated[int, "requests that are answered at once"]
+    max_model_len: Annotated[int, "tokens of a prompt and its answer"]
+    max_queue: Annotated[int, "requests that may wait"]
 
 
 @dataclass(frozen=True)
@@ -341,6 +354,7 @@ FORMS: dict[str, tuple[type[Any], ...]] = {
     "tyir-compile": (Artifacts, Stage, Planned, PlannedDie),
     "tyir-run": (Ran, Prompt),
     "tyir-chat": (Ran, Prompt),
+    "tyir-serve": (Serving,),
     "tyir-verify": (Checked, PromptChecked),
     "tyir-reduce": (Reduced,),
     "tyir-doctor": (Doctor, Trouble),

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tyir.runtime_sim.session.serving import Request, Result, summary
+from tyir.runtime_sim.serving.benchmark import Request, Result, summary
 from tyir.runtime_sim.timing.summary import Summary
 from tyir.tools.cli import EXIT_CODES
 from tyir.tools.commands.json_forms import FORMS

@@ -15,6 +15,7 @@ the end of what the longer window gave.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -35,16 +36,19 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return _decoded(tokenizer, ids)
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int], **options: bool) -> str:
+def _decoded(tokenizer: Any, ids: Sequence[int], skip: bool = True, **options: bool) -> str:
     with tokenizing("cannot decode the answer"):
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True, **options))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=skip, **options))
 
 
 class TextStream:
-    """Text of the tokens after `context`, each piece once it is final."""
+    """Text of the tokens after `context`, each piece once it is final; special tokens are left out with
+    `skip`.
+    """
 
-    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, context: Sequence[int] = (), *, skip: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip
         self._clean = _Cleaner(tokenizer.clean_up_tokenization) if _cleans_up(tokenizer) else None
         self._probes = _probes(tokenizer)
         self._window = list(context)
@@ -65,6 +69,10 @@ class TextStream:
             self._shorten(text)
         return new if self._clean is None else self._clean.put(new)
 
+    def skip(self, token: int) -> None:
+        """A token whose text is not wanted before that of a later one, or the end's."""
+        self._window.append(token)
+
     def end(self) -> str:
         """What was held back; nothing follows it."""
         text = self._raw(self._window)
@@ -76,7 +84,7 @@ class TextStream:
         if not ids:
             return ""  # which some decoders cannot be asked
         options = {} if self._clean is None else {"clean_up_tokenization_spaces": False}
-        return _decoded(self._tokenizer, ids, **options)
+        return _decoded(self._tokenizer, ids, self._skip, **options)
 
     def _final(self, text: str) -> int:
         """How many characters of the window's text no further token changes.
@@ -114,7 +122,8 @@ def pieces(stream: TextStream, tokens: Iterator[int]) -> Iterator[str]:
     yield stream.end()
 
 
-def _probes(tokenizer: Any) -> list[int]:
+@functools.lru_cache(maxsize=4)  # a server asks for every answer
+def _probes(tokenizer: Any) -> Sequence[int]:
     """Tokens that show what may still change when one follows: a byte that begins no character, a word, and
     what goes on with one.
     """

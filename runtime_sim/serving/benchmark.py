@@ -8,9 +8,8 @@ of each request with more than one, duration from the first sending to the last 
 it arrives, so waiting for the server is part of its TTFT; with a limit of requests under way it is sent when
 the limit allows it.
 
-Artifacts for a batch serve as many requests at once, scheduled between steps (Yu et al., "Orca", OSDI 2022):
-prompts that wait for a free sequence run first and together, otherwise every running request gets its next
-token.
+Artifacts for a batch serve as many requests at once.  What runs when is decided by `Scheduler`, the one that
+`tyir-serve` has: what is measured here of the simulated device is what that server would do with it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import heapq
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -29,6 +29,7 @@ import numpy as np
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.process.files import read_regular
+from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
 from tyir.runtime_sim.timing.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -88,10 +89,7 @@ class Result:
 
 
 class Server(Protocol):
-    """What takes time, in seconds: prompts up to their first tokens, and one more token each.
-
-    Sequences are numbered from 0 to `slots` - 1.
-    """
+    """What takes time: a step of `seqlen` rows for each of `slots` sequences."""
 
     @property
     def capacity(self) -> int: ...
@@ -99,12 +97,11 @@ class Server(Protocol):
     @property
     def slots(self) -> int: ...
 
-    def prefill(self, prompts: Mapping[int, int]) -> float:
-        """New requests, by sequence their number of prompt tokens."""
-        ...
+    @property
+    def seqlens(self) -> Sequence[int]: ...
 
-    def decode(self, positions: Mapping[int, int]) -> float:
-        """Running requests, by sequence how many tokens are cached."""
+    def run(self, step: Step) -> float:
+        """Run it; seconds."""
         ...
 
 
@@ -112,9 +109,8 @@ class Server(Protocol):
 class SimulatedServer:
     """The timing engine: device time and the machine's host constant.
 
-    Decode steps are interpolated between a few simulated positions.
-
-    Sequences of a batch run the same program: they are timed as if all stood where the longest stands.
+    Steps are interpolated between a few simulated positions.  Sequences of a batch run the same program: they
+    are timed as if all stood where the longest of those that run stands.
     """
 
     predictor: Predictor
@@ -124,19 +120,18 @@ class SimulatedServer:
     def capacity(self) -> int:
         return self.predictor.capacity
 
-    def prefill(self, prompts: Mapping[int, int]) -> float:
-        return self.predictor.ttft_ns(max(prompts.values())) * 1e-9
+    @property
+    def seqlens(self) -> Sequence[int]:
+        return self.predictor.seqlens
 
-    def decode(self, positions: Mapping[int, int]) -> float:
-        return self.predictor.tpot_ns(max(positions.values()), exact=False) * 1e-9
+    def run(self, step: Step) -> float:
+        position = max(start for start, feed in zip(step.starts, step.feeds) if feed)
+        return (self.predictor.between(step.seqlen, position) + self.predictor.host_ns) * 1e-9
 
 
 @dataclass
 class MeasuredServer:
-    """The runtime on this computer: each step is run and its time taken.
-
-    Tokens are arbitrary; their number is what counts.
-    """
+    """The runtime on this computer: each step is run and its time taken."""
 
     session: BatchSession
 
@@ -148,17 +143,15 @@ class MeasuredServer:
     def slots(self) -> int:
         return len(self.session.tokens)
 
-    def prefill(self, prompts: Mapping[int, int]) -> float:
-        for slot in prompts:
-            self.session.tokens[slot] = []
-        return self._timed({slot: [1 + i % 97 for i in range(count)] for slot, count in prompts.items()})
+    @property
+    def seqlens(self) -> Sequence[int]:
+        return self.session.manifest.options.seqlens
 
-    def decode(self, positions: Mapping[int, int]) -> float:
-        return self._timed({slot: [1 + position % 97] for slot, position in positions.items()})
-
-    def _timed(self, tokens: Mapping[int, list[int]]) -> float:
+    def run(self, step: Step) -> float:
         start = time.perf_counter()
-        self.session.generate([tokens.get(slot, []) for slot in range(self.slots)], 1)
+        for slot, position in enumerate(step.starts):
+            self.session.rewind(slot, position)
+        self.session.step(step.feeds, step.seqlen)
         return time.perf_counter() - start
 
 
@@ -202,27 +195,38 @@ def poisson(count: int, rate: float, prompt: int, output: int, seed: int = 0) ->
     return [Request(float(t), prompt, output) for t in np.cumsum(gaps) - gaps[0]]
 
 
-@dataclass
+_TOKENS: Final = 97  # different tokens that requests are made of: their number is what counts
+
+
+@dataclass(eq=False)
 class _Running:
-    """A request in one of the server's sequences."""
+    """A request that has been sent."""
 
     request: Request
     sent: float
+    number: int
     tokens: list[float] = field(default_factory=list)
 
-    @property
-    def cached(self) -> int:
-        return self.request.prompt + len(self.tokens) - 1
+    def task(self) -> Task:
+        """Its prompt, which no other's begins like: caches of other requests are of no use."""
+        rest = [1 + i % _TOKENS for i in range(self.request.prompt)]
+        return Task(rest, salt=str(self.number))
 
 
-def serve(requests: Iterable[Request], server: Server, *, max_concurrency: int | None = None) -> list[Result]:
+def serve(
+    requests: Iterable[Request],
+    server: Server,
+    *,
+    max_concurrency: int | None = None,
+    long_share: float = 0.5,
+) -> list[Result]:
     """Run the requests in the order of their arrival; at most `max_concurrency` are sent and not yet done.
 
-    Results in the order of arrival.
+    Results in the order of arrival.  What runs when is decided by the server's own `Scheduler`.
     """
     if max_concurrency is not None and max_concurrency < 1:
         raise TyirError(f"max_concurrency must be at least 1, got {max_concurrency}")
-    todo = sorted(requests, key=lambda r: r.arrival)
+    todo = deque(sorted(requests, key=lambda r: r.arrival))
     long = [r for r in todo if r.prompt + r.output - 1 > server.capacity]
     if long:
         raise TyirError(
@@ -230,32 +234,35 @@ def serve(requests: Iterable[Request], server: Server, *, max_concurrency: int |
             f" {long[0].prompt} + {long[0].output}",
             help="shorten them, or compile with a larger --max-kv",
         )
+    scheduler = Scheduler(server.slots, server.seqlens, server.capacity, long_share=long_share)
     permits = [0.0] * min(max_concurrency or len(todo), len(todo))  # when each may be taken
-    order = {id(r): number for number, r in enumerate(todo)}
-    running: dict[int, _Running] = {}
-    results: list[Result] = []
+    under_way: dict[Task, _Running] = {}
+    done: dict[int, Result] = {}
+    sent = 0
     clock = 0.0
-    while todo or running:
-        if not running:
+    while todo or under_way:
+        if not under_way:
             clock = max(clock, todo[0].arrival, permits[0])
-        free = [slot for slot in range(server.slots) if slot not in running]
-        admitted: dict[int, _Running] = {}
-        while todo and free and permits and max(todo[0].arrival, permits[0]) <= clock:
-            request = todo.pop(0)
-            admitted[free.pop(0)] = _Running(request, max(request.arrival, heapq.heappop(permits)))
-        if admitted:
-            clock += server.prefill({slot: r.request.prompt for slot, r in admitted.items()})
-        else:
-            clock += server.decode({slot: r.cached for slot, r in running.items()})
-        running.update(admitted)
-        for slot in admitted or list(running):
-            one = running[slot]
+        while todo and permits and max(todo[0].arrival, permits[0]) <= clock:
+            request = todo.popleft()
+            one = _Running(request, max(request.arrival, heapq.heappop(permits)), sent)
+            sent += 1
+            task = one.task()
+            under_way[task] = one
+            scheduler.add(task)
+        step = scheduler.plan()
+        assert step is not None
+        clock += server.run(step)
+        for task in scheduler.ran(step):
+            one = under_way[task]
             one.tokens.append(clock)
+            task.ids.append(1 + len(task.ids) % _TOKENS)
             if len(one.tokens) == one.request.output:
-                results.append(Result(one.request, one.sent, tuple(one.tokens)))
+                done[one.number] = Result(one.request, one.sent, tuple(one.tokens))
                 heapq.heappush(permits, clock)
-                del running[slot]
-    return sorted(results, key=lambda r: order[id(r.request)])
+                scheduler.remove(task)
+                del under_way[task]
+    return [done[number] for number in sorted(done)]
 
 
 def goodput(results: Sequence[Result], slos: Mapping[str, float], duration: float) -> float:

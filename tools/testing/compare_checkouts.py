@@ -1,7 +1,7 @@
 """Two checkouts compile the same models: which bytes of the artifacts differ, and how fast each is.
 
-    python -m tyir.tools.compare_checkouts OLD NEW                   all cases, then speeds
-    python -m tyir.tools.compare_checkouts OLD NEW --cases tiny      the embedded model only
+    python -m tyir.tools.testing.compare_checkouts OLD NEW                   all cases, then speeds
+    python -m tyir.tools.testing.compare_checkouts OLD NEW --cases tiny      the embedded model only
 
 For refactoring: a move must change no byte.  Each checkout is installed into a folder of its own (the
 libraries are this environment's) and run from there, so that neither sees the other.  Cases: the embedded

@@ -1,0 +1,367 @@
+"""Text in, text out, from any number of tasks at once.
+
+    async with AsyncEngine(Path("out/4die")) as engine:
+        async for delta in engine.generate("The old house", Params(max_tokens=16)):
+            print(delta.text, end="")
+
+The prompt is a text, a list of tokens, or a chat's messages.  Leaving the loop early, or cancelling the task
+that runs it, ends the answer and frees its place after the step that runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+from tyir.diagnostics import TyirError
+from tyir.execution.artifacts import Artifacts
+from tyir.runtime_sim.serving.choosing import Constraint, Sampling
+from tyir.runtime_sim.serving.engine import Engine, Observer
+from tyir.runtime_sim.serving.generation import Finish, Generation, Scored
+from tyir.runtime_sim.session.batch_session import BatchSession
+from tyir.runtime_sim.session.session import EngineName
+from tyir.text.json_files import json_object
+from tyir.tools.run.chat import chat_template, marks_of
+from tyir.tools.run.end_tokens import end_tokens
+from tyir.tools.run.prompts import token_ids
+from tyir.tools.run.text_stream import TextStream
+from tyir.tools.serve.stop_strings import StopStrings
+from tyir.tools.tokenizer import load_tokenizer
+
+__all__ = ["Answer", "AsyncEngine", "Delta", "Messages", "Params"]
+
+Messages = Sequence[Mapping[str, Any]]
+_SAMPLING_FILE: Final = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Params:
+    """What is asked of an answer.
+
+    `max_tokens`: None for as many as the cache holds, 0 with `echo` to score the prompt alone.  `n`: answers
+    to the same prompt, with seeds that follow each other.  `stop`: texts that end it.  `logprobs`: how many
+    of the most likely tokens come with each token, None for no log-probabilities; `echo`: with those of the
+    prompt's tokens as well.  `constraint` makes what the text is held to, one for each answer.  `salt`: what
+    was computed for an answer is used only for others with the same.  `whole`: nothing is wanted of an answer
+    before its end.
+    """
+
+    max_tokens: int | None = 16
+    n: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    echo: bool = False
+    constraint: Callable[[], Constraint] | None = None
+    salt: str = ""
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an answer (number `index`) has become: more text, tokens with their log-probabilities, its end.
+
+    `prompt`: the prompt's tokens, once, where they were asked for.
+    """
+
+    index: int
+    text: str = ""
+    tokens: tuple[Scored, ...] = ()
+    prompt: tuple[Scored, ...] = ()
+    finish: Finish | None = None
+
+
+class _Listener:
+    """Makes text of tokens in the engine's thread, so that a stop text ends the answer at its token."""
+
+    def __init__(
+        self,
+        index: int,
+        stream: TextStream,
+        stops: StopStrings | None,
+        put: Callable[[Delta], None],
+    ) -> None:
+        """Without `stops` no text is wanted before the end."""
+        self._index = index
+        self._stream = stream
+        self._stops = stops
+        self._put = put
+        self._last = Delta(index)
+
+    def prompt(self, scored: Sequence[Scored]) -> None:
+        self._put(Delta(self._index, prompt=tuple(scored)))
+
+    def token(self, scored: Scored, finish: Finish | None) -> Finish | None:
+        if finish is not None and finish.reason == "stop":  # a token that ends is not text
+            text = self._rest()
+        elif self._stops is None:
+            self._stream.skip(scored.token)
+            text = self._stream.end() if finish is not None else ""
+        else:
+            text, stop = self._stops.put(self._stream.put(scored.token))
+            if stop is not None:
+                finish = Finish("stop", stop)
+            elif finish is not None:
+                text, finish = self._end(text, finish)
+        delta = Delta(self._index, text, (scored,))
+        if finish is None:
+            self._put(delta)
+        else:
+            self._last = delta  # what ends with it is said together
+        return finish
+
+    def ended(self, finish: Finish) -> None:
+        self._put(replace(self._last, finish=finish))
+
+    def _end(self, text: str, finish: Finish) -> tuple[str, Finish]:
+        """Nothing follows: what was held back may be shown, unless a stop text shows up in it."""
+        if self._stops is None:
+            return text + self._stream.end(), finish
+        more, stop = self._stops.put(self._stream.end())
+        return (
+            (text + more, Finish("stop", stop))
+            if stop is not None
+            else (text + more + self._stops.end(), finish)
+        )
+
+    def _rest(self) -> str:
+        return self._end("", Finish("stop"))[0]
+
+
+class Answer:
+    """The answers to one prompt: an asynchronous iterator of `Delta`, until all of them have ended."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], *, whole: bool = False) -> None:
+        self.prompt = prompt
+        self.generations: list[Generation] = []
+        self._engine = engine
+        self._whole = whole
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[list[Delta]] = asyncio.Queue()
+        self._kept: list[Delta] = []
+        self._lock = threading.Lock()
+        self._left = 0
+
+    def put(self, delta: Delta) -> None:
+        """From any thread.  A `whole` answer wakes the loop only when one of its parts has ended."""
+        with self._lock:
+            self._kept.append(delta)
+            if self._whole and delta.finish is None:
+                return
+            deltas, self._kept = self._kept, []
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, deltas)
+
+    def expect(self, generations: Sequence[Generation]) -> None:
+        self.generations = list(generations)
+        self._left = len(generations)
+
+    @property
+    def made(self) -> int:
+        """Tokens of all answers."""
+        return sum(len(g.made) for g in self.generations)
+
+    @property
+    def cached(self) -> int:
+        """Of the prompt's tokens, how many were not computed for this."""
+        return self.generations[0].task.cached
+
+    def cancel(self) -> None:
+        """End all of them; nothing when they have ended."""
+        for generation in self.generations:
+            self._engine.cancel(generation)
+
+    def __aiter__(self) -> AsyncGenerator[Delta, None]:
+        return self.deltas()
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """The same; closing it early ends the answers."""
+        try:
+            while self._left:
+                for delta in await self._queue.get():
+                    self._left -= delta.finish is not None
+                    yield delta
+        finally:
+            self.cancel()
+
+
+class AsyncEngine:
+    """Artifacts with their tokenizer, chat template and ends; answers are made by a thread of its own.
+
+    Construction reads the folder (`TyirError` lists what is wrong with it); `start` computes a step of every
+    length, and after it the engine is `ready`.
+    """
+
+    def __init__(
+        self,
+        folder: Path | Artifacts,
+        engine: EngineName = "host",
+        *,
+        template: str | None = None,
+        most_waiting: int | None = None,
+        most_waiting_tokens: int | None = None,
+        long_share: float = 0.5,
+        observer: Observer | None = None,
+        check: bool = True,
+    ) -> None:
+        self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
+        self.session = BatchSession(self.artifacts, engine)
+        self.engine = Engine(
+            self.session,
+            most_waiting=most_waiting,
+            most_waiting_tokens=most_waiting_tokens,
+            long_share=long_share,
+            observer=observer,
+        )
+        self.tokenizer = load_tokenizer(self.artifacts)
+        self.ends = end_tokens(self.artifacts, self.tokenizer)
+        self.ready = False
+        self._template = template
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a prompt and its answer."""
+        return self.engine.capacity
+
+    @property
+    def slots(self) -> int:
+        """Answers that are made at once."""
+        return len(self.session.tokens)
+
+    def defaults(self) -> Sampling:
+        """How to sample when nothing is said: as generation_config.json says, else at temperature 1, within
+        what the programs return.
+        """
+        file = self.artifacts.find(_SAMPLING_FILE)
+        path = self.artifacts.path / _SAMPLING_FILE
+        said = json_object(file.read(), path, "restore the file") if file is not None else {}
+        values: dict[str, Any] = {}
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            value = said.get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                values[name] = value
+        sampling = replace(Sampling(temperature=1.0), **values)
+        if self.engine.choices == 1:
+            return Sampling()
+        if self.engine.choices is not None:
+            most = self.engine.choices
+            top_k = min(sampling.top_k, most) if sampling.top_k > 0 else most
+            return Sampling(temperature=sampling.temperature, top_k=top_k)
+        return sampling
+
+    def start(self) -> None:
+        """Run a step of every length, then take requests; blocks until that is done."""
+        for seqlen in sorted(self.session.manifest.options.seqlens):
+            self.session.step([[0], *[[]] * (self.slots - 1)], seqlen)
+            self.session.rewind(0, 0)
+        self.engine.start()
+        self.ready = True
+
+    def stop(self) -> None:
+        """End what is being answered, and the thread."""
+        self.ready = False
+        self.engine.stop()
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(self, *unused: object) -> None:
+        await asyncio.to_thread(self.stop)
+
+    # ------------------------------------------------------------------------------------------------ prompts
+
+    def chat_text(self, messages: Messages, **options: Any) -> str:
+        """A chat as one text, by the artifacts' template (`options` go to it, as `tools`); `TyirError` when
+        there is none, or it cannot be applied.
+        """
+        template = self._template or chat_template(
+            self.artifacts, self.tokenizer, marks_of(self.artifacts, self.tokenizer)
+        )
+        settings = {"add_generation_prompt": True, **options}
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], chat_template=template, tokenize=False, **settings
+                )
+            )
+        except Exception as error:  # a template is a program of the folder's: it raises what it likes
+            line = (str(error).splitlines() or [""])[0][:200]
+            raise TyirError(
+                f"the chat template cannot be applied: {line or type(error).__name__}",
+                help="change the messages, or give another template with --chat-template FILE",
+            ) from None
+
+    def ids_of(self, prompt: str | Sequence[int] | Messages) -> list[int]:
+        """The tokens of a prompt; `TyirError` when there are none, or clearly more than fit."""
+        if isinstance(prompt, str):
+            return token_ids(self.tokenizer, prompt, self.capacity)
+        messages = [m for m in prompt if isinstance(m, Mapping)]
+        if messages:
+            return token_ids(self.tokenizer, self.chat_text(messages), self.capacity)
+        return [int(i) for i in prompt if not isinstance(i, Mapping)]
+
+    # ------------------------------------------------------------------------------------------------ answers
+
+    async def generate(
+        self, prompt: str | Sequence[int] | Messages, params: Params | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """What becomes of the answers to a prompt, as it comes.
+
+        `QueueFull` when too many wait, `TyirError` for what cannot be answered.
+        """
+        ids = await asyncio.to_thread(self.ids_of, prompt)
+        answer = self.submit(ids, params or Params())[0]
+        async with contextlib.aclosing(answer.deltas()) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    def submit(self, *given: Any) -> list[Answer]:
+        """Ask for answers to one or several prompts, all or none: `submit(ids, params)`,
+        `submit([ids, ids], params)`.
+        """
+        prompts, params = given
+        prompts = [prompts] if not prompts or isinstance(prompts[0], int) else prompts
+        answers = [self._answer(ids, params, number * params.n) for number, ids in enumerate(prompts)]
+        self.engine.add(*(g for answer in answers for g in answer.generations))
+        return answers
+
+    def _answer(self, ids: Sequence[int], params: Params, first: int) -> Answer:
+        limit = self.capacity - len(ids) if params.max_tokens is None else params.max_tokens
+        stops = frozenset() if params.ignore_eos else frozenset(self.ends)
+        answer = Answer(self.engine, ids, whole=params.whole)
+        made: list[Generation] = []
+        for number in range(params.n):
+            stream = TextStream(self.tokenizer, ids, skip=params.skip_special_tokens)
+            at_end = params.whole and not params.stop
+            texts = None if at_end else StopStrings(params.stop, include=params.include_stop)
+            sampling = params.sampling
+            if sampling.seed is not None:
+                sampling = replace(sampling, seed=sampling.seed + number)
+            made.append(
+                Generation(
+                    ids,
+                    _Listener(first + number, stream, texts, answer.put),
+                    limit,
+                    sampling,
+                    stops=stops | frozenset(params.stop_token_ids),
+                    least=params.min_tokens,
+                    logprobs=params.logprobs,
+                    score_prompt=params.echo,
+                    constraint=params.constraint() if params.constraint is not None else None,
+                    salt=params.salt,
+                    after=made[0] if made and not params.echo else None,
+                )
+            )
+        answer.expect(made)
+        return answer

@@ -1,0 +1,201 @@
+"""`tyir-serve OUT/{n}die`: answer OpenAI's and Ollama's clients, and a page in the browser.
+
+tyir-serve out/4die --port 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from tyir.diagnostics import TyirError
+from tyir.tools.cli import ToolParser, add_json_option, note, run_tool, warn
+
+__all__ = ["main", "make_parser"]
+
+_NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client")
+_KEY: Final = "TYIR_API_KEY"
+
+
+@run_tool
+def main(argv: Sequence[str]) -> int:
+    """Entry point."""
+    args = make_parser().parse_args(argv)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TyirError(
+            f"serving needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            help="pip install 'tyir[serve]'",
+        )
+    _check(args)
+    from tyir.tools.commands.json_forms import Serving, print_json
+    from tyir.tools.serve.async_engine import AsyncEngine
+    from tyir.tools.serve.metrics import Metrics
+    from tyir.tools.serve.running import listen, serve
+    from tyir.tools.serve.settings import Settings
+
+    keys = _keys(args)
+    names = args.served_model_name or [args.artifacts.resolve().parent.name or "tyir"]
+    metrics = Metrics(names[0])
+    engine = AsyncEngine(
+        args.artifacts,
+        args.engine,
+        template=_template(args.chat_template),
+        most_waiting=args.max_queue,
+        most_waiting_tokens=args.max_queued_tokens,
+        long_share=args.prefill_share,
+        observer=metrics,
+        check=not args.no_check,
+    )
+    listening = listen(args.host, args.port)
+    host, port = listening.getsockname()[:2]
+    if not keys and host not in ("127.0.0.1", "::1"):
+        warn(f"whoever reaches {host} can use this server; --api-key-file or {_KEY} close it")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if args.json:
+        found = Serving(str(args.artifacts), url, tuple(names), engine.slots, engine.capacity, args.max_queue)
+        print_json(found)
+    else:
+        print(f"serving {names[0]} at {url}")
+    sys.stdout.flush()
+    note(f"{engine.slots} at once, {engine.capacity} tokens each, {args.max_queue} may wait")
+    settings = Settings(
+        names=tuple(names),
+        keys=Settings.hashed(keys),
+        max_body=args.max_body,
+        always_usage=not args.usage_on_request,
+    )
+    serve(
+        engine,
+        listening,
+        settings,
+        metrics=metrics,
+        patience=args.shutdown_timeout,
+        log_level="info" if args.verbose else "warning",
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, holds in (
+        ("port", 0 <= args.port < 1 << 16),
+        ("max_queue", args.max_queue >= 0),
+        ("max_queued_tokens", args.max_queued_tokens is None or args.max_queued_tokens > 0),
+        ("prefill_share", 0 < args.prefill_share <= 1),
+        ("shutdown_timeout", args.shutdown_timeout >= 0),
+        ("max_body", args.max_body > 0),
+    ):
+        if not holds:
+            raise TyirError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range")
+
+
+def _keys(args: argparse.Namespace) -> list[str]:
+    keys = [*args.api_key, *os.environ.get(_KEY, "").split()]
+    if args.api_key_file is not None:
+        from tyir.process.files import read_regular
+
+        try:
+            keys += read_regular(args.api_key_file, 1 << 20).decode().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TyirError(
+                f"cannot read {args.api_key_file}: {error}", help="give a file with a key a line"
+            ) from None
+        if not keys:
+            raise TyirError(f"{args.api_key_file} holds no key", help="write a key in each line")
+    return keys
+
+
+def _template(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    from tyir.process.files import read_regular
+
+    try:
+        return read_regular(path, 1 << 20).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TyirError(
+            f"cannot read {path}: {error}", help="give a Jinja template as Hugging Face's are"
+        ) from None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="tyir-serve",
+        description="Answer OpenAI's and Ollama's clients, and a page in the browser, from artifacts.",
+    )
+    parser.add_argument("artifacts", type=Path, metavar="OUT/{n}die", help="the folder tyir-compile printed")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port (default 8000; 0: a free one, which is printed)"
+    )
+    parser.add_argument(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="what clients call the model; several are aliases (default: the folder's name)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("host", "interpreter", "edge10"),
+        default="host",
+        help="what executes the programs (default host)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja, instead of the artifacts' (or where they have none)",
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests that may wait for a slot; more get 429 (default 64)",
+    )
+    limits.add_argument(
+        "--max-queued-tokens", type=int, metavar="N", help="tokens of their prompts together (default: any)"
+    )
+    limits.add_argument(
+        "--prefill-share",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="how many steps may be long while somebody is being answered (default 0.5)",
+    )
+    limits.add_argument(
+        "--max-body", type=int, default=4 << 20, metavar="BYTES", help="of a request (default 4 MiB)"
+    )
+    limits.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long answers may take to end after SIGTERM (default 30)",
+    )
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"opens the server, which is closed then; the list of processes shows it, {_KEY} does not",
+    )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key in each line")
+    parser.add_argument(
+        "--usage-on-request",
+        action="store_true",
+        help="streams end with their usage only where stream_options asks for it",
+    )
+    add_json_option(parser, "say where it serves as JSON")
+    parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
