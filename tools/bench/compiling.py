@@ -147,6 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
+    if args.checkpoint is None:
+        raise TyirError("no checkpoint to measure with", help="give the folder of one of real size")
     rows: list[dict[str, Any]] = []
     if not args.json:
         print(
