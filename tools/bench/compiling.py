@@ -130,7 +130,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_compile", description="Time and memory of large compiles.")
     parser.add_argument(
-        "checkpoint", type=Path, help="folder whose layers the measured checkpoints are made of"
+        "checkpoint", type=Path, nargs="?", help="folder whose layers the measured checkpoints are made of"
     )
     parser.add_argument("--depths", type=numbers, default=(4, 8, 16), metavar="N,N,..")
     parser.add_argument("--dies", default="4")
