@@ -421,7 +421,7 @@ def compile_here(imported: Path) -> Compile:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_signals_at_random_moments_of_a_compile(tmp_path: Path, compile_here: Compile, name: str) -> None:
-    """What was there stays, TERM and INT leave nothing, what KILL leaves is gone with the next compile."""
+    """What was there stays; what is left to go on from is gone when the next compile ends."""
     chance, target = random.Random(name), tmp_path / "1die"
     start = time.monotonic()
     assert end_of(compile_here(tmp_path)) == 0
@@ -440,7 +440,6 @@ def test_signals_at_random_moments_of_a_compile(tmp_path: Path, compile_here: Co
         assert hashes(target) == before, "the same bytes, whichever compile they are of"
         found = [p.name for p in tmp_path.iterdir() if p.name != "1die"]
         leftovers += len(found)
-        assert name == "SIGKILL" or not found or code == 0
         assert len(found) <= 1, "each compile clears away what the one before it left"
     print(f"{name}: {struck} of 6 compiles ended by it, {leftovers} left a folder")
     assert end_of(compile_here(tmp_path)) == 0

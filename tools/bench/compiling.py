@@ -130,7 +130,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_compile", description="Time and memory of large compiles.")
     parser.add_argument(
-        "checkpoint", type=Path, help="folder whose layers the measured checkpoints are made of"
+        "checkpoint", type=Path, nargs="?", help="folder whose layers the measured checkpoints are made of"
     )
     parser.add_argument("--depths", type=numbers, default=(4, 8, 16), metavar="N,N,..")
     parser.add_argument("--dies", default="4")
@@ -147,6 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
+    if args.checkpoint is None:
+        raise TyirError("no checkpoint to measure with", help="give the folder of one of real size")
     rows: list[dict[str, Any]] = []
     if not args.json:
         print(
