@@ -72,3 +72,4 @@ def test_ollama(served: Served) -> None:
     assert raw.response and raw.eval_duration > 0
     with pytest.raises(ollama.ResponseError, match="--max-kv 4096"):
         client.generate("tiny", prompt=PROMPT, options={"num_ctx": 4096})
+    client._client.close()  # its connections, which it keeps otherwise
