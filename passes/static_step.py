@@ -91,7 +91,7 @@ class _Sequences:
         made = lifted.op
         assert made is not None
         back = Reshape(lifted, shape=tensor_type(value).static_shape, loc=made.loc)
-        return carry(back, made).insert_before(self.function.body.last_op).results[0]
+        return carry(back, made).insert_before(self.function.body.terminator).results[0]
 
     def _convert(self, op: Op) -> None:
         if not any(v in self.lines for v in op.operands):
