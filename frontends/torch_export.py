@@ -146,7 +146,7 @@ def _check_rope(folder: Path, raw: dict[str, Any]) -> None:
     for key in ("rope_parameters", "rope_scaling"):
         entry = raw.get(key)
         kind = entry.get("rope_type", entry.get("type")) if isinstance(entry, dict) else None
-        if kind == "mrope" and "mrope_section" in entry:
+        if isinstance(entry, dict) and kind == "mrope" and "mrope_section" in entry:
             continue  # as the hub's Qwen2-VL and Qwen2.5-VL say it; their config classes make it "default"
         if isinstance(kind, str) and kind not in known:
             message = (

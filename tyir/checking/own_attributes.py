@@ -33,7 +33,7 @@ OWN_ATTRIBUTES: Final[Mapping[str, str]] = {
     "tyir.path": "the module's path in the model",
     "tyir.source": "of a command: the op that it comes from",
     # of ops: how they are cut over dies
-    "tyir.pin": "what is to be split or replicated whatever it costs",
+    "tyir.pin": "what is to be split, replicated or cut by rows whatever it costs",
     "tyir.choice": "what was chosen, and why",
     "tyir.sharding": "where a result lives",
     "tyir.dies": "which dies take part",
