@@ -117,7 +117,7 @@ class ProgramWriter:
         program = Program(
             tuple(functions), tuple((str(p.sym_name), p.type) for p in params_of(die, functions))
         )
-        key = tuple(print_op(f, locations=False) for f in functions)
+        key = (*(print_op(f, locations=False) for f in functions), str(program.identity()))
         same = self.built.setdefault(key, library)
         if same is library:
             build_library(kernels, self.context.host_target(), library, program)
