@@ -66,7 +66,12 @@ LATE: dict[str, tuple[str, ...]] = {"torch": ("tools/quantize/",), "safetensors"
 SPECIAL: dict[str, tuple[str, ...]] = {
     "pytest": ("tools/testing/",),
     "filecheck": ("tools/testing/",),
-    "tvm": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
+    "tvm": (
+        "backends/host/tvm_host.py",
+        "backends/host/step.py",
+        "backends/host/kernels/",
+        "runtime_sim/session/host_runtime.py",
+    ),
     "tvm_ffi": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
 }
 
