@@ -66,6 +66,9 @@ LATE: dict[str, tuple[str, ...]] = {"torch": ("tools/quantize/",), "safetensors"
 SPECIAL: dict[str, tuple[str, ...]] = {
     "pytest": ("tools/testing/",),
     "filecheck": ("tools/testing/",),
+    "onnxruntime_genai": ("tools/bench/",),
+    "llama_cpp": ("tools/bench/",),
+    "openvino": ("tools/bench/",),
     "tvm": (
         "backends/host/tvm_host.py",
         "backends/host/step.py",
