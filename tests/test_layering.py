@@ -71,7 +71,15 @@ LATE: dict[str, tuple[str, ...]] = {
 SPECIAL: dict[str, tuple[str, ...]] = {
     "pytest": ("tools/testing/",),
     "filecheck": ("tools/testing/",),
-    "tvm": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
+    "onnxruntime_genai": ("tools/bench/",),
+    "llama_cpp": ("tools/bench/",),
+    "openvino": ("tools/bench/",),
+    "tvm": (
+        "backends/host/tvm_host.py",
+        "backends/host/step.py",
+        "backends/host/kernels/",
+        "runtime_sim/session/host_runtime.py",
+    ),
     "tvm_ffi": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
 }
 

@@ -126,7 +126,8 @@ def _array(value: Value, address: int | None) -> Array:
     t = tensor_type(value)
     shape, dtype = packed_shape(t), storage_dtype(t.element)
     count = int(np.prod(shape)) * dtype.itemsize
-    return np.frombuffer((ctypes.c_uint8 * count).from_address(address or 0), dtype).reshape(shape)
+    stored: Array = np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address or 0))
+    return stored.view(dtype).reshape(shape)
 
 
 def _aligned(size: int) -> Array:
