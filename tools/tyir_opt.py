@@ -13,7 +13,8 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,13 @@ def main(argv: Sequence[str]) -> int:
     from tyir.pass_manager.registry import PassRegistry
 
     registry = PassRegistry()
-    _load(args, registry)
+    with _dialects(args.load_dialect):
+        for path in args.load_pass:
+            registry.load_file(path)
+        return _run(args, parser, flags, registry)
+
+
+def _run(args: argparse.Namespace, parser: ToolParser, flags: list[str], registry: PassRegistry) -> int:
     if args.list_passes or args.show_dialects:
         from tyir.tools.opt.lists import dialect_list, pass_list
 
@@ -68,15 +75,22 @@ def main(argv: Sequence[str]) -> int:
     return 1 if job.failed else 0
 
 
-def _load(args: argparse.Namespace, registry: PassRegistry) -> None:
+@contextmanager
+def _dialects(paths: Sequence[str]) -> Iterator[None]:
+    """The ops that these files declare are known, and unknown again after it: a process may call several
+    tools.
+    """
     from tyir.pass_manager.registry import load_module_file
+    from tyir.registry import load_dialect_module, unload_dialect
 
-    for path in args.load_dialect:
-        from tyir.registry import load_dialect_module
-
-        load_dialect_module(load_module_file(path))
-    for path in args.load_pass:
-        registry.load_file(path)
+    loaded: list[str] = []
+    try:
+        for path in paths:
+            loaded += load_dialect_module(load_module_file(path))
+        yield
+    finally:
+        for name in loaded:
+            unload_dialect(name)
 
 
 def _read(path: str) -> tuple[str, str]:

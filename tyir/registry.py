@@ -64,13 +64,14 @@ def _dialect_module(dialect: str) -> ModuleType | None:
     return None
 
 
-def load_dialect_module(module: ModuleType) -> None:
-    """Make a user's dialect known: every declared op of the module, under the dialect its names begin
-    with.
+def load_dialect_module(module: ModuleType) -> list[str]:
+    """Make a user's dialect known: every declared op of the module, under the dialect its names begin with;
+    returns the dialects.
     """
-    for name in _declared(module):
-        _extra[name.partition(".")[0]] = module
+    names = list(dict.fromkeys(name.partition(".")[0] for name in _declared(module)))
+    _extra.update(dict.fromkeys(names, module))
     _forget_lookups()
+    return names
 
 
 def unload_dialect(dialect: str) -> None:

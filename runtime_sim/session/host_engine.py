@@ -109,6 +109,8 @@ def _exchange(die: _Die, sites: Sequence[Op]) -> Callable[..., int]:
         try:
             op: Any = sites[site]
             given = _array(op.operands[0], operand) if op.operands else None
+            if given is not None and not op.results:
+                given = given.copy()  # a die that sends goes on, and uses its workspace again
             request: Request = op.request(given)
             received = die.meeting.ask(die.number, request)
             if op.results:

@@ -42,7 +42,8 @@ LLAMA_8B = {
 
 def compiled_bytes(folder: Path, die: int, seqlen: int) -> tuple[int, int, int]:
     """Weights, cache and logits of one die, as written."""
-    weights = sum(a.nbytes for a in read_safetensors(folder / "batch_1" / f"common_die{die}.params").values())
+    files = (f"common_die{die}.params", f"seqlen_{seqlen}/llm_die{die}.params")
+    weights = sum(a.nbytes for f in files for a in read_safetensors(folder / "batch_1" / f).values())
     program = parse_file(folder / "batch_1" / f"seqlen_{seqlen}" / f"llm_die{die}.edge10")
     sizes = {"kv": 0, "output": 0, "input": 0}
     for buffer in program.walk_type(edge10.Buffer):

@@ -132,13 +132,15 @@ def _pairs(texts: Sequence[str]) -> list[tuple[str, str]]:
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description="Times whole models beside other engines, in turn.")
-    parser.add_argument("models", nargs="+", metavar="ENGINE=MODEL", help="tyir=FOLDER, llama.cpp=FILE, ..")
+    parser.add_argument("models", nargs="*", metavar="ENGINE=MODEL", help="tyir=FOLDER, llama.cpp=FILE, ..")
     parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PYTHON", help="an engine's Python")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens after it, in each round")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
+    if not options.models:
+        raise TyirError("no engines to measure", help="give some: tyir=out/1die llama.cpp=model.gguf")
     models, pythons = _pairs(options.models), dict(_pairs(options.python))
     with tempfile.TemporaryDirectory() as directory:
         probe_file = str(Path(directory) / "bandwidth")
@@ -192,4 +194,4 @@ def _print(found: Sequence[_Measured], ours: Sequence[bool], options: argparse.N
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
