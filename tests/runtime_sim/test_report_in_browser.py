@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from html import unescape
@@ -15,13 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.browser import BROWSER
 from tyir.runtime_sim.report.html import html_report
 from tyir.runtime_sim.timing.predictor import Predictor
 from tyir.runtime_sim.timing.summary import summarize
-
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 # Appended to a copy of the page: what sticks out of the window or its drawing, and pairs of labels of one
 # drawing that overlap.

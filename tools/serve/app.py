@@ -40,6 +40,7 @@ _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
+    "/page.svg": ("page.svg", "image/svg+xml"),
 }
 _NOT_HERE = ("pull", "push", "create", "delete", "copy", "embed", "embeddings", "blobs/{digest}")
 

@@ -10,7 +10,7 @@ from tyir.tools.serve.settings import Settings
 
 __all__ = ["Guard"]
 
-_OPEN: Final = frozenset({"/health", "/", "/page.js", "/page.css"})  # without a key
+_OPEN: Final = frozenset({"/health", "/", "/page.js", "/page.css", "/page.svg"})  # without a key
 _SMALL: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 

@@ -1,7 +1,7 @@
 "use strict";
 // A chat with the server that this page came from; nothing else is asked, and text is never read as markup.
 const one = (id) => document.getElementById(id);
-const messages = [];
+let messages = [];
 let under_way = null;
 
 function say(kind, text) {
@@ -57,7 +57,8 @@ async function* read(stream) {
 }
 
 async function send(text) {
-  messages.push({ role: "user", content: text });
+  const talk = messages; // another one after Clear
+  talk.push({ role: "user", content: text });
   say("user", text);
   const line = say("assistant", "");
   under_way = new AbortController();
@@ -66,7 +67,7 @@ async function send(text) {
   let first = 0, tokens = 0;
   try {
     const body = JSON.stringify({
-      model: one("model").value, messages, stream: true,
+      model: one("model").value, messages: talk, stream: true,
       stream_options: { include_usage: true, continuous_usage_stats: true },
     });
     const reply = await asked("/v1/chat/completions", { method: "POST", body, signal: under_way.signal });
@@ -82,7 +83,8 @@ async function send(text) {
   } catch (error) {
     if (error.name !== "AbortError") say("error", error.message);
   }
-  messages.push({ role: "assistant", content: line.textContent });
+  if (line.textContent) talk.push({ role: "assistant", content: line.textContent });
+  else talk.pop(); // what was not answered is not asked again with the next question
   under_way = null;
   one("send").disabled = false;
   one("stop").disabled = true;
@@ -104,7 +106,7 @@ one("text").addEventListener("keydown", (event) => {
 one("stop").addEventListener("click", () => under_way?.abort());
 one("clear").addEventListener("click", () => {
   under_way?.abort();
-  messages.length = 0;
+  messages = [];
   one("talk").replaceChildren();
 });
 asked("/v1/models").then((reply) => reply.json()).then((list) => {
