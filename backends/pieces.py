@@ -12,9 +12,11 @@ keys again, and computes only the others.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -55,8 +57,6 @@ def tool_identity() -> str:
 
 
 def _folders_of(package: str) -> list[Path]:
-    import importlib
-
     module = tyir if package == "tyir" else importlib.import_module(package)
     return [Path(folder) for folder in module.__path__]
 
@@ -64,8 +64,6 @@ def _folders_of(package: str) -> list[Path]:
 @functools.cache
 def compiler_identity(command: str) -> str:
     """The C++ compiler that links: its file, size and time of change."""
-    import shutil
-
     path = shutil.which(command) or command
     try:
         status = os.stat(path)

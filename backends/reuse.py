@@ -11,6 +11,7 @@ tools and the processor.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -99,13 +100,6 @@ def keep_artifacts(cache: Cache, key: str, target: Path, said: Sequence[str]) ->
         cache.put(None, target / name, sha256)
     data = (target / MANIFEST).read_bytes()
     cache.write(cache_key("manifest", data), data)
-    files[MANIFEST] = cache_sha256(data)
+    files[MANIFEST] = hashlib.sha256(data).hexdigest()
     cache.write(key, json.dumps({"files": files, "said": list(said)}).encode())
     cache.trim()
-
-
-def cache_sha256(data: bytes) -> str:
-    """What a piece of these bytes is called by."""
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.manifest import MANIFEST, BuildOptions, settled
+from tyir.process.cores import usable_cores
 from tyir.process.files import missing_hint
 from tyir.process.stopwatch import Stopwatch
-from tyir.process.threads import available_processors
 from tyir.tools.build_arguments import AUTO
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def compile_path(
         check_options(wanted)
         chosen.check_target(out / f"{wanted.dies}die")
         positions = wanted.max_kv
-    watch, jobs = watch or Stopwatch(), available_processors() if jobs is None else jobs
+    watch, jobs = watch or Stopwatch(), usable_cores() if jobs is None else jobs
     said: list[str] = []
     whole = None
     # a key knows the checkpoint and tyir's own sources

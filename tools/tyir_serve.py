@@ -15,6 +15,7 @@ from typing import Final
 
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_json_option, note, run_tool, warn
+from tyir.tools.run.arguments import add_engine_argument, add_threads_argument
 
 __all__ = ["main", "make_parser"]
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         long_share=args.prefill_share,
         observer=metrics,
         check=not args.no_check,
+        threads=args.threads,
     )
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
@@ -82,16 +84,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, holds in (
-        ("port", 0 <= args.port < 1 << 16),
-        ("max_queue", args.max_queue >= 0),
-        ("max_queued_tokens", args.max_queued_tokens is None or args.max_queued_tokens > 0),
-        ("prefill_share", 0 < args.prefill_share <= 1),
-        ("shutdown_timeout", args.shutdown_timeout >= 0),
-        ("max_body", args.max_body > 0),
+    queued = args.max_queued_tokens
+    for name, holds, wanted in (
+        ("port", 0 <= args.port < 1 << 16, "0 (a free one) to 65535"),
+        ("max_queue", args.max_queue >= 0, "0 or more requests"),
+        (
+            "max_queued_tokens",
+            queued is None or queued > 0,
+            "1 or more tokens",
+        ),
+        ("prefill_share", 0 < args.prefill_share <= 1, "a share above 0, at most 1"),
+        ("shutdown_timeout", args.shutdown_timeout >= 0, "0 or more seconds"),
+        ("max_body", args.max_body > 0, "1 or more bytes"),
     ):
         if not holds:
-            raise TyirError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range")
+            value = getattr(args, name)
+            raise TyirError(f"--{name.replace('_', '-')} {value} is out of range", help=f"give {wanted}")
 
 
 def _keys(args: argparse.Namespace) -> list[str]:
@@ -103,11 +111,15 @@ def _keys(args: argparse.Namespace) -> list[str]:
             keys += read_regular(args.api_key_file, 1 << 20).decode().split()
         except (OSError, UnicodeDecodeError) as error:
             raise TyirError(
-                f"cannot read {args.api_key_file}: {error}", help="give a file with a key a line"
+                f"cannot read {args.api_key_file}: {_reason(error)}", help="give a file with a key a line"
             ) from None
         if not keys:
             raise TyirError(f"{args.api_key_file} holds no key", help="write a key in each line")
     return keys
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
 def _template(path: Path | None) -> str | None:
@@ -119,7 +131,7 @@ def _template(path: Path | None) -> str | None:
         return read_regular(path, 1 << 20).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TyirError(
-            f"cannot read {path}: {error}", help="give a Jinja template as Hugging Face's are"
+            f"cannot read {path}: {_reason(error)}", help="give a Jinja template as Hugging Face's are"
         ) from None
 
 
@@ -139,12 +151,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="what clients call the model; several are aliases (default: the folder's name)",
     )
-    parser.add_argument(
-        "--engine",
-        choices=("host", "interpreter", "edge10"),
-        default="host",
-        help="what executes the programs (default host)",
-    )
+    add_engine_argument(parser)
+    add_threads_argument(parser)
     parser.add_argument(
         "--chat-template",
         type=Path,

@@ -15,6 +15,7 @@ from tyir.diagnostics import TyirError
 from tyir.process.files import load_json
 from tyir.tools.build_arguments import add_base_option, numbers
 from tyir.tools.cli import ToolParser, add_json_option, detail, note, quiet, run_tool
+from tyir.tools.run.arguments import add_engine_argument
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
@@ -257,12 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="greedy tokens per prompt (default 32)")
     parser.add_argument("--full", action="store_true", help=f"compare {_WHOLE}, unless given otherwise")
-    parser.add_argument(
-        "--engine",
-        choices=("host", "interpreter", "edge10"),
-        default="host",
-        help="what executes the programs (default host)",
-    )
+    add_engine_argument(parser)
     add_json_option(parser, "print the comparison as JSON")
     return parser
 

@@ -27,7 +27,13 @@ from tyir.ir import Op, Value
 from tyir.manifest import DieProgram, TensorInfo
 from tyir.process.cores import usable_cores
 from tyir.runtime_sim.session.chunks import Chunk
-from tyir.runtime_sim.session.host_runtime import CompiledStep, Exchange, HostLibrary, use_threads
+from tyir.runtime_sim.session.host_runtime import (
+    CompiledStep,
+    Exchange,
+    HostLibrary,
+    check_threads,
+    use_threads,
+)
 from tyir.runtime_sim.session.program_engine import ProgramEngine, StepProbe, check_inputs
 from tyir.traits import Collective
 from tyir.types import storage_dtype
@@ -151,8 +157,10 @@ class HostEngine(ProgramEngine):
     ) -> None:
         """`threads`: all that run at once, None for the cores that this process may use.
 
-        Dies of several share them; each has at least one.
+        Dies of several share them; each has at least one.  `TyirError` for more than there are cores.
         """
+        if threads is not None:
+            check_threads(threads)
         super().__init__(artifacts, compiled=True, probe=probe)
         count = self.manifest.options.dies
         threads = _threads() if threads is None else threads

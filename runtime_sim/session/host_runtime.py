@@ -32,7 +32,7 @@ from tyir.process.files import open_regular
 from tyir.traits import InPlace
 from tyir.types import TensorType, storage_dtype
 
-__all__ = ["CompiledStep", "Exchange", "HostLibrary", "use_threads"]
+__all__ = ["CompiledStep", "Exchange", "HostLibrary", "check_threads", "use_threads"]
 
 Array = npt.NDArray[Any]
 
@@ -71,6 +71,16 @@ def _ffi() -> Any:
     return tvm_ffi
 
 
+def check_threads(count: int) -> None:
+    """`TyirError` for a number of threads that this process has no cores for."""
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= count <= cores:
+        raise TyirError(
+            f"{count} threads were asked for, this process may use 1 to {cores} cores",
+            help="leave --threads out for all of them",
+        )
+
+
 def use_threads(count: int) -> None:
     """Lets kernels called from this thread run on `count` cores of those this process may use.
 
@@ -78,9 +88,8 @@ def use_threads(count: int) -> None:
 
     Without it TVM takes half of the logical processors.
     """
+    check_threads(count)
     cores = sorted(os.sched_getaffinity(0))
-    if not 1 <= count <= len(cores):
-        raise TyirError(f"{count} threads were asked for, this process may use 1 to {len(cores)} cores")
     # All cores are named, so that the calling thread stays free to run on any of them.
     _ffi().get_global_func("runtime.config_threadpool")(
         _SHARE_ALL_CORES, count, [str(core) for core in cores]

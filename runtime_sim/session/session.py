@@ -71,6 +71,8 @@ def make_engine(
     `probe` sees the ops, which the engines that can then walk one by one.  `threads` of the engine `host`:
     None for all cores that this process may use.
     """
+    if threads is not None and name != "host" and name in ENGINES:
+        raise TyirError(f"the engine '{name}' runs in one thread", help="leave --threads out, or use host")
     if name == "edge10":
         from tyir.runtime_sim.session.edge10_engine import Edge10Engine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
 from tyir.runtime_sim.session.host_engine import HostEngine
-from tyir.runtime_sim.session.session import Session
+from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.api import compile_path
 
 Artifacts = Callable[[int, str], Path]
@@ -37,6 +38,18 @@ def test_a_step_is_what_its_ops_are(artifacts: Artifacts, dies: int, weights: st
 def test_threads_do_not_change_a_step(artifacts: Artifacts) -> None:
     folder = artifacts(1, "int4")
     np.testing.assert_array_equal(Session(folder, threads=1).feed(IDS), Session(folder).feed(IDS))
+
+
+@pytest.mark.parametrize("count", [-1, 0, len(os.sched_getaffinity(0)) + 1, 10**9])
+def test_threads_that_there_are_not_are_refused(artifacts: Artifacts, count: int) -> None:
+    with pytest.raises(TyirError, match=f"{count} threads were asked for, this process may use 1 to"):
+        Session(artifacts(1, "int4"), threads=count)
+
+
+@pytest.mark.parametrize("engine", ["interpreter", "edge10"])
+def test_other_engines_take_no_threads(artifacts: Artifacts, engine: EngineName) -> None:
+    with pytest.raises(TyirError, match=f"the engine '{engine}' runs in one thread"):
+        Session(artifacts(1, "int4"), engine, threads=1)
 
 
 def test_what_fails_where_dies_meet_is_reported(

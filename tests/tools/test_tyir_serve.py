@@ -28,10 +28,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "keys"
     empty.write_text("\n")
     for arguments, words in (
-        (["--port", "99999"], "--port 99999 is out of range"),
+        (["--port", "99999"], "give 0 (a free one) to 65535"),
         (["--prefill-share", "0"], "--prefill-share 0.0 is out of range"),
         (["--max-queue", "-1"], "--max-queue -1 is out of range"),
-        (["--chat-template", str(tmp_path / "none")], "cannot read"),
+        (["--chat-template", str(tmp_path / "none")], "none: No such file or directory"),
         (["--api-key-file", str(empty)], "holds no key"),
         ([], "holds no manifest.json"),
     ):

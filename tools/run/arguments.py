@@ -1,11 +1,18 @@
-"""The arguments that `tyir-run` and `tyir-chat` share."""
+"""The arguments that commands which run artifacts share."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-__all__ = ["add_answer_arguments", "add_picture_settings", "any_number", "whole"]
+__all__ = [
+    "add_answer_arguments",
+    "add_engine_argument",
+    "add_picture_settings",
+    "add_threads_argument",
+    "any_number",
+    "whole",
+]
 
 
 def any_number(text: str) -> float:
@@ -27,6 +34,26 @@ def add_picture_settings(group: argparse._ArgumentGroup) -> None:
         "--resize",
         action="store_true",
         help="bring a picture whose size was not compiled to the nearest that was, instead of refusing it",
+    )
+
+
+def add_engine_argument(parser: argparse.ArgumentParser) -> None:
+    """What executes the programs."""
+    parser.add_argument(
+        "--engine",
+        choices=("host", "interpreter", "edge10"),
+        default="host",
+        help="what executes the programs (default host)",
+    )
+
+
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """In how many threads, where it has several."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the host engine (default: the cores that this process may use)",
     )
 
 
@@ -71,16 +98,6 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         help="sample among tokens that have at least this share of the best one's probability",
     )
     parser.add_argument("--seed", type=whole, help="makes sampling repeatable")
-    parser.add_argument(
-        "--engine",
-        choices=("host", "interpreter", "edge10"),
-        default="host",
-        help="what executes the programs (default host)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads of the host engine (default: the cores that this process may use)",
-    )
+    add_engine_argument(parser)
+    add_threads_argument(parser)
     parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")

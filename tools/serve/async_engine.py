@@ -213,9 +213,13 @@ class AsyncEngine:
         long_share: float = 0.5,
         observer: Observer | None = None,
         check: bool = True,
+        threads: int | None = None,
     ) -> None:
+        """`most_waiting`, `most_waiting_tokens`, `long_share`: as `Scheduler` takes them; `threads`: of the
+        engine `host`.
+        """
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
-        self.session = BatchSession(self.artifacts, engine)
+        self.session = BatchSession(self.artifacts, engine, threads=threads)
         self.engine = Engine(
             self.session,
             most_waiting=most_waiting,

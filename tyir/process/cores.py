@@ -18,7 +18,10 @@ def usable_cores(groups: Path = _GROUPS, own: Path = _OWN) -> int:
 
     `groups` and `own`: where the system says so.
     """
-    cores = len(os.sched_getaffinity(0))
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
     return max(1, min([cores, *(math.ceil(share) for share in _quotas(groups, own))]))
 
 

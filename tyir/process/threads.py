@@ -11,7 +11,7 @@ import os
 import threading
 from typing import Final
 
-__all__ = ["available_processors", "limit_threads"]
+__all__ = ["limit_threads"]
 
 _VARIABLES: Final = (
     "TVM_NUM_THREADS",
@@ -37,14 +37,6 @@ def limit_threads() -> None:
             os.environ.pop(name, None)
         elif len(asked) > 9 or int(asked) > processors:
             os.environ[name] = str(processors)
-
-
-def available_processors() -> int:
-    """The processors that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
 
 
 def _can_start(count: int) -> bool:
