@@ -184,7 +184,7 @@ class ProgramWriter:
         key = cache_key("library", *tools, *wanted.texts)
         if cache is not None and cache.take(key, wanted.path) is not None:
             return
-        build_library(wanted.kernels, target, wanted.path, wanted.program)
+        build_library(wanted.kernels, target, wanted.path, wanted.program, cache)
         if cache is not None:
             cache.put(key, wanted.path)
 

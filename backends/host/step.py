@@ -43,7 +43,7 @@ from tyir.ir import Op, Value
 from tyir.traits import Collective, InPlace
 from tyir.types import TensorType, storage_dtype
 
-__all__ = ["PROGRAM", "STEP", "WORKSPACE_BYTES", "Program", "step_of"]
+__all__ = ["PROGRAM", "STEP", "WORKSPACE_BYTES", "Program", "kernel_symbol", "step_of"]
 
 STEP: Final = "step"
 WORKSPACE_BYTES: Final = "step_workspace_bytes"
@@ -62,7 +62,10 @@ define ptr @tyir_pointer(i64 %address) alwaysinline {
 }
 """
 
-Kernels = Mapping[str, GlobalVar]  # by `tyir.kernel`, functions of pointers to operands and then results
+
+def kernel_symbol(name: str) -> str:
+    """What a kernel is called in its object file: a function of pointers to operands and then results."""
+    return f"tyir_{name}"
 
 
 def bytes_of(type: TensorType) -> int:
@@ -220,7 +223,7 @@ class _Emitter:
         name = op.attributes.get("tyir.kernel")
         assert isinstance(name, StringAttr), f"{op.name} has no kernel"
         values = (*op.operands, *(() if op.has_trait(InPlace) else op.results))
-        _call(self.step.kernels[name.value], [self.pointer(v) for v in values])
+        T.evaluate(T.call_extern("int32", kernel_symbol(name.value), *(self.pointer(v) for v in values)))
 
     def _call(self, op: Call) -> None:
         frame = self.step.frames[op.callee.leaf]
@@ -246,8 +249,8 @@ def _call(function: GlobalVar, pointers: Sequence[Any]) -> None:
 class _Step:
     """The functions of one program."""
 
-    def __init__(self, program: Program, kernels: Kernels) -> None:
-        self.program, self.kernels = program, kernels
+    def __init__(self, program: Program) -> None:
+        self.program = program
         self.order = {name: number for number, (name, _) in enumerate(program.weights)}
         *self.functions, self.entry = program.functions
         self.frames = program.frames()
@@ -307,6 +310,6 @@ def _number(name: str, value: int) -> Any:
     return builder.get()
 
 
-def step_of(program: Program, kernels: Kernels) -> dict[GlobalVar, Any]:
+def step_of(program: Program) -> dict[GlobalVar, Any]:
     """The functions of a program's step; `STEP`, `WORKSPACE_BYTES` and `PROGRAM` are exported."""
-    return _Step(program, kernels).build()
+    return _Step(program).build()

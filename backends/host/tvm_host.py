@@ -4,7 +4,8 @@ library.
 `assign_kernels` names the kernel of every op (`tyir.kernel`); ops that compute the same thing share one, so
 the layers of a model cost the compile time of a layer.  `build_library` emits each kernel
 (`tyir.backends.host.kernels`) as a function of pointers, with an exported one beside it that checks its
-tensors, adds the step (`tyir.backends.host.step`), compiles them together and links them.
+tensors, compiles it to an object file of its own (`tyir.backends.host.objects`), and links them with the step
+that calls them (`tyir.backends.host.step`).
 
 The library's bytes depend only on the kernels and the target: functions are ordered by name, the linker
 writes no build id, debug sections (which hold the compiler's directory) are stripped.
@@ -12,10 +13,11 @@ writes no build id, debug sections (which hold the compiler's directory) are str
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,20 +26,23 @@ import tvm
 from tvm import tirx
 from tvm.ir import Call, GlobalVar, IRModule, PrimType
 from tvm.script.ir_builder import IRBuilder
-from tvm.support.cc import get_cc
+from tvm.support.cc import create_shared, get_cc
 from tvm.target import codegen
 from tvm.tirx.script.builder import ir as T
 
 from tyir.attributes import StringAttr
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import Cpu
-from tyir.backends.host.step import Program, step_of
+from tyir.backends.host.objects import made_once
+from tyir.backends.host.step import Program, kernel_symbol, step_of
+from tyir.backends.pieces import tool_identity
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func, kv
 from tyir.dialects.ty import tensor_type
 from tyir.execution.processor import features_of
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
+from tyir.process.cache import Cache, cache_key
 from tyir.types import FloatType, IntegerType, TensorType, bit_width, storage_dtype
 
 __all__ = [
@@ -57,6 +62,7 @@ GENERIC_CPU: Final = (
 )
 
 _CPU: Final = 1  # kDLCPU of DLPack
+_SYMBOL: Final = "tyir.symbol"  # of a TensorIR function: what it is called in its object file
 # TVM tells LLVM (by TBAA) that buffers of different names never overlap.  That holds within a kernel, whose
 # parameters are `noalias`; in a step, where one kernel's result is another's operand, it would let loads pass
 # stores.
@@ -142,6 +148,11 @@ class HostTarget:
 # ---------------------------------------------------------------------------------------------------- names
 
 
+def _meaning(op: Op) -> str:
+    """All that a kernel is made from."""
+    return f"{op.name} {[str(tensor_type(v)) for v in (*op.operands, *op.results)]} {op.properties}"
+
+
 def kernel_name(op: Op) -> str:
     """A name that equal ops share: `linear_1x8x256_128x256_f16`, ending in a hash of the properties when
     there are any.
@@ -151,8 +162,7 @@ def kernel_name(op: Op) -> str:
     elements = list(dict.fromkeys(str(t.element) for t in types))
     name = "_".join((op.name.partition(".")[2], *shapes, *elements))
     if len(elements) > 1 or op.properties.keys():
-        text = f"{op.name} {[str(t) for t in types]} {op.properties}"
-        name += "_" + hashlib.sha256(text.encode()).hexdigest()[:8]
+        name += "_" + hashlib.sha256(_meaning(op).encode()).hexdigest()[:8]
     return name
 
 
@@ -217,10 +227,10 @@ def _check_types(op: Op) -> Iterable[Diagnostic]:
             )
 
 
-def _kernel(op: Op, cpu: Cpu) -> Any:
-    """The kernel as a TensorIR function of pointers, known inside of the library alone."""
+def _kernel(name: str, op: Op, cpu: Cpu) -> Any:
+    """The kernel as a TensorIR function of pointers, which other objects of the library call as `name`."""
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
-        T.func_attr({"tirx.noalias": True})
+        T.func_attr({"tirx.noalias": True, _SYMBOL: name})
         T.func_ret(PrimType("int32"))  # what a loop over cores that cannot start returns
         stored = [(name, packed_shape(t), storage_dtype(t.element)) for name, t in _stored(op)]
         pointers = [T.arg(name, T.handle(dtype.name)) for name, _, dtype in stored]
@@ -250,21 +260,10 @@ def _stored(op: Op) -> list[tuple[str, TensorType]]:
     return [(name, tensor_type(value)) for name, value in _parameters(op)]
 
 
-def _module(kernels: Mapping[str, Op], cpu: Cpu, program: Program | None) -> IRModule:
-    """All functions of a library; kernels first, in the order of their names."""
-    names = {name: GlobalVar(f"tyir_{name}") for name in sorted(kernels)}
-    functions = {variable: _kernel(kernels[name], cpu) for name, variable in names.items()}
-    functions.update(
-        (GlobalVar(name), _exported(name, kernels[name], variable)) for name, variable in names.items()
-    )
-    if program is not None:
-        functions.update(step_of(program, names))
-    return IRModule(functions)
-
-
 def _pipeline() -> tuple[Any, Any, Any]:
     """TVM's own for TensorIR; at its end inner functions are told whose memory their temporaries are, which
-    exported ones know from their tensors.
+    exported ones know from their tensors, and kernels get the names that other objects call them by: one that
+    had its name from the start would be made to take tensors.
     """
     passes, for_host, for_device = tirx.get_tir_pipeline("s_tir")
 
@@ -274,8 +273,15 @@ def _pipeline() -> tuple[Any, Any, Any]:
         body = tirx.AttrStmt("default", "device_type", tirx.const(_CPU, "int32"), function.body)
         return function.with_body(tirx.AttrStmt("default", "device_id", tirx.const(0, "int32"), body))
 
-    ours = tirx.transform.prim_func_pass(on_cpu, opt_level=0)
-    return passes, lambda: tvm.transform.Sequential([ours, for_host()]), for_device
+    def named(function: Any, module: Any, context: Any) -> Any:
+        symbol = function.attrs.get(_SYMBOL)
+        return function if symbol is None else function.with_attr("global_symbol", symbol)
+
+    def for_cpu() -> Any:
+        first, last = (tirx.transform.prim_func_pass(f, opt_level=0) for f in (on_cpu, named))
+        return tvm.transform.Sequential([first, for_host(), last])
+
+    return passes, for_cpu, for_device
 
 
 _PIPELINE: Final = "tyir"
@@ -288,11 +294,50 @@ def linker() -> str | None:
     return None if found is None else str(found)
 
 
+def _kernel_functions(name: str, op: Op, cpu: Cpu) -> IRModule:
+    """A kernel, and the exported function beside it."""
+    symbol = kernel_symbol(name)
+    variable = GlobalVar(symbol)
+    functions = {variable: _kernel(symbol, op, cpu), GlobalVar(name): _exported(name, op, variable)}
+    return IRModule(functions)
+
+
+def _object(functions: IRModule, target: HostTarget) -> bytes:
+    """The functions as an object file."""
+    executable = tvm.compile(functions, target=target.tvm_target(), tir_pipeline=_PIPELINE)
+    with tempfile.TemporaryDirectory(prefix="tyir-host-") as folder:
+        path = Path(folder) / "functions.o"
+        executable.mod.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def _objects(
+    kernels: Mapping[str, Op], target: HostTarget, program: Program | None, cache: Cache | None
+) -> Iterator[bytes]:
+    """The object files of a library: kernels in the order of their names, then the step."""
+    cpu = target.cpu()
+    tools = ("kernel", tool_identity(), repr(target), repr(target.features()), repr(cpu))
+    for name in sorted(kernels):
+        op = kernels[name]
+        make = functools.partial(lambda name, op: _object(_kernel_functions(name, op, cpu), target), name, op)
+        yield made_once(cache_key(*tools, name, _meaning(op)), make, cache)
+    if program is not None:
+        yield _object(IRModule(step_of(program)), target)
+
+
+# Only what TVM looks up by name is seen outside of a library.
+_SYMBOLS: Final = "{ global: __tvm_*; __TVM*; local: __tvm_ffi_main; *; };\n"
+
+
 def build_library(
-    kernels: Mapping[str, Op], target: HostTarget, path: Path, program: Program | None = None
+    kernels: Mapping[str, Op],
+    target: HostTarget,
+    path: Path,
+    program: Program | None = None,
+    cache: Cache | None = None,
 ) -> None:
-    """Compiles the kernels, and the step of `program` that calls them, into the shared library `path`,
-    replacing it only when all of it is there.
+    """Links the kernels, and the step of `program` that calls them, into the shared library `path`, replacing
+    it only when all of it is there.  `cache`: where kernels are looked for and kept; None: in this process.
 
     Raises TyirError when an op has a type that no kernel takes or no linker is installed.
     """
@@ -304,13 +349,16 @@ def build_library(
             "there is no C++ compiler to link the host library with",
             help="install g++ or clang++, or name one in CXX",
         )
-    module = _module(kernels, target.cpu(), program)
-    executable = tvm.compile(module, target=target.tvm_target(), tir_pipeline=_PIPELINE)
+    objects = list(_objects(kernels, target, program, cache))
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".host-") as workspace:
-        partial = Path(workspace) / "library.so"
-        executable.export_library(
-            str(partial), workspace_dir=workspace, options=["-shared", "-fPIC", *_LINK_OPTIONS]
-        )
+        folder = Path(workspace)
+        partial, symbols = folder / "library.so", folder / "symbols"
+        symbols.write_text(_SYMBOLS)
+        files = [folder / f"{number}.o" for number in range(len(objects))]
+        for file, data in zip(files, objects):
+            file.write_bytes(data)
+        options = ["-shared", "-fPIC", f"-Wl,--version-script={symbols}", *_LINK_OPTIONS]
+        create_shared(str(partial), [str(file) for file in files], options)
         if not partial.is_file():
             raise TyirError(
                 f"the compiler {get_cc()} ended without an error and without writing a library",

@@ -111,7 +111,7 @@ def test_partial_sums_never_leave_the_registers(tokens: int) -> None:
     function.body.append(ty.Linear(*function.args))
     ((name, op),) = assign_kernels([function]).items()
     target = HostTarget(num_cores=2)
-    module = tvm_host._module({name: op}, target.cpu(), None)
+    module = tvm_host._kernel_functions(name, op, target.cpu())
     compiled = tvm.compile(module, target=target.tvm_target(), tir_pipeline=tvm_host._PIPELINE)
     source = compiled.mod.inspect_source("ll")
     bodies = [text for text in source.split("\ndefine ") if "parallel_lambda" in text.partition("{")[0]]
