@@ -1,5 +1,5 @@
-"""Dual chunk attention by its definition, for tests: a distance for every pair of positions, nothing rotated in
-parts, nothing merged; and a Qwen2 model that uses it, for prompts of thousands of tokens.
+"""Dual chunk attention by its definition, for tests: a distance for every pair of positions, nothing rotated
+in parts, nothing merged; and a Qwen2 model that uses it, for prompts of thousands of tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Chunks:
 
 
 def attention(q: Array, k: Array, v: Array, chunks: Chunks, theta: float, length: int) -> Array:
-    """q [t, H, D], k and v [t, G, D], not rotated -> [t, H, D] in f64: every pair is turned by its distance."""
+    """q [t, H, D], k and v [t, G, D], not rotated -> [t, H, D] in f64; pairs are turned by their distance."""
     t, heads, dim = q.shape
     group, half = heads // k.shape[1], dim // 2
     i, j = np.arange(t)[:, None], np.arange(t)[None, :]
