@@ -58,12 +58,14 @@ class Programs:
         self.modules = dies_of(module)
         self.interpreters = [Interpreter(die, weights) for die in self.modules]
         self.mains = [f for die in self.modules if isinstance(f := die.lookup(f"main_s{seqlen}"), Func)]
-        self.functional = []
+        self.functional: list[FunctionalDie] = []
+        self.lowered: list[Module] = []
         for die in self.modules:
             params = {
                 p.sym_name: pack(evaluate_param(p, weights), p.type) for p in die.body if isinstance(p, Param)
             }
-            program = EdgeProgram(lower_die(die, seqlen, machine))
+            self.lowered.append(lower_die(die, seqlen, machine))
+            program = EdgeProgram(self.lowered[-1])
             self.functional.append(FunctionalDie(program, params, machine))
         self.reset()
 

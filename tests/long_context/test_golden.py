@@ -17,6 +17,7 @@ from tests.long_context.programs import EDGE10, Programs
 from tests.long_context.reference import Chunks, attention
 from tyir.artifacts.dual_chunk import CONFIG_KEY, DualChunk
 from tyir.diagnostics import TyirError
+from tyir.dialects import edge10
 from tyir.manifest import BuildOptions
 from tyir.printer import print_op
 from tyir.runtime_sim.serving.scheduler import Scheduler, Task
@@ -136,10 +137,15 @@ def test_programs_of_all_dies(dies: int, cache: str, heads: int, groups: int, tm
 
 def test_through_dram(tmp_path: Path) -> None:
     """Queries that do not stay in SRAM, of which each rotation is brought for its own range of keys."""
-    machine = EDGE10.with_overrides({"sram.capacity_bytes": 24 << 10})
+    machine = EDGE10.with_overrides({"sram.capacity_bytes": 32 << 10})
     given = inputs(4, 2)
     module = attention_only(*given, THETA, CHUNKS, tmp_path)
-    programs = Programs(module, tmp_path, max_kv=32, seqlen=16, machine=machine)
+    programs = Programs(module, tmp_path, max_kv=32, seqlen=TOKENS, machine=machine)
+    own = (op for op in programs.lowered[0].walk_type(edge10.Load) if "dual_chunk" in str(op.attributes))
+    loaded = [
+        op for op in own if isinstance(op.operands[0].op, edge10.AddressOf)
+    ]  # not caches: rows of a buffer
+    assert loaded
     got, wanted = programs.feed(range(TOKENS), "edge10"), attention(*given, CHUNKS, THETA, TOKENS)
     np.testing.assert_allclose(got, wanted.reshape(TOKENS, -1), atol=ROUNDING)
 
