@@ -66,7 +66,7 @@ class BatchSession:
         Raises `TyirError` for another number of sequences, tokens that do not fit and programs that return no
         logits.
         """
-        rows = self._advance(ids)
+        rows = self._advance(ids, last=False)
         if "logits" not in rows[0]:
             raise TyirError(
                 "these artifacts return tokens and no logits",
@@ -90,7 +90,7 @@ class BatchSession:
         made: list[list[int]] = [[] for _ in self.tokens]
         following = [list(p) for p in prompts]
         for _ in range(limit):
-            outputs = self._advance(following)
+            outputs = self._advance(following, last=True)
             for number, own in enumerate(outputs):
                 if following[number]:
                     made[number].append(_choose(own, sampler))
@@ -103,8 +103,8 @@ class BatchSession:
                 break
         return made
 
-    def _advance(self, ids: Sequence[Sequence[int]]) -> list[dict[str, Array]]:
-        """Run each sequence's tokens; its outputs by name, [n, ..] each."""
+    def _advance(self, ids: Sequence[Sequence[int]], *, last: bool) -> list[dict[str, Array]]:
+        """Run each sequence's tokens; its outputs by name, [n, ..] each, or of the `last` token alone."""
         left = self._checked(ids)
         rows: list[dict[str, list[Array]]] = [{} for _ in left]
         lengths = [len(known) + len(part) for known, part in zip(self.tokens, left)]
@@ -117,7 +117,11 @@ class BatchSession:
             parts = [part[: min(seqlen, room)] for part, room in zip(left, rooms)]
             for own, outputs in zip(rows, self.step(parts, seqlen, lengths)):
                 for name, array in outputs.items():
-                    own.setdefault(name, []).append(array)
+                    kept = own.setdefault(name, [])
+                    if last and len(array):
+                        kept[:] = [array[-1:].copy()]
+                    elif not last or not kept:
+                        kept.append(array)
             left = [rest[len(part) :] for part, rest in zip(parts, left)]
         return [{name: np.concatenate(arrays) for name, arrays in own.items()} for own in rows]
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.artifacts.vision import ImageSize
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
@@ -367,6 +368,13 @@ def check_prompt(
     Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's
     of the same tokens.
     """
+    chunks = DualChunk.used(session.manifest.model, session.capacity)
+    if chunks is not None and len(ids) + count > chunks.exact:
+        raise TyirError(
+            f"{len(ids) + count} tokens are more than {chunks.exact}: beyond, these artifacts use dual chunk"
+            " attention, which transformers does not know",
+            help="compare shorter prompts",
+        )
     tokens = [*ids, *reference.continue_greedily(ids, count)]
     logits, wanted_states = reference.run(tokens)
     step(count)

@@ -117,7 +117,11 @@ class Divergence:
 
 
 Key = tuple[str, str, int]
-_SAME: Final = {"kv.attention": "ty.attention", "ty.quantized_linear": "ty.linear"}
+_SAME: Final = {
+    "kv.attention": "ty.attention",
+    "kv.dual_chunk_attention": "ty.attention",
+    "ty.quantized_linear": "ty.linear",
+}
 
 
 def locate(
