@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
 from tyir.tools.build_arguments import numbers
-from tyir.tools.cli import ToolParser, add_json_option, check_output, note, run_tool
+from tyir.tools.cli import Terminated, ToolParser, add_json_option, check_output, note, run_tool
 from tyir.tools.run.arguments import add_answer_arguments, add_picture_settings
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def _run_one(args: argparse.Namespace, opened: Opened, prompt: str | None, ids: 
     try:
         _stream(args, opened, prompt, ids, tokens)
     except KeyboardInterrupt as interrupt:
-        if args.cache is not None and len(session.tokens) > shared and type(interrupt) is KeyboardInterrupt:
+        struck = not isinstance(interrupt, Terminated) or interrupt.signal == signal.SIGINT
+        if struck and args.cache is not None and len(session.tokens) > shared:
             save_cache(session, args.cache)
             done = f"{min(len(session.tokens), len(ids))} of {len(ids)} prompt tokens"
             note(f"interrupted after {done}: the same command goes on there")

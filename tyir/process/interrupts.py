@@ -2,10 +2,10 @@
 
     for chunk in chunks:
         with interrupts_wait():
-            run(chunk)                  # a stroke meanwhile is raised when this block is left
+            run(chunk)                  # a stroke meanwhile counts when this block is left
 
-A second stroke does not wait.  Where a program has a handler of its own for SIGINT, and in threads, which get
-none, nothing is changed.
+What handles the signal is what handled it before, later.  A second stroke does not wait.  In threads, which get
+no signals, nothing is changed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ __all__ = ["interrupts_wait"]
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Raises `KeyboardInterrupt` at the end of the block for a SIGINT that came during it."""
-    own = threading.current_thread() is threading.main_thread()
-    if not own or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    """Handles a SIGINT that came during the block at its end: mostly by raising `KeyboardInterrupt`."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    struck = False
+    struck: list[FrameType | None] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal struck
-        struck = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        struck.append(frame)
+        signal.signal(signal.SIGINT, handler)
 
     signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, handler)
     if struck:
-        raise KeyboardInterrupt
+        handler(signal.SIGINT, struck[0])
