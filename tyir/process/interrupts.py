@@ -4,8 +4,8 @@
         with interrupts_wait():
             run(chunk)                  # a stroke meanwhile counts when this block is left
 
-What handles the signal is what handled it before, later.  A second stroke does not wait.  In threads, which get
-no signals, nothing is changed.
+What handles the signal is what handled it before, later.  A second stroke does not wait.  In threads, which
+get no signals, nothing is changed.
 """
 
 from __future__ import annotations
