@@ -32,6 +32,7 @@ from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
 from tyir.frontends.quant_formats import quantized_format
+from tyir.frontends.rope_scaling import RECORDED, scaled_config
 from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.layers import layer_in, path_of
@@ -95,6 +96,7 @@ def import_model(
     base: Path | None = None,
     progress: bool = False,
     images: Sequence[tuple[int, int]] = (),
+    rope_scaling: str | None = None,
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
@@ -105,7 +107,8 @@ def import_model(
     for every prompt: keys in a cache cannot be turned again when it grows.  `images`: of a vision-language
     model the sizes (width, height) of pictures; one function `@visual_{W}x{H}(%patches)` for each grid among
     them stands beside `@main`, its language model (`tyir.frontends.vision`).  `base`: the folder of the base
-    model, when `folder` holds a LoRA adapter whose config does not say it.  `progress` shows on standard
+    model, when `folder` holds a LoRA adapter whose config does not say it.  `rope_scaling`: a kind and
+    factor that config.json lacks, as "yarn=4" (`tyir.frontends.rope_scaling`).  `progress` shows on standard
     error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
     """
@@ -124,13 +127,18 @@ def import_model(
             positions=positions,
             base=base,
             bar=bar,
+            rope_scaling=rope_scaling,
         )
         if images and not opened.meta.sees:
             raise TyirError(
                 f"{type(opened.meta.model).__name__} sees no pictures: it has no sizes of images",
                 help="leave --image out",
             )
-        return _build(opened.checkpoint, opened.meta, opened.weights, bar, images)
+        module = _build(opened.checkpoint, opened.meta, opened.weights, bar, images)
+        facts = module.attributes["tyir.model"]
+        if rope_scaling is not None and isinstance(facts, DictAttr):
+            module.set_attribute("tyir.model", facts.with_entry(RECORDED, StringAttr(rope_scaling)))
+        return module
 
 
 @contextlib.contextmanager
@@ -168,6 +176,7 @@ def open_model(
     positions: int | None = None,
     base: Path | None = None,
     bar: Bar | None = None,
+    rope_scaling: str | None = None,
 ) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
@@ -177,6 +186,8 @@ def open_model(
     checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
+    if checkpoint is not None and rope_scaling is not None and not problems:
+        checkpoint = replace(checkpoint, config=scaled_config(checkpoint.config, rope_scaling))
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
     if checkpoint is not None:
         problems.extend(_early_problems(checkpoint, plugin))

@@ -108,7 +108,7 @@ class Reference:
     Those of the checkpoint, or what quantisation made of them.
 
     Rotary frequencies that change with the prompt's length are those of a full cache, as in the artifacts.
-    `plugin` is the one they were compiled with.
+    `plugin` is the one they were compiled with, `rope_scaling` what they were imported with.
     """
 
     reads_plainly = True  # transformers' own class of a model of text reads a folder that is not quantised
@@ -119,11 +119,13 @@ class Reference:
         options: BuildOptions,
         plugin: ModelPlugin | None = None,
         base: Path | None = None,
+        rope_scaling: str | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        from tyir.frontends.rope_scaling import scale_model
         from tyir.frontends.torch_export import freeze_rope
 
         logging.disable_progress_bar()
@@ -135,6 +137,8 @@ class Reference:
             ).eval()
         else:
             self.model = dense_model(folder, plugin, base)
+        if rope_scaling is not None:
+            scale_model(self.model, rope_scaling)
         freeze_rope(self.model, options.max_kv)
         if options.weights == "awq":
             raise TyirError(
@@ -240,12 +244,18 @@ def dense_model(folder: Path, plugin: ModelPlugin | None, base: Path | None = No
 
 
 def reference_module(
-    folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None, base: Path | None = None
+    folder: Path,
+    options: BuildOptions,
+    plugin: ModelPlugin | None = None,
+    base: Path | None = None,
+    rope_scaling: str | None = None,
 ) -> Module:
-    """The unpartitioned model in `ty` ops, with the artifacts' weights."""
+    """The unpartitioned model in `ty` ops, with the artifacts' weights and rotary scaling."""
     from tyir.frontends.huggingface import import_model
 
-    module = import_model(folder, plugin=plugin, positions=options.max_kv, base=base)
+    module = import_model(
+        folder, plugin=plugin, positions=options.max_kv, base=base, rope_scaling=rope_scaling
+    )
     run_pipeline(module, reference_pipeline(options), PassContext())
     return module
 

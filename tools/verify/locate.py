@@ -28,6 +28,7 @@ from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.execution.weights import CheckpointReader, WeightSource, checkpoint_of
+from tyir.frontends.rope_scaling import RECORDED
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
 from tyir.layers import layer_in, path_in_calls
@@ -138,7 +139,8 @@ def locate(
     """
     recorder = Recorder()
     session = Session(folder, engine, check=False, probe=recorder)
-    module = reference_module(checkpoint, session.manifest.options, plugin, base)
+    scaling = session.manifest.model.get(RECORDED)
+    module = reference_module(checkpoint, session.manifest.options, plugin, base, scaling)
     expected = reference_results(module, ids, CheckpointReader(checkpoint_of(module)))
     session.next_tokens(ids)
     return first_off(expected, recorder)
