@@ -20,6 +20,7 @@ import numpy as np
 
 from tyir.artifacts.dual_chunk import CONFIG_KEY, DualChunk
 from tyir.artifacts.json_attributes import to_attribute
+from tyir.artifacts.rope_scaling import RECORDED, scaled_config
 from tyir.attributes import Attribute, DenseElementsAttr, DictAttr, FloatAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
@@ -32,7 +33,6 @@ from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
 from tyir.frontends.quant_formats import quantized_format
-from tyir.frontends.rope_scaling import RECORDED, scaled_config
 from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.layers import layer_in, path_of
@@ -108,7 +108,7 @@ def import_model(
     model the sizes (width, height) of pictures; one function `@visual_{W}x{H}(%patches)` for each grid among
     them stands beside `@main`, its language model (`tyir.frontends.vision`).  `base`: the folder of the base
     model, when `folder` holds a LoRA adapter whose config does not say it.  `rope_scaling`: a kind and
-    factor that config.json lacks, as "yarn=4" (`tyir.frontends.rope_scaling`).  `progress` shows on standard
+    factor that config.json lacks, as "yarn=4" (`tyir.artifacts.rope_scaling`).  `progress` shows on standard
     error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
     """

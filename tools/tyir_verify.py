@@ -32,8 +32,8 @@ _WHOLE: Final = "8 prompts of 64 tokens"
 def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
     args = make_parser().parse_args(argv)
+    from tyir.artifacts.rope_scaling import RECORDED
     from tyir.execution.artifacts import Artifacts
-    from tyir.frontends.rope_scaling import RECORDED
     from tyir.process.progress import Bar
     from tyir.runtime_sim.session.session import Session
     from tyir.tools.commands.json_forms import print_json

@@ -14,11 +14,12 @@ import pytest
 
 from tyir.artifacts.dual_chunk import CONFIG_KEY
 from tyir.artifacts.json_attributes import to_json
+from tyir.artifacts.rope_scaling import RECORDED, scaled_config
 from tyir.diagnostics import TyirError
 from tyir.dialects.ty import RopeAngles
 from tyir.frontends.huggingface import import_model
-from tyir.frontends.rope_scaling import RECORDED, scale_model, scaled_config
 from tyir.pipeline import run_pipeline
+from tyir.tools.verify.compare import scale_model
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-copy"
 PLAIN: dict[str, Any] = {"max_position_embeddings": 128, "rope_theta": 10000.0}

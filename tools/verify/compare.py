@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.rope_scaling import scaled_config
 from tyir.artifacts.vision import ImageSize
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
@@ -55,6 +56,7 @@ __all__ = [
     "cosine",
     "dense_model",
     "reference_module",
+    "scale_model",
     "size_ratio",
     "tower_module",
 ]
@@ -125,7 +127,6 @@ class Reference:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        from tyir.frontends.rope_scaling import scale_model
         from tyir.frontends.torch_export import freeze_rope
 
         logging.disable_progress_bar()
@@ -223,6 +224,17 @@ def _is_plain(folder: Path, base: Path | None) -> bool:
     return all(isinstance(f, PlainFormat) for f in opened.weights.formats) and all(
         name == stored.key for name, stored in opened.checkpoint.tensors.items()
     )
+
+
+def scale_model(model: Any, text: str) -> None:
+    """Give a model of transformers, made from config.json as it is, the rotary embeddings of a scaled one."""
+    scaled = scaled_config(model.config.to_dict(), text)
+    model.config.rope_parameters = scaled["rope_parameters"]
+    model.config.max_position_embeddings = scaled["max_position_embeddings"]
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "rope_type") and hasattr(module, "inv_freq"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, type(module)(model.config))
 
 
 def dense_model(folder: Path, plugin: ModelPlugin | None, base: Path | None = None) -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.rope_scaling import RECORDED
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
@@ -28,7 +29,6 @@ from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.execution.weights import CheckpointReader, WeightSource, checkpoint_of
-from tyir.frontends.rope_scaling import RECORDED
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
 from tyir.layers import layer_in, path_in_calls

@@ -13,7 +13,7 @@ from typing import Any, Final
 from tyir.artifacts.dual_chunk import CONFIG_KEY
 from tyir.diagnostics import TyirError
 
-__all__ = ["RECORDED", "scale_model", "scaled_config"]
+__all__ = ["RECORDED", "scaled_config"]
 
 RECORDED: Final = "rope_scaling"  # among the model's facts: what it was imported with
 
@@ -55,17 +55,6 @@ def scaled_config(config: Mapping[str, Any], text: str) -> dict[str, Any]:
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = trained
     return {**config, key: scaling, "max_position_embeddings": int(trained * factor)}
-
-
-def scale_model(model: Any, text: str) -> None:
-    """Give a model of transformers, made from the unscaled config.json, the same rotary embeddings."""
-    scaled = scaled_config(model.config.to_dict(), text)
-    model.config.rope_parameters = scaled["rope_parameters"]
-    model.config.max_position_embeddings = scaled["max_position_embeddings"]
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "rope_type") and hasattr(module, "inv_freq"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, type(module)(model.config))
 
 
 def _factor(text: str) -> float | None:
