@@ -20,7 +20,7 @@ from tyir.dialects.func import Func
 from tyir.dialects.ty import Param
 from tyir.execution.entry_points import arguments
 from tyir.execution.storage import pack
-from tyir.execution.weights import CheckpointReader
+from tyir.execution.weights import CheckpointReader, WeightSource
 from tyir.interpreter import Interpreter, evaluate_param, run_lockstep
 from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.execution.functional import FunctionalDie, run_step
@@ -39,20 +39,21 @@ class Programs:
     def __init__(
         self,
         module: Module,
-        folder: Path,
+        stored: Path | WeightSource,
         *,
         max_kv: int,
         seqlen: int,
         dies: int = 1,
+        pp: int = 1,
         cache: str = "",
         machine: Machine = EDGE10,
     ) -> None:
-        weights = CheckpointReader(folder)
+        weights = CheckpointReader(stored) if isinstance(stored, Path) else stored
         self.chunks = DualChunk.used(to_json(module.attributes["tyir.model"]), max_kv)
         self.seqlen, self.max_kv = seqlen, max_kv
         run_pipeline(
             module,
-            f"kv-materialize{{max-kv={max_kv} {cache}}},partition-dies{{dies={dies} strategy=split}},"
+            f"kv-materialize{{max-kv={max_kv} {cache}}},partition-dies{{dies={dies} pp={pp} strategy=split}},"
             f"specialize-seqlen{{seqlens={seqlen}}},to-program",
         )
         self.modules = dies_of(module)

@@ -5,6 +5,7 @@ every execution, borders wherever a step may meet them, and nothing changed befo
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.llm import Shape, build
 from tests.long_context.attention_only import attention_only
 from tests.long_context.programs import EDGE10, Programs
 from tests.long_context.reference import Chunks, attention
 from tyir.artifacts.dual_chunk import CONFIG_KEY, DualChunk
+from tyir.artifacts.json_attributes import to_attribute
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.manifest import BuildOptions
@@ -133,6 +136,22 @@ def test_programs_of_all_dies(dies: int, cache: str, heads: int, groups: int, tm
             (row,) = programs.feed([token], engine)
             now = attention(*given, CHUNKS, THETA, token + 1)[token].ravel()
             np.testing.assert_allclose(row[: now.size], now, atol=bound, err_msg=f"{engine} {token}")
+
+
+def test_stages_of_layers(record_property: Callable[..., None]) -> None:
+    """Two layers on four dies, two for each: what a layer is called with is handed to all of them."""
+    logits = []
+    for dies, pp in ((1, 1), (4, 2)):
+        module, weights = build(Shape(layers=2, vocabulary=64))
+        facts = {"chunk_size": 10, "local_size": 4, "original_max_position_embeddings": 10}
+        module.set_attribute("tyir.model", to_attribute({CONFIG_KEY: facts}))
+        programs = Programs(module, weights, max_kv=32, seqlen=4, dies=dies, pp=pp)
+        for engine in ("interpreter", "edge10"):
+            programs.reset()
+            logits.append(programs.feed([(7 * i) % 64 for i in range(23)], engine))
+    worst = max(float(np.abs(other - logits[0]).max()) for other in logits[1:])
+    record_property("worst", worst)
+    assert worst < 0.02 * np.abs(logits[0]).max()
 
 
 def test_through_dram(tmp_path: Path) -> None:

@@ -96,6 +96,14 @@ def test_every_distance(compiled: Compiled, distance: int, record_property: Call
 
 
 @pytest.mark.slow
+def test_compiled_code_before_the_first_border(compiled: Compiled) -> None:
+    """Bit for bit what plain attention gives, for 96 tokens."""
+    ids = wanted(96, 0)[0][:96]
+    rows = [compiled(4300, plain=plain).feed(ids) for plain in (False, True)]
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
+@pytest.mark.slow
 def test_thirty_two_thousand_tokens(compiled: Compiled) -> None:
     """256 times the trained length, once."""
     share, reference, same = compare(compiled(32800), 32_600, 1)
