@@ -28,7 +28,7 @@ def main(model: Path, out: Path, prompt: str = "The old house stood at the end o
     sampled = list(session.generate(ids, 16, sampler=sampler, stop=stops.__contains__))
     print(f"sampled: {prompt}{tokenizer.decode(sampled)}")
 
-    logits = session.prefill(ids)  # [tokens that were computed, vocabulary], f32
+    logits = session.prefill(ids)  # [1, vocabulary], f32: what follows the last token
     best = sorted(range(logits.shape[1]), key=lambda token: -logits[-1, token])[:3]
     print("next, most likely first:", [tokenizer.decode([token]) for token in best])
 

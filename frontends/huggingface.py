@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from tyir.artifacts.dual_chunk import CONFIG_KEY, DualChunk
 from tyir.artifacts.json_attributes import to_attribute
+from tyir.artifacts.rope_scaling import RECORDED, scaled_config
 from tyir.attributes import Attribute, DenseElementsAttr, DictAttr, FloatAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
@@ -54,9 +56,6 @@ _STRAY_ENDINGS: Final = (
     ".attention.bias",
     ".attention.masked_bias",
 )
-# Keys of config.json that change a model's result on long prompts and that transformers' own models do not
-# read.
-_UNREAD_KEYS: Final = ("dual_chunk_attention_config",)
 # What later stages and the artifacts need to know of config.json.
 _MODEL_KEYS: Final = (
     "model_type",
@@ -97,6 +96,7 @@ def import_model(
     base: Path | None = None,
     progress: bool = False,
     images: Sequence[tuple[int, int]] = (),
+    rope_scaling: str | None = None,
 ) -> Module:
     """The model of a Hugging Face folder at stage `aten`, computing in `dtype` ("f16" or "f32").
 
@@ -107,7 +107,8 @@ def import_model(
     for every prompt: keys in a cache cannot be turned again when it grows.  `images`: of a vision-language
     model the sizes (width, height) of pictures; one function `@visual_{W}x{H}(%patches)` for each grid among
     them stands beside `@main`, its language model (`tyir.frontends.vision`).  `base`: the folder of the base
-    model, when `folder` holds a LoRA adapter whose config does not say it.  `progress` shows on standard
+    model, when `folder` holds a LoRA adapter whose config does not say it.  `rope_scaling`: a kind and
+    factor that config.json lacks, as "yarn=4" (`tyir.artifacts.rope_scaling`).  `progress` shows on standard
     error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
     """
@@ -126,13 +127,18 @@ def import_model(
             positions=positions,
             base=base,
             bar=bar,
+            rope_scaling=rope_scaling,
         )
         if images and not opened.meta.sees:
             raise TyirError(
                 f"{type(opened.meta.model).__name__} sees no pictures: it has no sizes of images",
                 help="leave --image out",
             )
-        return _build(opened.checkpoint, opened.meta, opened.weights, bar, images)
+        module = _build(opened.checkpoint, opened.meta, opened.weights, bar, images)
+        facts = module.attributes["tyir.model"]
+        if rope_scaling is not None and isinstance(facts, DictAttr):
+            module.set_attribute("tyir.model", facts.with_entry(RECORDED, StringAttr(rope_scaling)))
+        return module
 
 
 @contextlib.contextmanager
@@ -170,6 +176,7 @@ def open_model(
     positions: int | None = None,
     base: Path | None = None,
     bar: Bar | None = None,
+    rope_scaling: str | None = None,
 ) -> OpenedModel:
     """Open and check a folder; the first half of `import_model`, with the same errors."""
     note = note or _ignore
@@ -179,6 +186,8 @@ def open_model(
     checkpoint = open_checkpoint(folder, problems, base)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
+    if checkpoint is not None and rope_scaling is not None and not problems:
+        checkpoint = replace(checkpoint, config=scaled_config(checkpoint.config, rope_scaling))
     formats = formats_of(checkpoint, problems, plugin) if checkpoint is not None else ()
     if checkpoint is not None:
         problems.extend(_early_problems(checkpoint, plugin))
@@ -280,13 +289,11 @@ def _meta_model(
     imported.
     """
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
-    for key in _UNREAD_KEYS:
-        if config.get(key) is not None:
-            message = (
-                f"'{key}' is not used: prompts beyond the length it begins to matter at are computed with"
-                " plain attention, as transformers does"
-            )
-            note(Diagnostic(message, severity="warning", where=where))
+    try:
+        DualChunk.of_config(config)
+    except TyirError as error:
+        problems.extend(replace(d, where=where) for d in error.diagnostics)
+        return None
     bar.stage("loading torch and transformers", 65)
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
@@ -545,6 +552,8 @@ def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     facts = {key: value for key, value in found.items() if value is not None}
     if (limit := position_limit(text)) is not None:
         facts["max_position_embeddings"] = max(limit[0], meta.positions or 0)
+    if (chunks := DualChunk.of_config(checkpoint.config)) is not None:  # transformers' models do not read it
+        facts[CONFIG_KEY] = chunks.facts()
     if "hidden_size" in facts and "num_attention_heads" in facts:
         facts.setdefault("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
     facts["architecture"] = checkpoint.config["architectures"][0]

@@ -71,6 +71,7 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
             MeasuredServer(session),
             f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals",
         )
+    from tyir.artifacts.dual_chunk import DualChunk
     from tyir.execution.artifacts import Artifacts
     from tyir.runtime_sim.serving.benchmark import SimulatedServer
     from tyir.runtime_sim.timing.predictor import Predictor
@@ -89,8 +90,9 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
     machine = load_machine(args.machine) if args.machine else machine_of(artifacts)
     predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
     state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
+    chunks = DualChunk.used(manifest.model, manifest.options.max_kv)
     return (
-        SimulatedServer(predictor, manifest.options.batch),
+        SimulatedServer(predictor, manifest.options.batch, chunks),
         f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}",
     )
 

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
     from tyir.tools.run.conversation import converse
-    from tyir.tools.run.session_of import open_to_answer
+    from tyir.tools.run.session_of import open_to_answer, save_cache
     from tyir.tools.run.speaker import Speaker
     from tyir.tools.run.turns import Turns
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     speaker = Speaker(opened, turns, as_json=args.json)
     converse(speaker, args.fps)
     if args.cache is not None:
-        opened.session.save(args.cache)
+        save_cache(opened.session, args.cache)
     if args.json:
         speaker.print_json()
     return 0

@@ -70,6 +70,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_base_option(parser)
     add_image_option(parser)
     parser.add_argument(
+        "--rope-scaling",
+        metavar="KIND=FACTOR",
+        help="rotary scaling that config.json lacks, as a model card advises it: yarn=4, linear=2",
+    )
+    parser.add_argument(
         "--check-weights",
         action="store_true",
         help="also read every weight: NaN, infinity and f16 overflow are errors",
@@ -129,6 +134,7 @@ def main(argv: Sequence[str]) -> int:
         base=options.base,
         progress=not quiet(),
         images=options.image,
+        rope_scaling=options.rope_scaling,
     )
     if options.explain:
         from tyir.tools.estimate.explain import explain

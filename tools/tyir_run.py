@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
 from tyir.tools.build_arguments import numbers
-from tyir.tools.cli import ToolParser, add_json_option, check_output, note, run_tool
+from tyir.tools.cli import Terminated, ToolParser, add_json_option, check_output, note, run_tool
 from tyir.tools.run.arguments import add_answer_arguments, add_picture_settings
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _run_one(args: argparse.Namespace, opened: Opened, prompt: str | None, ids: 
     from tyir.runtime_sim.session.ending import end_reason
     from tyir.tools.commands.json_forms import Prompt, Ran, print_json
     from tyir.tools.run.end_tokens import why
-    from tyir.tools.run.text_stream import TextStream, pieces
+    from tyir.tools.run.session_of import save_cache
     from tyir.tools.run.turns import timed
 
     session, stops, tokenizer = opened.session, opened.stops, opened.tokenizer
@@ -79,22 +80,17 @@ def _run_one(args: argparse.Namespace, opened: Opened, prompt: str | None, ids: 
     tokens = timed(generated, times, made)
     start = time.perf_counter()
     loaded = start - opened.began
-    if args.json:
-        list(tokens)
-    else:
-        stream: Iterator[str]
-        if prompt is None:
-            stream = (f"{',' * (number > 0)}{token}" for number, token in enumerate(tokens))
-        else:
-            stream = pieces(TextStream(tokenizer, ids), tokens)
-        first = next(stream, "")  # a prompt that does not fit is refused before anything is printed
-        sys.stdout.write((prompt or "") + first)
-        for text in stream:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        print(flush=True)
+    try:
+        _stream(args, opened, prompt, ids, tokens)
+    except KeyboardInterrupt as interrupt:
+        struck = not isinstance(interrupt, Terminated) or interrupt.signal == signal.SIGINT
+        if struck and args.cache is not None and len(session.tokens) > shared:
+            save_cache(session, args.cache)
+            done = f"{min(len(session.tokens), len(ids))} of {len(ids)} prompt tokens"
+            note(f"interrupted after {done}: the same command goes on there")
+        raise
     if args.cache is not None:
-        session.save(args.cache)
+        save_cache(session, args.cache)
     decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     reason = end_reason(made, opened.limit, session.capacity - len(session.tokens), stops.__contains__)
     ended = why(reason, made, stops, tokenizer, session.capacity)
@@ -111,6 +107,32 @@ def _run_one(args: argparse.Namespace, opened: Opened, prompt: str | None, ids: 
         f"{len(ids)} prompt tokens{reused}; ended {ended}"
     )
     return 0
+
+
+def _stream(
+    args: argparse.Namespace,
+    opened: Opened,
+    prompt: str | None,
+    ids: Sequence[int],
+    tokens: Iterator[int],
+) -> None:
+    """Print tokens as they come; with `--json` nothing."""
+    from tyir.tools.run.text_stream import TextStream, pieces
+
+    if args.json:
+        list(tokens)
+        return
+    stream: Iterator[str]
+    if prompt is None:
+        stream = (f"{',' * (number > 0)}{token}" for number, token in enumerate(tokens))
+    else:
+        stream = pieces(TextStream(opened.tokenizer, ids), tokens)
+    first = next(stream, "")  # a prompt that does not fit is refused before anything is printed
+    sys.stdout.write((prompt or "") + first)
+    for text in stream:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print(flush=True)
 
 
 def _text(opened: Opened, ids: Sequence[int], made: Sequence[int]) -> str | None:

@@ -32,6 +32,7 @@ _WHOLE: Final = "8 prompts of 64 tokens"
 def main(argv: Sequence[str]) -> int:
     """Entry point; exit code 1 when the artifacts do not compute what the model computes."""
     args = make_parser().parse_args(argv)
+    from tyir.artifacts.rope_scaling import RECORDED
     from tyir.execution.artifacts import Artifacts
     from tyir.process.progress import Bar
     from tyir.runtime_sim.session.session import Session
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     prompts = _prompts(args, session.artifacts)
     plugin = _plugin(args.model_plugin)
     detail("loading the model that is compared with")
-    reference = Reference(args.against, session.manifest.options, plugin, args.base)
+    scaling = session.manifest.model.get(RECORDED)
+    reference = Reference(args.against, session.manifest.options, plugin, args.base, scaling)
     tokens = args.tokens if args.tokens is not None else TOKENS[args.full]
     counts = [min(tokens, session.capacity - len(ids)) for ids in prompts]
     results: list[PromptResult] = []

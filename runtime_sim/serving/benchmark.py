@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.process.files import read_regular
 from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
@@ -100,6 +101,11 @@ class Server(Protocol):
     @property
     def seqlens(self) -> Sequence[int]: ...
 
+    @property
+    def chunks(self) -> DualChunk | None:
+        """Borders that no sequence's part of a step crosses."""
+        ...
+
     def run(self, step: Step) -> float:
         """Run it; seconds."""
         ...
@@ -115,6 +121,7 @@ class SimulatedServer:
 
     predictor: Predictor
     slots: int = 1
+    chunks: DualChunk | None = None
 
     @property
     def capacity(self) -> int:
@@ -147,11 +154,15 @@ class MeasuredServer:
     def seqlens(self) -> Sequence[int]:
         return self.session.manifest.options.seqlens
 
+    @property
+    def chunks(self) -> DualChunk | None:
+        return DualChunk.used(self.session.manifest.model, self.capacity)
+
     def run(self, step: Step) -> float:
         start = time.perf_counter()
         for slot, position in enumerate(step.starts):
             self.session.rewind(slot, position)
-        self.session.step(step.feeds, step.seqlen)
+        self.session.step(step.feeds, step.seqlen, step.lengths)
         return time.perf_counter() - start
 
 
@@ -234,7 +245,8 @@ def serve(
             f" {long[0].prompt} + {long[0].output}",
             help="shorten them, or compile with a larger --max-kv",
         )
-    scheduler = Scheduler(server.slots, server.seqlens, server.capacity, long_share=long_share)
+    sizes = (server.slots, server.seqlens, server.capacity)
+    scheduler = Scheduler(*sizes, long_share=long_share, chunks=server.chunks)
     permits = [0.0] * min(max_concurrency or len(todo), len(todo))  # when each may be taken
     under_way: dict[Task, _Running] = {}
     done: dict[int, Result] = {}

@@ -7,11 +7,13 @@ A file appears by rename, so a full disk or an interrupt leaves what was there b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import shutil
 import struct
 import tempfile
 import tokenize
@@ -27,13 +29,14 @@ import numpy.typing as npt
 
 from tyir.artifacts.cache_layout import position_axis
 from tyir.artifacts.consistency import cache_inputs
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.manifest import Manifest, TensorInfo
 from tyir.process.files import open_regular, parse_json
 from tyir.runtime_sim.session.program_engine import CacheName
 
-__all__ = ["identity_of", "read_cache", "write_cache"]
+__all__ = ["identity_of", "read_cache", "saved_bytes", "write_cache"]
 
 Array = npt.NDArray[Any]
 _AGAIN: Final = "run the prompt again"
@@ -56,8 +59,24 @@ def identity_of(artifacts: Artifacts) -> dict[str, Any]:
             f" {manifest.model.get('num_hidden_layers', '?')} layers"
         ),
         **options,
+        "rotary positions": _positions(manifest),
         "content of the weights": hashlib.sha256(repr(params).encode()).hexdigest()[:16],
     }
+
+
+def saved_bytes(manifest: Manifest, tokens: int) -> int:
+    """What the caches of so many tokens take in a file, a few kilobytes aside."""
+    return 8 * tokens + sum(
+        math.prod(tensor.shape) * tensor.storage_dtype.itemsize
+        for _, tensor in _expected(manifest, tokens).values()
+    )
+
+
+def _positions(manifest: Manifest) -> str:
+    """What decides at which angles keys lie in the cache."""
+    rope = json.dumps(manifest.model.get("rope_parameters"), sort_keys=True)
+    chunks = DualChunk.used(manifest.model, manifest.options.max_kv)
+    return rope if chunks is None else f"{rope} in chunks of {chunks.step} up to {chunks.chunk_size}"
 
 
 def write_cache(
@@ -80,6 +99,9 @@ def write_cache(
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(a.nbytes for a in arrays.values()), shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:

@@ -13,7 +13,7 @@ meaning (on the same files), `edge10` the command program on modelled memories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -21,21 +21,25 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
+from tyir.process.interrupts import interrupts_wait
+from tyir.process.progress import Bar
 from tyir.runtime_sim.session.chunks import Chunk, pad, plan_chunks
 from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
-from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, write_cache
+from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, saved_bytes, write_cache
 from tyir.runtime_sim.session.token_ids import checked_ids
 
 __all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
 
 Array = npt.NDArray[Any]
 EngineName = Literal["host", "interpreter", "edge10"]
+_LONG: Final = 16  # chunks of a prompt from which on it is said how far it is
 ENGINES: Final[tuple[EngineName, ...]] = ("host", "interpreter", "edge10")
 
 
@@ -117,7 +121,9 @@ class Session:
         self.engine_name: EngineName = engine
         self.engine = make_engine(engine, self.artifacts, probe, threads)
         self._step = FiniteSteps(self.engine)
+        self._chunks = DualChunk.used(self.manifest.model, self.capacity)
         self.tokens: list[int] = []
+        self.show_progress = False  # of long prompts, on standard error
 
     @property
     def capacity(self) -> int:
@@ -146,9 +152,10 @@ class Session:
 
         The second turn of a chat costs its new tokens.
 
-        Logits [n, V] of the n tokens that were computed, at least those of the last one.
+        Logits [1, V] after the last of them: those of a whole prompt (`feed`) take 4 V bytes a token.
         """
-        return self.feed(self._new_of(ids))
+        self._check_logits()
+        return np.asarray(self._last(self._new_of(ids))["logits"], np.float32)
 
     def _new_of(self, ids: Sequence[int]) -> Sequence[int]:
         """Keep what the cache shares with `ids`; the tokens that are still to be computed."""
@@ -164,8 +171,13 @@ class Session:
         shared = next(differing, min(len(self.tokens), len(ids)))
         return min(shared, max(len(ids) - 1, 0))
 
+    @property
+    def saved_bytes(self) -> int:
+        """What `save` writes now, a few kilobytes aside."""
+        return saved_bytes(self.manifest, len(self.tokens))
+
     def save(self, path: Path) -> None:
-        """Write the cache and its tokens to a file, for `restore`.
+        """Write the cache and its tokens to a file of about `saved_bytes`, for `restore`.
 
         `TyirError` when the weights have been written to since the artifacts were opened.
         """
@@ -186,6 +198,10 @@ class Session:
 
         Raises `TyirError` when the program returns tokens and no logits.
         """
+        self._check_logits()
+        return _joined(self._advance(ids))["logits"].astype(np.float32, copy=False)
+
+    def _check_logits(self) -> None:
         if self.choices is not None:
             raise TyirError(
                 "these artifacts return the"
@@ -193,7 +209,6 @@ class Session:
                 " and no logits",
                 help="use Session.next_tokens or Session.generate, or compile with --output logits",
             )
-        return np.asarray(self._advance(ids)["logits"], np.float32)
 
     def next_tokens(self, ids: Sequence[int]) -> Candidates:
         """Append tokens to the cache.
@@ -201,39 +216,53 @@ class Session:
         Row i holds the best tokens to follow ids[i]: as many as the program returns, one if it returns
         logits.
         """
-        outputs = self._advance(ids)
-        if "logits" in outputs:
-            best = outputs["logits"].argmax(axis=-1)[:, None]
-            return Candidates(
-                np.take_along_axis(outputs["logits"], best, axis=-1).astype(np.float32), best.astype(np.int32)
-            )
-        return Candidates(outputs["top_values"], outputs["top_ids"])
+        found = _joined(_with_best(outputs) for outputs in self._advance(ids))
+        return Candidates(found["top_values"], found["top_ids"])
 
-    def _advance(self, ids: Sequence[int]) -> dict[str, Array]:
-        """Run tokens through the program; its outputs by name, [len(ids), ..] each, all of them finite."""
+    def _last(self, ids: Sequence[int]) -> dict[str, Array]:
+        """Run tokens through the program; its outputs by name after the last of them, [1, ..] each."""
+        row: dict[str, Array] = {}
+        for outputs in self._advance(ids):
+            row = {name: array[-1:].copy() for name, array in outputs.items()}
+        return row
+
+    def _advance(self, ids: Sequence[int]) -> Iterator[dict[str, Array]]:
+        """Run tokens through the program, chunk by chunk; the outputs of each by name, [its tokens, ..],
+        all of them finite.
+
+        A chunk's tokens are in the cache when its outputs are given: whoever stops there may go on later.
+        """
         ids = checked_ids(ids, self.manifest.model.get("vocab_size"))
         if not ids:
             raise TyirError(
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
             )
-        rows: dict[str, list[Array]] = {}
         first = len(self.tokens)
-        for chunk in plan_chunks(len(ids), first, self.manifest.options.seqlens, self.capacity):
-            part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
-            counts = [chunk.count if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
-            for name, array in self._step(self._inputs(part, chunk), chunk, counts).items():
-                rows.setdefault(name, []).append(np.asarray(array[self.sequence, : chunk.count]))
-            self.tokens += part
-        return {name: np.concatenate(parts) for name, parts in rows.items()}
+        seqlens, batch = self.manifest.options.seqlens, self.manifest.options.batch
+        shown = self.show_progress and len(ids) >= _LONG * max(seqlens)
+        chunks = plan_chunks(len(ids), first, seqlens, self.capacity, self._chunks)
+        with Bar("prompt", len(ids), "token", show=shown) as bar:
+            for chunk in chunks:
+                part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
+                counts = [chunk.count if i == self.sequence else 0 for i in range(batch)]
+                with interrupts_wait():
+                    outputs = self._step(self._inputs(part, chunk, first + len(ids)), chunk, counts)
+                    self.tokens += part
+                bar.advance(chunk.count)
+                yield {name: array[self.sequence, : chunk.count] for name, array in outputs.items()}
 
-    def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
+    def _inputs(self, ids: list[int], chunk: Chunk, length: int) -> dict[str, Array]:
+        """What a step of a conversation of `length` tokens, those to come included, is given."""
         padded = np.zeros((self.manifest.options.batch, chunk.seqlen), np.int32)
         padded[self.sequence] = pad(ids, chunk.seqlen)
         pos = np.zeros(self.manifest.options.batch, np.int32)
         pos[self.sequence] = chunk.start
+        inputs: dict[str, Array] = {"pos": pos}
+        if self._chunks is not None:
+            inputs["temperature"] = np.full(len(pos), self._chunks.temperature(length), np.float32)
         if self.manifest.options.embedding_as_input:
-            return {"embeddings": self._embedding_table[padded], "pos": pos}
-        return {"ids": padded, "pos": pos}
+            return {"embeddings": self._embedding_table[padded], **inputs}
+        return {"ids": padded, **inputs}
 
     @cached_property
     def _embedding_table(self) -> Array:
@@ -265,7 +294,26 @@ class Session:
 
     def _sample(self, ids: Sequence[int], sampler: Sampler) -> int:
         """The token to follow `ids`, chosen among all tokens or among those that the program returns."""
-        outputs = self._advance(ids)
+        outputs = self._last(ids)
         if "logits" in outputs:
             return sampler(outputs["logits"][-1])
         return int(outputs["top_ids"][-1][sampler(outputs["top_values"][-1])])
+
+
+def _joined(parts: Iterable[dict[str, Array]]) -> dict[str, Array]:
+    """The rows of all chunks, by name."""
+    rows: dict[str, list[Array]] = {}
+    for outputs in parts:
+        for name, array in outputs.items():
+            rows.setdefault(name, []).append(np.asarray(array))
+    return {name: np.concatenate(arrays) for name, arrays in rows.items()}
+
+
+def _with_best(outputs: dict[str, Array]) -> dict[str, Array]:
+    """The best token of each row with its value, in place of logits."""
+    if "logits" not in outputs:
+        return outputs
+    logits = outputs["logits"]
+    best = logits.argmax(axis=-1)[:, None]
+    values = np.take_along_axis(logits, best, axis=-1)
+    return {"top_values": values.astype(np.float32), "top_ids": best.astype(np.int32)}

@@ -102,6 +102,29 @@ def attention(
     )
 
 
+def dual_chunk(
+    s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], step: int, e: Type = f16
+) -> Case:
+    """Steps in the first chunk, the second and a later one; heat of every sequence its own."""
+    cache, scale = t(len(pos), max(kv_heads) + 1, capacity, d, e=e), t(len(pos), max(kv_heads) + 1, capacity)
+    q, scales = t(len(pos), s, len(kv_heads), d), (scale, scale) if e is i8 else ()
+    types = (q, cache, cache, t(len(pos), e=i32), *scales, q, q, t(len(pos), e=f32))
+    rng = np.random.default_rng(step)
+    data = [(3, pos), (len(types) - 1, rng.uniform(1, 1.5, len(pos)))]
+    if e is i8:
+        data += [(i, rng.integers(-127, 128, cache.static_shape)) for i in (1, 2)]
+        data += [(i, rng.uniform(0, 0.02, scale.static_shape)) for i in (4, 5)]
+
+    def make(values: Sequence[Value]) -> Op:
+        q, k, v, positions, *scales, successive, inter, temperature = values
+        far = {"successive": successive, "inter": inter, "temperature": temperature}
+        return kv.DualChunkAttention(
+            *(q, k, v, positions, tuple(scales)), **far, step=step, scale=d**-0.5, kv_heads=kv_heads
+        )
+
+    return Case(f"dual_chunk_s{s}_{kv_heads}_d{d}_pos{pos}_{step}_{e}", types, make, tuple(data))
+
+
 def attention_of_nan() -> Case:
     """A query that is not finite has no weights: the kernel's exponential must not make some."""
     q = np.random.default_rng(0).standard_normal((1, 4, 2, 16))
@@ -153,9 +176,9 @@ def append(s: int, heads: int, d: int, capacity: int, pos: tuple[int, ...]) -> C
     return Case(f"append_s{s}_{heads}_{d}_{capacity}_{pos}", types, lambda v: kv.Append(*v), ((2, pos),))
 
 
-def rows(s: int, count: int, d: int, pos: tuple[int, ...]) -> Case:
+def rows(s: int, count: int, d: int, pos: tuple[int, ...], **places: int) -> Case:
     types = (t(count, d), t(len(pos), e=i32), t(len(pos), s, 8))
-    return Case(f"rows_s{s}_{count}_{d}_{pos}", types, lambda v: kv.Rows(*v), ((1, pos),))
+    return Case(f"rows_s{s}_{count}_{d}_{pos}_{places}", types, lambda v: kv.Rows(*v, **places), ((1, pos),))
 
 
 def embedding(ids: Sequence[int], element: Type, offset: int, width: int = 96) -> Case:
@@ -295,11 +318,14 @@ CASES: list[Case] = [
     attention8(8, (1, 0, 0), 32, 48, (29,)),
     attention8(5, (0, 0), 12, 64, (3, 50)),
     attention8(4, (0, 0, 1), 64, 80, (30, 0), window=9),
+    dual_chunk(4, (0, 0, 1), 16, 48, (2, 9, 37), 10),
+    dual_chunk(1, (0, 1), 12, 40, (5, 39), 7, i8),
     quantize_rows(1, 2, 64, 1.0),
     quantize_rows(3, 5, 32, 3e-6),
     quantize_rows(2, 3, 12, 1000.0, b=2),
     quantize_rows(1, 1, 128, 1e-8),
     rows(1, 40, 16, (7,)),
+    rows(3, 11, 16, (0, 4, 29), modulo=6, offset=6),
     rows(8, 40, 20, (36,)),
     rows(3, 40, 5, (0, 39)),
     embedding((0, 3, 9, 10, 11, 300), i32, 0),

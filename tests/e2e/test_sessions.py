@@ -4,14 +4,21 @@ same.
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Any
 
 import numpy as np
 import pytest
 
 from tyir.diagnostics import TyirError
+from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.host_engine import HostEngine
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.tyir_run import main
 
@@ -51,11 +58,76 @@ def test_a_longer_cache_is_restored_into_a_session_that_has_run(artifacts: Artif
 def test_a_second_turn_computes_only_its_new_tokens(artifacts: Artifacts) -> None:
     session = Session(artifacts(2, "fp16"))
     session.feed(IDS)
-    computed = session.prefill([*IDS[:8], 50, 60])
-    assert len(computed) == 2, "eight of the ten tokens were in the cache"
-    assert len(session.prefill([*IDS[:8], 50, 60])) == 1, "the last token's logits are needed"
+    computed, fed = [], session.engine.step
+    session.engine.step = lambda inputs, chunk: computed.append(chunk.count) or fed(inputs, chunk)  # type: ignore[func-returns-value,method-assign]
+    logits = session.prefill([*IDS[:8], 50, 60])
+    assert computed == [2], "eight of the ten tokens were in the cache"
+    session.prefill([*IDS[:8], 50, 60])
+    assert computed == [2, 1], "the last token's logits are needed"
     fresh = Session(artifacts(2, "fp16"))
-    np.testing.assert_allclose(computed, fresh.feed([*IDS[:8], 50, 60])[-2:], atol=0.05)
+    np.testing.assert_allclose(logits, fresh.feed([*IDS[:8], 50, 60])[-1:], atol=0.05)
+
+
+def test_a_prompt_keeps_the_last_logits_only(artifacts: Artifacts) -> None:
+    """Whatever its length: all rows of 120 tokens would be two megabytes."""
+    session, prompt = Session(artifacts(2, "fp16")), [(37 * i * i + 5) % 4096 for i in range(120)]
+    rows = session.feed(prompt)
+    session.reset()
+    tracemalloc.start()
+    last = session.prefill(prompt)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert last.shape == (1, rows.shape[1]) and peak < rows.nbytes / 2
+    np.testing.assert_array_equal(last, rows[-1:])
+
+
+@pytest.mark.parametrize("dies", [2, 3])
+def test_an_interrupt_keeps_the_chunks_that_are_done(
+    artifacts: Artifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str], dies: int
+) -> None:
+    """Ctrl-C within the second step of three: it is finished, the cache is written, the next run goes on."""
+    folder = artifacts(dies, "fp16" if dies == 2 else "int4")
+    cache, prompt = tmp_path / "cache.npz", [*IDS, *IDS]
+    command = [str(folder), "--ids", ",".join(map(str, prompt)), "--cache", str(cache), "--max-tokens", "3"]
+    steps: list[int] = []
+    real = HostEngine.step
+
+    def struck(engine: HostEngine, inputs: Any, chunk: Chunk) -> Any:
+        steps.append(chunk.count)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(engine, inputs, chunk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostEngine, "step", struck)
+        assert main(command) == 130
+        said = capsys.readouterr().err
+        assert "writing the cache of 16 tokens" in said and "after 16 of 22 prompt tokens" in said
+        assert steps == [8, 8]
+        assert main(command) == 0
+    assert steps[2] == 6 and "16 of them from the cache" in capsys.readouterr().err
+    whole = Session(folder)
+    restored = Session(folder)
+    restored.restore(cache)
+    assert restored.tokens[:22] == prompt
+    restored.rewind(22)
+    whole.feed(prompt)
+    np.testing.assert_array_equal(restored.feed([5]), whole.feed([5]))
+
+
+def test_the_size_of_a_saved_cache_is_known_before(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(artifacts(3, "int4"))
+    session.feed(IDS)
+    path = tmp_path / "cache.npz"
+    said = session.saved_bytes
+    session.save(path)
+    assert said <= path.stat().st_size <= said + 20_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(TyirError, match=r"it takes .* MB, and 0\.0 MB are free"):
+        session.save(tmp_path / "other.npz")
+    assert not (tmp_path / "other.npz").exists()
 
 
 def test_generation_goes_on_in_the_same_session(artifacts: Artifacts) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.benchmark import (
     Request,
@@ -33,6 +34,7 @@ class FixedServer:
     slots: int = 1
     capacity: int = 1000
     seqlens: Sequence[int] = (1, 8)
+    chunks: DualChunk | None = None
 
     def run(self, step: Step) -> float:
         return {1: 0.02, 8: 0.05}[step.seqlen]

@@ -7,7 +7,7 @@ import argparse
 from tyir.diagnostics import TyirError
 from tyir.tools.run.conversation import converse
 from tyir.tools.run.prompts import read_prompts
-from tyir.tools.run.session_of import Opened
+from tyir.tools.run.session_of import Opened, save_cache
 from tyir.tools.run.speaker import Speaker
 from tyir.tools.run.turns import Turns
 
@@ -32,6 +32,6 @@ def run_turns(args: argparse.Namespace, opened: Opened) -> None:
     if args.chat:
         converse(speaker, args.fps, images, videos)
     if args.cache is not None:
-        opened.session.save(args.cache)
+        save_cache(opened.session, args.cache)
     if args.json:
         speaker.print_json()

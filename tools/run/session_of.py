@@ -15,10 +15,11 @@ from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.ending import check_limit
 from tyir.runtime_sim.session.sampling import Sampler, check_sampling, make_sampler
 from tyir.runtime_sim.session.session import EngineName, Session
+from tyir.tools.cli import note, quiet
 from tyir.tools.run.end_tokens import end_tokens
 from tyir.tools.tokenizer import load_tokenizer
 
-__all__ = ["Opened", "open_session", "open_to_answer"]
+__all__ = ["Opened", "open_session", "open_to_answer", "save_cache"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts) if text else None
     stops = end_tokens(session.artifacts, tokenizer)
+    session.show_progress = not quiet()
     return Opened(session, tokenizer, sampler, stops, args.max_tokens, began)
 
 
@@ -65,6 +67,13 @@ def open_session(
     from tyir.runtime_sim.vision.session import VisionSession
 
     return VisionSession(artifacts, engine, threads=threads)
+
+
+def save_cache(session: Session, path: Path) -> None:
+    """Write a session's cache, after saying how much that is: a long prompt's takes gigabytes and minutes."""
+    size = f"{session.saved_bytes / 1e6:.1f} MB"
+    note(f"writing the cache of {len(session.tokens)} tokens to {path}: {size}")
+    session.save(path)
 
 
 def _age() -> float:

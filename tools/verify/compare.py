@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.rope_scaling import scaled_config
 from tyir.artifacts.vision import ImageSize
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
@@ -54,6 +56,7 @@ __all__ = [
     "cosine",
     "dense_model",
     "reference_module",
+    "scale_model",
     "size_ratio",
     "tower_module",
 ]
@@ -107,7 +110,7 @@ class Reference:
     Those of the checkpoint, or what quantisation made of them.
 
     Rotary frequencies that change with the prompt's length are those of a full cache, as in the artifacts.
-    `plugin` is the one they were compiled with.
+    `plugin` is the one they were compiled with, `rope_scaling` what they were imported with.
     """
 
     reads_plainly = True  # transformers' own class of a model of text reads a folder that is not quantised
@@ -118,6 +121,7 @@ class Reference:
         options: BuildOptions,
         plugin: ModelPlugin | None = None,
         base: Path | None = None,
+        rope_scaling: str | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -134,6 +138,8 @@ class Reference:
             ).eval()
         else:
             self.model = dense_model(folder, plugin, base)
+        if rope_scaling is not None:
+            scale_model(self.model, rope_scaling)
         freeze_rope(self.model, options.max_kv)
         if options.weights == "awq":
             raise TyirError(
@@ -220,6 +226,17 @@ def _is_plain(folder: Path, base: Path | None) -> bool:
     )
 
 
+def scale_model(model: Any, text: str) -> None:
+    """Give a model of transformers, made from config.json as it is, the rotary embeddings of a scaled one."""
+    scaled = scaled_config(model.config.to_dict(), text)
+    model.config.rope_parameters = scaled["rope_parameters"]
+    model.config.max_position_embeddings = scaled["max_position_embeddings"]
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "rope_type") and hasattr(module, "inv_freq"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, type(module)(model.config))
+
+
 def dense_model(folder: Path, plugin: ModelPlugin | None, base: Path | None = None) -> Any:
     """Hugging Face's model in fp32 of a checkpoint that is quantised or has its own layout.
 
@@ -239,12 +256,18 @@ def dense_model(folder: Path, plugin: ModelPlugin | None, base: Path | None = No
 
 
 def reference_module(
-    folder: Path, options: BuildOptions, plugin: ModelPlugin | None = None, base: Path | None = None
+    folder: Path,
+    options: BuildOptions,
+    plugin: ModelPlugin | None = None,
+    base: Path | None = None,
+    rope_scaling: str | None = None,
 ) -> Module:
-    """The unpartitioned model in `ty` ops, with the artifacts' weights."""
+    """The unpartitioned model in `ty` ops, with the artifacts' weights and rotary scaling."""
     from tyir.frontends.huggingface import import_model
 
-    module = import_model(folder, plugin=plugin, positions=options.max_kv, base=base)
+    module = import_model(
+        folder, plugin=plugin, positions=options.max_kv, base=base, rope_scaling=rope_scaling
+    )
     run_pipeline(module, reference_pipeline(options), PassContext())
     return module
 
@@ -367,6 +390,13 @@ def check_prompt(
     Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's
     of the same tokens.
     """
+    chunks = DualChunk.used(session.manifest.model, session.capacity)
+    if chunks is not None and len(ids) + count > chunks.exact:
+        raise TyirError(
+            f"{len(ids) + count} tokens are more than {chunks.exact}: beyond, these artifacts use dual chunk"
+            " attention, which transformers does not know",
+            help="compare shorter prompts",
+        )
     tokens = [*ids, *reference.continue_greedily(ids, count)]
     logits, wanted_states = reference.run(tokens)
     step(count)

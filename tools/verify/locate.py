@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.rope_scaling import RECORDED
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
@@ -117,7 +118,11 @@ class Divergence:
 
 
 Key = tuple[str, str, int]
-_SAME: Final = {"kv.attention": "ty.attention", "ty.quantized_linear": "ty.linear"}
+_SAME: Final = {
+    "kv.attention": "ty.attention",
+    "kv.dual_chunk_attention": "ty.attention",
+    "ty.quantized_linear": "ty.linear",
+}
 
 
 def locate(
@@ -134,7 +139,8 @@ def locate(
     """
     recorder = Recorder()
     session = Session(folder, engine, check=False, probe=recorder)
-    module = reference_module(checkpoint, session.manifest.options, plugin, base)
+    scaling = session.manifest.model.get(RECORDED)
+    module = reference_module(checkpoint, session.manifest.options, plugin, base, scaling)
     expected = reference_results(module, ids, CheckpointReader(checkpoint_of(module)))
     session.next_tokens(ids)
     return first_off(expected, recorder)

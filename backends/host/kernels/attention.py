@@ -4,6 +4,9 @@ queries; and ty.attention that sees both ways within segments, where a tile's ke
 Only positions that a query of the tile may see are visited, so the loops end at pos + s however large the
 cache is.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a scratch buffer
 [tile, capacity].
+
+With dual chunk attention the scores have three parts, those of keys before the last chunk, of the last chunk
+and of the queries' own, each with its rotation of the queries; what follows is the same.
 """
 
 from __future__ import annotations
@@ -79,6 +82,8 @@ def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
 
 def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     q, k, v, pos, *scales, out = buffers
+    chunked = isinstance(op, kv.DualChunkAttention)
+    *scales, successive, inter, temperature = scales if chunked else (*scales, None, None, None)
     k_scales, v_scales = scales or (None, None)
     b, s, heads, width = (int(d) for d in q.shape)
     capacity = op.capacity
@@ -104,7 +109,14 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
             op.layout == "HND",
         )
         scores = T.alloc_buffer((queries, capacity + cpu.lanes), "float32")
-        _scores(op, work, q, k, k_scales, scores, cpu)
+        if isinstance(op, kv.DualChunkAttention):
+            own = bind(T.floordiv(pos[sequence], T.int32(op.step)) * op.step)
+            last = bind(T.max(own - op.step, 0))
+            heat = bind(temperature[sequence])
+            for part, bounds in ((inter, (low, last)), (successive, (last, own)), (q, (own, high))):
+                _scores(op, work, part, k, k_scales, scores, cpu, bounds, heat)
+        else:
+            _scores(op, work, q, k, k_scales, scores, cpu)
         totals = T.alloc_buffer((queries,), "float32")
         _softmax(work, scores, totals, cpu)
         _weighted_values(work, v, v_scales, scores, totals, out, cpu)
@@ -165,8 +177,13 @@ def _scores(
     scales: Buffer | None,
     scores: Buffer,
     cpu: Cpu,
+    bounds: tuple[Expr, Expr] | None = None,
+    temperature: Expr | None = None,
 ) -> None:
-    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j."""
+    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j; of the keys in
+    `bounds`, or all from `work.low` to `work.high`.
+    """
+    first, end = bounds or (work.low, work.high)
     width = int(q.shape[3])
     lanes = lanes_for(cpu.lanes, width)
     wide = T.alloc_buffer((work.queries, width), "float32")
@@ -177,8 +194,9 @@ def _scores(
             load(q, [work.sequence, work.token0 + t, work.head, i * lanes], lanes),
             lanes,
         )
-    with T.serial(0, work.high - work.low) as j:
-        position = bind(work.low + j)
+    with T.serial(0, T.max(end - first, 0)) as step:
+        position = bind(first + step)
+        j = bind(position - work.low)
         scale = _scale(scales, work, position)
         sums = [register(lanes, 0) for _ in range(work.queries)]
         with T.serial(0, width // lanes) as i:
@@ -187,6 +205,8 @@ def _scores(
                 add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
         for t in range(work.queries):
             score = horizontal_sum(sums[t], lanes) * f32(op.scale)
+            if temperature is not None:
+                score = score * temperature
             if op.softcap is not None:
                 score = capped(score, op.softcap, 1)
             if work.first is None:
@@ -248,5 +268,6 @@ def _weighted_values(
 
 EMITTERS: Final[Emitters] = {
     kv.CachedAttention: attention,
+    kv.DualChunkAttention: attention,
     ty.Attention: both_ways,
 }
