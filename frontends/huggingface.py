@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from tyir.artifacts.dual_chunk import CONFIG_KEY, DualChunk
 from tyir.artifacts.json_attributes import to_attribute
 from tyir.attributes import Attribute, DenseElementsAttr, DictAttr, FloatAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
@@ -54,9 +55,6 @@ _STRAY_ENDINGS: Final = (
     ".attention.bias",
     ".attention.masked_bias",
 )
-# Keys of config.json that change a model's result on long prompts and that transformers' own models do not
-# read.
-_UNREAD_KEYS: Final = ("dual_chunk_attention_config",)
 # What later stages and the artifacts need to know of config.json.
 _MODEL_KEYS: Final = (
     "model_type",
@@ -280,13 +278,11 @@ def _meta_model(
     imported.
     """
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
-    for key in _UNREAD_KEYS:
-        if config.get(key) is not None:
-            message = (
-                f"'{key}' is not used: prompts beyond the length it begins to matter at are computed with"
-                " plain attention, as transformers does"
-            )
-            note(Diagnostic(message, severity="warning", where=where))
+    try:
+        DualChunk.of_config(config)
+    except TyirError as error:
+        problems.extend(replace(d, where=where) for d in error.diagnostics)
+        return None
     bar.stage("loading torch and transformers", 65)
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
@@ -545,6 +541,8 @@ def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     facts = {key: value for key, value in found.items() if value is not None}
     if (limit := position_limit(text)) is not None:
         facts["max_position_embeddings"] = max(limit[0], meta.positions or 0)
+    if (chunks := DualChunk.of_config(checkpoint.config)) is not None:  # transformers' models do not read it
+        facts[CONFIG_KEY] = chunks.facts()
     if "hidden_size" in facts and "num_attention_heads" in facts:
         facts.setdefault("head_dim", facts["hidden_size"] // facts["num_attention_heads"])
     facts["architecture"] = checkpoint.config["architectures"][0]

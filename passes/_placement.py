@@ -13,7 +13,7 @@ from typing import Final
 from tyir.attributes import DenseArrayAttr, DictAttr
 from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Append, CachedAttention, QuantizeRows
+from tyir.dialects.kv import Append, CachedAttention, DualChunkAttention, QuantizeRows
 from tyir.dialects.ty import (
     Attention,
     Embedding,
@@ -168,11 +168,13 @@ def _append(op: Op) -> Rule:
 
 def _attention(op: Op) -> Rule:
     """The die's query heads over its cache heads."""
-    q = placement_of(op.operands[0])
-    caches = [placement_of(v) for v in op.operands[1:3]]
+    assert isinstance(op, CachedAttention)
+    q = placement_of(op.q)
+    caches = [placement_of(v) for v in (op.k, op.v)]
     if not isinstance(caches[0], Split):
         return [REPLICATED] * len(op.operands), REPLICATED
-    return [q, *caches, REPLICATED, *(placement_of(v) for v in op.operands[4:])], q
+    far = [q, q, REPLICATED] if isinstance(op, DualChunkAttention) else []
+    return [q, *caches, REPLICATED, *(placement_of(v) for v in op.scales), *far], q
 
 
 def _attention_of_segments(op: Op) -> Rule:

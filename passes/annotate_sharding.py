@@ -382,7 +382,7 @@ def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
     heads = attention.kv_heads
     queries = dies.placed(head_ranges(heads, dies.size))
     groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
-    _demand(attention.q, Split(2, queries), block)
+    _demand(attention.q, Split(2, queries), block)  # further rotations are of the same product
     for cache in (attention.k, attention.v, *attention.scales):
         append = cache.op
         assert isinstance(append, Append)

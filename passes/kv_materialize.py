@@ -26,22 +26,44 @@ does not follow from its slot in the cache.  The tables are then arguments `rope
 D/2], row = slot, which the caller fills once per request; slots and chunks stay what they are.  (Of a module without
 towers, `tyir.vision`, all positions of a token are its slot.)  Further
 arguments of the step (addends of a picture's features) stay arguments.
+
+A model whose facts (`tyir.model`) have a `dual_chunk_attention_config` is compiled with dual chunk attention where
+the cache holds more tokens than it was trained for (`tyir.artifacts.dual_chunk`); up to there plain attention is
+the same.  The step then takes a `temperature` [1] f32:
+
+      %q = ty.rope(%x, %cos, %sin);  %k = ty.rope(%y, %cos, %sin);  %a = ty.attention(%q, %k, %v)
+    -->
+      %k = ty.rope(%y, rows at pos mod s);  %q = ty.rope(%x, the same rows)
+      %q1 = ty.rope(%x, rows at pos mod s + s);  %q2 = ty.rope(%x, the last row)
+      %a = kv.dual_chunk_attention(%q, %k0n, %v0n, %pos, %q1, %q2, %temperature) {step = s}
 """  # noqa: E501
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from tyir.diagnostics import TyirError
+from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.json_attributes import to_json
+from tyir.attributes import DictAttr
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Append, CachedAttention, QuantizeRows, Rows, cache_shape
+from tyir.dialects.kv import (
+    Append,
+    CachedAttention,
+    DualChunkAttention,
+    QuantizeRows,
+    Rows,
+    cache_shape,
+)
 from tyir.dialects.ty import (
     Attention,
     Embedding,
     Linear,
     Param,
     QuantizedLinear,
+    Rope,
     RopeAngles,
     RopeTable,
     Softcap,
@@ -130,13 +152,18 @@ class KvMaterialize(Pass):
             addend.replace_all_uses_with(given)
             names.append(str(given.name))
             roles.append("addend")
+        chunks = DualChunk.used(_model_facts(function), self.max_kv)
+        far = _Far(chunks, block.add_arg(TensorType((batch,), f32), "temperature")) if chunks else None
+        if far is not None:
+            names.append("temperature")
+            roles.append("temperature")
         for angles in list(function.walk_type(RopeAngles)):
-            self._tabulate(angles, pos, entry)
+            self._tabulate(angles, pos, entry, far)
         for lookup in [e for e in function.walk_type(Embedding) if e.ids is position_ids]:
             self._learned_positions(lookup, pos, entry)
         for number, attention in enumerate(list(function.walk_type(Attention))):
             layer = layer_of(attention)
-            caches += self._cache(attention, pos, number if layer is None else layer, names)
+            caches += self._cache(attention, pos, number if layer is None else layer, names, far)
         if not self.embedding_as_input:
             input_ids.replace_all_uses_with(entry)
         if position_ids.uses:
@@ -186,20 +213,27 @@ class KvMaterialize(Pass):
         lookup.replace_with([entry])
         return entry
 
-    def _tabulate(self, angles: RopeAngles, pos: Value, like: Value) -> None:
+    def _tabulate(self, angles: RopeAngles, pos: Value, like: Value, far: _Far | None) -> None:
         table = RopeTable(
             inv_freq=angles.inv_freq,
-            positions=self.max_kv,
+            positions=far.chunks.last + 1 if far is not None else self.max_kv,
             scale=angles.scale,
             element=angles.element,
             loc=angles.loc,
         )
         carry(table, angles).insert_before(angles)
-        rows = [
-            carry(Rows(t, pos, like, loc=angles.loc), angles).insert_before(angles).result
-            for t in table.results
-        ]
-        angles.replace_with(rows)
+
+        def rows(modulo: int | None = None, offset: int | None = None) -> list[Value]:
+            found = [Rows(t, pos, like, modulo=modulo, offset=offset, loc=angles.loc) for t in table.results]
+            return [carry(op, angles).insert_before(angles).result for op in found]
+
+        if far is None:
+            angles.replace_with(rows())
+            return
+        step = far.chunks.step
+        near = rows(step)
+        far.angles[near[0]] = (rows(step, step), rows(1, far.chunks.last))
+        angles.replace_with(near)
 
     def _take_tables(self, angles: RopeAngles, pos: Value, like: Value, tables: list[Value]) -> None:
         """Rows of tables that the caller gives, for positions on several axes; all layers share them."""
@@ -227,7 +261,9 @@ class KvMaterialize(Pass):
         found = carry(Rows(lookup.table, pos, like, loc=lookup.loc), lookup).insert_before(lookup)
         lookup.replace_with([found.result])
 
-    def _cache(self, attention: Attention, pos: Value, layer: int, names: list[str]) -> list[Value]:
+    def _cache(
+        self, attention: Attention, pos: Value, layer: int, names: list[str], far: _Far | None
+    ) -> list[Value]:
         """Append and attend for one layer; adds the cache arguments and returns the updated caches."""
         keys, values = (
             [
@@ -237,19 +273,27 @@ class KvMaterialize(Pass):
             for letter, x in (("k", attention.k), ("v", attention.v))
         )
         heads = default_kv_heads(tensor_type(attention.q).dims[2] or 0, tensor_type(attention.k).dims[2] or 0)
-        cached = CachedAttention(
-            attention.q,
-            keys[0],
-            values[0],
-            pos,
-            tuple(keys[1:] + values[1:]),
-            scale=attention.scale,
-            window=attention.window,
-            softcap=attention.softcap,
-            kv_heads=heads,
-            layout=self.layout,
-            loc=attention.loc,
-        )
+        operands = (attention.q, keys[0], values[0], pos, tuple(keys[1:] + values[1:]))
+        kept: dict[str, Any] = {
+            "scale": attention.scale,
+            "window": attention.window,
+            "softcap": attention.softcap,
+            "kv_heads": heads,
+            "layout": self.layout,
+            "loc": attention.loc,
+        }
+        if far is None:
+            cached = CachedAttention(*operands, **kept)
+        else:
+            successive, inter = far.queries(attention)
+            cached = DualChunkAttention(
+                *operands,
+                successive=successive,
+                inter=inter,
+                temperature=far.temperature,
+                step=far.chunks.step,
+                **kept,
+            )
         attention.replace_with(carry(cached, attention).insert_before(attention))
         return [*keys, *values]
 
@@ -274,6 +318,54 @@ class KvMaterialize(Pass):
         )
         append = Append(cache, rows, pos, layout=self.layout, loc=attention.loc)
         return carry(append, attention).insert_before(attention).results[0]
+
+
+@dataclass(frozen=True)
+class _Far:
+    """What keys of chunks before the queries' own are met with: the `temperature`, and by the cosines of a
+    query's own chunk the tables for one chunk before and for those further away.
+    """
+
+    chunks: DualChunk
+    temperature: Value
+    angles: dict[Value, tuple[list[Value], list[Value]]] = field(default_factory=dict)
+
+    def queries(self, attention: Attention) -> list[Value]:
+        """The attention's queries as those keys meet them; `TyirError` unless queries and keys are turned by
+        the same angles and see everything before them.
+        """
+        q, k = attention.q.op, attention.k.op
+        where = str(attention.loc)
+        if attention.window:
+            raise TyirError(
+                Diagnostic(
+                    f"dual chunk attention has no sliding window, this one has {attention.window}",
+                    where=where,
+                    help="compile with a max-kv up to the trained length, where it is not used",
+                )
+            )
+        if (
+            not isinstance(q, Rope)
+            or not isinstance(k, Rope)
+            or q.cos is not k.cos
+            or q.cos not in self.angles
+        ):
+            raise TyirError(
+                Diagnostic(
+                    "dual chunk attention needs queries and keys that one rotary embedding turns last",
+                    where=where,
+                    help="compile with a max-kv up to the trained length, where it is not used",
+                )
+            )
+        turned = (Rope(q.x, *angles, loc=q.loc) for angles in self.angles[q.cos])
+        return [carry(op, q).insert_before(attention).result for op in turned]
+
+
+def _model_facts(function: Func) -> Mapping[str, Any]:
+    """What the module says of the model that the function is of."""
+    module = function.parent_op
+    facts = module.attributes.get("tyir.model") if module is not None else None
+    return to_json(facts) if isinstance(facts, DictAttr) else {}
 
 
 def _leave_unrounded(logits: Value) -> None:

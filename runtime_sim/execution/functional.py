@@ -248,9 +248,9 @@ class FunctionalDie:
         if op.index == "ids":
             rows = self.sram(command, op.ids, (op.rows,), np.int32).astype(np.int64) - op.first
         else:
-            rows = np.minimum(
-                position_of(self.pos, op.sequence) + op.first + np.arange(op.rows), op.table_rows - 1
-            )
+            rows = position_of(self.pos, op.sequence) + op.first + np.arange(op.rows)
+            rows = rows if op.modulo is None else rows % op.modulo + (op.shift or 0)
+            rows = np.minimum(rows, op.table_rows - 1)
         inside = (rows >= 0) & (rows < op.table_rows)
         table = self.dram(
             command, command.addresses[0] + op.offset, (op.table_rows, op.row_bytes), (op.row_bytes, 1)

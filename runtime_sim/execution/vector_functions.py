@@ -61,6 +61,8 @@ def _dtype(element: Any) -> np.dtype[Any]:
 def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, sram: SramAccess) -> None:
     """Compute `edge10.softmax_block` over `cols` keys from `first_key` on."""
     scores = sram(op.scores, (op.rows, cols), np.float32, (op.score_stride, 4)) * np.float32(op.scale)
+    if op.temperature is not None:
+        scores = scores * sram(op.temperature, (1,), np.float32)
     scores = scores if op.softcap is None else softcap(scores, op.softcap)
     queries = pos + op.first_query + np.arange(op.rows)[:, None] // op.heads
     keys = first_key + np.arange(cols)[None, :]

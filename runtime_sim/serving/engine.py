@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.generation import Finish, Generation
 from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
@@ -76,6 +77,7 @@ class Engine:
             most_waiting_tokens=most_waiting_tokens,
             long_share=long_share,
             copies=True,
+            chunks=DualChunk.used(session.manifest.model, options.max_kv),
         )
         self.failed: str | None = None
         self.observer = observer or Observer()
@@ -191,7 +193,7 @@ class Engine:
             session.copy(copy.source, copy.target, copy.count)
         for slot, start in enumerate(step.starts):
             session.rewind(slot, start)
-        return session.step(step.feeds, step.seqlen)
+        return session.step(step.feeds, step.seqlen, step.lengths)
 
     def _hear(self, generation: Generation, start: int, outputs: Mapping[str, Array], ready: bool) -> None:
         """What a step says to one request; an error of its own ends it and no other."""

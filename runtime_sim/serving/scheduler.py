@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Final
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.session.chunks import length_for
 
@@ -75,6 +76,7 @@ class Step:
     starts: tuple[int, ...]
     feeds: tuple[tuple[int, ...], ...]
     copies: tuple[Copy, ...] = ()
+    lengths: tuple[int, ...] = ()  # of the slots, what is still to come of their prompts included
 
     @property
     def tokens(self) -> int:
@@ -113,7 +115,7 @@ class Scheduler:
     `most_waiting`: requests that may wait beside those that have a slot; `most_waiting_tokens`: of their
     prompts.  `long_share`: how many of the steps may be longer than the shortest while somebody is being
     answered.  `costs`: of a step by its length, equal without.  `copies`: whether rows can be copied from
-    one slot to another.
+    one slot to another.  `chunks`: borders that no slot's part of a step crosses.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Scheduler:
         long_share: float = 0.5,
         costs: Mapping[int, float] | None = None,
         copies: bool = False,
+        chunks: DualChunk | None = None,
     ) -> None:
         if not 0 < long_share <= 1:
             raise TyirError(
@@ -146,6 +149,7 @@ class Scheduler:
         self._long_share = long_share
         self._long_due = 1.0  # long steps that may be taken now
         self._copies = copies
+        self._borders = chunks
 
     # --------------------------------------------------------------------------------------- coming and going
 
@@ -197,16 +201,25 @@ class Scheduler:
         `forget` of the slots that it concerns).
         """
         copies = self._admit()
-        rests = [0 if t is None else len(t.ids) - t.computed for t in self.running]
+        rests = [0 if t is None else self._next(t) for t in self.running]
         if not any(rests):
             return None
         seqlen = self._length(rests)
         return Step(
             seqlen,
             tuple(len(h) if t is None else t.computed for t, h in zip(self.running, self.held)),
-            tuple(() if t is None else tuple(t.ids[t.computed : t.computed + seqlen]) for t in self.running),
+            tuple(
+                () if t is None else tuple(t.ids[t.computed : t.computed + min(rest, seqlen)])
+                for t, rest in zip(self.running, rests)
+            ),
             tuple(copies),
+            tuple(len(h) if t is None else len(t.ids) for t, h in zip(self.running, self.held)),
         )
+
+    def _next(self, task: Task) -> int:
+        """Tokens of a task that may be computed before a border."""
+        rest = len(task.ids) - task.computed
+        return rest if self._borders is None else min(rest, self._borders.room(task.computed))
 
     def ran(self, step: Step) -> list[Task]:
         """Note that a step has been computed; the tasks to choose a token for, by slot."""

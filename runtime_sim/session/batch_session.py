@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.chunks import Chunk, length_for, pad
@@ -51,6 +52,7 @@ class BatchSession:
         self.manifest = self.artifacts.manifest
         self.engine = make_engine(engine, self.artifacts, probe, threads)
         self._step = FiniteSteps(self.engine)
+        self._chunks = DualChunk.used(self.manifest.model, self.manifest.options.max_kv)
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
 
     def reset(self) -> None:
@@ -105,24 +107,34 @@ class BatchSession:
         """Run each sequence's tokens; its outputs by name, [n, ..] each."""
         left = self._checked(ids)
         rows: list[dict[str, list[Array]]] = [{} for _ in left]
+        lengths = [len(known) + len(part) for known, part in zip(self.tokens, left)]
         while any(left) or not rows[0]:
-            most = max(map(len, left))
-            seqlen = length_for(most, self.manifest.options.seqlens)
-            for own, outputs in zip(rows, self.step([part[:seqlen] for part in left], seqlen)):
+            rooms = [
+                len(p) if self._chunks is None else self._chunks.room(len(t))
+                for p, t in zip(left, self.tokens)
+            ]
+            seqlen = length_for(max(map(min, map(len, left), rooms)), self.manifest.options.seqlens)
+            parts = [part[: min(seqlen, room)] for part, room in zip(left, rooms)]
+            for own, outputs in zip(rows, self.step(parts, seqlen, lengths)):
                 for name, array in outputs.items():
                     own.setdefault(name, []).append(array)
-            left = [part[seqlen:] for part in left]
+            left = [rest[len(part) :] for part, rest in zip(parts, left)]
         return [{name: np.concatenate(arrays) for name, arrays in own.items()} for own in rows]
 
-    def step(self, parts: Sequence[Sequence[int]], seqlen: int) -> list[dict[str, Array]]:
+    def step(
+        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None = None
+    ) -> list[dict[str, Array]]:
         """One step of a compiled length: append at most `seqlen` tokens to each sequence; its outputs by
         name, [n, ..] each.
+
+        `lengths`: of the sequences, the tokens that are still to come of their prompts included; None when
+        none are.  With dual chunk attention a part ends at a chunk's border at the latest.
 
         Nothing is appended when it fails: `NotFinite` names the sequence whose numbers are at fault, and the
         others may go on.
         """
         counts = [len(part) for part in parts]
-        outputs = self._step(self._inputs(parts, seqlen), Chunk(0, seqlen, seqlen), counts)
+        outputs = self._step(self._inputs(parts, seqlen, lengths), Chunk(0, seqlen, seqlen), counts)
         for known, part in zip(self.tokens, parts):
             known += part
         return [
@@ -169,12 +181,25 @@ class BatchSession:
                 )
         return ids
 
-    def _inputs(self, parts: Sequence[Sequence[int]], seqlen: int) -> dict[str, Array]:
+    def _inputs(
+        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None
+    ) -> dict[str, Array]:
         padded = np.array([pad(part, seqlen) for part in parts], np.int32)
         pos = np.array([len(known) for known in self.tokens], np.int32)
+        inputs: dict[str, Array] = {"pos": pos}
+        if (chunks := self._chunks) is not None:
+            for number, (part, known) in enumerate(zip(parts, self.tokens)):
+                if len(part) > chunks.room(len(known)):
+                    raise TyirError(
+                        f"sequence {number}: {len(part)} tokens from position {len(known)} cross a border of"
+                        f" chunks of {chunks.step}",
+                        help="end the step there",
+                    )
+            whole = lengths or [len(known) + len(part) for known, part in zip(self.tokens, parts)]
+            inputs["temperature"] = np.array([chunks.temperature(n) for n in whole], np.float32)
         if self.manifest.options.embedding_as_input:
-            return {"embeddings": self._embedding_table[padded], "pos": pos}
-        return {"ids": padded, "pos": pos}
+            return {"embeddings": self._embedding_table[padded], **inputs}
+        return {"ids": padded, **inputs}
 
     @cached_property
     def _embedding_table(self) -> Array:

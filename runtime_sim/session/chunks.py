@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 
 __all__ = ["Chunk", "length_for", "pad", "plan_chunks"]
@@ -19,14 +20,17 @@ class Chunk:
     seqlen: int
 
 
-def plan_chunks(tokens: int, position: int, seqlens: Sequence[int], capacity: int) -> Iterator[Chunk]:
+def plan_chunks(
+    tokens: int, position: int, seqlens: Sequence[int], capacity: int, chunks: DualChunk | None = None
+) -> Iterator[Chunk]:
     """Chunks for `tokens` new tokens when `position` are cached.
 
     The largest length while it is full, then the smallest that holds the rest.
 
     A step on a memory-bound machine costs nearly the same for one token as for a few, so padding beats
     several short steps.  Padding may reach past the end of the cache: the programs drop it (`kv.append`), so
-    that every position can be used whatever the lengths.  `TyirError` when the tokens do not fit.
+    that every position can be used whatever the lengths.  No step crosses a border of `chunks`.  `TyirError`
+    when the tokens do not fit.
     """
     if position + tokens > capacity:
         raise TyirError(
@@ -36,8 +40,9 @@ def plan_chunks(tokens: int, position: int, seqlens: Sequence[int], capacity: in
         )
     end = position + tokens
     while position < end:
-        seqlen = length_for(end - position, seqlens)
-        count = min(seqlen, end - position)
+        left = end - position if chunks is None else min(end - position, chunks.room(position))
+        seqlen = length_for(left, seqlens)
+        count = min(seqlen, left)
         yield Chunk(position, count, seqlen)
         position += count
 

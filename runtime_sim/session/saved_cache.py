@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from tyir.artifacts.cache_layout import position_axis
 from tyir.artifacts.consistency import cache_inputs
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.manifest import Manifest, TensorInfo
@@ -56,8 +57,16 @@ def identity_of(artifacts: Artifacts) -> dict[str, Any]:
             f" {manifest.model.get('num_hidden_layers', '?')} layers"
         ),
         **options,
+        "rotary positions": _positions(manifest),
         "content of the weights": hashlib.sha256(repr(params).encode()).hexdigest()[:16],
     }
+
+
+def _positions(manifest: Manifest) -> str:
+    """What decides at which angles keys lie in the cache."""
+    rope = json.dumps(manifest.model.get("rope_parameters"), sort_keys=True)
+    chunks = DualChunk.used(manifest.model, manifest.options.max_kv)
+    return rope if chunks is None else f"{rope} in chunks of {chunks.step} up to {chunks.chunk_size}"
 
 
 def write_cache(

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.chunks import Chunk, pad, plan_chunks
@@ -117,6 +118,7 @@ class Session:
         self.engine_name: EngineName = engine
         self.engine = make_engine(engine, self.artifacts, probe, threads)
         self._step = FiniteSteps(self.engine)
+        self._chunks = DualChunk.used(self.manifest.model, self.capacity)
         self.tokens: list[int] = []
 
     @property
@@ -218,22 +220,27 @@ class Session:
             )
         rows: dict[str, list[Array]] = {}
         first = len(self.tokens)
-        for chunk in plan_chunks(len(ids), first, self.manifest.options.seqlens, self.capacity):
+        seqlens = self.manifest.options.seqlens
+        for chunk in plan_chunks(len(ids), first, seqlens, self.capacity, self._chunks):
             part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
             counts = [chunk.count if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
-            for name, array in self._step(self._inputs(part, chunk), chunk, counts).items():
+            for name, array in self._step(self._inputs(part, chunk, first + len(ids)), chunk, counts).items():
                 rows.setdefault(name, []).append(np.asarray(array[self.sequence, : chunk.count]))
             self.tokens += part
         return {name: np.concatenate(parts) for name, parts in rows.items()}
 
-    def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
+    def _inputs(self, ids: list[int], chunk: Chunk, length: int) -> dict[str, Array]:
+        """What a step of a conversation of `length` tokens, those to come included, is given."""
         padded = np.zeros((self.manifest.options.batch, chunk.seqlen), np.int32)
         padded[self.sequence] = pad(ids, chunk.seqlen)
         pos = np.zeros(self.manifest.options.batch, np.int32)
         pos[self.sequence] = chunk.start
+        inputs: dict[str, Array] = {"pos": pos}
+        if self._chunks is not None:
+            inputs["temperature"] = np.full(len(pos), self._chunks.temperature(length), np.float32)
         if self.manifest.options.embedding_as_input:
-            return {"embeddings": self._embedding_table[padded], "pos": pos}
-        return {"ids": padded, "pos": pos}
+            return {"embeddings": self._embedding_table[padded], **inputs}
+        return {"ids": padded, **inputs}
 
     @cached_property
     def _embedding_table(self) -> Array:

@@ -116,8 +116,8 @@ class VisionSession(Session):
         self._content[: len(tokens)] = beside["content"]
         self.begin(VisionRequest(tuple(tokens), RopePositions.going_on(beside["positions"])))
 
-    def _inputs(self, ids: list[int], chunk: Chunk) -> dict[str, Array]:
-        inputs = super()._inputs(ids, chunk)
+    def _inputs(self, ids: list[int], chunk: Chunk, length: int) -> dict[str, Array]:
+        inputs = super()._inputs(ids, chunk, length)
         embeddings = inputs["embeddings"] = np.array(inputs["embeddings"])
         slots = slice(chunk.start, chunk.start + chunk.count)
         self._positions[:, slots] = self.request.positions.at(chunk.start, chunk.count)

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from tyir.artifacts.cache_layout import position_axis
+from tyir.artifacts.dual_chunk import DualChunk
 
 if TYPE_CHECKING:
     from tyir.manifest import BuildOptions, DieProgram, Manifest, TensorInfo
 
 __all__ = ["cache_inputs", "problems_of"]
 
-_IDS, _EMBEDDINGS, _POS = "ids", "embeddings", "pos"
+_IDS, _EMBEDDINGS, _POS, _TEMPERATURE = "ids", "embeddings", "pos", "temperature"
 _CACHES: Final = {  # the caches' elements by number of axes: with the scales of 8-bit rows beside them
     "fp16": {4: "f16"},
     "int8": {4: "i8", 3: "f16"},
@@ -102,6 +103,8 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
         yield from _tensor(given.pop(_EMBEDDINGS, None), _EMBEDDINGS, "f16", (*step, None))
     else:
         yield from _tensor(given.pop(_IDS, None), _IDS, "i32", step)
+    if DualChunk.used(manifest.model, options.max_kv) is not None:
+        yield from _tensor(given.pop(_TEMPERATURE, None), _TEMPERATURE, "f32", (options.batch,))
     yield from _of_pictures(given, manifest, step)
     if given:
         yield f"takes {', '.join(given)}, which no step gives and it does not update"

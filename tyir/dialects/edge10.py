@@ -256,7 +256,8 @@ class Gather(Command, name="edge10.gather", unit="eidma", priced_by=("index", "r
     """Rows of a DRAM table to consecutive rows in SRAM.
 
     index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index =
-    "position": table[min(pos + first + r, last)], `pos` being that of `sequence`.
+    "position": table[min(pos + first + r, last)], `pos` being that of `sequence`; with `modulo`
+    table[min((pos + first + r) mod modulo + shift, last)].
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -270,6 +271,8 @@ class Gather(Command, name="edge10.gather", unit="eidma", priced_by=("index", "r
     table_rows: int = attr()
     offset: int = attr(default=0)
     sequence: int = attr(default=0)
+    modulo: int | None = attr(default=None, least=1)
+    shift: int | None = attr(default=None, least=0)
     done: Value = result()
 
     def address_count(self) -> int:
@@ -490,7 +493,8 @@ class SoftmaxBlock(
     Row r is query `pos + first_query + r // heads` of `sequence`; keys after it, or `window` or more before
     it, are hidden.  With the running maximum m and sum l of a row: m' = max(m, max(scale * s)), alpha = exp(m
     - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16.  With a
-    `softcap` c, c * tanh(scale * s / c) stands for scale * s.  Scalars: the number of columns (size -1), then
+    `softcap` c, c * tanh(scale * s / c) stands for scale * s, and with a `temperature`, the offset of an f32
+    in SRAM, scale is multiplied by it.  Scalars: the number of columns (size -1), then
     `first_key`.
     """
 
@@ -512,6 +516,7 @@ class SoftmaxBlock(
     sequence: int = attr(default=0)
     scale: float = attr()
     softcap: float | None = attr(default=None)
+    temperature: int | None = attr(default=None)
     done: Value = result()
 
     def cost(self, scalars: Sequence[int]) -> Work:

@@ -8,11 +8,14 @@ names are FlashInfer's: heads, n tokens, dimension).
 An 8-bit cache is of i8 with one f16 scale per token and head, a cache of its own without D:
 `kv.quantize_rows` makes both from the new rows, `kv.append` writes each, `kv.attention` takes the scales and
 reads f16(q * scale).
+
+`kv.dual_chunk_attention` is attention beyond the trained length (`tyir.artifacts.dual_chunk`): the cache is
+the same, its keys rotated at their position modulo a chunk, and a step's queries come rotated three times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -20,16 +23,17 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.cache_layout import LAYOUTS, cache_shape, head_axis, position_axis
-from tyir.dialects.ty import as_type, attend, tensor_type
+from tyir.dialects.ty import as_type, attend, softcap, softmax, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
-from tyir.types import TensorType, Type, f16, i8
+from tyir.types import TensorType, Type, f16, f32, i8
 
 __all__ = [
     "LAYOUTS",
     "Append",
     "CachedAttention",
+    "DualChunkAttention",
     "QuantizeRows",
     "Rows",
     "cache_shape",
@@ -149,6 +153,11 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     out: Value = result()
 
     @property
+    def queries(self) -> tuple[Value, ...]:
+        """All that the queries are given as."""
+        return (self.q,)
+
+    @property
     def cache_heads(self) -> int:
         """Heads of each cache."""
         return tensor_type(self.k).static_shape[head_axis(self.layout)]
@@ -177,29 +186,103 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
             )
 
     def evaluate(self, q: Array, k: Array, v: Array, pos: Array, *scales: Array) -> Array:
+        def one_sequence(number: int, start: int, keys: Array, values: Array) -> npt.NDArray[np.float32]:
+            rest = (start, self.scale, self.window, self.kv_heads, self.softcap)
+            return attend(q[number], keys, values, *rest)
+
+        return self._each_sequence(q, (k, v), pos, scales, one_sequence)
+
+    def _each_sequence(
+        self,
+        q: Array,
+        caches: tuple[Array, Array],
+        pos: Array,
+        scales: Sequence[Array],
+        one: Callable[[int, int, Array, Array], npt.NDArray[np.float32]],
+    ) -> Array:
+        """`one` of each sequence's number and position, and of its keys and values [G, n, D] up to the last
+        query's.
+        """
         out = np.empty(q.shape, np.float32)
         if self.layout == "NHD":
-            k, v, scales = k.swapaxes(1, 2), v.swapaxes(1, 2), tuple([x.swapaxes(1, 2) for x in scales])
+            caches, scales = (
+                (caches[0].swapaxes(1, 2), caches[1].swapaxes(1, 2)),
+                [x.swapaxes(1, 2) for x in scales],
+            )
         for i, start in enumerate(pos):
-            end = min(int(start) + q.shape[1], k.shape[2])
-            keys, values = k[i, :, :end], v[i, :, :end]
+            end = min(int(start) + q.shape[1], caches[0].shape[2])
+            keys, values = (cache[i, :, :end] for cache in caches)
             if scales:
                 keys, values = (dequantize_rows(x, s[i, :, :end]) for x, s in zip((keys, values), scales))
-            rest = (int(start), self.scale, self.window, self.kv_heads, self.softcap)
-            out[i] = attend(q[i], keys, values, *rest)
+            out[i] = one(i, int(start), keys, values)
         return as_type(out, tensor_type(self.out).element)
+
+
+class DualChunkAttention(CachedAttention, name="kv.dual_chunk_attention"):
+    """`kv.attention` of a step that lies in chunk n = pos // step, whose queries come rotated three times.
+
+    Keys of the chunk itself meet `q`, those of chunk n - 1 `successive`, those before `inter`; scores are
+    multiplied by `temperature` [b] f32.  Tokens after the chunk's end are padding.
+    """
+
+    _: KW_ONLY
+    successive: Value = operand()
+    inter: Value = operand()
+    temperature: Value = operand()
+    step: int = attr(least=1)
+
+    @property
+    def queries(self) -> tuple[Value, ...]:
+        """By the distance of the keys that they meet, nearest first."""
+        return (self.q, self.successive, self.inter)
+
+    def verify(self) -> Iterator[str]:
+        yield from super().verify()
+        for name, value in (("successive", self.successive), ("inter", self.inter)):
+            if value.type is not self.q.type:
+                yield f"{name} is {value.type}, the queries of the chunk itself are {self.q.type}"
+        if self.temperature.type is not TensorType(tensor_type(self.pos).dims, f32):
+            yield f"temperature is {self.temperature.type}, one f32 for each sequence is needed"
+        if self.window:
+            yield f"has a window of {self.window}; chunks are for attention without one"
+
+    def evaluate(self, q: Array, k: Array, v: Array, pos: Array, *rest: Array) -> Array:
+        *scales, successive, inter, temperature = rest
+
+        def one_sequence(number: int, start: int, keys: Array, values: Array) -> npt.NDArray[np.float32]:
+            chunk = start // self.step * self.step
+            ends = (max(chunk - self.step, 0), chunk, keys.shape[1])
+            parts = [x[number].astype(np.float32) for x in (inter, successive, q)]
+            hidden = np.arange(ends[2])[None, :] > start + np.arange(q.shape[1])[:, None]
+            out = np.empty(q.shape[1:], np.float32)
+            for head, group in enumerate(self.kv_heads):
+                wide = keys[group].astype(np.float32)
+                scores = np.concatenate(
+                    [x[:, head] @ wide[low:high].T for x, low, high in zip(parts, (0, *ends), ends)], axis=1
+                )
+                scores = scores * np.float32(self.scale) * temperature[number]
+                scores = scores if self.softcap is None else softcap(scores, self.softcap)
+                weights = softmax(np.where(hidden, np.float32(-np.inf), scores))
+                out[:, head] = weights @ values[group].astype(np.float32)
+            return out
+
+        return self._each_sequence(q, (k, v), pos, scales, one_sequence)
 
 
 class Rows(DeclaredOp, name="kv.rows", traits=(Pure,)):
     """Rows pos..pos+s of table [positions, d] for each sequence, s being dimension 1 of `like`; rows past the
     end repeat the last one (padding).
 
-    Fetches the rotary tables: -> [b, s, d].
+    Fetches the rotary tables: -> [b, s, d].  With `modulo` the row of token t is (pos + t) mod modulo +
+    `offset`, or the last one: positions within chunks.
     """
 
     table: Value = operand()
     pos: Value = operand()
     like: Value = operand()
+    _: KW_ONLY
+    modulo: int | None = attr(default=None, least=1)
+    offset: int | None = attr(default=None, least=0)
     out: Value = result()
 
     def infer(self) -> Type:
@@ -208,4 +291,6 @@ class Rows(DeclaredOp, name="kv.rows", traits=(Pure,)):
 
     def evaluate(self, table: Array, pos: Array, like: Array) -> Array:
         rows = pos[:, None] + np.arange(like.shape[1])[None, :]
-        return np.asarray(table[np.minimum(rows, table.shape[0] - 1)])
+        if self.modulo is not None:
+            rows = rows % self.modulo
+        return np.asarray(table[np.minimum(rows + (self.offset or 0), table.shape[0] - 1)])

@@ -66,6 +66,7 @@ _WITH_SCRATCH: Final[
     ]
 ] = {
     kv.CachedAttention: (attention_scratch, lower_attention),
+    kv.DualChunkAttention: (attention_scratch, lower_attention),
     ty.Attention: (attention_scratch, lower_attention),
     ty.Linear: (product_scratch, lower_linear),
     ty.QuantizedLinear: (product_scratch, lower_linear),

@@ -2,7 +2,7 @@
 
     func.func @layer_s1(%x, %w0, %w1, %k, %v, %pos)  called as  @layer_s1(%h, @l3.w0, @l3.w1, %k3, %v3, %pos)
     -->
-    %x       an activation, handed over at the boundary          %k, %v   caches, by an address each
+    %x       an activation, handed over at the boundary          %k, %v   caches, temperature: by an address
     %w0 %w1  packed: at fixed distances from one base address    %pos     a position
 
 Layers are lowered once for all calls, so what differs from call to call must come by addresses.
@@ -63,8 +63,9 @@ def find_layers(
                 raise TyirError(f"@{main.sym_name} calls @{op.callee.leaf}, which the module does not define")
             calls.setdefault(op.callee.leaf, []).append(op)
     uses, positions = _weight_uses(main), arguments(main, "position")
+    by_address = {*caches, *arguments(main, "temperature")}
     return {
-        name: _layout(keys_first(functions[name]), own, uses, caches, positions, places)
+        name: _layout(keys_first(functions[name]), own, uses, by_address, positions, places)
         for name, own in calls.items()
     }
 
@@ -73,7 +74,7 @@ def _layout(
     function: Func,
     calls: Sequence[Call],
     uses: Mapping[str, int],
-    caches: Collection[Value],
+    by_address: Collection[Value],
     positions: Collection[Value],
     places: BoundaryPlaces,
 ) -> LayerLayout:
@@ -91,7 +92,7 @@ def _layout(
                 packed.append(index)
             else:
                 addressed.append(index)
-        elif all(root(v) in caches for v in values):
+        elif all(root(v) in by_address for v in values):
             addressed.append(index)
         elif values[0] not in positions:
             activations.append(index)

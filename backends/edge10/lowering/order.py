@@ -21,8 +21,8 @@ def keys_first(function: Func) -> Func:
     """A copy of a layer function, in that order."""
     copy = function.clone()
     for attention in [op for op in copy.body if isinstance(op, CachedAttention)]:
-        wanted = makers([v for v in attention.operands if v is not attention.q])
-        own = [op for op in makers([attention.q]) if op not in wanted]
+        wanted = makers([v for v in attention.operands if v not in attention.queries])
+        own = [op for op in makers(attention.queries) if op not in wanted]
         first = next((op for op in copy.body if op in own), None)
         if first is None:
             continue

@@ -218,6 +218,7 @@ class AttentionBlocks:
     strip: int
     quantized: bool = False
     strip_rows: int = 0  # 0: a strip has all queries
+    rotations: int = 1  # that the queries are given in; with several, scores have a temperature
 
     @property
     def strip_queries(self) -> int:
@@ -247,7 +248,13 @@ class AttentionBlocks:
             sizes[f"probabilities{number}"] = align(of_strip * self.keys * 2)
             sizes[f"alpha{number}"] = align(of_strip * 4)
         sizes |= {"sum": align(rows * dim * 4), "maximum": align(rows * 4), "total": align(rows * 4)}
-        return sizes | ({"q": align(rows * dim * 2), "out": align(rows * dim * 2)} if transfers else {})
+        if self.rotations > 1:
+            sizes["temperature"] = align(4)
+        if not transfers:
+            return sizes
+        return sizes | dict.fromkeys(
+            (*(f"q{number}" for number in range(self.rotations)), "out"), align(rows * dim * 2)
+        )
 
 
 # One turn of the attention loop is a chain of about ten commands on four units, each of which waits for the
@@ -269,6 +276,7 @@ def attention_blocks(
     *,
     transfers: bool = True,
     quantized: bool = False,
+    rotations: int = 1,
 ) -> AttentionBlocks:
     """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn
     of the loop has its chain of commands.
@@ -280,7 +288,7 @@ def attention_blocks(
             for all_heads in (True, False):
                 h, g = (heads, groups) if all_heads else (largest_group, 1)
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
-                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized)
+                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized, rotations=rotations)
                 acc = accumulator_bytes(queries * min(strip, largest_group), max(keys, dim), machine)
                 if (
                     sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room

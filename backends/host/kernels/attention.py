@@ -5,6 +5,9 @@ Only positions that a query of the tile may see are visited, so the loops end at
 cache is.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a scratch buffer
 [tile, block].  A cache of more than a block is visited by blocks, with an online softmax over them
 (arXiv:2205.14135), so that the scratch does not grow with the cache.
+
+With dual chunk attention the scores have three parts, those of keys before the last chunk, of the last chunk
+and of the queries' own, each with its rotation of the queries; what follows is the same.
 """
 
 from __future__ import annotations
@@ -46,6 +49,24 @@ __all__ = ["EMITTERS"]
 _MOST_QUERIES = 8
 _BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
 _HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Queries as they meet the keys of rows `bounds` (None: all that the tile sees), and what their scores
+    are multiplied by.
+    """
+
+    q: Buffer
+    bounds: tuple[Expr, Expr] | None = None
+    temperature: Expr | None = None
+
+    def within(self, work: _Work) -> _Part:
+        """The part of these keys that lie in a block."""
+        if self.bounds is None:
+            return self
+        first, end = self.bounds
+        return replace(self, bounds=(bind(T.max(first, work.low)), bind(T.min(end, work.high))))
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,8 @@ def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
 
 def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     q, k, v, pos, *scales, out = buffers
+    chunked = isinstance(op, kv.DualChunkAttention)
+    *scales, successive, inter, temperature = scales if chunked else (*scales, None, None, None)
     k_scales, v_scales = scales or (None, None)
     b, s, heads, width = (int(d) for d in q.shape)
     capacity = op.capacity
@@ -115,8 +138,15 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
             high,
             op.layout == "HND",
         )
+        parts: list[_Part] = [_Part(q)]
+        if isinstance(op, kv.DualChunkAttention):
+            own = bind(T.floordiv(pos[sequence], T.int32(op.step)) * op.step)
+            last = bind(T.max(own - op.step, 0))
+            heat = bind(temperature[sequence])
+            bounds = (inter, (low, last)), (successive, (last, own)), (q, (own, high))
+            parts = [_Part(rotated, rows, heat) for rotated, rows in bounds]
         visit = _by_blocks if capacity > _BLOCK else _at_once
-        visit(op, work, q, (k, k_scales), (v, v_scales), out, min(capacity, _BLOCK), cpu)
+        visit(op, work, parts, (k, k_scales), (v, v_scales), out, min(capacity, _BLOCK), cpu)
 
 
 def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -135,7 +165,7 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         high = bind(_of_segment(token0, spans))
         group = bind(_group_of(head, groups))
         work = _Work(bind(item // (tiles * heads)), head, group, token0, queries, None, low, high, False)
-        _at_once(op, work, q, (k, None), (v, None), out, longest, cpu)
+        _at_once(op, work, [_Part(q)], (k, None), (v, None), out, longest, cpu)
 
 
 Stored = tuple[Buffer, Buffer | None]  # rows and, of an 8-bit cache, their scales
@@ -144,7 +174,7 @@ Stored = tuple[Buffer, Buffer | None]  # rows and, of an 8-bit cache, their scal
 def _at_once(
     op: kv.CachedAttention | ty.Attention,
     work: _Work,
-    q: Buffer,
+    parts: Sequence[_Part],
     k: Stored,
     v: Stored,
     out: Buffer,
@@ -153,7 +183,8 @@ def _at_once(
 ) -> None:
     """A tile whose keys are at most `rows`."""
     scores = T.alloc_buffer((work.queries, rows + cpu.lanes), "float32")
-    _scores(op, work, q, *k, scores, cpu)
+    for part in parts:
+        _scores(op, work, part, *k, scores, cpu)
     totals = T.alloc_buffer((work.queries,), "float32")
     _softmax(work, scores, totals, cpu)
 
@@ -164,7 +195,14 @@ def _at_once(
 
 
 def _by_blocks(
-    op: kv.CachedAttention, work: _Work, q: Buffer, k: Stored, v: Stored, out: Buffer, rows: int, cpu: Cpu
+    op: kv.CachedAttention,
+    work: _Work,
+    parts: Sequence[_Part],
+    k: Stored,
+    v: Stored,
+    out: Buffer,
+    rows: int,
+    cpu: Cpu,
 ) -> None:
     """A tile over any number of keys, `rows` at a time: maximum, total and weighted sum of the blocks before
     are scaled to the maximum with the new block.
@@ -182,7 +220,8 @@ def _by_blocks(
     with T.serial(0, (work.high - work.low + (rows - 1)) // rows) as number:
         low = bind(work.low + number * rows)
         block = replace(work, low=low, high=bind(T.min(low + rows, work.high)))
-        _scores(op, block, q, *k, scores, cpu)
+        for part in parts:
+            _scores(op, block, part.within(block), *k, scores, cpu)
         _softmax(block, scores, online.totals, cpu, online)
 
         def before(t: int, column: Expr, lanes: int) -> Expr:
@@ -228,13 +267,17 @@ def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
 def _scores(
     op: kv.CachedAttention | ty.Attention,
     work: _Work,
-    q: Buffer,
+    part: _Part,
     k: Buffer,
     scales: Buffer | None,
     scores: Buffer,
     cpu: Cpu,
 ) -> None:
-    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j."""
+    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j; of the keys of
+    the part.
+    """
+    q, temperature = part.q, part.temperature
+    first, end = part.bounds or (work.low, work.high)
     width = int(q.shape[3])
     lanes = lanes_for(cpu.lanes, width)
     wide = T.alloc_buffer((work.queries, width), "float32")
@@ -245,8 +288,9 @@ def _scores(
             load(q, [work.sequence, work.token0 + t, work.head, i * lanes], lanes),
             lanes,
         )
-    with T.serial(0, work.high - work.low) as j:
-        position = bind(work.low + j)
+    with T.serial(0, T.max(end - first, 0)) as step:
+        position = bind(first + step)
+        j = bind(position - work.low)
         scale = _scale(scales, work, position)
         sums = [register(lanes, 0) for _ in range(work.queries)]
         with T.serial(0, width // lanes) as i:
@@ -255,6 +299,8 @@ def _scores(
                 add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
         for t in range(work.queries):
             score = horizontal_sum(sums[t], lanes) * f32(op.scale)
+            if temperature is not None:
+                score = score * temperature
             if op.softcap is not None:
                 score = capped(score, op.softcap, 1)
             if work.first is None:
@@ -337,5 +383,6 @@ def _weighted_values(
 
 EMITTERS: Final[Emitters] = {
     kv.CachedAttention: attention,
+    kv.DualChunkAttention: attention,
     ty.Attention: both_ways,
 }

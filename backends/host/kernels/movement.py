@@ -68,7 +68,10 @@ def rows(op: kv.Rows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     (count, width), (b, s, _) = _shape(table), _shape(out)
 
     def emit(at: list[Expr]) -> None:
-        row = bind(T.max(T.min(pos[at[0]] + at[1], T.int32(count - 1)), T.int32(0)))
+        row = pos[at[0]] + at[1]
+        if op.modulo is not None:
+            row = T.floormod(row, T.int32(op.modulo))
+        row = bind(T.max(T.min(row + (op.offset or 0), T.int32(count - 1)), T.int32(0)))
         _copy_row(table, [row, 0], out, [*at, 0], width, cpu)
 
     _grid((b, s), emit)

@@ -117,6 +117,8 @@ def lower_rows(op: Rows, lowering: Lowering) -> None:
                 table_rows=table_rows,
                 offset=table.offset,
                 sequence=sequence,
+                modulo=op.modulo,
+                shift=op.offset,
                 writes=[sram_range(sram, piece.rows * row, write=True)],
             )
             if not target.in_sram:
