@@ -116,8 +116,11 @@ class Timing:
         return max(("dram", "cube", "dequant", "vector", "d2d", "drain"), key=self.share)
 
 
-def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Timing:
-    """Time one step of all dies at position `pos`.  Deterministic; `TyirError` when the dies' programs do not
+def simulate(
+    programs: Sequence[EdgeProgram], machine: Machine, pos: int, layers: frozenset[int] | None = None
+) -> Timing:
+    """Time one step of all dies at position `pos`, of the decoder `layers` alone where some are named.
+    Deterministic; `TyirError` when the dies' programs do not
     meet, a program cannot proceed, or needs more SRAM than there is.
 
     Dies with the same program run alike to the nanosecond: one of each kind is simulated.
@@ -133,7 +136,7 @@ def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Tim
     kinds = {die: kind for kind, group in enumerate(groups) for die in group}
     kind_of_die = [kinds[die] for die in range(len(programs))]
     with collector_paused():
-        dies = [_Die(programs[group[0]].expand(pos), machine) for group in groups]
+        dies = [_Die(programs[group[0]].expand(pos, layers), machine) for group in groups]
         _run(dies, kind_of_die, machine)
         launch = machine.sync.launch_us * 1000
         timings = [die.timing(launch) for die in dies]

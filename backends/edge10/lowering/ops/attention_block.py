@@ -37,7 +37,7 @@ from tyir.dialects.ty import tensor_type
 from tyir.ir import Value
 from tyir.types import f16, f32
 
-__all__ = ["Attending", "AttentionBlock", "HeadRun", "head_runs"]
+__all__ = ["Attending", "AttentionBlock", "HeadRun", "head_runs", "in_turn"]
 
 _LOWEST: Final = -1.0e30  # the running maximum before the first key: finite, so that differences with it are numbers
 
@@ -140,7 +140,7 @@ class _Rows:
     first: Value
 
 
-def _in_turn(steps: int, buffers: int) -> list[int]:
+def in_turn(steps: int, buffers: int) -> list[int]:
     """Which of the buffers each step of a turn takes, so that a buffer is taken again as late as can be, from
     turn to turn too.
 
@@ -192,7 +192,7 @@ class AttentionBlock:
         self.steps = [
             _Step(number, strip, block, buffer)
             for number, ((block, strip), buffer) in enumerate(
-                zip(order, _in_turn(len(order), self.buffers), strict=True)
+                zip(order, in_turn(len(order), self.buffers), strict=True)
             )
         ]
         self.behind = min(2, self.buffers - 1)
