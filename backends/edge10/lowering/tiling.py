@@ -8,7 +8,7 @@ those that fit, the one that takes the least time wins, by the same formulas as 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -409,8 +409,8 @@ def _block_ns(
     """
     rows, dispatch = blocks.strip_queries * min(blocks.strip, heads), machine.sync.dispatch_ns
     parts = [min(count, keys - first) for first, count in spans(blocks.keys, blocks.columns) if first < keys]
-    cube = sum(dispatch + matmul_ns(rows, n, dim, machine) for n in parts)
-    cube += dispatch + matmul_ns(rows, dim, keys, machine)
+    products = matmul_ns(rows, dim, keys, machine)
+    cube = _scores_ns(rows, parts, dim, machine) + dispatch + products
     drain = sum(dispatch + drain_ns(rows, n, machine) for n in (*parts, dim))
     vector = softmax_ns(rows, keys, machine) + vector_ns("rescale_add", rows * dim, machine) + 2 * dispatch
     strips = blocks.strips(heads)
@@ -421,6 +421,17 @@ def _block_ns(
     loads = 2 * (dispatch + machine.dma.issue_ns) + nbytes / machine.dram_bytes_per_ns
     exposed = machine.dram.latency_ns + loads + chain if blocks.sets == 1 else _TURN * chain
     return max(busiest, loads) + exposed
+
+
+def _scores_ns(rows: int, columns: Sequence[int], dim: int, machine: Machine) -> float:
+    """Until the last product of a block's scores is done: two are in the accumulators at a time, so that the
+    third waits until the first is drained.
+    """
+    now, drained = 0.0, [0.0, 0.0]
+    for n in columns:
+        now = max(now, drained[-2]) + machine.sync.dispatch_ns + matmul_ns(rows, n, dim, machine)
+        drained.append(max(now, drained[-1]) + machine.sync.dispatch_ns + drain_ns(rows, n, machine))
+    return now
 
 
 def accumulator_bytes(rows: int, columns: int, machine: Machine) -> int:
