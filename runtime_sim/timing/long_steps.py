@@ -1,5 +1,5 @@
-"""How long a step takes in a long context, without unrolling it: of the layers that are alike one is simulated,
-and of the positions a few.
+"""How long a step takes in a long context, without unrolling it: of the layers that are alike one is
+simulated, and of the positions a few.
 
     step(pos) = step with one layer of each kind + (layers of the kind - 1) x what one more of it adds
     step(pos) between simulated positions, and beyond the last: on the line through the two nearest
@@ -11,7 +11,7 @@ between and one twice as far as the last.  What is off by more than `TOLERANCE` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Final
@@ -19,11 +19,11 @@ from typing import Final
 from tyir.attributes import IntegerAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
-from tyir.runtime_sim.timing.engine import simulate
+from tyir.runtime_sim.timing.engine import simulate, simulate_chunks
 from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import Machine
 
-__all__ = ["LONG", "TOLERANCE", "LongSteps"]
+__all__ = ["LONG", "TOLERANCE", "LongSteps", "OverlappedChunks"]
 
 LONG: Final = 1 << 15  # caches of more tokens than these are not simulated all over
 TOLERANCE: Final = 0.005
@@ -32,10 +32,19 @@ _CHECKS: Final = (1 << 15, 1 << 17)
 
 
 class LongSteps:
-    """The times of one program's steps at any position of a cache of `capacity` tokens."""
+    """The times of one program's steps at any position of a cache of `capacity` tokens.
 
-    def __init__(self, programs: Sequence[EdgeProgram], machine: Machine, capacity: int) -> None:
-        self.programs, self.machine = programs, machine
+    `standing_for`: how many layers a layer of the program stands for, one where it is not said.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[EdgeProgram],
+        machine: Machine,
+        capacity: int,
+        standing_for: Mapping[int, int] | None = None,
+    ) -> None:
+        self.programs, self.machine, self.standing_for = programs, machine, standing_for or {}
         self._last = max(capacity - programs[0].seqlen, 0)
         self._known: dict[tuple[int, frozenset[int]], float] = {}
         self._added: dict[int, float] = {}
@@ -44,9 +53,7 @@ class LongSteps:
         """A step's ns at a position; `TyirError` where the rules do not hold."""
         if pos in self._knots:
             return self._knots[pos]
-        low, high = next(
-            ((a, b) for a, b in pairwise(self._knots) if a <= pos <= b), tuple(self._knots)[-2:]
-        )
+        low, high = next(((a, b) for a, b in pairwise(self._knots) if a <= pos <= b), tuple(self._knots)[-2:])
         share = (pos - low) / (high - low)
         return self._knots[low] * (1 - share) + self._knots[high] * share
 
@@ -74,6 +81,10 @@ class LongSteps:
                 self._check(f"at position {pos}", self.ns(pos), self._of_all_layers(pos))
         return self._knots
 
+    def count(self, layers: Sequence[int]) -> int:
+        """How many layers these stand for."""
+        return sum(self.standing_for.get(layer, 1) for layer in layers)
+
     def _of_all_layers(self, pos: int) -> float:
         """From one layer of each kind, and one more; the first position is where a third is tried too."""
         one = frozenset(layers[0] for layers in self.kinds)
@@ -81,7 +92,7 @@ class LongSteps:
         for layers in self.kinds:
             if len(layers) > 1:
                 added = self._simulated(pos, one | {layers[1]}) - base
-                total += (len(layers) - 1) * added
+                total += (self.count(layers) - 1) * added
                 if len(layers) > 2 and not self._added.get(layers[0]):
                     self._added[layers[0]] = added
                     third = self._simulated(pos, one | set(layers[1:3]))
@@ -102,3 +113,39 @@ class LongSteps:
                 f" {predicted * 1e-6:.3f}: long contexts cannot be simulated from a few layers and positions",
                 help="simulate a cache of at most 32768 tokens: tyir-compile --max-kv 32768",
             )
+
+
+class OverlappedChunks(LongSteps):
+    """How long one more chunk of a prompt takes when the pipeline stages work on several chunks at a time:
+    the slowest stage's time, where nothing makes the first stage wait for the last.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[EdgeProgram],
+        machine: Machine,
+        capacity: int,
+        standing_for: Mapping[int, int] | None = None,
+        stages: int = 1,
+    ) -> None:
+        super().__init__(programs, machine, capacity, standing_for)
+        self._chunks = stages + 1  # so many are under way before one more costs as much as all that follow
+
+    def _of_all_layers(self, pos: int) -> float:
+        """One layer of each kind, and one more of each: stages have them at the same time."""
+        at = [
+            self._simulated(pos, {n for layers in self.kinds for n in layers[: more + 1]})
+            for more in range(2)
+        ]
+        most = max(self.count(layers) for layers in self.kinds)
+        return at[0] + (most - 1) * (at[1] - at[0])
+
+    def _simulated(self, pos: int, layers: Iterable[int]) -> float:
+        key = pos, frozenset(layers)
+        if key not in self._known:
+            chunks = [pos + number * self.programs[0].seqlen for number in range(self._chunks + 1)]
+            all_but_one, all_of_them = (
+                simulate_chunks(self.programs, self.machine, of, key[1]) for of in (chunks[:-1], chunks)
+            )
+            self._known[key] = all_of_them - all_but_one + self.machine.sync.launch_us * 1000
+        return self._known[key]

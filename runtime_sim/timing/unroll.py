@@ -23,7 +23,7 @@ from tyir.ir import Block, Value
 from tyir.location import module_path
 from tyir.process.collector import collector_paused
 
-__all__ = ["Command", "Kind", "Kinds", "Position", "Step", "position_of", "unroll"]
+__all__ = ["Command", "Kind", "Kinds", "Position", "Step", "chained", "position_of", "unroll"]
 
 Tokens = tuple[
     int, ...
@@ -195,6 +195,26 @@ class Step(Sequence[Command]):
             yield Command(
                 self.kinds[kind], index, tuple([base + d for d in near]), self.addresses.get(index, ()), layer
             )
+
+
+def chained(steps: Sequence[Step]) -> Step:
+    """Steps of one die, each of which begins when the one before is done; of equal `kinds`."""
+    first, *_ = steps
+    made = Step(first.kinds, [], [], [], [], first._body)
+    last: dict[str, int] = {}
+    for step in steps:
+        offset, before, seen = len(made.kind), tuple(last.values()), set[str]()
+        made.kind.extend(step.kind)
+        made.near.extend(step.near)
+        made.base.extend(base + offset for base in step.base)
+        made.layer.extend(step.layer)
+        for index, kind in enumerate(step.kind, offset):
+            unit = first.kinds[kind].unit
+            if unit not in seen:
+                seen.add(unit)
+                made.near[index] = (*made.near[index], *(done - made.base[index] for done in before))
+            last[unit] = index
+    return made
 
 
 Position = int | tuple[int, ...]  # tokens cached: of all sequences, or of each
@@ -430,15 +450,14 @@ class _Unroller:
                 else result
             )
 
-
     @staticmethod
     def skip(op: Call, env: dict[Value, Any]) -> None:
         """As if the layer took no time: it hands on, token for token, what it is given."""
         tokens = [env[v] for v in op.operands if v.type is _TOKEN]
         if len(tokens) != len(op.results) or any(v.type is not _TOKEN for v in op.results):
             raise TyirError(
-                f"@{op.callee.leaf} takes {len(tokens)} tokens and returns {len(op.results)} values, so that it"
-                " cannot be left out",
+                f"@{op.callee.leaf} takes {len(tokens)} tokens and returns {len(op.results)} values, so"
+                " that it cannot be left out",
                 help="simulate all layers: at most 32768 tokens",
             )
         env.update(zip(op.results, tokens))

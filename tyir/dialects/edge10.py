@@ -493,7 +493,7 @@ class SoftmaxBlock(
     Row r is query `pos + first_query + r // heads` of `sequence`; keys after it, or `window` or more before
     it, are hidden.  With the running maximum m and sum l of a row: m' = max(m, max(scale * s)), alpha = exp(m
     - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16, where a
-    row may take the place of the first half of its scores.  Without columns m and l stay, and alpha is 1.  With a
+    row may take the place of the first half of its scores.  Without columns m and l stay, alpha is 1.  With a
     `softcap` c, c * tanh(scale * s / c) stands for scale * s, and with a `temperature`, the offset of an f32
     in SRAM, scale is multiplied by it.  Scalars: the number of columns (size -1), then
     `first_key`.

@@ -285,11 +285,23 @@ class AttentionBlocks:
         return replace(self, columns=align(-(-self.keys // parts), unit))
 
 
-_TURN: Final = 0.02  # of a block's time: tells apart what is equal otherwise, larger blocks are fewer commands
+_TURN: Final = (
+    0.02  # of a block's time: tells apart what is equal otherwise, larger blocks are fewer commands
+)
 _KEYS: Final = (768, 576, 512, 384, 256, 192, 128, 64, 32, 16)  # of a block
 _STRIPS: Final = (STRIP_ROWS, 96, 64)  # queries of a strip, where it has some of them
 # Blocks of a turn, places for scores and for products with V: the more, the more overlaps.
-_DEPTHS: Final = ((2, 4, 2), (2, 3, 2), (2, 3, 1), (2, 2, 1), (1, 4, 2), (1, 3, 2), (1, 3, 1), (1, 2, 1), (1, 1, 1))
+_DEPTHS: Final = (
+    (2, 4, 2),
+    (2, 3, 2),
+    (2, 3, 1),
+    (2, 2, 1),
+    (1, 4, 2),
+    (1, 3, 2),
+    (1, 3, 1),
+    (1, 2, 1),
+    (1, 1, 1),
+)
 
 
 def attention_blocks(
@@ -404,8 +416,8 @@ def segment_blocks(
 def _block_ns(
     blocks: AttentionBlocks, heads: int, groups: int, dim: int, keys: int, machine: Machine
 ) -> float:
-    """About how long a block of keys takes: the busiest unit, or the chain of a strip's commands where too few
-    of them alternate; and its loads where nothing else runs meanwhile.
+    """About how long a block of keys takes: the busiest unit, or the chain of a strip's commands where too
+    few of them alternate; and its loads where nothing else runs meanwhile.
     """
     rows, dispatch = blocks.strip_queries * min(blocks.strip, heads), machine.sync.dispatch_ns
     parts = [min(count, keys - first) for first, count in spans(blocks.keys, blocks.columns) if first < keys]

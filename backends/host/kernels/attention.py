@@ -71,8 +71,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Online:
-    """What is kept of the blocks before, one number a query; `factors`: what scales it to the newest maximum.
-    """
+    """What is kept of the blocks before, one number a query; `factors` scale it to the newest maximum."""
 
     maxima: Buffer
     totals: Buffer
@@ -312,9 +311,7 @@ def _scores(
             T.buffer_store(scores, T.Select(visible, score, f32(_HIDDEN)), [t, j])
 
 
-def _softmax(
-    work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu, online: _Online | None = None
-) -> None:
+def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu, online: _Online | None = None) -> None:
     """scores[t] becomes exp(scores[t] - max), with zeros after the last position; totals[t] is its sum.
 
     `online`: max is also that of the blocks before, whose sum is scaled to it and added.

@@ -39,7 +39,9 @@ from tyir.types import f16, f32
 
 __all__ = ["Attending", "AttentionBlock", "HeadRun", "head_runs", "in_turn"]
 
-_LOWEST: Final = -1.0e30  # the running maximum before the first key: finite, so that differences with it are numbers
+_LOWEST: Final = (
+    -1.0e30
+)  # the running maximum before the first key: finite, so that differences with it are numbers
 
 
 @dataclass(frozen=True)
@@ -346,9 +348,7 @@ class AttentionBlock:
                 end = outer.affine([high, first], [1, -1], turn - 1, divisor=turn)
                 yield _Keys(query, first, high, nothing, end, once=False)
             return
-        start = (
-            outer.affine([pos], [1], self.first - op.window + 1, divisor=turn) if op.window else nothing
-        )
+        start = outer.affine([pos], [1], self.first - op.window + 1, divisor=turn) if op.window else nothing
         end = outer.affine([visible], [1], turn - 1, divisor=turn)
         yield _Keys(0, 0, visible, start, end, self.capacity <= turn)
 
@@ -413,7 +413,7 @@ class AttentionBlock:
         return {space: outer.join(outer.tracker.waits(accesses, None)) for space, accesses in reads.items()}
 
     def _step(self, number: int, turns: Sequence[Sequence[_Rows]]) -> None:
-        """The scores of one strip and the values of the one `behind` it, counted from the beginning of a turn;
+        """The scores of one strip and the values of the one `behind` it, counted from a turn's beginning;
         `turns` are the rows of this turn's blocks and of the next ones', as far as there are any.  A block
         that was used for the last time makes room for that of the next turn.
         """
@@ -573,7 +573,7 @@ class AttentionBlock:
         )
 
     def _rows_in(self, name: str, run: HeadRun, rows: int, first: int = 0) -> tuple[int, int, int]:
-        """Of a run's cache head in a block: offset of the row `first`, bytes from row to row and of `rows`."""
+        """Of a run's cache head in a block: offset of row `first`, bytes from row to row and of `rows`."""
         row = self.dim * 2
         to_head, to_key = (row, self.groups * row) if self._key_major else (self.keys * row, row)
         start = self.at[name] + (run.group - self.first_group) * to_head + first * to_key
@@ -590,7 +590,7 @@ class AttentionBlock:
         keys: Value,
         target: int,
     ) -> None:
-        """scores = q K^T over some columns (first, number) of a block's keys, for one run of a strip's heads."""
+        """scores = q K^T over columns (first, number) of a block's keys, for one run of a strip's heads."""
         first, count = columns
         rhs, to_key, rhs_bytes = self._rows_in(f"k{block}", run, count, first)
         part, width = next(self._accumulators), align(count, self.lowering.machine.cube.columns) * 4
