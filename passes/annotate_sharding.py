@@ -49,7 +49,16 @@ from tyir.passes._placement import LINEAR, through_reshape
 from tyir.passes._rows_cut import rows_cut
 from tyir.passes._weight_times import weight_bytes, weight_ns
 from tyir.pipeline import Pass, PassContext
-from tyir.sharding import PARTIAL, Placement, Range, Split, even_ranges, to_attribute, vocabulary_ranges
+from tyir.sharding import (
+    PARTIAL,
+    Placement,
+    Range,
+    Split,
+    even_ranges,
+    head_ranges,
+    to_attribute,
+    vocabulary_ranges,
+)
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine, load_machine
 from tyir.traits import Elementwise
@@ -360,15 +369,18 @@ class _Group:
 
     def ranges(self, units: int, unit: int = 1) -> tuple[Range, ...]:
         """An even cut over the group's dies; the others get nothing."""
-        own = even_ranges(units, self.size, unit)
+        return self.placed(even_ranges(units, self.size, unit))
+
+    def placed(self, own: tuple[Range, ...]) -> tuple[Range, ...]:
+        """The group's ranges with those of the other dies, which get nothing."""
         return ((0, 0),) * self.first + own + ((0, 0),) * (self.total - self.first - self.size)
 
 
 def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
-    """Query heads evenly; of the key/value heads those that a die's query heads read."""
+    """Query heads inside the groups that read one key/value head; of those what a die's query heads read."""
     block = _Block(dies.size)
     heads = attention.kv_heads
-    queries = dies.ranges(len(heads))
+    queries = dies.placed(head_ranges(heads, dies.size))
     groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
     _demand(attention.q, Split(2, queries), block)  # further rotations are of the same product
     for cache in (attention.k, attention.v, *attention.scales):

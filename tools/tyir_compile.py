@@ -160,7 +160,7 @@ def print_plan(
 
     options = BuildOptions(**settle_group_size(model, given))
     check_options(options)
-    plan = make_plan(model, options, images=images, base=base)
+    plan = make_plan(model, options, images=images, base=base, long=True)
     if as_json:
         from tyir.tools.commands.json_forms import print_json
 

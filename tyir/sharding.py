@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from tyir.attributes import Attribute, DenseArrayAttr, DictAttr, IntegerAttr, OpaqueAttr, StringAttr
@@ -28,6 +29,7 @@ __all__ = [
     "Split",
     "even_ranges",
     "from_attribute",
+    "head_ranges",
     "shardy_text",
     "to_attribute",
     "vocabulary_ranges",
@@ -77,6 +79,51 @@ def even_ranges(total: int, dies: int, unit: int = 1) -> tuple[Range, ...]:
         ranges.append((offset, size))
         offset += size
     return tuple(ranges)
+
+
+def head_ranges(kv_heads: Sequence[int], dies: int) -> tuple[Range, ...]:
+    """Query heads per die, contiguous: `kv_heads[i]` is the key/value head that query head i reads.
+
+    First of all no die reads more key/value heads than it must, since it caches them: with more dies never
+    more than with fewer.  Then the largest die has as few query heads as it can, and then they are as even as
+    can be, larger shares first; trailing dies may get nothing.
+
+    Example: 28 query heads over 4 key/value heads are cut 10, 9, 9 over 3 dies, which cache two each, and
+    2, 2, 2, 1 of each group of 7 over 16 dies, which cache one each.
+    """
+    total = len(kv_heads)
+    if not total:
+        return ((0, 0),) * dies
+
+    def least(caches: int, most: int) -> int:
+        """How many dies it takes when each has at most `most` heads, which read at most `caches`."""
+        used, first = 0, 0
+        while first < total:
+            first, used = max(ends(first, caches, most)), used + 1
+        return used
+
+    def ends(first: int, caches: int, most: int) -> list[int]:
+        """Where a die's heads from `first` on may end."""
+        last = kv_heads[first] + caches
+        return [e for e in range(first + 1, min(first + most, total) + 1) if kv_heads[e - 1] < last]
+
+    caches = next(c for c in range(1, total + 1) if least(c, total) <= dies)
+    most = next(m for m in range(1, total + 1) if least(caches, m) <= dies)
+
+    @cache
+    def evenest(first: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """The least sum of squares over the dies that are left, and their numbers of heads."""
+        if first == total:
+            return 0, (0,) * left
+        found: tuple[float, tuple[int, ...]] = (math.inf, ())
+        for end in reversed(ends(first, caches, most) if left else []):
+            cost, sizes = evenest(end, left - 1)
+            if (cost := cost + (end - first) ** 2) < found[0]:
+                found = cost, (end - first, *sizes)
+        return found
+
+    _, sizes = evenest(0, dies)
+    return tuple((sum(sizes[:die]), size) for die, size in enumerate(sizes))
 
 
 def vocabulary_ranges(vocabulary: int, dies: int) -> tuple[Range, ...]:

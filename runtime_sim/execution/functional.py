@@ -296,9 +296,12 @@ class FunctionalDie:
         op = command.op
         assert isinstance(op, edge10.Matmul)
         n, k = op.sizes_with(command.scalars)
-        if 0 in (n, k):
+        if n == 0 or (k == 0 and op.accumulate):
             return
         outer, inner = op.m
+        if k == 0:  # an empty sum
+            self.acc(command, op.acc, (outer * inner, n), (op.acc_stride, 4), write=True)[...] = 0
+            return
         lhs = self.sram(command, op.lhs, (outer, inner, k), np.float16, (*op.lhs_strides, 2))
         shape = (n, k) if op.transposed else (k, n)
         rhs = self.sram(command, op.rhs, shape, np.float16, (op.rhs_stride, 2))
@@ -337,14 +340,13 @@ class FunctionalDie:
         op = command.op
         assert isinstance(op, edge10.SoftmaxBlock)
         cols, first_key = op.sizes_with(command.scalars)
-        if cols:
-            softmax_block(
-                op,
-                cols,
-                first_key,
-                position_of(self.pos, op.sequence),
-                lambda *a, **k: self.sram(command, *a, **k),
-            )
+        softmax_block(
+            op,
+            cols,
+            first_key,
+            position_of(self.pos, op.sequence),
+            lambda *a, **k: self.sram(command, *a, **k),
+        )
 
     def top_k(self, command: Command) -> None:
         op = command.op

@@ -60,6 +60,9 @@ def _dtype(element: Any) -> np.dtype[Any]:
 
 def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, sram: SramAccess) -> None:
     """Compute `edge10.softmax_block` over `cols` keys from `first_key` on."""
+    if cols == 0:
+        sram(op.alpha, (op.rows,), np.float32, write=True)[...] = 1
+        return
     scores = sram(op.scores, (op.rows, cols), np.float32, (op.score_stride, 4)) * np.float32(op.scale)
     if op.temperature is not None:
         scores = scores * sram(op.temperature, (1,), np.float32)

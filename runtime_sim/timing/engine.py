@@ -30,11 +30,11 @@ from tyir.edge10.command_times import Transfer, Work
 from tyir.process.collector import collector_paused
 from tyir.runtime_sim.timing.die_engine import DieEngine, Durations
 from tyir.runtime_sim.timing.program import EdgeProgram, alike_programs
-from tyir.runtime_sim.timing.unroll import Command, Kind, Step
+from tyir.runtime_sim.timing.unroll import Command, Kind, Step, chained
 from tyir.targets.collectives import all_gather_ns, all_reduce_ns, send_ns
 from tyir.targets.machine import Machine
 
-__all__ = ["DieTiming", "Record", "Timing", "simulate"]
+__all__ = ["DieTiming", "Record", "Timing", "simulate", "simulate_chunks"]
 
 Times = npt.NDArray[np.float64]
 
@@ -116,8 +116,11 @@ class Timing:
         return max(("dram", "cube", "dequant", "vector", "d2d", "drain"), key=self.share)
 
 
-def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Timing:
-    """Time one step of all dies at position `pos`.  Deterministic; `TyirError` when the dies' programs do not
+def simulate(
+    programs: Sequence[EdgeProgram], machine: Machine, pos: int, layers: frozenset[int] | None = None
+) -> Timing:
+    """Time one step of all dies at position `pos`, of the decoder `layers` alone where some are named.
+    Deterministic; `TyirError` when the dies' programs do not
     meet, a program cannot proceed, or needs more SRAM than there is.
 
     Dies with the same program run alike to the nanosecond: one of each kind is simulated.
@@ -130,15 +133,38 @@ def simulate(programs: Sequence[EdgeProgram], machine: Machine, pos: int) -> Tim
             f"the programs use {needed:,} bytes of SRAM, {machine.name} has {machine.sram.capacity_bytes:,}",
             help="compile for that machine: tyir-compile --machine",
         )
-    kinds = {die: kind for kind, group in enumerate(groups) for die in group}
-    kind_of_die = [kinds[die] for die in range(len(programs))]
+    launch, kind_of_die = machine.sync.launch_us * 1000, _kinds_of_dies(groups)
     with collector_paused():
-        dies = [_Die(programs[group[0]].expand(pos), machine) for group in groups]
+        dies = [_Die(programs[group[0]].expand(pos, layers), machine) for group in groups]
         _run(dies, kind_of_die, machine)
-        launch = machine.sync.launch_us * 1000
         timings = [die.timing(launch) for die in dies]
     total = max((float(t.end.max(initial=launch)) for t in timings), default=launch)
     return Timing(total, tuple(timings[kind] for kind in kind_of_die), pos, programs[0].seqlen)
+
+
+def simulate_chunks(
+    programs: Sequence[EdgeProgram],
+    machine: Machine,
+    positions: Sequence[int],
+    layers: frozenset[int] | None = None,
+) -> float:
+    """The ns of a prompt's chunks, one at each position, when no die waits for the others between them: it
+    begins a chunk as soon as it is done with the one before, so that pipeline stages work on several.
+
+    Launches are not counted.  `TyirError` as of `simulate`.
+    """
+    groups = alike_programs(programs)
+    with collector_paused():
+        steps = [[programs[group[0]].expand(pos, layers) for pos in positions] for group in groups]
+        dies = [_Die(chained(of_die), machine) for of_die in steps]
+        _run(dies, _kinds_of_dies(groups), machine)
+        return max(max(die.engine.end, default=0.0) for die in dies)
+
+
+def _kinds_of_dies(groups: Sequence[Sequence[int]]) -> list[int]:
+    """Of each die the number of the group of equal programs that its program is in."""
+    kinds = {die: kind for kind, group in enumerate(groups) for die in group}
+    return [kinds[die] for die in range(len(kinds))]
 
 
 class _Die:

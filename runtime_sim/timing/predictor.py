@@ -15,6 +15,7 @@ from typing import Final
 
 from tyir.runtime_sim.session.chunks import plan_chunks
 from tyir.runtime_sim.timing.engine import Timing, simulate
+from tyir.runtime_sim.timing.long_steps import LONG, LongSteps
 from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import Constant, Machine
 
@@ -76,6 +77,7 @@ class Predictor:
         self.capacity = capacity
         self.machine = machine
         self._steps: dict[tuple[int, int], Timing] = {}
+        self._long_steps: dict[int, LongSteps] = {}
 
     def on(self, machine: Machine) -> Predictor:
         """The same programs on another machine."""
@@ -104,10 +106,10 @@ class Predictor:
     def decode_device_ns(self, pos: int, *, exact: bool = True) -> float:
         """The device's part of the time per output token: one step of the shortest length at `pos`.
 
-        Not `exact`: see `between`.
+        Not `exact`, or so far that a step has millions of commands: see `between`.
         """
         seqlen = min(self.seqlens)
-        return self.step(seqlen, pos).total_ns if exact else self.between(seqlen, pos)
+        return self.step(seqlen, pos).total_ns if exact and pos <= LONG else self.between(seqlen, pos)
 
     def ttft_ns(self, tokens: int, *, exact: bool = True) -> float:
         """Time to first token of a prompt: `prefill_device_ns`, and the host's constant for each step."""
@@ -136,8 +138,13 @@ class Predictor:
         above.
 
         What is read of the cache grows in proportion to `pos`, by whole blocks: Qwen2.5-7B on 4 dies is
-        within 0.1 % of the simulated step everywhere.
+        within 0.1 % of the simulated step everywhere.  In a cache of more than 32,768 tokens few layers are
+        simulated as well (`LongSteps`).
         """
+        if self.capacity > LONG:
+            if seqlen not in self._long_steps:
+                self._long_steps[seqlen] = LongSteps(self.programs(seqlen), self.machine, self.capacity)
+            return self._long_steps[seqlen].ns(pos)
         spacing = -(-self.capacity // (_GRID_STEPS * _GRID)) * _GRID
         low = pos // spacing * spacing
         high = min(low + spacing, self.capacity - seqlen)

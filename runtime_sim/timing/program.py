@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from functools import cached_property
 from typing import Final, Self
 from weakref import WeakKeyDictionary
@@ -53,7 +53,7 @@ class EdgeProgram:
         self.die = _int_attribute(module, "tyir.die", 0)
         self._kinds = Kinds()
         self._alike: WeakKeyDictionary[EdgeProgram, bool] = WeakKeyDictionary()
-        self._expanded: dict[Position, Step] = {}
+        self._expanded: dict[tuple[Position, Collection[int] | None], Step] = {}
 
     @cached_property
     def sram_bytes(self) -> int:
@@ -65,15 +65,19 @@ class EdgeProgram:
         """A program from its printed form."""
         return cls(parse_module(text, name))
 
-    def expand(self, pos: Position) -> Step:
+    def expand(self, pos: Position, layers: frozenset[int] | None = None) -> Step:
         """All commands of one step at position `pos` (of each sequence, where there are several), in program
-        order.  The last few steps are kept: a report times them on several machines.
+        order; of the decoder `layers` alone where some are named.  The last few steps are kept: a report
+        times them on several machines.
         """
-        if pos not in self._expanded:
+        key = pos, layers
+        if key not in self._expanded:
             while self._expanded and sum(map(len, self._expanded.values())) > _KEPT_COMMANDS:
                 del self._expanded[next(iter(self._expanded))]
-            self._expanded[pos] = unroll(self.functions, self.buffers, self.entry, self._kinds, pos)
-        return self._expanded[pos]
+            self._expanded[key] = unroll(
+                self.functions, self.buffers, self.entry, self._kinds, pos, layers=layers
+            )
+        return self._expanded[key]
 
     @cached_property
     def _signature(self) -> Hashable:

@@ -19,6 +19,7 @@ from tyir.runtime_sim.timing.costs import (
     unit_shares,
 )
 from tyir.runtime_sim.timing.engine import Timing
+from tyir.runtime_sim.timing.long_steps import LONG
 from tyir.runtime_sim.timing.predictor import Interval, Predictor
 from tyir.targets.collectives import CollectiveNeed
 
@@ -188,7 +189,7 @@ def summarize(
     decode_device = predictor.interval(lambda p: p.decode_device_ns(pos))
     host, prefill_steps = predictor.interval(lambda p: p.host_ns), predictor.prefill_steps(prompt)
     ttft, tpot = prefill_device.plus(host, prefill_steps), decode_device.plus(host)
-    decode = predictor.step(shortest, pos)
+    decode = predictor.step(shortest, min(pos, LONG))  # a step with all its commands
     prompts, positions = _points(predictor, prompt, pos) if curves else ([], [])
     return Summary(
         artifacts=artifacts,

@@ -9,7 +9,7 @@ outside and the addresses that it is given are left open, and each call fills th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, NamedTuple, Self, overload
@@ -23,7 +23,7 @@ from tyir.ir import Block, Value
 from tyir.location import module_path
 from tyir.process.collector import collector_paused
 
-__all__ = ["Command", "Kind", "Kinds", "Position", "Step", "position_of", "unroll"]
+__all__ = ["Command", "Kind", "Kinds", "Position", "Step", "chained", "position_of", "unroll"]
 
 Tokens = tuple[
     int, ...
@@ -197,6 +197,26 @@ class Step(Sequence[Command]):
             )
 
 
+def chained(steps: Sequence[Step]) -> Step:
+    """Steps of one die, each of which begins when the one before is done; of equal `kinds`."""
+    first, *_ = steps
+    made = Step(first.kinds, [], [], [], [], first._body)
+    last: dict[str, int] = {}
+    for step in steps:
+        offset, before, seen = len(made.kind), tuple(last.values()), set[str]()
+        made.kind.extend(step.kind)
+        made.near.extend(step.near)
+        made.base.extend(base + offset for base in step.base)
+        made.layer.extend(step.layer)
+        for index, kind in enumerate(step.kind, offset):
+            unit = first.kinds[kind].unit
+            if unit not in seen:
+                seen.add(unit)
+                made.near[index] = (*made.near[index], *(done - made.base[index] for done in before))
+            last[unit] = index
+    return made
+
+
 Position = int | tuple[int, ...]  # tokens cached: of all sequences, or of each
 
 
@@ -211,12 +231,14 @@ def unroll(
     entry: str,
     kinds: Kinds,
     pos: Position,
+    layers: Collection[int] | None = None,
 ) -> Step:
     """One step at position `pos` of the program that begins at function `entry`; its kinds are added to
-    `kinds`.  `TyirError` for what is no command program.
+    `kinds`.  With `layers`, the calls of other decoder layers are left out.  `TyirError` for what is no
+    command program.
     """
     with collector_paused():
-        return _Unroller(functions, buffers, kinds, pos).step(entry)
+        return _Unroller(functions, buffers, kinds, pos, layers).step(entry)
 
 
 class _Placed(NamedTuple):
@@ -285,9 +307,15 @@ class _Unroller:
     """
 
     def __init__(
-        self, functions: Mapping[str, Func], buffers: Mapping[str, edge10.Buffer], kinds: Kinds, pos: Position
+        self,
+        functions: Mapping[str, Func],
+        buffers: Mapping[str, edge10.Buffer],
+        kinds: Kinds,
+        pos: Position,
+        layers: Collection[int] | None = None,
     ) -> None:
         self.functions, self.buffers, self.kinds, self.pos = functions, buffers, kinds, pos
+        self.layers = layers
         self.bodies: dict[tuple[str, tuple[int, ...]], _Body] = {}
         self.open: list[str] = []  # the functions being walked, outermost first
 
@@ -387,10 +415,13 @@ class _Unroller:
 
     def call(self, op: Call, env: dict[Value, Any], body: _Body) -> None:
         """Append the callee's commands, with what the caller gives in the places left open."""
+        number = op.attributes.get("tyir.layer")
+        if self.layers is not None and isinstance(number, IntegerAttr) and number.value not in self.layers:
+            self.skip(op, env)
+            return
         given = [env[v] for v in op.operands]
         scalars = tuple([env[v] for v in op.operands if v.type is not _TOKEN and v.type is not _ADDRESS])
         callee = self.function(op.callee.leaf, scalars)
-        number = op.attributes.get("tyir.layer")
         layer = number.value if isinstance(number, IntegerAttr) else len(body.calls)
         base = len(body.kind)
         body.kind += callee.kind
@@ -418,6 +449,18 @@ class _Unroller:
                 if value.type is _ADDRESS
                 else result
             )
+
+    @staticmethod
+    def skip(op: Call, env: dict[Value, Any]) -> None:
+        """As if the layer took no time: it hands on, token for token, what it is given."""
+        tokens = [env[v] for v in op.operands if v.type is _TOKEN]
+        if len(tokens) != len(op.results) or any(v.type is not _TOKEN for v in op.results):
+            raise TyirError(
+                f"@{op.callee.leaf} takes {len(tokens)} tokens and returns {len(op.results)} values, so"
+                " that it cannot be left out",
+                help="simulate all layers: at most 32768 tokens",
+            )
+        env.update(zip(op.results, tokens))
 
 
 def _affine(op: edge10.Affine, env: dict[Value, Any]) -> int:

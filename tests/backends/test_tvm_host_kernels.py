@@ -293,6 +293,9 @@ CASES: list[Case] = [
     attention(4, (0, 0, 1), 64, 80, (30, 0), window=9, cap=0.7),
     attention(1, (0, 1), 64, 64, (40,), cap=50.0),
     attention(32, (0, 0, 1, 1), 32, 96, (17,), window=0),
+    attention(8, (0, 1), 16, 2100, (2045,)),  # a second block, which the first queries do not see
+    attention(4, (0, 0, 1), 32, 5000, (4990, 10), window=2500),  # more than a block, with and without others
+    attention(1, (0, 0), 24, 4200, (4150,), cap=3.0),
     both_ways(12, 3, 32, ()),
     both_ways(82, 2, 32, ()),  # patches and a class token
     both_ways(37, 2, 80, (), cap=2.0),
@@ -320,6 +323,7 @@ CASES: list[Case] = [
     attention8(4, (0, 0, 1), 64, 80, (30, 0), window=9),
     dual_chunk(4, (0, 0, 1), 16, 48, (2, 9, 37), 10),
     dual_chunk(1, (0, 1), 12, 40, (5, 39), 7, i8),
+    attention8(5, (0, 0), 32, 4500, (4300,)),
     quantize_rows(1, 2, 64, 1.0),
     quantize_rows(3, 5, 32, 3e-6),
     quantize_rows(2, 3, 12, 1000.0, b=2),

@@ -15,7 +15,7 @@ from tyir.dialects.kv import CachedAttention
 from tyir.dialects.ty import tensor_type
 from tyir.layers import layer_of
 from tyir.pipeline import run_pipeline
-from tyir.sharding import even_ranges
+from tyir.sharding import even_ranges, head_ranges
 
 IDS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
 
@@ -88,6 +88,25 @@ def test_ranges_cover_without_gap_and_are_even(total: int, dies: int, unit: int)
     assert [o for o, _ in ranges] == [sum(s for _, s in ranges[:i]) for i in range(dies)]
     assert sum(s for _, s in ranges) == total * unit
     assert max(s for _, s in ranges) - min(s for _, s in ranges) in (0, unit)
+
+
+@settings(max_examples=30, deadline=None)
+@given(groups=st.integers(1, 12), ratio=st.integers(1, 8))
+def test_more_dies_never_cache_more_heads(groups: int, ratio: int) -> None:
+    """Heads are covered without gap; of the largest die, neither its key/value heads nor its query heads grow
+    with the number of dies, and the former are the fewest there can be.
+    """
+    kv_heads = [head // ratio for head in range(groups * ratio)]
+    largest = (groups, groups * ratio)
+    for dies in range(1, 17):
+        ranges = head_ranges(kv_heads, dies)
+        assert [o for o, _ in ranges] == [sum(s for _, s in ranges[:i]) for i in range(dies)]
+        assert sum(s for _, s in ranges) == len(kv_heads) and len(ranges) == dies
+        caches = max(len(set(kv_heads[o : o + s])) for o, s in ranges)
+        assert caches == -(-groups // dies)
+        queries = max(s for _, s in ranges)
+        assert caches <= largest[0] and queries <= largest[1]
+        largest = (caches, queries)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,6 +1,6 @@
-"""How the shapes of real models are cut over 3 and 4 dies: load balance and key/value replication.
+"""How the shapes of real models are cut over 3 to 16 dies: load balance and key/value replication.
 
-Expected: query heads contiguous and even, key/value heads replicated only where a query group crosses dies,
+Expected: query heads contiguous, on no die more key/value heads than must be, and as even as that allows;
 the MLP in whole groups of 128. Shapes are those of the models' public config.json files; one layer each, no
 weights.
 """
@@ -30,17 +30,19 @@ MODELS = {
 EXPECTED = {
     ("Qwen1.5-1.8B", 3): ((6, 5, 5), (6, 5, 5), (15, 14, 14)),
     ("Qwen1.5-1.8B", 4): ((4, 4, 4, 4), (4, 4, 4, 4), (11, 11, 11, 10)),
-    ("Qwen2.5-1.5B", 3): ((4, 4, 4), (1, 2, 1), (24, 23, 23)),
+    ("Qwen2.5-1.5B", 3): ((6, 3, 3), (1, 1, 1), (24, 23, 23)),
     ("Qwen2.5-1.5B", 4): ((3, 3, 3, 3), (1, 1, 1, 1), (18, 18, 17, 17)),
-    ("Qwen2.5-3B", 3): ((6, 5, 5), (1, 2, 1), (29, 29, 28)),
+    ("Qwen2.5-3B", 3): ((8, 4, 4), (1, 1, 1), (29, 29, 28)),
     ("Qwen2.5-3B", 4): ((4, 4, 4, 4), (1, 1, 1, 1), (22, 22, 21, 21)),
     ("Qwen2.5-7B", 3): ((10, 9, 9), (2, 2, 2), (50, 49, 49)),
     ("Qwen2.5-7B", 4): ((7, 7, 7, 7), (1, 1, 1, 1), (37, 37, 37, 37)),
-    ("Qwen2.5-32B", 3): ((14, 13, 13), (3, 4, 3), (72, 72, 72)),
+    ("Qwen2.5-32B", 3): ((15, 13, 12), (3, 3, 3), (72, 72, 72)),
     ("Qwen2.5-32B", 4): ((10, 10, 10, 10), (2, 2, 2, 2), (54, 54, 54, 54)),
     ("Qwen3-1.7B", 3): ((6, 5, 5), (3, 3, 3), (16, 16, 16)),
-    ("Qwen3-8B", 3): ((11, 11, 10), (3, 4, 3), (32, 32, 32)),
-    ("Llama3-8B", 3): ((11, 11, 10), (3, 4, 3), (38, 37, 37)),
+    ("Qwen3-8B", 3): ((12, 10, 10), (3, 3, 3), (32, 32, 32)),
+    ("Llama3-8B", 3): ((12, 10, 10), (3, 3, 3), (38, 37, 37)),
+    ("Qwen2.5-7B", 8): ((4, 3) * 4, (1,) * 8, (19,) * 4 + (18,) * 4),
+    ("Qwen2.5-7B", 16): ((2, 2, 2, 1) * 4, (1,) * 16, (10,) * 4 + (9,) * 12),
     ("Llama3-8B", 4): ((8, 8, 8, 8), (2, 2, 2, 2), (28, 28, 28, 28)),
 }
 

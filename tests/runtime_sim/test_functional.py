@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tyir.backends.edge10.lowering.ops.attention_block import in_turn
 from tyir.dialects import edge10
 from tyir.runtime_sim.execution.command_trace import CommandTrace
 from tyir.targets.machine import load_machine
@@ -64,6 +65,42 @@ def test_blocks_of_a_long_cache(make_model: Callable[..., Any]) -> None:
     model = make_model(capacity=700, layers=1, kv_heads=2, heads=6, vocab=96)
     for pos in (255, 256, 257, 699):
         compare(model, pos)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tokens", "sram"),
+    [(1, 1, 1, 96), (2, 1, 40, 128), (5, 1, 40, 192), (7, 1, 24, 160), (4, 2, 24, 160)],
+)
+def test_turns_of_two_blocks_each(
+    make_model: Callable[..., Any], heads: int, kv_heads: int, tokens: int, sram: int
+) -> None:
+    """Small SRAM makes small blocks: a loop of several turns, the last with one block, two, or a part of one,
+    of one strip and of more; what is under way from turn to turn is checked for races.
+    """
+    small = load_machine("edge10").with_overrides({"sram.capacity_bytes": sram << 10})
+    sizes = {"heads": heads, "kv_heads": kv_heads, "tokens": tokens, "hidden": 32, "inter": 32, "vocab": 96}
+    model = make_model(machine=small, capacity=700, layers=1, **sizes)
+    loops = [loop for program in model.programs for loop in program.module.walk_type(edge10.For)]
+    assert loops and all(len(loop.operands) > 6 for loop in loops)
+    for pos in (0, 130, 389, 650):
+        compare(model, pos)
+
+
+@pytest.mark.parametrize("steps", range(1, 25))
+@pytest.mark.parametrize("buffers", [1, 2, 3, 4])
+def test_a_place_for_scores_is_free_when_it_is_taken_again(steps: int, buffers: int) -> None:
+    """Three steps are under way: with four places the same one comes back after three steps at the earliest,
+    with three after two (the old scores are used up first then), from turn to turn as well.
+    """
+    if buffers > steps:
+        return
+    places = in_turn(steps, buffers)
+    assert len(places) == steps and set(places) <= set(range(buffers))
+    again = min(
+        next(d for d in range(1, steps + 1) if places[(i + d) % steps] == places[i]) for i in range(steps)
+    )
+    enough = 3 if buffers == 4 and steps not in (5,) else min(buffers - 1, 2) or 1
+    assert again >= enough
 
 
 def test_padding_beyond_the_cache_is_dropped(make_model: Callable[..., Any]) -> None:

@@ -30,6 +30,8 @@ __all__ = [
     "PassTimes",
     "Planned",
     "PlannedDie",
+    "PlannedLength",
+    "PlannedPrompt",
     "Prompt",
     "PromptChecked",
     "Quantized",
@@ -130,6 +132,26 @@ class PlannedDie:
 
 
 @dataclass(frozen=True)
+class PlannedLength:
+    """How long a cache can be on other dies, with the other options the same."""
+
+    dies: Annotated[int, "of the board"]
+    stages: Annotated[int, "that they are cut into (--pp)"]
+    tokens: Annotated[int, "of each sequence; 0: the weights alone do not fit"]
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """What a prompt that fills the cache takes on the device, simulated, the host's constant in it."""
+
+    tokens: Annotated[int, "of the prompt"]
+    steps: Annotated[int, "that it takes"]
+    prefill_s: Annotated[float, "seconds until its end"]
+    token_s: Annotated[float, "seconds of a token after it"]
+    overlapped_s: Annotated[float | None, "as prefill_s, if stages worked on several chunks at a time"]
+
+
+@dataclass(frozen=True)
 class Planned:
     """`tyir-compile --plan --json` and `tyir-import --plan --json`: what a compile would need."""
 
@@ -145,6 +167,10 @@ class Planned:
     host_disk_bytes: Annotated[int, "of the artifacts, about"]
     host_seconds: Annotated[tuple[float, float], "of the compile: at best, at worst"]
     problems: Annotated[tuple[str, ...], "what does not fit; then the exit code is 1"]
+    longest: Annotated[tuple[PlannedLength, ...], "tokens that fit; only for caches of more than 32768"] = ()
+    prompt: Annotated[
+        PlannedPrompt | None, "what filling such a cache takes; null: it is short, or too large"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -348,10 +374,10 @@ class Doctor:
 
 # Command -> its forms, those of nested values included, and where the form is declared otherwise.
 FORMS: dict[str, tuple[type[Any], ...]] = {
-    "tyir-import": (Imported, Planned, PlannedDie),
+    "tyir-import": (Imported, Planned, PlannedDie, PlannedLength, PlannedPrompt),
     "tyir-opt": (PassList, PassEntry, PassOption, DialectList, DialectEntry, OpEntry, PassTimes),
     "tyir-quantize": (Quantized, QuantizedLinear, Measured),
-    "tyir-compile": (Artifacts, Stage, Planned, PlannedDie),
+    "tyir-compile": (Artifacts, Stage, Planned, PlannedDie, PlannedLength, PlannedPrompt),
     "tyir-run": (Ran, Prompt),
     "tyir-chat": (Ran, Prompt),
     "tyir-serve": (Serving,),

@@ -175,10 +175,11 @@ class _Builder:
         return x, tables
 
 
-def few_layers(shape: ModelShape, layers: int) -> Module:
+def few_layers(shape: ModelShape, layers: int, *, head: bool = True) -> Module:
     """`@main` at stage ty for a model of these sizes.
 
-    Embedding, `layers` decoder layers, final norm and head.
+    Embedding, `layers` decoder layers, final norm and head.  Without `head` what is returned does not depend
+    on the layers: the step of a prompt's chunk that is not the last, of which only the caches are wanted.
     """
     module = Module.empty()
     module.set_attribute("tyir.stage", StringAttr("ty"))
@@ -187,10 +188,13 @@ def few_layers(shape: ModelShape, layers: int) -> Module:
     table = builder.weight("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
     x = builder.add(ty.Embedding(table, builder.function.args[0], loc=NameLoc("model.embed_tokens")))
     x, tables = builder.positions(x)
+    embedded = x
     for number in range(layers):
         x = builder.layer(number, x, tables)
     x = builder.norm("model.norm", x, shape.hidden)
-    if shape.quantised_head:
+    if not head:
+        logits = builder.add(ty.Add(embedded, embedded, loc=NameLoc("model.embed_tokens")))
+    elif shape.quantised_head:
         logits = builder.linear("lm_head", x, shape.vocabulary, shape.hidden, bias=False)
     else:
         head = table if shape.tied else builder.weight("lm_head.weight", (shape.vocabulary, shape.hidden))

@@ -25,12 +25,15 @@ from tyir.execution.entry_points import alias_of
 from tyir.frontends.adapters import base_of
 from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
+from tyir.passes.annotate_sharding import MAX_DIES
 from tyir.passes.quantize_weights import largest_group_size
 from tyir.pipeline import run_pipeline
+from tyir.runtime_sim.timing.long_steps import LONG
 from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine, load_machine
 from tyir.tools.build_arguments import AUTO
-from tyir.tools.commands.json_forms import Planned, PlannedDie
+from tyir.tools.commands.json_forms import Planned, PlannedDie, PlannedLength, PlannedPrompt
+from tyir.tools.estimate.long_context import PromptCost, prompt_cost
 from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.tools.estimate.shape import read_config, read_shape
 from tyir.tools.estimate.tower import PicturePlan, TowerShape, picture_plans, read_tower
@@ -162,6 +165,8 @@ class Plan:
     problems: tuple[Diagnostic, ...]
     tower: TowerShape | None = None
     pictures: tuple[PicturePlan, ...] = ()
+    longest: tuple[LongestCache, ...] = ()
+    prompt: PromptCost | None = None
 
     def text(self) -> str:
         """The plan as lines for a terminal."""
@@ -182,7 +187,43 @@ class Plan:
             host_disk_bytes=self.host_disk,
             host_seconds=self.host_seconds,
             problems=tuple(p.render() for p in self.problems),
+            longest=tuple(PlannedLength(n.dies, n.stages, n.tokens) for n in self.longest),
+            prompt=None
+            if (p := self.prompt) is None
+            else PlannedPrompt(p.tokens, p.steps, p.prefill, p.token, p.overlapped),
         )
+
+
+@dataclass(frozen=True)
+class LongestCache:
+    """How many tokens each of several sequences can cache on so many dies in so many pipeline stages, with
+    the plan's other options; 0 where the weights alone are too much.
+    """
+
+    dies: int
+    stages: int
+    tokens: int
+
+
+def longest_caches(
+    shape: ModelShape, options: BuildOptions, machine: Machine, tower: int = 0
+) -> Iterator[LongestCache]:
+    """For 1, 4, 8 and 16 dies and those of the options, in 1, 2 and 4 stages and those of the options."""
+    for stages in sorted({1, 2, 4, options.pp}):
+        if stages > shape.layers:
+            continue
+        cuts = _Cuts(shape, replace(options, pp=stages, dies=stages, die_map=(), mesh=()), tower)
+        for dies in sorted({1, 4, 8, MAX_DIES, options.dies}):
+            if dies % stages == 0 and (stages == 1 or dies > stages):
+                yield LongestCache(dies, stages, _tokens(cuts, dies, int(machine.dram.capacity_bytes)))
+
+
+def _tokens(cuts: _Cuts, dies: int, capacity: int) -> int:
+    """The tokens that the die with the least room for them can cache: needs grow in a straight line."""
+    none, one = cuts.needs(dies, 0), cuts.needs(dies, 1)
+    return max(
+        min((capacity - a.total) // max(b.total - a.total, 1) for a, b in zip(none, one, strict=True)), 0
+    )
 
 
 def make_plan(
@@ -191,10 +232,14 @@ def make_plan(
     machine: Machine | None = None,
     images: Sequence[tuple[int, int]] = (),
     base: Path | None = None,
+    *,
+    long: bool = False,
 ) -> Plan:
     """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
 
-    `images`: the sizes (width, height) of pictures.
+    `images`: the sizes (width, height) of pictures.  `long`: of a cache of more than 32,768 tokens
+    also how many tokens fit on other dies and, if it fits, what a prompt of that length takes (simulated,
+    some seconds).
 
     `TyirError` when the config or the options cannot be at all.
     """
@@ -217,6 +262,7 @@ def make_plan(
         _IMPORT_SECONDS + 0.1 * shape.layers + code * c + weights / r for c, r in ((0.5, 4e8), (3.0, 5e7))
     )
     problems = (*_memory_problems(cuts, machine), *_too_large(pictures, options))
+    long = long and options.max_kv > LONG
     return Plan(
         shape,
         options,
@@ -230,6 +276,8 @@ def make_plan(
         problems,
         tower,
         pictures,
+        tuple(longest_caches(shape, options, machine, cuts.tower)) if long else (),
+        prompt_cost(shape, options, machine) if long and not problems else None,
     )
 
 
@@ -355,7 +403,7 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
     def need(changed: BuildOptions) -> int | None:
         if changed.weights != options.weights and cuts.shape.group is not None:
             return None  # the checkpoint's weights are quantised already
-        if changed.dies % changed.pp:
+        if changed.dies % changed.pp or changed.pp > cuts.shape.layers:
             return None
         if changed.quantizes:
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
@@ -376,6 +424,13 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
 def _kind(options: BuildOptions) -> BuildOptions:
     """What a trial's bytes per die and token depend on."""
     return replace(options, dies=1, die_map=(), mesh=(), max_kv=1)
+
+
+def duration(seconds: float) -> str:
+    """`41 s`, `13.7 min` or `4.6 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _lines(plan: Plan) -> Iterator[str]:
@@ -424,5 +479,27 @@ def _lines(plan: Plan) -> Iterator[str]:
         "  = libraries + the largest tensor's intermediates; artifacts; import + 0.5 to 3 s of code per die"
         " and length + 50 to 400 MB/s of weights"
     )
+    if (p := plan.prompt) is not None:
+        yield (
+            f"a prompt of {p.tokens} tokens: {p.steps} steps, {duration(p.prefill)} until the first token,"
+            f" then {1000 * p.token:.0f} ms a token"
+        )
+        if p.overlapped is not None:
+            yield (
+                f"  {duration(p.overlapped)} if the pipeline stages worked on several chunks at a time, in"
+                " steps without embedding and head (nothing runs them so yet)"
+            )
+        yield (
+            "  = one layer of each kind simulated on the command programs at a few positions, with"
+            f" {m.name}'s point constants; the runtime keeps a row of logits and the cache, whatever the"
+            " length"
+        )
+    if plan.longest:
+        yield f"tokens that {'a sequence' if o.batch == 1 else 'each sequence'} can cache, {o.kv_dtype}:"
+        stages_found = sorted({n.stages for n in plan.longest})
+        yield f"{'dies':>6}" + "".join(f"{f'pp {k}':>14}" for k in stages_found)
+        for dies in sorted({n.dies for n in plan.longest}):
+            found = {n.stages: n.tokens for n in plan.longest if n.dies == dies}
+            yield f"{dies:>6}" + "".join(f"{found.get(k, '-'):>14}" for k in stages_found)
     if o.max_kv > s.positions:
         yield f"note: the cache holds {o.max_kv} tokens, the model was trained for {s.positions} positions"

@@ -366,7 +366,7 @@ class Matmul(Command, name="edge10.matmul", unit="cube", dynamic=("n", "k"), pri
     """acc[m, n] (+)= lhs[m, k] * rhs, f16 operands in SRAM, f32 sums in the accumulators.
 
     Rows of lhs are numbered [outer, inner] with two strides (tokens by heads); `transposed` says rhs is
-    stored [n, k] (a weight), otherwise [k, n].
+    stored [n, k] (a weight), otherwise [k, n].  A sum over no k is zero.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -492,7 +492,8 @@ class SoftmaxBlock(
 
     Row r is query `pos + first_query + r // heads` of `sequence`; keys after it, or `window` or more before
     it, are hidden.  With the running maximum m and sum l of a row: m' = max(m, max(scale * s)), alpha = exp(m
-    - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16.  With a
+    - m'), p = exp(scale * s - m'), l' = l * alpha + sum(p); p is stored in f16, where a
+    row may take the place of the first half of its scores.  Without columns m and l stay, alpha is 1.  With a
     `softcap` c, c * tanh(scale * s / c) stands for scale * s, and with a `temperature`, the offset of an f32
     in SRAM, scale is multiplied by it.  Scalars: the number of columns (size -1), then
     `first_key`.

@@ -46,12 +46,17 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A part of SRAM that is handed from one function (or turn of a loop) to the next by a token of its
+    """A part of a memory that is handed from one function (or turn of a loop) to the next by a token of its
     own.
     """
 
     low: int
     high: int
+    space: Space = SRAM
+
+    def holds(self, access: Access) -> bool:
+        """Whether an access meets it."""
+        return access.space == self.space and access.low < self.high and self.low < access.high
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +113,15 @@ class _Memory:
         """The segments that share a byte with [low, high)."""
         return self.segments[bisect_right(self.starts, low) - 1 : bisect_left(self.starts, high)]
 
+    def outside(self, slots: Iterable[Slot]) -> Iterator[_Segment]:
+        """The segments of which a byte lies in no slot."""
+        low = -_END
+        for slot in sorted(slots, key=lambda s: s.low):
+            if low < slot.low:
+                yield from self.between(low, slot.low)
+            low = max(low, slot.high)
+        yield from self.between(low, _END)
+
     def write(self, low: int, high: int, by: _Done) -> None:
         first, last = self._cut(low), self._cut(high)
         self.starts[first:last] = [low]
@@ -120,8 +134,8 @@ class _Memory:
 
 
 class Tracker:
-    """The accesses of one block, in program order.  `slots` (neighbours in SRAM) and `rest` begin as if
-    written by the given tokens.
+    """The accesses of one block, in program order.  `slots` and `rest` begin as if written by the given
+    tokens.
 
     So do the spaces in `given`, which the block only reads: the cache in a loop over it.
     """
@@ -149,7 +163,7 @@ class Tracker:
         for space, token in self.given.items():
             self._memories[space] = _Memory(self._from_outside(token))
         for slot, token in zip(self.slots, slot_tokens):
-            self._memories[SRAM].write(slot.low, slot.high, self._from_outside(token))
+            self._memory(slot.space).write(slot.low, slot.high, self._from_outside(token))
 
     def _from_outside(self, token: Value) -> _Done:
         """A token that is no command's; the same one for the same token."""
@@ -200,19 +214,18 @@ class Tracker:
 
     def finish(self) -> tuple[list[list[Value]], list[Value]]:
         """The tokens after which each slot is free, and those after which everything else is done."""
-        sram = self._memories[SRAM]
+        unknown = [0] * (len(UNITS) + 1)
         slots = [
-            _needed(_all(sram.between(slot.low, slot.high)), [0] * (len(UNITS) + 1)) for slot in self.slots
+            _needed(_all(self._memory(slot.space).between(slot.low, slot.high)), list(unknown))
+            for slot in self.slots
         ]
-        low, high = (self.slots[0].low, self.slots[-1].high) if self.slots else (0, 0)
-        outside = [*sram.between(-_END, low), *sram.between(high, _END)]
         others = [
-            s
+            segment
             for space, memory in self._memories.items()
-            if space != SRAM and space not in self.given
-            for s in memory.segments
+            if space not in self.given
+            for segment in memory.outside([slot for slot in self.slots if slot.space == space])
         ]
-        return slots, _needed({*_all([*outside, *others]), self._rest}, [0] * (len(UNITS) + 1))
+        return slots, _needed({*_all(others), self._rest}, unknown)
 
 
 def _all(segments: Iterable[_Segment]) -> Iterator[_Done]:

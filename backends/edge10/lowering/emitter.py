@@ -45,8 +45,8 @@ class Emitter:
             self._paths[leader] = f"{path_of(leader)} {len(self._paths)}"
         self.loc, self.source, self.path = op.loc, op.name, self._paths[leader]
 
-    def nested(self, block: Block, tracker: Tracker) -> Emitter:
-        """An emitter for a loop's body."""
+    def nested(self, block: Block, tracker: Tracker, turns: int = 1) -> Emitter:
+        """An emitter for the body of a loop, of about so many turns where that is a matter of a price."""
         return Emitter(block, tracker, self)
 
     # -- values that cost nothing
@@ -128,9 +128,7 @@ class Emitter:
         accesses of its body.
         """
         log = list(dict.fromkeys(inner.log))
-        slot_accesses = [
-            [a for a in log if a.space == "sram" and a.low < s.high and s.low < a.high] for s in inner.slots
-        ]
+        slot_accesses = [[a for a in log if slot.holds(a)] for slot in inner.slots]
         given = [a for a in log if a.space in inner.given]
         others = [a for a in log if a not in given and not any(a in group for group in slot_accesses)]
         initial = [

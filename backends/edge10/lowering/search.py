@@ -81,8 +81,8 @@ class Search:
 
 
 class Prices:
-    """The time of commands by op of the model; loops count one turn, sizes that registers give count as the
-    largest, collectives nothing (they are the same in every candidate).
+    """The time of commands by op of the model; loops count the turns that whoever writes them expects, sizes
+    that registers give count as the largest, collectives nothing (they are the same in every candidate).
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -97,15 +97,16 @@ class Prices:
         command: type[edge10.Command],
         properties: Mapping[str, Any],
         scalars: tuple[int, ...],
+        times: int = 1,
     ) -> None:
-        """Count a command that implements the op `source`."""
+        """Count a command that implements the op `source`, `times` times."""
         sizes = (properties.get(name) for name in (*command.dynamic, *command.priced_by))
         key = (command, scalars, *sizes)
         if key not in self._known:
             self._known[key] = _price(command, properties, scalars, self.machine)
         unit, ns = self._known[key]
         units = self._busy.setdefault(source, {})
-        units[unit] = units.get(unit, 0.0) + ns
+        units[unit] = units.get(unit, 0.0) + times * ns
 
     def add_ns(self, ns: float) -> None:
         """Count what has been priced elsewhere."""
@@ -118,13 +119,15 @@ class Prices:
 class PricedEmitter(Emitter):
     """Prices commands instead of writing them; tokens mean nothing."""
 
-    def __init__(self, block: Block, tracker: Tracker, prices: Prices, outer: Emitter | None = None) -> None:
+    def __init__(
+        self, block: Block, tracker: Tracker, prices: Prices, outer: Emitter | None = None, turns: int = 1
+    ) -> None:
         super().__init__(block, tracker, outer)
-        self.prices = prices
+        self.prices, self.turns = prices, turns
         self._token = block.append(edge10.Join(tokens=())).result
 
-    def nested(self, block: Block, tracker: Tracker) -> Emitter:
-        return PricedEmitter(block, tracker, self.prices, self)
+    def nested(self, block: Block, tracker: Tracker, turns: int = 1) -> Emitter:
+        return PricedEmitter(block, tracker, self.prices, self, self.turns * turns)
 
     def emit(
         self,
@@ -136,7 +139,7 @@ class PricedEmitter(Emitter):
     ) -> Value:
         if not issubclass(command, edge10.Exchange):
             scalars = tuple([_most(v) for v in operands if v.type is i64])
-            self.prices.add(self.path, command, properties, scalars)
+            self.prices.add(self.path, command, properties, scalars, self.turns)
         return self._token
 
     def loop(self, low: Value, high: Value, body: Block, inner: Tracker) -> None:

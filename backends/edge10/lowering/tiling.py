@@ -8,8 +8,8 @@ those that fit, the one that takes the least time wins, by the same formulas as 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, SramPlan, align
@@ -200,16 +200,17 @@ def _pieces(size: int, step: int) -> Iterator[tuple[int, int]]:
         yield size % step, 1
 
 
-STRIP_ROWS: Final = 128  # a strip's scores fit a quarter of the accumulators
+STRIP_ROWS: Final = 128  # what most strips have: their scores leave room in the accumulators for others
 
 
 @dataclass(frozen=True)
 class AttentionBlocks:
-    """`queries` tokens at a time over blocks of `keys` cached rows; either all heads together or one cache
-    head with its queries after the other.
+    """`queries` tokens at a time over blocks of `keys` cached rows, of which a turn of the loop has `sets`;
+    either all heads together or one cache head with its queries after the other.
 
     The heads are worked on in strips of at most `strip` heads, `STRIP_ROWS` rows: while one strip's softmax
-    runs, the cube is at another's product.
+    runs, the cube is at another's product.  A block's scores are products of `columns` keys each; the scores
+    of `buffers` strips have a place, and the products with V of `products` of them.
     """
 
     queries: int
@@ -219,6 +220,10 @@ class AttentionBlocks:
     quantized: bool = False
     strip_rows: int = 0  # 0: a strip has all queries
     rotations: int = 1  # that the queries are given in; with several, scores have a temperature
+    columns: int = 0
+    sets: int = 1
+    buffers: int = 1
+    products: int = 1
 
     @property
     def strip_queries(self) -> int:
@@ -230,23 +235,22 @@ class AttentionBlocks:
         return -(-heads // self.strip) * -(-self.queries // self.strip_queries)
 
     def layout(self, heads: int, groups: int, dim: int, *, transfers: bool = True) -> dict[str, int]:
-        """Bytes of each temporary, in order of their place: the two cache blocks first, they are handed from
-        turn to turn.
+        """Bytes of each temporary, in order of their place.
 
-        Of an 8-bit cache a block is its f16 rows, and behind them the 8-bit rows and the scales that they are
-        made of.  Up to three strips are under way at a time.  `transfers`: the queries or the result lie in
-        DRAM.
+        Of an 8-bit cache a block is its f16 rows, which are made of the 8-bit rows and the scales.  A row of
+        probabilities takes the place of its scores.  `transfers`: the queries or the result lie in DRAM.
         """
         rows, block = self.queries * heads, groups * self.keys
-        parts = {"": dim * 2, "_q": dim, "_scales": 2} if self.quantized else {"": dim * 2}
-        sizes = {name + part: align(block * row) for name in ("k", "v") for part, row in parts.items()}
+        sizes = {f"{name}{number}": align(block * dim * 2) for number in range(self.sets) for name in "kv"}
+        if self.quantized:
+            parts = {"_q": dim, "_scales": 2}
+            sizes |= {name + part: align(block * row) for name in "kv" for part, row in parts.items()}
         of_strip = self.strip_queries * min(self.strip, heads)
-        for number in range(min(3, self.strips(heads))):
-            sizes[f"scores{number}"] = align(
-                of_strip * max(self.keys, dim) * 4
-            )  # and the product with V, once the scores are used
-            sizes[f"probabilities{number}"] = align(of_strip * self.keys * 2)
+        for number in range(self.buffers):
+            sizes[f"scores{number}"] = align(of_strip * self.keys * 4)
             sizes[f"alpha{number}"] = align(of_strip * 4)
+        for number in range(self.products):
+            sizes[f"product{number}"] = align(of_strip * dim * 4)
         sizes |= {"sum": align(rows * dim * 4), "maximum": align(rows * 4), "total": align(rows * 4)}
         if self.rotations > 1:
             sizes["temperature"] = align(4)
@@ -256,13 +260,48 @@ class AttentionBlocks:
             (*(f"q{number}" for number in range(self.rotations)), "out"), align(rows * dim * 2)
         )
 
+    def accumulators(self, rows: int, dim: int, machine: Machine) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Size and number of the parts of the accumulators that take a strip's scores, and of those that take
+        its products with V; `rows` are those of the largest product.
+        """
+        whole = machine.accumulator_bytes
+        scores = accumulator_bytes(rows, self.columns or self.keys, machine)
+        products = accumulator_bytes(rows, dim, machine)
+        count = 2 if 2 * scores + 2 * products <= whole else 1
+        return (scores, min(4, (whole - count * products) // scores)), (products, count)
 
-# One turn of the attention loop is a chain of about ten commands on four units, each of which waits for the
-# one before: ten dispatches of 40 ns and startups of 64 ns on `edge10`, where loads and other strips do not
-# hide them.  It only weighs larger blocks against more queries at a time: one figure does for all machines.
-_TURN_NS = 1000.0
-_KEYS: Final = (256, 128, 64, 32, 16)  # of a block
+    def fitting(self, heads: int, dim: int, largest: int, machine: Machine) -> AttentionBlocks | None:
+        """With as many columns as let the scores of two products lie in the accumulators beside a product
+        with V, in products of one size; None where not even sixteen do.  Each product has at most `largest`
+        heads.
+        """
+        rows = self.strip_queries * min(self.strip, largest, heads)
+        left = machine.accumulator_bytes - accumulator_bytes(rows, dim, machine)
+        unit = machine.cube.columns
+        most = left // 2 // accumulator_bytes(rows, unit, machine) * unit
+        if most < unit:
+            return None
+        parts = -(-self.keys // most)
+        return replace(self, columns=align(-(-self.keys // parts), unit))
+
+
+_TURN: Final = (
+    0.02  # of a block's time: tells apart what is equal otherwise, larger blocks are fewer commands
+)
+_KEYS: Final = (768, 576, 512, 384, 256, 192, 128, 64, 32, 16)  # of a block
 _STRIPS: Final = (STRIP_ROWS, 96, 64)  # queries of a strip, where it has some of them
+# Blocks of a turn, places for scores and for products with V: the more, the more overlaps.
+_DEPTHS: Final = (
+    (2, 4, 2),
+    (2, 3, 2),
+    (2, 3, 1),
+    (2, 2, 1),
+    (1, 4, 2),
+    (1, 3, 2),
+    (1, 3, 1),
+    (1, 2, 1),
+    (1, 1, 1),
+)
 
 
 def attention_blocks(
@@ -274,33 +313,63 @@ def attention_blocks(
     machine: Machine,
     room: int,
     *,
+    capacity: int = 1 << 31,
     transfers: bool = True,
     quantized: bool = False,
     rotations: int = 1,
 ) -> AttentionBlocks:
-    """The cheapest blocks that fit `room` bytes: every piece of the tokens reads the cache again, every turn
-    of the loop has its chain of commands.
+    """The cheapest blocks that fit `room` bytes, over a long cache: every piece of the tokens reads the cache
+    again.  No block is longer than the cache of `capacity` rows.
     """
-    best: tuple[float, AttentionBlocks] | None = None
-    key_bytes = 2 * (dim + 2) if quantized else 4 * dim
-    for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
-        for keys in _KEYS:
+
+    def candidates() -> Iterator[AttentionBlocks]:
+        for queries in sorted({-(-tokens // parts) for parts in range(1, tokens + 1)}, reverse=True):
             for all_heads in (True, False):
-                h, g = (heads, groups) if all_heads else (largest_group, 1)
+                h = heads if all_heads else largest_group
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
-                blocks = AttentionBlocks(queries, keys, all_heads, strip, quantized, rotations=rotations)
-                acc = accumulator_bytes(queries * min(strip, largest_group), max(keys, dim), machine)
-                if (
-                    sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room
-                    or acc > machine.accumulator_bytes // 2
-                ):
+                yield AttentionBlocks(queries, 0, all_heads, strip, quantized, rotations=rotations)
+
+    return _cheapest(
+        candidates(),
+        (tokens, heads, groups, dim, largest_group),
+        machine,
+        room,
+        capacity,
+        transfers,
+    )
+
+
+def _cheapest(
+    candidates: Iterator[AttentionBlocks],
+    sizes: tuple[int, int, int, int, int],
+    machine: Machine,
+    room: int,
+    longest: int,
+    transfers: bool,
+) -> AttentionBlocks:
+    """The best of the candidates with any blocks of keys; `sizes` are tokens, heads, cache heads, their
+    width, and the most heads of one cache head.
+    """
+    tokens, heads, groups, dim, largest = sizes
+    best: tuple[float, AttentionBlocks] | None = None
+    all_keys = sorted({min(k, align(longest, machine.cube.columns)) for k in _KEYS}, reverse=True)
+    for blocks in candidates:
+        h, g = (heads, groups) if blocks.all_heads else (largest, 1)
+        for keys in all_keys:
+            sized = replace(blocks, keys=keys).fitting(h, dim, largest, machine)
+            for sets, buffers, products in _DEPTHS if sized is not None else ():
+                assert sized is not None
+                steps = sized.strips(h) * sets
+                if buffers > max(steps, 1) or (sets > 1 and keys >= longest):
                     continue
-                pieces = -(-tokens // queries)
-                cost = pieces * (
-                    groups * key_bytes / machine.dram_bytes_per_ns + groups / g * _TURN_NS / keys
-                )
+                found = replace(sized, sets=sets, buffers=buffers, products=products)
+                if sum(found.layout(h, g, dim, transfers=transfers).values()) > room:
+                    continue
+                cost = -(-tokens // blocks.queries) * groups / g * -(-longest // keys)
+                cost *= _block_ns(found, h, g, dim, min(keys, longest), machine)
                 if best is None or cost < best[0]:
-                    best = (cost, blocks)
+                    best = cost, found
+                break  # less room than that is slower
     if best is None:
         raise _no_blocks(heads, dim, room)
     return best[1]
@@ -327,46 +396,54 @@ def segment_blocks(
 ) -> AttentionBlocks:
     """As `attention_blocks`, of a tower: `tokens` queries see segments of at most `longest` keys.
 
-    There are many of both, so that the busiest unit counts, and strips of queries alternate as those of heads
-    do.
+    There are many of both, so that strips of queries alternate as those of heads do.
     """
-    best: tuple[float, AttentionBlocks] | None = None
     most = min(tokens, longest)
-    pieces = sorted({-(-most // parts) for parts in range(1, most + 1)}, reverse=True)
-    all_keys = sorted({min(k, align(longest, machine.cube.columns)) for k in _KEYS}, reverse=True)
-    for queries, keys, strip_rows, all_heads in itertools.product(pieces, all_keys, _STRIPS, (True, False)):
-        h, g = (heads, groups) if all_heads else (heads // groups, 1)
-        strip = h if queries * h <= STRIP_ROWS else 1
-        part = align(-(-queries // -(-queries // strip_rows)), machine.cube.rows)
-        blocks = AttentionBlocks(queries, keys, all_heads, strip, strip_rows=part)
-        acc = accumulator_bytes(blocks.strip_queries * strip, max(keys, dim), machine)
-        if acc > machine.accumulator_bytes // 2:
-            continue
-        if sum(blocks.layout(h, g, dim, transfers=transfers).values()) > room:
-            continue
-        turns = -(-tokens // queries) * groups / g * -(-longest // keys)
-        cost = turns * _turn_ns(blocks, h, g, dim, min(keys, longest), machine)
-        if best is None or cost < best[0]:
-            best = cost, blocks
-    if best is None:
-        raise _no_blocks(heads, dim, room)
-    return best[1]
+
+    def candidates() -> Iterator[AttentionBlocks]:
+        pieces = sorted({-(-most // parts) for parts in range(1, most + 1)}, reverse=True)
+        for queries, strip_rows, all_heads in itertools.product(pieces, _STRIPS, (True, False)):
+            h = heads if all_heads else heads // groups
+            strip = h if queries * h <= STRIP_ROWS else 1
+            part = align(-(-queries // -(-queries // strip_rows)), machine.cube.rows)
+            yield AttentionBlocks(queries, 0, all_heads, strip, strip_rows=part)
+
+    return _cheapest(
+        candidates(), (tokens, heads, groups, dim, heads // groups), machine, room, longest, transfers
+    )
 
 
-def _turn_ns(
+def _block_ns(
     blocks: AttentionBlocks, heads: int, groups: int, dim: int, keys: int, machine: Machine
 ) -> float:
-    """About how long a turn takes: the busiest unit where three strips alternate, all one after the other
-    where one is alone.
+    """About how long a block of keys takes: the busiest unit, or the chain of a strip's commands where too
+    few of them alternate; and its loads where nothing else runs meanwhile.
     """
-    rows, dispatch = blocks.strip_queries * blocks.strip, machine.sync.dispatch_ns
-    cube = matmul_ns(rows, keys, dim, machine) + matmul_ns(rows, dim, keys, machine) + 2 * dispatch
-    drain = drain_ns(rows, keys, machine) + drain_ns(rows, dim, machine) + 2 * dispatch
+    rows, dispatch = blocks.strip_queries * min(blocks.strip, heads), machine.sync.dispatch_ns
+    parts = [min(count, keys - first) for first, count in spans(blocks.keys, blocks.columns) if first < keys]
+    products = matmul_ns(rows, dim, keys, machine)
+    cube = _scores_ns(rows, parts, dim, machine) + dispatch + products
+    drain = sum(dispatch + drain_ns(rows, n, machine) for n in (*parts, dim))
     vector = softmax_ns(rows, keys, machine) + vector_ns("rescale_add", rows * dim, machine) + 2 * dispatch
     strips = blocks.strips(heads)
     chain = cube + drain + vector
-    loads = groups * keys * 4 * dim / machine.dram_bytes_per_ns
-    return max(strips * max(cube, drain, vector, chain / min(strips, 3)), loads) + chain
+    under_way = min(strips * blocks.sets, blocks.buffers, 3)
+    busiest = strips * max(cube, drain, vector, chain / under_way)
+    nbytes = groups * keys * (2 * (dim + 2) if blocks.quantized else 4 * dim)
+    loads = 2 * (dispatch + machine.dma.issue_ns) + nbytes / machine.dram_bytes_per_ns
+    exposed = machine.dram.latency_ns + loads + chain if blocks.sets == 1 else _TURN * chain
+    return max(busiest, loads) + exposed
+
+
+def _scores_ns(rows: int, columns: Sequence[int], dim: int, machine: Machine) -> float:
+    """Until the last product of a block's scores is done: two are in the accumulators at a time, so that the
+    third waits until the first is drained.
+    """
+    now, drained = 0.0, [0.0, 0.0]
+    for n in columns:
+        now = max(now, drained[-2]) + machine.sync.dispatch_ns + matmul_ns(rows, n, dim, machine)
+        drained.append(max(now, drained[-1]) + machine.sync.dispatch_ns + drain_ns(rows, n, machine))
+    return now
 
 
 def accumulator_bytes(rows: int, columns: int, machine: Machine) -> int:

@@ -19,8 +19,8 @@ Need = Callable[
     [BuildOptions], int | None
 ]  # bytes on the largest die; None when these options cannot be chosen
 
-# What a remedy costs, as a factor: of hardware (dies), of context (max-kv, batch), or by how much a user
-# would rather not (judged, see the words).
+# What a remedy costs, as a factor: of hardware (dies), of time (stages), of context (max-kv, batch), or by
+# how much a user would rather not (judged, see the words).
 _HOST_LOOKUP: Final = 1.1  # the host embeds the tokens
 _NO_LOGITS: Final = 1.1  # the step returns tokens only
 _CACHE_ACCURACY: Final = 1.2  # 8-bit caches with a scale per head and token
@@ -81,7 +81,11 @@ def _single(options: BuildOptions, capacity: int, need: Need, most_dies: int) ->
         nbytes = need(changed)
         if nbytes is not None and nbytes <= capacity:
             yield Remedy(words, nbytes, cost)
-    for best in (_fewest_dies(options, capacity, need, most_dies), _longest_cache(options, capacity, need)):
+    for best in (
+        _fewest_stages(options, capacity, need),
+        _fewest_dies(options, capacity, need, most_dies),
+        _longest_cache(options, capacity, need),
+    ):
         if best is not None:
             yield best
 
@@ -102,6 +106,19 @@ def _changes(options: BuildOptions) -> Iterator[tuple[str, BuildOptions, float]]
             replace(options, batch=options.batch // 2),
             options.batch / (options.batch // 2),
         )
+
+
+def _fewest_stages(options: BuildOptions, capacity: int, need: Need) -> Remedy | None:
+    """The fewest more pipeline stages of the same dies.
+
+    Dies that would share a key/value head hold other layers' instead.  A token passes the stages one after
+    the other, so that it takes as many times as long.
+    """
+    for stages in (k for k in range(options.pp + 1, options.dies + 1) if options.dies % k == 0):
+        nbytes = need(replace(options, pp=stages, mesh=()))
+        if nbytes is not None and nbytes <= capacity:
+            return Remedy(f"--pp {stages}", nbytes, stages / options.pp)
+    return None
 
 
 def _fewest_dies(options: BuildOptions, capacity: int, need: Need, most: int) -> Remedy | None:

@@ -3,7 +3,8 @@ queries; and ty.attention that sees both ways within segments, where a tile's ke
 
 Only positions that a query of the tile may see are visited, so the loops end at pos + s however large the
 cache is.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a scratch buffer
-[tile, capacity].
+[tile, block].  A cache of more than a block is visited by blocks, with an online softmax over them
+(arXiv:2205.14135), so that the scratch does not grow with the cache.
 
 With dual chunk attention the scores have three parts, those of keys before the last chunk, of the last chunk
 and of the queries' own, each with its rotation of the queries; what follows is the same.
@@ -12,8 +13,8 @@ and of the queries' own, each with its rotation of the queries; what follows is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tvm.tirx.script.builder import ir as T
@@ -46,7 +47,35 @@ from tyir.dialects.ty import default_kv_heads
 __all__ = ["EMITTERS"]
 
 _MOST_QUERIES = 8
+_BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
 _HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Queries as they meet the keys of rows `bounds` (None: all that the tile sees), and what their scores
+    are multiplied by.
+    """
+
+    q: Buffer
+    bounds: tuple[Expr, Expr] | None = None
+    temperature: Expr | None = None
+
+    def within(self, work: _Work) -> _Part:
+        """The part of these keys that lie in a block."""
+        if self.bounds is None:
+            return self
+        first, end = self.bounds
+        return replace(self, bounds=(bind(T.max(first, work.low)), bind(T.min(end, work.high))))
+
+
+@dataclass(frozen=True)
+class _Online:
+    """What is kept of the blocks before, one number a query; `factors` scale it to the newest maximum."""
+
+    maxima: Buffer
+    totals: Buffer
+    factors: Buffer
 
 
 @dataclass(frozen=True)
@@ -108,18 +137,15 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
             high,
             op.layout == "HND",
         )
-        scores = T.alloc_buffer((queries, capacity + cpu.lanes), "float32")
+        parts: list[_Part] = [_Part(q)]
         if isinstance(op, kv.DualChunkAttention):
             own = bind(T.floordiv(pos[sequence], T.int32(op.step)) * op.step)
             last = bind(T.max(own - op.step, 0))
             heat = bind(temperature[sequence])
-            for part, bounds in ((inter, (low, last)), (successive, (last, own)), (q, (own, high))):
-                _scores(op, work, part, k, k_scales, scores, cpu, bounds, heat)
-        else:
-            _scores(op, work, q, k, k_scales, scores, cpu)
-        totals = T.alloc_buffer((queries,), "float32")
-        _softmax(work, scores, totals, cpu)
-        _weighted_values(work, v, v_scales, scores, totals, out, cpu)
+            bounds = (inter, (low, last)), (successive, (last, own)), (q, (own, high))
+            parts = [_Part(rotated, rows, heat) for rotated, rows in bounds]
+        visit = _by_blocks if capacity > _BLOCK else _at_once
+        visit(op, work, parts, (k, k_scales), (v, v_scales), out, min(capacity, _BLOCK), cpu)
 
 
 def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -138,11 +164,79 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         high = bind(_of_segment(token0, spans))
         group = bind(_group_of(head, groups))
         work = _Work(bind(item // (tiles * heads)), head, group, token0, queries, None, low, high, False)
-        scores = T.alloc_buffer((queries, longest + cpu.lanes), "float32")
-        _scores(op, work, q, k, None, scores, cpu)
-        totals = T.alloc_buffer((queries,), "float32")
-        _softmax(work, scores, totals, cpu)
-        _weighted_values(work, v, None, scores, totals, out, cpu)
+        _at_once(op, work, [_Part(q)], (k, None), (v, None), out, longest, cpu)
+
+
+Stored = tuple[Buffer, Buffer | None]  # rows and, of an 8-bit cache, their scales
+
+
+def _at_once(
+    op: kv.CachedAttention | ty.Attention,
+    work: _Work,
+    parts: Sequence[_Part],
+    k: Stored,
+    v: Stored,
+    out: Buffer,
+    rows: int,
+    cpu: Cpu,
+) -> None:
+    """A tile whose keys are at most `rows`."""
+    scores = T.alloc_buffer((work.queries, rows + cpu.lanes), "float32")
+    for part in parts:
+        _scores(op, work, part, *k, scores, cpu)
+    totals = T.alloc_buffer((work.queries,), "float32")
+    _softmax(work, scores, totals, cpu)
+
+    def divided(t: int, column: Expr, value: Expr, lanes: int) -> None:
+        _store_out(work, out, t, column, value / splat(totals[t], lanes), lanes)
+
+    _weighted_values(work, *v, scores, cpu, None, divided)
+
+
+def _by_blocks(
+    op: kv.CachedAttention,
+    work: _Work,
+    parts: Sequence[_Part],
+    k: Stored,
+    v: Stored,
+    out: Buffer,
+    rows: int,
+    cpu: Cpu,
+) -> None:
+    """A tile over any number of keys, `rows` at a time: maximum, total and weighted sum of the blocks before
+    are scaled to the maximum with the new block.
+    """
+    width = int(out.shape[3])
+    lanes = lanes_for(cpu.lanes, width)
+    scores = T.alloc_buffer((work.queries, rows + cpu.lanes), "float32")
+    sums = T.alloc_buffer((work.queries, width), "float32")
+    online = _Online(*(T.alloc_buffer((work.queries,), "float32") for _ in range(3)))
+    with T.serial(0, work.queries) as t:
+        T.buffer_store(online.maxima, f32(_HIDDEN), [t])
+        T.buffer_store(online.totals, f32(0), [t])
+        with T.serial(0, width // lanes) as i:
+            store(sums, [t, i * lanes], f32(0, lanes), lanes)
+    with T.serial(0, (work.high - work.low + (rows - 1)) // rows) as number:
+        low = bind(work.low + number * rows)
+        block = replace(work, low=low, high=bind(T.min(low + rows, work.high)))
+        for part in parts:
+            _scores(op, block, part.within(block), *k, scores, cpu)
+        _softmax(block, scores, online.totals, cpu, online)
+
+        def before(t: int, column: Expr, lanes: int) -> Expr:
+            return load(sums, [t, column], lanes) * splat(online.factors[t], lanes)
+
+        def kept(t: int, column: Expr, value: Expr, lanes: int) -> None:
+            store(sums, [t, column], value, lanes)
+
+        _weighted_values(block, *v, scores, cpu, before, kept)
+    with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
+        value = load(sums, [t, i * lanes], lanes) / splat(online.totals[t], lanes)
+        _store_out(work, out, t, i * lanes, value, lanes)
+
+
+def _store_out(work: _Work, out: Buffer, t: Expr, column: Expr, value: Expr, lanes: int) -> None:
+    store(out, [work.sequence, work.token0 + t, work.head, column], value, lanes)
 
 
 def _of_segment(row: Expr, bounds: Sequence[tuple[int, int]]) -> Expr:
@@ -172,18 +266,17 @@ def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
 def _scores(
     op: kv.CachedAttention | ty.Attention,
     work: _Work,
-    q: Buffer,
+    part: _Part,
     k: Buffer,
     scales: Buffer | None,
     scores: Buffer,
     cpu: Cpu,
-    bounds: tuple[Expr, Expr] | None = None,
-    temperature: Expr | None = None,
 ) -> None:
-    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j; of the keys in
-    `bounds`, or all from `work.low` to `work.high`.
+    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j; of the keys of
+    the part.
     """
-    first, end = bounds or (work.low, work.high)
+    q, temperature = part.q, part.temperature
+    first, end = part.bounds or (work.low, work.high)
     width = int(q.shape[3])
     lanes = lanes_for(cpu.lanes, width)
     wide = T.alloc_buffer((work.queries, width), "float32")
@@ -218,8 +311,11 @@ def _scores(
             T.buffer_store(scores, T.Select(visible, score, f32(_HIDDEN)), [t, j])
 
 
-def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu) -> None:
-    """scores[t] becomes exp(scores[t] - max), with zeros after the last position; totals[t] is its sum."""
+def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu, online: _Online | None = None) -> None:
+    """scores[t] becomes exp(scores[t] - max), with zeros after the last position; totals[t] is its sum.
+
+    `online`: max is also that of the blocks before, whose sum is scaled to it and added.
+    """
     lanes = cpu.lanes
     count = bind(work.high - work.low)
     vectors = bind((count + (lanes - 1)) // lanes)
@@ -230,19 +326,34 @@ def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu) -> None:
         with T.serial(0, vectors) as i:
             put(best, T.max(get(best, lanes), load(scores, [t, i * lanes], lanes)), lanes)
         highest = bind(horizontal_max(best, lanes))
+        if online is not None:
+            before = bind(online.maxima[t])
+            highest = bind(T.max(before, highest))
+            fallen = bind(before - highest)
+            T.buffer_store(online.factors, T.Select(fallen < f32(-87), f32(0), exp(fallen, 1)), [t])
+            T.buffer_store(online.maxima, highest, [t])
         with T.serial(0, vectors) as i:
             shifted = bind(load(scores, [t, i * lanes], lanes) - splat(highest, lanes))
             value = bind(T.Select(shifted < f32(-87, lanes), f32(0, lanes), exp(shifted, lanes)))
             store(scores, [t, i * lanes], value, lanes)
             add_to(total, value, lanes)
-        T.buffer_store(totals, horizontal_sum(total, lanes), [t])
+        added = horizontal_sum(total, lanes)
+        if online is not None:
+            added = bind(totals[t] * online.factors[t]) + added
+        T.buffer_store(totals, added, [t])
 
 
 def _weighted_values(
-    work: _Work, v: Buffer, scales: Buffer | None, scores: Buffer, totals: Buffer, out: Buffer, cpu: Cpu
+    work: _Work,
+    v: Buffer,
+    scales: Buffer | None,
+    scores: Buffer,
+    cpu: Cpu,
+    before: Callable[[int, Expr, int], Expr] | None,
+    finish: Callable[[int, Expr, Expr, int], None],
 ) -> None:
-    """out[t] = sum_j scores[t, j] v[j] / totals[t], a chunk of the head's width at a time so that the sums
-    stay in registers.
+    """sum_j scores[t, j] v[j], added to what `before` gives for a query and columns and handed to `finish`,
+    a chunk of the head's width at a time so that the sums stay in registers.
     """
     width = int(v.shape[3])
     lanes = lanes_for(cpu.lanes, width)
@@ -253,17 +364,18 @@ def _weighted_values(
         if vectors % d == 0 and (d == 1 or d * work.queries <= cpu.accumulators)
     )
     with T.serial(0, vectors // chunk) as c:
-        sums = [register(lanes, 0) for _ in range(work.queries * chunk)]
+        tile = [(t, d) for t in range(work.queries) for d in range(chunk)]
+        sums = {at: register(lanes, 0 if before is None else None) for at in tile}
+        for t, d in tile if before is not None else []:
+            put(sums[t, d], before(t, (c * chunk + d) * lanes, lanes), lanes)
         with T.serial(0, work.high - work.low) as j:
             scale = _scale(scales, work, work.low + j)
             for d in range(chunk):
                 value = bind(_read(v, scale, [*work.row(work.low + j), (c * chunk + d) * lanes], lanes))
                 for t in range(work.queries):
-                    add_to(sums[t * chunk + d], splat(scores[t, j], lanes) * value, lanes)
-        for t in range(work.queries):
-            for d in range(chunk):
-                value = get(sums[t * chunk + d], lanes) / splat(totals[t], lanes)
-                store(out, [work.sequence, work.token0 + t, work.head, (c * chunk + d) * lanes], value, lanes)
+                    add_to(sums[t, d], splat(scores[t, j], lanes) * value, lanes)
+        for t, d in tile:
+            finish(t, (c * chunk + d) * lanes, get(sums[t, d], lanes), lanes)
 
 
 EMITTERS: Final[Emitters] = {

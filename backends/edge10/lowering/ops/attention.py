@@ -112,6 +112,7 @@ def _blocks(op: Attending, room: int, machine: Machine, *, transfers: bool, long
         return segment_blocks(tokens, longest, heads, groups, dim, machine, room, transfers=transfers)
     return attention_blocks(
         *(tokens, heads, groups, dim, largest, machine, room),
+        capacity=op.capacity,
         transfers=transfers,
         quantized=bool(op.scales),
         rotations=len(op.queries),

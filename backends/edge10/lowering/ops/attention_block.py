@@ -5,12 +5,18 @@ online softmax (as in FlashAttention, arXiv:2205.14135): nothing of size tokens 
     for each range of keys, and each block of it:
         load K and V blocks;  for each strip of heads:  scores = q K^T (cube, drain);  softmax block -> p, alpha;  pv = p V (cube, drain);  o = o * alpha + pv
     out = o / l
-The strips of a turn are two steps apart: the cube is at one strip's scores while another's are drained and a third's softmax runs.  An 8-bit cache's blocks are
-loaded with their scales and de-quantised to f16 first.  The K and V blocks are handed from turn to turn by tokens of their own: the K block of the next turn loads
-while this turn is at its last products with V.
+The accumulators' way to SRAM is what scores are short of: a block's scores are some products of `columns` keys, each drained while the next is made, and its product
+with V sums up over the whole block before it is drained, once.
+
+The loop is a software pipeline (Lam, "Software pipelining", 1988): what is done with a strip stands two steps after its scores, so that products, drains and softmax of
+three strips overlap, also from turn to turn: a turn's last steps are the first scores of the next turn's blocks.  A turn has two blocks where SRAM has room for them:
+one is loaded while the other is used.  Every part of SRAM and of the accumulators is handed from turn to turn by a token of its own.  A turn's blocks past the last key
+have no rows: their scores cost nothing, their product with V is zero.
+
+An 8-bit cache's blocks are loaded with their scales and de-quantised to f16 first.
 
 There is one range, of the keys up to the queries or of the queries' segment; with dual chunk attention there are three, each with a rotation of the queries of
-its own.  m, l and o pass through all of them, so that nothing is merged, and a range without keys costs no command.
+its own.  m, l and o pass through all of them, so that nothing is merged, and a range without keys costs next to nothing.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -18,21 +24,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, groupby
+from typing import Final
 
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Lowering, Place, acc_range, sram_range
-from tyir.backends.edge10.lowering.dependences import Access, Slot, Space, Tracker
+from tyir.backends.edge10.lowering.dependences import ACC, Access, Slot, Space, Tracker
 from tyir.backends.edge10.lowering.emitter import Emitter
-from tyir.backends.edge10.lowering.tiling import AttentionBlocks, accumulator_bytes, spans
+from tyir.backends.edge10.lowering.tiling import AttentionBlocks, spans
 from tyir.backends.edge10.memory.allocate import align
 from tyir.dialects import edge10
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Value
 from tyir.types import f16, f32
 
-__all__ = ["Attending", "AttentionBlock", "HeadRun", "head_runs"]
+__all__ = ["Attending", "AttentionBlock", "HeadRun", "head_runs", "in_turn"]
 
-_LOWEST = -1.0e30  # the running maximum before the first key: finite, so that differences with it are numbers
+_LOWEST: Final = (
+    -1.0e30
+)  # the running maximum before the first key: finite, so that differences with it are numbers
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,8 @@ def head_runs(kv_heads: Sequence[int]) -> list[HeadRun]:
 
 @dataclass(frozen=True)
 class _Keys:
-    """A range of keys: turns `start` to `end` over blocks that are counted from row `low` and end at row
-    `high`, and the number of the rotation of the queries that meets them.
+    """A range of keys: turns `start` to `end` over rows that are counted from row `low` and end at row
+    `high`, and the number of the rotation of the queries that meets them.  `once`: there is one turn at most.
     """
 
     query: int
@@ -92,12 +101,13 @@ class _Keys:
     high: Value
     start: Value
     end: Value
+    once: bool
 
 
 @dataclass(frozen=True)
 class _Strip:
     """Some heads of a block for `count` of its queries from `query` on, rows numbered [query, head]: `offset`
-    rows after the block's first in what is kept from turn to turn, `buffer` the set of temporaries.
+    rows after the block's first in what is kept from turn to turn.
     """
 
     runs: Sequence[HeadRun]
@@ -106,11 +116,48 @@ class _Strip:
     query: int
     count: int
     offset: int
-    buffer: int
 
     @property
     def rows(self) -> int:
         return self.count * self.heads
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A strip's scores over a block of keys: `number` counts from the first of a turn, `set` is where the
+    block lies, `buffer` where the scores do.
+    """
+
+    number: int
+    strip: _Strip
+    set: int
+    buffer: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A block's rows: how many, and the first."""
+
+    keys: Value
+    first: Value
+
+
+def in_turn(steps: int, buffers: int) -> list[int]:
+    """Which of the buffers each step of a turn takes, so that a buffer is taken again as late as can be, from
+    turn to turn too.
+
+    Three steps are under way at a time: with four buffers the third step after is the first to take one
+    again, whatever their number.  With fewer it may be the second, never the next where there are three.
+    """
+    if buffers == 4:
+        fours = steps % 3 if steps >= 4 * (steps % 3) else 0
+        groups = [4] * fours + [3] * ((steps - 4 * fours) // 3)
+        found = [number for size in groups for number in range(size)]
+        return found + [number % 4 for number in range(steps - len(found))]
+    found = [number % buffers for number in range(steps)]
+    if buffers == 3 and steps % 3 == 1:
+        found[-1] = 1
+    return found
 
 
 class AttentionBlock:
@@ -135,18 +182,29 @@ class AttentionBlock:
             first,
             count,
         )
-        self.keys = blocks.keys
+        self.blocks, self.keys = blocks, blocks.keys
         _, _, self.all_heads, self.dim = tensor_type(op.out).static_shape
         self.cache_heads, self.capacity = op.cache_heads, op.capacity
         self.first_group, self.groups = (0, op.cache_heads) if blocks.all_heads else (runs[0].group, 1)
         self.first_head, self.heads = runs[0].first, sum(r.heads for r in runs)
         self.rows = count * self.heads
         self.strips = self._cut(blocks)
+        order = [(block, strip) for block in range(blocks.sets) for strip in self.strips]
+        self.buffers = min(blocks.buffers, len(order))
+        self.steps = [
+            _Step(number, strip, block, buffer)
+            for number, ((block, strip), buffer) in enumerate(
+                zip(order, in_turn(len(order), self.buffers), strict=True)
+            )
+        ]
+        self.behind = min(2, self.buffers - 1)
         self.at: dict[str, int] = {}
         for name, size in blocks.layout(self.heads, self.groups, self.dim).items():
             self.at[name] = start
             start += size
-        self._accumulators = self._accumulator_offsets()
+        self.end = start
+        self._accumulators, self._products = self._divide_accumulators()
+        self._buffers = cycle(range(blocks.products))
 
     def _cut(self, blocks: AttentionBlocks) -> list[_Strip]:
         """The heads in strips of at most `blocks.strip`; one strip for all of them if they are few, else each
@@ -164,18 +222,18 @@ class AttentionBlock:
             first, heads = runs[0].first, sum(r.heads for r in runs)
             for query, count in spans(self.count, blocks.strip_queries):
                 offset = (first - self.first_head) * self.count + query * heads
-                strips.append(_Strip(runs, first, heads, query, count, offset, len(strips) % 3))
+                strips.append(_Strip(runs, first, heads, query, count, offset))
         return strips
 
-    def _accumulator_offsets(self) -> Iterator[int]:
-        most = max(r.heads * s.count for s in self.strips for r in s.runs)
-        machine = self.lowering.machine
-        part = machine.accumulator_bytes // (
-            4
-            if accumulator_bytes(most, max(self.keys, self.dim), machine) * 4 <= machine.accumulator_bytes
-            else 2
-        )
-        return cycle(range(0, part * (machine.accumulator_bytes // part), part))
+    def _divide_accumulators(self) -> tuple[Iterator[Slot], Iterator[Slot]]:
+        """The parts of the accumulators that take scores, and those that take products with V, in turn."""
+        rows = max(r.heads * s.count for s in self.strips for r in s.runs)
+        scores, products = self.blocks.accumulators(rows, self.dim, self.lowering.machine)
+        self._parts = []
+        for size, count in (scores, products):
+            low = self._parts[-1].high if self._parts else 0
+            self._parts += [Slot(low + i * size, low + (i + 1) * size, ACC) for i in range(count)]
+        return cycle(self._parts[: scores[1]]), cycle(self._parts[scores[1] :])
 
     def lower(self) -> None:
         emitter = self.lowering.emitter
@@ -274,49 +332,77 @@ class AttentionBlock:
     # -------------------------------------------------------------------------------------------------
     def _ranges(self) -> Iterator[_Keys]:
         """The ranges of keys, in their order."""
-        outer, size, op = self.lowering.emitter, self.keys, self.op
+        outer, op, turn = self.lowering.emitter, self.op, self.keys * self.blocks.sets
+        nothing = outer.affine([], [])
         if op.segment is not None:
             low, high = op.segment
-            visible = outer.affine([], [], high)
-            start, end = outer.affine([], []), outer.affine([], [], -(-(high - low) // size))
-            yield _Keys(0, low, visible, start, end)
+            turns = -(-(high - low) // turn)
+            yield _Keys(0, low, outer.affine([], [], high), nothing, outer.affine([], [], turns), turns == 1)
             return
         pos = self.lowering.position(self.sequence)
         visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
         if op.step:
             chunk = outer.affine([outer.position(self.sequence)], [1], divisor=op.step)
             own, last = (outer.affine([chunk], [op.step], -back) for back in (0, op.step))
-            nothing = outer.affine([], [])
             for query, first, high in ((2, nothing, last), (1, last, own), (0, own, visible)):
-                end = outer.affine([high, first], [1, -1], size - 1, divisor=size)
-                yield _Keys(query, first, high, nothing, end)
+                end = outer.affine([high, first], [1, -1], turn - 1, divisor=turn)
+                yield _Keys(query, first, high, nothing, end, once=False)
             return
-        start = (
-            outer.affine([pos], [1], self.first - op.window + 1, divisor=size)
-            if op.window
-            else outer.affine([], [])
-        )
-        yield _Keys(0, 0, visible, start, outer.affine([visible], [1], size - 1, divisor=size))
+        start = outer.affine([pos], [1], self.first - op.window + 1, divisor=turn) if op.window else nothing
+        end = outer.affine([visible], [1], turn - 1, divisor=turn)
+        yield _Keys(0, 0, visible, start, end, self.capacity <= turn)
 
     def _loop(self, which: _Keys, q: int, q_strides: tuple[int, int]) -> None:
-        outer, size = self.lowering.emitter, self.keys
-        block = Emitter.body(3)
-        index, *tokens = block.args
-        slots = (Slot(self.at["k"], self.at["v"]), Slot(self.at["v"], self.at["scores0"]))
-        inner = Tracker(slots, tokens[:2], tokens[2], self._caches(outer))
-        self.lowering.emitter = body = outer.nested(block, inner)
+        outer = self.lowering.emitter
+        self._queries_at = q, q_strides
+        turns = [self._rows_of(which, which.start, ahead) for ahead in range(1 if which.once else 2)]
+        for name, block in ((n, b) for b in range(self.blocks.sets) for n in ("k", "v")):
+            self._load_cache(name, block, turns[0][block])
+        if which.once:
+            for number in range(len(self.steps) + self.behind):
+                self._step(number, turns)
+            return
+        for number in range(self.behind):
+            self._step(number, turns)
+        body = Emitter.body(len(self._slots()) + 1)
+        index, *tokens = body.args
+        inner = Tracker(self._slots(), tokens[:-1], tokens[-1], self._caches(outer))
+        self.lowering.emitter = emitter = outer.nested(body, inner, self._expected_turns())
         try:
-            if isinstance(which.low, int):
-                first_key = body.affine([index], [size], which.low)
-            else:
-                first_key = body.affine([index, which.low], [size, 1])
-            keys = body.affine([which.high, first_key], [1, -1], high=size)
-            self._turn(q, q_strides, first_key, keys)
+            turns = [self._rows_of(which, index, ahead) for ahead in range(3)]
+            for number in range(self.behind, len(self.steps) + self.behind):
+                self._step(number, turns)
             carried, rest = inner.finish()
-            block.append(edge10.Yield(tokens=tuple(body.join(t) for t in (*carried, rest))))
+            body.append(edge10.Yield(tokens=tuple(emitter.join(t) for t in (*carried, rest))))
         finally:
             self.lowering.emitter = outer
-        outer.loop(which.start, which.end, block, inner)
+        outer.loop(which.start, which.end, body, inner)
+
+    def _expected_turns(self) -> int:
+        """Of a cache that is half full, or of a segment."""
+        rows = self.capacity / 2 if self.op.segment is None else self.op.segment[1] - self.op.segment[0]
+        return max(1, round(rows / (self.keys * self.blocks.sets)))
+
+    def _slots(self) -> list[Slot]:
+        """What is handed from turn to turn by tokens of its own: each temporary, and each part of the
+        accumulators.
+        """
+        ends = [*list(self.at.values())[1:], self.end]
+        own = [Slot(low, high) for low, high in zip(self.at.values(), ends) if low < high]
+        return [*own, *self._parts]
+
+    def _rows_of(self, which: _Keys, turn: Value, ahead: int) -> list[_Rows]:
+        """The rows of a turn's blocks, or those of `ahead` turns later."""
+        emitter, size, sets = self.lowering.emitter, self.keys, self.blocks.sets
+        found = []
+        for block in range(sets):
+            rows = (ahead * sets + block) * size
+            if isinstance(which.low, int):
+                first = emitter.affine([turn], [sets * size], which.low + rows, high=self.capacity)
+            else:
+                first = emitter.affine([turn, which.low], [sets * size, 1], rows, high=self.capacity)
+            found.append(_Rows(emitter.affine([which.high, first], [1, -1], high=size), first))
+        return found
 
     def _caches(self, outer: Emitter) -> dict[Space, Value]:
         """The caches as the loop finds them: their blocks need not wait for the queries."""
@@ -326,42 +412,56 @@ class AttentionBlock:
             reads.setdefault(place.base, []).extend(place.access(self._sequence_bytes(value), write=False))
         return {space: outer.join(outer.tracker.waits(accesses, None)) for space, accesses in reads.items()}
 
-    def _turn(self, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value) -> None:
-        self._load_cache("k", first_key, keys)
-        self._load_cache("v", first_key, keys)
-        behind = min(2, len(self.strips) - 1)
-        for number in range(len(self.strips) + behind):
-            if number < len(self.strips):
-                self._weigh(self.strips[number], q, q_strides, first_key, keys)
-            if number >= behind:
-                self._sum_up(self.strips[number - behind], keys)
+    def _step(self, number: int, turns: Sequence[Sequence[_Rows]]) -> None:
+        """The scores of one strip and the values of the one `behind` it, counted from a turn's beginning;
+        `turns` are the rows of this turn's blocks and of the next ones', as far as there are any.  A block
+        that was used for the last time makes room for that of the next turn.
+        """
+        ahead, place = divmod(number, len(self.steps))
+        new = self.steps[place] if ahead < len(turns) else None
+        old = self.steps[number - self.behind] if number >= self.behind else None
+        if new is not None and (old is None or old.buffer != new.buffer or not self.behind):
+            self._scored(new, turns, ahead)
+            new = None
+        if old is not None:
+            self._sum_up(old, turns[0][old.set])
+            if old.strip is self.strips[-1] and len(turns) > 1:
+                self._load_cache("v", old.set, turns[1][old.set])
+        if new is not None:  # where the old scores lie
+            self._scored(new, turns, ahead)
 
-    def _weigh(
-        self, strip: _Strip, q: int, q_strides: tuple[int, int], first_key: Value, keys: Value
-    ) -> None:
-        """A strip's scores and their softmax."""
-        size, rows = self.keys, strip.rows
-        scores, probabilities, alpha = (
-            self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha")
-        )
-        maximum, total = self._kept("maximum", strip, 4), self._kept("total", strip, 4)
+    def _scored(self, step: _Step, turns: Sequence[Sequence[_Rows]], ahead: int) -> None:
+        self._weigh(step, turns[ahead][step.set])
+        if step.strip is self.strips[-1] and ahead + 1 < len(turns):
+            self._load_cache("k", step.set, turns[ahead + 1][step.set])
+
+    def _weigh(self, step: _Step, rows: _Rows) -> None:
+        """A strip's scores and their softmax, which takes their place."""
+        strip, size, (q, q_strides) = step.strip, self.keys, self._queries_at
+        scores, alpha = self.at[f"scores{step.buffer}"], self.at[f"alpha{step.buffer}"]
+        for first, count in spans(size, self.blocks.columns):
+            keys = rows.keys
+            if count < size:
+                keys = self.lowering.emitter.affine([rows.keys], [1], -first, high=count)
+            for run in strip.runs:
+                lhs = q + strip.query * q_strides[0] + (run.first - self.first_head) * q_strides[1]
+                target = scores + (run.first - strip.first) * size * 4 + first * 4
+                self._scores(strip, run, lhs, q_strides, step.set, (first, count), keys, target)
+        kept = [self._kept(name, strip, 4) for name in ("maximum", "total")]
         heat = self.at["temperature"] if self.op.temperature is not None else None
-        for run in strip.runs:
-            lhs = q + strip.query * q_strides[0] + (run.first - self.first_head) * q_strides[1]
-            target = scores + (run.first - strip.first) * size * 4
-            self._product(strip, run, lhs, q_strides, self.at["k"], True, keys, target, size * 4)
+        by_row = [*kept, alpha]
         self.lowering.emitter.emit(
             edge10.SoftmaxBlock,
-            keys,
-            first_key,
+            rows.keys,
+            rows.first,
             scores=scores,
             score_stride=size * 4,
-            probabilities=probabilities,
-            probability_stride=size * 2,
-            maximum=maximum,
-            total=total,
+            probabilities=scores,
+            probability_stride=size * 4,
+            maximum=kept[0],
+            total=kept[1],
             alpha=alpha,
-            rows=rows,
+            rows=strip.rows,
             heads=strip.heads,
             first_query=self._first_query(strip),
             window=self.op.window,
@@ -370,14 +470,13 @@ class AttentionBlock:
             softcap=self.op.softcap,
             temperature=heat,
             reads=[
-                sram_range(scores, rows * size * 4),
-                sram_range(maximum, rows * 4),
-                sram_range(total, rows * 4),
+                sram_range(scores, strip.rows * size * 4),
+                *(sram_range(at, strip.rows * 4) for at in kept),
                 *([] if heat is None else [sram_range(heat, 4)]),
             ],
             writes=[
-                sram_range(probabilities, rows * size * 2, write=True),
-                *(sram_range(at, rows * 4, write=True) for at in (maximum, total, alpha)),
+                sram_range(scores, strip.rows * size * 4, write=True),
+                *(sram_range(at, strip.rows * 4, write=True) for at in by_row),
             ],
         )
 
@@ -387,37 +486,35 @@ class AttentionBlock:
             return self.capacity
         return self.lowering.first_token + self.first + strip.query
 
-    def _sum_up(self, strip: _Strip, keys: Value) -> None:
+    def _sum_up(self, step: _Step, rows: _Rows) -> None:
         """A strip's values, added to what it has of the blocks before."""
-        size, dim, rows = self.keys, self.dim, strip.rows
-        product, probabilities, alpha = (
-            self.at[f"{name}{strip.buffer}"] for name in ("scores", "probabilities", "alpha")
-        )
+        strip, size, dim = step.strip, self.keys, self.dim
+        scores, alpha = self.at[f"scores{step.buffer}"], self.at[f"alpha{step.buffer}"]
+        product = self.at[f"product{next(self._buffers)}"]
         for run in strip.runs:
-            head = run.first - strip.first
-            strides = (strip.heads * size * 2, size * 2)
+            head, strides = run.first - strip.first, (strip.heads * size * 4, size * 4)
+            rhs, to_key, rhs_bytes = self._rows_in(f"v{step.set}", run, size)
+            part, width = next(self._products), align(dim, self.lowering.machine.cube.columns) * 4
+            lhs = scores + head * size * 4
             self._product(
-                strip,
-                run,
-                probabilities + head * size * 2,
-                strides,
-                self.at["v"],
-                False,
-                keys,
-                product + head * dim * 4,
-                dim * 4,
+                (lhs, strides, size * 2),
+                (rhs, to_key, rhs_bytes, False),
+                (part.low, width, (strip.count, run.heads)),
+                rows.keys,
+                (dim, edge10.DYNAMIC),
             )
-        sums, nbytes = self._kept("sum", strip, dim * 4), rows * dim * 4
+            self._drain(part.low, width, strip, run, dim, product + head * dim * 4, dim * 4)
+        sums, nbytes = self._kept("sum", strip, dim * 4), strip.rows * dim * 4
         self.lowering.emitter.emit(
             edge10.VectorOp,
             function="rescale_add",
             inputs=(sums, alpha, product),
             outputs=(sums,),
-            rows=rows,
+            rows=strip.rows,
             cols=dim,
             input_types=ArrayAttr([f32, f32, f32]),
             output_types=ArrayAttr([f32]),
-            reads=[sram_range(sums, nbytes), sram_range(alpha, rows * 4), sram_range(product, nbytes)],
+            reads=[sram_range(sums, nbytes), sram_range(alpha, strip.rows * 4), sram_range(product, nbytes)],
             writes=[sram_range(sums, nbytes, write=True)],
         )
 
@@ -426,33 +523,31 @@ class AttentionBlock:
         """Whether a block in SRAM holds all heads of a key, then those of the next."""
         return self.op.layout == "NHD" and not self.op.scales and self.groups == self.cache_heads
 
-    def _load_cache(self, name: str, first_key: Value, keys: Value) -> None:
+    def _load_cache(self, name: str, block: int, rows: _Rows) -> None:
         """A block of the keys ("k") or the values ("v") as f16."""
-        at, op, size = self.at, self.op, self.groups * self.keys
+        at, op, size, target = self.at, self.op, self.groups * self.keys, self.at[f"{name}{block}"]
         cache = self._place(op.k if name == "k" else op.v)
         if not op.scales:
-            self._load_rows(cache, at[name], self.dim * 2, "eidma", first_key, keys)
+            self._load_rows(cache, target, self.dim * 2, "eidma", rows)
             return
         q, scales = at[f"{name}_q"], at[f"{name}_scales"]
-        self._load_rows(cache, q, self.dim, "eidma", first_key, keys)
-        self._load_rows(self._place(op.scales[name == "v"]), scales, 2, "ebdma", first_key, keys)
+        self._load_rows(cache, q, self.dim, "eidma", rows)
+        self._load_rows(self._place(op.scales[name == "v"]), scales, 2, "ebdma", rows)
         self.lowering.emitter.emit(
             edge10.DequantRows,
-            keys,
+            rows.keys,
             q=q,
             scales=scales,
-            out=at[name],
+            out=target,
             planes=self.groups,
             plane_rows=self.keys,
             rows=edge10.DYNAMIC,
             k=self.dim,
             reads=[sram_range(q, size * self.dim), sram_range(scales, size * 2)],
-            writes=[sram_range(at[name], size * self.dim * 2, write=True)],
+            writes=[sram_range(target, size * self.dim * 2, write=True)],
         )
 
-    def _load_rows(
-        self, cache: Place, sram: int, row: int, queue: str, first_key: Value, keys: Value
-    ) -> None:
+    def _load_rows(self, cache: Place, sram: int, row: int, queue: str, rows: _Rows) -> None:
         """The block's rows of `row` bytes of the cache heads in use, each head's at its own plane."""
         emitter, heads, capacity = self.lowering.emitter, self.cache_heads, self.capacity
         by_head = self.op.layout == "HND"
@@ -460,13 +555,13 @@ class AttentionBlock:
         planes = self.groups
         if self._key_major:  # the heads of a key follow each other in both memories: one run
             planes, row = 1, self.groups * row
-        address = emitter.offset(self.lowering.address(cache), first_key, to_key)
+        address = emitter.offset(self.lowering.address(cache), rows.first, to_key)
         whole = planes * self.keys * row
         read = (self.first_group + self.groups) * capacity * row if by_head else capacity * to_key
         emitter.emit(
             edge10.Load,
             address,
-            keys,
+            rows.keys,
             offset=cache.offset + self.first_group * to_head,
             sram=sram,
             shape=(planes, edge10.DYNAMIC, row),
@@ -477,55 +572,90 @@ class AttentionBlock:
             writes=[sram_range(sram, whole, write=True)],
         )
 
-    def _product(
+    def _rows_in(self, name: str, run: HeadRun, rows: int, first: int = 0) -> tuple[int, int, int]:
+        """Of a run's cache head in a block: offset of row `first`, bytes from row to row and of `rows`."""
+        row = self.dim * 2
+        to_head, to_key = (row, self.groups * row) if self._key_major else (self.keys * row, row)
+        start = self.at[name] + (run.group - self.first_group) * to_head + first * to_key
+        return start, to_key, (rows - 1) * to_key + row
+
+    def _scores(
         self,
         strip: _Strip,
         run: HeadRun,
         lhs: int,
         strides: tuple[int, int],
-        cache: int,
-        transposed: bool,
+        block: int,
+        columns: tuple[int, int],
         keys: Value,
         target: int,
-        target_row: int,
     ) -> None:
-        """scores = q K^T (`transposed`: the columns are keys) or p V, for one run of a strip's heads."""
-        lowering, row = self.lowering, self.dim * 2
-        to_head, to_key = (row, self.groups * row) if self._key_major else (self.keys * row, row)
-        rhs = cache + (run.group - self.first_group) * to_head
-        acc, width = (
-            next(self._accumulators),
-            align(self.keys if transposed else self.dim, lowering.machine.cube.columns) * 4,
+        """scores = q K^T over columns (first, number) of a block's keys, for one run of a strip's heads."""
+        first, count = columns
+        rhs, to_key, rhs_bytes = self._rows_in(f"k{block}", run, count, first)
+        part, width = next(self._accumulators), align(count, self.lowering.machine.cube.columns) * 4
+        self._product(
+            (lhs, strides, self.dim * 2),
+            (rhs, to_key, rhs_bytes, True),
+            (part.low, width, (strip.count, run.heads)),
+            keys,
+            (edge10.DYNAMIC, self.dim),
         )
-        n, k = (edge10.DYNAMIC, self.dim) if transposed else (self.dim, edge10.DYNAMIC)
-        acc_bytes = strip.count * run.heads * width
-        lhs_bytes = (
-            (strip.count - 1) * strides[0]
-            + (run.heads - 1) * strides[1]
-            + (row if transposed else self.keys * 2)
-        )
-        rhs_bytes = (self.keys - 1) * to_key + row
-        reads: list[Access] = [sram_range(lhs, lhs_bytes), sram_range(rhs, rhs_bytes)]
-        lowering.emitter.emit(
+        self._drain(part.low, width, strip, run, edge10.DYNAMIC, target, self.keys * 4, count, keys)
+
+    def _product(
+        self,
+        left: tuple[int, tuple[int, int], int],
+        right: tuple[int, int, int, bool],
+        sums: tuple[int, int, tuple[int, int]],
+        keys: Value,
+        sizes: tuple[int, int],
+    ) -> None:
+        """One product: of `left` offset, strides and bytes of a row; of `right` offset, stride, bytes and
+        whether a row is a column; of `sums` offset, stride and rows [tokens, heads]; `sizes` are n and k.
+        """
+        (lhs, strides, row), (rhs, rhs_stride, rhs_bytes, transposed) = left, right
+        acc, width, (tokens, heads) = sums
+        self.lowering.emitter.emit(
             edge10.Matmul,
             keys,
             lhs=lhs,
             lhs_strides=strides,
             rhs=rhs,
-            rhs_stride=to_key,
+            rhs_stride=rhs_stride,
             transposed=transposed,
             acc=acc,
             acc_stride=width,
-            m=(strip.count, run.heads),
-            n=n,
-            k=k,
-            reads=reads,
-            writes=[acc_range(acc, acc_bytes, write=True)],
+            m=(tokens, heads),
+            n=sizes[0],
+            k=sizes[1],
+            reads=[
+                sram_range(lhs, (tokens - 1) * strides[0] + (heads - 1) * strides[1] + row),
+                sram_range(rhs, rhs_bytes),
+            ],
+            writes=[acc_range(acc, tokens * heads * width, write=True)],
         )
-        extent = (strip.count - 1) * strip.heads * target_row + run.heads * target_row
-        lowering.emitter.emit(
+
+    def _drain(
+        self,
+        acc: int,
+        width: int,
+        strip: _Strip,
+        run: HeadRun,
+        n: int,
+        target: int,
+        target_row: int,
+        most: int = 0,
+        keys: Value | None = None,
+    ) -> None:
+        """A run's sums to rows of `target_row` bytes in SRAM; with `keys` these are how many columns, `most`
+        at most.
+        """
+        rows = (strip.count - 1) * strip.heads + run.heads
+        extent = (rows - 1) * target_row + (most or n) * 4
+        self.lowering.emitter.emit(
             edge10.Drain,
-            *([keys] if transposed else []),
+            *([] if keys is None else [keys]),
             acc=acc,
             acc_stride=width,
             m=(strip.count, run.heads),
@@ -533,6 +663,6 @@ class AttentionBlock:
             sram=target,
             sram_strides=(strip.heads * target_row, target_row),
             element=f32,
-            reads=[acc_range(acc, acc_bytes)],
+            reads=[acc_range(acc, strip.count * run.heads * width)],
             writes=[sram_range(target, extent, write=True)],
         )

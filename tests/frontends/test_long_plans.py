@@ -1,0 +1,70 @@
+"""Plans of long contexts: more dies never hold fewer tokens, stages are among what helps, and the models of a
+million tokens fit the boards they must.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.frontends.test_plan import write_config
+from tyir.manifest import BuildOptions
+from tyir.targets.machine import load_machine
+from tyir.tools.bench.long_context import CONFIGS
+from tyir.tools.estimate.long_context import prompt_cost
+from tyir.tools.estimate.model import ModelShape
+from tyir.tools.estimate.plan import longest_caches, make_plan
+from tyir.tools.estimate.shape import read_shape
+
+
+@pytest.fixture(params=["7b", "14b"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[request.param]))
+    return tmp_path
+
+
+def tokens(folder: Path, options: BuildOptions) -> int:
+    """What fits on the dies of `options`, of the planner's table."""
+    found = longest_caches(read_shape(folder), options, load_machine())
+    return next(n.tokens for n in found if (n.dies, n.stages) == (options.dies, options.pp))
+
+
+@pytest.mark.parametrize("cache", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
+def test_more_dies_never_hold_fewer_tokens(folder: Path, cache: str) -> None:
+    before = 0
+    for dies in (1, 3, 4, 5, 8, 16) if cache == "fp16" else range(1, 17):
+        options = BuildOptions(dies=dies, seqlens=(1, 96), weights="int4", kv_dtype=cache)
+        held = tokens(folder, options)
+        assert held >= before, f"{dies} dies hold {held} tokens, fewer hold {before}"
+        before = held
+
+
+def test_a_million_tokens_of_the_14b_fit_sixteen_dies(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["14b"]))
+    options = BuildOptions(dies=16, seqlens=(1, 96), max_kv=1010000, weights="int4", kv_dtype="int8", pp=2)
+    assert not make_plan(tmp_path, options).problems
+
+
+def test_stages_are_among_what_helps(tmp_path: Path) -> None:
+    """32 layers of 8 heads on 16 dies: two dies share a head's cache, two stages share the layers instead."""
+    folder = write_config(tmp_path / "m")
+    options = BuildOptions(dies=16, max_kv=800_000, weights="int4")
+    (problem,) = make_plan(folder, options).problems
+    assert problem.help is not None and "--pp 2 (" in problem.help
+    assert not make_plan(folder, BuildOptions(dies=16, max_kv=800_000, weights="int4", pp=2)).problems
+
+
+SMALL = ModelShape("small", 8, 64, 128, 4, 2, 16, 256, 1 << 20, False, True, False, False, False)
+
+
+def test_stages_that_overlap_take_a_stage_a_chunk() -> None:
+    """Four stages of two layers: in turn a chunk takes all of them, overlapped about a quarter."""
+    options = BuildOptions(dies=4, pp=4, seqlens=(1, 64), max_kv=100_000)
+    cost = prompt_cost(SMALL, options, load_machine())
+    in_turn = cost.prefill - cost.steps * load_machine().host.step_us * 1e-6
+    assert cost.overlapped is not None and 0.2 < cost.overlapped / in_turn < 0.4
+    assert (
+        prompt_cost(SMALL, BuildOptions(dies=1, seqlens=(1,), max_kv=64), load_machine()).overlapped is None
+    )

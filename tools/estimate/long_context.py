@@ -1,0 +1,103 @@
+"""What a prompt's length costs at run time, simulated: the command programs of a few layers of the model's
+sizes, compiled as the model would be, at a few positions (`LongSteps`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tyir.dialects.builtin import Module
+from tyir.manifest import BuildOptions
+from tyir.passes.pipelines import remaining_pipeline
+from tyir.pipeline import run_pipeline
+from tyir.runtime_sim.session.chunks import plan_chunks
+from tyir.runtime_sim.timing.long_steps import LongSteps, OverlappedChunks
+from tyir.runtime_sim.timing.program import EdgeProgram
+from tyir.sharding import even_ranges
+from tyir.targets.machine import Machine
+from tyir.tools.estimate.model import ModelShape, few_layers
+
+__all__ = ["PromptCost", "prompt_cost"]
+
+_LAYERS = 3  # of a stage: one, one more, and one to check
+
+
+@dataclass(frozen=True)
+class PromptCost:
+    """Of a prompt that fills the cache: its tokens and steps, the seconds until its end, and the seconds of a
+    token after it.
+
+    `overlapped`: the seconds when pipeline stages work on several chunks at a time, which takes steps without
+    embedding and head; None with one stage.
+    """
+
+    tokens: int
+    steps: int
+    prefill: float
+    token: float
+    overlapped: float | None
+
+
+def prompt_cost(shape: ModelShape, options: BuildOptions, machine: Machine) -> PromptCost:
+    """Simulated on all dies, under the machine file as it is; `TyirError` where few layers and positions do
+    not say what all of them take.
+    """
+    capacity, longest, shortest = options.max_kv, max(options.seqlens), min(options.seqlens)
+    chunks = list(plan_chunks(capacity, 0, options.seqlens, capacity))
+    steps = {length: _steps(shape, options, machine, length) for length in {longest, shortest}}
+    used = {chunk.seqlen for chunk in chunks} - set(steps)
+    steps |= {length: _steps(shape, options, machine, length) for length in used}
+    prefill = math.fsum(steps[chunk.seqlen].ns(chunk.start) for chunk in chunks)
+    host = machine.host.step_us * 1000
+    token = steps[shortest].ns(capacity - shortest) + host
+    overlapped = None
+    if options.pp > 1:
+        trial = replace(options, embedding_as_input=True, output="logits")
+        more = _steps(shape, trial, machine, longest, overlapped=True)
+        first = _steps(shape, trial, machine, longest, head=False)
+        ends = chunks[-1].start if chunks[-1].seqlen == longest else max(chunks[-1].start - longest, 0)
+        overlapped = math.fsum(more.ns(chunk.start) for chunk in chunks) + first.ns(ends)
+    return PromptCost(
+        capacity,
+        len(chunks),
+        (prefill + len(chunks) * host) * 1e-9,
+        token * 1e-9,
+        None if overlapped is None else overlapped * 1e-9,
+    )
+
+
+def _steps(
+    shape: ModelShape,
+    options: BuildOptions,
+    machine: Machine,
+    length: int,
+    *,
+    head: bool = True,
+    overlapped: bool = False,
+) -> LongSteps:
+    """The times of steps of one length."""
+    stages = even_ranges(shape.layers, options.pp)
+    trial = min(_LAYERS, min(count for _, count in stages))
+    numbers = range(trial * options.pp)
+    standing_for = {n: stages[n // trial][1] - trial + 1 for n in numbers if n % trial == 0}
+    module = few_layers(shape, len(numbers), head=head and not overlapped)
+    programs = _programs(module, shape, replace(options, seqlens=(length,)), machine)
+    if overlapped:
+        return OverlappedChunks(programs, machine, options.max_kv, standing_for, options.pp)
+    return LongSteps(programs, machine, options.max_kv, standing_for)
+
+
+def _programs(
+    module: Module, shape: ModelShape, options: BuildOptions, machine: Machine
+) -> Sequence[EdgeProgram]:
+    from tyir.backends.edge10.lowering.die import lower_die
+    from tyir.backends.edge10.lowering.search import Search
+
+    if shape.group is not None:
+        options = replace(options, weights="fp16")  # stored quantised
+    run_pipeline(module, remaining_pipeline("ty", options))
+    search, (length,) = Search(), options.seqlens
+    dies = [die for die in module.body if isinstance(die, Module)]
+    return [EdgeProgram(lower_die(die, length, machine, search=search)) for die in dies]
