@@ -57,7 +57,11 @@ class Turns:
         self.preprocessor = (
             Preprocessor(session.artifacts, resize=resize) if isinstance(session, VisionSession) else None
         )
-        self.towers = Towers(session.artifacts, session.engine_name) if self.preprocessor else None
+        self.towers = (
+            Towers(session.artifacts, session.engine_name, session.group)
+            if isinstance(session, VisionSession)
+            else None
+        )
         if template is None:
             template = "" if raw else chat_template(session.artifacts, tokenizer, self.marks)
         self.chat = Chat(tokenizer, template, self.marks, system)
