@@ -24,7 +24,7 @@ from tyir.diagnostics import TyirError
 from tyir.execution.lockstep import Layout, Meet, Recv
 from tyir.runtime_sim.processes.placement import Places
 
-__all__ = ["Address", "Gloo", "GlooLinks", "LinksBroken", "listen_for_store"]
+__all__ = ["Address", "Gloo", "GlooLinks", "LinksBroken", "family_of", "listen_for_store"]
 
 Array = npt.NDArray[Any]
 Address = tuple[str, int]
@@ -148,8 +148,13 @@ class Gloo:
 
 def listen_for_store(host: str) -> tuple[Address, int]:
     """A listening socket for the store of the first rank: its address and its descriptor."""
-    server = socket.create_server((host, 0), backlog=64)
+    server = socket.create_server((host, 0), family=family_of(host), backlog=64)
     return server.getsockname()[:2], server.detach()
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Of an address as digits."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _sockets() -> list[tuple[int, Address, Address | None]]:
@@ -215,7 +220,10 @@ class GlooLinks:
         return self._members[members]
 
     def send(self, source: int, target: int, tag: int, data: Array) -> None:
-        """Data of a die of this process for one of another.  Does not wait: gloo sends when the other asks."""
+        """Data of a die of this process for one of another.
+
+        Does not wait: gloo sends when the other asks.
+        """
         plain = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
         work = self._gloo.send(self._rank_of[target], _tag(source, target, tag), plain)
         with self._lock:
@@ -239,7 +247,7 @@ def _tag(source: int, target: int, tag: int) -> int:
 
 
 class _Frame:
-    """The operands of some dies in one message: a byte for each that says whether it gives one, then those."""
+    """The operands of some dies in one message: a byte for each, whether it gives one, then those."""
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self.layouts = layouts

@@ -15,7 +15,6 @@ from __future__ import annotations
 import multiprocessing.connection
 import queue
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -34,7 +33,7 @@ from tyir.execution.lockstep import Links
 from tyir.process.cores import usable_cores
 from tyir.runtime_sim.processes.checks import memory_of, problems_here
 from tyir.runtime_sim.processes.gloo import Address, Gloo, GlooLinks, LinksBroken, listen_for_store
-from tyir.runtime_sim.processes.hosts import connect, start_here
+from tyir.runtime_sim.processes.hosts import address_of, connect, start_here
 from tyir.runtime_sim.processes.messages import Channel, Message
 from tyir.runtime_sim.processes.placement import place_language, place_tower
 from tyir.runtime_sim.processes.rank import BEAT, SILENCE, named, unreachable
@@ -76,8 +75,8 @@ class DieGroup:
         self.artifacts = artifacts
         self.engine_name: EngineName = engine_name
         self.places = place_language(artifacts.manifest, count)
-        self.problem: GroupFailed | None = None
-        self.on_failure: Callable[[GroupFailed], None] = lambda problem: None
+        self.problem: TyirError | None = None
+        self.on_failure: Callable[[TyirError], None] = lambda problem: None
         self._names = [named(rank, dies) for rank, dies in enumerate(self.places)]
         self._host = host
         self._others: list[_Other] = []
@@ -107,7 +106,7 @@ class DieGroup:
         `TyirError` lists what is missing, and where.
         """
         count = len(hosts) or processes
-        host = hosts[0][0] if hosts else _LOOPBACK
+        host = address_of(hosts[0][0]) if hosts else _LOOPBACK
         group = cls(artifacts, engine, count, host)
         try:
             group._begin(hosts, threads, say)
@@ -191,7 +190,8 @@ class DieGroup:
         needed = sum(map(self._memory, ranks))
         compiled = self.engine_name == "host"
         for d in problems_here(self.artifacts, compiled=compiled, needed=needed):
-            yield Diagnostic(f"{self._names[0]} on {self._host}: {d.message}", help=d.help)
+            where = "this machine" if alone else self._host
+            yield Diagnostic(f"{self._names[0]} on {where}: {d.message}", help=d.help)
 
     def _reach(self, addresses: Sequence[Address]) -> None:
         """`TyirError` names each pair of processes that cannot connect."""
@@ -270,6 +270,11 @@ class DieGroup:
             self.tell("tower", {"patches": patches}, size=size)
             return tower.compute(patches)
 
+    @property
+    def pids(self) -> dict[int, int]:
+        """The processes of this machine that were started for it, by rank."""
+        return {o.rank: o.process.pid for o in self._others if o.process is not None}
+
     def close(self) -> None:
         """End the other processes; nothing of them is left when this returns."""
         self._ended()
@@ -293,7 +298,7 @@ class DieGroup:
             if self.problem is not None and other.answers.empty():
                 raise self.problem
 
-    def _cause(self, error: Exception) -> GroupFailed:
+    def _cause(self, error: Exception) -> TyirError:
         """What is behind a connection that broke: it is known within the time that silence takes."""
         self._failed.wait(SILENCE + BEAT)
         if self.problem is None:

@@ -20,13 +20,22 @@ from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import TyirError
+from tyir.runtime_sim.processes.gloo import family_of
 
-__all__ = ["KEY", "PORT", "RankServer", "connect", "parse_host", "start_here", "start_rank"]
+__all__ = ["KEY", "PORT", "RankServer", "address_of", "connect", "parse_host", "start_here", "start_rank"]
 
 PORT: Final = 29400  # of tyir-rank; as torchrun's rendezvous
 KEY: Final = "TYIR_GROUP_KEY"
 _PATIENCE: Final = 8.0  # seconds for a machine to be reached and to answer
 _HANDSHAKE: Final = 5  # seconds for each message of the handshake
+
+
+def address_of(name: str) -> str:
+    """The digits of a machine's name; `TyirError` when nobody knows it."""
+    try:
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise TyirError(f"there is no machine '{name}': {error.strerror}", help="give its address") from None
 
 
 def parse_host(text: str) -> tuple[str, int]:
@@ -83,6 +92,7 @@ def start_here(host: str, folder: Path) -> tuple[Connection, subprocess.Popen[by
 
 def connect(host: str, port: int) -> Connection:
     """A process that tyir-rank starts on another machine.  `TyirError` within 10 seconds otherwise."""
+    host = address_of(host)
     key = key_for(host)
     try:
         reached = socket.create_connection((host, port), _PATIENCE)
@@ -131,9 +141,10 @@ class RankServer:
     def __init__(self, host: str, port: int, folders: Sequence[Path]) -> None:
         """Listens; `TyirError` when it cannot."""
         self.folders = folders
+        host = address_of(host)
         self._key = key_for(host)
         try:
-            self._listening = socket.create_server((host, port), backlog=4)
+            self._listening = socket.create_server((host, port), family=family_of(host), backlog=4)
         except OSError as error:
             raise TyirError(
                 f"cannot listen at {host}:{port}: {error.strerror}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tyir.diagnostics import TyirError
 from tyir.manifest import Manifest
 
@@ -27,9 +29,9 @@ def place(dies: int, stages: int, processes: int) -> Places:
     else:  # processes are dealt out to stages, and the dies of a stage to its processes
         shares = _even(processes, stages)
         cuts = [0]
-        for stage, (low, high) in enumerate(zip(shares, shares[1:])):
+        for stage, (low, high) in enumerate(pairwise(shares)):
             cuts += [stage * width + cut for cut in _even(width, high - low)[1:]]
-    return tuple(tuple(range(low, high)) for low, high in zip(cuts, cuts[1:]))
+    return tuple(tuple(range(low, high)) for low, high in pairwise(cuts))
 
 
 def _even(total: int, parts: int) -> list[int]:

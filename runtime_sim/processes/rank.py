@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.processes.checks import files_of_rank, find_artifacts, problems_here
 from tyir.runtime_sim.processes.gloo import Address, Gloo, GlooLinks, LinksBroken

@@ -70,6 +70,7 @@ class EngineGroup(Protocol):
     artifacts: Artifacts
     engine_name: EngineName
     engine: Engine
+    problem: TyirError | None  # why nothing can be computed with it any more
 
 
 def make_engine(

@@ -39,6 +39,7 @@ __all__ = [
     "Serving",
     "Stage",
     "Trouble",
+    "Waiting",
     "print_json",
 ]
 
@@ -187,6 +188,15 @@ class Serving:
     slots: Annotated[int, "requests that are answered at once"]
     max_model_len: Annotated[int, "tokens of a prompt and its answer"]
     max_queue: Annotated[int, "requests that may wait"]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """`tyir-rank --json`: printed when it listens."""
+
+    host: Annotated[str, "the address it listens on"]
+    port: Annotated[int, "the port"]
+    folders: Annotated[tuple[str, ...], "where it looks for artifacts"]
 
 
 @dataclass(frozen=True)
@@ -355,6 +365,7 @@ FORMS: dict[str, tuple[type[Any], ...]] = {
     "tyir-run": (Ran, Prompt),
     "tyir-chat": (Ran, Prompt),
     "tyir-serve": (Serving,),
+    "tyir-rank": (Waiting,),
     "tyir-verify": (Checked, PromptChecked),
     "tyir-reduce": (Reduced,),
     "tyir-doctor": (Doctor, Trouble),

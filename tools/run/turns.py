@@ -68,6 +68,11 @@ class Turns:
         self.raw = raw
 
     @property
+    def failed(self) -> bool:
+        """Whether nothing can be asked any more: a process that dies ran in is gone."""
+        return self.session.group is not None and self.session.group.problem is not None
+
+    @property
     def said(self) -> list[str]:
         """What was done to pictures."""
         return self.preprocessor.said if self.preprocessor is not None else []
