@@ -71,6 +71,7 @@ class Gloo:
         self.address: Address = (host, next((port for _, (_, port), peer in made if peer is None), 0))
         self._peers: frozenset[Address] = frozenset()
         self._group: Any = None
+        self._store: Any = None
         self._broken = threading.Event()
         self.sent = 0  # bytes
         self.messages = 0
@@ -131,6 +132,11 @@ class Gloo:
 
     def _let_go(self, error: Exception) -> LinksBroken:
         return LinksBroken(f"a process of the group has gone: {str(error).splitlines()[0]}")
+
+    def close(self) -> None:
+        """Ends what waits, and lets go of connections and ports."""
+        self.abort()
+        self._group = self._store = self._device = None
 
     def abort(self) -> None:
         """Ends whatever waits here and in the other processes.

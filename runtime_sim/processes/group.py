@@ -46,7 +46,7 @@ __all__ = ["DieGroup", "GroupFailed"]
 
 Array = npt.NDArray[Any]
 _LOOPBACK: Final = "127.0.0.1"
-_END: Final = 5.0  # seconds for a process to end when it is told to
+_END: Final = 3.0  # seconds for a process to end when it is told to
 _START: Final = 60.0  # seconds of silence that are allowed while libraries are loaded
 
 
@@ -82,8 +82,9 @@ class DieGroup:
         self._others: list[_Other] = []
         self._failed = threading.Event()
         self._closing = threading.Event()
-        self._ended = weakref.finalize(self, _end, self._others, self._closing)
+        self._over = threading.Event()
         self._gloo = Gloo(host)
+        self._ended = weakref.finalize(self, _end, self._others, self._closing, self._gloo, self._over)
         self.links = GlooLinks(self.places, 0, self._gloo)
         self.tower_links: Links = GlooLinks(place_tower(artifacts.manifest, count), 0, self._gloo)
         self.engine: Engine
@@ -278,6 +279,7 @@ class DieGroup:
     def close(self) -> None:
         """End the other processes; nothing of them is left when this returns."""
         self._ended()
+        self._over.wait()  # it may be under way in the thread that watches
 
     def __enter__(self) -> Self:
         return self
@@ -380,21 +382,23 @@ def _shown(address: Sequence[Any]) -> str:
     return f"{address[0]}:{address[1]}"
 
 
-def _end(others: Sequence[_Other], closing: threading.Event) -> None:
-    """Tell all to end, and see to it that those of this machine have."""
+def _end(others: Sequence[_Other], closing: threading.Event, gloo: Gloo, ended: threading.Event) -> None:
+    """Tell all to end, and see to it that those of this machine have and no port is held."""
     closing.set()
     for other in others:
         with suppress(OSError):
             other.channel.send("end")
     for other in others:
         if other.process is not None:
-            for end in (lambda: None, other.process.terminate, other.process.kill):
-                end()
-                with suppress(subprocess.TimeoutExpired):
-                    other.process.wait(_END)
-                    break
+            try:
+                other.process.wait(_END)
+            except subprocess.TimeoutExpired:  # it is stopped, or hangs
+                other.process.kill()
+                other.process.wait()
         with suppress(OSError):
             other.channel.close()
+    gloo.close()
+    ended.set()
 
 
 class _GroupEngine:

@@ -60,6 +60,7 @@ def decode(session: Session) -> None:
 def test_a_rank_that_is_gone_is_named(
     work: Callable[[Session], None] | None, how: signal.Signals, folder: Path
 ) -> None:
+    before = set(listening([os.getpid()]))
     with DieGroup.start(Artifacts.open(folder), processes=3) as group:
         session, pids = Session(group.artifacts, group=group), dict(group.pids)
         session.feed([1, 2])
@@ -83,9 +84,11 @@ def test_a_rank_that_is_gone_is_named(
         (problem,) = group.problem.diagnostics
         assert problem.message.startswith("rank 2 (die 2) on this machine")
         assert ("SIGKILL" if how is signal.SIGKILL else "has said nothing for 8 s") in problem.message
+        while not heard:  # it is told a moment after it is known
+            time.sleep(0.01)
         assert heard[0] - strikes[0] <= LIMIT
         assert gone([pids[1]]), "the others end by themselves"
-    assert gone(list(pids.values())) and not listening([os.getpid(), *pids.values()])
+    assert gone(list(pids.values())) and not set(listening([os.getpid(), *pids.values()])) - before
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["generating", "waiting for a line"])
