@@ -34,6 +34,7 @@ from tyir.process.cores import usable_cores
 from tyir.runtime_sim.processes.checks import memory_of, problems_here
 from tyir.runtime_sim.processes.gloo import Address, Gloo, GlooLinks, LinksBroken, listen_for_store
 from tyir.runtime_sim.processes.hosts import address_of, connect, start_here
+from tyir.runtime_sim.processes.measure import exchanges, round_trips
 from tyir.runtime_sim.processes.messages import Channel, Message
 from tyir.runtime_sim.processes.placement import place_language, place_tower
 from tyir.runtime_sim.processes.rank import BEAT, SILENCE, named, unreachable
@@ -263,6 +264,23 @@ class DieGroup:
         except TyirError as error:
             self._fail(0, error.diagnostics)
             raise
+
+    @property
+    def traffic(self) -> tuple[int, int, int]:
+        """So far, of this process: collectives that other processes had a part in, messages, bytes sent."""
+        return self.links.met, self._gloo.messages, self._gloo.sent
+
+    def round_trips(self, nbytes: int, count: int) -> list[float]:
+        """Seconds of messages to the second process and back."""
+        with self.working():
+            self.tell("round_trips", nbytes=nbytes, count=count)
+            return round_trips(self._gloo, 0, nbytes, count)
+
+    def exchanges(self, nbytes: int, count: int, between: float) -> list[float]:
+        """Seconds of collectives of all dies, as `tyir.runtime_sim.processes.measure` has them."""
+        with self.working():
+            self.tell("exchanges", nbytes=nbytes, count=count, between=between)
+            return exchanges(self.links, nbytes, count, between)
 
     def compute_tower(self, tower: Tower, patches: Array) -> dict[str, Array]:
         """`Tower.compute` in this process, while the others run their dies of the same tower."""

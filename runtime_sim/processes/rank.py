@@ -27,6 +27,7 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.processes.checks import files_of_rank, find_artifacts, problems_here
 from tyir.runtime_sim.processes.gloo import Address, Gloo, GlooLinks, LinksBroken
+from tyir.runtime_sim.processes.measure import exchanges, round_trips
 from tyir.runtime_sim.processes.messages import Channel, Message
 from tyir.runtime_sim.processes.placement import place_language, place_tower
 from tyir.runtime_sim.session.chunks import Chunk
@@ -69,6 +70,7 @@ class Rank:
         self._gloo: Gloo | None = None
         self._engine: Engine
         self._artifacts: Artifacts
+        self._links: GlooLinks
         self._tower_links: GlooLinks
         self._engine_name: Any = "host"
         self._towers: dict[int, Tower] = {}
@@ -87,12 +89,14 @@ class Rank:
         return 0
 
     def _do(self, message: Message) -> None:
-        actions: dict[str, Callable[[Message], None]] = {
+        actions: dict[str, Callable[[Message], object]] = {
             "open": self._open,
             "reach": self._reach,
             "join": self._join,
             "step": self._step,
             "tower": self._tower,
+            "round_trips": lambda m: round_trips(self._joined, self._rank, m["nbytes"], m["count"]),
+            "exchanges": lambda m: exchanges(self._links, m["nbytes"], m["count"], m["between"]),
             "reset": lambda m: self._engine.reset(),
             "caches": lambda m: self.channel.send("answer", _named(self._engine.caches())),
             "load_caches": lambda m: self._engine.load_caches(_by_die(m.arrays)),
@@ -152,10 +156,11 @@ class Rank:
         if problems := problems_here(self._artifacts, compiled=compiled, needed=message["memory"]):
             raise TyirError(problems)
         self._gloo = Gloo(self.host)
-        links = GlooLinks(places, rank, self._gloo)
+        self._links = GlooLinks(places, rank, self._gloo)
+        self._rank = rank
         self._tower_links = GlooLinks(place_tower(manifest, count), rank, self._gloo)
         self._engine = make_engine(
-            self._engine_name, self._artifacts, threads=message["threads"], links=links
+            self._engine_name, self._artifacts, threads=message["threads"], links=self._links
         )
         self.channel.send("answer", address=self._gloo.address, pid=os.getpid(), folder=str(folder))
 
@@ -164,11 +169,15 @@ class Rank:
         self.channel.send("answer", unreachable=unreachable(peers))
 
     def _join(self, message: Message) -> None:
-        assert self._gloo is not None
         addresses = [(host, port) for host, port in message["addresses"]]
         host, port = message["store"]
-        self._gloo.join(message["rank"], addresses, (host, port), None)
+        self._joined.join(message["rank"], addresses, (host, port), None)
         self.channel.send("answer")
+
+    @property
+    def _joined(self) -> Gloo:
+        assert self._gloo is not None
+        return self._gloo
 
     def _step(self, message: Message) -> None:
         with np.errstate(all="ignore"):  # what is not finite is told by the first process

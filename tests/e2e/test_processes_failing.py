@@ -105,7 +105,8 @@ def test_a_command_ends_with_the_name_of_who_is_gone(chat: bool, folder: Path, t
         first, second = run.pids()
         time.sleep(3)
         kill(second)
-        code, _, said = run.end(LIMIT)
+        run.process.wait(LIMIT)  # its input stays open
+        code, _, said = run.end()
     assert (
         code == 1 and f"error: rank 2 (die 2) on this machine (process {second}) has ended: SIGKILL" in said
     )
