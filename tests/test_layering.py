@@ -46,7 +46,10 @@ LAZY: dict[str, set[str]] = {
         "gguf",  # what llama.cpp's block formats mean, when a weight of one is evaluated
         "tqdm",  # bars, on a terminal
     },
-    "runtime_sim": {"PIL"},  # decodes and resizes pictures, where one is given
+    "runtime_sim": {
+        "PIL",  # decodes and resizes pictures, where one is given
+        "torch",  # torch.distributed, where dies run in several processes
+    },
     "tools": {
         "packaging",  # which versions a requirement allows
         "shtab",  # completion scripts, an extra

@@ -169,7 +169,9 @@ def _run_batch(args: argparse.Namespace, opened: Opened, given: Sequence[Given])
     for option, value in (("--cache", args.cache), ("--trace-commands", args.trace_commands)):
         if value is not None:
             raise TyirError(f"{option} is for one prompt", help="give one --prompt")
-    session = BatchSession(opened.session.artifacts, args.engine, threads=args.threads)
+    session = BatchSession(
+        opened.session.artifacts, args.engine, threads=args.threads, group=opened.session.group
+    )
     if len(given) > len(session.tokens):
         raise TyirError(
             f"{len(given)} prompts, and {args.artifacts} runs {len(session.tokens)} at once",

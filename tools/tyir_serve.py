@@ -15,7 +15,7 @@ from typing import Final
 
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_json_option, note, run_tool, warn
-from tyir.tools.run.arguments import add_engine_argument, add_threads_argument
+from tyir.tools.run.arguments import add_engine_argument, add_group_arguments, add_threads_argument
 
 __all__ = ["main", "make_parser"]
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
         )
     _check(args)
     from tyir.tools.commands.json_forms import Serving, print_json
+    from tyir.tools.run.group_of import open_with_group
     from tyir.tools.serve.async_engine import AsyncEngine
     from tyir.tools.serve.metrics import Metrics
     from tyir.tools.serve.running import listen, serve
@@ -43,17 +44,20 @@ def main(argv: Sequence[str]) -> int:
     keys = _keys(args)
     names = args.served_model_name or [args.artifacts.resolve().parent.name or "tyir"]
     metrics = Metrics(names[0])
+    artifacts, group = open_with_group(args, check=not args.no_check)
     engine = AsyncEngine(
-        args.artifacts,
+        artifacts,
         args.engine,
         template=_template(args.chat_template),
         most_waiting=args.max_queue,
         most_waiting_tokens=args.max_queued_tokens,
         long_share=args.prefill_share,
         observer=metrics,
-        check=not args.no_check,
         threads=args.threads,
+        group=group,
     )
+    if group is not None:
+        group.on_failure = lambda problem: engine.engine.fail(problem.diagnostics[0].message)
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
     if not keys and host not in ("127.0.0.1", "::1"):
@@ -153,6 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_engine_argument(parser)
     add_threads_argument(parser)
+    add_group_arguments(parser)
     parser.add_argument(
         "--chat-template",
         type=Path,

@@ -202,9 +202,11 @@ def _request(op: Op, operand: Array | None) -> lockstep.Request:
     return request(operand)
 
 
-def run_lockstep(runs: Sequence[Collectives]) -> list[tuple[Array, ...]]:
-    """Drive all dies' runs together (`tyir.execution.lockstep`); returns each die's results."""
-    return lockstep.drive(runs)
+def run_lockstep(runs: Sequence[Collectives], links: lockstep.Links | None = None) -> list[tuple[Array, ...]]:
+    """Drive dies' runs together, all or those that `links` has here (`tyir.execution.lockstep`); returns each
+    die's results.
+    """
+    return lockstep.drive(runs, links)
 
 
 def _argument(function: str, number: int, given: Any, wanted: Value) -> Array:

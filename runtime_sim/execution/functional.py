@@ -18,7 +18,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
 from tyir.dialects.kv import dequantize_rows
 from tyir.edge10.memory import KEPT, shared_problems
-from tyir.execution.lockstep import Meet, Recv, Request, Send, drive
+from tyir.execution.lockstep import Layout, Links, Meet, Recv, Request, Send, drive
 from tyir.runtime_sim.execution.command_trace import Access, Observer
 from tyir.runtime_sim.execution.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.execution.vector_functions import softmax_block, top_k, vector_function
@@ -453,19 +453,31 @@ def _request(command: Command, operand: Array) -> Request:
     if isinstance(op, edge10.Send):
         return Send(op.targets, op.tag, operand, command.describe())
     if isinstance(op, edge10.Recv):
-        return Recv(op.peer, op.tag, command.describe())
+        return Recv(op.peer, op.tag, lambda: _bytes(op.nbytes), command.describe())
     assert isinstance(op, (edge10.AllReduce, edge10.AllGather))
-    return Meet(op.name, op.dies or (), operand, lambda parts: _combine(command, parts), command.describe())
+
+    def given(number: int) -> Layout:
+        return _bytes(op.nbytes if isinstance(op, edge10.AllReduce) else op.rows * op.sizes[number])
+
+    return Meet(
+        op.name, op.dies or (), operand, lambda parts: _combine(command, parts), given, command.describe()
+    )
 
 
-def run_step(dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: Position) -> dict[str, Array]:
-    """One step of all dies (`tyir.execution.lockstep`): fills the input buffers, runs the programs, returns
-    the output buffers of the main die by name.
+def _bytes(count: int) -> Layout:
+    return Layout((count,), np.dtype(np.uint8))
+
+
+def run_step(
+    dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: Position, links: Links | None = None
+) -> dict[str, Array]:
+    """One step of all dies, or of those that `links` has here (`tyir.execution.lockstep`): fills the input
+    buffers, runs the programs, returns the output buffers of the first by name.
     """
     for die in dies:
         for name, array in inputs.items():
             die.memory.dram.write_buffer(name, array)
-    drive([_requests(die.step(pos)) for die in dies])
+    drive([_requests(die.step(pos)) for die in dies], links)
     return _outputs(dies[0])
 
 

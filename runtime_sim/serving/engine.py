@@ -133,6 +133,14 @@ class Engine:
             for generation in list(self._generations.values()):
                 self._end(generation, Finish("abort"))
 
+    def fail(self, message: str) -> None:
+        """Nothing can be computed any more: every request ends with an error, and no more are taken."""
+        with self._changed:
+            self.failed = self.failed or message
+            for generation in list(self._generations.values()):
+                self._end(generation, Finish("error", message=self.failed))
+            self._changed.notify_all()
+
     @property
     def counts(self) -> tuple[int, int]:
         """How many requests have a slot, and how many wait for one."""
@@ -182,10 +190,7 @@ class Engine:
                         return
                 self.step()
         except BaseException as error:  # whatever it is, who waits for an answer must hear of it
-            with self._changed:
-                self.failed = f"{type(error).__name__}: {error}"
-                for generation in list(self._generations.values()):
-                    self._end(generation, Finish("error", message=self.failed))
+            self.fail(f"{type(error).__name__}: {error}")
 
     def _execute(self, step: Step) -> list[dict[str, Array]]:
         session = self.session

@@ -27,7 +27,7 @@ from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
-from tyir.runtime_sim.session.session import EngineName, make_engine
+from tyir.runtime_sim.session.session import EngineGroup, EngineName, make_engine
 from tyir.runtime_sim.session.token_ids import checked_ids
 
 __all__ = ["BatchSession"]
@@ -46,11 +46,17 @@ class BatchSession:
         check: bool = True,
         probe: StepProbe | None = None,
         threads: int | None = None,
+        group: EngineGroup | None = None,
     ) -> None:
-        """`folder`: its name, or the folder opened already.  `threads`: as `make_engine` takes them."""
+        """`folder`: its name, or the folder opened already.  `threads`: as `make_engine` takes them;
+        `group`: as `Session` takes it.
+        """
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.manifest = self.artifacts.manifest
-        self.engine = make_engine(engine, self.artifacts, probe, threads)
+        self.group = group
+        self.engine = (
+            group.engine if group is not None else make_engine(engine, self.artifacts, probe, threads)
+        )
         self._step = FiniteSteps(self.engine)
         self._chunks = DualChunk.used(self.manifest.model, self.manifest.options.max_kv)
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]

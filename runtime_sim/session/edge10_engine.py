@@ -9,6 +9,7 @@ import numpy.typing as npt
 from tyir.artifacts.agreement import check_ir
 from tyir.dialects.ty import Global
 from tyir.execution.artifacts import Artifacts, ArtifactWeights
+from tyir.execution.lockstep import Links, OneProcess
 from tyir.manifest import DieProgram
 from tyir.parser import parse_bytes
 from tyir.runtime_sim.execution.command_trace import Observer
@@ -25,7 +26,7 @@ Array = npt.NDArray[Any]
 
 
 class Edge10Engine:
-    """All dies of all lengths.
+    """The dies of this process at all lengths.
 
     The programs of one die share weights and caches, which stay in its DRAM between steps.  `observer` sees
     every command.
@@ -33,10 +34,12 @@ class Edge10Engine:
 
     observer: Observer | None = None
 
-    def __init__(self, artifacts: Artifacts) -> None:
+    def __init__(self, artifacts: Artifacts, links: Links | None = None) -> None:
+        """`links`: which dies run here, None for all."""
         self.artifacts = artifacts
         self.manifest = artifacts.manifest
         self.machine = machine_of(artifacts)
+        self.links = links or OneProcess(self.manifest.options.dies)
         self._dies: dict[int, list[FunctionalDie]] = {}
 
     def reset(self) -> None:
@@ -44,22 +47,22 @@ class Edge10Engine:
         self._dies.clear()
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """One step of all dies; the main die's outputs by name."""
+        """One step; the first die's outputs by name."""
         given = {
             name: array for name, array in inputs.items() if name != "pos"
         }  # registers of the command processor, not a buffer
-        for number in range(self.manifest.options.dies):
+        for number in self.links.dies:
             check_inputs(self.manifest.program(number, chunk.seqlen), inputs)
         dies = self._programs(chunk.seqlen)
         for die in dies:
             die.observer = self.observer
-        return run_step(dies, given, tuple(inputs["pos"].tolist()))
+        return run_step(dies, given, tuple(inputs["pos"].tolist()), self.links)
 
     def caches(self) -> dict[CacheName, Array]:
         """The `kv` buffers of every die."""
         found: dict[CacheName, Array] = {}
         for dies in self._dies.values():
-            for number, die in enumerate(dies):
+            for number, die in zip(self.links.dies, dies):
                 for buffer in die.program.buffers.values():
                     if buffer.kind == "kv":
                         stored = die.memory.dram.buffer(buffer.sym_name)
@@ -73,8 +76,10 @@ class Edge10Engine:
     def load_caches(self, caches: dict[CacheName, Array]) -> None:
         """Write the `kv` buffers of every die."""
         dies = self._programs(min(self.manifest.options.seqlens))
+        here = dict(zip(self.links.dies, dies))
         for (number, name), array in caches.items():
-            dies[number].memory.dram.write_buffer(name, array)
+            if number in here:
+                here[number].memory.dram.write_buffer(name, array)
 
     def copy_sequence(self, source: int, target: int) -> None:
         """In every `kv` buffer, whose first axis is the batch."""
@@ -85,7 +90,7 @@ class Edge10Engine:
 
     def _programs(self, seqlen: int) -> list[FunctionalDie]:
         if seqlen not in self._dies:
-            dies = [self._load(die, seqlen) for die in range(self.manifest.options.dies)]
+            dies = [self._load(die, seqlen) for die in self.links.dies]
             for others in self._dies.values():
                 for die, other in zip(dies, others):
                     die.share_memory(other)

@@ -19,7 +19,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Global, tensor_type
 from tyir.execution.artifacts import Artifacts
-from tyir.execution.lockstep import Meeting, Request
+from tyir.execution.lockstep import Links, Meeting, Request
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Interpreter
@@ -153,26 +153,32 @@ class HostEngine(ProgramEngine):
     """Compiled dies, side by side."""
 
     def __init__(
-        self, artifacts: Artifacts, *, probe: StepProbe | None = None, threads: int | None = None
+        self,
+        artifacts: Artifacts,
+        *,
+        probe: StepProbe | None = None,
+        threads: int | None = None,
+        links: Links | None = None,
     ) -> None:
-        """`threads`: all that run at once, None for the cores that this process may use.
+        """`threads`: all that run at once, None for the cores that this process may use.  `links`: which dies
+        run here, None for all.
 
         Dies of several share them; each has at least one.  `TyirError` for more than there are cores.
         """
         if threads is not None:
             check_threads(threads)
-        super().__init__(artifacts, compiled=True, probe=probe)
-        count = self.manifest.options.dies
+        super().__init__(artifacts, compiled=True, probe=probe, links=links)
+        count = len(self.links.dies)
         threads = _threads() if threads is None else threads
-        self._dies = [_Die(die, max(1, threads // count)) for die in range(count)]
+        self._dies = [_Die(die, max(1, threads // count)) for die in self.links.dies]
         self._walks = False
-        self._workers = [ThreadPoolExecutor(1, f"die{die}") for die in range(count)] if count > 1 else []
+        self._workers = [ThreadPoolExecutor(1, f"die{die}") for die in self.links.dies] if count > 1 else []
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """One step of all dies; the main die's outputs by name, each [1, seqlen, ...]."""
+        """One step; the first die's outputs by name, each [1, seqlen, ...]."""
         if self.probe is not None or self._walks:
             return super().step(inputs, chunk)
-        meeting = Meeting(len(self._dies))
+        meeting = Meeting(self.links)
         calls: list[tuple[_Die, list[Array]]] = []
         made: list[dict[str, Array]] = []
         for die in self._dies:

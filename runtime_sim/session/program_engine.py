@@ -15,6 +15,7 @@ from tyir.artifacts.consistency import cache_inputs
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.execution.artifacts import Artifacts
+from tyir.execution.lockstep import Links, OneProcess
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
 from tyir.manifest import DieProgram, TensorInfo
@@ -51,13 +52,22 @@ def check_inputs(program: DieProgram, given: Collection[str]) -> None:
 
 
 class ProgramEngine:
-    """All dies of all lengths; a die's programs share weights and caches."""
+    """The dies of this process at all lengths; a die's programs share weights and caches."""
 
-    def __init__(self, artifacts: Artifacts, *, compiled: bool, probe: StepProbe | None = None) -> None:
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        *,
+        compiled: bool,
+        probe: StepProbe | None = None,
+        links: Links | None = None,
+    ) -> None:
+        """`links`: which dies run here, None for all."""
         self.artifacts = artifacts
         self.manifest = artifacts.manifest
         self.compiled = compiled
         self.probe = probe
+        self.links = links or OneProcess(self.manifest.options.dies)
         self._programs = DiePrograms(artifacts, compiled=compiled)
         self._caches: dict[CacheName, Array] = {}
 
@@ -66,10 +76,10 @@ class ProgramEngine:
         self._caches.clear()
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """One step of all dies; the main die's outputs by name, each [1, seqlen, ...]."""
-        programs = [self.manifest.program(die, chunk.seqlen) for die in range(self.manifest.options.dies)]
+        """One step; the first die's outputs by name, each [1, seqlen, ...]."""
+        programs = {die: self.manifest.program(die, chunk.seqlen) for die in self.links.dies}
         runs = []
-        for die, program in enumerate(programs):
+        for die, program in programs.items():
             interpreter = self._programs.interpreter(program)
             self._watch(interpreter, die, chunk)
             check_inputs(program, inputs)
@@ -78,15 +88,14 @@ class ProgramEngine:
                 self._cache(die, t) if i in caches else inputs[t.name] for i, t in enumerate(program.inputs)
             ]
             runs.append(interpreter.run(program.function, args))
-        outputs = run_lockstep(runs)
-        for die, results in enumerate(outputs):
-            program = programs[die]
+        outputs = run_lockstep(runs, self.links)
+        for (die, program), results in zip(programs.items(), outputs):
             for info, array in zip(program.outputs, results):
                 if info.alias is not None:
                     self._caches[die, program.inputs[info.alias].name] = array
         return {
             info.name: array
-            for info, array in zip(self.manifest.program(0, chunk.seqlen).outputs, outputs[0])
+            for info, array in zip(programs[self.links.dies[0]].outputs, outputs[0])
             if info.alias is None
         }
 
@@ -95,8 +104,8 @@ class ProgramEngine:
         return dict(self._caches)
 
     def load_caches(self, caches: dict[CacheName, Array]) -> None:
-        """Take over caches as `caches` gave them."""
-        self._caches = {name: np.array(array) for name, array in caches.items()}
+        """Take over caches as `caches` gave them, those of this process's dies."""
+        self._caches = {name: np.array(array) for name, array in caches.items() if name[0] in self.links.dies}
 
     def copy_sequence(self, source: int, target: int) -> None:
         """In every cache, whose first axis is the batch."""

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
+from tyir.execution.lockstep import Links
 from tyir.process.interrupts import interrupts_wait
 from tyir.process.progress import Bar
 from tyir.runtime_sim.session.chunks import Chunk, pad, plan_chunks
@@ -67,20 +68,33 @@ class Engine(Protocol):
         """Make the caches of one sequence of the batch those of another."""
 
 
+class EngineGroup(Protocol):
+    """Processes that the dies of artifacts run in (`tyir.runtime_sim.processes`)."""
+
+    artifacts: Artifacts
+    engine_name: EngineName
+    engine: Engine
+    problem: TyirError | None  # why nothing can be computed with it any more
+
+
 def make_engine(
-    name: str, artifacts: Artifacts, probe: StepProbe | None = None, threads: int | None = None
+    name: str,
+    artifacts: Artifacts,
+    probe: StepProbe | None = None,
+    threads: int | None = None,
+    links: Links | None = None,
 ) -> Engine:
     """The engine of a name, for an artifact folder.
 
     `probe` sees the ops, which the engines that can then walk one by one.  `threads` of the engine `host`:
-    None for all cores that this process may use.
+    None for all cores that this process may use.  `links`: which dies run in this process, None for all.
     """
     if threads is not None and name != "host" and name in ENGINES:
         raise TyirError(f"the engine '{name}' runs in one thread", help="leave --threads out, or use host")
     if name == "edge10":
         from tyir.runtime_sim.session.edge10_engine import Edge10Engine
 
-        return Edge10Engine(artifacts)
+        return Edge10Engine(artifacts, links)
     if name not in ENGINES:
         raise TyirError(
             f"there is no engine '{name}'", help=did_you_mean(name, ENGINES) or f"one of {', '.join(ENGINES)}"
@@ -88,8 +102,8 @@ def make_engine(
     if name == "host":
         from tyir.runtime_sim.session.host_engine import HostEngine
 
-        return HostEngine(artifacts, probe=probe, threads=threads)
-    return ProgramEngine(artifacts, compiled=False, probe=probe)
+        return HostEngine(artifacts, probe=probe, threads=threads, links=links)
+    return ProgramEngine(artifacts, compiled=False, probe=probe, links=links)
 
 
 class Session:
@@ -108,8 +122,12 @@ class Session:
         probe: StepProbe | None = None,
         sequence: int = 0,
         threads: int | None = None,
+        group: EngineGroup | None = None,
     ) -> None:
-        """`folder`: its name, or the folder opened already.  `threads`: as `make_engine` takes them."""
+        """`folder`: its name, or the folder opened already.  `threads`: as `make_engine` takes them.
+
+        `group`: processes that the dies of these artifacts run in, with the engine of theirs.
+        """
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.manifest = self.artifacts.manifest
         self.sequence = sequence
@@ -118,8 +136,11 @@ class Session:
                 f"there is no sequence {sequence}",
                 help=f"{self.artifacts.path} runs {self.manifest.options.batch}, numbered from 0",
             )
-        self.engine_name: EngineName = engine
-        self.engine = make_engine(engine, self.artifacts, probe, threads)
+        self.group = group
+        self.engine_name: EngineName = engine if group is None else group.engine_name
+        self.engine = (
+            group.engine if group is not None else make_engine(engine, self.artifacts, probe, threads)
+        )
         self._step = FiniteSteps(self.engine)
         self._chunks = DualChunk.used(self.manifest.model, self.capacity)
         self.tokens: list[int] = []

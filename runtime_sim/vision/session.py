@@ -28,6 +28,7 @@ from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.runtime_sim.vision.positions import RopePositions, rope_rows
 from tyir.runtime_sim.vision.preprocessor import vision_of
 from tyir.runtime_sim.vision.request import VisionRequest
+from tyir.runtime_sim.vision.tower import TowerGroup
 
 __all__ = ["VisionSession"]
 
@@ -37,6 +38,8 @@ Array = npt.NDArray[Any]
 class VisionSession(Session):
     """A `Session` of a vision-language model; `TyirError` for artifacts of a model that takes no pictures."""
 
+    group: TowerGroup | None
+
     def __init__(
         self,
         folder: str | Path | Artifacts,
@@ -45,10 +48,11 @@ class VisionSession(Session):
         check: bool = True,
         probe: StepProbe | None = None,
         threads: int | None = None,
+        group: TowerGroup | None = None,
     ) -> None:
         artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.vision: Vision = vision_of(artifacts)
-        super().__init__(artifacts, engine, probe=probe, threads=threads)
+        super().__init__(artifacts, engine, probe=probe, threads=threads, group=group)
         # of the tokens in the cache: where they stand, and of which row of which picture they are
         self._positions = np.zeros((3, self.capacity), np.int64)
         self._content = np.zeros(self.capacity, np.uint64)

@@ -10,7 +10,7 @@ has, stays inside.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,13 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.finite import not_finite
+from tyir.execution.lockstep import Links, OneProcess
 from tyir.interpreter import Probe, run_lockstep
 from tyir.ir import Op
 from tyir.layers import path_in_calls
 from tyir.runtime_sim.session.die_programs import DiePrograms
 from tyir.runtime_sim.session.finite_steps import Origin
-from tyir.runtime_sim.session.session import EngineName
+from tyir.runtime_sim.session.session import EngineGroup, EngineName
 from tyir.runtime_sim.vision.pixels import Patches
 from tyir.runtime_sim.vision.preprocessor import vision_of
 from tyir.traits import Collective, InPlace, WeightReference
@@ -34,7 +35,17 @@ __all__ = ["Tower", "TowerProbe", "Towers"]
 
 Array = npt.NDArray[Any]
 TowerProbe = Callable[[int, tuple[Call, ...], Op, tuple[Array, ...]], None]  # die, calls, op, results
-_MAIN: Final = 0  # the die that has the results
+
+
+class TowerGroup(EngineGroup, Protocol):
+    """Processes that the dies of a model that sees run in."""
+
+    @property
+    def tower_links(self) -> Links:
+        """Which of a tower's dies run in this one."""
+
+    def compute_tower(self, tower: Tower, patches: Array) -> dict[str, Array]:
+        """`Tower.compute` in this process, while the others run their dies of the same tower."""
 
 
 class Tower:
@@ -47,13 +58,21 @@ class Tower:
         engine: EngineName = "host",
         programs: DiePrograms | None = None,
         probe: TowerProbe | None = None,
+        links: Links | None = None,
+        group: TowerGroup | None = None,
     ) -> None:
-        """`size`: its number in the manifest.  `programs`: those of other sizes, to share weights with."""
+        """`size`: its number in the manifest.  `programs`: those of other sizes, to share weights with.
+        `links`: which dies run here, None for all; `group`: the processes of the others.
+        """
         self.artifacts = artifacts
         self.vision = vision_of(artifacts)
         self.size = self.vision.sizes[size]
         self.engine = engine
         self.probe = probe
+        self.group = group
+        if group is not None:
+            links = group.tower_links
+        self.links = links or OneProcess(self.vision.dies)
         self._all = [self.vision.program(size, die) for die in range(self.vision.dies)]
         self._programs = programs
         self._dies: list[Any] = []  # of the edge10 engine
@@ -72,7 +91,7 @@ class Tower:
                 help="prepare pictures with the settings of the artifacts",
             )
         given = self.ordered(patches.astype(np.float16))
-        outputs = self._commands(given) if self.engine == "edge10" else self._walk(given, self.probe)
+        outputs = self.compute(given) if self.group is None else self.group.compute_tower(self, given)
         if bad := next((name for name, array in outputs.items() if not np.isfinite(array).all()), None):
             raise self._not_finite(bad, outputs[bad], given)
         return tuple(self._restored(array) for array in outputs.values())
@@ -92,20 +111,32 @@ class Tower:
         found[list(self.size.order)] = rows
         return found
 
+    def compute(self, patches: Array) -> dict[str, Array]:
+        """What the first of the dies that run here makes of patches in the programs' order."""
+        if self.engine == "edge10":
+            return self._commands(patches)
+        return self._walk(patches, self.probe, self.links)
+
     def _walk(
-        self, patches: Array, probe: TowerProbe | None, *, compiled: bool | None = None
+        self,
+        patches: Array,
+        probe: TowerProbe | None,
+        links: Links | None = None,
+        *,
+        compiled: bool | None = None,
     ) -> dict[str, Array]:
         walked = self.engine == "host" if compiled is None else compiled
         if self._programs is None or self._programs.compiled != walked:
             self._programs = DiePrograms(self.artifacts, compiled=walked)
+        here = self._all if links is None else [self._all[die] for die in links.dies]
         runs = []
-        for die, program in enumerate(self._all):
+        for program in here:
             interpreter = self._programs.interpreter(program)
-            interpreter.probe = None if probe is None else _for_die(probe, die)
+            interpreter.probe = None if probe is None else _for_die(probe, program.die)
             runs.append(interpreter.run(program.function, [patches]))
         with np.errstate(all="ignore"):  # what is not finite is told by its place
-            results = run_lockstep(runs)[_MAIN]
-        return {info.name: array for info, array in zip(self._all[_MAIN].outputs, results)}
+            results = run_lockstep(runs, links)[0]
+        return {info.name: array for info, array in zip(here[0].outputs, results)}
 
     def _commands(self, patches: Array) -> dict[str, Array]:
         from tyir.runtime_sim.execution.functional import run_step
@@ -114,9 +145,10 @@ class Tower:
 
         if not self._dies:
             machine = machine_of(self.artifacts)
-            self._dies = [functional_die(self.artifacts, program, machine) for program in self._all]
-        found = run_step(self._dies, {"patches": patches}, (0,))
-        return {info.name: found[info.name] for info in self._all[_MAIN].outputs}
+            here = [self._all[die] for die in self.links.dies]
+            self._dies = [functional_die(self.artifacts, program, machine) for program in here]
+        found = run_step(self._dies, {"patches": patches}, (0,), self.links)
+        return {info.name: found[info.name] for info in self._all[self.links.dies[0]].outputs}
 
     def _not_finite(self, name: str, values: Array, patches: Array) -> TyirError:
         """What to say of a picture that left f16: where it began."""
@@ -152,8 +184,11 @@ def _for_die(probe: TowerProbe, die: int) -> Probe:
 class Towers:
     """The towers of all sizes of a folder; each picture goes through once."""
 
-    def __init__(self, artifacts: Artifacts, engine: EngineName = "host") -> None:
-        self.artifacts, self.engine = artifacts, engine
+    def __init__(
+        self, artifacts: Artifacts, engine: EngineName = "host", group: TowerGroup | None = None
+    ) -> None:
+        """`group`: the processes that the dies run in, None for this one alone."""
+        self.artifacts, self.engine, self.group = artifacts, engine, group
         self.vision = vision_of(artifacts)
         self._towers: dict[int, Tower] = {}
         self._seen: dict[str, tuple[Array, ...]] = {}
@@ -168,7 +203,9 @@ class Towers:
                 help=f"compiled are {', '.join(s.image.name for s in self.vision.sizes)}",
             )
         if number not in self._towers:
-            self._towers[number] = Tower(self.artifacts, number, self.engine, self._programs)
+            self._towers[number] = Tower(
+                self.artifacts, number, self.engine, self._programs, group=self.group
+            )
         return self._towers[number]
 
     def run(self, patches: Patches) -> tuple[Array, ...]:

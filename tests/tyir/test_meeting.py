@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import TyirError
-from tyir.execution.lockstep import Meet, Meeting, Recv, Send
+from tyir.execution.lockstep import Layout, Meet, Meeting, OneProcess, Recv, Send
+
+
+def layout(number: int) -> Layout:
+    return Layout((1,), np.dtype(np.int64))
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -18,12 +22,12 @@ def joined(parts: Sequence[Any]) -> Any:
 
 
 def meet(value: int, *dies: int) -> Meet:
-    return Meet("gather", dies, np.array([value]), joined, "gather")
+    return Meet("gather", dies, np.array([value]), joined, layout, "gather")
 
 
 def run(dies: Sequence[Callable[[Meeting], Any]]) -> list[Any]:
     """What each die's function returns, or raises."""
-    meeting = Meeting(len(dies))
+    meeting = Meeting(OneProcess(len(dies)))
 
     def one(die: Callable[[Meeting], Any]) -> Any:
         try:
@@ -52,7 +56,7 @@ def test_groups_meet_by_themselves_and_a_send_does_not_wait() -> None:
         return m.ask(0, meet(0, 0, 2))
 
     def second(m: Meeting) -> Any:
-        return m.ask(1, Recv(0, 7, "recv"))
+        return m.ask(1, Recv(0, 7, lambda: layout(0), "recv"))
 
     def third(m: Meeting) -> Any:
         return m.ask(2, meet(2, 0, 2))
@@ -62,12 +66,12 @@ def test_groups_meet_by_themselves_and_a_send_does_not_wait() -> None:
 
 def test_dies_that_wait_in_vain_are_named() -> None:
     def waits(m: Meeting) -> Any:
-        return m.ask(1, Recv(0, 7, "dist.recv"))
+        return m.ask(1, Recv(0, 7, lambda: layout(0), "dist.recv"))
 
     def ends(m: Meeting) -> Any:
         m.leave()
 
-    meeting = Meeting(2)
+    meeting = Meeting(OneProcess(2))
     ends(meeting)
     with pytest.raises(TyirError, match=r"the dies do not meet: die 1 at dist\.recv; 1 of 2 dies have"):
         waits(meeting)

@@ -41,6 +41,7 @@ __all__ = [
     "Serving",
     "Stage",
     "Trouble",
+    "Waiting",
     "print_json",
 ]
 
@@ -216,6 +217,15 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """`tyir-rank --json`: printed when it listens."""
+
+    host: Annotated[str, "the address it listens on"]
+    port: Annotated[int, "the port"]
+    folders: Annotated[tuple[str, ...], "where it looks for artifacts"]
+
+
+@dataclass(frozen=True)
 class PromptChecked:
     """The comparison of one prompt."""
 
@@ -381,6 +391,7 @@ FORMS: dict[str, tuple[type[Any], ...]] = {
     "tyir-run": (Ran, Prompt),
     "tyir-chat": (Ran, Prompt),
     "tyir-serve": (Serving,),
+    "tyir-rank": (Waiting,),
     "tyir-verify": (Checked, PromptChecked),
     "tyir-reduce": (Reduced,),
     "tyir-doctor": (Doctor, Trouble),

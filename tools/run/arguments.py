@@ -8,6 +8,7 @@ from pathlib import Path
 __all__ = [
     "add_answer_arguments",
     "add_engine_argument",
+    "add_group_arguments",
     "add_picture_settings",
     "add_threads_argument",
     "any_number",
@@ -57,6 +58,25 @@ def add_threads_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_group_arguments(parser: argparse.ArgumentParser) -> None:
+    """In how many processes, and on which machines."""
+    group = parser.add_argument_group("dies in several processes")
+    group.add_argument(
+        "--processes",
+        type=whole,
+        metavar="N",
+        help="share the dies among so many processes of this machine (default: this one alone)",
+    )
+    group.add_argument(
+        "--hosts",
+        metavar="HERE,HOST..",
+        help=(
+            "share them among machines: an address of this one that the others reach, then those where"
+            " tyir-rank waits, as HOST or HOST:PORT"
+        ),
+    )
+
+
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     """The artifacts, how tokens are chosen and how many, the cache, and what executes the programs."""
     parser.add_argument("artifacts", type=Path, help="the folder tyir-compile printed, for example out/4die")
@@ -100,4 +120,5 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole, help="makes sampling repeatable")
     add_engine_argument(parser)
     add_threads_argument(parser)
+    add_group_arguments(parser)
     parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")

@@ -68,7 +68,7 @@ def converse(
                         prompt = turns.ask(line, *shown, frames_per_second)
                         speaker.answer(prompt, lambda: interrupts.received)
             except TyirError as error:
-                if not at_terminal:
+                if not at_terminal or turns.failed:
                     raise
                 print(error.render(), file=sys.stderr)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.ending import check_limit
@@ -17,7 +17,11 @@ from tyir.runtime_sim.session.sampling import Sampler, check_sampling, make_samp
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.cli import note, quiet
 from tyir.tools.run.end_tokens import end_tokens
+from tyir.tools.run.group_of import end_with, open_with_group
 from tyir.tools.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from tyir.runtime_sim.processes.group import DieGroup
 
 __all__ = ["Opened", "open_session", "open_to_answer", "save_cache"]
 
@@ -46,7 +50,10 @@ def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
     began = time.perf_counter() - _age()
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     check_limit(args.max_tokens)
-    session = open_session(args.artifacts, args.engine, check=not args.no_check, threads=args.threads)
+    artifacts, group = open_with_group(args, check=not args.no_check)
+    if group is not None:
+        end_with(group)
+    session = _session_of(artifacts, args.engine, args.threads, group)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts) if text else None
     stops = end_tokens(session.artifacts, tokenizer)
@@ -61,12 +68,17 @@ def open_session(
 
     `threads`: of the host engine.
     """
-    artifacts = Artifacts.open(folder, check=check)
+    return _session_of(Artifacts.open(folder, check=check), engine, threads)
+
+
+def _session_of(
+    artifacts: Artifacts, engine: EngineName, threads: int | None, group: DieGroup | None = None
+) -> Session:
     if artifacts.manifest.vision is None:
-        return Session(artifacts, engine, threads=threads)
+        return Session(artifacts, engine, threads=threads, group=group)
     from tyir.runtime_sim.vision.session import VisionSession
 
-    return VisionSession(artifacts, engine, threads=threads)
+    return VisionSession(artifacts, engine, threads=threads, group=group)
 
 
 def save_cache(session: Session, path: Path) -> None:

@@ -57,11 +57,20 @@ class Turns:
         self.preprocessor = (
             Preprocessor(session.artifacts, resize=resize) if isinstance(session, VisionSession) else None
         )
-        self.towers = Towers(session.artifacts, session.engine_name) if self.preprocessor else None
+        self.towers = (
+            Towers(session.artifacts, session.engine_name, session.group)
+            if isinstance(session, VisionSession)
+            else None
+        )
         if template is None:
             template = "" if raw else chat_template(session.artifacts, tokenizer, self.marks)
         self.chat = Chat(tokenizer, template, self.marks, system)
         self.raw = raw
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing can be asked any more: a process that dies ran in is gone."""
+        return self.session.group is not None and self.session.group.problem is not None
 
     @property
     def said(self) -> list[str]:

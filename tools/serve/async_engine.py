@@ -24,7 +24,7 @@ from tyir.runtime_sim.serving.choosing import Constraint, Sampling
 from tyir.runtime_sim.serving.engine import Engine, Observer
 from tyir.runtime_sim.serving.generation import Finish, Generation, Scored
 from tyir.runtime_sim.session.batch_session import BatchSession
-from tyir.runtime_sim.session.session import EngineName
+from tyir.runtime_sim.session.session import EngineGroup, EngineName
 from tyir.text.json_files import json_object
 from tyir.tools.run.chat import chat_template, marks_of
 from tyir.tools.run.end_tokens import end_tokens
@@ -214,12 +214,13 @@ class AsyncEngine:
         observer: Observer | None = None,
         check: bool = True,
         threads: int | None = None,
+        group: EngineGroup | None = None,
     ) -> None:
         """`most_waiting`, `most_waiting_tokens`, `long_share`: as `Scheduler` takes them; `threads`: of the
-        engine `host`.
+        engine `host`; `group`: the processes that the dies run in, None for this one alone.
         """
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
-        self.session = BatchSession(self.artifacts, engine, threads=threads)
+        self.session = BatchSession(self.artifacts, engine, threads=threads, group=group)
         self.engine = Engine(
             self.session,
             most_waiting=most_waiting,

@@ -17,14 +17,20 @@ import numpy.typing as npt
 
 from tyir.dialects.ty import as_type, axis_in, tensor_type
 from tyir.execution import lockstep
+from tyir.execution.storage import packed_shape
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result
 from tyir.traits import Collective
-from tyir.types import Type
+from tyir.types import TensorType, Type, storage_dtype
 
 __all__ = ["AllGather", "AllReduce", "CollectivePermute", "Recv", "Send"]
 
 Array = npt.NDArray[Any]
+
+
+def _layout(t: TensorType) -> lockstep.Layout:
+    """How a tensor of a type lies in memory."""
+    return lockstep.Layout(packed_shape(t), storage_dtype(t.element))
 
 
 class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
@@ -48,7 +54,10 @@ class AllReduce(DeclaredOp, name="dist.all_reduce", traits=(Collective,)):
 
     def request(self, operand: Array | None) -> lockstep.Request:
         """What this die asks of the others."""
-        return lockstep.Meet(self.name, self.dies or (), operand, self.combine, self.name)
+        return lockstep.Meet(self.name, self.dies or (), operand, self.combine, self._given, self.name)
+
+    def _given(self, number: int) -> lockstep.Layout:
+        return _layout(tensor_type(self.out))
 
     def combine(self, parts: Sequence[Array | None]) -> Array:
         """The result from the operands of all dies, in die order; None for a die that adds nothing."""
@@ -87,7 +96,13 @@ class AllGather(DeclaredOp, name="dist.all_gather", traits=(Collective,)):
 
     def request(self, operand: Array | None) -> lockstep.Request:
         """What this die asks of the others."""
-        return lockstep.Meet(self.name, self.dies or (), operand, self.combine, self.name)
+        return lockstep.Meet(self.name, self.dies or (), operand, self.combine, self._given, self.name)
+
+    def _given(self, number: int) -> lockstep.Layout:
+        whole = _layout(tensor_type(self.out))
+        shape = list(whole.shape)
+        shape[self.axis] = self.sizes[number]
+        return lockstep.Layout(tuple(shape), whole.dtype)
 
     def _may_give(self, size: int | None) -> bool:
         """Whether a die's operand may have this length: its own, or the whole before localize-dies."""
@@ -157,4 +172,4 @@ class Recv(DeclaredOp, name="dist.recv", traits=(Collective,)):
 
     def request(self, operand: Array | None) -> lockstep.Request:
         """What this die asks of the others."""
-        return lockstep.Recv(self.source, self.tag, self.name)
+        return lockstep.Recv(self.source, self.tag, lambda: _layout(tensor_type(self.out)), self.name)

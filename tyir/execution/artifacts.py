@@ -12,6 +12,8 @@ ever parsed as programs, mapped as weights or executed; what is executed is hash
 from __future__ import annotations
 
 import errno
+import hashlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, Self
 
@@ -31,9 +33,10 @@ _MOST_BYTES: Final = 64 << 20  # of a manifest; 16 dies, 8 lengths and 100 layer
 class Artifacts:
     """Made by `open`."""
 
-    def __init__(self, folder: OpenedFolder, manifest: Manifest, *, checked: bool) -> None:
+    def __init__(self, folder: OpenedFolder, manifest: Manifest, sha256: str, *, checked: bool) -> None:
         self._folder = folder
         self.manifest = manifest
+        self.sha256 = sha256  # of the manifest's bytes: what names these artifacts wherever they lie
         self.checked = checked
 
     @property
@@ -42,9 +45,15 @@ class Artifacts:
         return self._folder.path
 
     @classmethod
-    def open(cls, path: str | Path, *, check: bool = True) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        check: bool = True,
+        used: Callable[[Manifest], Collection[str]] | None = None,
+    ) -> Self:
         """Open the folder, read its manifest, open every file it lists and (with `check`) verify size and
-        hash of each.
+        hash of each; where only some are `used`, those.
 
         `TyirError` lists everything that is wrong.
         """
@@ -58,13 +67,16 @@ class Artifacts:
             raise TyirError(
                 f"cannot read {path / MANIFEST}: {error.strerror}", help="compile the model again"
             ) from None
-        artifacts = cls(folder, Manifest.parse(data, path / MANIFEST, check=check), checked=check)
-        artifacts._open_all()
+        manifest = Manifest.parse(data, path / MANIFEST, check=check)
+        artifacts = cls(folder, manifest, hashlib.sha256(data).hexdigest(), checked=check)
+        artifacts._open_all(manifest.files if used is None else used(manifest))
         return artifacts
 
-    def _open_all(self) -> None:
+    def _open_all(self, used: Collection[str]) -> None:
         problems: list[str] = []
         for name, record in sorted(self.manifest.files.items()):
+            if name not in used:
+                continue
             try:
                 file = self._folder.file(name)
             except FileNotFoundError:

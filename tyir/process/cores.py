@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["usable_cores"]
+__all__ = ["control_groups", "usable_cores"]
 
 _GROUPS: Final = Path("/sys/fs/cgroup")
 _OWN: Final = Path("/proc/self/cgroup")
@@ -28,7 +28,7 @@ def usable_cores(groups: Path = _GROUPS, own: Path = _OWN) -> int:
 def _quotas(groups: Path, own: Path) -> list[float]:
     """The quotas of the process's control group and of those around it, in processors."""
     found = []
-    for folder in _folders(groups, own):
+    for folder in control_groups(groups, own):
         try:
             quota, period = (folder / "cpu.max").read_text().split()
             if quota != "max":
@@ -38,7 +38,8 @@ def _quotas(groups: Path, own: Path) -> list[float]:
     return found
 
 
-def _folders(groups: Path, own: Path) -> list[Path]:
+def control_groups(groups: Path = _GROUPS, own: Path = _OWN) -> list[Path]:
+    """The folders of the process's control group (version 2) and of those around it."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

@@ -1,16 +1,42 @@
-"""What the process holds of the machine's memory though nothing in it is used."""
+"""The machine's memory: what of it is free, and what the process holds though nothing in it is used."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["return_free_memory"]
+from tyir.process.cores import control_groups
+
+__all__ = ["available_memory", "return_free_memory"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGE: Final = 4 << 20  # bytes of a block that is given back as soon as it is freed
 _KEPT: Final = 32 << 20  # bytes of others that may stay with the process
+
+
+def available_memory(
+    system: Path = Path("/proc/meminfo"), groups: Sequence[Path] | None = None
+) -> int | None:
+    """Bytes that programs may still take, of the machine and of the process's control groups; None where the
+    system does not say.
+
+    What a control group holds of files that are not in use counts as free: it goes when it is needed.
+    """
+    found: list[int] = []
+    with suppress(OSError, ValueError, StopIteration):
+        line = next(x for x in system.read_text().splitlines() if x.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    for folder in control_groups() if groups is None else groups:
+        with suppress(OSError, ValueError, StopIteration):  # a group without a limit says "max"
+            limit = int((folder / "memory.max").read_text())
+            statistics = (folder / "memory.stat").read_text().splitlines()
+            files = next(int(x.split()[1]) for x in statistics if x.startswith("inactive_file "))
+            found.append(limit - int((folder / "memory.current").read_text()) + files)
+    return max(min(found), 0) if found else None
 
 
 def return_free_memory() -> None:

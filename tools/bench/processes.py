@@ -1,0 +1,134 @@
+"""Dies in several processes beside all of them in one: milliseconds a token, what passes between, and what
+the links of a cluster file say it should take.
+
+    python -m tyir.tools.bench.processes out/4die --processes 2 --measure-links cluster.toml
+    python -m tyir.tools.bench.processes out/4die --hosts 10.0.0.1,10.0.0.2 --cluster cluster.toml
+
+The prediction: what a token takes in one process, and for each collective an exchange over the links.  The
+links are measured without the model, by messages and exchanges alone.  Wall time, median of the tokens; one
+process and several take turns, so that whatever else the machine does meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tyir.tools.cli import ToolParser, run_tool
+from tyir.tools.run.arguments import add_group_arguments, whole
+
+if TYPE_CHECKING:
+    from tyir.runtime_sim.processes.group import DieGroup
+    from tyir.runtime_sim.session.session import Session
+    from tyir.targets.cluster import Cluster
+
+_ROUNDS = 5
+_SMALL, _LARGE = 64, 1 << 20  # bytes of the messages that links are measured with
+
+
+@run_tool
+def main(argv: Sequence[str]) -> int:
+    """Entry point."""
+    args = make_parser().parse_args(argv)
+    from tyir.runtime_sim.session.session import Session
+    from tyir.targets.cluster import load_cluster
+    from tyir.tools.run.group_of import open_with_group
+
+    alone = Session(args.artifacts, threads=args.threads)
+    args.engine = "host"
+    artifacts, group = open_with_group(args, check=True)
+    if group is None:
+        print("one process: nothing passes between processes")
+        return 0
+    with group:
+        session = Session(artifacts, group=group)
+        for warm in (alone, session):
+            _tokens(warm, 4)
+        before = group.traffic
+        _tokens(session, args.tokens)
+        met, messages, sent = ((b - a) / args.tokens for a, b in zip(before, group.traffic))
+        rounds = [[_tokens(one, args.tokens) for one in (alone, session)] for _ in range(_ROUNDS)]
+        one, several = (float(np.median([t for r in rounds for t in r[i]])) for i in range(2))
+        if args.measure_links is not None:
+            args.measure_links.write_text(_measured(group, one / max(met, 1)), encoding="utf-8")
+        file = args.cluster or args.measure_links
+        processes = len(group.places)
+        print(
+            f"{args.artifacts}: {artifacts.manifest.options.dies} dies in {processes} processes"
+            f" {group.places}"
+        )
+        print(f"one process {one * 1e3:.2f} ms a token, {processes} processes {several * 1e3:.2f} ms")
+        print(f"a token: {met:.1f} collectives, {messages:.1f} messages, {sent / 1e3:.2f} kB from the first")
+        if file is not None:
+            cluster = load_cluster(file)
+            predicted = one + _between(cluster, met, messages, sent, processes)
+            print(
+                f"predicted from {file} {predicted * 1e3:.2f} ms, {predicted / several - 1:+.0%} of what was"
+                " measured"
+            )
+    return 0
+
+
+def _tokens(session: Session, count: int) -> list[float]:
+    """Seconds of each of so many tokens after a short prompt."""
+    session.reset()
+    times = [time.perf_counter() for _ in session.generate([5, 17, 99, 4], count + 1)]
+    return [b - a for a, b in zip(times, times[1:])]  # noqa: RUF007 - of a list, shorter
+
+
+def _between(cluster: Cluster, met: float, messages: float, sent: float, processes: int) -> float:
+    """Seconds of a token that pass between processes: exchanges, and hand-overs of pipeline stages."""
+    exchanged = met * (processes - 1)
+    handed = max(messages - exchanged, 0.0)
+    nbytes = sent / messages if messages else 0.0
+    ns = met * cluster.exchange_ns(round(nbytes), processes) + handed * cluster.message_ns(round(nbytes))
+    return ns * 1e-9
+
+
+def _measured(group: DieGroup, between: float) -> str:
+    """A cluster file of this group's links; `between`: seconds of computing between two exchanges."""
+
+    def median(run: Callable[[], Sequence[float]]) -> float:
+        run()
+        return float(np.median(run()))
+
+    small, large = (median(lambda n=n: group.round_trips(n, 200)) / 2 for n in (_SMALL, _LARGE))
+    rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
+    exchange = median(lambda: group.exchanges(_SMALL, 200, between))
+    values = {
+        "hop_us": small * 1e6,
+        "bandwidth_gbps": rate * 1e-9,
+        "exchange_us": max(exchange - small, 0.0) * 1e6,
+    }
+    lines = ['name = "measured"', "", "[link]"]
+    source = "python -m tyir.tools.bench.processes --measure-links"
+    lines += [
+        f'{name} = {{ value = {value:.4g}, label = "fitted", source = "{source}" }}'
+        for name, value in values.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser."""
+    parser = ToolParser(
+        prog="python -m tyir.tools.bench.processes",
+        description="Time dies in several processes beside all in one, and beside what a cluster file says.",
+    )
+    parser.add_argument("artifacts", type=Path)
+    parser.add_argument("--tokens", type=whole, default=60, metavar="N", help="of each round (default 60)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of each process")
+    parser.add_argument("--cluster", type=Path, metavar="FILE", help="the links between the machines")
+    parser.add_argument("--measure-links", type=Path, metavar="FILE", help="measure them, and write FILE")
+    add_group_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

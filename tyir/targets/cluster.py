@@ -1,0 +1,86 @@
+"""Machines beside each other: what links one to another, and how long what passes between them takes.
+
+    name = "two PCs"
+    [link]
+    hop_us = { value = 60, label = "fitted", source = "python -m tyir.tools.bench.processes ..." }
+    bandwidth_gbps = { value = 1.2, label = "fitted", source = "..." }
+    exchange_us = { value = 150, label = "fitted", source = "..." }
+
+The numbers are given as those of a machine file are (`tyir.targets.constants`), every one with its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tyir.diagnostics import TyirError
+from tyir.targets.constants import Constant, Form, build_sections, entries_of, read_table
+from tyir.targets.machine import Machine
+
+__all__ = ["Cluster", "Link", "load_cluster"]
+
+_PACKAGE: Final = "tyir.targets"
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one machine to another: a message takes `hop_us` and its bytes at `bandwidth_gbps`; where all
+    machines of a group tell each other something, the processes spend `exchange_us` beside that.
+    """
+
+    hop_us: float
+    bandwidth_gbps: float
+    exchange_us: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal machines, each linked to each other."""
+
+    name: str
+    link: Link
+    constants: Mapping[str, Constant]
+
+    def message_ns(self, nbytes: int) -> float:
+        """One message, from when it is sent to when it is there.
+
+        Example (4096 bytes, hop 60, 1 GB/s): 60000 + 4096 = 64096 ns.
+        """
+        return self.link.hop_us * 1000 + nbytes / self.link.bandwidth_gbps
+
+    def exchange_ns(self, nbytes: int, machines: int) -> float:
+        """Each of the machines sends `nbytes` to each other: they leave one after the other over one port.
+
+        Example (3 machines, 4096 bytes, hop 60, 1 GB/s, exchange 150): 150000 + 60000 + 2 * 4096 = 218192 ns.
+        """
+        if machines == 1:
+            return 0.0
+        return self.link.exchange_us * 1000 + self.message_ns(nbytes * (machines - 1))
+
+    def of_cards(self, machine: Machine, dies: int) -> Machine:
+        """`machine` with `dies` of it on each PC: what it has between packages is this cluster's link."""
+        return machine.with_overrides(
+            {
+                "d2d.package_dies": dies,
+                "c2c.hop_us": self.link.hop_us + self.link.exchange_us,
+                "c2c.bandwidth_gbps": self.link.bandwidth_gbps,
+            }
+        )
+
+
+def load_cluster(path: Path) -> Cluster:
+    """What a cluster's file describes; everything wrong with it is reported at once."""
+    table = read_table(path, _PACKAGE)
+    name = table.pop("name", path.stem)
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 80:
+        raise TyirError(
+            f"name = {str(name)[:80]!r} is not a name", help='write name = "two PCs"', where=str(path)
+        )
+    sections: dict[str, Any] = {"link": Link}
+    constants, problems = Form(sections, zeros=False, bounds=True).read(entries_of(table), str(path), None)
+    if problems:
+        raise TyirError(problems)
+    return Cluster(name, constants=constants, **build_sections(sections, constants))
