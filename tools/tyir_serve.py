@@ -21,6 +21,8 @@ __all__ = ["main", "make_parser"]
 
 _NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client")
 _KEY: Final = "TYIR_API_KEY"
+_BODY: Final = 4 << 20  # bytes of a request
+_SEEING_BODY: Final = 24 << 20  # with pictures, a third more as base64
 
 
 @run_tool
@@ -53,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         observer=metrics,
         check=not args.no_check,
         threads=args.threads,
+        resize=args.resize,
     )
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
@@ -69,8 +72,9 @@ def main(argv: Sequence[str]) -> int:
     settings = Settings(
         names=tuple(names),
         keys=Settings.hashed(keys),
-        max_body=args.max_body,
+        max_body=args.max_body or (_BODY if engine.eyes is None else _SEEING_BODY),
         always_usage=not args.usage_on_request,
+        tool_parser=None if args.tool_call_parser == "none" else args.tool_call_parser,
     )
     serve(
         engine,
@@ -95,7 +99,7 @@ def _check(args: argparse.Namespace) -> None:
         ),
         ("prefill_share", 0 < args.prefill_share <= 1, "a share above 0, at most 1"),
         ("shutdown_timeout", args.shutdown_timeout >= 0, "0 or more seconds"),
-        ("max_body", args.max_body > 0, "1 or more bytes"),
+        ("max_body", args.max_body is None or args.max_body > 0, "1 or more bytes"),
     ):
         if not holds:
             value = getattr(args, name)
@@ -159,6 +163,17 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Jinja, instead of the artifacts' (or where they have none)",
     )
+    parser.add_argument(
+        "--tool-call-parser",
+        choices=("hermes", "none"),
+        default="hermes",
+        help="how calls of tools are read from answers (default hermes, as Qwen writes them)",
+    )
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="bring pictures of other sizes to the nearest one that was compiled",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-queue",
@@ -178,7 +193,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="how many steps may be long while somebody is being answered (default 0.5)",
     )
     limits.add_argument(
-        "--max-body", type=int, default=4 << 20, metavar="BYTES", help="of a request (default 4 MiB)"
+        "--max-body",
+        type=int,
+        metavar="BYTES",
+        help="of a request (default 4 MiB, of a model that sees pictures 24 MiB)",
     )
     limits.add_argument(
         "--shutdown-timeout",

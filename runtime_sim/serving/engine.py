@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ from tyir.runtime_sim.serving.generation import Finish, Generation
 from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
 from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.finite_steps import NotFinite
+from tyir.runtime_sim.vision.batch_session import VisionBatchSession
+from tyir.runtime_sim.vision.request import VisionRequest
 
 __all__ = ["Engine", "Observer"]
 
@@ -109,6 +111,8 @@ class Engine:
         """
         for generation in generations:
             generation.check(self.vocabulary, self.choices)
+            if generation.pictures is None and isinstance(self.session, VisionBatchSession):
+                generation.pictures = VisionRequest.text(generation.prompt)
         with self._changed:
             if self.failed is not None or self._stopping:
                 raise TyirError(f"the engine has stopped: {self.failed or 'it was told to'}")
@@ -154,9 +158,10 @@ class Engine:
             if step is None:
                 return False
             self._note_admitted()
+            asked = [None if t is None else self._generations.get(t) for t in self.scheduler.running]
         before = self._now()
         try:
-            outputs = self._execute(step)
+            outputs = self._execute(step, asked)
         except NotFinite as error:
             self._blame(error)
             return True
@@ -185,13 +190,17 @@ class Engine:
                 for generation in list(self._generations.values()):
                     self._end(generation, Finish("error", message=self.failed))
 
-    def _execute(self, step: Step) -> list[dict[str, Array]]:
-        session = self.session
+    def _execute(self, step: Step, asked: Sequence[Generation | None]) -> list[dict[str, Array]]:
+        session, feeds = self.session, step.feeds
         for copy in step.copies:
             session.copy(copy.source, copy.target, copy.count)
         for slot, start in enumerate(step.starts):
             session.rewind(slot, start)
-        return session.step(step.feeds, step.seqlen)
+        if isinstance(session, VisionBatchSession) and (one := asked[0]) is not None and one.pictures:
+            session.begin(one.pictures)  # such artifacts run one sequence
+            start, count = step.starts[0], len(feeds[0])
+            feeds = (tuple([*one.prompt, *one.made][start : start + count]),)
+        return session.step(feeds, step.seqlen)
 
     def _hear(self, generation: Generation, start: int, outputs: Mapping[str, Array], ready: bool) -> None:
         """What a step says to one request; an error of its own ends it and no other."""

@@ -29,12 +29,16 @@ def constraint_of(
     response_format: Mapping[str, Any] | None,
     structured: Mapping[str, Any] | None,
     engine: AsyncEngine,
+    grammar: str | None = None,
 ) -> Callable[[], Constraint] | None:
     """What makes the constraint of an answer; None when anything may be said.  `RequestError` for a grammar
     that cannot be used, or when llguidance is not installed.
+
+    `grammar`: llguidance's Lark that goes before what the others say, of a call that must be made.
     """
     param = "response_format" if response_format is not None else "structured_outputs"
-    found = _grammar(response_format or {}, structured or {})
+    param = "tools" if grammar is not None else param
+    found = ("grammar", grammar) if grammar is not None else _grammar(response_format or {}, structured or {})
     if found is None:
         return None
     if importlib.util.find_spec("llguidance") is None:
@@ -53,13 +57,13 @@ def constraint_of(
         "grammar": LLMatcher.grammar_from_lark,
     }[kind]
     try:
-        grammar = make(text)
-        problem = LLMatcher.validate_grammar(grammar, tokenizer)
+        made = make(text)
+        problem = LLMatcher.validate_grammar(made, tokenizer)
     except Exception as error:  # the library's own, of several kinds
         problem = str(error)
     if problem:
         raise RequestError(400, f"Grammar error: {problem.splitlines()[0][:300]}", param)
-    return lambda: _Grammar(LLMatcher(tokenizer, grammar), engine)
+    return lambda: _Grammar(LLMatcher(tokenizer, made), engine)
 
 
 def _grammar(response_format: Mapping[str, Any], structured: Mapping[str, Any]) -> tuple[str, str] | None:
