@@ -29,6 +29,7 @@ import numpy as np
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.process.files import read_regular
+from tyir.runtime_sim.serving.costs import step_costs
 from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
 from tyir.runtime_sim.timing.predictor import Predictor
 
@@ -104,6 +105,10 @@ class Server(Protocol):
         """Run it; seconds."""
         ...
 
+    def costs(self) -> Mapping[int, float]:
+        """Seconds of a step by its length, which the scheduler chooses lengths by."""
+        ...
+
 
 @dataclass
 class SimulatedServer:
@@ -127,6 +132,12 @@ class SimulatedServer:
     def run(self, step: Step) -> float:
         position = max(start for start, feed in zip(step.starts, step.feeds) if feed)
         return (self.predictor.between(step.seqlen, position) + self.predictor.host_ns) * 1e-9
+
+    def costs(self) -> Mapping[int, float]:
+        """Half way through the cache, as far as a step of a length fits there."""
+        middle = self.capacity // 2
+        ns = {s: self.predictor.between(s, min(middle, self.capacity - s)) for s in self.seqlens}
+        return {s: (t + self.predictor.host_ns) * 1e-9 for s, t in ns.items()}
 
 
 @dataclass
@@ -153,6 +164,10 @@ class MeasuredServer:
             self.session.rewind(slot, position)
         self.session.step(step.feeds, step.seqlen)
         return time.perf_counter() - start
+
+    def costs(self) -> Mapping[int, float]:
+        """As a server measures them when it starts."""
+        return step_costs(self.session)
 
 
 def read_trace(path: Path) -> list[Request]:
@@ -234,7 +249,9 @@ def serve(
             f" {long[0].prompt} + {long[0].output}",
             help="shorten them, or compile with a larger --max-kv",
         )
-    scheduler = Scheduler(server.slots, server.seqlens, server.capacity, long_share=long_share)
+    scheduler = Scheduler(
+        server.slots, server.seqlens, server.capacity, long_share=long_share, costs=server.costs()
+    )
     permits = [0.0] * min(max_concurrency or len(todo), len(todo))  # when each may be taken
     under_way: dict[Task, _Running] = {}
     done: dict[int, Result] = {}

@@ -61,9 +61,12 @@ class Engine:
         most_waiting: int | None = None,
         most_waiting_tokens: int | None = None,
         long_share: float = 0.5,
+        queue_timeout: float | None = None,
+        request_timeout: float | None = None,
         observer: Observer | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`queue_timeout`: seconds that a request may wait for a slot; `request_timeout`: until its end."""
         options = session.manifest.options
         self.session = session
         self.capacity = options.max_kv
@@ -82,6 +85,8 @@ class Engine:
         self.failed: str | None = None
         self.observer = observer or Observer()
         self._now = now
+        self._queue_timeout = queue_timeout
+        self._request_timeout = request_timeout
         self._changed = threading.Condition()
         self._generations: dict[Task, Generation] = {}
         self._stopping = False
@@ -154,6 +159,7 @@ class Engine:
     def step(self) -> bool:
         """Run one step; whether there was something to do."""
         with self._changed:
+            self._end_late()
             step = self.scheduler.plan()
             if step is None:
                 return False
@@ -230,6 +236,25 @@ class Engine:
             if generation is not None and math.isnan(generation.times.scheduled):
                 generation.times.scheduled = self._now()
                 self.observer.admitted(generation)
+
+    def _end_late(self) -> None:
+        """End what has taken longer than it may."""
+        if self._queue_timeout is None and self._request_timeout is None:
+            return
+        now = self._now()
+        for generation in list(self._generations.values()):
+            waited = now - generation.times.arrived
+            if self._request_timeout is not None and waited >= self._request_timeout:
+                words = f"the answer took longer than the {self._request_timeout:g} s that one may take"
+            elif (
+                self._queue_timeout is not None
+                and generation.task.slot is None
+                and waited >= self._queue_timeout
+            ):
+                words = f"no place came free in the {self._queue_timeout:g} s that a request may wait"
+            else:
+                continue
+            self._end(generation, Finish("timeout", message=words))
 
     def _blame(self, error: NotFinite) -> None:
         """End the request whose numbers are not finite; the step is run again without it."""

@@ -18,7 +18,7 @@ from tyir.runtime_sim.vision.request import VisionRequest
 __all__ = ["Finish", "FinishReason", "Generation", "Listener", "Scored", "Times"]
 
 _NO_TOKEN: Final = 1 << 31  # beyond all vocabularies
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 
 @dataclass(frozen=True)

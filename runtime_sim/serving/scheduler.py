@@ -147,6 +147,10 @@ class Scheduler:
         self._long_due = 1.0  # long steps that may be taken now
         self._copies = copies
 
+    def weigh(self, costs: Mapping[int, float]) -> None:
+        """What a step of each length costs from now on, in any unit."""
+        self._chunks = _Chunks({length: costs[length] for length in self.seqlens})
+
     # --------------------------------------------------------------------------------------- coming and going
 
     def add(self, *tasks: Task) -> None:

@@ -1,4 +1,4 @@
-"""Tools through a real server, and OpenAI's own client: answers that are held to be calls are read as such."""
+"""Tools through a real server, with OpenAI's own client: answers held to be calls are read as calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ SCHEMA = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
-TIME = {"type": "function", "function": {"name": "now"}}
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+TIME = {"type": "function", "function": {"name": "now", "parameters": NOTHING}}
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "The old house"}]
 # The model was never trained to call anything: what it says first is decided here, its choice is its own.
 SCRIPT = {

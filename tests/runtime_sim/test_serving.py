@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,10 @@ class FixedServer:
     seqlens: Sequence[int] = (1, 8)
 
     def run(self, step: Step) -> float:
-        return {1: 0.02, 8: 0.05}[step.seqlen]
+        return self.costs()[step.seqlen]
+
+    def costs(self) -> Mapping[int, float]:
+        return {1: 0.02, 8: 0.05}
 
 
 def test_two_requests_by_hand() -> None:

@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.serving.choosing import Constraint, Sampling
+from tyir.runtime_sim.serving.costs import step_costs
 from tyir.runtime_sim.serving.engine import Engine, Observer
 from tyir.runtime_sim.serving.generation import Finish, Generation, Scored
 from tyir.runtime_sim.session.batch_session import BatchSession
@@ -219,14 +220,16 @@ class AsyncEngine:
         most_waiting: int | None = None,
         most_waiting_tokens: int | None = None,
         long_share: float = 0.5,
+        queue_timeout: float | None = None,
+        request_timeout: float | None = None,
         observer: Observer | None = None,
         check: bool = True,
         threads: int | None = None,
         resize: bool = False,
     ) -> None:
-        """`most_waiting`, `most_waiting_tokens`, `long_share`: as `Scheduler` takes them; `threads`: of the
-        engine `host`; `resize`: bring pictures to the nearest size that was compiled, which others are
-        refused for.
+        """`most_waiting`, `most_waiting_tokens`, `long_share`: as `Scheduler` takes them; `queue_timeout`,
+        `request_timeout`: as `Engine`; `threads`: of the engine `host`; `resize`: bring pictures to the
+        nearest size that was compiled, which others are refused for.
         """
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         sees = self.artifacts.manifest.vision is not None
@@ -237,6 +240,8 @@ class AsyncEngine:
             most_waiting=most_waiting,
             most_waiting_tokens=most_waiting_tokens,
             long_share=long_share,
+            queue_timeout=queue_timeout,
+            request_timeout=request_timeout,
             observer=observer,
         )
         self.tokenizer = load_tokenizer(self.artifacts)
@@ -276,14 +281,12 @@ class AsyncEngine:
         if self.engine.choices is not None:
             most = self.engine.choices
             top_k = min(sampling.top_k, most) if sampling.top_k > 0 else most
-            return Sampling(temperature=sampling.temperature, top_k=top_k)
+            return replace(sampling, top_k=top_k, repetition_penalty=1.0)
         return sampling
 
     def start(self) -> None:
-        """Run a step of every length, then take requests; blocks until that is done."""
-        for seqlen in sorted(self.session.manifest.options.seqlens):
-            self.session.step([[0], *[[]] * (self.slots - 1)], seqlen)
-            self.session.rewind(0, 0)
+        """Measure a step of every length, then take requests; blocks until that is done."""
+        self.engine.scheduler.weigh(step_costs(self.session))
         self.engine.start()
         self.ready = True
 

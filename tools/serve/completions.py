@@ -28,7 +28,7 @@ from tyir.tools.serve.token_texts import TokenTexts
 from tyir.tools.serve.tool_calls import Calls, HermesReader, Tools
 from tyir.tools.tokenizer import tokenizing
 
-__all__ = ["Completions", "merged", "until_gone"]
+__all__ = ["Completions", "failure", "merged", "until_gone"]
 
 _DEFAULT_TOKENS = 16  # of a plain completion
 _MOST_PROMPTS = 256
@@ -319,8 +319,8 @@ class Completions:
         choices = [_Choice() for _ in range(len(answers) * asked.params.n)]
         async with contextlib.aclosing(merged(answers)) as deltas:
             async for delta in deltas:
-                if delta.finish is not None and delta.finish.reason == "error":
-                    raise RequestError(503, delta.finish.message)
+                if (failed := failure(delta.finish)) is not None:
+                    raise failed
                 choices[delta.index].add(delta)
         return {
             **self._head(asked, "chat.completion" if asked.chat else "text_completion"),
@@ -375,10 +375,8 @@ class Completions:
                     yield chunk({"index": number, "text": text, "logprobs": None, "finish_reason": None})
         async with contextlib.aclosing(merged(answers)) as deltas:
             async for delta in deltas:
-                if delta.finish is not None and delta.finish.reason == "error":
-                    yield event(error_body(RequestError(503, delta.finish.message)))
-                elif delta.finish is not None and delta.finish.reason == "abort":
-                    yield event(error_body(RequestError(503, "the server is stopping")))
+                if (failed := failure(delta.finish)) is not None:
+                    yield event(error_body(failed))
                 elif (reader := readers[delta.index]) is not None:
                     if (part := self._call_part(asked, delta, reader)) is not None:
                         yield chunk(part)
@@ -469,6 +467,15 @@ class Completions:
                 {**entry(s.token, s.logprob), "top_logprobs": [entry(t, v) for t, v in s.top]} for s in scored
             ]
         }
+
+
+def failure(finish: Finish | None) -> RequestError | None:
+    """What a client is told of an answer that did not come to its end."""
+    if finish is None or finish.reason in ("stop", "length"):
+        return None
+    if finish.reason == "timeout":
+        return RequestError(504, finish.message)
+    return RequestError(503, finish.message or "the server is stopping")
 
 
 def _called(asked: _Asked, ended: dict[str, Any]) -> dict[str, Any]:

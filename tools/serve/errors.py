@@ -21,6 +21,7 @@ _TYPES: Final = {
     429: "RateLimitError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
+    504: "TimeoutError",
 }
 _RETRY: Final = {429: "1", 503: "5"}  # seconds
 

@@ -22,7 +22,7 @@ from tyir.diagnostics import TyirError
 from tyir.runtime_sim.vision.request import VisionRequest
 from tyir.tools.serve.asked import limit_of, messages_of, params_of
 from tyir.tools.serve.async_engine import Answer, Params, Prompt
-from tyir.tools.serve.completions import Completions, until_gone
+from tyir.tools.serve.completions import Completions, failure, until_gone
 from tyir.tools.serve.errors import RequestError, refusal
 from tyir.tools.serve.fields import (
     ChatFields,
@@ -222,6 +222,7 @@ class Ollama:
     ) -> AsyncGenerator[str, None]:
         head = self._head(fields)
         calls = Calls()
+        streamed = fields.stream is not False
 
         def put(text: str, **more: Any) -> str:
             said = {"role": "assistant", "content": text} if form == "message" else text
@@ -240,8 +241,10 @@ class Ollama:
                 if delta.finish is None:
                     if text:
                         yield put(text)
-                elif delta.finish.reason in ("error", "abort"):
-                    yield line({"error": delta.finish.message or "the server is stopping"})
+                elif (failed := failure(delta.finish)) is not None:
+                    if not streamed:
+                        raise failed
+                    yield line({"error": failed.message})
                 else:
                     if calls.calls:
                         said = {"role": "assistant", "content": "", "tool_calls": _ollama_calls(calls)}
@@ -264,8 +267,6 @@ class Ollama:
         text, last, calls = "", {}, []
         async for part in parts:
             last = json.loads(part)
-            if "error" in last:
-                raise RequestError(503, last["error"])
             text += last[form]["content"] if form == "message" else last[form]
             calls += last[form].get("tool_calls", ()) if form == "message" else ()
         if form == "message":
