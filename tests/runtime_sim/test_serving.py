@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from tyir.runtime_sim.serving.benchmark import (
 from tyir.runtime_sim.serving.scheduler import Step
 from tyir.runtime_sim.timing.predictor import Predictor
 
+TIMES = {1: 0.02, 8: 0.05}
+
 
 @dataclass
 class FixedServer:
@@ -33,12 +35,13 @@ class FixedServer:
     slots: int = 1
     capacity: int = 1000
     seqlens: Sequence[int] = (1, 8)
+    weights: Mapping[int, float] = field(default_factory=lambda: {1: 1.0, 8: 1.0})
 
     def run(self, step: Step) -> float:
-        return self.costs()[step.seqlen]
+        return TIMES[step.seqlen]
 
     def costs(self) -> Mapping[int, float]:
-        return {1: 0.02, 8: 0.05}
+        return self.weights
 
 
 def test_two_requests_by_hand() -> None:
@@ -58,6 +61,14 @@ def test_two_requests_by_hand() -> None:
         4 / 0.29
     )
     assert figures["request_goodput"] == pytest.approx(1 / 0.29) and figures["max_concurrent_requests"] == 2
+
+
+def test_costs_decide_the_way_through_a_prompt() -> None:
+    """Ten tokens: 8 + 1 + 1 (90 ms) is cheaper than 8 + 8 (100 ms), 13 are not: 8 + 8 instead of 8 + 5."""
+    (ten,) = serve([Request(0, 10, 1)], FixedServer(weights=TIMES))
+    assert ten.ttft == pytest.approx(0.09)
+    (thirteen,) = serve([Request(0, 13, 1)], FixedServer(weights=TIMES))
+    assert thirteen.ttft == pytest.approx(0.1)
 
 
 def test_three_requests_on_two_sequences_by_hand() -> None:

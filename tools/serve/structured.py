@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = ["constraint_of"]
 
 _MOST_CHARACTERS: Final = 1 << 16
 _MOST_CHOICES: Final = 1024
+_SPACE: Final = r"[ \t\n]{0,16}"  # between the parts of JSON: small models fill answers with it otherwise
 
 
 def constraint_of(
@@ -52,7 +53,7 @@ def constraint_of(
 
     tokenizer = _tokenizer(engine)
     make = {
-        "schema": LLMatcher.grammar_from_json_schema,
+        "schema": partial(LLMatcher.grammar_from_json_schema, defaults={"whitespace_pattern": _SPACE}),
         "regex": LLMatcher.grammar_from_regex,
         "grammar": LLMatcher.grammar_from_lark,
     }[kind]
