@@ -18,12 +18,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from tests.clients.environments import python_of
-from tests.e2e.conftest import MODEL
 from tests.e2e.serving import Served, serving
-from tyir.frontends.huggingface import import_model
-from tyir.manifest import BuildOptions
 from tyir.runtime_sim.session.session import Session
-from tyir.tools.api import compile_path
 
 pytestmark = pytest.mark.slow
 
@@ -33,17 +29,7 @@ SENTENCES = (
     "She looked at him in the morning and said nothing.",
     "It was a cold day, and the river was high.",
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Artifacts for four sequences of 512 tokens."""
-    ir = tmp_path_factory.mktemp("ir") / "model.ir"
-    from tyir.printer import print_op
-
-    ir.write_text(print_op(import_model(MODEL)))
-    options = BuildOptions(dies=1, seqlens=(1, 8, 64), max_kv=512, weights="int4", batch=4)
-    return compile_path(ir, tmp_path_factory.mktemp("clients"), options)
+CHOICES = ([" and the road", " qqq zz"], [" to her", " 7 7 7"], [" and wet", " the the"])
 
 
 @pytest.fixture
@@ -118,41 +104,45 @@ metadata: {{version: 1}}
 """
 
 
-def test_lm_eval(served: Served, folder: Path, tmp_path: Path) -> None:
-    """Every log-likelihood it reads is the compiled programs' own, within 1e-3."""
-    choices = [[" and the road", " qqq zz"], [" to her", " 7 7 7"], [" and wet", " the the"]]
-    lines = [{"text": t[:-1], "choices": c, "label": 0} for t, c in zip(SENTENCES, choices)]
-    data, out = tmp_path / "data.json", tmp_path / "out"
+def evaluated(url: str, folder: Path, out: Path) -> dict[tuple[str, int, int], float]:
+    """What lm_eval reads of a server: log-likelihoods by task, document and choice."""
+    lines = [{"text": t[:-1], "choices": c, "label": 0} for t, c in zip(SENTENCES, CHOICES)]
+    out.mkdir()
+    data = out / "data.json"
     data.write_text("\n".join(map(json.dumps, lines)))
     for name, text in (("mc", MULTIPLE_CHOICE), ("roll", ROLLING)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
-    given = (
-        f"base_url={served.url}/v1/completions,model=tiny,tokenizer={folder},max_length=511,num_concurrent=4"
-    )
+        (out / f"{name}.yaml").write_text(text.format(data=data))
+    given = f"base_url={url}/v1/completions,model=tiny,tokenizer={folder},max_length=511,num_concurrent=4"
     run(
         "lm-eval", "lm_eval", "run", "--model", "local-completions", "--model_args", given,
-        "--tasks", "tyir_mc,tyir_roll", "--include_path", str(tmp_path), "--output_path", str(out),
+        "--tasks", "tyir_mc,tyir_roll", "--include_path", str(out), "--output_path", str(out / "found"),
         "--log_samples", "--batch_size", "1", module=True,
     )  # fmt: skip
-    session, tokenizer = Session(folder), served.engine.tokenizer
-    compared = 0
-    for file in out.rglob("samples_*.jsonl"):
+    found = {}
+    for file in (out / "found").rglob("samples_*.jsonl"):
+        task = "mc" if "tyir_mc" in file.name else "roll"
         for sample in map(json.loads, file.read_text().splitlines()):
-            replies = sample["resps"]
-            for number, reply in enumerate(replies):
-                value = float(np.ravel(reply[0])[0])
-                if "mc" in file.name:
-                    text = sample["doc"]["text"]
-                    context = tokenizer(text)["input_ids"]
-                    ids = tokenizer(text + sample["doc"]["choices"][number])["input_ids"]
-                    wanted = log_likelihood(session, ids, len(context))
-                else:
-                    ids = tokenizer(sample["doc"]["text"], add_special_tokens=False)["input_ids"]
-                    prefix = tokenizer.bos_token_id or tokenizer.eos_token_id
-                    wanted = log_likelihood(session, [prefix, *ids], 1)
-                assert value == pytest.approx(wanted, abs=1e-3), (file.name, sample["doc"], number)
-                compared += 1
-    assert compared == 9
+            for number, reply in enumerate(sample["resps"]):
+                found[task, sample["doc_id"], number] = float(np.ravel(reply[0])[0])
+    return found
+
+
+def test_lm_eval(served: Served, folder: Path, tmp_path: Path) -> None:
+    """Every log-likelihood it reads is the compiled programs' own, within 1e-3."""
+    found = evaluated(served.url, folder, tmp_path / "own")
+    session, tokenizer = Session(folder), served.engine.tokenizer
+    assert len(found) == 9
+    for (task, document, number), value in found.items():
+        text = SENTENCES[document][:-1]
+        if task == "mc":
+            choice = json.loads((tmp_path / "own" / "data.json").read_text().splitlines()[document])[
+                "choices"
+            ][number]
+            ids, start = tokenizer(text + choice)["input_ids"], len(tokenizer(text)["input_ids"])
+        else:
+            prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            ids, start = [prefix, *tokenizer(text, add_special_tokens=False)["input_ids"]], 1
+        assert value == pytest.approx(log_likelihood(session, ids, start), abs=1e-3), (task, text, number)
 
 
 def test_schemathesis(served: Served, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,8 @@ pytest.importorskip("PIL", reason="the extra 'vision' is not installed")
 
 from tests.browser import BROWSER, open_page
 from tests.e2e.serving import Served, serving
-from tests.vision.folders import MODELS
 from tests.vision.scenes import DESCRIBE, Scene, draw
-from tyir.manifest import BuildOptions
 from tyir.runtime_sim.vision.pictures import Picture
-from tyir.tools.api import compile_path
 from tyir.tools.serve.async_engine import AsyncEngine, Params
 
 SIZE = (112, 112)
@@ -31,9 +28,9 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = BuildOptions(dies=1, seqlens=(1, 16), max_kv=256)
-    return compile_path(MODELS / "tiny-qwen2.5-vl", tmp_path_factory.mktemp("seeing"), options, images=[SIZE])
+def seeing(compiled: Callable[..., Path]) -> Path:
+    """For pictures of two sizes, in steps of 16 tokens."""
+    return compiled("tiny-qwen2.5-vl", 1)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +91,7 @@ def test_answers_are_about_the_picture(served: Served) -> None:
     )
     assert made["response"] == said
     assert "vision" in served.post("/api/show", model="tiny")["capabilities"]
-    assert served.ask("GET", "/v1/models")[1]["data"][0]["tyir"]["images"] == ["112x112"]
+    assert served.ask("GET", "/v1/models")[1]["data"][0]["tyir"]["images"] == ["112x112", "168x112"]
     count = served.post("/tokenize", messages=message(urls[0], DESCRIBE))["count"]
     assert count == again["usage"]["prompt_tokens"]
 
@@ -135,7 +132,7 @@ def bomb() -> bytes:
     )
 
 
-def test_what_is_refused(served: Served, four: Path) -> None:
+def test_what_is_refused(served: Served, text_only: Path) -> None:
     good = url_of(png(draw(3, SIZE)))
     for parts, words in (
         (["http://127.0.0.1/a.png", "a"], "not fetched"),
@@ -150,7 +147,7 @@ def test_what_is_refused(served: Served, four: Path) -> None:
         status, content = served.ask("POST", CHAT, {"messages": message(*parts)})
         assert status == 400 and words in content["error"]["message"], content
         assert content["error"]["param"].startswith("messages")
-    with serving(four) as deaf:
+    with serving(text_only) as deaf:
         status, content = deaf.ask("POST", CHAT, {"messages": message(good, "a")})
         assert status == 400 and "is not a multimodal model" in content["error"]["message"]
 
@@ -160,7 +157,7 @@ def test_a_size_that_was_not_compiled(seeing: Path) -> None:
         status, content = strict.ask(
             "POST", CHAT, {"messages": message(url_of(png(draw(3, (224, 84)))), "a")}
         )
-        assert status == 400 and "compiled are 112x112" in content["error"]["message"]
+        assert status == 400 and "compiled are 112x112, 168x112" in content["error"]["message"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to look with")
