@@ -88,6 +88,7 @@ output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{label}}}}"
+target_delimiter: ""
 metric_list: [{{metric: acc}}]
 metadata: {{version: 1}}
 """

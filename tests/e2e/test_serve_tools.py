@@ -23,9 +23,10 @@ TEMPLATE_WITH_TOOLS = (
 )
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+    "properties": {"city": {"$ref": "#/$defs/City"}},
     "required": ["city"],
     "additionalProperties": False,
+    "$defs": {"City": {"enum": ["Oslo", "Rome"]}},  # as pydantic writes it
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -136,6 +137,16 @@ def test_what_is_refused(served: Served, four: Path) -> None:
     ):  # fmt: skip
         status, content = served.ask("POST", "/v1/chat/completions", ask(served, **bad))
         assert status == 400 and content["error"]["param"] == param, content
+    other = {"type": "function", "function": {"name": "g", "parameters": {"$defs": {"City": {}}}}}
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    nested = {"type": "function", "function": {"name": "g", "parameters": deep}}
+    for tools in ([WEATHER, other], [nested]):
+        status, content = served.ask(
+            "POST", "/v1/chat/completions", ask(served, tools=tools, tool_choice="required")
+        )
+        assert status == 400 and content["error"]["param"] == "tools", content
     from tyir.tools.serve.settings import Settings
 
     with serving(four, template=TEMPLATE, settings=Settings(names=("tiny",))) as deaf:

@@ -6,7 +6,6 @@ https://github.com/guidance-ai/llguidance: which tokens may follow is asked for 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from tyir.runtime_sim.serving.choosing import Constraint
 from tyir.tools.serve.async_engine import AsyncEngine
-from tyir.tools.serve.errors import RequestError
+from tyir.tools.serve.errors import RequestError, json_text
 
 __all__ = ["constraint_of"]
 
@@ -81,7 +80,7 @@ def _grammar(response_format: Mapping[str, Any], structured: Mapping[str, Any]) 
                 raise RequestError(
                     400, "response_format.json_schema.schema must be a schema", "response_format"
                 )
-            return "schema", json.dumps(schema)
+            return "schema", json_text(schema, "response_format")
         case other:
             raise RequestError(
                 400, f"response_format of type {str(other)[:40]!r} is not known", "response_format"
@@ -95,7 +94,7 @@ def _grammar(response_format: Mapping[str, Any], structured: Mapping[str, Any]) 
         )
     ((name, value),) = given.items()
     if name == "json" and isinstance(value, (dict, str)):
-        return "schema", value if isinstance(value, str) else json.dumps(value)
+        return "schema", value if isinstance(value, str) else json_text(value, "structured_outputs")
     if name in ("regex", "grammar") and isinstance(value, str):
         return name, value
     texts = [v for v in value if isinstance(v, str) and v] if isinstance(value, list) else []

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tyir.tools.serve.errors import RequestError
+from tyir.tools.serve.errors import RequestError, json_text
 from tyir.tools.serve.fields import ChatFields
 
 __all__ = ["CallPiece", "Calls", "HermesReader", "Tools"]
@@ -70,26 +70,32 @@ class Tools:
         return [{"type": "function", "function": dict(f)} for f in self.functions]
 
     def grammar(self) -> str | None:
-        """What an answer that must be a call is held to, for llguidance; None when it may be anything."""
+        """What an answer that must be a call is held to, for llguidance; None when it may be anything.
+
+        `RequestError` where the tools' schemas contradict one another.
+        """
         if self.choice == "auto":
             return None
-        forms = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": f["name"]},
-                    "arguments": {"type": "object", **(f.get("parameters") or {})},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-                "x-guidance": {"whitespace_pattern": " ?"},
-            }
-            for f in self.functions
-            if not self.named or f["name"] == self.choice
-        ]
-        schema = json.dumps(
-            {"anyOf": forms, "x-guidance": {"whitespace_pattern": " ?"}} if len(forms) > 1 else forms[0]
-        )
+        chosen = [f for f in self.functions if not self.named or f["name"] == self.choice]
+        shared: dict[str, Any] = {}  # what schemas refer to by `#/$defs/..`, which is looked for at the root
+        forms = []
+        for function in chosen:
+            own = {"type": "object", **(function.get("parameters") or {})}
+            for name, schema in (own.pop("$defs", None) or {}).items():
+                if shared.setdefault(name, schema) != schema:
+                    raise RequestError(400, f"two tools define $defs.{name[:64]} differently", "tools")
+            forms.append(
+                {
+                    "type": "object",
+                    "properties": {"name": {"const": function["name"]}, "arguments": own},
+                    "required": ["name", "arguments"],
+                    "additionalProperties": False,
+                }
+            )
+        whole = {"anyOf": forms} if len(forms) > 1 else forms[0]
+        if shared:
+            whole["$defs"] = shared
+        schema = json_text({**whole, "x-guidance": {"whitespace_pattern": " ?"}}, "tools")
         many = "call+" if self.parallel else "call"
         return f'start: {many}\ncall: "{_OPEN}\\n" body "\\n{_CLOSE}" /\\n?/\nbody: %json {schema}\n'
 
@@ -104,7 +110,9 @@ def _function(tool: Mapping[str, Any], number: int) -> Mapping[str, Any]:
             " to 64 letters, digits, dots, dashes and underscores",
             f"tools.{number}.function",
         )
-    if not isinstance(function.get("parameters", {}), (dict, type(None))):
+    parameters = function.get("parameters")
+    shared = parameters.get("$defs") if isinstance(parameters, dict) else None
+    if not isinstance(parameters, (dict, type(None))) or not isinstance(shared, (dict, type(None))):
         raise RequestError(
             400, "parameters must be the JSON schema of an object", f"tools.{number}.function.parameters"
         )
