@@ -36,6 +36,7 @@ from tyir.frontends.quant_formats import quantized_format
 from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
 from tyir.layers import layer_in, path_of
+from tyir.process.extras import require
 from tyir.process.progress import Bar
 from tyir.vision.graphs import LANGUAGE, mark_graph
 
@@ -112,6 +113,7 @@ def import_model(
     error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
     """
+    require("importing a model", "torch", "transformers", "safetensors")
     if dtype not in DTYPES:
         raise TyirError(
             f"dtype {dtype!r} is not one a model can be imported in",

@@ -47,14 +47,14 @@ with open("pyproject.toml", "rb") as file:
 PYTHON
 }
 
-# The requirement of one package, as pyproject.toml spells it.
+# The requirement of one package that compiling needs, as pyproject.toml spells it.
 requirement() {
   "$python" - "$1" <<'PYTHON'
 import sys, tomllib
 
 with open("pyproject.toml", "rb") as file:
-    dependencies = tomllib.load(file)["project"]["dependencies"]
-print(next(d for d in dependencies if d.startswith(sys.argv[1])))
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+print(next(d for d in extras["compile"] if d.startswith(sys.argv[1])))
 PYTHON
 }
 

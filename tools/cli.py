@@ -172,6 +172,7 @@ def _report(error: BaseException, debug: bool) -> int:
         return _say("interrupted" if error.signal == signal.SIGINT else "terminated", 128 + error.signal)
     if isinstance(error, KeyboardInterrupt):
         return _say("interrupted", 130)
+    from tyir.process.extras import missing_library
     from tyir.process.streams import silence_output
     from tyir.process.system_errors import system_error
 
@@ -181,6 +182,8 @@ def _report(error: BaseException, debug: bool) -> int:
     trace = traceback.format_exc() if debug else ""
     if isinstance(error, TyirError):
         return _say(trace + error.render(), 1)
+    if (absent := missing_library(error)) is not None:
+        return _say(trace + absent.render(), 1)
     if (refused := system_error(error)) is not None:
         return _say(trace + refused.render(), 1)
     return _say(trace or _internal_error(error), 1)

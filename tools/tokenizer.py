@@ -17,6 +17,7 @@ from typing import Any, Final
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
+from tyir.process.extras import require
 from tyir.text.json_files import json_object
 from tyir.tools.run.tokenizer_limits import MAX_BYTES, tokenizer_problem
 
@@ -70,6 +71,7 @@ def load_tokenizer(source: Artifacts | Path) -> Any:
 
 
 def _read(copy: Path, path: Path) -> Any:
+    require("reading a tokenizer", "transformers", extra="serve")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # a class that transformers does not have: tokenizer.json says all that it does

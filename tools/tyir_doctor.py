@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tyir.process.extras import EXTRA_OF
 from tyir.tools.cli import ToolParser, add_json_option, run_tool
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def _troubles(found: dict[str, object], cwd: Path, tmp: Path) -> Iterator[Troubl
     assert isinstance(libraries, dict)
     missing = [name for name in _LIBRARIES if libraries[name] is None]
     if missing:
-        yield Trouble(f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}", True)
+        extra = next((EXTRA_OF[name] for name in missing if name in EXTRA_OF), None)
+        cure = "pip install tyir" if extra is None else f"pip install 'tyir[{extra}]'"
+        yield Trouble(f"not installed: {', '.join(missing)}", cure, True)
     for name, wanted in _pinned().items():
         if libraries.get(name) and not _satisfies(str(libraries[name]), wanted):
             yield Trouble(
@@ -128,14 +131,14 @@ def _version(name: str) -> str | None:
 
 
 def _pinned() -> dict[str, str]:
-    """What the installed tyir needs of its libraries: name -> versions."""
+    """What the installed tyir needs of its libraries, and to compile: name -> versions."""
     needs = {}
     for line in metadata.requires("tyir") or ():
         requirement = line.partition(";")
         name = requirement[0].strip()
         for i, character in enumerate(name):
             if character in "=<>~!":
-                if "extra" not in requirement[2]:
+                if "extra" not in requirement[2] or "compile" in requirement[2]:
                     needs[name[:i].strip()] = name[i:].strip()
                 break
     return {name: needs[name] for name in _LIBRARIES if name in needs}

@@ -6,7 +6,6 @@ tyir-serve out/4die --port 8000
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -14,25 +13,23 @@ from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import TyirError
+from tyir.process.extras import require
 from tyir.tools.cli import ToolParser, add_json_option, note, run_tool, warn
 from tyir.tools.run.arguments import add_engine_argument, add_group_arguments, add_threads_argument
 
 __all__ = ["main", "make_parser"]
 
-_NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED: Final = ("fastapi", "uvicorn", "prometheus_client", "transformers")
 _KEY: Final = "TYIR_API_KEY"
+_BODY: Final = 4 << 20  # bytes of a request
+_SEEING_BODY: Final = 24 << 20  # with pictures, a third more as base64
 
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise TyirError(
-            f"serving needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            help="pip install 'tyir[serve]'",
-        )
+    require("serving", *_NEEDED, extra="serve")
     _check(args)
     from tyir.tools.commands.json_forms import Serving, print_json
     from tyir.tools.run.group_of import open_with_group
@@ -52,9 +49,12 @@ def main(argv: Sequence[str]) -> int:
         most_waiting=args.max_queue,
         most_waiting_tokens=args.max_queued_tokens,
         long_share=args.prefill_share,
+        queue_timeout=args.queue_timeout,
+        request_timeout=args.request_timeout,
         observer=metrics,
         threads=args.threads,
         group=group,
+        resize=args.resize,
     )
     if group is not None:
         group.on_failure = lambda problem: engine.engine.fail(problem.diagnostics[0].message)
@@ -73,8 +73,9 @@ def main(argv: Sequence[str]) -> int:
     settings = Settings(
         names=tuple(names),
         keys=Settings.hashed(keys),
-        max_body=args.max_body,
+        max_body=args.max_body or (_BODY if engine.eyes is None else _SEEING_BODY),
         always_usage=not args.usage_on_request,
+        tool_parser=None if args.tool_call_parser == "none" else args.tool_call_parser,
     )
     serve(
         engine,
@@ -89,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     queued = args.max_queued_tokens
+    limits = {name: getattr(args, name) for name in ("queue_timeout", "request_timeout")}
     for name, holds, wanted in (
         ("port", 0 <= args.port < 1 << 16, "0 (a free one) to 65535"),
         ("max_queue", args.max_queue >= 0, "0 or more requests"),
@@ -97,9 +99,10 @@ def _check(args: argparse.Namespace) -> None:
             queued is None or queued > 0,
             "1 or more tokens",
         ),
+        *((n, v is None or v > 0, "a number of seconds above 0") for n, v in limits.items()),
         ("prefill_share", 0 < args.prefill_share <= 1, "a share above 0, at most 1"),
         ("shutdown_timeout", args.shutdown_timeout >= 0, "0 or more seconds"),
-        ("max_body", args.max_body > 0, "1 or more bytes"),
+        ("max_body", args.max_body is None or args.max_body > 0, "1 or more bytes"),
     ):
         if not holds:
             value = getattr(args, name)
@@ -164,6 +167,17 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Jinja, instead of the artifacts' (or where they have none)",
     )
+    parser.add_argument(
+        "--tool-call-parser",
+        choices=("hermes", "none"),
+        default="hermes",
+        help="how calls of tools are read from answers (default hermes, as Qwen writes them)",
+    )
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="bring pictures of other sizes to the nearest one that was compiled",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-queue",
@@ -176,6 +190,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-queued-tokens", type=int, metavar="N", help="tokens of their prompts together (default: any)"
     )
     limits.add_argument(
+        "--queue-timeout",
+        type=float,
+        metavar="S",
+        help="how long one may wait before it gets 504 (default: any)",
+    )
+    limits.add_argument(
+        "--request-timeout", type=float, metavar="S", help="how long an answer may take in all (default: any)"
+    )
+    limits.add_argument(
         "--prefill-share",
         type=float,
         default=0.5,
@@ -183,7 +206,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="how many steps may be long while somebody is being answered (default 0.5)",
     )
     limits.add_argument(
-        "--max-body", type=int, default=4 << 20, metavar="BYTES", help="of a request (default 4 MiB)"
+        "--max-body",
+        type=int,
+        metavar="BYTES",
+        help="of a request (default 4 MiB, of a model that sees pictures 24 MiB)",
     )
     limits.add_argument(
         "--shutdown-timeout",

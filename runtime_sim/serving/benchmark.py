@@ -30,6 +30,7 @@ import numpy as np
 from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.process.files import read_regular
+from tyir.runtime_sim.serving.costs import step_costs
 from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
 from tyir.runtime_sim.timing.predictor import Predictor
 
@@ -110,6 +111,10 @@ class Server(Protocol):
         """Run it; seconds."""
         ...
 
+    def costs(self) -> Mapping[int, float]:
+        """Seconds of a step by its length, which the scheduler chooses lengths by."""
+        ...
+
 
 @dataclass
 class SimulatedServer:
@@ -134,6 +139,12 @@ class SimulatedServer:
     def run(self, step: Step) -> float:
         position = max(start for start, feed in zip(step.starts, step.feeds) if feed)
         return (self.predictor.between(step.seqlen, position) + self.predictor.host_ns) * 1e-9
+
+    def costs(self) -> Mapping[int, float]:
+        """Half way through the cache, as far as a step of a length fits there."""
+        middle = self.capacity // 2
+        ns = {s: self.predictor.between(s, min(middle, self.capacity - s)) for s in self.seqlens}
+        return {s: (t + self.predictor.host_ns) * 1e-9 for s, t in ns.items()}
 
 
 @dataclass
@@ -164,6 +175,10 @@ class MeasuredServer:
             self.session.rewind(slot, position)
         self.session.step(step.feeds, step.seqlen, step.lengths)
         return time.perf_counter() - start
+
+    def costs(self) -> Mapping[int, float]:
+        """As a server measures them when it starts."""
+        return step_costs(self.session)
 
 
 def read_trace(path: Path) -> list[Request]:
@@ -246,7 +261,7 @@ def serve(
             help="shorten them, or compile with a larger --max-kv",
         )
     sizes = (server.slots, server.seqlens, server.capacity)
-    scheduler = Scheduler(*sizes, long_share=long_share, chunks=server.chunks)
+    scheduler = Scheduler(*sizes, long_share=long_share, costs=server.costs(), chunks=server.chunks)
     permits = [0.0] * min(max_concurrency or len(todo), len(todo))  # when each may be taken
     under_way: dict[Task, _Running] = {}
     done: dict[int, Result] = {}

@@ -94,14 +94,18 @@ class Sampling:
             self._check_choices(choices, logprobs)
 
     def _check_choices(self, choices: int, logprobs: bool) -> None:
-        """The softmax over all tokens is not known where a program returns the best of them."""
+        """The softmax over all tokens is not known where a program returns the best of them.
+
+        Within `top_k` of them it is: the nucleus and the smallest share are of what top-k leaves.
+        """
         check_sampling(choices, self.temperature, max(self.top_k, 0))
         random = self.temperature > 0
+        among_all = random and self.top_k <= 0
         wanted = {
             "logprobs": logprobs,
-            "top_p": random and self.top_p < 1,
-            "min_p": random and self.min_p > 0,
-            "sampling without top_k": random and self.top_k <= 0,
+            "top_p without top_k": among_all and self.top_p < 1,
+            "min_p without top_k": among_all and self.min_p > 0,
+            "sampling without top_k": among_all,
             "penalties": self._penalises,
             "logit_bias": bool(self.bias),
             "allowed_token_ids": self.allowed is not None,

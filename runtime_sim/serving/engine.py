@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from tyir.runtime_sim.serving.generation import Finish, Generation
 from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
 from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.finite_steps import NotFinite
+from tyir.runtime_sim.vision.batch_session import VisionBatchSession
+from tyir.runtime_sim.vision.request import VisionRequest
 
 __all__ = ["Engine", "Observer"]
 
@@ -60,9 +62,12 @@ class Engine:
         most_waiting: int | None = None,
         most_waiting_tokens: int | None = None,
         long_share: float = 0.5,
+        queue_timeout: float | None = None,
+        request_timeout: float | None = None,
         observer: Observer | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`queue_timeout`: seconds that a request may wait for a slot; `request_timeout`: until its end."""
         options = session.manifest.options
         self.session = session
         self.capacity = options.max_kv
@@ -82,6 +87,8 @@ class Engine:
         self.failed: str | None = None
         self.observer = observer or Observer()
         self._now = now
+        self._queue_timeout = queue_timeout
+        self._request_timeout = request_timeout
         self._changed = threading.Condition()
         self._generations: dict[Task, Generation] = {}
         self._stopping = False
@@ -111,6 +118,8 @@ class Engine:
         """
         for generation in generations:
             generation.check(self.vocabulary, self.choices)
+            if generation.pictures is None and isinstance(self.session, VisionBatchSession):
+                generation.pictures = VisionRequest.text(generation.prompt)
         with self._changed:
             if self.failed is not None or self._stopping:
                 raise TyirError(f"the engine has stopped: {self.failed or 'it was told to'}")
@@ -160,13 +169,15 @@ class Engine:
     def step(self) -> bool:
         """Run one step; whether there was something to do."""
         with self._changed:
+            self._end_late()
             step = self.scheduler.plan()
             if step is None:
                 return False
             self._note_admitted()
+            asked = [None if t is None else self._generations.get(t) for t in self.scheduler.running]
         before = self._now()
         try:
-            outputs = self._execute(step)
+            outputs = self._execute(step, asked)
         except NotFinite as error:
             self._blame(error)
             return True
@@ -192,13 +203,17 @@ class Engine:
         except BaseException as error:  # whatever it is, who waits for an answer must hear of it
             self.fail(f"{type(error).__name__}: {error}")
 
-    def _execute(self, step: Step) -> list[dict[str, Array]]:
-        session = self.session
+    def _execute(self, step: Step, asked: Sequence[Generation | None]) -> list[dict[str, Array]]:
+        session, feeds = self.session, step.feeds
         for copy in step.copies:
             session.copy(copy.source, copy.target, copy.count)
         for slot, start in enumerate(step.starts):
             session.rewind(slot, start)
-        return session.step(step.feeds, step.seqlen, step.lengths)
+        if isinstance(session, VisionBatchSession) and (one := asked[0]) is not None and one.pictures:
+            session.begin(one.pictures)  # such artifacts run one sequence
+            start, count = step.starts[0], len(feeds[0])
+            feeds = (tuple([*one.prompt, *one.made][start : start + count]),)
+        return session.step(feeds, step.seqlen, step.lengths)
 
     def _hear(self, generation: Generation, start: int, outputs: Mapping[str, Array], ready: bool) -> None:
         """What a step says to one request; an error of its own ends it and no other."""
@@ -228,6 +243,25 @@ class Engine:
             if generation is not None and math.isnan(generation.times.scheduled):
                 generation.times.scheduled = self._now()
                 self.observer.admitted(generation)
+
+    def _end_late(self) -> None:
+        """End what has taken longer than it may."""
+        if self._queue_timeout is None and self._request_timeout is None:
+            return
+        now = self._now()
+        for generation in list(self._generations.values()):
+            waited = now - generation.times.arrived
+            if self._request_timeout is not None and waited >= self._request_timeout:
+                words = f"the answer took longer than the {self._request_timeout:g} s that one may take"
+            elif (
+                self._queue_timeout is not None
+                and generation.task.slot is None
+                and waited >= self._queue_timeout
+            ):
+                words = f"no place came free in the {self._queue_timeout:g} s that a request may wait"
+            else:
+                continue
+            self._end(generation, Finish("timeout", message=words))
 
     def _blame(self, error: NotFinite) -> None:
         """End the request whose numbers are not finite; the step is run again without it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,12 @@ import numpy.typing as npt
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.choosing import Chooser, Constraint, Sampling, log_probabilities
 from tyir.runtime_sim.serving.scheduler import Task
+from tyir.runtime_sim.vision.request import VisionRequest
 
 __all__ = ["Finish", "FinishReason", "Generation", "Listener", "Scored", "Times"]
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+_NO_TOKEN: Final = 1 << 31  # beyond all vocabularies
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Generation:
 
     `stops` end the answer, not before `least` tokens.  `logprobs`: how many of the most likely tokens are
     reported with each, None for no log-probabilities.  `score_prompt`: the prompt's tokens too.  `after`: an
-    answer to the same prompt, whose cache is waited for.
+    answer to the same prompt, whose cache is waited for.  `pictures`: the prompt of a model that sees them,
+    with those that are in it.
     """
 
     prompt: Sequence[int]
@@ -84,14 +87,17 @@ class Generation:
     constraint: Constraint | None = None
     salt: str = ""
     after: Generation | None = None
+    pictures: VisionRequest | None = None
     task: Task = field(init=False)
     made: list[int] = field(default_factory=list, init=False)
     finish: Finish | None = field(default=None, init=False)
     times: Times = field(default_factory=Times, init=False)
 
     def __post_init__(self) -> None:
+        # what is the same in two caches: a picture's tokens alone do not say which picture it is
+        keys = self.prompt if self.pictures is None else self.pictures.row_keys(_NO_TOKEN)
         self.task = Task(
-            self.prompt,
+            keys,
             self.after.task if self.after is not None else None,
             whole=self.score_prompt,
             salt=self.salt,

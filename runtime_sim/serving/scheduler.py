@@ -151,6 +151,10 @@ class Scheduler:
         self._copies = copies
         self._borders = chunks
 
+    def weigh(self, costs: Mapping[int, float]) -> None:
+        """What a step of each length costs from now on, in any unit."""
+        self._chunks = _Chunks({length: costs[length] for length in self.seqlens})
+
     # --------------------------------------------------------------------------------------- coming and going
 
     def add(self, *tasks: Task) -> None:

@@ -26,7 +26,7 @@ from tyir.vision.sizes import size_text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MOST_PIXELS", "Picture", "as_picture", "pillow", "read_frames", "read_picture"]
+__all__ = ["MOST_PIXELS", "Picture", "as_picture", "decode_picture", "pillow", "read_frames", "read_picture"]
 
 MOST_PIXELS: Final = 100_000_000  # 300 MB as RGB; a camera's have 12 to 60 million
 _MOST_BYTES: Final = 256 << 20
@@ -91,21 +91,27 @@ def read_picture(path: Path) -> Picture:
     `TyirError` for a file that cannot be read, is empty, is no picture of a known format, is damaged or
     cut off, or holds more than `MOST_PIXELS`.
     """
-    data = _read(path)
-    image = _open(data, path)
+    return decode_picture(_read(path), str(path))
+
+
+def decode_picture(data: bytes, name: str, most_pixels: int = MOST_PIXELS) -> Picture:
+    """The picture in the bytes of a file, which messages call `name`; `TyirError` as `read_picture`."""
+    if not data:
+        raise TyirError(f"the picture {name} is empty: the file has no bytes", help="copy it again")
+    image = _open(data, name)
     width, height = image.size
     if width < 1 or height < 1:
-        raise TyirError(f"{path} is a picture of {width}x{height}: it has no pixels", help=_CONVERT)
-    if width * height > MOST_PIXELS:
+        raise TyirError(f"{name} is a picture of {width}x{height}: it has no pixels", help=_CONVERT)
+    if width * height > most_pixels:
         raise TyirError(
-            f"{path} has {width}x{height} pixels, more than the {MOST_PIXELS} that are read",
+            f"{name} has {width}x{height} pixels, more than the {most_pixels} that are read",
             help="make it smaller; the model sees far fewer pixels anyway",
         )
-    frames = getattr(image, "n_frames", 1)
-    first = () if frames == 1 else (f"the first of {frames} frames is taken",)
-    with _decoding(path):
+    with _decoding(name):
+        frames = getattr(image, "n_frames", 1)
+        first = () if frames == 1 else (f"the first of {frames} frames is taken",)
         image.load()
-        return as_picture(image, str(path), first)
+        return as_picture(image, name, first)
 
 
 def as_picture(image: Image, name: str = "the picture", done: Sequence[str] = ()) -> Picture:
@@ -154,37 +160,34 @@ def read_frames(paths: Sequence[Path]) -> list[Picture]:
 
 def _read(path: Path) -> bytes:
     try:
-        data = read_regular(path, _MOST_BYTES)
+        return read_regular(path, _MOST_BYTES)
     except OSError as error:
         raise TyirError(
             f"cannot read the picture {path}: {error.strerror or error}",
             help="give a file that holds a picture",
         ) from None
-    if not data:
-        raise TyirError(f"the picture {path} is empty: the file has no bytes", help="copy it again")
-    return data
 
 
-def _open(data: bytes, path: Path) -> Image:
+def _open(data: bytes, name: str) -> Image:
     pil = pillow()
     from PIL import UnidentifiedImageError
 
     try:
-        with _decoding(path):
+        with _decoding(name):
             image: Image = pil.open(io.BytesIO(data), formats=_FORMATS)
             return image
     except UnidentifiedImageError:
         known = ", ".join(_FORMATS)
         raise TyirError(
-            f"{path} is not a picture of a format that is read ({known})", help=_CONVERT
+            f"{name} is not a picture of a format that is read ({known})", help=_CONVERT
         ) from None
 
 
 class _decoding:
     """Whatever Pillow raises on damaged data, as a sentence; its warnings are not needed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> None:
@@ -198,14 +201,14 @@ class _decoding:
 
         if isinstance(error, DecompressionBombError):
             raise TyirError(
-                f"{self.path} holds far more pixels than the {MOST_PIXELS} that are read",
+                f"{self.name} holds far more pixels than the {MOST_PIXELS} that are read",
                 help="make it smaller; the model sees far fewer pixels anyway",
             ) from None
         if isinstance(error, Exception) and not isinstance(error, (TyirError, UnidentifiedImageError)):
             # decoders raise OSError, SyntaxError, ValueError, struct.error, ... as the data leads them to
             line = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise TyirError(
-                f"the picture {self.path} is damaged or cut off: {line}",
+                f"the picture {self.name} is damaged or cut off: {line}",
                 help="copy it again, or save it anew",
             ) from None
 

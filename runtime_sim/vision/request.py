@@ -66,6 +66,26 @@ class VisionRequest:
                 found[low - start : high - start] = rows.keys()[low - rows.start : high - rows.start]
         return found
 
+    def row_keys(self, vocabulary: int) -> list[int]:
+        """A number for each token: the token, or from `vocabulary` on one for the row of a picture, so that
+        equal beginnings have equal rows of the cache.
+        """
+        content = self.content(0, len(self.ids))
+        return [vocabulary + int(c) if c else i for i, c in zip(self.ids, content)]
+
+    def fill(self, embeddings: Array, addends: Sequence[Array], start: int, count: int) -> None:
+        """Put the rows of pictures among the tokens [start, start + count) into `embeddings` [>= count, H]
+        and their deepstack features into `addends`, of the same shape each.
+        """
+        for rows in self.rows:
+            low, high = max(rows.start, start), min(rows.end, start + count)
+            if low >= high:
+                continue
+            here, own = slice(low - start, high - start), slice(low - rows.start, high - rows.start)
+            embeddings[here] = rows.embeddings[own]
+            for addend, features in zip(addends, rows.deepstack):
+                addend[here] = features[own]
+
 
 def request_of(
     ids: Sequence[int],

@@ -127,13 +127,6 @@ class VisionSession(Session):
         self._positions[:, slots] = self.request.positions.at(chunk.start, chunk.count)
         self._content[slots] = self.request.content(chunk.start, chunk.count)
         addends = [np.zeros_like(embeddings) for _ in range(self.vision.deepstack)]
-        for rows in self.request.rows:
-            low, high = max(rows.start, chunk.start), min(rows.end, chunk.start + chunk.count)
-            if low >= high:
-                continue
-            here = self.sequence, slice(low - chunk.start, high - chunk.start)
-            own = slice(low - rows.start, high - rows.start)
-            embeddings[here] = rows.embeddings[own]
-            for addend, features in zip(addends, rows.deepstack):
-                addend[here] = features[own]
+        own = self.sequence
+        self.request.fill(embeddings[own], [a[own] for a in addends], chunk.start, chunk.count)
         return {**inputs, **self._rope, **{f"deepstack{i}": a for i, a in enumerate(addends)}}

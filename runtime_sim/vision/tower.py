@@ -10,7 +10,7 @@ has, stays inside.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ __all__ = ["Tower", "TowerProbe", "Towers"]
 
 Array = npt.NDArray[Any]
 TowerProbe = Callable[[int, tuple[Call, ...], Op, tuple[Array, ...]], None]  # die, calls, op, results
+_MOST_SEEN: Final = 64  # parts of pictures and videos whose rows are kept
+_MAIN: Final = 0  # the die that has the results
 
 
 class TowerGroup(EngineGroup, Protocol):
@@ -182,7 +184,7 @@ def _for_die(probe: TowerProbe, die: int) -> Probe:
 
 
 class Towers:
-    """The towers of all sizes of a folder; each picture goes through once."""
+    """The towers of all sizes of a folder; what they gave for the last pictures is kept."""
 
     def __init__(
         self, artifacts: Artifacts, engine: EngineName = "host", group: TowerGroup | None = None
@@ -209,7 +211,11 @@ class Towers:
         return self._towers[number]
 
     def run(self, patches: Patches) -> tuple[Array, ...]:
-        """As `Tower.run`; a picture that has been seen is not run again."""
-        if patches.sha256 not in self._seen:
-            self._seen[patches.sha256] = self.tower(patches.size.grid).run(patches.patches)
-        return self._seen[patches.sha256]
+        """As `Tower.run`; a picture that was among the last ones is not run again."""
+        found = self._seen.pop(patches.sha256, None)
+        if found is None:
+            found = self.tower(patches.size.grid).run(patches.patches)
+        self._seen[patches.sha256] = found  # again as the last
+        if len(self._seen) > _MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
+        return found

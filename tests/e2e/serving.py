@@ -61,15 +61,20 @@ class Served:
         return [json.loads(part.removeprefix("data: ")) for part in parts[:-1]]
 
     def counts(self) -> dict[str, float]:
-        """What /metrics says, by names and what is not always the same of their labels."""
-        from prometheus_client.parser import text_string_to_metric_families
+        """What /metrics says, as `counts_of`."""
+        return counts_of(self.raw("GET", "/metrics")[1])
 
-        found = {}
-        for family in text_string_to_metric_families(self.raw("GET", "/metrics")[1]):
-            for sample in family.samples:
-                labels = [v for k, v in sample.labels.items() if k not in ("model_name", "engine")]
-                found[" ".join([sample.name, *labels])] = sample.value
-        return found
+
+def counts_of(text: str) -> dict[str, float]:
+    """Prometheus' text, by names and what is not always the same of their labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = [v for k, v in sample.labels.items() if k not in ("model_name", "engine")]
+            found[" ".join([sample.name, *labels])] = sample.value
+    return found
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def test_what_was_cut_is_used_again(engine: AsyncEngine) -> None:
             async for delta in deltas:
                 if delta.tokens:
                     break
-        again = engine.submit(engine.ids_of(prompt), Params(max_tokens=1))[0]
+        again = engine.submit([engine.ids_of(prompt)], Params(max_tokens=1))[0]
         [d async for d in again]
         return again.cached
 

@@ -12,6 +12,8 @@ import pytest
 from tests.e2e.small_models import save_llama
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
+from tyir.runtime_sim.serving.engine import Engine
+from tyir.runtime_sim.serving.generation import Finish, Generation, Scored
 from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
 from tyir.tools.api import compile_path
@@ -112,6 +114,48 @@ def test_dies_batches_and_best_tokens(checkpoint: Path) -> None:
         and "from position 2 of sequence 1 on" in message
         and CAUSES[13] in message
     )
+
+
+class Heard:
+    """What a request of the engine came to."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.finish: Finish | None = None
+
+    def prompt(self, scored: Sequence[Scored]) -> None: ...
+
+    def token(self, scored: Scored, finish: Finish | None) -> Finish | None:
+        self.tokens.append(scored.token)
+        return finish
+
+    def ended(self, finish: Finish) -> None:
+        self.finish = finish
+
+
+@pytest.mark.slow
+def test_a_request_of_a_server_ends_alone(checkpoint: Path) -> None:
+    """The one whose numbers leave f16 ends with the op; its neighbour and its successor do not notice."""
+    options = BuildOptions(dies=2, seqlens=(1, 4), max_kv=32, output="topk=4", batch=2)
+    folder = compile_path(checkpoint, checkpoint.parent / "served", options)
+    alone = list(Session(folder).generate(HARMLESS, 6))
+    engine = Engine(BatchSession(folder))
+
+    def ask(ids: list[int]) -> Heard:
+        heard = Heard()
+        engine.add(Generation(ids, heard, 6))
+        return heard
+
+    good, bad = ask(HARMLESS), ask([20, 30, 10])
+    while engine.step():
+        pass
+    assert (good.tokens, good.finish) == (alone, Finish("length"))
+    assert bad.tokens == [] and bad.finish is not None and bad.finish.reason == "error"
+    assert CAUSES[10] in bad.finish.message and "of sequence 1" in bad.finish.message
+    after = [ask(HARMLESS), ask([20, 30])]
+    while engine.step():
+        pass
+    assert after[0].tokens == alone and len(after[1].tokens) == 6 and engine.failed is None
 
 
 def test_a_damaged_weight_is_named(one_die: Path, tmp_path: Path) -> None:

@@ -384,6 +384,30 @@ def test_the_queue_is_bounded(four: Path) -> None:
         assert made.counts()["vllm:admission_rejections_total queue_full"] == 4
 
 
+def test_what_takes_too_long_is_told(four: Path) -> None:
+    """504 for a request that waits, or takes, longer than it may; in a stream an event."""
+    body = {"prompt": PROMPT, "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    with serving(four, request_timeout=0.02) as made:
+        status, content = made.ask("POST", "/v1/completions", body)
+        assert status == 504 and "longer than the 0.02 s" in content["error"]["message"]
+        events = made.events("/v1/completions", **body)
+        assert events[-2]["error"]["code"] == 504 and events[-1]["usage"]["completion_tokens"] < 100
+        assert made.counts()["vllm:request_success_total timeout"] == 2
+    with serving(four, queue_timeout=0.001) as made:
+        found: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(made.ask("POST", "/v1/completions", body)[0]))
+            for _ in range(10)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(found) == {200, 504} and made.counts()[
+            "vllm:request_success_total timeout"
+        ] == found.count(504)
+
+
 @pytest.mark.parametrize("patience", [30.0, 0.0])
 def test_a_signal_lets_streams_end(four: Path, patience: float) -> None:
     """New work is refused at once; the stream is finished, or told."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from tyir.runtime_sim.serving.benchmark import (
 from tyir.runtime_sim.serving.scheduler import Step
 from tyir.runtime_sim.timing.predictor import Predictor
 
+TIMES = {1: 0.02, 8: 0.05}
+
 
 @dataclass
 class FixedServer:
@@ -35,9 +37,13 @@ class FixedServer:
     capacity: int = 1000
     seqlens: Sequence[int] = (1, 8)
     chunks: DualChunk | None = None
+    weights: Mapping[int, float] = field(default_factory=lambda: {1: 1.0, 8: 1.0})
 
     def run(self, step: Step) -> float:
-        return {1: 0.02, 8: 0.05}[step.seqlen]
+        return TIMES[step.seqlen]
+
+    def costs(self) -> Mapping[int, float]:
+        return self.weights
 
 
 def test_two_requests_by_hand() -> None:
@@ -57,6 +63,14 @@ def test_two_requests_by_hand() -> None:
         4 / 0.29
     )
     assert figures["request_goodput"] == pytest.approx(1 / 0.29) and figures["max_concurrent_requests"] == 2
+
+
+def test_costs_decide_the_way_through_a_prompt() -> None:
+    """Ten tokens: 8 + 1 + 1 (90 ms) is cheaper than 8 + 8 (100 ms), 13 are not: 8 + 8 instead of 8 + 5."""
+    (ten,) = serve([Request(0, 10, 1)], FixedServer(weights=TIMES))
+    assert ten.ttft == pytest.approx(0.09)
+    (thirteen,) = serve([Request(0, 13, 1)], FixedServer(weights=TIMES))
+    assert thirteen.ttft == pytest.approx(0.1)
 
 
 def test_three_requests_on_two_sequences_by_hand() -> None:

@@ -290,7 +290,7 @@ def test_a_parquet_file_needs_pyarrow(tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1")
         with pytest.raises(TyirError, match=r"needs pyarrow") as error:
             calibration.text_windows(MODEL, tmp_path / "a.parquet", 16)
-        assert "tyir[calibration]" in error.value.render()
+        assert "tyir[quantize]" in error.value.render()
     else:
         import pyarrow as arrow
         import pyarrow.parquet as parquet

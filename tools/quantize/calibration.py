@@ -97,7 +97,7 @@ def _parquet(source: Path) -> Iterator[str]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise TyirError(
-            f"{source} needs pyarrow, which is not installed", help="pip install 'tyir[calibration]'"
+            f"{source} needs pyarrow, which is not installed", help="pip install 'tyir[quantize]'"
         ) from None
     try:
         names = parquet.read_schema(source).names

@@ -11,13 +11,12 @@ from typing import Any
 from tyir.runtime_sim.session.session import Session
 from tyir.runtime_sim.vision.pictures import Picture, read_frames, read_picture
 from tyir.runtime_sim.vision.pixels import Media
-from tyir.runtime_sim.vision.placeholders import VideoRule, expand, spans_of
 from tyir.runtime_sim.vision.preprocessor import FRAMES_PER_SECOND, Preprocessor
-from tyir.runtime_sim.vision.request import VisionRequest, request_of
+from tyir.runtime_sim.vision.request import VisionRequest
 from tyir.runtime_sim.vision.session import VisionSession
-from tyir.runtime_sim.vision.tower import Towers
 from tyir.tools.run.chat import Chat, chat_template, marks_of
 from tyir.tools.run.prompts import token_ids
+from tyir.tools.run.seeing import Seeing
 
 __all__ = ["Prompt", "Turns", "timed"]
 
@@ -54,14 +53,16 @@ class Turns:
         self.session = session
         self.tokenizer = tokenizer
         self.marks = marks_of(session.artifacts, tokenizer)
-        self.preprocessor = (
-            Preprocessor(session.artifacts, resize=resize) if isinstance(session, VisionSession) else None
-        )
-        self.towers = (
-            Towers(session.artifacts, session.engine_name, session.group)
-            if isinstance(session, VisionSession)
-            else None
-        )
+        self.seeing: Seeing | None = None
+        if isinstance(session, VisionSession) and self.marks is not None:
+            self.seeing = Seeing(
+                session.artifacts,
+                session.engine_name,
+                tokenizer,
+                self.marks,
+                resize=resize,
+                group=session.group,
+            )
         if template is None:
             template = "" if raw else chat_template(session.artifacts, tokenizer, self.marks)
         self.chat = Chat(tokenizer, template, self.marks, system)
@@ -71,6 +72,11 @@ class Turns:
     def failed(self) -> bool:
         """Whether nothing can be asked any more: a process that dies ran in is gone."""
         return self.session.group is not None and self.session.group.problem is not None
+
+    @property
+    def preprocessor(self) -> Preprocessor | None:
+        """What prepares pictures; None for a model that takes none."""
+        return self.seeing.preprocessor if self.seeing is not None else None
 
     @property
     def said(self) -> list[str]:
@@ -90,10 +96,10 @@ class Turns:
         """
         clock = _Clock()
         media: list[Media] = []
-        if self.preprocessor is not None:
-            media += [self.preprocessor.image(read_picture(path)) for path in images]
-            media += [self.preprocessor.image(picture) for picture in shown]
-            media += [self.preprocessor.video(read_frames(paths), frames_per_second) for paths in videos]
+        if (prepare := self.preprocessor) is not None:
+            media += [prepare.image(read_picture(path)) for path in images]
+            media += [prepare.image(picture) for picture in shown]
+            media += [prepare.video(read_frames(paths), frames_per_second) for paths in videos]
         elif images or videos:
             from tyir.runtime_sim.vision.preprocessor import vision_of
 
@@ -120,17 +126,9 @@ class Turns:
             chat.messages.pop()
 
     def _given(self, text: str, clock: _Clock) -> Sequence[int] | VisionRequest:
-        media, preprocessor = self.chat.media, self.preprocessor
-        if preprocessor is None or self.towers is None or self.marks is None:
+        if self.seeing is None:
             return token_ids(self.tokenizer, text)
-        vision = preprocessor.vision
-        rule = VideoRule.of(vision.model_type, preprocessor.config.get("vision_config") or {})
-        ids = token_ids(self.tokenizer, expand(text, media, self.marks, rule))
-        placed = spans_of(ids, media, vision.ids, vision.pixels.merge, rule)
-        clock.lap("template")
-        outputs = [[self.towers.run(part) for part in item.media.parts] for item in placed]
-        clock.lap("tower")
-        return request_of(ids, placed, outputs, self.session.capacity)
+        return self.seeing.request(text, self.chat.media, clock.lap)
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,7 +15,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 from tyir.diagnostics import TyirError
-from tyir.tools.serve.asked import messages_of
 from tyir.tools.serve.async_engine import AsyncEngine
 from tyir.tools.serve.completions import Completions
 from tyir.tools.serve.errors import RequestError, error_reply, refusal
@@ -35,7 +35,9 @@ from tyir.tools.serve.settings import Settings
 
 __all__ = ["Gate", "make_app"]
 
-_POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+_POLICY = (
+    "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -95,6 +97,7 @@ def make_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, gate: Ga
                 "output": options.output,
                 "dies": options.dies,
                 "engine": type(engine.session.engine).__name__,
+                "images": engine.eyes.sizes if engine.eyes is not None else [],
             },
         }
         return json_reply({"object": "list", "data": [{"id": name, **card} for name in settings.names]})
@@ -109,18 +112,7 @@ def make_app(engine: AsyncEngine, settings: Settings, metrics: Metrics, gate: Ga
 
     @app.post("/tokenize")
     async def tokenize(fields: Annotated[TokenizeFields, Body()]) -> Response:
-        if (fields.prompt is None) == (fields.messages is None):
-            raise RequestError(400, "give prompt or messages", "prompt")
-        if fields.messages is not None:
-            more = (
-                {}
-                if fields.add_generation_prompt is None
-                else {"add_generation_prompt": fields.add_generation_prompt}
-            )
-            text, special = completions.chat_text(messages_of(fields.messages), more), False
-        else:
-            text, special = fields.prompt or "", fields.add_special_tokens is not False
-        tokens = [int(t) for t in engine.tokenizer(text, add_special_tokens=special)["input_ids"]]
+        tokens = await asyncio.to_thread(completions.tokens_of, fields)
         names = [completions.texts.name_of(t) for t in tokens] if fields.return_token_strs else None
         return json_reply(
             {"count": len(tokens), "max_model_len": engine.capacity, "tokens": tokens, "token_strs": names}

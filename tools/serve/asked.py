@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.choosing import Sampling
+from tyir.runtime_sim.vision.pictures import Picture
 from tyir.tools.run.prompts import token_ids
 from tyir.tools.serve.async_engine import AsyncEngine, Params
 from tyir.tools.serve.errors import RequestError, refusal
 from tyir.tools.serve.fields import SamplingFields
+from tyir.tools.serve.pictures import MOST_PICTURES
 from tyir.tools.serve.structured import constraint_of
+from tyir.tools.serve.tool_calls import Tools
 
 __all__ = ["MOST_LOGPROBS", "MOST_MESSAGES", "limit_of", "messages_of", "params_of"]
 
@@ -23,7 +27,9 @@ _MOST_NAMED: Final = 1024  # tokens or words in a list
 _SEED: Final = 1 << 63
 
 
-def params_of(fields: SamplingFields, engine: AsyncEngine, most_answers: int) -> Params:
+def params_of(
+    fields: SamplingFields, engine: AsyncEngine, most_answers: int, tools: Tools | None = None
+) -> Params:
     """All that both kinds of completions share, but for the number of tokens.
 
     `RequestError` names the field that is at fault.
@@ -60,8 +66,13 @@ def params_of(fields: SamplingFields, engine: AsyncEngine, most_answers: int) ->
         include_stop=bool(fields.include_stop_str_in_output),
         ignore_eos=bool(fields.ignore_eos),
         min_tokens=least,
-        skip_special_tokens=fields.skip_special_tokens is not False,
-        constraint=constraint_of(fields.response_format, fields.structured_outputs, engine),
+        skip_special_tokens=fields.skip_special_tokens is not False and tools is None,  # calls may be marked
+        constraint=constraint_of(
+            fields.response_format,
+            fields.structured_outputs,
+            engine,
+            tools.grammar() if tools is not None else None,
+        ),
         salt=fields.cache_salt or "",
         whole=not fields.stream,
     )
@@ -132,28 +143,79 @@ def limit_of(asked: int | None, default: int | None, prompt: int, engine: AsyncE
     return min(capacity - prompt, wanted) if wanted is not None else capacity - prompt
 
 
-def messages_of(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages as templates know them: text where all parts are text; `RequestError` for pictures."""
+def messages_of(messages: Sequence[Any], engine: AsyncEngine) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """The messages as templates know them, and the pictures in them, in order: without pictures text, where
+    all parts are text.  `RequestError` for pictures that a model does not take, or cannot be read.
+    """
     if not messages:
         raise RequestError(400, "messages must hold at least one message", "messages")
     if len(messages) > MOST_MESSAGES:
         raise RequestError(400, f"messages may hold {MOST_MESSAGES}, got {len(messages)}", "messages")
-    plain = []
+    plain: list[dict[str, Any]] = []
+    pictures: list[Picture] = []
     for number, message in enumerate(messages):
-        content = message.content
-        if isinstance(content, list):
-            texts = []
-            for part in content:
-                kind = part.get("type", "text" if "text" in part else None)
-                if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
-                    raise RequestError(
-                        400,
-                        "this server answers text alone: it is not a multimodal model"
-                        if kind in ("image_url", "input_audio", "video_url")
-                        else f"a part of kind {str(kind)[:40]!r} is not known, use text",
-                        f"messages.{number}.content",
-                    )
-                texts.append(part["text"])
-            content = "\n".join(texts)
-        plain.append({**message.model_dump(exclude_none=True), "content": content or ""})
-    return plain
+        where = f"messages.{number}.content"
+        said = message.model_dump(exclude_none=True)
+        parts: list[dict[str, str]] = []
+        images = [(url, False) for url in said.pop("images", None) or ()]  # as Ollama's clients send them
+        for part in message.content if isinstance(message.content, list) else ():
+            kind = part.get("type", "text" if "text" in part else None)
+            if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind == "image_url":
+                holder = part.get("image_url")
+                images.append((holder.get("url") if isinstance(holder, dict) else holder, True))
+                parts.append({"type": "image"})
+            elif kind in ("input_audio", "video_url", "image"):
+                raise RequestError(
+                    400, f"{engine.artifacts.path.name} does not take parts of kind {kind!r}", where
+                )
+            else:
+                raise RequestError(400, f"a part of kind {str(kind)[:40]!r} is not known, use text", where)
+        if isinstance(message.content, str):
+            parts.append({"type": "text", "text": message.content})
+        if len(pictures) + len(images) > MOST_PICTURES:
+            raise RequestError(400, f"a request may hold {MOST_PICTURES} pictures", where)
+        pictures += [
+            _picture(text, url, len(pictures) + i, engine, where) for i, (text, url) in enumerate(images)
+        ]
+        parts = [{"type": "image"} for _, url in images if not url] + parts
+        text = "\n".join(p["text"] for p in parts if p["type"] == "text")
+        whole = engine.eyes is not None and message.role == "user"  # templates of such models read parts
+        plain.append({**said, "content": parts if whole or images else text})
+        _read_arguments(plain[-1], number)
+    return plain, pictures
+
+
+def _picture(text: Any, url: bool, number: int, engine: AsyncEngine, where: str) -> Picture:
+    if engine.eyes is None:
+        raise RequestError(400, f"{engine.artifacts.path.name} is not a multimodal model", where)
+    if not isinstance(text, str):
+        raise RequestError(400, 'image_url is {"url": "data:image/png;base64,.."}', where)
+    try:
+        return engine.eyes.picture(text, f"picture {number + 1}", url=url)
+    except TyirError as error:
+        raise refusal(error, where) from None
+
+
+def _read_arguments(message: dict[str, Any], number: int) -> None:
+    """Arguments of calls are JSON in requests, and what it says in templates."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return
+    where = f"messages.{number}.tool_calls"
+    if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
+        raise RequestError(400, "tool_calls is a list of calls", where)
+    read = []
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RequestError(400, "a call has a function with a name", where)
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                raise RequestError(400, "arguments of a call must be JSON", where) from None
+        read.append({**call, "function": {**function, "arguments": arguments}})
+    message["tool_calls"] = read

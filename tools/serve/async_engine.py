@@ -4,8 +4,9 @@
         async for delta in engine.generate("The old house", Params(max_tokens=16)):
             print(delta.text, end="")
 
-The prompt is a text, a list of tokens, or a chat's messages.  Leaving the loop early, or cancelling the task
-that runs it, ends the answer and frees its place after the step that runs.
+The prompt is a text, a list of tokens, or a chat's messages, with pictures for a model that sees them.
+Leaving the loop early, or cancelling the task that runs it, ends the answer and frees its place after the
+step that runs.
 """
 
 from __future__ import annotations
@@ -21,21 +22,28 @@ from typing import Any, Final, Self
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.serving.choosing import Constraint, Sampling
+from tyir.runtime_sim.serving.costs import step_costs
 from tyir.runtime_sim.serving.engine import Engine, Observer
 from tyir.runtime_sim.serving.generation import Finish, Generation, Scored
 from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.session import EngineGroup, EngineName
+from tyir.runtime_sim.vision.batch_session import VisionBatchSession
+from tyir.runtime_sim.vision.pictures import Picture, read_picture
+from tyir.runtime_sim.vision.preprocessor import vision_of
+from tyir.runtime_sim.vision.request import VisionRequest
 from tyir.text.json_files import json_object
 from tyir.tools.run.chat import chat_template, marks_of
 from tyir.tools.run.end_tokens import end_tokens
 from tyir.tools.run.prompts import token_ids
 from tyir.tools.run.text_stream import TextStream
+from tyir.tools.serve.pictures import Eyes
 from tyir.tools.serve.stop_strings import StopStrings
 from tyir.tools.tokenizer import load_tokenizer
 
-__all__ = ["Answer", "AsyncEngine", "Delta", "Messages", "Params"]
+__all__ = ["Answer", "AsyncEngine", "Delta", "Messages", "Params", "Prompt"]
 
 Messages = Sequence[Mapping[str, Any]]
+Prompt = Sequence[int] | VisionRequest  # as it is computed
 _SAMPLING_FILE: Final = "generation_config.json"
 
 
@@ -142,6 +150,7 @@ class Answer:
     """The answers to one prompt: an asynchronous iterator of `Delta`, until all of them have ended."""
 
     def __init__(self, engine: Engine, prompt: Sequence[int], *, whole: bool = False) -> None:
+        """`prompt`: its tokens."""
         self.prompt = prompt
         self.generations: list[Generation] = []
         self._engine = engine
@@ -211,27 +220,40 @@ class AsyncEngine:
         most_waiting: int | None = None,
         most_waiting_tokens: int | None = None,
         long_share: float = 0.5,
+        queue_timeout: float | None = None,
+        request_timeout: float | None = None,
         observer: Observer | None = None,
         check: bool = True,
         threads: int | None = None,
         group: EngineGroup | None = None,
+        resize: bool = False,
     ) -> None:
-        """`most_waiting`, `most_waiting_tokens`, `long_share`: as `Scheduler` takes them; `threads`: of the
-        engine `host`; `group`: the processes that the dies run in, None for this one alone.
+        """`most_waiting`, `most_waiting_tokens`, `long_share`: as `Scheduler` takes them; `queue_timeout`,
+        `request_timeout`: as `Engine`; `threads`: of the engine `host`; `group`: the processes that
+        the dies of the language model run in, None for this one alone; `resize`: bring pictures to the
+        nearest size that was compiled, which others are refused for.
         """
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
-        self.session = BatchSession(self.artifacts, engine, threads=threads, group=group)
+        sees = self.artifacts.manifest.vision is not None
+        kind = VisionBatchSession if sees else BatchSession
+        self.session: BatchSession = kind(self.artifacts, engine, threads=threads, group=group)
         self.engine = Engine(
             self.session,
             most_waiting=most_waiting,
             most_waiting_tokens=most_waiting_tokens,
             long_share=long_share,
+            queue_timeout=queue_timeout,
+            request_timeout=request_timeout,
             observer=observer,
         )
         self.tokenizer = load_tokenizer(self.artifacts)
         self.ends = end_tokens(self.artifacts, self.tokenizer)
         self.ready = False
         self._template = template
+        self._marks = marks_of(self.artifacts, self.tokenizer)
+        self.eyes: Eyes | None = None
+        if self._marks is not None:
+            self.eyes = Eyes(self.artifacts, engine, self.tokenizer, self._marks, resize=resize)
 
     @property
     def capacity(self) -> int:
@@ -261,14 +283,12 @@ class AsyncEngine:
         if self.engine.choices is not None:
             most = self.engine.choices
             top_k = min(sampling.top_k, most) if sampling.top_k > 0 else most
-            return Sampling(temperature=sampling.temperature, top_k=top_k)
+            return replace(sampling, top_k=top_k, repetition_penalty=1.0)
         return sampling
 
     def start(self) -> None:
-        """Run a step of every length, then take requests; blocks until that is done."""
-        for seqlen in sorted(self.session.manifest.options.seqlens):
-            self.session.step([[0], *[[]] * (self.slots - 1)], seqlen)
-            self.session.rewind(0, 0)
+        """Measure a step of every length, then take requests; blocks until that is done."""
+        self.engine.scheduler.weigh(step_costs(self.session))
         self.engine.start()
         self.ready = True
 
@@ -276,6 +296,8 @@ class AsyncEngine:
         """End what is being answered, and the thread."""
         self.ready = False
         self.engine.stop()
+        if self.eyes is not None:
+            self.eyes.close()
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self.start)
@@ -286,13 +308,16 @@ class AsyncEngine:
 
     # ------------------------------------------------------------------------------------------------ prompts
 
+    @property
+    def template(self) -> str:
+        """The chat template; `TyirError` when there is none."""
+        return self._template or chat_template(self.artifacts, self.tokenizer, self._marks)
+
     def chat_text(self, messages: Messages, **options: Any) -> str:
         """A chat as one text, by the artifacts' template (`options` go to it, as `tools`); `TyirError` when
         there is none, or it cannot be applied.
         """
-        template = self._template or chat_template(
-            self.artifacts, self.tokenizer, marks_of(self.artifacts, self.tokenizer)
-        )
+        template = self.template
         settings = {"add_generation_prompt": True, **options}
         try:
             return str(
@@ -316,32 +341,62 @@ class AsyncEngine:
             return token_ids(self.tokenizer, self.chat_text(messages), self.capacity)
         return [int(i) for i in prompt if not isinstance(i, Mapping)]
 
+    def seen(self, text: str, pictures: Sequence[Picture]) -> Prompt:
+        """The prompt of a text with places for pictures; `TyirError` when they do not agree, there are
+        pictures for a model that takes none, or more tokens than fit.
+        """
+        if self.eyes is not None:
+            return self.eyes.request(text, pictures)
+        if pictures:
+            vision_of(self.artifacts)
+        return self.ids_of(text)
+
+    def prompt_of(
+        self, prompt: str | Sequence[int] | Messages, images: Sequence[Picture | Path] = ()
+    ) -> Prompt:
+        """As `ids_of`, with pictures: they go where messages have parts of type `image`, else before the last
+        message's text.  A prompt that is a text is one message then.
+        """
+        tokens = not isinstance(prompt, str) and not any(isinstance(m, Mapping) for m in prompt)
+        if tokens or not (images or self.eyes):
+            return self.ids_of(prompt)
+        if isinstance(prompt, str) and not images:
+            return self.seen(prompt, ())
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [dict(m) for m in asked if isinstance(m, Mapping)]
+        if not any(p.get("type") == "image" for m in messages for p in _parts(m)):
+            places = [{"type": "image"} for _ in images]
+            messages[-1]["content"] = [*places, *_parts(messages[-1])]
+        pictures = [i if isinstance(i, Picture) else read_picture(i) for i in images]
+        return self.seen(self.chat_text(messages), pictures)
+
     # ------------------------------------------------------------------------------------------------ answers
 
     async def generate(
-        self, prompt: str | Sequence[int] | Messages, params: Params | None = None
+        self,
+        prompt: str | Sequence[int] | Messages,
+        params: Params | None = None,
+        images: Sequence[Picture | Path] = (),
     ) -> AsyncGenerator[Delta, None]:
-        """What becomes of the answers to a prompt, as it comes.
+        """What becomes of the answers to a prompt, as it comes; `images` as `prompt_of` takes them.
 
         `QueueFull` when too many wait, `TyirError` for what cannot be answered.
         """
-        ids = await asyncio.to_thread(self.ids_of, prompt)
-        answer = self.submit(ids, params or Params())[0]
+        given = await asyncio.to_thread(self.prompt_of, prompt, images)
+        answer = self.submit([given], params or Params())[0]
         async with contextlib.aclosing(answer.deltas()) as deltas:
             async for delta in deltas:
                 yield delta
 
-    def submit(self, *given: Any) -> list[Answer]:
-        """Ask for answers to one or several prompts, all or none: `submit(ids, params)`,
-        `submit([ids, ids], params)`.
-        """
-        prompts, params = given
-        prompts = [prompts] if not prompts or isinstance(prompts[0], int) else prompts
-        answers = [self._answer(ids, params, number * params.n) for number, ids in enumerate(prompts)]
+    def submit(self, prompts: Sequence[Prompt], params: Params) -> list[Answer]:
+        """Ask for answers to one or several prompts, all or none."""
+        answers = [self._answer(one, params, number * params.n) for number, one in enumerate(prompts)]
         self.engine.add(*(g for answer in answers for g in answer.generations))
         return answers
 
-    def _answer(self, ids: Sequence[int], params: Params, first: int) -> Answer:
+    def _answer(self, prompt: Prompt, params: Params, first: int) -> Answer:
+        pictures = prompt if isinstance(prompt, VisionRequest) else None
+        ids = prompt.ids if isinstance(prompt, VisionRequest) else prompt
         limit = self.capacity - len(ids) if params.max_tokens is None else params.max_tokens
         stops = frozenset() if params.ignore_eos else frozenset(self.ends)
         answer = Answer(self.engine, ids, whole=params.whole)
@@ -366,7 +421,14 @@ class AsyncEngine:
                     constraint=params.constraint() if params.constraint is not None else None,
                     salt=params.salt,
                     after=made[0] if made and not params.echo else None,
+                    pictures=pictures,
                 )
             )
         answer.expect(made)
         return answer
+
+
+def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The parts of a message's content."""
+    content = message.get("content") or ""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)

@@ -15,16 +15,20 @@ from starlette.responses import Response, StreamingResponse
 
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.generation import Finish, Scored
+from tyir.runtime_sim.vision.pictures import Picture
+from tyir.runtime_sim.vision.request import VisionRequest
 from tyir.tools.serve.asked import MOST_LOGPROBS, limit_of, messages_of, params_of
-from tyir.tools.serve.async_engine import Answer, AsyncEngine, Delta, Params
+from tyir.tools.serve.async_engine import Answer, AsyncEngine, Delta, Params, Prompt
 from tyir.tools.serve.errors import RequestError, error_body, refusal
-from tyir.tools.serve.fields import ChatFields, CompletionFields, SamplingFields
+from tyir.tools.serve.fields import ChatFields, CompletionFields, SamplingFields, TokenizeFields
 from tyir.tools.serve.json_reply import event, json_reply
 from tyir.tools.serve.metrics import Metrics
 from tyir.tools.serve.settings import Settings
 from tyir.tools.serve.token_texts import TokenTexts
+from tyir.tools.serve.tool_calls import Calls, HermesReader, Tools
+from tyir.tools.tokenizer import tokenizing
 
-__all__ = ["Completions", "merged", "until_gone"]
+__all__ = ["Completions", "failure", "merged", "until_gone"]
 
 _DEFAULT_TOKENS = 16  # of a plain completion
 _MOST_PROMPTS = 256
@@ -101,7 +105,7 @@ class _Choice:
 class _Asked:
     """A request that has been understood: prompts as tokens, and what is wanted of the reply."""
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Prompt]
     params: Params
     fields: SamplingFields
     chat: bool
@@ -109,6 +113,11 @@ class _Asked:
     model: str
     created: int
     texts: Sequence[str] = ()  # of the prompts, that `echo` puts before the answers
+    tools: Tools | None = None
+
+    def reader(self) -> HermesReader | None:
+        """What tells calls from text in an answer; None where nothing may be called."""
+        return HermesReader(parallel=self.tools.parallel) if self.tools is not None else None
 
 
 class Completions:
@@ -166,17 +175,10 @@ class Completions:
         return self._asked(prompts, params, fields, False, texts)
 
     def _chat(self, fields: ChatFields) -> _Asked:
-        messages = messages_of(fields.messages)
         if fields.chat_template:
             raise RequestError(400, "a template in a request is not allowed", "chat_template")
-        if fields.tools and fields.tool_choice != "none":
-            raise RequestError(
-                400,
-                "tools cannot be called: this server has no parser of tool calls; leave tools out, or set"
-                ' tool_choice to "none"',
-                "tools",
-            )
-        params = params_of(fields, self.engine, self.engine.slots)
+        tools = Tools.of(fields)
+        params = params_of(fields, self.engine, self.engine.slots, tools)
         if fields.top_logprobs is not None and not fields.logprobs:
             raise RequestError(400, "when using top_logprobs, logprobs must be set to true", "top_logprobs")
         top = fields.top_logprobs or 0
@@ -184,19 +186,66 @@ class Completions:
             raise RequestError(
                 400, f"top_logprobs must be from 0 to {MOST_LOGPROBS}, got {top}.", "top_logprobs"
             )
+        messages, pictures = messages_of(fields.messages, self.engine)
         options: dict[str, Any] = {}
         if fields.continue_final_message:
             options = {"continue_final_message": True, "add_generation_prompt": False}
         elif fields.add_generation_prompt is not None:
             options = {"add_generation_prompt": fields.add_generation_prompt}
-        ids = self._ids(self.chat_text(messages, options), "messages")
+        if tools is not None:
+            self.check_tools()
+            options["tools"] = tools.offered
+        prompt = self.seen(self.chat_text(messages, options), pictures, "messages")
         param = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
         asked = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
         if asked is not None and asked < 1:
             raise RequestError(400, f"{param} must be at least 1, got {asked}.", param)
-        limit = limit_of(asked, None, len(ids), self.engine, param)
+        limit = limit_of(asked, None, len(_ids_of(prompt)), self.engine, param)
         params = replace(params, max_tokens=limit, logprobs=top if fields.logprobs else None)
-        return self._asked([ids], params, fields, True)
+        return self._asked([prompt], params, fields, True, tools=tools)
+
+    def check_tools(self) -> None:
+        """`RequestError` where a request's tools would not be told to the model, or calls not be read."""
+        if self.settings.tool_parser is None:
+            raise RequestError(
+                400, "tools cannot be called: start the server with --tool-call-parser hermes", "tools"
+            )
+        try:
+            known = "tools" in self.engine.template
+        except TyirError as error:
+            raise refusal(error, "tools") from None
+        if not known:
+            raise RequestError(
+                400,
+                "the chat template of this model does not know tools: start the server with --chat-template"
+                " FILE, of a model that was trained to call them",
+                "tools",
+            )
+
+    def seen(self, text: str, pictures: Sequence[Picture], param: str) -> Prompt:
+        """The prompt of a text with places for pictures; `RequestError` for what does not fit."""
+        if self.engine.eyes is None:
+            return self._ids(text, param)
+        try:
+            return self.engine.seen(text, pictures)
+        except TyirError as error:
+            raise refusal(error, param) from None
+
+    def tokens_of(self, fields: TokenizeFields) -> list[int]:
+        """What `/tokenize` is asked for."""
+        if (fields.prompt is None) == (fields.messages is None):
+            raise RequestError(400, "give prompt or messages", "prompt")
+        if fields.messages is None:
+            special = fields.add_special_tokens is not False
+            return self._tokenized(fields.prompt or "", special)
+        given = fields.add_generation_prompt
+        messages, pictures = messages_of(fields.messages, self.engine)
+        text = self.chat_text(messages, {} if given is None else {"add_generation_prompt": given})
+        return [*_ids_of(self.seen(text, pictures, "messages"))] if pictures else self._tokenized(text, False)
+
+    def _tokenized(self, text: str, special: bool) -> list[int]:
+        with tokenizing("cannot tokenize the prompt"):
+            return [int(t) for t in self.engine.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         try:
@@ -206,17 +255,16 @@ class Completions:
 
     def _asked(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         params: Params,
         fields: SamplingFields,
         chat: bool,
         texts: Sequence[str] = (),
+        tools: Tools | None = None,
     ) -> _Asked:
-        name = "chatcmpl" if chat else "cmpl"
+        name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         model = fields.model or self.settings.names[0]
-        return _Asked(
-            prompts, params, fields, chat, f"{name}-{uuid.uuid4().hex}", model, int(time.time()), texts
-        )
+        return _Asked(prompts, params, fields, chat, name, model, int(time.time()), texts, tools)
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         """A text, texts, tokens, or lists of tokens."""
@@ -256,7 +304,7 @@ class Completions:
         if not self.engine.ready:
             raise RequestError(503, "the server is loading or stopping, try again later")
         try:
-            answers = self.engine.submit([list(p) for p in asked.prompts], asked.params)
+            answers = self.engine.submit(asked.prompts, asked.params)
         except TyirError as error:
             if self.engine.engine.failed is not None:
                 raise RequestError(503, str(error)) from None
@@ -271,8 +319,8 @@ class Completions:
         choices = [_Choice() for _ in range(len(answers) * asked.params.n)]
         async with contextlib.aclosing(merged(answers)) as deltas:
             async for delta in deltas:
-                if delta.finish is not None and delta.finish.reason == "error":
-                    raise RequestError(503, delta.finish.message)
+                if (failed := failure(delta.finish)) is not None:
+                    raise failed
                 choices[delta.index].add(delta)
         return {
             **self._head(asked, "chat.completion" if asked.chat else "text_completion"),
@@ -286,7 +334,16 @@ class Completions:
     def _choice(self, asked: _Asked, number: int, choice: _Choice) -> Mapping[str, Any]:
         ended = self._ended(choice.finish)
         if asked.chat:
-            message = {"role": "assistant", "content": choice.text}
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+            if (reader := asked.reader()) is not None:
+                calls = Calls()
+                parts = [reader.put(choice.text), reader.end()]
+                for _, pieces in parts:
+                    calls.add(pieces)
+                if calls.calls:
+                    text = "".join(text for text, _ in parts)
+                    message |= {"content": text or None, "tool_calls": calls.calls}
+                    ended = _called(asked, ended)
             logprobs = self._chat_logprobs(asked, choice.tokens)
             return {"index": number, "message": message, "logprobs": logprobs, **ended}
         before = asked.texts[number // asked.params.n] if asked.texts else ""
@@ -302,6 +359,7 @@ class Completions:
         )
         head = self._head(asked, "chat.completion.chunk" if asked.chat else "text_completion")
         offsets = [0] * (len(answers) * asked.params.n)
+        readers = [asked.reader() for _ in offsets]
 
         def chunk(choice: Mapping[str, Any]) -> str:
             return event({**head, "choices": [choice], **({"usage": _usage(answers)} if continuous else {})})
@@ -317,10 +375,11 @@ class Completions:
                     yield chunk({"index": number, "text": text, "logprobs": None, "finish_reason": None})
         async with contextlib.aclosing(merged(answers)) as deltas:
             async for delta in deltas:
-                if delta.finish is not None and delta.finish.reason == "error":
-                    yield event(error_body(RequestError(503, delta.finish.message)))
-                elif delta.finish is not None and delta.finish.reason == "abort":
-                    yield event(error_body(RequestError(503, "the server is stopping")))
+                if (failed := failure(delta.finish)) is not None:
+                    yield event(error_body(failed))
+                elif (reader := readers[delta.index]) is not None:
+                    if (part := self._call_part(asked, delta, reader)) is not None:
+                        yield chunk(part)
                 elif delta.text or delta.tokens or delta.prompt or delta.finish:
                     yield chunk(self._part(asked, delta, offsets))
         if usage:
@@ -340,6 +399,22 @@ class Completions:
         logprobs = self._logprobs(asked, scored, offsets[delta.index]) if scored else None
         offsets[delta.index] += sum(len(self.texts.text_of(s.token)) for s in scored)
         return {"index": delta.index, "text": text, "logprobs": logprobs, **ended}
+
+    def _call_part(self, asked: _Asked, delta: Delta, reader: HermesReader) -> Mapping[str, Any] | None:
+        """A part of an answer that may call tools; None when there is nothing to say yet."""
+        text, pieces = reader.put(delta.text)
+        ended = self._ended(delta.finish)
+        if delta.finish is not None:
+            more, last = reader.end()
+            text, pieces = text + more, [*pieces, *last]
+            ended = _called(asked, ended) if reader.called else ended
+        said: dict[str, Any] = {"content": text} if text else {}
+        if pieces:
+            said["tool_calls"] = [piece.body() for piece in pieces]
+        logprobs = self._chat_logprobs(asked, delta.tokens) if delta.tokens else None
+        if not said and logprobs is None and delta.finish is None:
+            return None
+        return {"index": delta.index, "delta": said, "logprobs": logprobs, **ended}
 
     def _ended(self, finish: Finish | None) -> dict[str, Any]:
         """`stop_reason`: the token or text that was asked to stop; null for the model's own ends."""
@@ -392,6 +467,27 @@ class Completions:
                 {**entry(s.token, s.logprob), "top_logprobs": [entry(t, v) for t, v in s.top]} for s in scored
             ]
         }
+
+
+def failure(finish: Finish | None) -> RequestError | None:
+    """What a client is told of an answer that did not come to its end."""
+    if finish is None or finish.reason in ("stop", "length"):
+        return None
+    if finish.reason == "timeout":
+        return RequestError(504, finish.message)
+    return RequestError(503, finish.message or "the server is stopping")
+
+
+def _called(asked: _Asked, ended: dict[str, Any]) -> dict[str, Any]:
+    """How an answer with calls ended; vLLM says `stop` of a call that the request named."""
+    named = asked.tools is not None and asked.tools.named
+    return (
+        {**ended, "finish_reason": "tool_calls"} if ended["finish_reason"] == "stop" and not named else ended
+    )
+
+
+def _ids_of(prompt: Prompt) -> Sequence[int]:
+    return prompt.ids if isinstance(prompt, VisionRequest) else prompt
 
 
 def _usage(answers: Sequence[Answer]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.scheduler import QueueFull
 from tyir.tools.serve.json_reply import json_reply
 
-__all__ = ["RequestError", "error_body", "error_reply", "refusal"]
+__all__ = ["RequestError", "error_body", "error_reply", "json_text", "refusal"]
 
 _TYPES: Final = {
     400: "BadRequestError",
@@ -21,6 +22,7 @@ _TYPES: Final = {
     429: "RateLimitError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
+    504: "TimeoutError",
 }
 _RETRY: Final = {429: "1", 503: "5"}  # seconds
 
@@ -52,6 +54,14 @@ def error_body(error: RequestError) -> Mapping[str, Any]:
             "code": error.code or error.status,
         }
     }
+
+
+def json_text(value: Any, param: str) -> str:
+    """JSON of a part of a request; `RequestError` for what is nested deeper than can be written."""
+    try:
+        return json.dumps(value)
+    except (RecursionError, ValueError):
+        raise RequestError(400, f"{param} is nested too deeply", param) from None
 
 
 def error_reply(error: RequestError) -> Response:

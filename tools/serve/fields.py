@@ -15,6 +15,7 @@ __all__ = [
     "CompletionFields",
     "DetokenizeFields",
     "Fields",
+    "Message",
     "OllamaChatFields",
     "OllamaFields",
     "OllamaGenerateFields",
@@ -90,6 +91,7 @@ class Message(Fields):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
     role: StrictStr
     content: StrictStr | list[dict[str, Any]] | None = None
+    images: list[StrictStr] | None = None
 
 
 class ChatFields(SamplingFields):
@@ -101,6 +103,7 @@ class ChatFields(SamplingFields):
     top_logprobs: Count | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: StrictStr | dict[str, Any] | None = None
+    parallel_tool_calls: Bool | None = None
     chat_template: StrictStr | None = None
     add_generation_prompt: Bool | None = None
     continue_final_message: Bool | None = None

@@ -37,7 +37,7 @@ _TOKEN: Final = (
 )
 _REQUEST: Final = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _COUNTS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-_REASONS: Final = ("stop", "length", "abort", "error")
+_REASONS: Final = ("stop", "length", "abort", "error", "timeout")
 
 
 class Metrics(Observer):

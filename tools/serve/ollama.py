@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tyir.diagnostics import TyirError
+from tyir.runtime_sim.vision.request import VisionRequest
 from tyir.tools.serve.asked import limit_of, messages_of, params_of
-from tyir.tools.serve.async_engine import Answer, Params
-from tyir.tools.serve.completions import Completions, until_gone
+from tyir.tools.serve.async_engine import Answer, Params, Prompt
+from tyir.tools.serve.completions import Completions, failure, until_gone
 from tyir.tools.serve.errors import RequestError, refusal
 from tyir.tools.serve.fields import (
+    ChatFields,
+    Message,
     OllamaChatFields,
     OllamaFields,
     OllamaGenerateFields,
@@ -31,6 +35,7 @@ from tyir.tools.serve.fields import (
     ShowFields,
 )
 from tyir.tools.serve.json_reply import json_reply, line
+from tyir.tools.serve.tool_calls import Calls, HermesReader, Tools
 
 __all__ = ["Ollama"]
 
@@ -70,9 +75,16 @@ class Ollama:
                 f"{family}.block_count": model.get("num_hidden_layers"),
                 f"{family}.embedding_length": model.get("hidden_size"),
             },
-            "capabilities": ["completion"],
+            "capabilities": ["completion", *(["vision"] if self._engine.eyes else []), *self._tools()],
             "template": str(self._engine.tokenizer.chat_template or ""),
         }
+
+    def _tools(self) -> list[str]:
+        try:
+            self._completions.check_tools()
+        except RequestError:
+            return []
+        return ["tools"]
 
     def _model(self, name: str) -> Mapping[str, Any]:
         manifest = self._engine.artifacts.manifest
@@ -103,36 +115,41 @@ class Ollama:
 
     async def generate(self, fields: OllamaGenerateFields, request: Request) -> Response:
         self._check(fields.model)
-        if fields.images:
-            raise RequestError(400, "this server answers text alone: it is not a multimodal model", "images")
         if fields.suffix:
             raise RequestError(400, "suffix is not supported", "suffix")
         if not fields.prompt:
             return json_reply({**self._head(fields), "response": "", "done": True, "done_reason": "load"})
 
-        def text() -> str:
-            prompt = fields.prompt or ""
-            if fields.raw or not self._has_template():
-                return f"{fields.system}\n{prompt}" if fields.system else prompt
-            system = [{"role": "system", "content": fields.system}] if fields.system else []
-            return self._completions.chat_text([*system, {"role": "user", "content": prompt}], {})
+        def prompt() -> Prompt:
+            text = fields.prompt or ""
+            if not fields.images and (fields.raw or not self._has_template()):
+                return self._completions.seen(
+                    f"{fields.system}\n{text}" if fields.system else text, (), "prompt"
+                )
+            system = [Message(role="system", content=fields.system)] if fields.system else []
+            user = Message(role="user", content=text, images=fields.images)
+            messages, pictures = messages_of([*system, user], self._engine)
+            return self._completions.seen(self._completions.chat_text(messages, {}), pictures, "prompt")
 
-        return await self._answer(fields, request, text, "response")
+        return await self._answer(fields, request, prompt, "response")
 
     async def chat(self, fields: OllamaChatFields, request: Request) -> Response:
         self._check(fields.model)
-        if fields.tools:
-            raise RequestError(
-                400, "tools cannot be called: this server has no parser of tool calls", "tools"
-            )
+        tools = Tools.of(ChatFields(messages=[], tools=fields.tools))
         if not fields.messages:
             message = {"role": "assistant", "content": ""}
             return json_reply({**self._head(fields), "message": message, "done": True, "done_reason": "load"})
 
-        def text() -> str:
-            return self._completions.chat_text(messages_of(fields.messages), {})
+        def prompt() -> Prompt:
+            messages, pictures = messages_of(fields.messages, self._engine)
+            options: dict[str, Any] = {}
+            if tools is not None:
+                self._completions.check_tools()
+                options["tools"] = tools.offered
+            text = self._completions.chat_text(messages, options)
+            return self._completions.seen(text, pictures, "messages")
 
-        return await self._answer(fields, request, text, "message")
+        return await self._answer(fields, request, prompt, "message", tools)
 
     def _has_template(self) -> bool:
         try:
@@ -141,22 +158,31 @@ class Ollama:
             return False
         return True
 
-    async def _answer(self, fields: OllamaFields, request: Request, text: Any, form: str) -> Response:
+    async def _answer(
+        self,
+        fields: OllamaFields,
+        request: Request,
+        prompt: Callable[[], Prompt],
+        form: str,
+        tools: Tools | None = None,
+    ) -> Response:
         began = time.perf_counter_ns()
-        ids, params = await asyncio.to_thread(self._understood, fields, text)
+        given, params = await asyncio.to_thread(self._understood, fields, prompt, tools)
         if not self._engine.ready:
             raise RequestError(503, "the server is loading or stopping, try again later")
         try:
-            (answer,) = self._engine.submit(ids, params)
+            (answer,) = self._engine.submit([given], params)
         except TyirError as error:
             raise refusal(error) from None
-        parts = self._parts(fields, answer, form, began)
+        parts = self._parts(fields, answer, form, began, HermesReader() if tools is not None else None)
         if fields.stream is not False:
             return StreamingResponse(parts, media_type="application/x-ndjson")
         whole = await until_gone(request, lambda: self._whole(parts, form))
         return json_reply(whole)
 
-    def _understood(self, fields: OllamaFields, text: Any) -> tuple[list[int], Params]:
+    def _understood(
+        self, fields: OllamaFields, prompt: Callable[[], Prompt], tools: Tools | None
+    ) -> tuple[Prompt, Params]:
         options = fields.options or OllamaOptions()
         capacity = self._engine.capacity
         if options.num_ctx is not None and options.num_ctx > capacity:
@@ -184,16 +210,19 @@ class Ollama:
             if fields.format
             else None,
         )
-        params = params_of(sampling, self._engine, 1)
-        ids = self._completions._ids(text(), "prompt")
+        params = params_of(sampling, self._engine, 1, tools)
+        given = prompt()
+        ids = given.ids if isinstance(given, VisionRequest) else given
         asked = options.num_predict if options.num_predict is not None and options.num_predict > 0 else None
         limit = limit_of(asked, None, len(ids), self._engine, "num_predict")
-        return ids, replace(params, max_tokens=limit)
+        return given, replace(params, max_tokens=limit)
 
     async def _parts(
-        self, fields: OllamaFields, answer: Answer, form: str, began: int
+        self, fields: OllamaFields, answer: Answer, form: str, began: int, reader: HermesReader | None
     ) -> AsyncGenerator[str, None]:
         head = self._head(fields)
+        calls = Calls()
+        streamed = fields.stream is not False
 
         def put(text: str, **more: Any) -> str:
             said = {"role": "assistant", "content": text} if form == "message" else text
@@ -201,16 +230,29 @@ class Ollama:
 
         async with contextlib.aclosing(answer.deltas()) as deltas:
             async for delta in deltas:
+                text = delta.text
+                if reader is not None:
+                    text, pieces = reader.put(text)
+                    calls.add(pieces)
+                    if delta.finish is not None:
+                        more, pieces = reader.end()
+                        calls.add(pieces)
+                        text += more
                 if delta.finish is None:
-                    if delta.text:
-                        yield put(delta.text)
-                elif delta.finish.reason in ("error", "abort"):
-                    yield line({"error": delta.finish.message or "the server is stopping"})
+                    if text:
+                        yield put(text)
+                elif (failed := failure(delta.finish)) is not None:
+                    if not streamed:
+                        raise failed
+                    yield line({"error": failed.message})
                 else:
+                    if calls.calls:
+                        said = {"role": "assistant", "content": "", "tool_calls": _ollama_calls(calls)}
+                        yield line({**head, form: said, "done": False})
                     (generation,) = answer.generations
                     times, made = generation.times, len(generation.made)
                     yield put(
-                        delta.text,
+                        text,
                         done=True,
                         done_reason=delta.finish.reason,
                         total_duration=time.perf_counter_ns() - began,
@@ -222,18 +264,31 @@ class Ollama:
                     )
 
     async def _whole(self, parts: AsyncGenerator[str, None], form: str) -> Mapping[str, Any]:
-        import json
-
-        text, last = "", {}
+        text, last, calls = "", {}, []
         async for part in parts:
             last = json.loads(part)
-            if "error" in last:
-                raise RequestError(503, last["error"])
             text += last[form]["content"] if form == "message" else last[form]
-        return {**last, form: {"role": "assistant", "content": text} if form == "message" else text}
+            calls += last[form].get("tool_calls", ()) if form == "message" else ()
+        if form == "message":
+            said = {"role": "assistant", "content": text}
+            return {**last, form: {**said, "tool_calls": calls} if calls else said}
+        return {**last, form: text}
 
     def _head(self, fields: OllamaFields) -> dict[str, Any]:
         return {"model": fields.model, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
 
     def _check(self, name: str) -> None:
         self._completions._check_model(name.removesuffix(":latest") if name not in self._names else name)
+
+
+def _ollama_calls(calls: Calls) -> list[Mapping[str, Any]]:
+    """Ollama's clients take arguments as objects; what is none is left as text under one name."""
+    found = []
+    for call in calls.calls:
+        function = call["function"]
+        try:
+            arguments = json.loads(function["arguments"])
+        except (ValueError, RecursionError):
+            arguments = {"arguments": function["arguments"]}
+        found.append({"function": {"name": function["name"], "arguments": arguments}})
+    return found

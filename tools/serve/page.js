@@ -3,11 +3,20 @@
 const one = (id) => document.getElementById(id);
 let messages = [];
 let under_way = null;
+let pictures = []; // data: URLs that go with the next message
 
-function say(kind, text) {
+function image(url) {
+  const shown = document.createElement("img");
+  shown.src = url;
+  shown.alt = "picture";
+  return shown;
+}
+
+function say(kind, text, urls = []) {
   const line = document.createElement("p");
   line.className = kind;
   line.textContent = text;
+  line.prepend(...urls.map(image));
   one("talk").append(line);
   line.scrollIntoView({ block: "end" });
   return line;
@@ -56,10 +65,11 @@ async function* read(stream) {
   }
 }
 
-async function send(text) {
+async function send(text, urls) {
   const talk = messages; // another one after Clear
-  talk.push({ role: "user", content: text });
-  say("user", text);
+  const parts = urls.map((url) => ({ type: "image_url", image_url: { url } }));
+  talk.push({ role: "user", content: urls.length ? [...parts, { type: "text", text }] : text });
+  say("user", text, urls);
   const line = say("assistant", "");
   under_way = new AbortController();
   one("send").disabled = true;
@@ -95,7 +105,7 @@ one("form").addEventListener("submit", (event) => {
   const text = one("text").value.trim();
   if (!text || under_way) return;
   one("text").value = "";
-  send(text);
+  send(text, show([]));
 });
 one("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -103,12 +113,54 @@ one("text").addEventListener("keydown", (event) => {
     one("form").requestSubmit();
   }
 });
+// What waits to be sent, which is shown above the text; a click takes a picture away.
+function show(urls) {
+  const before = pictures;
+  pictures = urls;
+  one("pictures").replaceChildren(...urls.map((url) => {
+    const item = document.createElement("li");
+    item.append(image(url));
+    item.title = "Click to remove";
+    item.addEventListener("click", () => show(pictures.filter((other) => other !== url)));
+    return item;
+  }));
+  return before;
+}
+
+function take(files) {
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) continue;
+    const reader = new FileReader();
+    reader.addEventListener("load", () => show([...pictures, reader.result]));
+    reader.readAsDataURL(file);
+  }
+}
+
+const sees = () => !one("add").hidden;
+for (const kind of ["dragover", "dragleave", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    event.preventDefault(); // else the browser opens the file in the place of this page
+    document.body.classList.toggle("dropping", kind === "dragover" && sees());
+    if (kind === "drop" && sees()) take(event.dataTransfer.files);
+  });
+}
+document.addEventListener("paste", (event) => {
+  if (sees()) take(event.clipboardData.files);
+});
+one("file").addEventListener("change", () => {
+  take(one("file").files);
+  one("file").value = "";
+});
 one("stop").addEventListener("click", () => under_way?.abort());
 one("clear").addEventListener("click", () => {
   under_way?.abort();
   messages = [];
+  show([]);
   one("talk").replaceChildren();
 });
 asked("/v1/models").then((reply) => reply.json()).then((list) => {
   for (const { id } of list.data) one("model").append(new Option(id, id));
+  const sizes = list.data[0]?.tyir?.images ?? [];
+  one("add").hidden = !sizes.length;
+  one("add").title = `Sizes: ${sizes.join(", ")}`;
 }).catch((error) => say("error", error.message));

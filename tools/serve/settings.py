@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 __all__ = ["Settings"]
 
@@ -14,12 +15,14 @@ __all__ = ["Settings"]
 class Settings:
     """`names`: the model's, the first is answered with.  `keys`: hashes of those that open the server; none:
     it is open.  `max_body`: bytes of a request.  `always_usage`: streams end with usage, asked for or not.
+    `tool_parser`: how calls of tools are read; None: tools are refused.
     """
 
     names: Sequence[str] = ("tyir",)
     keys: Sequence[bytes] = field(default=(), repr=False)
     max_body: int = 4 << 20
     always_usage: bool = True
+    tool_parser: Literal["hermes"] | None = "hermes"
 
     @staticmethod
     def hashed(keys: Sequence[str]) -> tuple[bytes, ...]:

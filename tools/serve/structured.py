@@ -6,10 +6,9 @@ https://github.com/guidance-ai/llguidance: which tokens may follow is asked for 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import numpy as np
@@ -17,24 +16,29 @@ import numpy.typing as npt
 
 from tyir.runtime_sim.serving.choosing import Constraint
 from tyir.tools.serve.async_engine import AsyncEngine
-from tyir.tools.serve.errors import RequestError
+from tyir.tools.serve.errors import RequestError, json_text
 
 __all__ = ["constraint_of"]
 
 _MOST_CHARACTERS: Final = 1 << 16
 _MOST_CHOICES: Final = 1024
+_SPACE: Final = r"[ \t\n]{0,16}"  # between the parts of JSON: small models fill answers with it otherwise
 
 
 def constraint_of(
     response_format: Mapping[str, Any] | None,
     structured: Mapping[str, Any] | None,
     engine: AsyncEngine,
+    grammar: str | None = None,
 ) -> Callable[[], Constraint] | None:
     """What makes the constraint of an answer; None when anything may be said.  `RequestError` for a grammar
     that cannot be used, or when llguidance is not installed.
+
+    `grammar`: llguidance's Lark that goes before what the others say, of a call that must be made.
     """
     param = "response_format" if response_format is not None else "structured_outputs"
-    found = _grammar(response_format or {}, structured or {})
+    param = "tools" if grammar is not None else param
+    found = ("grammar", grammar) if grammar is not None else _grammar(response_format or {}, structured or {})
     if found is None:
         return None
     if importlib.util.find_spec("llguidance") is None:
@@ -48,18 +52,18 @@ def constraint_of(
 
     tokenizer = _tokenizer(engine)
     make = {
-        "schema": LLMatcher.grammar_from_json_schema,
+        "schema": partial(LLMatcher.grammar_from_json_schema, defaults={"whitespace_pattern": _SPACE}),
         "regex": LLMatcher.grammar_from_regex,
         "grammar": LLMatcher.grammar_from_lark,
     }[kind]
     try:
-        grammar = make(text)
-        problem = LLMatcher.validate_grammar(grammar, tokenizer)
+        made = make(text)
+        problem = LLMatcher.validate_grammar(made, tokenizer)
     except Exception as error:  # the library's own, of several kinds
         problem = str(error)
     if problem:
         raise RequestError(400, f"Grammar error: {problem.splitlines()[0][:300]}", param)
-    return lambda: _Grammar(LLMatcher(tokenizer, grammar), engine)
+    return lambda: _Grammar(LLMatcher(tokenizer, made), engine)
 
 
 def _grammar(response_format: Mapping[str, Any], structured: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -76,7 +80,7 @@ def _grammar(response_format: Mapping[str, Any], structured: Mapping[str, Any]) 
                 raise RequestError(
                     400, "response_format.json_schema.schema must be a schema", "response_format"
                 )
-            return "schema", json.dumps(schema)
+            return "schema", json_text(schema, "response_format")
         case other:
             raise RequestError(
                 400, f"response_format of type {str(other)[:40]!r} is not known", "response_format"
@@ -90,7 +94,7 @@ def _grammar(response_format: Mapping[str, Any], structured: Mapping[str, Any]) 
         )
     ((name, value),) = given.items()
     if name == "json" and isinstance(value, (dict, str)):
-        return "schema", value if isinstance(value, str) else json.dumps(value)
+        return "schema", value if isinstance(value, str) else json_text(value, "structured_outputs")
     if name in ("regex", "grammar") and isinstance(value, str):
         return name, value
     texts = [v for v in value if isinstance(v, str) and v] if isinstance(value, list) else []

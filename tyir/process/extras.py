@@ -1,0 +1,61 @@
+"""Libraries that not every use of tyir needs: which extra brings them.
+
+Running compiled artifacts needs what `pip install tyir` installs; compiling, serving and quantising need
+more.  Whatever imports such a library says `require` first, so that a user is told what to install.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Final
+
+from tyir.diagnostics import TyirError
+
+__all__ = ["EXTRA_OF", "missing_library", "require"]
+
+# Module -> the extra of pyproject.toml that brings it (tests/tyir/test_extras.py compares).
+EXTRA_OF: Final = {
+    "torch": "compile",
+    "transformers": "compile",
+    "safetensors": "compile",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "serve",
+    "gguf": "gguf",
+    "PIL": "vision",
+    "pyarrow": "quantize",
+    "sentencepiece": "sentencepiece",
+    "matplotlib": "plots",
+    "shtab": "completion",
+}
+
+
+def require(what: str, *modules: str, extra: str | None = None) -> None:
+    """`TyirError` when one of the modules is not installed: that `what` needs it, and the extra that has it
+    (`extra`, else the first one's).
+    """
+    absent = [name for name in modules if not _here(name)]
+    if absent:
+        are = "is" if len(absent) == 1 else "are"
+        raise TyirError(
+            f"{what} needs {', '.join(absent)}, which {are} not installed",
+            help=f"pip install 'tyir[{extra or EXTRA_OF[absent[0]]}]'",
+        )
+
+
+def missing_library(error: BaseException) -> TyirError | None:
+    """What to say of an import that failed because an extra is not installed; None for anything else."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in EXTRA_OF or _here(name):
+        return None
+    return TyirError(
+        f"this needs {name}, which is not installed", help=f"pip install 'tyir[{EXTRA_OF[name]}]'"
+    )
+
+
+def _here(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
