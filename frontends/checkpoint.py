@@ -23,13 +23,14 @@ from tyir.process.files import missing_hint, open_regular, parse_json
 from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
-__all__ = ["TENSOR_FILES", "Checkpoint", "StoredTensor", "no_checkpoint", "open_checkpoint"]
+__all__ = ["TENSOR_FILES", "Checkpoint", "StoredTensor", "is_compiled", "no_checkpoint", "open_checkpoint"]
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 TORCH_FILE: Final = "pytorch_model.bin"
 TORCH_INDEX: Final = "pytorch_model.bin.index.json"
 TENSOR_FILES: Final = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX)
+_COMPILED: Final = "manifest.json"  # of artifacts, which have the model's config.json too
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 
 # The element types of safetensors files by their names there.
@@ -318,9 +319,21 @@ def _open_gguf(paths: Sequence[Path], problems: list[Diagnostic]) -> Checkpoint 
     return Checkpoint(folder, config, reader.tensors, reader.stamps, whole=bool(reader.stamps))
 
 
+def is_compiled(folder: Path) -> bool:
+    """Whether a folder is one of artifacts: they are easily given in place of their checkpoint."""
+    return (folder / _COMPILED).is_file() and not any((folder / name).exists() for name in TENSOR_FILES)
+
+
 def no_checkpoint(given: Path) -> Diagnostic:
-    """What is wrong with a place that is no folder, and what to do when it is a model of the hub."""
+    """What is wrong with a place that is no checkpoint folder, and what to do when it is a model of the
+    hub.
+    """
     folder = given.absolute()
+    if folder.is_dir():
+        return Diagnostic(
+            f"{given} is a folder of artifacts, not a checkpoint: it holds {_COMPILED}",
+            help="give the folder of the model that was compiled",
+        )
     if folder.exists():
         return Diagnostic(
             f"checkpoint folder {given} is a file, not a folder",
@@ -380,7 +393,7 @@ def _open_model(folder: Path, problems: list[Diagnostic]) -> Checkpoint | None:
         except TyirError as error:
             problems.extend(error.diagnostics)
             return None
-    if not folder.is_dir():
+    if not folder.is_dir() or is_compiled(folder):
         problems.append(no_checkpoint(given))
         return None
     reader = _Reader(folder, problems)

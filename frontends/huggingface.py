@@ -87,7 +87,7 @@ Note = Callable[[Diagnostic], None]
 
 
 def import_model(
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: str = "f16",
     note: Note | None = None,
@@ -121,7 +121,7 @@ def import_model(
         )
     with _collector_paused(), Bar("import", 100, show=progress) as bar:
         opened = open_model(
-            folder,
+            Path(folder),
             dtype,
             note,
             check_weights=check_weights,

@@ -114,8 +114,8 @@ def build_and_compile_vlm(
 
 
 def compile_path(
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     options: BuildOptions | Mapping[str, Any],
     *,
     watch: Stopwatch | None = None,
@@ -161,6 +161,7 @@ def compile_path(
     from tyir.targets.machine import load_machine
     from tyir.tools.estimate.plan import settle_group_size
 
+    model, out = Path(model), Path(out)
     chosen = find_backend(backend)
     further: dict[str, Any] = {
         "vision_dies": vision_dies,

@@ -33,7 +33,7 @@ _NO_HELP: Final = "save the tokenizer as tokenizer.json (save_pretrained of a fa
 Find = Callable[[str], bytes | None]
 
 
-def load_tokenizer(source: Artifacts | Path) -> Any:
+def load_tokenizer(source: Artifacts | str | Path) -> Any:
     """The tokenizer saved with the artifacts or the checkpoint.
 
     `TyirError` when there is none, it is damaged, or it is code.  Nothing is ever asked on standard input.
@@ -102,10 +102,10 @@ def tokenizing(what: str) -> Iterator[None]:
         raise TyirError(f"transformers {what}: {type(error).__name__}: {line}", help=_NO_HELP) from None
 
 
-def files_of(source: Artifacts | Path) -> tuple[Path, Find]:
+def files_of(source: Artifacts | str | Path) -> tuple[Path, Find]:
     """What the folder is called, and what its files hold."""
     try:
-        folder = source if isinstance(source, Artifacts) else OpenedFolder(source)
+        folder = source if isinstance(source, Artifacts) else OpenedFolder(Path(source))
     except OSError as error:
         raise TyirError(f"cannot read {source}: {error.strerror}") from None
 

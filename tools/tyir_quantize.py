@@ -25,6 +25,11 @@ def main(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
     if args.out is None and args.evaluate is None:
         raise TyirError("nothing is to be done", help="give -o OUT to quantise, --evaluate TEXT to measure")
+    from tyir.tools.quantize.text_files import check_text
+
+    for source in (args.calibration, args.evaluate):
+        if source is not None:
+            check_text(source)
     from tyir.tools.commands.json_forms import print_json
     from tyir.tools.quantize.quantize import Text, check_device, perplexity_of, quantize
     from tyir.tools.quantize.report import measured_form, report_form, summary_lines, write_report

@@ -126,9 +126,12 @@ def _check_checkpoint(path: Path) -> None:
     A GGUF file, or a folder that holds one, needs no config.json: its metadata describe the model; an
     adapter's base has one.
     """
+    from tyir.frontends.checkpoint import is_compiled, no_checkpoint
+
+    if is_compiled(path):
+        raise TyirError(no_checkpoint(path))
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
-    from tyir.frontends.checkpoint import no_checkpoint
     from tyir.frontends.gguf.files import gguf_model
 
     if gguf_model(path):

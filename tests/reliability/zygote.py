@@ -3,10 +3,12 @@ milliseconds instead of the seconds of a start.
 
 Reads a JSON line for each case on standard input and answers with one: see `tests.reliability.cases.Case` for
 what is in them.  Run as a script, never imported by pytest: its children must not share pytest's state.
+Modules that a child had to import are imported here as well, so that no later child pays for them again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -20,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 MEMORY = 8 << 30  # bytes of address space
+ROOT = str(Path(__file__).resolve().parents[2])
+OURS = (ROOT, *filter(None, sys.path))  # where modules are learnt from; what a case brings is elsewhere
+UNLEARNT = ("torch._inductor", "torch._dynamo")  # imports of theirs start threads and processes
 
 
 def serve(preload: list[str]) -> None:
@@ -34,7 +39,8 @@ def serve(preload: list[str]) -> None:
 
 
 def _run(case: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    known = frozenset(sys.modules)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as new:
         began = time.monotonic()
         child = os.fork()
         if child == 0:
@@ -44,6 +50,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
             except BaseException:
                 os.write(2, traceback.format_exc().encode("utf-8", "replace"))
             finally:
+                os.write(new.fileno(), "\n".join(_imported(known)).encode())
                 os._exit(code)
         status = _wait(child, began + case["limit"])
         seconds = time.monotonic() - began
@@ -51,8 +58,27 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
         for file in (out, err):
             file.seek(0)
             texts.append(file.read(200_000).decode("utf-8", "replace"))
+        new.seek(0)
+        _learn(new.read().decode().split())
     code = None if status is None else os.waitstatus_to_exitcode(status)
     return {"code": code, "out": texts[0], "err": texts[1], "seconds": seconds}
+
+
+def _imported(known: frozenset[str]) -> list[str]:
+    """Modules of installed packages that are not among `known`, in order of their import."""
+    return [
+        name
+        for name, module in list(sys.modules.items())
+        if name not in known
+        and not name.startswith(UNLEARNT)
+        and str(getattr(module, "__file__", None)).startswith(OURS)
+    ]
+
+
+def _learn(names: list[str]) -> None:
+    for name in names:
+        with contextlib.suppress(Exception):  # some exist only inside of what imports them
+            importlib.import_module(name)
 
 
 def _wait(child: int, end: float) -> int | None:
@@ -87,5 +113,5 @@ def _child(case: dict[str, Any], out: int, err: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, ROOT)
     serve(sys.argv[1:])

@@ -112,7 +112,8 @@ def answer(mistake: Mistake, place: Path) -> str:
     assert re.search(r"error: ", err) and "Traceback" not in err, err
     assert mistake.cure in err, err
     err = re.sub(r"tyir-reproducer-\w+\.ir", "tyir-reproducer-1.ir", err)
-    return re.sub(rf"{re.escape(str(place))}/|/\S*(?=/tyir-reproducer)", "", err)
+    err = re.sub(r"/\S*(?=/tyir-reproducer)", "/tmp", err)
+    return err.replace(f"{place}/", "")
 
 
 def written(answers: dict[Mistake, str]) -> str:

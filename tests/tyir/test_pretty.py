@@ -23,6 +23,7 @@ from tyir.attributes import (
     SymbolRefAttr,
     UnitAttr,
 )  # fmt: skip
+from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.ir import Block, Op, Region, unregistered_op
@@ -130,3 +131,24 @@ def test_a_terminal_gets_the_short_form(tmp_path: Path, monkeypatch: pytest.Monk
     for flags, short in (([], False), (["--pretty"], True)):
         assert main([str(source), *flags, "-o", str(out)]) == 0
         assert ("ty.global @w" in out.read_text()) is short
+
+
+@pytest.mark.parametrize(
+    ("op", "hint"),
+    [
+        ("%r = ty.linear %x, %w : tensor<2x4xf16>", "(tensor<2x8xf16>, tensor<4x8xf16>) -> tensor<2x4xf16>"),
+        ("%r = ty.linear %x, %w : tensor<2x8xf16>", "(tensor<2x8xf16>, tensor<4x8xf16>) -> tensor<2x8xf16>"),
+        ('%r = ty.linear %x, %w {a = "b"} : f16', "(tensor<2x8xf16>, tensor<4x8xf16>) -> f16"),
+    ],
+)
+def test_one_type_for_operands_of_several_is_answered_with_all_of_them(op: str, hint: str) -> None:
+    text = f"func.func @f(%x: tensor<2x8xf16>, %w: tensor<4x8xf16>) {{\n  {op}\n  return\n}}"
+    with pytest.raises(TyirError) as caught:
+        parse_module(text)
+    assert f"one type stands for all operands and results; where they differ: {hint}" in str(caught.value)
+
+
+def test_a_wrong_type_in_a_signature_has_no_such_hint() -> None:
+    with pytest.raises(TyirError) as caught:
+        parse_module("func.func @f(%x: f16) {\n  %r = ty.silu %x : (f32) -> f32\n  return\n}")
+    assert "one type stands" not in caught.value.render()

@@ -41,3 +41,28 @@ def test_names_survive_the_import_of_modules(first: str, tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_names_of_files_may_be_text(tmp_path: Path) -> None:
+    """What `docs/python.md` lists takes them as `str` and as `Path`: refused for what they name."""
+    from tyir.frontends.huggingface import import_model
+    from tyir.tools.api import build_and_compile_llm, compile_path
+    from tyir.tools.sim.sources import Choice, open_source
+    from tyir.tools.tokenizer import load_tokenizer
+
+    for missing in (str(tmp_path / "missing"), tmp_path / "missing"):
+        for call in (
+            lambda path: compile_path(path, str(tmp_path / "out"), {"dies": 1, "seqlens": [1], "max_kv": 16}),
+            lambda path: compile_path(f"{path}.ir", str(tmp_path / "out"), {}),
+            build_and_compile_llm,
+            import_model,
+            load_tokenizer,
+            lambda path: open_source([path], Choice(None, {})),
+            tyir.Session,
+            tyir.BatchSession,
+            tyir.parse_file,
+        ):
+            with pytest.raises(tyir.TyirError, match="missing"):
+                call(missing)  # type: ignore[operator]
+    model = Path(__file__).parents[1] / "models" / "tiny-qwen2"
+    assert load_tokenizer(str(model))("old")["input_ids"] == load_tokenizer(model)("old")["input_ids"]

@@ -80,6 +80,8 @@ FOREIGN_OPTIONS: Final = (
     Foreign("llama.cpp", ("-t", "--threads-batch", "-tb"), "--threads N", ("run", "chat")),
     Foreign("vLLM", ("--block-size", "--enable-prefix-caching"), "--cache FILE", ("run", "chat"),
             "a prefix that the cache holds is not computed again"),
+    Foreign("vLLM", ("--enforce-eager", "--compilation-config", "-O", "--max-parallel-loading-workers"),
+            note="every program is compiled ahead of its run; docs/compiling.md says what can be chosen"),
     # -------------------------------------------------------------------------------------- numbers
     Foreign("vLLM", ("--quantization",), "--weights int4", _BUILD,
             "checkpoints that are quantised already (AWQ, GPTQ, GGUF) are recognised by themselves"),
@@ -132,6 +134,13 @@ FOREIGN_OPTIONS: Final = (
     Foreign("llama.cpp", ("--repeat-penalty", "--presence-penalty", "--frequency-penalty", "--mirostat",
                           "--grammar", "--typical", "--xtc-probability"),
             note="tokens are drawn by --temperature, --top-k, --top-p and --min-p of tyir-run"),
+    Foreign("transformers", ("--num-beams", "--do-sample", "--repetition-penalty", "--length-penalty"),
+            note="tokens are drawn by --temperature, --top-k, --top-p and --min-p of tyir-run"),
+    Foreign("llama.cpp", ("--stream", "--no-stream", "--simple-io"),
+            note="text is printed as it is made, also into a pipe; --json prints it whole at the end"),
+    Foreign("vLLM", ("--stop", "--stop-token-ids", "--ignore-eos"),
+            note="answers end at the model's end tokens and at --max-tokens; a request to tyir-serve may have"
+            " stop texts"),
     Foreign("vLLM", ("--speculative-config", "--speculative-model", "--draft-model", "-md"),
             note="each token is computed by the whole model"),
     Foreign("vLLM", ("--dataset-name", "--dataset-path", "--backend", "--base-url", "--endpoint"),

@@ -121,11 +121,12 @@ def read_report(path: Path) -> Summary:
     return Summary.from_json(values, str(path))
 
 
-def open_source(paths: Sequence[Path], choice: Choice, *, check: bool = True) -> Source:
+def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = True) -> Source:
     """An artifact folder, or the programs (`.edge10`, `.bin`) of all dies for one length.
 
     `check`: whether the artifacts' hashes are verified.  `TyirError` for anything else.
     """
+    paths = [Path(path) for path in paths]
     if missing := [str(p) for p in paths if not p.exists()]:
         hint = download_hint(missing[0])
         raise TyirError(

@@ -384,7 +384,10 @@ class FlatParser(ScopeParser):
                 types_at,
                 types_end,
             )
-        operands = [self._use(text, wanted, at) for (text, at), wanted in zip(header.operands, in_types)]
+        hint = self._signature_hint(header, out_types) if header.one_type else ""
+        operands = [
+            self._use(text, wanted, at, hint) for (text, at), wanted in zip(header.operands, in_types)
+        ]
         count = sum(n for _, n, _ in header.results)
         if header.results and count != len(out_types):
             named = f"{count} {'is' if count == 1 else 'are'} named"
@@ -396,6 +399,16 @@ class FlatParser(ScopeParser):
             self._positions[op] = header.start
         self._define_results(header, op)
         self._frame.block.append(op)
+
+    def _signature_hint(self, header: Header, out_types: tuple[Type, ...]) -> str:
+        """What to write in place of one type when the operands that are known have others."""
+        known = [self._scope.values.get(text.removesuffix("#0")) for text, _ in header.operands]
+        if all(value is None or value.type in out_types for value in known):
+            return ""
+        inputs = ", ".join(str(value.type) if value is not None else "..." for value in known)
+        outputs = ", ".join(map(str, out_types))
+        outputs = outputs if len(out_types) == 1 else f"({outputs})"
+        return f"one type stands for all operands and results; where they differ: ({inputs}) -> {outputs}"
 
     def _define_results(self, header: Header, op: Op) -> None:
         values = iter(op.results)

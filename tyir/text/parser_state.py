@@ -50,6 +50,7 @@ class Header:
     has_entries: bool = False  # the short form had a dictionary
     bare: bool = False  # a module or function of the short form: one region without parentheses, no types
     arguments: list[Argument] = field(default_factory=list)  # of a function's body
+    one_type: bool = False  # one type was written for all operands and results
 
 
 @dataclass(slots=True)

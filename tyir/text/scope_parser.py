@@ -139,7 +139,7 @@ class ScopeParser(AttributeParser):
             block.arg_locs = (*block.arg_locs, *[UNKNOWN] * (value.index - known), loc)
         self._define(text, value, at)
 
-    def _use(self, text: str, wanted: Type, at: int) -> Value:
+    def _use(self, text: str, wanted: Type, at: int, help: str = "") -> Value:
         scope = self._scope
         name = text.removesuffix("#0")  # %a#0 is %a
         value = scope.values.get(name)
@@ -153,7 +153,8 @@ class ScopeParser(AttributeParser):
             if value.type is _UNSET:
                 value.type = wanted
         if value.type is not wanted:
-            self.fail(f"{text} has type {value.type} but is used as {wanted}", at, at + len(text))
+            message = f"{text} has type {value.type} but is used as {wanted}"
+            self.fail(message, at, at + len(text), help=help)
         return value
 
     def _define(self, text: str, value: Value, at: int) -> None:

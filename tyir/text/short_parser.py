@@ -97,6 +97,7 @@ class ShortParser(FlatParser):
                 while self.accept(","):
                     in_types.append(self.type())
             else:
+                header.one_type = True
                 in_types, out_types = (
                     [kind] * len(header.operands),
                     (kind,) * sum(n for _, n, _ in header.results),
