@@ -26,6 +26,7 @@ from typing import Final
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.quantize_rows import rounded
+from tyir.backends.host.kernels.streams import ask_ahead, in_streams, streams_of
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
@@ -33,6 +34,7 @@ from tyir.backends.host.kernels.tir import (
     add_to,
     bind,
     f32,
+    f32_of,
     flat,
     get,
     horizontal_max,
@@ -40,7 +42,6 @@ from tyir.backends.host.kernels.tir import (
     lanes_for,
     load,
     loop,
-    prefetch,
     put,
     register,
     span,
@@ -52,9 +53,7 @@ from tyir.dialects import ty
 
 __all__ = ["integer_linear", "takes_group"]
 
-_AHEAD: Final = 512  # bytes that are asked for ahead of their use, where one row of x meets each weight once
 _ZEROS: Final = 8  # zero points that are unpacked at once: a word of them
-_BLOCK_BYTES: Final = 1 << 16  # of a weight, that a core takes at a time
 _LOW: Final = 0x0F0F0F0F
 _WORD: Final = 4  # bytes that one lane of a product adds up
 _MANY: Final = 8  # tokens from which a block of rows is turned
@@ -105,6 +104,8 @@ def _quantized(x: Buffer, shape: _Shape, cpu: Cpu, half: int) -> _Activations:
         T.alloc_buffer((shape.m * shape.groups,), "float32"),
         T.alloc_buffer((shape.m * shape.groups + _ZEROS,), "float32"),
     )
+    with T.serial(0, _ZEROS) as i:  # read with the last row's; what is no normal number would cost 100 cycles
+        T.buffer_store(made.offsets, f32(0), [shape.m * shape.groups + i])
     lanes = lanes_for(cpu.lanes, 4 * shape.lanes)
     with loop(shape.m, cpu, shape.m * shape.k * 8) as row, T.serial(0, shape.groups) as g:
         first = bind(g * shape.group)
@@ -161,8 +162,7 @@ class _Product:
     ) -> None:
         self.shape, self.x, self.bias, self.out, self.cpu = shape, x, bias, out, cpu
         self.q, self.scales, self.zeros = weight
-        self.rows = 8 if cpu.registers >= 32 else 4
-        self.most = max(1, _BLOCK_BYTES // (shape.k // 2 * self.rows)) * self.rows
+        self.rows = streams_of(cpu)
 
     def columns(self) -> int:
         """Rows of x of a tile: as many as there are registers for, preferably a number that leaves none."""
@@ -170,17 +170,11 @@ class _Product:
         even = max(d for d in range(1, most + 1) if self.shape.m % d == 0)
         return even if 2 * even > most else -(-self.shape.m // -(-self.shape.m // most))
 
-    def ready(self, first: Expr, count: Expr) -> None:
+    def ready(self, first: Expr, count: Expr, most: int) -> None:
         """Scales of `count` rows from `first` on as f32, [row, group]."""
-        groups, lanes = self.shape.groups, self.cpu.lanes
+        groups = self.shape.groups
         self.first = first
-        self.ready_scales = T.alloc_buffer((self.most * groups + lanes,), "float32")
-        scales = flat(self.scales, self.shape.n * groups)
-        whole = bind(count * groups // lanes)
-        with T.serial(0, whole) as i:
-            store(self.ready_scales, [i * lanes], load(scales, [first * groups + i * lanes], lanes), lanes)
-        with T.serial(whole * lanes, count * groups) as i:
-            store(self.ready_scales, [i], load(scales, [first * groups + i], 1), 1)
+        self.ready_scales = f32_of(self.scales, first * groups, count * groups, most * groups, self.cpu)
 
     def tile(self, rows: Sequence[Expr], m0: Expr, columns: int) -> None:
         """out[m0.., rows]: a group of each row in turn.  `rows` count from those made ready."""
@@ -189,8 +183,7 @@ class _Product:
         with T.serial(0, shape.groups) as g:
             for r, row in enumerate(rows):
                 if columns == 1:
-                    ahead = (self.first + row) * (shape.k // 2) + g * (shape.group // 2) + _AHEAD
-                    prefetch(flat(self.q, shape.n * (shape.k // 2)), [ahead])
+                    ask_ahead(self.q, self.first + row, g * (shape.group // 2))
                 halves = self._halves(self.first + row, g)
                 scale = splat(self.ready_scales[row * shape.groups + g], lanes)
                 for c in range(columns):
@@ -383,7 +376,7 @@ def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) 
 
 
 def _by_rows(product: _Product, first: int) -> None:
-    """The rows of the weight from `first` on, as they lie, by blocks: a tile's rows lie far apart in one."""
+    """The rows of the weight from `first` on, as they lie, in streams."""
     m, n, k, cpu = product.shape.m, product.shape.n, product.shape.k, product.cpu
     rows, columns = product.rows, product.columns()
 
@@ -393,16 +386,4 @@ def _by_rows(product: _Product, first: int) -> None:
         if m % columns:
             product.tile(at, T.int32(m - m % columns), m % columns)
 
-    tiles = (n - first) // rows
-    rounds = max(1, -(-tiles * rows // (product.most * cpu.cores)))
-    most = -(-tiles // (rounds * cpu.cores))  # as many for each core
-    if tiles:
-        with loop(-(-tiles // most), cpu, m * n * k) as block:
-            count = bind(T.min(most, tiles - block * most)) if tiles % most else T.int32(most)
-            product.ready(bind(first + block * (most * rows)), count * rows)
-            with T.serial(0, count) as t:
-                all_columns([bind(r * count + t) for r in range(rows)])
-    if left := (n - first) % rows:
-        product.ready(T.int32(n - left), T.int32(left))
-        for row in range(left):
-            all_columns([T.int32(row)])
+    in_streams(range(first, n), rows, k // 2, cpu, m * (n - first) * k, product.ready, all_columns)
