@@ -26,6 +26,7 @@ from typing import Final
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.quantize_rows import rounded
+from tyir.backends.host.kernels.streams import ask_ahead, in_streams, streams_of
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
@@ -33,6 +34,7 @@ from tyir.backends.host.kernels.tir import (
     add_to,
     bind,
     f32,
+    f32_of,
     flat,
     get,
     horizontal_max,
@@ -40,7 +42,6 @@ from tyir.backends.host.kernels.tir import (
     lanes_for,
     load,
     loop,
-    prefetch,
     put,
     register,
     span,
@@ -52,9 +53,7 @@ from tyir.dialects import ty
 
 __all__ = ["integer_linear", "takes_group"]
 
-_ROWS: Final = 4
-_AHEAD: Final = 8  # rows that are asked for ahead of their use, where one row of x meets each weight once
-_BLOCK_ROWS: Final = 32  # whose scales are made ready together
+_ZEROS: Final = 8  # zero points that are unpacked at once: a word of them
 _LOW: Final = 0x0F0F0F0F
 _WORD: Final = 4  # bytes that one lane of a product adds up
 _MANY: Final = 8  # tokens from which a block of rows is turned
@@ -68,9 +67,7 @@ def takes_group(group: int) -> bool:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes of a product: a group of a row is `parts` vectors of `lanes` 32-bit words; `padded` groups fill
-    vectors of `lanes` numbers.
-    """
+    """Sizes of a product: a group of a row is `parts` vectors of `lanes` 32-bit words."""
 
     m: int
     n: int
@@ -88,15 +85,11 @@ class _Shape:
     def groups(self) -> int:
         return self.k // self.group
 
-    @property
-    def padded(self) -> int:
-        return -(-self.groups // self.lanes) * self.lanes
-
 
 @dataclass(frozen=True)
 class _Activations:
     """Codes [m, groups, parts, 2, 4 * lanes], even columns of a part and then odd ones (for panels: `lanes`
-    is 1, a part is a word); factors and offsets [m, padded].
+    is 1, a part is a word); factors and offsets [m, groups].
     """
 
     codes: Buffer
@@ -108,37 +101,35 @@ def _quantized(x: Buffer, shape: _Shape, cpu: Cpu, half: int) -> _Activations:
     """`half`: how many even columns stand before as many odd ones."""
     made = _Activations(
         T.alloc_buffer((shape.m * shape.k,), "int8"),
-        T.alloc_buffer((shape.m * shape.padded,), "float32"),
-        T.alloc_buffer((shape.m * shape.padded,), "float32"),
+        T.alloc_buffer((shape.m * shape.groups,), "float32"),
+        T.alloc_buffer((shape.m * shape.groups + _ZEROS,), "float32"),
     )
+    with T.serial(0, _ZEROS) as i:  # read with the last row's; what is no normal number would cost 100 cycles
+        T.buffer_store(made.offsets, f32(0), [shape.m * shape.groups + i])
     lanes = lanes_for(cpu.lanes, 4 * shape.lanes)
-    with loop(shape.m, cpu, shape.m * shape.k * 8) as row:
-        with T.serial(shape.groups, shape.padded) as g:
-            T.buffer_store(made.factors, f32(0), [row * shape.padded + g])
-            T.buffer_store(made.offsets, f32(0), [row * shape.padded + g])
-        with T.serial(0, shape.groups) as g:
-            first = bind(g * shape.group)
-            largest, total = register(lanes, 0), register(lanes, 0)
-            with T.serial(0, shape.group // lanes) as i:
-                value = bind(load(x, [row, first + i * lanes], lanes))
-                put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
-            most = bind(horizontal_max(largest, lanes))
-            times = bind(T.Select(most > f32(0), f32(127) / most, f32(0)))
-            run = lanes_for(cpu.lanes, half)  # neighbouring codes
-            with T.serial(0, shape.group // (2 * half)) as part, T.serial(0, half // run) as i:
-                for odd in range(2):
-                    column = bind(first + part * 2 * half + 2 * i * run + odd)
-                    value = T.cast(x[row, T.ramp(column, 2, run)], vector("float32", run))
-                    code = bind(rounded(value * splat(times, run), run))
-                    at = row * shape.k + first + (2 * part + odd) * half + i * run
-                    T.buffer_store(made.codes, T.cast(code, vector("int8", run)), [span(at, run)])
-            with T.serial(0, shape.group // lanes) as i:
-                value = load(x, [row, first + i * lanes], lanes)
-                code = rounded(value * splat(times, lanes), lanes)
-                add_to(total, T.cast(code, vector("float32", lanes)), lanes)
-            factor = bind(most / f32(127))
-            T.buffer_store(made.factors, factor, [row * shape.padded + g])
-            T.buffer_store(made.offsets, factor * horizontal_sum(total, lanes), [row * shape.padded + g])
+    with loop(shape.m, cpu, shape.m * shape.k * 8) as row, T.serial(0, shape.groups) as g:
+        first = bind(g * shape.group)
+        largest, total = register(lanes, 0), register(lanes, 0)
+        with T.serial(0, shape.group // lanes) as i:
+            value = bind(load(x, [row, first + i * lanes], lanes))
+            put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
+        most = bind(horizontal_max(largest, lanes))
+        times = bind(T.Select(most > f32(0), f32(127) / most, f32(0)))
+        run = lanes_for(cpu.lanes, half)  # neighbouring codes
+        with T.serial(0, shape.group // (2 * half)) as part, T.serial(0, half // run) as i:
+            for odd in range(2):
+                column = bind(first + part * 2 * half + 2 * i * run + odd)
+                value = T.cast(x[row, T.ramp(column, 2, run)], vector("float32", run))
+                code = bind(rounded(value * splat(times, run), run))
+                at = row * shape.k + first + (2 * part + odd) * half + i * run
+                T.buffer_store(made.codes, T.cast(code, vector("int8", run)), [span(at, run)])
+        with T.serial(0, shape.group // lanes) as i:
+            value = load(x, [row, first + i * lanes], lanes)
+            code = rounded(value * splat(times, lanes), lanes)
+            add_to(total, T.cast(code, vector("float32", lanes)), lanes)
+        factor = bind(most / f32(127))
+        T.buffer_store(made.factors, factor, [row * shape.groups + g])
+        T.buffer_store(made.offsets, factor * horizontal_sum(total, lanes), [row * shape.groups + g])
     return made
 
 
@@ -158,52 +149,87 @@ def _dot(total: Expr, weights: Expr, codes: Expr, lanes: int, cpu: Cpu) -> Expr:
 
 
 class _Product:
-    """Emits the product of one kernel."""
+    """Emits the product of one kernel, rows of the weight as they lie."""
 
     def __init__(
-        self, shape: _Shape, q: Buffer, x: _Activations, bias: Buffer | None, out: Buffer, cpu: Cpu
+        self,
+        shape: _Shape,
+        weight: tuple[Buffer, Buffer, Buffer],
+        x: _Activations,
+        bias: Buffer | None,
+        out: Buffer,
+        cpu: Cpu,
     ) -> None:
-        self.shape, self.q, self.x, self.bias, self.out, self.cpu = shape, q, x, bias, out, cpu
+        self.shape, self.x, self.bias, self.out, self.cpu = shape, x, bias, out, cpu
+        self.q, self.scales, self.zeros = weight
+        self.rows = streams_of(cpu)
 
-    def ready(self, scales: Buffer, zeros: Buffer, n0: Expr, count: Expr) -> None:
-        """Scales, and scales times zero points, of `count` rows from n0 as f32 [row, padded]."""
-        shape = self.shape
-        self.scales = T.alloc_buffer((_BLOCK_ROWS * shape.padded,), "float32")
-        self.shifts = T.alloc_buffer((_BLOCK_ROWS * shape.padded,), "float32")
-        with T.serial(0, count) as r:
-            with T.serial(0, shape.groups) as g:
-                zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
-                scale = bind(load(scales, [n0 + r, g], 1))
-                T.buffer_store(self.scales, scale, [r * shape.padded + g])
-                T.buffer_store(
-                    self.shifts, scale * T.cast(T.cast(zero, "int32"), "float32"), [r * shape.padded + g]
-                )
-            with T.serial(shape.groups, shape.padded) as g:
-                T.buffer_store(self.shifts, f32(0), [r * shape.padded + g])
+    def columns(self) -> int:
+        """Rows of x of a tile: as many as there are registers for, preferably a number that leaves none."""
+        most = min(self.shape.m, max(1, self.cpu.accumulators // self.rows))
+        even = max(d for d in range(1, most + 1) if self.shape.m % d == 0)
+        return even if 2 * even > most else -(-self.shape.m // -(-self.shape.m // most))
 
-    def tile(self, n0: Expr, local: Expr, m0: Expr, rows: int, columns: int) -> None:
-        """out[m0.., n0..] of `rows` weight rows, which are `local`.. of those made ready."""
+    def ready(self, first: Expr, count: Expr, most: int) -> None:
+        """Scales of `count` rows from `first` on as f32, [row, group]."""
+        groups = self.shape.groups
+        self.first = first
+        self.ready_scales = f32_of(self.scales, first * groups, count * groups, most * groups, self.cpu)
+
+    def tile(self, rows: Sequence[Expr], m0: Expr, columns: int) -> None:
+        """out[m0.., rows]: a group of each row in turn.  `rows` count from those made ready."""
         shape, lanes = self.shape, self.shape.lanes
-        sums = [[register(lanes, 0) for _ in range(columns)] for _ in range(rows)]
+        sums = [[register(lanes, 0) for _ in range(columns)] for _ in rows]
         with T.serial(0, shape.groups) as g:
-            for r in range(rows):
+            for r, row in enumerate(rows):
                 if columns == 1:
-                    prefetch(self.q, [n0 + r + _AHEAD, g * (shape.group // 2)])
-                halves = self._halves(n0 + r, g)
-                scale = bind(splat(self.scales[(local + r) * shape.padded + g], lanes))
+                    ask_ahead(self.q, self.first + row, g * (shape.group // 2))
+                halves = self._halves(self.first + row, g)
+                scale = splat(self.ready_scales[row * shape.groups + g], lanes)
                 for c in range(columns):
-                    factor = splat(self.x.factors[(m0 + c) * shape.padded + g], lanes)
+                    factor = splat(self.x.factors[(m0 + c) * shape.groups + g], lanes)
                     total = T.cast(self._sum(halves, m0 + c, g), vector("float32", lanes))
                     add_to(sums[r][c], total * (scale * factor), lanes)
-        for r in range(rows):
+        for r, row in enumerate(rows):
             for c in range(columns):
-                with T.serial(0, shape.padded // lanes) as i:
-                    shift = self.shifts[span((local + r) * shape.padded + i * lanes, lanes)]
-                    offset = self.x.offsets[span((m0 + c) * shape.padded + i * lanes, lanes)]
-                    put(sums[r][c], get(sums[r][c], lanes) - shift * offset, lanes)
-                total = horizontal_sum(sums[r][c], lanes)
-                total = total if self.bias is None else total + load(self.bias, [n0 + r], 1)
-                store(self.out, [m0 + c, n0 + r], total, 1)
+                total = self._total(sums[r][c], row, m0 + c)
+                total = total if self.bias is None else total + load(self.bias, [self.first + row], 1)
+                store(self.out, [m0 + c, self.first + row], total, 1)
+
+    def _total(self, sums: Buffer, row: Expr, column: Expr) -> Expr:
+        """The sum of all lanes less what the zero points add."""
+        shape, lanes = self.shape, min(self.shape.lanes, _ZEROS)
+        left = register(lanes, 0)
+        for part in range(shape.lanes // lanes):
+            put(left, get(left, lanes) + sums[span(part * lanes, lanes)], lanes)
+
+        def take(first: Expr, count: int) -> None:
+            """The zero points of `count` groups."""
+            zeros = T.cast(self._zeros(self.first + row, first // 2, count, lanes), vector("float32", lanes))
+            scales = self.ready_scales[span(row * shape.groups + first, lanes)]
+            offsets = self.x.offsets[span(column * shape.groups + first, lanes)]
+            product = bind(zeros * scales * offsets)
+            if count < lanes:
+                product = T.Select(
+                    T.ramp(T.int32(0), 1, lanes) < splat(T.int32(count), lanes), product, f32(0, lanes)
+                )
+            put(left, get(left, lanes) - product, lanes)
+
+        with T.serial(0, shape.groups // lanes) as i:
+            take(i * lanes, lanes)
+        if shape.groups % lanes:
+            take(T.int32(shape.groups - shape.groups % lanes), shape.groups % lanes)
+        return horizontal_sum(left, lanes)
+
+    def _zeros(self, row: Expr, first: Expr, count: int, lanes: int) -> Expr:
+        """`count` 4-bit numbers from byte `first` of a row of zero points on, each in a lane."""
+        word = T.uint32(0)
+        for i in range((count + 1) // 2):
+            byte = T.cast(self.zeros[row, first + i], "uint32")
+            word = word | T.shift_left(byte, T.uint32(8 * i))
+        shifts = T.cast(T.ramp(T.int32(0), 4, lanes), vector("uint32", lanes))
+        nibbles = T.shift_right(splat(bind(word), lanes), shifts) & splat(T.uint32(15), lanes)
+        return T.cast(nibbles, vector("int32", lanes))
 
     def _halves(self, row: Expr, g: Expr) -> list[Expr]:
         """Of each part of a group the low nibbles and the high ones, as words of bytes."""
@@ -239,9 +265,15 @@ class _Panel:
     """
 
     def __init__(
-        self, shape: _Shape, q: Buffer, x: _Activations, bias: Buffer | None, out: Buffer, cpu: Cpu
+        self,
+        shape: _Shape,
+        weight: tuple[Buffer, Buffer, Buffer],
+        x: _Activations,
+        bias: Buffer | None,
+        out: Buffer,
+        cpu: Cpu,
     ) -> None:
-        self.shape, self.q, self.x, self.bias, self.out, self.cpu = shape, q, x, bias, out, cpu
+        self.shape, self.weight, self.x, self.bias, self.out, self.cpu = shape, weight, x, bias, out, cpu
         self.lanes = cpu.lanes
         self.vectors = 2 if cpu.registers >= 32 else 1
         self.rows = self.vectors * self.lanes
@@ -249,22 +281,23 @@ class _Panel:
         most = (cpu.registers - 4 * self.vectors) // (2 * self.vectors)
         self.columns = -(-shape.m // -(-shape.m // most))
 
-    def emit(self, scales: Buffer, zeros: Buffer, n0: Expr) -> None:
+    def emit(self, n0: Expr) -> None:
         """out[:, n0 : n0 + rows]."""
-        self._turn(scales, zeros, n0)
+        self._turn(n0)
         m, columns = self.shape.m, self.columns
         with T.serial(0, m // columns) as c:
             self._tile(n0, c * columns, columns)
         if m % columns:
             self._tile(n0, T.int32(m - m % columns), m % columns)
 
-    def _turn(self, scales: Buffer, zeros: Buffer, n0: Expr) -> None:
+    def _turn(self, n0: Expr) -> None:
         shape = self.shape
+        q, scales, zeros = self.weight
         self.panel = T.alloc_buffer((shape.k // 8 * self.rows,), "int32")
         self.scales = T.alloc_buffer((shape.groups * self.rows,), "float32")
         self.shifts = T.alloc_buffer((shape.groups * self.rows,), "float32")
         with T.serial(0, shape.k // 8) as word, T.serial(0, self.rows) as r:
-            value = T.reinterpret("int32", self.q[n0 + r, span(word * _WORD, _WORD)])
+            value = T.reinterpret("int32", q[n0 + r, span(word * _WORD, _WORD)])
             T.buffer_store(self.panel, value, [word * self.rows + r])
         with T.serial(0, shape.groups) as g, T.serial(0, self.rows) as r:
             zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
@@ -304,8 +337,8 @@ class _Panel:
                 at = (g * self.vectors + v) * lanes
                 scale, shift = bind(self.scales[span(at, lanes)]), bind(self.shifts[span(at, lanes)])
                 for c in range(columns):
-                    factor = splat(self.x.factors[(m0 + c) * shape.padded + g], lanes)
-                    offset = splat(self.x.offsets[(m0 + c) * shape.padded + g], lanes)
+                    factor = splat(self.x.factors[(m0 + c) * shape.groups + g], lanes)
+                    offset = splat(self.x.offsets[(m0 + c) * shape.groups + g], lanes)
                     total = T.cast(totals[v, c][span(0, lanes)], vector("float32", lanes))
                     add_to(sums[v, c], total * (scale * factor) - shift * offset, lanes)
         for v, c in grid:
@@ -323,13 +356,6 @@ def _word_vector(words: Buffer, first: Expr, lanes: int) -> Expr:
     return slots[span(0, lanes)]
 
 
-def _columns(m: int, cpu: Cpu) -> int:
-    """Rows of x of a tile: as many as there are registers for, preferring a number that leaves none over."""
-    most = min(m, max(1, cpu.accumulators // _ROWS))
-    even = max(d for d in range(1, most + 1) if m % d == 0)
-    return even if 2 * even > most else -(-m // -(-m // most))
-
-
 def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     x, q, scales, zeros, *bias, out = buffers
     *lead, k = (int(d) for d in x.shape)
@@ -337,40 +363,27 @@ def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) 
     m, n = shape.m, shape.n
     turned = m >= _MANY
     activations = _quantized(flat(x, m, k), shape, cpu, _WORD if turned else 4 * shape.lanes)
-    given = (shape, q, activations, bias[0] if bias else None, flat(out, m, n), cpu)
+    given = (shape, (q, scales, zeros), activations, bias[0] if bias else None, flat(out, m, n), cpu)
     whole = 0
     if turned:
         panel = _Panel(*given)
         whole = n - n % panel.rows
         if whole:
             with loop(whole // panel.rows, cpu, m * n * k) as block:
-                panel.emit(scales, zeros, bind(block * panel.rows))
+                panel.emit(bind(block * panel.rows))
     if n > whole:
-        _by_rows(_Product(*given), scales, zeros, whole)
+        _by_rows(_Product(*given), whole)
 
 
-def _by_rows(product: _Product, scales: Buffer, zeros: Buffer, first: int) -> None:
-    """The rows of the weight from `first` on, as they lie."""
+def _by_rows(product: _Product, first: int) -> None:
+    """The rows of the weight from `first` on, as they lie, in streams."""
     m, n, k, cpu = product.shape.m, product.shape.n, product.shape.k, product.cpu
-    columns = _columns(m, cpu)
+    rows, columns = product.rows, product.columns()
 
-    def rows_at(n0: Expr, local: Expr, rows: int, count: Expr) -> None:
-        """All columns against `count` tiles of `rows` from n0."""
-        with T.serial(0, m // columns) as c, T.serial(0, count) as t:
-            product.tile(n0 + t * rows, local + t * rows, c * columns, rows, columns)
+    def all_columns(at: Sequence[Expr]) -> None:
+        with T.serial(0, m // columns) as c:
+            product.tile(at, c * columns, columns)
         if m % columns:
-            with T.serial(0, count) as t:
-                product.tile(n0 + t * rows, local + t * rows, m - m % columns, rows, m % columns)
+            product.tile(at, T.int32(m - m % columns), m % columns)
 
-    whole = (n - first) // _ROWS * _ROWS
-    if whole:
-        with loop(-(-whole // _BLOCK_ROWS), cpu, m * whole * k) as block:
-            n0 = bind(block * _BLOCK_ROWS + first)
-            left = whole + first - n0
-            count = bind(T.min(_BLOCK_ROWS, left)) if whole % _BLOCK_ROWS else T.int32(_BLOCK_ROWS)
-            product.ready(scales, zeros, n0, count)
-            rows_at(n0, T.int32(0), _ROWS, count // _ROWS)
-    if (n - first) % _ROWS:
-        last = T.int32(first + whole)
-        product.ready(scales, zeros, last, T.int32((n - first) % _ROWS))
-        rows_at(last, T.int32(0), (n - first) % _ROWS, T.int32(1))
+    in_streams(range(first, n), rows, k // 2, cpu, m * (n - first) * k, product.ready, all_columns)

@@ -9,6 +9,7 @@ from typing import Final
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.product import Tile, tiled_product
+from tyir.backends.host.kernels.streams import ask_ahead
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
@@ -18,7 +19,6 @@ from tyir.backends.host.kernels.tir import (
     flat,
     lanes_for,
     load,
-    prefetch,
     span,
 )
 from tyir.dialects import ty
@@ -26,36 +26,43 @@ from tyir.dialects import ty
 __all__ = ["EMITTERS"]
 
 
-def linear(op: ty.Linear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
-    x, weight, *bias, out = buffers
-    *lead, k = (int(d) for d in x.shape)
-    m, n = math.prod(lead), int(weight.shape[0])
-    lanes = lanes_for(cpu.lanes, k)
+class _Weight:
+    """The weight operand of one kernel."""
 
-    def accumulate(tile: Tile) -> None:
-        chains = lanes_for(tile.chains, k // lanes)
-        with T.serial(0, k // (lanes * chains)) as i:
+    unpacks: Final = False
+
+    def __init__(self, weight: Buffer, lanes: int) -> None:
+        self.weight, self.lanes = weight, lanes
+        self.row_bytes = int(weight.shape[1]) * weight.dtype.itemsize
+        self.first: Expr = None
+
+    def ready(self, first: Expr, count: Expr, most: int) -> None:
+        self.first = first
+
+    def accumulate(self, tile: Tile) -> None:
+        chains = lanes_for(tile.chains, tile.k // self.lanes)
+        with T.serial(0, tile.k // (self.lanes * chains)) as i:
             for chain in range(chains):
                 step = bind(i * chains + chain)
-                for r in range(tile.rows):
-                    if tile.rows > 1:
-                        prefetch(weight, [tile.n0 + r + tile.rows, step * lanes])
-                    tile.multiply(chain, step, r, bind(load(weight, [tile.n0 + r, step * lanes], lanes)))
+                for r, row in enumerate(tile.rows):
+                    ask_ahead(self.weight, self.first + row, step * self.lanes)
+                    value = load(self.weight, [self.first + row, step * self.lanes], self.lanes)
+                    tile.multiply(chain, step, r, bind(value))
 
-    def order(step: Expr) -> Expr:
-        return span(step * lanes, lanes)
+    def unpack(self, row: Expr, to: Buffer, place: Expr) -> None:
+        raise AssertionError("a weight of numbers")
 
-    tiled_product(
-        flat(x, m, k),
-        n,
-        lanes,
-        order,
-        bias[0] if bias else None,
-        flat(out, m, n),
-        cpu,
-        accumulate,
-        one_stream=True,
-    )
+    def order(self, step: Expr) -> Expr:
+        return span(step * self.lanes, self.lanes)
+
+
+def linear(op: ty.Linear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, stored, *bias, out = buffers
+    *lead, k = (int(d) for d in x.shape)
+    m, n, lanes = math.prod(lead), int(stored.shape[0]), lanes_for(cpu.lanes, k)
+    weight = _Weight(stored, lanes)
+    given = bias[0] if bias else None
+    tiled_product(flat(x, m, k), n, lanes, weight.order, given, flat(out, m, n), cpu, weight)
 
 
 EMITTERS: Final[Emitters] = {

@@ -7,18 +7,21 @@ in registers.
           for k: each weight vector is read (and dequantised) once and multiplied with every x[m]
           add up the lanes, add the bias, round, store
 
-The block's weights stay in the second-level cache while the tiles of m pass over them.  Ahead of the loops
+Where one tile holds all of x, a weight is read once, in several streams (`streams.py`): a tile's rows lie far apart.
+Otherwise the block's weights stay in the second-level cache while the tiles of m pass over them.  Ahead of the loops
 x is converted to f32 and packed into panels, one per tile of m, in the order in which a tile reads it: [k
 / lanes][tile's m][lanes] (as in BLIS; rows of x read side by side would fall into the same cache sets).
 """  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.backends.host.kernels.streams import in_streams, streams_of
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
@@ -35,22 +38,23 @@ from tyir.backends.host.kernels.tir import (
     vector,
 )
 
-__all__ = ["Accumulate", "Tile", "tiled_product"]
+__all__ = ["Tile", "Weight", "tiled_product"]
 
 _BLOCK_TILES = 8  # tiles of n per block when x has more than one tile
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: rows n0.. of the weight by rows m0.. of x.
+    """A register tile: rows of the weight by rows m0.. of x.
 
+    `rows` of the weight count from `first`, which `Weight.ready` was told.
     `sums` holds its partial sums, [chains][rows][columns] registers of `lanes`.  Additions of one chain wait
     for each other, those of different chains do not: small tiles need several to keep the adders busy.
     """
 
-    n0: Expr
+    first: Expr
+    rows: Sequence[Expr]
     m0: Expr
-    rows: int
     columns: int
     chains: int
     lanes: int
@@ -65,21 +69,38 @@ class Tile:
         for c in range(self.columns):
             x = self.panels[span(self.m0 * self.k + (step * self.columns + c) * self.lanes, self.lanes)]
             add_to(
-                self.sums[((chain % self.chains) * self.rows + row) * self.columns + c],
+                self.sums[((chain % self.chains) * len(self.rows) + row) * self.columns + c],
                 weight * x,
                 self.lanes,
             )
 
     def join_chains(self) -> None:
         """Adds up the chains, into the first."""
-        size = self.rows * self.columns
+        size = len(self.rows) * self.columns
         for i in range(size, self.chains * size):
             add_to(self.sums[i % size], get(self.sums[i], self.lanes), self.lanes)
 
 
-Accumulate = Callable[[Tile], None]
+class Weight(Protocol):
+    """The weight operand [n, k] of a product, as it is stored.
+
+    `unpacks`: it is not stored as numbers, and is unpacked once where tiles of x share a block of rows.
+    """
+
+    row_bytes: int
+    unpacks: bool
+
+    def ready(self, first: Expr, count: Expr, most: int) -> None:
+        """Emits what a block of rows takes before its tiles: rows `first`.., at most `most`."""
+
+    def accumulate(self, tile: Tile) -> None:
+        """Emits the k loop of a tile."""
+
+    def unpack(self, row: Expr, to: Buffer, place: Expr) -> None:
+        """Emits that row `row` of the block goes into row `place` of an f32 buffer, vectors in order."""
+
+
 Order = Callable[[Expr], Expr]
-Unpack = Callable[[Expr, Buffer, Expr], None]
 
 
 def _packed(x: Buffer, columns: int, lanes: int, order: Order, cpu: Cpu) -> Buffer:
@@ -100,90 +121,90 @@ def _packed(x: Buffer, columns: int, lanes: int, order: Order, cpu: Cpu) -> Buff
     return panels
 
 
-def _accumulate_known(tile: Tile, known: Buffer, row: Expr) -> None:
-    """The k loop of a tile whose weights are rows `row`.. of an f32 buffer."""
+def _accumulate_known(tile: Tile, known: Buffer) -> None:
+    """The k loop of a tile whose weights are rows of an f32 buffer."""
     with T.serial(0, tile.k // tile.lanes) as step:
-        for r in range(tile.rows):
-            at = (row + r) * tile.k + step * tile.lanes
+        for r, row in enumerate(tile.rows):
+            at = row * tile.k + step * tile.lanes
             tile.multiply(0, step, r, hold(known[span(at, tile.lanes)], tile.lanes))
 
 
 _ROWS = 4
 
 
-def tile_shape(m: int, one_stream: bool, cpu: Cpu) -> tuple[int, int, int]:
-    """Rows of the weight, rows of x, and chains of a tile.
-
-    With one token an unpacked weight is read at memory speed; that goes best with a single row at a time
-    (`one_stream`), one linear stream that the processor's prefetcher follows.  Otherwise rows share the
-    reading of x, and each tile prefetches the next tile's weights: measured at 8 tokens, 2.3 ms against 3.7
-    ms without it, for 1536 -> 8960 in f16 on one Zen 4 core.
-    """
-    if m == 1 and one_stream:
-        return 1, 1, 4
-    most = cpu.accumulators // _ROWS
-    return _ROWS, -(-m // -(-m // most)), 1
+def _most_columns(cpu: Cpu) -> int:
+    return cpu.accumulators // _ROWS
 
 
 def tiled_product(
-    x: Buffer,
-    n: int,
-    lanes: int,
-    order: Order,
-    bias: Buffer | None,
-    out: Buffer,
-    cpu: Cpu,
-    accumulate: Accumulate,
-    one_stream: bool = False,
-    unpack: Unpack | None = None,
+    x: Buffer, n: int, lanes: int, order: Order, bias: Buffer | None, out: Buffer, cpu: Cpu, weight: Weight
 ) -> None:
-    """Emits the loops; `accumulate` emits the k loop of one tile.  `x` is [m, k], `out` [m, n], `bias` [n] or
-    None.
-
-    `unpack(n, to, row)` of a weight that is not stored as numbers puts row n of it into row `row` of an f32
-    buffer, vectors in order: where several tiles of x meet a block of rows, it is unpacked once for all.
+    """Emits the loops.  `x` is [m, k], `out` [m, n], `bias` [n] or None.
 
     `order(step)` gives the indices along k of vector `step`, which is what `Tile.multiply` multiplies with.
     """
     m, k = (int(d) for d in x.shape)
-    rows, columns, chains = tile_shape(m, one_stream, cpu)
+    columns = -(-m // -(-m // _most_columns(cpu)))
     panels = _packed(x, columns, lanes, order, cpu)
 
-    def tile(n0: Expr, m0: Expr, tile_rows: int, tile_columns: int, known: Buffer | None, row: Expr) -> None:
-        sums = [register(lanes, 0) for _ in range(chains * tile_rows * tile_columns)]
-        whole = Tile(n0, m0, tile_rows, tile_columns, chains, lanes, sums, panels, k)
+    def tile(
+        first: Expr, rows: Sequence[Expr], m0: Expr, width: int, chains: int, known: Buffer | None
+    ) -> None:
+        sums = [register(lanes, 0) for _ in range(chains * len(rows) * width)]
+        whole = Tile(first, rows, m0, width, chains, lanes, sums, panels, k)
         if known is None:
-            accumulate(whole)
+            weight.accumulate(whole)
         else:
-            _accumulate_known(whole, known, row)
+            _accumulate_known(whole, known)
         whole.join_chains()
-        for r in range(tile_rows):
-            for c in range(tile_columns):
-                total = horizontal_sum(sums[r * tile_columns + c], lanes)
-                total = total if bias is None else total + load(bias, [n0 + r], 1)
-                store(out, [m0 + c, n0 + r], total, 1)
+        for r, row in enumerate(rows):
+            for c in range(width):
+                total = horizontal_sum(sums[r * width + c], lanes)
+                total = total if bias is None else total + load(bias, [first + row], 1)
+                store(out, [m0 + c, first + row], total, 1)
 
-    def row_tiles(n0: Expr, count: Expr, tile_rows: int) -> None:
-        """All columns against `count` tiles of rows from n0."""
+    if m <= columns:
+        given: list[Expr] = []
+
+        def ready(first: Expr, count: Expr, most: int) -> None:
+            given[:] = [first]
+            weight.ready(first, count, most)
+
+        streams = streams_of(cpu) if m == 1 else _ROWS
+        in_streams(
+            range(n),
+            streams,
+            weight.row_bytes,
+            cpu,
+            m * n * k,
+            ready,
+            lambda rows: tile(given[0], rows, T.int32(0), m, max(1, 8 // (streams * m)), None),
+        )
+        return
+
+    def row_tiles(first: Expr, count: Expr, rows: int) -> None:
+        """All columns against `count` tiles of rows from `first` on."""
+        weight.ready(first, count * rows, _BLOCK_TILES * rows)
         known: Buffer | None = None
-        if unpack is not None and m > columns:
+        if weight.unpacks:
             known = T.alloc_buffer((_BLOCK_TILES * rows * k,), "float32")
-            with T.serial(0, count * tile_rows) as r:
-                unpack(n0 + r, known, r)
-        with T.serial(0, m // columns) as c, T.serial(0, count) as t:
-            tile(n0 + t * tile_rows, c * columns, tile_rows, columns, known, t * tile_rows)
-        if m % columns:
-            with T.serial(0, count) as t:
-                tile(n0 + t * tile_rows, m - m % columns, tile_rows, m % columns, known, t * tile_rows)
+            with T.serial(0, count * rows) as r:
+                weight.unpack(r, known, r)
 
-    tiles = n // rows
-    per_block = 1 if m <= columns else min(_BLOCK_TILES, tiles)
+        def columns_from(m0: Expr, width: int) -> None:
+            with T.serial(0, count) as t:
+                tile(first, [t * rows + r for r in range(rows)], m0, width, 1, known)
+
+        with T.serial(0, m // columns) as c:
+            columns_from(c * columns, columns)
+        if m % columns:
+            columns_from(T.int32(m - m % columns), m % columns)
+
+    tiles = n // _ROWS
     if tiles:
-        with loop(-(-tiles // per_block), cpu, m * n * k) as block:
-            row_tiles(
-                block * per_block * rows,
-                T.min(per_block, tiles - block * per_block) if tiles % per_block else per_block,
-                rows,
-            )
-    if n % rows:
-        row_tiles(n - n % rows, 1, n % rows)
+        most = min(_BLOCK_TILES, tiles)
+        with loop(-(-tiles // most), cpu, m * n * k) as block:
+            count = T.min(most, tiles - block * most) if tiles % most else most
+            row_tiles(block * (most * _ROWS), count, _ROWS)
+    if n % _ROWS:
+        row_tiles(T.int32(n - n % _ROWS), T.int32(1), n % _ROWS)

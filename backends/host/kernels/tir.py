@@ -29,6 +29,7 @@ __all__ = [
     "bind",
     "exp",
     "f32",
+    "f32_of",
     "flat",
     "get",
     "hold",
@@ -156,6 +157,22 @@ def prefetch(buffer: Buffer, index: Sequence[Expr]) -> None:
 def flat(buffer: Buffer, *shape: int) -> Buffer:
     """The same memory under another shape."""
     return T.decl_buffer(shape, buffer.dtype, data=buffer.data, align=buffer.data_alignment)
+
+
+def f32_of(values: Buffer, first: Expr, count: Expr, most: int, cpu: Cpu) -> Buffer:
+    """`count` elements of a tensor, of all its elements in a row those from `first` on, converted to f32.
+
+    `most`: what is room for; a vector of zeros follows.
+    """
+    size = math.prod(int(d) for d in values.shape)
+    source, made = flat(values, size), T.alloc_buffer((most + cpu.lanes,), "float32")
+    whole = bind(count // cpu.lanes)
+    with T.serial(0, whole) as i:
+        store(made, [i * cpu.lanes], load(source, [first + i * cpu.lanes], cpu.lanes), cpu.lanes)
+    with T.serial(whole * cpu.lanes, count) as i:
+        store(made, [i], load(source, [first + i], 1), 1)
+    store(made, [count], f32(0, cpu.lanes), cpu.lanes)
+    return made
 
 
 def lanes_for(limit: int, *sizes: int) -> int:
