@@ -36,6 +36,10 @@ __all__ = ["CompiledStep", "Exchange", "HostLibrary", "check_threads", "use_thre
 
 Array = npt.NDArray[Any]
 
+# Times a thread of TVM's pool yields before it sleeps: milliseconds, enough for what lies between two
+# kernels of a step.  Its own 300,000 keep a processor for half a second after the last kernel, and threads of
+# closed sessions for minutes where many wait at once.
+_YIELDS = "20000"
 _SHARE_ALL_CORES = -3  # tvm::runtime::threading::ThreadGroup::AffinityMode::kSpecifyThreadShareAllCore
 
 
@@ -67,6 +71,7 @@ def _ffi() -> Any:
     with _torch_hidden():
         import tvm_ffi
 
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _YIELDS)
     ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
     return tvm_ffi
 
