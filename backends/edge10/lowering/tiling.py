@@ -285,9 +285,8 @@ class AttentionBlocks:
         return replace(self, columns=align(-(-self.keys // parts), unit))
 
 
-_TURN: Final = (
-    0.02  # of a block's time: tells apart what is equal otherwise, larger blocks are fewer commands
-)
+# Of a block\'s time: tells apart what is equal otherwise, larger blocks are fewer commands.
+_TURN: Final = 0.02
 _KEYS: Final = (768, 576, 512, 384, 256, 192, 128, 64, 32, 16)  # of a block
 _STRIPS: Final = (STRIP_ROWS, 96, 64)  # queries of a strip, where it has some of them
 # Blocks of a turn, places for scores and for products with V: the more, the more overlaps.
