@@ -223,7 +223,7 @@ def _check_types(op: Op) -> Iterable[Diagnostic]:
         elif t.size >= _MOST_ELEMENTS:
             yield Diagnostic(
                 f"{t} of '{op.name}' has {t.size} elements, a kernel can index {_MOST_ELEMENTS - 1}",
-                help="use more dies, a smaller batch or a shorter cache",
+                help="use more dies; a cache is smaller with a lower --batch or --max-kv as well",
             )
 
 

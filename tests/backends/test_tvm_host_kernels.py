@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from tyir.backends.host.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, detected_cpu
+from tyir.diagnostics import TyirError
 from tyir.dialects import func, kv, ty
 from tyir.execution.storage import pack
 from tyir.interpreter import evaluate_op
@@ -466,6 +467,21 @@ def test_kernel_computes_what_the_op_says(case: Case, library: HostLibrary) -> N
         assert_close(mine, theirs)
     if isinstance(op, kv.Append):
         assert got[0] is stored[0]
+
+
+def test_a_cache_past_32_bit_indices_is_refused() -> None:
+    """Four sequences of a million tokens of the 14B on one die; half as many elements are taken."""
+
+    def kernels(sequences: int) -> None:
+        cache = t(sequences, 8, 1_010_000, 128)
+        types = (t(sequences, 1, 40, 128), cache, cache, t(sequences, e=i32))
+        heads = tuple(head // 5 for head in range(40))
+        case = Case("large", types, lambda v: kv.CachedAttention(*v, scale=1.0, kv_heads=heads))
+        assign_kernels([_op(case)[0]])
+
+    kernels(2)
+    with pytest.raises(TyirError, match=r"4136960000 elements, a kernel can index 2147483647"):
+        kernels(4)
 
 
 def _all(results: Array | tuple[Array, ...]) -> tuple[Array, ...]:

@@ -78,9 +78,11 @@ def test_time() -> None:
     """
     _, engines = program(Shape(layers=1), MACHINE, 1, 1, capacity=64)
     commands = engines[0].program.expand(40)
-    (rows, *_) = [c for c in commands if isinstance(c.op, edge10.DequantRows)]
-    assert rows.scalars == (41,)
-    assert rows.op.cost(rows.scalars).ns(MACHINE) == dequant_ns(2 * 41, 16, MACHINE)
+    blocks = [c for c in commands if isinstance(c.op, edge10.DequantRows)]
+    assert sum(count for block in blocks for count in block.scalars) == 2 * 41  # keys and values
+    rows = blocks[0]
+    (count,) = rows.scalars
+    assert count and rows.op.cost((count,)).ns(MACHINE) == dequant_ns(2 * count, 16, MACHINE)
     assert rows.op.cost((0,)).ns(MACHINE) == 0.0
     (new, *_) = [
         c for c in commands if isinstance(c.op, edge10.VectorOp) and c.op.function == "quantize_rows"

@@ -79,23 +79,25 @@ def main(argv: Sequence[str]) -> int:
 def _bytes(folders: dict[str, Path]) -> Iterator[str]:
     """Bytes of the fullest die, of int4 weights; in brackets what does not fit."""
     from tyir.manifest import BuildOptions
-    from tyir.tools.estimate.plan import make_plan
+    from tyir.targets.machine import load_machine
+    from tyir.tools.estimate.plan import DieNeeds
+    from tyir.tools.estimate.shape import read_shape
 
+    capacity = load_machine().dram.capacity_bytes
     for name, folder in folders.items():
         for cache in ("fp16", "int8"):
             yield f"\n{name}, int4 weights, {cache} cache: GiB on the fullest die\n"
-            yield "| dies | stages | " + " | ".join(f"{n:,}" for n in LENGTHS) + " |"
-            yield "| ---: | ---: |" + " ---: |" * len(LENGTHS)
+            yield "| dies | stages | " + " | ".join(f"{n:,}" for n in LENGTHS) + " | longest |"
+            yield "| ---: | ---: |" + " ---: |" * (len(LENGTHS) + 1)
             for dies, stages in _DIES:
+                options = BuildOptions(dies=dies, pp=stages, seqlens=(1, 96), weights="int4", kv_dtype=cache)
+                needs = DieNeeds(read_shape(folder), options)
                 row = []
                 for tokens in LENGTHS:
-                    options = BuildOptions(
-                        dies=dies, pp=stages, seqlens=(1, 96), max_kv=tokens, weights="int4", kv_dtype=cache
-                    )
-                    plan = make_plan(folder, options)
-                    size = f"{max(d.total for d in plan.dies) / 2**30:.2f}"
-                    row.append(f"({size})" if plan.problems else size)
-                yield f"| {dies} | {stages} | " + " | ".join(row) + " |"
+                    size = max(need.total for need in needs.needs(dies, tokens))
+                    row.append(f"{size / 2**30:.2f}" if size <= capacity else f"({size / 2**30:.2f})")
+                longest = f"{needs.longest(dies, int(capacity)):,}"
+                yield f"| {dies} | {stages} | " + " | ".join([*row, longest]) + " |"
 
 
 def _times(folders: dict[str, Path], asked: Sequence[str], lengths: Sequence[int]) -> Iterator[str]:

@@ -5,13 +5,16 @@ sizes, compiled as the model would be, at a few positions (`LongSteps`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tyir.dialects.builtin import Module
+from tyir.dialects.func import Func
 from tyir.manifest import BuildOptions
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import run_pipeline
+from tyir.printer import print_op
 from tyir.runtime_sim.session.chunks import plan_chunks
 from tyir.runtime_sim.timing.long_steps import LongSteps, OverlappedChunks
 from tyir.runtime_sim.timing.program import EdgeProgram
@@ -21,6 +24,7 @@ from tyir.tools.estimate.model import ModelShape, few_layers
 
 __all__ = ["PromptCost", "prompt_cost"]
 
+_SHARE = re.compile(r"tyir\.shard = array<[^>]*>")
 _LAYERS = 3  # of a stage: one, one more, and one to check
 
 
@@ -99,5 +103,19 @@ def _programs(
         options = replace(options, weights="fp16")  # stored quantised
     run_pipeline(module, remaining_pipeline("ty", options))
     search, (length,) = Search(), options.seqlens
-    dies = [die for die in module.body if isinstance(die, Module)]
-    return [EdgeProgram(lower_die(die, length, machine, search=search)) for die in dies]
+    lowered: dict[str, EdgeProgram] = {}
+    programs = []
+    for die in (die for die in module.body if isinstance(die, Module)):
+        does = _what_it_does(die)
+        if does not in lowered:
+            lowered[does] = EdgeProgram(lower_die(die, length, machine, search=search))
+        programs.append(lowered[does])
+    return programs
+
+
+def _what_it_does(die: Module) -> str:
+    """The functions of a die, without which share of the weights it has: dies that are equal in it take the
+    same time.
+    """
+    functions = (f for f in die.body if isinstance(f, Func))
+    return _SHARE.sub("", "\n".join(print_op(f, locations=False) for f in functions))

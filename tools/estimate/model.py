@@ -191,7 +191,8 @@ def few_layers(shape: ModelShape, layers: int, *, head: bool = True) -> Module:
     embedded = x
     for number in range(layers):
         x = builder.layer(number, x, tables)
-    x = builder.norm("model.norm", x, shape.hidden)
+    if head:
+        x = builder.norm("model.norm", x, shape.hidden)
     if not head:
         logits = builder.add(ty.Add(embedded, embedded, loc=NameLoc("model.embed_tokens")))
     elif shape.quantised_head:

@@ -38,7 +38,16 @@ from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.tools.estimate.shape import read_config, read_shape
 from tyir.tools.estimate.tower import PicturePlan, TowerShape, picture_plans, read_tower
 
-__all__ = ["DieNeed", "Plan", "make_plan", "settle_group_size"]
+__all__ = [
+    "DieNeed",
+    "DieNeeds",
+    "LongestCache",
+    "Plan",
+    "duration",
+    "longest_caches",
+    "make_plan",
+    "settle_group_size",
+]
 
 # ---------------------------------------------------------------------------------------------------- bytes
 
@@ -63,7 +72,7 @@ class DieNeed:
         return self.weights + self.tower + self.kv_cache + self.activations
 
 
-class _Cuts:
+class DieNeeds:
     """Needs of one model with one kind of weights, for any number of dies.
 
     The real passes, run once per number on a model of one layer per pipeline stage.
@@ -83,6 +92,14 @@ class _Cuts:
             DieNeed(w + rope * max_kv, streamed, head, kv * max_kv * o.batch, activations, self.tower)
             for w, streamed, head, kv, rope in self._per_token[dies]
         ]
+
+    def longest(self, dies: int, capacity: int) -> int:
+        """The tokens that the die with the least room for them can cache, of `capacity` bytes: needs grow in
+        a straight line.
+        """
+        none, one = self.needs(dies, 0), self.needs(dies, 1)
+        rooms = [(capacity - a.total) // max(b.total - a.total, 1) for a, b in zip(none, one, strict=True)]
+        return max(min(rooms), 0)
 
     def _run(self, dies: int) -> list[tuple[int, ...]]:
         """Per die: bytes of weights without the rotary tables, and bytes per cached token.
@@ -212,18 +229,10 @@ def longest_caches(
     for stages in sorted({1, 2, 4, options.pp}):
         if stages > shape.layers:
             continue
-        cuts = _Cuts(shape, replace(options, pp=stages, dies=stages, die_map=(), mesh=()), tower)
+        cuts = DieNeeds(shape, replace(options, pp=stages, dies=stages, die_map=(), mesh=()), tower)
         for dies in sorted({1, 4, 8, MAX_DIES, options.dies}):
             if dies % stages == 0 and (stages == 1 or dies > stages):
-                yield LongestCache(dies, stages, _tokens(cuts, dies, int(machine.dram.capacity_bytes)))
-
-
-def _tokens(cuts: _Cuts, dies: int, capacity: int) -> int:
-    """The tokens that the die with the least room for them can cache: needs grow in a straight line."""
-    none, one = cuts.needs(dies, 0), cuts.needs(dies, 1)
-    return max(
-        min((capacity - a.total) // max(b.total - a.total, 1) for a, b in zip(none, one, strict=True)), 0
-    )
+                yield LongestCache(dies, stages, cuts.longest(dies, int(machine.dram.capacity_bytes)))
 
 
 def make_plan(
@@ -253,7 +262,7 @@ def make_plan(
     pictures = () if tower is None else tuple(_pictures(where, raw, tower, images, machine, options))
     group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
-    cuts = _Cuts(shape, options, 0 if tower is None else 2 * tower.parameters)
+    cuts = DieNeeds(shape, options, 0 if tower is None else 2 * tower.parameters)
     needs = cuts.needs(options.dies, options.max_kv)
     weights, code = sum(n.weights + n.tower for n in needs), options.dies * len(options.seqlens)
     linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
@@ -392,7 +401,7 @@ def settle_group_size(folder: Path, options: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
+def _memory_problems(cuts: DieNeeds, machine: Machine) -> Iterator[Diagnostic]:
     """At most one: what does not fit, and the cheapest options that do."""
     options, capacity = cuts.options, int(machine.dram.capacity_bytes)
     worst = max(cuts.needs(options.dies, options.max_kv), key=lambda n: n.total)
@@ -408,7 +417,7 @@ def _memory_problems(cuts: _Cuts, machine: Machine) -> Iterator[Diagnostic]:
         if changed.quantizes:
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
             changed = replace(changed, group_size=math.gcd(common, changed.group_size))
-        of = known.setdefault(_kind(changed), _Cuts(cuts.shape, changed, cuts.tower))
+        of = known.setdefault(_kind(changed), DieNeeds(cuts.shape, changed, cuts.tower))
         return max(n.total for n in of.needs(changed.dies, changed.max_kv))
 
     left = capacity - worst.weights - worst.tower - worst.activations

@@ -285,9 +285,8 @@ class AttentionBlocks:
         return replace(self, columns=align(-(-self.keys // parts), unit))
 
 
-_TURN: Final = (
-    0.02  # of a block's time: tells apart what is equal otherwise, larger blocks are fewer commands
-)
+# Of a block\'s time: tells apart what is equal otherwise, larger blocks are fewer commands.
+_TURN: Final = 0.02
 _KEYS: Final = (768, 576, 512, 384, 256, 192, 128, 64, 32, 16)  # of a block
 _STRIPS: Final = (STRIP_ROWS, 96, 64)  # queries of a strip, where it has some of them
 # Blocks of a turn, places for scores and for products with V: the more, the more overlaps.
@@ -365,8 +364,10 @@ def _cheapest(
                 found = replace(sized, sets=sets, buffers=buffers, products=products)
                 if sum(found.layout(h, g, dim, transfers=transfers).values()) > room:
                     continue
-                cost = -(-tokens // blocks.queries) * groups / g * -(-longest // keys)
-                cost *= _block_ns(found, h, g, dim, min(keys, longest), machine)
+                steady, alone = _block_ns(found, h, g, dim, min(keys, longest), machine)
+                turns = -(-longest // keys)
+                cost = turns * steady + (turns if sets == 1 else 1) * alone
+                cost *= -(-tokens // blocks.queries) * groups / g
                 if best is None or cost < best[0]:
                     best = cost, found
                 break  # less room than that is slower
@@ -415,9 +416,9 @@ def segment_blocks(
 
 def _block_ns(
     blocks: AttentionBlocks, heads: int, groups: int, dim: int, keys: int, machine: Machine
-) -> float:
+) -> tuple[float, float]:
     """About how long a block of keys takes: the busiest unit, or the chain of a strip's commands where too
-    few of them alternate; and its loads where nothing else runs meanwhile.
+    few of them alternate; and what comes beside where nothing else runs meanwhile, its loads and a chain.
     """
     rows, dispatch = blocks.strip_queries * min(blocks.strip, heads), machine.sync.dispatch_ns
     parts = [min(count, keys - first) for first, count in spans(blocks.keys, blocks.columns) if first < keys]
@@ -431,8 +432,7 @@ def _block_ns(
     busiest = strips * max(cube, drain, vector, chain / under_way)
     nbytes = groups * keys * (2 * (dim + 2) if blocks.quantized else 4 * dim)
     loads = 2 * (dispatch + machine.dma.issue_ns) + nbytes / machine.dram_bytes_per_ns
-    exposed = machine.dram.latency_ns + loads + chain if blocks.sets == 1 else _TURN * chain
-    return max(busiest, loads) + exposed
+    return max(busiest, loads) + _TURN * chain, machine.dram.latency_ns + loads + chain
 
 
 def _scores_ns(rows: int, columns: Sequence[int], dim: int, machine: Machine) -> float:
