@@ -19,7 +19,7 @@ from tyir.manifest import MANIFEST, BuildOptions, settled
 from tyir.process.cores import usable_cores
 from tyir.process.files import missing_hint
 from tyir.process.stopwatch import Stopwatch
-from tyir.tools.build_arguments import AUTO
+from tyir.tools.commands.build_arguments import AUTO
 
 if TYPE_CHECKING:
     from tyir.artifacts.vision import VisionSplit

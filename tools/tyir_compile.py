@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from tyir.artifacts.vision import VISION_EXPONENT, VisionSplit
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn, whole_number
+from tyir.tools.commands.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 
 if TYPE_CHECKING:
     from tyir.process.cache import Cache

@@ -29,7 +29,7 @@ from tyir.passes.quantize_weights import largest_group_size
 from tyir.pipeline import run_pipeline
 from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine, load_machine
-from tyir.tools.build_arguments import AUTO
+from tyir.tools.commands.build_arguments import AUTO
 from tyir.tools.commands.json_forms import Planned, PlannedDie
 from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.tools.estimate.shape import read_config, read_shape
