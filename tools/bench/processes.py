@@ -25,7 +25,6 @@ from tyir.tools.run.arguments import add_group_arguments, whole
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.processes.group import DieGroup
-    from tyir.runtime_sim.processes.measure import meetings
     from tyir.runtime_sim.session.session import Session
     from tyir.targets.cluster import Cluster
 
