@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -70,6 +71,16 @@ def compiler_identity(command: str) -> str:
     except OSError:
         return path
     return f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
+
+
+@functools.cache
+def compiler_version(command: str) -> str:
+    """What the C++ compiler says of itself: the same on every machine that has the same."""
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return command
+    return done.stdout.partition("\n")[0]
 
 
 class TensorKeys:

@@ -59,6 +59,7 @@ LAZY: dict[str, set[str]] = {
         "scipy",
         "matplotlib",  # the plot of a quantisation's report, an extra
         "pyarrow",  # calibration text in Parquet files, an extra
+        "ray",  # work on the machines of a cluster, an extra
         *{"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"},  # tyir-serve, an extra
         "llguidance",  # text that is held to a schema, of the same extra
     },  # scipy: fitting the constants of a machine file, dev only

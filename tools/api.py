@@ -19,10 +19,11 @@ from tyir.manifest import MANIFEST, BuildOptions, settled
 from tyir.process.cores import usable_cores
 from tyir.process.files import missing_hint
 from tyir.process.stopwatch import Stopwatch
-from tyir.tools.build_arguments import AUTO
+from tyir.tools.commands.build_arguments import AUTO
 
 if TYPE_CHECKING:
     from tyir.artifacts.vision import VisionSplit
+    from tyir.backends.workers import Workers
     from tyir.frontends.plugin import ModelPlugin
     from tyir.process.cache import Cache
 
@@ -136,6 +137,7 @@ def compile_path(
     vision_exponent: int | None = None,
     jobs: int | None = None,
     cache: Cache | None = None,
+    workers: Workers | None = None,
     vision_split: VisionSplit = "cost",
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
@@ -153,7 +155,7 @@ def compile_path(
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
     it, `vision_split`: how it is cut over the dies.  `jobs`: how many threads write weights (None: one for
     each processor); artifacts are the same for every number.  `cache`: where finished pieces are kept and
-    looked for; a library call has none of its own.
+    looked for; a library call has none of its own.  `workers`: other processes that make pieces.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
@@ -233,6 +235,7 @@ def compile_path(
                 vision_exponent=vision_exponent,
                 jobs=jobs,
                 cache=cache,
+                workers=workers,
                 vision_split=vision_split,
             )
 
@@ -258,7 +261,9 @@ def compile_path(
         machine=machine,
         files=_side_files(module, warn_and_note),
         **_taken(further, accepted, backend),
-        **{k: v for k, v in {"jobs": jobs, "cache": cache}.items() if k in accepted},  # change no artifact
+        **{
+            k: v for k, v in {"jobs": jobs, "cache": cache, "workers": workers}.items() if k in accepted
+        },  # change no artifact
     )
     target = chosen.compile_module(module, out, options, context)
     if cache is not None and whole is not None and (target / MANIFEST).is_file():

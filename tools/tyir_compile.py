@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, get_args
 from tyir.artifacts.vision import VISION_EXPONENT, VisionSplit
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn, whole_number
+from tyir.tools.commands.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 
 if TYPE_CHECKING:
+    from tyir.backends.workers import Workers
     from tyir.process.cache import Cache
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.commands.json_forms import Artifacts
@@ -78,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
         vision_exponent=args.vision_exponent,
         jobs=args.jobs,
         cache=_cache(args),
+        workers=_workers(args.ray),
         vision_split=args.vision_split,
     )
     if args.timing:
@@ -113,6 +115,15 @@ def _log(path: Path | None) -> Callable[[Mapping[str, object]], None] | None:
 
     report_to(told)
     return told
+
+
+def _workers(address: str | None) -> Workers | None:
+    """The cluster that was asked for."""
+    if address is None:
+        return None
+    from tyir.tools.cluster.ray_workers import RayWorkers
+
+    return RayWorkers(address)
 
 
 def _cache(args: argparse.Namespace) -> Cache | None:
@@ -330,6 +341,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="threads that write weights, beside the one that makes programs (default: one a processor);"
         " artifacts are the same bytes for every N",
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="auto|ADDRESS",
+        help="have weights computed and host code built by the workers of a Ray cluster, that of this machine"
+        " (auto) or another; artifacts are the same bytes",
     )
     parser.add_argument(
         "--cache-dir",

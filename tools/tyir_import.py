@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.build_arguments import add_base_option, add_build_options, add_image_option
 from tyir.tools.cli import (
     ToolParser,
     add_json_option,
@@ -26,6 +25,7 @@ from tyir.tools.cli import (
     warn,
     write_output,
 )
+from tyir.tools.commands.build_arguments import add_base_option, add_build_options, add_image_option
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module

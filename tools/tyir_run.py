@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.build_arguments import numbers
 from tyir.tools.cli import Terminated, ToolParser, add_json_option, check_output, note, run_tool
+from tyir.tools.commands.build_arguments import numbers
 from tyir.tools.run.arguments import add_answer_arguments, add_picture_settings
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from tyir.diagnostics import TyirError
 from tyir.process.files import load_json
-from tyir.tools.build_arguments import add_base_option, numbers
 from tyir.tools.cli import ToolParser, add_json_option, detail, note, quiet, run_tool
+from tyir.tools.commands.build_arguments import add_base_option, numbers
 from tyir.tools.run.arguments import add_engine_argument
 
 if TYPE_CHECKING:

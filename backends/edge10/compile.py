@@ -23,6 +23,7 @@ from tyir.backends.edge10.memory.check import check_memory
 from tyir.backends.edge10.programs import Memory, ProgramFiles, ProgramWriter, functions_of
 from tyir.backends.edge10.towers import Towers, make_towers, split_towers
 from tyir.backends.edge10.weight_files import Places, WeightFiles
+from tyir.backends.workers import Workers
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.ty import GetGlobal, Param
@@ -87,7 +88,8 @@ class CompileContext:
     `vision_exponent`: by which power of two a tower's residual stream is divided (`scale-residual`), None:
     `VISION_EXPONENT`.  `vision_split`: how a tower is cut over its dies, by heads or by rows of patches.
     `jobs`: how many threads write weights, beside the one that makes programs; artifacts are the same for
-    every number.  `cache`: where finished pieces are kept, None: nowhere.
+    every number.  `cache`: where finished pieces are kept, None: nowhere.  `workers`: other processes that
+    compute weights and build host code, None: this one does.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -103,6 +105,7 @@ class CompileContext:
     vision_exponent: int | None = None
     jobs: int = 1
     cache: Cache | None = None
+    workers: Workers | None = None
     vision_split: VisionSplit = "cost"
 
     def host_target(self) -> HostTarget:
@@ -161,7 +164,13 @@ def compile_module(
     target = out / f"{options.dies}die"
     with replacing.replacing(target, _writes(checkpoint_of(module))) as folder:
         weights = _weight_files(dies, folder, options, module, towers)
-        with weights.running(context.jobs, context.cache, progress=context.progress, watch=context.watch):
+        with weights.running(
+            context.jobs,
+            context.cache,
+            progress=context.progress,
+            watch=context.watch,
+            workers=context.workers,
+        ):
             programs, memory = _write_programs(dies, folder, options, weights.places, context)
             vision = towers.write(folder, weights.places, context) if towers is not None else None
         with context.watch.stage("manifest"):

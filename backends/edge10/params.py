@@ -23,9 +23,12 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from tyir.attributes import SymbolRefAttr
 from tyir.backends.edge10.weight_windows import Window, WindowReader, whole_window
-from tyir.backends.pieces import Done
+from tyir.backends.pieces import Done, tool_identity
+from tyir.backends.workers import Workers, check_tools
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.builtin import Module
 from tyir.dialects.ty import GetGlobal, Global, Param, Slice, Yield
 from tyir.dialects.ty.tensors import bf16_to_f32
 from tyir.dtypes import by_element
@@ -35,10 +38,12 @@ from tyir.execution.storage import packed_shape
 from tyir.execution.weights import CheckpointReader, WeightSource
 from tyir.interpreter import lookup_symbol
 from tyir.ir import Value
+from tyir.parser import parse_module
+from tyir.printer import print_op
 from tyir.process.progress import Bar
 from tyir.types import FloatType, Type, bf16, bit_width, f16, from_dtype, storage_dtype
 
-__all__ = ["ParamsFile", "write_params"]
+__all__ = ["ParamsFile", "stored_blocks", "write_params"]
 
 Array = npt.NDArray[Any]
 _BLOCK: Final = 16 << 20  # bytes of a tensor that are computed and written at once
@@ -94,8 +99,11 @@ def write_params(
     progress: bool = False,
     journal: Callable[[ParamsFile, int, Done], None] | None = None,
     stop: threading.Event | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Evaluate every parameter and write it; the bytes are the same for every number of `jobs`.
+
+    With `workers` blocks are computed by them where they can read the checkpoint (`CheckpointReader`).
 
     `journal` is told of every block when it is written.  Blocks that `file.left` has under the same key are
     read again and compared with their CRC-32 instead.  With `stop` set it ends early, and files without
@@ -113,6 +121,7 @@ def write_params(
             reader: WindowReader | None = getattr(local, "reader", None)
             if reader is None:
                 reader = local.reader = WindowReader(weights)
+            away = _from(workers, task, sinks, weights) if workers is not None else {}
             for block in task:
                 if stop.is_set():
                     return
@@ -120,7 +129,8 @@ def write_params(
                 left = sink.left(block, key)
                 if left is None:
                     with np.errstate(all="ignore"):  # reported below, by the tensor's name
-                        array = reader.stored(block.root, block.window)
+                        made = away.get((block.file, block.offset))
+                        array = reader.stored(block.root, block.window) if made is None else made
                     place = (block.file, block.slot)
                     if place not in problems and (problem := _check(block.param, array, weights)) is not None:
                         problems[place] = problem
@@ -133,16 +143,72 @@ def write_params(
                 bar.advance(len(data))
             _let_go(reader, weights)
 
-        if jobs == 1:
+        if workers is None and jobs == 1:
             for task in tasks:
                 work(task)
         else:
-            _in_threads(work, tasks, jobs, stop)
+            _in_threads(work, tasks, jobs if workers is None else workers.count, stop)
         if not stop.is_set():
             for sink in sinks:
                 sink.finish()
     if problems:
         raise TyirError([problems[place] for place in sorted(problems)])
+
+
+def _from(
+    workers: Workers, task: Sequence[_Block], sinks: Sequence[_Sink], weights: WeightSource
+) -> dict[tuple[int, int], Array]:
+    """The blocks of a task that are not there yet, by file and offset, made by a worker."""
+    wanted = [b for b in task if sinks[b.file].left(b, sinks[b.file].file.keys.get(b.param)) is None]
+    if not wanted or type(weights) is not CheckpointReader:
+        return {}
+    text, names = _as_text([b.param for b in wanted])
+    asked = [(names[b.param], b.window) for b in wanted]
+    folder = str(weights.folder.resolve())
+    made = workers.run(stored_blocks, tool_identity(), folder, text, asked)
+    return {
+        (b.file, b.offset): np.frombuffer(data, storage_dtype(b.param.type.element))
+        for b, data in zip(wanted, made, strict=True)
+    }
+
+
+def _as_text(params: Sequence[Param]) -> tuple[str, dict[Param, str]]:
+    """A module of parameters and the stored tensors that they are made of, with a name for each parameter."""
+    module, names, tensors = Module.empty("blocks"), dict[Param, str](), dict[tuple[str, str], str]()
+    for param in dict.fromkeys(params):
+        copy = param.clone()
+        copy.sym_name = names[param] = f"param{len(names)}"
+        for op in copy.body:
+            if not isinstance(op, GetGlobal):
+                continue
+            target = lookup_symbol(param, op.symbol.leaf)
+            assert isinstance(target, Global)
+            place = (str(target.file), f"{target.offset} {target.type}")
+            if place not in tensors:
+                tensors[place] = f"tensor{len(tensors)}"
+                stored = target.clone()
+                stored.sym_name = tensors[place]
+                module.body.append(stored)
+            op.symbol = SymbolRefAttr(tensors[place])
+        module.body.append(copy)
+    return print_op(module), names
+
+
+def stored_blocks(identity: str, folder: str, text: str, wanted: Sequence[tuple[str, Window]]) -> list[bytes]:
+    """Windows of the parameters of a module, as files hold them, computed from a checkpoint folder: what a
+    worker does.  `TyirError` unless it has the tools that `identity` names, and the folder.
+    """
+    check_tools(identity)
+    if not Path(folder).is_dir():
+        raise TyirError(
+            f"a worker does not have the checkpoint {folder}",
+            help="put it on a file system that all machines have, under the same path",
+        )
+    module = parse_module(text)
+    params = {str(op.sym_name): op for op in module.body if isinstance(op, Param)}
+    reader = WindowReader(CheckpointReader(Path(folder)))
+    with np.errstate(all="ignore"):  # what is not finite is told by who asks
+        return [reader.stored(_root(params[name]), window).tobytes() for name, window in wanted]
 
 
 def _in_threads(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from tyir.backends.edge10.lowering.die import lower_die
 from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.weight_files import Places
-from tyir.backends.pieces import compiler_identity, tool_identity
+from tyir.backends.pieces import compiler_identity, compiler_version, tool_identity
+from tyir.backends.workers import check_tools
+from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import GetGlobal, Global, Param
@@ -24,6 +27,7 @@ from tyir.edge10.binary import encode
 from tyir.execution.entry_points import entry_point
 from tyir.ir import Op
 from tyir.manifest import DieProgram
+from tyir.parser import parse_module
 from tyir.printer import print_op
 from tyir.process.cache import cache_key
 from tyir.targets.machine import load_machine
@@ -32,6 +36,7 @@ from tyir.types import i64
 if TYPE_CHECKING:
     from tyir.backends.edge10.compile import CompileContext
     from tyir.backends.host.step import Program
+    from tyir.backends.host.tvm_host import HostTarget
 
 __all__ = ["Memory", "ProgramFiles", "ProgramWriter", "functions_of"]
 
@@ -74,12 +79,37 @@ def params_of(die: Module, functions: Sequence[Func]) -> list[Param]:
 
 @dataclass(frozen=True)
 class _Library:
-    """A library that is to be made; `texts`: all that its step is made from."""
+    """A library that is to be made; `texts`: all that its step is made from, `ir`: the same as a module."""
 
     kernels: Mapping[str, Op]
     program: Program
     texts: tuple[str, ...]
     path: Path
+    ir: str
+
+
+def built_library(identity: str, compiler: str, ir: str, target: HostTarget) -> bytes:
+    """The library of a die's program, from the IR that lies beside it: what a worker does.
+
+    `TyirError` unless it has the tools and the compiler of who asks.
+    """
+    from tyir.backends.host.step import Program
+    from tyir.backends.host.tvm_host import assign_kernels, build_library, linker
+
+    check_tools(identity)
+    if (own := compiler_version(linker() or "")) != compiler:
+        raise TyirError(
+            f"a worker's C++ compiler is another: {own}, not {compiler}",
+            help="install the same on every machine of the cluster, or name one in CXX",
+        )
+    module = parse_module(ir)
+    functions = tuple(op for op in module.body if isinstance(op, Func))
+    weights = tuple((str(op.sym_name), op.type) for op in module.body if isinstance(op, Global))
+    kernels = assign_kernels(functions)
+    with tempfile.TemporaryDirectory(prefix="tyir-library-") as folder:
+        path = Path(folder) / "library.so"
+        build_library(kernels, target, path, Program(functions, weights))
+        return path.read_bytes()
 
 
 @dataclass
@@ -100,7 +130,9 @@ class ProgramWriter:
     _building: list[Future[None]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        self._pool = ThreadPoolExecutor(self.context.jobs, thread_name_prefix="host-code")
+        workers = self.context.workers
+        count = self.context.jobs if workers is None else workers.count
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="host-code")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -135,10 +167,10 @@ class ProgramWriter:
         texts = (str(program.identity()), *(print_op(f, locations=False) for f in functions))
         library = self.folder / files.name(index, "so")
         same = self.built.setdefault(texts, library)
-        work = (_Library(kernels, program, texts, library), f"host code {where}")
+        work = (_Library(kernels, program, texts, library, text), f"host code {where}")
         if same is not library:  # dies with equal programs share a library's bytes
             self._copies.append((same, library))
-        elif self.context.jobs == 1:
+        elif self.context.jobs == 1 and self.context.workers is None:
             self._write_library(*work)
         else:
             self._building.append(self._pool.submit(self._write_library, *work))
@@ -184,7 +216,11 @@ class ProgramWriter:
         key = cache_key("library", *tools, *wanted.texts)
         if cache is not None and cache.take(key, wanted.path) is not None:
             return
-        build_library(wanted.kernels, target, wanted.path, wanted.program, cache)
+        if (workers := self.context.workers) is None:
+            build_library(wanted.kernels, target, wanted.path, wanted.program, cache)
+        else:
+            compiler = compiler_version(linker() or "")
+            wanted.path.write_bytes(workers.run(built_library, tool_identity(), compiler, wanted.ir, target))
         if cache is not None:
             cache.put(key, wanted.path)
 

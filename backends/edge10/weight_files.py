@@ -22,6 +22,7 @@ from typing import Final
 from tyir.backends.edge10.params import ParamsFile, write_params
 from tyir.backends.pieces import Done, Journal, TensorKeys, left_blocks
 from tyir.backends.replacing import journal_of, left_behind
+from tyir.backends.workers import Workers
 from tyir.diagnostics import TyirError
 from tyir.dialects.ty import Param
 from tyir.execution.weights import CheckpointReader
@@ -70,7 +71,15 @@ class WeightFiles:
         return {self._name(f): f.sha256 for f in self.files if f.sha256 is not None}
 
     @contextmanager
-    def running(self, jobs: int, cache: Cache | None, *, progress: bool, watch: Stopwatch) -> Iterator[None]:
+    def running(
+        self,
+        jobs: int,
+        cache: Cache | None,
+        *,
+        progress: bool,
+        watch: Stopwatch,
+        workers: Workers | None = None,
+    ) -> Iterator[None]:
         """The files are written while the block runs, and are complete after it; with one job, before it.
 
         `TyirError` for tensors that cannot be computed with, and at once where there is no room for all.
@@ -81,7 +90,7 @@ class WeightFiles:
             file.keys = {param: key for param, key in found.items() if key is not None}
         stop = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
-            writing = pool.submit(self._write, jobs, cache, stop, progress)
+            writing = pool.submit(self._write, jobs, cache, stop, progress, workers)
             try:
                 if jobs == 1:
                     with watch.stage("weights"):
@@ -95,7 +104,14 @@ class WeightFiles:
                 stop.set()
                 raise
 
-    def _write(self, jobs: int, cache: Cache | None, stop: threading.Event, progress: bool) -> None:
+    def _write(
+        self,
+        jobs: int,
+        cache: Cache | None,
+        stop: threading.Event,
+        progress: bool,
+        workers: Workers | None,
+    ) -> None:
         whole = {file: key for file in self.files if (key := _file_key(file)) is not None}
         if cache is not None:
             _take(cache, whole, jobs)
@@ -108,7 +124,15 @@ class WeightFiles:
             journal.add(self._name(file), offset, done)
 
         try:
-            write_params(missing, self.weights, jobs=jobs, progress=progress, journal=written, stop=stop)
+            write_params(
+                missing,
+                self.weights,
+                jobs=jobs,
+                progress=progress,
+                journal=written,
+                stop=stop,
+                workers=workers,
+            )
         finally:
             journal.close()
         for file in missing:

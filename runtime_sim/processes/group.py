@@ -18,6 +18,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -258,6 +259,7 @@ class DieGroup:
         try:
             yield
         except LinksBroken as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what gloo was asked, and so its ports
             raise self._cause(error) from None
         except GroupFailed:
             raise

@@ -28,8 +28,8 @@ from tyir.diagnostics import TyirError
 from tyir.execution.safetensors_layout import SafetensorsLayout
 from tyir.execution.weights import FileEntry, safetensors_header
 from tyir.process.files import load_json
-from tyir.tools.build_arguments import numbers
 from tyir.tools.cli import run_tool
+from tyir.tools.commands.build_arguments import numbers
 
 __all__ = ["main", "write_depth"]
 

@@ -4,9 +4,9 @@ the links of a cluster file say it should take.
     python -m tyir.tools.bench.processes out/4die --processes 2 --measure-links cluster.toml
     python -m tyir.tools.bench.processes out/4die --hosts 10.0.0.1,10.0.0.2 --cluster cluster.toml
 
-The prediction: what a token takes in one process, and for each collective an exchange over the links.  The
-links are measured without the model, by messages and exchanges alone.  Wall time, median of the tokens; one
-process and several take turns, so that whatever else the machine does meets both.
+The prediction: what a token takes in one process, where each collective that crosses becomes an exchange over
+the links instead of a meeting of threads.  Meetings and links are measured without the model.  Wall time,
+median of the tokens; one process and several take turns, so that whatever else the machine does meets both.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _SMALL, _LARGE = 64, 1 << 20  # bytes of the messages that links are measured wi
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
+    from tyir.runtime_sim.processes.measure import meetings
     from tyir.runtime_sim.session.session import Session
     from tyir.targets.cluster import load_cluster
     from tyir.tools.run.group_of import open_with_group
@@ -67,7 +68,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"a token: {met:.1f} collectives, {messages:.1f} messages, {sent / 1e3:.2f} kB from the first")
         if file is not None:
             cluster = load_cluster(file)
-            predicted = one + _between(cluster, met, messages, sent, processes)
+            within = float(
+                np.median(meetings(artifacts.manifest.options.dies, _SMALL, 200, one / max(met, 1)))
+            )
+            predicted = one + _between(cluster, met, messages, sent, processes) - met * within
+            print(f"a meeting of threads in one process {within * 1e6:.0f} us")
             print(
                 f"predicted from {file} {predicted * 1e3:.2f} ms, {predicted / several - 1:+.0%} of what was"
                 " measured"

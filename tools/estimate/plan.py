@@ -31,7 +31,7 @@ from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.timing.long_steps import LONG
 from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine, load_machine
-from tyir.tools.build_arguments import AUTO
+from tyir.tools.commands.build_arguments import AUTO
 from tyir.tools.commands.json_forms import Planned, PlannedDie, PlannedLength, PlannedPrompt
 from tyir.tools.estimate.long_context import PromptCost, prompt_cost
 from tyir.tools.estimate.model import ModelShape, few_layers

@@ -18,7 +18,6 @@ from typing import Any, Final
 
 from tyir.diagnostics import TyirError
 from tyir.targets.constants import Constant, Form, build_sections, entries_of, read_table
-from tyir.targets.machine import Machine
 
 __all__ = ["Cluster", "Link", "load_cluster"]
 
@@ -59,16 +58,6 @@ class Cluster:
         if machines == 1:
             return 0.0
         return self.link.exchange_us * 1000 + self.message_ns(nbytes * (machines - 1))
-
-    def of_cards(self, machine: Machine, dies: int) -> Machine:
-        """`machine` with `dies` of it on each PC: what it has between packages is this cluster's link."""
-        return machine.with_overrides(
-            {
-                "d2d.package_dies": dies,
-                "c2c.hop_us": self.link.hop_us + self.link.exchange_us,
-                "c2c.bandwidth_gbps": self.link.bandwidth_gbps,
-            }
-        )
 
 
 def load_cluster(path: Path) -> Cluster:

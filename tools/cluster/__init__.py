@@ -1,0 +1,1 @@
+"""Work of commands on the machines of a cluster, through Ray."""
