@@ -26,10 +26,7 @@ REQUIREMENTS: dict[str, list[str]] = {
     "dify": ["dify-plugin==0.7.4"],
     "evalscope": ["evalscope[perf]==1.14.1"],
     "aiperf": ["aiperf==0.13.0"],
-    "vllm": ["vllm==0.33.0"],
 }
-# vLLM's wheel wants CUDA's torch and much that only it runs: none of that is needed here.
-NOT_FOR_VLLM = ("torch", "nvidia", "cuda", "flashinfer", "fastsafetensors", "quack", "tilelang", "tokenspeed")
 
 
 def folder() -> Path:
@@ -51,26 +48,8 @@ def main() -> None:
     for name in parser.parse_args().names:
         place = folder() / name
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        if name == "vllm":
-            install_vllm(place / "bin" / "python")
-        else:
-            pip(place / "bin" / "python", *REQUIREMENTS[name])
-
-
-def pip(python: Path, *arguments: str) -> None:
-    """Install into an environment."""
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *arguments], check=True)
-
-
-def install_vllm(python: Path) -> None:
-    """vLLM for a computer without CUDA, tyir's runtime, and the plug-in between them."""
-    pip(python, "--no-deps", *REQUIREMENTS["vllm"])
-    needs = "from importlib.metadata import requires; print('\\n'.join(requires('vllm')))"
-    lines = subprocess.run([str(python), "-c", needs], capture_output=True, text=True, check=True).stdout
-    kept = [r for r in lines.splitlines() if "extra ==" not in r and not r.startswith(NOT_FOR_VLLM)]
-    pip(python, "torch==2.13.0")
-    pip(python, *kept)
-    pip(python, str(ROOT), str(ROOT / "examples" / "vllm-tyir"))
+        command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -177,8 +177,8 @@ def test_evalscope(served: Served, folder: Path, tmp_path: Path) -> None:
     exact(served, before, 8, 8)
     (summary,) = tmp_path.rglob("benchmark_summary.json")
     figures: dict[str, Any] = json.loads(summary.read_text())
-    assert figures["Failed requests"] == 0 and figures["Succeed requests"] == 8
-    assert figures["Average output tokens per request"] == 8
+    assert figures["Failed Requests"] == 0 and figures["Success Requests"] == 8
+    assert figures["Avg Output Tokens"] == 8
 
 
 def test_aiperf(served: Served, folder: Path, tmp_path: Path) -> None:

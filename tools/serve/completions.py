@@ -36,14 +36,14 @@ _MOST_CHARACTERS = 1 << 22
 
 
 async def until_gone(request: Request, work: Callable[[], Any]) -> Any:
-    """The result of a coroutine, which is cancelled when the client goes away meanwhile."""
+    """The result of a coroutine, which is cancelled when the client goes away meanwhile: `RequestError`."""
     running = asyncio.ensure_future(work())
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             return running.result()
-        raise asyncio.CancelledError
+        raise RequestError(499, "the client has gone")  # nobody reads it
     finally:
         for task in (running, gone):
             task.cancel()

@@ -264,7 +264,9 @@ class Ollama:
                     )
 
     async def _whole(self, parts: AsyncGenerator[str, None], form: str) -> Mapping[str, Any]:
-        text, last, calls = "", {}, []
+        text = ""
+        last: dict[str, Any] = {}
+        calls: list[Any] = []
         async for part in parts:
             last = json.loads(part)
             text += last[form]["content"] if form == "message" else last[form]
@@ -283,7 +285,7 @@ class Ollama:
 
 def _ollama_calls(calls: Calls) -> list[Mapping[str, Any]]:
     """Ollama's clients take arguments as objects; what is none is left as text under one name."""
-    found = []
+    found: list[Mapping[str, Any]] = []
     for call in calls.calls:
         function = call["function"]
         try:
