@@ -278,7 +278,8 @@ def _builds(folder: Path) -> Iterator[Case]:
     }
     for option, values in bad.items():
         for value in values:
-            words = (MODEL, "-o", folder / "out", "-q", f"{option}={value}")
+            more = ("--weights", "int4") if option == "--group-size" else ()  # unused sizes are warned of
+            words = (MODEL, "-o", folder / "out", "-q", f"{option}={value}", *more)
             yield Case(f"compile {option}={value[:20]}", TOOLS + "compile", words, REFUSED)
     for text in (
         "x = 1",
