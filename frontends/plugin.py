@@ -149,6 +149,38 @@ class DeltaFormat:
         return out if element is f32 else emit(ty.Cast(out, element=element)).result
 
 
+def _check_fields(plugin: ModelPlugin, where: str) -> None:
+    """`TyirError` for a field of another shape: Python looks at none of them."""
+
+    def items(value: object) -> Sequence[Any]:
+        return value if isinstance(value, list | tuple) else [None]
+
+    def is_pair(value: object, second: tuple[type, ...]) -> bool:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == 2
+            and isinstance(value[0], str)
+            and (isinstance(value[1], second) or (int in second and callable(value[1])))
+        )
+
+    def is_split(rule: object) -> bool:
+        return (
+            isinstance(rule, Split)
+            and isinstance(rule.pattern, str)
+            and all(is_pair(part, (int,)) for part in items(rule.parts))
+        )
+
+    wrong = {
+        "rename=[(r'^net\\.', 'model.')]": all(is_pair(pair, (str,)) for pair in items(plugin.rename)),
+        "split=[Split(PATTERN, [(NAME, ROWS), ...])]": all(map(is_split, items(plugin.split))),
+        "ignore=[r'optimizer\\..*']": all(isinstance(p, str) for p in items(plugin.ignore)),
+        "base='../base-model'": plugin.base is None or isinstance(plugin.base, str | Path),
+    }
+    if bad := [example for example, fits in wrong.items() if not fits]:
+        names = ", ".join(example.partition("=")[0] for example in bad)
+        raise TyirError(f"the plugin's {names} cannot be read", where=where, help=f"write {', '.join(bad)}")
+
+
 def load_plugin(path: Path) -> ModelPlugin:
     """Run a plugin file and return its `plugin`.  `TyirError` when it fails or defines none."""
     if not path.is_file():
@@ -157,11 +189,12 @@ def load_plugin(path: Path) -> ModelPlugin:
             help="give a Python file that defines plugin = ModelPlugin(...)",
         )
     spec = importlib.util.spec_from_file_location("tyir_model_plugin", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise TyirError(f"{path} is not a Python file", help="give the path of a .py file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that ends the process is not the end of a command
         raise TyirError(
             f"the plugin fails: {type(error).__name__}: {error}",
             where=str(path),
@@ -174,6 +207,7 @@ def load_plugin(path: Path) -> ModelPlugin:
             where=str(path),
             help="end it with plugin = ModelPlugin(...) from tyir.frontends.plugin",
         )
+    _check_fields(plugin, str(path))
     if plugin.base is not None:
         plugin = replace(plugin, base=path.parent / plugin.base)
     for pattern in (*(p for p, _ in plugin.rename), *(s.pattern for s in plugin.split), *plugin.ignore):

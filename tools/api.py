@@ -186,6 +186,8 @@ def compile_path(
     positions = None
     if model.is_dir() or model.suffix != ".ir":  # a module may have settled its options
         given = asdict(options) if isinstance(options, BuildOptions) else options
+        if given is options and "group_size" in given and given.get("weights", "fp16") == "fp16":
+            warn(f"the group size {given['group_size']} is not used: no weights are quantised")
         options = settle_group_size(model, given)
         wanted = BuildOptions(**{**options, "group_size": _number_of(options)})
         check_options(wanted)
@@ -464,6 +466,8 @@ def check_options(options: BuildOptions) -> None:
             f"a cache of {options.max_kv} tokens: it must hold at least 1", help="use --max-kv 1024"
         )
     check_seqlens(options.seqlens, options.max_kv)
+    if options.group_size < 1:
+        raise TyirError(f"a group of {options.group_size} input channels", help="use --group-size 128")
     if options.weights not in ("fp16", "int4", "awq", "checkpoint"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4, awq")
     check_batch(options.batch)

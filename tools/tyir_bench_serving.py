@@ -87,7 +87,7 @@ def _server(args: argparse.Namespace) -> tuple[Server, str]:
             loaded[seqlen] = load_programs(artifacts, seqlen)
         return loaded[seqlen]
 
-    machine = load_machine(args.machine) if args.machine else machine_of(artifacts)
+    machine = load_machine(args.machine) if args.machine is not None else machine_of(artifacts)
     predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
     state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
     chunks = DualChunk.used(manifest.model, manifest.options.max_kv)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         args.report = "json"
     if args.top < 0:
         raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")
-    if args.report == "html" and (args.compare or args.sweep):
+    if args.report == "html" and (args.compare or args.sweep is not None):
         raise TyirError("there is no HTML page of a comparison or a sweep", help="use --report text or json")
     if args.compare:
         write_output(_compare(args) + "\n", args.output)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     lengths = _lengths(args)
     prompt, pos = source.lengths(lengths)
-    if args.sweep:
+    if args.sweep is not None:
         write_output(_sweep(args, predictor, prompt, pos) + "\n", args.output)
         return 0
     if args.trace:
@@ -123,7 +123,7 @@ def _refuse_simulating(args: argparse.Namespace, path: Path) -> None:
         "--machine": bool(args.machine),
         "--prompt-tokens": args.prompt_tokens is not None,
         "--pos": args.pos is not None,
-        "--sweep": bool(args.sweep),
+        "--sweep": args.sweep is not None,
         "--tornado": args.tornado,
         "--check-plan": args.check_plan,
         "--trace": args.trace is not None,

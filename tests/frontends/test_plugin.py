@@ -188,3 +188,35 @@ def test_compile_and_verify_take_a_plugin(
     (tmp_path / "m.ir").write_text("")
     assert compile_main([str(tmp_path / "m.ir"), *command[1:]]) == 1
     assert "has been imported already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("plugin = ModelPlugin(rename=5)", "the plugin's rename cannot be read"),
+        ("plugin = ModelPlugin(rename='ab')", "the plugin's rename cannot be read"),
+        ("plugin = ModelPlugin(rename=[('a', 'b', 'c')])", "rename cannot"),
+        ("plugin = ModelPlugin(rename={'a': 'b'}, ignore='x')", "the plugin's rename, ignore cannot be read"),
+        ("plugin = ModelPlugin(split=[('a', [])])", "split cannot"),
+        ("plugin = ModelPlugin(split=[Split('a', [('b', '3')])])", "split cannot"),
+        ("plugin = ModelPlugin(split=[Split('a', 7)])", "split cannot"),
+        ("plugin = ModelPlugin(ignore=[re.compile('a')])", "ignore cannot"),
+        ("plugin = ModelPlugin(base=3)", "base cannot"),
+        ("raise SystemExit(3)", "the plugin fails: SystemExit: 3"),
+        ("import sys; sys.exit('no')", "the plugin fails: SystemExit: no"),
+        ("plugin = ModelPlugin(rename=[('(', '')])", "is no regular expression"),
+    ],
+)
+def test_a_file_that_says_nonsense(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"import re\nfrom tyir.frontends.plugin import ModelPlugin, Split\n{text}\n")
+    with pytest.raises(TyirError) as caught:
+        load_plugin(path)
+    assert said in str(caught.value) and "help: " in caught.value.render()
+
+
+@pytest.mark.parametrize("name", ["config.json", "mine", "mine.txt"])
+def test_a_file_that_is_no_python(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("plugin = None\n")
+    with pytest.raises(TyirError, match="is not a Python file"):
+        load_plugin(tmp_path / name)

@@ -209,7 +209,8 @@ def _simulations(artifacts: Path, folder: Path) -> Iterator[Case]:
         "edge10",
         "\0"[:0] + "a" * 5000,
     ):
-        yield Case(f"--machine {machine[:20]}", TOOLS + "sim", (artifacts, "--machine", machine))
+        wanted = EITHER if machine else REFUSED  # nothing is not the machine that was compiled for
+        yield Case(f"--machine {machine[:20]}", TOOLS + "sim", (artifacts, "--machine", machine), wanted)
     programs = [
         artifacts / f"batch_1/seqlen_8/{PROGRAM}.edge10",
         artifacts / f"batch_1/seqlen_1/{PROGRAM}.edge10",
@@ -277,7 +278,8 @@ def _builds(folder: Path) -> Iterator[Case]:
     }
     for option, values in bad.items():
         for value in values:
-            words = (MODEL, "-o", folder / "out", "-q", f"{option}={value}")
+            more = ("--weights", "int4") if option == "--group-size" else ()  # unused sizes are warned of
+            words = (MODEL, "-o", folder / "out", "-q", f"{option}={value}", *more)
             yield Case(f"compile {option}={value[:20]}", TOOLS + "compile", words, REFUSED)
     for text in (
         "x = 1",

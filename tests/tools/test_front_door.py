@@ -425,3 +425,12 @@ def test_completion_without_shtab(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
     code, out, err = run("tyir completion bash")
     assert (code, out) == (1, "") and "pip install 'tyir[completion]'" in err
+
+
+@pytest.mark.parametrize("text", ["1,", ",", ",1", "1,,2", "1, ,2"])
+def test_a_list_has_no_empty_places(text: str) -> None:
+    from tyir.tools.build_arguments import numbers
+
+    with pytest.raises(TyirError, match="is not a whole number"):
+        numbers(text)
+    assert numbers(" 1, 8 ") == (1, 8)

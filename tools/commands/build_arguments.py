@@ -18,7 +18,7 @@ __all__ = ["AUTO", "add_base_option", "add_build_options", "add_image_option", "
 def numbers(text: str) -> tuple[int, ...]:
     """A comma-separated list of whole numbers; `TyirError` names what is none."""
     values = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in (part.strip() for part in text.split(",") if text.strip()):
         try:
             values.append(whole_number(item))
         except ValueError:

@@ -33,7 +33,7 @@ class Choice:
     changed: dict[str, float]
 
     def machine(self, compiled_for: Callable[[], Machine]) -> Machine:
-        machine = load_machine(self.name) if self.name else compiled_for()
+        machine = load_machine(self.name) if self.name is not None else compiled_for()
         return machine.with_overrides(self.changed)
 
 

@@ -164,7 +164,7 @@ def load_module_file(path: str | Path) -> ModuleType:
     sys.modules[file.stem] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that ends the process is not the end of a command
         raise TyirError(
             f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}",
             where=_line_of(error, file),
@@ -178,7 +178,7 @@ def load_module_file(path: str | Path) -> ModuleType:
     return module
 
 
-def _line_of(error: Exception, file: Path) -> str:
+def _line_of(error: BaseException, file: Path) -> str:
     """The line of `file` that an error at loading comes from."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}:{error.offset or 1}"
