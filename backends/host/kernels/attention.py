@@ -1,9 +1,11 @@
-"""kv.attention: causal attention of s new tokens over the cache, three passes per query head and tile of
-queries; and ty.attention that sees both ways within segments, where a tile's keys are those of its segment.
+"""kv.attention: causal attention of s new tokens over the cache, three passes per tile of queries; and
+ty.attention that sees both ways within segments, where a tile's keys are those of its segment.
 
-Only positions that a query of the tile may see are visited, so the loops end at pos + s however large the
-cache is.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a scratch buffer
-[tile, capacity].
+A tile's queries share their keys: several tokens of one head, or of one token several heads that read one
+head of the cache.  Only positions that a query of the tile may see are visited, so the loops end at pos + s
+however large the cache is.  As many keys as a vector has lanes are converted at once, and their scores with a
+query are one vector.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a
+scratch buffer [tile, capacity].
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from tyir.backends.host.kernels.tir import (
     loop,
     put,
     register,
+    span,
     splat,
     store,
+    sums_of,
     vector,
 )  # fmt: skip
 from tyir.dialects import kv, ty
@@ -48,7 +52,8 @@ _HIDDEN = float("-inf")
 
 @dataclass(frozen=True)
 class _Work:
-    """One tile: queries token0.. of one head, and the rows of keys `low`..`high` that any of them sees.
+    """One tile: `queries` tokens from `token` on of one head, or heads from `head` on of one token, and the
+    rows of keys `low`..`high` that any of them sees.
 
     `first`: the position of the first query, which sees none after it; None where all see all of them.
     """
@@ -56,8 +61,9 @@ class _Work:
     sequence: Expr
     head: Expr
     group: Expr
-    token0: Expr
+    token: Expr
     queries: int
+    of_heads: bool
     first: Expr | None
     low: Expr
     high: Expr
@@ -66,6 +72,16 @@ class _Work:
     def row(self, position: Expr) -> list[Expr]:
         """Where the head's row of a position lies in a cache."""
         return [self.sequence, *((self.group, position) if self.by_head else (position, self.group))]
+
+    def query(self, t: Expr) -> list[Expr]:
+        """Where the row of query t lies in q, and in the result."""
+        heads, tokens = (t, 0) if self.of_heads else (0, t)
+        return [self.sequence, self.token + tokens, self.head + heads]
+
+    def position(self, t: Expr) -> Expr:
+        """The position of query t."""
+        assert self.first is not None
+        return self.first if self.of_heads else self.first + t
 
 
 def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
@@ -77,35 +93,49 @@ def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
     return group
 
 
+def _tile_of(queries: int) -> int:
+    """The most queries of a tile that leave none over."""
+    return max(d for d in range(1, _MOST_QUERIES + 1) if queries % d == 0)
+
+
+def _heads_together(kv_heads: tuple[int, ...]) -> int:
+    """How many neighbouring heads always read the same head of the cache."""
+    changes = [h for h in range(1, len(kv_heads)) if kv_heads[h] != kv_heads[h - 1]]
+    return _tile_of(math.gcd(len(kv_heads), *changes))
+
+
 def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     q, k, v, pos, *scales, out = buffers
     k_scales, v_scales = scales or (None, None)
     b, s, heads, width = (int(d) for d in q.shape)
     capacity = op.capacity
-    queries = max(d for d in range(1, _MOST_QUERIES + 1) if s % d == 0)
-    tiles = s // queries
+    side_by_side = _heads_together(op.kv_heads) if s == 1 else 1
+    of_heads = side_by_side > 1
+    tokens = 1 if of_heads else _tile_of(s)
+    tiles, groups = s // tokens, heads // side_by_side
     # The length is not known here: the work of a half-full cache decides about threads.
-    with loop(b * heads * tiles, cpu, b * s * heads * width * capacity) as item:
-        head = bind(item // tiles % heads)
-        sequence = bind(item // (tiles * heads))
-        token0 = bind(item % tiles * queries)
-        first = bind(pos[sequence] + token0)
-        high = bind(T.min(first + queries, capacity))
+    with loop(b * groups * tiles, cpu, b * s * heads * width * capacity) as item:
+        head = bind(item // tiles % groups * side_by_side)
+        sequence = bind(item // (tiles * groups))
+        token = bind(item % tiles * tokens)
+        first = bind(pos[sequence] + token)
+        high = bind(T.min(first + tokens, capacity))
         low = bind(T.max(first + 1 - op.window, 0)) if op.window > 0 else T.int32(0)
         work = _Work(
             sequence,
             head,
             bind(_group_of(head, op.kv_heads)),
-            token0,
-            queries,
+            token,
+            max(tokens, side_by_side),
+            of_heads,
             first,
             low,
             high,
             op.layout == "HND",
         )
-        scores = T.alloc_buffer((queries, capacity + cpu.lanes), "float32")
+        scores = T.alloc_buffer((work.queries, capacity + cpu.lanes), "float32")
         _scores(op, work, q, k, k_scales, scores, cpu)
-        totals = T.alloc_buffer((queries,), "float32")
+        totals = T.alloc_buffer((work.queries,), "float32")
         _softmax(work, scores, totals, cpu)
         _weighted_values(work, v, v_scales, scores, totals, out, cpu)
 
@@ -116,7 +146,7 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     b, s, heads, width = (int(d) for d in q.shape)
     spans = op.spans()
     step = math.gcd(*(end for _, end in spans)) if op.segments else s
-    queries = max(d for d in range(1, _MOST_QUERIES + 1) if step % d == 0)
+    queries = _tile_of(step)
     tiles, longest = s // queries, max(end - first for first, end in spans)
     groups = default_kv_heads(heads, int(k.shape[2]))
     with loop(b * heads * tiles, cpu, b * s * heads * width * longest) as item:
@@ -125,7 +155,9 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         low = bind(_of_segment(token0, [(first, first) for first, _ in spans]))
         high = bind(_of_segment(token0, spans))
         group = bind(_group_of(head, groups))
-        work = _Work(bind(item // (tiles * heads)), head, group, token0, queries, None, low, high, False)
+        work = _Work(
+            bind(item // (tiles * heads)), head, group, token0, queries, False, None, low, high, False
+        )
         scores = T.alloc_buffer((queries, longest + cpu.lanes), "float32")
         _scores(op, work, q, k, None, scores, cpu)
         totals = T.alloc_buffer((queries,), "float32")
@@ -171,31 +203,31 @@ def _scores(
     lanes = lanes_for(cpu.lanes, width)
     wide = T.alloc_buffer((work.queries, width), "float32")
     with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
-        store(
-            wide,
-            [t, i * lanes],
-            load(q, [work.sequence, work.token0 + t, work.head, i * lanes], lanes),
-            lanes,
-        )
-    with T.serial(0, work.high - work.low) as j:
-        position = bind(work.low + j)
-        scale = _scale(scales, work, position)
-        sums = [register(lanes, 0) for _ in range(work.queries)]
-        with T.serial(0, width // lanes) as i:
-            key = bind(_read(k, scale, [*work.row(position), i * lanes], lanes))
-            for t in range(work.queries):
-                add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
-        for t in range(work.queries):
-            score = horizontal_sum(sums[t], lanes) * f32(op.scale)
+        store(wide, [t, i * lanes], load(q, [*work.query(t), i * lanes], lanes), lanes)
+    keys = T.alloc_buffer((lanes, width), "float32")
+    with T.serial(0, (work.high - work.low + (lanes - 1)) // lanes) as block:
+        start = bind(work.low + block * lanes)
+        with T.serial(0, lanes) as key:
+            position = bind(T.min(start + key, work.high - 1))
+            scale = _scale(scales, work, position)
+            with T.serial(0, width // lanes) as i:
+                store(keys, [key, i * lanes], _read(k, scale, [*work.row(position), i * lanes], lanes), lanes)
+        with T.serial(0, work.queries) as t:
+            sums = [register(lanes, 0) for _ in range(lanes)]
+            with T.serial(0, width // lanes) as i:
+                part = bind(load(wide, [t, i * lanes], lanes))
+                for key, total in enumerate(sums):
+                    add_to(total, part * load(keys, [key, i * lanes], lanes), lanes)
+            score = bind(sums_of(sums, lanes) * f32(op.scale, lanes))
             if op.softcap is not None:
-                score = capped(score, op.softcap, 1)
-            if work.first is None:
-                T.buffer_store(scores, score, [t, j])
-                continue
-            visible = position <= work.first + t
-            if op.window > 0:
-                visible = T.And(visible, position > work.first + t - op.window)
-            T.buffer_store(scores, T.Select(visible, score, f32(_HIDDEN)), [t, j])
+                score = capped(score, op.softcap, lanes)
+            last = work.high - 1 if work.first is None else T.min(work.high - 1, work.position(t))
+            positions = bind(span(start, lanes))
+            seen = T.Select(positions <= splat(bind(last), lanes), score, f32(_HIDDEN, lanes))
+            if op.window > 0 and work.first is not None:
+                before = splat(bind(work.position(t) - op.window), lanes)
+                seen = T.Select(positions > before, seen, f32(_HIDDEN, lanes))
+            store(scores, [t, block * lanes], seen, lanes)
 
 
 def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu) -> None:
@@ -243,7 +275,7 @@ def _weighted_values(
         for t in range(work.queries):
             for d in range(chunk):
                 value = get(sums[t * chunk + d], lanes) / splat(totals[t], lanes)
-                store(out, [work.sequence, work.token0 + t, work.head, (c * chunk + d) * lanes], value, lanes)
+                store(out, [*work.query(t), (c * chunk + d) * lanes], value, lanes)
 
 
 EMITTERS: Final[Emitters] = {
