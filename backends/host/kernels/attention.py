@@ -134,7 +134,7 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
             op.layout == "HND",
         )
         scores = T.alloc_buffer((work.queries, capacity + cpu.lanes), "float32")
-        _scores(op, work, q, k, k_scales, scores, cpu)
+        _scores(op, work, (work.low, work.high), q, k, k_scales, scores, cpu)
         totals = T.alloc_buffer((work.queries,), "float32")
         _softmax(work, scores, totals, cpu)
         _weighted_values(work, v, v_scales, scores, totals, out, cpu)
@@ -159,7 +159,7 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
             bind(item // (tiles * heads)), head, group, token0, queries, False, None, low, high, False
         )
         scores = T.alloc_buffer((queries, longest + cpu.lanes), "float32")
-        _scores(op, work, q, k, None, scores, cpu)
+        _scores(op, work, (work.low, work.high), q, k, None, scores, cpu)
         totals = T.alloc_buffer((queries,), "float32")
         _softmax(work, scores, totals, cpu)
         _weighted_values(work, v, None, scores, totals, out, cpu)
@@ -192,23 +192,27 @@ def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
 def _scores(
     op: kv.CachedAttention | ty.Attention,
     work: _Work,
+    bounds: tuple[Expr, Expr],
     q: Buffer,
     k: Buffer,
     scales: Buffer | None,
     scores: Buffer,
     cpu: Cpu,
 ) -> None:
-    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j."""
+    """scores[t, j - work.low] = scale * q[t] . k[j], or -inf where query t must not see position j, for the
+    positions j of `bounds`; up to a vector of -inf follows.
+    """
+    low, high = bounds
     width = int(q.shape[3])
     lanes = lanes_for(cpu.lanes, width)
     wide = T.alloc_buffer((work.queries, width), "float32")
     with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
         store(wide, [t, i * lanes], load(q, [*work.query(t), i * lanes], lanes), lanes)
     keys = T.alloc_buffer((lanes, width), "float32")
-    with T.serial(0, (work.high - work.low + (lanes - 1)) // lanes) as block:
-        start = bind(work.low + block * lanes)
+    with T.serial(0, (high - low + (lanes - 1)) // lanes) as block:
+        start = bind(low + block * lanes)
         with T.serial(0, lanes) as key:
-            position = bind(T.min(start + key, work.high - 1))
+            position = bind(T.min(start + key, high - 1))
             scale = _scale(scales, work, position)
             with T.serial(0, width // lanes) as i:
                 store(keys, [key, i * lanes], _read(k, scale, [*work.row(position), i * lanes], lanes), lanes)
@@ -221,13 +225,13 @@ def _scores(
             score = bind(sums_of(sums, lanes) * f32(op.scale, lanes))
             if op.softcap is not None:
                 score = capped(score, op.softcap, lanes)
-            last = work.high - 1 if work.first is None else T.min(work.high - 1, work.position(t))
+            last = high - 1 if work.first is None else T.min(high - 1, work.position(t))
             positions = bind(span(start, lanes))
             seen = T.Select(positions <= splat(bind(last), lanes), score, f32(_HIDDEN, lanes))
             if op.window > 0 and work.first is not None:
                 before = splat(bind(work.position(t) - op.window), lanes)
                 seen = T.Select(positions > before, seen, f32(_HIDDEN, lanes))
-            store(scores, [t, block * lanes], seen, lanes)
+            store(scores, [t, start - work.low], seen, lanes)
 
 
 def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu) -> None:
