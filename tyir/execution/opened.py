@@ -18,6 +18,7 @@ import os
 import stat
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,6 +100,8 @@ class OpenedFile:
                 mapped = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_READ) if self.size else b""
             except (OSError, ValueError) as error:
                 raise TyirError(f"cannot map {self.path}: {error}", help=_DAMAGED) from None
+            if isinstance(mapped, mmap.mmap):
+                _in_large_pages(mapped)
             self._map = np.frombuffer(mapped, np.uint8)
         return self._map
 
@@ -112,6 +115,15 @@ class OpenedFile:
             f"{self.path} has been written to while it was in use",
             help="run again when nothing writes to the artifacts; replace a folder as a whole, by a rename",
         )
+
+
+def _in_large_pages(mapped: mmap.mmap) -> None:
+    """Lets the system read the file in pages of 2 MB, which it does of some file systems: weights then come
+    faster, from the disk and into compiled code.
+    """
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without large pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -1,10 +1,12 @@
-"""kv.attention: causal attention of s new tokens over the cache, three passes per query head and tile of
-queries; and ty.attention that sees both ways within segments, where a tile's keys are those of its segment.
+"""kv.attention: causal attention of s new tokens over the cache, three passes per tile of queries; and
+ty.attention that sees both ways within segments, where a tile's keys are those of its segment.
 
-Only positions that a query of the tile may see are visited, so the loops end at pos + s however large the
-cache is.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a scratch buffer
-[tile, block].  A cache of more than a block is visited by blocks, with an online softmax over them
-(arXiv:2205.14135), so that the scratch does not grow with the cache.
+A tile's queries share their keys: several tokens of one head, or of one token several heads that read one
+head of the cache.  Only positions that a query of the tile may see are visited, so the loops end at pos + s
+however large the cache is.  As many keys as a vector has lanes are converted at once, and their scores with a
+query are one vector.  Scores, maximum, sums and the weighted values are f32; the scores of a tile lie in a
+scratch buffer [tile, block].  A cache of more than a block is visited by blocks, with an online softmax over
+them (arXiv:2205.14135), so that the scratch does not grow with the cache.
 
 With dual chunk attention the scores have three parts, those of keys before the last chunk, of the last chunk
 and of the queries' own, each with its rotation of the queries; what follows is the same.
@@ -37,8 +39,10 @@ from tyir.backends.host.kernels.tir import (
     loop,
     put,
     register,
+    span,
     splat,
     store,
+    sums_of,
     vector,
 )  # fmt: skip
 from tyir.dialects import kv, ty
@@ -80,7 +84,8 @@ class _Online:
 
 @dataclass(frozen=True)
 class _Work:
-    """One tile: queries token0.. of one head, and the rows of keys `low`..`high` that any of them sees.
+    """One tile: `queries` tokens from `token` on of one head, or heads from `head` on of one token, and the
+    rows of keys `low`..`high` that any of them sees.
 
     `first`: the position of the first query, which sees none after it; None where all see all of them.
     """
@@ -88,8 +93,9 @@ class _Work:
     sequence: Expr
     head: Expr
     group: Expr
-    token0: Expr
+    token: Expr
     queries: int
+    of_heads: bool
     first: Expr | None
     low: Expr
     high: Expr
@@ -98,6 +104,16 @@ class _Work:
     def row(self, position: Expr) -> list[Expr]:
         """Where the head's row of a position lies in a cache."""
         return [self.sequence, *((self.group, position) if self.by_head else (position, self.group))]
+
+    def query(self, t: Expr) -> list[Expr]:
+        """Where the row of query t lies in q, and in the result."""
+        heads, tokens = (t, 0) if self.of_heads else (0, t)
+        return [self.sequence, self.token + tokens, self.head + heads]
+
+    def position(self, t: Expr) -> Expr:
+        """The position of query t."""
+        assert self.first is not None
+        return self.first if self.of_heads else self.first + t
 
 
 def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
@@ -109,6 +125,17 @@ def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
     return group
 
 
+def _tile_of(queries: int) -> int:
+    """The most queries of a tile that leave none over."""
+    return max(d for d in range(1, _MOST_QUERIES + 1) if queries % d == 0)
+
+
+def _heads_together(kv_heads: tuple[int, ...]) -> int:
+    """How many neighbouring heads always read the same head of the cache."""
+    changes = [h for h in range(1, len(kv_heads)) if kv_heads[h] != kv_heads[h - 1]]
+    return _tile_of(math.gcd(len(kv_heads), *changes))
+
+
 def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     q, k, v, pos, *scales, out = buffers
     chunked = isinstance(op, kv.DualChunkAttention)
@@ -116,22 +143,25 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
     k_scales, v_scales = scales or (None, None)
     b, s, heads, width = (int(d) for d in q.shape)
     capacity = op.capacity
-    queries = max(d for d in range(1, _MOST_QUERIES + 1) if s % d == 0)
-    tiles = s // queries
+    side_by_side = _heads_together(op.kv_heads) if s == 1 else 1
+    of_heads = side_by_side > 1
+    tokens = 1 if of_heads else _tile_of(s)
+    tiles, groups = s // tokens, heads // side_by_side
     # The length is not known here: the work of a half-full cache decides about threads.
-    with loop(b * heads * tiles, cpu, b * s * heads * width * capacity) as item:
-        head = bind(item // tiles % heads)
-        sequence = bind(item // (tiles * heads))
-        token0 = bind(item % tiles * queries)
-        first = bind(pos[sequence] + token0)
-        high = bind(T.min(first + queries, capacity))
+    with loop(b * groups * tiles, cpu, b * s * heads * width * capacity) as item:
+        head = bind(item // tiles % groups * side_by_side)
+        sequence = bind(item // (tiles * groups))
+        token = bind(item % tiles * tokens)
+        first = bind(pos[sequence] + token)
+        high = bind(T.min(first + tokens, capacity))
         low = bind(T.max(first + 1 - op.window, 0)) if op.window > 0 else T.int32(0)
         work = _Work(
             sequence,
             head,
             bind(_group_of(head, op.kv_heads)),
-            token0,
-            queries,
+            token,
+            max(tokens, side_by_side),
+            of_heads,
             first,
             low,
             high,
@@ -154,7 +184,7 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     b, s, heads, width = (int(d) for d in q.shape)
     spans = op.spans()
     step = math.gcd(*(end for _, end in spans)) if op.segments else s
-    queries = max(d for d in range(1, _MOST_QUERIES + 1) if step % d == 0)
+    queries = _tile_of(step)
     tiles, longest = s // queries, max(end - first for first, end in spans)
     groups = default_kv_heads(heads, int(k.shape[2]))
     with loop(b * heads * tiles, cpu, b * s * heads * width * longest) as item:
@@ -163,7 +193,9 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         low = bind(_of_segment(token0, [(first, first) for first, _ in spans]))
         high = bind(_of_segment(token0, spans))
         group = bind(_group_of(head, groups))
-        work = _Work(bind(item // (tiles * heads)), head, group, token0, queries, None, low, high, False)
+        work = _Work(
+            bind(item // (tiles * heads)), head, group, token0, queries, False, None, low, high, False
+        )
         _at_once(op, work, [_Part(q)], (k, None), (v, None), out, longest, cpu)
 
 
@@ -236,7 +268,7 @@ def _by_blocks(
 
 
 def _store_out(work: _Work, out: Buffer, t: Expr, column: Expr, value: Expr, lanes: int) -> None:
-    store(out, [work.sequence, work.token0 + t, work.head, column], value, lanes)
+    store(out, [*work.query(t), column], value, lanes)
 
 
 def _of_segment(row: Expr, bounds: Sequence[tuple[int, int]]) -> Expr:
@@ -272,43 +304,41 @@ def _scores(
     scores: Buffer,
     cpu: Cpu,
 ) -> None:
-    """scores[t, j - low] = scale * q[t] . k[j], or -inf where query t must not see position j; of the keys of
-    the part.
+    """scores[t, j - work.low] = scale * q[t] . k[j], or -inf where query t must not see position j, for the
+    keys j of the part; up to a vector of -inf follows.
     """
-    q, temperature = part.q, part.temperature
-    first, end = part.bounds or (work.low, work.high)
-    width = int(q.shape[3])
+    low, high = part.bounds or (work.low, work.high)
+    width = int(part.q.shape[3])
     lanes = lanes_for(cpu.lanes, width)
     wide = T.alloc_buffer((work.queries, width), "float32")
     with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
-        store(
-            wide,
-            [t, i * lanes],
-            load(q, [work.sequence, work.token0 + t, work.head, i * lanes], lanes),
-            lanes,
-        )
-    with T.serial(0, T.max(end - first, 0)) as step:
-        position = bind(first + step)
-        j = bind(position - work.low)
-        scale = _scale(scales, work, position)
-        sums = [register(lanes, 0) for _ in range(work.queries)]
-        with T.serial(0, width // lanes) as i:
-            key = bind(_read(k, scale, [*work.row(position), i * lanes], lanes))
-            for t in range(work.queries):
-                add_to(sums[t], key * load(wide, [t, i * lanes], lanes), lanes)
-        for t in range(work.queries):
-            score = horizontal_sum(sums[t], lanes) * f32(op.scale)
-            if temperature is not None:
-                score = score * temperature
+        store(wide, [t, i * lanes], load(part.q, [*work.query(t), i * lanes], lanes), lanes)
+    keys = T.alloc_buffer((lanes, width), "float32")
+    with T.serial(0, (T.max(high - low, 0) + (lanes - 1)) // lanes) as block:
+        start = bind(low + block * lanes)
+        with T.serial(0, lanes) as key:
+            position = bind(T.min(start + key, high - 1))
+            scale = _scale(scales, work, position)
+            with T.serial(0, width // lanes) as i:
+                store(keys, [key, i * lanes], _read(k, scale, [*work.row(position), i * lanes], lanes), lanes)
+        with T.serial(0, work.queries) as t:
+            sums = [register(lanes, 0) for _ in range(lanes)]
+            with T.serial(0, width // lanes) as i:
+                query = bind(load(wide, [t, i * lanes], lanes))
+                for key, total in enumerate(sums):
+                    add_to(total, query * load(keys, [key, i * lanes], lanes), lanes)
+            score = bind(sums_of(sums, lanes) * f32(op.scale, lanes))
+            if part.temperature is not None:
+                score = bind(score * splat(part.temperature, lanes))
             if op.softcap is not None:
-                score = capped(score, op.softcap, 1)
-            if work.first is None:
-                T.buffer_store(scores, score, [t, j])
-                continue
-            visible = position <= work.first + t
-            if op.window > 0:
-                visible = T.And(visible, position > work.first + t - op.window)
-            T.buffer_store(scores, T.Select(visible, score, f32(_HIDDEN)), [t, j])
+                score = capped(score, op.softcap, lanes)
+            last = high - 1 if work.first is None else T.min(high - 1, work.position(t))
+            positions = bind(span(start, lanes))
+            seen = T.Select(positions <= splat(bind(last), lanes), score, f32(_HIDDEN, lanes))
+            if op.window > 0 and work.first is not None:
+                before = splat(bind(work.position(t) - op.window), lanes)
+                seen = T.Select(positions > before, seen, f32(_HIDDEN, lanes))
+            store(scores, [t, start - work.low], seen, lanes)
 
 
 def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu, online: _Online | None = None) -> None:

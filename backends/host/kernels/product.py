@@ -27,14 +27,17 @@ from tyir.backends.host.kernels.tir import (
     Cpu,
     Expr,
     add_to,
+    bind,
     get,
     hold,
     horizontal_sum,
     load,
     loop,
+    put,
     register,
     span,
     store,
+    sums_of,
     vector,
 )
 
@@ -129,6 +132,21 @@ def _accumulate_known(tile: Tile, known: Buffer) -> None:
             tile.multiply(0, step, r, hold(known[span(at, tile.lanes)], tile.lanes))
 
 
+def _store_together(
+    sums: Sequence[Buffer], n0: Expr, m0: Expr, rows: int, lanes: int, bias: Buffer | None, out: Buffer
+) -> None:
+    """Adds up and stores the sums [rows][columns] of a tile whose rows are neighbours, `lanes` at once."""
+    columns = len(sums) // rows
+    added = None if bias is None else bind(load(bias, [n0], rows))
+    together = register(lanes)
+    for start in range(0, columns, lanes // rows):
+        some = range(start, start + lanes // rows)
+        put(together, sums_of([sums[r * columns + c] for c in some for r in range(rows)], lanes), lanes)
+        for place, c in enumerate(some):
+            total = together[span(place * rows, rows)]
+            store(out, [m0 + c, n0], total if added is None else total + added, rows)
+
+
 _ROWS = 4
 
 
@@ -148,7 +166,13 @@ def tiled_product(
     panels = _packed(x, columns, lanes, order, cpu)
 
     def tile(
-        first: Expr, rows: Sequence[Expr], m0: Expr, width: int, chains: int, known: Buffer | None
+        first: Expr,
+        rows: Sequence[Expr],
+        m0: Expr,
+        width: int,
+        chains: int = 1,
+        known: Buffer | None = None,
+        side_by_side: bool = False,
     ) -> None:
         sums = [register(lanes, 0) for _ in range(chains * len(rows) * width)]
         whole = Tile(first, rows, m0, width, chains, lanes, sums, panels, k)
@@ -157,6 +181,9 @@ def tiled_product(
         else:
             _accumulate_known(whole, known)
         whole.join_chains()
+        if side_by_side and len(sums) % lanes == 0 and lanes % len(rows) == 0:
+            _store_together(sums, first + rows[0], m0, len(rows), lanes, bias, out)
+            return
         for r, row in enumerate(rows):
             for c in range(width):
                 total = horizontal_sum(sums[r * width + c], lanes)
@@ -178,7 +205,7 @@ def tiled_product(
             cpu,
             m * n * k,
             ready,
-            lambda rows: tile(given[0], rows, T.int32(0), m, max(1, 8 // (streams * m)), None),
+            lambda rows: tile(given[0], rows, T.int32(0), m, max(1, 8 // (streams * m))),
         )
         return
 
@@ -193,7 +220,8 @@ def tiled_product(
 
         def columns_from(m0: Expr, width: int) -> None:
             with T.serial(0, count) as t:
-                tile(first, [t * rows + r for r in range(rows)], m0, width, 1, known)
+                at = [t * rows + r for r in range(rows)]
+                tile(first, at, m0, width, known=known, side_by_side=True)
 
         with T.serial(0, m // columns) as c:
             columns_from(c * columns, columns)

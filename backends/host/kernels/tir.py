@@ -44,6 +44,7 @@ __all__ = [
     "span",
     "splat",
     "store",
+    "sums_of",
     "vector",
 ]
 
@@ -196,6 +197,19 @@ def horizontal_sum(register: Buffer, lanes: int) -> Expr:
 def horizontal_max(register: Buffer, lanes: int) -> Expr:
     """The largest of a register's lanes."""
     return _halve(register, lanes, T.max)
+
+
+def sums_of(registers: Sequence[Buffer], lanes: int) -> Expr:
+    """The sums of `lanes` registers, in their order, as one vector: neighbours are added until one is left.
+
+    A third of what `horizontal_sum` of each would take.
+    """
+    values = [get(r, lanes) for r in registers]
+    even, odd = ([T.int32(i) for i in range(first, 2 * lanes, 2)] for first in (0, 1))
+    while len(values) > 1:
+        pairs = list(zip(values[::2], values[1::2], strict=True))
+        values = [bind(T.Shuffle([a, b], even) + T.Shuffle([a, b], odd)) for a, b in pairs]
+    return values[0]
 
 
 def _halve(register: Buffer, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
