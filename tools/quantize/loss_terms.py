@@ -121,7 +121,7 @@ def loss_terms(
     entering: Tensor,
     gradient: Tensor,
 ) -> dict[str, LossTerm]:
-    """The terms of a layer's linears by their paths in it, from what enters it [S, T, C] and the loss's gradient
+    """The terms of a layer's linears by path, from what enters the layer [S, T, C] and the loss's gradient
     with respect to what leaves it.
     """
     weights = {linear.path: torch.empty(entering.shape[:2], device=model.device) for linear in linears}
