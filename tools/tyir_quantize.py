@@ -121,8 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--objective",
         metavar="WHAT",
-        help="of method awq, what ranges are for: loss (the model's on the text; default where model and text"
-        " allow it) or outputs (of linears)",
+        help="of method awq, what ranges are for: loss (the model's on the text) or outputs (of linears);"
+        " default: of a small model both are tried, other windows of the text decide",
     )
     parser.add_argument("--no-scales", action="store_true", help="ranges alone; norms stay as they are")
     parser.add_argument("--quick", action="store_true", help="the least work: fewest windows and candidates")

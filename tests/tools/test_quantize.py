@@ -29,9 +29,11 @@ from tyir.execution.awq_table import AwqTable  # noqa: E402
 from tyir.frontends.dense_state import dense_state  # noqa: E402
 from tyir.frontends.torch_export import build_plain_model  # noqa: E402
 from tyir.tools.quantize import layer_search, loss_terms, search  # noqa: E402
+from tyir.tools.quantize import quantize as quantize_module  # noqa: E402
+from tyir.tools.quantize.perplexity import model_perplexity  # noqa: E402
 from tyir.tools.quantize.quantize import Text, perplexity_of, quantize  # noqa: E402
 from tyir.tools.quantize.report import write_report  # noqa: E402
-from tyir.tools.quantize.settings import QuantizeSettings  # noqa: E402
+from tyir.tools.quantize.settings import OBJECTIVES, QuantizeSettings  # noqa: E402
 from tyir.tools.quantize.streamed_model import StreamedModel  # noqa: E402
 from tyir.tools.tyir_quantize import main  # noqa: E402
 
@@ -186,6 +188,30 @@ def test_ranges_for_the_loss(model: Path, text: Path, tmp_path: Path) -> None:
         values[objective] = outcome.after.value
         assert (outcome.out / "model.safetensors").is_file()
     assert values["loss"] < 0.98 * values["outputs"]
+
+
+def test_other_windows_decide_between_the_objectives(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are searched, and the table is that of the one with the least perplexity on the others."""
+    values: list[float] = []
+
+    def measure(streamed: Any, windows: Any, change: Any, progress: bool = False) -> Any:
+        assert 8 <= len(windows) <= 32
+        found = model_perplexity(streamed, windows, change, progress)
+        values.append(found.value)
+        return found
+
+    monkeypatch.setattr(quantize_module, "model_perplexity", measure)
+    monkeypatch.setattr(quantize_module, "_TOKENS", 32)
+    outcome = quantize(model, tmp_path / "both", SETTINGS, calibration=text)
+    assert len(values) == 2
+    chosen = OBJECTIVES[values.index(min(values))]
+    assert outcome.settings.objective == chosen
+    alone = quantize(model, tmp_path / "one", replace(SETTINGS, objective=chosen), calibration=text)
+    name = "awq.safetensors"
+    assert (outcome.out / name).read_bytes() == (alone.out / name).read_bytes()
+    assert len(values) == 2  # one objective alone is not judged
 
 
 def test_another_question_starts_anew(model: Path, tmp_path: Path) -> None:

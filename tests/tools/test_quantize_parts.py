@@ -363,16 +363,13 @@ def test_the_work_follows_from_shapes() -> None:
     assert settings.work_for(settings.QuantizeSettings(samples=3), 24, half).samples == 3
     assert settings.work_for(settings.QuantizeSettings(quick=True), 1, [(8, 8)]) == settings.Work(4, 4, 1, 2)
     assert tiny.rounds > middle.rounds == large.rounds > 0
-    # the loss's gradient: of a small model, on its own, on a text that says enough
-    assert tiny.loss_from is middle.loss_from is None
-    alone = settings.QuantizeSettings("awq")
+    # both objectives are tried of a small model whose numbers are not searched
     shapes = [(256, 256)] * 2 + [(768, 256)] * 3
-    assert settings.work_for(alone, 6, shapes).loss_from == 1 << 14
-    assert settings.work_for(alone, 24, half).loss_from is None
-    for asked, least in (("loss", 0), ("outputs", None)):
-        chosen = settings.QuantizeSettings("awq", objective=asked)
-        assert settings.work_for(chosen, 24, half).loss_from == least
-    assert settings.work_for(settings.QuantizeSettings("awq", quick=True), 6, shapes).loss_from is None
+    awq = settings.QuantizeSettings("awq")
+    assert settings.work_for(awq, 6, shapes).both and not tiny.both
+    assert not settings.work_for(awq, 24, half).both
+    for other in ({"objective": "loss"}, {"quick": True}, {"sequential": False}):
+        assert not settings.work_for(settings.QuantizeSettings("awq", **other), 6, shapes).both
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def search(
     _check_group_size(model, settings, is_kept)
     return_free_memory()
     with _reproducible():
-        by_loss = work.loss_from is not None and windows.numel() >= work.loss_from
+        by_loss = settings.objective == "loss"
         store = _Store(folder, _question(model, windows, settings, work))
         done = store.done()
         if by_loss and done < model.depth:

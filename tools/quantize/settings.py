@@ -31,7 +31,6 @@ _SWEEPS: Final = (
     2,
     4,
 )  # for a large and a small model, and for a small one whose numbers are not searched
-_TOKENS: Final = 1 << 14  # fewer say too little of the loss's gradient
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ class QuantizeSettings:
     `window` tokens that the search sees; None: as many as the work allows.  `sequential`: a layer's inputs
     carry the error of the layers before it, and its targets do not.  `smooth` False leaves scales
     out; `quick` takes the least work.  `objective`: what ranges of the method awq are chosen for, the
-    "outputs" of linears or the model's "loss" on the text; None: the loss, where model and text allow it.
+    "outputs" of linears or the model's "loss" on the text; None: of a small model both are tried, and other
+    windows of the text decide.
     """
 
     method: str = "awq+gptq"
@@ -126,21 +126,20 @@ class QuantizeSettings:
 @dataclass(frozen=True)
 class Work:
     """How many windows are seen, how many values of each end of a range are tried, how often, and how often
-    GPTQ's numbers are rounded again; of how many tokens or more the loss's gradient is taken, None: never.
+    GPTQ's numbers are rounded again; whether both objectives are tried.
     """
 
     samples: int
     points: int
     sweeps: int
     rounds: int = 0
-    loss_from: int | None = None
+    both: bool = False
 
 
 def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[int, int]]) -> Work:
     """The work for a model of `layers` layers whose linears have these shapes [N, K]."""
-    asked = 0 if settings.objective == "loss" else None
     if settings.quick:
-        return Work(settings.samples or _SAMPLES[0], _POINTS[0], _SWEEPS[0], _ROUNDS[0], asked)
+        return Work(settings.samples or _SAMPLES[0], _POINTS[0], _SWEEPS[0], _ROUNDS[0])
     factor = _ACCELERATOR if settings.device != "cpu" else 1
     weights = max(1, layers * sum(n * k for n, k in linears))
     samples = int(factor * _FORWARD_WORK / (weights * settings.window))
@@ -152,6 +151,5 @@ def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[in
         samples = min(max(samples, _SAMPLES[0]), _SAMPLES[1])
     small = points == _POINTS[1]
     alone = settings.method == "awq"
-    if small and alone and settings.sequential and settings.objective is None:
-        asked = _TOKENS
-    return Work(samples, points, _SWEEPS[small + (small and alone)], _ROUNDS[small], asked)
+    both = small and alone and settings.sequential and settings.objective is None
+    return Work(samples, points, _SWEEPS[small + (small and alone)], _ROUNDS[small], both)
