@@ -82,6 +82,7 @@ def _settings(args: argparse.Namespace) -> QuantizeSettings:
         smooth=not args.no_scales,
         quick=args.quick,
         device=args.device,
+        objective=args.objective,
     )
 
 
@@ -121,6 +122,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--not-sequential",
         action="store_true",
         help="inputs do not see the error of the layers before (faster, as AutoAWQ)",
+    )
+    parser.add_argument(
+        "--objective",
+        metavar="WHAT",
+        help="of method awq, what ranges are for: loss (the model's on the text) or outputs (of linears);"
+        " default: of a small model both are tried, other windows of the text decide",
     )
     parser.add_argument("--no-scales", action="store_true", help="ranges alone; norms stay as they are")
     parser.add_argument("--quick", action="store_true", help="the least work: fewest windows and candidates")

@@ -192,6 +192,9 @@ class _CompressedTensors:
             },
             "ignore": [*head, *apart, *(path for path in quantization.kept if path not in head)],
             "kv_cache_scheme": None,
+            # compressed-tensors 0.20 prepares unpacked zero points for its packed ones, its own files' too;
+            # transformers de-quantises while it loads instead, where it is told so
+            **({} if quantization.symmetric else {"dequantize": True}),
         }
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from tests.frontends.awq_tables import random_table
 from tests.frontends.quantized import unpack_awq, unpack_compressed, unpack_gptq
 from tyir.attributes import DenseElementsAttr
+from tyir.backends.checkpoint import formats
 from tyir.backends.checkpoint.writer import write_checkpoint
 from tyir.backends.edge10.compile import CompileContext, to_program
 from tyir.backends.edge10.weight_windows import WindowReader
@@ -60,6 +61,35 @@ UNPACKERS: dict[str, Callable[[dict[str, Array], int, int], Array]] = {
 def test_golden_words(values: Any, order: tuple[int, ...], word: int) -> None:
     packed = pack_words(np.array([list(values)], np.uint8), 1, order)
     assert packed.dtype == np.int32 and packed.tolist() == [[np.uint32(word).astype(np.int32)]]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compressed_tensors_are_those_of_its_own_compressor(symmetric: bool) -> None:
+    """Names, shapes and bits; 0.20.1 and others that pack so."""
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    random = np.random.default_rng(2)
+    q = random.integers(0, 16, (20, 64)).astype(np.uint8)
+    zeros = np.full((20, 2), 8, np.uint8) if symmetric else random.integers(0, 16, (20, 2)).astype(np.uint8)
+    scales = (random.random((20, 2)) * 0.1 + 0.01).astype(np.float16)
+    dense = ((q.reshape(20, 2, 32).astype(np.float32) - zeros[..., None]) * scales[..., None]).reshape(20, 64)
+    arguments = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=32)
+    state = {
+        "weight": torch.from_numpy(dense),
+        "weight_scale": torch.from_numpy(scales).float(),
+        "weight_zero_point": torch.from_numpy(zeros.astype(np.int8) - np.int8(8)),
+    }
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    theirs = PackedQuantizationCompressor.compress(state, scheme)
+    ours = formats.FORMATS["compressed-tensors"].tensors(q, scales, zeros)
+    assert set(theirs) == set(ours) - ({"weight_zero_point"} if symmetric else set())
+    for name, tensor in theirs.items():
+        mine = np.ascontiguousarray(ours[name])
+        mine = mine.view(np.int32) if mine.dtype == np.uint32 else mine
+        assert np.array_equal(tensor.numpy(), mine.astype(np.float32) if name == "weight_scale" else mine)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((16, 3), 0), ((5, 24), 1), ((10, 7), 0), ((3, 9), 1)])

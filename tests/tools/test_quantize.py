@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from tests.tools.small_qwen3 import save_small  # noqa: E402
 from tyir.diagnostics import TyirError  # noqa: E402
 from tyir.execution.awq_table import AwqTable  # noqa: E402
 from tyir.frontends.dense_state import dense_state  # noqa: E402
-from tyir.tools.quantize import layer_search, search  # noqa: E402
+from tyir.frontends.torch_export import build_plain_model  # noqa: E402
+from tyir.tools.quantize import layer_search, loss_terms, search  # noqa: E402
+from tyir.tools.quantize import quantize as quantize_module  # noqa: E402
+from tyir.tools.quantize.perplexity import model_perplexity  # noqa: E402
 from tyir.tools.quantize.quantize import Text, perplexity_of, quantize  # noqa: E402
 from tyir.tools.quantize.report import write_report  # noqa: E402
-from tyir.tools.quantize.settings import QuantizeSettings  # noqa: E402
+from tyir.tools.quantize.settings import OBJECTIVES, QuantizeSettings  # noqa: E402
+from tyir.tools.quantize.streamed_model import StreamedModel  # noqa: E402
 from tyir.tools.tyir_quantize import main  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-qwen2"
@@ -122,6 +127,91 @@ def test_a_search_that_is_stopped_goes_on_with_the_same_bytes(
     assert searched == [0, 0, 1, 1]
     for name in ("awq.safetensors", "model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (awq.out / name).read_bytes()
+
+
+def test_what_the_loss_says_is_its_gradient_whenever_it_is_stopped(model: Path, tmp_path: Path) -> None:
+    """The weights' gradients are those of the whole model at once; passes go on where they were stopped."""
+    streamed = StreamedModel(model, 16)
+    windows = torch.randint(4096, (3, 16), generator=torch.Generator().manual_seed(1))
+    files = {}
+    for after in (None, 1, 3, 4):  # of five: the states entering two layers, the gradients leaving them
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        left = [after]
+
+        def write(path: Path, state: Any, left: list[int | None] = left) -> None:
+            if left[0] == 0:
+                left[0] = None
+                raise KeyboardInterrupt
+            search._write_state(path, state)
+            left[0] = None if left[0] is None else left[0] - 1
+
+        if after is not None:
+            with contextlib.suppress(KeyboardInterrupt), torch.no_grad():
+                loss_terms.write_gradients(streamed, windows, folder, write)
+        with torch.no_grad():
+            loss_terms.write_gradients(streamed, windows, folder, search._write_state)
+        files[after] = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert all(each == files[None] for each in files.values())
+    assert set(files[None]) == {"gradient_0000.safetensors", "gradient_0001.safetensors"}
+    net = build_plain_model(model)
+    with torch.no_grad():
+        for name, array in dense_state(model):
+            net.get_parameter(name).copy_(torch.tensor(array))
+    net.tie_weights()
+    logits = net(input_ids=windows, use_cache=False).logits[:, :-1]
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"
+    ).backward()
+    hidden = streamed.embedded(windows)
+    for index in range(2):
+        gradient = loss_terms.read_state(loss_terms.gradient_file(tmp_path / "None", index), "cpu")
+        tensors, linears = streamed.tensors(index), streamed.linears(index)
+        terms = loss_terms.loss_terms(streamed, index, tensors, linears, hidden, gradient)
+        for linear in linears:
+            whole = net.get_parameter(f"model.layers.{index}.{linear.path}.weight").grad
+            term = terms[linear.path]
+            assert term.weights.shape == (3, 16) and float(term.weights.mean()) == pytest.approx(1, rel=1e-4)
+            scale = whole.norm() / term.gradient.norm()
+            assert torch.allclose(
+                term.gradient * scale, whole, rtol=1e-3, atol=float(whole.abs().max()) * 1e-3
+            )
+        streamed.advance(index, tensors, hidden)
+
+
+def test_ranges_for_the_loss(model: Path, text: Path, tmp_path: Path) -> None:
+    """On the very text that they were chosen on, the loss is less than with ranges for outputs."""
+    values = {}
+    for objective in ("loss", "outputs"):
+        settings = replace(SETTINGS, objective=objective)
+        outcome = quantize(model, tmp_path / objective, settings, calibration=text, evaluate=Text(text, 200))
+        values[objective] = outcome.after.value
+        assert (outcome.out / "model.safetensors").is_file()
+    assert values["loss"] < 0.98 * values["outputs"]
+
+
+def test_other_windows_decide_between_the_objectives(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are searched, and the table is that of the one with the least perplexity on the others."""
+    values: list[float] = []
+
+    def measure(streamed: Any, windows: Any, change: Any, progress: bool = False) -> Any:
+        assert 8 <= len(windows) <= 32
+        found = model_perplexity(streamed, windows, change, progress)
+        values.append(found.value)
+        return found
+
+    monkeypatch.setattr(quantize_module, "model_perplexity", measure)
+    monkeypatch.setattr(quantize_module, "_TOKENS", 32)
+    outcome = quantize(model, tmp_path / "both", SETTINGS, calibration=text)
+    assert len(values) == 2
+    chosen = OBJECTIVES[values.index(min(values))]
+    assert outcome.settings.objective == chosen
+    alone = quantize(model, tmp_path / "one", replace(SETTINGS, objective=chosen), calibration=text)
+    name = "awq.safetensors"
+    assert (outcome.out / name).read_bytes() == (alone.out / name).read_bytes()
+    assert len(values) == 2  # one objective alone is not judged
 
 
 def test_another_question_starts_anew(model: Path, tmp_path: Path) -> None:
@@ -246,10 +336,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["awq", QuantizeSettings.method])
 @pytest.mark.parametrize("bits", [4, 3])
-def test_half_of_the_loss_is_removed(measured: Callable[[str, int], tuple[float, float]], bits: int) -> None:
+def test_half_of_the_loss_is_removed(
+    measured: Callable[[str, int], tuple[float, float]], method: str, bits: int
+) -> None:
     plain, nearest = measured("rtn", bits)
-    assert measured(QuantizeSettings.method, bits)[1] < nearest - 0.5 * (nearest - plain)
+    assert measured(method, bits)[1] < nearest - 0.5 * (nearest - plain)
 
 
 @pytest.mark.slow
@@ -267,7 +360,6 @@ def test_artifacts_have_the_perplexity_of_their_checkpoint(tmp_path: Path) -> No
 
 def test_stages_follow_the_execution(model: Path) -> None:
     from tyir.tools.quantize.settings import Work
-    from tyir.tools.quantize.streamed_model import StreamedModel
 
     streamed = StreamedModel(model, 16)
     hidden = streamed.embedded(torch.arange(16)[None])

@@ -112,6 +112,56 @@ def test_moments_give_the_error_of_the_outputs(kind: str) -> None:
     assert moments.error(other) == pytest.approx(expected, rel=1e-3)
 
 
+def test_tokens_that_count_more_and_a_pull() -> None:
+    """Moments with a weight for each token and a pull: the parabola's value, and where it is least."""
+    w = weight_of("plain")
+    _, x, y = moments_of(w)
+    counts = torch.rand(len(x), generator=torch.Generator().manual_seed(4)) * 3
+    inputs = Inputs(64, "cpu")
+    moments = Moments(inputs, torch.zeros(24, 64))
+    inputs.add(x, counts)
+    moments.add_targets(x, y, counts)
+    other = w + 0.01 * weight_of("plain", 3)
+    off = ((x @ other.T - y) ** 2).sum(1)
+    assert moments.error(other) == pytest.approx(
+        float((counts * off).sum() / (counts * (y**2).sum(1)).sum()), rel=1e-3
+    )
+    moments.pull = weight_of("plain", 5) * 100
+    assert torch.equal(moments.wanted, moments.targets - moments.pull)
+
+    def parabola(weight: Any) -> float:
+        return float((((weight @ inputs.second) - 2 * moments.wanted) * weight).sum(dtype=torch.float64))
+
+    grid = settings.Grid(4, 32, True)
+    for_loss = ranges.search_ranges(w, None, moments, grid, settings.Work(1, 6, 2))
+    moments.pull, pull = None, moments.pull
+    for_outputs = ranges.search_ranges(w, None, moments, grid, settings.Work(1, 6, 2))
+    moments.pull = pull
+    rounded = [
+        arithmetic.dequantized(arithmetic.quantized(w, each, grid), grid) for each in (for_loss, for_outputs)
+    ]
+    assert parabola(rounded[0]) < parabola(rounded[1])
+    moments.pull = None
+    assert moments.error(rounded[0]) > moments.error(rounded[1])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_more_sweeps_try_values_between(symmetric: bool) -> None:
+    """The grid is shifted within its step, its values stay in the widest range, and the error never rises."""
+    grid = settings.Grid(4, 32, not symmetric)
+    w = arithmetic.folded(weight_of("plain"))
+    moments, _, _ = moments_of(w, "correlated")
+    grids = [ranges._fractions(grid, 4, ranges._shift(sweep)) for sweep in range(5)]
+    assert grids[0] == grids[1] and len({g[0] for g in grids}) == 4
+    assert all(0 < low <= 1 and 0 < high <= 1 for g in grids for low, high in g)
+    assert not symmetric or all(low == high for g in grids for low, high in g)
+    errors = []
+    for sweeps in (2, 3, 5):
+        found = ranges.search_ranges(w, None, moments, grid, settings.Work(1, 4, sweeps))
+        errors.append(moments.error(arithmetic.dequantized(arithmetic.quantized(w, found, grid), grid)))
+    assert errors[0] * 1.001 > errors[1] and errors[1] * 1.001 > errors[2] and errors[2] < errors[0]
+
+
 @pytest.mark.parametrize("kind", ["plain", "correlated", "outliers", "dead"])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_ranges_then_gptq_lower_the_error(kind: str, bits: int) -> None:
@@ -313,10 +363,27 @@ def test_the_work_follows_from_shapes() -> None:
     assert settings.work_for(settings.QuantizeSettings(samples=3), 24, half).samples == 3
     assert settings.work_for(settings.QuantizeSettings(quick=True), 1, [(8, 8)]) == settings.Work(4, 4, 1, 2)
     assert tiny.rounds > middle.rounds == large.rounds > 0
+    # both objectives are tried of a small model whose numbers are not searched
+    shapes = [(256, 256)] * 2 + [(768, 256)] * 3
+    awq = settings.QuantizeSettings("awq")
+    assert settings.work_for(awq, 6, shapes).both and not tiny.both
+    assert not settings.work_for(awq, 24, half).both
+    for other in ({"objective": "loss"}, {"quick": True}, {"sequential": False}):
+        assert not settings.work_for(settings.QuantizeSettings("awq", **other), 6, shapes).both
 
 
 @pytest.mark.parametrize(
-    "bad", [{"method": "awk"}, {"bits": 5}, {"group_size": 0}, {"samples": 0}, {"window": 4}]
+    "bad",
+    [
+        {"method": "awk"},
+        {"bits": 5},
+        {"group_size": 0},
+        {"samples": 0},
+        {"window": 4},
+        {"objective": "los"},
+        {"objective": "loss"},  # numbers are not searched for it
+        {"method": "awq", "objective": "loss", "sequential": False},
+    ],
 )
 def test_settings_that_cannot_be(bad: dict[str, Any]) -> None:
     with pytest.raises(TyirError):

@@ -177,16 +177,16 @@ def test_in_one_step_it_is_the_same_artifacts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero_point", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_loads_it(name: str, tmp_path: Path) -> None:
+def test_transformers_loads_it(name: str, zero_point: bool, tmp_path: Path) -> None:
     """Its own loader of compressed-tensors, whose `ignore` has to name the tower: the logits are those of our
-    import, but for the rounding of weights to f16.  Symmetric: of packed zero points compressed-tensors 0.20
-    makes transformers expect another shape.
+    import, but for the rounding of weights to f16.
     """
     pytest.importorskip("compressed_tensors")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    settings = QuantizeSettings("awq", group_size=64, zero_point=False, window=64, samples=2, quick=True)
+    settings = QuantizeSettings("awq", group_size=64, zero_point=zero_point, window=64, samples=2, quick=True)
     out = quantize(
         MODELS / name, tmp_path / "out", settings, calibration=text, format="compressed-tensors"
     ).out

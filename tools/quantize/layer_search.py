@@ -3,7 +3,8 @@
 Linears that read the same values are a stage; stages are taken in the order of execution.  For each the
 layer runs twice over the calibration windows: without any quantisation for what its linears should give, and
 as far as it is quantised for what they read.  So a linear makes up for what the linears and layers before it
-lost (`sequential`; otherwise it reads what it would read without quantisation).
+lost (`sequential`; otherwise it reads what it would read without quantisation).  With the loss's gradient
+(`loss_terms`) errors count by what they do to the loss.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tyir.tools.quantize.arithmetic import (
     to_f16,
 )
 from tyir.tools.quantize.gptq import gptq_rounded
+from tyir.tools.quantize.loss_terms import LossTerm, loss_terms
 from tyir.tools.quantize.moments import Inputs, Moments
 from tyir.tools.quantize.ranges import search_ranges
 from tyir.tools.quantize.scales import search_scale
@@ -97,12 +99,18 @@ def search_layer(
     settings: QuantizeSettings,
     work: Work,
     is_kept: Callable[[str], bool],
+    gradient: Tensor | None = None,
 ) -> LayerResult:
     """Search layer `index`; `states` [S, T, C] enter it without and with the quantisation of those before.
 
-    `is_kept`: the linears that stay as they are.  `TyirError` names the linear whose values are not finite.
+    `is_kept`: the linears that stay as they are.  `gradient`: of the loss with respect to what leaves the
+    unquantised layer, where ranges are chosen for the loss.  `TyirError` names the linear whose values are
+    not finite.
     """
-    return _LayerSearch(model, index, states, groups, settings, work, is_kept).result()
+    at_work = _LayerSearch(model, index, states, groups, settings, work, is_kept)
+    if gradient is not None:
+        at_work.take_loss(gradient)
+    return at_work.result()
 
 
 class _LayerSearch:
@@ -127,6 +135,12 @@ class _LayerSearch:
         self.columns: dict[str, Tensor] = {}
         self.codes: dict[str, Tensor] = {}  # GPTQ's q
         self.found = LayerResult()
+        self.terms: dict[str, LossTerm] = {}
+
+    def take_loss(self, gradient: Tensor) -> None:
+        """Search for the loss, whose gradient leaves the layer [S, T, C]."""
+        linears = list(self.linears.values())
+        self.terms = loss_terms(self.model, self.index, self.plain, linears, self.exact, gradient)
 
     def result(self) -> LayerResult:
         stages = self._stages()
@@ -194,9 +208,13 @@ class _LayerSearch:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _moments(self, stage: Sequence[LinearModule]) -> list[Moments]:
-        channels = stage[0].shape[1]
-        inputs = Inputs(channels, self.model.device)
-        found = [Moments(inputs, torch.zeros(m.shape[0], channels, device=self.model.device)) for m in stage]
+        channels, device = stage[0].shape[1], self.model.device
+        # what each token counts for is every linear's own; otherwise the moments are those of all
+        inputs = [Inputs(channels, device) for _ in (stage if self.terms else stage[:1])]
+        found = [
+            Moments(inputs[i % len(inputs)], torch.zeros(m.shape[0], channels, device=device))
+            for i, m in enumerate(stage)
+        ]
         for windows in self.model.batches(len(self.exact)):
             exact = self.exact[windows]
             outputs = self._values(stage, self.plain, exact, outputs=True)
@@ -204,11 +222,15 @@ class _LayerSearch:
                 (x, *_) = self._values(stage[:1], self.current, self.rough[windows], outputs=False)
             else:
                 (x, *_) = self._values(stage[:1], self.plain, exact, outputs=False)
-            inputs.add(x)
-            for moments, y in zip(found, outputs, strict=True):
-                moments.add_targets(x, y)
+            counts = [self.terms[m.path].weights[windows].reshape(-1) if self.terms else None for m in stage]
+            for each, count in zip(inputs, counts, strict=False):
+                each.add(x, count)
+            for moments, y, count in zip(found, outputs, counts, strict=True):
+                moments.add_targets(x, y, count)
         for linear, moments in zip(stage, found, strict=True):
-            for what, tensor in (("inputs", inputs.second), ("outputs", moments.targets)):
+            if self.terms:
+                moments.pull = self.terms[linear.path].gradient / (self.model.depth * len(self.linears))
+            for what, tensor in (("inputs", moments.inputs.second), ("outputs", moments.targets)):
                 if not is_finite(tensor):
                     raise TyirError(
                         f"the {what} of {self.prefix}{linear.path} are not finite",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,16 +26,18 @@ from tyir.passes.pipelines import awq_pipeline
 from tyir.pipeline import run_pipeline
 from tyir.tools.quantize.arithmetic import dequantized, folded, quantized
 from tyir.tools.quantize.calibration import drawn, generated_windows, text_windows
-from tyir.tools.quantize.layer_search import LinearReport
+from tyir.tools.quantize.layer_search import LinearReport, ScaledChannels
 from tyir.tools.quantize.perplexity import Change, Perplexity, artifact_perplexity, model_perplexity
 from tyir.tools.quantize.search import Found, scaled_channels, search
-from tyir.tools.quantize.settings import QuantizeSettings, work_for
+from tyir.tools.quantize.settings import OBJECTIVES, QuantizeSettings, Work, work_for
 from tyir.tools.quantize.streamed_model import StreamedModel, Tensors
 
 __all__ = ["TABLE", "Outcome", "Text", "check_device", "perplexity_of", "quantize"]
 
 Tensor = Any
 TABLE: Final = "awq.safetensors"
+_TOKENS: Final = 1 << 14  # fewer say too little of the loss's gradient
+_JUDGING: Final = (8, 32)  # windows by which objectives are judged: at least, at most
 _GENERATED: Final = 16  # windows of the model's own text, unless more or fewer are asked for
 
 
@@ -97,10 +99,9 @@ def quantize(
     found = Found(AwqTable(_plain_table(settings)))
     if settings.method != "rtn":
         windows = _calibration(model, calibration, settings)
-        groups = scaled_channels(
-            module, lambda path: is_named_in(path, settings.modules_to_not_convert), settings.device
-        )
-        found = search(model, windows, groups, settings, work_folder, progress)
+        kept = settings.modules_to_not_convert
+        groups = scaled_channels(module, lambda path: is_named_in(path, kept), settings.device)
+        found, settings = _searched(model, windows, groups, settings, work_folder, progress)
     work_folder.mkdir(parents=True, exist_ok=True)
     table = work_folder / TABLE
     found.table.save(table)
@@ -192,12 +193,53 @@ def _plain_table(settings: QuantizeSettings) -> Any:
     )
 
 
-def _calibration(model: StreamedModel, source: Path | None, settings: QuantizeSettings) -> Tensor:
-    work = work_for(settings, model.depth, [m.shape for m in model.linears(0)])
+def _work(model: StreamedModel, settings: QuantizeSettings) -> Work:
+    return work_for(settings, model.depth, [m.shape for m in model.linears(0)])
+
+
+def _calibration(
+    model: StreamedModel, source: Path | None, settings: QuantizeSettings
+) -> tuple[Tensor, Tensor]:
+    """The windows [S, T] that the search sees, and others of the same text to judge by, [0, T] when there are
+    not enough.
+    """
+    samples = _work(model, settings).samples
     if source is None:
-        samples = settings.samples or min(work.samples, _GENERATED)
-        return generated_windows(model.folder, settings.window, samples, settings.seed)
-    return drawn(text_windows(model.folder, source, settings.window), work.samples, settings.seed)
+        samples = settings.samples or min(samples, _GENERATED)
+        windows = generated_windows(model.folder, settings.window, samples, settings.seed)
+        return windows, windows[:0]
+    windows = text_windows(model.folder, source, settings.window)
+    places = torch.arange(len(windows))
+    seen = drawn(places, samples, settings.seed)
+    rest = places[~torch.isin(places, seen)]
+    others = drawn(rest, _JUDGING[1], settings.seed) if len(rest) >= _JUDGING[0] else rest[:0]
+    return windows[seen], windows[others]
+
+
+def _searched(
+    model: StreamedModel,
+    windows: tuple[Tensor, Tensor],
+    groups: list[ScaledChannels],
+    settings: QuantizeSettings,
+    folder: Path,
+    progress: bool,
+) -> tuple[Found, QuantizeSettings]:
+    """What the search chose, and the settings with the objective that was.
+
+    Where both objectives are tried, that of the least perplexity on windows that no search saw is taken: the
+    loss on few tokens, or on a text that the model knows already, says little of other text.
+    """
+    seen, others = windows
+    if not _work(model, settings).both or not len(others) or seen.numel() < _TOKENS:
+        return search(model, seen, groups, settings, folder, progress), settings
+    tried = []
+    for objective in OBJECTIVES:
+        asked = replace(settings, objective=objective)
+        found = search(model, seen, groups, asked, folder / objective, progress)
+        value = model_perplexity(model, others, _change(model, found, asked), progress).value
+        tried.append((value, found, asked))
+    _, found, asked = min(tried, key=lambda each: each[0])
+    return found, asked
 
 
 def _change(model: StreamedModel, found: Found, settings: QuantizeSettings) -> Change:

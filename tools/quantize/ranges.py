@@ -4,10 +4,15 @@ A group's lowest and highest value are tried in pairs.  Each pair rounds the gro
 what counts is the error of the whole output, given what the other groups of the row have become: groups are
 visited in order, and one makes up for what those around it did (coordinate descent, exact in every step).
 Rows are independent of each other and go in parallel.
+
+A group's pattern of roundings follows from its step, the width of the range over the number of steps, so
+values between those of the grid are worth trying: later sweeps shift the grid, by two irrational steps that
+leave no gaps (Roberts' R2 sequence).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -27,6 +32,7 @@ __all__ = ["search_ranges"]
 
 Tensor = Any
 _ROWS: Final = 512  # so many rows of a group stay in a core's cache
+_R2: Final = (0.7548776662466927, 0.5698402909980532)  # 1/p and 1/p^2 of p^3 = p + 1
 _NARROWEST: Final = {3: 0.44, 4: 0.6, 8: 0.9}  # the smallest part of the full range that is tried
 
 
@@ -34,10 +40,14 @@ def search_ranges(weight: Tensor, columns: Tensor | None, moments: Moments, grid
     """The ranges [2, N, K/g] of a folded weight [N, K] whose columns were scaled by `columns` [K]."""
     # the weight in the coordinates of the inputs as they are, before they are divided by the scales
     back = torch.ones(weight.shape[1], device=weight.device) if columns is None else 1 / columns
-    fractions = torch.tensor(_fractions(grid, work.points), device=weight.device).T[..., None]
+    tried = [
+        torch.tensor(_fractions(grid, work.points, _shift(sweep)), device=weight.device).T[..., None]
+        for sweep in range(work.sweeps)
+    ]
+    wanted = moments.wanted
 
     def search(rows: slice) -> Tensor:
-        return _descend(weight[rows], back, moments, moments.targets[rows], fractions, grid, work.sweeps)
+        return _descend(weight[rows], back, moments, wanted[rows], tried, grid)
 
     return torch.cat(by_rows(len(weight), _ROWS, weight.device.type, search), dim=1)
 
@@ -47,17 +57,18 @@ def _descend(
     back: Tensor,
     moments: Moments,
     targets: Tensor,
-    fractions: Tensor,
+    tried: Sequence[Tensor],
     grid: Grid,
-    sweeps: int,
 ) -> Tensor:
-    """The ranges [2, R, K/g] of some rows [R, K] with their targets [R, K]."""
+    """The ranges [2, R, K/g] of rows [R, K] with their targets [R, K]; `tried`: parts of the widest range
+    [2, P, 1] for each sweep.
+    """
     size = grid.group_size
     widest = extremes(weight, grid)
     ranges = widest.clone()
     second = moments.inputs.second
     current = dequantized(quantized(weight, None, grid), grid) * back
-    for _ in range(sweeps):
+    for fractions in tried:
         for group in range(weight.shape[1] // size):
             of = slice(group * size, (group + 1) * size)
             block = second[of, of]
@@ -104,10 +115,17 @@ def _best(weight: Tensor, error: tuple[Tensor, Tensor], tried: Tensor, grid: Gri
     return rounded(*(each[chosen, rows] for each in (parts, least, most, scales))), tried[:, chosen, rows]
 
 
-def _fractions(grid: Grid, points: int) -> list[tuple[float, float]]:
-    """Parts of the widest range, the whole first; the same at both ends where zero is in the middle."""
+def _shift(sweep: int) -> tuple[float, float]:
+    """By what parts of its steps a sweep's grid is shifted: the first two sweeps settle on the plain one."""
+    first, second = (sweep * part % 1 if sweep > 1 else 0.0 for part in _R2)
+    return first, second
+
+
+def _fractions(grid: Grid, points: int, shift: tuple[float, float] = (0.0, 0.0)) -> list[tuple[float, float]]:
+    """Parts of the widest range, the widest first; the same at both ends where zero is in the middle."""
     step = (1 - _NARROWEST[grid.bits]) / points
+    low, high = shift
     if not grid.zero_point:
         fine = step / 4
-        return [(1 - fine * i, 1 - fine * i) for i in range(4 * points)]
-    return [(1 - step * i, 1 - step * j) for i in range(points) for j in range(points)]
+        return [(1 - fine * (i + low), 1 - fine * (i + low)) for i in range(4 * points)]
+    return [(1 - step * (i + low), 1 - step * (j + high)) for i in range(points) for j in range(points)]

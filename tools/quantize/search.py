@@ -3,6 +3,7 @@
     OUT.search/state.json                what the search was asked; another question starts anew
     OUT.search/layer_0007.safetensors    scales, ranges and numbers of a layer, its report in the metadata
     OUT.search/states_0008.safetensors   what enters the next layer
+    OUT.search/gradient_0008.safetensors where the loss counts: see `tyir.tools.quantize.loss_terms`
 
 A layer's file appears when it is complete, after the states that follow it: who comes again after an
 interrupt goes on behind the last layer that is there, with the same bytes as if nothing had happened.
@@ -31,13 +32,14 @@ from tyir.process.memory import return_free_memory
 from tyir.process.progress import Bar
 from tyir.tools.quantize.arithmetic import is_finite
 from tyir.tools.quantize.layer_search import LayerResult, LinearReport, ScaledChannels, search_layer
+from tyir.tools.quantize.loss_terms import gradient_file, read_state, write_gradients
 from tyir.tools.quantize.settings import QuantizeSettings, Work, work_for
 from tyir.tools.quantize.streamed_model import StreamedModel
 
 __all__ = ["Found", "scaled_channels", "search"]
 
 Tensor = Any
-_VERSION: Final = 1
+_VERSION: Final = 2
 _STATE: Final = "state.json"
 _ROUNDED: Final = ("q", "scales", "zeros")
 _T = TypeVar("_T")
@@ -125,8 +127,11 @@ def search(
     _check_group_size(model, settings, is_kept)
     return_free_memory()
     with _reproducible():
+        by_loss = settings.objective == "loss"
         store = _Store(folder, _question(model, windows, settings, work))
         done = store.done()
+        if by_loss and done < model.depth:
+            write_gradients(model, windows, folder, _write_state)
         states = store.states(done, model.device) if done else None
         if states is None:
             exact = model.embedded(windows)
@@ -136,7 +141,8 @@ def search(
         with Bar(settings.method, model.depth - done, "layer", show=progress) as bar:
             for index in range(done, model.depth):
                 of_layer = [g for g in groups if g.readers[0].startswith(model.paths[index] + ".")]
-                result = search_layer(model, index, states, of_layer, settings, work, is_kept)
+                gradient = read_state(gradient_file(folder, index), model.device) if by_loss else None
+                result = search_layer(model, index, states, of_layer, settings, work, is_kept, gradient)
                 _advance(model, index, states, result, settings)
                 store.write(index, result, states)
                 del result
@@ -250,6 +256,8 @@ class _Store:
         return [
             *self.folder.glob("layer_*.safetensors"),
             *self.folder.glob("states_*.safetensors"),
+            *self.folder.glob("entering_*.safetensors"),
+            *self.folder.glob("gradient_*.safetensors"),
             *self.folder.glob("*.partial"),
         ]
 
@@ -311,6 +319,10 @@ class _Store:
             _Reading(files["range"], _array("range")),
         )
         return Found(table, _Reading(files[_ROUNDED[0]], _numbers), reports)
+
+
+def _write_state(path: Path, state: Tensor) -> None:
+    _replace(path, lambda temporary: save_file({"state": state.cpu().contiguous()}, temporary))
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

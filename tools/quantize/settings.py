@@ -12,9 +12,10 @@ from typing import Final
 
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 
-__all__ = ["METHODS", "Grid", "QuantizeSettings", "Work", "work_for"]
+__all__ = ["METHODS", "OBJECTIVES", "Grid", "QuantizeSettings", "Work", "work_for"]
 
 METHODS: Final = ("awq", "gptq", "awq+gptq", "rtn")
+OBJECTIVES: Final = ("loss", "outputs")
 BITS: Final = (3, 4, 8)
 
 # What one search may take on a CPU: tokens x weights of the forward passes, and candidates x weights of the
@@ -25,6 +26,11 @@ _ACCELERATOR: Final = 25  # how many times the work a GPU may take
 _SAMPLES: Final = (4, 64)
 _POINTS: Final = (4, 8)
 _ROUNDS: Final = (2, 8)
+_SWEEPS: Final = (
+    1,
+    2,
+    4,
+)  # for a large and a small model, and for a small one whose numbers are not searched
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class QuantizeSettings:
     `modules_to_not_convert`: module paths, or runs of whole components of them.  `samples`: windows of
     `window` tokens that the search sees; None: as many as the work allows.  `sequential`: a layer's inputs
     carry the error of the layers before it, and its targets do not.  `smooth` False leaves scales
-    out; `quick` takes the least work.
+    out; `quick` takes the least work.  `objective`: what ranges of the method awq are chosen for, the
+    "outputs" of linears or the model's "loss" on the text; None: of a small model both are tried, and other
+    windows of the text decide.
     """
 
     method: str = "awq+gptq"
@@ -69,6 +77,7 @@ class QuantizeSettings:
     smooth: bool = True
     quick: bool = False
     device: str = "cpu"
+    objective: str | None = None
 
     def __post_init__(self) -> None:
         """`TyirError` for options that cannot be."""
@@ -76,6 +85,12 @@ class QuantizeSettings:
         if self.method not in METHODS:
             hint = did_you_mean(self.method, METHODS) or f"one of {', '.join(METHODS)}"
             problems.append(Diagnostic(f"there is no method '{self.method}'", help=hint))
+        if self.objective not in (None, *OBJECTIVES):
+            hint = did_you_mean(str(self.objective), OBJECTIVES) or f"one of {', '.join(OBJECTIVES)}"
+            problems.append(Diagnostic(f"there is no objective '{self.objective}'", help=hint))
+        elif self.objective == "loss" and (self.method != "awq" or not self.sequential):
+            what = f"method {self.method}" if self.method != "awq" else "inputs without the layers' errors"
+            problems.append(Diagnostic(f"objective loss does not go with {what}", help="use --method awq"))
         if self.bits not in BITS:
             problems.append(Diagnostic(f"weights of {self.bits} bits", help=f"one of {BITS}"))
         for name, value, least in (
@@ -111,19 +126,20 @@ class QuantizeSettings:
 @dataclass(frozen=True)
 class Work:
     """How many windows are seen, how many values of each end of a range are tried, how often, and how often
-    GPTQ's numbers are rounded again.
+    GPTQ's numbers are rounded again; whether both objectives are tried.
     """
 
     samples: int
     points: int
     sweeps: int
     rounds: int = 0
+    both: bool = False
 
 
 def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[int, int]]) -> Work:
     """The work for a model of `layers` layers whose linears have these shapes [N, K]."""
     if settings.quick:
-        return Work(settings.samples or _SAMPLES[0], _POINTS[0], 1, _ROUNDS[0])
+        return Work(settings.samples or _SAMPLES[0], _POINTS[0], _SWEEPS[0], _ROUNDS[0])
     factor = _ACCELERATOR if settings.device != "cpu" else 1
     weights = max(1, layers * sum(n * k for n, k in linears))
     samples = int(factor * _FORWARD_WORK / (weights * settings.window))
@@ -134,4 +150,6 @@ def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[in
     else:
         samples = min(max(samples, _SAMPLES[0]), _SAMPLES[1])
     small = points == _POINTS[1]
-    return Work(samples, points, 2 if small else 1, _ROUNDS[small])
+    alone = settings.method == "awq"
+    both = small and alone and settings.sequential and settings.objective is None
+    return Work(samples, points, _SWEEPS[small + (small and alone)], _ROUNDS[small], both)

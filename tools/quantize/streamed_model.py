@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.execution.weights import CheckpointReader
@@ -61,6 +62,13 @@ class _Boundary(torch.nn.Module):  # type: ignore[misc]  # torch is not followed
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.called(hidden, args, kwargs)
+
+
+@contextlib.contextmanager
+def _gradients(wanted: bool) -> Iterator[None]:
+    """A graph is made, or none; of attention by the kernel whose gradients are the same in every run."""
+    with torch.set_grad_enabled(wanted), sdpa_kernel(SDPBackend.MATH) if wanted else contextlib.nullcontext():
+        yield
 
 
 class LinearModule:
@@ -199,11 +207,13 @@ class StreamedModel:
             parts.append(self._entered[0])
         return torch.stack(parts)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
     def run(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
-        """What leaves a layer [B, T, C]; needs `embedded` to have been called."""
+        """What leaves a layer [B, T, C]; needs `embedded` to have been called.  With a graph of what was
+        computed if `hidden` requires gradients.
+        """
         args, kwargs = self._calls[index]
-        result = functional_call(self.layers[index], tensors, (hidden, *args), kwargs)
+        with _gradients(hidden.requires_grad):
+            result = functional_call(self.layers[index], tensors, (hidden, *args), kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     def batches(self, count: int) -> list[slice]:
@@ -219,24 +229,27 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[Callable[[Tensor], Iterator[Tensor]]]:
-        """`logits(hidden)` of one window [T, C]: the logits [t, V] of some tokens at a time."""
+        """`logits(hidden)` of one window [T, C]: the logits [t, V] of some tokens at a time, with a graph if
+        `hidden` requires gradients.
+        """
         embedding = self.model.get_input_embeddings()
         head = self.model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
         outer = self._around(None if tied else embedding)
 
-        @torch.no_grad()  # type: ignore[untyped-decorator]
         def logits(hidden: Tensor) -> Iterator[Tensor]:
             for start in range(0, len(hidden), _CHUNK):
-                part = hidden[None, start : start + _CHUNK]
-                self._leaving = part
-                try:
-                    result = functional_call(
-                        self.model, outer, (), {"inputs_embeds": part, "use_cache": False}
-                    )
-                finally:
-                    self._leaving = None
-                yield result.logits[0]
+                with _gradients(hidden.requires_grad):
+                    part = hidden[None, start : start + _CHUNK]
+                    self._leaving = part
+                    try:
+                        result = functional_call(
+                            self.model, outer, (), {"inputs_embeds": part, "use_cache": False}
+                        )
+                        of_part = result.logits[0]
+                    finally:
+                        self._leaving = None
+                yield of_part
 
         yield logits
 
