@@ -364,8 +364,9 @@ class _Far:
 def _model_facts(function: Func) -> Mapping[str, Any]:
     """What the module says of the model that the function is of."""
     module = function.parent_op
-    facts = module.attributes.get("tyir.model") if module is not None else None
-    return to_json(facts) if isinstance(facts, DictAttr) else {}
+    said = module.attributes.get("tyir.model") if module is not None else None
+    facts: Mapping[str, Any] = to_json(said) if isinstance(said, DictAttr) else {}
+    return facts
 
 
 def _leave_unrounded(logits: Value) -> None:

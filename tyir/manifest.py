@@ -263,6 +263,7 @@ class Model(TypedDict, total=False):
     num_hidden_layers: Count
     hidden_size: Count
     vocab_size: Count
+    rope_scaling: Annotated[str, Matches("(yarn|linear)=[0-9.e+]+")]
 
 
 @closed

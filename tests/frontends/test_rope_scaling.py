@@ -68,6 +68,7 @@ def test_an_entry_of_the_same_kind_gets_another_factor() -> None:
         (PLAIN, "yarn", "'yarn' is not yarn or linear with a factor"),
         (PLAIN, "yarn=0.5", "factor from 1 on"),
         (PLAIN, "yarn=nan", "factor from 1 on"),
+        (PLAIN, "yarn= 4", "factor from 1 on"),
         (PLAIN, "dynamic=2", "is not yarn or linear"),
         ({**PLAIN, "rope_scaling": {"rope_type": "llama3"}}, "yarn=2", "of type 'llama3', not yarn"),
         ({**PLAIN, CONFIG_KEY: {}}, "yarn=2", "says how long prompts are computed"),

@@ -7,6 +7,7 @@ quality on short prompts; here it is given when the model is imported, and the f
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -59,6 +60,8 @@ def scaled_config(config: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 def _factor(text: str) -> float | None:
     """A finite factor from 1 on, None for anything else."""
+    if not re.fullmatch("[0-9.e+]+", text):  # as the manifest keeps it: no spaces, no underscores
+        return None
     try:
         value = float(text)
     except ValueError:
