@@ -229,7 +229,7 @@ class AttentionBlock:
         """The parts of the accumulators that take scores, and those that take products with V, in turn."""
         rows = max(r.heads * s.count for s in self.strips for r in s.runs)
         scores, products = self.blocks.accumulators(rows, self.dim, self.lowering.machine)
-        self._parts = []
+        self._parts: list[Slot] = []
         for size, count in (scores, products):
             low = self._parts[-1].high if self._parts else 0
             self._parts += [Slot(low + i * size, low + (i + 1) * size, ACC) for i in range(count)]
