@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ def _measured(group: DieGroup) -> str:
         run()
         return float(np.median(run()))
 
-    small, large = (median(lambda n=n: group.round_trips(n, 200)) / 2 for n in (_SMALL, _LARGE))
+    small, large = (median(partial(group.round_trips, n, 200)) / 2 for n in (_SMALL, _LARGE))
     rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
     exchange = median(lambda: group.exchanges(_SMALL, 200, 0.0))
     values = {
