@@ -165,7 +165,7 @@ def family_of(host: str) -> socket.AddressFamily:
 
 def _sockets() -> list[tuple[int, Address, Address | None]]:
     """The TCP sockets of this process: descriptor, own address, the peer's (None: it listens)."""
-    found = []
+    found: list[tuple[int, Address, Address | None]] = []
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

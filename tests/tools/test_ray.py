@@ -55,7 +55,7 @@ class Here:
 def test_what_workers_make_are_the_bytes_that_one_process_makes(tmp_path: Path) -> None:
     options = BuildOptions(dies=2, seqlens=(1,), max_kv=64, weights="int4")
     workers = Here()
-    alone = compile_path(MODEL, tmp_path / "alone", options)
+    alone = compile_path(MODEL, tmp_path / "alone", options, jobs=1)
     spread = compile_path(MODEL, tmp_path / "spread", options, workers=workers)
     assert hashes(alone) == hashes(spread)
     assert {"stored_blocks", "built_library"} == set(workers.made)
@@ -100,7 +100,7 @@ def test_a_cluster_compiles_the_same_bytes_and_a_killed_worker_costs_its_piece(
     from tyir.tools.cluster.ray_workers import RayWorkers
 
     options = BuildOptions(dies=4, seqlens=(1, 8), max_kv=256, weights="int4")
-    wanted = hashes(compile_path(MODEL, tmp_path / "alone", options))
+    wanted = hashes(compile_path(MODEL, tmp_path / "alone", options, jobs=1))
     workers = RayWorkers(cluster)
     assert workers.count == 3
     assert hashes(compile_path(MODEL, tmp_path / "spread", options, workers=workers)) == wanted
@@ -125,9 +125,10 @@ def test_a_cluster_compiles_the_same_bytes_and_a_killed_worker_costs_its_piece(
 
 
 @pytest.mark.slow
-def test_no_cluster(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+def test_no_cluster() -> None:
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     from tyir.tools.cluster.ray_workers import RayWorkers
 
+    ray.shutdown()
     with pytest.raises(TyirError, match=r"there is no Ray cluster at '127\.0\.0\.1:1'"):
         RayWorkers("127.0.0.1:1")

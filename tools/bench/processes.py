@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         rounds = [[_tokens(one, args.tokens) for one in (alone, session)] for _ in range(_ROUNDS)]
         one, several = (float(np.median([t for r in rounds for t in r[i]])) for i in range(2))
         if args.measure_links is not None:
-            args.measure_links.write_text(_measured(group, one / max(met, 1)), encoding="utf-8")
+            args.measure_links.write_text(_measured(group), encoding="utf-8")
         file = args.cluster or args.measure_links
         processes = len(group.places)
         print(
@@ -68,9 +69,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"a token: {met:.1f} collectives, {messages:.1f} messages, {sent / 1e3:.2f} kB from the first")
         if file is not None:
             cluster = load_cluster(file)
-            within = float(
-                np.median(meetings(artifacts.manifest.options.dies, _SMALL, 200, one / max(met, 1)))
-            )
+            within = float(np.median(meetings(artifacts.manifest.options.dies, _SMALL, 200, 0.0)))
             predicted = one + _between(cluster, met, messages, sent, processes) - met * within
             print(f"a meeting of threads in one process {within * 1e6:.0f} us")
             print(
@@ -96,16 +95,16 @@ def _between(cluster: Cluster, met: float, messages: float, sent: float, process
     return ns * 1e-9
 
 
-def _measured(group: DieGroup, between: float) -> str:
-    """A cluster file of this group's links; `between`: seconds of computing between two exchanges."""
+def _measured(group: DieGroup) -> str:
+    """A cluster file of this group's links."""
 
     def median(run: Callable[[], Sequence[float]]) -> float:
         run()
         return float(np.median(run()))
 
-    small, large = (median(lambda n=n: group.round_trips(n, 200)) / 2 for n in (_SMALL, _LARGE))
+    small, large = (median(partial(group.round_trips, n, 200)) / 2 for n in (_SMALL, _LARGE))
     rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
-    exchange = median(lambda: group.exchanges(_SMALL, 200, between))
+    exchange = median(lambda: group.exchanges(_SMALL, 200, 0.0))
     values = {
         "hop_us": small * 1e6,
         "bandwidth_gbps": rate * 1e-9,
