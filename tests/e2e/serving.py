@@ -36,7 +36,7 @@ class Served:
             return status, text
 
     def raw(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
         sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         fields = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         connection.request(method, path, sent, fields)

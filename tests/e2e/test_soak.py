@@ -274,7 +274,7 @@ def visitor(served: Served, seen: Seen, until: float, number: int) -> None:
                 continue
             said, usage = reply["choices"][0]["text"], reply["usage"]
         else:
-            connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
+            connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=900)
             sent = json.dumps({**body, "stream": True})
             connection.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
             reply = connection.getresponse()
