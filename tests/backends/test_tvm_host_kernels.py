@@ -286,6 +286,8 @@ CASES: list[Case] = [
     attention(1, (0, 0, 1, 1), 32, 64, (0,)),
     attention(1, (0, 0, 1, 1), 64, 64, (40,)),
     attention(1, (0, 1, 1, 1, 2), 64, 64, (63,)),
+    attention(1, (0,) * 7 + (1,) * 7, 64, 64, (40,)),  # the heads of a token that share keys are one tile
+    attention(1, (0, 0, 1, 1), 32, 64, (40,), window=9),
     attention(8, (0, 0, 0, 1), 128, 64, (0,)),
     attention(8, (1, 0, 0), 32, 48, (29,)),
     attention(8, (0, 1), 96, 64, (60,)),  # padding beyond the capacity

@@ -11,9 +11,10 @@ processor has none, by `vpmaddubsw` (15 * 127 * 2 fits 16 bits, so that nothing 
 of the row.  The second needs no weight: `offsets`, one number for each group, which are multiplied with s z at the end.
 A row's lanes are added up once.
 
-Of few tokens a row of the weight is read as it lies, one linear stream a core: a group of 128 is one cache line of one
-row.  Many tokens read a block of rows turned (`_Panel`), word by word with a row in each lane, so that a sum of a group
-is a vector over rows which scales meet once; turning costs a block what two tokens do, and needs no other file.
+Of few tokens the rows of the weight are read as they lie, several at once (`streams.py`): a group of 128 is one cache
+line of one row.  Many tokens read a block of rows turned (`_Panel`), word by word with a row in each lane, so that a sum
+of a group is a vector over rows which scales meet once; turning costs a block what two tokens do, and needs no other
+file.
 """  # noqa: E501
 
 from __future__ import annotations

@@ -91,7 +91,9 @@ class Weight(Protocol):
     """
 
     row_bytes: int
-    unpacks: bool
+
+    @property
+    def unpacks(self) -> bool: ...
 
     def ready(self, first: Expr, count: Expr, most: int) -> None:
         """Emits what a block of rows takes before its tiles: rows `first`.., at most `most`."""
