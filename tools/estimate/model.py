@@ -198,9 +198,9 @@ def few_layers(shape: ModelShape, layers: int, *, head: bool = True) -> Module:
     elif shape.quantised_head:
         logits = builder.linear("lm_head", x, shape.vocabulary, shape.hidden, bias=False)
     else:
-        head = table if shape.tied else builder.weight("lm_head.weight", (shape.vocabulary, shape.hidden))
+        weight = table if shape.tied else builder.weight("lm_head.weight", (shape.vocabulary, shape.hidden))
         bias = builder.weight("lm_head.bias", (shape.vocabulary,)) if shape.head_bias else None
-        logits = builder.add(ty.Linear(x, head, bias, loc=NameLoc("lm_head")))
+        logits = builder.add(ty.Linear(x, weight, bias, loc=NameLoc("lm_head")))
     builder.function.body.append(Return(values=[logits]))
     builder.function.refresh_type()
     module.body.append(builder.function)

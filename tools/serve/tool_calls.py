@@ -92,7 +92,7 @@ class Tools:
                     "additionalProperties": False,
                 }
             )
-        whole = {"anyOf": forms} if len(forms) > 1 else forms[0]
+        whole: dict[str, Any] = {"anyOf": forms} if len(forms) > 1 else forms[0]
         if shared:
             whole["$defs"] = shared
         schema = json_text({**whole, "x-guidance": {"whitespace_pattern": " ?"}}, "tools")

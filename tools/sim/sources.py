@@ -126,8 +126,8 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
 
     `check`: whether the artifacts' hashes are verified.  `TyirError` for anything else.
     """
-    paths = [Path(path) for path in paths]
-    if missing := [str(p) for p in paths if not p.exists()]:
+    given = [Path(path) for path in paths]
+    if missing := [str(p) for p in given if not p.exists()]:
         hint = download_hint(missing[0])
         raise TyirError(
             f"{', '.join(missing)} does not exist",
@@ -135,9 +135,9 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
             if hint
             else "give the folder that tyir-compile printed, for example out/4die",
         )
-    if all(p.is_file() for p in paths):
-        return _of_programs(paths, choice)
-    if len(paths) > 1:
+    if all(p.is_file() for p in given):
+        return _of_programs(given, choice)
+    if len(given) > 1:
         raise TyirError(
             "more than one folder given",
             help=(
@@ -148,7 +148,7 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
     from tyir.execution.artifacts import Artifacts
     from tyir.runtime_sim.timing.program import load_programs, machine_of
 
-    artifacts = Artifacts.open(paths[0], check=check)
+    artifacts = Artifacts.open(given[0], check=check)
     manifest = artifacts.manifest
     loaded: dict[int, list[EdgeProgram]] = {}
 
@@ -159,7 +159,7 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
 
     machine = choice.machine(lambda: machine_of(artifacts))
     predictor = Predictor(programs_of, manifest.options.seqlens, manifest.options.max_kv, machine)
-    return Source(predictor, str(paths[0]), _least(manifest))
+    return Source(predictor, str(given[0]), _least(manifest))
 
 
 def _of_programs(paths: Sequence[Path], choice: Choice) -> Source:

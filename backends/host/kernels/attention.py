@@ -396,8 +396,9 @@ def _weighted_values(
     with T.serial(0, vectors // chunk) as c:
         tile = [(t, d) for t in range(work.queries) for d in range(chunk)]
         sums = {at: register(lanes, 0 if before is None else None) for at in tile}
-        for t, d in tile if before is not None else []:
-            put(sums[t, d], before(t, (c * chunk + d) * lanes, lanes), lanes)
+        if before is not None:
+            for t, d in tile:
+                put(sums[t, d], before(t, (c * chunk + d) * lanes, lanes), lanes)
         with T.serial(0, work.high - work.low) as j:
             scale = _scale(scales, work, work.low + j)
             for d in range(chunk):

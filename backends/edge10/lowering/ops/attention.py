@@ -30,8 +30,9 @@ def _described(op: CachedAttention | Attention) -> Attending:
             *(op.queries, op.k, op.v, op.out, op.scales, op.kv_heads, op.cache_heads, op.capacity),
             *(op.layout, op.scale, op.window, op.softcap),
         )
-        chunked = isinstance(op, DualChunkAttention)
-        return replace(known, step=op.step, temperature=op.temperature) if chunked else known
+        if isinstance(op, DualChunkAttention):
+            return replace(known, step=op.step, temperature=op.temperature)
+        return known
     _, rows, groups, _ = tensor_type(op.k).static_shape
     heads = default_kv_heads(tensor_type(op.q).static_shape[2], groups)
     return Attending(

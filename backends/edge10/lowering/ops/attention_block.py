@@ -335,9 +335,10 @@ class AttentionBlock:
         outer, op, turn = self.lowering.emitter, self.op, self.keys * self.blocks.sets
         nothing = outer.affine([], [])
         if op.segment is not None:
-            low, high = op.segment
-            turns = -(-(high - low) // turn)
-            yield _Keys(0, low, outer.affine([], [], high), nothing, outer.affine([], [], turns), turns == 1)
+            first_key, end_key = op.segment
+            turns = -(-(end_key - first_key) // turn)
+            until, all_turns = (outer.affine([], [], number) for number in (end_key, turns))
+            yield _Keys(0, first_key, until, nothing, all_turns, turns == 1)
             return
         pos = self.lowering.position(self.sequence)
         visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
