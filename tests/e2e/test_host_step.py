@@ -35,6 +35,20 @@ def test_a_step_is_what_its_ops_are(artifacts: Artifacts, dies: int, weights: st
         np.testing.assert_array_equal(array, theirs[name])
 
 
+def test_steps_give_back_what_they_take(artifacts: Artifacts) -> None:
+    """Kernels take memory for sums that are too large for the stack: all of it is back when they return."""
+    session = Session(artifacts(1, "int4"))
+
+    def steps(count: int) -> int:
+        for _ in range(count):
+            session.rewind(0)
+            session.feed(IDS[:8])
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = steps(20)
+    assert steps(200) - before < 16 << 20  # 0.5 MB a step were lost once
+
+
 def test_threads_do_not_change_a_step(artifacts: Artifacts) -> None:
     folder = artifacts(1, "int4")
     np.testing.assert_array_equal(Session(folder, threads=1).feed(IDS), Session(folder).feed(IDS))
