@@ -41,11 +41,12 @@ def main(argv: Sequence[str]) -> int:
     keys = _keys(args)
     names = args.served_model_name or [args.artifacts.resolve().parent.name or "tyir"]
     metrics = Metrics(names[0])
+    template = _template(args.chat_template)
     artifacts, group = open_with_group(args, check=not args.no_check)
     engine = AsyncEngine(
         artifacts,
         args.engine,
-        template=_template(args.chat_template),
+        template=template,
         most_waiting=args.max_queue,
         most_waiting_tokens=args.max_queued_tokens,
         long_share=args.prefill_share,

@@ -62,7 +62,7 @@ GENERIC_CPU: Final = (
 )
 
 _CPU: Final = 1  # kDLCPU of DLPack
-_SYMBOL: Final = "tyir.symbol"  # of a TensorIR function: what it is called in its object file
+_SYMBOL: Final = "symbol"  # of a TensorIR function: what it is called in its object file
 # TVM tells LLVM (by TBAA) that buffers of different names never overlap.  That holds within a kernel, whose
 # parameters are `noalias`; in a step, where one kernel's result is another's operand, it would let loads pass
 # stores.

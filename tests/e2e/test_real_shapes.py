@@ -36,12 +36,17 @@ def check(name: str, weights: Weights, dies: Sequence[int], folder: Path) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_die_holds_much_more_than_its_share(name: str) -> None:
-    """At most one head and one MLP group more than the smallest share, and key/value heads only where query
-    heads read them.
+    """No more key/value heads than it must, which it caches, then at most one query head more than any cut of
+    so few; at most one MLP group more than the smallest share.
     """
+    heads, groups = MODELS[name].heads, MODELS[name].kv_heads
     for dies in (2, 3, 4, 5, 8, 16):
         cut = cut_of(MODELS[name], dies, int4=True)
-        assert max(cut.queries) - min(cut.queries) <= 1 and sum(cut.queries) == MODELS[name].heads
+        assert sum(cut.queries) == heads and max(cut.kv_heads) == -(-groups // dies)
+        if dies >= groups:  # each die lies in one group; some group has no more dies than this
+            assert max(cut.queries) == -(-(heads // groups) // (dies // groups))
+        else:
+            assert max(cut.queries) - min(cut.queries) <= heads // groups
         assert (
             max(cut.mlp_groups) - min(cut.mlp_groups) <= 1 and sum(cut.mlp_groups) * 128 == MODELS[name].width
         )

@@ -64,7 +64,9 @@ class ClockedSession(BatchSession):
         self.server = SimulatedServer(predictor, options.batch)
         self.clock = 0.0
 
-    def step(self, parts: Sequence[Sequence[int]], seqlen: int) -> list[dict[str, Any]]:
+    def step(
+        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
         starts = tuple(map(len, self.tokens))
         self.clock += SLOWER * self.server.run(Step(seqlen, starts, tuple(map(tuple, parts))))
         found = []

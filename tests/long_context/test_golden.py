@@ -156,8 +156,8 @@ def test_stages_of_layers(record_property: Callable[..., None]) -> None:
 
 def test_through_dram(tmp_path: Path) -> None:
     """Queries that do not stay in SRAM, of which each rotation is brought for its own range of keys."""
-    machine = EDGE10.with_overrides({"sram.capacity_bytes": 32 << 10})
-    given = inputs(4, 2)
+    machine = EDGE10.with_overrides({"sram.capacity_bytes": 48 << 10})
+    given = inputs(16, 2)
     module = attention_only(*given, THETA, CHUNKS, tmp_path)
     programs = Programs(module, tmp_path, max_kv=32, seqlen=TOKENS, machine=machine)
     own = (op for op in programs.lowered[0].walk_type(edge10.Load) if "dual_chunk" in str(op.attributes))

@@ -115,7 +115,7 @@ def test_a_cache_that_32_bits_do_not_index_is_refused(tmp_path: Path) -> None:
     build_library(assign_kernels([append(2)]), target, tmp_path / "two.so")
     with pytest.raises(TyirError, match=r"has 4136960000 elements, a kernel can index 2147483647") as error:
         build_library(assign_kernels([append(4)]), target, tmp_path / "four.so")
-    assert "a smaller batch" in str(error.value)
+    assert "lower --batch or --max-kv" in str(error.value)
 
 
 _RUN = """

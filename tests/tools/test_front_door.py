@@ -429,7 +429,7 @@ def test_completion_without_shtab(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["1,", ",", ",1", "1,,2", "1, ,2"])
 def test_a_list_has_no_empty_places(text: str) -> None:
-    from tyir.tools.build_arguments import numbers
+    from tyir.tools.commands.build_arguments import numbers
 
     with pytest.raises(TyirError, match="is not a whole number"):
         numbers(text)

@@ -89,7 +89,8 @@ def _module(cls: type[DeclaredOp], full: bool, types: list[Type]) -> Module:
 
 
 def _kind(cls: type[DeclaredOp], name: str) -> str:
-    return str(cls.__annotations__[name]).removesuffix("| None").strip()
+    declaring = next(c for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {}))
+    return str(declaring.__annotations__[name]).removesuffix("| None").strip()
 
 
 @pytest.mark.parametrize("cls", DECLARED, ids=lambda cls: cls.name)
