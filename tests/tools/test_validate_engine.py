@@ -55,11 +55,10 @@ def test_within_limits(names: set[str], limit: float) -> None:
     assert mean_error(names) <= limit
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-def test_four_bit_steps_of_one_and_two_dies(gpu: str) -> None:
+def test_four_bit_steps_of_one_and_two_dies() -> None:
     """Dequantisation is slowed by the queue that waits beside it, and on several dies by the links."""
     names = {"a int4 s1 at 0 on 1", "a int4 s8 at 100 on 1", "c int4 s16 at 0 on 2", "d int4 s16 at 0 on 4"}
-    assert max(map(abs, errors(names, gpu))) <= 4.0
+    assert max(map(abs, errors(names))) <= 4.0
 
 
 def test_times_are_told_at_one_clock(tmp_path: Path) -> None:
@@ -73,11 +72,16 @@ def test_times_are_told_at_one_clock(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", GPUS)
-def test_all_compiled_steps(gpu: str) -> None:
-    known = read_measured(DATA / gpu).keys()
-    assert mean_error(of_kind("model") & known, gpu) <= 3.0
-    assert mean_error(of_kind("blind") & known, gpu) <= 3.0
+def test_all_compiled_steps() -> None:
+    assert mean_error(of_kind("model")) <= 3.0
+    assert mean_error(of_kind("blind")) <= 3.0
+
+
+def test_another_gpu() -> None:
+    """Programs of one unit, and overlaps by hand, on an H100 by the H200's figures."""
+    known = set(read_measured(DATA / GPUS[1]))
+    assert mean_error(of_kind("unit") & known, GPUS[1]) <= 4.5
+    assert mean_error(of_kind("stream") & known, GPUS[1]) <= 3.0
 
 
 @pytest.mark.slow
