@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 from collections.abc import Iterator
@@ -89,8 +90,8 @@ def _module(cls: type[DeclaredOp], full: bool, types: list[Type]) -> Module:
 
 
 def _kind(cls: type[DeclaredOp], name: str) -> str:
-    declaring = next(c for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {}))
-    return str(declaring.__annotations__[name]).removesuffix("| None").strip()
+    found = next(str(own[name]) for c in cls.__mro__ if name in (own := inspect.get_annotations(c)))
+    return found.removesuffix("| None").strip()
 
 
 @pytest.mark.parametrize("cls", DECLARED, ids=lambda cls: cls.name)
