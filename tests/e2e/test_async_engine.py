@@ -163,13 +163,11 @@ def test_what_was_cut_is_used_again(engine: AsyncEngine) -> None:
 
 
 def test_logprobs_and_scores(engine: AsyncEngine, four: Path) -> None:
-    """From one array: the row of a session that is fed the same tokens, by steps of the same lengths."""
-    engine.engine.scheduler.weigh({1: 1.0, 8: 1.0})
+    """From one array: the row of a session that is fed the same tokens."""
     ids = engine.ids_of("The old house stood at the end of the road")
     deltas = asyncio.run(answer(engine, ids, Params(max_tokens=3, logprobs=2, echo=True)))
     made = tokens(deltas)
-    session = Session(four)
-    rows = np.concatenate([session.feed(part) for part in (ids, *([t] for t in made))]).astype(np.float64)
+    rows = Session(four).feed([*ids, *made]).astype(np.float64)
     rows -= np.log(np.exp(rows - rows.max(1, keepdims=True)).sum(1, keepdims=True)) + rows.max(
         1, keepdims=True
     )

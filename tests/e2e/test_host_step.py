@@ -35,6 +35,14 @@ def test_a_step_is_what_its_ops_are(artifacts: Artifacts, dies: int, weights: st
         np.testing.assert_array_equal(array, theirs[name])
 
 
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
+def test_how_many_tokens_are_in_a_step_changes_none_of_them(artifacts: Artifacts, weights: str) -> None:
+    """Bit for bit: what a server answers does not depend on who else is served."""
+    folder = artifacts(1, weights)
+    together, alone = Session(folder).feed(IDS), Session(folder)
+    np.testing.assert_array_equal(together, np.concatenate([alone.feed([token]) for token in IDS]))
+
+
 def test_steps_give_back_what_they_take(artifacts: Artifacts) -> None:
     """Kernels take memory for sums that are too large for the stack: all of it is back when they return."""
     session = Session(artifacts(1, "int4"))

@@ -156,7 +156,6 @@ def test_scores_as_lm_eval_reads_them(served: Served, four: Path) -> None:
     """
     import numpy as np
 
-    served.engine.engine.scheduler.weigh({1: 1.0, 8: 1.0})  # steps as long as a session's
     ids = served.engine.ids_of(PROMPT + " the road")
     asked = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234}
     found = served.post("/v1/completions", **asked)["choices"][0]["logprobs"]

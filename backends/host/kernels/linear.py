@@ -40,14 +40,11 @@ class _Weight:
         self.first = first
 
     def accumulate(self, tile: Tile) -> None:
-        chains = lanes_for(tile.chains, tile.k // self.lanes)
-        with T.serial(0, tile.k // (self.lanes * chains)) as i:
-            for chain in range(chains):
-                step = bind(i * chains + chain)
-                for r, row in enumerate(tile.rows):
-                    ask_ahead(self.weight, self.first + row, step * self.lanes)
-                    value = load(self.weight, [self.first + row, step * self.lanes], self.lanes)
-                    tile.multiply(chain, step, r, bind(value))
+        with T.serial(0, tile.k // self.lanes) as step:
+            for r, row in enumerate(tile.rows):
+                ask_ahead(self.weight, self.first + row, step * self.lanes)
+                value = load(self.weight, [self.first + row, step * self.lanes], self.lanes)
+                tile.multiply(step, r, bind(value))
 
     def unpack(self, row: Expr, to: Buffer, place: Expr) -> None:
         raise AssertionError("a weight of numbers")

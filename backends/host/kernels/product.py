@@ -28,7 +28,6 @@ from tyir.backends.host.kernels.tir import (
     Expr,
     add_to,
     bind,
-    get,
     hold,
     horizontal_sum,
     load,
@@ -51,37 +50,24 @@ class Tile:
     """A register tile: rows of the weight by rows m0.. of x.
 
     `rows` of the weight count from `first`, which `Weight.ready` was told.
-    `sums` holds its partial sums, [chains][rows][columns] registers of `lanes`.  Additions of one chain wait
-    for each other, those of different chains do not: small tiles need several to keep the adders busy.
+    `sums` holds its partial sums, [rows][columns] registers of `lanes`: one for each result, however small
+    the tile, so that a row of x gives the same bits beside any others.
     """
 
     first: Expr
     rows: Sequence[Expr]
     m0: Expr
     columns: int
-    chains: int
     lanes: int
     sums: list[Buffer]
     panels: Buffer
     k: int
 
-    def multiply(self, chain: int, step: Expr, row: int, weight: Expr) -> None:
-        """Adds the products of one weight vector with vector `step` of every x row of the tile; `chain` is
-        taken modulo their number.
-        """
+    def multiply(self, step: Expr, row: int, weight: Expr) -> None:
+        """Adds the products of one weight vector with vector `step` of every x row of the tile."""
         for c in range(self.columns):
             x = self.panels[span(self.m0 * self.k + (step * self.columns + c) * self.lanes, self.lanes)]
-            add_to(
-                self.sums[((chain % self.chains) * len(self.rows) + row) * self.columns + c],
-                weight * x,
-                self.lanes,
-            )
-
-    def join_chains(self) -> None:
-        """Adds up the chains, into the first."""
-        size = len(self.rows) * self.columns
-        for i in range(size, self.chains * size):
-            add_to(self.sums[i % size], get(self.sums[i], self.lanes), self.lanes)
+            add_to(self.sums[row * self.columns + c], weight * x, self.lanes)
 
 
 class Weight(Protocol):
@@ -131,7 +117,7 @@ def _accumulate_known(tile: Tile, known: Buffer) -> None:
     with T.serial(0, tile.k // tile.lanes) as step:
         for r, row in enumerate(tile.rows):
             at = row * tile.k + step * tile.lanes
-            tile.multiply(0, step, r, hold(known[span(at, tile.lanes)], tile.lanes))
+            tile.multiply(step, r, hold(known[span(at, tile.lanes)], tile.lanes))
 
 
 def _store_together(
@@ -172,17 +158,15 @@ def tiled_product(
         rows: Sequence[Expr],
         m0: Expr,
         width: int,
-        chains: int = 1,
         known: Buffer | None = None,
         side_by_side: bool = False,
     ) -> None:
-        sums = [register(lanes, 0) for _ in range(chains * len(rows) * width)]
-        whole = Tile(first, rows, m0, width, chains, lanes, sums, panels, k)
+        sums = [register(lanes, 0) for _ in range(len(rows) * width)]
+        whole = Tile(first, rows, m0, width, lanes, sums, panels, k)
         if known is None:
             weight.accumulate(whole)
         else:
             _accumulate_known(whole, known)
-        whole.join_chains()
         if side_by_side and len(sums) % lanes == 0 and lanes % len(rows) == 0:
             _store_together(sums, first + rows[0], m0, len(rows), lanes, bias, out)
             return
@@ -207,7 +191,7 @@ def tiled_product(
             cpu,
             m * n * k,
             ready,
-            lambda rows: tile(given[0], rows, T.int32(0), m, max(1, 8 // (streams * m))),
+            lambda rows: tile(given[0], rows, T.int32(0), m),
         )
         return
 

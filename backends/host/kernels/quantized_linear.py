@@ -139,7 +139,7 @@ class _Weights:
                     if r not in words:
                         words[r] = self._words(tile.rows[r], block)
                     value = hold(self.values(known[r], words[r], j), self.lanes)
-                    tile.multiply(j, block * self.nibbles + j, r, value)
+                    tile.multiply(block * self.nibbles + j, r, value)
 
     def order(self, step: Expr) -> Expr:
         start = step // self.nibbles * (self.lanes * self.nibbles) + step % self.nibbles

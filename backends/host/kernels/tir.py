@@ -200,15 +200,17 @@ def horizontal_max(register: Buffer, lanes: int) -> Expr:
 
 
 def sums_of(registers: Sequence[Buffer], lanes: int) -> Expr:
-    """The sums of `lanes` registers, in their order, as one vector: neighbours are added until one is left.
-
-    A third of what `horizontal_sum` of each would take.
+    """The sums of `lanes` registers, in their order, as one vector: halves are added until one lane of each
+    is left, bit for bit what `horizontal_sum` gives, in a third of the time.
     """
     values = [get(r, lanes) for r in registers]
-    even, odd = ([T.int32(i) for i in range(first, 2 * lanes, 2)] for first in (0, 1))
+    part = lanes
     while len(values) > 1:
+        low = [first + i for first in range(0, 2 * lanes, part) for i in range(part // 2)]
+        halves = [[T.int32(i) for i in low], [T.int32(i + part // 2) for i in low]]
         pairs = list(zip(values[::2], values[1::2], strict=True))
-        values = [bind(T.Shuffle([a, b], even) + T.Shuffle([a, b], odd)) for a, b in pairs]
+        values = [bind(T.Shuffle([a, b], halves[0]) + T.Shuffle([a, b], halves[1])) for a, b in pairs]
+        part //= 2
     return values[0]
 
 
