@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.execution.lockstep import Layout, Meet, Recv
+from tyir.process.extras import require
 from tyir.runtime_sim.processes.placement import Places
 
 __all__ = ["Address", "Gloo", "GlooLinks", "LinksBroken", "family_of", "listen_for_store"]
@@ -49,15 +50,15 @@ class Gloo:
         """Listens at `host`, an address of this machine; `address` is where.  `TyirError` when it cannot, or
         torch has no gloo.
         """
-        try:
-            import torch.distributed as distributed
+        require("running dies in several processes", "torch")
+        import torch.distributed as distributed
 
-            backend = distributed.ProcessGroupGloo
-        except (ImportError, AttributeError) as error:
+        backend = getattr(distributed, "ProcessGroupGloo", None)
+        if backend is None:
             raise TyirError(
-                f"dies in several processes need torch with gloo: {error}",
-                help="pip install torch, or run all dies in one process",
-            ) from None
+                "this torch was built without gloo, which dies in several processes meet through",
+                help="install the torch of pypi.org or pytorch.org, or run all dies in one process",
+            )
         self._distributed = distributed
         before = set(_sockets())
         try:

@@ -25,7 +25,6 @@ REQUIREMENTS: dict[str, list[str]] = {
     "schemathesis": ["schemathesis"],
     "dify": ["dify-plugin==0.7.4"],
     "evalscope": ["evalscope[perf]==1.14.1"],
-    "aiperf": ["aiperf==0.13.0"],
 }
 
 

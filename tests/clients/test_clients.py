@@ -179,15 +179,3 @@ def test_evalscope(served: Served, folder: Path, tmp_path: Path) -> None:
     figures: dict[str, Any] = json.loads(summary.read_text())
     assert figures["Failed Requests"] == 0 and figures["Success Requests"] == 8
     assert figures["Avg Output Tokens"] == 8
-
-
-def test_aiperf(served: Served, folder: Path, tmp_path: Path) -> None:
-    before = served.counts()
-    run(
-        "aiperf", "aiperf", "profile", "--model", "tiny", "--url", served.url, "--endpoint-type", "chat",
-        "--streaming", "--tokenizer", str(folder), "--request-count", "8", "--concurrency", "4",
-        "--synthetic-input-tokens-mean", "24", "--output-tokens-mean", "8", "--ui", "none",
-        "--extra-inputs", "ignore_eos:true", "--output-artifact-dir", str(tmp_path),
-        module=True, cwd=tmp_path,
-    )  # fmt: skip
-    exact(served, before, 8, 8)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tyir.diagnostics import TyirError
+from tyir.process.extras import require
 
 __all__ = ["RayWorkers"]
 
@@ -20,12 +21,9 @@ class RayWorkers:
     """
 
     def __init__(self, address: str) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise TyirError(
-                "--ray needs Ray, which is not installed", help="pip install 'tyir[ray]'"
-            ) from None
+        require("--ray", "ray")
+        import ray
+
         self._ray: Any = ray
         if not ray.is_initialized():
             try:

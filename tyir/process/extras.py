@@ -29,6 +29,7 @@ EXTRA_OF: Final = {
     "sentencepiece": "sentencepiece",
     "matplotlib": "plots",
     "shtab": "completion",
+    "ray": "ray",
 }
 
 
