@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,13 +113,8 @@ async def mix(engine: AsyncEngine, seed: int) -> None:
 
 
 def _idle(engine: AsyncEngine) -> None:
-    import time
-
-    for _ in range(200):
-        if engine.engine.counts == (0, 0):
-            return
+    while engine.engine.counts != (0, 0):  # ./tools/test ends what never holds
         time.sleep(0.02)
-    raise AssertionError(engine.engine.counts)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -137,6 +133,8 @@ def test_several_answers_compute_their_prompt_once(engine: AsyncEngine) -> None:
     assert isinstance(counting, Counting)
     prompt = " ".join(WORDS[::-1])
     sampling = Sampling(temperature=1.0, seed=5)
+    # A request that was cancelled may still be in the step that runs; it is reported before this answer is.
+    asyncio.run(answer(engine, "a", Params(max_tokens=1)))
     counting.steps.clear()
     together = asyncio.run(answer(engine, prompt, Params(max_tokens=4, n=3, sampling=sampling)))
     ids = engine.ids_of(prompt)

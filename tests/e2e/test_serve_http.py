@@ -334,14 +334,12 @@ def test_who_leaves_frees_the_slot(served: Served) -> None:
         _until(lambda: served.engine.engine.counts == (4, 2))
         for one in sockets[::-1]:
             one.close()
-        _until(lambda: served.engine.engine.counts == (0, 0), 3.0)
+        _until(lambda: served.engine.engine.counts == (0, 0))
     assert served.counts()["vllm:request_success_total abort"] == aborted + 12
 
 
-def _until(holds: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
+def _until(holds: Any) -> None:
+    while not holds():  # ./tools/test ends what never holds
         time.sleep(0.005)
 
 
@@ -514,7 +512,7 @@ def test_the_command(four: Path) -> None:
                 finally:
                     connection.close()
 
-            _until(lambda: status() == 200, 120.0)
+            _until(lambda: status() == 200)
         finally:
             process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
