@@ -22,7 +22,14 @@ FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 
 # Read in the checkout only: descriptions of folders, and the commands that set the checkout up.
-NOT_SHIPPED = ("README.md", "tools/_setup.sh", "tools/test", "tools/demo", "tools/demo_text.txt")
+NOT_SHIPPED = (
+    "README.md",
+    "tools/_setup.sh",
+    "tools/test",
+    "tools/test_busy",
+    "tools/demo",
+    "tools/demo_text.txt",
+)
 
 
 def project_files() -> Iterator[tuple[str, Path]]:
