@@ -209,7 +209,8 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
     problems = [
         Diagnostic(
             f"{name} = {_said(value)} is asked for, the module was built with {name} = {_said(done[name])}",
-            help=f"leave {name} out, or start from a file that {SETTLED_BY[name]} has not been run on",
+            help=f"leave {name} out, or start from a file that neither {SETTLED_BY[name]} nor a later pass"
+            " has been run on",
         )
         for name, value in given.items()
         if name in done and value != done[name]

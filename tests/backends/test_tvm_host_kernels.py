@@ -1,14 +1,15 @@
 """Every host kernel against its op's own `evaluate`, on random data, for shapes that fill tiles and shapes
 that do not.
 
-All cases are compiled into one library per target: this machine's vectors, AVX2 vectors, and code without
-any.
+The cases are compiled into one library per target: all of them with this machine's vectors, and, of AVX2
+vectors and code without any, each a third of them; `--slow` takes all.
 """
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -429,14 +430,29 @@ def _op(case: Case) -> tuple[func.Func, Op]:
     return function, op
 
 
-@pytest.fixture(scope="module", params=[detected_cpu(), GENERIC_CPU, "x86-64"])
+TARGETS = (detected_cpu(), GENERIC_CPU, "x86-64")
+
+
+def _is_slow(target: int, number: int) -> bool:
+    return target > 0 and number % 3 != target
+
+
+@pytest.fixture(scope="module")
 def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HostLibrary]:
-    path = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
-    kernels = assign_kernels([_op(case)[0] for case in CASES])
-    build_library(kernels, HostTarget(mcpu=request.param), path)
-    yield HostLibrary(path)
+) -> Callable[[int], HostLibrary]:
+    """The compiled cases of a target."""
+
+    @functools.cache
+    def made(target: int) -> HostLibrary:
+        everything = request.config.getoption("--slow")
+        cases = [case for i, case in enumerate(CASES) if everything or not _is_slow(target, i)]
+        path = tmp_path_factory.mktemp("kernels") / f"{TARGETS[target]}.so"
+        kernels = assign_kernels([_op(case)[0] for case in cases])
+        build_library(kernels, HostTarget(mcpu=TARGETS[target]), path)
+        return HostLibrary(path)
+
+    return made
 
 
 def assert_close(got: Array, expected: Array) -> None:
@@ -457,15 +473,26 @@ def assert_close(got: Array, expected: Array) -> None:
     assert not np.any(off > 0), f"off by up to {np.nanmax(off)} beyond the tolerance"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_kernel_computes_what_the_op_says(case: Case, library: HostLibrary) -> None:
+@pytest.mark.parametrize(
+    ("target", "case"),
+    [
+        pytest.param(
+            target, case, id=f"{mcpu}-{case.name}", marks=[pytest.mark.slow] if _is_slow(target, i) else []
+        )
+        for target, mcpu in enumerate(TARGETS)
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_kernel_computes_what_the_op_says(
+    case: Case, target: int, library: Callable[[int], HostLibrary]
+) -> None:
     function, op = _op(case)
     assign_kernels([function])
     operands = case.operands()
     with np.errstate(invalid="ignore"):  # some operands are not finite
         expected = _all(evaluate_op(op, [a.copy() for a in operands]))
     stored = [pack(a, x) for a, x in zip(operands, case.types)]
-    got = _all(library.evaluate(op, stored))
+    got = _all(library(target).evaluate(op, stored))
     for mine, theirs in zip(got, expected, strict=True):
         assert_close(mine, theirs)
     if isinstance(op, kv.Append):

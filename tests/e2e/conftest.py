@@ -1,4 +1,4 @@
-"""Artifacts of the embedded model, compiled once per configuration and session."""
+"""Artifacts of the embedded model, compiled once per configuration and run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.once import once
 from tyir.frontends.huggingface import import_model
 from tyir.manifest import BuildOptions
 from tyir.printer import print_op
@@ -29,21 +30,21 @@ def model() -> Path:
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model as `.ir` at stage aten."""
-    path = tmp_path_factory.mktemp("ir") / "model.ir"
-    path.write_text(print_op(import_model(MODEL)))
-    return path
+
+    def make(folder: Path) -> None:
+        (folder / "model.ir").write_text(print_op(import_model(MODEL)))
+
+    return once(tmp_path_factory, "imported", make) / "model.ir"
 
 
 @pytest.fixture(scope="session")
 def artifacts(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """`artifacts(dies, weights)`: the folder compiled for lengths 1 and 8 and a cache of 128 tokens."""
-    out = tmp_path_factory.mktemp("artifacts")
 
-    @functools.cache
     def compiled(dies: int, weights: str) -> Path:
-        return compile_path(
-            imported, out / weights, BuildOptions(dies=dies, seqlens=(1, 8), max_kv=MAX_KV, weights=weights)
-        )
+        options = BuildOptions(dies=dies, seqlens=(1, 8), max_kv=MAX_KV, weights=weights)
+        name = f"{weights}-{dies}"
+        return once(tmp_path_factory, name, lambda out: compile_path(imported, out, options)) / f"{dies}die"
 
     return compiled
 
@@ -52,7 +53,7 @@ def artifacts(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Artif
 def four(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts for four sequences at once."""
     options = BuildOptions(dies=1, seqlens=(1, 8), max_kv=MAX_KV, weights="int4", batch=4)
-    return compile_path(imported, tmp_path_factory.mktemp("four"), options)
+    return once(tmp_path_factory, "four", lambda out: compile_path(imported, out, options)) / "1die"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Artifacts of the embedded vision-language models, compiled once per number of dies and session."""
+"""Artifacts of the embedded vision-language models, compiled once per number of dies and run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.once import once
 from tests.vision.folders import MODELS
 from tests.vision.reference import HuggingFace
 from tests.vision.scenes import SIZES
@@ -22,13 +23,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`compiled(name, dies)`: the folder, for two sizes and steps of 16 tokens; `compiled(name, dies, True)`:
     for all sizes that are drawn, steps of 1 and 16.
     """
-    out = tmp_path_factory.mktemp("vision")
 
-    @functools.cache
     def make(name: str, dies: int, every: bool = False) -> Path:
         sizes, lengths = (SIZES, (1, 16)) if every else (SIZES[:2], (16,))
         options = BuildOptions(dies=dies, seqlens=lengths, max_kv=MAX_KV)
-        return compile_path(MODELS / name, out / f"{name}-{len(lengths)}", options, images=sizes)
+
+        def fill(out: Path) -> None:
+            compile_path(MODELS / name, out, options, images=sizes)
+
+        return once(tmp_path_factory, f"{name}-{len(lengths)}-{dies}", fill) / f"{dies}die"
 
     return make
 
@@ -42,5 +45,7 @@ def references() -> Callable[[str], HuggingFace]:
 @pytest.fixture(scope="session")
 def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts of a model that takes no pictures."""
-    out = tmp_path_factory.mktemp("text")
-    return compile_path(MODELS / "tiny-qwen2", out, BuildOptions(dies=1, seqlens=(1,), max_kv=64))
+    options = BuildOptions(dies=1, seqlens=(1,), max_kv=64)
+    return (
+        once(tmp_path_factory, "text", lambda out: compile_path(MODELS / "tiny-qwen2", out, options)) / "1die"
+    )
