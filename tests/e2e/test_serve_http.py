@@ -382,7 +382,7 @@ def test_the_queue_is_bounded(four: Path) -> None:
         assert made.counts()["vllm:admission_rejections_total queue_full"] == 4
 
 
-def test_what_takes_too_long_is_told(four: Path) -> None:
+def test_what_takes_too_long_is_told(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """504 for a request that waits, or takes, longer than it may; in a stream an event."""
     body = {"prompt": PROMPT, "max_tokens": 100, "temperature": 0, "ignore_eos": True}
     with serving(four, request_timeout=0.02) as made:
@@ -391,7 +391,9 @@ def test_what_takes_too_long_is_told(four: Path) -> None:
         events = made.events("/v1/completions", **body)
         assert events[-2]["error"]["code"] == 504 and events[-1]["usage"]["completion_tokens"] < 100
         assert made.counts()["vllm:request_success_total timeout"] == 2
-    with serving(four, queue_timeout=0.001) as made:
+    with serving(four, queue_timeout=1.0) as made:
+        clock = [0.0]  # stands still until somebody waits
+        monkeypatch.setattr(made.engine.engine, "_now", lambda: clock[0])
         found: list[int] = []
         threads = [
             threading.Thread(target=lambda: found.append(made.ask("POST", "/v1/completions", body)[0]))
@@ -399,6 +401,8 @@ def test_what_takes_too_long_is_told(four: Path) -> None:
         ]
         for thread in threads:
             thread.start()
+        _until(lambda: made.engine.engine.counts[1] > 0)
+        clock[0] = 2.0
         for thread in threads:
             thread.join()
         assert set(found) == {200, 504} and made.counts()[
