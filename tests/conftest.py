@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.once import once
 from tests.tally import table
 
 # Named here too, so that a checkout needs no installed entry point; pytest loads a plugin of one name once.
@@ -30,9 +31,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Commands keep what they compile in a folder of this run, not in the user's."""
+    """Commands keep what they compile in a folder of this run, not in the user's.  Kernels of calls that have
+    no cache are shared by the processes of the run: what LLVM makes of one is made once.
+    """
+    from tyir.backends.host import objects
+    from tyir.process.cache import Cache
+
+    shared = Cache.open(once(tmp_path_factory, "kernels", lambda folder: None))
+    read_or_made = objects._read_or_made
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(
+            objects, "_read_or_made", lambda key, make, cache: read_or_made(key, make, cache or shared)
+        )
         yield
 
 
