@@ -28,7 +28,7 @@ from tyir.dialects.func import Func
 from tyir.execution.finite import not_finite
 from tyir.frontends.architectures import architecture_problem
 from tyir.frontends.check_values import value_problems
-from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
+from tyir.frontends.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
@@ -56,6 +56,9 @@ _STRAY_ENDINGS: Final = (
     ".attn.masked_bias",
     ".attention.bias",
     ".attention.masked_bias",
+)
+_BESIDE: Final = (
+    "metadata do not say everything of a model: put the original model's config.json beside the file"
 )
 # What later stages and the artifacts need to know of config.json.
 _MODEL_KEYS: Final = (
@@ -233,9 +236,9 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
     few = stored or len(checkpoint.tensors) < (wanted or 0)  # layers may have names of a kind not known here
     if type(wanted) is int and stored < wanted and few and checkpoint.whole and not checkpoint.unreadable:
         yield Diagnostic(
-            f"the checkpoint lacks layers: {stored} are stored, config.json asks for {wanted}",
+            f"the checkpoint lacks layers: {stored} are stored, {checkpoint.described_by} asks for {wanted}",
             where=str(checkpoint.folder),
-            help="download the missing files, or use the config.json that belongs to these weights",
+            help=_lacking_help(checkpoint),
         )
 
 
@@ -371,7 +374,7 @@ def _tensor_problems(
             yield Diagnostic(
                 problem,
                 where=where,
-                help="config.json and the weights are from different models, or one of them was edited",
+                help=_mixed_help(checkpoint),
             )
     if missing:
         message = (
@@ -379,11 +382,11 @@ def _tensor_problems(
         )
         experts = any(".experts." in name for name in missing)
         stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
-        layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored < wanted else ""
+        layers = _counts(stored, wanted, checkpoint) if stored < wanted else ""
         help = (
             "models with a mixture of experts cannot be imported yet"
             if experts
-            else "download the missing files, or use the config.json that belongs to these weights" + layers
+            else _lacking_help(checkpoint) + layers
         )
         yield Diagnostic(message, where=where, help=help)
     yield from quantization_contradictions(weights, note)
@@ -413,7 +416,9 @@ def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -
         if tied is not None and not _same_bytes(checkpoint, name, tied):
             help = 'set "tie_word_embeddings": false in config.json if the model has two separate tensors'
             yield Diagnostic(
-                f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help
+                f"'{name}' differs from '{tied}', but {checkpoint.described_by} ties them",
+                where=where,
+                help=help,
             )
         elif (why := _why_surplus(name, tied, weights, used)) is not None:
             surplus.setdefault(why, []).append(name)
@@ -425,16 +430,28 @@ def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -
         note(Diagnostic(message, severity="warning", where=where))
     if wrong:
         message = (
-            f"the checkpoint holds {len(wrong)} tensors that the model of config.json has no place for:"
-            f" {_some(wrong)}"
+            f"the checkpoint holds {len(wrong)} tensors that the model of {checkpoint.described_by} has no"
+            f" place for: {_some(wrong)}"
         )
         stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
-        layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored > wanted else ""
-        yield Diagnostic(
-            message,
-            where=where,
-            help=f"config.json and the weights are from different models, or one of them was edited{layers}",
-        )
+        layers = _counts(stored, wanted, checkpoint) if stored > wanted else ""
+        yield Diagnostic(message, where=where, help=_mixed_help(checkpoint) + layers)
+
+
+def _counts(stored: int, wanted: int, checkpoint: Checkpoint) -> str:
+    return f" ({stored} layers are stored, {checkpoint.described_by} asks for {wanted})"
+
+
+def _lacking_help(checkpoint: Checkpoint) -> str:
+    if checkpoint.described_by == CONFIG_FILE:
+        return "download the missing files, or use the config.json that belongs to these weights"
+    return _BESIDE
+
+
+def _mixed_help(checkpoint: Checkpoint) -> str:
+    if checkpoint.described_by == CONFIG_FILE:
+        return "config.json and the weights are from different models, or one of them was edited"
+    return _BESIDE
 
 
 def _why_surplus(name: str, tied: str | None, weights: Weights, used: set[str]) -> str | None:

@@ -174,18 +174,145 @@ def test_architectures_that_transformers_does_not_read_from_gguf(tmp_path: Path,
         assert [ours[n] for n in names] == pytest.approx([8.0, 12.0, 0.22, 0.0156])
 
 
-@pytest.mark.parametrize("o_bias", [True, False])
-def test_a_llama_with_biases(tmp_path: Path, o_bias: bool) -> None:
+BIASED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("llama", {"attention_bias": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"attention_bias": True, "without": ("o_proj.bias",)}),
+    ("llama", {"attention_bias": True, "num_hidden_layers": 2}),
+    ("granite", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen3", {"attention_bias": True, "head_dim": 64}),
+    ("gemma", {"attention_bias": True, "head_dim": 64}),
+)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), BIASED)
+def test_biases_that_no_metadata_tell_of(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
     """The config follows from the tensors; biases of q and k are interleaved as their weights are."""
-    config, state = parameters("llama", attention_bias=True, mlp_bias=o_bias)
-    if not o_bias:
-        state = {n: w for n, w in state.items() if not n.endswith("o_proj.bias")}
-    held = gguf_writer.write(tmp_path / "m.gguf", "llama", config, state, lambda n: "Q8_0")
+    changes = dict(changes)
+    without = changes.pop("without", ("no such",))
+    config, state = parameters(model_type, **changes)
+    state = {n: w for n, w in state.items() if not n.endswith(without)}
+    held = gguf_writer.write(tmp_path / "m.gguf", model_type, config, state, lambda n: "Q8_0")
     found = dict(dense_state(tmp_path))
-    assert found.keys() == held.keys()
-    assert all(np.array_equal(found[n], w) for n, w in held.items())
+    assert found.keys() == held.keys() and sum(n.endswith(".bias") for n in found) >= 3
+    for name, w in held.items():
+        np.testing.assert_allclose(found[name], w, atol=1e-6, err_msg=name)
     names, _ = read_gguf([tmp_path / "m.gguf"])
-    assert names["architectures"] == ["LlamaForCausalLM" if o_bias else "Qwen2ForCausalLM"]
+    assert (names["architectures"] == ["Qwen2ForCausalLM"]) == (without == ("o_proj.bias",))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "without", "said"),
+    [
+        ("llama", ("v_proj.bias", "o_proj.bias"), "lacks 2 of the model's"),
+        ("llama", ("q_proj.bias", "k_proj.bias"), "no place for"),
+        ("llama", ("0.self_attn.q_proj.bias",), "lacks 1 of the model's"),
+        ("qwen2", ("q_proj.bias", "k_proj.bias", "v_proj.bias"), "lacks 6 of the model's"),
+    ],
+)
+def test_biases_that_no_class_has_are_told_of_the_file(
+    tmp_path: Path, model_type: str, without: tuple[str, ...], said: str
+) -> None:
+    """Without a word of a config.json that is not there, but to put one there."""
+    changes = {"attention_bias": True} if model_type == "llama" else {}
+    config, state = parameters(model_type, num_hidden_layers=2, **changes)
+    state = {n: w for n, w in state.items() if not n.endswith(without)}
+    gguf_writer.write(tmp_path / "m.gguf", model_type, config, state)
+    with pytest.raises(TyirError) as caught:
+        import_model(tmp_path)
+    message = str(caught.value)
+    assert said in message and "original model's config.json beside the file" in message
+    assert "of config.json" not in message and "use the config.json" not in message
+
+
+KEYS: tuple[tuple[str, Any], ...] = (
+    ("attention.causal", False),
+    ("attention.clamp_kqv", 8.0),
+    ("attention.key_length", 0),
+    ("attention.max_alibi_bias", 8.0),
+    ("attention.scale", 0.5),
+    ("attention.sliding_window", 4),
+    ("attention.value_length", 32),
+    ("attention.head_count_kv", [2, 4]),
+    ("attention.of_tomorrow", 1),
+    ("block_count", "two"),
+    ("expert_count", 8),
+    ("final_logit_softcapping", 30.0),
+    ("logit_scale", 8.0),
+    ("rope.dimension_count", 32),
+    ("rope.dimension_sections", [16, 24, 24, 0]),
+    ("rope.freq_base", [1.0, 2.0]),
+    ("rope.scaling.alpha", 1000.0),
+    ("rope.scaling.yarn_log_multiplier", 0.1),
+    ("use_parallel_residual", True),
+)
+
+
+def add_to(writer: Any, key: str, value: Any) -> None:
+    """A value of metadata, in place of one that is there."""
+    writer.kv_data[0].pop(key, None)
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+
+@pytest.mark.parametrize(("key", "value"), KEYS)
+def test_metadata_that_change_what_is_computed_are_refused(
+    tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]], key: str, value: Any
+) -> None:
+    """By name and value; a config.json beside the file is believed instead."""
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=lambda w: add_to(w, f"llama.{key}", value))
+    message = refusal(tmp_path)
+    assert f"llama.{key}" in message and "config.json beside the file" in message
+
+
+def test_metadata_that_change_nothing(tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    def extra(writer: Any) -> None:
+        for key, value in (
+            ("attention.causal", True),
+            ("attention.value_length", 64),
+            ("attention.head_count_kv", [2, 2]),
+            ("expert_count", 0),
+            ("rope.dimension_count", 64),
+            ("rope.scaling.finetuned", False),
+            ("tensor_data_layout", "Meta AI original pth"),
+            ("vocab_size", 96),
+        ):
+            add_to(writer, f"llama.{key}", value)
+
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=extra)
+    config, _ = read_gguf([tmp_path / "m.gguf"])
+    assert (config["num_key_value_heads"], config["head_dim"]) == (2, 64)
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("missing", ["attention.head_count", "block_count", "feed_forward_length"])
+def test_metadata_that_are_missing(
+    tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]], missing: str
+) -> None:
+    """Never transformers' default of another model."""
+    gguf_writer.write(
+        tmp_path / "m.gguf", "llama", *llama, extra=lambda w: w.kv_data[0].pop(f"llama.{missing}")
+    )
+    assert f"the file does not say llama.{missing}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [None, 2, [True, True, False]])
+def test_the_kinds_of_layers_of_gemma(tmp_path: Path, pattern: Any) -> None:
+    config, state = parameters("gemma3_text", head_dim=64, num_hidden_layers=3)
+
+    def extra(writer: Any) -> None:
+        writer.add_sliding_window(32)
+        writer.add_final_logit_softcapping(30.0)
+        if pattern is not None:
+            add_to(writer, "gemma3.attention.sliding_window_pattern", pattern)
+
+    gguf_writer.write(tmp_path / "m.gguf", "gemma3", config, state, extra=extra)
+    found, _ = read_gguf([tmp_path / "m.gguf"])
+    local, full = "sliding_attention", "full_attention"
+    kinds = {2: [local, full, local], None: None}.get(pattern if type(pattern) is int else None)
+    assert found.get("layer_types") == ([local, local, full] if isinstance(pattern, list) else kinds)
+    assert found["final_logit_softcapping"] == 30.0
 
 
 def test_gemma_computes_as_transformers(tmp_path: Path) -> None:
@@ -259,6 +386,17 @@ def test_parts_of_other_models(tmp_path: Path, llama: tuple[dict[str, Any], dict
     )
 
 
+def test_a_tensor_that_lies_in_two_files(
+    tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    """By name in the files or by the name that it gets."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    gguf_writer.write(
+        tmp_path / "m.gguf", "llama", *llama, extra=lambda w: w.add_tensor(name, np.zeros((512, 256), "f2"))
+    )
+    assert "1 tensors lie in the files more than once (first 'blk.0.ffn_up.weight')" in refusal(tmp_path)
+
+
 def test_types_that_cannot_be_read_are_said_once(
     tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
@@ -306,9 +444,23 @@ def test_scaled_rotary_frequencies(tmp_path: Path, llama: tuple[dict[str, Any], 
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(4.0)
         writer.add_rope_scaling_orig_ctx_len(32)
+        writer.add_rope_scaling_yarn_attn_factor(0.5)
+        writer.add_rope_scaling_yarn_beta_slow(2.0)
 
-    found = rope_of(tmp_path, llama, yarn)
-    assert (found["rope_type"], found["factor"], found["original_max_position_embeddings"]) == ("yarn", 4, 32)
+    assert rope_of(tmp_path, llama, yarn) == {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 0.5,
+        "beta_slow": 2.0,
+    }
+    for key in (
+        "llama.rope.scaling.factor",
+        "llama.rope.scale_linear",
+    ):  # llama.cpp: without a type it is linear
+        found = rope_of(tmp_path, llama, lambda w, k=key: w.add_float32(k, 4.0))
+        assert (found["rope_type"], found["factor"]) == ("linear", 4.0)
     with pytest.raises(TyirError, match="in another way than Llama 3 does"):
         rope_of(
             tmp_path, llama, lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 32, dtype="f4"))
