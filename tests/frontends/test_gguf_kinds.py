@@ -4,6 +4,7 @@ and the tokenizer inside; compared with the gguf package and with transformers' 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,6 @@ def of_op(data: Any, kind: str) -> Any:
 
 
 def _value(shape: tuple[int, ...]) -> Value:
-
     kind = TensorType(shape, ui8)
     return ty.GetGlobal.create((), (kind,), DictAttr({"symbol": SymbolRefAttr("a")})).result
 
@@ -76,27 +76,47 @@ def test_every_type_that_the_package_dequantises() -> None:
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == sizes
 
 
-@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1", "IQ4_NL"])
-def test_blocks_by_hand(kind: str) -> None:
-    """ggml-quants.c, element by element: Q5's fifth bits are a 32-bit word, IQ4_NL's nibbles name values."""
+# A block of each type with the values that ggml's own C makes of it (to_float of ggml_get_type_traits in
+# llama-cpp-cffi 0.4.42), the first four as they are and all by the SHA-256 of their f32.
+OF_GGML: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "data" / "ggml_blocks.json").read_text()
+)
+
+
+@pytest.mark.parametrize("kind", OF_GGML)
+def test_blocks_as_ggml_reads_them(kind: str) -> None:
+    """Bit by bit, with no line of the gguf package in what is wanted."""
+    block = np.frombuffer(bytes.fromhex(OF_GGML[kind]["block"]), np.uint8)
+    values = np.asarray(of_op(block[None], kind), "<f4")[0]
+    assert values[:4].tolist() == OF_GGML[kind]["first"]
+    assert hashlib.sha256(values.tobytes()).hexdigest() == OF_GGML[kind]["sha256"]
+
+
+FOUR_BITS = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # what E2M1 can say, without its sign
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "NVFP4"])
+def test_four_bit_floats_by_hand(kind: str) -> None:
+    """MXFP4 (OCP Microscaling 1.0): a power of two for 32 elements; NVFP4: an E4M3 for each 16 of 64.  Of 16
+    or 32 elements the first half lies in the low nibbles.
+    """
     rng = np.random.default_rng(3)
-    size = GGML_BLOCKS[kind][1]
-    block = rng.integers(0, 256, size, dtype=np.uint8)
-    block[:2] = np.array([0.5], np.float16).view(np.uint8)
-    if kind == "Q5_1":
-        block[2:4] = np.array([-1.25], np.float16).view(np.uint8)
-    table = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    run, runs = (32, 1) if kind == "MXFP4" else (16, 4)
+    scales = rng.integers(100, 140, 1) if kind == "MXFP4" else rng.integers(1, 0x70, 4)
+    scales[0] = 3 if kind == "NVFP4" else scales[0]  # E4M3 without its leading one
+    nibbles = rng.integers(0, 256, (runs, run // 2))
+    block = np.concatenate([scales, nibbles.ravel()]).astype(np.uint8)
     wanted = []
-    for i in range(32):
-        nibble = int(block[size - 16 + i % 16]) >> (4 * (i // 16)) & 15
-        if kind == "IQ4_NL":
-            wanted.append(0.5 * table[nibble])
-            continue
-        at = 2 if kind == "Q5_0" else 4
-        fifth = int.from_bytes(block[at : at + 4].tobytes(), "little") >> i & 1
-        q = nibble | fifth << 4
-        wanted.append(0.5 * (q - 16) if kind == "Q5_0" else 0.5 * q - 1.25)
+    for scale, packed in zip(scales.tolist(), nibbles.tolist()):
+        exponent, fraction = scale >> 3, scale & 7
+        e4m3 = fraction * 2.0**-9 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+        factor = 2.0 ** (scale - 127) if kind == "MXFP4" else e4m3
+        for shift in (0, 4):
+            for byte in packed:
+                q = byte >> shift & 15
+                wanted.append((-1 if q & 8 else 1) * FOUR_BITS[q & 7] * factor)
     assert of_op(block[None], kind)[0].tolist() == wanted
+    assert OF_GGML.keys() | {"MXFP4", "NVFP4"} == GGML_BLOCKS.keys()
 
 
 def test_a_file_of_many_types(tmp_path: Path) -> None:
