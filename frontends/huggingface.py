@@ -11,10 +11,10 @@ import contextlib
 import gc
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -82,9 +82,6 @@ _MODEL_KEYS: Final = (
 
 # Of these the whole model's word counts where it has a language model inside.
 _WHOLE_KEYS: Final = ("model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-
-# The most that a model may have of what transformers makes one by one; the largest have some 200 layers.
-_MOST_PARTS: Final = {"layer": 1000, "expert": 100_000, "label": 100_000}
 
 Note = Callable[[Diagnostic], None]
 
@@ -225,8 +222,6 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
     """What config.json and the names of the tensors say alone is wrong."""
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
     yield from config_problems(config, where)
-    for problem in _size_problems(config):
-        yield Diagnostic(problem, where=where, help="restore the file, or correct the number")
     if plugin is not None and plugin.model_class is not None:
         return
     if (unknown := architecture_problem(config, where)) is not None:
@@ -313,25 +308,6 @@ def _meta_model(
     except TyirError as error:
         problems.extend(error.diagnostics)
         return None
-
-
-def _size_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers of a config that no model has: transformers makes a module, or a name, for each layer, expert
-    and label before any tensor is looked at.
-    """
-    waiting: list[tuple[str, Any]] = list(config.items())
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting.extend((f"{key}.{inner}", v) for inner, v in value.items())
-        elif isinstance(value, list):
-            waiting.extend((key, v) for v in value)
-        elif isinstance(value, int) and value.bit_length() > 63:
-            yield f"{key} in config.json has more than 63 bits"
-        elif isinstance(value, int) and value > min(_MOST_PARTS.values()):
-            most = min((most for part, most in _MOST_PARTS.items() if part in key), default=value)
-            if value > most:
-                yield f"{key} is {value} in config.json, more than the {most} that a model may have"
 
 
 def _rope_note(limit: int, kind: str, positions: int | None) -> str | None:
