@@ -594,6 +594,34 @@ def test_tokenizers_that_cannot_be_made(tmp_path: Path) -> None:
     assert found is None and "no tokenizer can be made of m.gguf" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"token_scores": [0.0, 1.0]}, "it has 3 tokens and 2 scores"),
+        ({"token_types": [1]}, "it has 3 tokens and 1 token_type"),
+        ({"token_list": ["a", "b", "a"]}, "1 of its 3 tokens are there more than once"),
+        ({"token_merges": None}, "it has no merges"),
+        ({"token_list": [1, 2, 3]}, "its tokens are no list of texts"),
+        ({"eos_token_id": 99999}, ""),
+        ({"bos_token_id": [1, 2]}, ""),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole(tmp_path: Path, what: dict[str, Any], said: str) -> None:
+    """None is made, and the reason is told; never one that splits text in another way."""
+
+    def extra(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        parts = {"token_list": ["a", "b", "ab"], "token_merges": ["a b"], **what}
+        for name, value in parts.items():
+            if name.endswith("_id"):
+                add_to(writer, f"tokenizer.ggml.{name}", value)
+            elif value is not None:
+                getattr(writer, f"add_{name}")(value)
+
+    found, notes = tokenizer_of(tmp_path, extra)
+    assert found is None and f"no tokenizer can be made of m.gguf: {said}" in notes[-1]
+
+
 def test_artifacts_of_a_file_alone_have_config_and_tokenizer(
     tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
