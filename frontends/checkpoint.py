@@ -23,8 +23,17 @@ from tyir.process.files import missing_hint, open_regular, parse_json
 from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
-__all__ = ["TENSOR_FILES", "Checkpoint", "StoredTensor", "is_compiled", "no_checkpoint", "open_checkpoint"]
+__all__ = [
+    "CONFIG_FILE",
+    "TENSOR_FILES",
+    "Checkpoint",
+    "StoredTensor",
+    "is_compiled",
+    "no_checkpoint",
+    "open_checkpoint",
+]
 
+CONFIG_FILE: Final = "config.json"
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 TORCH_FILE: Final = "pytorch_model.bin"
@@ -67,7 +76,7 @@ class Checkpoint:
     """What a folder holds.
 
     `unreadable` names the tensors that lie in files which could not be read (already reported); `low_rank`
-    gives the scales of an adapter's factors, by the key of A.
+    gives the scales of an adapter's factors, by the key of A.  `described_by`: where `config` was read.
     """
 
     folder: Path
@@ -77,6 +86,7 @@ class Checkpoint:
     unreadable: frozenset[str] = frozenset()
     whole: bool = True
     low_rank: Mapping[str, float] = field(default_factory=dict)
+    described_by: str = CONFIG_FILE
 
 
 @dataclass
@@ -309,14 +319,22 @@ def _open_gguf(paths: Sequence[Path], problems: list[Diagnostic]) -> Checkpoint 
     """A GGUF model, with the config.json beside it when there is one."""
     folder = paths[0].parent
     reader = _Reader(folder, problems)
-    config = reader.gguf_files(paths)
+    config, described_by = reader.gguf_files(paths), f"the metadata of {paths[0].name}"
     if (folder / "config.json").exists():
+        described_by = CONFIG_FILE
         config = reader.json_file(
             "config.json", "restore config.json, or remove it to use the file's own metadata"
         )
     if config is None:
         return None
-    return Checkpoint(folder, config, reader.tensors, reader.stamps, whole=bool(reader.stamps))
+    return Checkpoint(
+        folder,
+        config,
+        reader.tensors,
+        reader.stamps,
+        whole=bool(reader.stamps),
+        described_by=described_by,
+    )
 
 
 def is_compiled(folder: Path) -> bool:

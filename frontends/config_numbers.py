@@ -59,6 +59,10 @@ _SENSES: Final = (
 )
 
 
+# The most that a model may have of what transformers makes one by one, a module or a name each; the largest
+# have some 200 layers.
+_MOST_PARTS: Final = {"layer": 1000, "expert": 100_000, "label": 100_000}
+
 # Of keys whose value all families understand alike; where null means the default it is one of the kinds.
 _NOTHING: Final = type(None)
 _FLAG: Final = ((bool, _NOTHING), "true or false")
@@ -91,13 +95,16 @@ _KINDS: Final[dict[str, tuple[tuple[type, ...], str]]] = {
 
 
 def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Diagnostic]:
-    """One problem for each number of a config that is not finite or not what its key means, by key and value.
+    """One problem for each number of a config that is not finite, not what its key means, or more than a
+    model has, by key and value.
 
     `where` is the file it came from.
     """
     for key, value in _scalars(config, ""):
         if (needed := _needed(config, key, value)) is not None:
             yield Diagnostic(f"'{key}' is {_said(value)}, {needed} is needed", where=where, help=_HELP)
+        elif (problem := _too_large(key, value)) is not None:
+            yield Diagnostic(problem, where=where, help=_HELP)
     for key, (kinds, needed) in _KINDS.items():
         if key in config and not isinstance(config[key], kinds):
             yield Diagnostic(f"'{key}' is {_said(config[key])}, {needed} is needed", where=where, help=_HELP)
@@ -105,6 +112,18 @@ def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Diagnosti
         entry = config.get(name)
         if isinstance(entry, dict):
             yield from _frequency_bands(name, entry, where)
+
+
+def _too_large(key: str, value: Any) -> str | None:
+    """What is wrong with a number that no model has; key by key, since the model is made of them before any
+    tensor is looked at.
+    """
+    if not isinstance(value, int) or value <= min(_MOST_PARTS.values()):
+        return None
+    if value.bit_length() > 63:
+        return f"'{key}' has more than 63 bits"
+    most = min((most for part, most in _MOST_PARTS.items() if part in key), default=value)
+    return f"'{key}' is {value}, more than the {most} that a model may have" if value > most else None
 
 
 def _scalars(value: Any, key: str) -> Iterator[tuple[str, Any]]:

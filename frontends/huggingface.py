@@ -11,10 +11,10 @@ import contextlib
 import gc
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from tyir.dialects.func import Func
 from tyir.execution.finite import not_finite
 from tyir.frontends.architectures import architecture_problem
 from tyir.frontends.check_values import value_problems
-from tyir.frontends.checkpoint import Checkpoint, open_checkpoint
+from tyir.frontends.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
@@ -57,6 +57,9 @@ _STRAY_ENDINGS: Final = (
     ".attention.bias",
     ".attention.masked_bias",
 )
+_BESIDE: Final = (
+    "metadata do not say everything of a model: put the original model's config.json beside the file"
+)
 # What later stages and the artifacts need to know of config.json.
 _MODEL_KEYS: Final = (
     "model_type",
@@ -79,9 +82,6 @@ _MODEL_KEYS: Final = (
 
 # Of these the whole model's word counts where it has a language model inside.
 _WHOLE_KEYS: Final = ("model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-
-# The most that a model may have of what transformers makes one by one; the largest have some 200 layers.
-_MOST_PARTS: Final = {"layer": 1000, "expert": 100_000, "label": 100_000}
 
 Note = Callable[[Diagnostic], None]
 
@@ -222,8 +222,6 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
     """What config.json and the names of the tensors say alone is wrong."""
     config, where = checkpoint.config, str(checkpoint.folder / "config.json")
     yield from config_problems(config, where)
-    for problem in _size_problems(config):
-        yield Diagnostic(problem, where=where, help="restore the file, or correct the number")
     if plugin is not None and plugin.model_class is not None:
         return
     if (unknown := architecture_problem(config, where)) is not None:
@@ -233,9 +231,9 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
     few = stored or len(checkpoint.tensors) < (wanted or 0)  # layers may have names of a kind not known here
     if type(wanted) is int and stored < wanted and few and checkpoint.whole and not checkpoint.unreadable:
         yield Diagnostic(
-            f"the checkpoint lacks layers: {stored} are stored, config.json asks for {wanted}",
+            f"the checkpoint lacks layers: {stored} are stored, {checkpoint.described_by} asks for {wanted}",
             where=str(checkpoint.folder),
-            help="download the missing files, or use the config.json that belongs to these weights",
+            help=_lacking_help(checkpoint),
         )
 
 
@@ -312,25 +310,6 @@ def _meta_model(
         return None
 
 
-def _size_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers of a config that no model has: transformers makes a module, or a name, for each layer, expert
-    and label before any tensor is looked at.
-    """
-    waiting: list[tuple[str, Any]] = list(config.items())
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting.extend((f"{key}.{inner}", v) for inner, v in value.items())
-        elif isinstance(value, list):
-            waiting.extend((key, v) for v in value)
-        elif isinstance(value, int) and value.bit_length() > 63:
-            yield f"{key} in config.json has more than 63 bits"
-        elif isinstance(value, int) and value > min(_MOST_PARTS.values()):
-            most = min((most for part, most in _MOST_PARTS.items() if part in key), default=value)
-            if value > most:
-                yield f"{key} is {value} in config.json, more than the {most} that a model may have"
-
-
 def _rope_note(limit: int, kind: str, positions: int | None) -> str | None:
     """What a cache of `positions` tokens means for frequencies that change beyond `limit` tokens."""
     if positions is None:
@@ -371,7 +350,7 @@ def _tensor_problems(
             yield Diagnostic(
                 problem,
                 where=where,
-                help="config.json and the weights are from different models, or one of them was edited",
+                help=_mixed_help(checkpoint),
             )
     if missing:
         message = (
@@ -379,11 +358,11 @@ def _tensor_problems(
         )
         experts = any(".experts." in name for name in missing)
         stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
-        layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored < wanted else ""
+        layers = _counts(stored, wanted, checkpoint) if stored < wanted else ""
         help = (
             "models with a mixture of experts cannot be imported yet"
             if experts
-            else "download the missing files, or use the config.json that belongs to these weights" + layers
+            else _lacking_help(checkpoint) + layers
         )
         yield Diagnostic(message, where=where, help=help)
     yield from quantization_contradictions(weights, note)
@@ -413,7 +392,9 @@ def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -
         if tied is not None and not _same_bytes(checkpoint, name, tied):
             help = 'set "tie_word_embeddings": false in config.json if the model has two separate tensors'
             yield Diagnostic(
-                f"'{name}' differs from '{tied}', but config.json ties them", where=where, help=help
+                f"'{name}' differs from '{tied}', but {checkpoint.described_by} ties them",
+                where=where,
+                help=help,
             )
         elif (why := _why_surplus(name, tied, weights, used)) is not None:
             surplus.setdefault(why, []).append(name)
@@ -425,16 +406,28 @@ def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -
         note(Diagnostic(message, severity="warning", where=where))
     if wrong:
         message = (
-            f"the checkpoint holds {len(wrong)} tensors that the model of config.json has no place for:"
-            f" {_some(wrong)}"
+            f"the checkpoint holds {len(wrong)} tensors that the model of {checkpoint.described_by} has no"
+            f" place for: {_some(wrong)}"
         )
         stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
-        layers = f" ({stored} layers are stored, config.json asks for {wanted})" if stored > wanted else ""
-        yield Diagnostic(
-            message,
-            where=where,
-            help=f"config.json and the weights are from different models, or one of them was edited{layers}",
-        )
+        layers = _counts(stored, wanted, checkpoint) if stored > wanted else ""
+        yield Diagnostic(message, where=where, help=_mixed_help(checkpoint) + layers)
+
+
+def _counts(stored: int, wanted: int, checkpoint: Checkpoint) -> str:
+    return f" ({stored} layers are stored, {checkpoint.described_by} asks for {wanted})"
+
+
+def _lacking_help(checkpoint: Checkpoint) -> str:
+    if checkpoint.described_by == CONFIG_FILE:
+        return "download the missing files, or use the config.json that belongs to these weights"
+    return _BESIDE
+
+
+def _mixed_help(checkpoint: Checkpoint) -> str:
+    if checkpoint.described_by == CONFIG_FILE:
+        return "config.json and the weights are from different models, or one of them was edited"
+    return _BESIDE
 
 
 def _why_surplus(name: str, tied: str | None, weights: Weights, used: set[str]) -> str | None:

@@ -148,7 +148,7 @@ def _awq(raw: Mapping[str, Any]) -> QuantConfig | list[str]:
     wrong = _refused({
         "bits": (raw.get("bits", raw.get("w_bit", 4)), (4,)),
         "version": (str(form).lower(), ("gemm",)),
-        "zero_point": (raw.get("zero_point", True), (True,)),
+        "zero_point": (raw.get("zero_point", True), (True, False)),  # GPTQModel stores zero points of 8
     })  # fmt: skip
     if isinstance(group, str):
         return [*wrong, group]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,8 @@ def _gguf_tokenizer(path: Path, note: Note) -> dict[str, bytes]:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     architecture, content, settings = get_gguf_tokenizer(str(path))
+    if (problem := _contradiction(content)) is not None:
+        raise ValueError(problem)
     kind, split = content.get("tokenizer_type"), content.get("pre_tokenizer_type", "")
     if kind == "gpt2":
         content["merges"] = _possible(content.get("merges", ()), content["tokens"])
@@ -78,6 +80,22 @@ def _gguf_tokenizer(path: Path, note: Note) -> dict[str, bytes]:
             note(Diagnostic(message, severity="warning", where=str(path), help=_COPY))
     backend, more = convert_gguf_tokenizer(architecture, content)
     return _saved(PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **more))
+
+
+def _contradiction(content: Mapping[str, Any]) -> str | None:
+    """What of a file's tokenizer cannot be whole: transformers makes one that splits text in another way."""
+    tokens = content["tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        return "its tokens are no list of texts"
+    if len(set(tokens)) < len(tokens):
+        return f"{len(tokens) - len(set(tokens))} of its {len(tokens)} tokens are there more than once"
+    for name in ("scores", "token_type"):
+        found = content.get(name)
+        if isinstance(found, list) and len(found) != len(tokens):
+            return f"it has {len(tokens)} tokens and {len(found)} {name}"
+    if content.get("tokenizer_type") == "gpt2" and not content.get("merges"):
+        return "it has no merges"
+    return None
 
 
 def _possible(merges: Iterable[str], tokens: Iterable[str]) -> list[str]:

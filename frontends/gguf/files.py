@@ -20,7 +20,14 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import quant, ty
 from tyir.dialects.quant import GGML_BLOCKS
 from tyir.frontends.checkpoint import StoredTensor
-from tyir.frontends.gguf.config import ARCHITECTURES, ROPE_FREQS, Architecture, config_of, parameter_name
+from tyir.frontends.gguf.config import (
+    ARCHITECTURES,
+    ROPE_FREQS,
+    Architecture,
+    config_of,
+    head_count,
+    parameter_name,
+)
 from tyir.frontends.gguf.header import gguf_header_problem
 from tyir.frontends.quant_formats import emit_dequantized
 from tyir.frontends.weights import Emit, PlainFormat, Weights
@@ -31,6 +38,7 @@ __all__ = ["GgufFormat", "gguf_model", "open_gguf", "read_gguf"]
 
 _PLAIN: Final[dict[str, Type]] = {"F32": f32, "F16": f16, "BF16": bf16, "F64": f64}
 _SPLIT: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_TWICE: Final = "lie in the files more than once"
 _NOT_A_MODEL: Final = "mmproj"  # how llama.cpp names the image encoder beside a language model
 
 
@@ -83,8 +91,15 @@ def read_gguf(
 
     `TyirError` holds everything that cannot be imported.
     """
+    try:
+        return _read(files, needs_config)
+    except TyirError as error:
+        raise TyirError(replace(d, where=d.where or str(files[0])) for d in error.diagnostics) from None
+
+
+def _read(files: Sequence[Path], needs_config: bool) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     readers = [open_gguf(path) for path in files]
-    first, where = readers[0], str(files[0])
+    first = readers[0]
     fields = {
         name: value.contents()
         for name, value in first.fields.items()
@@ -92,17 +107,14 @@ def read_gguf(
     }
     name = fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        message = f"{files[0].name} holds architecture {name!r}, which cannot be imported from GGUF"
         raise TyirError(
-            message,
-            where=where,
+            f"{files[0].name} holds architecture {name!r}, which cannot be imported from GGUF",
             help=f"architectures: {', '.join(ARCHITECTURES)}; others import from safetensors",
         )
     wanted, found = fields.get("split.tensors.count"), sum(len(r.tensors) for r in readers)
-    if wanted is not None and int(wanted) != found:
+    if wanted is not None and wanted != found:
         raise TyirError(
-            f"the {len(files)} files of this model hold {found} tensors, the first one says {int(wanted)}",
-            where=where,
+            f"the {len(files)} files of this model hold {found} tensors, the first one says {wanted!r}",
             help="the files are of different models; download them again",
         )
     tensors: dict[str, StoredTensor] = {}
@@ -113,6 +125,8 @@ def read_gguf(
             stored = _stored(tensor, path)
             if isinstance(stored, StoredTensor):
                 target, part = parameter_name(tensor.name, row)
+                if target in tensors:
+                    troubles.setdefault(_TWICE, []).append(tensor.name)
                 tensors[target] = _converted(stored, part, row, name, fields)
             else:
                 troubles.setdefault(stored, []).append(tensor.name)
@@ -121,7 +135,6 @@ def read_gguf(
         raise TyirError(
             Diagnostic(
                 f"{len(names)} tensors {what} (first '{names[0]}')",
-                where=where,
                 help=f"types that are read: {types}; make the file again with llama.cpp's llama-quantize",
             )
             for what, names in troubles.items()
@@ -131,16 +144,13 @@ def read_gguf(
     if not needs_config:
         return {}, tensors
     table = tensors.get("model.embed_tokens.weight")
-    try:
-        config = config_of(
-            name,
-            fields,
-            {t.name for r in readers for t in r.tensors},
-            None if table is None else table.type.dims[0],
-            None if freqs is None else np.asarray(freqs.data, np.float32).ravel(),
-        )
-    except TyirError as error:
-        raise TyirError(replace(d, where=where) for d in error.diagnostics) from None
+    config = config_of(
+        name,
+        fields,
+        {t.name for r in readers for t in r.tensors},
+        None if table is None else table.type.dims[0],
+        None if freqs is None else np.asarray(freqs.data, np.float32).ravel(),
+    )
     return config, tensors
 
 
@@ -194,11 +204,9 @@ def _converted(
     """With what llama.cpp's converter has done to the values."""
     if row.norm_offset and stored.key.endswith("norm.weight"):
         return replace(stored, added=1)
-    heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(part) if row.interleaved else None
-    if heads is None:
+    if not row.interleaved or part not in ("attn_q", "attn_k"):
         return stored
-    count = fields.get(f"{name}.attention.{heads}", fields.get(f"{name}.attention.head_count", 0))
-    return replace(stored, interleaved=int(count))
+    return replace(stored, interleaved=head_count(name, fields, key_value=part == "attn_k"))
 
 
 class GgufFormat:

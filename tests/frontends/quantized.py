@@ -200,6 +200,8 @@ def _gptq_config(group: int, version: int) -> dict[str, Any]:
 KINDS: dict[str, Kind] = {
     "awq": Kind(64, False, awq, unpack_awq, _awq_config(64)),
     "awq-head": Kind(32, False, awq, unpack_awq, _awq_config(32), head=True),
+    # as GPTQModel writes AWQ: no zero points in the settings, 8 in the tensors
+    "awq-symmetric": Kind(64, True, awq, unpack_awq, {**_awq_config(64), "zero_point": False}),
     "gptq": Kind(
         32, False, lambda g: gptq(g, 1), lambda t, n, k: unpack_gptq(t, n, k, 1), _gptq_config(32, 1)
     ),

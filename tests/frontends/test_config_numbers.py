@@ -65,6 +65,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("n_embd", math.nan, "'n_embd' is NaN"),
     ("max_position_embeddings", 10**400, "'max_position_embeddings' is 1000"),
     ("sliding_window", 0, "'sliding_window' is 0"),
+    ("num_layers_of_a_family", 5000, "'num_layers_of_a_family' is 5000, more than the 1000 that a model"),
+    ("num_experts", 10**9, "'num_experts' is 1000000000, more than the 100000"),
+    ("decoder", {"sizes": [1, 10**300]}, "'decoder.sizes[1]' has more than 63 bits"),
     (
         "a_key_of_one_family",
         [1.0, {"scale": math.nan}],
@@ -79,6 +82,18 @@ def test_bad_numbers(key: str, value: Any, wanted: str) -> None:
     config = json.loads(json.dumps({"hidden_size": 64, key: value}))
     problems = list(config_problems(config, "config.json"))
     assert len(problems) == 1 and problems[0].message.startswith(wanted) and problems[0].help
+
+
+@pytest.mark.parametrize(("key", "value", "wanted"), BAD)
+def test_a_plan_refuses_them_too(tmp_path: Path, key: str, value: Any, wanted: str) -> None:
+    """Before it makes anything of their sizes."""
+    from tyir.tools.estimate.shape import read_shape
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": 64, key: value}))
+    with pytest.raises(TyirError) as caught:
+        read_shape(tmp_path)
+    (problem,) = caught.value.diagnostics
+    assert problem.message.startswith(wanted) or "a number of 401 digits" in problem.message
 
 
 GOOD: list[dict[str, Any]] = [

@@ -4,6 +4,7 @@ and the tokenizer inside; compared with the gguf package and with transformers' 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,6 @@ def of_op(data: Any, kind: str) -> Any:
 
 
 def _value(shape: tuple[int, ...]) -> Value:
-
     kind = TensorType(shape, ui8)
     return ty.GetGlobal.create((), (kind,), DictAttr({"symbol": SymbolRefAttr("a")})).result
 
@@ -76,27 +76,47 @@ def test_every_type_that_the_package_dequantises() -> None:
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == sizes
 
 
-@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1", "IQ4_NL"])
-def test_blocks_by_hand(kind: str) -> None:
-    """ggml-quants.c, element by element: Q5's fifth bits are a 32-bit word, IQ4_NL's nibbles name values."""
+# A block of each type with the values that ggml's own C makes of it (to_float of ggml_get_type_traits in
+# llama-cpp-cffi 0.4.42), the first four as they are and all by the SHA-256 of their f32.
+OF_GGML: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "data" / "ggml_blocks.json").read_text()
+)
+
+
+@pytest.mark.parametrize("kind", OF_GGML)
+def test_blocks_as_ggml_reads_them(kind: str) -> None:
+    """Bit by bit, with no line of the gguf package in what is wanted."""
+    block = np.frombuffer(bytes.fromhex(OF_GGML[kind]["block"]), np.uint8)
+    values = np.asarray(of_op(block[None], kind), "<f4")[0]
+    assert values[:4].tolist() == OF_GGML[kind]["first"]
+    assert hashlib.sha256(values.tobytes()).hexdigest() == OF_GGML[kind]["sha256"]
+
+
+FOUR_BITS = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # what E2M1 can say, without its sign
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "NVFP4"])
+def test_four_bit_floats_by_hand(kind: str) -> None:
+    """MXFP4 (OCP Microscaling 1.0): a power of two for 32 elements; NVFP4: an E4M3 for each 16 of 64.  Of 16
+    or 32 elements the first half lies in the low nibbles.
+    """
     rng = np.random.default_rng(3)
-    size = GGML_BLOCKS[kind][1]
-    block = rng.integers(0, 256, size, dtype=np.uint8)
-    block[:2] = np.array([0.5], np.float16).view(np.uint8)
-    if kind == "Q5_1":
-        block[2:4] = np.array([-1.25], np.float16).view(np.uint8)
-    table = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    run, runs = (32, 1) if kind == "MXFP4" else (16, 4)
+    scales = rng.integers(100, 140, 1) if kind == "MXFP4" else rng.integers(1, 0x70, 4)
+    scales[0] = 3 if kind == "NVFP4" else scales[0]  # E4M3 without its leading one
+    nibbles = rng.integers(0, 256, (runs, run // 2))
+    block = np.concatenate([scales, nibbles.ravel()]).astype(np.uint8)
     wanted = []
-    for i in range(32):
-        nibble = int(block[size - 16 + i % 16]) >> (4 * (i // 16)) & 15
-        if kind == "IQ4_NL":
-            wanted.append(0.5 * table[nibble])
-            continue
-        at = 2 if kind == "Q5_0" else 4
-        fifth = int.from_bytes(block[at : at + 4].tobytes(), "little") >> i & 1
-        q = nibble | fifth << 4
-        wanted.append(0.5 * (q - 16) if kind == "Q5_0" else 0.5 * q - 1.25)
+    for scale, packed in zip(scales.tolist(), nibbles.tolist()):
+        exponent, fraction = scale >> 3, scale & 7
+        e4m3 = fraction * 2.0**-9 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+        factor = 2.0 ** (scale - 127) if kind == "MXFP4" else e4m3
+        for shift in (0, 4):
+            for byte in packed:
+                q = byte >> shift & 15
+                wanted.append((-1 if q & 8 else 1) * FOUR_BITS[q & 7] * factor)
     assert of_op(block[None], kind)[0].tolist() == wanted
+    assert OF_GGML.keys() | {"MXFP4", "NVFP4"} == GGML_BLOCKS.keys()
 
 
 def test_a_file_of_many_types(tmp_path: Path) -> None:
@@ -174,18 +194,145 @@ def test_architectures_that_transformers_does_not_read_from_gguf(tmp_path: Path,
         assert [ours[n] for n in names] == pytest.approx([8.0, 12.0, 0.22, 0.0156])
 
 
-@pytest.mark.parametrize("o_bias", [True, False])
-def test_a_llama_with_biases(tmp_path: Path, o_bias: bool) -> None:
+BIASED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("llama", {"attention_bias": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"attention_bias": True, "without": ("o_proj.bias",)}),
+    ("llama", {"attention_bias": True, "num_hidden_layers": 2}),
+    ("granite", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen3", {"attention_bias": True, "head_dim": 64}),
+    ("gemma", {"attention_bias": True, "head_dim": 64}),
+)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), BIASED)
+def test_biases_that_no_metadata_tell_of(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
     """The config follows from the tensors; biases of q and k are interleaved as their weights are."""
-    config, state = parameters("llama", attention_bias=True, mlp_bias=o_bias)
-    if not o_bias:
-        state = {n: w for n, w in state.items() if not n.endswith("o_proj.bias")}
-    held = gguf_writer.write(tmp_path / "m.gguf", "llama", config, state, lambda n: "Q8_0")
+    changes = dict(changes)
+    without = changes.pop("without", ("no such",))
+    config, state = parameters(model_type, **changes)
+    state = {n: w for n, w in state.items() if not n.endswith(without)}
+    held = gguf_writer.write(tmp_path / "m.gguf", model_type, config, state, lambda n: "Q8_0")
     found = dict(dense_state(tmp_path))
-    assert found.keys() == held.keys()
-    assert all(np.array_equal(found[n], w) for n, w in held.items())
+    assert found.keys() == held.keys() and sum(n.endswith(".bias") for n in found) >= 3
+    for name, w in held.items():
+        np.testing.assert_allclose(found[name], w, atol=1e-6, err_msg=name)
     names, _ = read_gguf([tmp_path / "m.gguf"])
-    assert names["architectures"] == ["LlamaForCausalLM" if o_bias else "Qwen2ForCausalLM"]
+    assert (names["architectures"] == ["Qwen2ForCausalLM"]) == (without == ("o_proj.bias",))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "without", "said"),
+    [
+        ("llama", ("v_proj.bias", "o_proj.bias"), "lacks 2 of the model's"),
+        ("llama", ("q_proj.bias", "k_proj.bias"), "no place for"),
+        ("llama", ("0.self_attn.q_proj.bias",), "lacks 1 of the model's"),
+        ("qwen2", ("q_proj.bias", "k_proj.bias", "v_proj.bias"), "lacks 6 of the model's"),
+    ],
+)
+def test_biases_that_no_class_has_are_told_of_the_file(
+    tmp_path: Path, model_type: str, without: tuple[str, ...], said: str
+) -> None:
+    """Without a word of a config.json that is not there, but to put one there."""
+    changes = {"attention_bias": True} if model_type == "llama" else {}
+    config, state = parameters(model_type, num_hidden_layers=2, **changes)
+    state = {n: w for n, w in state.items() if not n.endswith(without)}
+    gguf_writer.write(tmp_path / "m.gguf", model_type, config, state)
+    with pytest.raises(TyirError) as caught:
+        import_model(tmp_path)
+    message = str(caught.value)
+    assert said in message and "original model's config.json beside the file" in message
+    assert "of config.json" not in message and "use the config.json" not in message
+
+
+KEYS: tuple[tuple[str, Any], ...] = (
+    ("attention.causal", False),
+    ("attention.clamp_kqv", 8.0),
+    ("attention.key_length", 0),
+    ("attention.max_alibi_bias", 8.0),
+    ("attention.scale", 0.5),
+    ("attention.sliding_window", 4),
+    ("attention.value_length", 32),
+    ("attention.head_count_kv", [2, 4]),
+    ("attention.of_tomorrow", 1),
+    ("block_count", "two"),
+    ("expert_count", 8),
+    ("final_logit_softcapping", 30.0),
+    ("logit_scale", 8.0),
+    ("rope.dimension_count", 32),
+    ("rope.dimension_sections", [16, 24, 24, 0]),
+    ("rope.freq_base", [1.0, 2.0]),
+    ("rope.scaling.alpha", 1000.0),
+    ("rope.scaling.yarn_log_multiplier", 0.1),
+    ("use_parallel_residual", True),
+)
+
+
+def add_to(writer: Any, key: str, value: Any) -> None:
+    """A value of metadata, in place of one that is there."""
+    writer.kv_data[0].pop(key, None)
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+
+@pytest.mark.parametrize(("key", "value"), KEYS)
+def test_metadata_that_change_what_is_computed_are_refused(
+    tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]], key: str, value: Any
+) -> None:
+    """By name and value; a config.json beside the file is believed instead."""
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=lambda w: add_to(w, f"llama.{key}", value))
+    message = refusal(tmp_path)
+    assert f"llama.{key}" in message and "config.json beside the file" in message
+
+
+def test_metadata_that_change_nothing(tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    def extra(writer: Any) -> None:
+        for key, value in (
+            ("attention.causal", True),
+            ("attention.value_length", 64),
+            ("attention.head_count_kv", [2, 2]),
+            ("expert_count", 0),
+            ("rope.dimension_count", 64),
+            ("rope.scaling.finetuned", False),
+            ("tensor_data_layout", "Meta AI original pth"),
+            ("vocab_size", 96),
+        ):
+            add_to(writer, f"llama.{key}", value)
+
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=extra)
+    config, _ = read_gguf([tmp_path / "m.gguf"])
+    assert (config["num_key_value_heads"], config["head_dim"]) == (2, 64)
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("missing", ["attention.head_count", "block_count", "feed_forward_length"])
+def test_metadata_that_are_missing(
+    tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]], missing: str
+) -> None:
+    """Never transformers' default of another model."""
+    gguf_writer.write(
+        tmp_path / "m.gguf", "llama", *llama, extra=lambda w: w.kv_data[0].pop(f"llama.{missing}")
+    )
+    assert f"the file does not say llama.{missing}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [None, 2, [True, True, False]])
+def test_the_kinds_of_layers_of_gemma(tmp_path: Path, pattern: Any) -> None:
+    config, state = parameters("gemma3_text", head_dim=64, num_hidden_layers=3)
+
+    def extra(writer: Any) -> None:
+        writer.add_sliding_window(32)
+        writer.add_final_logit_softcapping(30.0)
+        if pattern is not None:
+            add_to(writer, "gemma3.attention.sliding_window_pattern", pattern)
+
+    gguf_writer.write(tmp_path / "m.gguf", "gemma3", config, state, extra=extra)
+    found, _ = read_gguf([tmp_path / "m.gguf"])
+    local, full = "sliding_attention", "full_attention"
+    kinds = {2: [local, full, local], None: None}.get(pattern if type(pattern) is int else None)
+    assert found.get("layer_types") == ([local, local, full] if isinstance(pattern, list) else kinds)
+    assert found["final_logit_softcapping"] == 30.0
 
 
 def test_gemma_computes_as_transformers(tmp_path: Path) -> None:
@@ -259,6 +406,17 @@ def test_parts_of_other_models(tmp_path: Path, llama: tuple[dict[str, Any], dict
     )
 
 
+def test_a_tensor_that_lies_in_two_files(
+    tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    """By name in the files or by the name that it gets."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    gguf_writer.write(
+        tmp_path / "m.gguf", "llama", *llama, extra=lambda w: w.add_tensor(name, np.zeros((512, 256), "f2"))
+    )
+    assert "1 tensors lie in the files more than once (first 'blk.0.ffn_up.weight')" in refusal(tmp_path)
+
+
 def test_types_that_cannot_be_read_are_said_once(
     tmp_path: Path, llama: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
@@ -306,9 +464,23 @@ def test_scaled_rotary_frequencies(tmp_path: Path, llama: tuple[dict[str, Any], 
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(4.0)
         writer.add_rope_scaling_orig_ctx_len(32)
+        writer.add_rope_scaling_yarn_attn_factor(0.5)
+        writer.add_rope_scaling_yarn_beta_slow(2.0)
 
-    found = rope_of(tmp_path, llama, yarn)
-    assert (found["rope_type"], found["factor"], found["original_max_position_embeddings"]) == ("yarn", 4, 32)
+    assert rope_of(tmp_path, llama, yarn) == {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 0.5,
+        "beta_slow": 2.0,
+    }
+    for key in (
+        "llama.rope.scaling.factor",
+        "llama.rope.scale_linear",
+    ):  # llama.cpp: without a type it is linear
+        found = rope_of(tmp_path, llama, lambda w, k=key: w.add_float32(k, 4.0))
+        assert (found["rope_type"], found["factor"]) == ("linear", 4.0)
     with pytest.raises(TyirError, match="in another way than Llama 3 does"):
         rope_of(
             tmp_path, llama, lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 32, dtype="f4"))
@@ -420,6 +592,34 @@ def test_tokenizers_that_cannot_be_made(tmp_path: Path) -> None:
     other.mkdir()
     found, notes = tokenizer_of(other, unknown)
     assert found is None and "no tokenizer can be made of m.gguf" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"token_scores": [0.0, 1.0]}, "it has 3 tokens and 2 scores"),
+        ({"token_types": [1]}, "it has 3 tokens and 1 token_type"),
+        ({"token_list": ["a", "b", "a"]}, "1 of its 3 tokens are there more than once"),
+        ({"token_merges": None}, "it has no merges"),
+        ({"token_list": [1, 2, 3]}, "its tokens are no list of texts"),
+        ({"eos_token_id": 99999}, ""),
+        ({"bos_token_id": [1, 2]}, ""),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole(tmp_path: Path, what: dict[str, Any], said: str) -> None:
+    """None is made, and the reason is told; never one that splits text in another way."""
+
+    def extra(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        parts = {"token_list": ["a", "b", "ab"], "token_merges": ["a b"], **what}
+        for name, value in parts.items():
+            if name.endswith("_id"):
+                add_to(writer, f"tokenizer.ggml.{name}", value)
+            elif value is not None:
+                getattr(writer, f"add_{name}")(value)
+
+    found, notes = tokenizer_of(tmp_path, extra)
+    assert found is None and f"no tokenizer can be made of m.gguf: {said}" in notes[-1]
 
 
 def test_artifacts_of_a_file_alone_have_config_and_tokenizer(

@@ -184,8 +184,8 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_bad_configs(tmp_path: Path) -> None:
     for change, wanted in (
-        ({"hidden_size": -1}, "hidden_size is -1"),
-        ({"vocab_size": "x"}, "vocab_size is 'x'"),
+        ({"hidden_size": -1}, "'hidden_size' is -1"),
+        ({"vocab_size": "x"}, "'vocab_size' is"),
         ({"model_type": "bloom"}, "'bloom'"),
         ({"num_key_value_heads": 5}, "not a multiple of 5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),

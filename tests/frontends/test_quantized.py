@@ -203,7 +203,7 @@ def refusal(folder: Path) -> str:
     [
         ({"bits": 8}, "bits 8 (4 is accepted)"),
         ({"version": "gemv"}, "version 'gemv' (gemm is accepted)"),
-        ({"zero_point": False}, "zero_point False"),
+        ({"zero_point": "none"}, "zero_point 'none'"),
         ({"group_size": "x"}, "group_size 'x'"),
         ({"group_size": 32}, "has groups of 64 input channels, the quantisation config says 32"),
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', which cannot be imported"),

@@ -256,6 +256,23 @@ def test_surroundings(tmp_path: Path, tally: Callable[[str], ProcessTally], slow
     count.close()
 
 
+@pytest.mark.parametrize(
+    ("module", "limit", "told"),
+    [("hashlib", 1 << 28, True), ("json", 1 << 28, True), ("hashlib", -1, False), ("numpy", 1 << 28, False)],
+)
+def test_a_python_that_lacks_a_part_lacks_memory(
+    monkeypatch: pytest.MonkeyPatch, module: str, limit: int, told: bool
+) -> None:
+    """Where there is a limit, and of Python's own modules alone: of others it would be a bug."""
+    import resource
+
+    from tyir.process.system_errors import system_error
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (limit, limit))
+    found = system_error(ImportError(f"cannot import name 'x' from '{module}'", name=module))
+    assert (found is not None and found.message == "there is not enough memory") == told
+
+
 @pytest.mark.slow
 def test_limits_of_artifacts(tmp_path: Path, compiled: Path, tally: Callable[[str], ProcessTally]) -> None:
     count = tally("limits of tyir-run, -sim, -compile")

@@ -16,6 +16,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.adapters import base_of
 from tyir.frontends.checkpoint import StoredTensor
+from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_config import read_quant_config
 from tyir.process.files import load_json, missing_hint
 from tyir.tools.estimate.model import ModelShape
@@ -241,6 +242,8 @@ def read_shape(path: Path, base: Path | None = None) -> ModelShape:
 def _shape_of(path: Path) -> ModelShape:
     """`read_shape` of a whole model."""
     where, raw, tensors = _config(path)
+    if problems := list(config_problems(raw, str(where))):
+        raise TyirError(problems)
     raw = language_config(raw)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -249,7 +252,7 @@ def _shape_of(path: Path) -> ModelShape:
             where=str(where),
             help=f"planned from config.json alone: {', '.join(FAMILIES)}",
         )
-    family, problems = FAMILIES[kind], list[Diagnostic]()
+    family = FAMILIES[kind]
     quant = read_quant_config(where.parent, raw, problems)
     for key, value in (family.only or {}).items():
         if raw.get(key, value) != value:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from typing import Final
 
 from tyir.diagnostics import Diagnostic
@@ -39,7 +40,7 @@ _CURES: Final = {
 def system_error(error: BaseException) -> Diagnostic | None:
     """What to say of an error that the system is the cause of; None when it is not."""
     chain = _chain(error)
-    if any(_is_memory(e) for e in chain):
+    if any(_is_memory(e) or _is_incomplete_python(e) for e in chain):
         return Diagnostic(
             "there is not enough memory", help="allow more (ulimit -v), or close other programs"
         )
@@ -79,6 +80,19 @@ def _is_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower() if isinstance(error, (ImportError, RuntimeError, OSError, SystemError)) else ""
     return any(sign in text for sign in _NO_MEMORY)
+
+
+def _is_incomplete_python(error: BaseException) -> bool:
+    """A module of Python's own that lacks a part, under a limit of memory: one that has several to choose
+    from (hashlib) passes over the cause for which it could load none.
+    """
+    if not isinstance(error, ImportError) or error.name not in sys.stdlib_module_names:
+        return False
+    try:
+        import resource
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _has_current_folder() -> bool:
