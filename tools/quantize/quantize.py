@@ -25,6 +25,7 @@ from tyir.layers import is_named_in
 from tyir.passes.pipelines import awq_pipeline
 from tyir.pipeline import run_pipeline
 from tyir.tools.quantize.arithmetic import dequantized, folded, quantized
+from tyir.tools.quantize.by_rows import threads_for
 from tyir.tools.quantize.calibration import drawn, generated_windows, text_windows
 from tyir.tools.quantize.layer_search import LinearReport, ScaledChannels
 from tyir.tools.quantize.perplexity import Change, Perplexity, artifact_perplexity, model_perplexity
@@ -208,7 +209,9 @@ def _calibration(
     samples = _work(model, settings).samples
     if source is None:
         samples = settings.samples or min(samples, _GENERATED)
-        windows = generated_windows(model.folder, settings.window, samples, settings.seed)
+        weights = sum(n * k for n, k in (linear.shape for linear in model.linears(0)))
+        with threads_for(weights, samples * settings.window):
+            windows = generated_windows(model.folder, settings.window, samples, settings.seed)
         return windows, windows[:0]
     windows = text_windows(model.folder, source, settings.window)
     places = torch.arange(len(windows))
