@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError  # noqa: E402
 from tyir.dialects.ty import QuantizeGroups, dequantize  # noqa: E402
 from tyir.tools.quantize import arithmetic, calibration, gptq, ranges, scales, settings  # noqa: E402
 from tyir.tools.quantize.autoawq import settings_of  # noqa: E402
-from tyir.tools.quantize.by_rows import by_rows  # noqa: E402
+from tyir.tools.quantize.by_rows import by_rows, threads_for  # noqa: E402
 from tyir.tools.quantize.moments import Inputs, Moments  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
@@ -248,6 +248,19 @@ def test_rows_are_divided_by_numbers_alone(count: int, threads: int) -> None:
     assert len(parts) == 1 or {n for _, n in parts} == {1}
 
 
+def test_little_work_is_done_by_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for weights, tokens, threads in ((800_000, 512, 1), (800_000, 64 * 512, 3), (15_000_000, 2048, 3)):
+            with pytest.raises(KeyboardInterrupt), threads_for(weights, tokens):
+                assert torch.get_num_threads() == threads
+                raise KeyboardInterrupt
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_in_the_rows_comes_out() -> None:
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
@@ -361,7 +374,9 @@ def test_the_work_follows_from_shapes() -> None:
     assert tiny.samples > middle.samples > large.samples >= 4
     assert tiny.points > middle.points >= large.points >= 4
     assert settings.work_for(settings.QuantizeSettings(samples=3), 24, half).samples == 3
-    assert settings.work_for(settings.QuantizeSettings(quick=True), 1, [(8, 8)]) == settings.Work(4, 4, 1, 2)
+    assert settings.work_for(settings.QuantizeSettings(quick=True), 1, [(8, 8)]) == settings.Work(
+        4, 4, 1, 2, ratios=5
+    )
     assert tiny.rounds > middle.rounds == large.rounds > 0
     # both objectives are tried of a small model whose numbers are not searched
     shapes = [(256, 256)] * 2 + [(768, 256)] * 3

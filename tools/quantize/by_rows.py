@@ -7,17 +7,34 @@ through all the steps of its own rows waits for nobody.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Final, TypeVar
 
 import torch
 
-__all__ = ["by_rows"]
+__all__ = ["by_rows", "threads_for"]
 
 _T = TypeVar("_T")
 _LEAST: Final = 256
+_ALONE: Final = (
+    10_000_000_000  # weights of a layer x tokens; below it a second thread costs more than it does
+)
+
+
+@contextmanager
+def threads_for(weights: int, tokens: int) -> Iterator[None]:
+    """One thread, where so many tokens through so many weights are so little that every step ends before a
+    second thread has begun: it would only be waited for, for as long as the machine does something else.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if weights * tokens < _ALONE else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def by_rows(count: int, most: int, device: str, work: Callable[[slice], _T]) -> list[_T]:

@@ -252,7 +252,9 @@ class _LayerSearch:
         chosen = None
         if self.settings.scales and group is not None:
             weights = [m.weight(self.plain) for m in stage if self.prefix + m.path in group.readers]
-            chosen = search_scale(weights, found[0].inputs, group.head, group.repeats, self.grid)
+            chosen = search_scale(
+                weights, found[0].inputs, group.head, group.repeats, self.grid, self.work.ratios
+            )
             if chosen.scale is not None:
                 self.found.scales[group.producer] = chosen.scale
         for linear, moments in zip(stage, found, strict=True):

@@ -25,6 +25,7 @@ from tyir.layers import is_named_in
 from tyir.passes.pipelines import awq_pipeline
 from tyir.pipeline import run_pipeline
 from tyir.tools.quantize.arithmetic import dequantized, folded, quantized
+from tyir.tools.quantize.by_rows import threads_for
 from tyir.tools.quantize.calibration import drawn, generated_windows, text_windows
 from tyir.tools.quantize.layer_search import LinearReport, ScaledChannels
 from tyir.tools.quantize.perplexity import Change, Perplexity, artifact_perplexity, model_perplexity
@@ -96,11 +97,11 @@ def quantize(
     model = StreamedModel(folder, settings.window, settings.device, note)
     module = import_model(folder)
     run_pipeline(module, "to-ty")
+    kept = settings.modules_to_not_convert
+    groups = scaled_channels(module, lambda path: is_named_in(path, kept), settings.device)
     found = Found(AwqTable(_plain_table(settings)))
     if settings.method != "rtn":
         windows = _calibration(model, calibration, settings)
-        kept = settings.modules_to_not_convert
-        groups = scaled_channels(module, lambda path: is_named_in(path, kept), settings.device)
         found, settings = _searched(model, windows, groups, settings, work_folder, progress)
     work_folder.mkdir(parents=True, exist_ok=True)
     table = work_folder / TABLE
@@ -126,7 +127,9 @@ def quantize(
             written = StreamedModel(out, settings.window, settings.device, note)
             outcome.after = model_perplexity(written, windows, progress=progress)
         else:
-            outcome.after = model_perplexity(model, windows, _change(model, found, settings), progress)
+            outcome.after = model_perplexity(
+                model, windows, _change(model, found, groups, settings), progress
+            )
     shutil.rmtree(work_folder)
     return outcome
 
@@ -206,7 +209,9 @@ def _calibration(
     samples = _work(model, settings).samples
     if source is None:
         samples = settings.samples or min(samples, _GENERATED)
-        windows = generated_windows(model.folder, settings.window, samples, settings.seed)
+        weights = sum(n * k for n, k in (linear.shape for linear in model.linears(0)))
+        with threads_for(weights, samples * settings.window):
+            windows = generated_windows(model.folder, settings.window, samples, settings.seed)
         return windows, windows[:0]
     windows = text_windows(model.folder, source, settings.window)
     places = torch.arange(len(windows))
@@ -236,31 +241,27 @@ def _searched(
     for objective in OBJECTIVES:
         asked = replace(settings, objective=objective)
         found = search(model, seen, groups, asked, folder / objective, progress)
-        value = model_perplexity(model, others, _change(model, found, asked), progress).value
+        value = model_perplexity(model, others, _change(model, found, groups, asked), progress).value
         tried.append((value, found, asked))
     _, found, asked = min(tried, key=lambda each: each[0])
     return found, asked
 
 
-def _change(model: StreamedModel, found: Found, settings: QuantizeSettings) -> Change:
+def _change(
+    model: StreamedModel, found: Found, groups: list[ScaledChannels], settings: QuantizeSettings
+) -> Change:
     """A layer's tensors with what the ranges and numbers make of its linears; for tables that no checkpoint
     can be made of.  Scales are taken out again, so that norms stay as they are.
     """
-    module = import_model(model.folder)
-    run_pipeline(module, "to-ty")
     grid, device = settings.grid, settings.device
-
-    def is_kept(path: str) -> bool:
-        return is_named_in(path, settings.modules_to_not_convert)
-
-    groups = [g for g in scaled_channels(module, is_kept, device) if g.producer in found.table.scales]
+    groups = [group for group in groups if group.producer in found.table.scales]
     scales = {g.producer: torch.tensor(found.table.scales[g.producer], device=device) for g in groups}
     columns = {path: g.of_columns(scales[g.producer]) for g in groups for path in g.readers}
 
     def change(index: int, tensors: Tensors) -> Tensors:
         for linear in model.linears(index):
             path = f"{model.paths[index]}.{linear.path}"
-            if is_kept(path):
+            if is_named_in(path, settings.modules_to_not_convert):
                 continue
             rows = None
             for group in groups:

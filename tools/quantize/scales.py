@@ -21,7 +21,6 @@ from tyir.tools.quantize.settings import Grid
 __all__ = ["ChosenScale", "search_scale"]
 
 Tensor = Any
-_RATIOS: Final = 20
 _SAMPLED: Final = 1 << 19  # weights of each reader that are looked at, in whole rows
 _AT_ONCE: Final = 1 << 18  # weights that stay in a core's cache
 
@@ -40,18 +39,19 @@ class ChosenScale:
 
 
 def search_scale(
-    weights: Sequence[Tensor], inputs: Inputs, head: int, repeats: int, grid: Grid
+    weights: Sequence[Tensor], inputs: Inputs, head: int, repeats: int, grid: Grid, ratios: int = 20
 ) -> ChosenScale:
     """The scale of linears [N, K] that read the same `inputs` [K].
 
     The channels of a producer stand in the readers' columns in runs of `head`, each `repeats` times.
+    `ratios`: how many steps there are from 0 to 1.
     """
     some = [w[:: -(-w.numel() // _SAMPLED)] for w in weights]
     size = grid.group_size
     blocks = torch.stack(
         [inputs.second[i : i + size, i : i + size] for i in range(0, len(inputs.second), size)]
     )
-    tried = list(_candidates(some, inputs, head, repeats, grid))
+    tried = list(_candidates(some, inputs, head, repeats, grid, ratios))
     columns = [None, *(_of_columns(scale, head, repeats) for _, _, scale in tried)]
 
     def errors(weight: Tensor, rows: slice) -> list[float]:
@@ -77,7 +77,7 @@ def search_scale(
 
 
 def _candidates(
-    weights: Sequence[Tensor], inputs: Inputs, head: int, repeats: int, grid: Grid
+    weights: Sequence[Tensor], inputs: Inputs, head: int, repeats: int, grid: Grid, ratios: int
 ) -> Iterator[tuple[float, bool, Tensor]]:
     joined = torch.cat(list(weights))
     groups = joined.abs().reshape(len(joined), -1, grid.group_size)
@@ -85,8 +85,8 @@ def _candidates(
     of_weights = _of_channels(of_weights, head, repeats)
     of_inputs = _of_channels(inputs.magnitude, head, repeats)
     for duo in (False, True):
-        for step in range(0 if duo else 1, _RATIOS + 1):
-            ratio = step / _RATIOS
+        for step in range(0 if duo else 1, ratios + 1):
+            ratio = step / ratios
             scale = of_inputs**ratio
             if duo:
                 scale = scale / (of_weights ** (1 - ratio) + 1e-4)

@@ -31,6 +31,7 @@ from tyir.layers import is_named_in
 from tyir.process.memory import return_free_memory
 from tyir.process.progress import Bar
 from tyir.tools.quantize.arithmetic import is_finite
+from tyir.tools.quantize.by_rows import threads_for
 from tyir.tools.quantize.layer_search import LayerResult, LinearReport, ScaledChannels, search_layer
 from tyir.tools.quantize.loss_terms import gradient_file, read_state, write_gradients
 from tyir.tools.quantize.settings import QuantizeSettings, Work, work_for
@@ -126,7 +127,8 @@ def search(
     work = work_for(settings, model.depth, shapes)
     _check_group_size(model, settings, is_kept)
     return_free_memory()
-    with _reproducible():
+    weights = sum(n * k for n, k in shapes)
+    with threads_for(weights, windows.numel()), _reproducible():
         by_loss = settings.objective == "loss"
         store = _Store(folder, _question(model, windows, settings, work))
         done = store.done()

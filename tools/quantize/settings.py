@@ -26,6 +26,7 @@ _ACCELERATOR: Final = 25  # how many times the work a GPU may take
 _SAMPLES: Final = (4, 64)
 _POINTS: Final = (4, 8)
 _ROUNDS: Final = (2, 8)
+_QUICK_RATIOS: Final = 5
 _SWEEPS: Final = (
     1,
     2,
@@ -126,7 +127,7 @@ class QuantizeSettings:
 @dataclass(frozen=True)
 class Work:
     """How many windows are seen, how many values of each end of a range are tried, how often, and how often
-    GPTQ's numbers are rounded again; whether both objectives are tried.
+    GPTQ's numbers are rounded again; whether both objectives are tried; the steps of a scale's ratio.
     """
 
     samples: int
@@ -134,12 +135,13 @@ class Work:
     sweeps: int
     rounds: int = 0
     both: bool = False
+    ratios: int = 20
 
 
 def work_for(settings: QuantizeSettings, layers: int, linears: Sequence[tuple[int, int]]) -> Work:
     """The work for a model of `layers` layers whose linears have these shapes [N, K]."""
     if settings.quick:
-        return Work(settings.samples or _SAMPLES[0], _POINTS[0], _SWEEPS[0], _ROUNDS[0])
+        return Work(settings.samples or _SAMPLES[0], _POINTS[0], _SWEEPS[0], _ROUNDS[0], ratios=_QUICK_RATIOS)
     factor = _ACCELERATOR if settings.device != "cpu" else 1
     weights = max(1, layers * sum(n * k for n, k in linears))
     samples = int(factor * _FORWARD_WORK / (weights * settings.window))
