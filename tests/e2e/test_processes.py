@@ -18,6 +18,7 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.manifest import BuildOptions
 from tyir.runtime_sim.processes.group import DieGroup, GroupFailed
+from tyir.runtime_sim.processes.rehearsal import rehearse
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools import tyir_run
 from tyir.tools.api import compile_path
@@ -41,7 +42,12 @@ def test_a_group_computes_what_one_process_does_and_names_who_is_gone(
         )
         session = Session(group.artifacts, group=group)
         assert list(session.generate(IDS, 24)) == wanted
-        assert group.links.met > 24
+        parts = [rehearse(group.artifacts, dies, 4, 1) for dies in group.places]
+        kinds = [[event.kind for event in of.events] for of in parts]
+        met = group.links.met
+        session.feed([1])
+        alone.feed([1])
+        assert kinds == [["meet"] * (group.links.met - met) + ["end"]] * 2, "what each does is known without"
         caches = alone.engine.caches()
         found = session.engine.caches()
         assert caches.keys() == found.keys() and all(np.array_equal(caches[n], found[n]) for n in caches)

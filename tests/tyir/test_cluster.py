@@ -25,7 +25,7 @@ def test_times_by_hand(tmp_path: Path) -> None:
     assert cluster.name == "two PCs" and cluster.constants["link.hop_us"].source == "test"
     assert cluster.message_ns(4096) == 60_000 + 4096
     assert cluster.exchange_ns(4096, 2) == 150_000 + 60_000 + 4096
-    assert cluster.exchange_ns(4096, 3) == 150_000 + 60_000 + 2 * 4096
+    assert cluster.exchange_ns(4096, 3) == 2 * 150_000 + 60_000 + 2 * 4096
     assert cluster.exchange_ns(4096, 1) == 0
 
 

@@ -27,7 +27,7 @@ _PACKAGE: Final = "tyir.targets"
 @dataclass(frozen=True)
 class Link:
     """From one machine to another: a message takes `hop_us` and its bytes at `bandwidth_gbps`; where all
-    machines of a group tell each other something, the processes spend `exchange_us` beside that.
+    machines of a group tell each other something, each spends `exchange_us` beside that for every other.
     """
 
     hop_us: float
@@ -53,11 +53,13 @@ class Cluster:
     def exchange_ns(self, nbytes: int, machines: int) -> float:
         """Each of the machines sends `nbytes` to each other: they leave one after the other over one port.
 
-        Example (3 machines, 4096 bytes, hop 60, 1 GB/s, exchange 150): 150000 + 60000 + 2 * 4096 = 218192 ns.
+        Example (3 machines, 4096 bytes, hop 60, 1 GB/s, exchange 150): 2 * 150000 + 60000 + 2 * 4096 =
+        368192 ns.
         """
-        if machines == 1:
+        others = machines - 1
+        if not others:
             return 0.0
-        return self.link.exchange_us * 1000 + self.message_ns(nbytes * (machines - 1))
+        return others * self.link.exchange_us * 1000 + self.message_ns(others * nbytes)
 
 
 def load_cluster(path: Path) -> Cluster:
