@@ -58,8 +58,8 @@ def test_stages_are_among_what_helps(tmp_path: Path) -> None:
 
 
 def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Over a slow link a stage a card is faster, over a quick one all dies as one group; the link costs what
-    it is slower by.
+    """Over a slow link each card holds the whole model, as no sum is worth its hops; stages pass five of them:
+    the embedding's sum is two, a hand-over there and one back, and the logits.  A quick one is for one group.
     """
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "vocab_size": 4096}
     config = {**CONFIGS["7b"], **sizes, "num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -79,11 +79,11 @@ def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str
         found.append(json.loads(capsys.readouterr().out)["on_cards"])
     for rows in found:
         assert [row["stages"] for row in rows] == [1, 2]
-        assert all(0 < row["links_s"] < row["token_s"] and row["largest_bytes"] > 0 for row in rows)
-        assert rows[0]["links_s"] > rows[1]["links_s"], "sums pass twice a layer, stages once"
+        assert all(0 <= row["links_s"] < row["token_s"] for row in rows)
     (slow, slow_stages), (quick, quick_stages) = found
-    assert slow["token_s"] > slow_stages["token_s"] and quick["token_s"] < quick_stages["token_s"]
-    assert slow["token_s"] - slow["links_s"] == pytest.approx(quick["token_s"] - quick["links_s"], rel=0.01)
+    assert slow["largest_bytes"] > 3 * quick["largest_bytes"] and slow["links_s"] < 1e-4
+    assert slow_stages["links_s"] == pytest.approx(25e-3, rel=0.01)
+    assert quick["token_s"] < quick_stages["token_s"] < slow_stages["token_s"]
     assert tyir_compile.main([str(tmp_path), *words, "--cluster", str(link), "--cards", "3"]) == 1
     assert "4 dies are not shared evenly by 3 cards" in capsys.readouterr().err
 

@@ -76,7 +76,7 @@ def with_value(asked: Asked, name: str, value: str) -> Asked:
             help=did_you_mean(name, SWEPT) or f"one of {', '.join(SWEPT)}",
         )
     try:
-        number = int(value) if SWEPT[name] else float(value)
+        number: Any = int(value) if SWEPT[name] else float(value)
     except ValueError:
         raise TyirError(
             f"--sweep {name}: '{value}' is not a {'whole number' if SWEPT[name] else 'number'}",
