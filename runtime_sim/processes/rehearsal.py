@@ -100,17 +100,18 @@ def rehearse(
     """What the process with these dies does in a decode step: the medians of so many.  `threads`: as the
     group's processes have them.  `cores`: how many it has to itself while it computes, None for all.
     """
-    with _cores(cores):
-        return _rehearsed(artifacts, dies, steps, threads)
+    with _cores(cores) as count:
+        return _rehearsed(artifacts, dies, steps, None if threads is None else min(threads, count))
 
 
 @contextmanager
-def _cores(count: int | None) -> Iterator[None]:
-    """Inside, new threads run on so many cores only."""
+def _cores(count: int | None) -> Iterator[int]:
+    """Inside, new threads run on so many cores only; gives how many they are."""
     whole = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(whole)[:count])
+    few = sorted(whole)[:count]
+    os.sched_setaffinity(0, few)
     try:
-        yield
+        yield len(few)
     finally:
         os.sched_setaffinity(0, whole)
 

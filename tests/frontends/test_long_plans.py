@@ -58,8 +58,8 @@ def test_stages_are_among_what_helps(tmp_path: Path) -> None:
 
 
 def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Over a slow link each card holds the whole model, as no sum is worth its hops; stages pass five of them:
-    the embedding's sum is two, a hand-over there and one back, and the logits.  A quick one is for one group.
+    """Over a slow link each card holds the whole model, as no sum is worth its hops; stages pass five: the
+    embedding's sum is two, a hand-over there and one back, and the logits.  A quick one is for one group.
     """
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "vocab_size": 4096}
     config = {**CONFIGS["7b"], **sizes, "num_key_value_heads": 2, "num_hidden_layers": 4}
