@@ -216,12 +216,12 @@ def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int
     if args.ray is None:
         rows = sweep(predictor, name, numbers, prompt, pos)
     else:
-        from tyir.tools.cluster.ray_workers import ray_workers
+        from tyir.tools.cluster.ray_workers import RayWorkers
         from tyir.tools.sim.sweeps import swept
 
         for number in numbers:  # what is wrong with them is said before a worker is asked
             predictor.machine.with_overrides({name: number})
-        workers = ray_workers(args.ray)
+        workers = RayWorkers(args.ray)
         rows = swept(workers, args.artifacts, _choices(args)[0], name, numbers, prompt, pos)
     if args.report == "json":
         return json.dumps({"constant": name, "rows": [asdict(r) for r in rows]}, indent=1)
