@@ -49,6 +49,7 @@ __all__ = [
     "ToolMain",
     "ToolParser",
     "add_json_option",
+    "add_ray_option",
     "check_output",
     "detail",
     "note",
@@ -433,6 +434,11 @@ class ToolParser(argparse.ArgumentParser):
 def add_json_option(parser: argparse._ActionsContainer, what: str = "print the result as JSON") -> None:
     """`--json`, spelled alike everywhere; what is printed is described in docs/json.md."""
     parser.add_argument("--json", action="store_true", help=f"{what} (docs/json.md)")
+
+
+def add_ray_option(parser: argparse._ActionsContainer, what: str) -> None:
+    """`--ray`, of commands whose work the machines of a cluster can share (`tyir.tools.cluster`)."""
+    parser.add_argument("--ray", metavar="auto|ADDRESS", help=what)
 
 
 # --------------------------------------------------------------------------------------------------- files

@@ -2,6 +2,7 @@
 
 tyir-bench-serving out/4die --request-rate 0.2 --num-prompts 20 --input-len 128 --output-len 64
 tyir-bench-serving out/4die --trace requests.jsonl --engine host --result result.json
+tyir-bench-serving out/4die --sweep request-rate=0.1,0.2,0.5,inf --ray auto
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, run_tool, write_output
 
 if TYPE_CHECKING:
-    from tyir.runtime_sim.serving.benchmark import Server
+    from tyir.tools.sim.requests import Asked
 
 __all__ = ["main", "make_parser"]
 
@@ -26,75 +28,45 @@ __all__ = ["main", "make_parser"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    from tyir.runtime_sim.serving.benchmark import poisson, read_trace, serve, summary, text_block
+    from tyir.runtime_sim.serving.benchmark import text_block
+    from tyir.tools.sim.requests import Asked, served
 
-    _check_positive(args)
-    slos = _slos(args.goodput)
-    requests = (
-        read_trace(args.trace)
-        if args.trace
-        else poisson(args.num_prompts, args.request_rate, args.input_len, args.output_len, args.seed)
-    )
-    server, note = _server(args)
-    figures = summary(serve(requests, server, max_concurrency=args.max_concurrency), slos)
-    whole = {"artifacts": str(args.artifacts), "engine": args.engine, "note": note, **figures}
-    if args.json:
-        print(json.dumps(whole, indent=1))
+    numbers = {f.name: getattr(args, f.name) for f in fields(Asked) if f.name != "slos"}
+    asked = Asked(**numbers, slos=_slos(args.goodput))
+    asked.check()
+    if args.sweep is not None:
+        whole, text = _swept(args, asked)
     else:
-        print(text_block(figures))
-        print(note)
+        if args.ray is not None:
+            raise TyirError(
+                "--ray shares the values of --sweep among the cluster's workers, and there is none",
+                help="add --sweep request-rate=0.1,0.2,inf, or leave --ray out",
+            )
+        whole = served(asked)
+        text = f"{text_block(whole)}\n{whole['note']}"
+    print(json.dumps(whole, indent=1) if args.json else text)
     if args.result:
         write_output(json.dumps(whole, indent=1), str(args.result))
     return 0
 
 
-def _check_positive(args: argparse.Namespace) -> None:
-    bad = [
-        f"--{name.replace('_', '-')} {value:g}"
-        for name in ("num_prompts", "input_len", "output_len", "request_rate", "max_concurrency")
-        if (value := getattr(args, name)) is not None and not value > 0
-    ]
-    if bad:
+def _swept(args: argparse.Namespace, asked: Asked) -> tuple[dict[str, Any], str]:
+    """The figures for several values of one number of the requests, as data and as a table."""
+    from tyir.runtime_sim.serving.benchmark import sweep_block
+    from tyir.tools.cluster.ray_workers import ray_workers
+    from tyir.tools.sim.requests import with_value
+    from tyir.tools.sim.sweeps import served_each
+
+    if args.ray is not None and args.engine != "sim":
         raise TyirError(
-            f"{', '.join(bad)} must be positive",
-            help="the defaults are --num-prompts 10 --input-len 128 --output-len 64 --request-rate inf",
+            f"--engine {args.engine} measures this computer, --ray would use others",
+            help="leave --ray out, or --engine for the timing simulator",
         )
-
-
-def _server(args: argparse.Namespace) -> tuple[Server, str]:
-    if args.engine != "sim":
-        from tyir.runtime_sim.serving.benchmark import MeasuredServer
-        from tyir.runtime_sim.session.batch_session import BatchSession
-
-        session = BatchSession(args.artifacts, args.engine)
-        return (
-            MeasuredServer(session),
-            f"measured on this computer, engine {args.engine}; no time is spent waiting for arrivals",
-        )
-    from tyir.artifacts.dual_chunk import DualChunk
-    from tyir.execution.artifacts import Artifacts
-    from tyir.runtime_sim.serving.benchmark import SimulatedServer
-    from tyir.runtime_sim.timing.predictor import Predictor
-    from tyir.runtime_sim.timing.program import EdgeProgram, load_programs, machine_of
-    from tyir.targets.machine import load_machine
-
-    artifacts = Artifacts.open(args.artifacts)
-    manifest = artifacts.manifest
-    loaded: dict[int, list[EdgeProgram]] = {}
-
-    def programs(seqlen: int) -> list[EdgeProgram]:
-        if seqlen not in loaded:
-            loaded[seqlen] = load_programs(artifacts, seqlen)
-        return loaded[seqlen]
-
-    machine = load_machine(args.machine) if args.machine is not None else machine_of(artifacts)
-    predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
-    state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
-    chunks = DualChunk.used(manifest.model, manifest.options.max_kv)
-    return (
-        SimulatedServer(predictor, manifest.options.batch, chunks),
-        f"simulated, device time; host constant = {machine.host.step_us / 1000:g} ms a step{state}",
-    )
+    name, _, values = args.sweep.partition("=")
+    settings = [with_value(asked, name, value) for value in values.split(",")]
+    rows = served_each(ray_workers(args.ray), settings)
+    found = [{"value": getattr(s, name.replace("-", "_")), **row} for s, row in zip(settings, rows)]
+    return {"sweep": name, "rows": found}, f"{sweep_block(name, found)}\n{rows[0]['note']}"
 
 
 def _slos(items: Sequence[str]) -> dict[str, float]:
@@ -160,6 +132,17 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME:MS",
         help="service levels, e.g. ttft:500 tpot:50 e2el:5000",
+    )
+    parser.add_argument(
+        "--sweep",
+        metavar="NAME=V,V,..",
+        help="a line for each of several values of request-rate, num-prompts, input-len, output-len,"
+        " max-concurrency or seed",
+    )
+    add_ray_option(
+        parser,
+        "have the values of --sweep simulated by the workers of a Ray cluster, that of this machine (auto) or"
+        " another; the figures are the same",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default 0)")
     parser.add_argument(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,11 +17,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from tyir.artifacts.vision import VISION_EXPONENT, VisionSplit
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.cli import ToolParser, add_json_option, run_tool, warn, whole_number
+from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, run_tool, warn, whole_number
 from tyir.tools.commands.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 
 if TYPE_CHECKING:
-    from tyir.backends.workers import Workers
     from tyir.process.cache import Cache
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.commands.json_forms import Artifacts
@@ -31,14 +32,41 @@ __all__ = ["main", "make_parser", "numbers"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    from tyir.process.stopwatch import Stopwatch
-    from tyir.tools.api import compile_path
-
     options = {
         f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name, None)) is not None
     }
+    if args.cluster is not None:
+        with _on_cards(args, options) as args.machine:
+            return _run(args, options)
+    return _run(args, options)
+
+
+@contextmanager
+def _on_cards(args: argparse.Namespace, options: Mapping[str, Any]) -> Iterator[str]:
+    """A machine file whose packages are cards, linked as --cluster says."""
+    from tyir.targets.cluster import load_cluster
+    from tyir.targets.machine import load_machine
+    from tyir.tools.estimate.cards import check_cards
+
+    cluster, dies = load_cluster(args.cluster), options.get("dies", BuildOptions.dies)
+    check_cards(dies, args.cards)
+    machine = cluster.joined(load_machine(args.machine or "edge10"), dies // args.cards)
+    with tempfile.TemporaryDirectory(prefix="tyir-cards-") as folder:
+        file = Path(folder) / "machine.toml"
+        file.write_text(machine.as_toml(), encoding="utf-8")
+        yield str(file)
+
+
+def _run(args: argparse.Namespace, options: Mapping[str, Any]) -> int:
+    from tyir.process.stopwatch import Stopwatch
+    from tyir.tools.api import compile_path
+    from tyir.tools.cluster.ray_workers import ray_workers
+
     if args.plan:
-        return print_plan(args.model, options, args.image, args.base, as_json=args.json)
+        cards = args.cards if args.cluster is not None else 0
+        return print_plan(
+            args.model, options, args.image, args.base, args.machine, cards=cards, as_json=args.json
+        )
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch(told=_log(args.json_log))
@@ -79,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         vision_exponent=args.vision_exponent,
         jobs=args.jobs,
         cache=_cache(args),
-        workers=_workers(args.ray),
+        workers=ray_workers(args.ray),
         vision_split=args.vision_split,
     )
     if args.timing:
@@ -115,15 +143,6 @@ def _log(path: Path | None) -> Callable[[Mapping[str, object]], None] | None:
 
     report_to(told)
     return told
-
-
-def _workers(address: str | None) -> Workers | None:
-    """The cluster that was asked for."""
-    if address is None:
-        return None
-    from tyir.tools.cluster.ray_workers import RayWorkers
-
-    return RayWorkers(address)
 
 
 def _cache(args: argparse.Namespace) -> Cache | None:
@@ -162,7 +181,9 @@ def print_plan(
     given: Mapping[str, Any],
     images: Sequence[tuple[int, int]] = (),
     base: Path | None = None,
+    machine: str | None = None,
     *,
+    cards: int = 0,
     as_json: bool = False,
 ) -> int:
     """Print the plan of a compile; `TyirError` when something does not fit."""
@@ -171,7 +192,7 @@ def print_plan(
 
     options = BuildOptions(**settle_group_size(model, given))
     check_options(options)
-    plan = make_plan(model, options, images=images, base=base, long=True)
+    plan = make_plan(model, options, machine or "edge10", images, base, long=True, cards=cards)
     if as_json:
         from tyir.tools.commands.json_forms import print_json
 
@@ -316,6 +337,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="die that the command programs are scheduled for (default edge10; docs/machines.md)",
     )
     parser.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        help="the dies lie on cards in several machines, linked as this file says (docs/processes.md): cuts"
+        " are chosen for it, and --plan simulates a token with all dies as one group and with a stage a card",
+    )
+    parser.add_argument(
+        "--cards", type=whole_number, default=2, metavar="N", help="of --cluster: how many (default 2)"
+    )
+    parser.add_argument(
         "--backend",
         default="edge10",
         metavar="NAME",
@@ -342,10 +373,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="threads that write weights, beside the one that makes programs (default: one a processor);"
         " artifacts are the same bytes for every N",
     )
-    parser.add_argument(
-        "--ray",
-        metavar="auto|ADDRESS",
-        help="have weights computed and host code built by the workers of a Ray cluster, that of this machine"
+    add_ray_option(
+        parser,
+        "have weights computed and host code built by the workers of a Ray cluster, that of this machine"
         " (auto) or another; artifacts are the same bytes",
     )
     parser.add_argument(

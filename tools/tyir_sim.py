@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_json_option, run_tool, write_output
+from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, run_tool, write_output
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.timing.predictor import Predictor
@@ -29,6 +29,11 @@ def main(argv: Sequence[str]) -> int:
         args.report = "json"
     if args.top < 0:
         raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")
+    if args.ray is not None and args.sweep is None:
+        raise TyirError(
+            "--ray shares the values of --sweep among the cluster's workers, and there is none",
+            help="add --sweep dram.bandwidth_gbps=17,30,34, or leave --ray out",
+        )
     if args.report == "html" and (args.compare or args.sweep is not None):
         raise TyirError("there is no HTML page of a comparison or a sweep", help="use --report text or json")
     if args.compare:
@@ -208,7 +213,16 @@ def _sweep(args: argparse.Namespace, predictor: Predictor, prompt: int, pos: int
             f"--sweep {args.sweep}: '{values}' is not a list of numbers",
             help="write --sweep dram.bandwidth_gbps=17,30,34",
         ) from None
-    rows = sweep(predictor, name, numbers, prompt, pos)
+    if args.ray is None:
+        rows = sweep(predictor, name, numbers, prompt, pos)
+    else:
+        from tyir.tools.cluster.ray_workers import RayWorkers
+        from tyir.tools.sim.sweeps import swept
+
+        for number in numbers:  # what is wrong with them is said before a worker is asked
+            predictor.machine.with_overrides({name: number})
+        workers = RayWorkers(args.ray)
+        rows = swept(workers, args.artifacts, _choices(args)[0], name, numbers, prompt, pos)
     if args.report == "json":
         return json.dumps({"constant": name, "rows": [asdict(r) for r in rows]}, indent=1)
     return sweep_text(name, rows, prompt)
@@ -287,6 +301,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--sweep", metavar="NAME=V,V,..", help="the figures for several values of one constant"
+    )
+    add_ray_option(
+        parser,
+        "have the values of --sweep simulated by the workers of a Ray cluster, that of this machine (auto) or"
+        " another; the figures are the same",
     )
     parser.add_argument(
         "--tornado",

@@ -89,6 +89,7 @@ class DieGroup:
         self._ended = weakref.finalize(self, _end, self._others, self._closing, self._gloo, self._over)
         self.links = GlooLinks(self.places, 0, self._gloo)
         self.tower_links: Links = GlooLinks(place_tower(artifacts.manifest, count), 0, self._gloo)
+        self.threads: int | None = None  # of each process
         self.engine: Engine
 
     @classmethod
@@ -126,6 +127,7 @@ class DieGroup:
         count = len(self.places)
         if threads is None and self.engine_name == "host" and not hosts:  # they share the cores
             threads = max(1, usable_cores() // count)
+        self.threads = threads
         self._bring_up(hosts)
         watch = threading.Thread(target=_watch, args=(weakref.ref(self), self._closing), daemon=True)
         watch.start()
@@ -278,11 +280,11 @@ class DieGroup:
             self.tell("round_trips", nbytes=nbytes, count=count)
             return round_trips(self._gloo, 0, nbytes, count)
 
-    def exchanges(self, nbytes: int, count: int, between: float) -> list[float]:
+    def exchanges(self, nbytes: int, count: int) -> list[float]:
         """Seconds of collectives of all dies, as `tyir.runtime_sim.processes.measure` has them."""
         with self.working():
-            self.tell("exchanges", nbytes=nbytes, count=count, between=between)
-            return exchanges(self.links, nbytes, count, between)
+            self.tell("exchanges", nbytes=nbytes, count=count)
+            return exchanges(self.links, nbytes, count)
 
     def compute_tower(self, tower: Tower, patches: Array) -> dict[str, Array]:
         """`Tower.compute` in this process, while the others run their dies of the same tower."""

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import time
-from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
-from tyir.execution.lockstep import Layout, Meet, Meeting, OneProcess
+from tyir.dialects.dist import AllReduce
+from tyir.execution.lockstep import Meet
 from tyir.runtime_sim.processes.gloo import Gloo, GlooLinks
+from tyir.types import TensorType, f16
 
-__all__ = ["exchanges", "meetings", "round_trips"]
+__all__ = ["exchanges", "round_trips"]
 
 _TAG: Final = 1 << 30  # no die's
-_WORK: Final = bytes(1 << 14)
+_BETWEEN: Final = 3e-4  # seconds of computing: about a layer's half of a small model
+_WORK: Final = bytes(1 << 12)
 
 
 def round_trips(gloo: Gloo, rank: int, nbytes: int, count: int) -> list[float]:
-    """Seconds of messages to the second process and back; the others do nothing."""
+    """Seconds of messages to the second process and back, after some computing; the others do nothing."""
     found = []
     data = np.zeros(nbytes, np.uint8)
     for _ in range(count if rank < 2 else 0):
-        start = time.perf_counter()
+        start = _compute() if rank == 0 else 0.0
         if rank == 0:
             gloo.finish(gloo.send(1, _TAG, data))
             gloo.recv(1, _TAG, nbytes)
@@ -37,44 +41,36 @@ def round_trips(gloo: Gloo, rank: int, nbytes: int, count: int) -> list[float]:
     return found
 
 
-def exchanges(links: GlooLinks, nbytes: int, count: int, between: float) -> list[float]:
-    """Seconds that each of `count` collectives of all dies takes, `nbytes` a die, when every process computes
-    for `between` seconds before it.
+def exchanges(links: GlooLinks, nbytes: int, count: int) -> list[float]:
+    """Seconds that each of `count` collectives of all dies takes from one to the next, `nbytes` a die, beside
+    the computing before it, which is as long in each process.
     """
-    request = _collective(nbytes)
-    found = []
-    for _ in range(count):
-        start = _compute(between)
-        links.meet(request, [request.operand] * len(links.dies))
-        found.append(time.perf_counter() - start)
-    return found
+    operand = _operand(nbytes)
+    request = _collective(nbytes).request(operand)
+    assert isinstance(request, Meet)
+    ends = []
+    for _ in range(count + 1):
+        _compute()
+        links.meet(request, [operand] * len(links.dies))
+        ends.append(time.perf_counter())
+    return [after - before - _BETWEEN for before, after in pairwise(ends)]
 
 
-def meetings(dies: int, nbytes: int, count: int, between: float) -> list[float]:
-    """The same of dies that all run in threads of this process: what an exchange takes the place of."""
-    meeting, request = Meeting(OneProcess(dies)), _collective(nbytes)
+def _compute() -> float:
+    """Keeps a core busy, as compiled code does without Python's lock; when it ended.
 
-    def die(number: int) -> list[float]:
-        found = []
-        for _ in range(count):
-            start = _compute(between)
-            meeting.ask(number, request)
-            found.append(time.perf_counter() - start)
-        return found
-
-    with ThreadPoolExecutor(dies) as pool:
-        return next(pool.map(die, range(dies)))
-
-
-def _collective(nbytes: int) -> Meet:
-    layout = Layout((nbytes,), np.dtype(np.uint8))
-    operand = np.zeros(nbytes, np.uint8)
-    return Meet("measure", (), operand, lambda parts: operand, lambda number: layout, "measure")
-
-
-def _compute(seconds: float) -> float:
-    """Keeps a core busy, as compiled code does without Python's lock; when it ended."""
-    until = time.perf_counter() + seconds
+    What a step meets after computing is not what it would meet without: processes that wait have gone to
+    sleep meanwhile, and caches hold other things.
+    """
+    until = time.perf_counter() + _BETWEEN
     while (now := time.perf_counter()) < until:
         hashlib.sha256(_WORK)
     return now
+
+
+def _collective(nbytes: int) -> AllReduce:
+    return AllReduce(result_types=[TensorType((1, nbytes // 2), f16)])
+
+
+def _operand(nbytes: int) -> npt.NDArray[np.float16]:
+    return np.zeros((1, nbytes // 2), np.float16)

@@ -96,7 +96,7 @@ class Rank:
             "step": self._step,
             "tower": self._tower,
             "round_trips": lambda m: round_trips(self._joined, self._rank, m["nbytes"], m["count"]),
-            "exchanges": lambda m: exchanges(self._links, m["nbytes"], m["count"], m["between"]),
+            "exchanges": lambda m: exchanges(self._links, m["nbytes"], m["count"]),
             "reset": lambda m: self._engine.reset(),
             "caches": lambda m: self.channel.send("answer", _named(self._engine.caches())),
             "load_caches": lambda m: self._engine.load_caches(_by_die(m.arrays)),

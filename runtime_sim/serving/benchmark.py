@@ -48,6 +48,7 @@ __all__ = [
     "read_trace",
     "serve",
     "summary",
+    "sweep_block",
     "text_block",
 ]
 
@@ -371,3 +372,22 @@ def text_block(figures: Mapping[str, Any]) -> str:
             for figure in ("mean", "median", "p99")
         ]
     return "\n".join([*lines, "=" * 50])
+
+
+def sweep_block(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each of several streams of requests, told apart by the `value` of one number."""
+    columns = {
+        "req/s": "request_throughput",
+        "tok/s": "output_throughput",
+        "mean TTFT": "mean_ttft_ms",
+        "p99 TTFT": "p99_ttft_ms",
+        "mean TPOT": "mean_tpot_ms",
+        "p99 TPOT": "p99_tpot_ms",
+        "mean E2EL": "mean_e2el_ms",
+    }
+    if all(row["request_goodput"] is not None for row in rows):
+        columns["goodput"] = "request_goodput"
+    lines = [f"{name:<16}" + "".join(f"{head:>12}" for head in columns) + "   (ms)"]
+    for row in rows:
+        lines.append(f"{row['value']:<16g}" + "".join(f"{row[key]:>12.2f}" for key in columns.values()))
+    return "\n".join(lines)

@@ -18,6 +18,8 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.manifest import BuildOptions
 from tyir.runtime_sim.processes.group import DieGroup, GroupFailed
+from tyir.runtime_sim.processes.placement import Places
+from tyir.runtime_sim.processes.rehearsal import rehearse
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools import tyir_run
 from tyir.tools.api import compile_path
@@ -41,7 +43,12 @@ def test_a_group_computes_what_one_process_does_and_names_who_is_gone(
         )
         session = Session(group.artifacts, group=group)
         assert list(session.generate(IDS, 24)) == wanted
-        assert group.links.met > 24
+        parts = [rehearse(group.artifacts, dies, 4, 1) for dies in group.places]
+        kinds = [[event.kind for event in of.events] for of in parts]
+        met = group.links.met
+        session.feed([1])
+        alone.feed([1])
+        assert kinds == [["meet"] * (group.links.met - met) + ["end"]] * 2, "what each does is known without"
         caches = alone.engine.caches()
         found = session.engine.caches()
         assert caches.keys() == found.keys() and all(np.array_equal(caches[n], found[n]) for n in caches)
@@ -64,6 +71,30 @@ def test_a_group_computes_what_one_process_does_and_names_who_is_gone(
         with pytest.raises(GroupFailed, match="rank 1"):
             session.reset()
     assert not alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("stages", "processes", "places"), [(1, 3, ((0, 1), (2,), (3,))), (2, 2, ((0, 1), (2, 3)))]
+)
+def test_four_dies_meet_as_often_as_the_program_says(
+    stages: int, processes: int, places: Places, artifacts: Folders, imported: Path, tmp_path: Path
+) -> None:
+    """The embedding, the logits, and two sums a layer where the dies of a layer are in several processes;
+    a stage's sums stay within its process.
+    """
+    options = BuildOptions(dies=4, pp=stages, seqlens=(1,), max_kv=64)
+    folder = artifacts(4, "fp16") if stages == 1 else compile_path(imported, tmp_path, options)
+    layers = Artifacts.open(folder).manifest.model["num_hidden_layers"]
+    with DieGroup.start(Artifacts.open(folder), processes=processes) as group:
+        assert group.places == places
+        session = Session(group.artifacts, group=group)
+        session.feed(IDS[:1])
+        met = group.links.met
+        more = list(session.generate(IDS[1:2], 12))
+        assert group.links.met - met == 12 * (2 + (2 * layers if stages == 1 else 0))
+    alone = Session(folder)
+    alone.feed(IDS[:1])
+    assert list(alone.generate(IDS[1:2], 12)) == more
 
 
 @pytest.mark.slow
@@ -135,7 +166,7 @@ def test_the_other_engines_too(engine: EngineName, artifacts: Folders) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dies", "processes"), [(2, 2), (3, 2), (4, 3)])
+@pytest.mark.parametrize(("dies", "processes"), [(2, 2), (3, 2), (4, 2), (4, 3)])
 def test_a_model_that_sees(dies: int, processes: int, tmp_path: Path) -> None:
     from tests.vision.scenes import draw
 

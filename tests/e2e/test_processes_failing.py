@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from tests.e2e.conftest import Artifacts as Folders
 from tests.e2e.processes import (
     PROMPT,
     Machine,
-    alive,
+    Running,
     command,
     gone,
     kill,
@@ -225,13 +230,15 @@ def test_a_cable_that_is_pulled(two: tuple[Machine, Machine], folder: Path) -> N
 # ------------------------------------------------------------------------------------------------- serving
 
 
-def test_no_wrong_token_reaches_a_client_while_processes_are_killed(tmp_path: Path) -> None:
-    """Twenty servers, each of which loses a process at some time under load."""
-    pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
-    import http.client
-    import json
+KILLS = 20
 
-    options = BuildOptions(dies=2, seqlens=(1, 8), max_kv=256, batch=4)
+
+def test_no_wrong_token_reaches_a_client_while_processes_are_killed(tmp_path: Path) -> None:
+    """Twenty servers one after the other, each of which loses one of its processes at some time under load:
+    who is gone is named, the server is unavailable and ends, and the next one answers as if nothing had been.
+    """
+    pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+    options = BuildOptions(dies=3, seqlens=(1, 8), max_kv=256, batch=4)
     folder = compile_path(MODEL, tmp_path, options)
     from tyir.tools.tokenizer import load_tokenizer
 
@@ -242,61 +249,96 @@ def test_no_wrong_token_reaches_a_client_while_processes_are_killed(tmp_path: Pa
         ids = tokenizer(prompt)["input_ids"]
         wanted.append(tokenizer.decode([*ids, *Session(folder).generate(ids, 100)])[len(prompt) :])
     chance = random.Random(5)
-    cut = 0
-    for _ in range(20):
-        words = command("tyir_serve", folder, "--port", 0, "--processes", 2, "--json")
+    cut, refused, seconds = 0, 0, list[float]()
+    for _ in range(KILLS):
+        words = command("tyir_serve", folder, "--port", 0, "--processes", 3, "--json")
         with running(words) as server:
             server.until("may wait")
-            assert server.process.stdout is not None
-            text = ""
-            while not text.rstrip().endswith("}"):
-                text += server.process.stdout.readline()
-            port = int(json.loads(text)["url"].rpartition(":")[2])
-            (pid,) = server.pids()
-            got = [""] * len(prompts)
-
-            def client(number: int, port: int = port, got: list[str] = got) -> None:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-                body = {"prompt": prompts[number], "max_tokens": 100, "temperature": 0, "stream": True}
-                try:
-                    _when_ready(port)
-                    headers = {"Content-Type": "application/json"}
-                    connection.request("POST", "/v1/completions", json.dumps(body), headers)
-                    for line in connection.getresponse():
-                        if line.startswith(b"data: {") and b'"choices"' in line:
-                            choices = json.loads(line[6:])["choices"]
-                            got[number] += choices[0]["text"] if choices else ""
-                except (OSError, http.client.HTTPException):
-                    pass  # cut off: what came before counts
-
-            threads = [threading.Thread(target=client, args=(n,)) for n in range(len(prompts))]
-            for thread in threads:
-                thread.start()
-            _when_ready(port)
-            time.sleep(chance.uniform(0, 4))
-            kill(pid)
-            for thread in threads:
-                thread.join(60)
-            code, _, said = server.end(30)
-            assert code == 1 and "rank 1 (die 1) on this machine" in said
-            assert not alive(pid)
+            port, pids = _port_of(server), server.pids()
+            with ThreadPoolExecutor(len(prompts) + 1) as pool:
+                answers = [pool.submit(_streamed, port, prompt) for prompt in prompts]
+                assert _when_ready(port), "a new server answers after the last one was lost"
+                health = pool.submit(_health, port)
+                time.sleep(chance.uniform(0, 4))
+                number = chance.randrange(2)
+                struck = time.monotonic()
+                kill(pids[number])
+                code, _, said = server.end(LIMIT)
+                seconds.append(time.monotonic() - struck)
+                got = [answer.result(LIMIT) for answer in answers]
+                seen = health.result(LIMIT)
+        rank, pid = number + 1, pids[number]
+        named = f"rank {rank} (die {rank}) on this machine (process {pid}) has ended: SIGKILL"
+        assert code == 1 and named in said
+        assert gone(pids, 0) and not listening([server.process.pid, *pids]) and not _answers_at(port)
+        assert set(seen) <= {200, 503} and sorted(seen) == seen, "a server that has lost a process stays so"
+        refused += 503 in seen
         for text, whole in zip(got, wanted):
             assert whole.startswith(text)
             cut += len(text) < len(whole)
-    assert cut > 20, "most of the kills met answers on their way"
+    print(f"\n{cut} of {KILLS * len(prompts)} answers cut off, /health 503 seen {refused} times")
+    usual = sorted(seconds)[len(seconds) // 2]
+    print(f"named, and all ended, after {max(seconds):.1f} s at most, {usual:.1f} s as a rule")
+    assert cut > KILLS, "most of the kills met answers on their way"
+    assert refused, "/health was asked in time"
 
 
-def _when_ready(port: int) -> None:
-    import http.client
+def _port_of(server: Running) -> int:
+    """What a server says on standard output."""
+    assert server.process.stdout is not None
+    text = ""
+    while not text.rstrip().endswith("}"):
+        text += server.process.stdout.readline()
+    return int(json.loads(text)["url"].rpartition(":")[2])
 
+
+def _streamed(port: int, prompt: str) -> str:
+    """What a client gets of a long answer before it is cut off."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = {"prompt": prompt, "max_tokens": 100, "temperature": 0, "stream": True}
+    got = ""
+    with suppress(OSError, http.client.HTTPException):  # cut off: what came before counts
+        _when_ready(port)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        for line in connection.getresponse():
+            if line.startswith(b"data: {") and b'"choices"' in line:
+                choices = json.loads(line[6:])["choices"]
+                got += choices[0]["text"] if choices else ""
+    return got
+
+
+def _health(port: int) -> list[int]:
+    """What /health answers until nobody does."""
+    found = []
+    while (status := _status(port)) is not None:
+        found.append(status)
+        time.sleep(0.01)
+    return found
+
+
+def _status(port: int) -> int | None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def _answers_at(port: int) -> bool:
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+    return False
+
+
+def _when_ready(port: int) -> bool:
     for _ in range(600):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        try:
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            return
-        finally:
-            connection.close()
+        if (status := _status(port)) == 200:
+            return True
+        if status is None:
+            return False
         time.sleep(0.05)
+    return False

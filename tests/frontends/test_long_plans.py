@@ -12,6 +12,7 @@ import pytest
 from tests.frontends.test_plan import write_config
 from tyir.manifest import BuildOptions
 from tyir.targets.machine import load_machine
+from tyir.tools import tyir_compile
 from tyir.tools.bench.long_context import CONFIGS
 from tyir.tools.estimate.long_context import prompt_cost
 from tyir.tools.estimate.model import ModelShape
@@ -54,6 +55,37 @@ def test_stages_are_among_what_helps(tmp_path: Path) -> None:
     (problem,) = make_plan(folder, options).problems
     assert problem.help is not None and "--pp 2 (" in problem.help
     assert not make_plan(folder, BuildOptions(dies=16, max_kv=800_000, weights="int4", pp=2)).problems
+
+
+def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over a slow link each card holds the whole model, as no sum is worth its hops; stages pass five: the
+    embedding's sum is two, a hand-over there and one back, and the logits.  A quick one is for one group.
+    """
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "vocab_size": 4096}
+    config = {**CONFIGS["7b"], **sizes, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = []
+    for number, (hop, rate) in enumerate(((5000, 10), (1, 10))):
+        link = tmp_path / f"{number}.toml"
+        values = {"hop_us": hop, "bandwidth_gbps": rate, "exchange_us": 1}
+        link.write_text(
+            "[link]\n"
+            + "\n".join(
+                f"{n} = {{ value = {v}, label = 'fitted', source = 'test' }}" for n, v in values.items()
+            )
+        )
+        words = ["--plan", "--dies", "4", "--seqlens", "1", "--max-kv", "256", "--weights", "int4"]
+        assert tyir_compile.main([str(tmp_path), *words, "--cluster", str(link), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["on_cards"])
+    for rows in found:
+        assert [row["stages"] for row in rows] == [1, 2]
+        assert all(0 <= row["links_s"] < row["token_s"] for row in rows)
+    (slow, slow_stages), (quick, quick_stages) = found
+    assert slow["largest_bytes"] > 3 * quick["largest_bytes"] and slow["links_s"] < 1e-4
+    assert slow_stages["links_s"] == pytest.approx(25e-3, rel=0.01)
+    assert quick["token_s"] < quick_stages["token_s"] < slow_stages["token_s"]
+    assert tyir_compile.main([str(tmp_path), *words, "--cluster", str(link), "--cards", "3"]) == 1
+    assert "4 dies are not shared evenly by 3 cards" in capsys.readouterr().err
 
 
 SMALL = ModelShape("small", 8, 64, 128, 4, 2, 16, 256, 1 << 20, False, True, False, False, False)

@@ -17,6 +17,8 @@ from tyir.process.memory import available_memory
 from tyir.runtime_sim.processes.gloo import Gloo, GlooLinks, LinksBroken, listen_for_store
 from tyir.runtime_sim.processes.hosts import KEY, RankServer, connect, parse_host
 from tyir.runtime_sim.processes.placement import place
+from tyir.runtime_sim.processes.rehearsal import Event, Part, played
+from tyir.targets.cluster import Cluster, Link
 
 HOST = "127.0.0.1"
 
@@ -194,3 +196,34 @@ def test_a_machine_that_does_not_answer_or_has_another_key(
     monkeypatch.delenv(KEY)
     with pytest.raises(TyirError, match=r"whoever reaches 10\.0\.0\.1 could have programs run"):
         connect("10.0.0.1", 1)
+
+
+# ------------------------------------------------------------------------- how long it takes, without a group
+
+LINK = Cluster("by hand", Link(hop_us=100, bandwidth_gbps=1, exchange_us=50), {})
+
+
+def part(*events: tuple[Any, ...]) -> Part:
+    """Of one core, milliseconds in each event."""
+    return Part(1.0, tuple(Event(kind, ms * 1e-3, *more) for kind, ms, *more in events))
+
+
+def test_processes_that_meet_wait_for_the_last_and_its_message() -> None:
+    """The second is told 0.1 ms late, comes at 2.1; the first hears of it at 2.2 and has 0.05 + 0.5 to do."""
+    two = [part(("meet", 1), ("end", 0.5)), part(("meet", 2), ("end", 1))]
+    assert played(two, LINK, None) == pytest.approx(2.75e-3)
+
+
+def test_processes_of_one_machine_share_its_cores() -> None:
+    """Both at half speed from 0.1 to 1.9 ms, the second alone until 3.0, both again from 3.1."""
+    two = [part(("meet", 1), ("end", 0.5)), part(("meet", 2), ("end", 1))]
+    assert played(two, LINK, 1) == pytest.approx(4.2e-3)
+    assert played(two, LINK, 2) == played(two, LINK, None)
+
+
+def test_stages_work_one_after_the_other() -> None:
+    """A kilobyte takes 0.101 ms each way: 1 + 0.101 + 2 + 0.101 + 0.5; sharing a core costs nothing."""
+    there, back = (0, 1, 5), (1, 0, 6)
+    first = part(("send", 1, 1000, there), ("recv", 0, 0, back), ("end", 0.5))
+    second = part(("recv", 0, 0, there), ("send", 2, 1000, back), ("end", 0))
+    assert played([first, second], LINK, 1) == pytest.approx(3.702e-3)

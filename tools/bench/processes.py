@@ -1,17 +1,20 @@
 """Dies in several processes beside all of them in one: milliseconds a token, what passes between, and what
 the links of a cluster file say it should take.
 
-    python -m tyir.tools.bench.processes out/4die --processes 2 --measure-links cluster.toml
+    python -m tyir.tools.bench.processes out/2die --processes 2 --measure-links cluster.toml
+    python -m tyir.tools.bench.processes out/4die --processes 2 --cluster cluster.toml
     python -m tyir.tools.bench.processes out/4die --hosts 10.0.0.1,10.0.0.2 --cluster cluster.toml
 
-The prediction: what a token takes in one process, where each collective that crosses becomes an exchange over
-the links instead of a meeting of threads.  Meetings and links are measured without the model.  Wall time,
-median of the tokens; one process and several take turns, so that whatever else the machine does meets both.
+The first writes what messages and exchanges take, without the model; the others predict with it.  What each
+process does in a step is timed without the others and without links (`tyir.runtime_sim.processes.rehearsal`),
+and played through with the links' figures: no step of a group is looked at for its prediction.  Wall time,
+medians; one process and several take turns, so that whatever else the machine does meets both.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +28,12 @@ from tyir.tools.cli import ToolParser, run_tool
 from tyir.tools.run.arguments import add_group_arguments, whole
 
 if TYPE_CHECKING:
+    from tyir.manifest import BuildOptions
     from tyir.runtime_sim.processes.group import DieGroup
     from tyir.runtime_sim.session.session import Session
-    from tyir.targets.cluster import Cluster
 
 _ROUNDS = 5
+_COUNT = 300  # of messages, exchanges and meetings
 _SMALL, _LARGE = 64, 1 << 20  # bytes of the messages that links are measured with
 
 
@@ -37,7 +41,8 @@ _SMALL, _LARGE = 64, 1 << 20  # bytes of the messages that links are measured wi
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    from tyir.runtime_sim.processes.measure import meetings
+    from tyir.process.cores import usable_cores
+    from tyir.runtime_sim.processes.rehearsal import played, rehearse
     from tyir.runtime_sim.session.session import Session
     from tyir.targets.cluster import load_cluster
     from tyir.tools.run.group_of import open_with_group
@@ -49,6 +54,10 @@ def main(argv: Sequence[str]) -> int:
         print("one process: nothing passes between processes")
         return 0
     with group:
+        if args.measure_links is not None:
+            args.measure_links.write_text(_measured(group), encoding="utf-8")
+            print(args.measure_links)
+            return 0
         session = Session(artifacts, group=group)
         for warm in (alone, session):
             _tokens(warm, 4)
@@ -57,24 +66,22 @@ def main(argv: Sequence[str]) -> int:
         met, messages, sent = ((b - a) / args.tokens for a, b in zip(before, group.traffic))
         rounds = [[_tokens(one, args.tokens) for one in (alone, session)] for _ in range(_ROUNDS)]
         one, several = (float(np.median([t for r in rounds for t in r[i]])) for i in range(2))
-        if args.measure_links is not None:
-            args.measure_links.write_text(_measured(group), encoding="utf-8")
-        file = args.cluster or args.measure_links
-        processes = len(group.places)
-        print(
-            f"{args.artifacts}: {artifacts.manifest.options.dies} dies in {processes} processes"
-            f" {group.places}"
-        )
-        print(f"one process {one * 1e3:.2f} ms a token, {processes} processes {several * 1e3:.2f} ms")
+        places, options = group.places, artifacts.manifest.options
+        print(f"{args.artifacts}: {options.dies} dies in {len(places)} processes {places}")
+        print(f"one process {one * 1e3:.2f} ms a token, {len(places)} processes {several * 1e3:.2f} ms")
         print(f"a token: {met:.1f} collectives, {messages:.1f} messages, {sent / 1e3:.2f} kB from the first")
-        if file is not None:
-            cluster = load_cluster(file)
-            within = float(np.median(meetings(artifacts.manifest.options.dies, _SMALL, 200, 0.0)))
-            predicted = one + _between(cluster, met, messages, sent, processes) - met * within
-            print(f"a meeting of threads in one process {within * 1e6:.0f} us")
+        if args.cluster is not None:
+            cores = None if args.hosts else usable_cores()
+            parts = [
+                rehearse(artifacts, dies, args.tokens, group.threads, _share(len(dies), options, cores))
+                for dies in places
+            ]
+            every = rehearse(artifacts, range(options.dies), args.tokens, args.threads)
+            around = max(one - math.fsum(event.seconds for event in every.events), 0.0)  # choosing a token
+            predicted = played(parts, load_cluster(args.cluster), cores) + around
             print(
-                f"predicted from {file} {predicted * 1e3:.2f} ms, {predicted / several - 1:+.0%} of what was"
-                " measured"
+                f"predicted from {args.cluster} {predicted * 1e3:.2f} ms, {predicted / several - 1:+.0%} of"
+                " what was measured"
             )
     return 0
 
@@ -86,13 +93,11 @@ def _tokens(session: Session, count: int) -> list[float]:
     return [b - a for a, b in zip(times, times[1:])]  # noqa: RUF007 - of a list, shorter
 
 
-def _between(cluster: Cluster, met: float, messages: float, sent: float, processes: int) -> float:
-    """Seconds of a token that pass between processes: exchanges, and hand-overs of pipeline stages."""
-    exchanged = met * (processes - 1)
-    handed = max(messages - exchanged, 0.0)
-    nbytes = sent / messages if messages else 0.0
-    ns = met * cluster.exchange_ns(round(nbytes), processes) + handed * cluster.message_ns(round(nbytes))
-    return ns * 1e-9
+def _share(dies: int, options: BuildOptions, cores: int | None) -> int | None:
+    """The cores that a process has to itself, by its share of the dies that compute at the same time, which
+    are those of a pipeline stage.
+    """
+    return None if cores is None else math.ceil(cores * dies / (options.dies // options.pp))
 
 
 def _measured(group: DieGroup) -> str:
@@ -102,13 +107,13 @@ def _measured(group: DieGroup) -> str:
         run()
         return float(np.median(run()))
 
-    small, large = (median(partial(group.round_trips, n, 200)) / 2 for n in (_SMALL, _LARGE))
+    small, large = (median(partial(group.round_trips, n, _COUNT)) / 2 for n in (_SMALL, _LARGE))
     rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
-    exchange = median(lambda: group.exchanges(_SMALL, 200, 0.0))
+    exchange = median(partial(group.exchanges, _SMALL, _COUNT)) - small
     values = {
         "hop_us": small * 1e6,
         "bandwidth_gbps": rate * 1e-9,
-        "exchange_us": max(exchange - small, 0.0) * 1e6,
+        "exchange_us": max(exchange, 0.0) * 1e6 / (len(group.places) - 1),
     }
     lines = ['name = "measured"', "", "[link]"]
     source = "python -m tyir.tools.bench.processes --measure-links"
@@ -129,7 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=whole, default=60, metavar="N", help="of each round (default 60)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each process")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="the links between the machines")
-    parser.add_argument("--measure-links", type=Path, metavar="FILE", help="measure them, and write FILE")
+    parser.add_argument(
+        "--measure-links", type=Path, metavar="FILE", help="only measure them, and write FILE"
+    )
     add_group_arguments(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""The workers of a Ray cluster, for pieces of a compile (`tyir.backends.workers`)."""
+"""The workers of a Ray cluster, for pieces of a compile or of a sweep (`tyir.backends.workers`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tyir.diagnostics import TyirError
 from tyir.process.extras import require
 
-__all__ = ["RayWorkers"]
+__all__ = ["RayWorkers", "ray_workers"]
 
 Piece = TypeVar("Piece")
 _RETRIES = 5  # of a piece whose worker is gone
@@ -56,3 +56,8 @@ class RayWorkers:
                 help="ray status shows its machines; without --ray this one does all",
             ) from None
         return made
+
+
+def ray_workers(address: str | None) -> RayWorkers | None:
+    """The workers that `--ray` asks for: none where it is not given."""
+    return None if address is None else RayWorkers(address)

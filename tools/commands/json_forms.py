@@ -31,6 +31,7 @@ __all__ = [
     "Planned",
     "PlannedDie",
     "PlannedLength",
+    "PlannedOnCards",
     "PlannedPrompt",
     "Prompt",
     "PromptChecked",
@@ -153,6 +154,17 @@ class PlannedPrompt:
 
 
 @dataclass(frozen=True)
+class PlannedOnCards:
+    """A token with the dies on several cards, simulated at the cache's last position."""
+
+    stages: Annotated[int, "pipeline stages: one, or one a card"]
+    largest_bytes: Annotated[int, "of the die that holds most"]
+    token_s: Annotated[float, "seconds, the host's part with them"]
+    links_s: Annotated[float, "of them for what passes between the cards"]
+    bound_by: Annotated[str, "unit of the device that is busiest"]
+
+
+@dataclass(frozen=True)
 class Planned:
     """`tyir-compile --plan --json` and `tyir-import --plan --json`: what a compile would need."""
 
@@ -172,6 +184,7 @@ class Planned:
     prompt: Annotated[
         PlannedPrompt | None, "what filling such a cache takes; null: it is short, or too large"
     ] = None
+    on_cards: Annotated[tuple[PlannedOnCards, ...], "with --cluster: on several cards"] = ()
 
 
 @dataclass(frozen=True)

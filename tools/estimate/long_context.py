@@ -22,7 +22,7 @@ from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine
 from tyir.tools.estimate.model import ModelShape, few_layers
 
-__all__ = ["PromptCost", "prompt_cost"]
+__all__ = ["PromptCost", "decode_programs", "prompt_cost"]
 
 _SHARE = re.compile(r"tyir\.shard = array<[^>]*>")
 _LAYERS = 3  # of a stage: one, one more, and one to check
@@ -72,6 +72,25 @@ def prompt_cost(shape: ModelShape, options: BuildOptions, machine: Machine) -> P
     )
 
 
+def _trial(shape: ModelShape, options: BuildOptions) -> tuple[dict[int, int], int]:
+    """How many layers each of a few stands for, and how many those few are."""
+    stages = even_ranges(shape.layers, options.pp)
+    trial = min(_LAYERS, min(count for _, count in stages))
+    numbers = range(trial * options.pp)
+    return {n: stages[n // trial][1] - trial + 1 for n in numbers if n % trial == 0}, len(numbers)
+
+
+def decode_programs(
+    shape: ModelShape, options: BuildOptions, machine: Machine, file: str
+) -> tuple[Sequence[EdgeProgram], dict[int, int]]:
+    """Of a step of the shortest length, the programs of all dies with a few layers for each stage, and how
+    many layers each of those stands for.  `file`: where `machine` was read from, for the cuts.
+    """
+    standing_for, layers = _trial(shape, options)
+    module, length = few_layers(shape, layers), min(options.seqlens)
+    return _programs(module, shape, replace(options, seqlens=(length,)), machine, file), standing_for
+
+
 def _steps(
     shape: ModelShape,
     options: BuildOptions,
@@ -82,11 +101,8 @@ def _steps(
     overlapped: bool = False,
 ) -> LongSteps:
     """The times of steps of one length."""
-    stages = even_ranges(shape.layers, options.pp)
-    trial = min(_LAYERS, min(count for _, count in stages))
-    numbers = range(trial * options.pp)
-    standing_for = {n: stages[n // trial][1] - trial + 1 for n in numbers if n % trial == 0}
-    module = few_layers(shape, len(numbers), head=head and not overlapped)
+    standing_for, layers = _trial(shape, options)
+    module = few_layers(shape, layers, head=head and not overlapped)
     programs = _programs(module, shape, replace(options, seqlens=(length,)), machine)
     if overlapped:
         return OverlappedChunks(programs, machine, options.max_kv, standing_for, options.pp)
@@ -94,14 +110,14 @@ def _steps(
 
 
 def _programs(
-    module: Module, shape: ModelShape, options: BuildOptions, machine: Machine
+    module: Module, shape: ModelShape, options: BuildOptions, machine: Machine, file: str = "edge10"
 ) -> Sequence[EdgeProgram]:
     from tyir.backends.edge10.lowering.die import lower_die
     from tyir.backends.edge10.lowering.search import Search
 
     if shape.group is not None:
         options = replace(options, weights="fp16")  # stored quantised
-    run_pipeline(module, remaining_pipeline("ty", options))
+    run_pipeline(module, remaining_pipeline("ty", options, file))
     search, (length,) = Search(), options.seqlens
     lowered: dict[str, EdgeProgram] = {}
     programs = []

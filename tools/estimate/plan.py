@@ -32,7 +32,8 @@ from tyir.runtime_sim.timing.long_steps import LONG
 from tyir.sharding import even_ranges
 from tyir.targets.machine import Machine, load_machine
 from tyir.tools.commands.build_arguments import AUTO
-from tyir.tools.commands.json_forms import Planned, PlannedDie, PlannedLength, PlannedPrompt
+from tyir.tools.commands.json_forms import Planned, PlannedDie, PlannedLength, PlannedOnCards, PlannedPrompt
+from tyir.tools.estimate.cards import Spread, spread
 from tyir.tools.estimate.long_context import PromptCost, prompt_cost
 from tyir.tools.estimate.model import ModelShape, few_layers
 from tyir.tools.estimate.shape import read_config, read_shape
@@ -78,9 +79,13 @@ class DieNeeds:
     The real passes, run once per number on a model of one layer per pipeline stage.
     """
 
-    def __init__(self, shape: ModelShape, options: BuildOptions, tower: int = 0) -> None:
-        """`tower`: bytes of a vision tower, which each die may hold whole."""
-        self.shape, self.options, self.tower = shape, options, tower
+    def __init__(
+        self, shape: ModelShape, options: BuildOptions, tower: int = 0, machine: str | Path = "edge10"
+    ) -> None:
+        """`tower`: bytes of a vision tower, which each die may hold whole.  `machine`: name or file of the
+        one that cuts are chosen for.
+        """
+        self.shape, self.options, self.tower, self.machine = shape, options, tower, machine
         self._per_token: dict[int, list[tuple[int, ...]]] = {}
 
     def needs(self, dies: int, max_kv: int) -> list[DieNeed]:
@@ -118,7 +123,7 @@ class DieNeeds:
         run_pipeline(
             module,
             f"{quantize}kv-materialize{{max-kv={_PROBE}{entry}}},partition-dies{{dies={dies}"
-            f" pp={o.pp}}},specialize-seqlen{{seqlens=1}},outline-params",
+            f" pp={o.pp} machine='{self.machine}'}},specialize-seqlen{{seqlens=1}},outline-params",
         )
         shares = [
             count for _, count in even_ranges(self.shape.layers, o.pp)
@@ -184,6 +189,7 @@ class Plan:
     pictures: tuple[PicturePlan, ...] = ()
     longest: tuple[LongestCache, ...] = ()
     prompt: PromptCost | None = None
+    on_cards: tuple[OnCards, ...] = ()
 
     def text(self) -> str:
         """The plan as lines for a terminal."""
@@ -208,7 +214,19 @@ class Plan:
             prompt=None
             if (p := self.prompt) is None
             else PlannedPrompt(p.tokens, p.steps, p.prefill, p.token, p.overlapped),
+            on_cards=tuple(
+                PlannedOnCards(c.spread.stages, c.largest, c.spread.token, c.spread.links, c.spread.bound_by)
+                for c in self.on_cards
+            ),
         )
+
+
+@dataclass(frozen=True)
+class OnCards:
+    """What a token takes with the dies on several cards, and the bytes of the die that holds most."""
+
+    spread: Spread
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -238,21 +256,23 @@ def longest_caches(
 def make_plan(
     folder: Path,
     options: BuildOptions,
-    machine: Machine | None = None,
+    machine_file: str | Path = "edge10",
     images: Sequence[tuple[int, int]] = (),
     base: Path | None = None,
     *,
     long: bool = False,
+    cards: int = 0,
 ) -> Plan:
     """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
 
     `images`: the sizes (width, height) of pictures.  `long`: of a cache of more than 32,768 tokens
     also how many tokens fit on other dies and, if it fits, what a prompt of that length takes (simulated,
-    some seconds).
+    some seconds).  `cards`: how many the dies lie on, the machine file's packages: what a token takes on them
+    is simulated (some seconds), with the dies as one group and with a pipeline stage a card.
 
     `TyirError` when the config or the options cannot be at all.
     """
-    shape, machine = read_shape(folder, base), machine or load_machine()
+    shape, machine = read_shape(folder, base), load_machine(machine_file)
     where, raw = read_config(base_of(folder, base) or folder)
     tower = read_tower(raw, where)
     if tower is None and images:
@@ -262,7 +282,7 @@ def make_plan(
     pictures = () if tower is None else tuple(_pictures(where, raw, tower, images, machine, options))
     group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
-    cuts = DieNeeds(shape, options, 0 if tower is None else 2 * tower.parameters)
+    cuts = DieNeeds(shape, options, 0 if tower is None else 2 * tower.parameters, machine_file)
     needs = cuts.needs(options.dies, options.max_kv)
     weights, code = sum(n.weights + n.tower for n in needs), options.dies * len(options.seqlens)
     linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
@@ -287,7 +307,15 @@ def make_plan(
         pictures,
         tuple(longest_caches(shape, options, machine, cuts.tower)) if long else (),
         prompt_cost(shape, options, machine) if long and not problems else None,
+        tuple(_on_cards(cuts, Path(machine_file), cards)) if cards else (),
     )
+
+
+def _on_cards(cuts: DieNeeds, machine_file: Path, cards: int) -> Iterator[OnCards]:
+    for each in spread(cuts.shape, cuts.options, machine_file, cards):
+        options = replace(cuts.options, pp=each.stages, die_map=(), mesh=())
+        of = DieNeeds(cuts.shape, options, cuts.tower, cuts.machine)
+        yield OnCards(each, max(n.total for n in of.needs(options.dies, options.max_kv)))
 
 
 def _pictures(
@@ -417,7 +445,7 @@ def _memory_problems(cuts: DieNeeds, machine: Machine) -> Iterator[Diagnostic]:
         if changed.quantizes:
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
             changed = replace(changed, group_size=math.gcd(common, changed.group_size))
-        of = known.setdefault(_kind(changed), DieNeeds(cuts.shape, changed, cuts.tower))
+        of = known.setdefault(_kind(changed), DieNeeds(cuts.shape, changed, cuts.tower, cuts.machine))
         return max(n.total for n in of.needs(changed.dies, changed.max_kv))
 
     left = capacity - worst.weights - worst.tower - worst.activations
@@ -503,6 +531,18 @@ def _lines(plan: Plan) -> Iterator[str]:
             f" {m.name}'s point constants; the runtime keeps a row of logits and the cache, whatever the"
             " length"
         )
+    if plan.on_cards:
+        pos = o.max_kv - min(o.seqlens)
+        yield f"cards of {m.d2d.package_dies} dies: a token at position {pos}, simulated"
+        yield f"{'stages':>8}{'largest die':>14}{'ms a token':>12}{'between cards':>15}{'bound by':>10}"
+        for c in plan.on_cards:
+            ms, links = c.spread.token * 1e3, c.spread.links * 1e3
+            yield f"{c.spread.stages:>8}{gib(c.largest):>14}{ms:>12.1f}{links:>15.2f}{c.spread.bound_by:>10}"
+        fits = [c for c in plan.on_cards if c.largest <= m.dram.capacity_bytes]
+        if fits:
+            yield f"  fastest that fits: --pp {min(fits, key=lambda c: c.spread.token).spread.stages}"
+        else:
+            yield "  none fits"
     if plan.longest:
         yield f"tokens that {'a sequence' if o.batch == 1 else 'each sequence'} can cache, {o.kv_dtype}:"
         stages_found = sorted({n.stages for n in plan.longest})

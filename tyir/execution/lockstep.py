@@ -196,7 +196,10 @@ class Meeting:
     def __init__(self, links: Links) -> None:
         self.links = links
         self.problem: BaseException | None = None
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        # One for each die, so that a collective wakes who took part in it and not who waits for another.
+        self._answered = {die: threading.Condition(lock) for die in links.dies}
+        self._lock = lock
         self._waiting: dict[int, Request] = {}
         self._answers: dict[int, Array | None] = {}
         self._mail: dict[tuple[int, int, int], Array] = {}
@@ -210,7 +213,7 @@ class Meeting:
             for target in request.targets:
                 if target not in self.links.dies:
                     self.links.send(die, target, request.tag, request.data)
-        with self._changed:
+        with self._lock:
             self._waiting[die] = request
             elsewhere = self._for_others(die, request)
             if not elsewhere:
@@ -218,14 +221,13 @@ class Meeting:
                 while die not in self._answers:
                     if self.problem is not None:
                         raise self.problem
-                    self._changed.wait()
+                    self._answered[die].wait()
                 return self._answers.pop(die)
             for member in elsewhere:
                 del self._waiting[member]
         answer = self._of_others(elsewhere)
-        with self._changed:
-            self._answers.update(dict.fromkeys(elsewhere, answer))
-            self._changed.notify_all()
+        with self._lock:
+            self._give(dict.fromkeys(elsewhere, answer))
             return self._answers.pop(die)
 
     def _for_others(self, die: int, request: Request) -> dict[int, Request]:
@@ -251,7 +253,7 @@ class Meeting:
 
     def leave(self, problem: BaseException | None = None) -> None:
         """A die has finished, or failed."""
-        with self._changed:
+        with self._lock:
             self._finished += 1
             self.problem = self.problem or problem
             self._serve()
@@ -263,10 +265,17 @@ class Meeting:
         served = _served(self._waiting, self._mail, self.links.count)
         for die in served:
             del self._waiting[die]
-        self._answers.update(served)
+        self._give(served)
         if self._waiting and not served and len(self._waiting) + self._finished == here:
             self.problem = self.problem or _stuck(self._waiting, self._finished, here)
-        self._changed.notify_all()
+        if self.problem is not None:
+            for answered in self._answered.values():
+                answered.notify()
+
+    def _give(self, answers: Mapping[int, Array | None]) -> None:
+        self._answers.update(answers)
+        for die in answers:
+            self._answered[die].notify()
 
 
 def _meet(request: Request, other: Request) -> bool:

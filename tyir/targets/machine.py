@@ -7,6 +7,7 @@ ones.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -234,6 +235,24 @@ class Machine:
             assert bound is not None, f"{name} has no bounds"
             changed[name] = Constant(bound, old.label, old.source, old.low, old.high)
         return self._from_constants(self.name, changed)
+
+    def with_constants(self, name: str, changed: Mapping[str, Constant]) -> Machine:
+        """The machine under another name, with some constants of other provenance."""
+        return self._from_constants(name, {**self.constants, **changed})
+
+    def as_toml(self) -> str:
+        """What a machine file says that `load_machine` reads this machine from."""
+        lines, sections = [f"name = {json.dumps(self.name)}"], dict[str, list[str]]()
+        for dotted, c in self.constants.items():
+            section, _, name = dotted.partition(".")
+            bounds = "" if c.low is None else f", low = {c.low!r}, high = {c.high!r}"
+            sections.setdefault(section, []).append(
+                f"{name} = {{ value = {c.value!r}{bounds}, label = {json.dumps(c.label)},"
+                f" source = {json.dumps(c.source)} }}"
+            )
+        for section, entries in sections.items():
+            lines += ["", f"[{section}]", *entries]
+        return "\n".join(lines) + "\n"
 
     @classmethod
     def _from_constants(cls, name: str, constants: Mapping[str, Constant]) -> Self:

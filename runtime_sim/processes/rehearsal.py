@@ -1,0 +1,241 @@
+"""What a process of a group does in a step, without the others: how long it computes until it asks them for
+something, and what for.  With the links of a cluster file that says how long a token takes in a group that
+nobody has started.
+
+    parts = [rehearse(artifacts, dies, 40, None) for dies in places]
+    seconds = played(parts, cluster, cores)
+
+The others are answered for with zeros: what is computed is wrong, how long it takes is not.  A process's dies
+count as doing the same at the same time, as those of one pipeline stage do.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tyir.artifacts.consistency import cache_inputs
+from tyir.execution.artifacts import Artifacts
+from tyir.execution.lockstep import Layout, Meet, Recv
+from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.host_engine import HostEngine
+from tyir.targets.cluster import Cluster
+
+__all__ = ["Event", "Part", "played", "rehearse"]
+
+Array = npt.NDArray[Any]
+_WARM: Final = 4  # steps that are not counted
+
+
+@dataclass(frozen=True)
+class Event:
+    """After `seconds` of computing a process meets all others, sends to or receives from dies of another one,
+    or its step ends; `tag` says which send a receive waits for, `nbytes` what it gives.
+    """
+
+    kind: Literal["meet", "send", "recv", "end"]
+    seconds: float
+    nbytes: int = 0
+    tag: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process's step: what it does, and how many cores it keeps busy when it computes."""
+
+    cores: float
+    events: tuple[Event, ...]
+
+
+@dataclass
+class _Alone:
+    """`Links` to processes that are not there."""
+
+    count: int
+    dies: Sequence[int]
+    events: list[Event] = field(default_factory=list)
+    last: float = 0.0
+
+    def did(self, kind: Literal["meet", "send", "recv", "end"], *what: Any) -> None:
+        now = time.perf_counter()
+        self.events.append(Event(kind, now - self.last, *what))
+        self.last = time.perf_counter()
+
+    def meet(self, request: Meet, own: Sequence[Array | None]) -> Sequence[Array | None]:
+        members = request.dies or tuple(range(self.count))
+        here = [number for number, die in enumerate(members) if die in self.dies]
+        parts: list[Array | None] = [_zeros(request.given(number)) for number in range(len(members))]
+        for number, part in zip(here, own):
+            parts[number] = part
+        self.did("meet", sum(request.given(number).nbytes for number in here))
+        return parts
+
+    def send(self, source: int, target: int, tag: int, data: Array) -> None:
+        self.did("send", data.nbytes, (source, target, tag))
+
+    def recv(self, target: int, request: Recv) -> Array:
+        if target == self.dies[0]:  # the others of the process's stage receive the same at the same time
+            self.did("recv", 0, (request.source, target, request.tag))
+        return _zeros(request.given())
+
+    def abort(self) -> None:
+        pass
+
+
+def _zeros(layout: Layout) -> Array:
+    return np.zeros(layout.shape, layout.dtype)
+
+
+def rehearse(
+    artifacts: Artifacts, dies: Sequence[int], steps: int, threads: int | None, cores: int | None = None
+) -> Part:
+    """What the process with these dies does in a decode step: the medians of so many.  `threads`: as the
+    group's processes have them.  `cores`: how many it has to itself while it computes, None for all.
+    """
+    with _cores(cores) as count:
+        return _rehearsed(artifacts, dies, steps, None if threads is None else min(threads, count))
+
+
+@contextmanager
+def _cores(count: int | None) -> Iterator[int]:
+    """Inside, new threads run on so many cores only; gives how many they are."""
+    whole = os.sched_getaffinity(0)
+    few = sorted(whole)[:count]
+    os.sched_setaffinity(0, few)
+    try:
+        yield len(few)
+    finally:
+        os.sched_setaffinity(0, whole)
+
+
+def _rehearsed(artifacts: Artifacts, dies: Sequence[int], steps: int, threads: int | None) -> Part:
+    links = _Alone(artifacts.manifest.options.dies, dies)
+    engine = HostEngine(artifacts, threads=threads, links=links)
+    length = min(artifacts.manifest.options.seqlens)
+    program = artifacts.manifest.program(dies[0], length)
+    caches = cache_inputs(program)
+    inputs = {
+        t.name: _zeros(Layout(t.shape, t.storage_dtype))
+        for i, t in enumerate(program.inputs)
+        if i not in caches
+    }
+    made: list[list[Event]] = []
+    used: list[float] = []
+    for position in range(steps + _WARM):
+        inputs["pos"][...] = position * length
+        links.events, links.last = [], time.perf_counter()
+        cpu = time.process_time()
+        engine.step(inputs, Chunk(position * length, length, length))
+        links.did("end")
+        used.append((time.process_time() - cpu) / math.fsum(event.seconds for event in links.events))
+        made.append(links.events)
+    return Part(
+        float(np.median(used[_WARM:])),
+        tuple(
+            Event(of[0].kind, float(np.median([e.seconds for e in of])), of[0].nbytes, of[0].tag)
+            for of in zip(*made[_WARM:], strict=True)
+        ),
+    )
+
+
+def played(parts: Sequence[Part], cluster: Cluster, cores: int | None) -> float:
+    """Seconds until the first process has its token, when each does its part and the links take what the
+    cluster file says.
+
+    `cores`: what the processes share when they are on one machine, each having been rehearsed with all of
+    them: who computes at the same time is slowed down by as much as their dies are more than the cores.
+    """
+    play = _Play(cluster, cores, [_Actor(part) for part in parts])
+    for actor in play.actors[1:]:
+        actor.until = cluster.message_ns(0) * 1e-9  # they are told to begin
+    first = play.actors[0]
+    while True:
+        while any(actor.ready(play.now) and play.does(actor) for actor in play.actors):
+            if first.over:
+                return play.now
+        play.advance()
+
+
+@dataclass
+class _Actor:
+    """A process: the event that it comes to next, the seconds of computing that are left until then, and the
+    time before which it cannot go on.
+    """
+
+    part: Part
+    next: int = 0
+    left: float = 0.0
+    until: float = 0.0
+    arrived: list[float] = field(default_factory=list)  # when it came to its collectives
+
+    def __post_init__(self) -> None:
+        self.left = self.part.events[0].seconds
+
+    @property
+    def over(self) -> bool:
+        return self.next == len(self.part.events)
+
+    def ready(self, now: float) -> bool:
+        return not self.over and self.until <= now and not self.left
+
+    def go_on(self, after: float, work: float = 0.0) -> None:
+        """To the next event: not before a time, and with something to do beside what lies between."""
+        self.next += 1
+        self.until = after
+        self.left = 0.0 if self.over else work + self.part.events[self.next].seconds
+
+
+@dataclass
+class _Play:
+    cluster: Cluster
+    cores: int | None
+    actors: Sequence[_Actor]
+    now: float = 0.0
+    sent: dict[tuple[int, int, int], float] = field(default_factory=dict)  # when it is there
+
+    def advance(self) -> None:
+        """To the next moment when somebody has computed or hears what was on its way."""
+        busy = [a for a in self.actors if a.until <= self.now and a.left]
+        speed = 1.0
+        if self.cores is not None and busy:
+            speed = min(1.0, self.cores / sum(a.part.cores for a in busy))
+        ends = [a.left / speed for a in busy]
+        step = min(ends + [a.until - self.now for a in self.actors if a.until > self.now])
+        for actor, end in zip(busy, ends):
+            actor.left = actor.left - step * speed if end > step else 0.0
+        self.now += step
+
+    def does(self, actor: _Actor) -> bool:
+        """What a process has come to, if that can be done now; whether it could."""
+        event = actor.part.events[actor.next]
+        if event.kind == "meet":
+            number = sum(e.kind == "meet" for e in actor.part.events[: actor.next])
+            if len(actor.arrived) == number:
+                actor.arrived.append(self.now)
+            if any(len(other.arrived) <= number for other in self.actors):
+                return False
+            others = len(self.actors) - 1
+            there = max(o.arrived[number] for o in self.actors if o is not actor) + self._message(
+                others * event.nbytes
+            )
+            actor.go_on(max(self.now, there), others * self.cluster.link.exchange_us * 1e-6)
+        elif event.kind == "recv":
+            if event.tag not in self.sent:
+                return False
+            actor.go_on(max(self.now, self.sent[event.tag]))
+        else:
+            if event.kind == "send":
+                self.sent[event.tag] = self.now + self._message(event.nbytes)
+            actor.go_on(self.now)
+        return True
+
+    def _message(self, nbytes: int) -> float:
+        return self.cluster.message_ns(nbytes) * 1e-9
