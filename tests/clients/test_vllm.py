@@ -71,15 +71,21 @@ def environment(python: Path) -> dict[str, str]:
     return {**kept, "PATH": f"{python.parent}:{kept['PATH']}"}
 
 
-def run(*arguments: str, cwd: Path | None = None) -> str:
+def run(*arguments: str) -> str:
     """What a program of the environment prints; it must end well."""
     python = python_of("vllm")
     done = subprocess.run(
         [str(python.parent / arguments[0]), *arguments[1:]],
-        capture_output=True, text=True, env=environment(python), cwd=cwd, timeout=START,
+        capture_output=True, text=True, env=environment(python), timeout=START,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-6000:])
     return done.stdout
+
+
+def reported(script: str, *arguments: Path) -> Any:
+    """The JSON that a script of this folder prints, among what vLLM's processes do."""
+    lines = run("python", str(HERE / script), *map(str, arguments)).splitlines()
+    return json.loads(next(line for line in reversed(lines) if line.startswith('{"')))
 
 
 class Vllm:
@@ -265,8 +271,7 @@ def test_vllm_bench_serve(server: str, two: Path, tmp_path: Path, request: pytes
 
 def test_what_artifacts_cannot_do_is_refused(two: Path, compiled: Callable[[str], Path]) -> None:
     """By name, with what to do, before anything is loaded; and requests that need logits of those without."""
-    out = run("python", str(HERE / "vllm_refusals.py"), str(two), str(compiled("topk=8")), str(MODEL))
-    found = json.loads(out.splitlines()[-1])
+    found = reported("vllm_refusals.py", two, compiled("topk=8"), MODEL)
     for option, words in (
         ("tensor_parallel_size", "--tensor-parallel-size 2: dies are not vLLM's ranks, the artifacts hold 2"),
         ("max_model_len", "compile with --max-kv 1024"),
@@ -292,8 +297,7 @@ def test_what_artifacts_cannot_do_is_refused(two: Path, compiled: Callable[[str]
 def test_best_tokens_from_python(compiled: Callable[[str], Path]) -> None:
     """vLLM's `LLM` on artifacts that return the eight best tokens: greedy and top-k sampling."""
     folder = compiled("topk=8")
-    out = run("python", str(HERE / "vllm_offline.py"), str(folder))
-    found = json.loads(out.splitlines()[-1])
+    found = reported("vllm_offline.py", folder)
     prompts = [[5, 17, 300], [42], list(range(100, 180))]
     assert found["greedy"] == [list(Session(folder).generate(p, 8)) for p in prompts]
     assert found["sampled"] == found["again"] != found["greedy"]

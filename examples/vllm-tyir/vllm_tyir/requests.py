@@ -82,7 +82,8 @@ class Request:
         try:
             token = self._choose(outputs, self.made, refused)
         except TyirError as error:
-            logging.getLogger("vllm").warning("request %s: %s; it is not held to that", self.name, error)
+            problem = error.diagnostics[0].message
+            logging.getLogger("vllm").warning("request %s: %s; it is not held to that", self.name, problem)
             token = int(np.argmax(outputs["logits"]))
         self.made.append(token)
         return token
