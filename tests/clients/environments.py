@@ -27,10 +27,11 @@ REQUIREMENTS: dict[str, list[str]] = {
     "evalscope": ["evalscope[perf]==1.14.1"],
     "vllm": ["vllm==0.33.0"],
 }
-# vLLM's wheel asks for CUDA's torch, and for much that only CUDA's kernels use: the plug-in runs none.
+# vLLM's wheel asks for CUDA's torch, and for much that only CUDA's kernels use: the plug-in runs none.  Of
+# apache-tvm-ffi it pins a release that tyir's TVM is too new for, and of xgrammar triton is not needed.
 NOT_FOR_VLLM = (
     *("torch", "nvidia", "cuda", "nvtx", "flashinfer", "quack", "tilelang", "tokenspeed", "fastsafetensors"),
-    *("pynvvideocodec", "instanttensor", "humming", "xgrammar"),
+    *("pynvvideocodec", "instanttensor", "humming", "xgrammar", "apache-tvm"),
 )
 
 
