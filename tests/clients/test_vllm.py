@@ -43,6 +43,7 @@ START = 900.0  # seconds that vLLM may take, on a machine with much else to do
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`compiled(output)`: artifacts on two dies, for four sequences of 512 tokens."""
+    python_of("vllm")  # skipped before anything is compiled
 
     def made(output: str) -> Path:
         def make(folder: Path) -> None:
