@@ -279,6 +279,11 @@ class Manifest:
     files: Annotated[dict[FileName, FileRecord], MinLen(1)] = field(default_factory=dict)
     vision: Vision | None = None
 
+    @property
+    def choices(self) -> int | None:
+        """How many tokens a step returns for each position; None when it returns logits."""
+        return next((t.shape[-1] for t in self.programs[0].outputs if t.name == "top_ids"), None)
+
     def program(self, die: int, seqlen: int) -> DieProgram:
         return next(p for p in self.programs if p.die == die and p.seqlen == seqlen)
 

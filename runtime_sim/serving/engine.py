@@ -72,8 +72,7 @@ class Engine:
         self.session = session
         self.capacity = options.max_kv
         self.vocabulary = int(session.manifest.model.get("vocab_size", 1 << 31))
-        outputs = session.manifest.programs[0].outputs
-        self.choices: int | None = next((t.shape[-1] for t in outputs if t.name == "top_ids"), None)
+        self.choices = session.manifest.choices
         self.scheduler = Scheduler(
             options.batch,
             options.seqlens,

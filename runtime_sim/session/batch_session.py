@@ -72,7 +72,7 @@ class BatchSession:
         Raises `TyirError` for another number of sequences, tokens that do not fit and programs that return no
         logits.
         """
-        rows = self._advance(ids, last=False)
+        rows = self.advance(ids)
         if "logits" not in rows[0]:
             raise TyirError(
                 "these artifacts return tokens and no logits",
@@ -96,7 +96,7 @@ class BatchSession:
         made: list[list[int]] = [[] for _ in self.tokens]
         following = [list(p) for p in prompts]
         for _ in range(limit):
-            outputs = self._advance(following, last=True)
+            outputs = self.advance(following, last=True)
             for number, own in enumerate(outputs):
                 if following[number]:
                     made[number].append(_choose(own, sampler))
@@ -109,11 +109,19 @@ class BatchSession:
                 break
         return made
 
-    def _advance(self, ids: Sequence[Sequence[int]], *, last: bool) -> list[dict[str, Array]]:
-        """Run each sequence's tokens; its outputs by name, [n, ..] each, or of the `last` token alone."""
+    def advance(
+        self, ids: Sequence[Sequence[int]], *, last: bool = False, lengths: Sequence[int] | None = None
+    ) -> list[dict[str, Array]]:
+        """Append tokens to each sequence, in as many steps as they take; its outputs by name, [n, ..] each,
+        or of the `last` token alone.
+
+        `lengths`: as `step` takes them; None when no more of the prompts comes.  Raises `TyirError` for
+        another number of sequences and for tokens that do not fit.
+        """
         left = self._checked(ids)
         rows: list[dict[str, list[Array]]] = [{} for _ in left]
-        lengths = [len(known) + len(part) for known, part in zip(self.tokens, left)]
+        if lengths is None:
+            lengths = [len(known) + len(part) for known, part in zip(self.tokens, left)]
         while any(left) or not rows[0]:
             rooms = [
                 len(p) if self._chunks is None else self._chunks.room(len(t))

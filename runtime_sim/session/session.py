@@ -154,8 +154,7 @@ class Session:
     @property
     def choices(self) -> int | None:
         """How many tokens the program returns for each position; None when it returns logits."""
-        outputs = self.manifest.programs[0].outputs
-        return next((t.shape[-1] for t in outputs if t.name == "top_ids"), None)
+        return self.manifest.choices
 
     def reset(self) -> None:
         """Start over with an empty cache."""

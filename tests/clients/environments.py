@@ -25,7 +25,14 @@ REQUIREMENTS: dict[str, list[str]] = {
     "schemathesis": ["schemathesis"],
     "dify": ["dify-plugin==0.7.4"],
     "evalscope": ["evalscope[perf]==1.14.1"],
+    "vllm": ["vllm==0.33.0"],
 }
+# vLLM's wheel asks for CUDA's torch, and for much that only CUDA's kernels use: the plug-in runs none.  Of
+# apache-tvm-ffi it pins a release that tyir's TVM is too new for, and of xgrammar triton is not needed.
+NOT_FOR_VLLM = (
+    *("torch", "nvidia", "cuda", "nvtx", "flashinfer", "quack", "tilelang", "tokenspeed", "fastsafetensors"),
+    *("pynvvideocodec", "instanttensor", "humming", "xgrammar", "apache-tvm"),
+)
 
 
 def folder() -> Path:
@@ -47,8 +54,30 @@ def main() -> None:
     for name in parser.parse_args().names:
         place = folder() / name
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        command = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]]
-        subprocess.run(command, check=True)
+        python = place / "bin" / "python"
+        if name == "vllm":
+            install_vllm(python)
+        else:
+            pip(python, *REQUIREMENTS[name])
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """Install into the environment of an interpreter."""
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *arguments], check=True)
+
+
+def install_vllm(python: Path) -> None:
+    """vLLM for a computer without CUDA, the runtime of this checkout, and the plug-in between them."""
+    pip(python, "--no-deps", *REQUIREMENTS["vllm"])
+    ask = "from importlib.metadata import requires; print('\\n'.join(requires('vllm')))"
+    wanted = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout
+    pip(python, "torch==2.13.0")  # alone: pip takes the build that its settings offer, as for the checkout
+    pip(
+        python,
+        *(r for r in wanted.splitlines() if "extra ==" not in r and not r.lower().startswith(NOT_FOR_VLLM)),
+    )
+    pip(python, "--no-deps", *(r.partition(";")[0] for r in wanted.splitlines() if r.startswith("xgrammar")))
+    pip(python, str(ROOT), str(ROOT / "examples" / "vllm-tyir"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""vLLM's sampling parameters as tyir's: tokens are chosen as `tyir-serve` chooses them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from tyir.diagnostics import TyirError
+from tyir.runtime_sim.serving.choosing import Sampling
+
+__all__ = ["check", "sampling_of"]
+
+# Fields that change which tokens come or what is said of them, and are not done.
+_REFUSED: Final = (
+    "logprob_token_ids",
+    "prompt_logprob_token_ids",
+    "thinking_token_budget",
+    "trace_decode_token_ids",
+)
+
+
+def sampling_of(params: Any) -> Sampling:
+    """What a request asks of the choice of its tokens."""
+    return Sampling(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=params.seed,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        bias={int(token): float(value) for token, value in (params.logit_bias or {}).items()},
+        allowed=None if params.allowed_token_ids is None else frozenset(params.allowed_token_ids),
+        bad=tuple(map(tuple, params.bad_words_token_ids or ())),
+    )
+
+
+def check(params: Any, vocabulary: int, choices: int | None) -> None:
+    """`ValueError`, which vLLM answers with 400, for what artifacts cannot do.
+
+    `choices`: how many tokens of a position they return, None for all logits.
+    """
+    if asked := [name for name in _REFUSED if getattr(params, name, None) is not None]:
+        raise ValueError(f"{', '.join(asked)}: vllm-tyir does not do this")
+    scores = params.logprobs is not None or params.prompt_logprobs is not None
+    if choices is not None:
+        wanted = {
+            "structured_outputs": params.structured_outputs is not None,
+            "bad_words": bool(params.bad_words),  # their tokens are not known yet
+        }
+        if asked := [name for name, is_asked in wanted.items() if is_asked]:
+            raise ValueError(
+                f"{', '.join(asked)}: these artifacts return the {choices} best tokens of each position"
+                " and not all logits; compile with --output logits"
+            )
+    try:
+        sampling_of(params).check(vocabulary, choices, logprobs=scores)
+    except TyirError as error:
+        raise ValueError(str(error)) from None
