@@ -127,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--objective",
         metavar="WHAT",
         help="of method awq, what ranges are for: loss (the model's on the text) or outputs (of linears);"
-        " default: of a small model both are tried, other windows of the text decide",
+        " default: of a small model both are tried, and the last fifth of the text decides",
     )
     parser.add_argument("--no-scales", action="store_true", help="ranges alone; norms stay as they are")
     parser.add_argument("--quick", action="store_true", help="the least work: fewest windows and candidates")

@@ -32,10 +32,11 @@ from tyir.frontends.torch_export import build_plain_model  # noqa: E402
 from tyir.pipeline import run_pipeline  # noqa: E402
 from tyir.tools.quantize import layer_search, loss_terms, search  # noqa: E402
 from tyir.tools.quantize import quantize as quantize_module  # noqa: E402
-from tyir.tools.quantize.perplexity import model_perplexity  # noqa: E402
+from tyir.tools.quantize.calibration import drawn, text_windows  # noqa: E402
+from tyir.tools.quantize.perplexity import model_perplexity, window_losses  # noqa: E402
 from tyir.tools.quantize.quantize import Text, perplexity_of, quantize  # noqa: E402
 from tyir.tools.quantize.report import write_report  # noqa: E402
-from tyir.tools.quantize.settings import OBJECTIVES, QuantizeSettings  # noqa: E402
+from tyir.tools.quantize.settings import QuantizeSettings  # noqa: E402
 from tyir.tools.quantize.streamed_model import StreamedModel  # noqa: E402
 from tyir.tools.tyir_quantize import main  # noqa: E402
 
@@ -205,28 +206,75 @@ def test_ranges_for_the_loss(awq: Any, for_loss: Any) -> None:
     assert (for_loss.out / "model.safetensors").is_file()
 
 
-def test_other_windows_decide_between_the_objectives(
-    awq: Any, for_loss: Any, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both are searched, and the table is that of the one with the least perplexity on the others."""
-    values: list[float] = []
-
-    def measure(streamed: Any, windows: Any, change: Any, progress: bool = False) -> Any:
-        assert 8 <= len(windows) <= 32
-        found = model_perplexity(streamed, windows, change, progress)
-        values.append(found.value)
-        return found
-
-    monkeypatch.setattr(quantize_module, "model_perplexity", measure)
+def test_the_end_of_the_text_decides(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both objectives are searched on the text but its end, and that is taken which is best on the end."""
     monkeypatch.setattr(quantize_module, "_TOKENS", 32)
-    outcome = quantize(model, tmp_path / "both", SETTINGS, calibration=text)
-    assert len(values) == 2 and values[0] != values[1]
-    chosen = OBJECTIVES[values.index(min(values))]
-    assert outcome.settings.objective == chosen
-    # too few tokens for a judgement leave outputs as the objective: the fixture's
-    alone = {"loss": for_loss, "outputs": awq}[chosen]
-    name = "awq.safetensors"
-    assert (outcome.out / name).read_bytes() == (alone.out / name).read_bytes()
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(n) for n in range(500)))
+    streamed = StreamedModel(model, SETTINGS.window)
+    windows = text_windows(model, text, SETTINGS.window)
+    seen, judging = quantize_module._calibration(streamed, text, SETTINGS)
+    assert torch.equal(judging, drawn(windows[-(len(windows) // 5) :], 64, 0)) and len(judging) >= 8
+    assert torch.equal(seen, drawn(windows[: -(len(windows) // 5) - 1], 2, SETTINGS.seed))
+    # nothing to choose, or too little to choose by: all of the text is searched
+    for settings in (replace(SETTINGS, objective="loss"), replace(SETTINGS, samples=1)):
+        seen, judging = quantize_module._calibration(streamed, text, settings)
+        assert torch.equal(seen, drawn(windows, settings.samples or 0, 0)) and not len(judging)
+
+    parts = windows[:2], windows[-8:]
+    real, found = quantize_module.search, {}
+    asked: list[str] = []
+
+    def search_once(streamed: Any, seen: Any, groups: Any, settings: Any, *rest: Any) -> Any:
+        assert torch.equal(seen, parts[0])
+        asked.append(settings.objective)
+        if settings.objective not in found:
+            found[settings.objective] = real(streamed, seen, groups, settings, *rest)
+        return found[settings.objective]
+
+    monkeypatch.setattr(quantize_module, "search", search_once)
+    judged: list[Any] = []
+    best = ""
+
+    def losses(streamed: Any, judging: Any, change: Any, progress: bool) -> Any:
+        assert torch.equal(judging, parts[1])
+        of = ("rtn", "outputs", "loss")[len(judged) % 3]
+        judged.append(window_losses(streamed, judging, change, progress))
+        return torch.linspace(1, 2, len(judging)) - (0.5 if of == best else 0)
+
+    monkeypatch.setattr(quantize_module, "window_losses", losses)
+    for best in ("rtn", "outputs", "loss"):
+        said: list[str] = []
+        taken, settings = quantize_module._searched(
+            streamed, parts, [], SETTINGS, tmp_path / "search", said.append, False
+        )
+        if best == "rtn":
+            assert settings.method == "rtn" and not taken.table.ranges and "to nearest is kept" in said[0]
+        else:
+            assert (settings.method, settings.objective) == ("awq", best) and not said
+            assert taken is found[best]
+    assert len({tuple(each.tolist()) for each in judged}) == 3  # of each its own weights
+    assert asked == ["outputs", "loss"] * 3
+
+
+def test_the_perplexity_of_a_small_model_takes_one_thread(model: Path) -> None:
+    """A second one would only be waited for."""
+    threads: list[int] = []
+
+    def change(index: int, tensors: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return tensors
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        windows = torch.arange(48).reshape(3, 16)
+        streamed = StreamedModel(model, 16)
+        losses = window_losses(streamed, windows, change)
+        assert torch.get_num_threads() == 3 and threads == [1, 1]
+        assert model_perplexity(streamed, windows).value == pytest.approx(float((losses.sum() / 45).exp()))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_question_starts_anew(model: Path, tmp_path: Path) -> None:

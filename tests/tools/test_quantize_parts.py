@@ -18,6 +18,7 @@ from tyir.dialects.ty import QuantizeGroups, dequantize  # noqa: E402
 from tyir.tools.quantize import arithmetic, calibration, gptq, ranges, scales, settings  # noqa: E402
 from tyir.tools.quantize.autoawq import settings_of  # noqa: E402
 from tyir.tools.quantize.by_rows import by_rows, threads_for  # noqa: E402
+from tyir.tools.quantize.choice import apart, chosen, difference  # noqa: E402
 from tyir.tools.quantize.moments import Inputs, Moments  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
@@ -259,6 +260,57 @@ def test_little_work_is_done_by_one_thread() -> None:
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_end_of_a_text_judges_with_a_gap_before_it() -> None:
+    searched, judging = apart(torch.arange(100)[:, None])
+    assert searched[:, 0].tolist() == list(range(79)) and judging[:, 0].tolist() == list(range(80, 100))
+    short = torch.arange(39)[:, None]
+    assert torch.equal(apart(short)[0], short) and apart(short)[1].shape == (0, 1)
+
+
+def _losses(windows: int, gain: float, seed: int, scatter: float = 0.02, alike: int = 1) -> tuple[Any, Any]:
+    """Losses of windows that differ much from each other, and less by `gain` with a `scatter` of which runs
+    of windows have theirs in common.
+    """
+    random = torch.Generator().manual_seed(seed)
+    nearest = 3.7 + torch.randn(windows, generator=random, dtype=torch.float64)
+    noise = torch.randn(-(-windows // alike), generator=random, dtype=torch.float64) * scatter
+    return nearest, nearest - gain + noise.repeat_interleave(alike)[:windows]
+
+
+def test_losses_are_compared_window_by_window() -> None:
+    """What windows differ by among themselves is nothing to the error of the difference; what neighbours
+    have in common is."""
+    nearest, better = _losses(64, 0.01, 0)
+    mean, error = difference(better, nearest)
+    assert mean == pytest.approx(-0.01, abs=0.01) and 0.001 < error < 0.005
+    assert difference(nearest, nearest) == (0, 0) and difference(better[:1], nearest[:1])[1] == 0
+    errors = [
+        [difference(*_losses(64, 0.01, seed, alike=alike)[::-1])[1] for seed in range(20)] for alike in (1, 4)
+    ]
+    assert np.mean(errors[1]) == pytest.approx(2 * np.mean(errors[0]), rel=0.15)
+
+
+def test_the_bolder_candidate_has_to_be_better_by_more_than_chance() -> None:
+    nearest, outputs = _losses(64, 0.01, 1, scatter=0)
+    scatter = _losses(64, 0, 2)[1] - _losses(64, 0, 2)[0]
+    scatter -= scatter.mean()
+    for gain, taken in ((0.02, 1), (0.004, 0), (0.0, 0), (-0.02, 0)):
+        assert chosen(nearest, [outputs, outputs - gain + scatter]) == taken, gain
+    # no candidate that is worse than rounding to nearest, or the same; one that is worse is in nobody's way
+    assert chosen(nearest, [nearest + 0.001, nearest + scatter - 0.004]) is None
+    assert chosen(nearest, [nearest.clone(), nearest.clone()]) is None
+    assert chosen(nearest, [nearest + 0.001, nearest + scatter - 0.02]) == 1
+    assert chosen(nearest, [nearest + scatter - 0.0001, nearest + 1]) == 0
+
+
+def test_chance_seldom_decides_for_the_bolder_candidate() -> None:
+    taken = []
+    for seed in range(200):
+        outputs, loss = _losses(64, 0.0, seed)
+        taken.append(chosen(outputs + 0.01, [outputs, loss]))
+    assert set(taken) <= {0, 1} and taken.count(1) < 12
 
 
 def test_an_error_in_the_rows_comes_out() -> None:

@@ -16,9 +16,10 @@ import torch
 from tyir.diagnostics import TyirError
 from tyir.process.progress import track
 from tyir.tools.quantize.arithmetic import is_finite
+from tyir.tools.quantize.by_rows import threads_for
 from tyir.tools.quantize.streamed_model import StreamedModel, Tensors
 
-__all__ = ["Perplexity", "artifact_perplexity", "model_perplexity"]
+__all__ = ["Perplexity", "artifact_perplexity", "model_perplexity", "window_losses"]
 
 Tensor = Any
 Change = Callable[[int, Tensors], Tensors]
@@ -44,28 +45,39 @@ def _loss(logits: Tensor, targets: Tensor) -> float:
 def model_perplexity(
     model: StreamedModel, windows: Tensor, change: Change | None = None, progress: bool = False
 ) -> Perplexity:
-    """Of a model, layer by layer, on windows [S, T]; `change` puts other tensors in a layer's place."""
-    hidden = model.embedded(windows)
-    for index in track(range(model.depth), "perplexity", "layer", show=progress):
-        tensors = model.tensors(index)
-        if change is not None:
-            tensors = change(index, tensors)
-        model.advance(index, tensors, hidden)
-        if not is_finite(hidden):
-            raise TyirError(
-                f"the values that leave {model.paths[index]} are not finite",
-                help="the checkpoint is damaged, or its weights do not fit the type they are stored in",
-            )
-    total, count = 0.0, 0
-    with model.finishing() as logits:
-        for window, state in zip(windows.to(model.device), hidden, strict=True):
-            start = 0
-            for part in logits(state):
-                targets = window[start + 1 : start + 1 + len(part)]
-                total += _loss(part[: len(targets)], targets)
-                count += len(targets)
-                start += len(part)
-    return _mean(total, count)
+    """Of a model, on windows [S, T]; `change` puts other tensors in a layer's place."""
+    losses = window_losses(model, windows, change, progress)
+    return _mean(float(losses.sum()), windows.numel() - len(windows))
+
+
+def window_losses(
+    model: StreamedModel, windows: Tensor, change: Change | None = None, progress: bool = False
+) -> Tensor:
+    """The negative log-likelihood [S] of each of windows [S, T], summed over its tokens but the first, layer
+    by layer; `change` puts other tensors in a layer's place.  `TyirError` names a layer whose values are not
+    finite.
+    """
+    with threads_for(max(model.layer_weights, model.head_weights), windows.numel()):
+        hidden = model.embedded(windows)
+        for index in track(range(model.depth), "perplexity", "layer", show=progress):
+            tensors = model.tensors(index)
+            if change is not None:
+                tensors = change(index, tensors)
+            model.advance(index, tensors, hidden)
+            if not is_finite(hidden):
+                raise TyirError(
+                    f"the values that leave {model.paths[index]} are not finite",
+                    help="the checkpoint is damaged, or its weights do not fit the type they are stored in",
+                )
+        losses = torch.zeros(len(windows), dtype=torch.float64)
+        with model.finishing() as logits:
+            for number, (window, state) in enumerate(zip(windows.to(model.device), hidden, strict=True)):
+                start = 0
+                for part in logits(state):
+                    targets = window[start + 1 : start + 1 + len(part)]
+                    losses[number] += _loss(part[: len(targets)], targets)
+                    start += len(part)
+    return losses
 
 
 def artifact_perplexity(folder: Path, windows: Tensor, progress: bool = False) -> Perplexity:

@@ -27,8 +27,15 @@ from tyir.pipeline import run_pipeline
 from tyir.tools.quantize.arithmetic import dequantized, folded, quantized
 from tyir.tools.quantize.by_rows import threads_for
 from tyir.tools.quantize.calibration import drawn, generated_windows, text_windows
+from tyir.tools.quantize.choice import apart, chosen
 from tyir.tools.quantize.layer_search import LinearReport, ScaledChannels
-from tyir.tools.quantize.perplexity import Change, Perplexity, artifact_perplexity, model_perplexity
+from tyir.tools.quantize.perplexity import (
+    Change,
+    Perplexity,
+    artifact_perplexity,
+    model_perplexity,
+    window_losses,
+)
 from tyir.tools.quantize.search import Found, scaled_channels, search
 from tyir.tools.quantize.settings import OBJECTIVES, QuantizeSettings, Work, work_for
 from tyir.tools.quantize.streamed_model import StreamedModel, Tensors
@@ -38,7 +45,7 @@ __all__ = ["TABLE", "Outcome", "Text", "check_device", "perplexity_of", "quantiz
 Tensor = Any
 TABLE: Final = "awq.safetensors"
 _TOKENS: Final = 1 << 14  # fewer say too little of the loss's gradient
-_JUDGING: Final = (8, 32)  # windows by which objectives are judged: at least, at most
+_JUDGING: Final = 64  # windows by which objectives are judged, at most
 _GENERATED: Final = 16  # windows of the model's own text, unless more or fewer are asked for
 
 
@@ -102,7 +109,7 @@ def quantize(
     found = Found(AwqTable(_plain_table(settings)))
     if settings.method != "rtn":
         windows = _calibration(model, calibration, settings)
-        found, settings = _searched(model, windows, groups, settings, work_folder, progress)
+        found, settings = _searched(model, windows, groups, settings, work_folder, warn, progress)
     work_folder.mkdir(parents=True, exist_ok=True)
     table = work_folder / TABLE
     found.table.save(table)
@@ -203,22 +210,22 @@ def _work(model: StreamedModel, settings: QuantizeSettings) -> Work:
 def _calibration(
     model: StreamedModel, source: Path | None, settings: QuantizeSettings
 ) -> tuple[Tensor, Tensor]:
-    """The windows [S, T] that the search sees, and others of the same text to judge by, [0, T] when there are
-    not enough.
+    """The windows [S, T] that the search sees, and those of the same text to judge by, [0, T] where
+    nothing is to be judged or the text is too short for it.
     """
-    samples = _work(model, settings).samples
+    work = _work(model, settings)
     if source is None:
-        samples = settings.samples or min(samples, _GENERATED)
-        weights = sum(n * k for n, k in (linear.shape for linear in model.linears(0)))
-        with threads_for(weights, samples * settings.window):
+        samples = settings.samples or min(work.samples, _GENERATED)
+        with threads_for(model.layer_weights, samples * settings.window):
             windows = generated_windows(model.folder, settings.window, samples, settings.seed)
         return windows, windows[:0]
     windows = text_windows(model.folder, source, settings.window)
-    places = torch.arange(len(windows))
-    seen = drawn(places, samples, settings.seed)
-    rest = places[~torch.isin(places, seen)]
-    others = drawn(rest, _JUDGING[1], settings.seed) if len(rest) >= _JUDGING[0] else rest[:0]
-    return windows[seen], windows[others]
+    if work.both:
+        searched, judging = apart(windows)
+        seen = drawn(searched, work.samples, settings.seed)
+        if len(judging) and seen.numel() >= _TOKENS:
+            return seen, drawn(judging, _JUDGING, settings.seed)
+    return drawn(windows, work.samples, settings.seed), windows[:0]
 
 
 def _searched(
@@ -227,24 +234,30 @@ def _searched(
     groups: list[ScaledChannels],
     settings: QuantizeSettings,
     folder: Path,
+    warn: Callable[[str], None],
     progress: bool,
 ) -> tuple[Found, QuantizeSettings]:
-    """What the search chose, and the settings with the objective that was.
-
-    Where both objectives are tried, that of the least perplexity on windows that no search saw is taken: the
-    loss on few tokens, or on a text that the model knows already, says little of other text.
+    """What the search chose, and the settings that it is the outcome of: with the objective, where windows to
+    judge by decided between both and rounding to nearest.
     """
-    seen, others = windows
-    if not _work(model, settings).both or not len(others) or seen.numel() < _TOKENS:
+    seen, judging = windows
+    if not len(judging):
         return search(model, seen, groups, settings, folder, progress), settings
+
+    def losses(found: Found, asked: QuantizeSettings) -> Tensor:
+        return window_losses(model, judging, _change(model, found, groups, asked), progress)
+
+    nearest = replace(settings, method="rtn")
+    plain = Found(AwqTable(_plain_table(settings)))
     tried = []
     for objective in OBJECTIVES:
         asked = replace(settings, objective=objective)
-        found = search(model, seen, groups, asked, folder / objective, progress)
-        value = model_perplexity(model, others, _change(model, found, groups, asked), progress).value
-        tried.append((value, found, asked))
-    _, found, asked = min(tried, key=lambda each: each[0])
-    return found, asked
+        tried.append((search(model, seen, groups, asked, folder / objective, progress), asked))
+    index = chosen(losses(plain, nearest), [losses(*each) for each in tried])
+    if index is None:
+        warn("rounding to nearest is kept: on the last part of the calibration text no search was better")
+        return plain, nearest
+    return tried[index]
 
 
 def _change(

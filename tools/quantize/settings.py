@@ -15,7 +15,7 @@ from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 __all__ = ["METHODS", "OBJECTIVES", "Grid", "QuantizeSettings", "Work", "work_for"]
 
 METHODS: Final = ("awq", "gptq", "awq+gptq", "rtn")
-OBJECTIVES: Final = ("loss", "outputs")
+OBJECTIVES: Final = ("outputs", "loss")  # in the order of trust
 BITS: Final = (3, 4, 8)
 
 # What one search may take on a CPU: tokens x weights of the forward passes, and candidates x weights of the
@@ -61,8 +61,8 @@ class QuantizeSettings:
     `window` tokens that the search sees; None: as many as the work allows.  `sequential`: a layer's inputs
     carry the error of the layers before it, and its targets do not.  `smooth` False leaves scales
     out; `quick` takes the least work.  `objective`: what ranges of the method awq are chosen for, the
-    "outputs" of linears or the model's "loss" on the text; None: of a small model both are tried, and other
-    windows of the text decide.
+    "outputs" of linears or the model's "loss" on the text; None: of a small model both are tried, and the
+    last part of the text, which neither sees, decides between them and rounding to nearest.
     """
 
     method: str = "awq+gptq"

@@ -17,7 +17,7 @@ once: all windows have the same length.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -165,6 +165,17 @@ class StreamedModel:
             if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
         ]
 
+    @property
+    def layer_weights(self) -> int:
+        """How many weights the linears of the first layer have."""
+        return sum(n * k for n, k in (linear.shape for linear in self.linears(0)))
+
+    @property
+    def head_weights(self) -> int:
+        """How many weights make logits."""
+        head = self.model.get_output_embeddings()
+        return 0 if head is None else int(head.weight.numel())
+
     def _around(self, without: torch.nn.Module) -> Tensors:
         """What lies outside of the layers, except one module."""
         skipped = {id(p) for p in without.parameters()} if without is not None else set()
@@ -252,8 +263,3 @@ class StreamedModel:
                 yield of_part
 
         yield logits
-
-
-def layer_shapes(model: StreamedModel, skipped: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Shapes [N, K] of the first layer's linears."""
-    return [linear.shape for linear in model.linears(0) if linear.path not in skipped]
