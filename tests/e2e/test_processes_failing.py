@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -297,13 +297,14 @@ def _streamed(port: int, prompt: str) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = {"prompt": prompt, "max_tokens": 100, "temperature": 0, "stream": True}
     got = ""
-    with suppress(OSError, http.client.HTTPException):  # cut off: what came before counts
+    with closing(connection), suppress(OSError, http.client.HTTPException):  # what came before a cut counts
         _when_ready(port)
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        for line in connection.getresponse():
-            if line.startswith(b"data: {") and b'"choices"' in line:
-                choices = json.loads(line[6:])["choices"]
-                got += choices[0]["text"] if choices else ""
+        with connection.getresponse() as response:
+            for line in response:
+                if line.startswith(b"data: {") and b'"choices"' in line:
+                    choices = json.loads(line[6:])["choices"]
+                    got += choices[0]["text"] if choices else ""
     return got
 
 
