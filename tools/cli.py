@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib
 import math
 import os
 import re
@@ -91,9 +90,8 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
 
             adopt_streams()
             limit_threads()
-            importlib.import_module(
-                "hashlib"
-            )  # while there is memory: without, it logs tracebacks of its own
+            import hashlib  # noqa: F401  (while there is memory: without, it logs tracebacks of its own)
+
             if not {"-v", "--verbose"}.intersection(sys.argv[1:]):
                 _quieten_libraries()
         arguments = list(sys.argv[1:] if argv is None else argv)

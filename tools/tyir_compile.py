@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from tyir.artifacts.vision import VISION_EXPONENT, VisionSplit
 from tyir.diagnostics import TyirError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "make_parser", "numbers"]
 
+_CARDS: Final = 2
+
 
 @run_tool
 def main(argv: Sequence[str]) -> int:
@@ -35,38 +37,46 @@ def main(argv: Sequence[str]) -> int:
     options = {
         f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name, None)) is not None
     }
-    if args.cluster is not None:
-        with _on_cards(args, options) as args.machine:
-            return _run(args, options)
-    return _run(args, options)
+    if args.cluster is None:
+        if args.cards is not None:
+            raise TyirError(
+                f"--cards {args.cards} says nothing without the links between the cards",
+                help="add --cluster FILE (docs/processes.md), or leave --cards out",
+            )
+        return _run(args, options, args.machine)
+    cards = _CARDS if args.cards is None else args.cards
+    with _on_cards(args, options, cards) as machine:
+        return _run(args, options, machine, cards)
 
 
 @contextmanager
-def _on_cards(args: argparse.Namespace, options: Mapping[str, Any]) -> Iterator[str]:
+def _on_cards(args: argparse.Namespace, options: Mapping[str, Any], cards: int) -> Iterator[str]:
     """A machine file whose packages are cards, linked as --cluster says."""
     from tyir.targets.cluster import load_cluster
     from tyir.targets.machine import load_machine
     from tyir.tools.estimate.cards import check_cards
 
+    if args.model.suffix == ".ir" and "dies" not in options:
+        raise TyirError(
+            "how many dies the cards have is not said", help="repeat the --dies that the .ir file is for"
+        )
     cluster, dies = load_cluster(args.cluster), options.get("dies", BuildOptions.dies)
-    check_cards(dies, args.cards)
-    machine = cluster.joined(load_machine(args.machine or "edge10"), dies // args.cards)
+    check_cards(dies, cards)
+    machine = cluster.joined(load_machine(args.machine or "edge10"), dies // cards)
     with tempfile.TemporaryDirectory(prefix="tyir-cards-") as folder:
         file = Path(folder) / "machine.toml"
         file.write_text(machine.as_toml(), encoding="utf-8")
         yield str(file)
 
 
-def _run(args: argparse.Namespace, options: Mapping[str, Any]) -> int:
+def _run(args: argparse.Namespace, options: Mapping[str, Any], machine: str | None, cards: int = 0) -> int:
+    """Plan or compile, for the machine of a name or file; `cards`: how many cards --plan simulates."""
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
     from tyir.tools.cluster.ray_workers import ray_workers
 
     if args.plan:
-        cards = args.cards if args.cluster is not None else 0
-        return print_plan(
-            args.model, options, args.image, args.base, args.machine, cards=cards, as_json=args.json
-        )
+        return print_plan(args.model, options, args.image, args.base, machine, cards=cards, as_json=args.json)
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch(told=_log(args.json_log))
@@ -99,7 +109,7 @@ def _run(args: argparse.Namespace, options: Mapping[str, Any]) -> int:
         awq_table=args.awq_table,
         calibration=args.calibration,
         binary=args.binary,
-        machine=args.machine,
+        machine=machine,
         backend=args.backend,
         images=args.image,
         vision_dies=args.vision_dies,
@@ -344,7 +354,7 @@ def make_parser() -> argparse.ArgumentParser:
         " are chosen for it, and --plan simulates a token with all dies as one group and with a stage a card",
     )
     parser.add_argument(
-        "--cards", type=whole_number, default=2, metavar="N", help="of --cluster: how many (default 2)"
+        "--cards", type=whole_number, metavar="N", help=f"of --cluster: how many (default {_CARDS})"
     )
     parser.add_argument(
         "--backend",

@@ -86,6 +86,11 @@ def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert quick["token_s"] < quick_stages["token_s"] < slow_stages["token_s"]
     assert tyir_compile.main([str(tmp_path), *words, "--cluster", str(link), "--cards", "3"]) == 1
     assert "4 dies are not shared evenly by 3 cards" in capsys.readouterr().err
+    assert tyir_compile.main([str(tmp_path), *words, "--cards", "2"]) == 1
+    assert "add --cluster FILE" in capsys.readouterr().err
+    module = str(tmp_path / "module.ir")  # it says how many dies it is for only when it is read
+    assert tyir_compile.main([module, "-o", str(tmp_path), "--cluster", str(link)]) == 1
+    assert "repeat the --dies" in capsys.readouterr().err
 
 
 SMALL = ModelShape("small", 8, 64, 128, 4, 2, 16, 256, 1 << 20, False, True, False, False, False)

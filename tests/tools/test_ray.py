@@ -116,6 +116,7 @@ def test_a_sweep_of_requests_is_a_table_and_data(
         (["--sweep", "request-rat=1"], "did you mean 'request-rate'?"),
         (["--sweep", "input-len=8,0"], "--input-len 0 must be positive"),
         (["--sweep", "input-len=8,x"], "'x' is not a whole number"),
+        (["--sweep", "input-len=8,9", "--trace", "t.jsonl"], "--trace gives them"),
         (["--ray", "auto"], "add --sweep"),
         ([*rates, "--engine", "host", "--ray", "auto"], "measures this computer"),
     ):

@@ -40,6 +40,22 @@ def test_what_is_wrong_is_named_together(tmp_path: Path) -> None:
     assert any("link.bandwidth_gbps" in m and "-1" in m for m in messages)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot read the cluster file .*: No such file"),
+        (b"\xff", "cannot read the cluster file .*: it is not UTF-8"),
+        (b"link = ", "not valid TOML"),
+    ],
+)
+def test_a_file_that_is_none_is_told_as_a_clusters(content: bytes | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(TyirError, match=f"{said}(.|\n)*docs/processes.md"):
+        load_cluster(file)
+
+
 def test_cards_are_packages_whose_dies_share_the_link(tmp_path: Path) -> None:
     """By hand: a hop with its exchange is 60 + 150 us, an eighth of 1 GB/s."""
     file = tmp_path / "cluster.toml"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.serving.benchmark import (
     MeasuredServer,
+    Server,
     SimulatedServer,
     poisson,
     read_trace,
@@ -21,9 +22,6 @@ from tyir.runtime_sim.serving.benchmark import (
 from tyir.runtime_sim.timing.predictor import Predictor
 from tyir.runtime_sim.timing.program import EdgeProgram, load_programs, machine_of
 from tyir.targets.machine import load_machine
-
-if TYPE_CHECKING:
-    from tyir.runtime_sim.serving.benchmark import Server
 
 __all__ = ["SWEPT", "Asked", "served", "with_value"]
 
@@ -74,6 +72,11 @@ def with_value(asked: Asked, name: str, value: str) -> Asked:
         raise TyirError(
             f"--sweep {name}: requests have no such number",
             help=did_you_mean(name, SWEPT) or f"one of {', '.join(SWEPT)}",
+        )
+    if asked.trace is not None and name != "max-concurrency":
+        raise TyirError(
+            f"--sweep {name} changes requests that are made, and --trace gives them",
+            help="leave --trace out, or try values of max-concurrency",
         )
     try:
         number: Any = int(value) if SWEPT[name] else float(value)

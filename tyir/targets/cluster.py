@@ -14,15 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tyir.diagnostics import TyirError
-from tyir.targets.constants import Constant, Form, build_sections, entries_of, read_table
+from tyir.targets.constants import Constant, Form, build_sections, entries_of, read_file
 from tyir.targets.machine import Machine
 
 __all__ = ["Cluster", "Link", "load_cluster"]
-
-_PACKAGE: Final = "tyir.targets"
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Cluster:
 
 def load_cluster(path: Path) -> Cluster:
     """What a cluster's file describes; everything wrong with it is reported at once."""
-    table = read_table(path, _PACKAGE)
+    table = read_file(path, "cluster", "give a file as docs/processes.md describes it")
     name = table.pop("name", path.stem)
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 80:
         raise TyirError(

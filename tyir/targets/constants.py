@@ -30,11 +30,14 @@ __all__ = [
     "entries_of",
     "number_text",
     "parse_table",
+    "read_file",
     "read_table",
     "shipped_names",
 ]
 
 Label = Literal["published", "derived", "assumed", "fitted", "override"]
+Kind = Literal["machine", "cluster"]
+_PAGES: Final[dict[Kind, str]] = {"machine": "docs/machines.md", "cluster": "docs/processes.md"}
 LABELS: Final = ("published", "derived", "assumed", "fitted", "override")
 _MAX_BYTES: Final = 1 << 17  # of a machine file; the shipped ones have 7 kB
 _MAX_LINE: Final = 2000
@@ -78,18 +81,23 @@ def read_table(name_or_path: str | Path, package: str) -> dict[str, Any]:
     if path.suffix != ".toml" and str(name_or_path) not in known:
         near = did_you_mean(str(name_or_path), known)
         raise TyirError(f"there is no machine '{name_or_path}'", help=f"{near} {others}".strip())
+    if path.suffix != ".toml":
+        return parse_table((resources.files(package) / f"{name_or_path}.toml").read_bytes(), path)
+    return read_file(path, "machine", others)
+
+
+def read_file(path: Path, kind: Kind, help: str) -> dict[str, Any]:
+    """The contents of a file of a kind; `help` says what else can be given when it cannot be read."""
     try:
-        if path.suffix != ".toml":
-            return parse_table((resources.files(package) / f"{name_or_path}.toml").read_bytes(), path)
-        return parse_table(read_regular(path, _MAX_BYTES), path)
+        data = read_regular(path, _MAX_BYTES)
     except OSError as error:
-        raise TyirError(
-            f"cannot read the machine file {path}: {error.strerror or error}", help=others
-        ) from None
+        raise TyirError(f"cannot read the {kind} file {path}: {error.strerror or error}", help=help) from None
+    return parse_table(data, path, kind)
 
 
-def parse_table(data: bytes, path: Path) -> dict[str, Any]:
-    """The contents of a machine file: UTF-8 text of TOML; `path` is for messages."""
+def parse_table(data: bytes, path: Path, kind: Kind = "machine") -> dict[str, Any]:
+    """The contents of a file of constants: UTF-8 text of TOML; `path` and `kind` are for messages."""
+    described = f"a {kind} file is described in {_PAGES[kind]}"
     try:
         text = data.decode()
         for number, line in enumerate(text.splitlines(), 1):
@@ -98,15 +106,15 @@ def parse_table(data: bytes, path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except UnicodeDecodeError:
         raise TyirError(
-            f"cannot read the machine file {path}: it is not UTF-8",
-            help="a machine file is described in docs/machines.md",
+            f"cannot read the {kind} file {path}: it is not UTF-8",
+            help=described,
         ) from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         reason = "its lists or tables are nested too deeply" if isinstance(error, RecursionError) else error
         raise TyirError(
             f"not valid TOML: {reason}",
             where=str(path),
-            help="a machine file is described in docs/machines.md",
+            help=described,
         ) from None
 
 
