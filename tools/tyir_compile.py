@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from tyir.artifacts.vision import VISION_EXPONENT, VisionSplit
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
-from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, run_tool, warn, whole_number
+from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, note, run_tool, warn, whole_number
 from tyir.tools.commands.build_arguments import add_base_option, add_build_options, add_image_option, numbers
 
 if TYPE_CHECKING:
     from tyir.process.cache import Cache
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.commands.json_forms import Artifacts
+    from tyir.tools.estimate.plan import OnCards
 
 __all__ = ["main", "make_parser", "numbers"]
 
@@ -44,33 +45,60 @@ def main(argv: Sequence[str]) -> int:
                 help="add --cluster FILE (docs/processes.md), or leave --cards out",
             )
         return _run(args, options, args.machine)
-    cards = _CARDS if args.cards is None else args.cards
-    with _on_cards(args, options, cards) as machine:
-        return _run(args, options, machine, cards)
+    with _on_cards(args, options) as (machine, rows, stages):
+        return _run(args, options | stages, machine, rows)
 
 
 @contextmanager
-def _on_cards(args: argparse.Namespace, options: Mapping[str, Any], cards: int) -> Iterator[str]:
-    """A machine file whose packages are cards, linked as --cluster says."""
+def _on_cards(
+    args: argparse.Namespace, options: Mapping[str, Any]
+) -> Iterator[tuple[str, Sequence[OnCards], dict[str, int]]]:
+    """A machine file whose packages are cards, linked as --cluster says; what a token takes on them, for
+    --plan and to choose a checkpoint's pipeline stages; and the option that gives these.
+    """
     from tyir.targets.cluster import load_cluster
     from tyir.targets.machine import load_machine
+    from tyir.tools.api import check_options
     from tyir.tools.estimate.cards import check_cards
+    from tyir.tools.estimate.plan import fastest_on_cards, on_cards, settle_group_size
 
-    if args.model.suffix == ".ir" and "dies" not in options:
+    module = args.model.suffix == ".ir"
+    if module and "dies" not in options:
         raise TyirError(
             "how many dies the cards have is not said", help="repeat the --dies that the .ir file is for"
         )
+    cards = _CARDS if args.cards is None else args.cards
     cluster, dies = load_cluster(args.cluster), options.get("dies", BuildOptions.dies)
     check_cards(dies, cards)
     machine = cluster.joined(load_machine(args.machine or "edge10"), dies // cards)
     with tempfile.TemporaryDirectory(prefix="tyir-cards-") as folder:
         file = Path(folder) / "machine.toml"
         file.write_text(machine.as_toml(), encoding="utf-8")
-        yield str(file)
+        free = not module and args.model_plugin is None and options.keys().isdisjoint(("pp", "mesh"))
+        if not (free or args.plan):
+            yield str(file), (), {}
+            return
+        settled = BuildOptions(**settle_group_size(args.model, options))
+        check_options(settled)
+        rows = tuple(on_cards(args.model, settled, file, cards, args.base))
+        fastest = fastest_on_cards(rows, machine) if free else None
+        if fastest is None:
+            yield str(file), rows, {}
+            return
+        taken = fastest.spread.stages
+        times = ", ".join(f"{r.spread.token * 1e3:.3g} ms in {r.spread.stages}" for r in rows)
+        if not args.plan:  # which has a table
+            note(f"pipeline stages: {taken} (simulated, a token takes {times}; --pp {taken} to pin it)")
+        yield str(file), rows, {"pp": taken}
 
 
-def _run(args: argparse.Namespace, options: Mapping[str, Any], machine: str | None, cards: int = 0) -> int:
-    """Plan or compile, for the machine of a name or file; `cards`: how many cards --plan simulates."""
+def _run(
+    args: argparse.Namespace,
+    options: Mapping[str, Any],
+    machine: str | None,
+    cards: Sequence[OnCards] = (),
+) -> int:
+    """Plan or compile, for the machine of a name or file; `cards`: what a plan says of several cards."""
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.api import compile_path
     from tyir.tools.cluster.ray_workers import ray_workers
@@ -193,7 +221,7 @@ def print_plan(
     base: Path | None = None,
     machine: str | None = None,
     *,
-    cards: int = 0,
+    cards: Sequence[OnCards] = (),
     as_json: bool = False,
 ) -> int:
     """Print the plan of a compile; `TyirError` when something does not fit."""
@@ -351,7 +379,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="the dies lie on cards in several machines, linked as this file says (docs/processes.md): cuts"
-        " are chosen for it, and --plan simulates a token with all dies as one group and with a stage a card",
+        " are chosen for it, and --pp of a checkpoint too: one stage or one a card, as a token is quicker",
     )
     parser.add_argument(
         "--cards", type=whole_number, metavar="N", help=f"of --cluster: how many (default {_CARDS})"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.frontends.test_plan import write_config
-from tyir.manifest import BuildOptions
+from tyir.manifest import BuildOptions, Manifest
 from tyir.targets.machine import load_machine
 from tyir.tools import tyir_compile
 from tyir.tools.bench.long_context import CONFIGS
@@ -18,6 +18,8 @@ from tyir.tools.estimate.long_context import prompt_cost
 from tyir.tools.estimate.model import ModelShape
 from tyir.tools.estimate.plan import longest_caches, make_plan
 from tyir.tools.estimate.shape import read_shape
+
+MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 
 
 @pytest.fixture(params=["7b", "14b"])
@@ -57,6 +59,14 @@ def test_stages_are_among_what_helps(tmp_path: Path) -> None:
     assert not make_plan(folder, BuildOptions(dies=16, max_kv=800_000, weights="int4", pp=2)).problems
 
 
+def write_link(file: Path, hop_us: float, bandwidth_gbps: float) -> Path:
+    """A cluster file."""
+    values = {"hop_us": hop_us, "bandwidth_gbps": bandwidth_gbps, "exchange_us": 1}
+    rows = [f"{n} = {{ value = {v}, label = 'fitted', source = 'test' }}" for n, v in values.items()]
+    file.write_text("\n".join(["[link]", *rows]))
+    return file
+
+
 def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Over a slow link each card holds the whole model, as no sum is worth its hops; stages pass five: the
     embedding's sum is two, a hand-over there and one back, and the logits.  A quick one is for one group.
@@ -66,14 +76,7 @@ def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = []
     for number, (hop, rate) in enumerate(((5000, 10), (1, 10))):
-        link = tmp_path / f"{number}.toml"
-        values = {"hop_us": hop, "bandwidth_gbps": rate, "exchange_us": 1}
-        link.write_text(
-            "[link]\n"
-            + "\n".join(
-                f"{n} = {{ value = {v}, label = 'fitted', source = 'test' }}" for n, v in values.items()
-            )
-        )
+        link = write_link(tmp_path / f"{number}.toml", hop, rate)
         words = ["--plan", "--dies", "4", "--seqlens", "1", "--max-kv", "256", "--weights", "int4"]
         assert tyir_compile.main([str(tmp_path), *words, "--cluster", str(link), "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["on_cards"])
@@ -91,6 +94,24 @@ def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     module = str(tmp_path / "module.ir")  # it says how many dies it is for only when it is read
     assert tyir_compile.main([module, "-o", str(tmp_path), "--cluster", str(link)]) == 1
     assert "repeat the --dies" in capsys.readouterr().err
+
+
+def test_a_compile_takes_the_stages_that_are_quicker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hop of 20 us is too long for the sums of the embedded model's layers, and short enough that they are
+    cut; --pp says otherwise, and is not simulated then.
+    """
+    words = ["--dies", "4", "--seqlens", "1", "--max-kv", "64"]
+    words += ["--cluster", str(write_link(tmp_path / "link.toml", 20, 10))]
+    for given, taken in (([], 2), (["--pp", "1"], 1)):
+        assert tyir_compile.main([str(MODEL), *words, *given, "--plan", "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        quickest = min(plan["on_cards"], key=lambda row: row["token_s"])["stages"]
+        assert (plan["options"]["pp"], quickest) == (taken, 2)
+    assert tyir_compile.main([str(MODEL), *words, "-o", str(tmp_path / "out")]) == 0
+    assert "pipeline stages: 2 (simulated, a token takes " in capsys.readouterr().err
+    assert Manifest.load(tmp_path / "out" / "4die").options.pp == 2
 
 
 SMALL = ModelShape("small", 8, 64, 128, 4, 2, 16, 256, 1 << 20, False, True, False, False, False)

@@ -43,10 +43,13 @@ __all__ = [
     "DieNeed",
     "DieNeeds",
     "LongestCache",
+    "OnCards",
     "Plan",
     "duration",
+    "fastest_on_cards",
     "longest_caches",
     "make_plan",
+    "on_cards",
     "settle_group_size",
 ]
 
@@ -261,28 +264,24 @@ def make_plan(
     base: Path | None = None,
     *,
     long: bool = False,
-    cards: int = 0,
+    cards: Sequence[OnCards] = (),
 ) -> Plan:
     """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
 
     `images`: the sizes (width, height) of pictures.  `long`: of a cache of more than 32,768 tokens
     also how many tokens fit on other dies and, if it fits, what a prompt of that length takes (simulated,
-    some seconds).  `cards`: how many the dies lie on, the machine file's packages: what a token takes on them
-    is simulated (some seconds), with the dies as one group and with a pipeline stage a card.
+    some seconds).  `cards`: what `on_cards` found, to be printed with the rest.
 
     `TyirError` when the config or the options cannot be at all.
     """
-    shape, machine = read_shape(folder, base), load_machine(machine_file)
-    where, raw = read_config(base_of(folder, base) or folder)
-    tower = read_tower(raw, where)
+    cuts, tower = _read(folder, options, machine_file, base)
+    shape, options, machine = cuts.shape, cuts.options, load_machine(machine_file)
     if tower is None and images:
         raise TyirError(f"{shape.name} takes text only", help="leave --image out")
-    if tower is not None:
-        options = replace(options, embedding_as_input=True)  # rows of pictures stand among those of tokens
+    where, raw = read_config(base_of(folder, base) or folder)
     pictures = () if tower is None else tuple(_pictures(where, raw, tower, images, machine, options))
     group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
-    cuts = DieNeeds(shape, options, 0 if tower is None else 2 * tower.parameters, machine_file)
     needs = cuts.needs(options.dies, options.max_kv)
     weights, code = sum(n.weights + n.tower for n in needs), options.dies * len(options.seqlens)
     linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
@@ -307,15 +306,39 @@ def make_plan(
         pictures,
         tuple(longest_caches(shape, options, machine, cuts.tower)) if long else (),
         prompt_cost(shape, options, machine) if long and not problems else None,
-        tuple(_on_cards(cuts, Path(machine_file), cards)) if cards else (),
+        tuple(cards),
     )
 
 
-def _on_cards(cuts: DieNeeds, machine_file: Path, cards: int) -> Iterator[OnCards]:
+def _read(
+    folder: Path, options: BuildOptions, machine_file: str | Path, base: Path | None
+) -> tuple[DieNeeds, TowerShape | None]:
+    """What a checkpoint's dies need, with the options that its kind of model settles, and its tower."""
+    shape = read_shape(folder, base)
+    where, raw = read_config(base_of(folder, base) or folder)
+    tower = read_tower(raw, where)
+    if tower is not None:
+        options = replace(options, embedding_as_input=True)  # rows of pictures stand among those of tokens
+    return DieNeeds(shape, options, 0 if tower is None else 2 * tower.parameters, machine_file), tower
+
+
+def on_cards(
+    folder: Path, options: BuildOptions, machine_file: Path, cards: int, base: Path | None = None
+) -> Iterator[OnCards]:
+    """What a token takes on so many cards, the machine file's packages, with the dies as one group and with a
+    pipeline stage a card: simulated, some seconds each.  `TyirError` as of `make_plan`.
+    """
+    cuts, _ = _read(folder, options, machine_file, base)
     for each in spread(cuts.shape, cuts.options, machine_file, cards):
-        options = replace(cuts.options, pp=each.stages, die_map=(), mesh=())
-        of = DieNeeds(cuts.shape, options, cuts.tower, cuts.machine)
-        yield OnCards(each, max(n.total for n in of.needs(options.dies, options.max_kv)))
+        cut = replace(cuts.options, pp=each.stages, die_map=(), mesh=())
+        of = DieNeeds(cuts.shape, cut, cuts.tower, cuts.machine)
+        yield OnCards(each, max(n.total for n in of.needs(cut.dies, cut.max_kv)))
+
+
+def fastest_on_cards(found: Sequence[OnCards], machine: Machine) -> OnCards | None:
+    """The quickest token of those that fit the dies' DRAM; None: none fits."""
+    fitting = (c for c in found if c.largest <= machine.dram.capacity_bytes)
+    return min(fitting, key=lambda c: c.spread.token, default=None)
 
 
 def _pictures(
@@ -538,11 +561,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         for c in plan.on_cards:
             ms, links = c.spread.token * 1e3, c.spread.links * 1e3
             yield f"{c.spread.stages:>8}{gib(c.largest):>14}{ms:>12.1f}{links:>15.2f}{c.spread.bound_by:>10}"
-        fits = [c for c in plan.on_cards if c.largest <= m.dram.capacity_bytes]
-        if fits:
-            yield f"  fastest that fits: --pp {min(fits, key=lambda c: c.spread.token).spread.stages}"
-        else:
-            yield "  none fits"
+        fastest = fastest_on_cards(plan.on_cards, m)
+        yield "  none fits" if fastest is None else f"  fastest that fits: --pp {fastest.spread.stages}"
     if plan.longest:
         yield f"tokens that {'a sequence' if o.batch == 1 else 'each sequence'} can cache, {o.kv_dtype}:"
         stages_found = sorted({n.stages for n in plan.longest})
