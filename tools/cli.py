@@ -50,6 +50,7 @@ __all__ = [
     "add_json_option",
     "add_ray_option",
     "check_output",
+    "check_ray_has_a_sweep",
     "detail",
     "note",
     "quiet",
@@ -437,6 +438,15 @@ def add_json_option(parser: argparse._ActionsContainer, what: str = "print the r
 def add_ray_option(parser: argparse._ActionsContainer, what: str) -> None:
     """`--ray`, of commands whose work the machines of a cluster can share (`tyir.tools.cluster`)."""
     parser.add_argument("--ray", metavar="auto|ADDRESS", help=what)
+
+
+def check_ray_has_a_sweep(args: argparse.Namespace, sweep: str) -> None:
+    """`TyirError` when a command that shares the values of `--sweep` has none; `sweep`: an example."""
+    if args.ray is not None and args.sweep is None:
+        raise TyirError(
+            "--ray shares the values of --sweep among the cluster's workers, and there is none",
+            help=f"add --sweep {sweep}, or leave --ray out",
+        )
 
 
 # --------------------------------------------------------------------------------------------------- files

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, run_tool, write_output
+from tyir.tools.cli import (
+    ToolParser,
+    add_json_option,
+    add_ray_option,
+    check_ray_has_a_sweep,
+    run_tool,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from tyir.tools.sim.requests import Asked
@@ -34,14 +41,10 @@ def main(argv: Sequence[str]) -> int:
     numbers = {f.name: getattr(args, f.name) for f in fields(Asked) if f.name != "slos"}
     asked = Asked(**numbers, slos=_slos(args.goodput))
     asked.check()
+    check_ray_has_a_sweep(args, "request-rate=0.1,0.2,inf")
     if args.sweep is not None:
         whole, text = _swept(args, asked)
     else:
-        if args.ray is not None:
-            raise TyirError(
-                "--ray shares the values of --sweep among the cluster's workers, and there is none",
-                help="add --sweep request-rate=0.1,0.2,inf, or leave --ray out",
-            )
         whole = served(asked)
         text = f"{text_block(whole)}\n{whole['note']}"
     print(json.dumps(whole, indent=1) if args.json else text)

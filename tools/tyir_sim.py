@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
-from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, run_tool, write_output
+from tyir.tools.cli import (
+    ToolParser,
+    add_json_option,
+    add_ray_option,
+    check_ray_has_a_sweep,
+    run_tool,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.timing.predictor import Predictor
@@ -29,11 +36,7 @@ def main(argv: Sequence[str]) -> int:
         args.report = "json"
     if args.top < 0:
         raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")
-    if args.ray is not None and args.sweep is None:
-        raise TyirError(
-            "--ray shares the values of --sweep among the cluster's workers, and there is none",
-            help="add --sweep dram.bandwidth_gbps=17,30,34, or leave --ray out",
-        )
+    check_ray_has_a_sweep(args, "dram.bandwidth_gbps=17,30,34")
     if args.report == "html" and (args.compare or args.sweep is not None):
         raise TyirError("there is no HTML page of a comparison or a sweep", help="use --report text or json")
     if args.compare:

@@ -20,7 +20,7 @@ from tyir.backends.workers import Workers, check_tools
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.runtime_sim.timing.summary import SweepRow, sweep
-from tyir.tools import tyir_bench_serving
+from tyir.tools import tyir_bench_serving, tyir_sim
 from tyir.tools.api import compile_path
 from tyir.tools.sim.requests import Asked, served, with_value
 from tyir.tools.sim.sources import Choice, open_source
@@ -207,6 +207,23 @@ def test_a_killed_worker_costs_a_sweep_its_piece(cluster: str, folder: Path) -> 
         assert constants_swept(workers, folder) == alone
     assert killed
     assert served_each(workers, settings_of(folder)) == [served(one) for one in settings_of(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_print_the_same_over_a_cluster(
+    cluster: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--input-len", "8", "--output-len", "4", "--num-prompts", "3", "--sweep", "request-rate=3,inf"]
+    for main, words in (
+        (tyir_sim.main, ["--sweep", "dram.bandwidth_gbps=17,30"]),
+        (tyir_bench_serving.main, few),
+    ):
+        printed = []
+        for spread in ([], ["--ray", cluster]):
+            assert main([str(folder), *words, *spread]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1]
 
 
 @pytest.mark.slow
