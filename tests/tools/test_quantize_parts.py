@@ -15,11 +15,12 @@ torch = pytest.importorskip("torch")
 
 from tyir.diagnostics import TyirError  # noqa: E402
 from tyir.dialects.ty import QuantizeGroups, dequantize  # noqa: E402
-from tyir.tools.quantize import arithmetic, calibration, gptq, ranges, scales, settings  # noqa: E402
+from tyir.tools.quantize import arithmetic, calibration, gptq, ranges, scales, settings, trained  # noqa: E402
 from tyir.tools.quantize.autoawq import settings_of  # noqa: E402
 from tyir.tools.quantize.by_rows import by_rows, threads_for  # noqa: E402
 from tyir.tools.quantize.choice import apart, chosen, difference  # noqa: E402
 from tyir.tools.quantize.moments import Inputs, Moments  # noqa: E402
+from tyir.tools.quantize.quantize import Text, perplexity_of  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
 GRIDS = [settings.Grid(4, 32, True), settings.Grid(4, 16, False), settings.Grid(4, 64, True)]
@@ -482,3 +483,16 @@ def test_the_plot_of_a_report_can_be_read() -> None:
         reports = {i: [LinearReport(f"model.layers.{i}.q", 0.5, True, 1.0, 0.1, 0.05)] for i in range(layers)}
         plot = report._plot(Outcome(Path("out"), QuantizeSettings(), reports, None, None))
         assert illegible(plot) == [] and "rounded to nearest</text>" in plot
+
+
+def test_a_small_model_is_trained_to_be_judged_by(tmp_path: Path) -> None:
+    """Six steps leave less loss than one, and a checkpoint that a perplexity is measured on."""
+    text = tmp_path / "text.txt"
+    text.write_text("The old house stood at the end of the road, and nobody had lived in it for years. " * 90)
+    found = []
+    words = ["--text", str(text), "--tokenizer", str(MODEL), "--batch", "1"]
+    for steps in ("1", "6"):
+        out = str(tmp_path / steps)
+        assert trained.main(["qwen3", out, *words, "--steps", steps]) == 0
+        found.append(perplexity_of(Path(out), Text(text), 64).value)
+    assert found[1] < found[0]
