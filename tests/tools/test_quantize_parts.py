@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 
 from tyir.diagnostics import TyirError  # noqa: E402
 from tyir.dialects.ty import QuantizeGroups, dequantize  # noqa: E402
-from tyir.tools.quantize import arithmetic, calibration, gptq, ranges, scales, settings, trained  # noqa: E402
+from tyir.tools.bench import train_small  # noqa: E402
+from tyir.tools.quantize import arithmetic, calibration, gptq, ranges, scales, settings  # noqa: E402
 from tyir.tools.quantize.autoawq import settings_of  # noqa: E402
 from tyir.tools.quantize.by_rows import by_rows, threads_for  # noqa: E402
 from tyir.tools.quantize.choice import apart, chosen, difference  # noqa: E402
@@ -493,6 +494,6 @@ def test_a_small_model_is_trained_to_be_judged_by(tmp_path: Path) -> None:
     words = ["--text", str(text), "--tokenizer", str(MODEL), "--batch", "1"]
     for steps in ("1", "6"):
         out = str(tmp_path / steps)
-        assert trained.main(["qwen3", out, *words, "--steps", steps]) == 0
+        assert train_small.main(["qwen3", out, *words, "--steps", steps]) == 0
         found.append(perplexity_of(Path(out), Text(text), 64).value)
     assert found[1] < found[0]

@@ -1,6 +1,6 @@
-"""A small trained model to judge a quantisation by, of text that somebody has: `table.py` measures it.
+"""A small trained model to judge a quantisation by, of text that somebody has: `tyir.tools.quantize.table` measures it.
 
-    python -m tyir.tools.quantize.trained llama OUT --text NOVELS.txt --tokenizer tests/models/tiny-qwen2
+    python -m tyir.tools.bench.train_small llama OUT --text NOVELS.txt --tokenizer tests/models/tiny-qwen2
 
 7 M parameters, at most a few minutes on a GPU, an hour or more on a CPU.  Random weights do not do: what they
 lose to rounding says nothing, as no channel of theirs is louder than another.
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(prog="python -m tyir.tools.quantize.trained", description=__doc__)
+    parser = ToolParser(prog="python -m tyir.tools.bench.train_small", description=__doc__)
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the checkpoint")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="what it learns")
