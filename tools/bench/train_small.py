@@ -1,4 +1,4 @@
-"""A small trained model to judge a quantisation by, of text that somebody has: `tyir.tools.quantize.table` measures it.
+"""A small trained model to judge a quantisation by (`tyir.tools.quantize.table`), of text that somebody has.
 
     python -m tyir.tools.bench.train_small llama OUT --text NOVELS.txt --tokenizer tests/models/tiny-qwen2
 
