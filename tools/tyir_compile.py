@@ -38,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
     options = {
         f.name: value for f in fields(BuildOptions) if (value := getattr(args, f.name, None)) is not None
     }
+    if args.plan and args.model.suffix == ".ir":
+        raise TyirError(
+            f"--plan reads a checkpoint's config.json, {args.model} is a module",
+            help="give the folder that it was imported from",
+        )
     if args.cluster is None:
         if args.cards is not None:
             raise TyirError(

@@ -94,6 +94,8 @@ def test_cards_in_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     module = str(tmp_path / "module.ir")  # it says how many dies it is for only when it is read
     assert tyir_compile.main([module, "-o", str(tmp_path), "--cluster", str(link)]) == 1
     assert "repeat the --dies" in capsys.readouterr().err
+    assert tyir_compile.main([module, "--plan", "--cluster", str(link)]) == 1
+    assert "give the folder that it was imported from" in capsys.readouterr().err
 
 
 def test_a_compile_takes_the_stages_that_are_quicker(

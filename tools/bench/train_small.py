@@ -47,7 +47,8 @@ def trained(family: str, ids: Any, vocabulary: int, steps: int, batch: int, devi
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, vocab_size=vocabulary, **_SIZES, **FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _shape(steps))
     data, span = ids.to(device), torch.arange(_WINDOW + 1, device=device)
