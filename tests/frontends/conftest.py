@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.frontends.gguf_models import Model, parameters
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -60,3 +62,9 @@ def llama(save_model: SaveModel) -> Path:
         "original_max_position_embeddings": 32,
     }
     return save_model("llama", shard="50KB", rope_parameters=rope)
+
+
+@pytest.fixture(scope="session")
+def gguf_llama() -> Model:
+    """A Llama of two layers, for files that llama.cpp's converter would write."""
+    return parameters("llama", num_hidden_layers=2, tie_word_embeddings=False)

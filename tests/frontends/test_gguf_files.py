@@ -14,18 +14,15 @@ from tyir.frontends.dense_state import dense_state
 
 pytest.importorskip("gguf")
 from tests.frontends import gguf_writer
-from tests.frontends.gguf_models import Model, parameters, refusal
-
-
-@pytest.fixture(scope="module")
-def llama() -> Model:
-    return parameters("llama", num_hidden_layers=2, tie_word_embeddings=False)
+from tests.frontends.gguf_models import Model, refusal
 
 
 @pytest.mark.parametrize("most", [4, 9, 17])
-def test_split_files(tmp_path: Path, llama: Model, most: int) -> None:
+def test_split_files(tmp_path: Path, gguf_llama: Model, most: int) -> None:
     """From the folder, the first file or any other; parts that are missing are named."""
-    held = gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, lambda n: "Q4_1", split_max_tensors=most)
+    held = gguf_writer.write(
+        tmp_path / "m.gguf", "llama", *gguf_llama, lambda n: "Q4_1", split_max_tensors=most
+    )
     parts = sorted(tmp_path.iterdir())
     assert len(parts) == -(-len(held) // most)
     (tmp_path / "mmproj-model-f16.gguf").write_bytes(b"an image encoder")
@@ -39,10 +36,10 @@ def test_split_files(tmp_path: Path, llama: Model, most: int) -> None:
     assert f"1 of the {len(parts)} files of this model are missing: {parts[1].name}" in refusal(tmp_path)
 
 
-def test_parts_of_other_models(tmp_path: Path, llama: Model) -> None:
-    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, split_max_tensors=12)
-    other = {n: w for n, w in llama[1].items() if "layers.1" not in n}
-    gguf_writer.write(tmp_path / "o.gguf", "llama", llama[0], other, split_max_tensors=6)
+def test_parts_of_other_models(tmp_path: Path, gguf_llama: Model) -> None:
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *gguf_llama, split_max_tensors=12)
+    other = {n: w for n, w in gguf_llama[1].items() if "layers.1" not in n}
+    gguf_writer.write(tmp_path / "o.gguf", "llama", gguf_llama[0], other, split_max_tensors=6)
     assert "holds 2 GGUF files: m-00001-of-00002.gguf, o-00001-of-00002.gguf" in refusal(tmp_path)
     (tmp_path / "o-00002-of-00002.gguf").replace(tmp_path / "m-00002-of-00002.gguf")
     assert "files of this model hold 18 tensors, the first one says 21" in refusal(
@@ -50,22 +47,25 @@ def test_parts_of_other_models(tmp_path: Path, llama: Model) -> None:
     )
 
 
-def test_a_tensor_that_lies_in_two_files(tmp_path: Path, llama: Model) -> None:
+def test_a_tensor_that_lies_in_two_files(tmp_path: Path, gguf_llama: Model) -> None:
     """By name in the files or by the name that it gets."""
     name = "model.layers.0.mlp.up_proj.weight"
     gguf_writer.write(
-        tmp_path / "m.gguf", "llama", *llama, extra=lambda w: w.add_tensor(name, np.zeros((512, 256), "f2"))
+        tmp_path / "m.gguf",
+        "llama",
+        *gguf_llama,
+        extra=lambda w: w.add_tensor(name, np.zeros((512, 256), "f2")),
     )
     assert "1 tensors lie in the files more than once (first 'blk.0.ffn_up.weight')" in refusal(tmp_path)
 
 
-def test_types_that_cannot_be_read_are_said_once(tmp_path: Path, llama: Model) -> None:
+def test_types_that_cannot_be_read_are_said_once(tmp_path: Path, gguf_llama: Model) -> None:
     def extra(writer: Any) -> None:
         for i in range(5):
             writer.add_tensor(f"blk.{i}.extra", np.zeros((2, 32), np.int8))
         writer.add_tensor("blk.0.other", np.zeros(3, np.int32))
 
-    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=extra)
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *gguf_llama, extra=extra)
     message = refusal(tmp_path)
     assert "5 tensors have type I8, which cannot be imported (first 'blk.0.extra')" in message
     assert "1 tensors have type I32" in message and message.count("cannot be imported") == 2

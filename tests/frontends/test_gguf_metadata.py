@@ -21,11 +21,6 @@ from tests.frontends import gguf_writer  # noqa: E402 - it needs the package
 from tests.frontends.gguf_models import Model, add_to, parameters, refusal  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def llama() -> Model:
-    return parameters("llama", num_hidden_layers=2, tie_word_embeddings=False)
-
-
 @pytest.mark.parametrize("architecture", ["gemma", "granite"])
 def test_architectures_that_transformers_does_not_read_from_gguf(tmp_path: Path, architecture: str) -> None:
     config, state = parameters(architecture, head_dim=64)
@@ -125,15 +120,17 @@ KEYS: tuple[tuple[str, Any], ...] = (
 
 @pytest.mark.parametrize(("key", "value"), KEYS)
 def test_metadata_that_change_what_is_computed_are_refused(
-    tmp_path: Path, llama: Model, key: str, value: Any
+    tmp_path: Path, gguf_llama: Model, key: str, value: Any
 ) -> None:
     """By name and value; a config.json beside the file is believed instead."""
-    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=lambda w: add_to(w, f"llama.{key}", value))
+    gguf_writer.write(
+        tmp_path / "m.gguf", "llama", *gguf_llama, extra=lambda w: add_to(w, f"llama.{key}", value)
+    )
     message = refusal(tmp_path)
     assert f"llama.{key}" in message and "config.json beside the file" in message
 
 
-def test_metadata_that_change_nothing(tmp_path: Path, llama: Model) -> None:
+def test_metadata_that_change_nothing(tmp_path: Path, gguf_llama: Model) -> None:
     def extra(writer: Any) -> None:
         for key, value in (
             ("attention.causal", True),
@@ -147,17 +144,17 @@ def test_metadata_that_change_nothing(tmp_path: Path, llama: Model) -> None:
         ):
             add_to(writer, f"llama.{key}", value)
 
-    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=extra)
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *gguf_llama, extra=extra)
     config, _ = read_gguf([tmp_path / "m.gguf"])
     assert (config["num_key_value_heads"], config["head_dim"]) == (2, 64)
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @pytest.mark.parametrize("missing", ["attention.head_count", "block_count", "feed_forward_length"])
-def test_metadata_that_are_missing(tmp_path: Path, llama: Model, missing: str) -> None:
+def test_metadata_that_are_missing(tmp_path: Path, gguf_llama: Model, missing: str) -> None:
     """Never transformers' default of another model."""
     gguf_writer.write(
-        tmp_path / "m.gguf", "llama", *llama, extra=lambda w: w.kv_data[0].pop(f"llama.{missing}")
+        tmp_path / "m.gguf", "llama", *gguf_llama, extra=lambda w: w.kv_data[0].pop(f"llama.{missing}")
     )
     assert f"the file does not say llama.{missing}" in refusal(tmp_path)
 
@@ -209,12 +206,12 @@ def test_gemma_computes_as_transformers(tmp_path: Path) -> None:
     assert float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)) < 1e-5
 
 
-def rope_of(tmp_path: Path, llama: Model, extra: Callable[[Any], None]) -> Any:
-    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=extra)
+def rope_of(tmp_path: Path, gguf_llama: Model, extra: Callable[[Any], None]) -> Any:
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *gguf_llama, extra=extra)
     return read_gguf([tmp_path / "m.gguf"])[0]["rope_parameters"]
 
 
-def test_scaled_rotary_frequencies(tmp_path: Path, llama: Model) -> None:
+def test_scaled_rotary_frequencies(tmp_path: Path, gguf_llama: Model) -> None:
     """Llama 3's divisors (computed by transformers), linear and yarn; what is not known is refused."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -231,7 +228,7 @@ def test_scaled_rotary_frequencies(tmp_path: Path, llama: Model) -> None:
         config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
         scaled = ROPE_INIT_FUNCTIONS["llama3"](config, None)[0].numpy()
         freqs = (10000.0 ** (-np.arange(32) / 32) / scaled).astype(np.float32)
-        assert rope_of(tmp_path, llama, lambda w, f=freqs: w.add_tensor("rope_freqs.weight", f)) == rope
+        assert rope_of(tmp_path, gguf_llama, lambda w, f=freqs: w.add_tensor("rope_freqs.weight", f)) == rope
 
     def yarn(writer: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -240,7 +237,7 @@ def test_scaled_rotary_frequencies(tmp_path: Path, llama: Model) -> None:
         writer.add_rope_scaling_yarn_attn_factor(0.5)
         writer.add_rope_scaling_yarn_beta_slow(2.0)
 
-    assert rope_of(tmp_path, llama, yarn) == {
+    assert rope_of(tmp_path, gguf_llama, yarn) == {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
         "factor": 4.0,
@@ -252,11 +249,13 @@ def test_scaled_rotary_frequencies(tmp_path: Path, llama: Model) -> None:
         "llama.rope.scaling.factor",
         "llama.rope.scale_linear",
     ):  # llama.cpp: without a type it is linear
-        found = rope_of(tmp_path, llama, lambda w, k=key: w.add_float32(k, 4.0))
+        found = rope_of(tmp_path, gguf_llama, lambda w, k=key: w.add_float32(k, 4.0))
         assert (found["rope_type"], found["factor"]) == ("linear", 4.0)
     with pytest.raises(TyirError, match="in another way than Llama 3 does"):
         rope_of(
-            tmp_path, llama, lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 32, dtype="f4"))
+            tmp_path,
+            gguf_llama,
+            lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 32, dtype="f4")),
         )
     with pytest.raises(TyirError, match="scales its rotary frequencies as 'longrope'"):
-        rope_of(tmp_path, llama, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE))
+        rope_of(tmp_path, gguf_llama, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE))

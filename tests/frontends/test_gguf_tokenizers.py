@@ -15,14 +15,9 @@ from tyir.frontends.side_files import side_files
 
 gguf = pytest.importorskip("gguf")
 from tests.frontends import gguf_writer  # noqa: E402 - it needs the package
-from tests.frontends.gguf_models import Model, add_to, parameters  # noqa: E402
+from tests.frontends.gguf_models import Model, add_to  # noqa: E402
 
 TEXTS = ("The old house stood at the end", "  two  spaces, 123 numbers\n\nlines", "ä 中文 <s>x", "")
-
-
-@pytest.fixture(scope="module")
-def llama() -> Model:
-    return parameters("llama", num_hidden_layers=2, tie_word_embeddings=False)
 
 
 def tokenizer_of(tmp_path: Path, extra: Callable[[Any], None]) -> tuple[Any, list[str]]:
@@ -153,7 +148,7 @@ def test_a_tokenizer_that_is_not_whole(tmp_path: Path, what: dict[str, Any], sai
     assert found is None and f"no tokenizer can be made of m.gguf: {said}" in notes[-1]
 
 
-def test_artifacts_of_a_file_alone_have_config_and_tokenizer(tmp_path: Path, llama: Model) -> None:
+def test_artifacts_of_a_file_alone_have_config_and_tokenizer(tmp_path: Path, gguf_llama: Model) -> None:
     """Several tokens end a text: eos, end of turn, end of message."""
 
     def extra(writer: Any) -> None:
@@ -164,7 +159,7 @@ def test_artifacts_of_a_file_alone_have_config_and_tokenizer(tmp_path: Path, lla
         writer.add_eos_token_id(2)
         writer.add_eot_token_id(7)
 
-    gguf_writer.write(tmp_path / "m.gguf", "llama", *llama, extra=extra)
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *gguf_llama, extra=extra)
     notes: list[Diagnostic] = []
     made = side_files(tmp_path, ["m.gguf"], notes.append)
     assert json.loads(made["config.json"])["eos_token_id"] == [2, 7]

@@ -102,7 +102,7 @@ def test_a_compile_takes_the_stages_that_are_quicker(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A hop of 20 us is too long for the sums of the embedded model's layers, and short enough that they are
-    cut; --pp says otherwise, and is not simulated then.
+    cut; --pp says otherwise.
     """
     words = ["--dies", "4", "--seqlens", "1", "--max-kv", "64"]
     words += ["--cluster", str(write_link(tmp_path / "link.toml", 20, 10))]

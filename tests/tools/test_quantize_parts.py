@@ -497,3 +497,6 @@ def test_a_small_model_is_trained_to_be_judged_by(tmp_path: Path) -> None:
         assert train_small.main(["qwen3", out, *words, "--steps", steps]) == 0
         found.append(perplexity_of(Path(out), Text(text), 64).value)
     assert found[1] < found[0]
+    config = json.loads((tmp_path / "6" / "config.json").read_text())
+    assert config["eos_token_id"] == json.loads((MODEL / "config.json").read_text())["eos_token_id"]
+    assert train_small.main(["qwen3", str(tmp_path / "6"), *words]) == 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -34,19 +33,20 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "qwen3": {"num_hidden_layers": 8, "num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 _WINDOW: Final = 512  # tokens
-_RATE: Final = (
-    2.5e-3  # of AdamW at its highest; a tenth of the steps up to it, half a cosine down to a twentieth
-)
-_UP: Final = 100  # steps, at most
+# Of AdamW: up to its highest in a tenth of the steps, 100 at most, and down to a twentieth by half a cosine.
+_RATE: Final = 2.5e-3
+_UP: Final = 100
 
 
-def trained(family: str, ids: Any, vocabulary: int, steps: int, batch: int, device: str, seed: int) -> Any:
+def trained(family: str, tokenizer: Any, ids: Any, steps: int, batch: int, device: str, seed: int) -> Any:
     """The transformers model of a family after so many steps of `batch` windows of `ids` [T], in f16."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, vocab_size=vocabulary, **_SIZES, **FAMILIES[family])
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    sizes = {"vocab_size": len(tokenizer), **_SIZES, **FAMILIES[family]}
+    config = AutoConfig.for_model(family, **sizes, **ends)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.1)
@@ -82,19 +82,20 @@ def main(argv: Sequence[str]) -> int:
     from tyir.tools.tokenizer import load_tokenizer
 
     check_device(args.device)
+    for name, value in (("--steps", args.steps), ("--batch", args.batch)):
+        if value < 1:
+            raise TyirError(f"{name} {value}", help="at least 1")
+    if args.out.exists():
+        raise TyirError(f"{args.out} is there already", help="give another folder")
     tokenizer = load_tokenizer(args.tokenizer)
     text = "\n\n".join(part for file in args.text for part in texts_of(file))
     ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     note(f"{len(ids)} tokens")
-    for name, value in (("--steps", args.steps), ("--batch", args.batch)):
-        if value < 1:
-            raise TyirError(f"{name} {value}", help="at least 1")
     if len(ids) <= _WINDOW:
         raise TyirError(f"{len(ids)} tokens of text", help=f"a window is {_WINDOW}: give a longer text")
-    model = trained(args.family, ids, len(tokenizer), args.steps, args.batch, args.device, args.seed)
+    model = trained(args.family, tokenizer, ids, args.steps, args.batch, args.device, args.seed)
     model.save_pretrained(args.out)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(args.tokenizer / name, args.out)
+    tokenizer.save_pretrained(args.out)
     print(args.out)
     return 0
 

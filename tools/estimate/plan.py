@@ -274,11 +274,12 @@ def make_plan(
 
     `TyirError` when the config or the options cannot be at all.
     """
-    cuts, tower = _read(folder, options, machine_file, base)
+    where, raw = read_config(base_of(folder, base) or folder)
+    tower = read_tower(raw, where)
+    cuts = _die_needs(folder, options, machine_file, base, tower)
     shape, options, machine = cuts.shape, cuts.options, load_machine(machine_file)
     if tower is None and images:
         raise TyirError(f"{shape.name} takes text only", help="leave --image out")
-    where, raw = read_config(base_of(folder, base) or folder)
     pictures = () if tower is None else tuple(_pictures(where, raw, tower, images, machine, options))
     group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
@@ -310,16 +311,18 @@ def make_plan(
     )
 
 
-def _read(
-    folder: Path, options: BuildOptions, machine_file: str | Path, base: Path | None
-) -> tuple[DieNeeds, TowerShape | None]:
-    """What a checkpoint's dies need, with the options that its kind of model settles, and its tower."""
-    shape = read_shape(folder, base)
-    where, raw = read_config(base_of(folder, base) or folder)
-    tower = read_tower(raw, where)
+def _die_needs(
+    folder: Path,
+    options: BuildOptions,
+    machine_file: str | Path,
+    base: Path | None,
+    tower: TowerShape | None,
+) -> DieNeeds:
+    """What a checkpoint's dies need, with the options that its kind of model settles."""
     if tower is not None:
         options = replace(options, embedding_as_input=True)  # rows of pictures stand among those of tokens
-    return DieNeeds(shape, options, 0 if tower is None else 2 * tower.parameters, machine_file), tower
+    nbytes = 0 if tower is None else 2 * tower.parameters
+    return DieNeeds(read_shape(folder, base), options, nbytes, machine_file)
 
 
 def on_cards(
@@ -328,7 +331,8 @@ def on_cards(
     """What a token takes on so many cards, the machine file's packages, with the dies as one group and with a
     pipeline stage a card: simulated, some seconds each.  `TyirError` as of `make_plan`.
     """
-    cuts, _ = _read(folder, options, machine_file, base)
+    where, raw = read_config(base_of(folder, base) or folder)
+    cuts = _die_needs(folder, options, machine_file, base, read_tower(raw, where))
     for each in spread(cuts.shape, cuts.options, machine_file, cards):
         cut = replace(cuts.options, pp=each.stages, die_map=(), mesh=())
         of = DieNeeds(cuts.shape, cut, cuts.tower, cuts.machine)
