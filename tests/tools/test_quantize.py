@@ -497,7 +497,7 @@ def test_memory_does_not_grow_with_the_depth(text: Path, tmp_path: Path) -> None
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(TINY / name, folder / name)
         code = RESUMED.replace("raise SystemExit(main(sys.argv[1:]))", "assert main(sys.argv[1:]) == 0") + (
-            "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+            "from tyir.process.stopwatch import peak_mib; print(peak_mib())"
         )
         given = [str(folder), "-o", str(tmp_path / f"out{layers}"), "--quick", "--window", "64"]
         done = subprocess.run(

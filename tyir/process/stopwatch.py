@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["StageTime", "Stopwatch"]
+__all__ = ["StageTime", "Stopwatch", "peak_mib"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            done = StageTime(name, time.perf_counter() - start, _peak_mib())
+            done = StageTime(name, time.perf_counter() - start, peak_mib())
             self.stages.append(done)
             if self.told is not None:
                 self.told({"event": "end", "stage": name, "seconds": done.seconds, "peak_mib": done.peak_mib})
@@ -79,7 +79,10 @@ def _reset_peak() -> None:
         return
 
 
-def _peak_mib() -> float | None:
+def peak_mib() -> float | None:
+    """The most memory that this process has held, in MiB (Linux; None elsewhere).  Not `ru_maxrss`: a child
+    begins with its parent's.
+    """
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
