@@ -62,6 +62,7 @@ _SENSES: Final = (
 # The most that a model may have of what transformers makes one by one, a module or a name each; the largest
 # have some 200 layers.
 _MOST_PARTS: Final = {"layer": 1000, "expert": 100_000, "label": 100_000}
+_COUNTS: Final = re.compile(r"(.*_)?(n|num)_.*|.*s")  # `num_hidden_layers`, `n_layer`; `vocab_size_per_layer` does not
 
 # Of keys whose value all families understand alike; where null means the default it is one of the kinds.
 _NOTHING: Final = type(None)
@@ -122,7 +123,9 @@ def _too_large(key: str, value: Any) -> str | None:
         return None
     if value.bit_length() > 63:
         return f"'{key}' has more than 63 bits"
-    most = min((most for part, most in _MOST_PARTS.items() if part in key), default=value)
+    name = key.rpartition(".")[2]  # what lies below `per_layer_config` counts no layers
+    parts = _MOST_PARTS.items() if _COUNTS.fullmatch(name) else ()
+    most = min((most for part, most in parts if part in name), default=value)
     return f"'{key}' is {value}, more than the {most} that a model may have" if value > most else None
 
 

@@ -66,6 +66,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("max_position_embeddings", 10**400, "'max_position_embeddings' is 1000"),
     ("sliding_window", 0, "'sliding_window' is 0"),
     ("num_layers_of_a_family", 5000, "'num_layers_of_a_family' is 5000, more than the 1000 that a model"),
+    ("decoder_layers", 10**12, "'decoder_layers' is 1000000000000, more than the 1000 that a model"),
+    ("n_layer", 2**31 - 1, "'n_layer' is 2147483647, more than the 1000 that a model"),
     ("num_experts", 10**9, "'num_experts' is 1000000000, more than the 100000"),
     ("decoder", {"sizes": [1, 10**300]}, "'decoder.sizes[1]' has more than 63 bits"),
     (
@@ -112,6 +114,7 @@ GOOD: list[dict[str, Any]] = [
     {"vision_config": {"hidden_size": 0, "eps": 0}, "quantization_config": {"group_size": -1, "eps": 0}},
     {"logit_scale": "inv_sqrt_d_model", "use_logits_scaling": False, "vocab_size": 64.0},
     {"initializer_range": 0, "attention_dropout": 0.0, "router_aux_loss_coef": 0},
+    {"vocab_size_per_layer_input": 262_144, "per_layer_config": {"02": {"kv_lora_rank": 1024}}},
 ]
 
 
