@@ -62,7 +62,9 @@ _SENSES: Final = (
 # The most that a model may have of what transformers makes one by one, a module or a name each; the largest
 # have some 200 layers.
 _MOST_PARTS: Final = {"layer": 1000, "expert": 100_000, "label": 100_000}
-_COUNTS: Final = re.compile(r"(.*_)?(n|num)_.*|.*s")  # `num_hidden_layers`, `n_layer`; `vocab_size_per_layer` does not
+_COUNTS: Final = re.compile(
+    r"(.*_)?(n|num)_.*|.*s"
+)  # `num_hidden_layers`, `n_layer`; `vocab_size_per_layer` does not
 
 # Of keys whose value all families understand alike; where null means the default it is one of the kinds.
 _NOTHING: Final = type(None)

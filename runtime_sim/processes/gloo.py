@@ -4,6 +4,9 @@ Every process sends its dies' operands to the others that take part, and makes o
 what a single process would: the sum of an all-reduce is never left to gloo, whose order of adding is its own.
 Sizes are known before anything comes, from the programs; a message is one frame for all dies of a process.
 
+gloo sends nothing before the other side has asked for it.  Small messages are therefore asked for ahead: who
+comes last to a collective finds there what the others gave, and they hear of it by one message, not three.
+
 This is the only file that imports torch.
 """
 
@@ -37,6 +40,8 @@ _FOREVER: Final = timedelta(days=30)
 _ALIGNMENT: Final = 64
 _ABSENT, _GIVEN, _EMPTY = range(3)  # a die's operand in a frame: none, one, one of no elements
 _SEND: Final = 1 << 16  # tags of collectives are sets of dies as bits, 16 of them; tags of sends lie above
+_AHEAD: Final = 1 << 16  # bytes of the messages that are asked for ahead
+_LARGE: Final = 1 << 29  # tags of the others, which must not meet what waits for a small one
 
 
 class LinksBroken(TyirError):
@@ -74,6 +79,7 @@ class Gloo:
         self._group: Any = None
         self._store: Any = None
         self._broken = threading.Event()
+        self._asked: dict[tuple[int, int], tuple[Any, npt.NDArray[np.uint8]]] = {}  # ahead, by rank and tag
         self.sent = 0  # bytes
         self.messages = 0
 
@@ -103,13 +109,13 @@ class Gloo:
             raise LinksBroken(f"rank {rank} could not join: {str(error).splitlines()[0]}") from None
 
     def send(self, rank: int, tag: int, data: npt.NDArray[np.uint8]) -> Any:
-        """Begins to send; what is returned is `wait`ed for with `sent_all`."""
+        """Begins to send; what is returned is `finish`ed."""
         import torch
 
         self.sent += data.size
         self.messages += 1
         try:
-            return self._group.send([torch.from_numpy(data)], rank, tag), data
+            return self._group.send([torch.from_numpy(data)], rank, _sized(tag, data.size)), data
         except (RuntimeError, AttributeError) as error:
             raise self._let_go(error) from None
 
@@ -121,15 +127,24 @@ class Gloo:
             raise self._let_go(error) from None
 
     def recv(self, rank: int, tag: int, size: int) -> npt.NDArray[np.uint8]:
-        """Bytes that another rank sends with this tag."""
+        """Bytes that another rank sends with this tag.  One thread at a time asks for those of a tag."""
+        try:
+            if size > _AHEAD:
+                work, data = self._ask(rank, _sized(tag, size), size)
+                work.wait(_FOREVER)
+                return data
+            work, data = self._asked.pop((rank, tag), None) or self._ask(rank, tag, _AHEAD)
+            work.wait(_FOREVER)
+            self._asked[rank, tag] = self._ask(rank, tag, _AHEAD)
+            return data[:size]
+        except (RuntimeError, AttributeError) as error:
+            raise self._let_go(error) from None
+
+    def _ask(self, rank: int, tag: int, size: int) -> tuple[Any, npt.NDArray[np.uint8]]:
         import torch
 
         data = np.empty(size, np.uint8)
-        try:
-            self._group.recv([torch.from_numpy(data)], rank, tag).wait(_FOREVER)
-        except (RuntimeError, AttributeError) as error:
-            raise self._let_go(error) from None
-        return data
+        return self._group.recv([torch.from_numpy(data)], rank, tag), data
 
     def _let_go(self, error: Exception) -> LinksBroken:
         return LinksBroken(f"a process of the group has gone: {str(error).splitlines()[0]}")
@@ -137,6 +152,7 @@ class Gloo:
     def close(self) -> None:
         """Ends what waits, and lets go of connections and ports."""
         self.abort()
+        self._asked.clear()
         self._group = self._store = self._device = None
 
     def abort(self) -> None:
@@ -151,6 +167,11 @@ class Gloo:
             if peer is not None and (own == self.address or peer in self._peers):
                 with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as ours:
                     ours.shutdown(socket.SHUT_RDWR)
+
+
+def _sized(tag: int, size: int) -> int:
+    """The tag that a message of so many bytes goes by."""
+    return tag if size <= _AHEAD else tag | _LARGE
 
 
 def listen_for_store(host: str) -> tuple[Address, int]:

@@ -12,6 +12,7 @@ the others end by themselves.
 
 from __future__ import annotations
 
+import math
 import multiprocessing.connection
 import queue
 import signal
@@ -284,7 +285,8 @@ class DieGroup:
         """Seconds of collectives of all dies, as `tyir.runtime_sim.processes.measure` has them."""
         with self.working():
             self.tell("exchanges", nbytes=nbytes, count=count)
-            return exchanges(self.links, nbytes, count)
+            rounds = math.ceil((1 + len(self.pids)) / usable_cores())
+            return exchanges(self.links, nbytes, count, rounds)
 
     def compute_tower(self, tower: Tower, patches: Array) -> dict[str, Array]:
         """`Tower.compute` in this process, while the others run their dies of the same tower."""

@@ -41,9 +41,12 @@ def round_trips(gloo: Gloo, rank: int, nbytes: int, count: int) -> list[float]:
     return found
 
 
-def exchanges(links: GlooLinks, nbytes: int, count: int) -> list[float]:
+def exchanges(links: GlooLinks, nbytes: int, count: int, rounds: int = 1) -> list[float]:
     """Seconds that each of `count` collectives of all dies takes from one to the next, `nbytes` a die, beside
     the computing before it, which is as long in each process.
+
+    `rounds`: how often a core computes between two of them, for one process after the other, where there are
+    fewer cores than processes.
     """
     operand = _operand(nbytes)
     request = _collective(nbytes).request(operand)
@@ -53,7 +56,7 @@ def exchanges(links: GlooLinks, nbytes: int, count: int) -> list[float]:
         _compute()
         links.meet(request, [operand] * len(links.dies))
         ends.append(time.perf_counter())
-    return [after - before - _BETWEEN for before, after in pairwise(ends)]
+    return [after - before - rounds * _BETWEEN for before, after in pairwise(ends)]
 
 
 def _compute() -> float:

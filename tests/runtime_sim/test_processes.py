@@ -115,6 +115,19 @@ def test_every_die_gets_what_all_give_in_their_order(three: Processes) -> None:
     assert three.run({d: die(d) for d in range(4)}) == dict.fromkeys(range(4), wanted)
 
 
+def test_messages_of_all_sizes_come_in_turn(three: Processes) -> None:
+    """Those that are asked for ahead and those that are too large for it, of the same dies."""
+    sizes = [1, 40_000, 3, 32_736, 32_737, 70_000, 1, 1, 50_000, 32_000]
+
+    def die(number: int) -> Any:
+        return lambda ask: [ask(gather(turn + number / 4, size=n)) for turn, n in enumerate(sizes)]
+
+    found = three.run({d: die(d) for d in range(4)})
+    for turn, size in enumerate(sizes):
+        wanted = np.repeat(np.array([turn + d / 4 for d in range(4)], np.float16), size)
+        assert all(np.array_equal(found[d][turn], wanted) for d in range(4))
+
+
 def test_groups_meet_in_any_order_and_who_gives_nothing_takes_part(three: Processes) -> None:
     """Two collectives of dies of the same processes, each begun first by another."""
 
