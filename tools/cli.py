@@ -93,6 +93,8 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
             limit_threads()
             import hashlib  # noqa: F401  (while there is memory: without, it logs tracebacks of its own)
 
+            from tyir.process import extras, system_errors  # noqa: F401  (while files can be opened)
+
             if not {"-v", "--verbose"}.intersection(sys.argv[1:]):
                 _quieten_libraries()
         arguments = list(sys.argv[1:] if argv is None else argv)

@@ -351,13 +351,21 @@ def build_library(
     objects = list(_objects(kernels, target, program, cache))
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".host-") as workspace:
         folder = Path(workspace)
-        partial, symbols = folder / "library.so", folder / "symbols"
-        symbols.write_text(_SYMBOLS)
-        files = [folder / f"{number}.o" for number in range(len(objects))]
-        for file, data in zip(files, objects):
-            file.write_bytes(data)
-        options = ["-shared", "-fPIC", f"-Wl,--version-script={symbols}", *_LINK_OPTIONS]
-        create_shared(str(partial), [str(file) for file in files], options)
+        partial = folder / "library.so"
+        (folder / "symbols").write_text(_SYMBOLS)
+        names = [f"{number}.o" for number in range(len(objects))]
+        for name, data in zip(names, objects):
+            (folder / name).write_bytes(data)
+        # named from within the folder: a path may have a comma, which -Wl would take for its own
+        options = ["-shared", "-fPIC", "-Wl,--version-script=symbols", *_LINK_OPTIONS]
+        try:
+            create_shared(partial.name, names, options, cwd=workspace)
+        except RuntimeError as error:
+            said = str(error).removeprefix("Compilation error:").partition("Command line:")[0].strip()
+            raise TyirError(
+                f"the compiler {get_cc()} could not link the host library: {said or 'it does not say why'}",
+                help="tyir doctor shows which compiler is used; name another one in CXX",
+            ) from error
         if not partial.is_file():
             raise TyirError(
                 f"the compiler {get_cc()} ended without an error and without writing a library",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tyir.backends.host import tvm_host
 from tyir.backends.host.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, kernel_name
 from tyir.diagnostics import TyirError
 from tyir.dialects import func, ty
+from tyir.runtime_sim.session.host_runtime import HostLibrary
 from tyir.types import TensorType, f16, f64, ui4
 
 
@@ -91,6 +93,33 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [p.name for p in sorted(first.parent.iterdir())] == ["llm_die0.so"], (
         "nothing else is left beside the library"
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b", "a b", "$(x)", "a'\"b", "-o", "@x", "a\nb", "ä", os.fsdecode(b"\xff")]
+)
+def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
+    """A linker takes a comma for the end of an option, `@` for a file of them."""
+    folder = tmp_path / name
+    folder.mkdir()
+    build_library(assign_kernels([two_layers()]), HostTarget(), folder / name)
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert HostLibrary(folder / name).function(next(iter(assign_kernels([two_layers()]))))
+
+
+def test_a_linker_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linker = tmp_path / "cc"
+    linker.write_text("#!/bin/sh\necho 'ld: cannot write: no more luck' >&2\nexit 1\n")
+    linker.chmod(0o755)
+    monkeypatch.setenv("CXX", str(linker))
+    with pytest.raises(
+        TyirError, match=r"cc could not link the host library: ld: cannot write: no more luck(\n|$)"
+    ):
+        build_library(assign_kernels([two_layers()]), HostTarget(), tmp_path / "x.so")
+    linker.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(TyirError, match=r"could not link the host library: it does not say why(\n|$)"):
+        build_library(assign_kernels([two_layers()]), HostTarget(), tmp_path / "x.so")
+    assert [path.name for path in tmp_path.iterdir()] == ["cc"], "nothing is left"
 
 
 def test_generic_code_has_no_wider_vectors(tmp_path: Path) -> None:

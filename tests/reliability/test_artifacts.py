@@ -195,7 +195,7 @@ def _simulations(artifacts: Path, folder: Path) -> Iterator[Case]:
         for value in (*NUMBERS, "62", "63", "64", "65", "9223372036854775807"):
             yield Case(f"{option} {value[:20]}", TOOLS + "sim", (artifacts, f"{option}={value}"))
     for option in ("-o", "--trace"):
-        for place in ("/dev/full", "/no/such/folder/x", str(folder), "", "/dev/null", "x" * 300, "/proc/x"):
+        for place in ("/dev/full", "/dev/null/folder/x", str(folder), "", "/dev/null", "x" * 300, "/proc/x"):
             yield Case(f"{option} {place[:20]}", TOOLS + "sim", (artifacts, option, place))
     for machine in (
         "",
@@ -400,7 +400,7 @@ def _others(folder: Path) -> Iterator[Case]:
         ("--function", ""),
         ("--function", "x"),
         ("--arrays", "/dev/null"),
-        ("--arrays", "/no/such/x"),
+        ("--arrays", "/dev/null/folder/x"),
         ("--cut", ""),
         ("--cut", ".."),
         ("--cut", "%x..%y"),

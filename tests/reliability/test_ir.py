@@ -343,9 +343,9 @@ def _pipelines() -> Iterator[tuple[str, frozenset[int]]]:
     yield "x" * 1_000_000, REFUSED
     yield "specialize-seqlen{seqlens=" + ",".join(map(str, range(1, 100_000))) + "}", REFUSED
     yield "print-op-stats{json=" + "'" * 99_999 + "}", REFUSED
-    yield "snapshot-locations{filename=/no/such/folder/x.ir}", REFUSED
+    yield "snapshot-locations{filename=/dev/null/folder/x.ir}", REFUSED
     yield "snapshot-locations{filename=/dev/full}", REFUSED
-    yield "view-op-graph{file=/no/such/folder/x}", REFUSED
+    yield "view-op-graph{file=/dev/null/folder/x}", REFUSED
     yield "lower-edge10{machine=/dev/zero}", REFUSED
     yield " " * 1_000_000 + "cse", ONCE
     yield "," * 1000, REFUSED

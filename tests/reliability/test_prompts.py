@@ -115,7 +115,7 @@ def _arguments(artifacts: Path, folder: Path) -> Iterator[Case]:
     for number, words in enumerate(
         (
             ("--prompt",), ("--prompt", "a", "--prompt", "b"), ("--prompt", "a") * 100, ("--engine", "x"), ("--engine", ""),
-            ("--cache", ""), ("--cache", "/no/such/folder/x"), ("--cache", "/dev/full"), ("--cache", "/dev/null"),
+            ("--cache", ""), ("--cache", "/dev/null/folder/x"), ("--cache", "/dev/full"), ("--cache", "/dev/null"),
             ("--cache", "/dev/zero"), ("--cache", folder), ("--cache", "/etc/passwd"), ("--trace-commands", "/dev/full"),
             ("--trace-commands", folder), ("--engine", "edge10", "--trace-commands", "/dev/full"),
             ("--engine", "edge10", "--trace-commands", folder), ("--engine", "edge10", "--trace-commands", "/no/x"),
