@@ -8,6 +8,7 @@ metadata.  A model may lie in several files, NAME-00001-of-0000N.gguf (llama.cpp
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,17 @@ __all__ = ["GgufFormat", "gguf_model", "open_gguf", "read_gguf"]
 _PLAIN: Final[dict[str, Type]] = {"F32": f32, "F16": f16, "BF16": bf16, "F64": f64}
 _SPLIT: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _TWICE: Final = "lie in the files more than once"
+# Types of llama.cpp's past: the quantisers that wrote them are gone, so no release of the package reads them.
+_REMOVED: Final = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
 _NOT_A_MODEL: Final = "mmproj"  # how llama.cpp names the image encoder beside a language model
 
 
@@ -163,9 +175,18 @@ def open_gguf(path: Path) -> Any:
     try:
         if (problem := gguf_header_problem(path)) is not None:
             raise ValueError(problem)
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
     except Exception as error:
         text = next(iter(str(error).splitlines()), type(error).__name__)
+        number = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", text)
+        if number is not None and int(number[1]) in _REMOVED:
+            kind = _REMOVED[int(number[1])]
+            instead = "IQ4_NL" if kind.startswith("IQ") else "Q4_0"
+            raise TyirError(
+                f"{path.name} holds tensors of type {kind}, which llama.cpp has removed",
+                where=str(path),
+                help=f"take the file of type {instead} of the same model",
+            ) from None
         if "GGMLQuantizationType" in text:
             raise TyirError(
                 f"{path.name} holds a tensor type that the installed gguf package does not know: {text}",
@@ -177,6 +198,13 @@ def open_gguf(path: Path) -> Any:
             where=str(path),
             help="download the file again",
         ) from None
+    if reader.byte_order == "S":  # values are mapped as they lie in the file
+        raise TyirError(
+            f"{path.name} is written in the other byte order than this machine's",
+            where=str(path),
+            help=f"rewrite it with the gguf package's own: gguf-convert-endian {path} {sys.byteorder}",
+        )
+    return reader
 
 
 def _stored(tensor: Any, path: Path) -> StoredTensor | str:

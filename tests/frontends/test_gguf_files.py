@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,32 @@ def test_types_that_cannot_be_read_are_said_once(tmp_path: Path, gguf_llama: Mod
     message = refusal(tmp_path)
     assert "5 tensors have type I8, which cannot be imported (first 'blk.0.extra')" in message
     assert "1 tensors have type I32" in message and message.count("cannot be imported") == 2
+
+
+def test_the_other_byte_order_is_refused(tmp_path: Path, gguf_llama: Model) -> None:
+    """Its header can be read, and its values would be other numbers."""
+    swapped = "BIG" if sys.byteorder == "little" else "LITTLE"
+    order = gguf_writer.gguf.GGUFEndian[swapped]
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *gguf_llama, endianess=order)
+    message = refusal(tmp_path)
+    assert "m.gguf is written in the other byte order" in message and "gguf-convert-endian" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "instead"), [(31, "Q4_0_4_4", "Q4_0"), (36, "IQ4_NL_4_4", "IQ4_NL")]
+)
+def test_types_that_llama_cpp_has_removed(
+    tmp_path: Path, gguf_llama: Model, number: int, name: str, instead: str
+) -> None:
+    """No release of the package helps: the file that does is named."""
+    path = tmp_path / "m.gguf"
+    gguf_writer.write(path, "llama", *gguf_llama, lambda n: "Q8_0")
+    content = bytearray(path.read_bytes())
+    for tensor in gguf_writer.gguf.GGUFReader(path).tensors:
+        if tensor.tensor_type.name == "Q8_0":  # its field: name, dimensions, type, offset
+            at = tensor.field.offset + sum(part.nbytes for part in tensor.field.parts[:4])
+            content[at : at + 4] = number.to_bytes(4, sys.byteorder)
+    path.write_bytes(content)
+    message = refusal(tmp_path)
+    assert f"m.gguf holds tensors of type {name}, which llama.cpp has removed" in message
+    assert f"take the file of type {instead} of the same model" in message and "upgrade" not in message
