@@ -124,6 +124,8 @@ class _PackedFormat(ABC):
             if self.config.reordered:
                 yield f"'{base}' was quantised in order of activations but has no {self.index}"
             return
+        if self.unset(stored):
+            return
         if stored.type.dims != (k,):
             yield f"tensor '{stored.key}' has shape {list(stored.type.dims)}, expected {[k]}"
         elif stored.type.element not in (i32, i64):
@@ -131,12 +133,25 @@ class _PackedFormat(ABC):
         elif k and not 0 <= (groups := self.read(stored)).min() <= groups.max() < k // group:
             yield f"tensor '{stored.key}' names groups from {groups.min()} to {groups.max()} of {k // group}"
 
+    def unset(self, index: StoredTensor) -> bool:
+        """Whether an index says nothing: compressed-tensors begins it with -1 and takes groups in order while
+        one is left.
+        """
+        of_channels = len(index.type.dims) == 1 and index.type.element in (i32, i64)
+        return (
+            self.config.method == "compressed-tensors"
+            and of_channels
+            and bool((self.read(index) == -1).any())
+        )
+
     def scattered(self, base: str, tensors: Tensors) -> bool:
         """Whether the groups of a weight are not ranges of input channels (GPTQ's desc_act,
         compressed-tensors' actorder "group").
         """
         stored = tensors.get(f"{base}.{self.index}")
         if stored is None or self.index not in self.optional or len(stored.type.dims) != 1:
+            return False
+        if self.unset(stored):
             return False
         (k,) = stored.type.static_shape
         group = self.group(base, k, tensors)

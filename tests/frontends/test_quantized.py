@@ -323,6 +323,20 @@ def test_an_index_in_order_is_no_order_of_activations(gptq_folder: Path) -> None
     assert "order of activations" not in notes_of(gptq_folder)
 
 
+@pytest.mark.parametrize("kind", ["ct-group", "ct-symmetric"])
+def test_an_index_that_was_never_set(
+    checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path, kind: str
+) -> None:
+    """compressed-tensors begins weight_g_idx with -1, and takes groups in order where it is left so."""
+    folder = Path(shutil.copytree(checkpoints[kind][0], tmp_path / "checkpoint"))
+    wanted = dict(dense_state(folder))
+    names = [f"model.layers.{i}.mlp.up_proj.weight_g_idx" for i in (0, 1)]
+    edit(folder, tensors=lambda t: t.update({n: np.full(64, -1, np.int32) for n in names}))
+    assert "order of activations" not in notes_of(folder)
+    found = dict(dense_state(folder))
+    assert all(np.array_equal(found[n], wanted[n]) for n in wanted)
+
+
 @pytest.mark.parametrize("kind", ["awq", "gptq", "ct-group", "plain"])
 def test_a_tied_head_stored_once_more(
     checkpoints: dict[str, tuple[Path, Stored]], save_model: Callable[..., Path], tmp_path: Path, kind: str
