@@ -47,15 +47,23 @@ if TYPE_CHECKING:
 __all__ = ["OpenedModel", "formats_of", "import_model", "open_model"]
 
 DTYPES: Final = ("f16", "f32")
-# Buffers that old releases of transformers stored although they follow from the config.
-_STRAY_ENDINGS: Final = (
-    ".rotary_emb.inv_freq",
-    ".rotary_emb.cos_cached",
-    ".rotary_emb.sin_cached",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
+_FOLLOWS: Final = "what follows from the config"
+_GUESSES: Final = "layers that guess further tokens"
+# Tensors that trainers, quantisers and old releases store beside a language model's own: what each is, by
+# what the end of its name matches.  None of them changes the logits; transformers and vLLM leave them out.
+_SURPLUS: Final = {
+    _FOLLOWS: r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|attn_rot_embd|position_ids"
+    r"|\w*(attn|attention)\.(masked_)?bias",
+    "scales of a cache, attention or activations that are not quantised by them here":
+    r"\w*(attn|attention)\.(\w+\.)?(k|v|q|kv|prob)_scale|\w+_proj\.(input|output)_scale",
+    _GUESSES: r"(mtp|mtp_layers|nextn|medusa_head|eagle)\..*",
+    "a head of a trainer, which makes no logits": r"(v_head|value_head|reward_head)\..*",
+    "the state of an optimizer": r"(optimizer|optimizer_states|lr_scheduler)\..*",
+}  # fmt: skip
+_GUESSING: Final = re.compile(r"\.(eh_proj|enorm|hnorm)\.")  # parts that only such layers have
+# Parts of modules that PEFT puts around a model's own while an adapter is not merged.
+_UNMERGED: Final = re.compile(
+    r"\.(lora_[A-Za-z_]+|modules_to_save|original_module|ia3_l|vera_lambda_\w)(\.|$)"
 )
 _BESIDE: Final = (
     "metadata do not say everything of a model: put the original model's config.json beside the file"
@@ -226,6 +234,15 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
         return
     if (unknown := architecture_problem(config, where)) is not None:
         yield unknown
+    around = [] if checkpoint.low_rank else [name for name in checkpoint.tensors if _UNMERGED.search(name)]
+    if around:
+        yield Diagnostic(
+            f"the checkpoint holds {len(around)} tensors of an adapter that is not merged (first"
+            f" '{around[0]}')",
+            where=str(checkpoint.folder),
+            help="merge it with PEFT (merge_and_unload, save_pretrained) and import the result",
+        )
+        return
     wanted = config.get("num_hidden_layers")
     stored = len({layer_in(name) for name in checkpoint.tensors} - {None})
     few = stored or len(checkpoint.tensors) < (wanted or 0)  # layers may have names of a kind not known here
@@ -366,7 +383,7 @@ def _tensor_problems(
         )
         yield Diagnostic(message, where=where, help=help)
     yield from quantization_contradictions(weights, note)
-    yield from _unexpected(meta, weights, used, note)
+    yield from _unexpected(meta, weights, used, note, whole=not missing and not bad)
 
 
 def one_of_each_kind(problems: Iterable[Diagnostic]) -> Iterator[Diagnostic]:
@@ -380,12 +397,16 @@ def one_of_each_kind(problems: Iterable[Diagnostic]) -> Iterator[Diagnostic]:
         yield replace(first, message=first.message + more)
 
 
-def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -> Iterable[Diagnostic]:
+def _unexpected(
+    meta: MetaModel, weights: Weights, used: set[str], note: Note, whole: bool
+) -> Iterable[Diagnostic]:
     """Tensors the model does not use: a note when that is harmless, an error when the config seems to
-    describe another model.
+    describe another model.  `whole`: whether nothing that the model has is missing or of another shape.
     """
     checkpoint = weights.checkpoint
     where, wrong = str(checkpoint.folder), []
+    guessing = {layer_in(name) for name in checkpoint.tensors if _GUESSING.search(name)}
+    guessing -= {layer_in(name) for name in meta.state}
     surplus: dict[str, list[str]] = {}
     for name in sorted(checkpoint.tensors.keys() - used):
         tied = next((a for a in meta.aliases.get(name, ()) if a in used), None)
@@ -396,6 +417,8 @@ def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -
                 where=where,
                 help=help,
             )
+        elif layer_in(name) in guessing:
+            surplus.setdefault(_GUESSES, []).append(name)
         elif (why := _why_surplus(name, tied, weights, used)) is not None:
             surplus.setdefault(why, []).append(name)
         else:
@@ -411,7 +434,13 @@ def _unexpected(meta: MetaModel, weights: Weights, used: set[str], note: Note) -
         )
         stored, wanted = _layer_count(checkpoint.tensors), _layer_count(meta.state)
         layers = _counts(stored, wanted, checkpoint) if stored > wanted else ""
-        yield Diagnostic(message, where=where, help=_mixed_help(checkpoint) + layers)
+        help = _mixed_help(checkpoint) + layers
+        own = {alias.partition(".")[0] for names in meta.aliases.values() for alias in names}
+        beside = sorted({name.partition(".")[0] for name in wrong})
+        if whole and not own.intersection(beside):
+            rules = ", ".join(rf'r"{re.escape(first)}\..*"' for first in beside[:5])
+            help = f"if the model is whole without them, leave them out: a --model-plugin of ignore=[{rules}]"
+        yield Diagnostic(message, where=where, help=help)
 
 
 def _counts(stored: int, wanted: int, checkpoint: Checkpoint) -> str:
@@ -437,8 +466,10 @@ def _why_surplus(name: str, tied: str | None, weights: Weights, used: set[str]) 
     """
     if tied is not None:
         return f"a copy of the tied '{tied}'"
-    if name.endswith(_STRAY_ENDINGS):
-        return "what follows from the config"
+    for what, pattern in _SURPLUS.items():
+        vector = name.endswith(".bias") and len(weights.checkpoint.tensors[name].type.dims) == 1
+        if re.fullmatch(rf"(.*\.)?({pattern})", name) and not (what == _FOLLOWS and vector):  # not a mask
+            return what
     module = name.rpartition(".")[0]
     found = weights.find(f"{module}.weight")
     if f"{module}.weight" not in weights.aliases or found is None:
@@ -446,9 +477,9 @@ def _why_surplus(name: str, tied: str | None, weights: Weights, used: set[str]) 
     keys = found[0].stored_keys(found[1], weights.checkpoint.tensors)
     if f"{module}.weight" != found[1]:
         return f"the tied '{found[1]}' stored once more"
-    if name.endswith(".bias") and keys != (f"{module}.weight",):
+    if name.endswith(".bias"):
         zeros = not TensorReader(weights.checkpoint.folder)(weights.checkpoint.tensors[name]).any()
-        return "all zeros" if zeros else None  # AutoGPTQ writes these
+        return "all zeros" if zeros else None  # AutoGPTQ writes these, and trainers that always have biases
     if name == f"{module}.weight" and used.issuperset(keys):
         return "stored quantised as well"
     return None

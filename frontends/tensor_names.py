@@ -25,8 +25,9 @@ _WRAPPERS: Final = (
     "_forward_module",
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
+    "base_layer",  # PEFT, around what an adapter changes
 )
-_ROUNDS: Final = 3
+_ROUNDS: Final = 4
 _ANCHORS: Final = 6
 
 
@@ -66,7 +67,17 @@ def with_model_names(
         gains = {rule: taken for rule in _rules(tensors, missing) if (taken := wanted.taken(rule, tensors))}
         most = max(map(len, gains.values()), default=0)
         if most == 0:
-            break
+            bare = wanted.unwrapped(tensors)
+            within = {bare.get(name, name): stored for name, stored in tensors.items()}
+            if not bare or not any(wanted.taken(rule, within) for rule in _rules(within, missing)):
+                break
+            tensors = within
+            words = ", ".join(f"'{w}.'" for w in _WRAPPERS if any(w in name.split(".") for name in bare))
+            message = (
+                f"{len(bare)} of {len(tensors)} stored tensors have names that differ: {words} is left out"
+            )
+            note(Diagnostic(message, severity="warning", where=where))
+            continue
         best = sorted((rule for rule, taken in gains.items() if len(taken) == most), key=_simplest)
         other = next((r for r in best if set(gains[r]) != set(gains[best[0]])), None)
         if other is not None:
@@ -107,6 +118,18 @@ class _Wanted:
         for name in tensors:
             new = rule(name)
             if new != name and _module(name) not in self.modules and _module(new) in self.modules:
+                found[name] = new
+        new_names = set(found.values())
+        return {} if len(new_names) < len(found) or new_names.intersection(tensors) else found
+
+    def unwrapped(self, tensors: Collection[str]) -> dict[str, str]:
+        """Old and new name of the tensors outside of the model that wrappers stand in: what is left may lack
+        another rule besides.  None when that would give one name to two tensors.
+        """
+        found: dict[str, str] = {}
+        for name in tensors:
+            new = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            if new != name and _module(name) not in self.modules:
                 found[name] = new
         new_names = set(found.values())
         return {} if len(new_names) < len(found) or new_names.intersection(tensors) else found

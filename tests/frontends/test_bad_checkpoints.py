@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.execution.weights import check_files
-from tyir.frontends.huggingface import import_model
-from tyir.frontends.plugin import load_plugin
+from tyir.frontends.huggingface import import_model, open_model
+from tyir.frontends.plugin import ModelPlugin, load_plugin
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -350,3 +350,62 @@ def test_problems_of_torchs_index_name_it(folder: Path) -> None:
     message = refusal(folder)
     assert "pytorch_model.bin.index.json has no 'weight_map'" in message
     assert "model.safetensors.index.json" not in message
+
+
+SURPLUS: dict[str, tuple[list[str], list[int]]] = {  # what it is said to be: names, and a shape
+    "what follows from the config": (
+        ["model.rotary_emb.original_inv_freq", "model.position_ids", "model.layers.0.self_attn.bias"],
+        [1, 1, 8, 8],
+    ),
+    "scales of a cache": (
+        [
+            "model.layers.0.self_attn.k_scale",
+            "model.layers.1.self_attn.v_proj.v_scale",
+            "model.layers.1.self_attn.q_proj.input_scale",
+        ],
+        [],
+    ),
+    "layers that guess further tokens": (
+        ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.up_proj.weight", "mtp.fc.weight"],
+        [64, 128],
+    ),
+    "a head of a trainer": (["v_head.summary.weight", "v_head.summary.bias"], [1]),
+    "the state of an optimizer": (["optimizer.state.0.exp_avg"], [64]),
+    "all zeros": (["model.layers.0.self_attn.q_proj.bias"], [64]),
+}
+
+
+@pytest.mark.parametrize("what", SURPLUS)
+def test_what_trainers_and_quantisers_store_besides(single: Path, what: str) -> None:
+    """Left out with one warning: nothing of it enters the logits."""
+    import torch
+
+    names, shape = SURPLUS[what]
+    edit_tensors(single, lambda tensors: tensors.update({name: torch.zeros(shape) for name in names}))
+    notes: list[Diagnostic] = []
+    open_model(single, "f16", notes.append)
+    (said,) = [n.message for n in notes if "not used" in n.message]
+    assert what in said and all(name in said for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "help"),
+    [
+        ("score.weight", [2, 64], 'a --model-plugin of ignore=[r"score\\..*"]'),
+        ("model.layers.0.self_attn.q_proj.weight_global_scale", [1], "from different models"),
+        ("model.layers.0.self_attn.q_proj.pre_quant_scale", [64], "from different models"),
+        ("model.layers.0.self_attn.bias", [64], "from different models"),
+        ("model.layers.2.mlp.up_proj.weight", [112, 64], "from different models"),
+    ],
+)
+def test_what_may_be_of_the_model_is_not_left_out(
+    single: Path, name: str, shape: list[int], help: str
+) -> None:
+    """A factor of weights or activations, a bias, a layer; and how to leave a module out that is none."""
+    import torch
+
+    edit_tensors(single, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    message = refusal(single)
+    assert f"has no place for: {name}" in message and help in message
+    if "plugin" in help:
+        open_model(single, "f16", plugin=ModelPlugin(ignore=[r"score\..*"]))

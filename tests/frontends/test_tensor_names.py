@@ -60,6 +60,7 @@ def renamed(names: list[str], tied: bool = False) -> tuple[dict[str, str] | Diag
         (lambda n: n.replace("model.", "model.language_model.", 1), "'model.language_model.' at the"),
         (lambda n: n.replace("model.", "transformer.", 1), "'transformer.' at the beginning is left out"),
         (lambda n: n.replace(".self_attn", "._orig_mod.self_attn"), "'_orig_mod.' is left out"),
+        (lambda n: n.replace("_proj.", "_proj.base_layer."), "'base_layer.' is left out"),
         (lambda n: n.replace("layers.", "layers._fsdp_wrapped_module."), "'_fsdp_wrapped_module.' is left"),
     ],
 )
@@ -87,6 +88,17 @@ def test_packed_tensors_and_two_rules() -> None:
     assert isinstance(found, dict) and found["module.lm_head.weight"] == "lm_head.weight"
     assert all(v in {a for group in aliases(False).values() for a in group} for v in found.values())
     assert notes
+
+
+def test_wrappers_within_and_a_beginning() -> None:
+    """What PEFT has put around some linears, of a model that it stands around: neither rule is enough."""
+    names = [n.replace("q_proj.", "q_proj.base_layer.") for n in NAMES]
+    found, notes = renamed([f"base_model.model.{n}" for n in names])
+    assert isinstance(found, dict)
+    assert all(
+        found[f"base_model.model.{new}"].endswith(n.removeprefix("model.")) for n, new in zip(NAMES, names)
+    )
+    assert any("'base_layer.' is left out" in n for n in notes)
 
 
 def test_tensors_stored_twice_are_not_chosen_among() -> None:
@@ -149,3 +161,29 @@ def test_verification_does_not_ask_transformers_for_names_it_does_not_know(
     got, _ = Reference(folder, options).run([5, 6, 7])
     assert np.array_equal(got, wanted)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_an_adapter_that_is_not_merged(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The state of a PEFT model holds no scale of its factors: said once, with what to do; never left out."""
+    from safetensors.numpy import load_file, save_file
+
+    plain = save_model("llama", dtype="float16")
+    for kind in ("factors", "whole"):
+        folder = Path(shutil.copytree(plain, tmp_path / kind))
+        tensors = {f"base_model.model.{n}": t for n, t in load_file(plain / "model.safetensors").items()}
+        if kind == "factors":
+            for i in range(2):
+                module = f"base_model.model.model.layers.{i}.self_attn.q_proj"
+                weight = tensors.pop(f"{module}.weight")
+                tensors[f"{module}.base_layer.weight"] = weight
+                tensors[f"{module}.lora_A.default.weight"] = weight[:4].copy()
+                tensors[f"{module}.lora_B.default.weight"] = weight[:, :4].copy()
+        else:
+            head = tensors.pop("base_model.model.lm_head.weight")
+            tensors["base_model.model.lm_head.original_module.weight"] = head
+            tensors["base_model.model.lm_head.modules_to_save.default.weight"] = head + 1
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(TyirError, match="tensors of an adapter that is not merged") as caught:
+            open_model(folder, "f16")
+        (only,) = caught.value.diagnostics
+        assert only.help is not None and "merge_and_unload" in only.help
