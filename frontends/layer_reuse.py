@@ -9,14 +9,15 @@ Two layers are of one kind when a trace cannot tell them apart: modules of the s
 attributes and parameters of equal shapes, called with the same arguments beside the hidden state (the same
 tensors, equal numbers: a layer with another mask or other rotary tables is of another kind).  The one
 attribute that may differ is `layer_idx`: it stays the number it is, and a layer that has asked for it while
-it was traced stands for no other.
+it was traced stands for no other.  Modules keep their classes, which their code may ask for; meanwhile the
+number is not in their `__dict__`, so that who looks there fails, and every layer is traced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -78,46 +79,50 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, _PLAIN) and type(a) is type(b) and a == b)
 
 
-class _Numbered:
-    """Stands before the class of a module that has its layer's number, and counts who asks for it."""
+def _numbered(kinds: _Kinds, numbers: dict[torch.nn.Module, Any]) -> property:
+    """A class's `layer_idx` that gives its modules in `numbers` their own, and counts who asks."""
 
-    _kinds: _Kinds
+    def get(module: torch.nn.Module) -> Any:
+        kinds.asked += 1
+        try:
+            return numbers[module] if module in numbers else module.__dict__[_NUMBER]
+        except KeyError:
+            raise AttributeError(_NUMBER) from None
 
-    @property
-    def layer_idx(self) -> Any:
-        self._kinds.asked += 1
-        return self.__dict__[_NUMBER]
+    def set_to(module: torch.nn.Module, number: Any) -> None:
+        kinds.asked += 1
+        if module in numbers:
+            numbers[module] = number
+        else:
+            module.__dict__[_NUMBER] = number
 
-    @layer_idx.setter
-    def layer_idx(self, number: Any) -> None:
-        self._kinds.asked += 1
-        self.__dict__[_NUMBER] = number
+    return property(get, set_to)
 
 
-class _Reusing:
-    """Stands before a layer's class: its `forward` traces the layer or notes that it is a copy."""
+def _reusing(kinds: _Kinds, layer: Any, structure: object, path: str) -> Callable[..., Any]:
+    """A layer's `forward` that traces the layer or notes that it is a copy."""
+    own = layer.forward
 
-    _kinds: _Kinds
-    _structure: object
-    _path: str
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(own)
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         arguments = [*leaves, str(tree), str(hidden_states.shape), hidden_states.dtype]
-        source = self._kinds.find(self._structure, arguments)
+        source = kinds.find(structure, arguments)
         if source is not None:
-            return torch.ops.tyir.layer_copy(hidden_states, self._path, source)
-        before = self._kinds.asked
-        out = super().forward(torch.ops.tyir.layer_begin(hidden_states, self._path), *args, **kwargs)  # type: ignore[misc]
+            return torch.ops.tyir.layer_copy(hidden_states, path, source)
+        before = kinds.asked
+        out = own(torch.ops.tyir.layer_begin(hidden_states, path), *args, **kwargs)
         if (
             not isinstance(out, torch.Tensor)
             or str(out.shape) != str(hidden_states.shape)
             or out.dtype != hidden_states.dtype
         ):
             raise RuntimeError("the layer does not return a hidden state alone")
-        if self._kinds.asked == before:
-            self._kinds.traced.append((self._structure, arguments, self._path))
-        return torch.ops.tyir.layer_end(out, self._path)
+        if kinds.asked == before:
+            kinds.traced.append((structure, arguments, path))
+        return torch.ops.tyir.layer_end(out, path)
+
+    return forward
 
 
 @contextlib.contextmanager
@@ -126,31 +131,35 @@ def layers_traced_once(model: torch.nn.Module, prefix: str = "") -> Iterator[Non
 
     `prefix`: what stands before its modules' paths when it is a part of what is exported.
     """
-    kinds = _Kinds()
-    classes: list[tuple[Any, type[Any]]] = []
-
-    def put_before(module: Any, first: type[Any]) -> None:
-        classes.append((module, type(module)))
-        module._kinds = kinds
-        module.__class__ = type(type(module).__name__, (first, type(module)), {})
-
-    for path, layer in decoder_layers(model):
-        path = prefix + path
-        structure = _structure(layer)
-        if structure is None:
-            continue
+    kinds, numbers = _Kinds(), dict[torch.nn.Module, Any]()
+    layers = [(path, layer, _structure(layer)) for path, layer in decoder_layers(model)]
+    known = [(path, layer, structure) for path, layer, structure in layers if structure is not None]
+    for _, layer, _ in known:
         for module in layer.modules():
             if _NUMBER in module.__dict__:
-                put_before(module, _Numbered)
-        put_before(layer, _Reusing)
-        layer._structure, layer._path = structure, path
-    try:
+                numbers[module] = module.__dict__.pop(_NUMBER)
+    with contextlib.ExitStack() as undo:
+        undo.callback(lambda: [m.__dict__.update({_NUMBER: number}) for m, number in numbers.items()])
+        for kind in {type(module) for module in numbers}:
+            undo.callback(_restoring(kind, _NUMBER))
+            setattr(kind, _NUMBER, _numbered(kinds, numbers))
+        for path, layer, structure in known:
+            undo.callback(_restoring(layer, "forward"))
+            layer.__dict__["forward"] = _reusing(kinds, layer, structure, prefix + path)
         yield
-    finally:
-        for module, own in reversed(classes):
-            module.__class__ = own
-            for name in ("_kinds", "_structure", "_path"):
-                module.__dict__.pop(name, None)
+
+
+def _restoring(owner: Any, name: str) -> Callable[[], None]:
+    """What gives an object or a class back what it has of its own under a name, or that it has nothing."""
+    had, own = name in owner.__dict__, owner.__dict__.get(name)
+
+    def restore() -> None:
+        if had:
+            setattr(owner, name, own)
+        else:
+            delattr(owner, name)
+
+    return restore
 
 
 def decoder_layers(model: Any) -> list[tuple[str, Any]]:

@@ -120,3 +120,34 @@ def test_the_number_stays_an_int(save_model: SaveModel) -> None:
     numbers = [n.args[1] for n in graph.nodes if n.target is torch.ops.aten.mul.Tensor]
     found = [n for n in numbers if isinstance(n, float) and n != 1.0]  # rotary tables are multiplied by 1.0
     assert found == [way(i) for i in range(3) for way in ways]
+
+
+@pytest.mark.parametrize("way", ["class", "vars", "dict"])
+def test_modules_are_what_they_are(save_model: SaveModel, way: str) -> None:
+    """A module that asks for its class sees its own; one that looks its number up past the attribute gets
+    what eager execution gives it.
+    """
+    import torch
+
+    meta = open_model(save_model("llama", num_hidden_layers=3), "f16").meta
+    layers: Any = meta.model.get_submodule("model.layers")
+    original = type(layers[0].mlp).forward
+
+    class Asking(type(layers[0].mlp)):  # type: ignore[misc]
+        layer_idx: int
+
+        def forward(self, x: Any) -> Any:
+            if way == "class":
+                factor = 3.0 if type(self) is Asking and self.__class__ is Asking else 7.0
+            else:
+                factor = 3.0 + (vars(self) if way == "vars" else self.__dict__)["layer_idx"]
+            return original(self, x) * factor
+
+    for i, layer in enumerate(layers):
+        layer.mlp.__class__, layer.mlp.layer_idx = Asking, i
+    program = torch_export.export_model(meta).graph_module.graph
+    numbers = [n.args[1] for n in program.nodes if n.target is torch.ops.aten.mul.Tensor]
+    found = [n for n in numbers if isinstance(n, float) and n != 1.0]
+    assert found == ([3.0] if way == "class" else [3.0, 4.0, 5.0])
+    assert [vars(layer.mlp)["layer_idx"] for layer in layers] == [0, 1, 2]
+    assert all("forward" not in vars(m) for m in meta.model.modules()) and "layer_idx" not in vars(Asking)
