@@ -160,6 +160,71 @@ def test_ends_of_turns_of_the_chat_template(compiled: Path, tmp_path: Path, name
     assert end_tokens(tmp_path, AutoTokenizer.from_pretrained(tmp_path)) == {2: "the tokenizer"}
 
 
+SAYS = "{% for m in messages %}{{ m.content | trim }}"
+TEMPLATES = {  # a template's text, and the special tokens that end an answer there
+    "a family of its own": (SAYS + "<|turn_end|>{% endfor %}", {"<|turn_end|>"}),
+    "another end than the tokenizer's": (SAYS + "</s>{% endfor %}", {"</s>"}),
+    "in two texts": (SAYS + "{{ '<|turn_' + 'end|>' }}{% endfor %}", {"<|turn_end|>"}),
+    "a variable": ("{% set e = '</s>' %}" + SAYS + "{{ e }}{% endfor %}", {"</s>"}),
+    "the end of text": (SAYS + "{{ eos_token }}{% endfor %}", {"<eos>"}),
+    "parts": (
+        "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}</s>{% endfor %}",
+        {"</s>"},
+    ),
+    "two branches": (
+        SAYS + "{% if loop.last %}</s>{% else %}\n<|turn_end|>{% endif %}{% endfor %}",
+        {"</s>", "<|turn_end|>"},
+    ),
+    "a macro": (
+        "{% macro r(c) %}{{ c }}{% endmacro %}{% for m in messages %}{{ r(m.content) ~ '</s>' }}{% endfor %}",
+        {"</s>"},
+    ),
+    "after a call of tools": (
+        SAYS + "{% if m.calls %}[CALLS]{% for t in m.calls %}[CALL]{% endfor %}{% endif %}</s>{% endfor %}",
+        {"</s>"},
+    ),
+    "a question's end": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|ask|>"
+        "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        {"</s>"},
+    ),
+    "marked for training": (
+        "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}",
+        {"</s>"},
+    ),
+    "not special": (SAYS + "<plain>{% endfor %}", set()),
+    "not at once": (SAYS + "\nend:</s>{% endfor %}", set()),
+    "no template": ("{% for", set()),
+    "for ever": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ content }}</s>{% endfor %}{% endfor %}",
+        {"</s>"},
+    ),
+    "deep": ("{% if a %}" * 5000 + "{{ content }}</s>" + "{% endif %}" * 5000, set()),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_what_follows_an_answer_in_a_template(kind: str) -> None:
+    """Whatever the token is called; the template is read, never run."""
+    from tyir.tools.run.turn_ends import turn_ends
+
+    template, wanted = TEMPLATES[kind]
+    special = {"</s>", "<eos>", "<|turn_end|>", "<|ask|>", "[CALL]", "[CALLS]"}
+    assert turn_ends(template, special, {"eos_token": "<eos>"}) == wanted
+
+
+def test_an_end_of_a_template_that_nobody_knows(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tyir.tools.run.end_tokens import end_tokens
+
+    byte_tokenizer(tmp_path, template=SAYS + "<|turn_end|>{% endfor %}", special=("<|turn_end|>",))
+    wanted = {2: "the tokenizer", 259: "the chat template"}
+    assert end_tokens(tmp_path, AutoTokenizer.from_pretrained(tmp_path)) == wanted
+    byte_tokenizer(tmp_path, template="<bos>" + SAYS + "<bos>{% endfor %}", special=("<|turn_end|>",))
+    assert end_tokens(tmp_path, AutoTokenizer.from_pretrained(tmp_path)) == {2: "the tokenizer"}
+
+
 @pytest.mark.parametrize("value", ["</s>", 2.5, True, [2, "x"], {"id": 2}])
 def test_an_end_that_is_no_token(artifacts: Path, answer: Run, value: Any) -> None:
     path = artifacts / "generation_config.json"

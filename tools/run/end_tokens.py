@@ -14,6 +14,7 @@ from typing import Any, Final
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.ending import EndReason
 from tyir.text.json_files import json_object, token_ids
+from tyir.tools.run.turn_ends import turn_ends
 from tyir.tools.tokenizer import files_of
 
 __all__ = ["end_tokens", "why"]
@@ -58,12 +59,21 @@ def end_tokens(source: Artifacts | Path, tokenizer: Any) -> dict[int, str]:
         return found
     if isinstance(tokenizer.eos_token_id, int):
         found.setdefault(tokenizer.eos_token_id, "the tokenizer")
-    template = str(tokenizer.chat_template or "")
-    special = tokenizer.get_added_vocab()
-    for name in _TURN_ENDS:
-        if name in template and name in special:
-            found.setdefault(special[name], "the chat template")
+    template = tokenizer.chat_template or ""
+    templates = list(template.values()) if isinstance(template, dict) else [template]
+    added = tokenizer.get_added_vocab()
+    for name in sorted({n for text in templates for n in _ends_in(str(text), tokenizer)}):
+        if name in added:
+            found.setdefault(added[name], "the chat template")
     return found
+
+
+def _ends_in(template: str, tokenizer: Any) -> set[str]:
+    """The ends of turns in a chat template: those of known families, and what follows an answer there."""
+    texts = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    begins = {texts.get(name) for name in ("bos_token", "pad_token", "unk_token")} - {texts.get("eos_token")}
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - begins
+    return {name for name in _TURN_ENDS if name in template} | turn_ends(template, special, texts)
 
 
 def why(
