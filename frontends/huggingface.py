@@ -22,7 +22,7 @@ from tyir.artifacts.dual_chunk import CONFIG_KEY, DualChunk
 from tyir.artifacts.json_attributes import to_attribute
 from tyir.artifacts.rope_scaling import RECORDED, scaled_config
 from tyir.attributes import Attribute, DenseElementsAttr, DictAttr, FloatAttr, StringAttr
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.diagnostics import Diagnostic, TyirError, kind_of
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
 from tyir.execution.finite import not_finite
@@ -390,8 +390,7 @@ def one_of_each_kind(problems: Iterable[Diagnostic]) -> Iterator[Diagnostic]:
     """Problems whose texts differ in names and numbers alone are said once, with their count."""
     kinds: dict[str, list[Diagnostic]] = {}
     for problem in problems:
-        kind = re.sub(r"'[^']*'|[\w.]+\.\d+\.[\w.]+|\d+", "", problem.message)
-        kinds.setdefault(kind, []).append(problem)
+        kinds.setdefault(kind_of(problem.message), []).append(problem)
     for first, *others in kinds.values():
         more = f" (and {len(others)} more like it)" if others else ""
         yield replace(first, message=first.message + more)

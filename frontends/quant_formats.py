@@ -151,8 +151,8 @@ class _PackedFormat(ABC):
         stored = tensors.get(f"{base}.{self.index}")
         if stored is None or self.index not in self.optional or len(stored.type.dims) != 1:
             return False
-        if self.unset(stored):
-            return False
+        if self.unset(stored) or any(f"{base}.{part}" not in tensors for part in self.needed):
+            return False  # what is missing is said by `problems`
         (k,) = stored.type.static_shape
         group = self.group(base, k, tensors)
         return group is not None and not np.array_equal(self.read(stored), np.arange(k) // group)

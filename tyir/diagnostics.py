@@ -17,12 +17,13 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final, Literal
 
-__all__ = ["Diagnostic", "Label", "Severity", "SourceText", "TyirError", "did_you_mean"]
+__all__ = ["Diagnostic", "Label", "Severity", "SourceText", "TyirError", "did_you_mean", "kind_of"]
 
 Severity = Literal["error", "warning", "note", "remark"]
 _LONGEST_NAME: Final = 100
 _MOST_NAMES: Final = 5000
 _MOST_SHOWN: Final = 100  # of the problems of one error
+_MOST_ALIKE: Final = 8  # of those that differ in names and numbers alone: a damaged file makes hundreds
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +127,26 @@ class TyirError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        lines = [d.render() for d in self.diagnostics[:_MOST_SHOWN]]
-        if len(self.diagnostics) > _MOST_SHOWN:
+        alike: dict[str, list[Diagnostic]] = {}
+        for d in self.diagnostics:
+            alike.setdefault(kind_of(d.message), []).append(d)
+        kept = {id(d) for group in alike.values() for d in group[:_MOST_ALIKE]}
+        shown = [d for d in self.diagnostics if id(d) in kept]
+        lines = [d.render() for d in shown[:_MOST_SHOWN]]
+        for first, *others in alike.values() if len(shown) <= _MOST_SHOWN else ():
+            if len(others) >= _MOST_ALIKE:
+                lines.append(f"... and {len(others) + 1 - _MOST_ALIKE} more like: {first.message}")
+        if len(shown) > _MOST_SHOWN:
             lines.append(f"... and {len(self.diagnostics) - _MOST_SHOWN} more problems")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.render()
+
+
+def kind_of(message: str) -> str:
+    """A message without its names and numbers: equal for what one cause makes of many things."""
+    return re.sub(r"'[^']*'|[\w.]+\.\d+\.[\w.]+|\d+", "", message)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -323,6 +323,18 @@ def test_an_index_in_order_is_no_order_of_activations(gptq_folder: Path) -> None
     assert "order of activations" not in notes_of(gptq_folder)
 
 
+@pytest.mark.parametrize("kind", ["awq", "gptq", "ct-group"])
+def test_what_every_linear_lacks_is_said_once(
+    checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path, kind: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoints[kind][0], tmp_path / "checkpoint"))
+    ending = SCALES[kind]
+    edit(folder, tensors=lambda t: [t.pop(n) for n in list(t) if n.endswith(f".{ending}")])
+    message = refusal(folder)
+    assert f"self_attn.q_proj.{ending} is missing (and 13 more like it)" in message
+    assert message.count("error:") == 1 and "internal" not in message
+
+
 @pytest.mark.parametrize("kind", ["ct-group", "ct-symmetric"])
 def test_an_index_that_was_never_set(
     checkpoints: dict[str, tuple[Path, Stored]], tmp_path: Path, kind: str

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.grammar_parser import parse_with_grammar
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.parser import parse_file, parse_module
 from tyir.printer import print_op
@@ -212,3 +212,14 @@ def test_functions_that_call_each_other_stay() -> None:
     printed = _parses_or_refuses(text)
     assert printed is not None
     assert printed.count("func.call") == 2
+
+
+def test_many_problems_of_one_kind_are_counted() -> None:
+    """A damaged file makes hundreds that differ in names and numbers alone; others are not lost."""
+    many = [Diagnostic(f"'model.layers.{i}.weight' holds {i} NaN values", help="again") for i in range(300)]
+    error = TyirError([*many[:200], Diagnostic("config.json is damaged"), *many[200:]])
+    text = str(error)
+    assert len(error.diagnostics) == 301 and text.count("error:") == 9
+    assert "config.json is damaged" in text
+    assert text.endswith("... and 292 more like: 'model.layers.0.weight' holds 0 NaN values")
+    assert "more like" not in str(TyirError(many[:8]))
