@@ -19,7 +19,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dtypes import DTYPES
 from tyir.execution.weights import FileStamp
-from tyir.process.files import missing_hint, open_regular, parse_json
+from tyir.process.files import json_kind, missing_hint, open_regular, parse_json, stand_in
 from tyir.text.json_files import read_json_object
 from tyir.types import TensorType, Type, bit_width, scalar_type
 
@@ -114,10 +114,14 @@ class _Reader:
         try:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
+                instead = stand_in(file.peek())
                 length = int.from_bytes(file.read(8), "little")
                 header_bytes = file.read(length) if length <= min(_MAX_HEADER, size - 8) else b""
         except OSError as error:
             self.problem(f"cannot read {name}: {error.strerror}", "download the file again", path)
+            return False
+        if instead is not None:
+            self.problem(f"{name} is {instead[0]}, not the file itself", instead[1], path)
             return False
         if size - 8 >= length > _MAX_HEADER:
             self.problem(
@@ -142,7 +146,7 @@ class _Reader:
             return False
         if not isinstance(header, dict):
             self.problem(
-                f"{name} is no safetensors file: its header is a JSON {type(header).__name__}", again, path
+                f"{name} is no safetensors file: its header is a JSON {json_kind(header)}", again, path
             )
             return False
         return self.header(name, header, 8 + length, size)
@@ -191,7 +195,7 @@ class _Reader:
     def torch_file(self, name: str) -> bool:
         """Note the tensors of a `pytorch_model.bin`; False (and problems) when the file cannot be used."""
         path = self.folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             self.problem(f"cannot read {name}: No such file or directory", "download the missing file", path)
             return False
         from tyir.frontends.torch_files import read_torch_file
@@ -290,17 +294,18 @@ def _read_tensors(reader: _Reader) -> tuple[frozenset[str], bool]:
     complete.
     """
     folder = reader.folder
-    if (folder / SINGLE_FILE).exists():
+    # a link to nothing is a file that is missing, and is told where it is opened
+    if os.path.lexists(folder / SINGLE_FILE):
         return frozenset(), reader.tensor_file(SINGLE_FILE)
     for index_file, suffix, read in (
         (INDEX_FILE, ".safetensors", reader.tensor_file),
         (TORCH_INDEX, ".bin", reader.torch_file),
     ):
-        if (folder / index_file).exists():
+        if os.path.lexists(folder / index_file):
             before = len(reader.problems)
             unreadable = reader.sharded(index_file, suffix, read)
             return unreadable, len(reader.problems) == before or bool(unreadable)
-        if suffix == ".safetensors" and (folder / TORCH_FILE).exists():
+        if suffix == ".safetensors" and os.path.lexists(folder / TORCH_FILE):
             return frozenset(), reader.torch_file(TORCH_FILE)
     other = sorted(
         p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tyir.diagnostics import TyirError
 from tyir.frontends.checkpoint import ELEMENTS, StoredTensor
-from tyir.process.files import open_regular
+from tyir.process.files import open_regular, stand_in
 from tyir.types import TensorType
 
 __all__ = ["read_torch_file"]
@@ -77,13 +77,18 @@ def _check_archive(path: Path) -> None:
     whole.
     """
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
+        with open_regular(path) as file:
+            instead = stand_in(file.peek())
+            with zipfile.ZipFile(file) as archive:
+                records = archive.infolist()
     except OSError as error:
         raise TyirError(
             f"cannot read {path.name}: {error.strerror}", where=str(path), help="download the file again"
         ) from None
     except (zipfile.BadZipFile, ValueError, RuntimeError):
+        if instead is not None:
+            message = f"{path.name} is {instead[0]}, not the file itself"
+            raise TyirError(message, where=str(path), help=instead[1]) from None
         raise TyirError(
             f"{path.name} is no archive as torch.save has written since version 1.6, or it is truncated",
             where=str(path),

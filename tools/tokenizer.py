@@ -18,7 +18,7 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
 from tyir.process.extras import require
-from tyir.text.json_files import json_object
+from tyir.text.json_files import json_object, utf8_text
 from tyir.tools.run.tokenizer_limits import MAX_BYTES, tokenizer_problem
 
 __all__ = ["files_of", "load_tokenizer", "tokenizing"]
@@ -26,6 +26,7 @@ __all__ = ["files_of", "load_tokenizer", "tokenizing"]
 _WHOLE: Final = "tokenizer.json"
 _VOCABULARIES: Final = (_WHOLE, "tokenizer.model", "vocab.json")
 _DATA: Final = (*_VOCABULARIES, "merges.txt", "chat_template.jinja")
+_TEXTS: Final = (_WHOLE, "vocab.json", "merges.txt", "chat_template.jinja")
 _SETTINGS: Final = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_SETTINGS: Final = _SETTINGS[0]
 _NO_HELP: Final = "save the tokenizer as tokenizer.json (save_pretrained of a fast tokenizer writes one)"
@@ -40,6 +41,8 @@ def load_tokenizer(source: Artifacts | str | Path) -> Any:
     """
     path, find = files_of(source)
     found = {name: data for name in (*_DATA, *_SETTINGS) if (data := find(name)) is not None}
+    for name in found.keys() & set(_TEXTS):
+        utf8_text(found[name], path / name, "restore the file of the original model")
     whole = tokenizer_problem(found[_WHOLE]) if _WHOLE in found else None
     if whole is not None:
         raise TyirError(f"{path / _WHOLE} cannot be used: {whole}", help=_NO_HELP)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, add_json_option, note, run_tool
 from tyir.tools.run.arguments import add_answer_arguments, add_picture_settings
 
@@ -19,12 +18,13 @@ __all__ = ["main", "make_parser"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
+    from tyir.tools.run.chat import read_template
     from tyir.tools.run.conversation import converse
     from tyir.tools.run.session_of import open_to_answer, save_cache
     from tyir.tools.run.speaker import Speaker
     from tyir.tools.run.turns import Turns
 
-    template = _template(args.chat_template) if args.chat_template is not None else None
+    template = read_template(args.chat_template) if args.chat_template is not None else None
     opened = open_to_answer(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any character
@@ -40,22 +40,6 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         speaker.print_json()
     return 0
-
-
-def _template(path: Path) -> str:
-    """The text of a template's file."""
-    from tyir.process.files import read_regular
-
-    try:
-        return read_regular(path, _MAX_TEMPLATE).decode("utf-8")
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except UnicodeDecodeError:
-        reason = "it is not UTF-8"
-    raise TyirError(f"cannot read {path}: {reason}", help="give the model's chat_template.jinja")
-
-
-_MAX_TEMPLATE = 1 << 20  # bytes; published ones have up to 20 thousand
 
 
 def make_parser() -> argparse.ArgumentParser:

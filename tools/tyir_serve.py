@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     require("serving", *_NEEDED, extra="serve")
     _check(args)
     from tyir.tools.commands.json_forms import Serving, print_json
+    from tyir.tools.run.chat import read_template
     from tyir.tools.run.group_of import open_with_group
     from tyir.tools.serve.async_engine import AsyncEngine
     from tyir.tools.serve.metrics import Metrics
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     keys = _keys(args)
     names = args.served_model_name or [args.artifacts.resolve().parent.name or "tyir"]
     metrics = Metrics(names[0])
-    template = _template(args.chat_template)
+    template = read_template(args.chat_template) if args.chat_template is not None else None
     artifacts, group = open_with_group(args, check=not args.no_check)
     engine = AsyncEngine(
         artifacts,
@@ -128,19 +129,6 @@ def _keys(args: argparse.Namespace) -> list[str]:
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
-
-
-def _template(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    from tyir.process.files import read_regular
-
-    try:
-        return read_regular(path, 1 << 20).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TyirError(
-            f"cannot read {path}: {_reason(error)}", help="give a Jinja template as Hugging Face's are"
-        ) from None
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ Everything is written into a folder beside the target, which takes its place whe
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -44,11 +45,12 @@ from tyir.manifest import (
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.process.cache import Cache
+from tyir.process.files import MAX_JSON, read_regular, stand_in
 from tyir.process.progress import track
 from tyir.process.stopwatch import Stopwatch
 from tyir.stages import stage_of
 from tyir.targets.machine import load_machine
-from tyir.text.json_files import read_json_object, token_ids
+from tyir.text.json_files import read_json_object, token_ids, utf8_text
 
 if TYPE_CHECKING:
     from tyir.backends.host.tvm_host import HostTarget
@@ -74,6 +76,7 @@ _COPIED = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+_TEXTS: Final = (".jinja", ".txt")
 
 
 @dataclass
@@ -336,22 +339,38 @@ def _files(options: BuildOptions, seqlen: int) -> ProgramFiles:
 
 
 def _check_model_files(checkpoint: Path) -> None:
-    """`TyirError` for files beside the weights that would break the artifacts when they are run: JSON that is
-    none, end tokens that are no tokens.
+    """`TyirError` for files beside the weights that would break the artifacts when they are run: links to
+    nothing, JSON and text that are none, end tokens that are no tokens.
     """
     problems: list[Diagnostic] = []
+    help = "restore the file of the original model, or remove it"
     for name in _COPIED:
         path = checkpoint / name
-        if path.suffix != ".json" or not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
-            content = read_json_object(path, "restore the file of the original model, or remove it")
+            if path.suffix != ".json":
+                _check_data_file(path, help)
+                continue
+            content = read_json_object(path, help)
             if name in ("config.json", "generation_config.json"):
                 token_ids(content, "eos_token_id", path, path.read_bytes())
         except TyirError as error:
             problems.extend(error.diagnostics)
     if problems:
         raise TyirError(problems)
+
+
+def _check_data_file(path: Path, help: str) -> None:
+    """`TyirError` for a file that is no JSON and cannot be read, or, where it is a text, is none."""
+    try:
+        data = read_regular(path, MAX_JSON)
+    except OSError as error:
+        raise TyirError(f"cannot read {path.name}: {error.strerror}", where=str(path), help=help) from None
+    if path.suffix in _TEXTS:
+        utf8_text(data, path, help)
+    elif (instead := stand_in(data)) is not None:
+        raise TyirError(f"{path.name} is {instead[0]}, not the file itself", where=str(path), help=instead[1])
 
 
 def _copy_model_files(checkpoint: Path, folder: Path, others: Mapping[str, bytes]) -> None:

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Final
 
-from tyir.process.files import open_regular
+from tyir.process.files import open_regular, stand_in
 
 __all__ = ["gguf_header_problem"]
 
@@ -84,6 +84,8 @@ def gguf_header_problem(path: Path) -> str | None:
     """
     with open_regular(path) as file:
         data = file.read(_MAX_HEADER)
+    if (instead := stand_in(data)) is not None:
+        return f"it is {instead[0]}: {instead[1]}"
     if data[:4] != _MAGIC:
         return f"it begins with {data[:4]!r}, not with {_MAGIC!r}"
     # the version is a small number; seen as a large one, it is of the other byte order

@@ -240,6 +240,15 @@ BROKEN = {
     "a dot for a comma": ('{"do_sample": true. "eos_token_id": 2}', ":1:19: error: {} is not valid JSON"),
     "cut": ('{\n "eos_token_id":\n', ":3:1: error: {} is not valid JSON"),
     "a list": ("[]", "{} holds a JSON list, an object is needed"),
+    "null": ("null", "{} holds a JSON null, an object is needed"),
+    "a string": ('"{}"', "{} holds a JSON string, an object is needed"),
+    "a mark": ("\xef\xbb\xbf{}", "{} begins with a byte order mark"),
+    "UTF-16": ("\xff\xfe{\0}\0", "{} begins with a byte order mark"),
+    "a pointer": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a",
+        "{} is a Git LFS pointer, not the file itself",
+    ),
+    "a page": ("\n<!DOCTYPE html>\n<html></html>", "{} is a web page, not the file itself"),
     "empty": ("", ":1:1: error: {} is not valid JSON"),
     "Latin-1": ('{"a": "é"}', "{} is not UTF-8 text"),
     "deep": ('{"a":' * 100_000, "{} cannot be read as JSON"),
@@ -273,6 +282,34 @@ def test_broken_side_files_are_refused_before_the_work(compiled: Path, tmp_path:
         assert "special_tokens_map.json is not valid JSON" in message
         assert "tokenizer_config.json holds a JSON list" in message
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("generation_config.json", None, "it is a link to ../blobs/gone, where there is no file"),
+        ("tokenizer.json", None, "it is a link to ../blobs/gone, where there is no file"),
+        ("chat_template.jinja", None, "it is a link to ../blobs/gone, where there is no file"),
+        ("chat_template.jinja", "{{ messages }}".encode("utf-16"), "begins with a byte order mark"),
+        ("chat_template.jinja", b"\xef\xbb\xbf{{ messages }}", "begins with a byte order mark"),
+        ("chat_template.jinja", b"{# \xe9 #}", "is not UTF-8 text"),
+        ("chat_template.jinja", b"<html>401</html>", "is a web page, not the file itself"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ],
+)
+def test_what_stands_in_for_a_side_file_is_refused_before_the_work(
+    compiled: Path, tmp_path: Path, name: str, content: bytes | None, wanted: str
+) -> None:
+    """Links whose file was not copied along, what downloads leave, and texts of another encoding."""
+    model = Path(shutil.copytree(compiled.parents[1] / "model", tmp_path / "model"))
+    (model / name).unlink(missing_ok=True)
+    if content is None:
+        (model / name).symlink_to("../blobs/gone")
+    else:
+        (model / name).write_bytes(content)
+    with pytest.raises(TyirError) as caught:
+        compile_path(model, tmp_path / "out", BuildOptions(dies=1, seqlens=(8,), max_kv=30))
+    assert name in str(caught.value) and wanted in caught.value.render()
 
 
 @pytest.mark.parametrize("text", ["{}", '{"version": "1.0", "model": {"type": "none"}}', "[", '{"model": 7}'])

@@ -409,3 +409,23 @@ def test_what_may_be_of_the_model_is_not_left_out(
     assert f"has no place for: {name}" in message and help in message
     if "plugin" in help:
         open_model(single, "f16", plugin=ModelPlugin(ignore=[r"score\..*"]))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "a Git LFS pointer"),
+        (b"<!doctype html><html></html>", "a web page"),
+        (None, "a link to ../blobs/gone, where there is no file"),
+    ],
+)
+def test_what_stands_in_for_a_file(single: Path, name: str, content: bytes | None, wanted: str) -> None:
+    """What clones without Git LFS, refused downloads and copies of links leave: said as what it is."""
+    (single / ("model.safetensors" if name == "pytorch_model.bin" else name)).unlink()
+    if content is None:
+        (single / name).symlink_to("../blobs/gone")
+    else:
+        (single / name).write_bytes(content)
+    message = refusal(single)
+    assert name in message and wanted in message

@@ -18,7 +18,7 @@ from tyir.frontends.adapters import base_of
 from tyir.frontends.checkpoint import StoredTensor
 from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_config import read_quant_config
-from tyir.process.files import load_json, missing_hint
+from tyir.process.files import json_kind, load_json, missing_hint
 from tyir.tools.estimate.model import ModelShape
 
 __all__ = ["FAMILIES", "Family", "language_config", "read_config", "read_shape"]
@@ -350,7 +350,7 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise TyirError(f"{path} is not valid JSON: {error}", help=_RESTORE) from None
     if not isinstance(raw, dict):
-        raise TyirError(f"{path} holds a JSON {type(raw).__name__}, an object is needed", help=_RESTORE)
+        raise TyirError(f"{path} holds a JSON {json_kind(raw)}, an object is needed", help=_RESTORE)
     return raw
 
 

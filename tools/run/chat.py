@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
+from tyir.process.files import read_regular
 from tyir.runtime_sim.vision.pixels import Media
 from tyir.runtime_sim.vision.placeholders import Marks, places_in
-from tyir.text.json_files import json_object
+from tyir.text.json_files import json_object, utf8_text
 
-__all__ = ["Chat", "chat_template", "marks_of"]
+__all__ = ["Chat", "chat_template", "marks_of", "read_template"]
 
+_MAX_TEMPLATE: Final = 1 << 20  # bytes; published ones have up to 20 thousand
 _BESIDE: Final = "chat_template.json"  # where processors kept theirs before transformers 4.53
 # LLaVA's own conversation of version 1 (haotian-liu/LLaVA, conversation.py), whose folders have no template.
 _LLAVA: Final = (
@@ -43,6 +46,16 @@ def chat_template(artifacts: Artifacts, tokenizer: Any, marks: Marks | None) -> 
         help="tyir-chat --chat-template FILE takes the original model's chat_template.jinja; tyir-run --raw"
         " takes the whole text of a prompt",
     )
+
+
+def read_template(path: Path) -> str:
+    """The text of the file of --chat-template; `TyirError` when it is none."""
+    help = "give the model's chat_template.jinja"
+    try:
+        data = read_regular(path, _MAX_TEMPLATE)
+    except OSError as error:
+        raise TyirError(f"cannot read {path}: {error.strerror or error}", help=help) from None
+    return utf8_text(data, path, help)
 
 
 def marks_of(artifacts: Artifacts, tokenizer: Any) -> Marks | None:

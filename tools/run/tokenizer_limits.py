@@ -13,6 +13,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from tyir.process.files import json_kind
+
 __all__ = ["MAX_BYTES", "tokenizer_problem"]
 
 MAX_BYTES: Final = 64 << 20  # of each of a tokenizer's files
@@ -32,7 +34,7 @@ def tokenizer_problem(data: bytes) -> str | None:
     except ValueError:
         return None  # which the reader says better
     if not isinstance(content, dict):
-        return f"it holds a JSON {type(content).__name__}, an object is needed"
+        return f"it holds a JSON {json_kind(content)}, an object is needed"
     model, added = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     for what, value, most in (("tokens", vocabulary, _MOST_TOKENS), ("added tokens", added, _MOST_ADDED)):

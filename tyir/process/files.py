@@ -22,12 +22,14 @@ from tyir.diagnostics import did_you_mean
 __all__ = [
     "MAX_JSON",
     "download_hint",
+    "json_kind",
     "kind_of",
     "load_json",
     "missing_hint",
     "open_regular",
     "parse_json",
     "read_regular",
+    "stand_in",
 ]
 
 _MAX_DIGITS: Final = 400  # of a number; a float has 309 before the point at most
@@ -39,6 +41,18 @@ _KINDS: Final = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+# What downloads leave in the place of a file: how it begins, what it is, and what brings the file itself.
+_FETCH: Final = "git lfs pull, in its folder, brings the files themselves; so does hf download"
+_STAND_INS: Final = (
+    ((b"version https://git-lfs.github.com/spec/",), "a Git LFS pointer", _FETCH),
+    (
+        (b"<!doctype html", b"<html"),
+        "a web page",
+        "the page says why the file was not sent: log in, or accept the model's terms, and download again",
+    ),
+)
+_JSON_KINDS: Final = ((bool, "boolean"), (str, "string"), (int | float, "number"), (list, "list"))
 
 AnyPath = str | os.PathLike[str]
 
@@ -53,6 +67,11 @@ def open_regular(path: AnyPath) -> BufferedReader:
         file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - the caller's to close
     except ValueError:  # a NUL byte, or characters that file names do not have in this locale
         raise OSError(errno.EINVAL, "the system has no file of such a name", os.fspath(path)) from None
+    except FileNotFoundError as error:
+        if not os.path.islink(path):
+            raise
+        said = f"it is a link to {os.readlink(path)}, where there is no file"
+        raise FileNotFoundError(error.errno, said, os.fspath(path)) from None
     try:
         _check_regular(os.fstat(file.fileno()), path)  # exchanged since it was looked at
     except OSError:
@@ -87,6 +106,19 @@ def read_regular(path: AnyPath, limit: int) -> bytes:
     if size > limit:
         raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {limit} such a file may have")
     return data
+
+
+def stand_in(data: bytes) -> tuple[str, str] | None:
+    """What a file is whose download brought something in its place, by how it begins, and what to do: ("a Git
+    LFS pointer", "git lfs pull ..").  None for everything else.
+    """
+    start = data[:1024].lstrip().lower()
+    return next(((what, help) for begins, what, help in _STAND_INS if start.startswith(begins)), None)
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls a value that was read from it: "list", "null"."""
+    return next((name for kind, name in _JSON_KINDS if isinstance(value, kind)), "null")
 
 
 def load_json(path: AnyPath, limit: int = MAX_JSON) -> Any:

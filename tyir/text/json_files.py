@@ -1,16 +1,21 @@
-"""JSON files that people write and edit: what is wrong with one, with its line and column."""
+"""JSON and text files that people write, edit and download: what is wrong with one, with its line and column
+where there is one.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.process.files import MAX_JSON, parse_json, read_regular
+from tyir.process.files import MAX_JSON, json_kind, parse_json, read_regular, stand_in
 
-__all__ = ["json_lines", "json_object", "read_json_object", "token_ids"]
+__all__ = ["json_lines", "json_object", "read_json_object", "token_ids", "utf8_text"]
+
+_BYTE_ORDER_MARKS: Final = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_json_object(path: Path, help: str) -> dict[str, Any]:
@@ -29,10 +34,9 @@ def read_json_object(path: Path, help: str) -> dict[str, Any]:
 def json_object(data: bytes, path: Path, help: str) -> dict[str, Any]:
     """The same of the bytes of a file; `path` is for messages."""
     name = path.name
+    utf8_text(data, path, help)
     try:
         content = parse_json(data)
-    except UnicodeDecodeError:
-        raise TyirError(f"{name} is not UTF-8 text", where=str(path), help=help) from None
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}:{error.colno}"
         raise TyirError(
@@ -41,9 +45,27 @@ def json_object(data: bytes, path: Path, help: str) -> dict[str, Any]:
     except ValueError as error:
         raise TyirError(f"{name} cannot be read as JSON: {error}", where=str(path), help=help) from None
     if not isinstance(content, dict):
-        message = f"{name} holds a JSON {type(content).__name__}, an object is needed"
+        message = f"{name} holds a JSON {json_kind(content)}, an object is needed"
         raise TyirError(message, where=str(path), help=help)
     return content
+
+
+def utf8_text(data: bytes, path: Path, help: str) -> str:
+    """The text of the bytes of a file; `path` is for messages.
+
+    `TyirError` for what a download left in its place, and for what editors make of a file: another encoding,
+    or UTF-8 that begins with a mark of its byte order, which would be a character of the text.
+    """
+    name = path.name
+    if (instead := stand_in(data)) is not None:
+        raise TyirError(f"{name} is {instead[0]}, not the file itself", where=str(path), help=instead[1])
+    if data.startswith(_BYTE_ORDER_MARKS):
+        message = f"{name} begins with a byte order mark"
+        raise TyirError(message, where=str(path), help=f"save it as UTF-8 without one, or {help}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise TyirError(f"{name} is not UTF-8 text", where=str(path), help=help) from None
 
 
 def json_lines(path: Path, help: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -67,7 +89,7 @@ def json_lines(path: Path, help: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise TyirError(f"the line is not valid JSON: {error}", where=where, help=help) from None
         if not isinstance(row, dict):
-            message = f"the line holds a JSON {type(row).__name__}, an object is needed"
+            message = f"the line holds a JSON {json_kind(row)}, an object is needed"
             raise TyirError(message, where=where, help=help)
         yield where, row
 
