@@ -26,6 +26,8 @@ __all__ = ["SelectOutput", "output_of", "parse_output"]
 
 LOGITS: Final = result("logits")
 
+_MOST_DIGITS: Final = 18  # of K: an i64 holds all such numbers
+
 
 def parse_output(text: str) -> int:
     """How many tokens of each position a program with this output returns: `logits` 0, `argmax` 1, `topk=8`
@@ -34,7 +36,7 @@ def parse_output(text: str) -> int:
     if text in ("logits", "argmax"):
         return int(text == "argmax")
     kind, equals, count = text.partition("=")
-    if kind == "topk" and equals and count.isdecimal() and int(count) >= 1:
+    if kind == "topk" and equals and count.isdecimal() and len(count) <= _MOST_DIGITS and int(count) >= 1:
         return int(count)
     raise TyirError(
         f"output '{text}' is none of logits, argmax and topk=K with K >= 1",

@@ -329,6 +329,15 @@ def number(text: str) -> float:
     return value
 
 
+def path(text: str) -> Path:
+    """An argument of kind `Path`; nothing at all, as a variable that is not set leaves, is none, and would be
+    the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 class _Version(argparse.Action):
     """Looks the version up when it is asked for: that takes longer than everything else here."""
 
@@ -351,6 +360,7 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, exit_on_error=False, **options)
         self.register("type", int, whole_number)
         self.register("type", float, number)
+        self.register("type", Path, path)
         common = self.add_argument_group("options of every command")
         common.add_argument(
             "-q", "--quiet", action="store_true", help="no progress and no notes; warnings and errors stay"
@@ -458,6 +468,8 @@ def check_output(path: str) -> None:
     """`TyirError` for a place where no file can be written, before the seconds of work."""
     if path == "-":
         return
+    if not path:
+        raise TyirError("cannot write: the name of the file is empty", help="give a file name")
     if Path(path).is_dir():
         raise TyirError(f"{path} is a folder", help=f"give a file name, such as {Path(path) / 'model.ir'}")
     above = next(p for p in Path(os.path.abspath(path)).parents if os.path.lexists(p))
@@ -470,6 +482,11 @@ def check_output(path: str) -> None:
             f"cannot write {path}: nothing may be written to {above}",
             help="give yourself the permission, or write somewhere else",
         )
+    if Path(path).is_file():
+        from tyir.tools.commands.model_files import model_of
+
+        if (model := model_of(Path(path))) is not None:
+            raise TyirError(f"{path} belongs to {model}, and would be lost", help="write to another file")
 
 
 def write_output(text: str | bytes, path: str) -> None:

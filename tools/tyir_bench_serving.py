@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -82,6 +83,11 @@ def _slos(items: Sequence[str]) -> dict[str, float]:
             slos[name] = float(value)
         except ValueError:
             name = ""
+        if name in SLOS and not 0 < slos[name] < math.inf:
+            raise TyirError(
+                f"--goodput {item}: no request can be held to {value} ms",
+                help="give a time above 0, such as ttft:500",
+            )
         if name not in SLOS:
             raise TyirError(
                 f"--goodput {item} is none of {', '.join(f'{s}:MS' for s in SLOS)}",

@@ -188,13 +188,21 @@ def _log(path: Path | None) -> Callable[[Mapping[str, object]], None] | None:
     return told
 
 
+_CACHE_GIGABYTES: Final = 20.0
+
+
 def _cache(args: argparse.Namespace) -> Cache | None:
     """The cache that was asked for; the default one, where it cannot be used, is done without."""
     from tyir.process.cache import Cache, default_folder
 
     if args.no_cache:
+        if args.cache_dir is not None or args.cache_size is not None:
+            given = "--cache-dir" if args.cache_dir is not None else "--cache-size"
+            raise TyirError(
+                f"{given} says something of a cache, --no-cache that there is none", help="leave one out"
+            )
         return None
-    limit = int(args.cache_size * 1e9)
+    limit = int((_CACHE_GIGABYTES if args.cache_size is None else args.cache_size) * 1e9)
     if args.cache_dir is not None:
         return Cache.open(args.cache_dir, limit)
     try:
@@ -431,7 +439,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache-size",
         type=_gigabytes,
-        default=20.0,
         metavar="GB",
         help="what the cache may take of the disk beside artifacts that are there (default 20)",
     )

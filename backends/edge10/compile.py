@@ -199,12 +199,13 @@ def _towers(
 ) -> Towers | None:
     """The towers as programs; None for a model of text alone."""
     if not separate:
-        if (context.vision_dies, context.vision_die_map, context.vision_exponent) != (None, (), None):
+        asked = (context.vision_dies, context.vision_die_map, context.vision_exponent, context.vision_split)
+        if asked != (None, (), None, "cost"):
             raise TyirError(
                 "something is asked for a vision tower, the module has none",
                 help=(
-                    "leave --vision-dies, --vision-die-map and --vision-exponent out, or import with --image"
-                    " WIDTHxHEIGHT"
+                    "leave --vision-dies, --vision-die-map, --vision-exponent and --vision-split out, or"
+                    " import with --image WIDTHxHEIGHT"
                 ),
             )
         return None

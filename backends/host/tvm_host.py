@@ -98,6 +98,11 @@ class HostTarget:
                 f"LLVM knows no processor '{self.mcpu}' for {triple}",
                 help=f"use '{detected_cpu()}' (this machine) or '{GENERIC_CPU}'",
             )
+        if not self._of_64_bits():
+            raise TyirError(
+                f"a {self.mcpu} processor has 32 bits, {triple} needs 64",
+                help=f"use '{detected_cpu()}' (this machine) or '{GENERIC_CPU}'",
+            )
         if self.activations not in ("fp32", "int8"):
             raise TyirError(
                 f"activations '{self.activations}' are not supported", help="use 'fp32' or 'int8'"
@@ -120,6 +125,11 @@ class HostTarget:
         return tvm.target.Target(
             {"kind": self.kind, "mcpu": self.mcpu, "num-cores": self.num_cores, "cl-opt": list(_LLVM_OPTIONS)}
         )
+
+    def _of_64_bits(self) -> bool:
+        """Whether the processor has the triple's instructions: LLVM ends the process where it has not."""
+        x86 = codegen.llvm_get_system_triple().startswith("x86_64")
+        return not x86 or bool(codegen.target_has_features("64bit", self.tvm_target()))
 
     def features(self) -> list[str]:
         """What the code needs of the processor that it runs on (`tyir.execution.processor`)."""

@@ -175,6 +175,13 @@ def test_unknown_processor_is_refused() -> None:
         HostTarget(mcpu="z80")
 
 
+@pytest.mark.parametrize("mcpu", ["i386", "i486", "pentium4", "prescott", "yonah", "lakemont"])
+def test_a_processor_of_32_bits_is_refused(mcpu: str) -> None:
+    """LLVM would print a line of its own and end the process."""
+    with pytest.raises(TyirError, match=f"a {mcpu} processor has 32 bits, x86_64.* needs 64"):
+        HostTarget(mcpu=mcpu)
+
+
 def test_odd_group_is_refused(tmp_path: Path) -> None:
     types = [
         TensorType((1, 9), f16),

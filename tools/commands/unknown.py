@@ -63,7 +63,7 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _help_of(parser: argparse.ArgumentParser, flag: str) -> str:
-    return str(parser._option_string_actions[flag].help).replace("%%", "%")
+    return _meaning(parser, parser._option_string_actions[flag])
 
 
 def wrong_value(parser: argparse.ArgumentParser, error: argparse.ArgumentError) -> TyirError:
@@ -71,7 +71,7 @@ def wrong_value(parser: argparse.ArgumentParser, error: argparse.ArgumentError) 
     action = next((a for a in parser._actions if _named(a) == error.argument_name), None)
     if action is None:
         return wrong_usage(parser, str(error))
-    help = f"{_spelt(action)}: {str(action.help).replace('%%', '%')}"
+    help = f"{_spelt(action)}: {_meaning(parser, action)}"
     if action.choices is not None:
         value = error.message.partition("'")[2].partition("'")[0]
         flag = next((o for o in action.option_strings if o.startswith("--")), "")
@@ -81,6 +81,11 @@ def wrong_value(parser: argparse.ArgumentParser, error: argparse.ArgumentError) 
             known = FOREIGN_VALUES.get((flag, value.lower()))
             return TyirError(message, help=known or did_you_mean(value, map(str, action.choices)) or help)
     return TyirError(f"{parser.prog}: {error}", help=help)
+
+
+def _meaning(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    """The help of an argument with its default filled in, as --help prints it."""
+    return str(action.help) % {**vars(action), "prog": parser.prog}
 
 
 def _named(action: argparse.Action) -> str | None:

@@ -26,6 +26,9 @@ def whole(text: str) -> int:
     return int(text)
 
 
+any_number.__name__, whole.__name__ = "float", "int"  # what argparse calls them in its complaints
+
+
 def add_picture_settings(group: argparse._ArgumentGroup) -> None:
     """What is done to pictures and videos before a model sees them."""
     group.add_argument(
