@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     from tyir.tools.quantize.quantize import Text, check_device, perplexity_of, quantize
     from tyir.tools.quantize.report import measured_form, report_form, summary_lines, write_report
 
+    if args.characters is not None and args.characters < 1:
+        raise TyirError(f"--characters {args.characters}: there is nothing to measure", help="give 1 or more")
     text = None if args.evaluate is None else Text(args.evaluate, args.characters)
     if args.out is None:
         assert text is not None

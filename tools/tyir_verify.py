@@ -50,9 +50,9 @@ def main(argv: Sequence[str]) -> int:
     )
 
     states = LayerStates()
-    _check_amount(args)
     _check_checkpoint(args.against)
     artifacts = Artifacts.open(args.artifacts)
+    _check_amount(args, artifacts.manifest.vision is not None)
     _check_same_model(artifacts.manifest, args.against, args.base)
     if artifacts.manifest.vision is not None and args.ids is None:
         from tyir.tools.verify.picture_report import verify_pictures
@@ -185,8 +185,11 @@ def _check_same_model(manifest: Manifest, path: Path, base: Path | None) -> None
         )
 
 
-def _check_amount(args: argparse.Namespace) -> None:
-    """`TyirError` where what is asked for would compare nothing."""
+def _check_amount(args: argparse.Namespace, pictures: bool) -> None:
+    """`TyirError` where what is asked for would compare nothing, or something else as well.
+
+    With `pictures`, --prompts counts those, and --prompt is the question about each.
+    """
     from tyir.tools.verify.compare import PROMPTS
 
     if args.prompt == "" or args.ids == ():
@@ -194,6 +197,11 @@ def _check_amount(args: argparse.Namespace) -> None:
             f"--{'ids' if args.ids == () else 'prompt'} is empty: there is nothing to compare",
             help="give at least one token, or leave it out for the built-in prompts",
         )
+    text = args.prompt is not None and not pictures
+    own = "--ids" if args.ids is not None else "--prompt" if text else None
+    other = "--prompt" if own == "--ids" and args.prompt is not None else "--prompts"
+    if own is not None and (other == "--prompt" or args.prompts not in (None, 1)):
+        raise TyirError(f"{own} is one prompt, {other} asks for others", help=f"leave out {other}")
     if args.prompts is None:
         args.prompts = len(PROMPTS) if args.full else 2
     if not 1 <= args.prompts <= len(PROMPTS):

@@ -39,6 +39,7 @@ __all__ = ["GgufFormat", "gguf_model", "open_gguf", "read_gguf"]
 
 _PLAIN: Final[dict[str, Type]] = {"F32": f32, "F16": f16, "BF16": bf16, "F64": f64}
 _SPLIT: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_PART_KEYS: Final = ("split.count", "split.no")
 _TWICE: Final = "lie in the files more than once"
 # Types of llama.cpp's past: the quantisers that wrote them are gone, so no release of the package reads them.
 _REMOVED: Final = {
@@ -68,7 +69,8 @@ def gguf_model(path: Path) -> tuple[Path, ...]:
             raise TyirError(
                 f"the folder holds {len(models)} GGUF files: {names}",
                 where=str(path),
-                help="give one of the files instead of the folder",
+                help="give one of the files instead of the folder; parts of one model are named"
+                " NAME-00001-of-00002.gguf and so on",
             )
         if not models:
             return ()
@@ -109,6 +111,24 @@ def read_gguf(
         raise TyirError(replace(d, where=d.where or str(files[0])) for d in error.diagnostics) from None
 
 
+def _check_parts(files: Sequence[Path], fields: Sequence[Mapping[str, Any]]) -> None:
+    """`TyirError` where a file says that it is a part of more files than were found beside it: their names
+    tell the parts of a model, and somebody has changed them.
+    """
+    for path, own in zip(files, fields):
+        count, number = (own[key].contents() if key in own else None for key in _PART_KEYS)
+        if not isinstance(count, int) or not isinstance(number, int) or count in (0, len(files)):
+            continue
+        match = _SPLIT.fullmatch(path.name)
+        name = match[1] if match is not None else path.stem
+        raise TyirError(
+            f"{path.name} is part {number + 1} of a model in {count} files",
+            where=str(path.parent),
+            help="put all parts into one folder, named as they were:"
+            f" {name}-00001-of-{count:05}.gguf and so on",
+        )
+
+
 def _read(files: Sequence[Path], needs_config: bool) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     readers = [open_gguf(path) for path in files]
     first = readers[0]
@@ -117,6 +137,7 @@ def _read(files: Sequence[Path], needs_config: bool) -> tuple[dict[str, Any], di
         for name, value in first.fields.items()
         if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
     }
+    _check_parts(files, [reader.fields for reader in readers])
     name = fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise TyirError(
@@ -144,10 +165,11 @@ def _read(files: Sequence[Path], needs_config: bool) -> tuple[dict[str, Any], di
                 troubles.setdefault(stored, []).append(tensor.name)
     if troubles:
         types = ", ".join((*_PLAIN, *GGML_BLOCKS))
+        unread = f"types that are read: {types}; make the file again with llama.cpp's llama-quantize"
         raise TyirError(
             Diagnostic(
                 f"{len(names)} tensors {what} (first '{names[0]}')",
-                help=f"types that are read: {types}; make the file again with llama.cpp's llama-quantize",
+                help="download the files again" if what == _TWICE else unread,
             )
             for what, names in troubles.items()
         )

@@ -48,6 +48,21 @@ def test_parts_of_other_models(tmp_path: Path, gguf_llama: Model) -> None:
     )
 
 
+def test_parts_that_were_renamed(tmp_path: Path, gguf_llama: Model) -> None:
+    """Each says which part it is, whatever it is called: alone, as the first, with a wrong count."""
+    gguf_writer.write(tmp_path / "m.gguf", "llama", *gguf_llama, split_max_tensors=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    for number, part in enumerate(parts, 1):
+        (folder := tmp_path / str(number)).mkdir()
+        part.replace(folder / "model.gguf")
+        message = refusal(folder)
+        assert f"model.gguf is part {number} of a model in {len(parts)} files" in message
+        assert f"named as they were: model-00001-of-{len(parts):05}.gguf" in message
+    (tmp_path / "1" / "model.gguf").replace(tmp_path / "m-00001-of-00002.gguf")
+    (tmp_path / "2" / "model.gguf").replace(tmp_path / "m-00002-of-00002.gguf")
+    assert f"m-00001-of-00002.gguf is part 1 of a model in {len(parts)} files" in refusal(tmp_path)
+
+
 def test_a_tensor_that_lies_in_two_files(tmp_path: Path, gguf_llama: Model) -> None:
     """By name in the files or by the name that it gets."""
     name = "model.layers.0.mlp.up_proj.weight"

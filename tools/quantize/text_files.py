@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from tyir.diagnostics import TyirError
-from tyir.process.files import open_regular
+from tyir.process.files import open_regular, stand_in
 
 __all__ = ["check_text", "texts_of"]
 
@@ -46,6 +46,8 @@ def texts_of(source: Path) -> Iterator[str]:
         raise TyirError(
             f"{source} is not UTF-8 text: byte {error.start}", help="give UTF-8 text, .jsonl or .parquet"
         ) from None
+    if (instead := stand_in(text.encode()[:1024])) is not None:
+        raise TyirError(f"{source} is {instead[0]}, not the file itself", help=instead[1])
     if source.suffix != ".jsonl":
         yield text
         return
