@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import pytest
 
 from tests.e2e.serving import TEMPLATE
 from tyir.diagnostics import TyirError
+from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.serving.choosing import Sampling
 from tyir.runtime_sim.serving.engine import Observer
 from tyir.runtime_sim.serving.generation import Finish, Generation
@@ -226,3 +228,22 @@ def test_what_is_refused(four: Path) -> None:
 
     asyncio.run(many())
     assert narrow.engine.counts == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ('{"temperature": NaN}', "generation_config.json: temperature nan is out of range"),
+        ('{"top_p": 0}', "generation_config.json: top-p 0 is out of range"),
+        ('{"repetition_penalty": -1.5}', "generation_config.json: repetition_penalty -1.5 is out of range"),
+    ],
+)
+def test_numbers_of_the_artifacts_are_held_against_their_ranges_at_the_start(
+    four: Path, tmp_path: Path, said: str, wanted: str
+) -> None:
+    """Not in every answer to a request that says nothing of them."""
+    folder = Path(shutil.copytree(four, tmp_path / "1die"))
+    (folder / "generation_config.json").write_text(said)
+    engine = AsyncEngine(Artifacts.open(folder, check=False))
+    with pytest.raises(TyirError, match=wanted):
+        engine.start()

@@ -278,6 +278,15 @@ class AsyncEngine:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 values[name] = value
         sampling = replace(Sampling(temperature=1.0), **values)
+        try:
+            sampling.check(self.engine.vocabulary, None)
+        except TyirError as error:
+            # said of the file, once, before every request that says nothing is refused for it
+            raise TyirError(
+                f"{path.name}: {'; '.join(d.message for d in error.diagnostics).replace('--', '')}",
+                where=str(path),
+                help="restore the file of the original model, or remove it",
+            ) from None
         if self.engine.choices == 1:
             return Sampling()
         if self.engine.choices is not None:
@@ -287,7 +296,11 @@ class AsyncEngine:
         return sampling
 
     def start(self) -> None:
-        """Measure a step of every length, then take requests; blocks until that is done."""
+        """Measure a step of every length, then take requests; blocks until that is done.
+
+        `TyirError` when the artifacts say how to sample in numbers that cannot be.
+        """
+        self.defaults()
         self.engine.scheduler.weigh(step_costs(self.session))
         self.engine.start()
         self.ready = True
