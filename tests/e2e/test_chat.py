@@ -145,7 +145,9 @@ def test_an_interrupt_at_the_prompt_ends_nothing(
     ("content", "said"),
     [
         (None, "No such file"),
-        (b"\xff", "it is not UTF-8"),
+        (b"\xff", "chat_template.jinja is not UTF-8 text"),
+        (b"\xef\xbb\xbf{{ messages }}", "chat_template.jinja begins with a byte order mark"),
+        (b"<!DOCTYPE html>", "chat_template.jinja is a web page, not the file itself"),
         (b"{{ messages", "the chat template cannot be applied"),
         (b"nothing of it", "it leaves the question out"),
     ],
