@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing.connection
+import os
 import queue
 import signal
 import subprocess
@@ -32,13 +33,13 @@ import numpy.typing as npt
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.lockstep import Links
-from tyir.process.cores import usable_cores
+from tyir.process.cores import on_cores, usable_cores
 from tyir.runtime_sim.processes.checks import memory_of, problems_here
 from tyir.runtime_sim.processes.gloo import Address, Gloo, GlooLinks, LinksBroken, listen_for_store
 from tyir.runtime_sim.processes.hosts import address_of, connect, start_here
 from tyir.runtime_sim.processes.measure import exchanges, round_trips
 from tyir.runtime_sim.processes.messages import Channel, Message
-from tyir.runtime_sim.processes.placement import place_language, place_tower
+from tyir.runtime_sim.processes.placement import Cores, place_language, place_tower, share_cores
 from tyir.runtime_sim.processes.rank import BEAT, SILENCE, named, unreachable
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.program_engine import CacheName
@@ -74,7 +75,10 @@ class _Other:
 class DieGroup:
     """Made by `start`; closed by `close`, by `with`, and at the end of the process."""
 
-    def __init__(self, artifacts: Artifacts, engine_name: EngineName, count: int, host: str) -> None:
+    def __init__(
+        self, artifacts: Artifacts, engine_name: EngineName, count: int, host: str, *, pinned: bool = False
+    ) -> None:
+        """`pinned`: the processes are all on this machine, and each runs on cores of its own."""
         self.artifacts = artifacts
         self.engine_name: EngineName = engine_name
         self.places = place_language(artifacts.manifest, count)
@@ -86,7 +90,12 @@ class DieGroup:
         self._failed = threading.Event()
         self._closing = threading.Event()
         self._over = threading.Event()
-        self._gloo = Gloo(host)
+        cores = sorted(os.sched_getaffinity(0))
+        self.cores: Cores | None = None
+        if pinned and len(cores) == usable_cores():  # with a share of them nobody knows whose a core is
+            self.cores = share_cores(self.places, artifacts.manifest.options.pp, cores)
+        with on_cores(self._cores_of(0)):
+            self._gloo = Gloo(host)
         self._ended = weakref.finalize(self, _end, self._others, self._closing, self._gloo, self._over)
         self.links = GlooLinks(self.places, 0, self._gloo)
         self.tower_links: Links = GlooLinks(place_tower(artifacts.manifest, count), 0, self._gloo)
@@ -112,7 +121,8 @@ class DieGroup:
         """
         count = len(hosts) or processes
         host = address_of(hosts[0][0]) if hosts else _LOOPBACK
-        group = cls(artifacts, engine, count, host)
+        pinned = engine == "host" and threads is None and not hosts
+        group = cls(artifacts, engine, count, host, pinned=pinned)
         try:
             group._begin(hosts, threads, say)
         except BaseException:
@@ -143,6 +153,7 @@ class DieGroup:
                 check=self.artifacts.checked,
                 engine=self.engine_name,
                 threads=threads,
+                cores=self._cores_of(other.rank),
                 memory=self._memory(other.rank) if hosts else everywhere,
             )
         opened: list[Message] = []
@@ -187,6 +198,10 @@ class DieGroup:
                 self._others.append(other)
         if problems:
             raise TyirError(problems)
+
+    def _cores_of(self, rank: int) -> tuple[int, ...] | None:
+        """Those that a process runs its dies on; None for all."""
+        return None if self.cores is None else self.cores[rank]
 
     def _memory(self, rank: int) -> int:
         return memory_of(self.artifacts.manifest, len(self.places), rank)
@@ -279,14 +294,16 @@ class DieGroup:
         """Seconds of messages to the second process and back."""
         with self.working():
             self.tell("round_trips", nbytes=nbytes, count=count)
-            return round_trips(self._gloo, 0, nbytes, count)
+            with on_cores(self._cores_of(0)):
+                return round_trips(self._gloo, 0, nbytes, count)
 
     def exchanges(self, nbytes: int, count: int) -> list[float]:
         """Seconds of collectives of all dies, as `tyir.runtime_sim.processes.measure` has them."""
         with self.working():
             self.tell("exchanges", nbytes=nbytes, count=count)
             rounds = math.ceil((1 + len(self.pids)) / usable_cores())
-            return exchanges(self.links, nbytes, count, rounds)
+            with on_cores(self._cores_of(0)):
+                return exchanges(self.links, nbytes, count, rounds)
 
     def compute_tower(self, tower: Tower, patches: Array) -> dict[str, Array]:
         """`Tower.compute` in this process, while the others run their dies of the same tower."""
@@ -431,11 +448,12 @@ class _GroupEngine:
     def __init__(self, group: DieGroup, threads: int | None) -> None:
         self.artifacts = group.artifacts
         self._group = weakref.proxy(group)
+        self._cores = None if group.cores is None else group.cores[0]
         self._own = make_engine(group.engine_name, group.artifacts, threads=threads, links=group.links)
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """Run one chunk; the main die's outputs by name."""
-        with self._group.working():
+        with self._group.working(), on_cores(self._cores):
             self._group.tell("step", inputs, chunk=[chunk.start, chunk.count, chunk.seqlen])
             return self._own.step(inputs, chunk)
 

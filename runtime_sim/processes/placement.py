@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import Manifest
 
-__all__ = ["Places", "place", "place_language", "place_tower"]
+__all__ = ["Cores", "Places", "place", "place_language", "place_tower", "share_cores"]
 
 Places = tuple[tuple[int, ...], ...]  # the dies of each process, in order
+Cores = tuple[tuple[int, ...], ...]  # those that each process runs on
 
 
 def place(dies: int, stages: int, processes: int) -> Places:
@@ -40,6 +42,24 @@ def _even(total: int, parts: int) -> list[int]:
     for part in range(parts):
         cuts.append(cuts[-1] + total // parts + (part < total % parts))
     return cuts
+
+
+def share_cores(places: Places, stages: int, cores: Sequence[int]) -> Cores:
+    """The cores of each process when all run on one machine: the dies of a pipeline stage, which compute at
+    the same time, have a part each; a core is shared where there are fewer cores than dies.
+
+    Left to itself the system brings a process that is woken to the core of the one that woke it, where one
+    waits for the other.
+    """
+    width, count = sum(map(len, places)) // stages, len(cores)
+
+    def of(die: int) -> range:
+        first, end = (number * count // width for number in (die % width, die % width + 1))
+        return range(first, max(end, first + 1))
+
+    return tuple(
+        tuple(cores[core] for core in sorted({c for die in dies for c in of(die)})) for dies in places
+    )
 
 
 def place_language(manifest: Manifest, processes: int) -> Places:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
+from tyir.process.cores import on_cores
 from tyir.runtime_sim.processes.checks import files_of_rank, find_artifacts, problems_here
 from tyir.runtime_sim.processes.gloo import Address, Gloo, GlooLinks, LinksBroken
 from tyir.runtime_sim.processes.measure import exchanges, round_trips
@@ -73,6 +74,7 @@ class Rank:
         self._links: GlooLinks
         self._tower_links: GlooLinks
         self._engine_name: Any = "host"
+        self._cores: Sequence[int] | None = None
         self._towers: dict[int, Tower] = {}
         self._told: queue.Queue[Message] = queue.Queue()
         self._ending = False
@@ -95,8 +97,8 @@ class Rank:
             "join": self._join,
             "step": self._step,
             "tower": self._tower,
-            "round_trips": lambda m: round_trips(self._joined, self._rank, m["nbytes"], m["count"]),
-            "exchanges": lambda m: exchanges(self._links, m["nbytes"], m["count"]),
+            "round_trips": self._round_trips,
+            "exchanges": self._exchanges,
             "reset": lambda m: self._engine.reset(),
             "caches": lambda m: self.channel.send("answer", _named(self._engine.caches())),
             "load_caches": lambda m: self._engine.load_caches(_by_die(m.arrays)),
@@ -155,7 +157,9 @@ class Rank:
         compiled = self._engine_name == "host"
         if problems := problems_here(self._artifacts, compiled=compiled, needed=message["memory"]):
             raise TyirError(problems)
-        self._gloo = Gloo(self.host)
+        self._cores = message["cores"]
+        with on_cores(self._cores):
+            self._gloo = Gloo(self.host)
         self._links = GlooLinks(places, rank, self._gloo)
         self._rank = rank
         self._tower_links = GlooLinks(place_tower(manifest, count), rank, self._gloo)
@@ -180,8 +184,17 @@ class Rank:
         return self._gloo
 
     def _step(self, message: Message) -> None:
-        with np.errstate(all="ignore"):  # what is not finite is told by the first process
+        # what is not finite is told by the first process
+        with on_cores(self._cores), np.errstate(all="ignore"):
             self._engine.step(dict(message.arrays), Chunk(*message["chunk"]))
+
+    def _round_trips(self, message: Message) -> None:
+        with on_cores(self._cores):
+            round_trips(self._joined, self._rank, message["nbytes"], message["count"])
+
+    def _exchanges(self, message: Message) -> None:
+        with on_cores(self._cores):
+            exchanges(self._links, message["nbytes"], message["count"])
 
     def _tower(self, message: Message) -> None:
         if not self._tower_links.dies:

@@ -2,8 +2,9 @@
 something, and what for.  With the links of a cluster file that says how long a token takes in a group that
 nobody has started.
 
-    parts = [rehearse(artifacts, dies, 40, None) for dies in places]
-    seconds = played(parts, cluster, cores)
+    rehearsals = [Rehearsal(artifacts, dies, None) for dies in places]
+    for each in rehearsals: each.steps(40)
+    seconds = played([each.part for each in rehearsals], cluster, None)
 
 The others are answered for with zeros: what is computed is wrong, how long it takes is not.  A process's dies
 count as doing the same at the same time, as those of one pipeline stage do.
@@ -12,10 +13,9 @@ count as doing the same at the same time, as those of one pipeline stage do.
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -25,11 +25,12 @@ import numpy.typing as npt
 from tyir.artifacts.consistency import cache_inputs
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.lockstep import Layout, Meet, Recv
+from tyir.process.cores import on_cores
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.host_engine import HostEngine
 from tyir.targets.cluster import Cluster
 
-__all__ = ["Event", "Part", "played", "rehearse"]
+__all__ = ["Event", "Part", "Rehearsal", "played"]
 
 Array = npt.NDArray[Any]
 _WARM: Final = 4  # steps that are not counted
@@ -94,64 +95,67 @@ def _zeros(layout: Layout) -> Array:
     return np.zeros(layout.shape, layout.dtype)
 
 
-def rehearse(
-    artifacts: Artifacts, dies: Sequence[int], steps: int, threads: int | None, cores: int | None = None
-) -> Part:
-    """What the process with these dies does in a decode step: the medians of so many.  `threads`: as the
-    group's processes have them.  `cores`: how many it has to itself while it computes, None for all.
-    """
-    with _cores(cores) as count:
-        return _rehearsed(artifacts, dies, steps, None if threads is None else min(threads, count))
+class Rehearsal:
+    """The decode steps of the process with these dies, which the others do not take part in."""
+
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        dies: Sequence[int],
+        threads: int | None,
+        cores: Sequence[int] | None = None,
+    ) -> None:
+        """`threads` and `cores` (None: all): as the group's process has them."""
+        self._cores = cores
+        self._links = _Alone(artifacts.manifest.options.dies, dies)
+        with on_cores(cores):
+            self._engine = HostEngine(artifacts, threads=threads, links=self._links)
+        self._length = min(artifacts.manifest.options.seqlens)
+        program = artifacts.manifest.program(dies[0], self._length)
+        caches = cache_inputs(program)
+        self._inputs = {
+            t.name: _zeros(Layout(t.shape, t.storage_dtype))
+            for i, t in enumerate(program.inputs)
+            if i not in caches
+        }
+        self._made: list[list[Event]] = []
+        self._used: list[float] = []
+
+    def steps(self, count: int) -> None:
+        """So many more, of a sequence from its beginning; a few before them are not counted."""
+        made: list[list[Event]] = []
+        used: list[float] = []
+        with on_cores(self._cores):
+            for position in range(count + _WARM):
+                self._inputs["pos"][...] = position * self._length
+                self._links.events, self._links.last = [], time.perf_counter()
+                cpu = time.process_time()
+                self._engine.step(self._inputs, Chunk(position * self._length, self._length, self._length))
+                self._links.did("end")
+                took = math.fsum(event.seconds for event in self._links.events)
+                used.append((time.process_time() - cpu) / took)
+                made.append(self._links.events)
+        self._made += made[_WARM:]
+        self._used += used[_WARM:]
+
+    @property
+    def part(self) -> Part:
+        """What a step does: the medians of all."""
+        return Part(
+            float(np.median(self._used)),
+            tuple(
+                Event(of[0].kind, float(np.median([e.seconds for e in of])), of[0].nbytes, of[0].tag)
+                for of in zip(*self._made, strict=True)
+            ),
+        )
 
 
-@contextmanager
-def _cores(count: int | None) -> Iterator[int]:
-    """Inside, new threads run on so many cores only; gives how many they are."""
-    whole = os.sched_getaffinity(0)
-    few = sorted(whole)[:count]
-    os.sched_setaffinity(0, few)
-    try:
-        yield len(few)
-    finally:
-        os.sched_setaffinity(0, whole)
-
-
-def _rehearsed(artifacts: Artifacts, dies: Sequence[int], steps: int, threads: int | None) -> Part:
-    links = _Alone(artifacts.manifest.options.dies, dies)
-    engine = HostEngine(artifacts, threads=threads, links=links)
-    length = min(artifacts.manifest.options.seqlens)
-    program = artifacts.manifest.program(dies[0], length)
-    caches = cache_inputs(program)
-    inputs = {
-        t.name: _zeros(Layout(t.shape, t.storage_dtype))
-        for i, t in enumerate(program.inputs)
-        if i not in caches
-    }
-    made: list[list[Event]] = []
-    used: list[float] = []
-    for position in range(steps + _WARM):
-        inputs["pos"][...] = position * length
-        links.events, links.last = [], time.perf_counter()
-        cpu = time.process_time()
-        engine.step(inputs, Chunk(position * length, length, length))
-        links.did("end")
-        used.append((time.process_time() - cpu) / math.fsum(event.seconds for event in links.events))
-        made.append(links.events)
-    return Part(
-        float(np.median(used[_WARM:])),
-        tuple(
-            Event(of[0].kind, float(np.median([e.seconds for e in of])), of[0].nbytes, of[0].tag)
-            for of in zip(*made[_WARM:], strict=True)
-        ),
-    )
-
-
-def played(parts: Sequence[Part], cluster: Cluster, cores: int | None) -> float:
+def played(parts: Sequence[Part], cluster: Cluster, cores: Sequence[Sequence[int]] | None) -> float:
     """Seconds until the first process has its token, when each does its part and the links take what the
     cluster file says.
 
-    `cores`: what the processes share when they are on one machine, each having been rehearsed with all of
-    them: who computes at the same time is slowed down by as much as their dies are more than the cores.
+    `cores`: those that each process runs on, when they are on one machine; who computes at the same time on
+    the same core is slowed down by it.
     """
     play = _Play(cluster, cores, [_Actor(part) for part in parts])
     for actor in play.actors[1:]:
@@ -186,32 +190,41 @@ class _Actor:
     def ready(self, now: float) -> bool:
         return not self.over and self.until <= now and not self.left
 
-    def go_on(self, after: float, work: float = 0.0) -> None:
-        """To the next event: not before a time, and with something to do beside what lies between."""
+    def go_on(self, after: float) -> None:
+        """To the next event: what lies between is begun at a time."""
         self.next += 1
         self.until = after
-        self.left = 0.0 if self.over else work + self.part.events[self.next].seconds
+        self.left = 0.0 if self.over else self.part.events[self.next].seconds
 
 
 @dataclass
 class _Play:
     cluster: Cluster
-    cores: int | None
+    cores: Sequence[Sequence[int]] | None
     actors: Sequence[_Actor]
     now: float = 0.0
     sent: dict[tuple[int, int, int], float] = field(default_factory=dict)  # when it is there
 
     def advance(self) -> None:
         """To the next moment when somebody has computed or hears what was on its way."""
-        busy = [a for a in self.actors if a.until <= self.now and a.left]
-        speed = 1.0
-        if self.cores is not None and busy:
-            speed = min(1.0, self.cores / sum(a.part.cores for a in busy))
-        ends = [a.left / speed for a in busy]
+        busy = [n for n, a in enumerate(self.actors) if a.until <= self.now and a.left]
+        speeds = self._speeds(busy)
+        ends = [self.actors[n].left / speeds[n] for n in busy]
         step = min(ends + [a.until - self.now for a in self.actors if a.until > self.now])
-        for actor, end in zip(busy, ends):
-            actor.left = actor.left - step * speed if end > step else 0.0
+        for number, end in zip(busy, ends):
+            actor = self.actors[number]
+            actor.left = actor.left - step * speeds[number] if end > step else 0.0
         self.now += step
+
+    def _speeds(self, busy: Sequence[int]) -> dict[int, float]:
+        """How fast those that compute are, of 1 when they do so alone."""
+        if self.cores is None:
+            return dict.fromkeys(busy, 1.0)
+        asked: Counter[int] = Counter()
+        for number in busy:
+            own = self.cores[number]
+            asked.update(dict.fromkeys(own, self.actors[number].part.cores / len(own)))
+        return {n: min(1.0, 1.0 / max(asked[core] for core in self.cores[n])) for n in busy}
 
     def does(self, actor: _Actor) -> bool:
         """What a process has come to, if that can be done now; whether it could."""
@@ -226,7 +239,7 @@ class _Play:
             there = max(o.arrived[number] for o in self.actors if o is not actor) + self._message(
                 others * event.nbytes
             )
-            actor.go_on(max(self.now, there), others * self.cluster.link.exchange_us * 1e-6)
+            actor.go_on(max(self.now, there) + others * self.cluster.link.exchange_us * 1e-6)
         elif event.kind == "recv":
             if event.tag not in self.sent:
                 return False

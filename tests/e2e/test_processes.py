@@ -19,7 +19,7 @@ from tyir.execution.artifacts import Artifacts
 from tyir.manifest import BuildOptions
 from tyir.runtime_sim.processes.group import DieGroup, GroupFailed
 from tyir.runtime_sim.processes.placement import Places
-from tyir.runtime_sim.processes.rehearsal import rehearse
+from tyir.runtime_sim.processes.rehearsal import Rehearsal
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools import tyir_run
 from tyir.tools.api import compile_path
@@ -43,8 +43,10 @@ def test_a_group_computes_what_one_process_does_and_names_who_is_gone(
         )
         session = Session(group.artifacts, group=group)
         assert list(session.generate(IDS, 24)) == wanted
-        parts = [rehearse(group.artifacts, dies, 4, 1) for dies in group.places]
-        kinds = [[event.kind for event in of.events] for of in parts]
+        rehearsals = [Rehearsal(group.artifacts, dies, 1) for dies in group.places]
+        for each in rehearsals:
+            each.steps(4)
+        kinds = [[event.kind for event in each.part.events] for each in rehearsals]
         met = group.links.met
         session.feed([1])
         alone.feed([1])

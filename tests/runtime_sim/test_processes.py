@@ -16,7 +16,7 @@ from tyir.execution.lockstep import Layout, Meet, Meeting, Recv, Send
 from tyir.process.memory import available_memory
 from tyir.runtime_sim.processes.gloo import Gloo, GlooLinks, LinksBroken, listen_for_store
 from tyir.runtime_sim.processes.hosts import KEY, RankServer, connect, parse_host
-from tyir.runtime_sim.processes.placement import place
+from tyir.runtime_sim.processes.placement import Cores, Places, place, share_cores
 from tyir.runtime_sim.processes.rehearsal import Event, Part, played
 from tyir.targets.cluster import Cluster, Link
 
@@ -45,6 +45,24 @@ def test_dies_go_to_processes_in_whole_stages(
 def test_each_process_has_a_die() -> None:
     with pytest.raises(TyirError, match="3 processes cannot share 2 dies"):
         place(2, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("places", "stages", "cores", "wanted"),
+    [
+        (((0,), (1,)), 1, [4, 7], ((4,), (7,))),
+        (((0, 1), (2,)), 1, [0, 1], ((0,), (1,))),
+        (((0, 1), (2,), (3,)), 1, [0, 1], ((0,), (1,), (1,))),  # as many dies on each
+        (((0, 1), (2, 3)), 2, [0, 1], ((0, 1), (0, 1))),  # stages take turns
+        (((0, 1), (2, 3)), 1, list(range(8)), ((0, 1, 2, 3), (4, 5, 6, 7))),
+        (((0, 1), (2,)), 1, [0, 1, 2, 3], ((0, 1), (2, 3))),
+        (((0,), (1,)), 1, [3], ((3,), (3,))),
+    ],
+)
+def test_processes_of_a_machine_have_cores_of_their_own(
+    places: Places, stages: int, cores: list[int], wanted: Cores
+) -> None:
+    assert share_cores(places, stages, cores) == wanted
 
 
 # ------------------------------------------------------------------------------------- what passes between
@@ -228,10 +246,13 @@ def test_processes_that_meet_wait_for_the_last_and_its_message() -> None:
 
 
 def test_processes_of_one_machine_share_its_cores() -> None:
-    """Both at half speed from 0.1 to 1.9 ms, the second alone until 3.0, both again from 3.1."""
+    """Both at half speed from 0.1 to 1.9 ms, the second alone until 3.0; the first has 0.5 to do from 3.15,
+    the other 1 from 3.05.
+    """
     two = [part(("meet", 1), ("end", 0.5)), part(("meet", 2), ("end", 1))]
-    assert played(two, LINK, 1) == pytest.approx(4.2e-3)
-    assert played(two, LINK, 2) == played(two, LINK, None)
+    assert played(two, LINK, [[0], [0]]) == pytest.approx(4.15e-3)
+    assert played(two, LINK, [[0, 1], [0, 1]]) == played(two, LINK, None)
+    assert played(two, LINK, [[0], [1]]) == played(two, LINK, None)
 
 
 def test_stages_work_one_after_the_other() -> None:
@@ -239,4 +260,4 @@ def test_stages_work_one_after_the_other() -> None:
     there, back = (0, 1, 5), (1, 0, 6)
     first = part(("send", 1, 1000, there), ("recv", 0, 0, back), ("end", 0.5))
     second = part(("recv", 0, 0, there), ("send", 2, 1000, back), ("end", 0))
-    assert played([first, second], LINK, 1) == pytest.approx(3.702e-3)
+    assert played([first, second], LINK, [[0], [0]]) == pytest.approx(3.702e-3)

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +29,13 @@ from tyir.tools.cli import ToolParser, run_tool
 from tyir.tools.run.arguments import add_group_arguments, whole
 
 if TYPE_CHECKING:
-    from tyir.manifest import BuildOptions
     from tyir.runtime_sim.processes.group import DieGroup
     from tyir.runtime_sim.session.session import Session
 
-_ROUNDS = 5
-_COUNT = 300  # of messages, exchanges and meetings
+_ROUNDS = 9
+_TURNS = 20  # of measuring links
+_COUNT = 300  # of messages and exchanges, each time
+_USUAL = 0.95  # the share of them that counts
 _SMALL, _LARGE = 64, 1 << 20  # bytes of the messages that links are measured with
 
 
@@ -41,8 +43,7 @@ _SMALL, _LARGE = 64, 1 << 20  # bytes of the messages that links are measured wi
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    from tyir.process.cores import usable_cores
-    from tyir.runtime_sim.processes.rehearsal import played, rehearse
+    from tyir.runtime_sim.processes.rehearsal import Rehearsal, played
     from tyir.runtime_sim.session.session import Session
     from tyir.targets.cluster import load_cluster
     from tyir.tools.run.group_of import open_with_group
@@ -58,25 +59,29 @@ def main(argv: Sequence[str]) -> int:
             args.measure_links.write_text(_measured(group), encoding="utf-8")
             print(args.measure_links)
             return 0
-        session = Session(artifacts, group=group)
-        for warm in (alone, session):
-            _tokens(warm, 4)
+        together = Session(artifacts, group=group)
+        for session in (alone, together):
+            _tokens(session, 4)
         before = group.traffic
-        _tokens(session, args.tokens)
+        _tokens(together, args.tokens)
         met, messages, sent = ((b - a) / args.tokens for a, b in zip(before, group.traffic))
-        rounds = [[_tokens(one, args.tokens) for one in (alone, session)] for _ in range(_ROUNDS)]
-        one, several = (float(np.median([t for r in rounds for t in r[i]])) for i in range(2))
         places, options = group.places, artifacts.manifest.options
+        rehearsals = [Rehearsal(artifacts, range(options.dies), args.threads)]
+        for rank, dies in enumerate(places):
+            rehearsals.append(Rehearsal(artifacts, dies, group.threads, group.cores and group.cores[rank]))
+        rounds = []
+        for _ in range(_ROUNDS):
+            rounds.append([_tokens(session, args.tokens) for session in (alone, together)])
+            for rehearsal in rehearsals if args.cluster is not None else ():
+                rehearsal.steps(args.tokens)
+        one, several = (float(np.median([t for r in rounds for t in r[i]])) for i in range(2))
         print(f"{args.artifacts}: {options.dies} dies in {len(places)} processes {places}")
         print(f"one process {one * 1e3:.2f} ms a token, {len(places)} processes {several * 1e3:.2f} ms")
         print(f"a token: {met:.1f} collectives, {messages:.1f} messages, {sent / 1e3:.2f} kB from the first")
         if args.cluster is not None:
-            cores = None if args.hosts else usable_cores()
-            parts = [
-                rehearse(artifacts, dies, args.tokens, group.threads, _share(len(dies), options, cores))
-                for dies in places
-            ]
-            every = rehearse(artifacts, range(options.dies), args.tokens, args.threads)
+            here = tuple(sorted(os.sched_getaffinity(0)))
+            cores = None if args.hosts else group.cores or (here,) * len(places)
+            every, *parts = (rehearsal.part for rehearsal in rehearsals)
             around = max(one - math.fsum(event.seconds for event in every.events), 0.0)  # choosing a token
             predicted = played(parts, load_cluster(args.cluster), cores) + around
             print(
@@ -93,23 +98,28 @@ def _tokens(session: Session, count: int) -> list[float]:
     return [b - a for a, b in zip(times, times[1:])]  # noqa: RUF007 - of a list, shorter
 
 
-def _share(dies: int, options: BuildOptions, cores: int | None) -> int | None:
-    """The cores that a process has to itself, by its share of the dies that compute at the same time, which
-    are those of a pipeline stage.
-    """
-    return None if cores is None else math.ceil(cores * dies / (options.dies // options.pp))
-
-
 def _measured(group: DieGroup) -> str:
-    """A cluster file of this group's links."""
+    """A cluster file of this group's links.
 
-    def median(run: Callable[[], Sequence[float]]) -> float:
-        run()
-        return float(np.median(run()))
+    In turns, as what else the machine does changes within seconds; a token has many exchanges, so that
+    their mean counts, without the few that something else got in the way of.
+    """
 
-    small, large = (median(partial(group.round_trips, n, _COUNT)) / 2 for n in (_SMALL, _LARGE))
+    def usual(values: Sequence[float]) -> float:
+        return float(np.mean(np.sort(values)[: round(len(values) * _USUAL)]))
+
+    kinds = (
+        partial(group.round_trips, _SMALL, _COUNT),
+        partial(group.round_trips, _LARGE, _COUNT // 10),
+        partial(group.exchanges, _SMALL, _COUNT),
+    )
+    for run in kinds:
+        run()  # warm
+    rounds = [[run() for run in kinds] for _ in range(_TURNS)]
+    small, large, each = (usual([t for of in rounds for t in of[kind]]) for kind in range(len(kinds)))
+    small, large = small / 2, large / 2
     rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
-    exchange = median(partial(group.exchanges, _SMALL, _COUNT)) - small
+    exchange = each - small
     values = {
         "hop_us": small * 1e6,
         "bandwidth_gbps": rate * 1e-9,

@@ -1,13 +1,17 @@
-"""How many threads this process may use at once: its affinity, and its control group's share of time."""
+"""How many threads this process may use at once: its affinity, and its control group's share of time; and
+which cores a thread runs on.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-__all__ = ["control_groups", "usable_cores"]
+__all__ = ["control_groups", "on_cores", "usable_cores"]
 
 _GROUPS: Final = Path("/sys/fs/cgroup")
 _OWN: Final = Path("/proc/self/cgroup")
@@ -23,6 +27,20 @@ def usable_cores(groups: Path = _GROUPS, own: Path = _OWN) -> int:
     except AttributeError:  # not Linux
         cores = os.cpu_count() or 1
     return max(1, min([cores, *(math.ceil(share) for share in _quotas(groups, own))]))
+
+
+@contextmanager
+def on_cores(cores: Collection[int] | None) -> Iterator[None]:
+    """Inside, this thread and those that it starts run on these cores only; None leaves it where it is."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _quotas(groups: Path, own: Path) -> list[float]:
