@@ -95,19 +95,18 @@ def _last_axis(value: Value) -> int:
 def _linear(op: Op) -> Rule:
     """x cut along its channels: the weight's columns are cut alike and the result is an addend.
 
-    x cut by rows: so is the result.  Otherwise the annotation says how the weight's rows, or those of x, are
-    cut.
+    Otherwise the annotation says how the weight's rows are cut, which takes all rows of x.  Without one the
+    result is cut as the rows of x are, or these as it says.
     """
-    x = placement_of(op.operands[0])
+    x, asked = placement_of(op.operands[0]), placement_of(op.results[0])
     rest: list[Placement] = [REPLICATED] * (len(op.operands) - 1)
     if isinstance(x, Split) and x.axis == _last_axis(op.operands[0]):
         return [x, *rest], PARTIAL
+    if isinstance(asked, Split) and asked.axis == _last_axis(op.results[0]):
+        return [REPLICATED, *rest], asked
     if isinstance(x, Split):
         return [x, *rest], x
-    asked = placement_of(op.results[0])
-    if isinstance(asked, Split) and asked.axis != _last_axis(op.results[0]):
-        return [asked, *rest], asked
-    return [REPLICATED, *rest], asked if isinstance(asked, Split) else REPLICATED
+    return ([asked, *rest], asked) if isinstance(asked, Split) else ([REPLICATED, *rest], REPLICATED)
 
 
 def _embedding(op: Op) -> Rule:

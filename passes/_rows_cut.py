@@ -5,49 +5,59 @@
     %a = ty.attention(%q, %k, %v)                                        over all rows: keys and values are gathered before it
 
 It costs weights on every die, and saves the sums over the dies: the more rows there are, the more it pays.
+What merges rows into tokens has few of them and large weights: it may be cut by channels all the same.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tyir.dialects.func import Func
-from tyir.dialects.ty import Attention, Norm, Reshape, tensor_type
+from tyir.dialects.ty import Attention, Linear, Norm, QuantizedLinear, Reshape, tensor_type
 from tyir.execution.constexpr import ConstantExpressions
 from tyir.ir import Op, Value
 from tyir.passes._placement import LINEAR, placement_of, rule_for
 from tyir.passes._weight_times import weight_bytes, weight_ns
 from tyir.passes.propagate_sharding import propagate, set_placement
-from tyir.sharding import Split
-from tyir.targets.collectives import all_gather_ns
+from tyir.sharding import PARTIAL, Placement, Split
+from tyir.targets.collectives import all_gather_ns, all_reduce_ns
 from tyir.targets.machine import Machine
+from tyir.types import f16
 
 __all__ = ["RowsCut", "rows_cut"]
 
 
 @dataclass(frozen=True)
 class RowsCut:
-    """The cut of a tower's rows, and the first op whose result is cut so; all else follows from it."""
+    """The cut of a tower's rows, and the first op whose result is cut so; all else follows from it, but for
+    ops that are cut by `channels`.
+    """
 
     first: Op
     cut: Split
+    channels: Mapping[Op, Placement] = field(default_factory=dict)
 
     def ns(self, function: Func, machine: Machine) -> float:
-        """About how long the tower takes: products or weights of the die with most rows, and the gathers.
+        """About how long the tower takes: products or weights of the die with most, and the collectives.
 
         Where the cut leads is seen on a copy.
         """
         copy = function.clone()
-        number = next(n for n, op in enumerate(function.body) if op is self.first)
-        set_placement(list(copy.body)[number], self.cut, ("die",))
+        for op, twin in zip(function.body, copy.body):
+            placement = self.cut if op is self.first else self.channels.get(op)
+            if placement is not None:
+                set_placement(twin, placement, ("die",))
         propagate(copy, ("die",))
         constants, joined, total = ConstantExpressions(), set[Value](), 0.0
         for op in copy.body:
             if op.results and constants.is_constant(op.results[0]):
                 continue
             if isinstance(op, LINEAR):
-                total += weight_ns(weight_bytes(op), self._rows(op.out), machine)
+                total += weight_ns(weight_bytes(op) * _share(op), self._rows(op.out), machine)
+                if placement_of(op.out) is PARTIAL:
+                    total += all_reduce_ns(tensor_type(op.out).nbytes, f16, len(self.cut.ranges), machine)
             for value, wanted in zip(op.operands, rule_for(op)[0]):
                 placed = placement_of(value)
                 if isinstance(placed, Split) and placed != wanted and value not in joined:
@@ -65,6 +75,15 @@ class RowsCut:
         if isinstance(placed, Split) and placed.axis < len(outer):
             outer[placed.axis] = max(size for _, size in placed.ranges)
         return math.prod(outer)
+
+
+def _share(op: Linear | QuantizedLinear) -> float:
+    """The largest part of its weights that a die has."""
+    for value, axis in ((op.out, tensor_type(op.out).rank - 1), (op.x, tensor_type(op.x).rank - 1)):
+        placed = placement_of(value)
+        if isinstance(placed, Split) and placed.axis == axis:
+            return max(size for _, size in placed.ranges) / (tensor_type(value).dims[-1] or 1)
+    return 1.0
 
 
 def rows_cut(function: Func, dies: int) -> RowsCut | None:

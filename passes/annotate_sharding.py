@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from tyir.attributes import Attribute, DenseArrayAttr, StringAttr
@@ -46,7 +46,7 @@ from tyir.ir import Op, Value
 from tyir.layers import layer_of, path_of
 from tyir.manifest import MAX_DIES, record, recorded
 from tyir.passes._placement import LINEAR, through_reshape
-from tyir.passes._rows_cut import rows_cut
+from tyir.passes._rows_cut import RowsCut, rows_cut
 from tyir.passes._weight_times import weight_bytes, weight_ns
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import (
@@ -179,6 +179,7 @@ class AnnotateSharding(Pass):
             for op in function.body
             if isinstance(op, LINEAR) and op not in counted and not constants.is_constant(op.out)
         )
+        rows = _with_channels(rows, function, blocks, machine)
         by_rows = rows.ns(function, machine)
         pins = {p for op in function.body if (p := op.attributes.get("tyir.pin")) is not None}
         pinned = StringAttr("rows") in pins
@@ -186,9 +187,10 @@ class AnnotateSharding(Pass):
             return False
         why = f"rows: {by_rows / 1e6:.2f} ms by rows against {by_heads / 1e6:.2f} ms by heads"
         rows.first.set_attribute("tyir.choice", StringAttr(why + (" (pinned)" if pinned else "")))
-        written = to_attribute(rows.cut)
-        assert written is not None
-        rows.first.set_attribute("tyir.sharding", written)
+        for op, cut in [(rows.first, rows.cut), *rows.channels.items()]:
+            written = to_attribute(cut)
+            assert written is not None
+            op.set_attribute("tyir.sharding", written)
         return True
 
     def _leave_whole(self, norm: Op) -> None:
@@ -220,6 +222,20 @@ class AnnotateSharding(Pass):
         if chosen == "split":
             for cache, placement in block.caches.items():
                 _annotate_argument(cache, placement)
+
+
+def _with_channels(rows: RowsCut, function: Func, blocks: Sequence[_Block], machine: Machine) -> RowsCut:
+    """The same cut with those blocks behind all attention by channels that are faster so: large weights that
+    few rows, merged ones, are multiplied with.
+    """
+    ops = list(function.body)
+    behind = set(ops[1 + max(number for number, op in enumerate(ops) if isinstance(op, Attention)) :])
+    for block in blocks:
+        if block.counted and block.counted <= behind:
+            other = replace(rows, channels={**rows.channels, **block.cuts})
+            if other.ns(function, machine) < rows.ns(function, machine):
+                rows = other
+    return rows
 
 
 def _axes(dies: int, stages: int, package: int, mesh: tuple[int, ...]) -> list[tuple[str, int]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
@@ -23,6 +24,7 @@ from tyir.diagnostics import TyirError
 from tyir.frontends.attention_hook import TOWER
 from tyir.frontends.layer_reuse import layers_traced_once
 from tyir.frontends.vision.rotary import FixedRotary, Turning, turning_of
+from tyir.vision.sizes import even_order
 
 __all__ = ["LANGUAGE_MODEL", "Language", "Tower", "language_of", "tower_of", "turning_of_language"]
 
@@ -223,11 +225,15 @@ def _grid_tower(model: Any, size: ImageSize) -> Tower:
     members: dict[str, Any] = {}
     order: tuple[int, ...] = ()
     if hasattr(config, "window_size"):
-        index, windows = utils.get_vision_window_index(grid, merge, config.window_size, config.patch_size)
+        index, bounds_of = utils.get_vision_window_index(grid, merge, config.window_size, config.patch_size)
+        lengths = tuple(bounds_of.diff().tolist())
+        chosen = even_order(lengths)
+        index = torch.cat([index.split([n // merge**2 for n in lengths])[number] for number in chosen])
+        windows = (0, *accumulate(lengths[number] for number in chosen))
         positions = positions.reshape(len(index), merge * merge, -1)[index].reshape(len(positions), -1)
         order = tuple(index.tolist())
         real["window_index"] = torch.arange(len(index))
-        numbers |= {"cu_window_seqlens": tuple(windows.tolist()), "max_window_seqlen": size.patches}
+        numbers |= {"cu_window_seqlens": windows, "max_window_seqlen": size.patches}
         members["permute_input_for_window_attn"] = lambda x, index, seq_len: x
     if hasattr(config, "num_position_embeddings"):
         real["interp_indices"], real["interp_weights"] = utils.get_vision_interpolation_indices_and_weights(

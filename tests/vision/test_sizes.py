@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tyir.vision.sizes import (
     GridGeometry,
     by_grid,
     described,
+    even_order,
     nearest,
     parse_sizes,
     smart_resize_video,
@@ -152,3 +155,33 @@ def test_a_picture_without_pixels_is_refused() -> None:
             with pytest.raises(TyirError, match="no pixels"):
                 settings_of(family).size(*sides)
     assert settings_of("Qwen2-VL").size(1, 200).tokens >= 1
+
+
+@pytest.mark.parametrize(
+    ("grid", "before", "after"),
+    [
+        ((38, 68), (1304, 888, 672), (1304, 864, 656)),
+        ((26, 46), (624, 432, 320), (604, 416, 304)),
+        ((32, 54), (864, 608, 432), (864, 608, 432)),  # none is better for all
+    ],
+)
+def test_windows_are_put_where_dies_can_share_them(
+    grid: tuple[int, int], before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    """The patches of the die with most of them, of 2, 3 and 4."""
+    lengths = window_lengths(grid, 2, 112, 14)
+    order = even_order(lengths)
+    assert sorted(order) == list(range(len(lengths)))
+
+    def largest(of: Sequence[int], dies: int) -> int:
+        ends = list(accumulate(of))
+        cuts = [0, *(min(ends, key=lambda e: abs(e * dies - d * ends[-1])) for d in range(1, dies + 1))]
+        return max(b - a for a, b in pairwise(cuts))
+
+    assert tuple(largest(lengths, dies) for dies in (2, 3, 4)) == before
+    assert tuple(largest([lengths[n] for n in order], dies) for dies in (2, 3, 4)) == after
+
+
+@pytest.mark.parametrize("lengths", [(), (64,), (16, 16), (64,) * 7, tuple(range(4, 120, 4))])
+def test_no_window_is_lost(lengths: tuple[int, ...]) -> None:
+    assert sorted(even_order(lengths)) == list(range(len(lengths)))

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Final
 
 from tyir.artifacts.vision import ImageSize
@@ -26,6 +27,7 @@ __all__ = [
     "SquareGeometry",
     "by_grid",
     "described",
+    "even_order",
     "nearest",
     "parse_sizes",
     "size_text",
@@ -188,6 +190,51 @@ def window_lengths(grid: tuple[int, ...], merge: int, window: int, patch: int) -
     side = window // merge // patch
     rows, columns = (_cuts(n // merge, side) for n in grid)
     return tuple(r * c * merge**2 for r in rows for c in columns)
+
+
+def even_order(lengths: Sequence[int]) -> tuple[int, ...]:
+    """The order of windows in which 2, 3 or 4 dies that share a tower by its rows get the most equal shares,
+    each a run of whole windows.
+
+    Attention within windows does not see their order, and attention over all not that of its rows.
+
+    >>> even_order((64, 64, 64, 64))
+    (0, 1, 2, 3)
+    """
+
+    def unevenness(order: tuple[int, ...]) -> float:
+        ends = tuple(accumulate(lengths[number] for number in order))
+        return sum(_largest_share(ends, dies) * dies / (ends[-1] or 1) for dies in (2, 3, 4)) if ends else 0.0
+
+    tried = (tuple(range(len(lengths))), *(_in_parts(lengths, parts) for parts in (4, 6, 8, 12, 16)))
+    return min(tried, key=unevenness)
+
+
+def _largest_share(ends: Sequence[int], dies: int) -> int:
+    """Of runs that end where windows do, nearest to equal shares."""
+    cuts = [min(ends, key=lambda end: abs(end * dies - die * ends[-1])) for die in range(1, dies + 1)]
+    return max(end - start for start, end in pairwise((0, *cuts)))
+
+
+def _in_parts(lengths: Sequence[int], parts: int) -> tuple[int, ...]:
+    """Windows so that parts of the whole end nearest to where windows do: each in turn takes those whose sum
+    comes nearest, the largest ones that do, so that small ones are left to fit.
+    """
+    left = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    order: list[int] = []
+    done, total = 0, sum(lengths)
+    for part in range(1, parts):
+        wanted = total * part / parts - done
+        sums: dict[int, tuple[int, ...]] = {0: ()}  # by sum the windows that make it, the largest first
+        for number in left:
+            for made, of in list(sums.items()):
+                if made < wanted:
+                    sums.setdefault(made + lengths[number], (*of, number))
+        best = min(sums, key=lambda made: (abs(made - wanted), made))
+        done += best
+        order += sorted(sums[best])
+        left = [n for n in left if n not in sums[best]]
+    return (*order, *sorted(left))
 
 
 def _cuts(length: int, side: int) -> list[int]:
