@@ -12,7 +12,7 @@ import pytest
 from tests.llm import ArrayWeights, dies_of
 from tyir.dialects.builtin import Module
 from tyir.dialects.dist import AllGather, AllReduce
-from tyir.dialects.ty import Attention
+from tyir.dialects.ty import Attention, Linear, tensor_type
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.parser import parse_module
 from tyir.pipeline import run_pipeline
@@ -24,8 +24,12 @@ HIDDEN = HEADS * DIM
 SEGMENTS = (0, 8, 16, 20, 28, 36, 40)  # windows of a picture whose border windows are smaller
 
 
-def tower(rows: int = SEGMENTS[-1], segments: tuple[int, ...] = SEGMENTS, hidden: int = HIDDEN) -> Module:
-    """Patches [rows, 12] through a block with windows and one without; four rows are merged at the end."""
+def tower(
+    rows: int = SEGMENTS[-1], segments: tuple[int, ...] = SEGMENTS, hidden: int = HIDDEN, inner: int = 0
+) -> Module:
+    """Patches [rows, 12] through a block with windows and one without; four rows are merged at the end, by one
+    product, or by two with `inner` channels between them.
+    """
     heads = hidden // DIM
     x, q = f"tensor<1x{rows}x{hidden}xf32>", f"tensor<1x{rows}x{heads}x{DIM}xf32>"
     lines: list[str] = []
@@ -83,7 +87,13 @@ def tower(rows: int = SEGMENTS[-1], segments: tuple[int, ...] = SEGMENTS, hidden
     lines.append(
         f'%m = "ty.reshape"(%h2) <{{shape = array<i64: 1, {tokens}, {4 * hidden}>}}> : ({x}) -> {merged}'
     )
-    linear("e", "%m", merged, 8, 4 * hidden, out)
+    if inner:
+        between = f"tensor<1x{tokens}x{inner}xf32>"
+        linear("m0", "%m", merged, inner, 4 * hidden, between)
+        lines.append(f'%m1 = "ty.gelu"(%m0) : ({between}) -> {between}')
+        linear("e", "%m1", between, 8, inner, out)
+    else:
+        linear("e", "%m", merged, 8, 4 * hidden, out)
     lines.append(f'%r = "ty.reshape"(%e) <{{shape = array<i64: {tokens}, 8>}}> : ({out}) -> {result}')
     lines.append(f'"func.return"(%r) : ({result}) -> ()')
     stored = "\n".join(
@@ -137,6 +147,22 @@ def test_dies_compute_what_the_whole_tower_does(dies: int) -> None:
     assert not list(module.walk_type(AllReduce))
     axes = [gather.axis for gather in dies_of(module)[0].walk_type(AllGather)]
     assert axes == [1, 1, 1]  # keys and values of the second block, and the embeddings
+
+
+def test_large_weights_of_few_rows_are_cut_by_channels() -> None:
+    """What merges rows into tokens: rows are gathered before it, and its second product's sums are added."""
+    windows = tuple(range(0, 257, 64))
+    wide, narrow = (tower(256, windows, 128, inner) for inner in (4096, 16))
+    weights = drawn(wide)
+    patches = np.random.default_rng(1).standard_normal((256, 12)).astype(np.float32)
+    (wanted,) = outputs(wide, weights, patches)
+    for module, sums in ((wide, 1), (narrow, 0)):
+        run_pipeline(module, "partition-dies{dies=4 strategy=rows}")
+        assert [len(list(die.walk_type(AllReduce))) for die in dies_of(module)] == [sums] * 4
+    for found in outputs(wide, weights, patches):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * abs(wanted).max())
+    shapes = {tensor_type(op.operands[1]).dims for op in dies_of(wide)[0].walk_type(Linear)}
+    assert (1024, 512) in shapes and (8, 1024) in shapes, "a die has a quarter of the weights"
 
 
 def test_a_tower_of_fewer_windows_than_dies_is_refused() -> None:
