@@ -27,8 +27,8 @@ SEGMENTS = (0, 8, 16, 20, 28, 36, 40)  # windows of a picture whose border windo
 def tower(
     rows: int = SEGMENTS[-1], segments: tuple[int, ...] = SEGMENTS, hidden: int = HIDDEN, inner: int = 0
 ) -> Module:
-    """Patches [rows, 12] through a block with windows and one without; four rows are merged at the end, by one
-    product, or by two with `inner` channels between them.
+    """Patches [rows, 12] through a block with windows and one without; four rows are merged at the end, by
+    one product, or by two with `inner` channels between them.
     """
     heads = hidden // DIM
     x, q = f"tensor<1x{rows}x{hidden}xf32>", f"tensor<1x{rows}x{heads}x{DIM}xf32>"
