@@ -7,7 +7,7 @@ from itertools import groupby
 
 from tyir.runtime_sim.timing.costs import LayerCost
 from tyir.runtime_sim.timing.predictor import Interval
-from tyir.runtime_sim.timing.summary import Point, StepReport, Summary, SweepRow, TornadoRow
+from tyir.runtime_sim.timing.summary import PictureReport, Point, StepReport, Summary, SweepRow, TornadoRow
 
 __all__ = ["figures", "host_line", "number", "sweep_text", "text_report"]
 
@@ -46,7 +46,10 @@ def text_report(s: Summary, top: int) -> str:
         lines += [_point("TPOT (ms), position", p, 1) for p in s.tpot_by_position]
     for step in (s.decode_step, s.prefill_step):
         if step is not None:
-            lines += ["", *_step(step, top)]
+            head = f"one step of {step.seqlen} at position {step.pos}"
+            lines += ["", *_step(step, head, top)]
+    for picture in s.pictures:
+        lines += ["", *_picture(picture, top)]
     if s.tornado:
         lines += ["", *_tornado(s.tornado)]
     return "\n".join(lines)
@@ -72,6 +75,10 @@ def figures(s: Summary) -> Iterator[tuple[str, Interval]]:
         f"decode at position {s.pos}{steps}, device (tokens/s)",
         s.tpot_device_ms.map(lambda ms: 1000 / ms),
     )
+    for p in s.pictures:
+        yield f"tower, a picture of {p.size}, device (ms)", p.tower_ms
+        if p.ttft_ms is not None:
+            yield f"TTFT, it and {s.prompt_tokens} tokens (ms)", p.ttft_ms
 
 
 def host_line(s: Summary) -> str:
@@ -108,10 +115,19 @@ def _tornado(rows: Sequence[TornadoRow]) -> Iterator[str]:
         yield f"{r.constant:<30}{r.low:>10g}{r.high:>10g}{device}{ends}"
 
 
-def _step(step: StepReport, top: int) -> Iterator[str]:
+def _picture(picture: PictureReport, top: int) -> Iterator[str]:
+    share = 100 * picture.cube_bound_ms / picture.tower.device_ms
+    dies = f"{picture.dies} die{'s' if picture.dies > 1 else ''}"
+    yield from _step(picture.tower, f"the tower on {dies}, {picture.size}, {picture.tokens} tokens", top)
     yield (
-        f"one step of {step.seqlen} at position {step.pos}: {step.device_ms:.4g} ms on the device,"
-        f" {step.commands} commands; bound by {step.bound_by}"
+        f"its products alone, dealt out evenly: {picture.cube_bound_ms:.4g} ms, {share:.0f} % of the time;"
+        " what the host does with pixels is in no figure"
+    )
+
+
+def _step(step: StepReport, head: str, top: int) -> Iterator[str]:
+    yield (
+        f"{head}: {step.device_ms:.4g} ms on the device, {step.commands} commands; bound by {step.bound_by}"
     )
     yield "busy: " + ", ".join(f"{unit} {100 * share:.0f} %" for unit, share in step.units.items())
     yield f"DRAM: {max(step.dram_bytes) / 1e6:.2f} MB a die, {max(step.dram_gbps):.1f} GB/s over the step"

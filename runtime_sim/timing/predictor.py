@@ -19,7 +19,7 @@ from tyir.runtime_sim.timing.long_steps import LONG, LongSteps
 from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import Constant, Machine
 
-__all__ = ["Interval", "Predictor", "Sensitivity"]
+__all__ = ["Interval", "Pictures", "Predictor", "Sensitivity"]
 
 _EXACT_STEPS: Final = 8  # a prompt of more steps is interpolated between simulated positions
 _GRID_STEPS: Final = 8  # ... so many of them, at most, over the whole cache
@@ -59,10 +59,20 @@ class Sensitivity:
         return abs(self.at_high - self.at_low)
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one compiled size, `960x540`: their tokens, and the programs of the tower's dies."""
+
+    size: str
+    tokens: int
+    programs: Callable[[], Sequence[EdgeProgram]]
+
+
 class Predictor:
     """Figures of a compiled model on a machine.
 
-    `programs(seqlen)` gives all dies' programs; `seqlens` are the compiled lengths, `capacity` the cache's.
+    `programs(seqlen)` gives all dies' programs; `seqlens` are the compiled lengths, `capacity` the cache's;
+    `pictures` the sizes that a vision tower was compiled for.
     """
 
     def __init__(
@@ -71,17 +81,20 @@ class Predictor:
         seqlens: Sequence[int],
         capacity: int,
         machine: Machine,
+        pictures: Sequence[Pictures] = (),
     ) -> None:
         self.programs = programs
+        self.pictures = tuple(pictures)
         self.seqlens = tuple(seqlens)
         self.capacity = capacity
         self.machine = machine
         self._steps: dict[tuple[int, int], Timing] = {}
+        self._towers: dict[str, Timing] = {}
         self._long_steps: dict[int, LongSteps] = {}
 
     def on(self, machine: Machine) -> Predictor:
         """The same programs on another machine."""
-        return Predictor(self.programs, self.seqlens, self.capacity, machine)
+        return Predictor(self.programs, self.seqlens, self.capacity, machine, self.pictures)
 
     def step(self, seqlen: int, pos: int) -> Timing:
         """One step, simulated once."""
@@ -89,6 +102,12 @@ class Predictor:
         if key not in self._steps:
             self._steps[key] = simulate(self.programs(seqlen), self.machine, pos)
         return self._steps[key]
+
+    def tower(self, pictures: Pictures) -> Timing:
+        """The tower's pass over a picture, simulated once."""
+        if pictures.size not in self._towers:
+            self._towers[pictures.size] = simulate(pictures.programs(), self.machine, 0)
+        return self._towers[pictures.size]
 
     @property
     def dies(self) -> int:

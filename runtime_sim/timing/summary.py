@@ -20,10 +20,20 @@ from tyir.runtime_sim.timing.costs import (
 )
 from tyir.runtime_sim.timing.engine import Timing
 from tyir.runtime_sim.timing.long_steps import LONG
-from tyir.runtime_sim.timing.predictor import Interval, Predictor
+from tyir.runtime_sim.timing.predictor import Interval, Pictures, Predictor
 from tyir.targets.collectives import CollectiveNeed
 
-__all__ = ["Collectives", "Point", "StepReport", "Summary", "SweepRow", "TornadoRow", "summarize", "sweep"]
+__all__ = [
+    "Collectives",
+    "PictureReport",
+    "Point",
+    "StepReport",
+    "Summary",
+    "SweepRow",
+    "TornadoRow",
+    "summarize",
+    "sweep",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,23 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class PictureReport:
+    """Pictures of one compiled size: `tower_ms` is the tower's pass over one, of the device alone; `ttft_ms`
+    that and the prefill of its tokens and of the prompt's, with the host's constant for each step (None: the
+    cache does not hold them).  What the host does with pixels is in neither.  `cube_bound_ms`: the tower's
+    products alone, dealt out evenly.  `tower`: its pass as a step of so many patches.
+    """
+
+    size: str
+    tokens: int
+    dies: int
+    tower_ms: Interval
+    ttft_ms: Interval | None
+    cube_bound_ms: float
+    tower: StepReport
+
+
+@dataclass(frozen=True)
 class TornadoRow:
     """How far one assumed constant, moved alone between its bounds, moves the time per token: the device's
     part of it, and all of it.
@@ -147,6 +174,7 @@ class Summary:
     decode_step: StepReport
     prefill_step: StepReport | None
     tornado: tuple[TornadoRow, ...]
+    pictures: tuple[PictureReport, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `json.dumps`."""
@@ -216,6 +244,25 @@ def summarize(
         decode_step=_step_report(decode, least),
         prefill_step=_step_report(predictor.step(longest, 0), least) if longest > shortest else None,
         tornado=_tornado(predictor, pos) if tornado else (),
+        pictures=tuple(_picture(predictor, pictures, prompt) for pictures in predictor.pictures),
+    )
+
+
+def _picture(predictor: Predictor, pictures: Pictures, prompt: int) -> PictureReport:
+    timing, machine = predictor.tower(pictures), predictor.machine
+    tower = predictor.interval(lambda p: p.tower(pictures).total_ns)
+    tokens = pictures.tokens + prompt
+    ttft = predictor.interval(lambda p: p.ttft_ns(tokens)) if tokens <= predictor.capacity else None
+    macs = sum(op.macs for die in range(len(timing.dies)) for op in op_costs(timing, die))
+    cycles = macs / len(timing.dies) / machine.macs_per_cycle_fp16
+    return PictureReport(
+        size=pictures.size,
+        tokens=pictures.tokens,
+        dies=len(timing.dies),
+        tower_ms=tower.map(_ms),
+        ttft_ms=None if ttft is None else ttft.plus(tower).map(_ms),
+        cube_bound_ms=_ms(cycles * machine.cycle_ns),
+        tower=_step_report(timing, None),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from tests.vision.folders import MODELS
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.weights import tensors_of
 from tyir.manifest import BuildOptions, Manifest
+from tyir.runtime_sim.report.text import text_report
 from tyir.runtime_sim.session.session import EngineName
+from tyir.runtime_sim.timing.summary import Summary
 from tyir.runtime_sim.vision.tower import Tower
 from tyir.tools.api import compile_path
+from tyir.tools.sim.sources import Choice, Lengths, open_source
 
 
 def smallest_cosine(mine: npt.NDArray[np.floating], theirs: npt.NDArray[np.floating]) -> float:
@@ -51,6 +55,30 @@ def test_embeddings_of_every_size(compiled: Callable[[str, int], Path], dies: in
 @pytest.mark.parametrize("engine", ["interpreter", "edge10"])
 def test_engines_agree(compiled: Callable[[str, int], Path], engine: EngineName) -> None:
     check_embeddings(compiled("tiny-qwen2.5-vl", 1), "tiny-qwen2.5-vl", 0, engine, 0.99999)
+
+
+def test_the_simulator_times_towers(compiled: Callable[[str, int], Path]) -> None:
+    """Each size's pass, and what a prompt with such a picture takes."""
+    source = open_source([compiled("tiny-qwen2.5-vl", 1)], Choice(None, {}))
+    summary = source.summary(Lengths(20, None), curves=False)
+    vision = Manifest.load(Path(source.name)).vision
+    assert vision is not None
+    assert [(p.size, p.tokens) for p in summary.pictures] == [
+        (s.image.name, s.image.tokens) for s in vision.sizes
+    ]
+    for picture in summary.pictures:
+        tower, ttft = picture.tower_ms, picture.ttft_ms
+        assert tower.fast < tower.point < tower.slow and picture.tower.device_ms == tower.point
+        assert 0 < picture.cube_bound_ms < tower.point
+        assert ttft is not None
+        rest = source.predictor.ttft_ns(picture.tokens + 20) * 1e-6
+        assert ttft.point == pytest.approx(tower.point + rest)
+    by_size = sorted(summary.pictures, key=lambda p: p.tokens)
+    assert by_size[0].tower_ms.point < by_size[-1].tower_ms.point
+    assert Summary.from_json(json.loads(json.dumps(summary.as_json())), "a file") == summary
+    text = text_report(summary, 3)
+    assert f"tower, a picture of {summary.pictures[0].size}, device (ms)" in text
+    assert f"the tower on 1 die, {summary.pictures[0].size}, {summary.pictures[0].tokens} tokens: " in text
 
 
 @pytest.mark.slow

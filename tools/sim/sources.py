@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
 from tyir.process.files import download_hint
-from tyir.runtime_sim.timing.predictor import Predictor
+from tyir.runtime_sim.timing.predictor import Pictures, Predictor
 from tyir.runtime_sim.timing.summary import Summary, summarize
 from tyir.targets.machine import Machine, load_machine
 from tyir.text.json_files import read_json_object
@@ -146,7 +147,7 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
             ),
         )
     from tyir.execution.artifacts import Artifacts
-    from tyir.runtime_sim.timing.program import load_programs, machine_of
+    from tyir.runtime_sim.timing.program import load_program, load_programs, machine_of
 
     artifacts = Artifacts.open(given[0], check=check)
     manifest = artifacts.manifest
@@ -158,7 +159,16 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
         return loaded[seqlen]
 
     machine = choice.machine(lambda: machine_of(artifacts))
-    predictor = Predictor(programs_of, manifest.options.seqlens, manifest.options.max_kv, machine)
+    pictures = [
+        Pictures(
+            size.image.name,
+            size.image.tokens,
+            cache(lambda size=size: [load_program(artifacts, program) for program in size.programs]),
+        )
+        for size in (manifest.vision.sizes if manifest.vision is not None else ())
+    ]
+    lengths, capacity = manifest.options.seqlens, manifest.options.max_kv
+    predictor = Predictor(programs_of, lengths, capacity, machine, pictures)
     return Source(predictor, str(given[0]), _least(manifest))
 
 
