@@ -134,7 +134,8 @@ class Gloo:
                 work, data = self._ask(rank, _sized(tag, size), size)
                 work.wait(_FOREVER)
                 return data
-            work, data = self._asked.pop((rank, tag), None) or self._ask(rank, tag, _AHEAD)
+            asked = self._asked.pop((rank, tag)) if (rank, tag) in self._asked else None
+            work, data = asked or self._ask(rank, tag, _AHEAD)
             work.wait(_FOREVER)
             self._asked[rank, tag] = self._ask(rank, tag, _AHEAD)
             return data[:size]

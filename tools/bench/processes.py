@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
         places, options = group.places, artifacts.manifest.options
         rehearsals = [Rehearsal(artifacts, range(options.dies), args.threads)]
         for rank, dies in enumerate(places):
-            rehearsals.append(Rehearsal(artifacts, dies, group.threads, group.cores and group.cores[rank]))
+            own = None if group.cores is None else group.cores[rank]
+            rehearsals.append(Rehearsal(artifacts, dies, group.threads, own))
         rounds = []
         for _ in range(_ROUNDS):
             rounds.append([_tokens(session, args.tokens) for session in (alone, together)])
