@@ -17,6 +17,7 @@ from typing import Any, Final
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import quant, ty
 from tyir.frontends.checkpoint import TENSOR_FILES, Checkpoint, StoredTensor
+from tyir.frontends.vision.llava import in_own_format
 from tyir.frontends.weights import Emit, PlainFormat, WeightFormat, Weights
 from tyir.ir import Value
 from tyir.text.json_files import read_json_object
@@ -64,7 +65,7 @@ def base_of(folder: Path, base: Path | None = None) -> Path | None:
     adapter.  `TyirError` when the base is not here, and for a `base` of what needs none.
     """
     if not (folder / CONFIG).is_file():
-        if base is not None:
+        if base is not None and not in_own_format(folder):
             raise TyirError(
                 f"{folder} is not a LoRA adapter: it holds no {CONFIG}",
                 help="leave --base out, or give the adapter's folder",

@@ -95,14 +95,6 @@ _OWN_PYTHON: Final = (
 
 def _known_refusal(name: str, raw: Mapping[str, Any]) -> tuple[str, str] | None:
     """What to say of a model that sees pictures and cannot be imported as it is: message and cure."""
-    if name.startswith("LlavaLlama") or "mm_vision_tower" in raw:
-        tower = raw.get("mm_vision_tower", "a CLIP model")
-        return (
-            f"{name[:100]} is LLaVA's own format: its config.json is a language model's with mm_* keys, which"
-            f" transformers' LLaVA would ignore, and the weights of its tower are in {str(tower)[:100]}",
-            "convert it with transformers' convert_llava_weights_to_hf.py, or take the converted model"
-            " (llava-hf/...)",
-        )
     if name not in causal_models() and raw.get("auto_map") and {"vision_config", "visual"} & raw.keys():
         return (
             f"{name[:100]} sees pictures and is written in the checkpoint's own Python, which is not run",

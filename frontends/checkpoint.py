@@ -76,7 +76,8 @@ class Checkpoint:
     """What a folder holds.
 
     `unreadable` names the tensors that lie in files which could not be read (already reported); `low_rank`
-    gives the scales of an adapter's factors, by the key of A.  `described_by`: where `config` was read.
+    gives the scales of an adapter's factors, by the key of A.  `described_by`: where `config` was read,
+    `pictures`: the folder that says how pictures are prepared, where that is another one.
     """
 
     folder: Path
@@ -87,6 +88,7 @@ class Checkpoint:
     whole: bool = True
     low_rank: Mapping[str, float] = field(default_factory=dict)
     described_by: str = CONFIG_FILE
+    pictures: Path | None = None
 
 
 @dataclass
@@ -366,9 +368,12 @@ def no_checkpoint(given: Path) -> Diagnostic:
     return Diagnostic(f"checkpoint folder {given} does not exist", help=help)
 
 
-def open_checkpoint(folder: Path, problems: list[Diagnostic], base: Path | None = None) -> Checkpoint | None:
+def open_checkpoint(
+    folder: Path, problems: list[Diagnostic], base: Path | None = None, vision_tower: Path | None = None
+) -> Checkpoint | None:
     """What `folder` holds; problems are appended.  Of a LoRA adapter, its base with the adapter merged, where
-    `base` is the base's folder unless the adapter says it.
+    `base` is the base's folder unless the adapter says it.  A model in LLaVA's own format is given as
+    transformers has it, with the CLIP model of `vision_tower`; with a `base` it is a delta to that.
 
     None when there is no usable config.json (tensor files are checked all the same).
     """
@@ -376,15 +381,28 @@ def open_checkpoint(folder: Path, problems: list[Diagnostic], base: Path | None 
 
     if (folder / CONFIG).is_file():
         return _open_adapter(folder.absolute(), problems, base)
+    from tyir.frontends.vision.llava import in_own_format, not_in_own_format, translated
+
+    if in_own_format(folder):
+        opened = _open_model(folder, problems)
+        tower = None if vision_tower is None else _open_model(vision_tower, problems)
+        llama = None if base is None else _open_model(base, problems)
+        if opened is None or (vision_tower and tower is None) or (base and llama is None):
+            return None
+        return translated(opened, tower, llama, problems)
     if base is not None:
         message = f"{folder} is not a LoRA adapter: it holds no {CONFIG}"
         problems.append(Diagnostic(message, help="leave --base out, or give the adapter's folder"))
+        return None
+    if vision_tower is not None:
+        problems.append(not_in_own_format(folder))
         return None
     return _open_model(folder, problems)
 
 
 def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -> Checkpoint | None:
     from tyir.frontends.adapters import CONFIG, FILES, base_folder, merged, no_base
+    from tyir.frontends.vision.llava import in_own_format
 
     reader = _Reader(folder, problems)
     config = reader.json_file(CONFIG, "restore it from where the adapter came from")
@@ -401,6 +419,13 @@ def _open_adapter(folder: Path, problems: list[Diagnostic], base: Path | None) -
     if not (reader.tensor_file(file) if file.endswith(".safetensors") else reader.torch_file(file)):
         return None
     opened = _open_model(found, problems)
+    if in_own_format(folder) or in_own_format(found):
+        reader.problem(
+            "the adapter is of a LLaVA in its own format, which is not merged here",
+            "merge it with LLaVA's merge_lora_weights.py, and import the result with --vision-tower",
+            folder,
+        )
+        return None
     return None if opened is None else merged(opened, folder, config, reader.tensors, problems)
 
 

@@ -34,7 +34,7 @@ from tyir.frontends.quant_checks import quantization_contradictions
 from tyir.frontends.quant_config import read_quant_config
 from tyir.frontends.quant_formats import quantized_format
 from tyir.frontends.tensor_names import with_model_names
-from tyir.frontends.weights import PlainFormat, TensorReader, WeightFormat, Weights
+from tyir.frontends.weights import DeltaFormat, PlainFormat, TensorReader, WeightFormat, Weights, is_delta
 from tyir.layers import layer_in, path_of
 from tyir.process.extras import require
 from tyir.process.progress import Bar
@@ -116,7 +116,8 @@ def import_model(
     for every prompt: keys in a cache cannot be turned again when it grows.  `images`: of a vision-language
     model the sizes (width, height) of pictures; one function `@visual_{W}x{H}(%patches)` for each grid among
     them stands beside `@main`, its language model (`tyir.frontends.vision`).  `base`: the folder of the base
-    model, when `folder` holds a LoRA adapter whose config does not say it.  `rope_scaling`: a kind and
+    model, when `folder` holds a LoRA adapter whose config does not say it, or of the Llama that a LLaVA's
+    delta is added to.  `rope_scaling`: a kind and
     factor that config.json lacks, as "yarn=4" (`tyir.artifacts.rope_scaling`).  `progress` shows on standard
     error how far it is.  `TyirError` holds every problem
     of the folder, or every operation that cannot be imported.
@@ -193,7 +194,8 @@ def open_model(
     bar = bar or Bar("import", 100)
     bar.stage("reading the checkpoint", 2)
     problems: list[Diagnostic] = []
-    checkpoint = open_checkpoint(folder, problems, base)
+    tower = None if plugin is None or plugin.vision_tower is None else Path(plugin.vision_tower)
+    checkpoint = open_checkpoint(folder, problems, base, tower)
     if checkpoint is not None and plugin is not None:
         checkpoint = plugin.apply(checkpoint, problems)
     if checkpoint is not None and rope_scaling is not None and not problems:
@@ -272,9 +274,7 @@ def formats_of(
     if len(problems) > before:
         return ()
     formats: tuple[WeightFormat, ...] = (PlainFormat(),)
-    if plugin is not None and plugin.base is not None:
-        from tyir.frontends.plugin import DeltaFormat
-
+    if is_delta(checkpoint):
         formats = (DeltaFormat(), *formats)
     elif any(t.converted for t in checkpoint.tensors.values()):
         from tyir.frontends.gguf.files import GgufFormat
@@ -521,7 +521,7 @@ def _build(
     if images:
         from tyir.frontends.vision.functions import settings_of, tower_functions, vision_attribute
 
-        settings = settings_of(checkpoint.folder, checkpoint.config)
+        settings = settings_of(checkpoint.pictures or checkpoint.folder, checkpoint.config)
         functions += tower_functions(meta, weights, [settings.size(*size) for size in images])
         attributes["tyir.vision"] = vision_attribute(meta, settings)
     for function in functions:

@@ -11,18 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.dialects import ty
 from tyir.frontends.checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from tyir.frontends.weights import Emit, PlainFormat, Weights
-from tyir.ir import Value
-from tyir.types import TensorType, Type, bit_width, f32
+from tyir.frontends.weights import with_base
+from tyir.types import TensorType, bit_width
 
-__all__ = ["DeltaFormat", "ModelPlugin", "Split", "load_plugin"]
-
-_BASE: Final = "base."  # what stands before the name of a base checkpoint's tensor
+__all__ = ["ModelPlugin", "Split", "load_plugin", "plugin_of"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,8 @@ class ModelPlugin:
     `model_class`: a transformers `PreTrainedModel` class for causal language modelling; its `config_class`
     reads config.json. `rename`: (pattern, replacement) applied in order to every stored name with `re.sub`.
     `split`: packed tensors.  `ignore`: patterns of tensors that are not used.  `base`: folder of the
-    checkpoint to which this one's tensors must be added (relative to the plugin file).
+    checkpoint to which this one's tensors must be added, `vision_tower`: that of the CLIP model of a
+    checkpoint in LLaVA's own format (both relative to the plugin file).
     """
 
     model_class: type[Any] | None = None
@@ -52,6 +49,7 @@ class ModelPlugin:
     split: Sequence[Split] = ()
     ignore: Sequence[str] = ()
     base: str | Path | None = None
+    vision_tower: str | Path | None = None
 
     def apply(self, checkpoint: Checkpoint, problems: list[Diagnostic]) -> Checkpoint:
         """The checkpoint as the rules say it is to be read; what does not work out is appended to
@@ -119,34 +117,12 @@ class ModelPlugin:
         return [(name, stored)]
 
     def _with_base(self, checkpoint: Checkpoint, problems: list[Diagnostic]) -> Checkpoint:
-        """The base's tensors of the same names beside the deltas, in files named by absolute paths."""
+        """The checkpoint as a delta to the base, which is read by the same rules."""
         assert self.base is not None
         opened = open_checkpoint(Path(self.base), problems)
         if opened is None:
             return checkpoint
-        base = replace(self, base=None).apply(opened, problems)
-        tensors = dict(checkpoint.tensors)
-        for name, stored in base.tensors.items():
-            moved = replace(stored, file=str(base.folder / stored.file))
-            tensors[_BASE + name if name in checkpoint.tensors else name] = moved
-        stamps = {str(base.folder / name): stamp for name, stamp in base.stamps.items()}
-        return replace(checkpoint, tensors=tensors, stamps={**checkpoint.stamps, **stamps})
-
-
-class DeltaFormat:
-    """base + delta, added in f32 and rounded once."""
-
-    def stored_keys(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-        return (name, _BASE + name) if name in tensors and _BASE + name in tensors else ()
-
-    def problem(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]) -> str | None:
-        plain = PlainFormat()
-        return plain.problem(name, shape, tensors) or plain.problem(_BASE + name, shape, tensors)
-
-    def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
-        base, delta = (PlainFormat().value(key, f32, weights, emit) for key in (_BASE + name, name))
-        out = emit(ty.Add(base, delta)).result
-        return out if element is f32 else emit(ty.Cast(out, element=element)).result
+        return with_base(checkpoint, replace(self, base=None).apply(opened, problems))
 
 
 def _check_fields(plugin: ModelPlugin, where: str) -> None:
@@ -175,6 +151,7 @@ def _check_fields(plugin: ModelPlugin, where: str) -> None:
         "split=[Split(PATTERN, [(NAME, ROWS), ...])]": all(map(is_split, items(plugin.split))),
         "ignore=[r'optimizer\\..*']": all(isinstance(p, str) for p in items(plugin.ignore)),
         "base='../base-model'": plugin.base is None or isinstance(plugin.base, str | Path),
+        "vision_tower='../clip'": plugin.vision_tower is None or isinstance(plugin.vision_tower, str | Path),
     }
     if bad := [example for example, fits in wrong.items() if not fits]:
         names = ", ".join(example.partition("=")[0] for example in bad)
@@ -210,6 +187,8 @@ def load_plugin(path: Path) -> ModelPlugin:
     _check_fields(plugin, str(path))
     if plugin.base is not None:
         plugin = replace(plugin, base=path.parent / plugin.base)
+    if plugin.vision_tower is not None:
+        plugin = replace(plugin, vision_tower=path.parent / plugin.vision_tower)
     for pattern in (*(p for p, _ in plugin.rename), *(s.pattern for s in plugin.split), *plugin.ignore):
         try:
             re.compile(pattern)
@@ -220,3 +199,11 @@ def load_plugin(path: Path) -> ModelPlugin:
                 help="escape special characters",
             ) from None
     return plugin
+
+
+def plugin_of(file: Path | None, vision_tower: Path | None) -> ModelPlugin | None:
+    """What --model-plugin and --vision-tower say of a checkpoint; None when neither is given."""
+    plugin = None if file is None else load_plugin(file)
+    if vision_tower is None:
+        return plugin
+    return replace(plugin or ModelPlugin(), vision_tower=vision_tower)

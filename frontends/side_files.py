@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.diagnostics import Diagnostic
+from tyir.frontends.vision.llava import in_own_format, llava_side_files
 
 __all__ = ["side_files"]
 
@@ -27,9 +28,10 @@ _LIKE_GPT2: Final = ("", "default", "gpt-2", "gpt2", "phi-2", "olmo", "jais", "m
 def side_files(folder: Path, names: Iterable[str], note: Note) -> dict[str, bytes]:
     """Files to lie beside artifacts, by name, of the model whose weights are in files `names` of `folder`.
 
-    What lies in the folder already is not among them.  What cannot be made is noted: such artifacts compute,
-    but do not take text.
+    What lies in the folder already is not among them, but for a config.json in LLaVA's own format.  What
+    cannot be made is noted: such artifacts compute, but do not take text.
     """
+    names = list(names)
     gguf = sorted(name for name in names if name.endswith(".gguf"))
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZERS)
     made: dict[str, bytes] = {}
@@ -44,7 +46,8 @@ def side_files(folder: Path, names: Iterable[str], note: Note) -> dict[str, byte
         text = next(iter(str(error).splitlines()), "") or type(error).__name__
         message = f"no tokenizer can be made of {gguf[0] if gguf else _SPM}: {text}"
         note(Diagnostic(message, severity="warning", where=str(folder), help=_COPY))
-    return {name: content for name, content in made.items() if not (folder / name).exists()}
+    made = {name: content for name, content in made.items() if not (folder / name).exists()}
+    return {**made, **llava_side_files(folder, names)} if in_own_format(folder) else made
 
 
 _COPY: Final = "put the original model's tokenizer.json beside the checkpoint"

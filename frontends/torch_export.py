@@ -193,6 +193,7 @@ def build_meta_model(
             where=str(folder / "config.json"),
             help="compare config.json with that of the original model",
         ) from error
+    _with_one_projection(model)
     for module in _changing_rope(model):
         module.rope_type = "default"  # `real_buffer` computes the frequencies
     _check_no_experts(model)
@@ -246,14 +247,19 @@ def _check_no_experts(model: torch.nn.Module) -> None:
         )
 
 
-def build_plain_model(folder: Path, model_class: type[Any] | None = None, base: Path | None = None) -> Any:
+def build_plain_model(
+    folder: Path,
+    model_class: type[Any] | None = None,
+    base: Path | None = None,
+    vision_tower: Path | None = None,
+) -> Any:
     """The model of config.json on the CPU in fp32 with eager attention and weights yet to be filled in, built
     as if nothing were quantised.
     """
     from tyir.frontends.checkpoint import open_checkpoint
 
     problems: list[Diagnostic] = []
-    checkpoint = open_checkpoint(folder, problems, base)
+    checkpoint = open_checkpoint(folder, problems, base, vision_tower)
     if checkpoint is None or problems:
         raise TyirError(problems)
     raw = dict(checkpoint.config)
@@ -264,13 +270,23 @@ def build_plain_model(folder: Path, model_class: type[Any] | None = None, base: 
         if (problem := architecture_problem(raw, str(folder / "config.json"))) is not None:
             raise TyirError(problem)
         config = _config(raw)
-        return _automatic(config).from_config(config, trust_remote_code=False, **settings).eval()
+        model = _automatic(config).from_config(config, trust_remote_code=False, **settings).eval()
+        return _with_one_projection(model)
 
 
 def _automatic(config: Any) -> Any:
     """The automatic class that builds the model of a configuration."""
     sees = hasattr(config, "vision_config")
     return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+def _with_one_projection(model: Any) -> Any:
+    """The model, whose projector is the one linear layer of LLaVA's first versions where its config says so;
+    transformers' LLaVA always has two.
+    """
+    if getattr(model.config, "mm_projector_type", None) == "linear":
+        model.model.multi_modal_projector.linear_2 = torch.nn.Identity()
+    return model
 
 
 def _config(raw: dict[str, Any], model_class: type[Any] | None = None) -> Any:

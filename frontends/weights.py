@@ -9,7 +9,7 @@ with scales and zero points.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -20,9 +20,18 @@ from tyir.dialects import ty
 from tyir.execution.weights import CheckpointReader
 from tyir.frontends.checkpoint import Checkpoint, StoredTensor
 from tyir.ir import Op, Value
-from tyir.types import FloatType, TensorType, Type
+from tyir.types import FloatType, TensorType, Type, f32
 
-__all__ = ["PlainFormat", "TensorReader", "WeightFormat", "Weights", "global_of"]
+__all__ = [
+    "DeltaFormat",
+    "PlainFormat",
+    "TensorReader",
+    "WeightFormat",
+    "Weights",
+    "global_of",
+    "is_delta",
+    "with_base",
+]
 
 Emit = Callable[[Op], Op]
 
@@ -65,6 +74,53 @@ class PlainFormat:
 
 
 _PLAIN_ELEMENTS: Final = ("f16", "bf16", "f32", "f64")
+
+
+_BASE: Final = "base."  # what stands before the name of a base checkpoint's tensor
+# A vocabulary may have grown: the rows that the base lacks are taken as they are.
+_GROWING: Final = ("embed_tokens.weight", "lm_head.weight")
+
+
+def with_base(delta: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """The base's tensors of the same names beside the deltas, in files named by absolute paths."""
+    tensors = dict(delta.tensors)
+    for name, stored in base.tensors.items():
+        moved = replace(stored, file=str(base.folder / stored.file))
+        tensors[_BASE + name if name in delta.tensors else name] = moved
+    stamps = {str(base.folder / name): stamp for name, stamp in base.stamps.items()}
+    return replace(delta, tensors=tensors, stamps={**delta.stamps, **stamps})
+
+
+def is_delta(checkpoint: Checkpoint) -> bool:
+    """Whether tensors are to be added to others."""
+    names = checkpoint.tensors
+    return any(name.startswith(_BASE) and name.removeprefix(_BASE) in names for name in names)
+
+
+class DeltaFormat:
+    """base + delta, added in f32 and rounded once."""
+
+    def stored_keys(self, name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+        return (name, _BASE + name) if name in tensors and _BASE + name in tensors else ()
+
+    def problem(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]) -> str | None:
+        plain, rows = PlainFormat(), tensors[_BASE + name].type.static_shape[:1]
+        if name.endswith(_GROWING) and rows < shape[:1]:
+            return plain.problem(name, shape, tensors) or plain.problem(
+                _BASE + name, (*rows, *shape[1:]), tensors
+            )
+        return plain.problem(name, shape, tensors) or plain.problem(_BASE + name, shape, tensors)
+
+    def value(self, name: str, element: Type, weights: Weights, emit: Emit) -> Value:
+        base, delta = (PlainFormat().value(key, f32, weights, emit) for key in (_BASE + name, name))
+        (rows, *_), (whole, *_) = (ty.tensor_type(v).static_shape for v in (base, delta))
+        if rows == whole:
+            out = emit(ty.Add(base, delta)).result
+        else:
+            first = emit(ty.Slice(delta, axis=0, offset=0, size=rows)).result
+            rest = emit(ty.Slice(delta, axis=0, offset=rows, size=whole - rows)).result
+            out = emit(ty.Concat((emit(ty.Add(base, first)).result, rest), axis=0)).result
+        return out if element is f32 else emit(ty.Cast(out, element=element)).result
 
 
 def global_of(key: str, stored: StoredTensor) -> ty.Global:

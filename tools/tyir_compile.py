@@ -18,7 +18,13 @@ from tyir.artifacts.vision import VISION_EXPONENT, VisionSplit
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
 from tyir.tools.cli import ToolParser, add_json_option, add_ray_option, note, run_tool, warn, whole_number
-from tyir.tools.commands.build_arguments import add_base_option, add_build_options, add_image_option, numbers
+from tyir.tools.commands.build_arguments import (
+    add_base_option,
+    add_build_options,
+    add_image_option,
+    add_vision_tower_option,
+    numbers,
+)
 
 if TYPE_CHECKING:
     from tyir.process.cache import Cache
@@ -85,7 +91,7 @@ def _on_cards(
             return
         settled = BuildOptions(**settle_group_size(args.model, options))
         check_options(settled)
-        rows = tuple(on_cards(args.model, settled, file, cards, args.base))
+        rows = tuple(on_cards(args.model, settled, file, cards, args.base, args.vision_tower))
         fastest = fastest_on_cards(rows, machine) if free else None
         if fastest is None:
             yield str(file), rows, {}
@@ -109,25 +115,32 @@ def _run(
     from tyir.tools.cluster.ray_workers import ray_workers
 
     if args.plan:
-        return print_plan(args.model, options, args.image, args.base, machine, cards=cards, as_json=args.json)
+        return print_plan(
+            args.model,
+            options,
+            args.image,
+            args.base,
+            machine,
+            vision_tower=args.vision_tower,
+            cards=cards,
+            as_json=args.json,
+        )
     if args.out is None:
         raise TyirError("no output folder", help="add -o out/, or --plan to see what would be needed")
     watch = Stopwatch(told=_log(args.json_log))
-    plugin = None
-    if args.model_plugin is not None:
-        if args.model.suffix == ".ir":
+    of_folders = {
+        "--model-plugin is for checkpoint folders": args.model_plugin,
+        "--base is for folders of adapters": args.base,
+        "--vision-tower is for checkpoint folders": args.vision_tower,
+    }
+    for what, given in of_folders.items():
+        if given is not None and args.model.suffix == ".ir":
             raise TyirError(
-                "--model-plugin is for checkpoint folders; a module has been imported already",
+                f"{what}; a module has been imported already",
                 help="give it to tyir-import",
             )
-        from tyir.frontends.plugin import load_plugin
+    from tyir.frontends.plugin import plugin_of
 
-        plugin = load_plugin(args.model_plugin)
-    if args.base is not None and args.model.suffix == ".ir":
-        raise TyirError(
-            "--base is for folders of adapters; a module has been imported already",
-            help="give it to tyir-import",
-        )
     target = compile_path(
         args.model,
         args.out,
@@ -137,7 +150,7 @@ def _run(
         mcpu=args.mcpu,
         host_activations=args.host_activations,
         warn=warn,
-        plugin=plugin,
+        plugin=plugin_of(args.model_plugin, args.vision_tower),
         base=args.base,
         awq_table=args.awq_table,
         calibration=args.calibration,
@@ -234,6 +247,7 @@ def print_plan(
     base: Path | None = None,
     machine: str | None = None,
     *,
+    vision_tower: Path | None = None,
     cards: Sequence[OnCards] = (),
     as_json: bool = False,
 ) -> int:
@@ -243,7 +257,7 @@ def print_plan(
 
     options = BuildOptions(**settle_group_size(model, given))
     check_options(options)
-    plan = make_plan(model, options, machine or "edge10", images, base, long=True, cards=cards)
+    plan = make_plan(model, options, machine or "edge10", images, base, vision_tower, long=True, cards=cards)
     if as_json:
         from tyir.tools.commands.json_forms import print_json
 
@@ -294,6 +308,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Python file that says how a checkpoint of your own is read (docs/model-plugin.md)",
     )
     add_base_option(parser)
+    add_vision_tower_option(parser)
     add_image_option(parser)
     parser.add_argument(
         "--vision-dies", type=int, metavar="M", help="dies of the vision tower (default: those of --dies)"

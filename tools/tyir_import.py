@@ -25,7 +25,12 @@ from tyir.tools.cli import (
     warn,
     write_output,
 )
-from tyir.tools.commands.build_arguments import add_base_option, add_build_options, add_image_option
+from tyir.tools.commands.build_arguments import (
+    add_base_option,
+    add_build_options,
+    add_image_option,
+    add_vision_tower_option,
+)
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
@@ -68,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Python file with a model class, rename rules, packed tensors or a base checkpoint",
     )
     add_base_option(parser)
+    add_vision_tower_option(parser)
     add_image_option(parser)
     parser.add_argument(
         "--rope-scaling",
@@ -111,25 +117,28 @@ def main(argv: Sequence[str]) -> int:
             for key in ("dies", "pp", "seqlens", "max_kv", "weights", "group_size")
             if (value := getattr(options, key)) is not None
         }
-        return print_plan(options.folder, build, options.image, options.base, as_json=options.json)
+        return print_plan(
+            options.folder,
+            build,
+            options.image,
+            options.base,
+            vision_tower=options.vision_tower,
+            as_json=options.json,
+        )
     if options.json and options.output == "-":
         raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
     check_output(options.output)
     from tyir.frontends.huggingface import import_model
+    from tyir.frontends.plugin import plugin_of
     from tyir.manifest import BuildOptions
     from tyir.printer import print_op
 
-    plugin = None
-    if options.model_plugin is not None:
-        from tyir.frontends.plugin import load_plugin
-
-        plugin = load_plugin(options.model_plugin)
     module = import_model(
         options.folder,
         dtype=options.dtype,
         note=lambda d: warn(d.message),
         check_weights=options.check_weights,
-        plugin=plugin,
+        plugin=plugin_of(options.model_plugin, options.vision_tower),
         positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
         base=options.base,
         progress=not quiet(),

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Final
 from tyir.diagnostics import TyirError
 from tyir.process.files import load_json
 from tyir.tools.cli import ToolParser, add_json_option, detail, note, quiet, run_tool
-from tyir.tools.commands.build_arguments import add_base_option, numbers
+from tyir.tools.commands.build_arguments import add_base_option, add_vision_tower_option, numbers
 from tyir.tools.run.arguments import add_engine_argument
 
 if TYPE_CHECKING:
     from tyir.execution.artifacts import Artifacts
-    from tyir.frontends.plugin import ModelPlugin
     from tyir.manifest import Manifest
     from tyir.tools.verify.compare import PromptResult
 
@@ -34,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
     from tyir.artifacts.rope_scaling import RECORDED
     from tyir.execution.artifacts import Artifacts
+    from tyir.frontends.plugin import plugin_of
     from tyir.process.progress import Bar
     from tyir.runtime_sim.session.session import Session
     from tyir.tools.commands.json_forms import print_json
@@ -57,14 +57,14 @@ def main(argv: Sequence[str]) -> int:
     if artifacts.manifest.vision is not None and args.ids is None:
         from tyir.tools.verify.picture_report import verify_pictures
 
-        return verify_pictures(args, artifacts, _plugin(args.model_plugin))
+        return verify_pictures(args, artifacts, plugin_of(args.model_plugin, args.vision_tower))
     if args.image:
         from tyir.runtime_sim.vision.preprocessor import vision_of
 
         vision_of(artifacts)
     session = Session(artifacts, args.engine, probe=states if args.engine != "edge10" else None)
     prompts = _prompts(args, session.artifacts)
-    plugin = _plugin(args.model_plugin)
+    plugin = plugin_of(args.model_plugin, args.vision_tower)
     detail("loading the model that is compared with")
     scaling = session.manifest.model.get(RECORDED)
     reference = Reference(args.against, session.manifest.options, plugin, args.base, scaling)
@@ -112,14 +112,6 @@ def main(argv: Sequence[str]) -> int:
     return 0 if good else 1
 
 
-def _plugin(path: Path | None) -> ModelPlugin | None:
-    if path is None:
-        return None
-    from tyir.frontends.plugin import load_plugin
-
-    return load_plugin(path)
-
-
 def _check_checkpoint(path: Path) -> None:
     """`TyirError` unless `path` is a checkpoint.
 
@@ -159,6 +151,7 @@ def _check_same_model(manifest: Manifest, path: Path, base: Path | None) -> None
     """`TyirError` when the sizes in a checkpoint's config.json are not those of the artifacts: said before
     anything is compared, or quantised by the sizes of another model.
     """
+    from tyir.frontends.vision.llava import is_llava
     from tyir.tools.estimate.shape import language_config
 
     folder = base if base is not None and not (path / "config.json").is_file() else path
@@ -176,8 +169,9 @@ def _check_same_model(manifest: Manifest, path: Path, base: Path | None) -> None
         if key in sizes and key in compiled and sizes[key] != compiled[key]
     ]
     seen = manifest.vision.model_type if manifest.vision is not None else None
-    if seen is not None and config.get("model_type") != seen:
-        other.insert(0, f"model_type {config.get('model_type')}, the artifacts {seen}")
+    kind = "llava" if is_llava(config) else config.get("model_type")
+    if seen is not None and kind != seen:
+        other.insert(0, f"model_type {kind}, the artifacts {seen}")
     if other:
         raise TyirError(
             f"{path} is not the model that these artifacts were compiled from: it has {'; '.join(other)}",
@@ -249,6 +243,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--model-plugin", type=Path, metavar="FILE", help="the plugin the artifacts were compiled with"
     )
     add_base_option(parser)
+    add_vision_tower_option(parser)
     parser.add_argument("--prompt", help="one prompt of your own instead of the built-in ones")
     parser.add_argument(
         "--ids",

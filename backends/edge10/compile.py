@@ -376,10 +376,10 @@ def _check_data_file(path: Path, help: str) -> None:
 
 def _copy_model_files(checkpoint: Path, folder: Path, others: Mapping[str, bytes]) -> None:
     for name in _COPIED:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-        elif name in others:
+        if name in others:
             (folder / name).write_bytes(others[name])
+        elif (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
     (folder / _EMPTY).write_bytes(b"")
 
 

@@ -12,7 +12,14 @@ from typing import Final
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import whole_number
 
-__all__ = ["AUTO", "add_base_option", "add_build_options", "add_image_option", "numbers"]
+__all__ = [
+    "AUTO",
+    "add_base_option",
+    "add_build_options",
+    "add_image_option",
+    "add_vision_tower_option",
+    "numbers",
+]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -69,7 +76,20 @@ def add_base_option(parser: argparse._ActionsContainer) -> None:
         metavar="FOLDER",
         help=(
             "the model is a LoRA adapter of the model in FOLDER (default: base_model_name_or_path of"
-            " adapter_config.json, when it is a folder here)"
+            " adapter_config.json, when it is a folder here), or a LLaVA's delta to the Llama in FOLDER"
+        ),
+    )
+
+
+def add_vision_tower_option(parser: argparse._ActionsContainer) -> None:
+    """Where the tower of a model in LLaVA's own format is."""
+    parser.add_argument(
+        "--vision-tower",
+        type=Path,
+        metavar="FOLDER",
+        help=(
+            "of a model in LLaVA's own format: the CLIP model in FOLDER is its tower, the one that"
+            " mm_vision_tower of config.json names"
         ),
     )
 

@@ -23,6 +23,7 @@ from tyir.dialects.kv import Rows
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
 from tyir.execution.entry_points import alias_of
 from tyir.frontends.adapters import base_of
+from tyir.frontends.vision.llava import picture_folder
 from tyir.layers import layer_in
 from tyir.manifest import BuildOptions
 from tyir.passes.annotate_sharding import MAX_DIES
@@ -262,25 +263,28 @@ def make_plan(
     machine_file: str | Path = "edge10",
     images: Sequence[tuple[int, int]] = (),
     base: Path | None = None,
+    vision_tower: Path | None = None,
     *,
     long: bool = False,
     cards: Sequence[OnCards] = (),
 ) -> Plan:
     """The plan for compiling `folder`, or the LoRA adapter in it with its `base`, with `options`.
 
-    `images`: the sizes (width, height) of pictures.  `long`: of a cache of more than 32,768 tokens
+    `images`: the sizes (width, height) of pictures, `vision_tower`: the folder of the tower of a LLaVA in its
+    own format.  `long`: of a cache of more than 32,768 tokens
     also how many tokens fit on other dies and, if it fits, what a prompt of that length takes (simulated,
     some seconds).  `cards`: what `on_cards` found, to be printed with the rest.
 
     `TyirError` when the config or the options cannot be at all.
     """
-    where, raw = read_config(base_of(folder, base) or folder)
+    where, raw = read_config(base_of(folder, base) or folder, vision_tower)
     tower = read_tower(raw, where)
-    cuts = _die_needs(folder, options, machine_file, base, tower)
+    cuts = _die_needs(read_shape(folder, base, vision_tower), options, machine_file, tower)
     shape, options, machine = cuts.shape, cuts.options, load_machine(machine_file)
     if tower is None and images:
         raise TyirError(f"{shape.name} takes text only", help="leave --image out")
-    pictures = () if tower is None else tuple(_pictures(where, raw, tower, images, machine, options))
+    said = where.parent if vision_tower is None else picture_folder(where.parent, vision_tower)
+    pictures = () if tower is None else tuple(_pictures(said, raw, tower, images, machine, options))
     group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
     needs = cuts.needs(options.dies, options.max_kv)
@@ -312,27 +316,29 @@ def make_plan(
 
 
 def _die_needs(
-    folder: Path,
-    options: BuildOptions,
-    machine_file: str | Path,
-    base: Path | None,
-    tower: TowerShape | None,
+    shape: ModelShape, options: BuildOptions, machine_file: str | Path, tower: TowerShape | None
 ) -> DieNeeds:
     """What a checkpoint's dies need, with the options that its kind of model settles."""
     if tower is not None:
         options = replace(options, embedding_as_input=True)  # rows of pictures stand among those of tokens
     nbytes = 0 if tower is None else 2 * tower.parameters
-    return DieNeeds(read_shape(folder, base), options, nbytes, machine_file)
+    return DieNeeds(shape, options, nbytes, machine_file)
 
 
 def on_cards(
-    folder: Path, options: BuildOptions, machine_file: Path, cards: int, base: Path | None = None
+    folder: Path,
+    options: BuildOptions,
+    machine_file: Path,
+    cards: int,
+    base: Path | None = None,
+    vision_tower: Path | None = None,
 ) -> Iterator[OnCards]:
     """What a token takes on so many cards, the machine file's packages, with the dies as one group and with a
     pipeline stage a card: simulated, some seconds each.  `TyirError` as of `make_plan`.
     """
-    where, raw = read_config(base_of(folder, base) or folder)
-    cuts = _die_needs(folder, options, machine_file, base, read_tower(raw, where))
+    where, raw = read_config(base_of(folder, base) or folder, vision_tower)
+    shape = read_shape(folder, base, vision_tower)
+    cuts = _die_needs(shape, options, machine_file, read_tower(raw, where))
     for each in spread(cuts.shape, cuts.options, machine_file, cards):
         cut = replace(cuts.options, pp=each.stages, die_map=(), mesh=())
         of = DieNeeds(cuts.shape, cut, cuts.tower, cuts.machine)
@@ -346,7 +352,7 @@ def fastest_on_cards(found: Sequence[OnCards], machine: Machine) -> OnCards | No
 
 
 def _pictures(
-    where: Path,
+    folder: Path,
     raw: Mapping[str, Any],
     tower: TowerShape,
     images: Sequence[tuple[int, int]],
@@ -355,7 +361,7 @@ def _pictures(
 ) -> Iterator[PicturePlan]:
     """Plans of what pictures of these sizes cost, one for each grid."""
     seen = set()
-    for plan in picture_plans(where.parent, raw, tower, images, machine, options.dies) if images else ():
+    for plan in picture_plans(folder, raw, tower, images, machine, options.dies) if images else ():
         if plan.size.grid not in seen:
             seen.add(plan.size.grid)
             yield plan

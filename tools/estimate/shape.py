@@ -18,6 +18,7 @@ from tyir.frontends.adapters import base_of
 from tyir.frontends.checkpoint import StoredTensor
 from tyir.frontends.config_numbers import config_problems
 from tyir.frontends.quant_config import read_quant_config
+from tyir.frontends.vision.llava import is_llava, not_in_own_format, translated_config
 from tyir.process.files import json_kind, load_json, missing_hint
 from tyir.tools.estimate.model import ModelShape
 
@@ -219,13 +220,13 @@ def language_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The file that describes a model, and what it says."""
-    where, raw, _ = _config(path)
+def read_config(path: Path, vision_tower: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """The file that describes a model, and what it says; of LLaVA's own format what transformers' would."""
+    where, raw, _ = _config(path, vision_tower)
     return where, raw
 
 
-def read_shape(path: Path, base: Path | None = None) -> ModelShape:
+def read_shape(path: Path, base: Path | None = None, vision_tower: Path | None = None) -> ModelShape:
     """The sizes of a checkpoint folder, of a config.json itself, or of a GGUF file; of a vision-language
     model those of its language model.
 
@@ -236,12 +237,12 @@ def read_shape(path: Path, base: Path | None = None) -> ModelShape:
     """
     if (found := base_of(path, base)) is not None:
         return replace(_shape_of(found), group=None, quantised_head=False)
-    return _shape_of(path)
+    return _shape_of(path, vision_tower)
 
 
-def _shape_of(path: Path) -> ModelShape:
+def _shape_of(path: Path, vision_tower: Path | None = None) -> ModelShape:
     """`read_shape` of a whole model."""
-    where, raw, tensors = _config(path)
+    where, raw, tensors = _config(path, vision_tower)
     if problems := list(config_problems(raw, str(where))):
         raise TyirError(problems)
     raw = language_config(raw)
@@ -307,7 +308,7 @@ def _rotary_tables(family: Family, raw: Mapping[str, Any], layers: int) -> int:
     return len(set(kinds)) if isinstance(kinds, list) else 2 if layers >= _FULL_EVERY else 1
 
 
-def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor]]:
+def _config(path: Path, vision_tower: Path | None) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor]]:
     """The file that was read, its config, and the tensors of a GGUF file.
 
     The tensors' types say what stays 4-bit.
@@ -317,7 +318,12 @@ def _config(path: Path) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor
     files = () if path.is_dir() and any(path.glob("*.safetensors")) else gguf_model(path)
     if not files:
         where = path / "config.json" if path.is_dir() else path
-        return where, _json(where), {}
+        raw = _json(where)
+        if is_llava(raw):
+            raw = translated_config(raw, where.parent, vision_tower)
+        elif vision_tower is not None:
+            raise TyirError(not_in_own_format(where.parent))
+        return where, raw, {}
     beside = files[0].parent / "config.json"
     config, tensors = read_gguf(files, needs_config=not beside.exists())
     return files[0], _json(beside) if beside.exists() else config, tensors

@@ -29,9 +29,9 @@ class TowerShape:
     """A tower's sizes.
 
     `blocks` of `hidden` channels with an MLP of `matrices` times `width`; `columns` numbers in a patch;
-    `merged` channels of a merger's input, `inner` between its two linears, `out` after them; `mergers` of
-    them. `windowed`: blocks whose attention stays in windows of `window` pixels; `extra`: parameters
-    besides.
+    `merged` channels of a merger's input, `inner` between its two linears (0: it is one), `out` after them;
+    `mergers` of them. `windowed`: blocks whose attention stays in windows of `window` pixels; `extra`:
+    parameters besides.
     """
 
     blocks: int
@@ -53,8 +53,13 @@ class TowerShape:
     @property
     def parameters(self) -> int:
         """All numbers that a compile keeps."""
-        merger = self.merged * self.inner + self.inner + self.inner * self.out + self.out
+        merger = self._merger + self.inner + self.out
         return self.columns * self.hidden + self.blocks * self._block + self.mergers * merger + self.extra
+
+    @property
+    def _merger(self) -> int:
+        """Weights of a merger's linears."""
+        return self.merged * self.inner + self.inner * self.out if self.inner else self.merged * self.out
 
     @property
     def _matrices(self) -> int:
@@ -71,7 +76,7 @@ class TowerShape:
         whole = 4 * rows**2 * self.hidden
         lengths = window_lengths(size.grid, self.merge, self.window, self.patch) if self.windowed else ()
         windows = 4 * self.hidden * sum(n**2 for n in lengths)
-        merger = (self.merged * self.inner + self.inner * self.out) * self.mergers
+        merger = self._merger * self.mergers
         return (
             2 * rows * self._matrices * self.blocks
             + whole * (self.blocks - self.windowed)
@@ -180,8 +185,9 @@ def _llava(number: _Numbers, raw: Mapping[str, Any], hidden: int) -> TowerShape:
     used = depth + 1 + feature if isinstance(feature, int) and feature < 0 else depth
     rows = (number("image_size") // patch) ** 2 + 1
     columns = number("num_channels", default=3) * patch**2
+    inner = 0 if raw.get("mm_projector_type") == "linear" else hidden
     return TowerShape(
-        min(max(used, 1), depth), wide, number("intermediate_size"), 2, merged=wide, inner=hidden, out=hidden,
+        min(max(used, 1), depth), wide, number("intermediate_size"), 2, merged=wide, inner=inner, out=hidden,
         mergers=1, merge=1, patch=patch, columns=columns, class_tokens=1,
         extra=min(max(used, 1), depth) * 4 * wide + 2 * wide + (rows + 1) * wide,
     )  # fmt: skip

@@ -245,9 +245,12 @@ def dense_model(folder: Path, plugin: ModelPlugin | None, base: Path | None = No
     import torch
 
     from tyir.frontends.dense_state import dense_state
+    from tyir.frontends.plugin import ModelPlugin
     from tyir.frontends.torch_export import build_plain_model
 
-    model = build_plain_model(folder, plugin.model_class if plugin is not None else None, base)
+    plugin = plugin or ModelPlugin()
+    tower = None if plugin.vision_tower is None else Path(plugin.vision_tower)
+    model = build_plain_model(folder, plugin.model_class, base, tower)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, array in dense_state(folder, plugin, base):

@@ -10,6 +10,7 @@ import hashlib
 import math
 import mmap
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,6 +48,7 @@ Array = npt.NDArray[Any]
 
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors library
 _OTHER_HEADER: Final = 2**20
+_ELSEWHERE: Final = re.compile(r".+\.safetensors|pytorch_model[-\w]*\.bin")
 
 
 class TensorReference(Protocol):
@@ -210,11 +212,12 @@ _RESTORE: Final = "restore the file, or make it again"
 
 
 def _weights_file(folder: Path, name: str) -> Path:
-    """The file of a checkpoint: one inside its folder, or a plug-in's base, which lies elsewhere and is named
-    by its whole path.  A base is a safetensors file, whose header must list what is read of it.
+    """The file of a checkpoint: one inside its folder, or of another that it is made with (an adapter's base,
+    a LLaVA's tower), which is named by its whole path.  That is a safetensors file, whose header must list
+    what is read of it, or one that torch saved a model's weights as.
     """
     base = Path(name)
-    if base.is_absolute() and base.suffix == ".safetensors":
+    if base.is_absolute() and _ELSEWHERE.fullmatch(base.name):
         return file_inside(base.parent, base.name)
     return file_inside(folder, name)
 
