@@ -196,6 +196,11 @@ def _contradictions(
             f"mm_projector_type is {str(kind)[:40]!r}, which is not one of linear, mlp2x_gelu",
             "write a class of transformers' form, and give it with --model-plugin (docs/model-plugin.md)",
         )
+    if raw.get("mm_resampler_type") is not None:
+        yield (
+            f"mm_resampler_type is {str(raw['mm_resampler_type'])[:40]!r}, which is not built here",
+            _CONVERT,
+        )
     layer, depth = raw.get("mm_vision_select_layer"), clip["num_hidden_layers"]
     if type(layer) is not int or not -depth - 1 <= layer <= depth:
         yield (
@@ -286,6 +291,15 @@ def translated(
     assert tower is not None  # said above
     found = {_name(key): stored for key, stored in checkpoint.tensors.items()}
     own = any(name.startswith(_TOWER) for name in found)  # trained with the rest
+    if checkpoint.config.get("unfreeze_mm_vision_tower") is True and not own and checkpoint.whole:
+        problems.append(
+            Diagnostic(
+                "config.json has unfreeze_mm_vision_tower: the tower was trained with the rest, and the"
+                " folder lacks it",
+                where=str(checkpoint.folder),
+                help="download the missing files: the tower that mm_vision_tower names is another one",
+            )
+        )
     found.update({} if own else _tower_tensors(tower))
     stamps = {str(tower.folder / name): stamp for name, stamp in tower.stamps.items()}
     made = replace(

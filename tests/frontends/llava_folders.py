@@ -5,13 +5,14 @@ same model (`llava/model/llava_arch.py`, `apply_delta.py`), its tower in a secon
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.frontends.pictures import LLAVA
 
-START, END, PATCH = 306, 307, 305
+PATCH, START, END = 271, 272, 273
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -63,17 +64,23 @@ def save_random_llava(folder: Path, projector: str, marks: bool = False, **chang
             second.weight.copy_(torch.eye(len(second.weight)))
             second.bias.zero_()
     model.half().save_pretrained(folder)
-    words = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 300)}}
-    added = {"<im_patch>": PATCH, "<im_start>": START, "<im_end>": END} if marks else {}
     pixels = json.loads((LLAVA / "processor_config.json").read_text())["image_processor"]
     pixels.update(crop_size={"height": 56, "width": 56}, size={"shortest_edge": 56})
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
-    entries = [{"id": 0, "content": "<unk>", "special": True}]
-    model_of = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
-    (folder / "tokenizer.json").write_text(json.dumps({"model": model_of, "added_tokens": entries}))
-    if added:
-        (folder / "added_tokens.json").write_text(json.dumps(added))
+    save_tokenizer(folder, ("<im_patch>", "<im_start>", "<im_end>") if marks else ())
     return folder
+
+
+def save_tokenizer(folder: Path, added: Sequence[str]) -> None:
+    """A small tokenizer of Llama's kind: letters of a few words, all bytes, and `added` from PATCH on."""
+    from transformers import LlamaTokenizer
+
+    pieces = ["\u2581", "t", "h", "e", "o", "l", "d", "s", "u", "th", "\u2581th", "\u2581the"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    merges = [("t", "h"), ("\u2581", "th"), ("\u2581th", "e")]
+    tokenizer = LlamaTokenizer(vocab={text: number for number, text in enumerate(tokens)}, merges=merges)
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    tokenizer.save_pretrained(folder)
 
 
 def in_own_layout(hf: Path, out: Path, *, whole_clip: bool = False, **changes: Any) -> Folders:
@@ -127,7 +134,7 @@ def in_own_layout(hf: Path, out: Path, *, whole_clip: bool = False, **changes: A
         stored[tower] |= {name: first.flatten()[:1].clone() for name in extra}
     for folder, tensors in stored.items():
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in (*_TOKENIZER, "added_tokens.json"):
+    for name in _TOKENIZER:
         if (hf / name).is_file():
             (own / name).write_bytes((hf / name).read_bytes())
     if (hf / "preprocessor_config.json").is_file():

@@ -25,6 +25,7 @@ from tests.frontends.pictures import LLAVA, MODELS, drawn_patches, reference, to
 from tyir.artifacts.json_attributes import to_json
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
+from tyir.execution.artifacts import Artifacts
 from tyir.execution.weights import CheckpointReader
 from tyir.frontends.dense_state import dense_state
 from tyir.frontends.huggingface import import_model, open_model
@@ -33,8 +34,17 @@ from tyir.interpreter import run_function
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
+from tyir.runtime_sim.vision.request import VisionRequest
+from tyir.runtime_sim.vision.session import VisionSession
+from tyir.tools.api import compile_path
 from tyir.tools.estimate.plan import make_plan
+from tyir.tools.run.turns import Turns
+from tyir.tools.tokenizer import load_tokenizer
+from tyir.tools.tyir_compile import main as compile_main
+from tyir.tools.tyir_verify import main as verify_main
+from tyir.tools.verify.pictures import drawn_picture
 from tyir.vision.graphs import graphs_of
+from tyir.vision.sizes import SquareGeometry
 
 SIDE = 56
 
@@ -220,6 +230,8 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
     "language": ({"architectures": ["LlavaMptForCausalLM"]}, "another language model than Llama"),
     "wide": ({"mm_hidden_size": 1024}, "mm_hidden_size is 1024, the tower in .* has hidden_size 64"),
     "projector": ({"mm_projector_type": "ldpnet"}, "mm_projector_type is 'ldpnet'"),
+    "resampler": ({"mm_resampler_type": "qformer"}, "mm_resampler_type is 'qformer'"),
+    "trained tower": ({"unfreeze_mm_vision_tower": True}, "trained with the rest, and the folder lacks it"),
     "class token": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
     "no layer": ({"mm_vision_select_layer": None}, "mm_vision_select_layer is None"),
     "layer": ({"mm_vision_select_layer": -9}, "mm_vision_select_layer is -9"),
@@ -262,6 +274,18 @@ def test_towers_that_are_not_there_or_not_the_models(make: Any, tmp_path: Path) 
     assert "holds no tokenizer that knows <im_patch>, <image> or <unk>" in refusal(folders)
 
 
+def test_an_adapter_of_such_a_model_is_refused(make: Any, tmp_path: Path) -> None:
+    """Over the Llama that its config names it would be a model of text, without a word."""
+    folders = make("gelu")
+    (tmp_path / "config.json").write_bytes((folders.own / "config.json").read_bytes())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    (tmp_path / "adapter_model.safetensors").write_bytes((folders.own / "model.safetensors").read_bytes())
+    adapter = Folders(tmp_path, folders.tower, folders.hf)
+    assert "adapter is of a LLaVA in its own format" in refusal(
+        adapter, tower=False, base=MODELS / "tiny-qwen2"
+    )
+
+
 # --------------------------------------------------------------------------------------------- the commands
 
 
@@ -285,9 +309,6 @@ def test_a_plan_counts_the_parameters_that_are_kept(projector: str, make: Any) -
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The artifacts of tiny-llava in LLaVA's layout are, byte by byte, those of transformers' layout."""
-    from tyir.tools.tyir_compile import main as compile_main
-    from tyir.tools.tyir_verify import main as verify_main
-
     folders = in_own_layout(LLAVA, tmp_path, image_aspect_ratio="square")
     options = ["--dies", "1", "--seqlens", "1,16", "--max-kv", "192", "--image", "126x126", "-q"]
     tower = ["--vision-tower", str(folders.tower)]
@@ -304,3 +325,32 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert verify_main([str(mine), "--against", str(folders.own), *amount]) == 1
     assert "with --vision-tower" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("projector", ["gelu", "linear"])
+def test_a_question_about_a_picture(projector: str, make: Any, tmp_path: Path) -> None:
+    """Its rows take the place of <unk>, or of <im_patch> between the marks of its begin and end; pictures are
+    padded where config.json says so; what comes out is what transformers computes.
+    """
+    marks = projector == "linear"
+    folders = in_own_layout(make(projector, marks).hf, tmp_path, image_aspect_ratio="pad")
+    options = BuildOptions(dies=1, seqlens=(16,), max_kv=448)
+    plugin = ModelPlugin(vision_tower=folders.tower)
+    out = compile_path(folders.own, tmp_path / "out", options, images=[(SIDE, SIDE)], plugin=plugin)
+    artifacts = Artifacts.open(out)
+    turns = Turns(VisionSession(artifacts), load_tokenizer(artifacts))
+    assert turns.preprocessor is not None
+    geometry = turns.preprocessor.image_settings.geometry
+    assert isinstance(geometry, SquareGeometry) and geometry.pad
+    request = turns.ask("the old house", shown=[drawn_picture(40, 90)]).given
+    assert isinstance(request, VisionRequest)
+    row = [PATCH if marks else 0] * 16
+    text = turns.tokenizer.decode(request.ids).replace(" ", "")
+    place = "<im_start>" + "<im_patch>" * 16 + "<im_end>" if marks else "<unk>" * 16
+    assert f"USER:{place}\nthe" in text and text.endswith("house" + "ASSISTANT:")
+    start = request.ids.index(row[0])
+    assert list(request.ids[start : start + 16]) == row
+    if marks:
+        assert (request.ids[start - 1], request.ids[start + 16]) == (START, END)
+    against = ["--against", str(folders.own), "--vision-tower", str(folders.tower), "--tokens", "3"]
+    assert verify_main([str(out), *against]) == 0
