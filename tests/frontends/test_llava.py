@@ -41,6 +41,7 @@ from tyir.tools.estimate.plan import make_plan
 from tyir.tools.run.turns import Turns
 from tyir.tools.tokenizer import load_tokenizer
 from tyir.tools.tyir_compile import main as compile_main
+from tyir.tools.tyir_import import main as import_main
 from tyir.tools.tyir_verify import main as verify_main
 from tyir.tools.verify.pictures import drawn_picture
 from tyir.vision.graphs import graphs_of
@@ -320,6 +321,12 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name in names:
         if name.name not in said:
             assert (mine / name).read_bytes() == (theirs / name).read_bytes(), name
+    file = str(tmp_path / "llava.ir")
+    assert import_main([str(folders.own), "-o", file, "--image", "126x126", *tower]) == 0
+    assert compile_main([file, "-o", str(tmp_path / "c"), *options[:-3], "-q"]) == 0
+    for name in {f.relative_to(mine) for f in mine.rglob("*") if f.is_file()}:
+        assert (tmp_path / "c" / "1die" / name).read_bytes() == (mine / name).read_bytes(), name
+    assert compile_main([file, "-o", str(tmp_path / "c"), *options[:-3], *tower]) == 1
     amount = ["--prompts", "1", "--tokens", "4"]
     assert verify_main([str(mine), "--against", str(folders.own), *tower, *amount]) == 0
     capsys.readouterr()
