@@ -191,7 +191,8 @@ def _contradictions(
             f"mm_hidden_size is {wide}, the tower in {tower} has hidden_size {clip['hidden_size']}",
             f"give the folder of {str(raw.get('mm_vision_tower'))[:100]} with --vision-tower",
         )
-    if (kind := raw.get("mm_projector_type")) not in _PROJECTORS:
+    kind = raw.get("mm_projector_type")
+    if kind is not None and (not isinstance(kind, str) or kind not in _PROJECTORS):
         yield (
             f"mm_projector_type is {str(kind)[:40]!r}, which is not one of linear, mlp2x_gelu",
             "write a class of transformers' form, and give it with --model-plugin (docs/model-plugin.md)",
@@ -226,16 +227,18 @@ def _tokens(folder: Path) -> dict[str, int]:
         return read_json_object(folder / name, "restore the file") if (folder / name).is_file() else {}
 
     whole, settings = read("tokenizer.json"), read("tokenizer_config.json")
-    model = whole.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    found: dict[str, int] = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    if not whole and (folder / "tokenizer.model").is_file():
-        found["<unk>"] = 0  # of Llama's
-    for entry in whole.get("added_tokens", ()):
-        found[entry["content"]] = entry["id"]
-    for number, entry in settings.get("added_tokens_decoder", {}).items():
-        found[entry["content"]] = int(number)
-    return found | read("added_tokens.json")
+    model, entries = whole.get("model"), whole.get("added_tokens")
+    decoder = settings.get("added_tokens_decoder")
+    pairs: list[tuple[Any, Any]] = [("<unk>", 0)] if (folder / "tokenizer.model").is_file() else []  # Llama's
+    if isinstance(model, dict) and isinstance(model.get("vocab"), dict):
+        pairs = list(model["vocab"].items())
+    for entry in entries if isinstance(entries, list) else ():
+        pairs += [(entry.get("content"), entry.get("id"))] if isinstance(entry, dict) else []
+    for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict) and number.isdecimal():
+            pairs.append((entry.get("content"), int(number)))
+    pairs += read("added_tokens.json").items()
+    return {text: number for text, number in pairs if isinstance(text, str) and type(number) is int}
 
 
 def _marks(raw: Mapping[str, Any], folder: Path, tokens: Mapping[str, int]) -> dict[str, int]:

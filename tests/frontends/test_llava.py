@@ -231,6 +231,7 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
     "language": ({"architectures": ["LlavaMptForCausalLM"]}, "another language model than Llama"),
     "wide": ({"mm_hidden_size": 1024}, "mm_hidden_size is 1024, the tower in .* has hidden_size 64"),
     "projector": ({"mm_projector_type": "ldpnet"}, "mm_projector_type is 'ldpnet'"),
+    "no name": ({"mm_projector_type": ["linear"]}, r"mm_projector_type is \"\['linear'\]\""),
     "resampler": ({"mm_resampler_type": "qformer"}, "mm_resampler_type is 'qformer'"),
     "trained tower": ({"unfreeze_mm_vision_tower": True}, "trained with the rest, and the folder lacks it"),
     "class token": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
