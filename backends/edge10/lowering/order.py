@@ -4,14 +4,18 @@ over when the attention begins.
 q = linear(x); k = linear(x); v = linear(x); q = rope(q); k = rope(k); append(k); append(v); attention(q, ...)
 -->
 k = linear(x); v = linear(x); k = rope(k); append(k); append(v); q = linear(x); q = rope(q); attention(q, ...)
+
+A vision tower's that are gathered from all dies likewise: queries are computed while they are on their way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from tyir.dialects.dist import AllGather
 from tyir.dialects.func import Func
 from tyir.dialects.kv import CachedAttention
+from tyir.dialects.ty import Attention
 from tyir.ir import Op, Value
 
 __all__ = ["keys_first", "makers"]
@@ -20,15 +24,21 @@ __all__ = ["keys_first", "makers"]
 def keys_first(function: Func) -> Func:
     """A copy of a layer function, in that order."""
     copy = function.clone()
-    for attention in [op for op in copy.body if isinstance(op, CachedAttention)]:
-        wanted = makers([v for v in attention.operands if v not in attention.queries])
-        own = [op for op in makers(attention.queries) if op not in wanted]
+    for attention in [op for op in copy.body if isinstance(op, CachedAttention) or _gathers(op)]:
+        queries = attention.queries if isinstance(attention, CachedAttention) else attention.operands[:1]
+        wanted = makers([v for v in attention.operands if v not in queries])
+        own = [op for op in makers(queries) if op not in wanted]
         first = next((op for op in copy.body if op in own), None)
         if first is None:
             continue
         for op in [op for op in copy.body if op in wanted and _follows(op, first)]:
             op.detach().insert_before(first)
     return copy
+
+
+def _gathers(op: Op) -> bool:
+    """Whether it is an attention whose keys come from all dies."""
+    return isinstance(op, Attention) and isinstance(op.k.op, AllGather)
 
 
 def makers(values: Collection[Value]) -> set[Op]:
