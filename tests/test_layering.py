@@ -75,7 +75,8 @@ LATE: dict[str, tuple[str, ...]] = {
 SPECIAL: dict[str, tuple[str, ...]] = {
     "pytest": ("tools/testing/",),
     "filecheck": ("tools/testing/",),
-    "jinja2": ("tools/run/turn_ends.py",),  # reads chat templates; where it is missing, no chat works
+    # chat templates; where it is missing, no chat works
+    "jinja2": ("tools/run/turn_ends.py", "tools/run/rendering.py"),
     "onnxruntime_genai": ("tools/bench/",),
     "llama_cpp": ("tools/bench/",),
     "openvino": ("tools/bench/",),

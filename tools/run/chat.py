@@ -128,14 +128,14 @@ class Chat:
         forms = (plain, messages) if self.marks is None else (messages, plain)
         for given in forms if not self.media else (messages,):
             try:
-                text = self.tokenizer.apply_chat_template(
-                    list(given), chat_template=self.template, tokenize=False, add_generation_prompt=True
-                )
+                from tyir.tools.run.rendering import render  # jinja2 is there where transformers is
+
+                text = render(self.template, given, self.tokenizer.special_tokens_map)
             except Exception as error:  # a template is a program of the folder's: it raises what it likes
                 reasons.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
             else:
                 if _text_of(messages[-1]["content"]) in text:
-                    return str(text)
+                    return text
                 reasons.append("it leaves the question out")
         raise TyirError(
             f"the chat template cannot be applied: {reasons[0]}",

@@ -45,6 +45,7 @@ __all__ = ["Answer", "AsyncEngine", "Delta", "Messages", "Params", "Prompt"]
 Messages = Sequence[Mapping[str, Any]]
 Prompt = Sequence[int] | VisionRequest  # as it is computed
 _SAMPLING_FILE: Final = "generation_config.json"
+_ENDINGS: Final = ("add_generation_prompt", "continue_final_message")
 
 
 @dataclass(frozen=True)
@@ -327,17 +328,16 @@ class AsyncEngine:
         return self._template or chat_template(self.artifacts, self.tokenizer, self._marks)
 
     def chat_text(self, messages: Messages, **options: Any) -> str:
-        """A chat as one text, by the artifacts' template (`options` go to it, as `tools`); `TyirError` when
-        there is none, or it cannot be applied.
+        """A chat as one text, by the artifacts' template (`options`: `add_generation_prompt`,
+        `continue_final_message`; all others go to it, as `tools`); `TyirError` when there is none, or it
+        cannot be applied.
         """
         template = self.template
-        settings = {"add_generation_prompt": True, **options}
+        ending = {k: options.pop(k) for k in _ENDINGS if k in options}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], chat_template=template, tokenize=False, **settings
-                )
-            )
+            from tyir.tools.run.rendering import render  # jinja2 is there where transformers is
+
+            return render(template, messages, {**self.tokenizer.special_tokens_map, **options}, **ending)
         except Exception as error:  # a template is a program of the folder's: it raises what it likes
             line = (str(error).splitlines() or [""])[0][:200]
             raise TyirError(
