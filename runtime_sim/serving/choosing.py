@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,11 @@ import numpy.typing as npt
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
 
-__all__ = ["Chooser", "Constraint", "Sampling", "log_probabilities"]
+__all__ = ["PENALTIES", "Chooser", "Constraint", "Sampling", "log_probabilities"]
 
 Logits = npt.NDArray[np.float32]
 _LARGEST_SEED = 1 << 64
+PENALTIES: Final = (1e-30, 1e30)  # within these, what is made of fp16's logits is finite
 
 
 class Constraint(Protocol):
@@ -66,8 +67,8 @@ class Sampling:
                 (
                     "repetition_penalty",
                     self.repetition_penalty,
-                    0 < self.repetition_penalty < math.inf,
-                    "above 0",
+                    PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1],
+                    "from {:g} to {:g}".format(*PENALTIES),
                 ),
                 ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 2, "from -2 to 2"),
                 (

@@ -236,6 +236,9 @@ HOSTILE: list[tuple[str, Any]] = [
     ("top_k", {"top_k": -2}),
     ("min_p", {"min_p": -0.1}),
     ("repetition_penalty", {"repetition_penalty": 0}),
+    ("repetition_penalty", {"repetition_penalty": 1e-320}),
+    ("repetition_penalty", {"repetition_penalty": 1e-31}),
+    ("repetition_penalty", {"repetition_penalty": 1e308}),
     ("presence_penalty", {"presence_penalty": 3}),
     ("n", {"n": 100000}),
     ("n", {"n": 0}),
@@ -314,6 +317,11 @@ def test_what_is_refused_and_how(served: Served) -> None:
     assert served.ask("POST", "/v1/chat/completions", {**good, "tools": [], "max_tokens": 1})[0] == 200
     assert served.counts()["vllm:request_success_total stop"] == before
     served.post("/v1/completions", prompt=PROMPT, max_tokens=1)
+
+
+def test_numbers_at_the_ends_of_their_ranges_are_answered(served: Served) -> None:
+    for more in ({"repetition_penalty": 1e-30}, {"repetition_penalty": 1e30}, {"temperature": 5e-324}):
+        served.post("/v1/completions", prompt=PROMPT, max_tokens=3, **more)
 
 
 def test_who_leaves_frees_the_slot(served: Served) -> None:

@@ -132,6 +132,8 @@ def test_what_is_refused(artifacts: Artifacts, tmp_path: Path, capsys: pytest.Ca
             ["--num-prompts", "0", "--request-rate", "-1"],
             "--num-prompts 0, --request-rate -1 must be positive",
         ),
+        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--sweep", "seed=0,-1"], "--seed -1 must be 0 or more"),
         (["--input-len", "128", "--output-len", "64"], "do not fit the cache of 128 tokens"),
         (["--goodput", "speed:3"], "is none of ttft:MS, tpot:MS, e2el:MS"),
         (["--trace", str(tmp_path / "none.jsonl")], "cannot read"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from tyir.diagnostics import TyirError
-from tyir.runtime_sim.serving.choosing import Sampling
+from tyir.runtime_sim.serving.choosing import PENALTIES, Sampling
 from tyir.runtime_sim.vision.pictures import Picture
 from tyir.tools.run.prompts import token_ids
 from tyir.tools.serve.async_engine import AsyncEngine, Params
@@ -96,7 +96,10 @@ def _sampling(fields: SamplingFields, engine: AsyncEngine) -> Sampling:
         "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
         "top_k": (lambda v: v >= -1, "-1 or more (0 and -1: all)"),
         "min_p": (lambda v: 0 <= v <= 1, "in [0, 1]"),
-        "repetition_penalty": (lambda v: v > 0, "greater than zero"),
+        "repetition_penalty": (
+            lambda v: PENALTIES[0] <= v <= PENALTIES[1],
+            "from {:g} to {:g}".format(*PENALTIES),
+        ),
         "presence_penalty": (lambda v: -2 <= v <= 2, "in [-2, 2]"),
         "frequency_penalty": (lambda v: -2 <= v <= 2, "in [-2, 2]"),
     }

@@ -53,7 +53,9 @@ class Asked:
     slos: Mapping[str, float]
 
     def check(self) -> None:
-        """`TyirError` for numbers that are not positive."""
+        """`TyirError` for numbers that are not positive, and for a seed that generators do not take."""
+        if self.seed < 0:
+            raise TyirError(f"--seed {self.seed} must be 0 or more", help="the default is --seed 0")
         bad = [
             f"--{name.replace('_', '-')} {value:g}"
             for name in ("num_prompts", "input_len", "output_len", "request_rate", "max_concurrency")
