@@ -242,6 +242,9 @@ HOSTILE: list[tuple[str, Any]] = [
     ("presence_penalty", {"presence_penalty": 3}),
     ("n", {"n": 100000}),
     ("n", {"n": 0}),
+    ("best_of", {"best_of": 2}),
+    ("best_of", {"n": 2, "best_of": 1}),
+    ("top_logprobs", {"top_logprobs": 2}),
     ("seed", {"seed": 2**63}),
     ("stop", {"stop": [""]}),
     ("stop", {"stop": ["a"] * 3000}),
@@ -322,6 +325,43 @@ def test_what_is_refused_and_how(served: Served) -> None:
 def test_numbers_at_the_ends_of_their_ranges_are_answered(served: Served) -> None:
     for more in ({"repetition_penalty": 1e-30}, {"repetition_penalty": 1e30}, {"temperature": 5e-324}):
         served.post("/v1/completions", prompt=PROMPT, max_tokens=3, **more)
+
+
+def test_what_a_request_tells_the_template(four: Path) -> None:
+    """Qwen3's switch, by /tokenize and in chats; what the request says elsewhere is not told twice."""
+    template = "{{ messages[0].content }}{% if enable_thinking is false %}no thoughts{% endif %}{{ more }}"
+    messages = [{"role": "user", "content": PROMPT}]
+    with serving(four, template=template) as served:
+        known: Any = served.engine.tokenizer
+        for given, text in (
+            (None, PROMPT),
+            ({}, PROMPT),
+            ({"enable_thinking": True}, PROMPT),
+            ({"enable_thinking": False}, f"{PROMPT}no thoughts"),
+            ({"more": " of", "self": 1, "a": {"b": [1, None]}}, f"{PROMPT} of"),
+        ):
+            body = {"messages": messages, "chat_template_kwargs": given}
+            ids = known(text, add_special_tokens=False)["input_ids"]
+            assert served.post("/tokenize", **body)["tokens"] == ids
+            usage = served.post("/v1/chat/completions", **body, best_of=1, max_tokens=1)["usage"]
+            assert usage["prompt_tokens"] == len(ids)
+        for name in ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"):
+            body = {"messages": messages, "chat_template_kwargs": {"enable_thinking": True, name: []}}
+            for path in ("/v1/chat/completions", "/tokenize"):
+                status, content = served.ask("POST", path, body)
+                assert (status, content["error"]["param"]) == (400, "chat_template_kwargs"), content
+                assert name in content["error"]["message"]
+
+
+def test_a_template_without_an_end_is_refused(four: Path) -> None:
+    with serving(four, template="{{ 'x' * n }}{{ messages[0].content }}") as served:
+        for n, wanted in ((1, 200), (10**10, 400)):
+            body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1}
+            status, content = served.ask(
+                "POST", "/v1/chat/completions", {**body, "chat_template_kwargs": {"n": n}}
+            )
+            assert status == wanted, content
+        assert "a value of more than" in content["error"]["message"]
 
 
 def test_who_leaves_frees_the_slot(served: Served) -> None:

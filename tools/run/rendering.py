@@ -85,7 +85,7 @@ def render(
     _state.used = used = _Used()
     try:
         text = _compiled(template).render(
-            **{
+            {
                 "tools": None,
                 "documents": None,
                 **_plain(variables),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,12 +18,19 @@ from tyir.tools.serve.pictures import MOST_PICTURES
 from tyir.tools.serve.structured import constraint_of
 from tyir.tools.serve.tool_calls import Tools
 
-__all__ = ["MOST_LOGPROBS", "MOST_MESSAGES", "limit_of", "messages_of", "params_of"]
+__all__ = ["MOST_LOGPROBS", "MOST_MESSAGES", "limit_of", "messages_of", "params_of", "template_options"]
 
 MOST_LOGPROBS: Final = 20
 MOST_MESSAGES: Final = 1024
 _MOST_STOPS: Final = 4
 _MOST_NAMED: Final = 1024  # tokens or words in a list
+# What `chat_template_kwargs` may not replace.
+_SAID_ELSEWHERE: Final = frozenset(
+    (
+        *("messages", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message"),
+    )
+)
 _SEED: Final = 1 << 63
 
 
@@ -39,6 +46,8 @@ def params_of(
     least = fields.min_tokens or 0
     wrong = [
         ("n", not 1 <= n <= most_answers, f"n must be from 1 to {most_answers}, got {n}."),
+        ("best_of", fields.best_of not in (None, n),
+         f"best_of must be n, which is {n}: answers are not compared, got {fields.best_of}."),
         ("stop", len(stops) > _MOST_STOPS, f"stop may hold {_MOST_STOPS} strings, got {len(stops)}."),
         ("stop", not all(stops), "stop cannot contain an empty string."),
         ("min_tokens", least < 0, f"min_tokens must be greater than or equal to 0, got {least}."),
@@ -120,6 +129,17 @@ def _sampling(fields: SamplingFields, engine: AsyncEngine) -> Sampling:
     except TyirError as error:
         raise refusal(error) from None
     return sampling
+
+
+def template_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a request tells the chat template (`chat_template_kwargs`), as Qwen3's `enable_thinking`;
+    `RequestError` for what the request says elsewhere.
+    """
+    param = "chat_template_kwargs"
+    if said := [name for name in given or {} if name in _SAID_ELSEWHERE]:
+        where = "is a field of the request" if said[0] != "tokenize" else "is not the template's"
+        raise RequestError(400, f"{param} may not hold {said[0]}, which {where}.", param)
+    return dict(given or {})
 
 
 def limit_of(asked: int | None, default: int | None, prompt: int, engine: AsyncEngine, param: str) -> int:

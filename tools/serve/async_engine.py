@@ -327,7 +327,7 @@ class AsyncEngine:
         """The chat template; `TyirError` when there is none."""
         return self._template or chat_template(self.artifacts, self.tokenizer, self._marks)
 
-    def chat_text(self, messages: Messages, **options: Any) -> str:
+    def chat_text(self, messages: Messages, /, **options: Any) -> str:
         """A chat as one text, by the artifacts' template (`options`: `add_generation_prompt`,
         `continue_final_message`; all others go to it, as `tools`); `TyirError` when there is none, or it
         cannot be applied.

@@ -17,7 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.generation import Finish, Scored
 from tyir.runtime_sim.vision.pictures import Picture
 from tyir.runtime_sim.vision.request import VisionRequest
-from tyir.tools.serve.asked import MOST_LOGPROBS, limit_of, messages_of, params_of
+from tyir.tools.serve.asked import MOST_LOGPROBS, limit_of, messages_of, params_of, template_options
 from tyir.tools.serve.async_engine import Answer, AsyncEngine, Delta, Params, Prompt
 from tyir.tools.serve.errors import RequestError, error_body, refusal
 from tyir.tools.serve.fields import ChatFields, CompletionFields, SamplingFields, TokenizeFields
@@ -159,6 +159,10 @@ class Completions:
             raise RequestError(
                 400, f"logprobs must be from 0 to {MOST_LOGPROBS}, got {logprobs}.", "logprobs"
             )
+        if fields.top_logprobs is not None:
+            raise RequestError(
+                400, "top_logprobs is of chats: logprobs says how many tokens to give here", "top_logprobs"
+            )
         if fields.max_tokens == 0 and not fields.echo:
             raise RequestError(400, "max_tokens must be at least 1, got 0.", "max_tokens")
         longest = max(map(len, prompts))
@@ -187,11 +191,11 @@ class Completions:
                 400, f"top_logprobs must be from 0 to {MOST_LOGPROBS}, got {top}.", "top_logprobs"
             )
         messages, pictures = messages_of(fields.messages, self.engine)
-        options: dict[str, Any] = {}
+        options = template_options(fields.chat_template_kwargs)
         if fields.continue_final_message:
-            options = {"continue_final_message": True, "add_generation_prompt": False}
+            options |= {"continue_final_message": True, "add_generation_prompt": False}
         elif fields.add_generation_prompt is not None:
-            options = {"add_generation_prompt": fields.add_generation_prompt}
+            options["add_generation_prompt"] = fields.add_generation_prompt
         if tools is not None:
             self.check_tools()
             options["tools"] = tools.offered
@@ -240,7 +244,10 @@ class Completions:
             return self._tokenized(fields.prompt or "", special)
         given = fields.add_generation_prompt
         messages, pictures = messages_of(fields.messages, self.engine)
-        text = self.chat_text(messages, {} if given is None else {"add_generation_prompt": given})
+        options = template_options(fields.chat_template_kwargs)
+        text = self.chat_text(
+            messages, options if given is None else {**options, "add_generation_prompt": given}
+        )
         return [*_ids_of(self.seen(text, pictures, "messages"))] if pictures else self._tokenized(text, False)
 
     def _tokenized(self, text: str, special: bool) -> list[int]:

@@ -49,6 +49,7 @@ class SamplingFields(Fields):
 
     model: StrictStr | None = None
     n: Count | None = None
+    best_of: Count | None = None
     stream: Bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
@@ -82,6 +83,7 @@ class CompletionFields(SamplingFields):
     prompt: StrictStr | list[StrictStr] | Ids | list[Ids]
     echo: Bool | None = None
     logprobs: Count | None = None
+    top_logprobs: Count | None = None  # of chats, refused here
     suffix: StrictStr | None = None
 
 
@@ -105,6 +107,7 @@ class ChatFields(SamplingFields):
     tool_choice: StrictStr | dict[str, Any] | None = None
     parallel_tool_calls: Bool | None = None
     chat_template: StrictStr | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: Bool | None = None
     continue_final_message: Bool | None = None
 
@@ -115,6 +118,7 @@ class TokenizeFields(Fields):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: list[Message] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: Bool | None = None
     add_generation_prompt: Bool | None = None
     return_token_strs: Bool | None = None
