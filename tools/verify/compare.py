@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from tyir.frontends.plugin import ModelPlugin
 
 _SMALL: Final = 50_000_000  # parameters
+_FLAT: Final = 1e-5  # what logits of one position differ by that are the same, in their size
 
 __all__ = [
     "PROMPTS",
@@ -99,6 +100,14 @@ def size_ratio(a: Array, b: Array) -> float:
 def cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
     """Cosine row by row."""
     return np.array([cosine(x, y) for x, y in zip(a, b)])
+
+
+def _is_flat(logits: Array) -> bool:
+    """Whether logits [N, V] are the same for all tokens, but for rounding, at each position: a cosine of such
+    rows is 1 whatever the model is.
+    """
+    spread = logits.max(axis=1) - logits.min(axis=1)
+    return bool((spread <= _FLAT * np.abs(logits).max(axis=1)).all())
 
 
 # ---------------------------------------------------------------------------------------------- the reference
@@ -402,6 +411,12 @@ def check_prompt(
         )
     tokens = [*ids, *reference.continue_greedily(ids, count)]
     logits, wanted_states = reference.run(tokens)
+    if _is_flat(logits):
+        raise TyirError(
+            "the model that is compared with gives every token the same logit at every position: nothing was"
+            " compared",
+            help="restore its weights, of the last norm and of the output layer above all",
+        )
     step(count)
     session.reset()
     begin()
