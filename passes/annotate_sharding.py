@@ -85,14 +85,16 @@ def check_stages(dies: int, stages: int) -> None:
         )
 
 
-def check_remap(devices: tuple[int, ...], dies: int) -> None:
-    """`TyirError` unless `devices` are as many different physical dies."""
+def check_remap(devices: tuple[int, ...], dies: int, said: str = "remap=") -> None:
+    """`TyirError` unless `devices` are as many different physical dies; `said`: what gives them, in the
+    user's words.
+    """
     if len(set(devices)) != dies or len(devices) != dies or min(devices) < 0:
         known = list(dict.fromkeys(d for d in devices if d >= 0))[:dies]
         filled = [*known, *(d for d in range(MAX_DIES + dies) if d not in known)][:dies]
         raise TyirError(
-            f"remap={','.join(map(str, devices))} must name {dies} different dies, the main one first",
-            help=f"use remap={','.join(map(str, filled))}",
+            f"{said}{','.join(map(str, devices))} must name {dies} different dies, the main one first",
+            help=f"use {said}{','.join(map(str, filled))}",
         )
 
 

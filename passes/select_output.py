@@ -39,7 +39,7 @@ def parse_output(text: str) -> int:
     if kind == "topk" and equals and count.isdecimal() and len(count) <= _MOST_DIGITS and int(count) >= 1:
         return int(count)
     raise TyirError(
-        f"output '{text}' is none of logits, argmax and topk=K with K >= 1",
+        f"--output '{text}' is none of logits, argmax and topk=K with K >= 1",
         help="use topk=1"
         if kind == "topk" and equals
         else "use topk=8"

@@ -175,7 +175,10 @@ def compile_path(
     if vision_exponent is not None:
         check_exponent(vision_exponent)
     if vision_dies is not None or vision_die_map:
-        check_dies(len(vision_die_map) if vision_dies is None else vision_dies)
+        count = len(vision_die_map) if vision_dies is None else vision_dies
+        check_dies(count)
+        if vision_die_map:
+            _check_map("--vision-die-map", vision_die_map, count)
     if images and model.suffix == ".ir":
         raise TyirError(
             "--image is for checkpoint folders; a module has been imported already",
@@ -253,6 +256,9 @@ def compile_path(
     options = _with_group_size(options, module)
     wanted = settled(options, module)
     check_options(wanted)
+    _check_choices(module, wanted)
+    if host_activations != "fp32" and not _has_quantized(module, wanted):
+        warn_and_note(f"--host-activations {host_activations} is not used: no weights have 4 bits")
     _warn_about_positions(module, wanted, warn_and_note)
     accepted = inspect.signature(chosen.CompileContext).parameters
     context = chosen.CompileContext(
@@ -460,6 +466,8 @@ def check_options(options: BuildOptions) -> None:
 
     check_dies(options.dies)
     check_stages(options.dies, options.pp)
+    if options.die_map:
+        _check_map("--die-map", options.die_map, options.dies)
     check_mesh(options.mesh, options.dies // options.pp)
     if options.max_kv < 1:
         raise TyirError(
@@ -476,6 +484,39 @@ def check_options(options: BuildOptions) -> None:
     if options.kv_layout not in LAYOUTS:
         raise TyirError(f"a cache laid out as '{options.kv_layout}': one of {', '.join(LAYOUTS)}")
     parse_output(options.output)
+
+
+def _check_map(option: str, devices: tuple[int, ...], dies: int) -> None:
+    """`TyirError` unless an option names as many different dies of a board."""
+    from tyir.passes.annotate_sharding import MAX_DIES, check_remap
+
+    check_remap(devices, dies, f"{option} ")
+    if (last := max(devices)) >= MAX_DIES:
+        raise TyirError(
+            f"{option} {','.join(map(str, devices))}: no board has a die {last}, but 0 to {MAX_DIES - 1}",
+            help=f"use {option} {','.join(map(str, range(dies)))}",
+        )
+
+
+def _check_choices(module: Module, options: BuildOptions) -> None:
+    """`TyirError` for more of the best tokens than there are."""
+    from tyir.attributes import DictAttr, IntegerAttr
+    from tyir.passes.select_output import parse_output
+
+    model = module.attributes.get("tyir.model")
+    size = model.get("vocab_size") if isinstance(model, DictAttr) else None
+    if isinstance(size, IntegerAttr) and parse_output(options.output) > size.value:
+        raise TyirError(
+            f"--output {options.output}: the vocabulary has {size.value} tokens",
+            help=f"use --output topk={size.value}, or --output logits",
+        )
+
+
+def _has_quantized(module: Module, options: BuildOptions) -> bool:
+    """Whether a compile has weights of 4 bits: quantises some, or gets them."""
+    from tyir.dialects.ty import QuantizedLinear
+
+    return options.weights in ("int4", "awq") or any(True for _ in module.walk_type(QuantizedLinear))
 
 
 def _warn_about_positions(module: Module, options: BuildOptions, warn: Callable[[str], None]) -> None:

@@ -115,6 +115,14 @@ def _run(
     from tyir.tools.cluster.ray_workers import ray_workers
 
     if args.plan:
+        unused = [
+            f"{name} {value}"
+            for name, value in (("-o", args.out), ("--json-log", args.json_log))
+            if value is not None
+        ]
+        if unused:
+            are = "is" if len(unused) == 1 else "are"
+            warn(f"{', '.join(unused)} {are} not used: --plan writes nothing")
         return print_plan(
             args.model,
             options,

@@ -36,6 +36,25 @@ def test_wrong_options(model: Path, tmp_path: Path, args: list[str], message: st
     assert not done.stdout and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--plan", "-o", "out"], "-o out is not used: --plan writes nothing"),
+        (["--plan", "-o", "out", "--json-log", "log"], "-o out, --json-log log are not used"),
+        (
+            ["-o", "out", "--dies", "1", "--seqlens", "1", "--max-kv", "16", "--host-activations", "int8"],
+            "--host-activations int8 is not used: no weights have 4 bits",
+        ),
+    ],
+)
+def test_an_option_that_nothing_uses_is_warned_of(
+    model: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    done = run("tyir_compile", model, *args, cwd=tmp_path)
+    assert done.returncode == 0 and f"warning: {message}" in done.stderr, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if "--plan" not in args else [])
+
+
 def test_run_continues_a_prompt(artifacts: Artifacts, tmp_path: Path) -> None:
     done = run("tyir_run", artifacts(2, "fp16"), "--prompt", "The old house", "--max-tokens", 8, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

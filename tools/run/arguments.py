@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Final
+
+from tyir.diagnostics import TyirError
 
 __all__ = [
     "add_answer_arguments",
@@ -12,8 +15,11 @@ __all__ = [
     "add_picture_settings",
     "add_threads_argument",
     "any_number",
+    "frames_per_second",
     "whole",
 ]
+
+_FRAMES_PER_SECOND: Final = 2.0  # runtime_sim/vision/preprocessor.py's, which is not loaded for --help
 
 
 def any_number(text: str) -> float:
@@ -29,10 +35,21 @@ def whole(text: str) -> int:
 any_number.__name__, whole.__name__ = "float", "int"  # what argparse calls them in its complaints
 
 
+def frames_per_second(args: argparse.Namespace, *, pictures: bool) -> float:
+    """`--fps`, or what it is without; `TyirError` for settings of pictures where a model takes none."""
+    given = ["--fps"] * (args.fps is not None) + ["--resize"] * args.resize
+    if given and not pictures:
+        raise TyirError(
+            f"{', '.join(given)}: {args.artifacts} is a model of text, which takes no pictures or videos",
+            help=f"leave {' and '.join(given)} out",
+        )
+    return _FRAMES_PER_SECOND if args.fps is None else float(args.fps)
+
+
 def add_picture_settings(group: argparse._ArgumentGroup) -> None:
     """What is done to pictures and videos before a model sees them."""
     group.add_argument(
-        "--fps", type=any_number, default=2.0, help="frames in a second of each video (default 2)"
+        "--fps", type=any_number, help=f"frames in a second of each video (default {_FRAMES_PER_SECOND:g})"
     )
     group.add_argument(
         "--resize",

@@ -16,6 +16,7 @@ from tyir.runtime_sim.session.ending import check_limit
 from tyir.runtime_sim.session.sampling import Sampler, check_sampling, make_sampler
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.cli import note, quiet
+from tyir.tools.run.arguments import frames_per_second
 from tyir.tools.run.end_tokens import end_tokens
 from tyir.tools.run.group_of import end_with, open_with_group
 from tyir.tools.tokenizer import load_tokenizer
@@ -53,6 +54,7 @@ def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
     artifacts, group = open_with_group(args, check=not args.no_check)
     if group is not None:
         end_with(group)
+    args.fps = frames_per_second(args, pictures=artifacts.manifest.vision is not None)
     session = _session_of(artifacts, args.engine, args.threads, group)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts) if text else None
