@@ -63,6 +63,8 @@ def check_target(target: Path, writes: Writes) -> None:
     """
     move = "choose another -o, or move it away"
     try:
+        if os.path.islink(os.path.realpath(target)):
+            raise TyirError(f"{target} is a link to itself", help="remove it, or choose another -o")
         if not target.exists():
             return
         ours = _ours(target)
@@ -132,15 +134,38 @@ def replacing(target: Path, writes: Writes) -> Iterator[Path]:
     refuses and for files that cannot be read or written, by their names.
     """
     real = Path(os.path.realpath(target))
+    with _parents(real.parent):
+        try:
+            real.parent.mkdir(parents=True, exist_ok=True)
+            with _turn(real.parent):
+                _clear_away(real, None)
+                check_target(target, writes)
+        except OSError as error:
+            raise TyirError(
+                f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
+            ) from None
+        with _replacement(real, target, writes) as folder:
+            yield folder
+
+
+@contextmanager
+def _parents(folder: Path) -> Iterator[None]:
+    """Folders above the target that are not there yet are gone again after an exception, if nothing is in
+    them: what an interrupted writer leaves to go on from stays.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        real.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(real.parent):
-            _clear_away(real, None)
-            check_target(target, writes)
-    except OSError as error:
-        raise TyirError(
-            f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
-        ) from None
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _replacement(real: Path, target: Path, writes: Writes) -> Iterator[Path]:
+    """The folder that is written, in a workplace beside `real`, and takes its place at the end."""
     with _workplace(real, target) as place:
         folder = place / _NEW
         try:

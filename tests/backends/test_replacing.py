@@ -68,7 +68,9 @@ def end_of(number: int) -> int:
 
 
 def left(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+    """Nothing of a folder that is not there: what a compile has made for itself is gone when it fails."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p.name for p in entries if p.name.startswith("."))
 
 
 @pytest.fixture(params=["exchange", "renames"])
@@ -319,6 +321,29 @@ def test_what_arrives_while_a_compile_runs_goes_over(tmp_path: Path, way: str) -
         (target / "other.npz").rename(target / "chat.npz")
     assert whose(target) == "new"
     assert (target / "chat.npz").read_text() == "second" and (target / "later.npz").read_text() == "later"
+
+
+@pytest.mark.parametrize("names", [("1die",), ("1die", "other")])
+def test_a_link_to_itself_is_refused_before_the_work(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name, leads_to in zip(names, (*names[1:], names[0])):
+        (tmp_path / name).symlink_to(leads_to)
+    for refused in (lambda: check_target(tmp_path / "1die"), lambda: compiled(tmp_path / "1die", "new")):
+        with pytest.raises(TyirError, match="is a link to itself"):
+            refused()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+
+
+def test_folders_of_a_compile_that_failed_are_gone(tmp_path: Path) -> None:
+    """Those that it has made, if nothing is in them."""
+    (tmp_path / "there").mkdir()
+    for other, gone in (("", "there/a"), ("there/a/b/kept", "there/a/b/1die")):
+        with pytest.raises(ZeroDivisionError), replacing(tmp_path / "there/a/b/1die", _writes()) as folder:
+            if other:
+                (tmp_path / other).write_text("mine")
+            fill(folder, "new")
+            raise ZeroDivisionError
+        assert (tmp_path / "there").is_dir() and not (tmp_path / gone).exists()
+        assert not other or (tmp_path / other).read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def run(tool: str, *args: object, cwd: Path) -> subprocess.CompletedProcess[str]
         (["--dies", "x"], "argument --dies: invalid int value"),
         (["--seqlens", ""], "is an empty list"),
         (["--seqlens", "1,a"], "'a' in '1,a' is not a whole number"),
+        (["--dies", "1", "--seqlens", "1", "--mcpu", "pentium9"], "pentium9"),
         (["--seqlens", "1,2000", "--max-kv", "100"], "2000 is larger than the cache of 100 tokens"),
     ],
 )
