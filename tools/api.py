@@ -429,6 +429,10 @@ def load_module(
         from tyir.frontends.checkpoint import no_checkpoint
 
         raise TyirError(no_checkpoint(model))
+    if ".gguf" in model.name:
+        from tyir.frontends.gguf.files import check_pieces
+
+        check_pieces(model)
     from tyir.parser import parse_file
     from tyir.printer import has_elided_constants
     from tyir.verifier import verify

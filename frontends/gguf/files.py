@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 
 import numpy as np
@@ -35,12 +36,16 @@ from tyir.frontends.weights import Emit, PlainFormat, Weights
 from tyir.ir import Value
 from tyir.types import TensorType, Type, bf16, f16, f32, f64, ui8
 
-__all__ = ["GgufFormat", "gguf_model", "open_gguf", "read_gguf"]
+__all__ = ["GgufFormat", "check_pieces", "gguf_model", "open_gguf", "read_gguf"]
 
 _PLAIN: Final[dict[str, Type]] = {"F32": f32, "F16": f16, "BF16": bf16, "F64": f64}
 _SPLIT: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+# A file that was cut for a hub with a limit: model.gguf.part1of3, model.gguf-split-a, model.gguf.part-aa.
+_PIECE: Final = re.compile(r"(.+\.gguf)[.-](?:part|split)[._-]?[0-9a-z]+", re.IGNORECASE)
 _PART_KEYS: Final = ("split.count", "split.no")
 _TWICE: Final = "lie in the files more than once"
+_OUTSIDE: Final = "lie outside the file: it is incomplete"
+_NOT_BLOCKS: Final = "are not matrices of whole blocks"
 # Types of llama.cpp's past: the quantisers that wrote them are gone, so no release of the package reads them.
 _REMOVED: Final = {
     4: "Q4_2",
@@ -59,8 +64,10 @@ def gguf_model(path: Path) -> tuple[Path, ...]:
     """The files of the GGUF model that `path` is or that lies in folder `path`, in order; none when there is
     none.
 
-    `TyirError` when a folder holds several models, or a part is missing.
+    `TyirError` when a folder holds several models, or a part is missing, and for pieces of a file that are
+    to be joined.
     """
+    check_pieces(path)
     if path.is_dir():
         files = sorted(f for f in path.glob("*.gguf") if not f.name.startswith(_NOT_A_MODEL))
         models = dict.fromkeys(_first_part(f) for f in files)
@@ -90,6 +97,28 @@ def gguf_model(path: Path) -> tuple[Path, ...]:
             help="download them into the same folder",
         )
     return tuple(parts)
+
+
+def check_pieces(path: Path) -> None:
+    """`TyirError` for a piece of a file that was cut anywhere, and for a folder with nothing else: such have
+    no headers of their own, unlike the parts that llama.cpp's gguf-split makes.
+    """
+    folder = path if path.is_dir() else path.parent
+    match = None if path.is_dir() else _PIECE.fullmatch(path.name)
+    if not folder.is_dir() or (match is None and (not path.is_dir() or any(path.glob("*.gguf")))):
+        return
+    found = [(m[1], f.name) for f in folder.iterdir() if (m := _PIECE.fullmatch(f.name)) and f.is_file()]
+    whole = match[1] if match is not None else min((name for name, _ in found), default=None)
+    pieces = [piece for name, piece in found if name == whole]
+    if whole is None or not pieces:
+        return
+    pieces.sort(key=lambda name: [int(d) if d.isdecimal() else d for d in re.split(r"(\d+)", name)])
+    raise TyirError(
+        f"{path.name if match is not None else pieces[0]} is a piece of {whole}, which was cut into"
+        f" {len(pieces)} that are here",
+        where=str(path),
+        help=f"join them: cat {' '.join(map(quote, pieces))} > {quote(whole)}",
+    )
 
 
 def _first_part(path: Path) -> Path:
@@ -164,13 +193,8 @@ def _read(files: Sequence[Path], needs_config: bool) -> tuple[dict[str, Any], di
             else:
                 troubles.setdefault(stored, []).append(tensor.name)
     if troubles:
-        types = ", ".join((*_PLAIN, *GGML_BLOCKS))
-        unread = f"types that are read: {types}; make the file again with llama.cpp's llama-quantize"
         raise TyirError(
-            Diagnostic(
-                f"{len(names)} tensors {what} (first '{names[0]}')",
-                help="download the files again" if what == _TWICE else unread,
-            )
+            Diagnostic(f"{len(names)} tensors {what} (first '{names[0]}')", help=_cure(what))
             for what, names in troubles.items()
         )
     freqs = next((t for r in readers for t in r.tensors if t.name == ROPE_FREQS), None)
@@ -229,6 +253,19 @@ def open_gguf(path: Path) -> Any:
     return reader
 
 
+def _cure(trouble: str) -> str:
+    """What to do about tensors that cannot be read."""
+    if trouble in (_TWICE, _OUTSIDE):
+        return "download the files again"
+    if _NOT_BLOCKS in trouble:
+        return (
+            "only matrices may be quantised, in whole blocks of a row; make the file again with llama.cpp's"
+            " llama-quantize, which leaves other tensors in F32"
+        )
+    types = ", ".join((*_PLAIN, *GGML_BLOCKS))
+    return f"types that are read: {types}; make the file again with llama.cpp's llama-quantize"
+
+
 def _stored(tensor: Any, path: Path) -> StoredTensor | str:
     """A tensor as it lies in the file, or what is wrong with it (equal for tensors with the same trouble)."""
     kind = tensor.tensor_type.name
@@ -239,12 +276,12 @@ def _stored(tensor: Any, path: Path) -> StoredTensor | str:
     elif kind in GGML_BLOCKS:
         elements, size = GGML_BLOCKS[kind]
         if len(dims) != 2 or dims[1] % elements:
-            return f"of type {kind} are not matrices of whole blocks of {elements}, as {list(dims)} is not"
+            return f"of type {kind} {_NOT_BLOCKS} of {elements}, as {list(dims)} is not"
         type = TensorType((dims[0], dims[1] // elements * size), ui8)
     else:
         return f"have type {kind}, which cannot be imported"
     if type.nbytes != nbytes or offset + nbytes > path.stat().st_size:
-        return "lie outside the file: it is incomplete"
+        return _OUTSIDE
     return StoredTensor(tensor.name, path.name, type, offset, nbytes, kind if kind in GGML_BLOCKS else "")
 
 

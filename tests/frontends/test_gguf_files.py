@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tyir.diagnostics import Diagnostic
+from tyir.diagnostics import Diagnostic, TyirError
 from tyir.frontends.checkpoint import open_checkpoint
 from tyir.frontends.dense_state import dense_state
+from tyir.tools.api import load_module
 
 pytest.importorskip("gguf")
 from tests.frontends import gguf_writer
@@ -114,3 +115,44 @@ def test_types_that_llama_cpp_has_removed(
     message = refusal(tmp_path)
     assert f"m.gguf holds tensors of type {name}, which llama.cpp has removed" in message
     assert f"take the file of type {instead} of the same model" in message and "upgrade" not in message
+
+
+def test_a_vector_of_a_type_for_matrices_is_told_what_may_have_it(tmp_path: Path, gguf_llama: Model) -> None:
+    """Not that the type is among those that are read."""
+    path = tmp_path / "m.gguf"
+    gguf_writer.write(path, "llama", *gguf_llama, lambda n: "Q8_0")
+    content = bytearray(path.read_bytes())
+    for tensor in gguf_writer.gguf.GGUFReader(path).tensors:
+        if tensor.name == "blk.0.attn_norm.weight":  # its field: name, dimensions, type, offset
+            at = tensor.field.offset + sum(part.nbytes for part in tensor.field.parts[:4])
+            content[at : at + 4] = int(gguf_writer.gguf.GGMLQuantizationType.Q8_0).to_bytes(4, sys.byteorder)
+    path.write_bytes(content)
+    message = refusal(tmp_path)
+    assert "1 tensors of type Q8_0 are not matrices of whole blocks of 32" in message
+    assert "only matrices may be quantised" in message and "types that are read" not in message
+
+
+@pytest.mark.parametrize(
+    ("names", "joined"),
+    [
+        (["m.gguf.part2of10", "m.gguf.part10of10", "m.gguf.part1of10"], "m.gguf.part{1,2,10}of10"),
+        (["m.gguf-split-b", "m.gguf-split-a"], "m.gguf-split-{a,b}"),
+        (["a b.gguf.part-ab", "a b.gguf.part-aa"], "'a b.gguf.part-aa' 'a b.gguf.part-ab'"),
+    ],
+)
+def test_pieces_of_a_file_are_to_be_joined(tmp_path: Path, names: list[str], joined: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / "README.md").write_text("cat them")
+    if "{" in joined:
+        before, _, rest = joined.partition("{")
+        middle, _, after = rest.partition("}")
+        joined = " ".join(f"{before}{part}{after}" for part in middle.split(","))
+    whole = "'a b.gguf'" if "a b" in joined else "m.gguf"
+    for path in (tmp_path, tmp_path / names[0]):
+        message = refusal(path)
+        assert f"join them: cat {joined} > {whole}" in message and f"cut into {len(names)}" in message
+    with pytest.raises(TyirError, match="join them: cat"):
+        load_module(tmp_path / names[0])
+    (tmp_path / "m.gguf.part").write_bytes(b"GGUF")  # a download that has not ended
+    assert "join" not in refusal(tmp_path / "m.gguf.part")
