@@ -28,6 +28,9 @@ _VOCABULARIES: Final = (_WHOLE, "tokenizer.model", "vocab.json")
 _DATA: Final = (*_VOCABULARIES, "merges.txt", "chat_template.jinja")
 _TEXTS: Final = (_WHOLE, "vocab.json", "merges.txt", "chat_template.jinja")
 _SETTINGS: Final = ("tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json")
+_SPECIAL: Final = frozenset(
+    f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask", "eot")
+)
 _TOKENIZER_SETTINGS: Final = _SETTINGS[0]
 _NO_HELP: Final = "save the tokenizer as tokenizer.json (save_pretrained of a fast tokenizer writes one)"
 
@@ -55,6 +58,8 @@ def load_tokenizer(source: Artifacts | str | Path) -> Any:
     settings = {
         name: json_object(found[name], path / name, "restore the file") for name in _SETTINGS if name in found
     }
+    for name, content in settings.items():
+        _check_special(content, path / name)
     code = _code_of(settings.get(_TOKENIZER_SETTINGS, {}))
     if code is not None and _WHOLE not in found:
         raise TyirError(
@@ -128,6 +133,23 @@ def _code_of(settings: dict[str, Any]) -> str | None:
     named = named.get("AutoTokenizer") if isinstance(named, dict) else named
     classes = [c for c in (named if isinstance(named, list) else [named]) if isinstance(c, str)]
     return classes[0] if classes else None
+
+
+def _check_special(settings: dict[str, Any], path: Path) -> None:
+    """Special tokens that are objects become what transformers writes itself, with `__type`; `TyirError` for
+    one without a text.
+    """
+    for key, value in settings.items():
+        if not isinstance(value, dict) or key not in _SPECIAL:
+            continue
+        if not isinstance(value.get("content"), str):
+            raise TyirError(
+                f"'{key}' of {path.name} is {json.dumps(value)[:200]}: a text, or an object with it as"
+                " `content`, is needed",
+                where=str(path),
+                help="restore the file of the original model",
+            )
+        value.setdefault("__type", "AddedToken")
 
 
 def _data_only(value: Any) -> Any:

@@ -160,6 +160,66 @@ def test_ends_of_turns_of_the_chat_template(compiled: Path, tmp_path: Path, name
     assert end_tokens(tmp_path, AutoTokenizer.from_pretrained(tmp_path)) == {2: "the tokenizer"}
 
 
+STOPS = "stop_strings of generation_config.json"
+EOT = "eot_token of special_tokens_map.json"
+OWN = "eot_token of tokenizer_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "source"),
+    [
+        ("config.json", {"llm_config": {"eos_token_id": 259}}, "config.json"),
+        ("generation_config.json", {"stop_strings": "<|turn|>"}, STOPS),
+        ("generation_config.json", {"stop_strings": ["", 5, "<|turn|>"]}, STOPS),
+        ("special_tokens_map.json", {"eot_token": "<|turn|>"}, EOT),
+        ("special_tokens_map.json", {"eot_token": {"content": "<|turn|>"}}, EOT),
+        ("tokenizer_config.json", {"eot_token": "<|turn|>"}, OWN),
+        ("tokenizer_config.json", {"eot_token": {"content": "<|turn|>"}}, OWN),
+    ],
+)  # fmt: skip
+def test_ends_that_a_file_names(tmp_path: Path, file: str, said: dict[str, Any], source: str | None) -> None:
+    from tyir.tools.run.end_tokens import end_tokens
+    from tyir.tools.tokenizer import load_tokenizer
+
+    byte_tokenizer(tmp_path, special=("<|turn|>",))
+    path = tmp_path / file
+    held = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**held, **said}))
+    assert end_tokens(tmp_path, load_tokenizer(tmp_path)) == {2: "the tokenizer", 259: source}
+
+
+def test_a_stop_string_of_several_tokens_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tyir.tools.run.end_tokens import end_tokens
+    from tyir.tools.tokenizer import load_tokenizer
+
+    byte_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"stop_strings": ["END of it"]}')
+    assert end_tokens(tmp_path, load_tokenizer(tmp_path)) == {2: "the tokenizer"}
+    assert (
+        "'END of it' of stop_strings in generation_config.json is more than one token"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("value", [{"content": "</s>"}, {"content": 5}, {"id": 2}, {}])
+def test_a_special_token_that_is_an_object(tmp_path: Path, value: dict[str, Any]) -> None:
+    """As older libraries wrote it, without `__type`; one without a text is refused by its file and key."""
+    from tyir.tools.tokenizer import load_tokenizer
+
+    byte_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": value}))
+    if value.get("content") == "</s>":
+        assert load_tokenizer(tmp_path).eos_token == "</s>"
+        return
+    with pytest.raises(
+        TyirError, match=r"'eos_token' of tokenizer_config\.json is .* is needed(.|\n)*restore"
+    ):
+        load_tokenizer(tmp_path)
+
+
 SAYS = "{% for m in messages %}{{ m.content | trim }}"
 TEMPLATES = {  # a template's text, and the special tokens that end an answer there
     "a family of its own": (SAYS + "<|turn_end|>{% endfor %}", {"<|turn_end|>"}),
