@@ -158,8 +158,9 @@ def played(parts: Sequence[Part], cluster: Cluster, cores: Sequence[Sequence[int
     the same core is slowed down by it.
     """
     play = _Play(cluster, cores, [_Actor(part) for part in parts])
-    for actor in play.actors[1:]:
-        actor.until = cluster.message_ns(0) * 1e-9  # they are told to begin
+    tell = cluster.message_ns(0) * 1e-9  # the first tells each to begin, and then begins itself
+    for number, actor in enumerate(play.actors):
+        actor.until = number * tell if number else (len(parts) - 1) * tell
     first = play.actors[0]
     while True:
         while any(actor.ready(play.now) and play.does(actor) for actor in play.actors):
@@ -239,16 +240,21 @@ class _Play:
             there = max(o.arrived[number] for o in self.actors if o is not actor) + self._message(
                 others * event.nbytes
             )
-            actor.go_on(max(self.now, there) + others * self.cluster.link.exchange_us * 1e-6)
+            actor.go_on(max(self.now, there) + others * self._exchange)
         elif event.kind == "recv":
             if event.tag not in self.sent:
                 return False
-            actor.go_on(max(self.now, self.sent[event.tag]))
+            actor.go_on(max(self.now, self.sent[event.tag]) + self._exchange / 2)
+        elif event.kind == "send":  # half of an exchange: nothing comes back
+            self.sent[event.tag] = self.now + self._exchange / 2 + self._message(event.nbytes)
+            actor.go_on(self.now + self._exchange / 2)
         else:
-            if event.kind == "send":
-                self.sent[event.tag] = self.now + self._message(event.nbytes)
             actor.go_on(self.now)
         return True
+
+    @property
+    def _exchange(self) -> float:
+        return self.cluster.link.exchange_us * 1e-6
 
     def _message(self, nbytes: int) -> float:
         return self.cluster.message_ns(nbytes) * 1e-9

@@ -240,24 +240,28 @@ def part(*events: tuple[Any, ...]) -> Part:
 
 
 def test_processes_that_meet_wait_for_the_last_and_its_message() -> None:
-    """The second is told 0.1 ms late, comes at 2.1; the first hears of it at 2.2 and has 0.05 + 0.5 to do."""
+    """Both begin at 0.1 ms, when the second has been told; it comes at 2.1, the first hears of it at 2.2 and
+    has 0.05 + 0.5 to do.
+    """
     two = [part(("meet", 1), ("end", 0.5)), part(("meet", 2), ("end", 1))]
     assert played(two, LINK, None) == pytest.approx(2.75e-3)
 
 
 def test_processes_of_one_machine_share_its_cores() -> None:
-    """Both at half speed from 0.1 to 1.9 ms, the second alone until 3.0; the first has 0.5 to do from 3.15,
-    the other 1 from 3.05.
+    """Both at half speed from 0.1 to 2.1 ms, the second alone until 3.1; the first has 0.5 to do from 3.25,
+    the other 1 from 3.15.
     """
     two = [part(("meet", 1), ("end", 0.5)), part(("meet", 2), ("end", 1))]
-    assert played(two, LINK, [[0], [0]]) == pytest.approx(4.15e-3)
+    assert played(two, LINK, [[0], [0]]) == pytest.approx(4.25e-3)
     assert played(two, LINK, [[0, 1], [0, 1]]) == played(two, LINK, None)
     assert played(two, LINK, [[0], [1]]) == played(two, LINK, None)
 
 
 def test_stages_work_one_after_the_other() -> None:
-    """A kilobyte takes 0.101 ms each way: 1 + 0.101 + 2 + 0.101 + 0.5; sharing a core costs nothing."""
+    """After 0.1 ms for telling, 1, 2 and 0.5; a kilobyte takes 0.101 each way, and half an exchange at both
+    ends; sharing a core costs nothing.
+    """
     there, back = (0, 1, 5), (1, 0, 6)
     first = part(("send", 1, 1000, there), ("recv", 0, 0, back), ("end", 0.5))
     second = part(("recv", 0, 0, there), ("send", 2, 1000, back), ("end", 0))
-    assert played([first, second], LINK, [[0], [0]]) == pytest.approx(3.702e-3)
+    assert played([first, second], LINK, [[0], [0]]) == pytest.approx(3.902e-3)
