@@ -102,7 +102,7 @@ def test_an_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 130, errors
     assert "interrupted" in errors and "Traceback" not in errors
-    assert not list(tmp_path.rglob("*.so")) and not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback(model: Path, tmp_path: Path) -> None:
