@@ -99,7 +99,7 @@ class DieGroup:
         self._ended = weakref.finalize(self, _end, self._others, self._closing, self._gloo, self._over)
         self.links = GlooLinks(self.places, 0, self._gloo)
         self.tower_links: Links = GlooLinks(place_tower(artifacts.manifest, count), 0, self._gloo)
-        self.threads: int | None = None  # of each process
+        self.threads: tuple[int | None, ...] = ()  # of each process
         self.engine: Engine
 
     @classmethod
@@ -136,9 +136,12 @@ class DieGroup:
         self, hosts: Sequence[tuple[str, int]], threads: int | None, say: Callable[[str], None]
     ) -> None:
         count = len(self.places)
-        if threads is None and self.engine_name == "host" and not hosts:  # they share the cores
-            threads = max(1, usable_cores() // count)
-        self.threads = threads
+        if self.cores is not None:
+            self.threads = tuple(map(len, self.cores))
+        elif threads is None and self.engine_name == "host" and not hosts:  # they share the cores
+            self.threads = (max(1, usable_cores() // count),) * count
+        else:
+            self.threads = (threads,) * count
         self._bring_up(hosts)
         watch = threading.Thread(target=_watch, args=(weakref.ref(self), self._closing), daemon=True)
         watch.start()
@@ -152,7 +155,7 @@ class DieGroup:
                 manifest=self.artifacts.sha256,
                 check=self.artifacts.checked,
                 engine=self.engine_name,
-                threads=threads,
+                threads=self.threads[other.rank],
                 cores=self._cores_of(other.rank),
                 memory=self._memory(other.rank) if hosts else everywhere,
             )
@@ -171,7 +174,7 @@ class DieGroup:
             say(f"{other.name}, {where}, binds {_shown(message['address'])}, has {message['folder']}")
         self._reach(addresses)
         self._join(addresses)
-        self.engine = _GroupEngine(self, threads)
+        self.engine = _GroupEngine(self, self.threads[0])
 
     def _bring_up(self, hosts: Sequence[tuple[str, int]]) -> None:
         """Start the processes, or reach those that wait on other machines, all at once."""

@@ -38,6 +38,9 @@ def test_a_group_computes_what_one_process_does_and_names_who_is_gone(
     said: list[str] = []
     with DieGroup.start(Artifacts.open(folder), processes=2, say=said.append) as group:
         assert group.places == ((0, 1), (2,))
+        assert group.cores is None or group.threads == tuple(map(len, group.cores)), (
+            "no die has more than its cores"
+        )
         assert said[0].startswith("rank 0 (dies 0, 1) binds 127.0.0.1:") and said[1].startswith(
             "rank 1 (die 2)"
         )

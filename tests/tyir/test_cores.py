@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tyir.process.cores import usable_cores
+from tyir.process.cores import on_cores, usable_cores
 
 ALL = len(os.sched_getaffinity(0))
 
@@ -40,3 +40,13 @@ def test_the_smallest_share_counts(quotas: dict[str, str], expected: int, tmp_pa
 
 def test_a_system_without_groups_has_the_affinity(tmp_path: Path) -> None:
     assert usable_cores(tmp_path, tmp_path / "none") == ALL
+
+
+def test_a_thread_runs_on_the_cores_it_is_given() -> None:
+    before = os.sched_getaffinity(0)
+    with on_cores([min(before)]):
+        assert os.sched_getaffinity(0) == {min(before)}
+    for cores in (None, [1 << 20], []):  # none, one that is not there
+        with on_cores(cores):
+            assert os.sched_getaffinity(0) == before
+    assert os.sched_getaffinity(0) == before

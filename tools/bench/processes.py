@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         rehearsals = [Rehearsal(artifacts, range(options.dies), args.threads)]
         for rank, dies in enumerate(places):
             own = None if group.cores is None else group.cores[rank]
-            rehearsals.append(Rehearsal(artifacts, dies, group.threads, own))
+            rehearsals.append(Rehearsal(artifacts, dies, group.threads[rank], own))
         rounds = []
         for _ in range(_ROUNDS):
             rounds.append([_tokens(session, args.tokens) for session in (alone, together)])

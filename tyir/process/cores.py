@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -31,16 +31,19 @@ def usable_cores(groups: Path = _GROUPS, own: Path = _OWN) -> int:
 
 @contextmanager
 def on_cores(cores: Collection[int] | None) -> Iterator[None]:
-    """Inside, this thread and those that it starts run on these cores only; None leaves it where it is."""
-    if cores is None:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
+    """Inside, this thread and those that it starts run on these cores only; with None, or where the system
+    does not give them, where they may.
+    """
+    before = None if cores is None else os.sched_getaffinity(0)
+    if before is not None:
+        with suppress(OSError):
+            os.sched_setaffinity(0, cores or ())
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        if before is not None:
+            with suppress(OSError):
+                os.sched_setaffinity(0, before)
 
 
 def _quotas(groups: Path, own: Path) -> list[float]:
