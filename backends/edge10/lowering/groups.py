@@ -60,7 +60,7 @@ _WITH_SCRATCH: Final[
     dict[
         type[Op],
         tuple[
-            Callable[[Any, int, Machine, Collection[Value]], Scratch | None],
+            Callable[[Any, int, Machine, SramPlan, Collection[Value]], Scratch | None],
             Callable[[Any, Lowering, Area | None], None],
         ],
     ]
@@ -138,6 +138,6 @@ def find_groups(
         if op not in room.anchors
         and op not in room.fusions
         and type(op) in _WITH_SCRATCH
-        and (scratch := _WITH_SCRATCH[type(op)][0](op, arena, machine, held)) is not None
+        and (scratch := _WITH_SCRATCH[type(op)][0](op, arena, machine, plan, held)) is not None
     }
     return Groups(room.fusions, room.anchors, alone)
