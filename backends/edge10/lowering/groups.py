@@ -27,7 +27,7 @@ from tyir.backends.edge10.lowering.ops.collective import (
 from tyir.backends.edge10.lowering.ops.linear import lower_linear, product_scratch
 from tyir.backends.edge10.lowering.ops.rows import lower_concat, lower_slice
 from tyir.backends.edge10.lowering.ops.rowwise import lower_rowwise
-from tyir.backends.edge10.lowering.ops.top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
+from tyir.backends.edge10.lowering.ops.top_k import lower_merge_top_k, lower_top_k
 from tyir.backends.edge10.memory.allocate import SramPlan
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.dialects import dist, kv, ty
@@ -51,7 +51,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Concat: lower_concat,
     ty.Slice: lower_slice,
     ty.TopK: lower_top_k,
-    ty.TopKCandidates: lower_top_k_candidates,
+    ty.TopKCandidates: lower_top_k,
     ty.MergeTopK: lower_merge_top_k,
 }
 
