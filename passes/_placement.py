@@ -207,9 +207,7 @@ def _candidates(op: Op) -> Rule:
     if not isinstance(x, Split) or x.axis != _last_axis(op.x):
         return [REPLICATED], REPLICATED
     words = [record_words(count) for count in op.counts()]
-    return [x], Split(
-        _last_axis(op.out), tuple((sum(words[:die]), count) for die, count in enumerate(words))
-    )
+    return [x], Split(_last_axis(op.out), tuple((sum(words[:die]), count) for die, count in enumerate(words)))
 
 
 def _already_joined(op: Op) -> Rule:

@@ -115,8 +115,12 @@ def top_k(op: edge10.TopK, sram: SramAccess) -> None:
     else:
         own = sram(op.partial, (rows, 1), np.float32, (op.stride, 4))
         added = own * np.exp(summed(values[:, :1]) - first)
-    before = np.where(np.isneginf(known[0][:, :1]), np.float32(-np.inf), summed(known[0][:, :1]))
-    total = np.asarray(known[2] * np.exp(before - first) + added, np.float32)
-    made = [summed(best[0]), best[1], first + np.log(total)] if op.ends else [*best, total]
+    if not op.fresh:
+        added = known[2] * np.exp(summed(known[0][:, :1]) - first) + added
+    total = np.asarray(added, np.float32)
+    made = [*best, total]
+    if op.ends:
+        with np.errstate(divide="ignore"):  # a program that is checked alone sums what no die has sent
+            made = [summed(best[0]), best[1], first + np.log(total)]
     for view, found in zip(lists, made):
         sram(*view, write=True)[...] = found

@@ -242,7 +242,8 @@ def candidates(
 
 def merge(rows: tuple[int, ...], sizes: tuple[int, ...], k: int, cap: float | None = None) -> Case:
     x = np.random.default_rng(sum(sizes)).integers(-3, 4, (*rows, sum(sizes))).astype(np.float32)
-    halves = ty.TopKCandidates(func.Func.make("f", [t(*x.shape, e=f32)]).args[0], k=k, sizes=sizes, softcap=cap)
+    whole = func.Func.make("f", [t(*x.shape, e=f32)]).args[0]
+    halves = ty.TopKCandidates(whole, k=k, sizes=sizes, softcap=cap)
     data, counts = halves.evaluate(x), halves.counts()
     return Case(
         f"merge_{rows}_{sizes}_{k}_{cap}",

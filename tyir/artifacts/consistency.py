@@ -118,6 +118,8 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
         best = 1 if options.output == "argmax" else int(options.output.removeprefix("topk="))
         yield from _tensor(made.pop("top_values", None), "top_values", "f32", (*step, best))
         yield from _tensor(made.pop("top_ids", None), "top_ids", "i32", (*step, best))
+        if "logsumexp" in made:  # artifacts of older versions have none
+            yield from _tensor(made.pop("logsumexp"), "logsumexp", "f32", step)
     if made:
         yield f"returns {', '.join(made)}, which options.output {options.output} does not say"
 

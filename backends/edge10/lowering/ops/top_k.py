@@ -92,7 +92,8 @@ def lower_top_k(op: TopK | TopKCandidates, lowering: Lowering) -> None:
 def lower_merge_top_k(op: MergeTopK, lowering: Lowering) -> None:
     """`ty.merge_top_k`."""
     *lead, words = tensor_type(op.candidates).static_shape
-    place, first, sources = lowering.place(op.candidates), 0, []
+    place, first = lowering.place(op.candidates), 0
+    sources: list[Source] = []
     for count in filter(None, op.counts):
         sources.append(
             Source(
@@ -202,9 +203,7 @@ def _piece(
         if not source.place.in_sram:
             values = lowering.plan.temp + turn % 2 * quarter
             stride = _words(source) if source.record else count * width
-            lowering.load(
-                source.place.at(start), values, (1, rows, stride), dram_strides=(0, source.stride)
-            )
+            lowering.load(source.place.at(start), values, (1, rows, stride), dram_strides=(0, source.stride))
             turn += 1
         offer_columns(source, values, stride, column, rows, count, k, ends, lowering)
     return turn
@@ -226,9 +225,7 @@ def offer_columns(
     """
     element = f32 if source.record else tensor_type(source.value).element
     row = _words(source) if source.record else cols * (4 if element is f32 else 2)
-    lists = [
-        (offset, (rows - 1) * step + nbytes) for (offset, step), nbytes in zip(ends, (k * 4, k * 4, 4))
-    ]
+    lists = [(offset, (rows - 1) * step + nbytes) for (offset, step), nbytes in zip(ends, (k * 4, k * 4, 4))]
     fresh = source.fresh and column == 0
     reads = [sram_range(values, (rows - 1) * stride + row)]
     if not fresh:
