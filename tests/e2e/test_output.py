@@ -5,16 +5,18 @@ needs logits.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tyir.artifacts.schema import sha256_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.execution.entry_points import result
-from tyir.manifest import BuildOptions
+from tyir.manifest import MANIFEST, BuildOptions
 from tyir.parser import parse_module
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
@@ -168,3 +170,14 @@ def test_the_outputs_are_in_the_buffer_config(top: Path) -> None:
         "top_ids": {"dtype": "i32", "shape": [1, 8, K]},
         "top_values": {"dtype": "f32", "shape": [1, 8, K]},
     }
+
+
+def test_a_manifest_whose_logsumexp_is_another_is_refused(top: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(top, tmp_path / "other"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (output,) = (t for t in manifest["programs"][0]["outputs"] if t["name"] == "logsumexp")
+    output["dtype"] = "f16"
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": sha256_of(manifest)}))
+    with pytest.raises(TyirError, match=r"logsumexp: 1x\dxf16 where the options say logsumexp: 1x\dxf32"):
+        Session(folder)
