@@ -28,6 +28,7 @@ class Page:
         self._at: dict[str, str] = {}
         self.requests: list[str] = []
         self.problems: list[str] = []
+        self._loads = 0
 
     def open(self, url: str) -> None:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -37,6 +38,13 @@ class Page:
             self._call(f"{domain}.enable")
         self._call("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def reload(self) -> None:
+        """As its user would, until it has loaded."""
+        before = self._loads
+        self._call("Page.reload")
+        while self._loads == before:
+            self._note(self._next())
 
     def value(self, expression: str) -> Any:
         """What an expression is in the page; of a promise what it becomes."""
@@ -75,6 +83,8 @@ class Page:
         params = event.get("params", {})
         if event["method"] == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+        elif event["method"] == "Page.loadEventFired":
+            self._loads += 1
         elif event["method"] == "Log.entryAdded":
             self.problems.append(params["entry"]["text"])
         elif event["method"] == "Runtime.exceptionThrown":

@@ -19,12 +19,15 @@ import pytest
 __all__ = ["REQUIREMENTS", "python_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCH = "torch==2.13.0"  # by name, so that pip takes the build that its settings offer, as for the checkout
 REQUIREMENTS: dict[str, list[str]] = {
     "langchain": ["langchain-openai==1.7.4", "openai", "ollama"],
     "lm-eval": ["lm-eval[api]==0.4.13", "transformers>=5"],
     "schemathesis": ["schemathesis"],
     "dify": ["dify-plugin==0.7.4"],
     "evalscope": ["evalscope[perf]==1.14.1"],
+    "aiperf": ["aiperf==0.13.0"],
+    "guidellm": ["guidellm==0.8.1", TORCH],
     "vllm": ["vllm==0.33.0"],
 }
 # vLLM's wheel asks for CUDA's torch, and for much that only CUDA's kernels use: the plug-in runs none.  Of
@@ -71,7 +74,7 @@ def install_vllm(python: Path) -> None:
     pip(python, "--no-deps", *REQUIREMENTS["vllm"])
     ask = "from importlib.metadata import requires; print('\\n'.join(requires('vllm')))"
     wanted = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout
-    pip(python, "torch==2.13.0")  # alone: pip takes the build that its settings offer, as for the checkout
+    pip(python, TORCH)
     pip(
         python,
         *(r for r in wanted.splitlines() if "extra ==" not in r and not r.lower().startswith(NOT_FOR_VLLM)),

@@ -179,3 +179,42 @@ def test_evalscope(served: Served, folder: Path, tmp_path: Path) -> None:
     figures: dict[str, Any] = json.loads(summary.read_text())
     assert figures["Failed Requests"] == 0 and figures["Success Requests"] == 8
     assert figures["Avg Output Tokens"] == 8
+
+
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_aiperf(served: Served, folder: Path, tmp_path: Path, kind: str) -> None:
+    """It reads /metrics too, and finds there what it has seen."""
+    before = served.counts()
+    run(
+        "aiperf", str(python_of("aiperf").parent / "aiperf"), "profile", "--model", "tiny",
+        "--url", served.url, "--endpoint-type", kind, "--streaming", "--tokenizer", str(folder),
+        "--request-count", "8", "--concurrency", "4", "--isl", "24", "--osl", "8",
+        "--extra-inputs", "ignore_eos:true", "--use-server-token-count", "--random-seed", "1",
+        "--ui", "none", "--no-gpu-telemetry", "--output-artifact-dir", str(tmp_path), cwd=tmp_path,
+    )  # fmt: skip
+    exact(served, before, 8, 8)
+    figures: dict[str, Any] = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
+    assert figures["request_count"]["avg"] == 8 and figures["error_summary"] == []
+    lines = (tmp_path / "profile_export.jsonl").read_text().splitlines()
+    assert [json.loads(line)["metrics"]["output_sequence_length"]["value"] for line in lines] == [8] * 8
+    read = json.loads((tmp_path / "server_metrics_export.json").read_text())
+    assert read["summary"]["endpoints_successful"] == [f"{served.url}/metrics"]
+    assert read["metrics"]["vllm:generation_tokens"]["series"][0]["stats"]["total"] == 64
+
+
+def test_guidellm(served: Served, folder: Path, tmp_path: Path) -> None:
+    before = served.counts()
+    found = tmp_path / "found.json"
+    run(
+        "guidellm", str(python_of("guidellm").parent / "guidellm"), "run", "--disable-console",
+        "--backend", f"kind=openai_http,target={served.url},model=tiny",
+        "--tokenizer", f"kind=huggingface_auto,model={folder}",
+        "--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=8",
+        "--data", "kind=synthetic_text,prompt_tokens=24,output_tokens=8",
+        "--output", f"kind=json,path={found}", cwd=tmp_path,
+    )  # fmt: skip
+    exact(served, before, 8, 8)
+    (benchmark,) = json.loads(found.read_text())["benchmarks"]
+    requests = benchmark["requests"]
+    assert not requests["errored"] and not requests["incomplete"]
+    assert [r["output_tokens"] for r in requests["successful"]] == [8] * 8

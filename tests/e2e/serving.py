@@ -79,9 +79,19 @@ def counts_of(text: str) -> dict[str, float]:
 
 @contextmanager
 def serving(
-    folder: Path, *, patience: float = 10.0, settings: Any = None, **options: Any
+    folder: Path,
+    *,
+    patience: float = 10.0,
+    settings: Any = None,
+    loaded: bool = True,
+    fails: str | None = None,
+    **options: Any,
 ) -> Iterator[Served]:
-    """A server for the block, ended as a signal would."""
+    """A server for the block, ended as a signal would; `loaded`: only begin the block when it takes work.
+
+    `fails`: the error that it must have ended with by then, None for none.
+    """
+    from tyir.diagnostics import TyirError
     from tyir.tools.serve.async_engine import AsyncEngine
     from tyir.tools.serve.metrics import Metrics
     from tyir.tools.serve.running import Server, listen, serve
@@ -94,6 +104,7 @@ def serving(
     port = listening.getsockname()[1]
     servers: list[Server] = []
     begun = threading.Event()
+    errors: list[str] = []
 
     def started(server: Server) -> None:
         servers.append(server)
@@ -101,19 +112,24 @@ def serving(
 
     def run() -> None:
         made = settings or Settings(names=("tiny", "other"))
-        serve(engine, listening, made, metrics=metrics, patience=patience, started=started)
+        try:
+            serve(engine, listening, made, metrics=metrics, patience=patience, started=started)
+        except TyirError as error:
+            errors.append(error.diagnostics[0].message)
 
     thread = threading.Thread(target=run)
     thread.start()
     begun.wait(60)
     served = Served(port, engine, metrics, servers[0])
     try:
-        _wait(served)
+        if loaded:
+            _wait(served)
         yield served
     finally:
         servers[0].handle_exit(15, None)
         thread.join(60)
         assert not thread.is_alive()
+        assert errors == ([] if fails is None else [fails])
 
 
 def _wait(served: Served) -> None:

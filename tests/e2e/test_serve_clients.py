@@ -62,10 +62,15 @@ def test_ollama(served: Served) -> None:
     assert [m.model for m in client.list().models] == ["tiny:latest", "other:latest"]
     assert client.show("tiny").modelinfo["Qwen2ForCausalLM.context_length"] == 128
     options = {"temperature": 0, "num_predict": 8}
-    before = served.counts()["vllm:generation_tokens_total"]
+    before = served.counts()
     whole = client.chat("tiny", messages=MESSAGES, options=options)
     assert (whole.done_reason, whole.eval_count) == ("length", 8)
-    assert served.counts()["vllm:generation_tokens_total"] == before + 8
+    more = {name: value - before.get(name, 0) for name, value in served.counts().items()}
+    assert more["vllm:generation_tokens_total"] == 8
+    # the rate that its users compute is that of the server's own counts
+    rate = more["vllm:generation_tokens_total"] / more["vllm:request_decode_time_seconds_sum"]
+    assert whole.eval_count / (whole.eval_duration / 1e9) == pytest.approx(rate, rel=0.05)
+    assert whole.prompt_eval_duration / 1e9 == pytest.approx(more["vllm:request_prefill_time_seconds_sum"])
     parts = list(client.chat("tiny", messages=MESSAGES, options=options, stream=True))
     assert "".join(p.message.content for p in parts) == whole.message.content
     raw = client.generate("tiny", prompt=PROMPT, raw=True, options=options)

@@ -36,7 +36,9 @@ def _lines(page: Page) -> list[list[str]]:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to look with")
 def test_a_conversation(served: Served, tmp_path: Path) -> None:
-    """Answers stream, are stopped and forgotten; text is never markup, and nobody else is asked."""
+    """Answers stream, are stopped and forgotten, and a reload begins anew; text is never markup, and nobody
+    else is asked.
+    """
     with open_page(served.url, tmp_path / "profile") as page:
         page.until("document.getElementById('model').options.length === 2")
         asked = "The <b>old</b> house"
@@ -64,6 +66,13 @@ def test_a_conversation(served: Served, tmp_path: Path) -> None:
         assert "--max-kv" in _lines(page)[-1][1]
         _send(page, "And now?")  # what was refused is not sent with it
         page.until("document.querySelectorAll('#talk p.assistant')[1]?.textContent.length > 0")
+        page.until(IDLE)
+
+        page.reload()
+        page.until("document.getElementById('model').options.length === 2")
+        assert _lines(page) == [] and page.value(IDLE)
+        _send(page, asked)
+        page.until("document.querySelector('#talk p.assistant')?.textContent.length > 0")
         page.until(IDLE)
         assert page.requests and all(url.startswith(f"{served.url}/") for url in page.requests)
         assert all("400" in problem for problem in page.problems), page.problems

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.session.sampling import choose, greedy, kept_of_all, logsumexp, make_sampler
@@ -72,3 +73,28 @@ def test_choosing_among_the_best() -> None:
     assert choose(best, greedy) == 1 and choose(best, lambda values: len(values) - 1) == 3
     with pytest.raises(TyirError, match=r"more than the 3 best tokens(.|\n)*0\.9898 of the(.|\n)*--top-k 3"):
         choose(best, make_sampler(1.0, top_p=0.99))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 0, 1.0, 0.0), (0.7, 0, 0.8, 0.0), (1.5, 0, 1.0, 0.1), (1.3, 9, 0.9, 0.05)],
+)
+def test_tokens_come_as_often_as_they_should(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """20,000 of a seed against numpy's softmax cut by hand: chi-square; none of what was cut."""
+    logits = (np.random.default_rng(5).normal(size=40) * 1.5).astype(np.float32)
+    weights = np.exp(logits.astype(np.float64) / temperature)
+    if top_k:
+        weights[weights < np.sort(weights)[-top_k]] = 0.0
+    weights /= weights.sum()
+    order = np.argsort(-weights)
+    before = np.cumsum(weights[order]) - weights[order]  # what the likelier ones reach
+    weights[order[before >= top_p]] = 0.0
+    weights[weights < min_p * weights.max()] = 0.0
+    weights /= weights.sum()
+    sample = make_sampler(temperature, top_k=top_k, top_p=top_p, seed=11, min_p=min_p)
+    counts = np.bincount([sample(logits) for _ in range(20_000)], minlength=len(logits))
+    left = weights > 0
+    assert left.sum() > 3 and not counts[~left].any()
+    assert chisquare(counts[left], 20_000 * weights[left]).pvalue > 1e-3
