@@ -26,7 +26,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 from tests.clients.environments import python_of
 from tests.clients.test_clients import SENTENCES, evaluated
 from tests.e2e.conftest import MODEL
-from tests.e2e.serving import Served, counts_of, serving
+from tests.e2e.serving import TEMPLATE, Served, counts_of, serving
 from tests.once import once
 from tyir.frontends.huggingface import import_model
 from tyir.manifest import BuildOptions
@@ -129,6 +129,7 @@ def vllm(two: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
     line = [
         str(python.parent / "vllm"), "serve", str(two), "--served-model-name", "tiny", "--host", "127.0.0.1",
         "--port", str(port), "--additional-config", '{"engine": "host", "threads": 2}',
+        "--chat-template", TEMPLATE,
     ]  # fmt: skip
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -213,6 +214,118 @@ def test_log_probabilities_are_the_servers(vllm: Vllm, own: Served) -> None:
         assert found["token_logprobs"][1:] == pytest.approx(wanted["token_logprobs"][1:], abs=1e-6, rel=0)
         for theirs, ours in zip(found["top_logprobs"][1:], wanted["top_logprobs"][1:]):
             assert theirs == pytest.approx(ours, abs=1e-6, rel=0)
+
+
+PLAIN = {"prompt": "The old house", "max_tokens": 6, "temperature": 0}
+CHAT = {
+    "messages": [{"role": "user", "content": "The old house"}],
+    "max_completion_tokens": 6,
+    "temperature": 0,
+}
+REPLIES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", PLAIN),
+    ("/v1/completions", {**PLAIN, "logprobs": 2}),
+    ("/v1/completions", {**PLAIN, "logprobs": 2, "echo": True}),
+    ("/v1/completions", {**PLAIN, "logprobs": 1, "return_tokens_as_token_ids": True}),
+    ("/v1/completions", {**PLAIN, "prompt": ["The old house", "She looked"]}),
+    ("/v1/completions", {**PLAIN, "prompt": [[5, 17, 300], [42]], "n": 1}),
+    ("/v1/completions", {**PLAIN, "temperature": 0.8, "seed": 3, "n": 2}),
+    ("/v1/completions", {**PLAIN, "max_tokens": 40, "stop": ["e"]}),
+    ("/v1/completions", {**PLAIN, "max_tokens": 40, "stop": ["e"], "include_stop_str_in_output": True}),
+    ("/v1/completions", {**PLAIN, "stop_token_ids": list(range(100, 4000))}),
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
+    ("/v1/chat/completions", {**CHAT, "temperature": 0.8, "seed": 3, "n": 2}),
+    ("/tokenize", {"prompt": "The old house", "return_token_strs": True}),
+    ("/detokenize", {"tokens": [5, 17, 300]}),
+]
+OTHER = {"id", "created", "system_fingerprint", "service_tier"}  # of a server or of a moment
+
+
+def same(theirs: Any, ours: Any, place: str) -> None:
+    """Every field that says something is in both, and says the same; numbers within 1e-6."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        said = [{k for k, v in one.items() if v is not None} - OTHER for one in (theirs, ours)]
+        assert said[0] == said[1], (place, theirs, ours)
+        for name in said[0]:
+            same(theirs[name], ours[name], f"{place}.{name}")
+    elif isinstance(theirs, list) and isinstance(ours, list):
+        assert len(theirs) == len(ours), (place, theirs, ours)
+        for number, (one, other) in enumerate(zip(theirs, ours)):
+            same(one, other, f"{place}[{number}]")
+    elif isinstance(theirs, float) or isinstance(ours, float):
+        assert ours == pytest.approx(theirs, abs=1e-6, rel=0), place
+    else:
+        assert theirs == ours, place
+
+
+@pytest.mark.parametrize(("path", "body"), REPLIES)
+def test_replies_are_vllms(vllm: Vllm, own: Served, path: str, body: dict[str, Any]) -> None:
+    """Field for field, less what is of the moment."""
+    status, text = vllm.ask("POST", path, body)
+    assert status == 200, text
+    same(json.loads(text), own.post(path, **{"model": "tiny", **body}), path)
+
+
+@pytest.mark.parametrize(("path", "body"), [r for r in REPLIES if r[0].startswith("/v1/")])
+def test_streams_are_vllms(vllm: Vllm, own: Served, path: str, body: dict[str, Any]) -> None:
+    """What the events of each answer say together, the fields of each kind of event, and the usage."""
+    body = {**body, "stream_options": {"include_usage": True}}
+    status, text = vllm.ask("POST", path, {**body, "stream": True})
+    assert status == 200 and text.endswith("data: [DONE]\n\n"), text
+    theirs = [json.loads(part.removeprefix("data: ")) for part in text.split("\n\n")[:-2]]
+    ours = own.events(path, **{"model": "tiny", **body})
+    assert fields(theirs) == fields(ours)
+    for number in {c["index"] for event in theirs for c in event["choices"]}:
+        assert told(theirs, number) == told(ours, number)
+    same(theirs[-1], ours[-1], path)
+
+
+def fields(events: list[Any]) -> set[tuple[str, ...]]:
+    """Of all events, as paths of names that have values."""
+    found = set()
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, dict) and "top_logprobs" not in path[-1:]:
+            for name, inner in value.items():
+                if inner is not None and name not in OTHER:
+                    found.add((*path, name))
+                    walk(inner, (*path, name))
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner, path)
+
+    walk(events, ())
+    return found
+
+
+def told(events: list[Any], number: int) -> tuple[str, list[Any]]:
+    """Text and ends of one answer."""
+    parts = [c for event in events for c in event["choices"] if c["index"] == number]
+    said = "".join(c.get("text") or (c.get("delta") or {}).get("content") or "" for c in parts)
+    return said, [
+        (c["finish_reason"], c.get("stop_reason")) for c in parts if c.get("finish_reason") is not None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"model": "x"}, 404), ({"temperature": -1}, 400), ({"top_p": 0}, 400), ({"prompt": ""}, 400),
+        ({"prompt": [5] * 513}, 400), ({"max_tokens": 513}, 400), ({"logit_bias": {"9999999": 1}}, 400),
+        ({"stop": [""]}, 400), ({"prompt": [4096 * 9]}, 400),
+        ({"stream_options": {"include_usage": True}}, 400),
+    ],
+)  # fmt: skip
+def test_errors_are_vllms(vllm: Vllm, own: Served, change: dict[str, Any], status: int) -> None:
+    """The same status, type and code, in the same fields."""
+    told, text = vllm.ask("POST", "/v1/completions", {**PLAIN, **change})
+    heard, ours = own.ask("POST", "/v1/completions", {"model": "tiny", **PLAIN, **change})
+    theirs = json.loads(text)
+    assert (told, heard) == (status, status), (theirs, ours)
+    assert set(theirs["error"]) == set(ours["error"])
+    for name in ("type", "code"):
+        assert theirs["error"][name] == ours["error"][name], (theirs, ours)
 
 
 def test_lm_eval_reads_the_same(vllm: Vllm, own: Served, two: Path, tmp_path: Path) -> None:
