@@ -42,7 +42,7 @@ def remaining_pipeline(
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation
     after it, so that dies are cut once. So does select-output: each die then chooses among its own columns of
-    the vocabulary.
+    the vocabulary; and select-rows: what is exchanged of them is one row's.
     """
     if (
         stage == "sharded"
@@ -72,6 +72,10 @@ def remaining_pipeline(
             f"specialize-batch{{batch={options.batch}}}" if options.batch > 1 and "batch" not in done else "",
         ),
         ("kv", f"select-output{{kind=topk k={best}}}" if best and "output" not in done else ""),
+        (
+            "kv",
+            "select-rows{rows=last}" if options.output_rows == "last" and "output_rows" not in done else "",
+        ),
         ("kv", f"partition-dies{{{' '.join(dies)}}}"),
         ("dist", f"specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),
         ("static", "to-program"),
