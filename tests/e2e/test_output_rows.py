@@ -133,6 +133,16 @@ def test_one_sequence_of_a_batch(compiled: Compile) -> None:
         np.testing.assert_array_equal(last.prefill(TOKENS[:19]), every.prefill(TOKENS[:19]))
 
 
+def test_with_other_inputs_and_caches(compiled: Compile) -> None:
+    """Embeddings in the place of tokens, caches of 8 bits with the heads of a token together."""
+    options = {"dies": 3, "embedding_as_input": True, "kv_dtype": "int8", "kv_layout": "NHD"}
+    every, last = both(compiled, "host", **options)
+    for count in (7, 8, 18):
+        every.reset(), last.reset()
+        np.testing.assert_array_equal(last.prefill(TOKENS[:count]), every.prefill(TOKENS[:count]))
+        assert list(last.generate(TOKENS[:count], 4)) == list(every.generate(TOKENS[:count], 4))
+
+
 def test_only_long_steps(compiled: Compile) -> None:
     """Without a length of one token every step selects, and is fed padding behind its row."""
     every, last = both(compiled, "host", dies=1, seqlens=(8,))
