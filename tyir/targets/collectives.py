@@ -146,9 +146,9 @@ def minimal_collectives(
     Two sums a layer of the stage, of one f16 hidden vector a token: what follows each needs the whole vector
     (Shoeybi et al., Megatron-LM, arXiv:1909.08053); one for the embedding; the residual stream handed from
     stage to stage and at the end to all dies; one gather of the logits (f32), or of every die's `top_k` best
-    values and ids and its sum.  `tokens` counts those of all sequences, `rows` those of them whose results are
-    returned (None: all), which alone the last stage hands on.  Example (28 layers of 3584, 4 dies, 1 token,
-    vocabulary 152064): 57 sums of 7168 bytes and a gather of 608,256.
+    values and ids and its sum.  `tokens` counts those of all sequences, `rows` those of them whose results
+    are returned (None: all), which alone the last stage hands on.  Example (28 layers of 3584, 4 dies, 1
+    token, vocabulary 152064): 57 sums of 7168 bytes and a gather of 608,256.
     """
     if dies == 1:
         return ()
