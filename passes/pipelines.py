@@ -66,6 +66,7 @@ def remaining_pipeline(
     entries = [
         ("aten", "to-ty"),
         ("ty", quantization(options) if "weights" not in done else ""),
+        ("ty", "scale-keys" if options.kv_dtype == "int8" else ""),
         ("ty", f"kv-materialize{{{' '.join(cache)}}}"),
         (
             "kv",
@@ -127,7 +128,8 @@ def reference_pipeline(options: BuildOptions) -> str:
     """From `aten` to `ty` with the artifacts' weights: the whole model, uncut and without a cache, that
     verification compares with.
     """
-    return ",".join(text for text in ("to-ty", quantization(options)) if text)
+    scaled = "scale-keys" if options.kv_dtype == "int8" else ""
+    return ",".join(text for text in ("to-ty", quantization(options), scaled) if text)
 
 
 def quantization(options: BuildOptions) -> str:

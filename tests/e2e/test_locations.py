@@ -18,7 +18,7 @@ from tyir.pipeline import PassContext, run_pipeline
 
 PIPELINE = (
     "print-op-stats,view-op-graph{{file={folder}/graph.dot}},snapshot-locations{{filename={folder}/before.ir}},raise-aten,canonicalize,cse,dce,"
-    "quantize-weights{{group-size=64}},kv-materialize,select-output{{kind=topk"
+    "quantize-weights{{group-size=64}},scale-keys,kv-materialize,select-output{{kind=topk"
     " k=4}},select-rows,annotate-sharding,propagate-sharding,insert-collectives,"
     "localize-dies,specialize-seqlen,outline-params,outline-layers,symbol-dce,plan-memory,lower-edge10{{seqlen=1}}"
 )
