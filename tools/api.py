@@ -488,6 +488,8 @@ def check_options(options: BuildOptions) -> None:
     if options.kv_layout not in LAYOUTS:
         raise TyirError(f"a cache laid out as '{options.kv_layout}': one of {', '.join(LAYOUTS)}")
     parse_output(options.output)
+    if options.output_rows not in ("all", "last"):
+        raise TyirError(f"rows '{options.output_rows}' of a step: one of all, last")
 
 
 def _check_map(option: str, devices: tuple[int, ...], dies: int) -> None:

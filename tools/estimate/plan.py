@@ -96,7 +96,9 @@ class DieNeeds:
         if dies not in self._per_token:
             self._per_token[dies] = self._run(dies)
         s, o = self.shape, self.options
-        activations = max(o.seqlens) * o.batch * (s.vocabulary * 4 + 4)
+        tokens = max(o.seqlens)
+        rows = 1 if o.takes_row(tokens) else tokens
+        activations = o.batch * (rows * s.vocabulary * 4 + tokens * 4)
         return [
             DieNeed(w + rope * max_kv, streamed, head, kv * max_kv * o.batch, activations, self.tower)
             for w, streamed, head, kv, rope in self._per_token[dies]

@@ -242,4 +242,5 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
         stages=options.pp,
         top_k=parse_output(options.output),
         embedding_as_input=options.embedding_as_input,
+        rows=options.batch if options.takes_row(tokens) else None,
     )

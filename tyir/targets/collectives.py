@@ -138,6 +138,7 @@ def minimal_collectives(
     stage: int = 0,
     top_k: int = 0,
     embedding_as_input: bool = False,
+    rows: int | None = None,
 ) -> tuple[CollectiveNeed, ...]:
     """The fewest collectives, and their bytes, of a step on a die of pipeline stage `stage` when attention,
     MLPs, embedding and head are split over the dies.
@@ -145,15 +146,16 @@ def minimal_collectives(
     Two sums a layer of the stage, of one f16 hidden vector a token: what follows each needs the whole vector
     (Shoeybi et al., Megatron-LM, arXiv:1909.08053); one for the embedding; the residual stream handed from
     stage to stage and at the end to all dies; one gather of the logits (f32), or of every die's `top_k` best
-    values and ids and its sum.  `tokens` counts those of all sequences. Example (28 layers of 3584, 4 dies, 1
+    values and ids and its sum.  `tokens` counts those of all sequences, `rows` those of them whose results
+    are returned (None: all), which alone the last stage hands on.  Example (28 layers of 3584, 4 dies, 1
     token, vocabulary 152064): 57 sums of 7168 bytes and a gather of 608,256.
     """
     if dies == 1:
         return ()
     vector, members = tokens * hidden * 2, dies // stages
+    rows = tokens if rows is None else rows
     own = layers // stages + (stage < layers % stages)
-    sends = 1 if stages > 1 else 0
-    received = (0 if stage == 0 else 1) + (0 if stage == stages - 1 else 1) if stages > 1 else 0
+    first, last, end = stage == 0, stage == stages - 1, rows * hidden * 2
     columns = (
         vocabulary
         if not top_k
@@ -162,8 +164,9 @@ def minimal_collectives(
     needs = (
         CollectiveNeed("all_reduce", members, 2 * own if members > 1 else 0, vector),
         CollectiveNeed("all_reduce", dies, int(not embedding_as_input), vector),
-        CollectiveNeed("send", 2, sends, vector),
-        CollectiveNeed("recv", 2, received, vector),
-        CollectiveNeed("all_gather", dies, 1, tokens * columns * 4),
+        CollectiveNeed("send", 2, int(stages > 1), end if last else vector),
+        CollectiveNeed("recv", 2, int(not first), vector),
+        CollectiveNeed("recv", 2, int(not last), end),
+        CollectiveNeed("all_gather", dies, 1, rows * columns * 4),
     )
     return tuple(need for need in needs if need.count)
