@@ -69,6 +69,8 @@ def environment(python: Path) -> dict[str, str]:
     """What vLLM's processes see: the plug-in is found by its entry point, as it would be by a user's."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "VLLM_PLUGINS")}
     kept |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+    # vLLM looks at a model's class in a `python -m`, which would import the checkout that tests run in
+    kept["PYTHONSAFEPATH"] = "1"
     return {**kept, "PATH": f"{python.parent}:{kept['PATH']}"}
 
 
@@ -226,20 +228,23 @@ REPLIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", PLAIN),
     ("/v1/completions", {**PLAIN, "logprobs": 2}),
     ("/v1/completions", {**PLAIN, "logprobs": 2, "echo": True}),
-    ("/v1/completions", {**PLAIN, "logprobs": 1, "return_tokens_as_token_ids": True}),
     ("/v1/completions", {**PLAIN, "prompt": ["The old house", "She looked"]}),
     ("/v1/completions", {**PLAIN, "prompt": [[5, 17, 300], [42]], "n": 1}),
     ("/v1/completions", {**PLAIN, "temperature": 0.8, "seed": 3, "n": 2}),
     ("/v1/completions", {**PLAIN, "max_tokens": 40, "stop": ["e"]}),
     ("/v1/completions", {**PLAIN, "max_tokens": 40, "stop": ["e"], "include_stop_str_in_output": True}),
-    ("/v1/completions", {**PLAIN, "stop_token_ids": list(range(100, 4000))}),
+    ("/v1/completions", {**PLAIN, "stop_token_ids": list(range(200, 1200))}),
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
     ("/v1/chat/completions", {**CHAT, "temperature": 0.8, "seed": 3, "n": 2}),
     ("/tokenize", {"prompt": "The old house", "return_token_strs": True}),
     ("/detokenize", {"tokens": [5, 17, 300]}),
 ]
-OTHER = {"id", "created", "system_fingerprint", "service_tier"}  # of a server or of a moment
+OTHER = {
+    *("id", "created", "system_fingerprint", "service_tier"),  # of a server or of a moment
+    "prompt_tokens_details",  # vLLM uses no prefix again over artifacts
+    *("prompt_logprobs", "prompt_token_ids"),  # vLLM's own names for what an echo says too
+}
 
 
 def same(theirs: Any, ours: Any, place: str) -> None:

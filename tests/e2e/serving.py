@@ -65,6 +65,22 @@ class Served:
         return counts_of(self.raw("GET", "/metrics")[1])
 
 
+class Held:
+    """Calls of a function wait until they are released; `calls` is how many there were."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.called = threading.Event()
+        self.released = threading.Event()
+        self.calls = 0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.calls += 1
+        self.called.set()
+        assert self.released.wait(120)
+        return self._function(*arguments, **named)
+
+
 def counts_of(text: str) -> dict[str, float]:
     """Prometheus' text, by names and what is not always the same of their labels."""
     from prometheus_client.parser import text_string_to_metric_families

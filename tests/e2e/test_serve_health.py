@@ -15,24 +15,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
-from tests.e2e.serving import Served, counts_of, serving
+from tests.e2e.serving import Held, Served, counts_of, serving
 from tyir.tools.serve import async_engine
 
 REQUEST = {"prompt": "The old house", "max_tokens": 4, "temperature": 0}
-
-
-class Held:
-    """Calls of a function wait until they are released."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self.called = threading.Event()
-        self.released = threading.Event()
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        self.called.set()
-        assert self.released.wait(120)
-        return self._function(*arguments, **named)
 
 
 def test_while_it_loads(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
-from tests.e2e.serving import Served, serving
+from tests.e2e.serving import Held, Served, serving
 from tyir.runtime_sim.session.session import Session
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -384,6 +384,28 @@ def test_who_leaves_frees_the_slot(served: Served) -> None:
             one.close()
         _until(lambda: served.engine.engine.counts == (0, 0))
     assert served.counts()["vllm:request_success_total abort"] == aborted + 12
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_in_the_prompt_ends_it(four: Path, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """The step that runs is the last one; what it computed is used for who asks the same again."""
+    with serving(four) as served:
+        held = Held(served.engine.session.step)
+        monkeypatch.setattr(served.engine.session, "step", held)
+        body = {"prompt": list(range(100, 140)), "max_tokens": 4, "ignore_eos": True}
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+        sent = json.dumps({**body, "stream": stream})
+        connection.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
+        try:
+            assert held.called.wait(60)
+            connection.close()
+            _until(lambda: served.engine.engine.counts == (0, 0))
+        finally:
+            held.released.set()
+        again = served.post("/v1/completions", **body)
+        assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": 8}
+        assert held.calls == 1 + 4 + 3, "one of the first, four of the rest of the prompt, the other tokens"
+        assert served.counts()["vllm:request_success_total abort"] == 1
 
 
 def _until(holds: Any) -> None:
