@@ -175,7 +175,7 @@ def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
         yield f"has {_shown(tensor)}, which is not a cache of {options.kv_dtype}"
     else:
         shape: list[int | None] = [None] * len(tensor.shape)
-        shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.max_kv
+        shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.cache_extent
         yield from _tensor(tensor, tensor.name, wanted, tuple(shape))
 
 
