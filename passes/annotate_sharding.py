@@ -124,7 +124,8 @@ class AnnotateSharding(Pass):
     with; `strategy` is `cost`, `split` (blocks, always) or `rows` (a tower, always).  `mesh` says how the
     dies (of one stage) are grouped, `mesh=2,3` being 2 groups of 3: sums then go first within a group and
     then between them.  Without it whole packages are groups.  `kv_split`: what dies have of a cache whose
-    heads are fewer, `heads` (copies), `tokens` (blocks of `kv_block` positions in turn) or `auto` (by cost).
+    heads are fewer, `heads` (copies), `tokens` (blocks of `kv_block` positions in turn) or `auto`: as is
+    faster, with the strategy `cost`, else by heads.
     """
 
     stage: ClassVar[tuple[str, ...]] = ("kv",)
@@ -202,8 +203,10 @@ class AnnotateSharding(Pass):
         found: dict[int, _Block] = {}
         costs = [0.0, 0.0]
         group = _stages(function, self.dies, self.pp)
+        if self.kv_split == "heads" or (self.kv_split == "auto" and self.strategy != "cost"):
+            return None
         for number, block in enumerate(blocks):
-            if (attention := block.attention) is None or self.kv_split == "heads":
+            if (attention := block.attention) is None:
                 continue
             dies = group(attention)
             groups = TokenGroups(dies.size, attention.kv_heads)

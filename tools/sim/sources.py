@@ -230,6 +230,12 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
     if not (isinstance(layers, int) and isinstance(hidden, int) and isinstance(vocabulary, int)):
         return None
     options = manifest.options
+    heads, width = manifest.model.get("num_attention_heads"), manifest.model.get("head_dim")
+    if options.kv_parts > 1:
+        if not isinstance(heads, int):
+            return None
+        width = width if isinstance(width, int) else hidden // heads
+        heads = heads * options.kv_parts // (options.dies // options.pp)  # of a group of dies
     return lambda tokens: minimal_collectives(
         layers,
         hidden,
@@ -239,4 +245,5 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
         stages=options.pp,
         top_k=parse_output(options.output),
         embedding_as_input=options.embedding_as_input,
+        **({"kv_parts": options.kv_parts, "heads": heads, "width": width} if options.kv_parts > 1 else {}),
     )
