@@ -14,14 +14,14 @@ group's dies as they can be, which is how the products before and after attentio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.dist import AllGather
 from tyir.dialects.kv import Append, CachedAttention, DualChunkAttention, MergeAttention
-from tyir.dialects.ty import Rope, tensor_type
+from tyir.dialects.ty import tensor_type
 from tyir.ir import Op, Value
 from tyir.layers import carry
 from tyir.passes._placement import placement_of
@@ -161,7 +161,7 @@ def attend_by_tokens(
         x = local.get(value)
         return added(AllGather(x, axis=2, sizes=sizes, dies=members, loc=op.loc, result_types=[kind]))
 
-    queries = _queries(op.queries, whole, local, added)
+    queries = {value: whole(value) for value in op.queries}
     new = type(op).create(
         [queries.get(v) or local[v] for v in op.operands],
         [r.type for r in op.results],
@@ -182,20 +182,6 @@ def attend_by_tokens(
             new.out, axis=3, sizes=(width,) * blocks.count, dies=members, loc=op.loc, result_types=[kind]
         )
     )
-    return added(MergeAttention(parts, count=blocks.count, loc=op.loc)), first
-
-
-def _queries(
-    queries: Sequence[Value],
-    whole: Callable[[Value], Value],
-    local: Mapping[Value, Value],
-    added: Callable[[Op], Value],
-) -> dict[Value, Value]:
-    """All of the group's queries for the die's own; where they are rotations of the same they are gathered
-    once, before.
-    """
-    turned = [v.op for v in queries if isinstance(v.op, Rope)]
-    if len(queries) > 1 and len(turned) == len(queries) and len({op.x for op in turned}) == 1:
-        x = whole(turned[0].x)
-        return {op.out: added(Rope(x, local[op.cos], local[op.sin], loc=op.loc)) for op in turned}
-    return {v: whole(v) for v in queries}
+    merged = MergeAttention(parts, count=blocks.count, loc=op.loc)
+    merged.set_attribute("tyir.shard", DenseArrayAttr.i64((2, first)))
+    return added(merged), first

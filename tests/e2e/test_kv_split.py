@@ -137,5 +137,12 @@ def test_in_several_processes(by_tokens: Compile) -> None:
 
 def test_what_a_manifest_says_of_it_must_fit(by_tokens: Compile) -> None:
     manifest = Manifest.load(by_tokens(3))
-    wrong = replace(manifest, options=replace(manifest.options, kv_parts=1))
-    assert any("where the options say k0: 1x?x128x?xf16" in problem for problem in problems_of(wrong))
+    wrong = {
+        "where the options say k0: 1x?x128x?xf16": {"kv_parts": 1, "kv_split": "heads"},
+        "kv_parts 2 does not divide the dies of a stage": {"kv_parts": 2},
+        "kv_parts 3 does not fit options.kv_split heads": {"kv_split": "heads"},
+    }
+    assert not list(problems_of(manifest))
+    for said, changed in wrong.items():
+        options = replace(manifest.options, **changed)
+        assert any(said in problem for problem in problems_of(replace(manifest, options=options)))

@@ -84,7 +84,7 @@ def test_the_choice_is_one_of_cost(dies: int, max_kv: int, chosen: str) -> None:
     module, _ = build(SEVEN, draw=False)
     run_pipeline(module, f"kv-materialize{{max-kv={max_kv}}},annotate-sharding{{dies={dies}}}")
     assert recorded(module)["kv_split"] == chosen
-    why = [str(op.attributes.get("tyir.choice")) for op in module.walk_type(Linear)][0]
+    why = str(next(op for op in module.walk_type(Linear)).attributes.get("tyir.choice"))
     assert ("tokens: " in why) == (chosen == "tokens")
     if chosen == "tokens":
         assert "us with a half-full cache cut by tokens against" in why and "pinned" not in why

@@ -231,11 +231,12 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
         return None
     options = manifest.options
     heads, width = manifest.model.get("num_attention_heads"), manifest.model.get("head_dim")
-    if options.kv_parts > 1:
-        if not isinstance(heads, int):
+    if not isinstance(heads, int) or heads < 1:
+        if options.kv_parts > 1:
             return None
-        width = width if isinstance(width, int) else hidden // heads
-        heads = heads * options.kv_parts // (options.dies // options.pp)  # of a group of dies
+        heads = 1  # nothing is asked of them
+    width = width if isinstance(width, int) else hidden // heads
+    of_group = heads * options.kv_parts // (options.dies // options.pp)
     return lambda tokens: minimal_collectives(
         layers,
         hidden,
@@ -245,5 +246,7 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
         stages=options.pp,
         top_k=parse_output(options.output),
         embedding_as_input=options.embedding_as_input,
-        **({"kv_parts": options.kv_parts, "heads": heads, "width": width} if options.kv_parts > 1 else {}),
+        kv_parts=options.kv_parts,
+        heads=of_group,
+        width=width,
     )
