@@ -11,10 +11,12 @@ import numpy.typing as npt
 import pytest
 
 from tests.llm import Shape, build
-from tests.long_context.programs import Programs
+from tests.long_context.programs import EDGE10, Programs
 from tyir.artifacts.dual_chunk import CONFIG_KEY
 from tyir.artifacts.json_attributes import to_attribute
 from tyir.artifacts.token_blocks import TokenBlocks
+from tyir.attributes import StringAttr
+from tyir.diagnostics import TyirError
 from tyir.dialects.ty import Attention
 
 Array = npt.NDArray[Any]
@@ -118,3 +120,27 @@ def test_dual_chunk_attention(dies: int, seqlen: int) -> None:
     for engine in ("interpreter", "edge10"):
         by_tokens.reset()
         assert off(by_tokens.feed(ids, engine), wanted) < ROUNDING
+
+
+@pytest.mark.parametrize(("heads", "kib"), [(4, 48), (8, 64), (16, 48)])
+def test_what_does_not_fit_sram_goes_through_dram(heads: int, kib: int) -> None:
+    """Queries, parts and what is merged of them in DRAM, as of long steps of large models."""
+    small = EDGE10.with_overrides({"sram.capacity_bytes": kib << 10})
+    found = programs(heads, 1, 3, 64, f"kv-split=tokens kv-block={BLOCK}", machine=small)
+    moved = {
+        (source.value, op.name)
+        for op in found.lowered[0].walk()
+        if isinstance(source := op.attributes.get("tyir.source"), StringAttr)
+    }
+    assert ("kv.merge_attention", "edge10.load") in moved
+    assert ("ty.slice", "edge10.store" if heads == 4 else "edge10.load") in moved
+    wanted = programs(heads, 1, 3, 64, "kv-split=heads").feed(IDS, "interpreter")
+    assert off(found.feed(IDS, "edge10"), wanted) < ROUNDING
+
+
+def test_blocks_that_a_die_cannot_take_whole_are_refused() -> None:
+    with pytest.raises(
+        TyirError, match="blocks of 20 positions; a die's attention takes 16 at a time"
+    ) as caught:
+        programs(4, 1, 2, 8, "kv-split=tokens kv-block=20")
+    assert "kv-block=32" in str(caught.value)

@@ -98,6 +98,8 @@ def test_a_pin_and_the_option_win_over_cost() -> None:
     assert recorded(cut(module, 65536, "dies=16 kv-split=heads"))["kv_split"] == "heads"
     module, _ = build(SEVEN, draw=False)
     assert recorded(cut(module, 512, "dies=16 kv-split=tokens"))["kv_parts"] == 4
+    module, _ = build(SEVEN, draw=False)
+    assert recorded(cut(module, 65536, "dies=16 strategy=split"))["kv_split"] == "heads"  # whatever it costs
 
 
 @pytest.mark.parametrize(

@@ -396,9 +396,10 @@ def merge_parts(parts: Array, count: int) -> npt.NDArray[np.float32]:
     """What `kv.merge_attention` computes: rows f32 [.., count (D + 2)] -> f32 [.., D]."""
     each = parts.reshape(*parts.shape[:-1], count, -1)
     sums, largest, totals = each[..., :-2], each[..., -2], each[..., -1]
-    weights = np.exp(largest - largest.max(axis=-1, keepdims=True))
-    total = np.maximum((totals * weights).sum(axis=-1, dtype=np.float32), np.float32(1e-30))
-    return np.asarray((sums * weights[..., None]).sum(axis=-2, dtype=np.float32) / total[..., None])
+    with np.errstate(over="ignore", invalid="ignore"):  # replays of plans compute on whatever lies there
+        weights = np.exp(largest - largest.max(axis=-1, keepdims=True))
+        total = np.maximum((totals * weights).sum(axis=-1, dtype=np.float32), np.float32(1e-30))
+        return np.asarray((sums * weights[..., None]).sum(axis=-2, dtype=np.float32) / total[..., None])
 
 
 class Rows(DeclaredOp, name="kv.rows", traits=(Pure,)):
