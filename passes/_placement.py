@@ -24,6 +24,7 @@ from tyir.dialects.ty import (
     RmsNorm,
     Rope,
     TopKCandidates,
+    record_words,
     tensor_type,
 )
 from tyir.ir import Op, Value
@@ -205,10 +206,8 @@ def _candidates(op: Op) -> Rule:
     assert isinstance(op, TopKCandidates)
     if not isinstance(x, Split) or x.axis != _last_axis(op.x):
         return [REPLICATED], REPLICATED
-    counts = op.counts()
-    return [x], Split(
-        _last_axis(op.out), tuple((sum(counts[:die]), count) for die, count in enumerate(counts))
-    )
+    words = [record_words(count) for count in op.counts()]
+    return [x], Split(_last_axis(op.out), tuple((sum(words[:die]), count) for die, count in enumerate(words)))
 
 
 def _already_joined(op: Op) -> Rule:

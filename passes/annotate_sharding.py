@@ -44,6 +44,7 @@ from tyir.dialects.ty import (
     Rope,
     Softcap,
     TopK,
+    record_words,
     tensor_type,
 )
 from tyir.execution.constexpr import ConstantExpressions
@@ -429,7 +430,7 @@ def _blocks(function: Func, dies: int, stages: int) -> list[_Block]:
     if isinstance(head, LINEAR) and head not in taken:
         blocks.append(_head_block(head, dies))
         if isinstance(result, TopK):
-            blocks[-1].joined_bytes = 8 * result.k * dies  # a value and an id each
+            blocks[-1].joined_bytes = 4 * record_words(result.k) * dies
     return blocks
 
 

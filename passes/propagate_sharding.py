@@ -64,9 +64,10 @@ def _in_parts(top: TopK) -> Op:
     if not isinstance(placement, Split) or placement.axis != tensor_type(top.x).rank - 1:
         return top
     sizes = tuple(size for _, size in placement.ranges)
-    candidates = TopKCandidates(top.x, k=top.k, sizes=sizes, loc=top.loc)
+    candidates = TopKCandidates(top.x, k=top.k, sizes=sizes, softcap=top.softcap, loc=top.loc)
     carry(candidates, top).insert_before(top)
-    merge = MergeTopK(candidates.out, k=top.k, loc=top.loc)
+    counts = candidates.counts()
+    merge = MergeTopK(candidates.out, k=top.k, counts=counts, softcap=top.softcap, loc=top.loc)
     carry(merge, top).insert_before(top)
     top.replace_with(list(merge.results))
     return candidates

@@ -1,11 +1,12 @@
 """What a step returns: the logits, or of each position the k best tokens with their values.
 
-    func.return %logits, %k0n, ...     -->     %values, %ids = ty.top_k(%logits) {k = 8}
-                                               func.return %values, %ids, %k0n, ...
+    func.return %logits, %k0n, ...     -->     %values, %ids, %logsumexp = ty.top_k(%logits) {k = 8}
+                                               func.return %values, %ids, %logsumexp, %k0n, ...
 
-`argmax` is k = 1.  The results are called `top_values` (f32 [b, s, k]) and `top_ids` (i32 [b, s, k]).  Runs
-before partition-dies, which then lets each die choose among its own columns of the vocabulary and gathers the
-few candidates instead of the logits.
+`argmax` is k = 1.  The results are called `top_values` (f32 [b, s, k]), `top_ids` (i32 [b, s, k]) and
+`logsumexp` (f32 [b, s]: what turns a value into the logarithm of its token's probability).  A soft cap of the
+logits becomes the top-k's.  Runs before partition-dies, which then lets each die choose among its own columns
+of the vocabulary and gathers the few candidates instead of the logits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tyir.pipeline import Pass, PassContext
 __all__ = ["SelectOutput", "output_of", "parse_output"]
 
 LOGITS: Final = result("logits")
+OUTPUTS: Final = ("top_values", "top_ids", "logsumexp")  # in the order of `ty.top_k`'s results
 
 _MOST_DIGITS: Final = 18  # of K: an i64 holds all such numbers
 
@@ -94,18 +96,17 @@ def _select(function: Func, k: int) -> None:
         raise TyirError(
             f"k={k} is more than the {vocabulary} tokens of the vocabulary", help=f"use k={vocabulary}"
         )
-    cap = logits.op if isinstance(logits.op, Softcap) else None  # keeps the order: k values are capped, not V
+    cap = logits.op if isinstance(logits.op, Softcap) else None
     top = TopK(
-        logits if cap is None else cap.x, k=k, loc=terminator.loc if logits.op is None else logits.op.loc
+        logits if cap is None else cap.x,
+        k=k,
+        softcap=None if cap is None else cap.cap,
+        loc=terminator.loc if logits.op is None else logits.op.loc,
     )
     carry(top, logits.op).insert_before(terminator)
-    values = top.values
-    if cap is not None:
-        capped = carry(Softcap(values, cap=cap.cap, loc=cap.loc), cap).insert_before(terminator)
-        values = capped.result
     attrs = [function.res_attr(i) for i in range(1, 1 + len(rest))]
-    terminator.operands = [values, top.ids, *rest]
+    terminator.operands = [*top.results, *rest]
     if cap is not None:
         cap.erase()
     function.refresh_type()
-    function.set_res_attrs([result("top_values"), result("top_ids"), *attrs])
+    function.set_res_attrs([*map(result, OUTPUTS), *attrs])

@@ -94,11 +94,11 @@ class BuildOptions:
     `weights`: "fp16", "int4" (quantised by the compiler), "awq" (the same after an AWQ table has been folded
     in, the file of SHA-256 `awq`), or in a manifest "checkpoint" (the checkpoint's own quantised weights,
     nothing more). `output`: what a step returns for each token: "logits", "argmax" or "topk=K" (the K best
-    tokens with their values). `pp`: pipeline stages; the decoder's layers are dealt out to that many groups
-    of dies. `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3; empty: whole packages
-    are groups. `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a scale per head and token.
-    `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).  `kv_split`: what dies have of a cache with fewer heads
-    than dies, "heads" (copies), "tokens" (blocks of `kv_block` positions in turn,
+    tokens with their values, and the logsumexp of all). `pp`: pipeline stages; the decoder's layers are dealt
+    out to that many groups of dies. `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3;
+    empty: whole packages are groups. `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a
+    scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).  `kv_split`: what dies have
+    of a cache with fewer heads than dies, "heads" (copies), "tokens" (blocks of `kv_block` positions in turn,
     `tyir.artifacts.token_blocks`) or "auto" (what is faster); a manifest says which, and with `kv_parts` how
     many dies share a block's heads, which nobody chooses.
     """
@@ -314,6 +314,13 @@ class Manifest:
     def choices(self) -> int | None:
         """How many tokens a step returns for each position; None when it returns logits."""
         return next((t.shape[-1] for t in self.programs[0].outputs if t.name == "top_ids"), None)
+
+    @property
+    def has_logsumexp(self) -> bool:
+        """Whether the best tokens come with the logsumexp of all logits, which turns a logit into a
+        log-probability: those of artifacts of older versions do not.
+        """
+        return any(t.name == "logsumexp" for t in self.programs[0].outputs)
 
     def program(self, die: int, seqlen: int) -> DieProgram:
         return next(p for p in self.programs if p.die == die and p.seqlen == seqlen)

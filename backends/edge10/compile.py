@@ -211,7 +211,7 @@ def _towers(
         return None
     dies = options.dies if context.vision_dies is None else context.vision_dies
     die_map = context.vision_die_map or (options.die_map if dies == options.dies else ())
-    return make_towers(separate, module, dies, die_map, context)
+    return make_towers(separate, module, dies, die_map, options.max_kv, context)
 
 
 def to_program(module: Module, asked: BuildOptions, context: CompileContext) -> BuildOptions:
@@ -247,6 +247,7 @@ _OWN_FILES: Final = (MANIFEST, _BUFFER_CONFIG, _EMPTY, _EMBEDDING, MACHINE)
 _OWN_FOLDERS: Final = re.compile(r"batch_\d+(/seqlen_\d+)?|visual(/size_\d+x\d+)?")
 _PROGRAM_FILES: Final = re.compile(
     r"batch_\d+/(common_die\d+|seqlen_\d+/llm_die\d+)\.\w+"
+    r"|compute_rope_param\.\w+"
     r"|visual/((constant_die\d+|(size_\d+x\d+/)?vit_die\d+)\.\w+|(aot|buffer)_config\.json)"
 )
 
@@ -332,7 +333,8 @@ def _write_programs(
 
 def _files(options: BuildOptions, seqlen: int) -> ProgramFiles:
     return ProgramFiles(
-        f"batch_{options.batch}/seqlen_{seqlen}", "llm", f"batch_{options.batch}/common_die{{die}}.params"
+        f"batch_{options.batch}/seqlen_{seqlen}/llm_die{{die}}",
+        f"batch_{options.batch}/common_die{{die}}.params",
     )
 
 

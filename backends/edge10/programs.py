@@ -46,21 +46,25 @@ Memory = dict[tuple[int, int], dict[str, int]]
 
 @dataclass(frozen=True)
 class ProgramFiles:
-    """How a length's files are called: in `folder`, beginning with `stem`; `common` names the weights that
-    lengths share, with `{die}` in it.
+    """How a length's files are called, and the file of weights that lengths share: patterns with `{die}`
+    where each die has one of its own.
     """
 
-    folder: str
-    stem: str
+    pattern: str
     common: str
 
     def name(self, die: int, suffix: str) -> str:
         """`batch_1/seqlen_8/llm_die0.so`"""
-        return f"{self.folder}/{self.stem}_die{die}.{suffix}"
+        return f"{self.pattern.format(die=die)}.{suffix}"
 
     def shared(self, die: int) -> str:
         """`batch_1/common_die0.params`"""
         return self.common.format(die=die)
+
+    @property
+    def what(self) -> str:
+        """`llm`: what the programs are, for reports."""
+        return self.pattern.rpartition("/")[2].partition("_die")[0]
 
 
 def functions_of(die: Module, seqlen: int) -> list[Func]:
@@ -154,7 +158,7 @@ class ProgramWriter:
         commands = files.name(index, "bin" if self.context.binary else "edge10")
         for name in (commands, files.name(index, "so")):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        where = f"{files.stem} s{seqlen} die{index}"
+        where = f"{files.what} s{seqlen} die{index}"
         functions = functions_of(die, seqlen)
         kernels = assign_kernels(functions)
         text = print_op(self._artifact_ir(die, index, seqlen), locations=False)

@@ -3,6 +3,7 @@
 visual/constant_die{i}.params              weights of die i that all sizes share
 visual/vit_die{i}.so .edge10 .ir .params   programs of the first size, with tables of its own
 visual/size_{W}x{H}/vit_die{i}...          those of the others
+compute_rope_param.so .edge10 .ir .params  of models with positions on several axes (`rope_program`)
 visual/aot_config.json buffer_config.json  what a host must know and allocate, beside the manifest
 """
 
@@ -10,15 +11,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tyir.artifacts.json_attributes import to_json
 from tyir.artifacts.programs import DieProgram
 from tyir.artifacts.schema import checked
-from tyir.artifacts.vision import VISION_EXPONENT, ImageSize, Vision, VisionSize, VisionSplit
+from tyir.artifacts.vision import VISION_EXPONENT, ImageSize, Rope, Vision, VisionSize, VisionSplit
 from tyir.backends.edge10.programs import Memory, ProgramFiles, ProgramWriter
+from tyir.backends.edge10.rope_program import RopeProgram
 from tyir.backends.edge10.weight_files import Places, WeightFiles
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
@@ -60,8 +62,15 @@ def split_towers(module: Module) -> dict[str, Module]:
 class Towers:
     """Towers as programs of dies, ready to be written: made by `make_towers`."""
 
-    def __init__(self, towers: Mapping[str, Module], facts: Any, dies: int, die_map: tuple[int, ...]) -> None:
-        self.dies, self.die_map, self.facts = dies, die_map, facts
+    def __init__(
+        self,
+        towers: Mapping[str, Module],
+        facts: Any,
+        dies: int,
+        die_map: tuple[int, ...],
+        rope: RopeProgram | None,
+    ) -> None:
+        self.dies, self.die_map, self.facts, self.rope = dies, die_map, facts, rope
         self.said = [_said(tower, name) for name, tower in towers.items()]
         self.sizes: list[list[Module]] = [
             [m for m in t.body if isinstance(m, Module)] for t in towers.values()
@@ -86,7 +95,7 @@ class Towers:
         """How a size's files are called."""
         name = self.image(size)[0].name
         folder = _FOLDER if size == 0 else f"{_FOLDER}/size_{name}"
-        return ProgramFiles(folder, "vit", f"{_FOLDER}/constant_die{{die}}.params")
+        return ProgramFiles(f"{folder}/vit_die{{die}}", f"{_FOLDER}/constant_die{{die}}.params")
 
     def image(self, size: int) -> list[ImageSize]:
         """The sizes of pictures that share a program."""
@@ -109,6 +118,8 @@ class Towers:
                 for param in [p for p in _params(modules[die]) if not self._own[p]]:
                     common.slots[param] = common.slots[by_name[str(param.sym_name)]]
                     files.places.add(die, param, common, name)
+        if self.rope is not None:
+            self.rope.params(files)
 
     def write(self, folder: Path, places: Places, context: CompileContext) -> Vision:
         """The programs; returns the manifest's section."""
@@ -126,6 +137,9 @@ class Towers:
         facts = {**self.facts, "dies": self.dies, "die_map": self.die_map}
         content = {**facts, "sizes": [asdict(size) for size in sizes]}
         vision = checked(Vision, content, "the module's tyir.vision", "import the model again")
+        if self.rope is not None:
+            with ProgramWriter(folder, places, context) as writer:
+                vision = replace(vision, rope=replace(self.rope.rope, program=self.rope.write(writer)))
         self._write_configs(folder, vision, memory)
         return vision
 
@@ -192,9 +206,16 @@ def _said(tower: Module, name: str) -> tuple[list[ImageSize], list[int]]:
 
 
 def make_towers(
-    towers: Mapping[str, Module], module: Module, dies: int, die_map: tuple[int, ...], context: CompileContext
+    towers: Mapping[str, Module],
+    module: Module,
+    dies: int,
+    die_map: tuple[int, ...],
+    max_kv: int,
+    context: CompileContext,
 ) -> Towers:
-    """The towers that `split_towers` has taken out of a module, as programs of `dies`."""
+    """The towers that `split_towers` has taken out of a module, as programs of `dies`; their rows go to
+    language programs with caches of `max_kv` tokens.
+    """
     exponent = VISION_EXPONENT if context.vision_exponent is None else context.vision_exponent
     for name, tower in towers.items():
         patches = _patches(tower, name)
@@ -206,8 +227,11 @@ def make_towers(
             op.loc = location_by_path(op)
             for value in op.results:
                 value.name = None
-    facts = {**to_json(module.attributes[FACTS]), "exponent": exponent}
-    return Towers(towers, facts, dies, die_map)
+    facts: dict[str, Any] = {**to_json(module.attributes[FACTS]), "exponent": exponent}
+    rope = facts.get("rope")
+    if rope is not None:
+        rope = checked(Rope, rope, f"rope of the module's {FACTS}", "import the model again")
+    return Towers(towers, facts, dies, die_map, None if rope is None else RopeProgram(rope, max_kv))
 
 
 def _patches(tower: Module, name: str) -> int:

@@ -82,7 +82,7 @@ def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, 
 
 
 def top_k(op: edge10.TopK, sram: SramAccess) -> None:
-    """Compute `edge10.top_k`: the best of the tile and of the lists so far."""
+    """Compute `edge10.top_k`: the best of the tile and of the lists so far, and the sum of both."""
     rows, dtype = op.rows, _dtype(op.element)
     values = comparable(sram(op.values, (rows, op.cols), dtype, (op.stride, dtype.itemsize)))
     if op.ids is None:
@@ -90,18 +90,37 @@ def top_k(op: edge10.TopK, sram: SramAccess) -> None:
     else:
         ids = sram(op.ids, (rows, op.cols), np.int32, (op.stride, 4))
     lists = [
-        (offset, (rows, op.k), np.dtype(t), (stride, 4))
-        for offset, stride, t in zip(op.best, op.best_strides, (np.float32, np.int32))
+        (offset, (rows, width), np.dtype(t), (stride, 4))
+        for offset, stride, width, t in zip(
+            op.best, op.best_strides, (op.k, op.k, 1), (np.float32, np.int32, np.float32)
+        )
     ]
     if op.fresh:
         known = [
-            np.full((rows, op.k), free, t)
-            for free, t in ((-np.inf, np.float32), (np.iinfo(np.int32).max, np.int32))
+            np.full(shape, free, t)
+            for free, (_, shape, t, _) in zip((-np.inf, np.iinfo(np.int32).max, 0), lists)
         ]
     else:
         known = [sram(*view).copy() for view in lists]
     best = select_best(
         np.concatenate([known[0], values], axis=1), np.concatenate([known[1], ids], axis=1), op.k
     )
-    for view, found in zip(lists, best):
+
+    def summed(x: Array) -> Array:
+        return x if op.softcap is None else softcap(x, op.softcap)
+
+    first = summed(best[0][:, :1])
+    if op.partial is None:
+        added = np.exp(summed(values) - first).sum(axis=1, keepdims=True, dtype=np.float32)
+    else:
+        own = sram(op.partial, (rows, 1), np.float32, (op.stride, 4))
+        added = own * np.exp(summed(values[:, :1]) - first)
+    if not op.fresh:
+        added = known[2] * np.exp(summed(known[0][:, :1]) - first) + added
+    total = np.asarray(added, np.float32)
+    made = [*best, total]
+    if op.ends:
+        with np.errstate(divide="ignore"):  # a program that is checked alone sums what no die has sent
+            made = [summed(best[0]), best[1], first + np.log(total)]
+    for view, found in zip(lists, made):
         sram(*view, write=True)[...] = found

@@ -77,6 +77,8 @@ def figures(s: Summary) -> Iterator[tuple[str, Interval]]:
     )
     for p in s.pictures:
         yield f"tower, a picture of {p.size}, device (ms)", p.tower_ms
+        if p.tables_ms.point:
+            yield "rotary tables of a request with it, device (ms)", p.tables_ms
         if p.ttft_ms is not None:
             yield f"TTFT, it and {s.prompt_tokens} tokens (ms)", p.ttft_ms
 

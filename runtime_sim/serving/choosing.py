@@ -16,9 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.runtime_sim.session.sampling import check_sampling, make_sampler
+from tyir.runtime_sim.session.sampling import check_sampling, choose, logsumexp, make_sampler
 
-__all__ = ["PENALTIES", "Chooser", "Constraint", "Sampling", "log_probabilities"]
+__all__ = [
+    "PENALTIES",
+    "Chooser",
+    "Constraint",
+    "Sampling",
+    "best_log_probabilities",
+    "log_probabilities",
+]
 
 Logits = npt.NDArray[np.float32]
 _LARGEST_SEED = 1 << 64
@@ -55,9 +62,21 @@ class Sampling:
     allowed: frozenset[int] | None = None
     bad: tuple[tuple[int, ...], ...] = ()
 
-    def check(self, vocabulary: int, choices: int | None, *, logprobs: bool = False) -> None:
+    def check(
+        self,
+        vocabulary: int,
+        choices: int | None,
+        logsumexp: bool = False,
+        *,
+        logprobs: int | None = None,
+        others: Sequence[str] = (),
+    ) -> None:
         """`TyirError` for what is out of range, and for what needs logits that the programs do not return:
-        `choices` is how many tokens of a position they return, None for all logits.
+        `choices` is how many tokens of a position they return, None for all logits, and `logsumexp` whether
+        with that of all.
+
+        `logprobs`: how many tokens' log-probabilities are asked for beside the chosen one's; `others`: by
+        name, what else is asked that needs all logits.
         """
         make_sampler(self.temperature, max(self.top_k, 0), self.top_p, None, self.min_p)
         problems = [
@@ -92,31 +111,47 @@ class Sampling:
         if problems:
             raise TyirError([Diagnostic(p) for p in problems])
         if choices is not None:
-            self._check_choices(choices, logprobs)
+            self._check_choices(choices, logsumexp, logprobs, others)
 
-    def _check_choices(self, choices: int, logprobs: bool) -> None:
-        """The softmax over all tokens is not known where a program returns the best of them.
-
-        Within `top_k` of them it is: the nucleus and the smallest share are of what top-k leaves.
+    def _check_choices(
+        self, choices: int, logsumexp: bool, logprobs: int | None, others: Sequence[str]
+    ) -> None:
+        """The best tokens of a position say enough within `top_k` of them; with the logsumexp of all, also of
+        log-probabilities, and, from case to case (`kept_of_all`), of a nucleus and a smallest share.
         """
         check_sampling(choices, self.temperature, max(self.top_k, 0))
         random = self.temperature > 0
         among_all = random and self.top_k <= 0
-        wanted = {
-            "logprobs": logprobs,
+        bounded = self.top_p < 1 or self.min_p > 0
+        hot = self.temperature > 1 and self.min_p == 0  # how many small ones share what is left is not known
+        once_more = {
+            "logprobs": logprobs is not None,
             "top_p without top_k": among_all and self.top_p < 1,
             "min_p without top_k": among_all and self.min_p > 0,
-            "sampling without top_k": among_all,
+        }
+        never = {
+            "sampling without top_k": among_all and not bounded,
+            "top_p without top_k at a temperature above 1": among_all and self.top_p < 1 and hot,
             "penalties": self._penalises,
             "logit_bias": bool(self.bias),
             "allowed_token_ids": self.allowed is not None,
             "bad_words": bool(self.bad),
+            **dict.fromkeys(others, True),
         }
-        if asked := [name for name, is_asked in wanted.items() if is_asked]:
+        returned = f"these artifacts return the {choices} best tokens of each position"
+        if asked := [name for name, is_asked in never.items() if is_asked]:
             raise TyirError(
-                f"{', '.join(asked)}: these artifacts return the {choices} best tokens of each position"
-                " and not all logits",
-                help="compile with --output logits",
+                f"{', '.join(asked)}: {returned} and not all logits", help="compile with --output logits"
+            )
+        if not logsumexp and (asked := [name for name, is_asked in once_more.items() if is_asked]):
+            raise TyirError(
+                f"{', '.join(asked)}: {returned} and not the logsumexp of all: they are of an older version",
+                help="compile the model again, or with --output logits",
+            )
+        if logprobs is not None and not 0 <= logprobs <= choices:
+            raise TyirError(
+                f"logprobs {logprobs}: {returned}",
+                help=f"ask for {choices} at most, or compile with a larger K of --output topk=K",
             )
 
     @property
@@ -144,7 +179,7 @@ class Chooser:
         `TyirError` when nothing may follow.
         """
         if "logits" not in outputs:
-            return int(outputs["top_ids"][self._sample(np.asarray(outputs["top_values"], np.float32))])
+            return choose(outputs, self._sample)
         token = self._sample(self._changed(np.asarray(outputs["logits"], np.float32), made, refused))
         if self._constraint is not None:
             self._constraint.accept(token)
@@ -188,6 +223,14 @@ class Chooser:
 
 def log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:
     """Of every token [.., V], natural logarithms, in f64."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
+    return np.asarray(logits.astype(np.float64) - logsumexp(logits)[..., None])
+
+
+def best_log_probabilities(
+    outputs: Mapping[str, Any],
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+    """The tokens that a step returns at one position, best first, and their natural logarithms, in f64, among
+    the whole vocabulary.
+    """
+    values = np.asarray(outputs["top_values"], np.float64) - float(outputs["logsumexp"])
+    return np.asarray(outputs["top_ids"], np.int32), values

@@ -73,6 +73,7 @@ class Engine:
         self.capacity = options.max_kv
         self.vocabulary = int(session.manifest.model.get("vocab_size", 1 << 31))
         self.choices = session.manifest.choices
+        self.has_logsumexp = session.manifest.has_logsumexp
         self.scheduler = Scheduler(
             options.batch,
             options.seqlens,
@@ -116,7 +117,7 @@ class Engine:
         `QueueFull` when too many wait, `TyirError` for one that cannot be answered; then none is taken.
         """
         for generation in generations:
-            generation.check(self.vocabulary, self.choices)
+            generation.check(self.vocabulary, self.choices, self.has_logsumexp)
             if generation.pictures is None and isinstance(self.session, VisionBatchSession):
                 generation.pictures = VisionRequest.text(generation.prompt)
         with self._changed:
@@ -225,7 +226,7 @@ class Engine:
             finish = generation.next({name: a[-1] for name, a in outputs.items()}, self.capacity)
         except Exception as error:
             text = str(error) if isinstance(error, TyirError) else f"{type(error).__name__}: {error}"
-            finish = Finish("error", message=text)
+            finish = Finish("error", message=text, refused=isinstance(error, TyirError))
         else:
             if generation.limit:
                 first = len(generation.made) == 1

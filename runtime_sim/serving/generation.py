@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
-from tyir.runtime_sim.serving.choosing import Chooser, Constraint, Sampling, log_probabilities
+from tyir.runtime_sim.serving.choosing import (
+    Chooser,
+    Constraint,
+    Sampling,
+    best_log_probabilities,
+    log_probabilities,
+)
 from tyir.runtime_sim.serving.scheduler import Task
 from tyir.runtime_sim.vision.request import VisionRequest
 
@@ -23,11 +29,15 @@ FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 @dataclass(frozen=True)
 class Finish:
-    """Why an answer ended; `stop` is the token or the text that did, None for the end of the text."""
+    """Why an answer ended; `stop` is the token or the text that did, None for the end of the text.
+
+    `refused`: an error that is the request's own, as one that asks for more tokens than artifacts return.
+    """
 
     reason: FinishReason
     stop: int | str | None = None
     message: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class Generation:
         """Note the log-probabilities of the prompt's tokens that follow rows [n, V], from `start` on."""
         following = self.prompt[start + 1 : start + 1 + len(logits)]
         for row, token in zip(logits, following):
-            self._scored.append(self._report(row, token))
+            self._scored.append(self._report({"logits": row}, token))
 
     def next(self, outputs: dict[str, npt.NDArray[np.generic]], capacity: int) -> Finish | None:
         """Choose a token from the outputs at the last position; why the answer ends with it."""
@@ -122,7 +132,7 @@ class Generation:
         self.made.append(token)
         scored = Scored(token)
         if self.logprobs is not None:
-            scored = self._report(np.asarray(outputs["logits"], np.float32), token)
+            scored = self._report(outputs, token)
         return self.listener.token(scored, self._finish(token, capacity))
 
     def _finish(self, token: int, capacity: int) -> Finish | None:
@@ -131,17 +141,32 @@ class Generation:
         full = len(self.prompt) + len(self.made) > capacity
         return Finish("length") if full or len(self.made) >= self.limit else None
 
-    def check(self, vocabulary: int, choices: int | None) -> None:
-        """`TyirError` for what cannot be done."""
+    def check(self, vocabulary: int, choices: int | None, logsumexp: bool = False) -> None:
+        """`TyirError` for what cannot be done; `choices` and `logsumexp` as `Sampling.check` takes them."""
         bad = [t for t in self.prompt if not 0 <= t < vocabulary]
         if bad:
             raise TyirError(f"token {bad[0]} is not in the vocabulary of {vocabulary}")
-        scores = self.logprobs is not None or self.score_prompt or self.constraint is not None
-        self.sampling.check(vocabulary, choices, logprobs=scores)
+        needed = {
+            "logprobs of the prompt": self.score_prompt,
+            "a grammar (structured_outputs, response_format, tools that are required)": (
+                self.constraint is not None
+            ),
+        }
+        self.sampling.check(
+            vocabulary,
+            choices,
+            logsumexp,
+            logprobs=self.logprobs,
+            others=[name for name, is_asked in needed.items() if is_asked],
+        )
 
-    def _report(self, logits: npt.NDArray[np.float32], token: int) -> Scored:
+    def _report(self, outputs: Mapping[str, Any], token: int) -> Scored:
         """A token and the best ones, of one array: who compares them finds equal what is equal."""
-        values = log_probabilities(logits)
+        if "logits" not in outputs:
+            ids, found = best_log_probabilities(outputs)
+            tops = [(int(i), float(v)) for i, v in zip(ids, found)]
+            return Scored(token, dict(tops)[token], tuple(tops[: self.logprobs or 0]))
+        values = log_probabilities(np.asarray(outputs["logits"], np.float32))
         count = min(self.logprobs or 0, len(values))
         best = np.argpartition(-values, count - 1)[:count] if count else np.empty(0, np.int64)
         best = best[np.lexsort((best, -values[best]))]

@@ -26,7 +26,7 @@ from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import StepProbe
-from tyir.runtime_sim.session.sampling import Sampler, greedy
+from tyir.runtime_sim.session.sampling import Sampler, choose, greedy
 from tyir.runtime_sim.session.session import EngineGroup, EngineName, make_engine
 from tyir.runtime_sim.session.token_ids import checked_ids
 
@@ -99,7 +99,7 @@ class BatchSession:
             outputs = self.advance(following, last=True)
             for number, own in enumerate(outputs):
                 if following[number]:
-                    made[number].append(_choose(own, sampler))
+                    made[number].append(choose({n: a[-1] for n, a in own.items()}, sampler))
             going = [
                 bool(f) and end_reason(m, limit, self.manifest.options.max_kv - len(t), stop) is None
                 for f, m, t in zip(following, made, self.tokens)
@@ -222,10 +222,3 @@ class BatchSession:
     @cached_property
     def _embedding_table(self) -> Array:
         return embedding_table(self.artifacts)
-
-
-def _choose(outputs: dict[str, Array], sampler: Sampler) -> int:
-    """The next token from the outputs at the last position."""
-    if "logits" in outputs:
-        return sampler(outputs["logits"][-1])
-    return int(outputs["top_ids"][-1][sampler(outputs["top_values"][-1])])

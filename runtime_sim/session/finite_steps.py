@@ -76,7 +76,7 @@ class FiniteSteps:
         position = int(inputs["pos"][sequence]) + row
         of = f" of sequence {sequence}" if len(counts) > 1 else ""
         found = not_finite(values) or "no finite value"
-        what = {"logits": "logits", "top_values": "best logits"}.get(name, name)
+        what = {"logits": "logits", "top_values": "best logits", "logsumexp": "logits"}.get(name, name)
         message = f"the {what} of step {self.done} are not finite ({found}), from position {position}{of} on"
         if origin is None:
             help = (

@@ -32,7 +32,7 @@ from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
-from tyir.runtime_sim.session.sampling import Candidates, Sampler, greedy
+from tyir.runtime_sim.session.sampling import Candidates, Sampler, choose, greedy, logsumexp
 from tyir.runtime_sim.session.saved_cache import read_cache, saved_bytes, write_cache
 from tyir.runtime_sim.session.token_ids import checked_ids
 
@@ -237,7 +237,7 @@ class Session:
         logits.
         """
         found = _joined(_with_best(outputs) for outputs in self._advance(ids))
-        return Candidates(found["top_values"], found["top_ids"])
+        return Candidates(found["top_values"], found["top_ids"], found.get("logsumexp"))
 
     def _last(self, ids: Sequence[int]) -> dict[str, Array]:
         """Run tokens through the program; its outputs by name after the last of them, [1, ..] each."""
@@ -314,10 +314,7 @@ class Session:
 
     def _sample(self, ids: Sequence[int], sampler: Sampler) -> int:
         """The token to follow `ids`, chosen among all tokens or among those that the program returns."""
-        outputs = self._last(ids)
-        if "logits" in outputs:
-            return sampler(outputs["logits"][-1])
-        return int(outputs["top_ids"][-1][sampler(outputs["top_values"][-1])])
+        return choose({name: array[-1] for name, array in self._last(ids).items()}, sampler)
 
 
 def _joined(parts: Iterable[dict[str, Array]]) -> dict[str, Array]:
@@ -336,4 +333,8 @@ def _with_best(outputs: dict[str, Array]) -> dict[str, Array]:
     logits = outputs["logits"]
     best = logits.argmax(axis=-1)[:, None]
     values = np.take_along_axis(logits, best, axis=-1)
-    return {"top_values": values.astype(np.float32), "top_ids": best.astype(np.int32)}
+    return {
+        "top_values": values.astype(np.float32),
+        "top_ids": best.astype(np.int32),
+        "logsumexp": logsumexp(logits).astype(np.float32),
+    }

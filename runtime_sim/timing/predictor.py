@@ -72,7 +72,8 @@ class Predictor:
     """Figures of a compiled model on a machine.
 
     `programs(seqlen)` gives all dies' programs; `seqlens` are the compiled lengths, `capacity` the cache's;
-    `pictures` the sizes that a vision tower was compiled for.
+    `pictures` the sizes that a vision tower was compiled for; `tables` the program that fills a request's
+    rotary tables, None where there is none.
     """
 
     def __init__(
@@ -82,19 +83,22 @@ class Predictor:
         capacity: int,
         machine: Machine,
         pictures: Sequence[Pictures] = (),
+        tables: Callable[[], EdgeProgram] | None = None,
     ) -> None:
         self.programs = programs
         self.pictures = tuple(pictures)
+        self.tables = tables
         self.seqlens = tuple(seqlens)
         self.capacity = capacity
         self.machine = machine
         self._steps: dict[tuple[int, int], Timing] = {}
         self._towers: dict[str, Timing] = {}
+        self._tables: Timing | None = None
         self._long_steps: dict[int, LongSteps] = {}
 
     def on(self, machine: Machine) -> Predictor:
         """The same programs on another machine."""
-        return Predictor(self.programs, self.seqlens, self.capacity, machine, self.pictures)
+        return Predictor(self.programs, self.seqlens, self.capacity, machine, self.pictures, self.tables)
 
     def step(self, seqlen: int, pos: int) -> Timing:
         """One step, simulated once."""
@@ -108,6 +112,14 @@ class Predictor:
         if pictures.size not in self._towers:
             self._towers[pictures.size] = simulate(pictures.programs(), self.machine, 0)
         return self._towers[pictures.size]
+
+    def tables_ns(self) -> float:
+        """The rotary tables of a request with pictures: one program on one die, before the first step."""
+        if self.tables is None:
+            return 0.0
+        if self._tables is None:
+            self._tables = simulate([self.tables()], self.machine, 0)
+        return self._tables.total_ns
 
     @property
     def dies(self) -> int:

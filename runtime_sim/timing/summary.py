@@ -102,16 +102,18 @@ class StepReport:
 
 @dataclass(frozen=True)
 class PictureReport:
-    """Pictures of one compiled size: `tower_ms` is the tower's pass over one, of the device alone; `ttft_ms`
-    that and the prefill of its tokens and of the prompt's, with the host's constant for each step (None: the
-    cache does not hold them).  What the host does with pixels is in neither.  `cube_bound_ms`: the tower's
-    products alone, dealt out evenly.  `tower`: its pass as a step of so many patches.
+    """Pictures of one compiled size: `tower_ms` is the tower's pass over one, `tables_ms` what fills the
+    request's rotary tables, of the device alone; `ttft_ms` both, and the prefill of its tokens and of the
+    prompt's with the host's constant for each step (None: the cache does not hold them).  What the host does
+    with pixels is in none.  `cube_bound_ms`: the tower's products alone, dealt out evenly.  `tower`: its pass
+    as a step of so many patches.
     """
 
     size: str
     tokens: int
     dies: int
     tower_ms: Interval
+    tables_ms: Interval
     ttft_ms: Interval | None
     cube_bound_ms: float
     tower: StepReport
@@ -251,6 +253,7 @@ def summarize(
 def _picture(predictor: Predictor, pictures: Pictures, prompt: int) -> PictureReport:
     timing, machine = predictor.tower(pictures), predictor.machine
     tower = predictor.interval(lambda p: p.tower(pictures).total_ns)
+    tables = predictor.interval(lambda p: p.tables_ns())
     tokens = pictures.tokens + prompt
     ttft = predictor.interval(lambda p: p.ttft_ns(tokens)) if tokens <= predictor.capacity else None
     macs = sum(op.macs for die in range(len(timing.dies)) for op in op_costs(timing, die))
@@ -260,7 +263,8 @@ def _picture(predictor: Predictor, pictures: Pictures, prompt: int) -> PictureRe
         tokens=pictures.tokens,
         dies=len(timing.dies),
         tower_ms=tower.map(_ms),
-        ttft_ms=None if ttft is None else ttft.plus(tower).map(_ms),
+        tables_ms=tables.map(_ms),
+        ttft_ms=None if ttft is None else ttft.plus(tower).plus(tables).map(_ms),
         cube_bound_ms=_ms(cycles * machine.cycle_ns),
         tower=_step_report(timing, None),
     )

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.session import EngineGroup, EngineName
-from tyir.runtime_sim.vision.positions import rope_rows
 from tyir.runtime_sim.vision.preprocessor import vision_of
 from tyir.runtime_sim.vision.request import VisionRequest
+from tyir.runtime_sim.vision.rope_tables import RopeTables
 
 __all__ = ["VisionBatchSession"]
 
@@ -43,6 +43,7 @@ class VisionBatchSession(BatchSession):
     ) -> None:
         super().__init__(folder, engine, threads=threads, group=group)
         self.vision = vision_of(self.artifacts)
+        self._tables = RopeTables(self.artifacts, engine)
         self._request: VisionRequest | None = None
         self.begin(VisionRequest.text(()))
 
@@ -51,11 +52,7 @@ class VisionBatchSession(BatchSession):
         if request is self._request:
             return
         self._request = request
-        self._rope: dict[str, Array] = {}
-        if self.vision.rope is not None:
-            positions = request.positions.at(0, self.manifest.options.max_kv)
-            cos, sin = rope_rows(positions, self.vision.rope)
-            self._rope = {"rope_cos": cos, "rope_sin": sin}
+        self._rope = self._tables.filled(request.positions)
 
     def _inputs(
         self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None

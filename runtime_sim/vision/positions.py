@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.vision import Rope
+from tyir.dialects.ty import rope_tables
+from tyir.types import f16
 
 __all__ = ["RopePositions", "VisionSpan", "rope_rows", "video_steps"]
 
@@ -105,6 +107,4 @@ def _text(first: int, count: int) -> Positions:
 def rope_rows(positions: Positions, rope: Rope) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
     """Cosines and sines [n, D/2] f16 of positions [3, n]: angles in f32, rounded last."""
     axes, frequencies = np.array(rope.axes), np.array(rope.inv_freq, np.float32)
-    angles = positions[axes].T.astype(np.float32) * frequencies
-    scale = np.float32(rope.scale)
-    return (np.cos(angles) * scale).astype(np.float16), (np.sin(angles) * scale).astype(np.float16)
+    return rope_tables(positions[axes].T.astype(np.float32) * frequencies, frequencies, rope.scale, f16)

@@ -25,9 +25,10 @@ from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
 from tyir.runtime_sim.session.saved_cache import read_cache, write_cache
 from tyir.runtime_sim.session.session import EngineName, Session
-from tyir.runtime_sim.vision.positions import RopePositions, rope_rows
+from tyir.runtime_sim.vision.positions import RopePositions
 from tyir.runtime_sim.vision.preprocessor import vision_of
 from tyir.runtime_sim.vision.request import VisionRequest
+from tyir.runtime_sim.vision.rope_tables import RopeTables
 from tyir.runtime_sim.vision.tower import TowerGroup
 
 __all__ = ["VisionSession"]
@@ -56,15 +57,13 @@ class VisionSession(Session):
         # of the tokens in the cache: where they stand, and of which row of which picture they are
         self._positions = np.zeros((3, self.capacity), np.int64)
         self._content = np.zeros(self.capacity, np.uint64)
+        self._tables = RopeTables(artifacts, engine)
         self.begin(VisionRequest.text(()))
 
     def begin(self, request: VisionRequest) -> None:
         """The request that the next tokens are of."""
         self.request = request
-        self._rope: dict[str, Array] = {}
-        if self.vision.rope is not None:
-            cos, sin = rope_rows(request.positions.at(0, self.capacity), self.vision.rope)
-            self._rope = {"rope_cos": cos, "rope_sin": sin}
+        self._rope = self._tables.filled(request.positions)
 
     def reset(self) -> None:
         """Start over with an empty cache."""

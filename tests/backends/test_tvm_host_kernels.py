@@ -254,30 +254,37 @@ def logits(rows: tuple[int, ...], width: int, e: Type = f32) -> tuple[TensorType
     return t(*rows, width, e=e), (0, values)
 
 
-def top_k(rows: tuple[int, ...], width: int, k: int, e: Type = f32) -> Case:
-    type, data = logits(rows, width, e)
-    return Case(f"top_k_{rows}_{width}_{k}_{e}", (type,), lambda v: ty.TopK(*v, k=k), (data,))
+def top_k(
+    rows: tuple[int, ...], width: int, k: int, e: Type = f32, cap: float | None = None, scale: float = 1
+) -> Case:
+    type, (number, values) = logits(rows, width, e)
+    name = f"top_k_{rows}_{width}_{k}_{e}_{cap}_{scale}"
+    with np.errstate(invalid="ignore"):
+        data = (number, values * scale)
+    return Case(name, (type,), lambda v: ty.TopK(*v, k=k, softcap=cap), (data,))
 
 
-def candidates(rows: tuple[int, ...], sizes: tuple[int, ...], k: int, offset: int = 0) -> Case:
+def candidates(
+    rows: tuple[int, ...], sizes: tuple[int, ...], k: int, offset: int = 0, cap: float | None = None
+) -> Case:
     type, data = logits(rows, sum(sizes))
     return Case(
-        f"candidates_{rows}_{sizes}_{k}_{offset}",
+        f"candidates_{rows}_{sizes}_{k}_{offset}_{cap}",
         (type,),
-        lambda v: ty.TopKCandidates(*v, k=k, sizes=sizes, offset=offset),
+        lambda v: ty.TopKCandidates(*v, k=k, sizes=sizes, offset=offset, softcap=cap),
         (data,),
     )
 
 
-def merge(rows: tuple[int, ...], count: int, k: int) -> Case:
-    rng = np.random.default_rng(count)
-    values = rng.integers(-3, 4, (*rows, count)).astype(np.float32)
-    ids = rng.permuted(np.broadcast_to(np.arange(count, dtype=np.int32), values.shape), axis=-1)
-    data = np.stack([values.view(np.int32), ids], axis=-2)
+def merge(rows: tuple[int, ...], sizes: tuple[int, ...], k: int, cap: float | None = None) -> Case:
+    x = np.random.default_rng(sum(sizes)).integers(-3, 4, (*rows, sum(sizes))).astype(np.float32)
+    whole = func.Func.make("f", [t(*x.shape, e=f32)]).args[0]
+    halves = ty.TopKCandidates(whole, k=k, sizes=sizes, softcap=cap)
+    data, counts = halves.evaluate(x), halves.counts()
     return Case(
-        f"merge_{rows}_{count}_{k}",
-        (t(*rows, 2, count, e=i32),),
-        lambda v: ty.MergeTopK(*v, k=k),
+        f"merge_{rows}_{sizes}_{k}_{cap}",
+        (t(*data.shape, e=i32),),
+        lambda v: ty.MergeTopK(*v, k=k, counts=counts, softcap=cap),
         ((0, data),),
     )
 
@@ -451,11 +458,16 @@ CASES: list[Case] = [
     top_k((1, 3), 1000, 8),
     top_k((2, 5), 129, 5, f16),
     top_k((1, 1), 7, 7),
-    top_k((1, 2), 300000, 4),  # enough work for threads
+    top_k((1, 2), 300000, 4, scale=1e-4),  # enough work for threads
+    top_k((1, 2), 151936, 4, scale=0),  # all equal
+    top_k((1, 3), 1000, 8, cap=30.0),
+    top_k((2, 2), 77, 5, f16, cap=5.0),
     candidates((1, 3), (100, 99, 3, 0), 8),
     candidates((1, 1), (70,), 4, offset=300),
-    merge((1, 3), 24, 8),
-    merge((2, 1), 5, 5),
+    candidates((1, 2), (170, 40), 4, cap=9.0),
+    merge((1, 3), (8, 9, 1, 20), 8),
+    merge((2, 1), (5, 0, 2), 5),
+    merge((1, 2), (5, 9), 3, cap=2.0),
     # caches that are cut by tokens: of 2 dies the second, before and behind borders of blocks
     attention(1, (0, 0, 1, 1), 32, 48, (0,), blocks=(1, 2, 8)),  # no row is this die's yet
     attention(1, (0,) * 7, 64, 48, (40,), blocks=(1, 2, 8)),
@@ -543,6 +555,8 @@ def test_kernel_computes_what_the_op_says(
         expected = _all(evaluate_op(op, [a.copy() for a in operands]))
     stored = [pack(a, x) for a, x in zip(operands, case.types)]
     got = _all(library(target).evaluate(op, stored))
+    if isinstance(op, ty.TopKCandidates):
+        got, expected = (_unpacked(op, *records) for records in (got, expected))
     for mine, theirs in zip(got, expected, strict=True):
         assert_close(mine, theirs)
     if isinstance(op, kv.Append):
@@ -557,6 +571,18 @@ def test_a_cache_past_32_bit_indices_is_refused(tmp_path: Path) -> None:
     case = Case("large", types, lambda v: kv.CachedAttention(*v, scale=1.0, kv_heads=heads))
     with pytest.raises(TyirError, match=r"4136960000 elements, a kernel can index 2147483647"):
         build_library(assign_kernels([_op(case)[0]]), HostTarget(), tmp_path / "large.so")
+
+
+def _unpacked(op: ty.TopKCandidates, records: Array) -> tuple[Array, ...]:
+    """The numbers and the ids of every record: sums are close, not equal."""
+    found, first = [], 0
+    for count in filter(None, op.counts()):
+        record = np.ascontiguousarray(records[..., first : first + ty.record_words(count)])
+        numbers = record.view(np.float32)
+        found += [numbers[..., :count], record[..., count : 2 * count], numbers[..., 2 * count]]
+        first += ty.record_words(count)
+    assert first == records.shape[-1]
+    return tuple(found)
 
 
 def _all(results: Array | tuple[Array, ...]) -> tuple[Array, ...]:

@@ -290,9 +290,11 @@ def test_what_artifacts_cannot_do_is_refused(two: Path, compiled: Callable[[str]
     ):
         assert words in found["options"][option], (option, found["options"][option])
     assert found["settled"] == [512, 4, 256, 64, False, False, 512]
-    for name in ("logprobs", "prompt_logprobs", "top_p", "structured_outputs", "bad_words", "logit_bias"):
+    for name in ("prompt_logprobs", "top_p", "structured_outputs", "bad_words", "logit_bias"):
         assert "compile with --output logits" in found["requests"][name], name
-    assert found["requests"]["top_k"] == "" and found["requests"]["greedy"] == ""
+    assert "ask for 8 at most" in found["requests"]["many logprobs"]
+    for name in ("logprobs", "top_k", "greedy"):
+        assert found["requests"][name] == "", name
 
 
 def test_best_tokens_from_python(compiled: Callable[[str], Path]) -> None:

@@ -29,7 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "key": {"additional_config": {"thread": 1}},
 }
 REQUESTS: dict[str, dict[str, Any]] = {
-    "logprobs": {"temperature": 0, "logprobs": 1},
+    "logprobs": {"temperature": 0, "logprobs": 8},
+    "many logprobs": {"temperature": 0, "logprobs": 9},
     "prompt_logprobs": {"temperature": 0, "prompt_logprobs": 1},
     "top_p": {"top_p": 0.5},
     "structured_outputs": {"temperature": 0, "structured_outputs": StructuredOutputsParams(regex="a+")},

@@ -52,6 +52,8 @@ def test_eight_bit_caches_and_top_k(tokens: Path, engine: EngineName) -> None:
     wanted, got = Session(tokens).next_tokens(IDS), Session(tokens, engine).next_tokens(IDS)
     np.testing.assert_allclose(got.values, wanted.values, atol=0.05)
     assert (got.ids[:, 0] == wanted.ids[:, 0]).mean() >= 0.9
+    assert got.logsumexp is not None and wanted.logsumexp is not None
+    np.testing.assert_allclose(got.logsumexp, wanted.logsumexp, atol=0.05)
 
 
 def test_a_die_holds_its_stage(logits: Path, tokens: Path) -> None:

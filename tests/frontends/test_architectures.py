@@ -27,6 +27,7 @@ from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
+from tyir.runtime_sim.session.sampling import logsumexp
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.api import compile_path
 from tyir.tools.verify.compare import LayerStates, Reference, check_prompt, dense_model
@@ -201,3 +202,4 @@ def test_the_best_tokens_are_capped_like_the_logits(
     assert 1.9 < float(np.abs(logits).max()) <= 2.0
     np.testing.assert_allclose(best.values, -np.sort(-logits, axis=-1)[:, :3], rtol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(logits, best.ids, axis=-1), best.values, rtol=1e-5)
+    np.testing.assert_allclose(best.logsumexp, logsumexp(logits), rtol=0, atol=1e-5)

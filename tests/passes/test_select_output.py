@@ -11,7 +11,7 @@ from tests.llm import Shape, Step, build, dies_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.dist import AllGather
 from tyir.dialects.func import Func
-from tyir.dialects.ty import TopKCandidates, comparable, select_best, tensor_type
+from tyir.dialects.ty import MergeTopK, TopK, TopKCandidates, comparable, select_best, tensor_type
 from tyir.passes.select_output import output_of, parse_output
 from tyir.pipeline import run_pipeline
 
@@ -25,6 +25,12 @@ def step(shape: Shape, pipeline: str) -> Step:
     return Step(module, weights)
 
 
+def log_sum_exp(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    largest = wide.max(axis=-1, keepdims=True)
+    return largest[..., 0] + np.log(np.exp(wide - largest).sum(axis=-1))
+
+
 def check(shape: Shape, dies: int, k: int) -> None:
     split = f"partition-dies{{dies={dies} strategy=split}}"
     logits = step(shape, split).feed(IDS)
@@ -32,6 +38,7 @@ def check(shape: Shape, dies: int, k: int) -> None:
     program = step(shape, f"select-output{{kind=topk k={k}}},{split}")
     np.testing.assert_array_equal(program.feed(IDS), values)
     np.testing.assert_array_equal(program.outputs[1][0], ids)
+    np.testing.assert_allclose(program.outputs[2][0], log_sum_exp(logits), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dies", [1, 2, 3, 5, 16])
@@ -41,21 +48,49 @@ def test_top_k_equals_that_of_the_logits(dies: int, k: int) -> None:
     check(Shape(layers=1, heads=6, kv_heads=2, vocabulary=101), dies, k)
 
 
-@given(vocabulary=st.integers(17, 80), dies=st.integers(1, 16), k=st.integers(1, 17))
-def test_random_vocabularies(vocabulary: int, dies: int, k: int) -> None:
-    """Candidates of any cut, merged, are the best of the whole; values repeat, so that ties cross the dies'
-    borders.
+def test_more_dies_than_tokens() -> None:
+    """Dies without a column give no record."""
+    check(Shape(layers=1, heads=6, kv_heads=2, vocabulary=40), 16, 5)
+
+
+ROWS = {
+    "ties": lambda rng, n: rng.integers(-3, 3, n),
+    "random": lambda rng, n: rng.normal(size=n) * 8,
+    "equal": lambda rng, n: np.full(n, rng.normal() * 1e4),
+    "one huge": lambda rng, n: np.where(np.arange(n) == rng.integers(n), 1e38, rng.normal(size=n)),
+    "falling": lambda rng, n: -np.arange(n) * 3.0,
+}
+
+
+@given(
+    vocabulary=st.integers(17, 80),
+    dies=st.integers(1, 16),
+    k=st.integers(1, 17),
+    kind=st.sampled_from(sorted(ROWS)),
+    cap=st.sampled_from([None, 4.0]),
+)
+def test_random_vocabularies(vocabulary: int, dies: int, k: int, kind: str, cap: float | None) -> None:
+    """Candidates of any cut, merged, are the best of the whole, with its sum; values repeat, so that ties
+    cross the dies' borders.
     """
-    x = np.random.default_rng(vocabulary * dies + k).integers(-3, 3, (2, vocabulary)).astype(np.float32)
-    function = Func.make("f", [tensor_of(x)])
+    rng = np.random.default_rng(vocabulary * dies + k)
+    x = np.stack([ROWS[kind](rng, vocabulary) for _ in range(2)]).astype(np.float32)
     sizes = tuple(len(part) for part in np.array_split(np.arange(vocabulary), dies))
-    op = TopKCandidates(function.args[0], k=k, sizes=sizes)
-    wanted = select_best(x, np.broadcast_to(np.arange(vocabulary), x.shape), k)
-    candidates = op.evaluate(x)
-    assert candidates.shape == tensor_type(op.out).static_shape
-    got = select_best(candidates[:, 0].view(np.float32), candidates[:, 1], k)
-    for mine, theirs in zip(got, wanted):
+    function = Func.make("f", [tensor_of(x)])
+    halves = TopKCandidates(function.args[0], k=k, sizes=sizes, softcap=cap)
+    records = halves.evaluate(x)
+    assert records.shape == tensor_type(halves.out).static_shape
+    merge = MergeTopK(halves.out, k=k, counts=halves.counts(), softcap=cap)
+    values, ids, total = merge.evaluate(records)
+    _, names = select_best(x, np.broadcast_to(np.arange(vocabulary), x.shape), k)
+    y = x if cap is None else np.asarray(np.tanh(x / np.float32(cap)) * np.float32(cap))
+    np.testing.assert_array_equal(ids, names)
+    np.testing.assert_array_equal(values, np.take_along_axis(y, names, axis=-1))
+    np.testing.assert_allclose(total, log_sum_exp(y), rtol=1e-6, atol=1e-6)
+    whole = TopK(function.args[0], k=k, softcap=cap).evaluate(x)
+    for mine, theirs in zip((values, ids), whole):
         np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_allclose(total, whole[2], rtol=1e-6, atol=1e-6)
 
 
 def tensor_of(array: np.ndarray) -> object:
@@ -69,7 +104,7 @@ def test_one_small_gather_replaces_that_of_the_logits(dies: int) -> None:
     module, _ = build(Shape(vocabulary=96))
     run_pipeline(module, f"{KV},select-output{{kind=topk k=5}},partition-dies{{dies={dies} strategy=split}}")
     (gather,) = dies_of(module)[0].walk_type(AllGather)
-    assert tensor_type(gather.out).dims == (1, None, 2, 5 * dies)
+    assert tensor_type(gather.out).dims == (1, None, (2 * 5 + 1) * dies)
 
 
 def test_results_and_caches_keep_their_names_and_aliases() -> None:
@@ -81,13 +116,14 @@ def test_results_and_caches_keep_their_names_and_aliases() -> None:
     )
     main = dies_of(module)[0].lookup("main_s1")
     assert isinstance(main, Func)
-    assert [main.res_attr(i).get("tyir.name").value for i in range(4)] == [
+    assert [main.res_attr(i).get("tyir.name").value for i in range(5)] == [
         "top_values",
         "top_ids",
+        "logsumexp",
         "k0",
         "v0",
     ]  # type: ignore[union-attr]
-    assert [main.res_attr(i)["tyir.alias"].value for i in (2, 3)] == [2, 3]  # type: ignore[attr-defined]
+    assert [main.res_attr(i)["tyir.alias"].value for i in (3, 4)] == [2, 3]  # type: ignore[attr-defined]
 
 
 def test_values_without_order_count_as_the_lowest() -> None:

@@ -31,7 +31,12 @@ SMALL = MACHINE.with_overrides({"sram.capacity_bytes": 64 << 10})
 Array = npt.NDArray[Any]
 
 
-def program(x: TensorType, k: int, sizes: tuple[int, ...], machine: Machine) -> Module:
+NAMES = ("values", "ids", "logsumexp")
+
+
+def program(
+    x: TensorType, k: int, sizes: tuple[int, ...], machine: Machine, cap: float | None = None
+) -> Module:
     """x + x, its top k at once, and by halves."""
     function = Func.make("main_s1", [x], ["x"])
     mark_entry(function, 1)
@@ -40,12 +45,13 @@ def program(x: TensorType, k: int, sizes: tuple[int, ...], machine: Machine) -> 
         return tuple(function.body.append(op).results)
 
     (y,) = add(ty.Add(function.args[0], function.args[0]))
-    whole = add(ty.TopK(y, k=k))
-    (candidates,) = add(ty.TopKCandidates(y, k=k, sizes=sizes))
-    merged = add(ty.MergeTopK(candidates, k=k))
+    whole = add(ty.TopK(y, k=k, softcap=cap))
+    halves = ty.TopKCandidates(y, k=k, sizes=sizes, softcap=cap)
+    (candidates,) = add(halves)
+    merged = add(ty.MergeTopK(candidates, k=k, counts=halves.counts(), softcap=cap))
     function.body.append(Return(values=[*whole, candidates, *merged]))
     function.refresh_type()
-    names = ("values", "ids", "candidates", "merged_values", "merged_ids")
+    names = (*NAMES, "candidates", *(f"merged_{n}" for n in NAMES))
     function.set_res_attrs([result(n) for n in names])
     module = Module.empty("die0")
     module.attributes = DictAttr({"tyir.die": IntegerAttr(0, i64), "tyir.stage": StringAttr("program")})
@@ -55,14 +61,24 @@ def program(x: TensorType, k: int, sizes: tuple[int, ...], machine: Machine) -> 
     return lowered
 
 
+def logsumexp(x: Array) -> Array:
+    """Over the last axis, in f64."""
+    wide = x.astype(np.float64)
+    largest = wide.max(axis=-1, keepdims=True)
+    return np.asarray(largest[..., 0] + np.log(np.exp(wide - largest).sum(axis=-1)))
+
+
 def run(module: Module, x: Array, machine: Machine) -> dict[str, Array]:
     return run_step([FunctionalDie(EdgeProgram(module), {}, machine)], {"x": x}, 0)
 
 
 @pytest.mark.parametrize("machine", [MACHINE, SMALL], ids=["in SRAM", "through DRAM"])
 @pytest.mark.parametrize("element", [f16, f32])
+@pytest.mark.parametrize("cap", [None, 30.0])
 @pytest.mark.parametrize(("rows", "width", "k"), [(1, 3000, 8), (3, 700, 1), (37, 2100, 5), (1, 40, 40)])
-def test_equals_the_reference(machine: Machine, element: Type, rows: int, width: int, k: int) -> None:
+def test_equals_the_reference(
+    machine: Machine, element: Type, rows: int, width: int, k: int, cap: float | None
+) -> None:
     """Small whole numbers, so that equal values lie in different tiles."""
     x = (
         np.random.default_rng(rows)
@@ -70,11 +86,38 @@ def test_equals_the_reference(machine: Machine, element: Type, rows: int, width:
         .astype(np.float16 if element is f16 else np.float32)
     )
     sizes = (width // 3, width - width // 3 - 2, 2)
-    got = run(program(TensorType(x.shape, element), k, sizes, machine), x, machine)
-    values, ids = ty.select_best((x + x).astype(np.float32), np.broadcast_to(np.arange(width), x.shape), k)
+    got = run(program(TensorType(x.shape, element), k, sizes, machine, cap), x, machine)
+    y = (x + x).astype(np.float32)
+    values, ids = ty.select_best(y, np.broadcast_to(np.arange(width), x.shape), k)
+    if cap is not None:
+        values, y = (np.asarray(np.tanh(a / np.float32(cap)) * np.float32(cap)) for a in (values, y))
     for name, wanted in (("values", values), ("ids", ids), ("merged_values", values), ("merged_ids", ids)):
         np.testing.assert_array_equal(got[name], wanted, err_msg=name)
-    assert got["candidates"].shape == (1, rows, 2, sum(min(k, size) for size in sizes))
+    for name in ("logsumexp", "merged_logsumexp"):
+        np.testing.assert_allclose(got[name], logsumexp(y), rtol=0, atol=1e-5, err_msg=name)
+    words = sum(2 * min(k, size) + 1 for size in sizes)
+    assert got["candidates"].shape == (1, rows, words)
+
+
+EXTREME = {
+    "all equal": np.zeros(700, np.float32),
+    "all large": np.full(700, 3e4, np.float32),
+    "one huge": np.where(np.arange(700) == 400, np.float32(3e38), np.float32(0)) / 2,
+    "all but one low": np.where(np.arange(700) == 1, np.float32(0), np.float32(-3e38)) / 2,
+    "growing": np.arange(700, dtype=np.float32) / 4,
+    "falling": -np.arange(700, dtype=np.float32) / 4,
+}
+
+
+@pytest.mark.parametrize("machine", [MACHINE, SMALL], ids=["in SRAM", "through DRAM"])
+def test_sums_of_extreme_rows(machine: Machine) -> None:
+    """Relative to the larger of 1 and the result, since f32 has no more digits."""
+    x = np.stack(list(EXTREME.values()))[None]
+    got = run(program(TensorType(x.shape, f32), 3, (300, 0, 399, 1), machine), x, machine)
+    wanted = logsumexp(x + x)
+    for name in ("logsumexp", "merged_logsumexp"):
+        off = np.abs(got[name] - wanted) / np.maximum(1, np.abs(wanted))
+        assert off.max() < 2e-6, dict(zip(EXTREME, off[0]))
 
 
 def test_values_without_order_are_the_lowest() -> None:
@@ -83,6 +126,7 @@ def test_values_without_order_are_the_lowest() -> None:
     got = run(program(TensorType(x.shape, f32), 3, (64,), MACHINE), x, MACHINE)
     assert got["ids"].tolist() == [[[50, 0, 1]]]
     assert np.isfinite(got["values"]).all()
+    np.testing.assert_allclose(got["logsumexp"], 2.0)
 
 
 def test_lists_that_do_not_fit_are_refused() -> None:
@@ -94,22 +138,31 @@ def test_lists_that_do_not_fit_are_refused() -> None:
 
 def test_time() -> None:
     """One row of a fourth of Qwen2.5's vocabulary: compared once, about 8 (1 + ln 4752) = 76 candidates enter
-    the list.
+    the list; a softmax's passes, or those of a capped one.
     """
-    assert top_k_ns(1, 38016, 8, MACHINE) == 2 * (32 + math.ceil(38016 / 256) + 76)
-    assert top_k_ns(8, 38016, 8, MACHINE) == 2 * (32 + math.ceil(8 * 38016 / 256) + 2 * 76)
-    assert top_k_ns(0, 38016, 8, MACHINE) == 0.0
-    commands = [
-        op
-        for op in program(TensorType((1, 1, 640), f32), 8, (640,), MACHINE).walk()
-        if isinstance(op, edge10.TopK)
-    ]
-    assert commands[0].cost(()).ns(MACHINE) == top_k_ns(1, 640, 8, MACHINE)
+    tiles = math.ceil(38016 / 256)
+    assert top_k_ns(1, 38016, 8, 38016, MACHINE) == 2 * (32 + tiles + 76 + 8 * tiles)
+    assert top_k_ns(1, 38016, 8, 1, MACHINE) == 2 * (32 + tiles + 76 + 8)
+    whole = math.ceil(8 * 38016 / 256)
+    capped = top_k_ns(8, 38016, 8, 8 * 38016, MACHINE, function="softmax_capped")
+    assert capped == 2 * (32 + whole + 2 * 76 + 12 * whole)
+    assert top_k_ns(0, 38016, 8, 0, MACHINE) == 0.0
+    for cap, function in ((None, "softmax"), (30.0, "softmax_capped")):
+        commands = [
+            op
+            for op in program(TensorType((1, 1, 640), f32), 8, (640,), MACHINE, cap).walk()
+            if isinstance(op, edge10.TopK)
+        ]
+        assert commands[0].cost(()).ns(MACHINE) == top_k_ns(1, 640, 8, 640, MACHINE, function=function)
+        assert commands[-1].cost(()).ns(MACHINE) == top_k_ns(1, 8, 8, 1, MACHINE, function=function)
 
 
+@pytest.mark.parametrize("cap", [None, 20.0])
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("machine", [MACHINE, SMALL], ids=["large", "small"])
-def test_logits_of_many_tokens_are_ranked_as_they_are_made(machine: Machine, halves: bool) -> None:
+def test_logits_of_many_tokens_are_ranked_as_they_are_made(
+    machine: Machine, halves: bool, cap: float | None
+) -> None:
     """Whole numbers, exact in f16 products; the logits themselves are never stored."""
     rng = np.random.default_rng(3)
     x, w = (rng.integers(-3, 4, shape).astype(np.float16) for shape in ((1, 40, 64), (700, 64)))
@@ -120,13 +173,14 @@ def test_logits_of_many_tokens_are_ranked_as_they_are_made(machine: Machine, hal
     ).result
     logits = function.body.append(ty.Linear(function.args[0], weight, element=f32)).result
     if halves:
-        candidates = function.body.append(ty.TopKCandidates(logits, k=5, sizes=(200, 3, 497))).result
-        results = function.body.append(ty.MergeTopK(candidates, k=5)).results
+        first = function.body.append(ty.TopKCandidates(logits, k=5, sizes=(200, 3, 497), softcap=cap))
+        merge = ty.MergeTopK(first.result, k=5, counts=(5, 3, 5), softcap=cap)
+        results = function.body.append(merge).results
     else:
-        results = function.body.append(ty.TopK(logits, k=5)).results
+        results = function.body.append(ty.TopK(logits, k=5, softcap=cap)).results
     function.body.append(Return(values=list(results)))
     function.refresh_type()
-    function.set_res_attrs([result(n) for n in ("values", "ids")])
+    function.set_res_attrs([result(n) for n in NAMES])
     module = Module.empty("die0")
     module.attributes = DictAttr({"tyir.die": IntegerAttr(0, i64), "tyir.stage": StringAttr("program")})
     module.body.append(function)
@@ -135,7 +189,12 @@ def test_logits_of_many_tokens_are_ranked_as_they_are_made(machine: Machine, hal
     got = run_step([FunctionalDie(EdgeProgram(lowered), {"w": w}, machine)], {"x": x}, 0)
     expected = x.astype(np.float32) @ w.astype(np.float32).T
     values, ids = ty.select_best(expected, np.broadcast_to(np.arange(700), expected.shape), 5)
+    if cap is not None:
+        values, expected = (
+            np.asarray(np.tanh(a / np.float32(cap)) * np.float32(cap)) for a in (values, expected)
+        )
     np.testing.assert_array_equal(got["values"], values)
     np.testing.assert_array_equal(got["ids"], ids)
+    np.testing.assert_allclose(got["logsumexp"], logsumexp(expected), rtol=0, atol=1e-5)
     stores = [op for op in lowered.walk_type(edge10.Store) if op.shape[1] * op.shape[2] > 40 * 5 * 4]
     assert machine is SMALL or not stores

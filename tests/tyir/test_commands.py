@@ -52,7 +52,8 @@ EXAMPLES: dict[str, edge10.Command] = {
             alpha=1100, rows=4, cols=16, first_key=0, heads=2, scale=1.0,
         ),
         edge10.TopK(
-            (), values=0, stride=64, element=f16, rows=2, cols=16, best=(100, 300), best_strides=(40, 40), k=8
+            (), values=0, stride=64, element=f16, rows=2, cols=16, best=(100, 300, 400),
+            best_strides=(40, 40, 40), k=8,
         ),
         edge10.AllReduce((), source=0, destination=100, nbytes=64, element=f16),
         edge10.AllGather(
@@ -66,7 +67,7 @@ EXAMPLES: dict[str, edge10.Command] = {
 ENDS = {
     "load": 100 + 1024 + 2 * 64 + 32, "store": 0, "gather": 100 + 4 * 32, "dequant": 100 + 4 * 16 * 2,
     "dequant_rows": 100 + 2 * 8 * 16 * 2, "matmul": 0, "drain": 100 + 2 * 80 + 40 + 32,
-    "vector": 100 + 4 * 8 * 2, "softmax_block": 1100 + 4 * 4, "top_k": 300 + 40 + 32, "all_reduce": 164,
+    "vector": 100 + 4 * 8 * 2, "softmax_block": 1100 + 4 * 4, "top_k": 400 + 40 + 4, "all_reduce": 164,
     "all_gather": 100 + 2 * 50 + 24, "send": 0, "recv": 164,
 }  # fmt: skip
 

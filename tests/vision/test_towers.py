@@ -72,7 +72,8 @@ def test_the_simulator_times_towers(compiled: Callable[[str, int], Path]) -> Non
         assert 0 < picture.cube_bound_ms < tower.point
         assert ttft is not None
         rest = source.predictor.ttft_ns(picture.tokens + 20) * 1e-6
-        assert ttft.point == pytest.approx(tower.point + rest)
+        assert 0 < picture.tables_ms.point < tower.point
+        assert ttft.point == pytest.approx(tower.point + picture.tables_ms.point + rest)
     by_size = sorted(summary.pictures, key=lambda p: p.tokens)
     assert by_size[0].tower_ms.point < by_size[-1].tower_ms.point
     assert Summary.from_json(json.loads(json.dumps(summary.as_json())), "a file") == summary

@@ -129,7 +129,8 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p",
         type=any_number,
         default=1.0,
-        help="sample among the fewest tokens of this total probability",
+        help="sample among the fewest tokens of this total probability (without --top-k of the whole"
+        " vocabulary: an error where the program returns too few tokens to tell)",
     )
     parser.add_argument(
         "--min-p",

@@ -125,7 +125,8 @@ def _sampling(fields: SamplingFields, engine: AsyncEngine) -> Sampling:
         bad=tuple(sorted(bad)),
     )
     try:
-        sampling.check(engine.engine.vocabulary, engine.engine.choices)
+        served = engine.engine
+        sampling.check(served.vocabulary, served.choices, served.has_logsumexp)
     except TyirError as error:
         raise refusal(error) from None
     return sampling

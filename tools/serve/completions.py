@@ -482,6 +482,8 @@ def failure(finish: Finish | None) -> RequestError | None:
         return None
     if finish.reason == "timeout":
         return RequestError(504, finish.message)
+    if finish.refused:
+        return RequestError(400, finish.message.replace("--top-", "top_").replace("--min-p", "min_p"))
     return RequestError(503, finish.message or "the server is stopping")
 
 

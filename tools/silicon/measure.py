@@ -162,6 +162,10 @@ def _iterations(work: Work, machine: Machine) -> int:
         return -(-work.sizes[0] * work.sizes[1] * 4 // 512)
     if work.what == "dequant":
         return -(-work.sizes[0] * work.sizes[1] // 256)
+    if work.what in ("top_k", "top_k_capped"):
+        rows, cols, _, summed = work.sizes
+        softmax = passes_of("softmax" if work.what == "top_k" else "softmax_capped")
+        return -(-rows * cols // 64) * passes_of(work.what) + -(-summed // 64) * softmax
     return -(-work.sizes[0] // 64) * passes_of(work.what)
 
 

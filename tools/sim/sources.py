@@ -168,7 +168,10 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
         for size in (manifest.vision.sizes if manifest.vision is not None else ())
     ]
     lengths, capacity = manifest.options.seqlens, manifest.options.max_kv
-    predictor = Predictor(programs_of, lengths, capacity, machine, pictures)
+    rope = manifest.vision.rope if manifest.vision is not None else None
+    filling = rope.program if rope is not None else None
+    tables = None if filling is None else cache(lambda: load_program(artifacts, filling))
+    predictor = Predictor(programs_of, lengths, capacity, machine, pictures, tables)
     return Source(predictor, str(given[0]), _least(manifest))
 
 

@@ -40,6 +40,7 @@ from tyir.manifest import BuildOptions
 from tyir.passes.pipelines import reference_pipeline
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.sampling import logsumexp
 from tyir.runtime_sim.session.session import Session
 
 if TYPE_CHECKING:
@@ -400,7 +401,7 @@ def check_prompt(
 
     `step(n)` is told of work done, 2 * `count` in all: Hugging Face's tokens, then ours.
     Of artifacts that return tokens only those are compared: the logits they come with against Hugging Face's
-    of the same tokens.
+    of the same tokens, and the logsumexp of all.
     """
     chunks = DualChunk.used(session.manifest.model, session.capacity)
     if chunks is not None and len(ids) + count > chunks.exact:
@@ -430,6 +431,8 @@ def check_prompt(
         got, names = np.concatenate([f.values for f in found]), np.concatenate([f.ids for f in found])
         best, wanted = names[:, 0], np.take_along_axis(logits[: len(got)], names, axis=1)
     error = np.abs(got - wanted).max(axis=1)
+    if session.choices is not None and (sums := [f.logsumexp for f in found if f.logsumexp is not None]):
+        error = np.maximum(error, np.abs(np.concatenate(sums) - logsumexp(logits[: len(got)])))
     result = PromptResult(
         ids=tokens,
         prompt_length=len(ids),

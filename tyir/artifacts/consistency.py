@@ -54,7 +54,7 @@ def problems_of(manifest: Manifest) -> Iterator[str]:
     yield from _vision(manifest)
     needed = {name for p in manifest.programs for name in p.files}
     if manifest.vision is not None:
-        needed |= {name for size in manifest.vision.sizes for p in size.programs for name in p.files}
+        needed |= {name for p in manifest.vision.programs for name in p.files}
     needed |= {"embedding.params"} if options.embedding_as_input else set()
     needed |= {manifest.build["machine"]} if manifest.build["machine"].endswith(".toml") else set()
     if missing := sorted(needed - manifest.files.keys()):
@@ -122,6 +122,8 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
         best = 1 if options.output == "argmax" else int(options.output.removeprefix("topk="))
         yield from _tensor(made.pop("top_values", None), "top_values", "f32", (*step, best))
         yield from _tensor(made.pop("top_ids", None), "top_ids", "i32", (*step, best))
+        if "logsumexp" in made:  # artifacts of older versions have none
+            yield from _tensor(made.pop("logsumexp"), "logsumexp", "f32", step)
     if made:
         yield f"returns {', '.join(made)}, which options.output {options.output} does not say"
 
@@ -150,6 +152,8 @@ def _vision(manifest: Manifest) -> Iterator[str]:
         yield f"vision.rope has {len(vision.rope.axes)} axes for {len(vision.rope.inv_freq)} frequencies"
     if vision.die_map and len(set(vision.die_map)) != vision.dies:
         yield f"vision.die_map {vision.die_map} does not name {vision.dies} different dies"
+    if vision.rope is not None and vision.rope.program is not None:
+        yield from _rope_program(vision.rope.program, len(vision.rope.axes), manifest.options.max_kv)
     hidden, pixels = manifest.model.get("hidden_size"), vision.pixels
     outputs = ("embeddings", *(f"deepstack{number}" for number in range(vision.deepstack)))
     for size in vision.sizes:
@@ -170,6 +174,21 @@ def _vision(manifest: Manifest) -> Iterator[str]:
                 continue
             for name in outputs:
                 yield from (f"{who} {p}" for p in _tensor(made[name], name, "f16", (image.tokens, hidden)))
+
+
+def _rope_program(program: DieProgram, pairs: int, slots: int) -> Iterator[str]:
+    """What the program of the rotary tables contradicts the language programs in."""
+    who = "the program of vision.rope"
+    if (program.die, program.seqlen) != (0, slots):
+        yield f"{who} is of die {program.die} for {program.seqlen} slots, not of die 0 for max_kv = {slots}"
+    taken = [(t.name, t.dtype, t.shape) for t in program.inputs]
+    made = [(t.name, t.dtype, t.shape, t.alias) for t in program.outputs]
+    tables = [(name, "f16", (slots, pairs), None) for name in ("rope_cos", "rope_sin")]
+    if taken != [("positions", "i32", (3, slots))] or made != tables:
+        yield (
+            f"{who} takes or returns other tensors than positions i32 [3, {slots}], and rope_cos and rope_sin"
+            f" f16 [{slots}, {pairs}]"
+        )
 
 
 def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:

@@ -111,11 +111,15 @@ class Rope:
 
     Pair i of a slot at positions p [3] (time, row, column) is the angle p[axes[i]] * inv_freq[i] in f32; cos
     and sin are multiplied by `scale` and rounded to the programs' type.
+
+    `program` makes them of `positions` i32 [3, max_kv], each below max_kv; artifacts of older compilers have
+    none.
     """
 
     axes: Annotated[tuple[Annotated[int, Interval(ge=0, le=2)], ...], MinLen(1), MaxLen(4096)]
     inv_freq: Annotated[tuple[float, ...], MinLen(1), MaxLen(4096)]
     scale: float = 1.0
+    program: DieProgram | None = None
 
 
 @closed
@@ -154,3 +158,9 @@ class Vision:
     def program(self, size: int, die: int) -> DieProgram:
         """The program of the size number `size` for a die."""
         return next(p for p in self.sizes[size].programs if p.die == die)
+
+    @property
+    def programs(self) -> tuple[DieProgram, ...]:
+        """All of them: the towers' and that of the rotary tables."""
+        tables = () if self.rope is None or self.rope.program is None else (self.rope.program,)
+        return (*(p for size in self.sizes for p in size.programs), *tables)

@@ -529,20 +529,33 @@ class SoftmaxBlock(
         return [(self.probabilities, self.probabilities + self.rows * self.probability_stride), *by_row]
 
 
-class TopK(Command, name="edge10.top_k", unit="vector", priced_by=("rows", "cols", "k")):
-    """Offers `cols` candidates of each row to the row's list of the `k` best, on the vector units.
+class TopK(
+    Command,
+    name="edge10.top_k",
+    unit="vector",
+    priced_by=("rows", "cols", "k", "partial", "softcap"),
+):
+    """Offers `cols` candidates of each row to the row's list of the `k` best, on the vector units, and adds
+    their exponentials to the row's sum.
 
     Candidate c of row r is the value (`element`) at SRAM offset `values` + r * `stride` + c elements; its id
     is `first` + c, or the i32 at the same place from `ids` on.  The lists are k f32 values at `best[0]` + r *
     `best_strides[0]` and k i32 ids at `best[1]` + r * `best_strides[1]`, largest first, of equal values the
-    lower id first.  `fresh` begins with empty lists, whose free places hold -inf; -inf and NaN count as the
-    lowest finite number.
+    lower id first; the f32 at `best[2]` + r * `best_strides[2]` is the sum of exp(x - the first value) over
+    all candidates so far, scaled as the first value grows.  With `partial`, an SRAM offset, the candidates of
+    row r are a list of this kind whose sum is the f32 at `partial` + r * `stride`, which is added in place of
+    theirs.  `fresh` begins with empty lists, whose free places hold -inf; -inf and NaN count as the lowest
+    finite number.
+
+    A `softcap` c has c * tanh(x / c) summed for x.  `ends` gives the results in place of what is added to:
+    values are capped, and the sum becomes its logarithm plus the first value.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
     _: KW_ONLY
     values: int = attr()
     ids: int | None = attr(default=None)
+    partial: int | None = attr(default=None)
     stride: int = attr()
     element: Type = attr()
     first: int = attr(default=0)
@@ -551,24 +564,30 @@ class TopK(Command, name="edge10.top_k", unit="vector", priced_by=("rows", "cols
     best: tuple[int, ...] = attr()
     best_strides: tuple[int, ...] = attr()
     k: int = attr()
+    softcap: float | None = attr(default=None)
     fresh: bool = attr(default=True)
+    ends: bool = attr(default=False)
     done: Value = result()
 
     def cost(self, scalars: Sequence[int]) -> Work:
-        return Work("top_k", (self.rows, self.cols, self.k))
+        summed = self.cols if self.partial is None else 1
+        what = "top_k" if self.softcap is None else "top_k_capped"
+        return Work(what, (self.rows, self.cols, self.k, self.rows * summed))
 
     def sram_writes(self) -> list[tuple[int, int]]:
         return [
-            (offset, offset + (self.rows - 1) * stride + self.k * 4)
-            for offset, stride in zip(self.best, self.best_strides)
+            (offset, offset + (self.rows - 1) * stride + size)
+            for offset, stride, size in zip(self.best, self.best_strides, (self.k * 4, self.k * 4, 4))
         ]
 
     def verify(self) -> Iterator[Diagnostic | str]:
         yield from super().verify()
-        if (len(self.best), len(self.best_strides)) != (2, 2):
-            yield "lists are values and ids: two offsets and two strides"
+        if (len(self.best), len(self.best_strides)) != (3, 3):
+            yield "lists are values and ids, and there is a sum: three offsets and three strides"
         if min(self.k, self.rows, self.cols) < 1:
             yield f"k = {self.k}, rows = {self.rows} and cols = {self.cols} must be positive"
+        if self.partial is not None and self.ids is None:
+            yield "a list with a sum has ids"
 
 
 class AllReduce(

@@ -123,13 +123,17 @@ def softmax_ns(rows: int, cols: int, machine: Machine) -> float:
     return vector_ns("softmax", rows * cols, machine)
 
 
-def top_k_ns(rows: int, cols: int, k: int, machine: Machine) -> float:
+def top_k_ns(
+    rows: int, cols: int, k: int, summed: int, machine: Machine, *, function: str = "softmax"
+) -> float:
     """Every candidate is compared once, at the price of an addition; one that enters a list shifts up to k
-    entries, one vector of lanes after the other.
+    entries, one vector of lanes after the other; `summed` elements of all rows take the online softmax's
+    passes (maximum, exponential, sum), at its price.
 
     Candidate i of a random row is among the k best so far with probability min(1, k / i): about k (1 +
-    ln(cols / k)) enter.  One unit serves one row. Example (4 units of 64 lanes, startup 32, add 1, 2 ns): 1
-    row of 38016, k 8: 8 (1 + ln 4752) = 76 enter: 32 + 149 + 76 = 257 cycles = 514 ns.
+    ln(cols / k)) enter.  One unit serves one row. Example (4 units of 64 lanes, startup 32, add 1, softmax 8,
+    2 ns): 1 row of 38016, all summed, k 8: 8 (1 + ln 4752) = 76 enter: 32 + 149 + 76 + 149 * 8 = 1449 cycles
+    = 2898 ns.
     """
     if 0 in (rows, cols):
         return 0.0
@@ -137,7 +141,12 @@ def top_k_ns(rows: int, cols: int, k: int, machine: Machine) -> float:
     entering = math.ceil(min(cols, k * (1 + math.log(max(cols / k, 1)))))
     shifts = -(-rows // vector.units) * entering * -(-k // vector.lanes)
     compares = math.ceil(rows * cols / (vector.units * vector.lanes))
-    return (vector.startup_cycles + (compares + shifts) * vector.cycles["add"]) * machine.cycle_ns
+    sums = math.ceil(summed / (vector.units * vector.lanes)) * vector.cycles[function]
+    return (vector.startup_cycles + (compares + shifts) * vector.cycles["add"] + sums) * machine.cycle_ns
+
+
+def _top_k_capped_ns(rows: int, cols: int, k: int, summed: int, machine: Machine) -> float:
+    return top_k_ns(rows, cols, k, summed, machine, function="softmax_capped")
 
 
 class Work(NamedTuple):
@@ -162,4 +171,5 @@ _FORMULAS: Final[dict[str, Callable[..., float]]] = {
     "drain": drain_ns,
     "dequant": dequant_ns,
     "top_k": top_k_ns,
+    "top_k_capped": _top_k_capped_ns,
 }

@@ -45,8 +45,11 @@ ALIAS: Final = "tyir.alias"
 # What the caller gives: the ids [b, s] or the embeddings [b, s, hidden] of a step's tokens, the number of
 # tokens before it [b], and the keys and values of those; what dual chunk attention multiplies scores by, f32
 # [b]; of a model that sees pictures the rotary tables [capacity, D/2], filled once per request, and what is
-# added to hidden states [b, s, hidden]; of its tower the patches of a picture.
-Role = Literal["tokens", "embeddings", "position", "cache", "temperature", "rope", "addend", "patches"]
+# added to hidden states [b, s, hidden]; of its tower the patches of a picture, of what fills those tables the
+# positions of all slots.
+Role = Literal[
+    "tokens", "embeddings", "position", "cache", "temperature", "rope", "addend", "patches", "positions"
+]
 
 
 # ----------------------------------------------------------------------------------------------- entry points

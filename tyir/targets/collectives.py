@@ -148,8 +148,8 @@ def minimal_collectives(
     Two sums a layer of the stage, of one f16 hidden vector a token: what follows each needs the whole vector
     (Shoeybi et al., Megatron-LM, arXiv:1909.08053); one for the embedding; the residual stream handed from
     stage to stage and at the end to all dies; one gather of the logits (f32), or of every die's `top_k` best
-    values and ids.  Where `kv_parts` dies share caches by tokens, also two gathers a layer: the `heads`
-    queries of `width` that read their heads, f16, and each die's part of attention, f32 and two more.
+    values and ids and its sum.  Where `kv_parts` dies share caches by tokens, also two gathers a layer: the
+    `heads` queries of `width` that read their heads, f16, and each die's part of attention, f32 and two more.
     `tokens` counts those of all sequences. Example (28 layers of 3584, 4 dies, 1 token, vocabulary 152064):
     57 sums of 7168 bytes and a gather of 608,256.
     """
@@ -162,7 +162,7 @@ def minimal_collectives(
     columns = (
         vocabulary
         if not top_k
-        else 2 * sum(min(top_k, size) for _, size in vocabulary_ranges(vocabulary, dies))
+        else sum(2 * min(top_k, size) + 1 for _, size in vocabulary_ranges(vocabulary, dies) if size)
     )
     needs = (
         CollectiveNeed("all_reduce", members, 2 * own if members > 1 else 0, vector),

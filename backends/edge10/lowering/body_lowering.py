@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
+from tyir.backends.edge10.lowering.columns import MOST_ROWS
 from tyir.backends.edge10.lowering.context import Lowering, Place
 from tyir.backends.edge10.lowering.dependences import Tracker
 from tyir.backends.edge10.lowering.dram_buffers import DramBuffers
@@ -13,17 +15,26 @@ from tyir.backends.edge10.lowering.search import PricedEmitter, Prices
 from tyir.backends.edge10.memory.allocate import SramPlan
 from tyir.backends.edge10.memory.edited_plan import planned_places
 from tyir.backends.edge10.memory.live_check import live_problems
-from tyir.backends.edge10.memory.places import Places, Scratch, assign_places, root
+from tyir.backends.edge10.memory.places import Places, Scratch, assign_places, root, used_until
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call, Func
 from tyir.ir import Op, Value
 from tyir.targets.machine import Machine
+from tyir.types import TensorType
 
 __all__ = ["BodyLowering"]
 
 
 def _no_calls(call: Call, lowering: Lowering) -> None:
     raise TyirError(f"@{call.callee.leaf} is called by a layer; only the entry function may call layers")
+
+
+def _many_rows(op: Op) -> bool:
+    """Whether temporaries bound how many columns of an op's results are handed on together: of few rows the
+    accumulators do.
+    """
+    shapes = [v.type.static_shape for v in op.results if isinstance(v.type, TensorType)]
+    return any(math.prod(shape[:-1]) > MOST_ROWS for shape in shapes)
 
 
 class BodyLowering:
@@ -68,7 +79,9 @@ class BodyLowering:
             if root(value) in places.values:
                 lowering.places[value] = places.values[root(value)]
         lowering.halved = groups.halved
+        used = used_until(source, places, groups.scratch, groups.anchors)
         for op in source.body:
+            lowering.spare = max(self.plan.arena - max(used[op], first), 0) if _many_rows(op) else 0
             if isinstance(op, Call):
                 lowering.emitter.begin(op)
                 lower_call(op, lowering)

@@ -137,6 +137,7 @@ class Lowering:
         self.die = die
         self.places: dict[Value, Place] = {}
         self.first_token = 0  # of the rows that are being lowered (`fused/rows.py`)
+        self.spare = 0  # bytes at the end of the arena that nothing lies in while an op is lowered
         # What is decided about a function before its ops are lowered:
         self.halved: Mapping[Op, Op] = {}  # products, and the norms whose first half they begin with
         self.waits: dict[Value, Value] = {}  # sums that are in `copies`, and what takes their place
@@ -166,9 +167,12 @@ class Lowering:
         return self.emitter.affine([pos], [1], self.first_token) if self.first_token else pos
 
     def results_area(self, x_in_sram: bool) -> Area:
-        """Temporaries for the results of a product; tiles of an x that lies in DRAM need the first half."""
-        whole = Area(self.plan.temp, self.plan.temp_bytes)
-        return whole if x_in_sram else whole.split(whole.nbytes // 2)[1]
+        """Temporaries for the results of a product, with what the arena has to spare before them; tiles of an
+        x that lies in DRAM need the first half.
+        """
+        if x_in_sram:
+            return Area(self.plan.temp - self.spare, self.plan.temp_bytes + self.spare)
+        return Area(self.plan.temp, self.plan.temp_bytes).split(self.plan.temp_bytes // 2)[1]
 
     def address(self, place: Place) -> Value:
         """The address operand of a DRAM place."""

@@ -31,7 +31,7 @@ from tyir.backends.edge10.lowering.ops.collective import (
 from tyir.backends.edge10.lowering.ops.linear import lower_linear, product_scratch
 from tyir.backends.edge10.lowering.ops.rows import lower_concat, lower_slice
 from tyir.backends.edge10.lowering.ops.rowwise import lower_rowwise
-from tyir.backends.edge10.lowering.ops.top_k import lower_merge_top_k, lower_top_k, lower_top_k_candidates
+from tyir.backends.edge10.lowering.ops.top_k import lower_merge_top_k, lower_top_k
 from tyir.backends.edge10.memory.allocate import SramPlan
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.dialects import dist, kv, ty
@@ -56,7 +56,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Concat: lower_concat,
     ty.Slice: lower_slice,
     ty.TopK: lower_top_k,
-    ty.TopKCandidates: lower_top_k_candidates,
+    ty.TopKCandidates: lower_top_k,
     ty.MergeTopK: lower_merge_top_k,
 }
 
@@ -65,7 +65,7 @@ _WITH_SCRATCH: Final[
     dict[
         type[Op],
         tuple[
-            Callable[[Any, int, Machine, Collection[Value]], Scratch | None],
+            Callable[[Any, int, Machine, SramPlan, Collection[Value]], Scratch | None],
             Callable[[Any, Lowering, Area | None], None],
         ],
     ]
@@ -143,6 +143,6 @@ def find_groups(
         if op not in room.anchors
         and op not in room.fusions
         and type(op) in _WITH_SCRATCH
-        and (scratch := _WITH_SCRATCH[type(op)][0](op, arena, machine, held)) is not None
+        and (scratch := _WITH_SCRATCH[type(op)][0](op, arena, machine, plan, held)) is not None
     }
     return Groups(room.fusions, room.anchors, alone)

@@ -42,7 +42,7 @@ CANDIDATES: Final = (
 TALL: Final = (
     SramShares(16, (1, 2), (5, 5), (19, 2)),
     SramShares(40, (2, 2), (1, 1), (8, 3), 0.0),
-    SramShares(28, (2, 2), (1, 1), (6, 3), 0.0),
+    SramShares(28, (1, 2), (1, 1), (10, 3), 0.0),
     SramShares(41, (2, 2), (1, 1), (6, 3), 0.0),
 )
 

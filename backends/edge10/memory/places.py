@@ -29,6 +29,7 @@ __all__ = [
     "boundary_of",
     "in_place",
     "root",
+    "used_until",
 ]
 
 
@@ -207,6 +208,23 @@ class Places:
     values: dict[Value, Place]
     scratch: dict[Op, tuple[int, Place]]
     spill_bytes: int
+
+
+def used_until(
+    function: Func, places: Places, scratch: Mapping[Op, Scratch], fused: Mapping[Op, Op]
+) -> dict[Op, int]:
+    """For each op the first byte of the arena behind all that lies there while it runs."""
+    lifetimes, order = Lifetimes(function, fused), {op: i for i, op in enumerate(function.body)}
+    lives = [
+        (lifetimes.first[v], lifetimes.last[v], place.offset + tensor_type(v).nbytes)
+        for v, place in places.values.items()
+        if place.in_sram and v in lifetimes.first
+    ]
+    lives += [(order[op], order[op], places.scratch[op][0] + s.sram_bytes) for op, s in scratch.items()]
+    return {
+        op: align(max((end for first, last, end in lives if first <= index <= last), default=0))
+        for op, index in order.items()
+    }
 
 
 def _streamed(function: Func) -> set[Value]:

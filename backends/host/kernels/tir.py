@@ -38,6 +38,7 @@ __all__ = [
     "horizontal_sum",
     "lanes_for",
     "load",
+    "log",
     "loop",
     "prefetch",
     "put",
@@ -266,3 +267,36 @@ def exp(x: Expr, lanes: int) -> Expr:
         T.cast(n, vector("int32", lanes)) + splat(T.int32(127), lanes), splat(T.int32(23), lanes)
     )
     return bind((poly * r * r + r + f32(1, lanes)) * T.reinterpret(vector("float32", lanes), exponent))
+
+
+# Cephes logf (Moshier): x = 2^n (1 + m) with 1 + m in sqrt(1/2)..sqrt(2), a polynomial of degree 8 for (log(1
+# + m) - m + m^2 / 2) / m^3, relative error below 8e-8.
+_LOG_COEFFICIENTS = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+_SQRT_HALF = 0.70710678118654752
+
+
+def log(x: Expr) -> Expr:
+    """The natural logarithm of one positive, normal f32."""
+    bits = bind(T.reinterpret("int32", x))
+    mantissa = T.bitwise_or(T.bitwise_and(bits, T.int32(0x007FFFFF)), T.int32(0x3F000000))
+    half = bind(T.reinterpret("float32", mantissa))  # in 0.5..1
+    small = bind(half < f32(_SQRT_HALF))
+    exponent = T.shift_right(bits, T.int32(23)) - T.int32(126) - T.Select(small, T.int32(1), T.int32(0))
+    n = hold(T.cast(exponent, "float32"), 1)
+    m = bind(T.Select(small, half + half, half) - f32(1))
+    square = bind(m * m)
+    poly = f32(_LOG_COEFFICIENTS[0])
+    for c in _LOG_COEFFICIENTS[1:]:
+        poly = poly * m + f32(c)
+    small_part = poly * m * square + n * f32(_LN2_LOW) - f32(0.5) * square
+    return bind(m + small_part + n * f32(_LN2_HIGH))

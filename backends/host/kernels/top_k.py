@@ -2,7 +2,8 @@
 
 A block of vectors is compared with the last entry of the list at once; only when its largest value is better
 are its elements looked at one by one.  For random logits the list changes about k ln(V / k) times, so a pass
-costs what reading the row costs.
+costs what reading the row costs, and an exponential for each element: beside the list runs the sum of exp(x -
+m), m being the largest so far, which is scaled when a block has a larger one.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.backends.host.kernels.elementwise import capped
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
     Emitters,
     Expr,
+    add_to,
     bind,
+    exp,
     f32,
     flat,
     get,
     horizontal_max,
+    horizontal_sum,
     load,
+    log,
     loop,
     put,
     register,
+    splat,
 )
 from tyir.dialects import ty
 
@@ -35,6 +42,7 @@ __all__ = ["EMITTERS"]
 
 _LOWEST = -3.4028234663852886e38  # what -inf and NaN count as: the lowest finite f32
 _BLOCK = 4  # vectors compared at once
+_WORK = 16  # operations that an element takes, most of them its exponential's
 
 
 @dataclass(frozen=True)
@@ -75,76 +83,139 @@ def _better(value: Expr, name: Expr, other: Expr, other_name: Expr) -> Expr:
     return T.Or(value > other, T.And(value == other, name < other_name))
 
 
-def _scan(x: Buffer, row: Expr, first: int, size: int, offset: int, best: _List, cpu: Cpu) -> None:
-    """Offers x[row, first : first + size] to the list, named offset, offset + 1, ..."""
-    block = cpu.lanes * _BLOCK
-    whole = size // block
+@dataclass(frozen=True)
+class _Sum:
+    """The running sum of exp(x - largest) over elements: lane by lane, and `largest` in one lane."""
 
-    def offer(index: Expr) -> None:
-        best.insert(bind(T.max(load(x, [row, first + index], 1), f32(_LOWEST))), bind(index + offset))
+    lanes: int
+    total: Buffer
+    largest: Buffer
+
+    @classmethod
+    def empty(cls, lanes: int) -> _Sum:
+        return cls(lanes, register(lanes, 0), register(1, _LOWEST))
+
+    def raise_to(self, value: Expr) -> None:
+        """Make `value` the largest, if it is larger."""
+        with T.If(value > get(self.largest, 1)), T.Then():
+            factor = exp(get(self.largest, 1) - value, 1)
+            put(self.total, get(self.total, self.lanes) * splat(factor, self.lanes), self.lanes)
+            put(self.largest, value, 1)
+
+    def add(self, vectors: Sequence[Expr]) -> None:
+        """Add elements that are no larger than the largest: with each other first, which rounds less."""
+        largest = bind(splat(get(self.largest, 1), self.lanes))
+        terms = [exp(vector - largest, self.lanes) for vector in vectors]
+        while len(terms) > 1:
+            terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+        add_to(self.total, terms[0], self.lanes)
+
+    def add_one(self, value: Expr, weight: Expr | None = None) -> None:
+        """Raise the largest to `value` and add its exponential, `weight` times."""
+        self.raise_to(value)
+        term = exp(value - get(self.largest, 1), 1)
+        first = self.total[0] + (term if weight is None else term * weight)
+        T.buffer_store(self.total, first, [0])
+
+    def end(self) -> Expr:
+        """The sum of the lanes; nothing is added afterwards."""
+        return bind(horizontal_sum(self.total, self.lanes))
+
+
+def _capped(x: Expr, cap: float | None, lanes: int) -> Expr:
+    return x if cap is None else bind(capped(x, cap, lanes))
+
+
+def _scan(
+    x: Buffer, row: Expr, first: int, size: int, offset: int, cap: float | None, best: _List, cpu: Cpu
+) -> Expr:
+    """Offers x[row, first : first + size] to the list, named offset, offset + 1, ...; the sum of exp of what
+    they are capped, less the largest.
+    """
+    lanes = cpu.lanes
+    block = lanes * _BLOCK
+    whole = size // block
+    total = _Sum.empty(lanes)
+
+    def value(index: Expr, count: int) -> Expr:
+        return bind(T.max(load(x, [row, first + index], count), f32(_LOWEST, count)))
 
     with T.serial(0, whole) as i:
-        largest = register(cpu.lanes, _LOWEST)
-        for part in range(_BLOCK):
-            vector = load(x, [row, first + i * block + part * cpu.lanes], cpu.lanes)
-            put(largest, T.max(vector, get(largest, cpu.lanes)), cpu.lanes)
-        with (
-            T.If(horizontal_max(largest, cpu.lanes) > best.values[best.size - 1]),
-            T.Then(),
-            T.serial(0, block) as j,
-        ):
-            offer(i * block + j)
+        largest = register(lanes, _LOWEST)
+        vectors = [value(i * block + part * lanes, lanes) for part in range(_BLOCK)]
+        for vector in vectors:
+            put(largest, T.max(vector, get(largest, lanes)), lanes)
+        top = bind(horizontal_max(largest, lanes))
+        total.raise_to(_capped(top, cap, 1))
+        total.add([_capped(vector, cap, lanes) for vector in vectors])
+        with T.If(top > best.values[best.size - 1]), T.Then(), T.serial(0, block) as j:
+            best.insert(value(i * block + j, 1), bind(i * block + j + offset))
     with T.serial(whole * block, size) as i:
-        offer(i)
+        one = value(i, 1)
+        total.add_one(_capped(one, cap, 1))
+        best.insert(one, bind(i + offset))
+    return total.end()
 
 
 def _rows(shape: Sequence[Expr], inner: int) -> int:
     return math.prod(int(d) for d in shape[: len(shape) - inner])
 
 
+def _finish(
+    best: _List, total: Expr, cap: float | None, values: Buffer, ids: Buffer, logsumexp: Buffer, row: Expr
+) -> None:
+    """Stores a row's results."""
+    T.buffer_store(logsumexp, _capped(bind(best.values[0]), cap, 1) + log(total), [row])
+    with T.serial(0, best.size) as i:
+        T.buffer_store(values, _capped(bind(best.values[i]), cap, 1), [row, i])
+        T.buffer_store(ids, best.ids[i], [row, i])
+
+
 def top_k(op: ty.TopK, buffers: Sequence[Buffer], cpu: Cpu) -> None:
-    x, values, ids = buffers
+    x, values, ids, logsumexp = buffers
     rows, width = _rows(x.shape, 1), int(x.shape[-1])
     x, values, ids = flat(x, rows, width), flat(values, rows, op.k), flat(ids, rows, op.k)
-    with loop(rows, cpu, rows * width) as row:
+    logsumexp = flat(logsumexp, rows)
+    with loop(rows, cpu, rows * width * _WORK) as row:
         best = _List.empty(op.k)
-        _scan(x, row, 0, width, 0, best, cpu)
-        with T.serial(0, op.k) as i:
-            T.buffer_store(values, best.values[i], [row, i])
-            T.buffer_store(ids, best.ids[i], [row, i])
+        total = _scan(x, row, 0, width, 0, op.softcap, best, cpu)
+        _finish(best, total, op.softcap, values, ids, logsumexp, row)
 
 
 def top_k_candidates(op: ty.TopKCandidates, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     x, out = buffers
-    rows, width, total = _rows(x.shape, 1), int(x.shape[-1]), int(out.shape[-1])
-    x, out = flat(x, rows, width), flat(out, rows, 2, total)
-    with loop(rows, cpu, rows * width) as row:
+    rows, width, words = _rows(x.shape, 1), int(x.shape[-1]), int(out.shape[-1])
+    x, out = flat(x, rows, width), flat(out, rows, words)
+    with loop(rows, cpu, rows * width * _WORK) as row:
         first = place = 0
         for size, count in zip(op.sizes, op.counts()):
             if count:
                 best = _List.empty(count)
-                _scan(x, row, first, size, op.offset + first, best, cpu)
+                total = _scan(x, row, first, size, op.offset + first, op.softcap, best, cpu)
                 with T.serial(0, count) as i:
-                    T.buffer_store(out, T.reinterpret("int32", best.values[i]), [row, 0, place + i])
-                    T.buffer_store(out, best.ids[i], [row, 1, place + i])
-            first, place = first + size, place + count
+                    T.buffer_store(out, T.reinterpret("int32", best.values[i]), [row, place + i])
+                    T.buffer_store(out, best.ids[i], [row, place + count + i])
+                T.buffer_store(out, T.reinterpret("int32", total), [row, place + 2 * count])
+            first, place = first + size, place + ty.record_words(count)
 
 
 def merge_top_k(op: ty.MergeTopK, buffers: Sequence[Buffer], cpu: Cpu) -> None:
-    candidates, values, ids = buffers
-    rows, count = _rows(candidates.shape, 2), int(candidates.shape[-1])
-    candidates, values, ids = (
-        flat(candidates, rows, 2, count),
-        flat(values, rows, op.k),
-        flat(ids, rows, op.k),
-    )
+    records, values, ids, logsumexp = buffers
+    rows, words = _rows(records.shape, 1), int(records.shape[-1])
+    records = flat(records, rows, words)
+    values, ids, logsumexp = flat(values, rows, op.k), flat(ids, rows, op.k), flat(logsumexp, rows)
+
+    def number(row: Expr, word: Expr) -> Expr:
+        return bind(T.reinterpret("float32", records[row, word]))
+
     with T.serial(0, rows) as row:
-        best = _List.empty(op.k)
-        with T.serial(0, count) as i:
-            best.insert(bind(T.reinterpret("float32", candidates[row, 0, i])), bind(candidates[row, 1, i]))
-        with T.serial(0, op.k) as i:
-            T.buffer_store(values, best.values[i], [row, i])
-            T.buffer_store(ids, best.ids[i], [row, i])
+        best, total, place = _List.empty(op.k), _Sum.empty(1), 0
+        for count in filter(None, op.counts):
+            with T.serial(0, count) as i:
+                best.insert(number(row, place + i), bind(records[row, place + count + i]))
+            total.add_one(_capped(number(row, place), op.softcap, 1), number(row, place + 2 * count))
+            place += ty.record_words(count)
+        _finish(best, total.end(), op.softcap, values, ids, logsumexp, row)
 
 
 EMITTERS: Final[Emitters] = {

@@ -87,4 +87,4 @@ class TyirPlatform(Platform):
         """`ValueError` for a request that these artifacts cannot answer."""
         if cls._manifest is not None and hasattr(params, "temperature"):
             vocabulary = int(cls._manifest.model["vocab_size"])
-            check(params, vocabulary, cls._manifest.choices)
+            check(params, vocabulary, cls._manifest.choices, cls._manifest.has_logsumexp)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
-from tyir.runtime_sim.serving.choosing import Chooser, log_probabilities
+from tyir.runtime_sim.serving.choosing import Chooser, best_log_probabilities, log_probabilities
 from vllm_tyir.sampling import sampling_of
 
 __all__ = ["Request", "Scored", "scored", "table"]
@@ -69,7 +69,8 @@ class Request:
         """Note what the prompt's tokens are worth, of rows [n, V] from `computed` on."""
         following = self.prompt[self.computed + 1 : self.computed + 1 + len(logits)]
         self.scores += [
-            scored(row, token, self.params.prompt_logprobs) for row, token in zip(logits, following)
+            scored({"logits": row}, token, self.params.prompt_logprobs)
+            for row, token in zip(logits, following)
         ]
 
     def next(self, outputs: Mapping[str, Any]) -> int:
@@ -89,9 +90,16 @@ class Request:
         return token
 
 
-def scored(logits: npt.NDArray[np.float32], token: int, count: int) -> Scored:
-    """A token and the `count` best (-1: all): ids, log-probabilities, and the token's rank from 1 on."""
-    values = log_probabilities(logits)
+def scored(outputs: Mapping[str, Any], token: int, count: int) -> Scored:
+    """A token and the `count` best (-1: all), from a step's outputs at one position: ids, log-probabilities,
+    and the token's rank from 1 on.
+    """
+    if "logits" not in outputs:
+        names, found = best_log_probabilities(outputs)
+        own = float(found[list(names).index(token)])
+        ids = [token, *map(int, names[:count])]
+        return ids, [own, *map(float, found[:count])], int((found >= own).sum())
+    values = log_probabilities(np.asarray(outputs["logits"], np.float32))
     count = len(values) if count < 0 else min(count, len(values))
     best = np.argpartition(-values, count - 1)[:count] if count else np.empty(0, np.int64)
     best = best[np.lexsort((best, -values[best]))]

@@ -35,25 +35,28 @@ def sampling_of(params: Any) -> Sampling:
     )
 
 
-def check(params: Any, vocabulary: int, choices: int | None) -> None:
+def check(params: Any, vocabulary: int, choices: int | None, logsumexp: bool = False) -> None:
     """`ValueError`, which vLLM answers with 400, for what artifacts cannot do.
 
-    `choices`: how many tokens of a position they return, None for all logits.
+    `choices`: how many tokens of a position they return, None for all logits; `logsumexp`: whether with that
+    of all.  A nucleus and a smallest share of all tokens, which the best may not hold at some position, are
+    refused: vLLM has no way to end one request alone.
     """
     if asked := [name for name in _REFUSED if getattr(params, name, None) is not None]:
         raise ValueError(f"{', '.join(asked)}: vllm-tyir does not do this")
-    scores = params.logprobs is not None or params.prompt_logprobs is not None
+    sampling, others = sampling_of(params), []
     if choices is not None:
+        among_all = params.temperature > 0 and sampling.top_k <= 0
         wanted = {
+            "prompt_logprobs": params.prompt_logprobs is not None,
             "structured_outputs": params.structured_outputs is not None,
             "bad_words": bool(params.bad_words),  # their tokens are not known yet
+            "top_p without top_k": among_all and params.top_p < 1,
+            "min_p without top_k": among_all and params.min_p > 0,
         }
-        if asked := [name for name, is_asked in wanted.items() if is_asked]:
-            raise ValueError(
-                f"{', '.join(asked)}: these artifacts return the {choices} best tokens of each position"
-                " and not all logits; compile with --output logits"
-            )
+        others = [name for name, is_asked in wanted.items() if is_asked]
+    logprobs = vocabulary if params.logprobs == -1 else params.logprobs
     try:
-        sampling_of(params).check(vocabulary, choices, logprobs=scores)
+        sampling.check(vocabulary, choices, logsumexp, logprobs=logprobs, others=others)
     except TyirError as error:
         raise ValueError(str(error)) from None

@@ -129,7 +129,7 @@ class TyirWorker(WorkerBase):
             if outputs is None or count is None:
                 scores.append(([0], [0.0], 1))  # a row that vLLM does not read
             else:
-                scores.append(scored(np.asarray(outputs["logits"], np.float32), tokens[0], count))
+                scores.append(scored(outputs, tokens[0], count))
             if outputs is not None and request.scores:
                 prompts[name] = LogprobsTensors(*map(torch.from_numpy, table(request.scores)))
                 request.scores = []

@@ -23,6 +23,12 @@ from tyir.ir import Op
 __all__ = ["Ranked"]
 
 
+def _lists_bytes(op: TopK | TopKCandidates) -> int:
+    """Of the values, ids and sums of all rows."""
+    rows = math.prod(tensor_type(op.x).static_shape[:-1])
+    return 2 * align(rows * op.k * 4) + align(rows * 4)
+
+
 @dataclass(frozen=True)
 class Ranked:
     """The best tokens of a product that nothing else reads."""
@@ -35,8 +41,7 @@ class Ranked:
         if not isinstance(op, (TopK, TopKCandidates)):
             return None
         rows = math.prod(tensor_type(op.x).static_shape[:-1])
-        lists = 4 * align(rows * op.k * 4)
-        few = lists <= sram_plan(room.machine).temp_bytes // 4
+        few = 2 * _lists_bytes(op) <= sram_plan(room.machine).temp_bytes // 4
         if not few or not room.machine.cube.rows < rows <= MOST_ROWS:
             return None
         source = column_source(op.x, room)
@@ -72,7 +77,8 @@ class _RankedColumns:
         self._op = best
         self._ranges = ranges_of(best, lowering)
         self._list = align(math.prod(tensor_type(self.x).static_shape[:-1]) * best.k * 4)
-        lists, rest = area.split(4 * self._list)
+        self._set = _lists_bytes(best)
+        lists, rest = area.split(2 * self._set)
         self.unit = 1
         self._lists, self.piece_limit = lists.offset, rest.nbytes // 2
         self._buffers = Buffers(rest, self.piece_limit)
@@ -104,17 +110,27 @@ class _RankedColumns:
         columns: tuple[int, int],
     ) -> None:
         m0, m = rows
-        base, row = self._lists + number % 2 * 2 * self._list, part.count * 4
+        base = self._lists + number % 2 * self._set
         ends = [
-            (t.place.offset + m0 * t.stride, t.stride) if t.place.in_sram else (base + side * self._list, row)
+            (t.place.offset + m0 * t.stride, t.stride)
+            if t.place.in_sram
+            else (base + side * self._list, t.nbytes)
             for side, t in enumerate(part.targets)
         ]
-        source = Source(self.x, Place("sram", values), stride, part.first, part.size, part.name)
+        source = Source(
+            self.x,
+            Place("sram", values),
+            stride,
+            part.first,
+            part.size,
+            part.name,
+            softcap=self._op.softcap,
+            ends=part.ends,
+        )
         offer_columns(
             source,
             values,
             stride,
-            None,
             columns[0] - part.first,
             m,
             columns[1] - columns[0],
@@ -128,6 +144,6 @@ class _RankedColumns:
                     self.lowering.store(
                         target.place.at(m0 * target.stride),
                         sram,
-                        (1, m, row),
+                        (1, m, target.nbytes),
                         dram_strides=(0, target.stride),
                     )

@@ -24,7 +24,7 @@ def column_source(value: Value, room: Room) -> ColumnSource | None:
     fusion = room.fusions.get(value.op)
     if isinstance(fusion, Mlp):
         return fusion
-    return Alone(value.op, product_scratch(value.op, room.arena, room.machine, room.held))
+    return Alone(value.op, product_scratch(value.op, room.arena, room.machine, room.plan, room.held))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from tyir.attributes import ArrayAttr
-from tyir.backends.edge10.lowering.context import Area, Lowering, sram_range
+from tyir.backends.edge10.lowering.context import Area, Lowering, element_bytes, sram_range
 from tyir.backends.edge10.lowering.ops.attention_block import Attending, AttentionBlock, head_runs
 from tyir.backends.edge10.lowering.tiling import AttentionBlocks, attention_blocks, segment_blocks, spans
-from tyir.backends.edge10.memory.allocate import align
+from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
@@ -46,10 +46,15 @@ def _described(op: CachedAttention | Attention) -> Attending:
 
 
 def attention_scratch(
-    op: CachedAttention | Attention, arena: int, machine: Machine, held: Collection[Value] = ()
+    op: CachedAttention | Attention,
+    arena: int,
+    machine: Machine,
+    plan: SramPlan,
+    held: Collection[Value] = (),
 ) -> Scratch | None:
     """What the attention of many tokens takes of an arena beside its queries, whose place its result takes,
-    unless it is a part that is to be merged; few tokens do with the temporaries.
+    unless it is a part that is to be merged; few tokens, and an arena with less room than the temporaries, do
+    with these.
     """
     known = _described(op)
     room = arena - len(known.queries) * align(tensor_type(op.q).nbytes)
@@ -58,7 +63,8 @@ def attention_scratch(
         return None
     try:
         blocks = _blocks(known, room, machine, transfers=False, longest=_longest(op))
-        return Scratch(_bytes(known, blocks), 0)
+        found = Scratch(_bytes(known, blocks), 0)
+        return found if found.sram_bytes > plan.temp_bytes else None
     except TyirError:
         return None
 
@@ -67,16 +73,21 @@ def lower_attention(op: CachedAttention | Attention, lowering: Lowering, scratch
     """With the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
     known = _described(op)
     area = Area(lowering.plan.temp, lowering.plan.temp_bytes)
-    if isinstance(op, Attention):
-        known = _in_place(known, lowering)
+    brought = isinstance(op, Attention) and _takes_their_place(known, lowering)
+    if brought:
+        known = replace(known, queries=(op.out,))
     in_sram = all(lowering.place(value).in_sram for value in (*known.queries, op.out))
-    if scratch is not None and in_sram and scratch.nbytes > area.nbytes:
+    if scratch is not None and in_sram:
         area = scratch
     blocks = _blocks(known, area.nbytes, lowering.machine, transfers=not in_sram, longest=_longest(op))
     runs = head_runs(known.kv_heads)
     batch, tokens, *_ = tensor_type(op.q).static_shape
+    parts = list(_parts(op, known, blocks.queries, tokens, lowering.first_token))
     for sequence in range(batch):
-        for part, first, count in _parts(op, known, blocks.queries, tokens, lowering.first_token):
+        for number, (part, first, count) in enumerate(parts):
+            if brought:
+                for _, row, rows in parts[number + 1 if number else 0 : number + 2]:
+                    _bring_queries(op, lowering, sequence * tokens + row, rows)
             for members in [runs] if blocks.all_heads else [[r] for r in runs]:
                 AttentionBlock(part, lowering, blocks, members, sequence, first, count, area.offset).lower()
 
@@ -96,15 +107,19 @@ def _parts(
             yield replace(known, segment=(low, high)), begin + first, count
 
 
-def _in_place(op: Attending, lowering: Lowering) -> Attending:
-    """A tower's attention whose result lies in SRAM, as if its queries lay there too: all of them are brought
-    to where the result of each takes their place.
+def _takes_their_place(op: Attending, lowering: Lowering) -> bool:
+    """Whether a tower's queries lie in DRAM and its result in SRAM: rows of queries are then brought to where
+    those of the result take their place, one part ahead of the part that is worked on, so that the cubes wait
+    for the first alone.
     """
-    queries, result = lowering.place(op.queries[0]), lowering.place(op.out)
-    if queries.in_sram or not result.in_sram:
-        return op
-    lowering.load_bytes(queries, result.offset, tensor_type(op.out).nbytes)
-    return replace(op, queries=(op.out,))
+    return not lowering.place(op.queries[0]).in_sram and lowering.place(op.out).in_sram
+
+
+def _bring_queries(op: CachedAttention | Attention, lowering: Lowering, first: int, rows: int) -> None:
+    *_, heads, dim = tensor_type(op.q).static_shape
+    row = heads * dim * element_bytes(op.q)
+    place = lowering.place(op.out).offset + first * row
+    lowering.load_bytes(lowering.place(op.q).at(first * row), place, rows * row)
 
 
 def lower_merge_attention(op: MergeAttention, lowering: Lowering) -> None:

@@ -25,7 +25,7 @@ from tyir.backends.edge10.lowering.tiling import (
     side_columns,
     spans,
 )
-from tyir.backends.edge10.memory.allocate import ALIGNMENT, align
+from tyir.backends.edge10.memory.allocate import ALIGNMENT, SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch, root
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
@@ -82,7 +82,9 @@ def lower_rows(op: Linear | QuantizedLinear, lowering: Lowering, results: Column
         lower_product(op, lowering, part, results, (first, size))
 
 
-def product_scratch(op: Op, arena: int, machine: Machine, held: Collection[Value] = ()) -> Scratch | None:
+def product_scratch(
+    op: Op, arena: int, machine: Machine, plan: SramPlan, held: Collection[Value] = ()
+) -> Scratch | None:
     """Room for rows of x, for products of more rows than are worked on at once whose x will not lie in SRAM:
     as many as the arena takes, in parts of nearly equal size.
     """
@@ -135,7 +137,7 @@ def _delivered(product: Product, results: Columns, rows: int) -> int:
     if results.block or not results.piece_bytes:
         return block
     most = min(results.piece_limit // (rows * results.piece_bytes), max(WIDEST_BLOCK, block))
-    unit = block if unit == 1 else unit
+    unit = product.tiles.n if unit == 1 else unit
     return max(most // unit, 1) * unit
 
 
