@@ -42,6 +42,7 @@ from tyir.dialects.ty import (
     QuantizedLinear,
     Reshape,
     Rope,
+    SelectRow,
     Softcap,
     TopK,
     record_words,
@@ -171,8 +172,9 @@ class AnnotateSharding(Pass):
             **{
                 "batch": 1,
                 "output": "logits",
+                "output_rows": "all",
                 **recorded(op),
-            },  # specialize-batch, select-output cannot follow
+            },  # specialize-batch, select-output, select-rows cannot follow
             dies=self.dies,
             die_map=devices,
             pp=self.pp,
@@ -456,6 +458,8 @@ def _stages(function: Func, dies: int, stages: int) -> Callable[[Op], _Group]:
     }
 
     def group(op: Op) -> _Group:
+        if isinstance(op, SelectRow) and op.x.op is not None:
+            return group(op.x.op)  # the last stage selects: what it hands on is one row
         layer = layer_of(op)
         return (
             _Group(dies, 0, dies)

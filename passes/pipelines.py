@@ -43,7 +43,7 @@ def remaining_pipeline(
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation
     after it, so that dies are cut once. So does select-output: each die then chooses among its own columns of
-    the vocabulary.
+    the vocabulary; and select-rows: what is exchanged of them is one row's.
     """
     if (
         stage == "sharded"
@@ -69,12 +69,17 @@ def remaining_pipeline(
     entries = [
         ("aten", "to-ty"),
         ("ty", quantization(options) if "weights" not in done else ""),
+        ("ty", "scale-keys" if options.kv_dtype == "int8" else ""),
         ("ty", f"kv-materialize{{{' '.join(cache)}}}"),
         (
             "kv",
             f"specialize-batch{{batch={options.batch}}}" if options.batch > 1 and "batch" not in done else "",
         ),
         ("kv", f"select-output{{kind=topk k={best}}}" if best and "output" not in done else ""),
+        (
+            "kv",
+            "select-rows{rows=last}" if options.output_rows == "last" and "output_rows" not in done else "",
+        ),
         ("kv", f"partition-dies{{{' '.join(dies)}}}"),
         ("dist", f"specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),
         ("static", "to-program"),
@@ -126,7 +131,8 @@ def reference_pipeline(options: BuildOptions) -> str:
     """From `aten` to `ty` with the artifacts' weights: the whole model, uncut and without a cache, that
     verification compares with.
     """
-    return ",".join(text for text in ("to-ty", quantization(options)) if text)
+    scaled = "scale-keys" if options.kv_dtype == "int8" else ""
+    return ",".join(text for text in ("to-ty", quantization(options), scaled) if text)
 
 
 def quantization(options: BuildOptions) -> str:

@@ -6,6 +6,9 @@ static shapes, marked as entry points (`tyir.entry`).
 A prompt runs as chunks of these lengths over the cache, the last one padded.  All lengths share the
 weights. Runs after partition-dies, so that the dies are cut once.
 
+A step of one token returns that token's row, also where `select-rows` has longer ones return one of theirs: it
+takes no `row`.
+
 A vision tower has one length, its patches: it becomes an entry point as it is.
 """  # noqa: E501
 
@@ -18,7 +21,7 @@ from typing import ClassVar
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.kv import Append
-from tyir.dialects.ty import tensor_type
+from tyir.dialects.ty import SelectRow, tensor_type
 from tyir.execution.entry_points import arguments, mark_entry
 from tyir.ir import Op
 from tyir.manifest import record
@@ -106,6 +109,8 @@ class SpecializeSeqlen(Pass):
         new = function.clone()
         new.sym_name = f"{function.sym_name}_s{tokens}"
         mark_entry(new, tokens)
+        if tokens == 1:
+            _drop_selections(new)
         for arg in new.args:
             arg.type = static(arg.type, tokens)
         for op in new.body:
@@ -114,6 +119,20 @@ class SpecializeSeqlen(Pass):
                 value.type = static(value.type, tokens)
         new.refresh_type()
         new.insert_before(function)
+
+
+def _drop_selections(function: Func) -> None:
+    """Of one row there is nothing to select (`select-rows`): the step is as if all were returned."""
+    for op in list(function.walk_type(SelectRow)):
+        op.replace_with([op.x])
+    rows = arguments(function, "row")
+    kept = [i for i, value in enumerate(function.args) if value not in rows]
+    attrs = [function.arg_attr(i) for i in kept]
+    for value in reversed(rows):
+        function.body.erase_arg(value.index)  # behind all others, so that no alias changes its number
+    if rows:
+        function.refresh_type()
+        function.set_arg_attrs(attrs)
 
 
 def cache_capacity(function: Func) -> int | None:

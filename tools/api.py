@@ -490,6 +490,8 @@ def check_options(options: BuildOptions) -> None:
     if options.kv_split not in ("auto", "heads", "tokens"):
         raise TyirError(f"a cache cut by '{options.kv_split}': one of auto, heads, tokens")
     parse_output(options.output)
+    if options.output_rows not in ("all", "last"):
+        raise TyirError(f"rows '{options.output_rows}' of a step: one of all, last")
 
 
 def _check_map(option: str, devices: tuple[int, ...], dies: int) -> None:

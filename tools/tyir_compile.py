@@ -408,6 +408,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="what a step returns: logits (default), argmax, or topk=K: the K best tokens",
     )
     parser.add_argument(
+        "--output-rows",
+        choices=("all", "last"),
+        help=(
+            "of which tokens a step returns it: all (default), or the last of each sequence, which is what"
+            " generation needs: the head is computed for one row; echo with logprobs, perplexity and"
+            " prompt_logprobs need all"
+        ),
+    )
+    parser.add_argument(
         "--batch",
         type=int,
         metavar="B",

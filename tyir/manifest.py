@@ -5,7 +5,7 @@ the runtime checks it first.
       format, version         "tyir-artifacts", 2
       sha256                  of the manifest itself: of everything else in it, in canonical form (`tyir.artifacts.schema`)
       model                   what the front end knew of the model (architecture, vocabulary, ...)
-      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, kv_dtype, kv_layout, kv_split, kv_block, kv_parts, pp, awq
+      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, output_rows, kv_dtype, kv_layout, kv_split, kv_block, kv_parts, pp, awq
       build                   versions, targets, the processor's features and the activations' precision (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
@@ -100,7 +100,8 @@ class BuildOptions:
     scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).  `kv_split`: what dies have
     of a cache with fewer heads than dies, "heads" (copies), "tokens" (blocks of `kv_block` positions in turn,
     `tyir.artifacts.token_blocks`) or "auto" (what is faster); a manifest says which, and with `kv_parts` how
-    many dies share a block's heads, which nobody chooses.
+    many dies share a block's heads, which nobody chooses.  `output_rows`: of which tokens a step returns
+    that: "all", or "last", one of each sequence, which the caller names (`row`).
     """
 
     dies: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 4
@@ -112,6 +113,7 @@ class BuildOptions:
     embedding_as_input: bool = False
     batch: Annotated[int, Interval(ge=1, le=2**15)] = 1
     output: Annotated[str, Matches("logits|argmax|topk=[1-9][0-9]{0,8}")] = "logits"
+    output_rows: Annotated[str, Matches("all|last")] = "all"
     kv_dtype: Annotated[str, Matches("fp16|int8")] = "fp16"
     kv_layout: Annotated[str, Matches("HND|NHD")] = "HND"
     pp: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
@@ -135,6 +137,12 @@ class BuildOptions:
         """Rows of every die's caches."""
         blocks = self.token_blocks(0)
         return self.max_kv if blocks is None else blocks.rows(self.max_kv)
+
+    def takes_row(self, seqlen: int) -> bool:
+        """Whether a step of this length returns one row of each sequence and is told which: the only one of a
+        step of one token needs no naming.
+        """
+        return self.output_rows == "last" and seqlen > 1
 
     @property
     def quantizes(self) -> bool:
@@ -169,6 +177,7 @@ SETTLED_BY: Final = {
     "kv_layout": "kv-materialize",
     "batch": "specialize-batch",
     "output": "select-output",
+    "output_rows": "select-rows",
     "dies": "partition-dies",
     "die_map": "partition-dies",
     "pp": "partition-dies",
@@ -178,8 +187,9 @@ SETTLED_BY: Final = {
     "kv_parts": "partition-dies",
     "seqlens": "specialize-seqlen",
 }
-# fp16 weights have no groups, a mesh need not have any, not every model has a table, not every cache blocks
-_MAY_BE_MISSING: Final = ("group_size", "mesh", "awq", "kv_split", "kv_block", "kv_parts")
+# fp16 weights have no groups, a mesh need not have any, not every model has a table, not every cache blocks,
+# and a module that was cut before there were rows to select returns all
+_MAY_BE_MISSING: Final = ("group_size", "mesh", "awq", "kv_split", "kv_block", "kv_parts", "output_rows")
 
 
 def record(module: Op, **done: Recorded) -> None:
@@ -321,6 +331,22 @@ class Manifest:
         log-probability: those of artifacts of older versions do not.
         """
         return any(t.name == "logsumexp" for t in self.programs[0].outputs)
+
+    @property
+    def one_row(self) -> bool:
+        """Whether steps of several tokens return one row of each sequence: who needs those of all tokens is
+        refused (`need_every_row`) or runs a step for each.
+        """
+        return self.options.takes_row(max(self.options.seqlens))
+
+    def need_every_row(self, what: str) -> None:
+        """`TyirError` when `what` needs a row for each token and the programs return the last alone."""
+        if self.one_row:
+            raise TyirError(
+                f"{what} needs logits of all tokens: these artifacts return those of a step's last token"
+                " alone",
+                help="compile with --output-rows all",
+            )
 
     def program(self, die: int, seqlen: int) -> DieProgram:
         return next(p for p in self.programs if p.die == die and p.seqlen == seqlen)

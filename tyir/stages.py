@@ -76,6 +76,7 @@ _WEIGHT_WORK: Final = {
     "ty.rope_table": "outline-params",
     "ty.rope_angles": "outline-params",
     "ty.mix_rows": "outline-params",
+    "ty.pair_scales": "outline-params",
 }
 _EARLY: Final = {
     "kv.*": "(none: it belongs to the stage kv)",

@@ -117,7 +117,7 @@ class Engine:
         `QueueFull` when too many wait, `TyirError` for one that cannot be answered; then none is taken.
         """
         for generation in generations:
-            generation.check(self.vocabulary, self.choices, self.has_logsumexp)
+            generation.check(self.session.manifest, self.vocabulary)
             if generation.pictures is None and isinstance(self.session, VisionBatchSession):
                 generation.pictures = VisionRequest.text(generation.prompt)
         with self._changed:

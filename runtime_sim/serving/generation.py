@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
+from tyir.manifest import Manifest
 from tyir.runtime_sim.serving.choosing import (
     Chooser,
     Constraint,
@@ -141,8 +142,8 @@ class Generation:
         full = len(self.prompt) + len(self.made) > capacity
         return Finish("length") if full or len(self.made) >= self.limit else None
 
-    def check(self, vocabulary: int, choices: int | None, logsumexp: bool = False) -> None:
-        """`TyirError` for what cannot be done; `choices` and `logsumexp` as `Sampling.check` takes them."""
+    def check(self, manifest: Manifest, vocabulary: int) -> None:
+        """`TyirError` for what artifacts cannot do."""
         bad = [t for t in self.prompt if not 0 <= t < vocabulary]
         if bad:
             raise TyirError(f"token {bad[0]} is not in the vocabulary of {vocabulary}")
@@ -154,11 +155,13 @@ class Generation:
         }
         self.sampling.check(
             vocabulary,
-            choices,
-            logsumexp,
+            manifest.choices,
+            manifest.has_logsumexp,
             logprobs=self.logprobs,
             others=[name for name, is_asked in needed.items() if is_asked],
         )
+        if self.score_prompt:
+            manifest.need_every_row("scoring a prompt (echo with logprobs)")
 
     def _report(self, outputs: Mapping[str, Any], token: int) -> Scored:
         """A token and the best ones, of one array: who compares them finds equal what is equal."""

@@ -69,8 +69,8 @@ class BatchSession:
     def feed(self, ids: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
         """Append tokens to each sequence (an empty list adds none); for each its logits [n, V] f32.
 
-        Raises `TyirError` for another number of sequences, tokens that do not fit and programs that return no
-        logits.
+        Programs that return a step's last rows alone run once for each row.  Raises `TyirError` for another
+        number of sequences, tokens that do not fit and programs that return no logits.
         """
         rows = self.advance(ids)
         if "logits" not in rows[0]:
@@ -129,7 +129,7 @@ class BatchSession:
             ]
             seqlen = length_for(max(map(min, map(len, left), rooms)), self.manifest.options.seqlens)
             parts = [part[: min(seqlen, room)] for part, room in zip(left, rooms)]
-            for own, outputs in zip(rows, self.step(parts, seqlen, lengths)):
+            for own, outputs in zip(rows, self.step(parts, seqlen, lengths, every=not last)):
                 for name, array in outputs.items():
                     kept = own.setdefault(name, [])
                     if last and len(array):
@@ -140,10 +140,16 @@ class BatchSession:
         return [{name: np.concatenate(arrays) for name, arrays in own.items()} for own in rows]
 
     def step(
-        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None = None
+        self,
+        parts: Sequence[Sequence[int]],
+        seqlen: int,
+        lengths: Sequence[int] | None = None,
+        *,
+        every: bool = False,
     ) -> list[dict[str, Array]]:
         """One step of a compiled length: append at most `seqlen` tokens to each sequence; its outputs by
-        name, [n, ..] each.
+        name, [n, ..] each.  Of programs that return the last row alone those are [1, ..] ([0, ..] of a
+        sequence that waits), unless `every` row is wanted: the step then runs once for each.
 
         `lengths`: of the sequences, the tokens that are still to come of their prompts included; None when
         none are.  With dual chunk attention a part ends at a chunk's border at the latest.
@@ -152,13 +158,32 @@ class BatchSession:
         others may go on.
         """
         counts = [len(part) for part in parts]
-        outputs = self._step(self._inputs(parts, seqlen, lengths), Chunk(0, seqlen, seqlen), counts)
+        inputs, chunk = self._inputs(parts, seqlen, lengths), Chunk(0, seqlen, seqlen)
+        if every and self.manifest.options.takes_row(seqlen):
+            rows = self._each_row(inputs, chunk, counts)
+        else:
+            outputs = self._step(inputs, chunk, counts)
+            rows = [
+                {name: array[number, :count] for name, array in outputs.items()}
+                for number, count in enumerate(counts)
+            ]
         for known, part in zip(self.tokens, parts):
             known += part
-        return [
-            {name: array[number, :count] for name, array in outputs.items()}
-            for number, count in enumerate(counts)
-        ]
+        return rows
+
+    def _each_row(
+        self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]
+    ) -> list[dict[str, Array]]:
+        """The outputs of all rows of a step that returns one: the same rows are written to the caches each
+        time.
+        """
+        found: list[dict[str, list[Array]]] = [{} for _ in counts]
+        for upto in range(1, max(1, *counts) + 1):
+            outputs = self._step(inputs, chunk, [min(upto, count) for count in counts])
+            for number, (own, count) in enumerate(zip(found, counts)):
+                for name, array in outputs.items():
+                    own.setdefault(name, []).append(array[number, : int(upto <= count)])
+        return [{name: np.concatenate(arrays) for name, arrays in own.items()} for own in found]
 
     def rewind(self, sequence: int, count: int) -> None:
         """Keep the first `count` tokens of a sequence and forget the rest; what follows is computed anew."""

@@ -49,16 +49,22 @@ class FiniteSteps:
     def __call__(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> dict[str, Array]:
         """One step, of which the first `counts[i]` rows of sequence i are used.
 
+        A program that returns one row of each sequence is told the last of those; its outputs are [b, 1, ..].
+
         `NotFinite` when one of them is not finite: step, position, and where it began.
         """
         self.done += 1
+        one = self.engine.artifacts.manifest.options.takes_row(chunk.seqlen)
+        if one:
+            inputs = {**inputs, "row": np.array([max(count - 1, 0) for count in counts], np.int32)}
         with np.errstate(all="ignore"):  # what is not finite is reported below, by its place
             outputs = self.engine.step(inputs, chunk)
         for sequence, count in enumerate(counts):
             for name, array in outputs.items():
                 row = _first_bad(array[sequence, :count], _LOWEST if name == "top_values" else -np.inf)
                 if row is not None:
-                    raise self._error(name, array[sequence, row], inputs, chunk, counts, (sequence, row))
+                    place = (sequence, count - 1 if one else row)
+                    raise self._error(name, array[sequence, row], inputs, chunk, counts, place)
         return outputs
 
     def _error(
@@ -95,7 +101,7 @@ class FiniteSteps:
         if not isinstance(walker, ProgramEngine):
             walker = ProgramEngine(self.engine.artifacts, compiled=False)
             walker.load_caches(self.engine.caches())
-        watch, before = _Watch(counts), walker.probe
+        watch, before = _Watch(counts, "row" in inputs), walker.probe
         walker.probe = watch
         try:
             with np.errstate(all="ignore"):
@@ -148,8 +154,9 @@ class _Watch:
     All that an op reads has been seen before, so what is seen first is where it began.
     """
 
-    def __init__(self, counts: Sequence[int]) -> None:
+    def __init__(self, counts: Sequence[int], selects: bool) -> None:
         self.counts = counts
+        self.selects = selects  # the last row of each sequence, before the last norm
         self.origin: Origin | None = None
 
     def __call__(
@@ -164,15 +171,20 @@ class _Watch:
             return
         weight = op.has_trait(WeightReference)
         for array in results:
-            for sequence, part in [(None, array)] if weight else self._used(array, chunk):
+            for sequence, first, part in [(None, 0, array)] if weight else self._used(array, chunk):
                 if found := not_finite(part):
                     path = str(op.properties["symbol"]) if weight else path_in_calls(op, stack) or "an op"
-                    place = None if sequence is None else (sequence, _first_bad(part) or 0)
+                    place = None if sequence is None else (sequence, first + (_first_bad(part) or 0))
                     self.origin = Origin(op.name, path, die, found, place)
                     return
 
-    def _used(self, array: Array, chunk: Chunk) -> list[tuple[int | None, Array]]:
-        """The rows of [b, s, ..] that are no padding, by sequence; nothing of arrays not so laid out."""
-        if array.shape[:2] != (len(self.counts), chunk.seqlen):
-            return []
-        return [(i, array[i, :count]) for i, count in enumerate(self.counts) if count]
+    def _used(self, array: Array, chunk: Chunk) -> list[tuple[int | None, int, Array]]:
+        """The rows of [b, s, ..] that are no padding, by sequence, with the number of the first; nothing of
+        arrays not so laid out.
+        """
+        batch, counted = len(self.counts), [(i, count) for i, count in enumerate(self.counts) if count]
+        if array.shape[:2] == (batch, chunk.seqlen):
+            return [(i, 0, array[i, :count]) for i, count in counted]
+        if self.selects and array.ndim >= 3 and array.shape[:2] == (batch, 1):
+            return [(i, count - 1, array[i]) for i, count in counted]
+        return []

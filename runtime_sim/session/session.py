@@ -14,6 +14,7 @@ meaning (on the same files), `edge10` the command program on modelled memories.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -172,7 +173,8 @@ class Session:
 
         The second turn of a chat costs its new tokens.
 
-        Logits [1, V] after the last of them: those of a whole prompt (`feed`) take 4 V bytes a token.
+        Logits [1, V] after the last of them: those of a whole prompt (`feed`) take 4 V bytes a token, and
+        work that programs compiled with `output_rows="last"` do not do.
         """
         self._check_logits()
         return np.asarray(self._last(self._new_of(ids))["logits"], np.float32)
@@ -216,10 +218,11 @@ class Session:
     def feed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens to the cache; logits [len(ids), V] f32, row i predicting what follows ids[i].
 
+        Programs that return a step's last row alone run once for each row: `prefill` needs one of them.
         Raises `TyirError` when the program returns tokens and no logits.
         """
         self._check_logits()
-        return _joined(self._advance(ids))["logits"].astype(np.float32, copy=False)
+        return _joined(self._advance(ids, every=True))["logits"].astype(np.float32, copy=False)
 
     def _check_logits(self) -> None:
         if self.choices is not None:
@@ -234,9 +237,9 @@ class Session:
         """Append tokens to the cache.
 
         Row i holds the best tokens to follow ids[i]: as many as the program returns, one if it returns
-        logits.
+        logits.  As `feed`, of programs that return a step's last row alone, this takes a run for each row.
         """
-        found = _joined(_with_best(outputs) for outputs in self._advance(ids))
+        found = _joined(_with_best(outputs) for outputs in self._advance(ids, every=True))
         return Candidates(found["top_values"], found["top_ids"], found.get("logsumexp"))
 
     def _last(self, ids: Sequence[int]) -> dict[str, Array]:
@@ -246,9 +249,10 @@ class Session:
             row = {name: array[-1:].copy() for name, array in outputs.items()}
         return row
 
-    def _advance(self, ids: Sequence[int]) -> Iterator[dict[str, Array]]:
+    def _advance(self, ids: Sequence[int], *, every: bool = False) -> Iterator[dict[str, Array]]:
         """Run tokens through the program, chunk by chunk; the outputs of each by name, [its tokens, ..],
-        all of them finite.
+        all of them finite.  Of programs that return a chunk's last row alone that is [1, ..], unless `every`
+        row is wanted.
 
         A chunk's tokens are in the cache when its outputs are given: whoever stops there may go on later.
         """
@@ -258,18 +262,33 @@ class Session:
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
             )
         first = len(self.tokens)
-        seqlens, batch = self.manifest.options.seqlens, self.manifest.options.batch
+        seqlens = self.manifest.options.seqlens
         shown = self.show_progress and len(ids) >= _LONG * max(seqlens)
         chunks = plan_chunks(len(ids), first, seqlens, self.capacity, self._chunks)
         with Bar("prompt", len(ids), "token", show=shown) as bar:
             for chunk in chunks:
                 part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
-                counts = [chunk.count if i == self.sequence else 0 for i in range(batch)]
                 with interrupts_wait():
-                    outputs = self._step(self._inputs(part, chunk, first + len(ids)), chunk, counts)
+                    inputs = self._inputs(part, chunk, first + len(ids))
+                    rows = _joined(self._step_to(inputs, upto) for upto in self._parts(chunk, every))
                     self.tokens += part
                 bar.advance(chunk.count)
-                yield {name: array[self.sequence, : chunk.count] for name, array in outputs.items()}
+                yield rows
+
+    def _parts(self, chunk: Chunk, every: bool) -> Iterator[Chunk]:
+        """The runs of a chunk, each up to the last row that it returns: the whole, or once for each row.
+
+        Again and again the same rows are written to the caches.
+        """
+        once = not (every and self.manifest.options.takes_row(chunk.seqlen))
+        for count in (chunk.count,) if once else range(1, chunk.count + 1):
+            yield replace(chunk, count=count)
+
+    def _step_to(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
+        """What a step returns of the first `chunk.count` of its rows, by name."""
+        counts = [chunk.count if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
+        outputs = self._step(inputs, chunk, counts)
+        return {name: array[self.sequence, : chunk.count] for name, array in outputs.items()}
 
     def _inputs(self, ids: list[int], chunk: Chunk, length: int) -> dict[str, Array]:
         """What a step of a conversation of `length` tokens, those to come included, is given."""

@@ -230,6 +230,11 @@ def embedding(ids: Sequence[int], element: Type, offset: int, width: int = 96) -
     )
 
 
+def selection(b: int, s: int, rest: tuple[int, ...], row: Sequence[int], element: Type = f16) -> Case:
+    types = (t(b, s, *rest, e=element), t(b, e=i32))
+    return Case(f"select_row_{b}_{s}_{rest}_{row}_{element}", types, lambda v: ty.SelectRow(*v), ((1, row),))
+
+
 def unary(shape: tuple[int, ...], make: MakeOp, name: str, e: Type = f16) -> Case:
     return Case(f"{name}_{shape}_{e}", (t(*shape, e=e),), make)
 
@@ -382,6 +387,9 @@ CASES: list[Case] = [
     rows(3, 40, 5, (0, 39)),
     embedding((0, 3, 9, 10, 11, 300), i32, 0),
     embedding((4, 5, 9, 14, 15, -1), i64, 5, width=37),
+    selection(1, 7, (96,), (6,)),
+    selection(4, 5, (37,), (0, 4, -1, 5)),  # the last two are outside: zeros
+    selection(2, 3, (2, 24), (2, 1), f32),
     Case("rms_norm_small", (t(1, 1, 256), t(256)), lambda v: ty.RmsNorm(*v, eps=1e-6)),
     Case("rms_norm_odd", (t(2, 3, 84), t(84)), lambda v: ty.RmsNorm(*v, eps=1e-5)),
     Case("rms_norm_prime", (t(1, 2, 7), t(7)), lambda v: ty.RmsNorm(*v, eps=1e-5)),

@@ -43,6 +43,7 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     "embedding_as_input": (True, False),
     "batch": (2, 3),
     "output": ("topk=3", "argmax"),
+    "output_rows": ("last", "all"),
     "kv_dtype": ("int8", "fp16"),
     "kv_layout": ("NHD", "HND"),
     "pp": (2, 1),
@@ -164,12 +165,15 @@ def test_a_contradiction_names_both(aten: str, options: dict[str, Any]) -> None:
 
 
 def test_what_was_not_done_cannot_be_asked_for_later(aten: str) -> None:
-    """Once the caches are there weights stay as they are, once the dies are there batch and output do."""
+    """Once the caches are there weights stay as they are, once the dies are there batch, output and whose
+    rows are returned do.
+    """
     plain = {"max_kv": 16, "dies": 2, "seqlens": (1,)}
     texts = {stage_of(parse_module(t)): t for _, t, _ in points(aten, BuildOptions(**plain))}
     for stage, asked in (
         ("kv", {"weights": "int4"}),
         ("dist", {"batch": 2}),
+        ("dist", {"output_rows": "last"}),
         ("program", {"output": "argmax"}),
     ):
         with pytest.raises(TyirError, match="is asked for, the module was built with"):

@@ -18,8 +18,8 @@ from tyir.pipeline import PassContext, run_pipeline
 
 PIPELINE = (
     "print-op-stats,view-op-graph{{file={folder}/graph.dot}},snapshot-locations{{filename={folder}/before.ir}},raise-aten,canonicalize,cse,dce,"
-    "quantize-weights{{group-size=64}},kv-materialize,select-output{{kind=topk"
-    " k=4}},annotate-sharding,propagate-sharding,insert-collectives,"
+    "quantize-weights{{group-size=64}},scale-keys,kv-materialize,select-output{{kind=topk"
+    " k=4}},select-rows,annotate-sharding,propagate-sharding,insert-collectives,"
     "localize-dies,specialize-seqlen,outline-params,outline-layers,symbol-dce,plan-memory,lower-edge10{{seqlen=1}}"
 )
 BRANCHES = ("partition-dies", "inline", "specialize-batch")  # they stand for, undo or exclude passes above

@@ -98,6 +98,30 @@ def test_padding_does_not_count(checkpoint: Path, one_die: Path) -> None:
     assert "from position 2 on" in refusal(Session(folder), [20, 30, 0])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_of_one_row_the_position_is_the_token_s(checkpoint: Path, engine: EngineName) -> None:
+    """Layers compute all rows, the last norm and the head the one that is returned.  What an earlier row of
+    the last layer comes to nobody reads, and nobody is told.
+    """
+
+    def edit(model: Any) -> None:
+        model.model.norm.weight[:] = 6e4
+
+    options = BuildOptions(dies=1, seqlens=(4,), max_kv=32, output_rows="last")
+    folder = compile_path(checkpoint, checkpoint.parent / f"last-{engine}", options)
+    for token, after in ((10, HARMLESS[6:]), (12, [])):
+        message = refusal(Session(folder, engine), [*HARMLESS[:5], token, *after])
+        assert "of step 2 are not finite" in message and "from position 5 on" in message
+        assert f"{CAUSES[token]}on die 0" in message
+    unread = [*HARMLESS[:5], 12, *HARMLESS[6:]]
+    assert list(Session(folder, engine).generate(unread, 1))
+    normed = save_llama(checkpoint.parent / f"normed-{engine}", edit)
+    folder = compile_path(normed, normed.parent / f"norm-{engine}", options)
+    message = refusal(Session(folder, engine), HARMLESS[:7])
+    assert "of step 1 are not finite" in message and "from position 3 on" in message
+    assert "first in ty.rms_norm at model.norm on die 0" in message
+
+
 @pytest.mark.slow
 def test_dies_batches_and_best_tokens(checkpoint: Path) -> None:
     """`argmax` returns no logits: that none of them is a number is seen by its value."""

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 
 from tyir.diagnostics import Diagnostic, TyirError
+from tyir.dialects.func import Func
+from tyir.dialects.ty import SelectRow, tensor_type
 from tyir.execution.weights import CheckpointReader
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.passes.raise_aten import raise_aten
+from tyir.pipeline import run_pipeline
 
 DOC = Path(__file__).parents[2] / "docs" / "models.md"
 ROPE = {"rope_theta": 1e4}
@@ -211,6 +214,21 @@ def test_agrees_or_is_refused(save_model: Callable[..., Path], name: str) -> Non
         assert found.startswith("agrees") and error < 1e-4, (found, error)
     else:
         assert found.startswith("refused: "), (found, error)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in REFUSED]
+)
+def test_one_row_is_enough_for_what_follows_the_layers(save_model: Callable[..., Path], name: str) -> None:
+    """Last norm, scales, head, soft cap: of every model they are of each row alone, outside the layers."""
+    model_type, config = CASES[name]
+    module = import_model(save_model(model_type, **config), positions=16)
+    last = "to-ty,kv-materialize{max-kv=16},select-rows,partition-dies{dies=2}"
+    run_pipeline(module, f"{last},specialize-seqlen{{seqlens=1,4}},to-program")
+    functions = [f for f in module.walk_type(Func) if f.sym_name in ("main_s1", "main_s4")]
+    taken = [[tensor_type(op.x).dims[1] for op in f.walk_type(SelectRow)] for f in functions]
+    assert taken == [[], [4]] * 2
+    assert all(f.function_type.results[0].static_shape[:2] == (1, 1) for f in functions)
 
 
 @pytest.mark.parametrize("name", ["Qwen2-MoE", "Mixtral"])

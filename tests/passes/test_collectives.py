@@ -27,10 +27,14 @@ SHAPE = Shape(layers=5, hidden=64, heads=6, kv_heads=2, width=512, vocabulary=27
 CONFIGURATIONS = [(dies, stages) for dies in range(1, 17) for stages in (1, 2, 3, 4) if dies % stages == 0]
 
 
-def partitioned(dies: int, stages: int, output: str, tokens: int, batch: int = 1) -> Module:
+def partitioned(
+    dies: int, stages: int, output: str, tokens: int, batch: int = 1, rows: str = "all"
+) -> Module:
     module, _ = build(SHAPE, draw=False)
     several = f"specialize-batch{{batch={batch}}}," if batch > 1 else ""
-    run_pipeline(module, f"kv-materialize{{max-kv=16}},{several}select-output{{{output}}}")
+    run_pipeline(
+        module, f"kv-materialize{{max-kv=16}},{several}select-output{{{output}}},select-rows{{rows={rows}}}"
+    )
     run_pipeline(
         module,
         f"partition-dies{{dies={dies} pp={stages} strategy=split}},specialize-seqlen{{seqlens={tokens}}}",
@@ -38,7 +42,9 @@ def partitioned(dies: int, stages: int, output: str, tokens: int, batch: int = 1
     return module
 
 
-def expected(dies: int, stages: int, die: int, top_k: int, tokens: int) -> Counter[tuple[str, int, int]]:
+def expected(
+    dies: int, stages: int, die: int, top_k: int, tokens: int, rows: int | None = None
+) -> Counter[tuple[str, int, int]]:
     needs = minimal_collectives(
         SHAPE.layers,
         SHAPE.hidden,
@@ -48,6 +54,7 @@ def expected(dies: int, stages: int, die: int, top_k: int, tokens: int) -> Count
         stages=stages,
         stage=die // (dies // stages),
         top_k=top_k,
+        rows=rows,
     )
     return sum((Counter({key(n): n.count}) for n in needs), Counter())
 
@@ -78,6 +85,15 @@ def test_the_minimum_of_a_batch_is_that_of_as_many_tokens() -> None:
     for number, die in enumerate(dies_of(partitioned(3, 1, "kind=logits", 2, batch=4))):
         counts = Counter(found(op, 3) for op in die.walk() if op.has_trait(Collective))
         assert counts == expected(3, 1, number, 0, 8)
+
+
+@pytest.mark.parametrize(("dies", "stages"), [(1, 1), (3, 1), (4, 2), (6, 3), (4, 4)])
+def test_of_one_row_a_sequence_less_is_exchanged(dies: int, stages: int) -> None:
+    """The logits' gather and what the last stage hands on; the layers' sums are of all tokens."""
+    module = partitioned(dies, stages, "kind=logits", 5, batch=2, rows="last")
+    for number, die in enumerate(dies_of(module)):
+        counts = Counter(found(op, dies) for op in die.walk() if op.has_trait(Collective))
+        assert counts == expected(dies, stages, number, 0, 10, rows=2)
 
 
 @pytest.mark.parametrize(("dies", "stages"), [(2, 1), (3, 1), (4, 2), (6, 3), (16, 1)])

@@ -151,6 +151,39 @@ def test_embeddings_of_every_size(
         assert abs(mine - wanted).mean() / abs(wanted).mean() <= 2e-3, size
 
 
+def smallest_of_logits(
+    folder: Path, reference: HuggingFace, count: int, tmp_path: Path, sizes: Sequence[tuple[int, int]] = SIZES
+) -> float:
+    """The smallest cosine with fp32 of a token's logits, over the prompts and answers of so many pictures."""
+    talk, least = Talk(folder), 1.0
+    for seed in range(count):
+        scene = draw(1000 + seed, sizes[seed % len(sizes)])
+        talk.forget()
+        prompt, made = talk.ask(question(scene, seed), scene.save(tmp_path / "scene.png"))
+        wanted = reference.logits([*prompt, *made], [scene.picture])
+        talk.session.rewind(0)
+        mine = talk.session.feed([*prompt, *made])
+        least = min(least, float(cosines(mine, wanted).min()))
+    return least
+
+
+def test_logits_are_hugging_faces(
+    compiled: Compiled, references: Callable[[str], HuggingFace], tmp_path: Path
+) -> None:
+    assert smallest_of_logits(compiled(QWEN, 1), references(QWEN), 4, tmp_path, FEW) >= 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_a_hundred_pictures_on_every_number_of_dies(
+    name: str, dies: int, compiled: Compiled, references: Callable[[str], HuggingFace], tmp_path: Path
+) -> None:
+    least = smallest_of_logits(compiled(name, dies, True), references(name), 104, tmp_path)
+    print(f"\n{name} on {dies} dies: the smallest cosine of a token's logits is {least:.8f}")
+    assert least >= 0.9999
+
+
 def test_a_tower_takes_patches_of_its_size_only(compiled: Compiled) -> None:
     tower = Tower(VisionSession(compiled(QWEN, 1)).artifacts)
     with pytest.raises(TyirError, match=r"patches \[5, 1176\] are given, the tower for .* takes"):

@@ -32,7 +32,7 @@ def _tyir(model: str, threads: int) -> Engine:
 
     def prefill(ids: list[int]) -> int:
         session.reset()
-        return int(session.next_tokens(ids).ids[-1, 0])
+        return next(iter(session.generate(ids, 1)))
 
     return prefill, lambda token: int(session.next_tokens([token]).ids[-1, 0])
 

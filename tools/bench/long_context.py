@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
         for name, folder in folders.items():
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
-        for line in _times(folders, args.times, args.lengths) if args.times else _bytes(folders):
+        times = _times(folders, args.times or (), args.lengths, args.output_rows)
+        for line in times if args.times else _bytes(folders):
             print(line, flush=True)
     return 0
 
@@ -101,7 +102,9 @@ def _bytes(folders: dict[str, Path]) -> Iterator[str]:
                 yield f"| {dies} | {stages} | " + " | ".join([*row, longest]) + " |"
 
 
-def _times(folders: dict[str, Path], asked: Sequence[str], lengths: Sequence[int]) -> Iterator[str]:
+def _times(
+    folders: dict[str, Path], asked: Sequence[str], lengths: Sequence[int], rows: str
+) -> Iterator[str]:
     from tyir.manifest import BuildOptions
     from tyir.targets.machine import load_machine
     from tyir.tools.estimate.long_context import prompt_cost
@@ -114,7 +117,12 @@ def _times(folders: dict[str, Path], asked: Sequence[str], lengths: Sequence[int
         name, dies, stages = which.split(":")
         for tokens in lengths:
             options = BuildOptions(
-                dies=int(dies), pp=int(stages), seqlens=(1, 96), max_kv=tokens, weights="int4"
+                dies=int(dies),
+                pp=int(stages),
+                seqlens=(1, 96),
+                max_kv=tokens,
+                weights="int4",
+                output_rows=rows,
             )
             cost = prompt_cost(read_shape(folders[name]), options, load_machine())
             overlapped = "-" if cost.overlapped is None else duration(cost.overlapped)
@@ -131,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="tokens of prompt and cache"
+    )
+    parser.add_argument(
+        "--output-rows",
+        choices=("all", "last"),
+        default="all",
+        help="of times: whether a step computes the head for all of its tokens (default) or for the last",
     )
     return parser
 

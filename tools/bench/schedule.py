@@ -14,7 +14,8 @@ for the busiest die:
 
 Attained is the bound over the simulated device time of the step.  The head is part of both: at 96 tokens
 the layers are bound by the cube and the head, whose weights are f16, by DRAM, so that their sum stays
-below either bound however well each is scheduled.  `--output argmax` leaves out writing all logits.
+below either bound however well each is scheduled.  `--output argmax` leaves out writing all logits,
+`--output-rows all,last` computes the head for every row and then for one.
 Seconds are processor time.
 """  # noqa: E501
 
@@ -71,6 +72,7 @@ class Attained:
 
     dies: int
     output: str
+    rows: str
     seqlen: int
     pos: int
     step_ms: float
@@ -129,6 +131,7 @@ def program_module(
     weights: str,
     group_size: int,
     output: str,
+    rows: str = "all",
 ) -> Module:
     """A checkpoint's module at stage `program`: what both code generators read."""
     from tyir.manifest import BuildOptions
@@ -144,13 +147,21 @@ def program_module(
         weights=weights,
         group_size=group_size,
         output=output,
+        output_rows=rows,
     )
     run_pipeline(module, remaining_pipeline("aten", options))
     return module
 
 
 def measure(
-    module: Module, seqlen: int, pos: int, machine: Machine, *, output: str = "logits", check: bool = False
+    module: Module,
+    seqlen: int,
+    pos: int,
+    machine: Machine,
+    *,
+    output: str = "logits",
+    rows: str = "all",
+    check: bool = False,
 ) -> Attained:
     """Lower all dies of a `program`-stage module for `seqlen` and time one step at `pos`.
 
@@ -182,6 +193,7 @@ def measure(
     return Attained(
         len(programs),
         output,
+        rows,
         seqlen,
         pos,
         timing.total_ns * 1e-6,
@@ -209,43 +221,47 @@ def main(argv: Sequence[str]) -> int:
     from tyir.targets.machine import load_machine
 
     machine = load_machine(args.machine)
-    rows: list[Attained] = []
+    found: list[Attained] = []
     with tempfile.TemporaryDirectory() as temporary:
         config = QWEN2_5_7B if args.config is None else json.loads((args.config / "config.json").read_text())
         folder = write_sparse_checkpoint(
             {**config, **({"num_hidden_layers": args.layers} if args.layers else {})}, Path(temporary)
         )
-        for dies, output in itertools.product(args.dies, args.output.split(",")):
+        ways = itertools.product(args.dies, args.output.split(","), args.output_rows.split(","))
+        for dies, output, rows in ways:
             module = program_module(
-                folder, dies, args.seqlens, args.max_kv, args.weights, args.group_size, output
+                folder, dies, args.seqlens, args.max_kv, args.weights, args.group_size, output, rows
             )
             for seqlen in args.seqlens:
-                rows.append(
+                found.append(
                     measure(
                         module,
                         seqlen,
                         args.pos if seqlen == 1 else 0,
                         machine,
                         output=output,
+                        rows=rows,
                         check=args.check,
                     )
                 )
                 if not args.json:
-                    print(_row(rows[-1]) if len(rows) > 1 else f"{_HEAD}\n{_row(rows[-1])}", flush=True)
+                    print(_row(found[-1]) if len(found) > 1 else f"{_HEAD}\n{_row(found[-1])}", flush=True)
     if args.json:
-        print(json.dumps([{**asdict(r), "of_dram": r.of_dram, "of_cube": r.of_cube} for r in rows], indent=1))
+        print(
+            json.dumps([{**asdict(r), "of_dram": r.of_dram, "of_cube": r.of_cube} for r in found], indent=1)
+        )
     return 0
 
 
 _HEAD: Final = (
-    f"{'dies':>4}{'output':>8}{'tokens':>8}{'at':>6}{'step ms':>10}{'DRAM MB':>10}{'GMAC':>8}{'of DRAM':>9}{'of cube':>9}"  # noqa: E501
+    f"{'dies':>4}{'output':>8}{'rows':>6}{'tokens':>8}{'at':>6}{'step ms':>10}{'DRAM MB':>10}{'GMAC':>8}{'of DRAM':>9}{'of cube':>9}"  # noqa: E501
     f"  {'bound by':<9}{'commands':>9}{'lower s':>9}{'sim s':>7}{'check s':>9}"
 )
 
 
 def _row(r: Attained) -> str:
     return (
-        f"{r.dies:>4}{r.output:>8}{r.seqlen:>8}{r.pos:>6}{r.step_ms:>10.3f}{r.dram_mb:>10.2f}{r.gmacs:>8.2f}{100 * r.of_dram:>7.1f}"  # noqa: E501
+        f"{r.dies:>4}{r.output:>8}{r.rows:>6}{r.seqlen:>8}{r.pos:>6}{r.step_ms:>10.3f}{r.dram_mb:>10.2f}{r.gmacs:>8.2f}{100 * r.of_dram:>7.1f}"  # noqa: E501
         f" %{100 * r.of_cube:>7.1f} %  {r.bound_by:<9}{r.commands:>9}{r.lower_s:>9.2f}{r.simulate_s:>7.2f}"
         + (f"{r.checked_s:>9.2f}" if r.checked_s is not None else f"{'-':>9}")
     )
@@ -292,6 +308,12 @@ def _parser() -> argparse.ArgumentParser:
         default="logits,argmax",
         metavar="KIND,KIND",
         help="logits, argmax or topk=K, one after the other (default logits,argmax)",
+    )
+    parser.add_argument(
+        "--output-rows",
+        default="all",
+        metavar="ROWS,ROWS",
+        help="all, last, or both: of which tokens a step returns it (default all)",
     )
     parser.add_argument(
         "--machine", default="edge10", metavar="NAME|FILE", help="machine file (default edge10)"

@@ -58,7 +58,7 @@ def prompt_cost(shape: ModelShape, options: BuildOptions, machine: Machine) -> P
     token = steps[shortest].ns(capacity - shortest) + host
     overlapped = None
     if options.pp > 1:
-        trial = replace(options, embedding_as_input=True, output="logits")
+        trial = replace(options, embedding_as_input=True, output="logits", output_rows="all")
         more = _steps(shape, trial, machine, longest, overlapped=True)
         first = _steps(shape, trial, machine, longest, head=False)
         ends = chunks[-1].start if chunks[-1].seqlen == longest else max(chunks[-1].start - longest, 0)

@@ -135,7 +135,9 @@ class DieNeeds:
     def _needs(self, dies: int, max_kv: int, split: str) -> list[DieNeed]:
         s, o, parts = self.shape, self.options, self._parts(dies, split)
         rows = TokenBlocks(0, parts.count, o.kv_block).rows(max_kv) if parts.count > 1 else max_kv
-        activations = max(o.seqlens) * o.batch * (s.vocabulary * 4 + 4)
+        tokens = max(o.seqlens)
+        returned = 1 if o.takes_row(tokens) else tokens
+        activations = o.batch * (returned * s.vocabulary * 4 + tokens * 4)
         return [
             DieNeed(w + rope * max_kv, streamed, head, kv * rows * o.batch, activations, self.tower)
             for w, streamed, head, kv, rope in parts.dies

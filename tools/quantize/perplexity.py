@@ -81,7 +81,10 @@ def window_losses(
 
 
 def artifact_perplexity(folder: Path, windows: Tensor, progress: bool = False) -> Perplexity:
-    """Of compiled artifacts, through their host engine; windows [S, T] must fit the cache."""
+    """Of compiled artifacts, through their host engine; windows [S, T] must fit the cache.
+
+    `TyirError` for programs that do not return logits of all tokens.
+    """
     from tyir.runtime_sim.session.session import Session
 
     session = Session(folder, "host")
@@ -89,6 +92,7 @@ def artifact_perplexity(folder: Path, windows: Tensor, progress: bool = False) -
         raise TyirError(
             f"{folder} returns tokens, not logits", help="compile it with --output logits for a perplexity"
         )
+    session.manifest.need_every_row("a perplexity")
     if windows.shape[1] > session.capacity:
         raise TyirError(
             f"windows of {windows.shape[1]} tokens, the cache holds {session.capacity}",

@@ -252,4 +252,5 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
         kv_parts=options.kv_parts,
         heads=of_group,
         width=width,
+        rows=options.batch if options.takes_row(tokens) else None,
     )

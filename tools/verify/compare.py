@@ -464,7 +464,7 @@ class LayerStates:
     """A `StepProbe` that keeps each decoder layer's output of the first die that has the layer."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, list[Array]] = defaultdict(list)
+        self.seen: dict[int, dict[int, Array]] = defaultdict(dict)  # by layer and first position
         self.owner: dict[int, int] = {}
         self.sequence = 0  # of a batch
 
@@ -475,7 +475,7 @@ class LayerStates:
         """[positions, h] of one layer; `TyirError` when the program has no such layer."""
         if layer not in self.seen:
             raise TyirError(f"the compiled program has no layer {layer}: it was made from another model")
-        return np.concatenate(self.seen[layer])
+        return np.concatenate([rows for _, rows in sorted(self.seen[layer].items())])
 
     def __call__(
         self, chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[Array, ...]
@@ -492,4 +492,5 @@ class LayerStates:
                 r for i, r in enumerate(results) if alias_of(callee, i) is None
             ]  # the scales of a cache have three axes too
             state = next(r for r in own if r.ndim == 3)
-            self.seen[layer.value].append(state[self.sequence, : chunk.count].copy())
+            # a step that returns one row runs again for each, and comes to more of them
+            self.seen[layer.value][chunk.start] = state[self.sequence, : chunk.count].copy()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_inputs", "problems_of"]
 
-_IDS, _EMBEDDINGS, _POS, _TEMPERATURE = "ids", "embeddings", "pos", "temperature"
+_IDS, _EMBEDDINGS, _POS, _TEMPERATURE, _ROW = "ids", "embeddings", "pos", "temperature", "row"
 _CACHES: Final = {  # the caches' elements by number of axes: with the scales of 8-bit rows beside them
     "fp16": {4: "f16"},
     "int8": {4: "i8", 3: "f16"},
@@ -109,12 +109,15 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
         yield from _tensor(given.pop(_IDS, None), _IDS, "i32", step)
     if DualChunk.used(manifest.model, options.max_kv) is not None:
         yield from _tensor(given.pop(_TEMPERATURE, None), _TEMPERATURE, "f32", (options.batch,))
+    if options.takes_row(program.seqlen):
+        yield from _tensor(given.pop(_ROW, None), _ROW, "i32", (options.batch,))
     yield from _of_pictures(given, manifest, step)
     if given:
         yield f"takes {', '.join(given)}, which no step gives and it does not update"
     for cache in (program.inputs[i] for i in sorted(state) if i < len(program.inputs)):
         yield from _cache(cache, options)
     made = {t.name: t for t in program.outputs if t.alias is None}
+    step = (options.batch, 1 if options.output_rows == "last" else program.seqlen)
     if options.output == "logits":
         vocabulary = manifest.model.get("vocab_size")
         yield from _tensor(made.pop("logits", None), "logits", "f32", (*step, vocabulary))

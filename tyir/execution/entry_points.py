@@ -46,9 +46,18 @@ ALIAS: Final = "tyir.alias"
 # tokens before it [b], and the keys and values of those; what dual chunk attention multiplies scores by, f32
 # [b]; of a model that sees pictures the rotary tables [capacity, D/2], filled once per request, and what is
 # added to hidden states [b, s, hidden]; of its tower the patches of a picture, of what fills those tables the
-# positions of all slots.
+# positions of all slots.  Of steps that return one row of each sequence, which: i32 [b].
 Role = Literal[
-    "tokens", "embeddings", "position", "cache", "temperature", "rope", "addend", "patches", "positions"
+    "tokens",
+    "embeddings",
+    "position",
+    "cache",
+    "temperature",
+    "rope",
+    "addend",
+    "patches",
+    "positions",
+    "row",
 ]
 
 

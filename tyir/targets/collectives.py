@@ -141,6 +141,7 @@ def minimal_collectives(
     kv_parts: int = 1,
     heads: int = 0,
     width: int = 0,
+    rows: int | None = None,
 ) -> tuple[CollectiveNeed, ...]:
     """The fewest collectives, and their bytes, of a step on a die of pipeline stage `stage` when attention,
     MLPs, embedding and head are split over the dies.
@@ -150,15 +151,16 @@ def minimal_collectives(
     stage to stage and at the end to all dies; one gather of the logits (f32), or of every die's `top_k` best
     values and ids and its sum.  Where `kv_parts` dies share caches by tokens, also two gathers a layer: the
     `heads` queries of `width` that read their heads, f16, and each die's part of attention, f32 and two more.
-    `tokens` counts those of all sequences. Example (28 layers of 3584, 4 dies, 1 token, vocabulary 152064):
-    57 sums of 7168 bytes and a gather of 608,256.
+    `tokens` counts those of all sequences, `rows` those of them whose results are returned (None: all), which
+    alone the last stage hands on.  Example (28 layers of 3584, 4 dies, 1 token, vocabulary 152064): 57 sums
+    of 7168 bytes and a gather of 608,256.
     """
     if dies == 1:
         return ()
     vector, members = tokens * hidden * 2, dies // stages
+    rows = tokens if rows is None else rows
     own = layers // stages + (stage < layers % stages)
-    sends = 1 if stages > 1 else 0
-    received = (0 if stage == 0 else 1) + (0 if stage == stages - 1 else 1) if stages > 1 else 0
+    first, last, end = stage == 0, stage == stages - 1, rows * hidden * 2
     columns = (
         vocabulary
         if not top_k
@@ -171,8 +173,9 @@ def minimal_collectives(
             "all_gather", kv_parts, own * (kv_parts > 1), tokens * heads * kv_parts * (width + 2) * 4
         ),
         CollectiveNeed("all_reduce", dies, int(not embedding_as_input), vector),
-        CollectiveNeed("send", 2, sends, vector),
-        CollectiveNeed("recv", 2, received, vector),
-        CollectiveNeed("all_gather", dies, 1, tokens * columns * 4),
+        CollectiveNeed("send", 2, int(stages > 1), end if last else vector),
+        CollectiveNeed("recv", 2, int(not first), vector),
+        CollectiveNeed("recv", 2, int(not last), end),
+        CollectiveNeed("all_gather", dies, 1, rows * columns * 4),
     )
     return tuple(need for need in needs if need.count)

@@ -21,6 +21,8 @@ from tyir.backends.edge10.lowering.ops.cache import (
     lower_embedding,
     lower_quantize_rows,
     lower_rows,
+    lower_select_row,
+    selection_scratch,
 )
 from tyir.backends.edge10.lowering.ops.collective import (
     lower_all_gather,
@@ -60,21 +62,18 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.MergeTopK: lower_merge_top_k,
 }
 
+_Ask = Callable[[Any, int, Machine, SramPlan, Collection[Value]], Scratch | None]
 # Ops that may ask for scratch when they are alone: how much, and what lowers them with it or without.
-_WITH_SCRATCH: Final[
-    dict[
-        type[Op],
-        tuple[
-            Callable[[Any, int, Machine, SramPlan, Collection[Value]], Scratch | None],
-            Callable[[Any, Lowering, Area | None], None],
-        ],
-    ]
-] = {
+_WITH_SCRATCH: Final[dict[type[Op], tuple[_Ask, Callable[[Any, Lowering, Area | None], None]]]] = {
     kv.CachedAttention: (attention_scratch, lower_attention),
     kv.DualChunkAttention: (attention_scratch, lower_attention),
     ty.Attention: (attention_scratch, lower_attention),
     ty.Linear: (product_scratch, lower_linear),
     ty.QuantizedLinear: (product_scratch, lower_linear),
+}
+# Ops that always need scratch, in DRAM too.
+_WITH_COPY: Final[dict[type[Op], tuple[_Ask, Callable[[Any, Lowering, ScratchPlace], None]]]] = {
+    ty.SelectRow: (selection_scratch, lower_select_row)
 }
 _WITHOUT_COMMANDS: Final = (ty.GetGlobal, ty.Reshape, Return)
 
@@ -84,6 +83,7 @@ def is_known(op: Op) -> bool:
     return (
         type(op) in _LOWERINGS
         or type(op) in _WITH_SCRATCH
+        or type(op) in _WITH_COPY
         or function_of(op) is not None
         or isinstance(op, (*_WITHOUT_COMMANDS, Call))
     )
@@ -122,6 +122,8 @@ class Groups:
         elif type(op) in _WITH_SCRATCH:
             area = Area(scratch[op][0], self.alone[op].sram_bytes) if op in scratch else None
             _WITH_SCRATCH[type(op)][1](op, lowering, area)
+        elif type(op) in _WITH_COPY:
+            _WITH_COPY[type(op)][1](op, lowering, scratch[op])
         else:
             _LOWERINGS.get(type(op), lower_rowwise)(op, lowering)
 
@@ -137,12 +139,16 @@ def find_groups(
         for op in function.body:
             if (fusion := kind.match(op, room)) is not None:
                 room.add(fusion)
+    asked: dict[type[Op], _Ask] = {
+        **{kind: ask for kind, (ask, _) in _WITH_SCRATCH.items()},
+        **{kind: ask for kind, (ask, _) in _WITH_COPY.items()},
+    }
     alone = {
         op: scratch
         for op in function.body
         if op not in room.anchors
         and op not in room.fusions
-        and type(op) in _WITH_SCRATCH
-        and (scratch := _WITH_SCRATCH[type(op)][0](op, arena, machine, plan, held)) is not None
+        and type(op) in asked
+        and (scratch := asked[type(op)](op, arena, machine, plan, held)) is not None
     }
     return Groups(room.fusions, room.anchors, alone)

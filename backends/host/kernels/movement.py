@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -50,18 +51,46 @@ def _grid(extents: Sequence[int], emit: Callable[[list[Expr]], None]) -> None:
 def embedding(op: ty.Embedding, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     table, ids, out = buffers
     (b, s), (count, width) = _shape(ids), _shape(table)
-    lanes = lanes_for(cpu.lanes * 2, width)
 
     def emit(at: list[Expr]) -> None:
         row = bind(T.cast(ids[tuple(at)], "int64") - T.int64(op.offset))
-        inside = T.And(row >= T.int64(0), row < T.int64(count))
-        with T.If(inside):
-            with T.Then():
-                _copy_row(table, [T.cast(row, "int32"), 0], out, [*at, 0], width, cpu)
-            with T.Else(), T.serial(0, width // lanes) as i:
-                store(out, [*at, i * lanes], splat(T.cast(T.float32(0), out.dtype), lanes), lanes)
+        _copy_row_or_zeros(table, (), row, count, out, [*at, 0], width, cpu)
 
     _grid((b, s), emit)
+
+
+def _copy_row_or_zeros(
+    source: Buffer,
+    before: Sequence[Expr],
+    row: Expr,
+    count: int,
+    target: Buffer,
+    to: Sequence[Expr],
+    size: int,
+    cpu: Cpu,
+) -> None:
+    """Row `row` (i64) of the `count` at `before`, zeros when there is no such row."""
+    lanes = lanes_for(cpu.lanes * 2, size)
+    with T.If(T.And(row >= T.int64(0), row < T.int64(count))):
+        with T.Then():
+            _copy_row(source, [*before, T.cast(row, "int32"), 0], target, to, size, cpu)
+        with T.Else(), T.serial(0, size // lanes) as i:
+            zero = splat(T.cast(T.float32(0), target.dtype), lanes)
+            store(target, [*to[:-1], to[-1] + i * lanes], zero, lanes)
+
+
+def select_row(op: ty.SelectRow, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    x, row, out = buffers
+    b, s, *rest = _shape(x)
+    width = math.prod(rest)
+    x, out = flat(x, b, s, width), flat(out, b, 1, width)
+
+    def emit(at: list[Expr]) -> None:
+        (sequence,) = at
+        chosen = bind(T.cast(row[sequence], "int64"))
+        _copy_row_or_zeros(x, [sequence], chosen, s, out, [sequence, 0, 0], width, cpu)
+
+    _grid((b,), emit)
 
 
 def rows(op: kv.Rows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -175,6 +204,7 @@ def repeat(op: ty.Repeat, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 
 EMITTERS: Final[Emitters] = {
     ty.Embedding: embedding,
+    ty.SelectRow: select_row,
     ty.Transpose: transpose,
     ty.Slice: slice_,
     ty.Concat: concat,

@@ -86,5 +86,4 @@ class TyirPlatform(Platform):
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
         """`ValueError` for a request that these artifacts cannot answer."""
         if cls._manifest is not None and hasattr(params, "temperature"):
-            vocabulary = int(cls._manifest.model["vocab_size"])
-            check(params, vocabulary, cls._manifest.choices, cls._manifest.has_logsumexp)
+            check(params, cls._manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from tyir.diagnostics import TyirError
+from tyir.manifest import Manifest
 from tyir.runtime_sim.serving.choosing import Sampling
 
 __all__ = ["check", "sampling_of"]
@@ -35,13 +36,13 @@ def sampling_of(params: Any) -> Sampling:
     )
 
 
-def check(params: Any, vocabulary: int, choices: int | None, logsumexp: bool = False) -> None:
+def check(params: Any, manifest: Manifest) -> None:
     """`ValueError`, which vLLM answers with 400, for what artifacts cannot do.
 
-    `choices`: how many tokens of a position they return, None for all logits; `logsumexp`: whether with that
-    of all.  A nucleus and a smallest share of all tokens, which the best may not hold at some position, are
-    refused: vLLM has no way to end one request alone.
+    A nucleus and a smallest share of all tokens, which the best may not hold at some position, are refused:
+    vLLM has no way to end one request alone.
     """
+    vocabulary, choices = int(manifest.model["vocab_size"]), manifest.choices
     if asked := [name for name in _REFUSED if getattr(params, name, None) is not None]:
         raise ValueError(f"{', '.join(asked)}: vllm-tyir does not do this")
     sampling, others = sampling_of(params), []
@@ -57,6 +58,8 @@ def check(params: Any, vocabulary: int, choices: int | None, logsumexp: bool = F
         others = [name for name, is_asked in wanted.items() if is_asked]
     logprobs = vocabulary if params.logprobs == -1 else params.logprobs
     try:
-        sampling.check(vocabulary, choices, logsumexp, logprobs=logprobs, others=others)
+        sampling.check(vocabulary, choices, manifest.has_logsumexp, logprobs=logprobs, others=others)
+        if params.prompt_logprobs is not None:
+            manifest.need_every_row("prompt_logprobs")
     except TyirError as error:
         raise ValueError(str(error)) from None

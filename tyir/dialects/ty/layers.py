@@ -14,7 +14,7 @@ from tyir.dialects.ty.weights import dequantize
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, optional_operand, result
 from tyir.traits import ConstantLike, Pure
-from tyir.types import FloatType, TensorType, Type, f16
+from tyir.types import FloatType, TensorType, Type, f16, i32
 
 __all__ = [
     "Embedding",
@@ -26,6 +26,7 @@ __all__ = [
     "Rope",
     "RopeAngles",
     "RopeTable",
+    "SelectRow",
     "rope_tables",
 ]
 
@@ -49,6 +50,31 @@ class Embedding(DeclaredOp, name="ty.embedding", traits=(Pure,)):
         rows = ids - self.offset
         inside = (rows >= 0) & (rows < table.shape[0])
         return np.where(inside[..., None], table[np.where(inside, rows, 0)], np.zeros((), table.dtype))
+
+
+class SelectRow(DeclaredOp, name="ty.select_row", traits=(Pure,)):
+    """One row of each sequence: out[i, 0] = x[i, row[i]] of x [b, s, ..] for row i32 [b], out [b, 1, ..];
+    zeros for a row outside.
+    """
+
+    x: Value = operand()
+    row: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        batch, _, *rest = tensor_type(self.x, least=3).dims
+        return tensor_type(self.x).with_shape((batch, 1, *rest))
+
+    def verify(self) -> Iterator[str]:
+        x, row = tensor_type(self.x), tensor_type(self.row)
+        if row.element is not i32 or row.dims != x.dims[:1]:
+            yield f"row is i32, one for each sequence of {x}; got {row}"
+
+    def evaluate(self, x: Array, row: Array) -> Array:
+        inside = (row >= 0) & (row < x.shape[1])
+        found = x[np.arange(len(x)), np.where(inside, row, 0)]
+        found[~inside] = 0  # indexing by arrays has made a copy
+        return found[:, None]
 
 
 class RmsNorm(DeclaredOp, name="ty.rms_norm", traits=(Pure,)):

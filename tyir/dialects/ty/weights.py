@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from tyir.checking.symbols import SymbolTables
 from tyir.diagnostics import TyirError
 from tyir.dialects.ty.tensors import Array, as_type, axis_in, static_shape, stored_bytes, tensor_type
 from tyir.ir import Op, Region, Value
-from tyir.opdef import DeclaredOp, attr, operand, region, result
+from tyir.opdef import DeclaredOp, attr, operand, optional_operand, region, result
 from tyir.traits import (
     ComputedTensor,
     ConstantLike,
@@ -25,7 +26,7 @@ from tyir.traits import (
     Terminator,
     WeightReference,
 )
-from tyir.types import TensorType, Type, f16, ui4
+from tyir.types import TensorType, Type, f16, f32, ui4
 
 __all__ = [
     "ClampGroups",
@@ -36,6 +37,7 @@ __all__ = [
     "Global",
     "MixRows",
     "MultiplyChannels",
+    "PairScales",
     "Param",
     "QuantizeGroups",
     "Repeat",
@@ -303,6 +305,52 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
 
     def evaluate(self, x: Array) -> Array:
         return np.repeat(x, self.times, axis=self.axis)
+
+
+_MOST_PAIR: Final = 10  # the exponent of a factor: queries grow by it
+
+
+class PairScales(DeclaredOp, name="ty.pair_scales", traits=(Pure,)):
+    """Factors of the rotary pairs of keys that bring those far above their head's others down to them: f32
+    [N], 1 or a larger power of two; 1 over it with `inverse`.
+
+    Row n of `weight` [N, K] and `bias` [N] make channel n of keys, in heads of `dim` channels, of which d and
+    d + dim / 2 are a pair; or `weight` [N] is a norm's.  A pair's size is the larger |bias| + 2 |row| of its
+    two (two standard deviations, of inputs of mean square 1), its factor 2^round(log2(size / the head's
+    median)).  Each head's factors stand `repeats` times in place, for the query heads that read it.
+    """
+
+    weight: Value = operand()
+    bias: Value | None = optional_operand(default=None)
+    _: KW_ONLY
+    dim: int = attr(least=2)
+    repeats: int = attr(default=1, least=1)
+    inverse: bool = attr(default=False)
+    out: Value = result()
+
+    def infer(self) -> Type:
+        rows = tensor_type(self.weight, least=1).dims[0]
+        return TensorType((None if rows is None else rows * self.repeats,), f32)
+
+    def verify(self) -> Iterator[str]:
+        rows = tensor_type(self.weight).dims[0]
+        if rows is None or self.dim % 2 or rows % self.dim:
+            yield f"{self.weight.type} is not the weight of heads of {self.dim} channels in pairs"
+        elif self.bias is not None and tensor_type(self.bias).dims != (rows,):
+            yield f"bias {self.bias.type} does not match the {rows} rows of {self.weight.type}"
+
+    def evaluate(self, weight: Array, bias: Array | None = None) -> Array:
+        rows = weight.astype(np.float64).reshape(len(weight), -1)
+        sizes = 2 * np.sqrt((rows * rows).sum(axis=1))
+        if bias is not None:
+            sizes = sizes + abs(bias.astype(np.float64))
+        pairs = sizes.reshape(-1, 2, self.dim // 2).max(axis=1)
+        median = np.median(pairs, axis=1, keepdims=True)
+        ratio = np.divide(pairs, median, out=np.ones_like(pairs), where=median > 0)
+        exponents = np.clip(np.round(np.log2(np.maximum(ratio, 1))), 0, _MOST_PAIR)
+        factors = np.exp2(-exponents if self.inverse else exponents)
+        whole = np.repeat(np.concatenate([factors, factors], axis=1), self.repeats, axis=0)
+        return np.asarray(whole.reshape(-1), np.float32)
 
 
 class MixRows(DeclaredOp, name="ty.mix_rows", traits=(Pure,)):

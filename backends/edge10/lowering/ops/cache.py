@@ -1,24 +1,36 @@
-"""The cache: appending rows, rows of the rotary tables, embedding rows.
+"""The cache: appending rows, rows of the rotary tables, embedding rows, the row that a step's results are of.
 
-Everything whose address depends on the position or on token ids.
+Everything whose address depends on the position, on token ids or on a number of the caller's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Lowering, Place, element_bytes, sram_range
 from tyir.backends.edge10.lowering.emitter import Emitter
-from tyir.backends.edge10.memory.allocate import align
+from tyir.backends.edge10.memory.allocate import SramPlan, align
+from tyir.backends.edge10.memory.places import Scratch, root
 from tyir.dialects import edge10
+from tyir.dialects.func import Call
 from tyir.dialects.kv import Append, QuantizeRows, Rows
-from tyir.dialects.ty import Embedding, tensor_type
+from tyir.dialects.ty import Embedding, SelectRow, tensor_type
 from tyir.ir import Value
+from tyir.targets.machine import Machine
 from tyir.types import f16, i8
 
-__all__ = ["lower_append", "lower_embedding", "lower_quantize_rows", "lower_rows", "rows_before"]
+__all__ = [
+    "lower_append",
+    "lower_embedding",
+    "lower_quantize_rows",
+    "lower_rows",
+    "lower_select_row",
+    "rows_before",
+    "selection_scratch",
+]
 
 
 def lower_append(op: Append, lowering: Lowering) -> None:
@@ -260,3 +272,45 @@ def lower_embedding(op: Embedding, lowering: Lowering) -> None:
         )
         if not target.in_sram:
             lowering.store_bytes(target.at(piece.first * row), sram, piece.rows * row)
+
+
+def selection_scratch(
+    op: SelectRow, arena: int, machine: Machine, plan: SramPlan, held: Collection[Value] = ()
+) -> Scratch:
+    """Room in SRAM for the rows' numbers, and in DRAM for an x that may lie in SRAM: gathers read DRAM."""
+    source = root(op.x)
+    in_dram = isinstance(source.op, Call) and source not in held  # where layers hand it over
+    return Scratch(tensor_type(op.row).nbytes, 0 if in_dram else tensor_type(op.x).nbytes)
+
+
+def lower_select_row(op: SelectRow, lowering: Lowering, scratch: tuple[int, Place]) -> None:
+    """`ty.select_row`: of each sequence's rows the one whose number is given, as a table's row is; `scratch`
+    is where that lies in SRAM and in DRAM that `selection_scratch` asks for.
+    """
+    numbers, copy = scratch
+    batch, rows, *_ = tensor_type(op.x).static_shape
+    row = tensor_type(op.out).nbytes // batch
+    source, target = lowering.place(op.x), lowering.place(op.out)
+    if source.in_sram:
+        lowering.store_bytes(copy, source.offset, tensor_type(op.x).nbytes)
+        source = copy
+    lowering.move(lowering.place(op.row), Place("sram", numbers), tensor_type(op.row).nbytes)
+    for sequence in range(batch):
+        of_sequence, result = source.at(sequence * rows * row), target.at(sequence * row)
+        for piece in lowering.pieces(1, 0 if target.in_sram else row):
+            sram = result.offset if target.in_sram else piece.temp
+            lowering.emitter.emit(
+                edge10.Gather,
+                lowering.address(of_sequence),
+                index="ids",
+                ids=numbers + sequence * 4,
+                sram=sram,
+                rows=1,
+                row_bytes=row,
+                table_rows=rows,
+                offset=of_sequence.offset,
+                reads=[sram_range(numbers + sequence * 4, 4), *of_sequence.access(rows * row, write=False)],
+                writes=[sram_range(sram, row, write=True)],
+            )
+            if not target.in_sram:
+                lowering.store_bytes(result, sram, row)
