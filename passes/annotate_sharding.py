@@ -14,6 +14,10 @@ by rows of patches instead where that is faster (`_rows_cut`).  `strategy=split`
 `pp=K` cuts the decoder into K stages beside that: the dies form K groups of neighbours, each executes (and
 caches) its own share of the layers, named by `tyir.dies`; its all-reduces stay within the group, and the
 residual stream is handed from group to group.  Embedding and head are cut over all dies.
+
+Dies beyond the key/value heads would cache copies of them: `kv-split=tokens` gives each die of a head's every
+n-th block of `kv-block` positions instead (`_tokens_cut`), `auto` where a token is then faster, over a cache that
+is half full.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from tyir.artifacts.token_blocks import BLOCK, TokenBlocks
 from tyir.attributes import Attribute, DenseArrayAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
@@ -49,6 +54,7 @@ from tyir.layers import layer_of, path_of
 from tyir.manifest import MAX_DIES, record, recorded
 from tyir.passes._placement import LINEAR, through_reshape
 from tyir.passes._rows_cut import RowsCut, rows_cut
+from tyir.passes._tokens_cut import TokenGroups, cache_ns, refusal, write_blocks
 from tyir.passes._weight_times import weight_bytes, weight_ns
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import (
@@ -119,7 +125,9 @@ class AnnotateSharding(Pass):
     `remap` lists the physical dies, the main one first; `machine` is the machine file the choice is made
     with; `strategy` is `cost`, `split` (blocks, always) or `rows` (a tower, always).  `mesh` says how the
     dies (of one stage) are grouped, `mesh=2,3` being 2 groups of 3: sums then go first within a group and
-    then between them.  Without it whole packages are groups.
+    then between them.  Without it whole packages are groups.  `kv_split`: what dies have of a cache whose
+    heads are fewer, `heads` (copies), `tokens` (blocks of `kv_block` positions in turn) or `auto`: as is
+    faster, with the strategy `cost`, else by heads.
     """
 
     stage: ClassVar[tuple[str, ...]] = ("kv",)
@@ -131,6 +139,8 @@ class AnnotateSharding(Pass):
     strategy: Literal["cost", "split", "rows"] = "cost"
     pp: int = 1
     mesh: tuple[int, ...] = ()
+    kv_split: Literal["auto", "heads", "tokens"] = "auto"
+    kv_block: int = BLOCK
 
     def run(self, op: Op, context: PassContext) -> None:
         check_dies(self.dies)
@@ -143,6 +153,20 @@ class AnnotateSharding(Pass):
         axes = _axes(self.dies // self.pp, self.pp, int(machine.d2d.package_dies), self.mesh)
         op.body.append(Mesh.make(axes, devices))
         groups = dict(axes)
+        parts = 1
+        if self.kv_block < 1:
+            raise TyirError(
+                f"kv-block is {self.kv_block}: a block has at least 1 position", help="use kv-block=256"
+            )
+        if self.dies > 1:
+            for function in [f for f in op.body if isinstance(f, Func)]:
+                parts = max(parts, self._annotate(function, machine))
+        if self.kv_split == "tokens" and parts == 1:
+            what, helps = "there is no cache to cut by tokens", "use kv-split=heads, or auto"
+            if self.dies // self.pp == 1:
+                what = f"{self.dies} dies in {self.pp} stages: one die has a whole cache"
+            raise TyirError(what, help=helps)
+        by_tokens = {"kv_block": self.kv_block, "kv_parts": parts} if parts > 1 else {}
         record(
             op,
             **{
@@ -156,16 +180,75 @@ class AnnotateSharding(Pass):
             pp=self.pp,
             mesh=(groups["group"], groups["die"]) if "group" in groups else (),
             machine=self.machine,
+            kv_split="tokens" if by_tokens else "heads",
+            **by_tokens,
         )
-        if self.dies > 1:
-            for function in [f for f in op.body if isinstance(f, Func)]:
-                blocks = _blocks(function, self.dies, self.pp)
-                if self._by_rows(function, blocks, machine):
-                    continue
-                for block in blocks:
-                    self._decide(block, machine)
-                if self.pp > 1:
-                    _name_dies(function, _stages(function, self.dies, self.pp))
+
+    def _annotate(self, function: Func, machine: Machine) -> int:
+        """Write the cuts of a function; how many dies share the blocks of its caches, 1 without a cut by
+        tokens.
+        """
+        blocks = _blocks(function, self.dies, self.pp)
+        parts = 1
+        if not self._by_rows(function, blocks, machine):
+            if (by_tokens := self._by_tokens(function, blocks, machine)) is not None:
+                blocks, parts = by_tokens
+            for block in blocks:
+                self._decide(block, machine)
+            if self.pp > 1:
+                _name_dies(function, _stages(function, self.dies, self.pp))
+        return parts
+
+    def _by_tokens(
+        self, function: Func, blocks: Sequence[_Block], machine: Machine
+    ) -> tuple[list[_Block], int] | None:
+        """The blocks with caches that are cut by tokens, if they shall be, and how many dies share them."""
+        found: dict[int, _Block] = {}
+        costs = [0.0, 0.0]
+        group = _stages(function, self.dies, self.pp)
+        if self.kv_split == "heads" or (self.kv_split == "auto" and self.strategy != "cost"):
+            return None
+        for number, block in enumerate(blocks):
+            if (attention := block.attention) is None:
+                continue
+            dies = group(attention)
+            groups = TokenGroups(dies.size, attention.kv_heads)
+            problem = refusal(attention, groups, self.kv_block)
+            if block.normed is not None:
+                problem = f"{path_of(block.normed)} is a norm over all heads", "use kv-split=heads, or auto"
+            elif block.pin() == "replicated":
+                problem = f"{path_of(attention)} is pinned to be replicated", "pin it to be split"
+            if problem is not None:
+                if self.kv_split == "auto":
+                    return None
+                raise TyirError(Diagnostic(problem[0], help=problem[1]))
+            found[number] = other = _attention_block(attention, dies, groups)
+            costs[0] += self._attention_ns(block, machine)
+            own = TokenBlocks(0, groups.parts, self.kv_block)
+            costs[1] += other.split_ns(machine) + cache_ns(attention, 1 / groups.count, machine, own)
+            costs[1] += groups.gathers_ns(attention, machine)
+        if not found or (self.kv_split == "auto" and costs[0] <= costs[1]):
+            return None
+        heads, tokens = (cost / len(found) / 1000 for cost in costs)
+        why = f"tokens: {tokens:.1f} us with a half-full cache cut by tokens against {heads:.1f} us by heads"
+        why += " (pinned)" if self.kv_split == "tokens" else ""
+        parts = 1
+        for block in found.values():
+            assert block.attention is not None
+            block.by_tokens = why
+            parts = TokenGroups(block.dies, block.attention.kv_heads).parts
+            write_blocks(block.attention, parts, self.kv_block)
+        return [found.get(number, block) for number, block in enumerate(blocks)], parts
+
+    def _attention_ns(self, block: _Block, machine: Machine) -> float:
+        """A token's attention cut as it would be by heads, with a half-full cache."""
+        assert block.attention is not None
+        caches = next(p for p in block.caches.values() if isinstance(p, Split))
+        most, heads = max(size for _, size in caches.ranges), max(o + size for o, size in caches.ranges)
+        split = block.split_ns(machine) + cache_ns(block.attention, most / heads, machine)
+        if self.strategy == "split" or self.pp > 1 or block.pin() == "split":
+            return split
+        return min(split, block.replicated_ns(machine) + cache_ns(block.attention, 1, machine))
 
     def _by_rows(self, function: Func, blocks: Sequence[_Block], machine: Machine) -> bool:
         """Whether a tower is cut by rows, which is annotated then, and not by heads."""
@@ -215,11 +298,14 @@ class AnnotateSharding(Pass):
             return
         split, replicated = block.split_ns(machine), block.replicated_ns(machine)
         pin = block.pin()
-        forced = self.strategy == "split" or self.pp > 1  # stages are for models that do not fit otherwise
+        forced = bool(
+            self.strategy == "split" or self.pp > 1 or block.by_tokens
+        )  # stages are for models that do not fit otherwise
         chosen = pin or ("split" if forced or split <= replicated else "replicated")
         why = f"{chosen}: {split / 1000:.1f} us split against {replicated / 1000:.1f} us replicated" + (
             " (pinned)" if pin else ""
         )
+        why = block.by_tokens or why
         for op, placement in block.cuts.items():
             op.set_attribute("tyir.choice", StringAttr(why))
             if chosen == "split" and (written := to_attribute(placement)) is not None:
@@ -297,6 +383,8 @@ class _Block:
     gathers: bool = False  # the head's columns are gathered, everything else is reduced
     counted: set[Op] = field(default_factory=set)  # the ops whose weights these are
     normed: Op | None = None  # a norm over what would be cut: every die needs all of it
+    attention: CachedAttention | None = None
+    by_tokens: str = ""  # why its caches are cut by tokens, if they are
 
     def replicated_ns(self, machine: Machine) -> float:
         return sum(weight_ns(b, rows, machine) for b, _, rows in self.weights)
@@ -321,7 +409,7 @@ class _Block:
 
     def add(self, op: Op, cut: Split) -> None:
         """A linear whose rows (or, for the consumer, columns) are cut."""
-        total = sum(size for _, size in cut.ranges)
+        total = max(offset + size for offset, size in cut.ranges)  # several dies may have the same
         share = max(s for _, s in cut.ranges) / max(total, 1)
         self.weights.append((weight_bytes(op), share, _rows(op.results[0])))
         self.counted.add(op)
@@ -399,12 +487,19 @@ class _Group:
         return ((0, 0),) * self.first + own + ((0, 0),) * (self.total - self.first - self.size)
 
 
-def _attention_block(attention: CachedAttention, dies: _Group) -> _Block:
-    """Query heads inside the groups that read one key/value head; of those what a die's query heads read."""
-    block = _Block(dies.size)
+def _attention_block(
+    attention: CachedAttention, dies: _Group, by_tokens: TokenGroups | None = None
+) -> _Block:
+    """Query heads inside the groups that read one key/value head; of those what a die's query heads read, or
+    with caches that are cut by tokens those of its group of dies.
+    """
+    block = _Block(dies.size, attention=attention)
     heads = attention.kv_heads
-    queries = dies.placed(head_ranges(heads, dies.size))
-    groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
+    if by_tokens is None:
+        queries = dies.placed(head_ranges(heads, dies.size))
+        groups = tuple((heads[o], heads[o + s - 1] - heads[o] + 1) if s else (0, 0) for o, s in queries)
+    else:
+        queries, groups = dies.placed(by_tokens.queries()), dies.placed(by_tokens.caches())
     _demand(attention.q, Split(2, queries), block)  # further rotations are of the same product
     for cache in (attention.k, attention.v, *attention.scales):
         append = cache.op

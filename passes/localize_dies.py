@@ -8,7 +8,8 @@
 A die left without a share (more dies than heads) has no op for it, and takes part in the all-reduce with
 nothing.  A die of another pipeline stage has nothing of a layer at all; what is handed on between stages
 becomes a `dist.send` and a `dist.recv`.  `tyir.shard = [axis, offset]` and `tyir.partial` say which part
-of the whole a result is: verification compares by them.
+of the whole a result is: verification compares by them.  Attention whose cache is cut by tokens becomes what
+`_tokens_cut` says.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.dist import AllGather, AllReduce, CollectivePermute, Recv, Send
 from tyir.dialects.func import Func, Return
-from tyir.dialects.kv import CachedAttention
+from tyir.dialects.kv import Append, CachedAttention, position_axis
 from tyir.dialects.sdy import Mesh
 from tyir.dialects.ty import (
     Attention,
@@ -39,12 +40,13 @@ from tyir.execution.constexpr import ConstantExpressions
 from tyir.execution.entry_points import alias_of, aliasing
 from tyir.ir import Block, Op, Region, Value
 from tyir.layers import carry
-from tyir.passes._placement import holding_dies, placement_of, rule_for
+from tyir.passes._placement import executing_dies, holding_dies, placement_of, rule_for
+from tyir.passes._tokens_cut import BLOCKS, attend_by_tokens, token_blocks_of
 from tyir.passes.dce import eliminate_dead_code
 from tyir.passes.specialize_seqlen import infer_results
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, REPLICATED, Split, vocabulary_ranges
-from tyir.types import FunctionType, i64
+from tyir.types import FunctionType, TensorType, i64
 
 __all__ = ["LocalizeDies"]
 
@@ -102,6 +104,7 @@ class _Localizer:
                 arg_type = arg_type.with_shape(
                     self._range(split)[1] if i == split.axis else d for i, d in enumerate(arg_type.dims)
                 )
+            arg_type = self._own_blocks(arg, arg_type)
             self.local[arg] = self.block.add_arg(arg_type, arg.name)
         result = Func(
             sym_name=source.sym_name,
@@ -123,6 +126,15 @@ class _Localizer:
         )
         eliminate_dead_code(result)
         return result
+
+    def _own_blocks(self, arg: Value, arg_type: TensorType) -> TensorType:
+        """The type of an argument with the die's rows only, where it is a cache that is cut by tokens."""
+        for op in arg.users:
+            if isinstance(op, Append) and op.cache is arg and (found := token_blocks_of(op, arg, self.die)):
+                axis = position_axis(op.layout)
+                rows = found[0].rows(arg_type.dims[axis] or 0)
+                return arg_type.with_shape(rows if i == axis else d for i, d in enumerate(arg_type.dims))
+        return arg_type
 
     def _res_attr(self, index: int, kept: list[int]) -> DictAttr:
         attrs, alias = self.function.res_attr(index), alias_of(self.function, index)
@@ -150,6 +162,9 @@ class _Localizer:
             self.block.append(
                 Return(values=[self.local[v] for v in op.operands if v in self.local], loc=op.loc)
             )
+        elif isinstance(op, CachedAttention) and BLOCKS in op.attributes:
+            if self.die in (executing_dies(op) or range(self.dies)):
+                self._attention_by_tokens(op)
         elif op.results and self.constants.is_constant(op.results[0]):
             self._copy(op, [self.local[v] for v in op.operands])
         elif all(v in self.local for v in op.operands) and not any(self._is_absent(r) for r in op.results):
@@ -209,7 +224,7 @@ class _Localizer:
         """
         placement = placement_of(op.results[0]) if op.results else None
         new.attributes = new.attributes.without(
-            "tyir.sharding", "sdy.sharding", "tyir.choice", "tyir.pin", "tyir.dies"
+            "tyir.sharding", "sdy.sharding", "tyir.choice", "tyir.pin", "tyir.dies", BLOCKS
         )
         if isinstance(placement, Split):
             new.set_attribute("tyir.shard", DenseArrayAttr.i64((placement.axis, self._range(placement)[0])))
@@ -237,7 +252,9 @@ class _Localizer:
         if not isinstance(split, Split):
             return
         offset, size = self._range(split)
-        if isinstance(new, CachedAttention):
+        if isinstance(new, Append) and (found := token_blocks_of(op, op.operands[0], self.die)):
+            new.blocks = (found[0].number, found[0].count, found[0].size)
+        elif isinstance(new, CachedAttention):
             caches = placement_of(op.operands[1])
             first = self._range(caches)[0] if isinstance(caches, Split) else 0
             new.kv_heads = tuple(g - first for g in new.kv_heads[offset : offset + size])
@@ -248,6 +265,18 @@ class _Localizer:
             new.offset = sum(new.sizes[: self.die])
             new.sizes = (new.sizes[self.die],)
         infer_results(new)
+
+    def _attention_by_tokens(self, op: CachedAttention) -> None:
+        """Of all query heads of the dies that share the cache; the die goes on with its own."""
+        whole, first = attend_by_tokens(op, self.die, self.local, self.block.append)
+        split = placement_of(op.out)
+        assert isinstance(split, Split)
+        offset, size = self._range(split)
+        if size:
+            own = self._slice(whole, 2, offset - first, size)
+            assert own.op is not None
+            own.op.set_attribute("tyir.shard", DenseArrayAttr.i64((2, offset)))
+            self.local[op.out] = own
 
     def _reshape(self, op: Reshape, operands: list[Value]) -> None:
         """To the shape of the die's part."""

@@ -11,9 +11,10 @@ length, before specialize-seqlen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+from tyir.artifacts.token_blocks import BLOCK
 from tyir.ir import Op
 from tyir.passes.annotate_sharding import AnnotateSharding
 from tyir.passes.insert_collectives import InsertCollectives
@@ -37,8 +38,10 @@ class PartitionDies(Pass):
     strategy: Literal["cost", "split", "rows"] = "cost"
     pp: int = 1
     mesh: tuple[int, ...] = ()
+    kv_split: Literal["auto", "heads", "tokens"] = "auto"
+    kv_block: int = BLOCK
 
     def run(self, op: Op, context: PassContext) -> None:
-        cut = AnnotateSharding(self.dies, self.remap, self.machine, self.strategy, self.pp, self.mesh)
+        cut = AnnotateSharding(**{option.name: getattr(self, option.name) for option in fields(self)})
         for step in (cut, PropagateSharding(), InsertCollectives(), LocalizeDies()):
             run_at_stage(step, op, context)

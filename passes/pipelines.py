@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
+from tyir.artifacts.token_blocks import BLOCK
 from tyir.diagnostics import TyirError
 from tyir.execution.awq_table import AwqTable
 from tyir.manifest import BuildOptions
@@ -61,6 +62,8 @@ def remaining_pipeline(
     dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
     dies += [f"pp={options.pp}"] if options.pp > 1 else []
     dies += [f"mesh={numbers(options.mesh)}"] if options.mesh else []
+    dies += [f"kv-split={options.kv_split}"] if options.kv_split != "auto" else []
+    dies += [f"kv-block={options.kv_block}"] if options.kv_block != BLOCK else []
     quote = '"' if "'" in machine else "'"  # of a path
     dies += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []
     entries = [

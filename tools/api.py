@@ -487,6 +487,8 @@ def check_options(options: BuildOptions) -> None:
         raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")
     if options.kv_layout not in LAYOUTS:
         raise TyirError(f"a cache laid out as '{options.kv_layout}': one of {', '.join(LAYOUTS)}")
+    if options.kv_split not in ("auto", "heads", "tokens"):
+        raise TyirError(f"a cache cut by '{options.kv_split}': one of auto, heads, tokens")
     parse_output(options.output)
     if options.output_rows not in ("all", "last"):
         raise TyirError(f"rows '{options.output_rows}' of a step: one of all, last")

@@ -395,6 +395,14 @@ def make_parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
+        "--kv-split",
+        choices=("auto", "heads", "tokens"),
+        help=(
+            "what dies have of a cache with fewer heads than dies: copies of a head (heads), blocks of its"
+            " tokens in turn (tokens), or as the machine file says is faster, half full (auto, default)"
+        ),
+    )
+    parser.add_argument(
         "--output",
         metavar="KIND",
         help="what a step returns: logits (default), argmax, or topk=K: the K best tokens",

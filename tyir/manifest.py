@@ -5,7 +5,7 @@ the runtime checks it first.
       format, version         "tyir-artifacts", 2
       sha256                  of the manifest itself: of everything else in it, in canonical form (`tyir.artifacts.schema`)
       model                   what the front end knew of the model (architecture, vocabulary, ...)
-      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, output_rows, kv_dtype, kv_layout, pp, awq
+      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, output_rows, kv_dtype, kv_layout, kv_split, kv_block, kv_parts, pp, awq
       build                   versions, targets, the processor's features and the activations' precision (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
@@ -44,6 +44,7 @@ from typing_extensions import TypedDict
 from tyir.artifacts.consistency import problems_of
 from tyir.artifacts.programs import MAX_DIES, Count, DieProgram, FileName, Name, TensorInfo
 from tyir.artifacts.schema import Matches, checked, closed, first_of, sha256_of, with_others
+from tyir.artifacts.token_blocks import BLOCK, TokenBlocks
 from tyir.artifacts.vision import Vision
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError
@@ -92,13 +93,15 @@ class BuildOptions:
 
     `weights`: "fp16", "int4" (quantised by the compiler), "awq" (the same after an AWQ table has been folded
     in, the file of SHA-256 `awq`), or in a manifest "checkpoint" (the checkpoint's own quantised weights,
-    nothing more). `output`: what a step returns for each token: "logits", "argmax" or
-    "topk=K" (the K best tokens with their values, and the logsumexp of all). `pp`: pipeline stages; the
-    decoder's layers are dealt out to that many groups of dies. `mesh`: how the dies of a stage are grouped,
-    (2, 3) being 2 groups of 3;
+    nothing more). `output`: what a step returns for each token: "logits", "argmax" or "topk=K" (the K best
+    tokens with their values, and the logsumexp of all). `pp`: pipeline stages; the decoder's layers are dealt
+    out to that many groups of dies. `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3;
     empty: whole packages are groups. `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a
-    scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).  `output_rows`: of which
-    tokens a step returns that: "all", or "last", one of each sequence, which the caller names (`row`).
+    scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).  `kv_split`: what dies have
+    of a cache with fewer heads than dies, "heads" (copies), "tokens" (blocks of `kv_block` positions in turn,
+    `tyir.artifacts.token_blocks`) or "auto" (what is faster); a manifest says which, and with `kv_parts` how
+    many dies share a block's heads, which nobody chooses.  `output_rows`: of which tokens a step returns
+    that: "all", or "last", one of each sequence, which the caller names (`row`).
     """
 
     dies: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 4
@@ -116,6 +119,24 @@ class BuildOptions:
     pp: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
     mesh: Annotated[tuple[Count, ...], MaxLen(2)] = ()
     awq: Annotated[str, Matches("([0-9a-f]{64})?")] = ""
+    kv_split: Annotated[str, Matches("auto|heads|tokens")] = "auto"
+    kv_block: Count = BLOCK
+    kv_parts: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
+
+    def token_blocks(self, die: int) -> TokenBlocks | None:
+        """Which positions a die's caches hold; None: all."""
+        return None if self.kv_parts == 1 else TokenBlocks(die % self.kv_parts, self.kv_parts, self.kv_block)
+
+    def cache_rows(self, die: int, positions: int) -> int:
+        """Rows of a die's caches that hold positions below this one."""
+        blocks = self.token_blocks(die)
+        return positions if blocks is None else blocks.rows_before(positions)
+
+    @property
+    def cache_extent(self) -> int:
+        """Rows of every die's caches."""
+        blocks = self.token_blocks(0)
+        return self.max_kv if blocks is None else blocks.rows(self.max_kv)
 
     def takes_row(self, seqlen: int) -> bool:
         """Whether a step of this length returns one row of each sequence and is told which: the only one of a
@@ -161,11 +182,14 @@ SETTLED_BY: Final = {
     "die_map": "partition-dies",
     "pp": "partition-dies",
     "mesh": "partition-dies",
+    "kv_split": "partition-dies",
+    "kv_block": "partition-dies",
+    "kv_parts": "partition-dies",
     "seqlens": "specialize-seqlen",
 }
-# fp16 weights have no groups, a mesh need not have any, not every model has a table, and a module that was
-# cut before there were rows to select returns all
-_MAY_BE_MISSING: Final = ("group_size", "mesh", "awq", "output_rows")
+# fp16 weights have no groups, a mesh need not have any, not every model has a table, not every cache blocks,
+# and a module that was cut before there were rows to select returns all
+_MAY_BE_MISSING: Final = ("group_size", "mesh", "awq", "kv_split", "kv_block", "kv_parts", "output_rows")
 
 
 def record(module: Op, **done: Recorded) -> None:
@@ -209,6 +233,12 @@ def settled(asked: BuildOptions | Mapping[str, Any], module: Op) -> BuildOptions
     done = {name: value for name, value in recorded(module).items() if name in SETTLED_BY}
     given = asdict(asked) if isinstance(asked, BuildOptions) else dict(asked)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v not in ((), "")}
+    given.pop("kv_parts", None)  # follows from the others
+    if given.get("kv_split") == "auto":
+        del given["kv_split"]  # either will do
+    if "dies" in done and done.get("kv_split", "heads") == "heads":
+        given.pop("kv_block", None)  # says nothing of caches without blocks
+        done["kv_split"] = "heads"
     if done.get("weights", "int4") not in _QUANTIZED:
         given.pop("group_size", None)  # says nothing of weights without groups
         if given.get("weights") == "fp16":

@@ -42,6 +42,7 @@ Array = npt.NDArray[Any]
 _AGAIN: Final = "run the prompt again"
 _MOST_HEADER: Final = 1 << 16  # bytes of an array besides its elements, and of what is no array
 _OPTIONS: Final = ("dies", "pp", "batch", "max_kv", "kv_dtype", "kv_layout", "weights", "group_size")
+_BLOCKS: Final = ("kv_parts", "kv_block")  # of caches that are cut by tokens
 
 
 def identity_of(artifacts: Artifacts) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def identity_of(artifacts: Artifacts) -> dict[str, Any]:
     """
     manifest = artifacts.manifest
     params = [(name, artifacts.content(name)) for name in sorted(manifest.files) if name.endswith(".params")]
-    options = {name.replace("_", "-"): getattr(manifest.options, name) for name in _OPTIONS}
+    names = _OPTIONS + (_BLOCKS if manifest.options.kv_parts > 1 else ())
+    options = {name.replace("_", "-"): getattr(manifest.options, name) for name in names}
     return {
         "model": (
             f"{manifest.model.get('architecture', 'unknown')} of"
@@ -81,7 +83,7 @@ def _positions(manifest: Manifest) -> str:
 
 def write_cache(
     path: Path,
-    identity: Mapping[str, Any],
+    artifacts: Artifacts,
     tokens: Sequence[int],
     caches: Mapping[CacheName, Array],
     beside: Mapping[str, Array] | None = None,
@@ -90,8 +92,12 @@ def write_cache(
 
     `TyirError` when the file cannot be written; what was there then stays.
     """
-    used = (slice(None),) * position_axis(identity["kv-layout"]) + (slice(len(tokens)),)
-    arrays: dict[str, Any] = {f"die{die}/{name}": array[used] for (die, name), array in caches.items()}
+    options, identity = artifacts.manifest.options, identity_of(artifacts)
+    before = (slice(None),) * position_axis(options.kv_layout)
+    arrays: dict[str, Any] = {
+        f"die{die}/{name}": array[(*before, slice(options.cache_rows(die, len(tokens))))]
+        for (die, name), array in caches.items()
+    }
     arrays |= {"tokens": np.array(tokens, np.int64), "identity": np.array(json.dumps(identity))}
     arrays |= beside or {}
     if path.exists() and not path.is_file():
@@ -165,11 +171,12 @@ def read_cache(
     return tokens, caches, others
 
 
-def _expected(manifest: Manifest, rows: int) -> dict[str, tuple[CacheName, TensorInfo]]:
-    """The caches of all dies by their names in a file, with `rows` positions."""
+def _expected(manifest: Manifest, tokens: int) -> dict[str, tuple[CacheName, TensorInfo]]:
+    """The caches of all dies by their names in a file, with the rows that hold so many tokens."""
     axis, found = position_axis(manifest.options.kv_layout), {}
     for die in range(manifest.options.dies):
         program = manifest.program(die, min(manifest.options.seqlens))
+        rows = manifest.options.cache_rows(die, tokens)
         for tensor in (program.inputs[i] for i in sorted(cache_inputs(program))):
             shape = (*tensor.shape[:axis], rows, *tensor.shape[axis + 1 :])
             found[f"die{die}/{tensor.name}"] = (die, tensor.name), replace(tensor, shape=shape)
@@ -273,8 +280,8 @@ def _refused(path: Path, problem: str) -> TyirError:
 
 
 def _with_room(array: Array, manifest: Manifest, axis: int) -> Array:
-    """A cache whose `axis` has the used positions, at its full size."""
-    used = array.shape[axis]
-    whole = np.zeros((*array.shape[:axis], manifest.options.max_kv, *array.shape[axis + 1 :]), array.dtype)
+    """A cache whose `axis` has the used rows, at its full size."""
+    used, extent = array.shape[axis], manifest.options.cache_extent
+    whole = np.zeros((*array.shape[:axis], extent, *array.shape[axis + 1 :]), array.dtype)
     whole[(slice(None),) * axis + (slice(used),)] = array
     return whole

@@ -34,7 +34,7 @@ from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, choose, greedy, logsumexp
-from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, saved_bytes, write_cache
+from tyir.runtime_sim.session.saved_cache import read_cache, saved_bytes, write_cache
 from tyir.runtime_sim.session.token_ids import checked_ids
 
 __all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
@@ -204,7 +204,7 @@ class Session:
         `TyirError` when the weights have been written to since the artifacts were opened.
         """
         self.artifacts.unchanged()
-        write_cache(path, identity_of(self.artifacts), self.tokens, self.engine.caches())
+        write_cache(path, self.artifacts, self.tokens, self.engine.caches())
 
     def restore(self, path: Path) -> None:
         """Continue where `save` stopped.

@@ -23,7 +23,7 @@ from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
-from tyir.runtime_sim.session.saved_cache import identity_of, read_cache, write_cache
+from tyir.runtime_sim.session.saved_cache import read_cache, write_cache
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.runtime_sim.vision.positions import RopePositions
 from tyir.runtime_sim.vision.preprocessor import vision_of
@@ -107,7 +107,7 @@ class VisionSession(Session):
         self.artifacts.unchanged()
         held = len(self.tokens)
         beside = {"positions": self._positions[:, :held], "content": self._content[:held]}
-        write_cache(path, identity_of(self.artifacts), self.tokens, self.engine.caches(), beside)
+        write_cache(path, self.artifacts, self.tokens, self.engine.caches(), beside)
 
     def restore(self, path: Path) -> None:
         """As `Session.restore`; what is generated next goes on where the saved tokens ended."""

@@ -93,20 +93,42 @@ def attention(
     pos: tuple[int, ...],
     window: int = 0,
     cap: float | None = None,
+    blocks: tuple[int, int, int] | None = None,
 ) -> Case:
     cache = t(len(pos), max(kv_heads) + 1, capacity, d)
     types = (t(len(pos), s, len(kv_heads), d), cache, cache, t(len(pos), e=i32))
 
     def make(values: Sequence[Value]) -> Op:
-        return kv.CachedAttention(*values, scale=d**-0.5, kv_heads=kv_heads, window=window, softcap=cap)
+        options = {"window": window, "softcap": cap, "blocks": blocks}
+        return kv.CachedAttention(*values, scale=d**-0.5, kv_heads=kv_heads, **options)
 
+    name = f"attention_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}_c{cap}"
+    return Case(name + (f"_blocks{blocks}" if blocks else ""), types, make, ((3, pos),))
+
+
+def merge_parts(b: int, s: int, heads: int, d: int, count: int) -> Case:
+    """The first die has no key that the first query sees."""
+    parts = np.random.default_rng(count).standard_normal((b, s, heads, count, d + 2)).astype(np.float32)
+    parts[..., d + 1] += 5
+    parts[0, 0, :, 0] = [0] * d + [-1e30, 0]
+    wide = parts.reshape(b, s, heads, -1)
     return Case(
-        f"attention_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_w{window}_c{cap}", types, make, ((3, pos),)
+        f"merge_{b}_{s}_{heads}_{d}_{count}",
+        (t(*wide.shape, e=f32),),
+        lambda v: kv.MergeAttention(*v, count=count),
+        ((0, wide),),
     )
 
 
 def dual_chunk(
-    s: int, kv_heads: tuple[int, ...], d: int, capacity: int, pos: tuple[int, ...], step: int, e: Type = f16
+    s: int,
+    kv_heads: tuple[int, ...],
+    d: int,
+    capacity: int,
+    pos: tuple[int, ...],
+    step: int,
+    e: Type = f16,
+    blocks: tuple[int, int, int] | None = None,
 ) -> Case:
     """Steps in the first chunk, the second and a later one; heat of every sequence its own."""
     cache, scale = t(len(pos), max(kv_heads) + 1, capacity, d, e=e), t(len(pos), max(kv_heads) + 1, capacity)
@@ -122,10 +144,16 @@ def dual_chunk(
         q, k, v, positions, *scales, successive, inter, temperature = values
         far = {"successive": successive, "inter": inter, "temperature": temperature}
         return kv.DualChunkAttention(
-            *(q, k, v, positions, tuple(scales)), **far, step=step, scale=d**-0.5, kv_heads=kv_heads
+            *(q, k, v, positions, tuple(scales)),
+            **far,
+            step=step,
+            scale=d**-0.5,
+            kv_heads=kv_heads,
+            blocks=blocks,
         )
 
-    return Case(f"dual_chunk_s{s}_{kv_heads}_d{d}_pos{pos}_{step}_{e}", types, make, tuple(data))
+    name = f"dual_chunk_s{s}_{kv_heads}_d{d}_pos{pos}_{step}_{e}"
+    return Case(name + (f"_blocks{blocks}" if blocks else ""), types, make, tuple(data))
 
 
 def attention_of_nan() -> Case:
@@ -174,9 +202,17 @@ def append_scales(s: int, heads: int, capacity: int, pos: tuple[int, ...]) -> Ca
     return Case(f"append_scales_s{s}_{heads}_{capacity}_{pos}", types, lambda v: kv.Append(*v), ((2, pos),))
 
 
-def append(s: int, heads: int, d: int, capacity: int, pos: tuple[int, ...]) -> Case:
+def append(
+    s: int,
+    heads: int,
+    d: int,
+    capacity: int,
+    pos: tuple[int, ...],
+    blocks: tuple[int, int, int] | None = None,
+) -> Case:
     types = (t(len(pos), heads, capacity, d), t(len(pos), s, heads, d), t(len(pos), e=i32))
-    return Case(f"append_s{s}_{heads}_{d}_{capacity}_{pos}", types, lambda v: kv.Append(*v), ((2, pos),))
+    name = f"append_s{s}_{heads}_{d}_{capacity}_{pos}" + (f"_blocks{blocks}" if blocks else "")
+    return Case(name, types, lambda v: kv.Append(*v, blocks=blocks), ((2, pos),))
 
 
 def rows(s: int, count: int, d: int, pos: tuple[int, ...], **places: int) -> Case:
@@ -440,6 +476,20 @@ CASES: list[Case] = [
     merge((1, 3), (8, 9, 1, 20), 8),
     merge((2, 1), (5, 0, 2), 5),
     merge((1, 2), (5, 9), 3, cap=2.0),
+    # caches that are cut by tokens: of 2 dies the second, before and behind borders of blocks
+    attention(1, (0, 0, 1, 1), 32, 48, (0,), blocks=(1, 2, 8)),  # no row is this die's yet
+    attention(1, (0,) * 7, 64, 48, (40,), blocks=(1, 2, 8)),
+    attention(8, (0, 0, 1), 24, 16, (5,), blocks=(1, 3, 8)),  # keys that some of the queries see
+    attention(8, (0, 1), 16, 16, (2, 29), blocks=(0, 2, 8)),
+    attention(4, (0, 0, 1), 32, 40, (30, 0), window=9, cap=0.7, blocks=(2, 3, 4)),
+    attention(4, (0, 0), 16, 2304, (4200, 300), window=2500, blocks=(1, 2, 256)),
+    append(8, 3, 24, 16, (5,), blocks=(1, 2, 8)),
+    append(8, 2, 16, 16, (3, 29), blocks=(1, 3, 4)),
+    append(1, 2, 32, 8, (40,), blocks=(2, 3, 4)),  # beyond the capacity
+    dual_chunk(4, (0, 0, 1), 16, 24, (2, 13, 37), 12, blocks=(1, 2, 4)),
+    dual_chunk(1, (0, 1), 12, 24, (5, 39), 8, i8, blocks=(0, 2, 4)),
+    merge_parts(2, 3, 4, 24, 3),
+    merge_parts(1, 1, 7, 64, 4),
 ]
 
 

@@ -48,8 +48,11 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     "kv_layout": ("NHD", "HND"),
     "pp": (2, 1),
     "mesh": ((2, 2), (4,)),
+    "kv_split": ("heads", "tokens"),
+    "kv_block": (16, 32),
 }
-ALL = {name: first for name, (first, _) in CHOICES.items()} | {"dies": 4, "pp": 1}
+ALL = {name: first for name, (first, _) in CHOICES.items() if name != "kv_block"} | {"dies": 4, "pp": 1}
+BLOCKS = {"dies": 8, "kv_split": "tokens", "kv_block": 16, "max_kv": 64, "seqlens": (1,)}
 STAGED = {"dies": 2, "pp": 2, "max_kv": 16, "seqlens": (1,)}
 ALONE = {
     "dies": {"dies": 2},
@@ -58,6 +61,7 @@ ALONE = {
     "group_size": {"weights": "int4", "group_size": 16},
     "mesh": {"dies": 4, "mesh": (2, 2)},
     "pp": {"pp": 2},
+    "kv_block": BLOCKS,
 }
 IDS = [5, 17, 30, 42, 9]
 
@@ -120,7 +124,7 @@ def check_every_point(aten: str, options: dict[str, Any]) -> None:
             assert built(variant, asked) == wanted, name
 
 
-@pytest.mark.parametrize("options", [ALL, STAGED], ids=["all", "stages"])
+@pytest.mark.parametrize("options", [ALL, STAGED, BLOCKS], ids=["all", "stages", "blocks"])
 def test_the_same_program_from_every_point(aten: str, options: dict[str, Any]) -> None:
     check_every_point(aten, options)
 
@@ -132,12 +136,13 @@ def test_each_option_alone(aten: str, name: str) -> None:
 
 
 def test_every_option_has_a_case() -> None:
-    assert {*CHOICES, "awq"} == set(BuildOptions.__dataclass_fields__)  # awq: what a table was, not a choice
+    found = {"awq", "kv_parts"}  # what a table was, and what follows from other options: no choices
+    assert {*CHOICES, *found} == set(BuildOptions.__dataclass_fields__)
     for name, (first, other) in CHOICES.items():
         assert first != other and (getattr(BuildOptions(), name) != first or name in ALL), name
 
 
-@pytest.mark.parametrize("options", [ALL, STAGED], ids=["all", "stages"])
+@pytest.mark.parametrize("options", [ALL, STAGED, BLOCKS], ids=["all", "stages", "blocks"])
 def test_a_contradiction_names_both(aten: str, options: dict[str, Any]) -> None:
     refused: set[str] = set()
     for _, text, _ in points(aten, BuildOptions(**options)):

@@ -106,3 +106,19 @@ def test_a_correct_compile_has_no_divergence(imported: Path, model: Path, tmp_pa
         imported, tmp_path / "out", BuildOptions(dies=3, seqlens=(1, 8), max_kv=32, weights="int4")
     )
     assert locate(folder, model, IDS) is None
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_caches_that_are_cut_by_tokens(imported: Path, model: Path, tmp_path: Path, fault: bool) -> None:
+    """What a die's own keys come to is nobody's result; what is merged is attention's."""
+    module = parse_file(imported)
+    cut = "partition-dies{dies=3 kv-split=tokens kv-block=16}"
+    run_pipeline(module, f"to-ty,kv-materialize{{max-kv=64}},{cut}")
+    if fault:
+        WrongScale().run(module, PassContext())
+    (tmp_path / "cut.ir").write_text(print_op(module))
+    folder = compile_path(tmp_path / "cut.ir", tmp_path / "out", {"seqlens": (1, 8)})
+    found = locate(folder, model, [*IDS, *IDS])
+    assert (found is not None) == fault
+    if found is not None:
+        assert (found.layer, found.op, found.dies) == (2, "kv.merge_attention", (0, 1, 2))

@@ -5,6 +5,7 @@ million tokens fit the boards they must.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tyir.tools import tyir_compile
 from tyir.tools.bench.long_context import CONFIGS
 from tyir.tools.estimate.long_context import prompt_cost
 from tyir.tools.estimate.model import ModelShape
-from tyir.tools.estimate.plan import longest_caches, make_plan
+from tyir.tools.estimate.plan import DieNeeds, longest_caches, make_plan
 from tyir.tools.estimate.shape import read_shape
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"
@@ -50,13 +51,44 @@ def test_a_million_tokens_of_the_14b_fit_sixteen_dies(tmp_path: Path) -> None:
     assert not make_plan(tmp_path, options).problems
 
 
-def test_stages_are_among_what_helps(tmp_path: Path) -> None:
-    """32 layers of 8 heads on 16 dies: two dies share a head's cache, two stages share the layers instead."""
+def test_copies_of_a_head_can_be_avoided(tmp_path: Path) -> None:
+    """32 layers of 8 heads on 16 dies: two dies share a head's cache, by its tokens or, if each shall have
+    all of them, by stages that share the layers instead.
+    """
     folder = write_config(tmp_path / "m")
-    options = BuildOptions(dies=16, max_kv=800_000, weights="int4")
+    options = BuildOptions(dies=16, max_kv=1_500_000, weights="int4", kv_dtype="int8", kv_split="heads")
     (problem,) = make_plan(folder, options).problems
-    assert problem.help is not None and "--pp 2 (" in problem.help
-    assert not make_plan(folder, BuildOptions(dies=16, max_kv=800_000, weights="int4", pp=2)).problems
+    assert problem.help is not None and "--pp 2 (" in problem.help and "--kv-split tokens (" in problem.help
+    assert not make_plan(folder, replace(options, pp=2)).problems
+    for split in ("tokens", "auto"):
+        plan = make_plan(folder, replace(options, kv_split=split))
+        assert not plan.problems and plan.kv_parts == 2
+        assert "cut by tokens over each 2 dies" in plan.text()
+
+
+def test_every_die_counts_for_every_length(folder: Path) -> None:
+    """A million tokens on 16 dies in one stage take what they take in four, a fraction more of weights
+    aside.
+    """
+    shape = read_shape(folder)
+    most = {}
+    for stages in (1, 4):
+        options = BuildOptions(dies=16, pp=stages, seqlens=(1, 96), weights="int4")
+        most[stages] = max(need.total for need in DieNeeds(shape, options).needs(16, 1_010_000))
+    assert 1 <= most[1] / most[4] < 1.01
+    by_heads = DieNeeds(shape, BuildOptions(dies=16, seqlens=(1, 96), weights="int4", kv_split="heads"))
+    assert max(need.kv_cache for need in by_heads.needs(16, 1_010_000)) > 1.5 * most[1]
+    longest, split = DieNeeds(shape, replace(options, pp=1)).longest(16, 8 << 30)
+    assert split == "tokens" and longest > 1.9 * by_heads.longest(16, 8 << 30)[0]
+
+
+def test_bytes_of_blocks_are_those_of_the_artifacts() -> None:
+    """A cache of 300 tokens: two blocks of 256, one of them on each of two dies."""
+    shape = ModelShape("small", 2, 64, 128, 4, 1, 16, 256, 1 << 20, False, True, False, False, False)
+    options = BuildOptions(dies=2, seqlens=(1,), kv_split="tokens")
+    needs = DieNeeds(shape, options)
+    assert [need.kv_cache for need in needs.needs(2, 300)] == [2 * 2 * 256 * 16 * 2] * 2
+    assert [need.kv_cache for need in needs.needs(2, 513)] == [2 * 2 * 512 * 16 * 2] * 2
 
 
 def write_link(file: Path, hop_us: float, bandwidth_gbps: float) -> Path:

@@ -46,6 +46,7 @@ class Programs:
         dies: int = 1,
         pp: int = 1,
         cache: str = "",
+        cut: str = "",
         machine: Machine = EDGE10,
     ) -> None:
         weights = CheckpointReader(stored) if isinstance(stored, Path) else stored
@@ -53,7 +54,8 @@ class Programs:
         self.seqlen, self.max_kv = seqlen, max_kv
         run_pipeline(
             module,
-            f"kv-materialize{{max-kv={max_kv} {cache}}},partition-dies{{dies={dies} pp={pp} strategy=split}},"
+            f"kv-materialize{{max-kv={max_kv} {cache}}},"
+            f"partition-dies{{dies={dies} pp={pp} strategy=split {cut}}},"
             f"specialize-seqlen{{seqlens={seqlen}}},to-program",
         )
         self.modules = dies_of(module)

@@ -15,6 +15,7 @@ from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Op
+from tyir.manifest import recorded
 from tyir.pipeline import run_pipeline
 from tyir.runtime_sim.timing.engine import simulate
 from tyir.runtime_sim.timing.program import EdgeProgram
@@ -149,3 +150,28 @@ def test_stages_meet_only_at_their_boundaries() -> None:
     first = max(r.end for r in timing.records[0] if r.command.layer == 2)
     second = min(r.end for r in timing.records[2] if r.command.layer == 3 and r.command.unit == "cube")
     assert first <= sends[0][0].start < second, "the second stage computes after the first has handed on"
+
+
+@pytest.mark.parametrize(("dies", "stages"), [(4, 1), (3, 1), (6, 2)])
+def test_caches_cut_by_tokens_take_two_more_gathers(dies: int, stages: int) -> None:
+    """A layer's: of a group's queries, and of what its keys come to."""
+    module, _ = build(SHAPE, draw=False)
+    run_pipeline(
+        module,
+        f"kv-materialize{{max-kv=16}},partition-dies{{dies={dies} pp={stages} strategy=split kv-split=tokens"
+        " kv-block=2},specialize-seqlen{seqlens=5}",
+    )
+    parts = recorded(module)["kv_parts"]
+    assert isinstance(parts, int)
+    heads = SHAPE.heads * parts * stages // dies
+    for number, die in enumerate(dies_of(module)):
+        needs = minimal_collectives(
+            *(SHAPE.layers, SHAPE.hidden, SHAPE.vocabulary, 5, dies),
+            stages=stages,
+            stage=number // (dies // stages),
+            kv_parts=parts,
+            heads=heads,
+            width=SHAPE.head_dim,
+        )
+        counts = Counter(found(op, dies) for op in die.walk() if op.has_trait(Collective))
+        assert counts == sum((Counter({key(n): n.count}) for n in needs), Counter())

@@ -41,9 +41,10 @@ class Answer:
 
 @dataclass
 class HuggingFace:
-    """A model of `tests/models` in fp32."""
+    """A model of `tests/models` in fp32, or as `dtype` says."""
 
     folder: Path
+    dtype: str = "float32"
     model: Any = field(init=False)
     processor: Any = field(init=False)
 
@@ -54,7 +55,7 @@ class HuggingFace:
 
         logging.disable_progress_bar()
         self.model = AutoModelForImageTextToText.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="eager"
+            self.folder, dtype=getattr(torch, self.dtype), attn_implementation="eager"
         ).eval()
         self.processor = hf_processor(self.folder.name)
 
@@ -88,8 +89,10 @@ class HuggingFace:
 
         video = more.pop("video", False)
         with torch.no_grad():
-            found = self.model(**self.inputs(ids, pictures, video), **more, use_cache=False)
-        array: npt.NDArray[np.float32] = found.logits[0].numpy()
+            given = self.inputs(ids, pictures, video)
+            given = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in given.items()}
+            found = self.model(**given, **more, use_cache=False)
+        array: npt.NDArray[np.float32] = found.logits[0].float().numpy()
         return array
 
     def compare(

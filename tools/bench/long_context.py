@@ -97,7 +97,8 @@ def _bytes(folders: dict[str, Path]) -> Iterator[str]:
                 for tokens in LENGTHS:
                     size = max(need.total for need in needs.needs(dies, tokens))
                     row.append(f"{size / 2**30:.2f}" if size <= capacity else f"({size / 2**30:.2f})")
-                longest = f"{needs.longest(dies, int(capacity)):,}"
+                most, split = needs.longest(dies, int(capacity))
+                longest = f"{most:,}" + (" (by tokens)" if split == "tokens" else "")
                 yield f"| {dies} | {stages} | " + " | ".join([*row, longest]) + " |"
 
 

@@ -140,6 +140,7 @@ class PlannedLength:
     dies: Annotated[int, "of the board"]
     stages: Annotated[int, "that they are cut into (--pp)"]
     tokens: Annotated[int, "of each sequence; 0: the weights alone do not fit"]
+    kv_split: Annotated[str, "what such a cache is cut by: heads or tokens"]
 
 
 @dataclass(frozen=True)

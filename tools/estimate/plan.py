@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_text
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
@@ -25,7 +26,7 @@ from tyir.execution.entry_points import alias_of
 from tyir.frontends.adapters import base_of
 from tyir.frontends.vision.llava import picture_folder
 from tyir.layers import layer_in
-from tyir.manifest import BuildOptions
+from tyir.manifest import BuildOptions, recorded
 from tyir.passes.annotate_sharding import MAX_DIES
 from tyir.passes.quantize_weights import largest_group_size
 from tyir.pipeline import run_pipeline
@@ -90,34 +91,82 @@ class DieNeeds:
         one that cuts are chosen for.
         """
         self.shape, self.options, self.tower, self.machine = shape, options, tower, machine
-        self._per_token: dict[int, list[tuple[int, ...]]] = {}
+        self._of_split: dict[tuple[int, str], _Parts] = {}
+        self._splits: dict[tuple[int, int], str] = {}
 
     def needs(self, dies: int, max_kv: int) -> list[DieNeed]:
-        if dies not in self._per_token:
-            self._per_token[dies] = self._run(dies)
-        s, o = self.shape, self.options
+        """With caches of `max_kv` tokens; `TyirError` where they cannot be cut as the options say."""
+        return self._needs(dies, max_kv, self.kv_split(dies, max_kv))
+
+    def kv_split(self, dies: int, max_kv: int) -> str:
+        """What such caches are cut by, heads or tokens."""
+        asked = self.options.kv_split
+        if asked == "auto" and (dies, max_kv) not in self._splits:
+            module = self._partitioned(dies, f"max-kv={max(max_kv, 1)}", "annotate-sharding", "")
+            self._splits[dies, max_kv] = str(recorded(module)["kv_split"])
+        return asked if asked != "auto" else self._splits[dies, max_kv]
+
+    def kv_parts(self, dies: int, max_kv: int) -> int:
+        """How many dies share each block of such caches' heads."""
+        return self._parts(dies, self.kv_split(dies, max_kv)).count
+
+    def longest(self, dies: int, capacity: int) -> tuple[int, str]:
+        """The tokens that the die with the least room for them can cache, of `capacity` bytes, and what that
+        cache is cut by: needs grow in a straight line, by whole blocks of all dies.
+        """
+        asked = self.options.kv_split
+        for split in ("tokens", "heads") if asked == "auto" else (asked,):
+            try:
+                parts = self._parts(dies, split)
+            except TyirError:  # no copies to cut by tokens
+                if asked == split:
+                    raise
+                continue
+            turn = 1 if split == "heads" else parts.count * self.options.kv_block
+            none, one = self._needs(dies, 0, split), self._needs(dies, turn, split)
+            rooms = [
+                (capacity - a.total) // max(b.total - a.total, 1) for a, b in zip(none, one, strict=True)
+            ]
+            tokens = max(min(rooms), 0) * turn
+            if asked != "auto" or split == "heads" or (tokens and self.kv_split(dies, tokens) == split):
+                return tokens, split
+        raise AssertionError("every model can be cut by heads")
+
+    def _needs(self, dies: int, max_kv: int, split: str) -> list[DieNeed]:
+        s, o, parts = self.shape, self.options, self._parts(dies, split)
+        rows = TokenBlocks(0, parts.count, o.kv_block).rows(max_kv) if parts.count > 1 else max_kv
         tokens = max(o.seqlens)
-        rows = 1 if o.takes_row(tokens) else tokens
-        activations = o.batch * (rows * s.vocabulary * 4 + tokens * 4)
+        returned = 1 if o.takes_row(tokens) else tokens
+        activations = o.batch * (returned * s.vocabulary * 4 + tokens * 4)
         return [
-            DieNeed(w + rope * max_kv, streamed, head, kv * max_kv * o.batch, activations, self.tower)
-            for w, streamed, head, kv, rope in self._per_token[dies]
+            DieNeed(w + rope * max_kv, streamed, head, kv * rows * o.batch, activations, self.tower)
+            for w, streamed, head, kv, rope in parts.dies
         ]
 
-    def longest(self, dies: int, capacity: int) -> int:
-        """The tokens that the die with the least room for them can cache, of `capacity` bytes: needs grow in
-        a straight line.
-        """
-        none, one = self.needs(dies, 0), self.needs(dies, 1)
-        rooms = [(capacity - a.total) // max(b.total - a.total, 1) for a, b in zip(none, one, strict=True)]
-        return max(min(rooms), 0)
+    def _parts(self, dies: int, split: str) -> _Parts:
+        if (dies, split) not in self._of_split:
+            self._of_split[dies, split] = self._run(dies, split)
+        return self._of_split[dies, split]
 
-    def _run(self, dies: int) -> list[tuple[int, ...]]:
-        """Per die: bytes of weights without the rotary tables, and bytes per cached token.
+    def _run(self, dies: int, split: str) -> _Parts:
+        """Of a model whose cache has `_PROBE` tokens."""
+        cut = f"kv-split={split} kv-block=1"
+        module = self._partitioned(dies, f"max-kv={_PROBE}", "partition-dies", cut)
+        run_pipeline(module, "specialize-seqlen{seqlens=1},outline-params")
+        count = recorded(module).get("kv_parts", 1)
+        assert isinstance(count, int)
+        shares = [
+            layers for _, layers in even_ranges(self.shape.layers, self.options.pp)
+        ]  # how many layers each layer of the trial stands for
+        parts = [die for die in module.body if isinstance(die, Module)]
+        found = (
+            self._die(die, shares, number * self.options.pp // dies, _PROBE // count)
+            for number, die in enumerate(parts)
+        )
+        return _Parts(count, tuple(found))
 
-        Of the weights what a token reads in layers and outside; of a cached token what caches and tables
-        take.
-        """
+    def _partitioned(self, dies: int, cache: str, step: str, cut: str) -> Module:
+        """A model of one layer a stage, up to a pass that cuts it."""
         o, module = self.options, few_layers(self.shape, self.options.pp)
         entry = " embedding-as-input=true" if o.embedding_as_input else ""
         entry += f" dtype={o.kv_dtype}"
@@ -126,18 +175,19 @@ class DieNeeds:
             if o.quantizes and self.shape.group is None
             else ""
         )
+        batch = f"specialize-batch{{batch={o.batch}}}," if o.batch > 1 and not cut else ""
+        cut = cut or f"kv-split={o.kv_split} kv-block={o.kv_block}"
         run_pipeline(
             module,
-            f"{quantize}kv-materialize{{max-kv={_PROBE}{entry}}},partition-dies{{dies={dies}"
-            f" pp={o.pp} machine='{self.machine}'}},specialize-seqlen{{seqlens=1}},outline-params",
+            f"{quantize}kv-materialize{{{cache}{entry}}},{batch}{step}{{dies={dies}"
+            f" pp={o.pp} machine='{self.machine}' {cut}}}",
         )
-        shares = [
-            count for _, count in even_ranges(self.shape.layers, o.pp)
-        ]  # how many layers each layer of the trial stands for
-        parts = [die for die in module.body if isinstance(die, Module)]
-        return [self._die(die, shares, number * o.pp // dies) for number, die in enumerate(parts)]
+        return module
 
-    def _die(self, die: Module, shares: Sequence[int], stage: int) -> tuple[int, ...]:
+    def _die(self, die: Module, shares: Sequence[int], stage: int, held: int) -> tuple[int, ...]:
+        """Bytes of weights without the rotary tables, those of them that a token reads in layers and outside;
+        of a cached row, and of a token's rows of the tables.
+        """
         layers, once, table, rope = 0, 0, 0, 0
         (function,) = [f for f in die.body if isinstance(f, Func)]
         rows = {
@@ -165,10 +215,19 @@ class DieNeeds:
         results = range(len(function.body.terminator.operands))
         states = [alias for i in results if (alias := alias_of(function, i)) is not None]
         cache = sum(tensor_type(function.args[alias]).nbytes for alias in states)
-        return layers + once, layers, once - table, shares[stage] * cache // _PROBE, rope // _PROBE
+        return layers + once, layers, once - table, shares[stage] * cache // held, rope // _PROBE
 
 
-_PROBE: Final = 64  # tokens of the cache in the trial; caches and tables are proportional to it
+@dataclass(frozen=True)
+class _Parts:
+    """How many dies share the blocks of the caches' heads, and of each die what `DieNeeds._die` says."""
+
+    count: int
+    dies: tuple[tuple[int, ...], ...]
+
+
+# Tokens of the trial's cache, a multiple of any number of dies; caches and tables are proportional to it.
+_PROBE: Final = math.lcm(*range(1, MAX_DIES + 1))
 
 
 # --------------------------------------------------------------------------------------------------- the plan
@@ -196,6 +255,7 @@ class Plan:
     longest: tuple[LongestCache, ...] = ()
     prompt: PromptCost | None = None
     on_cards: tuple[OnCards, ...] = ()
+    kv_parts: int = 1
 
     def text(self) -> str:
         """The plan as lines for a terminal."""
@@ -216,7 +276,7 @@ class Plan:
             host_disk_bytes=self.host_disk,
             host_seconds=self.host_seconds,
             problems=tuple(p.render() for p in self.problems),
-            longest=tuple(PlannedLength(n.dies, n.stages, n.tokens) for n in self.longest),
+            longest=tuple(PlannedLength(n.dies, n.stages, n.tokens, n.kv_split) for n in self.longest),
             prompt=None
             if (p := self.prompt) is None
             else PlannedPrompt(p.tokens, p.steps, p.prefill, p.token, p.overlapped),
@@ -238,12 +298,14 @@ class OnCards:
 @dataclass(frozen=True)
 class LongestCache:
     """How many tokens each of several sequences can cache on so many dies in so many pipeline stages, with
-    the plan's other options; 0 where the weights alone are too much.
+    the plan's other options; 0 where the weights alone are too much.  `kv_split`: what such a cache is cut
+    by.
     """
 
     dies: int
     stages: int
     tokens: int
+    kv_split: str
 
 
 def longest_caches(
@@ -253,10 +315,12 @@ def longest_caches(
     for stages in sorted({1, 2, 4, options.pp}):
         if stages > shape.layers:
             continue
-        cuts = DieNeeds(shape, replace(options, pp=stages, dies=stages, die_map=(), mesh=()), tower)
+        split = "heads" if options.kv_split == "heads" else "auto"  # not all dies can be cut by tokens
+        trial = replace(options, pp=stages, dies=stages, die_map=(), mesh=(), kv_split=split)
+        cuts = DieNeeds(shape, trial, tower)
         for dies in sorted({1, 4, 8, MAX_DIES, options.dies}):
             if dies % stages == 0 and (stages == 1 or dies > stages):
-                yield LongestCache(dies, stages, cuts.longest(dies, int(machine.dram.capacity_bytes)))
+                yield LongestCache(dies, stages, *cuts.longest(dies, int(machine.dram.capacity_bytes)))
 
 
 def make_plan(
@@ -290,6 +354,7 @@ def make_plan(
     group = shape.group if shape.group is not None else options.group_size if options.quantizes else None
     _check_group(shape, group, stored=shape.group is not None)
     needs = cuts.needs(options.dies, options.max_kv)
+    parts = cuts.kv_parts(options.dies, options.max_kv)
     weights, code = sum(n.weights + n.tower for n in needs), options.dies * len(options.seqlens)
     linear, table = shape.width * shape.hidden, shape.vocabulary * shape.hidden
     ram = _BASE_RAM + max(4 * table, linear * (4 if group is None else 14))
@@ -304,7 +369,7 @@ def make_plan(
         machine,
         group,
         tuple(needs),
-        _speed(needs, machine, shape, options.pp),
+        _speed(needs, machine, shape, options.pp, parts),
         ram,
         weights + code * _CODE_BYTES,
         (fast, slow),
@@ -314,6 +379,7 @@ def make_plan(
         tuple(longest_caches(shape, options, machine, cuts.tower)) if long else (),
         prompt_cost(shape, options, machine) if long and not problems else None,
         tuple(cards),
+        parts,
     )
 
 
@@ -387,11 +453,12 @@ _IMPORT_SECONDS: Final = 5.0
 
 
 def _speed(
-    needs: list[DieNeed], machine: Machine, shape: ModelShape, stages: int
+    needs: list[DieNeed], machine: Machine, shape: ModelShape, stages: int, kv_parts: int
 ) -> tuple[float, float, float]:
     """(slow, point, fast) tokens/s of decoding with a full cache.
 
-    The slowest die's bytes over DRAM bandwidth x efficiency, two all-reduces a layer, the host.
+    The slowest die's bytes over DRAM bandwidth x efficiency, two all-reduces a layer (and two gathers where
+    caches are cut by tokens), the host.
 
     Pipeline stages read one after the other, the head on all dies together.
     """
@@ -408,7 +475,9 @@ def _speed(
 
         stream = nbytes / (value("dram.bandwidth_gbps", "high") * value("dram.efficiency", "high") * 1e9)
         collectives = (
-            (2 * shape.layers + 2) * (value("d2d.collective_us", "low") + value("d2d.hop_us", "low")) * 1e-6
+            ((4 if kv_parts > 1 else 2) * shape.layers + 2)
+            * (value("d2d.collective_us", "low") + value("d2d.hop_us", "low"))
+            * 1e-6
             if len(needs) > 1
             else 0.0
         )
@@ -481,7 +550,10 @@ def _memory_problems(cuts: DieNeeds, machine: Machine) -> Iterator[Diagnostic]:
             common = math.gcd(*(k for _, _, k, _ in cuts.shape.linears))
             changed = replace(changed, group_size=math.gcd(common, changed.group_size))
         of = known.setdefault(_kind(changed), DieNeeds(cuts.shape, changed, cuts.tower, cuts.machine))
-        return max(n.total for n in of.needs(changed.dies, changed.max_kv))
+        try:
+            return max(n.total for n in of.needs(changed.dies, changed.max_kv))
+        except TyirError:  # caches that cannot be cut as the options say
+            return None
 
     left = capacity - worst.weights - worst.tower - worst.activations
     if left > 0:
@@ -496,6 +568,9 @@ def _memory_problems(cuts: DieNeeds, machine: Machine) -> Iterator[Diagnostic]:
 def _kind(options: BuildOptions) -> BuildOptions:
     """What a trial's bytes per die and token depend on."""
     return replace(options, dies=1, die_map=(), mesh=(), max_kv=1)
+
+
+_MARK: Final = {"heads": "", "tokens": " t"}
 
 
 def duration(seconds: float) -> str:
@@ -518,6 +593,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield (
         f"{o.dies} die{'s' * (o.dies > 1)} of {m.name}{stages}, lengths {','.join(map(str, o.seqlens))}, a"
         f" cache of {o.max_kv} tokens"
+        + (f", cut by tokens over each {plan.kv_parts} dies" if plan.kv_parts > 1 else "")
     )
     yield f"{'die':>4}{'weights':>12}{'KV cache':>12}{'activations':>13}{'total':>12}{'of DRAM':>9}"
     for i, n in enumerate(plan.dies):
@@ -580,7 +656,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         stages_found = sorted({n.stages for n in plan.longest})
         yield f"{'dies':>6}" + "".join(f"{f'pp {k}':>14}" for k in stages_found)
         for dies in sorted({n.dies for n in plan.longest}):
-            found = {n.stages: n.tokens for n in plan.longest if n.dies == dies}
+            found = {n.stages: f"{n.tokens}{_MARK[n.kv_split]}" for n in plan.longest if n.dies == dies}
             yield f"{dies:>6}" + "".join(f"{found.get(k, '-'):>14}" for k in stages_found)
+        if any(n.kv_split == "tokens" for n in plan.longest):
+            yield f"  {_MARK['tokens'].strip()}: caches cut by tokens (--kv-split)"
     if o.max_kv > s.positions:
         yield f"note: the cache holds {o.max_kv} tokens, the model was trained for {s.positions} positions"

@@ -233,6 +233,13 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
     if not (isinstance(layers, int) and isinstance(hidden, int) and isinstance(vocabulary, int)):
         return None
     options = manifest.options
+    heads, width = manifest.model.get("num_attention_heads"), manifest.model.get("head_dim")
+    if not isinstance(heads, int) or heads < 1:
+        if options.kv_parts > 1:
+            return None
+        heads = 1  # nothing is asked of them
+    width = width if isinstance(width, int) else hidden // heads
+    of_group = heads * options.kv_parts // (options.dies // options.pp)
     return lambda tokens: minimal_collectives(
         layers,
         hidden,
@@ -242,5 +249,8 @@ def _least(manifest: Manifest) -> Callable[[int], Sequence[CollectiveNeed]] | No
         stages=options.pp,
         top_k=parse_output(options.output),
         embedding_as_input=options.embedding_as_input,
+        kv_parts=options.kv_parts,
+        heads=of_group,
+        width=width,
         rows=options.batch if options.takes_row(tokens) else None,
     )

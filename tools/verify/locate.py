@@ -24,7 +24,7 @@ from tyir.artifacts.rope_scaling import RECORDED
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.kv import Append, Rows
+from tyir.dialects.kv import Append, CachedAttention, Rows
 from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.constexpr import ConstantExpressions
@@ -121,6 +121,7 @@ Key = tuple[str, str, int]
 _SAME: Final = {
     "kv.attention": "ty.attention",
     "kv.dual_chunk_attention": "ty.attention",
+    "kv.merge_attention": "ty.attention",
     "ty.quantized_linear": "ty.linear",
 }
 
@@ -213,6 +214,8 @@ class _Keys:
             return None
         if op.results and self.constants.is_constant(op.results[0]):
             return None  # of weights alone, as rotary tables of one size are: dies have the result
+        if isinstance(op, CachedAttention) and op.blocks is not None:
+            return None  # a part: what is merged of all dies' has the name
         name = _SAME.get(op.name, op.name)
         number = self.counts[path, name]
         self.counts[path, name] += 1

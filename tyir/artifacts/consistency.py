@@ -75,6 +75,10 @@ def _options(options: BuildOptions) -> Iterator[str]:
         yield f"options.pp {options.pp} does not divide options.dies {options.dies}"
     elif options.mesh and math.prod(options.mesh) != options.dies // options.pp:
         yield f"options.mesh {options.mesh} does not count the {options.dies // options.pp} dies of a stage"
+    elif options.dies // options.pp % options.kv_parts:
+        yield f"options.kv_parts {options.kv_parts} does not divide the dies of a stage"
+    if (options.kv_parts > 1) != (options.kv_split == "tokens"):
+        yield f"options.kv_parts {options.kv_parts} does not fit options.kv_split {options.kv_split}"
     if options.die_map and len(set(options.die_map)) != options.dies:
         yield f"options.die_map {options.die_map} does not name {options.dies} different dies"
 
@@ -197,7 +201,7 @@ def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
         yield f"has {_shown(tensor)}, which is not a cache of {options.kv_dtype}"
     else:
         shape: list[int | None] = [None] * len(tensor.shape)
-        shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.max_kv
+        shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.cache_extent
         yield from _tensor(tensor, tensor.name, wanted, tuple(shape))
 
 

@@ -37,6 +37,7 @@ OWN_ATTRIBUTES: Final[Mapping[str, str]] = {
     "tyir.choice": "what was chosen, and why",
     "tyir.sharding": "where a result lives",
     "tyir.dies": "which dies take part",
+    "tyir.blocks": "dies that a cache's blocks of positions are dealt out to, and a block's positions",
     "tyir.shard": "the axis and first row of a die's share",
     "tyir.partial": "a sum that the dies' shares are still to be added up to",
     # of functions, their arguments and results

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tyir.dialects.kv import quantize_rows
+from tyir.dialects.kv import merge_parts, quantize_rows
 from tyir.dialects.ty.elementwise import gelu, silu, softcap
 from tyir.ir import Op
 
@@ -69,6 +69,11 @@ def per_column(call: Call) -> tuple[int, ...]:
 def per_head(call: Call) -> tuple[int, ...]:
     """A row for each row of a group: one that all rows share where the group is one row."""
     return (call.group, call.cols)
+
+
+def merged(call: Call) -> tuple[int, ...]:
+    """What the parts of a row, `group` side by side, come to: two columns less than one."""
+    return (call.rows, call.cols // call.group - 2)
 
 
 def angles(call: Call) -> tuple[int, ...]:
@@ -237,6 +242,15 @@ _ROWS: Final = (
         "a / s[row]: the end of blockwise attention",
         lambda _, a, s: a / np.maximum(s, np.float32(1e-30))[:, None],
         passes=2,
+    ),
+    VectorFunction(  # like blocks that are added up: a weight of each, and a product with it
+        "merge_attention",
+        _ONE,
+        (merged,),
+        "attention from the `group` parts [o, m, l] of each row, as kv.merge_attention says",
+        lambda call, a: merge_parts(a, call.group),
+        passes=2,
+        price="rescale_add",
     ),
     VectorFunction(  # like a norm a pass that reduces the row and one that scales it
         "quantize_rows",

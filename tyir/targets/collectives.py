@@ -138,6 +138,9 @@ def minimal_collectives(
     stage: int = 0,
     top_k: int = 0,
     embedding_as_input: bool = False,
+    kv_parts: int = 1,
+    heads: int = 0,
+    width: int = 0,
     rows: int | None = None,
 ) -> tuple[CollectiveNeed, ...]:
     """The fewest collectives, and their bytes, of a step on a die of pipeline stage `stage` when attention,
@@ -146,9 +149,11 @@ def minimal_collectives(
     Two sums a layer of the stage, of one f16 hidden vector a token: what follows each needs the whole vector
     (Shoeybi et al., Megatron-LM, arXiv:1909.08053); one for the embedding; the residual stream handed from
     stage to stage and at the end to all dies; one gather of the logits (f32), or of every die's `top_k` best
-    values and ids and its sum.  `tokens` counts those of all sequences, `rows` those of them whose results
-    are returned (None: all), which alone the last stage hands on.  Example (28 layers of 3584, 4 dies, 1
-    token, vocabulary 152064): 57 sums of 7168 bytes and a gather of 608,256.
+    values and ids and its sum.  Where `kv_parts` dies share caches by tokens, also two gathers a layer: the
+    `heads` queries of `width` that read their heads, f16, and each die's part of attention, f32 and two more.
+    `tokens` counts those of all sequences, `rows` those of them whose results are returned (None: all), which
+    alone the last stage hands on.  Example (28 layers of 3584, 4 dies, 1 token, vocabulary 152064): 57 sums
+    of 7168 bytes and a gather of 608,256.
     """
     if dies == 1:
         return ()
@@ -163,6 +168,10 @@ def minimal_collectives(
     )
     needs = (
         CollectiveNeed("all_reduce", members, 2 * own if members > 1 else 0, vector),
+        CollectiveNeed("all_gather", kv_parts, own * (kv_parts > 1), tokens * heads * width * 2),
+        CollectiveNeed(
+            "all_gather", kv_parts, own * (kv_parts > 1), tokens * heads * kv_parts * (width + 2) * 4
+        ),
         CollectiveNeed("all_reduce", dies, int(not embedding_as_input), vector),
         CollectiveNeed("send", 2, int(stages > 1), end if last else vector),
         CollectiveNeed("recv", 2, int(not first), vector),

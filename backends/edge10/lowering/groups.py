@@ -11,7 +11,11 @@ from tyir.backends.edge10.lowering.context import Area, Lowering
 from tyir.backends.edge10.lowering.fused.fusion import Fusion, Room, ScratchPlace
 from tyir.backends.edge10.lowering.fused.halved import Halved
 from tyir.backends.edge10.lowering.fusions import FUSIONS
-from tyir.backends.edge10.lowering.ops.attention import attention_scratch, lower_attention
+from tyir.backends.edge10.lowering.ops.attention import (
+    attention_scratch,
+    lower_attention,
+    lower_merge_attention,
+)
 from tyir.backends.edge10.lowering.ops.cache import (
     lower_append,
     lower_embedding,
@@ -50,6 +54,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     dist.Send: lower_send,
     dist.Recv: lower_recv,
     kv.QuantizeRows: lower_quantize_rows,
+    kv.MergeAttention: lower_merge_attention,
     ty.Concat: lower_concat,
     ty.Slice: lower_slice,
     ty.TopK: lower_top_k,

@@ -210,7 +210,8 @@ class AttentionBlocks:
 
     The heads are worked on in strips of at most `strip` heads, `STRIP_ROWS` rows: while one strip's softmax
     runs, the cube is at another's product.  A block's scores are products of `columns` keys each; the scores
-    of `buffers` strips have a place, and the products with V of `products` of them.
+    of `buffers` strips have a place, and the products with V of `products` of them.  `part`: the result is
+    rows of f32 that are to be merged.
     """
 
     queries: int
@@ -224,6 +225,7 @@ class AttentionBlocks:
     sets: int = 1
     buffers: int = 1
     products: int = 1
+    part: bool = False
 
     @property
     def strip_queries(self) -> int:
@@ -256,9 +258,9 @@ class AttentionBlocks:
             sizes["temperature"] = align(4)
         if not transfers:
             return sizes
-        return sizes | dict.fromkeys(
-            (*(f"q{number}" for number in range(self.rotations)), "out"), align(rows * dim * 2)
-        )
+        queries = (f"q{number}" for number in range(self.rotations))
+        out = rows * (dim + 2) * 4 if self.part else rows * dim * 2
+        return sizes | dict.fromkeys(queries, align(rows * dim * 2)) | {"out": align(out)}
 
     def accumulators(self, rows: int, dim: int, machine: Machine) -> tuple[tuple[int, int], tuple[int, int]]:
         """Size and number of the parts of the accumulators that take a strip's scores, and of those that take
@@ -316,9 +318,11 @@ def attention_blocks(
     transfers: bool = True,
     quantized: bool = False,
     rotations: int = 1,
+    block: int | None = None,
 ) -> AttentionBlocks:
     """The cheapest blocks that fit `room` bytes, over a long cache: every piece of the tokens reads the cache
-    again.  No block is longer than the cache of `capacity` rows.
+    again.  No block is longer than the cache of `capacity` rows.  `block`: of a cache that is cut by tokens,
+    the rows whose positions follow each other; the rows of a block are some of those.
     """
 
     def candidates() -> Iterator[AttentionBlocks]:
@@ -326,8 +330,15 @@ def attention_blocks(
             for all_heads in (True, False):
                 h = heads if all_heads else largest_group
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
-                yield AttentionBlocks(queries, 0, all_heads, strip, quantized, rotations=rotations)
+                yield AttentionBlocks(
+                    queries, 0, all_heads, strip, quantized, rotations=rotations, part=block is not None
+                )
 
+    if block is not None and not _dividing(block):
+        raise TyirError(
+            f"a cache is cut into blocks of {block} positions; a die's attention takes {_KEYS[-1]} at a time",
+            help=f"use kv-block={align(block, _KEYS[-1])}",
+        )
     return _cheapest(
         candidates(),
         (tokens, heads, groups, dim, largest_group),
@@ -335,7 +346,13 @@ def attention_blocks(
         room,
         capacity,
         transfers,
+        _KEYS if block is None else _dividing(block),
     )
+
+
+def _dividing(block: int) -> tuple[int, ...]:
+    """The numbers of keys that blocks of so many positions are made of."""
+    return tuple(keys for keys in _KEYS if block % keys == 0)
 
 
 def _cheapest(
@@ -345,13 +362,14 @@ def _cheapest(
     room: int,
     longest: int,
     transfers: bool,
+    numbers: Sequence[int] = _KEYS,
 ) -> AttentionBlocks:
-    """The best of the candidates with any blocks of keys; `sizes` are tokens, heads, cache heads, their
-    width, and the most heads of one cache head.
+    """The best of the candidates with any of these `numbers` of keys in a block; `sizes` are tokens, heads,
+    cache heads, their width, and the most heads of one cache head.
     """
     tokens, heads, groups, dim, largest = sizes
     best: tuple[float, AttentionBlocks] | None = None
-    all_keys = sorted({min(k, align(longest, machine.cube.columns)) for k in _KEYS}, reverse=True)
+    all_keys = sorted({min(k, align(longest, machine.cube.columns)) for k in numbers}, reverse=True)
     for blocks in candidates:
         h, g = (heads, groups) if blocks.all_heads else (largest, 1)
         for keys in all_keys:

@@ -39,10 +39,15 @@ def root(value: Value) -> Value:
     Through reshapes, appends in place, and ops that may write their result over their first operand.
     """
     while isinstance(op := value.op, (Reshape, Append)) or (
-        isinstance(op, (Rope, CachedAttention)) and _only_reader(op.operands[0])
+        isinstance(op, (Rope, CachedAttention)) and _fits(op) and _only_reader(op.operands[0])
     ):
         value = op.operands[0]
     return value
+
+
+def _fits(op: Op) -> bool:
+    """Whether the result has the type of the first operand: parts of attention do not."""
+    return op.results[0].type is op.operands[0].type
 
 
 def _only_reader(value: Value) -> bool:
@@ -223,8 +228,13 @@ def used_until(
 
 
 def _streamed(function: Func) -> set[Value]:
-    """The keys and values of a tower's attention, which pass through SRAM by blocks as a cache's do."""
-    return {root(v) for op in function.body if isinstance(op, Attention) for v in (op.k, op.v)}
+    """What lies in DRAM whatever room there is: the keys and values of a tower's attention, which pass
+    through SRAM by blocks as a cache's do, and rows of several tokens for a cache that is cut by tokens,
+    whose addresses follow the position.
+    """
+    found = {root(v) for op in function.body if isinstance(op, Attention) for v in (op.k, op.v)}
+    appends = (op for op in function.body if isinstance(op, Append) and op.blocks is not None)
+    return found | {root(op.rows) for op in appends if tensor_type(op.rows).static_shape[1] > 1}
 
 
 def in_place(function: Func, boundary: Boundary) -> dict[Value, Place]:

@@ -25,6 +25,7 @@ _HOST_LOOKUP: Final = 1.1  # the host embeds the tokens
 _NO_LOGITS: Final = 1.1  # the step returns tokens only
 _CACHE_ACCURACY: Final = 1.2  # 8-bit caches with a scale per head and token
 _WEIGHT_ACCURACY: Final = 1.5  # 4-bit weights, rounded to nearest
+_EXCHANGES: Final = 1.05  # dies exchange queries and what their keys come to
 _KV_STEP: Final = 256
 
 
@@ -98,6 +99,8 @@ def _changes(options: BuildOptions) -> Iterator[tuple[str, BuildOptions, float]]
         yield "--output argmax", replace(options, output="argmax"), _NO_LOGITS
     if options.kv_dtype == "fp16":
         yield "--kv-dtype int8", replace(options, kv_dtype="int8"), _CACHE_ACCURACY
+    if options.kv_split == "heads":
+        yield "--kv-split tokens", replace(options, kv_split="tokens"), _EXCHANGES
     if options.weights == "fp16":
         yield "--weights int4", replace(options, weights="int4"), _WEIGHT_ACCURACY
     if options.batch > 1:

@@ -10,6 +10,10 @@ them (arXiv:2205.14135), so that the scratch does not grow with the cache.
 
 With dual chunk attention the scores have three parts, those of keys before the last chunk, of the last chunk
 and of the queries' own, each with its rotation of the queries; what follows is the same.
+
+A cache that is cut by tokens is visited row by row as any other: whatever is said of positions becomes a
+number of rows first, those before a position being the first ones.  What is stored are the sums, the largest
+score and the total of the keys that are here; kv.merge_attention makes attention of those of all dies.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.backends.host.kernels.elementwise import capped
 from tyir.backends.host.kernels.tir import (
     Buffer,
@@ -39,6 +44,7 @@ from tyir.backends.host.kernels.tir import (
     loop,
     put,
     register,
+    rows_before,
     span,
     splat,
     store,
@@ -53,6 +59,7 @@ __all__ = ["EMITTERS"]
 _MOST_QUERIES = 8
 _BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
 _HIDDEN = float("-inf")
+_LOWEST: Final = -1e30  # the largest score where no key is seen: e to the power of differences with it is 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class _Work:
     rows of keys `low`..`high` that any of them sees.
 
     `first`: the position of the first query, which sees none after it; None where all see all of them.
+    `blocks`: of a cache that is cut by tokens, which positions its rows are.
     """
 
     sequence: Expr
@@ -100,6 +108,7 @@ class _Work:
     low: Expr
     high: Expr
     by_head: bool
+    blocks: TokenBlocks | None = None
 
     def row(self, position: Expr) -> list[Expr]:
         """Where the head's row of a position lies in a cache."""
@@ -114,6 +123,10 @@ class _Work:
         """The position of query t."""
         assert self.first is not None
         return self.first if self.of_heads else self.first + t
+
+    def before(self, position: Expr) -> Expr:
+        """How many rows hold positions below this one."""
+        return rows_before(self.blocks, position)
 
 
 def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
@@ -142,19 +155,19 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
     *scales, successive, inter, temperature = scales if chunked else (*scales, None, None, None)
     k_scales, v_scales = scales or (None, None)
     b, s, heads, width = (int(d) for d in q.shape)
-    capacity = op.capacity
+    held, blocks = op.held, op.token_blocks
     side_by_side = _heads_together(op.kv_heads) if s == 1 else 1
     of_heads = side_by_side > 1
     tokens = 1 if of_heads else _tile_of(s)
     tiles, groups = s // tokens, heads // side_by_side
     # The length is not known here: the work of a half-full cache decides about threads.
-    with loop(b * groups * tiles, cpu, b * s * heads * width * capacity) as item:
+    with loop(b * groups * tiles, cpu, b * s * heads * width * held) as item:
         head = bind(item // tiles % groups * side_by_side)
         sequence = bind(item // (tiles * groups))
         token = bind(item % tiles * tokens)
         first = bind(pos[sequence] + token)
-        high = bind(T.min(first + tokens, capacity))
-        low = bind(T.max(first + 1 - op.window, 0)) if op.window > 0 else T.int32(0)
+        high = bind(T.min(rows_before(blocks, first + tokens), held))
+        low = bind(rows_before(blocks, T.max(first + 1 - op.window, 0))) if op.window > 0 else T.int32(0)
         work = _Work(
             sequence,
             head,
@@ -166,16 +179,18 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
             low,
             high,
             op.layout == "HND",
+            blocks,
         )
         parts: list[_Part] = [_Part(q)]
         if isinstance(op, kv.DualChunkAttention):
             own = bind(T.floordiv(pos[sequence], T.int32(op.step)) * op.step)
-            last = bind(T.max(own - op.step, 0))
+            last = bind(rows_before(blocks, T.max(own - op.step, 0)))
+            own = bind(rows_before(blocks, own))
             heat = bind(temperature[sequence])
             bounds = (inter, (low, last)), (successive, (last, own)), (q, (own, high))
             parts = [_Part(rotated, rows, heat) for rotated, rows in bounds]
-        visit = _by_blocks if capacity > _BLOCK else _at_once
-        visit(op, work, parts, (k, k_scales), (v, v_scales), out, min(capacity, _BLOCK), cpu)
+        visit = _by_blocks if held > _BLOCK or blocks is not None else _at_once
+        visit(op, work, parts, (k, k_scales), (v, v_scales), out, min(held, _BLOCK), cpu)
 
 
 def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -238,13 +253,13 @@ def _by_blocks(
     """A tile over any number of keys, `rows` at a time: maximum, total and weighted sum of the blocks before
     are scaled to the maximum with the new block.
     """
-    width = int(out.shape[3])
+    width = int(v[0].shape[3])
     lanes = lanes_for(cpu.lanes, width)
     scores = T.alloc_buffer((work.queries, rows + cpu.lanes), "float32")
     sums = T.alloc_buffer((work.queries, width), "float32")
     online = _Online(*(T.alloc_buffer((work.queries,), "float32") for _ in range(3)))
     with T.serial(0, work.queries) as t:
-        T.buffer_store(online.maxima, f32(_HIDDEN), [t])
+        T.buffer_store(online.maxima, f32(_HIDDEN if work.blocks is None else _LOWEST), [t])
         T.buffer_store(online.totals, f32(0), [t])
         with T.serial(0, width // lanes) as i:
             store(sums, [t, i * lanes], f32(0, lanes), lanes)
@@ -262,6 +277,9 @@ def _by_blocks(
             store(sums, [t, column], value, lanes)
 
         _weighted_values(block, *v, scores, cpu, before, kept)
+    if work.blocks is not None:
+        _store_part(work, out, sums, online, lanes)
+        return
     with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
         value = load(sums, [t, i * lanes], lanes) / splat(online.totals[t], lanes)
         _store_out(work, out, t, i * lanes, value, lanes)
@@ -269,6 +287,38 @@ def _by_blocks(
 
 def _store_out(work: _Work, out: Buffer, t: Expr, column: Expr, value: Expr, lanes: int) -> None:
     store(out, [*work.query(t), column], value, lanes)
+
+
+def _store_part(work: _Work, out: Buffer, sums: Buffer, online: _Online, lanes: int) -> None:
+    """The sums of each query, its largest score and its total, for kv.merge_attention."""
+    width = int(out.shape[3]) - 2
+    with T.serial(0, work.queries) as t:
+        with T.serial(0, width // lanes) as i:
+            _store_out(work, out, t, i * lanes, load(sums, [t, i * lanes], lanes), lanes)
+        T.buffer_store(out, online.maxima[t], [*work.query(t), width])
+        T.buffer_store(out, online.totals[t], [*work.query(t), width + 1])
+
+
+def merge(op: kv.MergeAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    """Each row's parts, weighted by how far their largest score is from that of all."""
+    parts, out = buffers
+    b, s, heads, width = (int(d) for d in out.shape)
+    lanes, count, each = lanes_for(cpu.lanes, width), op.count, width + 2
+    with loop(b * s * heads, cpu, b * s * heads * width * count) as item:
+        row = [bind(item // (s * heads)), bind(item // heads % s), bind(item % heads)]
+        largest = bind(parts[(*row, width)])
+        for n in range(1, count):
+            largest = bind(T.max(largest, parts[(*row, n * each + width)]))
+        weights = [
+            bind(exp(T.max(parts[(*row, n * each + width)] - largest, f32(-87)), 1)) for n in range(count)
+        ]
+        total = bind(sum((w * parts[(*row, n * each + width + 1)] for n, w in enumerate(weights)), f32(0)))
+        total = bind(T.max(total, f32(1e-30)))
+        with T.serial(0, width // lanes) as i:
+            value = f32(0, lanes)
+            for n, weight in enumerate(weights):
+                value = value + splat(weight, lanes) * load(parts, [*row, n * each + i * lanes], lanes)
+            store(out, [*row, i * lanes], bind(value) / splat(total, lanes), lanes)
 
 
 def _of_segment(row: Expr, bounds: Sequence[tuple[int, int]]) -> Expr:
@@ -332,12 +382,19 @@ def _scores(
                 score = bind(score * splat(part.temperature, lanes))
             if op.softcap is not None:
                 score = capped(score, op.softcap, lanes)
-            last = high - 1 if work.first is None else T.min(high - 1, work.position(t))
+            last = high - 1
+            if work.blocks is not None:
+                last = T.min(last, work.before(work.position(t) + 1) - 1)
+            elif work.first is not None:
+                last = T.min(last, work.position(t))
             positions = bind(span(start, lanes))
             seen = T.Select(positions <= splat(bind(last), lanes), score, f32(_HIDDEN, lanes))
             if op.window > 0 and work.first is not None:
-                before = splat(bind(work.position(t) - op.window), lanes)
-                seen = T.Select(positions > before, seen, f32(_HIDDEN, lanes))
+                if work.blocks is None:
+                    before = bind(work.position(t) - op.window)
+                else:
+                    before = bind(work.before(T.max(work.position(t) + 1 - op.window, 0)) - 1)
+                seen = T.Select(positions > splat(before, lanes), seen, f32(_HIDDEN, lanes))
             store(scores, [t, start - work.low], seen, lanes)
 
 
@@ -412,5 +469,6 @@ def _weighted_values(
 EMITTERS: Final[Emitters] = {
     kv.CachedAttention: attention,
     kv.DualChunkAttention: attention,
+    kv.MergeAttention: merge,
     ty.Attention: both_ways,
 }

@@ -17,6 +17,7 @@ from tyir.backends.host.kernels.tir import (
     flat,
     lanes_for,
     load,
+    rows_before,
     splat,
     store,
 )
@@ -109,8 +110,8 @@ def rows(op: kv.Rows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 def append(op: kv.Append, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     cache, new, pos = buffers
     b, s, heads, width = (*_shape(new), 1)[:4]
-    capacity, by_head = op.capacity, op.layout == "HND"
-    outer = (heads, capacity) if by_head else (capacity, heads)
+    held, by_head, blocks = op.held, op.layout == "HND", op.token_blocks
+    outer = (heads, held) if by_head else (held, heads)
     cache, new = (
         flat(cache, b, *outer, width),
         flat(new, b, s, heads, width),
@@ -118,8 +119,13 @@ def append(op: kv.Append, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 
     def emit(at: list[Expr]) -> None:
         sequence, token = at
-        row = bind(pos[sequence] + token)
-        with T.If(T.And(row >= 0, row < capacity)), T.Then(), T.serial(0, heads) as head:
+        position = bind(pos[sequence] + token)
+        row = position if blocks is None else bind(rows_before(blocks, position))
+        here = T.And(row >= 0, row < held)
+        if blocks is not None:
+            owner = T.floormod(T.floordiv(position, T.int32(blocks.size)), T.int32(blocks.count))
+            here = T.And(here, owner == blocks.number)
+        with T.If(here), T.Then(), T.serial(0, heads) as head:
             _copy_row(
                 new,
                 [sequence, token, head, 0],

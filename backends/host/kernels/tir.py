@@ -18,6 +18,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.ir import Op
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "prefetch",
     "put",
     "register",
+    "rows_before",
     "span",
     "splat",
     "store",
@@ -93,6 +95,17 @@ def splat(value: Expr, lanes: int) -> Expr:
 def f32(value: float, lanes: int = 1) -> Expr:
     """A constant in every lane."""
     return splat(T.float32(value), lanes)
+
+
+def rows_before(blocks: TokenBlocks | None, position: Expr) -> Expr:
+    """How many rows of a cache hold positions below this one, which is not negative; `blocks` of one that is
+    cut by tokens.
+    """
+    if blocks is None:
+        return position
+    turn = T.int32(blocks.count * blocks.size)
+    own = T.floormod(position, turn) - blocks.number * blocks.size
+    return T.floordiv(position, turn) * blocks.size + T.min(T.max(own, 0), blocks.size)
 
 
 def load(buffer: Buffer, index: Sequence[Expr], lanes: int, dtype: str = "float32") -> Expr:

@@ -7,28 +7,33 @@ are the layer's own, in DRAM, and the loop runs over a segment's rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from tyir.backends.edge10.lowering.context import Area, Lowering, element_bytes
+from tyir.attributes import ArrayAttr
+from tyir.backends.edge10.lowering.context import Area, Lowering, element_bytes, sram_range
 from tyir.backends.edge10.lowering.ops.attention_block import Attending, AttentionBlock, head_runs
 from tyir.backends.edge10.lowering.tiling import AttentionBlocks, attention_blocks, segment_blocks, spans
 from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.diagnostics import TyirError
-from tyir.dialects.kv import CachedAttention, DualChunkAttention
+from tyir.dialects import edge10
+from tyir.dialects.kv import CachedAttention, DualChunkAttention, MergeAttention
 from tyir.dialects.ty import Attention, default_kv_heads, tensor_type
 from tyir.ir import Value
 from tyir.targets.machine import Machine
+from tyir.types import f16, f32
 
-__all__ = ["attention_scratch", "lower_attention"]
+__all__ = ["attention_scratch", "lower_attention", "lower_merge_attention"]
 
 
 def _described(op: CachedAttention | Attention) -> Attending:
     if isinstance(op, CachedAttention):
         known = Attending(
-            *(op.queries, op.k, op.v, op.out, op.scales, op.kv_heads, op.cache_heads, op.capacity),
+            *(op.queries, op.k, op.v, op.out, op.scales, op.kv_heads, op.cache_heads, op.held),
             *(op.layout, op.scale, op.window, op.softcap),
+            blocks=op.token_blocks,
         )
         if isinstance(op, DualChunkAttention):
             return replace(known, step=op.step, temperature=op.temperature)
@@ -47,11 +52,13 @@ def attention_scratch(
     plan: SramPlan,
     held: Collection[Value] = (),
 ) -> Scratch | None:
-    """What the attention of many tokens takes of an arena beside its queries, whose place its result takes;
-    few tokens, and an arena with less room than the temporaries, do with these.
+    """What the attention of many tokens takes of an arena beside its queries, whose place its result takes,
+    unless it is a part that is to be merged; few tokens, and an arena with less room than the temporaries, do
+    with these.
     """
     known = _described(op)
     room = arena - len(known.queries) * align(tensor_type(op.q).nbytes)
+    room -= align(tensor_type(op.out).nbytes) if known.blocks is not None else 0
     if tensor_type(op.q).static_shape[1] <= machine.cube.rows or room <= 0:
         return None
     try:
@@ -115,13 +122,43 @@ def _bring_queries(op: CachedAttention | Attention, lowering: Lowering, first: i
     lowering.load_bytes(lowering.place(op.q).at(first * row), place, rows * row)
 
 
+def lower_merge_attention(op: MergeAttention, lowering: Lowering) -> None:
+    """`kv.merge_attention`: one vector command makes rows of attention of what all dies' keys come to."""
+    *outer, width = tensor_type(op.parts).static_shape
+    place, target = lowering.place(op.parts), lowering.place(op.out)
+    row, made = width * 4, tensor_type(op.out).static_shape[-1] * 2
+    spilled = (0 if place.in_sram else align(row)) + (0 if target.in_sram else align(made))
+    for piece in lowering.pieces(math.prod(outer), spilled):
+        source, out, temp = place.offset + piece.first * row, target.offset + piece.first * made, piece.temp
+        if not place.in_sram:
+            source, temp = temp, temp + align(piece.rows * row)
+            lowering.load_bytes(place.at(piece.first * row), source, piece.rows * row)
+        if not target.in_sram:
+            out = temp
+        lowering.emitter.emit(
+            edge10.VectorOp,
+            function="merge_attention",
+            inputs=(source,),
+            outputs=(out,),
+            rows=piece.rows,
+            cols=width,
+            group=op.count,
+            input_types=ArrayAttr([f32]),
+            output_types=ArrayAttr([f16]),
+            reads=[sram_range(source, piece.rows * row)],
+            writes=[sram_range(out, piece.rows * made, write=True)],
+        )
+        if not target.in_sram:
+            lowering.store_bytes(target.at(piece.first * made), out, piece.rows * made)
+
+
 def _longest(op: CachedAttention | Attention) -> int:
     """Rows of the longest segment; 0 where segments bound nothing."""
     return max(end - first for first, end in op.spans()) if isinstance(op, Attention) else 0
 
 
 def _blocks(op: Attending, room: int, machine: Machine, *, transfers: bool, longest: int) -> AttentionBlocks:
-    _, tokens, heads, dim = tensor_type(op.out).static_shape
+    _, tokens, heads, dim = tensor_type(op.queries[0]).static_shape
     groups, largest = op.cache_heads, max(r.heads for r in head_runs(op.kv_heads))
     if longest:
         return segment_blocks(tokens, longest, heads, groups, dim, machine, room, transfers=transfers)
@@ -131,12 +168,13 @@ def _blocks(op: Attending, room: int, machine: Machine, *, transfers: bool, long
         transfers=transfers,
         quantized=bool(op.scales),
         rotations=len(op.queries),
+        block=op.blocks.size if op.blocks is not None else None,
     )
 
 
 def _bytes(op: Attending, blocks: AttentionBlocks) -> int:
     """What the blocks take of SRAM, queries and result not counted."""
-    _, _, heads, dim = tensor_type(op.out).static_shape
+    _, _, heads, dim = tensor_type(op.queries[0]).static_shape
     heads, groups = (
         (heads, op.cache_heads) if blocks.all_heads else (max(r.heads for r in head_runs(op.kv_heads)), 1)
     )

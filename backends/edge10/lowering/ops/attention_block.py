@@ -15,6 +15,8 @@ have no rows: their scores cost nothing, their product with V is zero.
 
 An 8-bit cache's blocks are loaded with their scales and de-quantised to f16 first.
 
+Of a cache that is cut by tokens the loop runs over the die's own rows; m, l and o are stored as they are, for kv.merge_attention.
+
 There is one range, of the keys up to the queries or of the queries' segment; with dual chunk attention there are three, each with a rotation of the queries of
 its own.  m, l and o pass through all of them, so that nothing is merged, and a range without keys costs next to nothing.
 """  # noqa: E501
@@ -26,10 +28,12 @@ from dataclasses import dataclass
 from itertools import cycle, groupby
 from typing import Final
 
+from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Lowering, Place, acc_range, sram_range
 from tyir.backends.edge10.lowering.dependences import ACC, Access, Slot, Space, Tracker
 from tyir.backends.edge10.lowering.emitter import Emitter
+from tyir.backends.edge10.lowering.ops.cache import rows_before
 from tyir.backends.edge10.lowering.tiling import AttentionBlocks, spans
 from tyir.backends.edge10.memory.allocate import align
 from tyir.dialects import edge10
@@ -68,6 +72,7 @@ class Attending:
     segment: tuple[int, int] | None = None
     step: int = 0
     temperature: Value | None = None
+    blocks: TokenBlocks | None = None
 
 
 @dataclass(frozen=True)
@@ -136,10 +141,11 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A block's rows: how many, and the first."""
+    """A block's rows: how many, the first, and the position of it."""
 
     keys: Value
     first: Value
+    position: Value
 
 
 def in_turn(steps: int, buffers: int) -> list[int]:
@@ -183,7 +189,7 @@ class AttentionBlock:
             count,
         )
         self.blocks, self.keys = blocks, blocks.keys
-        _, _, self.all_heads, self.dim = tensor_type(op.out).static_shape
+        _, _, self.all_heads, self.dim = tensor_type(op.queries[0]).static_shape
         self.cache_heads, self.capacity = op.cache_heads, op.capacity
         self.first_group, self.groups = (0, op.cache_heads) if blocks.all_heads else (runs[0].group, 1)
         self.first_head, self.heads = runs[0].first, sum(r.heads for r in runs)
@@ -288,6 +294,9 @@ class AttentionBlock:
         return target, (self.heads * row, row)
 
     def _finish(self) -> None:
+        if self.op.blocks is not None:
+            self._finish_part()
+            return
         place, row = self._place(self.op.out), self.dim * 2
         start = (self.first * self.all_heads + self.first_head) * row
         target, outer = (
@@ -324,6 +333,44 @@ class AttentionBlock:
                 dram_strides=(0, self.all_heads * row),
             )
 
+    def _finish_part(self) -> None:
+        """Rows of the sums, the largest score and the total, in f32."""
+        place, row = self._place(self.op.out), (self.dim + 2) * 4
+        start, outer = (self.first * self.all_heads + self.first_head) * row, self.all_heads * row
+        target = place.offset + start
+        if not place.in_sram:
+            target, outer = self.at["out"], self.heads * row
+        for strip in self.strips:
+            out = target + strip.query * outer + (strip.first - self.first_head) * row
+            for name, column, columns in (
+                ("sum", 0, self.dim),
+                ("maximum", self.dim, 1),
+                ("total", self.dim + 1, 1),
+            ):
+                kept, to = self._kept(name, strip, columns * 4), out + column * 4
+                extent = (strip.count - 1) * outer + (strip.heads - 1) * row + columns * 4
+                self.lowering.emitter.emit(
+                    edge10.VectorOp,
+                    function="copy",
+                    inputs=(kept,),
+                    outputs=(to,),
+                    rows=strip.rows,
+                    cols=columns,
+                    group=strip.heads,
+                    output_strides=(outer, row),
+                    input_types=ArrayAttr([f32]),
+                    output_types=ArrayAttr([f32]),
+                    reads=[sram_range(kept, strip.rows * columns * 4)],
+                    writes=[sram_range(to, extent, write=True)],
+                )
+        if not place.in_sram:
+            self.lowering.store(
+                place.at(start),
+                target,
+                (1, self.count, self.heads * row),
+                dram_strides=(0, self.all_heads * row),
+            )
+
     def _kept(self, name: str, strip: _Strip, row: int) -> int:
         """Where a strip's rows of what is kept from turn to turn begin."""
         return self.at[name] + strip.offset * row
@@ -341,17 +388,38 @@ class AttentionBlock:
             yield _Keys(0, first_key, until, nothing, all_turns, turns == 1)
             return
         pos = self.lowering.position(self.sequence)
-        visible = outer.affine([pos], [1], self.first + self.count, high=self.capacity)
+        visible = self._rows_before(pos, self.first + self.count)
         if op.step:
             chunk = outer.affine([outer.position(self.sequence)], [1], divisor=op.step)
             own, last = (outer.affine([chunk], [op.step], -back) for back in (0, op.step))
+            if op.blocks is not None:
+                own, last = (self._rows_before(value, 0) for value in (own, last))
             for query, first, high in ((2, nothing, last), (1, last, own), (0, own, visible)):
                 end = outer.affine([high, first], [1, -1], turn - 1, divisor=turn)
                 yield _Keys(query, first, high, nothing, end, once=False)
             return
         start = outer.affine([pos], [1], self.first - op.window + 1, divisor=turn) if op.window else nothing
+        if op.window and op.blocks is not None:
+            start = outer.affine([self._rows_before(pos, self.first - op.window + 1)], [1], divisor=turn)
         end = outer.affine([visible], [1], turn - 1, divisor=turn)
         yield _Keys(0, 0, visible, start, end, self.capacity <= turn)
+
+    def _rows_before(self, position: Value, after: int) -> Value:
+        """How many rows of the cache hold positions up to `after` after this one, that excepted."""
+        emitter, blocks = self.lowering.emitter, self.op.blocks
+        if blocks is None:
+            return emitter.affine([position], [1], after, high=self.capacity)
+        return rows_before(emitter, blocks, emitter.affine([position], [1], after), self.capacity)
+
+    def _position_of(self, row: Value) -> Value:
+        """The position of a row of the cache."""
+        emitter, blocks = self.lowering.emitter, self.op.blocks
+        if blocks is None:
+            return row
+        block = emitter.affine([row], [1], divisor=blocks.size)
+        return emitter.affine(
+            [row, block], [1, (blocks.count - 1) * blocks.size], blocks.number * blocks.size
+        )
 
     def _loop(self, which: _Keys, q: int, q_strides: tuple[int, int]) -> None:
         outer = self.lowering.emitter
@@ -402,7 +470,8 @@ class AttentionBlock:
                 first = emitter.affine([turn], [sets * size], which.low + rows, high=self.capacity)
             else:
                 first = emitter.affine([turn, which.low], [sets * size, 1], rows, high=self.capacity)
-            found.append(_Rows(emitter.affine([which.high, first], [1, -1], high=size), first))
+            keys = emitter.affine([which.high, first], [1, -1], high=size)
+            found.append(_Rows(keys, first, self._position_of(first)))
         return found
 
     def _caches(self, outer: Emitter) -> dict[Space, Value]:
@@ -454,7 +523,7 @@ class AttentionBlock:
         self.lowering.emitter.emit(
             edge10.SoftmaxBlock,
             rows.keys,
-            rows.first,
+            rows.position,
             scores=scores,
             score_stride=size * 4,
             probabilities=scores,

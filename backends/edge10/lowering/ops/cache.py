@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Lowering, Place, element_bytes, sram_range
+from tyir.backends.edge10.lowering.emitter import Emitter
 from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch, root
 from tyir.dialects import edge10
@@ -26,26 +28,33 @@ __all__ = [
     "lower_quantize_rows",
     "lower_rows",
     "lower_select_row",
+    "rows_before",
     "selection_scratch",
 ]
 
 
 def lower_append(op: Append, lowering: Lowering) -> None:
     """`kv.append`: rows [b, s, G, D] (or [b, s, G]) to positions pos.. of each sequence's cache; what lies
-    beyond the capacity is dropped.
+    beyond the capacity is dropped, and of a cache that is cut by tokens what belongs to other dies.
     """
     batch, tokens, groups, *dim = tensor_type(op.rows).static_shape
-    capacity = op.capacity
+    capacity = op.held
     row = math.prod(dim) * element_bytes(op.rows)
     for sequence in range(batch):
         source, cache = (
             lowering.place(op.rows).at(sequence * tokens * groups * row),
             lowering.place(op.cache).at(sequence * groups * capacity * row),
         )
-        if op.layout == "HND":
-            _append(source, cache, sequence, (tokens, groups, capacity, row), lowering)
-        else:  # all heads of a token are one row
-            _append(source, cache, sequence, (tokens, 1, capacity, groups * row), lowering)
+        sizes = (tokens, groups, capacity, row)
+        if op.layout == "NHD":  # all heads of a token are one row
+            sizes = (tokens, 1, capacity, groups * row)
+        if (blocks := op.token_blocks) is None:
+            _append(source, cache, sequence, sizes, lowering)
+        elif tokens == 1:
+            _append_own(source, cache, sequence, sizes, blocks, lowering)
+        else:
+            for number in range(1 + (tokens + blocks.size - 2) // (blocks.count * blocks.size)):
+                _append_run(source, cache, sequence, sizes, blocks, number, lowering)
 
 
 def _append(
@@ -73,6 +82,105 @@ def _append(
             reads=[sram_range(sram, piece.rows * groups * row)],
             writes=cache.access(groups * capacity * row, write=True),
         )
+
+
+def rows_before(emitter: Emitter, blocks: TokenBlocks, position: Value, held: int) -> Value:
+    """How many of the `held` rows of a cache that is cut by tokens hold positions below this one."""
+    turn = blocks.count * blocks.size
+    turns = emitter.affine([position], [1], divisor=turn)
+    rest = emitter.affine([position, turns], [1, -turn], -blocks.number * blocks.size, high=blocks.size)
+    return emitter.affine([turns, rest], [blocks.size, 1], high=held)
+
+
+def _append_own(
+    source: Place,
+    cache: Place,
+    sequence: int,
+    sizes: tuple[int, int, int, int],
+    blocks: TokenBlocks,
+    lowering: Lowering,
+) -> None:
+    """One token's rows, where the position is the die's; nothing is stored where it is not."""
+    _, groups, held, row = sizes
+    emitter, pos, sram = lowering.emitter, lowering.position(sequence), source.offset
+    if not source.in_sram:
+        sram = lowering.plan.temp
+        lowering.load_bytes(source, sram, groups * row)
+    first = rows_before(emitter, blocks, pos, held)
+    end = rows_before(emitter, blocks, emitter.affine([pos], [1], 1), held)
+    count = emitter.affine([end, first], [1, -1])
+    _store_rows(sram, cache, first, count, 1, sizes, lowering)
+
+
+def _append_run(
+    source: Place,
+    cache: Place,
+    sequence: int,
+    sizes: tuple[int, int, int, int],
+    blocks: TokenBlocks,
+    number: int,
+    lowering: Lowering,
+) -> None:
+    """Of a step's rows, which lie in DRAM, those of the `number`-th block of the die's that they reach into:
+    which of them that are is known by the position only, and an address in DRAM can follow it.
+    """
+    tokens, groups, held, row = sizes
+    assert not source.in_sram, "assign_places keeps them in DRAM"
+    emitter, pos, size = lowering.emitter, lowering.position(sequence), blocks.size
+    turn, start = blocks.count * size, blocks.number * size
+    block = emitter.affine(
+        [pos], [1], turn - start - size, divisor=turn
+    )  # the first that does not end before pos
+    first, end = (
+        emitter.affine([block, pos], [turn, -1], number * turn + start + after, high=tokens)
+        for after in (0, size)
+    )
+    into = emitter.affine([pos, block], [1, -turn], -number * turn - start)  # rows of the block before pos
+    for piece in lowering.pieces(min(tokens, size), groups * row):
+        token = emitter.affine([first], [1], piece.first, high=tokens)
+        to = emitter.affine([block, into], [size, 1], number * size + piece.first, high=held)
+        last = emitter.affine([to, end, token], [1, 1, -1], high=held)
+        count = emitter.affine([last, to], [1, -1], high=piece.rows)
+        emitter.emit(
+            edge10.Load,
+            emitter.offset(lowering.address(source), token, groups * row),
+            count,
+            offset=source.offset,
+            sram=piece.temp,
+            shape=(1, edge10.DYNAMIC, groups * row),
+            dram_strides=(0, groups * row),
+            sram_strides=(0, groups * row),
+            queue="eidma",
+            reads=source.access(tokens * groups * row, write=False),
+            writes=[sram_range(piece.temp, piece.rows * groups * row, write=True)],
+        )
+        _store_rows(piece.temp, cache, to, count, piece.rows, sizes, lowering)
+
+
+def _store_rows(
+    sram: int,
+    cache: Place,
+    first: Value,
+    count: Value,
+    most: int,
+    sizes: tuple[int, int, int, int],
+    lowering: Lowering,
+) -> None:
+    """`count` tokens' rows to rows `first`.. of each head of a cache."""
+    _, groups, held, row = sizes
+    emitter = lowering.emitter
+    emitter.emit(
+        edge10.Store,
+        emitter.offset(lowering.address(cache), first, row),
+        count,
+        offset=cache.offset,
+        sram=sram,
+        shape=(groups, edge10.DYNAMIC, row),
+        dram_strides=(held * row, row),
+        sram_strides=(row, groups * row),
+        reads=[sram_range(sram, most * groups * row)],
+        writes=cache.access(groups * held * row, write=True),
+    )
 
 
 def lower_quantize_rows(op: QuantizeRows, lowering: Lowering) -> None:
