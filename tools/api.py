@@ -87,13 +87,19 @@ def build_and_compile_vlm(
     vision_dev_count: int | None = None,
     vision_die_map: Sequence[int] = (),
     die_map: Sequence[int] = (),
+    vision_tower: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Compile a vision-language model; returns the folder of the artifacts, `artifacts_path/{dev_count}die`.
 
     `image_sizes` are (height, width) in pixels, TyLLM's order; `--image` writes the width first.
     `vision_dev_count` dies run the tower (default: those of the language model); `die_map` and
-    `vision_die_map` name the physical dies, the main one first.  Raises `TyirError`.
+    `vision_die_map` name the physical dies, the main one first.  Of LLaVA as its authors publish it,
+    `vision_tower` is the folder of its CLIP model, and `base` the Llama that a delta is added to.  Raises
+    `TyirError`.
     """
+    from tyir.frontends.plugin import plugin_of
+
     model = Path(model_path)
     out = Path(artifacts_path) if artifacts_path is not None else model.with_name(model.name + "_tyir")
     options = BuildOptions(
@@ -109,6 +115,8 @@ def build_and_compile_vlm(
         out,
         options,
         images=[(width, height) for height, width in image_sizes],
+        plugin=plugin_of(None, None if vision_tower is None else Path(vision_tower)),
+        base=None if base is None else Path(base),
         vision_dies=vision_dev_count,
         vision_die_map=tuple(vision_die_map),
     )

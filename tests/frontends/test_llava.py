@@ -36,7 +36,7 @@ from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 from tyir.runtime_sim.vision.request import VisionRequest
 from tyir.runtime_sim.vision.session import VisionSession
-from tyir.tools.api import compile_path
+from tyir.tools.api import build_and_compile_vlm
 from tyir.tools.estimate.plan import make_plan
 from tyir.tools.run.turns import Turns
 from tyir.tools.tokenizer import load_tokenizer
@@ -342,9 +342,9 @@ def test_a_question_about_a_picture(projector: str, make: Any, tmp_path: Path) -
     """
     marks = projector == "linear"
     folders = in_own_layout(make(projector, marks).hf, tmp_path, image_aspect_ratio="pad")
-    options = BuildOptions(dies=1, seqlens=(16,), max_kv=448)
-    plugin = ModelPlugin(vision_tower=folders.tower)
-    out = compile_path(folders.own, tmp_path / "out", options, images=[(SIDE, SIDE)], plugin=plugin)
+    out = build_and_compile_vlm(
+        folders.own, tmp_path / "out", 448, [16], 1, [(SIDE, SIDE)], vision_tower=folders.tower
+    )
     artifacts = Artifacts.open(out)
     turns = Turns(VisionSession(artifacts), load_tokenizer(artifacts))
     assert turns.preprocessor is not None
