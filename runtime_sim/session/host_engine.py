@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -64,7 +65,7 @@ class _Die:
         self.meeting: Meeting | None = None
         self.steps: dict[int, CompiledStep] = {}  # by length
         self.workspace = np.empty(0, np.uint8)  # shared by the lengths: one runs at a time
-        self._ready = False
+        self._calling = threading.local()  # whether the calling thread's workers have been counted
 
     def load(self, seqlen: int, program: DieProgram, interpreter: Interpreter, library: HostLibrary) -> None:
         """Makes the step of one length ready to be called."""
@@ -96,9 +97,9 @@ class _Die:
         self.meeting = meeting
         problem: BaseException | None = None
         try:
-            if not self._ready:
+            if not getattr(self._calling, "counted", False):
                 use_threads(self.threads)
-                self._ready = True
+                self._calling.counted = True
             self.steps[seqlen](arrays)
         except BaseException as error:
             problem = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
-from tyir.runtime_sim.session.host_engine import HostEngine
+from tyir.runtime_sim.session.host_engine import HostEngine, _threads
+from tyir.runtime_sim.session.host_runtime import _ffi
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.tools.api import compile_path
 
@@ -60,6 +62,23 @@ def test_steps_give_back_what_they_take(artifacts: Artifacts) -> None:
 def test_threads_do_not_change_a_step(artifacts: Artifacts) -> None:
     folder = artifacts(1, "int4")
     np.testing.assert_array_equal(Session(folder, threads=1).feed(IDS), Session(folder).feed(IDS))
+
+
+def test_every_thread_that_steps_has_all_workers(artifacts: Artifacts) -> None:
+    """A server measures steps in one thread and runs them in another; TVM's own count is half of the
+    processors.
+    """
+    session, counts = Session(artifacts(1, "fp16")), []
+
+    def step() -> None:
+        session.feed([5])
+        counts.append(_ffi().get_global_func("runtime.NumThreads")())
+
+    for _ in range(2):
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    assert counts == [_threads()] * 2
 
 
 @pytest.mark.parametrize("count", [-1, 0, len(os.sched_getaffinity(0)) + 1, 10**9])

@@ -15,13 +15,16 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from itertools import pairwise
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, run_tool
 
 _HISTOGRAMS: Final = {
@@ -88,7 +91,7 @@ def _agreement(netloc: str, rng: np.random.Generator, args: argparse.Namespace, 
             _stream(netloc, prompt, args.output, times)
             streams.append((begun, times))
 
-    _all([threading.Thread(target=work) for _ in range(count)])
+    _all(work, count)
     seen = {
         "TTFT": [times[0] - begun for begun, times in streams],
         "TPOT": [(times[-1] - times[0]) / (len(times) - 1) for _, times in streams],
@@ -164,16 +167,15 @@ def _together(netloc: str, prompts: Sequence[list[int]], output: int, count: int
                 prompt = left.pop()
             _ask(netloc, prompt, output)
 
-    return _all([threading.Thread(target=work) for _ in range(count)])
+    return _all(work, count)
 
 
-def _all(threads: Sequence[threading.Thread]) -> float:
-    """Seconds until all have ended."""
+def _all(work: Callable[[], None], count: int) -> float:
+    """Seconds until `count` threads have done the work; what ends one of them ends the bench."""
     begun = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(work) for _ in range(count)]:
+            future.result()
     return time.perf_counter() - begun
 
 
@@ -182,10 +184,22 @@ def _body(prompt: list[int], output: int, **more: Any) -> bytes:
     return json.dumps(fields).encode()
 
 
+def _answer(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+    """The answer to a request, if it is one."""
+    reply = connection.getresponse()
+    if reply.status != HTTPStatus.OK:
+        said = reply.read(1000).decode(errors="replace")
+        raise TyirError(
+            f"the server answered {reply.status}: {said}",
+            help="wait until /health says 200, and look at what it prints",
+        )
+    return reply
+
+
 def _ask(netloc: str, prompt: list[int], output: int) -> None:
     connection = http.client.HTTPConnection(netloc, timeout=600)
     connection.request("POST", "/v1/completions", _body(prompt, output), {"Content-Type": "application/json"})
-    reply = json.loads(connection.getresponse().read())
+    reply = json.loads(_answer(connection).read())
     if reply["usage"]["completion_tokens"] != output:
         raise ValueError(f"{reply['usage']} where {output} tokens were asked for")
 
@@ -194,7 +208,7 @@ def _stream(netloc: str, prompt: list[int], output: int, times: list[float]) -> 
     connection = http.client.HTTPConnection(netloc, timeout=600)
     body = _body(prompt, output, stream=True)
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    reply = connection.getresponse()
+    reply = _answer(connection)
     while line := reply.readline():
         if b'"text"' in line:
             times.append(time.perf_counter())
