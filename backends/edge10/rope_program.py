@@ -53,7 +53,7 @@ class RopeProgram:
     def __init__(self, rope: Rope, slots: int) -> None:
         self.rope, self.slots = rope, slots
         self.module = Module.empty(f"die{_DIE}")
-        Module.empty().body.append(self.module)
+        Module.empty().body.append(self.module)  # what a die's program is lowered in
         self._params = {
             (axis, table): self._param(axis, table)
             for table in range(len(_TABLES))

@@ -112,21 +112,22 @@ def _stall(netloc: str, rng: np.random.Generator, capacity: int) -> None:
     """How long a stream and /health wait while a long prompt is computed."""
     long = capacity * 7 // 8
     times: list[float] = []
-    stream = threading.Thread(target=_stream, args=(netloc, [5, 6, 7], capacity // 2, times))
-    stream.start()
-    while len(times) < 10:
-        time.sleep(0.005)
-    before = _steps(netloc)
     healthy: list[float] = []
     over = threading.Event()
-    visitor = threading.Thread(target=_visit, args=(netloc, over, healthy))
-    visitor.start()
-    begun = time.perf_counter()
-    _ask(netloc, [int(t) for t in rng.integers(5, 1000, long)], 1)
-    ended = time.perf_counter()
-    over.set()
-    visitor.join()
-    stream.join()
+    with ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(_stream, netloc, [5, 6, 7], capacity // 2, times)
+        while len(times) < 10 and not stream.done():
+            time.sleep(0.005)
+        before = _steps(netloc)
+        visitor = pool.submit(_visit, netloc, over, healthy)
+        begun = time.perf_counter()
+        try:
+            _ask(netloc, [int(t) for t in rng.integers(5, 1000, long)], 1)
+        finally:
+            over.set()
+        ended = time.perf_counter()
+        visitor.result()
+        stream.result()
     gaps = [b - a for a, b in pairwise(times) if begun <= b <= ended]
     after = _steps(netloc)
     mean = {}

@@ -325,13 +325,7 @@ class AttentionBlock:
                 reads=[sram_range(sums, rows * self.dim * 4), sram_range(total, rows * 4)],
                 writes=[sram_range(out, (strip.count - 1) * outer + strip.heads * row, write=True)],
             )
-        if not place.in_sram:
-            self.lowering.store(
-                place.at(start),
-                target,
-                (1, self.count, self.heads * row),
-                dram_strides=(0, self.all_heads * row),
-            )
+        self._bring_back(place, start, target, row)
 
     def _finish_part(self) -> None:
         """Rows of the sums, the largest score and the total, in f32."""
@@ -363,13 +357,13 @@ class AttentionBlock:
                     reads=[sram_range(kept, strip.rows * columns * 4)],
                     writes=[sram_range(to, extent, write=True)],
                 )
+        self._bring_back(place, start, target, row)
+
+    def _bring_back(self, place: Place, start: int, made: int, row: int) -> None:
+        """Rows of the result, `row` bytes a head, from where they are made to where they belong."""
         if not place.in_sram:
-            self.lowering.store(
-                place.at(start),
-                target,
-                (1, self.count, self.heads * row),
-                dram_strides=(0, self.all_heads * row),
-            )
+            whole = (1, self.count, self.heads * row)
+            self.lowering.store(place.at(start), made, whole, dram_strides=(0, self.all_heads * row))
 
     def _kept(self, name: str, strip: _Strip, row: int) -> int:
         """Where a strip's rows of what is kept from turn to turn begin."""

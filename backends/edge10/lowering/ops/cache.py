@@ -69,19 +69,8 @@ def _append(
             sram = piece.temp
             lowering.load_bytes(source.at(piece.first * groups * row), sram, piece.rows * groups * row)
         count = emitter.affine([pos], [-1], capacity - piece.first, high=piece.rows)
-        address = emitter.offset(lowering.address(cache), emitter.affine([pos], [1], piece.first), row)
-        emitter.emit(
-            edge10.Store,
-            address,
-            count,
-            offset=cache.offset,
-            sram=sram,
-            shape=(groups, edge10.DYNAMIC, row),
-            dram_strides=(capacity * row, row),
-            sram_strides=(row, groups * row),
-            reads=[sram_range(sram, piece.rows * groups * row)],
-            writes=cache.access(groups * capacity * row, write=True),
-        )
+        first = emitter.affine([pos], [1], piece.first)
+        _store_rows(sram, cache, first, count, piece.rows, sizes, lowering)
 
 
 def rows_before(emitter: Emitter, blocks: TokenBlocks, position: Value, held: int) -> Value:
@@ -128,9 +117,8 @@ def _append_run(
     assert not source.in_sram, "assign_places keeps them in DRAM"
     emitter, pos, size = lowering.emitter, lowering.position(sequence), blocks.size
     turn, start = blocks.count * size, blocks.number * size
-    block = emitter.affine(
-        [pos], [1], turn - start - size, divisor=turn
-    )  # the first that does not end before pos
+    # The first block that does not end before pos.
+    block = emitter.affine([pos], [1], turn - start - size, divisor=turn)
     first, end = (
         emitter.affine([block, pos], [turn, -1], number * turn + start + after, high=tokens)
         for after in (0, size)
