@@ -156,7 +156,9 @@ class _Random:
         """
         if self.top_k or (self.top_p == 1 and self.min_p == 0):
             return self(values)
-        asked = f"--top-p {self.top_p:g} and --min-p {self.min_p:g} without --top-k"
+        given = {"--top-p": self.top_p if self.top_p < 1 else None, "--min-p": self.min_p or None}
+        named = " and ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+        asked = f"{named} without --top-k"
         help = f"use --top-k {len(values)}, or compile with a larger K of --output topk=K, or --output logits"
         if total is None:
             raise TyirError(

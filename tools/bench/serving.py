@@ -39,7 +39,12 @@ def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
     place = urlsplit(args.url)
-    card = _get(place.netloc, "/v1/models")["data"][0]
+    try:
+        card = _get(place.netloc, "/v1/models")["data"][0]
+    except OSError as error:
+        raise TyirError(
+            f"no server answers at {args.url}: {error.strerror or error}", help="start tyir-serve first"
+        ) from None
     slots, capacity = card["tyir"]["batch"], card["max_model_len"]
     rng = np.random.default_rng(0)
     print(
@@ -218,7 +223,7 @@ def _stream(netloc: str, prompt: list[int], output: int, times: list[float]) -> 
 def _get(netloc: str, path: str) -> Any:
     connection = http.client.HTTPConnection(netloc, timeout=60)
     connection.request("GET", path)
-    return json.loads(connection.getresponse().read())
+    return json.loads(_answer(connection).read())
 
 
 def _metrics(netloc: str) -> Iterator[Any]:
