@@ -63,10 +63,6 @@ GENERIC_CPU: Final = (
 
 _CPU: Final = 1  # kDLCPU of DLPack
 _SYMBOL: Final = "symbol"  # of a TensorIR function: what it is called in its object file
-# TVM tells LLVM (by TBAA) that buffers of different names never overlap.  That holds within a kernel, whose
-# parameters are `noalias`; in a step, where one kernel's result is another's operand, it would let loads pass
-# stores.
-_LLVM_OPTIONS: Final = ("-enable-tbaa:bool=0",)
 _LINK_OPTIONS: Final = ("-Wl,--build-id=none", "-Wl,--strip-debug", "-Wl,--hash-style=gnu")
 _MOST_ELEMENTS: Final = 1 << 31  # kernels index with 32-bit integers
 
@@ -121,10 +117,12 @@ class HostTarget:
         return cls(mcpu=GENERIC_CPU, num_cores=num_cores)
 
     def tvm_target(self) -> Any:
-        """TVM's target object."""
-        return tvm.target.Target(
-            {"kind": self.kind, "mcpu": self.mcpu, "num-cores": self.num_cores, "cl-opt": list(_LLVM_OPTIONS)}
-        )
+        """TVM's target object.
+
+        It names no options of LLVM (`cl-opt`): those belong to the process, TVM sets them back when one
+        compile ends, and a second one that is under way in another thread goes on without them.
+        """
+        return tvm.target.Target({"kind": self.kind, "mcpu": self.mcpu, "num-cores": self.num_cores})
 
     def _of_64_bits(self) -> bool:
         """Whether the processor has the triple's instructions: LLVM ends the process where it has not."""
