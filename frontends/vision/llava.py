@@ -57,6 +57,9 @@ _NAMES: Final = (
 )
 _TOWER: Final = "model.vision_tower."
 _CLIP: Final = re.compile(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..*)")
+# Which of the tower's rows are a picture's, transformers' name by LLaVA's: "full" has the class token's before the
+# patches'.
+_STRATEGIES: Final = {"patch": "default", "cls_patch": "full"}
 _FOLLOWS: Final = re.compile(r".*(position_ids|rotary_emb\.inv_freq)")
 
 
@@ -121,7 +124,7 @@ def translated_config(raw: Mapping[str, Any], folder: Path, tower: Path | None) 
         "projector_hidden_act": activation,
         **({"mm_projector_type": "linear"} if activation == "linear" else {}),
         "vision_feature_layer": layer,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": _STRATEGIES[raw.get("mm_vision_select_feature", "patch")],
         "tie_word_embeddings": raw.get("tie_word_embeddings") is True,
         **{key: raw[key] for key in ("image_aspect_ratio",) if raw.get(key) is not None},
     }
@@ -209,11 +212,10 @@ def _contradictions(
             f" to {depth}",
             _RESTORE,
         )
-    if (feature := raw.get("mm_vision_select_feature", "patch")) != "patch":
+    if str(feature := raw.get("mm_vision_select_feature", "patch")) not in _STRATEGIES:
         yield (
-            f"mm_vision_select_feature is {str(feature)[:40]!r}: the class token would be a row of the"
-            " picture, which is not built here",
-            "use a model of patches alone (LLaVA-1.5 and earlier have them)",
+            f"mm_vision_select_feature is {str(feature)[:40]!r}, which is neither patch nor cls_patch",
+            _RESTORE,
         )
 
 

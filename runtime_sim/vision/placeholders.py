@@ -129,7 +129,7 @@ def spans_of(
     runs = {False: _runs(ids, tokens.image), True: _runs(ids, tokens.video)}
     placed = []
     for item in media:
-        grid = item.size.grid[0] // merge, item.size.grid[1] // merge
+        grid = _grid_of_tokens(item, merge)
         spans: list[VisionSpan] = []
         parts = len(item.parts)
         for steps in _steps(item, rule):
@@ -150,6 +150,14 @@ def spans_of(
             help="give one more --image",
         )
     return placed
+
+
+def _grid_of_tokens(media: Media, merge: int) -> tuple[int, int]:
+    """Rows and columns of a picture's tokens; with a class token they are a row of as many (the models of
+    such towers count all tokens alike).
+    """
+    rows, columns = (side // merge for side in media.size.grid)
+    return (rows, columns) if rows * columns == media.size.tokens else (1, media.size.tokens)
 
 
 def _steps(media: Media, rule: VideoRule) -> list[tuple[int, ...]]:

@@ -93,6 +93,7 @@ def in_own_layout(hf: Path, out: Path, *, whole_clip: bool = False, **changes: A
     raw = json.loads((hf / "config.json").read_text())
     text, vision = raw["text_config"], raw["vision_config"]
     linear = raw["projector_hidden_act"] == "linear"
+    whole = raw["vision_feature_select_strategy"] == "full"
     for folder in (own, tower):
         folder.mkdir(parents=True)
     config = {
@@ -103,7 +104,7 @@ def in_own_layout(hf: Path, out: Path, *, whole_clip: bool = False, **changes: A
         "mm_hidden_size": vision["hidden_size"],
         "mm_projector_type": None if linear else "mlp2x_gelu",
         "mm_vision_select_layer": raw["vision_feature_layer"],
-        "mm_vision_select_feature": None if linear else "patch",
+        "mm_vision_select_feature": "cls_patch" if whole else None if linear else "patch",
         "mm_use_im_start_end": "vision_start_token_id" in raw,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,

@@ -55,8 +55,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`make(projector, marks)`: a random model in both layouts."""
 
     @cache
-    def made(projector: str, marks: bool = False, whole_clip: bool = False) -> Folders:
-        hf = save_random_llava(tmp_path_factory.mktemp("hf"), projector, marks)
+    def made(projector: str, marks: bool = False, whole_clip: bool = False, rows: str = "default") -> Folders:
+        changes = {"vision_feature_select_strategy": rows}
+        hf = save_random_llava(tmp_path_factory.mktemp("hf"), projector, marks, **changes)
         return in_own_layout(hf, tmp_path_factory.mktemp("own"), whole_clip=whole_clip)
 
     return made
@@ -72,20 +73,23 @@ def state_of(folders: Folders, base: Path | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("projector", "marks", "whole"),
-    [("gelu", False, True), ("linear", True, False)],
-    ids=["1.5", "v1 with marks"],
+    ("projector", "marks", "whole", "strategy"),
+    [("gelu", False, True, "default"), ("linear", True, False, "default"), ("gelu", False, False, "full")],
+    ids=["1.5", "v1 with marks", "with the class token"],
 )
-def test_it_computes_what_transformers_does(projector: str, marks: bool, whole: bool, make: Any) -> None:
+def test_it_computes_what_transformers_does(
+    projector: str, marks: bool, whole: bool, strategy: str, make: Any
+) -> None:
     import torch
 
-    folders = make(projector, marks, whole)
+    folders = make(projector, marks, whole, strategy)
     module = own_module(folders)
     run_pipeline(module, "to-ty")
     reader, (rows, columns) = CheckpointReader(folders.own), (4, 4)
     patches = drawn_patches(folders.hf, (rows, columns))
     (wanted,) = tower_outputs(folders.hf, patches, (rows, columns))
     (found,) = run_function(module, f"visual_{SIDE}x{SIDE}", [patches], reader)
+    assert len(wanted) == 16 + (strategy == "full")
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max(), rtol=0)
     ids = np.arange(2, 19)[None]
     (logits,) = run_function(module, "main", [ids, np.arange(ids.size)[None]], reader)
@@ -234,7 +238,10 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
     "no name": ({"mm_projector_type": ["linear"]}, r"mm_projector_type is \"\['linear'\]\""),
     "resampler": ({"mm_resampler_type": "qformer"}, "mm_resampler_type is 'qformer'"),
     "trained tower": ({"unfreeze_mm_vision_tower": True}, "trained with the rest, and the folder lacks it"),
-    "class token": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
+    "rows of the tower": (
+        {"mm_vision_select_feature": "cls"},
+        "is 'cls', which is neither patch nor cls_patch",
+    ),
     "no layer": ({"mm_vision_select_layer": None}, "mm_vision_select_layer is None"),
     "layer": ({"mm_vision_select_layer": -9}, "mm_vision_select_layer is -9"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "weights of this LLaVA are quantised"),
@@ -335,13 +342,17 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "with --vision-tower" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("projector", ["gelu", "linear"])
-def test_a_question_about_a_picture(projector: str, make: Any, tmp_path: Path) -> None:
-    """Its rows take the place of <unk>, or of <im_patch> between the marks of its begin and end; pictures are
-    padded where config.json says so; what comes out is what transformers computes.
+@pytest.mark.parametrize(
+    ("projector", "rows"), [("gelu", "default"), ("linear", "default"), ("gelu", "full")]
+)
+def test_a_question_about_a_picture(projector: str, rows: str, make: Any, tmp_path: Path) -> None:
+    """Its rows, one for each patch and one for a class token that config.json asks for, take the place of
+    <unk>, or of <im_patch> between the marks of its begin and end; pictures are padded where config.json says
+    so; what comes out is what transformers computes.
     """
-    marks = projector == "linear"
-    folders = in_own_layout(make(projector, marks).hf, tmp_path, image_aspect_ratio="pad")
+    marks, count = projector == "linear", 16 + (rows == "full")
+    hf = make(projector, marks, rows=rows).hf
+    folders = in_own_layout(hf, tmp_path, image_aspect_ratio="pad")
     out = build_and_compile_vlm(
         folders.own, tmp_path / "out", 448, [16], 1, [(SIDE, SIDE)], vision_tower=folders.tower
     )
@@ -352,13 +363,13 @@ def test_a_question_about_a_picture(projector: str, make: Any, tmp_path: Path) -
     assert isinstance(geometry, SquareGeometry) and geometry.pad
     request = turns.ask("the old house", shown=[drawn_picture(40, 90)]).given
     assert isinstance(request, VisionRequest)
-    row = [PATCH if marks else 0] * 16
+    row = [PATCH if marks else 0] * count
     text = turns.tokenizer.decode(request.ids).replace(" ", "")
-    place = "<im_start>" + "<im_patch>" * 16 + "<im_end>" if marks else "<unk>" * 16
+    place = "<im_start>" + "<im_patch>" * count + "<im_end>" if marks else "<unk>" * count
     assert f"USER:{place}\nthe" in text and text.endswith("house" + "ASSISTANT:")
     start = request.ids.index(row[0])
-    assert list(request.ids[start : start + 16]) == row
+    assert list(request.ids[start : start + count]) == row
     if marks:
-        assert (request.ids[start - 1], request.ids[start + 16]) == (START, END)
+        assert (request.ids[start - 1], request.ids[start + count]) == (START, END)
     against = ["--against", str(folders.own), "--vision-tower", str(folders.tower), "--tokens", "3"]
     assert verify_main([str(out), *against]) == 0

@@ -21,7 +21,7 @@ MAX_KV = 512
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`compiled(name, dies)`: the folder, for two sizes and steps of 16 tokens; `compiled(name, dies, True)`:
-    for all sizes that are drawn, steps of 1 and 16.
+    for all sizes that are drawn, steps of 1 and 16.  A name is one of `tests/models` or a folder's path.
     """
 
     def make(name: str, dies: int, every: bool = False) -> Path:
@@ -31,7 +31,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         def fill(out: Path) -> None:
             compile_path(MODELS / name, out, options, images=sizes)
 
-        return once(tmp_path_factory, f"{name}-{len(lengths)}-{dies}", fill) / f"{dies}die"
+        return once(tmp_path_factory, f"{Path(name).name}-{len(lengths)}-{dies}", fill) / f"{dies}die"
 
     return make
 

@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass
 class HuggingFace:
-    """A model of `tests/models` in fp32, or as `dtype` says."""
+    """A folder's model in fp32, or as `dtype` says."""
 
     folder: Path
     dtype: str = "float32"
@@ -57,7 +57,7 @@ class HuggingFace:
         self.model = AutoModelForImageTextToText.from_pretrained(
             self.folder, dtype=getattr(torch, self.dtype), attn_implementation="eager"
         ).eval()
-        self.processor = hf_processor(self.folder.name)
+        self.processor = hf_processor(str(self.folder))
 
     def inputs(self, ids: Sequence[int], pictures: Sequence[Array], video: bool = False) -> dict[str, Any]:
         """What the model takes for tokens and pictures [H, W, 3] uint8; `video`: they are one, in pairs."""

@@ -33,6 +33,7 @@ FILES: Final = (_PROCESSOR, _IMAGE, _VIDEO)
 
 _GRID: Final = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
 _SQUARE: Final = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+_CLIP: Final = "clip_vision_model"  # also what LLaVA's tower is when config.json does not say
 _FILTERS: Final = range(6)  # Pillow's: nearest, Lanczos, bilinear, bicubic, box, Hamming
 _BICUBIC: Final = 3
 _RESTORE: Final = "copy it from the original model's folder"
@@ -209,7 +210,7 @@ class _Reader:
                 f"makes pictures of {crop[0]}x{crop[1]}, the tower of config.json takes {side}x{side}",
             )
         patch = self._number("patch_size", self.vision.get("patch_size", self.content.get("patch_size")))
-        return SquareGeometry(patch, crop, edge, whole, self._pads(kind))
+        return SquareGeometry(patch, crop, edge, whole, self._pads(kind), self._class_token())
 
     def _pads(self, kind: str) -> bool:
         """LLaVA's own checkpoints say in config.json whether a picture is padded to a square first."""
@@ -221,6 +222,13 @@ class _Reader:
                 help="use a model of one tile: LLaVA-1.5 or earlier",
             )
         return said == "pad" or (kind == "LlavaImageProcessor" and self.content.get("do_pad") is True)
+
+    def _class_token(self) -> bool:
+        """LLaVA's config.json says whether the class token of its CLIP tower is one of a picture's rows
+        (transformers 5.24, `get_image_features` of `modeling_llava.py`); other towers have none.
+        """
+        whole = self.config.get("vision_feature_select_strategy") == "full"
+        return whole and self.vision.get("model_type", _CLIP) == _CLIP
 
     def _same(self, key: str, mine: int) -> None:
         theirs = self.vision.get(key, mine)

@@ -88,7 +88,8 @@ class SquareGeometry:
 
     `edge`: the length that the shorter side is brought to, or None when the picture is brought to `resize`
     whatever its shape; then the middle is cut out.  `pad`: the picture is padded to a square with the mean
-    colour first, as LLaVA's own code does.
+    colour first, as LLaVA's own code does.  `class_token`: the tower's class token is one more token of the
+    picture, before the patches'.
     """
 
     patch: int
@@ -96,10 +97,11 @@ class SquareGeometry:
     edge: int | None = None
     resize: tuple[int, int] | None = None
     pad: bool = False
+    class_token: bool = False
 
     @property
     def merge(self) -> int:
-        """Patches are tokens."""
+        """Each patch is a token."""
         return 1
 
     @property
@@ -111,7 +113,7 @@ class SquareGeometry:
         """The size of a picture, the same for all; `TyirError` for one without pixels."""
         check_sides(width, height)
         grid = self.crop[1] // self.patch, self.crop[0] // self.patch
-        return ImageSize((width, height), self.crop, grid, grid[0] * grid[1])
+        return ImageSize((width, height), self.crop, grid, grid[0] * grid[1] + self.class_token)
 
     def scaled(self, width: int, height: int) -> tuple[int, int]:
         """The (width, height) a picture is scaled to before the middle is cut out.
