@@ -57,8 +57,8 @@ _NAMES: Final = (
 )
 _TOWER: Final = "model.vision_tower."
 _CLIP: Final = re.compile(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..*)")
-# Which of the tower's rows are a picture's, transformers' name by LLaVA's: "full" has the class token's before the
-# patches'.
+# Which of the tower's rows are a picture's, transformers' name by LLaVA's: "full" has the class token's
+# before those of the patches.
 _STRATEGIES: Final = {"patch": "default", "cls_patch": "full"}
 _FOLLOWS: Final = re.compile(r".*(position_ids|rotary_emb\.inv_freq)")
 

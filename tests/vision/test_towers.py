@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from safetensors import safe_open
 
+from tests.frontends.llava_folders import save_random_llava
 from tests.frontends.pictures import drawn_patches, tower_outputs
 from tests.vision.folders import MODELS
 from tyir.execution.artifacts import Artifacts
@@ -55,6 +57,21 @@ def test_embeddings_of_every_size(compiled: Callable[[str, int], Path], dies: in
 @pytest.mark.parametrize("engine", ["interpreter", "edge10"])
 def test_engines_agree(compiled: Callable[[str, int], Path], engine: EngineName) -> None:
     check_embeddings(compiled("tiny-qwen2.5-vl", 1), "tiny-qwen2.5-vl", 0, engine, 0.99999)
+
+
+@pytest.mark.parametrize("dies", [1, 2])
+@pytest.mark.parametrize(("layers", "strategy"), [([-2, -3], "default"), ([1, -1], "full"), (1, "default")])
+def test_the_states_that_a_llava_takes(layers: Any, strategy: str, dies: int, tmp_path: Path) -> None:
+    """Those of several layers, side by side, wait while the layers between them run; with the class token."""
+    changes = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
+    model = save_random_llava(tmp_path / "model", "gelu", **changes)
+    options = BuildOptions(dies=dies, seqlens=(16,), max_kv=64)
+    folder = compile_path(model, tmp_path / "out", options, images=[(56, 56)])
+    vision = Manifest.load(folder).vision
+    assert vision is not None and vision.sizes[0].image.tokens == 16 + (strategy == "full")
+    engines: list[EngineName] = ["host", "interpreter", "edge10"]
+    for engine in engines:
+        check_embeddings(folder, str(model), 0, engine, 0.99999)
 
 
 def test_the_simulator_times_towers(compiled: Callable[[str, int], Path]) -> None:

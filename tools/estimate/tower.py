@@ -72,7 +72,7 @@ class TowerShape:
 
     def operations(self, size: ImageSize) -> int:
         """Of one picture, or of one pair of video frames."""
-        rows, merged = size.patches + self.class_tokens, self.merged // self.hidden
+        rows = size.patches + self.class_tokens
         whole = 4 * rows**2 * self.hidden
         lengths = window_lengths(size.grid, self.merge, self.window, self.patch) if self.windowed else ()
         windows = 4 * self.hidden * sum(n**2 for n in lengths)
@@ -81,7 +81,7 @@ class TowerShape:
             2 * rows * self._matrices * self.blocks
             + whole * (self.blocks - self.windowed)
             + windows * self.windowed
-            + 2 * (size.patches // merged) * merger
+            + 2 * size.tokens * merger
             + 2 * size.patches * self.columns * self.hidden
         )
 
@@ -181,16 +181,24 @@ def _qwen3(number: _Numbers, raw: Mapping[str, Any], hidden: int) -> TowerShape:
 
 def _llava(number: _Numbers, raw: Mapping[str, Any], hidden: int) -> TowerShape:
     wide, patch, depth = number("hidden_size"), number("patch_size"), number("num_hidden_layers")
-    feature = raw.get("vision_feature_layer", _DEFAULT_FEATURE)
-    used = depth + 1 + feature if isinstance(feature, int) and feature < 0 else depth
+    used, states = _states(raw.get("vision_feature_layer", _DEFAULT_FEATURE), depth)
     rows = (number("image_size") // patch) ** 2 + 1
     columns = number("num_channels", default=3) * patch**2
     inner = 0 if raw.get("mm_projector_type") == "linear" else hidden
     return TowerShape(
-        min(max(used, 1), depth), wide, number("intermediate_size"), 2, merged=wide, inner=inner, out=hidden,
+        used, wide, number("intermediate_size"), 2, merged=states * wide, inner=inner, out=hidden,
         mergers=1, merge=1, patch=patch, columns=columns, class_tokens=1,
-        extra=min(max(used, 1), depth) * 4 * wide + 2 * wide + (rows + 1) * wide,
+        extra=used * 4 * wide + 2 * wide + (rows + 1) * wide,
     )  # fmt: skip
+
+
+def _states(feature: Any, depth: int) -> tuple[int, int]:
+    """How many blocks LLaVA's projector needs, and the states of how many it takes side by side: state n is
+    that after n blocks, counted from the last with -1.
+    """
+    said = [f for f in (feature if isinstance(feature, list) else [feature]) if isinstance(f, int)]
+    needed = [f if f >= 0 else depth + 1 + f for f in said] or [depth]
+    return min(max(*needed, 1), depth), len(needed)
 
 
 # --------------------------------------------------------------------------------------------------- the plan

@@ -36,6 +36,7 @@ class MainLowering:
     ) -> None:
         self._main, self._layers, self._arguments = main, layers, arguments
         self._caches, self._bodies = caches, bodies
+        self._kept: dict[Value, Place] = {}  # results of layers that are copied away, and where they are made
 
     def lower(self, first: int) -> Func:
         """The command program; its own activations lie in SRAM from offset `first` on."""
@@ -64,14 +65,37 @@ class MainLowering:
     # -- places
     # ---------------------------------------------------------------------------------------------------
     def _fix_boundaries(self, fixed: dict[Value, Place]) -> None:
-        """What layers give lies at their boundary, the caches where they were."""
-        for op in self._main.body:
+        """What layers give lies at their boundary, the caches where they were.  What is wanted after another
+        layer has written there, as the states of several layers that a projector takes are, is copied away.
+        """
+        order = {op: n for n, op in enumerate(self._main.body)}
+        for op in order:
             if isinstance(op, Call):
                 layer = self._layers[op.callee.leaf]
                 for index, argument in layer.aliased.items():
                     fixed[op.results[index]] = fixed[root(op.operands[argument])]
                 for index, place in layer.boundary.results.items():
-                    fixed[op.results[index]] = place
+                    value = op.results[index]
+                    fixed[value] = place
+                    if self._is_overwritten(value, place, order):
+                        name = f"kept{len(self._kept)}.{self._main.sym_name}"
+                        self._bodies.buffers.add_activations(name, ty.tensor_type(value))
+                        fixed[value], self._kept[value] = Place("dram", 0, name), place
+
+    def _is_overwritten(self, value: Value, place: Place, order: Mapping[Op, int]) -> bool:
+        """Whether a call writes where a value lies and another op wants it after that."""
+        last = max((order[user] for alias in _aliases(value, self._main) for user in alias.uses), default=0)
+        assert value.op is not None, "a result of a call"
+        between = (op for op, n in order.items() if order[value.op] < n < last and isinstance(op, Call))
+        return any(self._writes(call, value, place) for call in between)
+
+    def _writes(self, call: Call, value: Value, place: Place) -> bool:
+        """Whether a call leaves another value where this one lies."""
+        boundary = self._layers[call.callee.leaf].boundary
+        return place in boundary.results.values() or any(
+            taken == place and (index in boundary.overwritten or root(call.operands[index]) is not value)
+            for index, taken in boundary.arguments.items()
+        )
 
     def _fix_results(self, fixed: dict[Value, Place]) -> list[tuple[Value, Place]]:
         """Main's results are output buffers.
@@ -145,6 +169,9 @@ class MainLowering:
         )
         emitter.block.append(call)
         emitter.tracker.reset(call.results[:-1], call.results[-1])
+        for value in op.results:
+            if (made := self._kept.get(value)) is not None:
+                lowering.move(made, lowering.place(value), ty.tensor_type(value).nbytes)
 
 
 def _aliases(value: Value, function: Func) -> list[Value]:

@@ -1,78 +1,94 @@
-"""Rows put one after the other, and some rows of a tensor: bytes that move."""
+"""Tensors joined along an axis, and a part of a tensor along one: bytes that move."""
 
 from __future__ import annotations
 
 import math
 
 from tyir.attributes import ArrayAttr
-from tyir.backends.edge10.lowering.context import Lowering, Place, element_bytes, sram_range
-from tyir.diagnostics import Diagnostic, TyirError
+from tyir.backends.edge10.lowering.context import Lowering, Place, sram_range
 from tyir.dialects import edge10
 from tyir.dialects.ty import Concat, Slice, tensor_type
-from tyir.ir import Op, Value
+from tyir.types import Type, bit_width
 
 __all__ = ["lower_concat", "lower_slice"]
 
 
 def lower_concat(op: Concat, lowering: Lowering) -> None:
-    """Tensors one after the other along the first axis that is not 1: each is one run of bytes."""
-    _check_outermost(op, op.axis, op.out)
-    start = 0
+    """Along the first axis that is not 1 each tensor is one run of bytes, along another one a run for each
+    row before it.
+    """
+    whole = tensor_type(op.out)
+    start, (rows, row) = 0, _rows(whole.static_shape, op.axis, whole.element)
     for part in op.parts:
-        nbytes = tensor_type(part).nbytes
-        lowering.move(lowering.place(part), lowering.place(op.out).at(start), nbytes)
-        start += nbytes
+        run = tensor_type(part).nbytes // rows
+        _move_runs(
+            lowering.place(part),
+            run,
+            lowering.place(op.out).at(start),
+            row,
+            rows,
+            run,
+            whole.element,
+            lowering,
+        )
+        start += run
 
 
 def lower_slice(op: Slice, lowering: Lowering) -> None:
-    """Along the first axis that is not 1 one run of bytes, along another one a run for each row before it."""
-    shape, element = tensor_type(op.x).static_shape, element_bytes(op.x)
-    row = math.prod(shape[op.axis + 1 :]) * element
-    source, target = lowering.place(op.x).at(op.offset * row), lowering.place(op.out)
-    if (rows := math.prod(shape[: op.axis])) == 1:
-        lowering.move(source, target, tensor_type(op.out).nbytes)
-    elif source.in_sram and target.in_sram:
-        run, whole = op.size * row, shape[op.axis] * row
+    """The same the other way round."""
+    whole = tensor_type(op.x)
+    rows, row = _rows(whole.static_shape, op.axis, whole.element)
+    run = tensor_type(op.out).nbytes // rows
+    start = op.offset * row // whole.static_shape[op.axis]
+    _move_runs(
+        lowering.place(op.x).at(start), row, lowering.place(op.out), run, rows, run, whole.element, lowering
+    )
+
+
+def _rows(shape: tuple[int, ...], axis: int, element: Type) -> tuple[int, int]:
+    """How many rows there are before an axis, and the bytes of one."""
+    return math.prod(shape[:axis]), math.prod(shape[axis:]) * (bit_width(element) // 8)
+
+
+def _move_runs(
+    source: Place,
+    source_row: int,
+    target: Place,
+    target_row: int,
+    rows: int,
+    run: int,
+    element: Type,
+    lowering: Lowering,
+) -> None:
+    """The first `run` bytes of each of `rows` rows, which are so many bytes apart in the source and in the
+    target.
+    """
+    if rows == 1:
+        lowering.move(source, target, run)
+        return
+    if source.in_sram and target.in_sram:
         lowering.emitter.emit(
             edge10.VectorOp,
             function="copy",
             inputs=(source.offset,),
             outputs=(target.offset,),
-            input_types=ArrayAttr([tensor_type(op.x).element]),
-            output_types=ArrayAttr([tensor_type(op.x).element]),
+            input_types=ArrayAttr([element]),
+            output_types=ArrayAttr([element]),
             rows=rows,
-            cols=run // element,
-            input_strides=(whole,),
-            reads=[sram_range(source.offset, (rows - 1) * whole + run)],
-            writes=[sram_range(target.offset, rows * run, write=True)],
+            cols=run // (bit_width(element) // 8),
+            input_strides=None if source_row == run else (source_row,),
+            output_strides=None if target_row == run else (target_row, 0),
+            reads=[sram_range(source.offset, (rows - 1) * source_row + run)],
+            writes=[sram_range(target.offset, (rows - 1) * target_row + run, write=True)],
         )
-    else:
-        _move_runs(source, target, rows, op.size * row, shape[op.axis] * row, lowering)
-
-
-def _move_runs(source: Place, target: Place, rows: int, run: int, whole: int, lowering: Lowering) -> None:
-    """The first `run` bytes of each `whole` to rows that follow each other, where one side or both lie in
-    DRAM.
-    """
-    through = 0 if source.in_sram or target.in_sram else run
-    for piece in lowering.pieces(rows, through):
-        here, there = source.at(piece.first * whole), target.at(piece.first * run)
+        return
+    for piece in lowering.pieces(rows, 0 if source.in_sram or target.in_sram else run):
+        here, there = source.at(piece.first * source_row), target.at(piece.first * target_row)
+        shape = 1, piece.rows, run
         if source.in_sram:
-            lowering.store(there, here.offset, (1, piece.rows, run), sram_strides=(0, whole))
-            continue
-        sram = there.offset if target.in_sram else piece.temp
-        lowering.load(here, sram, (1, piece.rows, run), dram_strides=(0, whole))
-        if not target.in_sram:
-            lowering.store_bytes(there, sram, piece.rows * run)
-
-
-def _check_outermost(op: Op, axis: int, value: Value) -> None:
-    shape = tensor_type(value).static_shape
-    if math.prod(shape[:axis]) != 1:
-        raise TyirError(
-            Diagnostic(
-                f"'{op.name}' along axis {axis} of {value.type} has no edge10 command",
-                where=str(op.loc),
-                help="rows of one sequence can be joined and cut; weights are cut before outline-params",
-            )
-        )
+            lowering.store(there, here.offset, shape, (0, target_row), (0, source_row))
+        elif target.in_sram:
+            lowering.load(here, there.offset, shape, (0, source_row), (0, target_row))
+        else:
+            lowering.load(here, piece.temp, shape, (0, source_row))
+            lowering.store(there, piece.temp, shape, (0, target_row))
