@@ -43,7 +43,8 @@ def remaining_pipeline(
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation
     after it, so that dies are cut once. So does select-output: each die then chooses among its own columns of
-    the vocabulary; and select-rows: what is exchanged of them is one row's.
+    the vocabulary; and select-rows: what is exchanged of them is one row's.  sparse-prefill changes one
+    length alone, and each die's heads for themselves, so it comes when both are known.
     """
     if (
         stage == "sharded"
@@ -62,7 +63,9 @@ def remaining_pipeline(
     dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
     dies += [f"pp={options.pp}"] if options.pp > 1 else []
     dies += [f"mesh={numbers(options.mesh)}"] if options.mesh else []
-    dies += [f"kv-split={options.kv_split}"] if options.kv_split != "auto" else []
+    # Blocks are chosen among whole caches: of the two ways that "auto" leaves open, one is left.
+    split = "heads" if options.kv_split == "auto" and options.choice is not None else options.kv_split
+    dies += [f"kv-split={split}"] if split != "auto" else []
     dies += [f"kv-block={options.kv_block}"] if options.kv_block != BLOCK else []
     quote = '"' if "'" in machine else "'"  # of a path
     dies += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []
@@ -82,6 +85,12 @@ def remaining_pipeline(
         ),
         ("kv", f"partition-dies{{{' '.join(dies)}}}"),
         ("dist", f"specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),
+        (
+            "static",
+            f"sparse-prefill{{{options.choice.text().replace(',', ' ')}}}"
+            if options.choice is not None and "sparse_prefill" not in done
+            else "",
+        ),
         ("static", "to-program"),
     ]
     order = list(STAGES)

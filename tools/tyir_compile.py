@@ -24,6 +24,7 @@ from tyir.tools.commands.build_arguments import (
     add_image_option,
     add_vision_tower_option,
     numbers,
+    sparse,
 )
 
 if TYPE_CHECKING:
@@ -400,6 +401,17 @@ def make_parser() -> argparse.ArgumentParser:
         help=(
             "what dies have of a cache with fewer heads than dies: copies of a head (heads), blocks of its"
             " tokens in turn (tokens), or as the machine file says is faster, half full (auto, default)"
+        ),
+    )
+    parser.add_argument(
+        "--sparse-prefill",
+        type=sparse,
+        metavar="keep=N,..",
+        help=(
+            "steps of the longest length see N blocks of the cache for each of its heads, chosen from"
+            " real scores, beside the last tokens; the end of a prompt and generated tokens see all of it"
+            " (docs/sparse-prefill.md); also block=, window= and every= (256, 1024, 4); default: all steps"
+            " see all"
         ),
     )
     parser.add_argument(

@@ -5,7 +5,7 @@ the runtime checks it first.
       format, version         "tyir-artifacts", 2
       sha256                  of the manifest itself: of everything else in it, in canonical form (`tyir.artifacts.schema`)
       model                   what the front end knew of the model (architecture, vocabulary, ...)
-      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, output_rows, kv_dtype, kv_layout, kv_split, kv_block, kv_parts, pp, awq
+      options                 dies, die_map, mesh, seqlens, max_kv, batch, weights, group_size, embedding_as_input, output, output_rows, kv_dtype, kv_layout, kv_split, kv_block, kv_parts, sparse_prefill, pp, awq
       build                   versions, targets, the processor's features and the activations' precision (host) the code was generated with; the machine by name, or machine.toml beside the manifest
       params                  per die: file
       programs                per die and sequence length: library, program, ir, constants, function, inputs and outputs
@@ -44,6 +44,7 @@ from typing_extensions import TypedDict
 from tyir.artifacts.consistency import problems_of
 from tyir.artifacts.programs import MAX_DIES, Count, DieProgram, FileName, Name, TensorInfo
 from tyir.artifacts.schema import Matches, checked, closed, first_of, sha256_of, with_others
+from tyir.artifacts.sparse_prefill import BlockChoice
 from tyir.artifacts.token_blocks import BLOCK, TokenBlocks
 from tyir.artifacts.vision import Vision
 from tyir.attributes import Attribute, BoolAttr, DenseArrayAttr, DictAttr, IntegerAttr, StringAttr
@@ -101,7 +102,9 @@ class BuildOptions:
     of a cache with fewer heads than dies, "heads" (copies), "tokens" (blocks of `kv_block` positions in turn,
     `tyir.artifacts.token_blocks`) or "auto" (what is faster); a manifest says which, and with `kv_parts` how
     many dies share a block's heads, which nobody chooses.  `output_rows`: of which tokens a step returns
-    that: "all", or "last", one of each sequence, which the caller names (`row`).
+    that: "all", or "last", one of each sequence, which the caller names (`row`).  `sparse_prefill`: the
+    numbers of `tyir.artifacts.sparse_prefill` for steps of the longest length, which then see some blocks of
+    the cache; none: all steps see all of it.
     """
 
     dies: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 4
@@ -122,6 +125,17 @@ class BuildOptions:
     kv_split: Annotated[str, Matches("auto|heads|tokens")] = "auto"
     kv_block: Count = BLOCK
     kv_parts: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
+    sparse_prefill: Annotated[tuple[Annotated[int, Interval(ge=0, le=2**31 - 1)], ...], MaxLen(4)] = ()
+
+    @property
+    def choice(self) -> BlockChoice | None:
+        """What steps of the longest length see of the cache; None: all."""
+        return BlockChoice.of(self.sparse_prefill)
+
+    @property
+    def dense_seqlens(self) -> tuple[int, ...]:
+        """The lengths whose steps see the whole cache."""
+        return self.seqlens if self.choice is None else tuple(sorted(self.seqlens)[:-1])
 
     def token_blocks(self, die: int) -> TokenBlocks | None:
         """Which positions a die's caches hold; None: all."""
@@ -186,10 +200,13 @@ SETTLED_BY: Final = {
     "kv_block": "partition-dies",
     "kv_parts": "partition-dies",
     "seqlens": "specialize-seqlen",
+    "sparse_prefill": "sparse-prefill",
 }
 # fp16 weights have no groups, a mesh need not have any, not every model has a table, not every cache blocks,
-# and a module that was cut before there were rows to select returns all
-_MAY_BE_MISSING: Final = ("group_size", "mesh", "awq", "kv_split", "kv_block", "kv_parts", "output_rows")
+# a module that was cut before there were rows to select returns all, and not every step leaves blocks out
+_MAY_BE_MISSING: Final = (
+    *("group_size", "mesh", "awq", "kv_split", "kv_block", "kv_parts", "output_rows", "sparse_prefill"),
+)
 
 
 def record(module: Op, **done: Recorded) -> None:

@@ -37,12 +37,13 @@ from tyir.backends.host.objects import made_once
 from tyir.backends.host.step import Program, kernel_symbol, step_of
 from tyir.backends.pieces import tool_identity
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.dialects import func, kv
+from tyir.dialects import func
 from tyir.dialects.ty import tensor_type
 from tyir.execution.processor import features_of
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
 from tyir.process.cache import Cache, cache_key
+from tyir.traits import InPlace
 from tyir.types import FloatType, IntegerType, TensorType, bit_width, storage_dtype
 
 __all__ = [
@@ -207,7 +208,7 @@ def assign_kernels(functions: Iterable[func.Func]) -> dict[str, Op]:
 
 def _parameters(op: Op) -> list[tuple[str, Value]]:
     """The kernel's parameters: operands, then results (none for an op that writes its first operand)."""
-    results = () if isinstance(op, kv.Append) else op.results
+    results = () if op.has_trait(InPlace) else op.results
     return [(f"in{i}", v) for i, v in enumerate(op.operands)] + [
         (f"out{i}", v) for i, v in enumerate(results)
     ]

@@ -21,7 +21,13 @@ from tyir.edge10.memory import KEPT, shared_problems
 from tyir.execution.lockstep import Layout, Links, Meet, Recv, Request, Send, drive
 from tyir.runtime_sim.execution.command_trace import Access, Observer
 from tyir.runtime_sim.execution.memory import DieMemory, Dram, RaceDetector
-from tyir.runtime_sim.execution.vector_functions import softmax_block, top_k, vector_function
+from tyir.runtime_sim.execution.vector_functions import (
+    block_weights,
+    score_block,
+    softmax_block,
+    top_k,
+    vector_function,
+)
 from tyir.runtime_sim.timing.program import Command, EdgeProgram
 from tyir.runtime_sim.timing.unroll import Position, position_of
 from tyir.targets.machine import Machine
@@ -245,20 +251,23 @@ class FunctionalDie:
     def gather(self, command: Command) -> None:
         op = command.op
         assert isinstance(op, edge10.Gather)
+        count, entry = op.sizes_with(command.scalars)
+        if count == 0:
+            return
         if op.index == "ids":
-            rows = self.sram(command, op.ids, (op.rows,), np.int32).astype(np.int64) - op.first
+            ids = self.sram(command, op.ids + entry * 4, (count,), np.int32)
+            rows = ids.astype(np.int64) - op.first
         else:
-            rows = position_of(self.pos, op.sequence) + op.first + np.arange(op.rows)
+            rows = position_of(self.pos, op.sequence) + op.first + np.arange(count)
             rows = rows if op.modulo is None else rows % op.modulo + (op.shift or 0)
             rows = np.minimum(rows, op.table_rows - 1)
-        inside = (rows >= 0) & (rows < op.table_rows)
-        table = self.dram(
-            command, command.addresses[0] + op.offset, (op.table_rows, op.row_bytes), (op.row_bytes, 1)
-        )
-        target = self.sram(command, op.sram, (op.rows, op.row_bytes), np.uint8, write=True)
+        target = self.sram(command, op.sram, (count, op.row_bytes), np.uint8, write=True)
         target[...] = 0
-        target[inside] = table[rows[inside]]
-        self.loaded_bytes += int(inside.sum()) * op.row_bytes
+        for number, row in enumerate(rows.tolist()):
+            if 0 <= row < op.table_rows:
+                address = command.addresses[0] + op.offset + row * op.row_bytes
+                target[number] = self.dram(command, address, (1, op.row_bytes), (op.row_bytes, 1))[0]
+                self.loaded_bytes += op.row_bytes
 
     # -- compute
     # --------------------------------------------------------------------------------------------------
@@ -347,6 +356,18 @@ class FunctionalDie:
             position_of(self.pos, op.sequence),
             lambda *a, **k: self.sram(command, *a, **k),
         )
+
+    def score_block(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.ScoreBlock)
+        cols, first_key = op.sizes_with(command.scalars)
+        pos = position_of(self.pos, op.sequence)
+        score_block(op, cols, first_key, pos, lambda *a, **k: self.sram(command, *a, **k))
+
+    def block_weights(self, command: Command) -> None:
+        op = command.op
+        assert isinstance(op, edge10.BlockWeights)
+        block_weights(op, op.sizes_with(command.scalars), lambda *a, **k: self.sram(command, *a, **k))
 
     def top_k(self, command: Command) -> None:
         op = command.op

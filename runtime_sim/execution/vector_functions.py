@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tyir.dialects import edge10
+from tyir.dialects.kv import block_weights as kv_block_weights
 from tyir.dialects.ty import comparable, select_best, softcap
 from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
 from tyir.types import Type, storage_dtype
 
-__all__ = ["SramAccess", "softmax_block", "top_k", "vector_function"]
+__all__ = ["SramAccess", "block_weights", "score_block", "softmax_block", "top_k", "vector_function"]
 
 Array = npt.NDArray[Any]
+_LOWEST: Final = np.float32(-1e30)  # of no keys
 
 
 class SramAccess(Protocol):
@@ -79,6 +81,40 @@ def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, 
     sram(op.maximum, (op.rows,), np.float32, write=True)[...] = maximum
     sram(op.total, (op.rows,), np.float32, write=True)[...] = total * alpha + p.sum(axis=1, dtype=np.float32)
     sram(op.alpha, (op.rows,), np.float32, write=True)[...] = alpha
+
+
+def score_block(op: edge10.ScoreBlock, cols: int, first_key: int, pos: int, sram: SramAccess) -> None:
+    """Compute `edge10.score_block` over `cols` keys from `first_key` on."""
+    if cols == 0:
+        sram(op.out, (op.rows,), np.float32, write=True)[...] = _LOWEST
+        return
+    scores = sram(op.scores, (op.rows, cols), np.float32, (op.score_stride, 4)) * np.float32(op.scale)
+    if op.temperature is not None:
+        scores = scores * sram(op.temperature, (1,), np.float32)
+    scores = scores if op.softcap is None else softcap(scores, op.softcap)
+    queries = pos + op.first_query + np.arange(op.rows)[:, None] // op.heads * op.every
+    hidden = first_key + np.arange(cols)[None, :] > queries
+    scores = np.where(hidden, np.float32(-np.inf), scores)
+    with np.errstate(
+        over="ignore", divide="ignore", invalid="ignore"
+    ):  # replays of plans compute on anything
+        largest = np.maximum(scores.max(axis=1), _LOWEST)
+        sums = np.exp(scores - largest[:, None]).sum(axis=1, dtype=np.float32)
+        found = np.where(sums > 0, np.log(sums) + largest, _LOWEST).astype(np.float32)
+        total = np.logaddexp(sram(op.total, (op.rows,), np.float32).copy(), found)
+    sram(op.out, (op.rows,), np.float32, write=True)[...] = found
+    sram(op.total, (op.rows,), np.float32, write=True)[...] = total
+
+
+def block_weights(op: edge10.BlockWeights, sizes: tuple[int, ...], sram: SramAccess) -> None:
+    """Compute `edge10.block_weights`: `sizes` are the rows that are read, and the candidates."""
+    seen, low, high = sizes
+    out = np.full(op.rows, -1, np.float32)
+    if seen:
+        x = sram(op.x, (seen, op.samples, op.heads), np.float32)
+        totals = sram(op.totals, (op.samples, op.heads), np.float32, (op.total_stride, 4))
+        out[:seen] = kv_block_weights(x, totals, low, high, op.first)
+    sram(op.out, (op.rows,), np.float32, write=True)[...] = out
 
 
 def top_k(op: edge10.TopK, sram: SramAccess) -> None:

@@ -164,7 +164,7 @@ class MeasuredServer:
 
     @property
     def seqlens(self) -> Sequence[int]:
-        return self.session.manifest.options.seqlens
+        return self.session.manifest.options.dense_seqlens
 
     @property
     def chunks(self) -> DualChunk | None:

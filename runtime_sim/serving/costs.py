@@ -25,7 +25,7 @@ def step_costs(session: BatchSession, now: Callable[[], float] = time.perf_count
     """
     session.reset()
     costs = {}
-    for seqlen in sorted(session.manifest.options.seqlens):
+    for seqlen in sorted(session.manifest.options.dense_seqlens):
         begun, least = now(), float("inf")
         for _ in range(_RUNS):
             before = now()

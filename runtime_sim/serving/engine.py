@@ -76,7 +76,7 @@ class Engine:
         self.has_logsumexp = session.manifest.has_logsumexp
         self.scheduler = Scheduler(
             options.batch,
-            options.seqlens,
+            options.dense_seqlens,
             options.max_kv,
             most_waiting=most_waiting,
             most_waiting_tokens=most_waiting_tokens,

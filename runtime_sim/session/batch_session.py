@@ -127,7 +127,7 @@ class BatchSession:
                 len(p) if self._chunks is None else self._chunks.room(len(t))
                 for p, t in zip(left, self.tokens)
             ]
-            seqlen = length_for(max(map(min, map(len, left), rooms)), self.manifest.options.seqlens)
+            seqlen = length_for(max(map(min, map(len, left), rooms)), self.manifest.options.dense_seqlens)
             parts = [part[: min(seqlen, room)] for part, room in zip(left, rooms)]
             for own, outputs in zip(rows, self.step(parts, seqlen, lengths, every=not last)):
                 for name, array in outputs.items():
@@ -157,6 +157,12 @@ class BatchSession:
         Nothing is appended when it fails: `NotFinite` names the sequence whose numbers are at fault, and the
         others may go on.
         """
+        if seqlen in set(self.manifest.options.seqlens) - set(self.manifest.options.dense_seqlens):
+            raise TyirError(
+                f"a step of {seqlen} tokens leaves blocks of the cache out (sparse prefill), which a Session"
+                " alone runs",
+                help=f"use {', '.join(map(str, self.manifest.options.dense_seqlens))}",
+            )
         counts = [len(part) for part in parts]
         inputs, chunk = self._inputs(parts, seqlen, lengths), Chunk(0, seqlen, seqlen)
         if every and self.manifest.options.takes_row(seqlen):

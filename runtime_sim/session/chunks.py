@@ -21,7 +21,12 @@ class Chunk:
 
 
 def plan_chunks(
-    tokens: int, position: int, seqlens: Sequence[int], capacity: int, chunks: DualChunk | None = None
+    tokens: int,
+    position: int,
+    seqlens: Sequence[int],
+    capacity: int,
+    chunks: DualChunk | None = None,
+    sparse: int | None = None,
 ) -> Iterator[Chunk]:
     """Chunks for `tokens` new tokens when `position` are cached.
 
@@ -29,8 +34,9 @@ def plan_chunks(
 
     A step on a memory-bound machine costs nearly the same for one token as for a few, so padding beats
     several short steps.  Padding may reach past the end of the cache: the programs drop it (`kv.append`), so
-    that every position can be used whatever the lengths.  No step crosses a border of `chunks`.  `TyirError`
-    when the tokens do not fit.
+    that every position can be used whatever the lengths.  No step crosses a border of `chunks`.  `sparse`, a
+    length beside the others, is for what is followed by as many tokens or more: the last ones of a prompt see
+    all of it.  `TyirError` when the tokens do not fit.
     """
     if position + tokens > capacity:
         raise TyirError(
@@ -42,6 +48,8 @@ def plan_chunks(
     while position < end:
         left = end - position if chunks is None else min(end - position, chunks.room(position))
         seqlen = length_for(left, seqlens)
+        if sparse is not None and end - position >= 2 * sparse:
+            seqlen = sparse
         count = min(seqlen, left)
         yield Chunk(position, count, seqlen)
         position += count

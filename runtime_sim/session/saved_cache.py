@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.cache_layout import position_axis
-from tyir.artifacts.consistency import cache_inputs
+from tyir.artifacts.consistency import cache_inputs, is_recall
 from tyir.artifacts.dual_chunk import DualChunk
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
@@ -62,8 +62,15 @@ def identity_of(artifacts: Artifacts) -> dict[str, Any]:
         ),
         **options,
         "rotary positions": _positions(manifest),
+        **_seen(manifest),
         "content of the weights": hashlib.sha256(repr(params).encode()).hexdigest()[:16],
     }
+
+
+def _seen(manifest: Manifest) -> dict[str, str]:
+    """What prompts see of themselves, where that is not all: keys and values depend on it."""
+    choice = manifest.options.choice
+    return {} if choice is None else {"sparse prefill": choice.text()}
 
 
 def saved_bytes(manifest: Manifest, tokens: int) -> int:
@@ -97,6 +104,7 @@ def write_cache(
     arrays: dict[str, Any] = {
         f"die{die}/{name}": array[(*before, slice(options.cache_rows(die, len(tokens))))]
         for (die, name), array in caches.items()
+        if not is_recall(name, options)
     }
     arrays |= {"tokens": np.array(tokens, np.int64), "identity": np.array(json.dumps(identity))}
     arrays |= beside or {}
@@ -178,6 +186,8 @@ def _expected(manifest: Manifest, tokens: int) -> dict[str, tuple[CacheName, Ten
         program = manifest.program(die, min(manifest.options.seqlens))
         rows = manifest.options.cache_rows(die, tokens)
         for tensor in (program.inputs[i] for i in sorted(cache_inputs(program))):
+            if is_recall(tensor.name, manifest.options):
+                continue
             shape = (*tensor.shape[:axis], rows, *tensor.shape[axis + 1 :])
             found[f"die{die}/{tensor.name}"] = (die, tensor.name), replace(tensor, shape=shape)
     return found
@@ -221,15 +231,19 @@ def _text(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name
 def _check_identity(text: str, mine: Mapping[str, Any], path: Path) -> None:
     theirs = parse_json(text.encode(), finite=True)
     different = [
-        f"{name} {str(theirs.get(name))[:80]} there, {here} here"
-        for name, here in mine.items()
-        if theirs.get(name) != here or type(theirs.get(name)) is not type(here)
+        f"{name} {_said(theirs, name)} there, {_said(mine, name)} here"
+        for name in dict.fromkeys((*mine, *theirs))
+        if theirs.get(name) != mine.get(name) or type(theirs.get(name)) is not type(mine.get(name))
     ]
     if different:
         raise TyirError(
             f"{path} was saved with other artifacts: {'; '.join(different)}",
             help="restore it with those artifacts, or run the prompt again",
         )
+
+
+def _said(identity: Mapping[str, Any], name: str) -> str:
+    return str(identity[name])[:80] if name in identity else "none"
 
 
 def _tokens(

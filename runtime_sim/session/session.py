@@ -33,6 +33,7 @@ from tyir.runtime_sim.session.embedding import embedding_table
 from tyir.runtime_sim.session.ending import check_limit, end_reason
 from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
+from tyir.runtime_sim.session.recall import Recall
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, choose, greedy, logsumexp
 from tyir.runtime_sim.session.saved_cache import read_cache, saved_bytes, write_cache
 from tyir.runtime_sim.session.token_ids import checked_ids
@@ -124,10 +125,13 @@ class Session:
         sequence: int = 0,
         threads: int | None = None,
         group: EngineGroup | None = None,
+        dense: bool = False,
     ) -> None:
         """`folder`: its name, or the folder opened already.  `threads`: as `make_engine` takes them.
 
-        `group`: processes that the dies of these artifacts run in, with the engine of theirs.
+        `group`: processes that the dies of these artifacts run in, with the engine of theirs.  `dense`: take
+        no steps that leave blocks of the cache out; in several processes none are taken, since what they have
+        seen is state of each.
         """
         self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
         self.manifest = self.artifacts.manifest
@@ -144,6 +148,8 @@ class Session:
         )
         self._step = FiniteSteps(self.engine)
         self._chunks = DualChunk.used(self.manifest.model, self.capacity)
+        self._choice = None if dense or group is not None else self.manifest.options.choice
+        self.recall = Recall()  # of the prompt steps since the cache was empty that left blocks out
         self.tokens: list[int] = []
         self.show_progress = False  # of long prompts, on standard error
 
@@ -160,6 +166,7 @@ class Session:
     def reset(self) -> None:
         """Start over with an empty cache."""
         self.tokens.clear()
+        self.recall = Recall()
         self.engine.reset()
 
     def rewind(self, count: int) -> None:
@@ -262,18 +269,30 @@ class Session:
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
             )
         first = len(self.tokens)
-        seqlens = self.manifest.options.seqlens
-        shown = self.show_progress and len(ids) >= _LONG * max(seqlens)
-        chunks = plan_chunks(len(ids), first, seqlens, self.capacity, self._chunks)
+        options = self.manifest.options
+        longest = max(options.seqlens)
+        shown = self.show_progress and len(ids) >= _LONG * longest
+        sparse = None if self._choice is None else longest
+        chunks = plan_chunks(
+            len(ids), first, options.dense_seqlens, self.capacity, self._chunks, sparse=sparse
+        )
         with Bar("prompt", len(ids), "token", show=shown) as bar:
             for chunk in chunks:
                 part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
                 with interrupts_wait():
                     inputs = self._inputs(part, chunk, first + len(ids))
                     rows = _joined(self._step_to(inputs, upto) for upto in self._parts(chunk, every))
+                    self._note_recall(chunk)
                     self.tokens += part
                 bar.advance(chunk.count)
                 yield rows
+
+    def _note_recall(self, chunk: Chunk) -> None:
+        """Keep what a step has seen, if it left something out."""
+        choice, step = self._choice, None if self._chunks is None else self._chunks.step
+        sparse = choice is not None and chunk.seqlen == max(self.manifest.options.seqlens)
+        if choice is not None and sparse and choice.leaves_out(chunk.start, step):
+            self.recall.add(self.engine.caches(), choice, chunk.count)
 
     def _parts(self, chunk: Chunk, every: bool) -> Iterator[Chunk]:
         """The runs of a chunk, each up to the last row that it returns: the whole, or once for each row.

@@ -34,7 +34,8 @@ _CHECKS: Final = (1 << 15, 1 << 17)
 class LongSteps:
     """The times of one program's steps at any position of a cache of `capacity` tokens.
 
-    `standing_for`: how many layers a layer of the program stands for, one where it is not said.
+    `standing_for`: how many layers a layer of the program stands for, one where it is not said.  `bends`:
+    positions behind which other lines go on than before.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class LongSteps:
         machine: Machine,
         capacity: int,
         standing_for: Mapping[int, int] | None = None,
+        bends: Sequence[int] = (),
     ) -> None:
+        self.bends = bends
         self.programs, self.machine, self.standing_for = programs, machine, standing_for or {}
         self._last = max(capacity - programs[0].seqlen, 0)
         self._known: dict[tuple[int, frozenset[int]], float] = {}
@@ -73,8 +76,9 @@ class LongSteps:
 
     @cached_property
     def _knots(self) -> dict[int, float]:
-        inside = [pos for pos in _KNOTS if pos < self._last]
-        ends = inside if len(inside) == len(_KNOTS) else [*inside, self._last]
+        knots = sorted({*_KNOTS, *self.bends})
+        inside = [pos for pos in knots if pos < self._last]
+        ends = inside if len(inside) == len(knots) else [*inside, self._last]
         self._knots = {pos: self._of_all_layers(pos) for pos in dict.fromkeys(ends)}
         for pos in _CHECKS if len(self._knots) > 1 else ():
             if pos < self._last:
@@ -127,8 +131,9 @@ class OverlappedChunks(LongSteps):
         capacity: int,
         standing_for: Mapping[int, int] | None = None,
         stages: int = 1,
+        bends: Sequence[int] = (),
     ) -> None:
-        super().__init__(programs, machine, capacity, standing_for)
+        super().__init__(programs, machine, capacity, standing_for, bends)
         self._chunks = stages + 1  # so many are under way before one more costs as much as all that follow
 
     def _of_all_layers(self, pos: int) -> float:

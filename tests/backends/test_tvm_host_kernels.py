@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tyir.artifacts.sparse_prefill import BlockChoice
 from tyir.backends.host.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, detected_cpu
 from tyir.diagnostics import TyirError
 from tyir.dialects import func, kv, ty
@@ -154,6 +155,69 @@ def dual_chunk(
 
     name = f"dual_chunk_s{s}_{kv_heads}_d{d}_pos{pos}_{step}_{e}"
     return Case(name + (f"_blocks{blocks}" if blocks else ""), types, make, tuple(data))
+
+
+def sparse(
+    kind: type[Op],
+    s: int,
+    kv_heads: tuple[int, ...],
+    d: int,
+    capacity: int,
+    pos: int,
+    numbers: tuple[int, int, int, int],
+    step: int | None = None,
+    e: Type = f16,
+    cap: float | None = None,
+) -> Case:
+    """`kv.block_scores`, or `kv.sparse_attention` to blocks that are drawn among the candidates."""
+    choice, groups = BlockChoice(*numbers), max(kv_heads) + 1
+    cache, scale = t(1, groups, capacity, d, e=e), t(1, groups, capacity)
+    q, samples = t(1, s, len(kv_heads), d), choice.samples(s)
+    whole = kind is kv.SparseAttention
+    scales = (scale,) * (1 + whole) if e is i8 else ()
+    types = [q, cache, t(1, e=i32), *scales, *((q, q, t(1, e=f32)) if step else ())]
+    rng = np.random.default_rng(pos)
+    data: list[tuple[int, Any]] = [(2, (pos,)), *([(len(types) - 1, (1.2,))] if step else [])]
+    if whole:
+        blocks = np.zeros((1, groups, 3 if step else 1, choice.keep), np.int32)
+        for which, (first, end) in enumerate(choice.ranges(pos, step)):
+            count = min(choice.keep, end - first)
+            for group in range(groups):
+                blocks[0, group, which, :count] = first + rng.permutation(end - first)[:count]
+        data += [(len(types) + 1, blocks), (len(types) + 2, np.full((1, samples, len(kv_heads)), 5.0))]
+        types += [cache, t(*blocks.shape, e=i32), t(1, samples, len(kv_heads), e=f32)]
+    if e is i8:
+        data += [(1, rng.integers(-127, 128, cache.static_shape))]
+        data += [(3 + i, rng.uniform(0, 0.02, scale.static_shape)) for i in range(len(scales))]
+        data += [(len(types) - 3, rng.integers(-127, 128, cache.static_shape))] if whole else []
+
+    def make(values: Sequence[Value]) -> Op:
+        q, k, positions, *more = values
+        rest = dict(zip(("v", "blocks", "totals"), more[-3:])) if whole else {}
+        more = more[:-3] if whole else more
+        known = {"scale": d**-0.5, "kv_heads": kv_heads, "sparse": numbers, "step": step, "softcap": cap}
+        return kind(q, k, positions, tuple(more), **known, **rest)  # type: ignore[call-arg]
+
+    name = f"{kind.name}_s{s}_{kv_heads}_d{d}_cap{capacity}_pos{pos}_{numbers}_{step}_{e}"
+    return Case(name, tuple(types), make, tuple(data))
+
+
+def pick_blocks(
+    n: int, s: int, kv_heads: tuple[int, ...], pos: int, numbers: tuple[int, int, int, int], step: int | None
+) -> Case:
+    samples = BlockChoice(*numbers).samples(s)
+    types = (
+        t(1, n, samples, len(kv_heads), e=f32),
+        t(1, samples, len(kv_heads), e=f32),
+        t(1, e=i32),
+    )
+    totals = np.random.default_rng(n).uniform(2, 4, types[1].static_shape)
+    return Case(
+        f"pick_blocks_{n}_{s}_{kv_heads}_pos{pos}_{numbers}_{step}",
+        types,
+        lambda v: kv.PickBlocks(*v, kv_heads=kv_heads, sparse=numbers, step=step),
+        ((1, totals), (2, (pos,))),
+    )
 
 
 def attention_of_nan() -> Case:
@@ -489,6 +553,19 @@ CASES: list[Case] = [
     dual_chunk(4, (0, 0, 1), 16, 24, (2, 13, 37), 12, blocks=(1, 2, 4)),
     dual_chunk(1, (0, 1), 12, 24, (5, 39), 8, i8, blocks=(0, 2, 4)),
     merge_parts(2, 3, 4, 24, 3),
+    # some blocks of a cache: none to choose from, fewer than are kept, more; borders of chunks and padding
+    sparse(kv.BlockScores, 8, (0, 0, 1), 24, 96, 0, (2, 16, 0, 2)),
+    sparse(kv.BlockScores, 12, (0, 1, 1), 16, 96, 61, (2, 16, 16, 3), cap=3.0),
+    sparse(kv.BlockScores, 8, (0, 0), 16, 4200, 4190, (2, 32, 16, 2)),
+    sparse(kv.BlockScores, 9, (0, 1), 12, 160, 101, (2, 16, 8, 2), 48, i8),
+    sparse(kv.SparseAttention, 8, (0, 0, 1), 24, 96, 0, (2, 16, 0, 2)),
+    sparse(kv.SparseAttention, 12, (0, 1, 1), 16, 192, 150, (3, 16, 16, 3), cap=3.0),
+    sparse(kv.SparseAttention, 8, (0, 0), 16, 4200, 4190, (2, 32, 2500, 2)),
+    sparse(kv.SparseAttention, 9, (0, 1), 12, 160, 130, (2, 16, 40, 2), 48, i8),
+    pick_blocks(12, 8, (0, 0, 1), 100, (3, 16, 16, 2), None),
+    pick_blocks(12, 8, (0, 1), 20, (3, 16, 16, 2), None),  # one block to choose from
+    pick_blocks(40, 12, (0, 0, 0), 600, (4, 16, 32, 3), 96),
+    Case("replace", (t(1, 5, 3, e=f32), t(1, 5, 3, e=f32)), lambda v: kv.Replace(*v)),
     merge_parts(1, 1, 7, 64, 4),
 ]
 
@@ -567,7 +644,7 @@ def test_kernel_computes_what_the_op_says(
         got, expected = (_unpacked(op, *records) for records in (got, expected))
     for mine, theirs in zip(got, expected, strict=True):
         assert_close(mine, theirs)
-    if isinstance(op, kv.Append):
+    if isinstance(op, (kv.Append, kv.Replace)):
         assert got[0] is stored[0]
 
 

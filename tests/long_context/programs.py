@@ -47,7 +47,9 @@ class Programs:
         pp: int = 1,
         cache: str = "",
         cut: str = "",
+        sparse: str = "",
         machine: Machine = EDGE10,
+        commands: bool = True,
     ) -> None:
         weights = CheckpointReader(stored) if isinstance(stored, Path) else stored
         self.chunks = DualChunk.used(to_json(module.attributes["tyir.model"]), max_kv)
@@ -56,7 +58,11 @@ class Programs:
             module,
             f"kv-materialize{{max-kv={max_kv} {cache}}},"
             f"partition-dies{{dies={dies} pp={pp} strategy=split {cut}}},"
-            f"specialize-seqlen{{seqlens={seqlen}}},to-program",
+            + (
+                f"specialize-seqlen{{seqlens=1,{seqlen}}},sparse-prefill{{{sparse}}},to-program"
+                if sparse
+                else f"specialize-seqlen{{seqlens={seqlen}}},to-program"
+            ),
         )
         self.modules = dies_of(module)
         self.interpreters = [Interpreter(die, weights) for die in self.modules]
@@ -67,6 +73,8 @@ class Programs:
             params = {
                 p.sym_name: pack(evaluate_param(p, weights), p.type) for p in die.body if isinstance(p, Param)
             }
+            if not commands:
+                continue
             self.lowered.append(lower_die(die, seqlen, machine))
             program = EdgeProgram(self.lowered[-1])
             self.functional.append(FunctionalDie(program, params, machine))

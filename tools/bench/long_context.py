@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tyir.tools.cli import ToolParser, run_tool
+from tyir.tools.commands.build_arguments import numbers, sparse
 
 __all__ = ["CONFIGS", "LENGTHS", "main"]
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         for name, folder in folders.items():
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
-        times = _times(folders, args.times or (), args.lengths, args.output_rows)
+        times = _times(folders, args)
         for line in times if args.times else _bytes(folders):
             print(line, flush=True)
     return 0
@@ -102,9 +103,7 @@ def _bytes(folders: dict[str, Path]) -> Iterator[str]:
                 yield f"| {dies} | {stages} | " + " | ".join([*row, longest]) + " |"
 
 
-def _times(
-    folders: dict[str, Path], asked: Sequence[str], lengths: Sequence[int], rows: str
-) -> Iterator[str]:
+def _times(folders: dict[str, Path], args: argparse.Namespace) -> Iterator[str]:
     from tyir.manifest import BuildOptions
     from tyir.targets.machine import load_machine
     from tyir.tools.estimate.long_context import prompt_cost
@@ -113,16 +112,19 @@ def _times(
 
     yield "| model | dies | stages | tokens | prefill | ... with overlapped stages | ms a token |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for which in asked:
+    for which in args.times or ():
         name, dies, stages = which.split(":")
-        for tokens in lengths:
+        for tokens in args.lengths:
             options = BuildOptions(
                 dies=int(dies),
                 pp=int(stages),
-                seqlens=(1, 96),
+                seqlens=args.seqlens,
                 max_kv=tokens,
                 weights="int4",
-                output_rows=rows,
+                kv_dtype=args.kv_dtype,
+                output=args.output,
+                output_rows=args.output_rows,
+                sparse_prefill=args.sparse_prefill,
             )
             cost = prompt_cost(read_shape(folders[name]), options, load_machine())
             overlapped = "-" if cost.overlapped is None else duration(cost.overlapped)
@@ -145,6 +147,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=("all", "last"),
         default="all",
         help="of times: whether a step computes the head for all of its tokens (default) or for the last",
+    )
+    parser.add_argument(
+        "--output", default="logits", metavar="KIND", help="of times: what a step returns (default: logits)"
+    )
+    parser.add_argument(
+        "--seqlens", type=numbers, default=(1, 96), metavar="N,N,..", help="of times: tokens per step"
+    )
+    parser.add_argument(
+        "--kv-dtype", choices=("fp16", "int8"), default="fp16", help="of times: what caches hold"
+    )
+    parser.add_argument(
+        "--sparse-prefill", type=sparse, default=(), metavar="keep=N,..", help="of times: as tyir-compile's"
     )
     return parser
 

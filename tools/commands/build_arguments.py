@@ -19,6 +19,7 @@ __all__ = [
     "add_image_option",
     "add_vision_tower_option",
     "numbers",
+    "sparse",
 ]
 
 
@@ -46,6 +47,13 @@ AUTO: Final = "auto"
 
 def _group_size(text: str) -> int | str:
     return AUTO if text == AUTO else whole_number(text)
+
+
+def sparse(text: str) -> tuple[int, ...]:
+    """The numbers of `--sparse-prefill`."""
+    from tyir.artifacts.sparse_prefill import BlockChoice
+
+    return BlockChoice.parse(text).numbers
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:

@@ -49,7 +49,8 @@ def prompt_cost(shape: ModelShape, options: BuildOptions, machine: Machine) -> P
     not say what all of them take.
     """
     capacity, longest, shortest = options.max_kv, max(options.seqlens), min(options.seqlens)
-    chunks = list(plan_chunks(capacity, 0, options.seqlens, capacity))
+    sparse = None if options.choice is None else longest
+    chunks = list(plan_chunks(capacity, 0, options.dense_seqlens, capacity, sparse=sparse))
     steps = {length: _steps(shape, options, machine, length) for length in {longest, shortest}}
     used = {chunk.seqlen for chunk in chunks} - set(steps)
     steps |= {length: _steps(shape, options, machine, length) for length in used}
@@ -62,7 +63,9 @@ def prompt_cost(shape: ModelShape, options: BuildOptions, machine: Machine) -> P
         more = _steps(shape, trial, machine, longest, overlapped=True)
         first = _steps(shape, trial, machine, longest, head=False)
         ends = chunks[-1].start if chunks[-1].seqlen == longest else max(chunks[-1].start - longest, 0)
-        overlapped = math.fsum(more.ns(chunk.start) for chunk in chunks) + first.ns(ends)
+        others = {c.seqlen for c in chunks if c.seqlen != longest} if sparse is not None else set()
+        steps = {n: _steps(shape, trial, machine, n, overlapped=True) for n in others}
+        overlapped = math.fsum(steps.get(c.seqlen, more).ns(c.start) for c in chunks) + first.ns(ends)
     return PromptCost(
         capacity,
         len(chunks),
@@ -103,10 +106,14 @@ def _steps(
     """The times of steps of one length."""
     standing_for, layers = _trial(shape, options)
     module = few_layers(shape, layers, head=head and not overlapped)
-    programs = _programs(module, shape, replace(options, seqlens=(length,)), machine)
+    choice = options.choice if length == max(options.seqlens) else None
+    lengths = (length,) if choice is None else (1, length)
+    trial = replace(options, seqlens=lengths, sparse_prefill=() if choice is None else choice.numbers)
+    programs = _programs(module, shape, trial, machine)
+    bends = () if choice is None else (choice.window + choice.keep * choice.block,)
     if overlapped:
-        return OverlappedChunks(programs, machine, options.max_kv, standing_for, options.pp)
-    return LongSteps(programs, machine, options.max_kv, standing_for)
+        return OverlappedChunks(programs, machine, options.max_kv, standing_for, options.pp, bends)
+    return LongSteps(programs, machine, options.max_kv, standing_for, bends)
 
 
 def _programs(
@@ -118,7 +125,7 @@ def _programs(
     if shape.group is not None:
         options = replace(options, weights="fp16")  # stored quantised
     run_pipeline(module, remaining_pipeline("ty", options, file))
-    search, (length,) = Search(), options.seqlens
+    search, length = Search(), max(options.seqlens)
     lowered: dict[str, EdgeProgram] = {}
     programs = []
     for die in (die for die in module.body if isinstance(die, Module)):

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from tyir.artifacts.cache_layout import position_axis
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.sparse_prefill import RECALL
+from tyir.diagnostics import TyirError
 
 if TYPE_CHECKING:
     from tyir.manifest import BuildOptions, DieProgram, Manifest, TensorInfo
 
-__all__ = ["cache_inputs", "problems_of"]
+__all__ = ["cache_inputs", "is_recall", "problems_of"]
 
 _IDS, _EMBEDDINGS, _POS, _TEMPERATURE, _ROW = "ids", "embeddings", "pos", "temperature", "row"
 _CACHES: Final = {  # the caches' elements by number of axes: with the scales of 8-bit rows beside them
@@ -79,8 +81,22 @@ def _options(options: BuildOptions) -> Iterator[str]:
         yield f"options.kv_parts {options.kv_parts} does not divide the dies of a stage"
     if (options.kv_parts > 1) != (options.kv_split == "tokens"):
         yield f"options.kv_parts {options.kv_parts} does not fit options.kv_split {options.kv_split}"
+    if options.sparse_prefill:
+        yield from _sparse(options)
     if options.die_map and len(set(options.die_map)) != options.dies:
         yield f"options.die_map {options.die_map} does not name {options.dies} different dies"
+
+
+def _sparse(options: BuildOptions) -> Iterator[str]:
+    try:
+        choice = options.choice
+        if choice is not None:
+            choice.checked()
+    except (TypeError, TyirError):
+        yield f"options.sparse_prefill {options.sparse_prefill} are not keep, block, window and every"
+        return
+    if len(options.seqlens) < 2 or options.batch > 1 or options.kv_parts > 1 or options.kv_layout != "HND":
+        yield "options.sparse_prefill needs two lengths, one sequence, and whole caches laid out as HND"
 
 
 def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
@@ -115,7 +131,7 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
     if given:
         yield f"takes {', '.join(given)}, which no step gives and it does not update"
     for cache in (program.inputs[i] for i in sorted(state) if i < len(program.inputs)):
-        yield from _cache(cache, options)
+        yield from _recall(cache, options) if is_recall(cache.name, options) else _cache(cache, options)
     made = {t.name: t for t in program.outputs if t.alias is None}
     step = (options.batch, 1 if options.output_rows == "last" else program.seqlen)
     if options.output == "logits":
@@ -203,6 +219,17 @@ def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
         shape: list[int | None] = [None] * len(tensor.shape)
         shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.cache_extent
         yield from _tensor(tensor, tensor.name, wanted, tuple(shape))
+
+
+def is_recall(name: str, options: BuildOptions) -> bool:
+    """Whether a state of this name says what sparse steps have seen, and is not a cache."""
+    return options.choice is not None and name.startswith(RECALL)
+
+
+def _recall(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
+    assert options.choice is not None
+    samples = options.choice.samples(max(options.seqlens))
+    yield from _tensor(tensor, tensor.name, "f32", (options.batch, samples, None))
 
 
 def _tensor(found: TensorInfo | None, name: str, dtype: str, shape: tuple[int | None, ...]) -> Iterator[str]:

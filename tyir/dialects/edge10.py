@@ -24,7 +24,7 @@ from typing import Final
 from tyir.attributes import ArrayAttr, SymbolRefAttr
 from tyir.diagnostics import Diagnostic
 from tyir.edge10.command import ADDRESS, DMA_UNITS, DYNAMIC, TOKEN, UNITS, Command, Exchange
-from tyir.edge10.command_times import Transfer, Work, transfer_of
+from tyir.edge10.command_times import NO_TRANSFER, Transfer, Work, transfer_of
 from tyir.edge10.vector_functions import ELEMENTWISE_FUNCTIONS, VECTOR_FUNCTIONS, Call
 from tyir.ir import Region, Value
 from tyir.opdef import DeclaredOp, attr, operand, region, result, variadic_operand, variadic_result
@@ -41,6 +41,7 @@ __all__ = [
     "Affine",
     "AllGather",
     "AllReduce",
+    "BlockWeights",
     "Buffer",
     "Command",
     "Dequant",
@@ -55,6 +56,7 @@ __all__ = [
     "Offset",
     "Recv",
     "Register",
+    "ScoreBlock",
     "Send",
     "SoftmaxBlock",
     "Store",
@@ -252,10 +254,17 @@ class Store(Command, name="edge10.store", unit="eodma", dynamic=("shape",), pric
         yield from _check_transfer(self.shape, self.dram_strides, self.sram_strides)
 
 
-class Gather(Command, name="edge10.gather", unit="eidma", priced_by=("index", "rows", "row_bytes")):
+class Gather(
+    Command,
+    name="edge10.gather",
+    unit="eidma",
+    dynamic=("rows", "entry"),
+    priced_by=("index", "row_bytes"),
+):
     """Rows of a DRAM table to consecutive rows in SRAM.
 
-    index = "ids": row r is table[ids[r] - first], ids i32 in SRAM, zeros when outside the table; index =
+    index = "ids": row r is table[ids[entry + r] - first], ids i32 in SRAM, zeros when outside the table; a
+    number of rows that a register gives is 0 or 1, and `entry` may be one too.  index =
     "position": table[min(pos + first + r, last)], `pos` being that of `sequence`; with `modulo`
     table[min((pos + first + r) mod modulo + shift, last)].
     """
@@ -271,6 +280,7 @@ class Gather(Command, name="edge10.gather", unit="eidma", priced_by=("index", "r
     table_rows: int = attr()
     offset: int = attr(default=0)
     sequence: int = attr(default=0)
+    entry: int = attr(default=0)
     modulo: int | None = attr(default=None, least=1)
     shift: int | None = attr(default=None, least=0)
     done: Value = result()
@@ -280,10 +290,14 @@ class Gather(Command, name="edge10.gather", unit="eidma", priced_by=("index", "r
 
     def cost(self, scalars: Sequence[int]) -> Transfer:
         """Rows by id are one run each; rows by position follow each other."""
-        return Transfer(self.rows * self.row_bytes, self.rows if self.index == "ids" else 1)
+        rows, _ = self.sizes_with(scalars)
+        if rows == 0:
+            return NO_TRANSFER
+        return Transfer(rows * self.row_bytes, rows if self.index == "ids" else 1)
 
     def sram_writes(self) -> list[tuple[int, int]]:
-        return [(self.sram, self.sram + self.rows * self.row_bytes)]
+        rows = 1 if self.rows == DYNAMIC else self.rows
+        return [(self.sram, self.sram + rows * self.row_bytes)]
 
     def signature(self) -> Hashable:
         """Which rows of the table a die holds does not matter."""
@@ -527,6 +541,86 @@ class SoftmaxBlock(
     def sram_writes(self) -> list[tuple[int, int]]:
         by_row = [(start, start + self.rows * 4) for start in (self.maximum, self.total, self.alpha)]
         return [(self.probabilities, self.probabilities + self.rows * self.probability_stride), *by_row]
+
+
+class ScoreBlock(
+    Command,
+    name="edge10.score_block",
+    unit="vector",
+    dynamic=("cols", "first_key"),
+    priced_by=("rows", "softcap"),
+):
+    """What queries see in a block of keys: of scores [rows, cols] f32 of `cols` keys from `first_key` on, for
+    each row the logarithm of the sum of e^(scale * s) over the keys that it sees, -1e30 where it sees none.
+
+    Row r is query `pos + first_query + r // heads * every` of `sequence`; keys after it are hidden.  The
+    result goes to `out`, and is added to `total` of the row: total' = log(e^total + e^result).  Without
+    columns the result is -1e30.  `softcap`, `temperature` and the scalars are as in `edge10.softmax_block`.
+    """
+
+    args: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    scores: int = attr()
+    score_stride: int = attr()
+    out: int = attr()
+    total: int = attr()
+    rows: int = attr()
+    cols: int = attr(default=DYNAMIC)
+    first_key: int = attr(default=DYNAMIC)
+    heads: int = attr(least=1)
+    first_query: int = attr(default=0)
+    every: int = attr(default=1, least=1)
+    sequence: int = attr(default=0)
+    scale: float = attr()
+    softcap: float | None = attr(default=None)
+    temperature: int | None = attr(default=None)
+    done: Value = result()
+
+    def cost(self, scalars: Sequence[int]) -> Work:
+        """The passes of a softmax, whose weights would be stored where here they are added up."""
+        cols, _ = self.sizes_with(scalars)
+        return Work("softmax" if self.softcap is None else "softmax_capped", (self.rows * cols,))
+
+    def sram_writes(self) -> list[tuple[int, int]]:
+        return [(start, start + self.rows * 4) for start in (self.out, self.total)]
+
+
+class BlockWeights(
+    Command,
+    name="edge10.block_weights",
+    unit="vector",
+    dynamic=("seen", "low", "high"),
+    priced_by=("samples", "heads"),
+):
+    """How much of their attention samples give each of `rows` blocks: of the logarithms x [rows, samples,
+    heads] f32 and totals [samples, heads] f32, rows `total_stride` bytes apart, the sums of e^(x - total)
+    over heads and the samples that choose (`kv.pick_blocks`), f32 [rows] at `out`.
+
+    Row r is block `first` + r; block 0 has weight 1e30, one that is not from `low` up to `high` -1.  Rows
+    from `seen` on are no candidates and are not read.
+    """
+
+    args: tuple[Value, ...] = variadic_operand(default=())
+    _: KW_ONLY
+    x: int = attr()
+    totals: int = attr()
+    total_stride: int = attr()
+    out: int = attr()
+    rows: int = attr()
+    samples: int = attr()
+    heads: int = attr()
+    first: int = attr(default=0)
+    seen: int = attr(default=DYNAMIC)
+    low: int = attr(default=DYNAMIC)
+    high: int = attr(default=DYNAMIC)
+    done: Value = result()
+
+    def cost(self, scalars: Sequence[int]) -> Work:
+        seen, _, _ = self.sizes_with(scalars)
+        return Work("softmax", (seen * self.samples * self.heads,))
+
+    def sram_writes(self) -> list[tuple[int, int]]:
+        return [(self.out, self.out + self.rows * 4)]
 
 
 class TopK(

@@ -149,6 +149,11 @@ def _rope(call: Call, a: Array, cosines: Array, sines: Array) -> Array:
     return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=1)
 
 
+def _share(largest: Array, total: Array, whole: Array) -> Array:
+    with np.errstate(all="ignore"):  # replays compute on whatever is there
+        return np.asarray(np.exp(largest + np.log(total) - whole))
+
+
 def _fill(call: Call) -> Array:
     return np.full((call.rows, call.cols), np.float32(call.constant), np.float32)
 
@@ -251,6 +256,16 @@ _ROWS: Final = (
         lambda call, a: merge_parts(a, call.group),
         passes=2,
         price="rescale_add",
+    ),
+    VectorFunction(  # an exponential and a logarithm, a table each, of some numbers a row
+        "share",
+        (whole, whole, whole),
+        _ONE,
+        "l e^(m - t): of keys with the largest score m and the total l, what share of e^t they are",
+        lambda _, largest, total, whole: _share(largest, total, whole),
+        elementwise=True,
+        passes=4,
+        price="silu",
     ),
     VectorFunction(  # like a norm a pass that reduces the row and one that scales it
         "quantize_rows",

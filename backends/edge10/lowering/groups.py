@@ -16,6 +16,13 @@ from tyir.backends.edge10.lowering.ops.attention import (
     lower_attention,
     lower_merge_attention,
 )
+from tyir.backends.edge10.lowering.ops.block_scores import (
+    lower_block_scores,
+    lower_pick_blocks,
+    lower_replace,
+    pick_scratch,
+    score_scratch,
+)
 from tyir.backends.edge10.lowering.ops.cache import (
     lower_append,
     lower_embedding,
@@ -53,6 +60,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     dist.AllGather: lower_all_gather,
     dist.Send: lower_send,
     dist.Recv: lower_recv,
+    kv.Replace: lower_replace,
     kv.QuantizeRows: lower_quantize_rows,
     kv.MergeAttention: lower_merge_attention,
     ty.Concat: lower_concat,
@@ -67,6 +75,9 @@ _Ask = Callable[[Any, int, Machine, SramPlan, Collection[Value]], Scratch | None
 _WITH_SCRATCH: Final[dict[type[Op], tuple[_Ask, Callable[[Any, Lowering, Area | None], None]]]] = {
     kv.CachedAttention: (attention_scratch, lower_attention),
     kv.DualChunkAttention: (attention_scratch, lower_attention),
+    kv.SparseAttention: (attention_scratch, lower_attention),
+    kv.BlockScores: (score_scratch, lower_block_scores),
+    kv.PickBlocks: (pick_scratch, lower_pick_blocks),
     ty.Attention: (attention_scratch, lower_attention),
     ty.Linear: (product_scratch, lower_linear),
     ty.QuantizedLinear: (product_scratch, lower_linear),

@@ -11,21 +11,25 @@ A vision tower's that are gathered from all dies likewise: queries are computed 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
 
 from tyir.dialects.dist import AllGather
 from tyir.dialects.func import Func
-from tyir.dialects.kv import CachedAttention
+from tyir.dialects.kv import BlockScores, CachedAttention
 from tyir.dialects.ty import Attention
 from tyir.ir import Op, Value
 
 __all__ = ["keys_first", "makers"]
 
+# The latter stands before kv.sparse_attention, whose queries it takes.
+_OVER_CACHE: Final = (CachedAttention, BlockScores)
+
 
 def keys_first(function: Func) -> Func:
     """A copy of a layer function, in that order."""
     copy = function.clone()
-    for attention in [op for op in copy.body if isinstance(op, CachedAttention) or _gathers(op)]:
-        queries = attention.queries if isinstance(attention, CachedAttention) else attention.operands[:1]
+    for attention in [op for op in copy.body if isinstance(op, _OVER_CACHE) or _gathers(op)]:
+        queries = attention.queries if isinstance(attention, _OVER_CACHE) else attention.operands[:1]
         wanted = makers([v for v in attention.operands if v not in queries])
         own = [op for op in makers(queries) if op not in wanted]
         first = next((op for op in copy.body if op in own), None)

@@ -212,6 +212,7 @@ class AttentionBlocks:
     runs, the cube is at another's product.  A block's scores are products of `columns` keys each; the scores
     of `buffers` strips have a place, and the products with V of `products` of them.  `part`: the result is
     rows of f32 that are to be merged.
+    `beside`: bytes of each of the lists of chosen blocks, of what was asked of all, and of the shares.
     """
 
     queries: int
@@ -226,6 +227,7 @@ class AttentionBlocks:
     buffers: int = 1
     products: int = 1
     part: bool = False
+    beside: tuple[int, ...] = ()
 
     @property
     def strip_queries(self) -> int:
@@ -256,6 +258,7 @@ class AttentionBlocks:
         sizes |= {"sum": align(rows * dim * 4), "maximum": align(rows * 4), "total": align(rows * 4)}
         if self.rotations > 1:
             sizes["temperature"] = align(4)
+        sizes |= dict(zip(("lists", "asked", "shares"), map(align, self.beside)))
         if not transfers:
             return sizes
         queries = (f"q{number}" for number in range(self.rotations))
@@ -319,10 +322,13 @@ def attention_blocks(
     quantized: bool = False,
     rotations: int = 1,
     block: int | None = None,
+    listed: int | None = None,
+    beside: tuple[int, ...] = (),
 ) -> AttentionBlocks:
     """The cheapest blocks that fit `room` bytes, over a long cache: every piece of the tokens reads the cache
     again.  No block is longer than the cache of `capacity` rows.  `block`: of a cache that is cut by tokens,
-    the rows whose positions follow each other; the rows of a block are some of those.
+    the rows whose positions follow each other; the rows of a block are some of those.  `listed`: the rows of
+    blocks that come by lists, `beside` as `AttentionBlocks` has it.
     """
 
     def candidates() -> Iterator[AttentionBlocks]:
@@ -331,7 +337,10 @@ def attention_blocks(
                 h = heads if all_heads else largest_group
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
                 yield AttentionBlocks(
-                    queries, 0, all_heads, strip, quantized, rotations=rotations, part=block is not None
+                    *(queries, 0, all_heads, strip, quantized),
+                    rotations=rotations,
+                    part=block is not None,
+                    beside=beside,
                 )
 
     if block is not None and not _dividing(block):
@@ -346,7 +355,7 @@ def attention_blocks(
         room,
         capacity,
         transfers,
-        _KEYS if block is None else _dividing(block),
+        (listed,) if listed is not None else _KEYS if block is None else _dividing(block),
     )
 
 

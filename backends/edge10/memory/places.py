@@ -13,7 +13,7 @@ from tyir.backends.edge10.lowering.context import Place
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, Interval, align, place_intervals
 from tyir.dialects.dist import AllGather, AllReduce
 from tyir.dialects.func import Call, Func
-from tyir.dialects.kv import Append, CachedAttention
+from tyir.dialects.kv import Append, BlockScores, CachedAttention, Replace
 from tyir.dialects.ty import Add, Attention, GetGlobal, Linear, QuantizedLinear, Reshape, Rope, tensor_type
 from tyir.ir import Op, Value
 from tyir.traits import Elementwise
@@ -38,7 +38,7 @@ def root(value: Value) -> Value:
 
     Through reshapes, appends in place, and ops that may write their result over their first operand.
     """
-    while isinstance(op := value.op, (Reshape, Append)) or (
+    while isinstance(op := value.op, (Reshape, Append, Replace)) or (
         isinstance(op, (Rope, CachedAttention)) and _fits(op) and _only_reader(op.operands[0])
     ):
         value = op.operands[0]
@@ -229,10 +229,11 @@ def used_until(
 
 def _streamed(function: Func) -> set[Value]:
     """What lies in DRAM whatever room there is: the keys and values of a tower's attention, which pass
-    through SRAM by blocks as a cache's do, and rows of several tokens for a cache that is cut by tokens,
-    whose addresses follow the position.
+    through SRAM by blocks as a cache's do, rows of several tokens for a cache that is cut by tokens, and what
+    sampled queries see in a block of the cache, whose addresses follow the position.
     """
-    found = {root(v) for op in function.body if isinstance(op, Attention) for v in (op.k, op.v)}
+    seen = {op.scores for op in function.body if isinstance(op, BlockScores)}
+    found = seen | {root(v) for op in function.body if isinstance(op, Attention) for v in (op.k, op.v)}
     appends = (op for op in function.body if isinstance(op, Append) and op.blocks is not None)
     return found | {root(op.rows) for op in appends if tensor_type(op.rows).static_shape[1] > 1}
 

@@ -14,6 +14,9 @@ and of the queries' own, each with its rotation of the queries; what follows is 
 A cache that is cut by tokens is visited row by row as any other: whatever is said of positions becomes a
 number of rows first, those before a position being the first ones.  What is stored are the sums, the largest
 score and the total of the keys that are here; kv.merge_attention makes attention of those of all dies.
+
+Attention to some blocks visits these one by one, and then the window; which, is what sampled queries, tiles
+of every n-th token, see in all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.artifacts.sparse_prefill import is_measured
 from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.backends.host.kernels.elementwise import capped
 from tyir.backends.host.kernels.tir import (
@@ -41,6 +45,7 @@ from tyir.backends.host.kernels.tir import (
     horizontal_sum,
     lanes_for,
     load,
+    log,
     loop,
     put,
     register,
@@ -51,6 +56,7 @@ from tyir.backends.host.kernels.tir import (
     sums_of,
     vector,
 )  # fmt: skip
+from tyir.backends.host.kernels.top_k import BestList
 from tyir.dialects import kv, ty
 from tyir.dialects.ty import default_kv_heads
 
@@ -59,6 +65,8 @@ __all__ = ["EMITTERS"]
 _MOST_QUERIES = 8
 _BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
 _HIDDEN = float("-inf")
+_ALWAYS: Final = 1e30  # the weight of block 0, and of what is not a candidate
+_NEVER: Final = -1.0
 _LOWEST: Final = -1e30  # the largest score where no key is seen: e to the power of differences with it is 0
 
 
@@ -109,6 +117,7 @@ class _Work:
     high: Expr
     by_head: bool
     blocks: TokenBlocks | None = None
+    every: int = 1  # tokens from one query to the next
 
     def row(self, position: Expr) -> list[Expr]:
         """Where the head's row of a position lies in a cache."""
@@ -116,13 +125,17 @@ class _Work:
 
     def query(self, t: Expr) -> list[Expr]:
         """Where the row of query t lies in q, and in the result."""
-        heads, tokens = (t, 0) if self.of_heads else (0, t)
+        heads, tokens = (t, 0) if self.of_heads else (0, self._after(t))
         return [self.sequence, self.token + tokens, self.head + heads]
 
     def position(self, t: Expr) -> Expr:
         """The position of query t."""
         assert self.first is not None
-        return self.first if self.of_heads else self.first + t
+        return self.first if self.of_heads else self.first + self._after(t)
+
+    def _after(self, t: Expr) -> Expr:
+        """How many tokens query t comes after the first."""
+        return t if self.every == 1 else t * self.every
 
     def before(self, position: Expr) -> Expr:
         """How many rows hold positions below this one."""
@@ -215,6 +228,7 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
 
 
 Stored = tuple[Buffer, Buffer | None]  # rows and, of an 8-bit cache, their scales
+_Attending = kv.CachedAttention | kv.SparseAttention | kv.BlockScores | ty.Attention
 
 
 def _at_once(
@@ -253,50 +267,78 @@ def _by_blocks(
     """A tile over any number of keys, `rows` at a time: maximum, total and weighted sum of the blocks before
     are scaled to the maximum with the new block.
     """
-    width = int(v[0].shape[3])
-    lanes = lanes_for(cpu.lanes, width)
-    scores = T.alloc_buffer((work.queries, rows + cpu.lanes), "float32")
-    sums = T.alloc_buffer((work.queries, width), "float32")
-    online = _Online(*(T.alloc_buffer((work.queries,), "float32") for _ in range(3)))
-    with T.serial(0, work.queries) as t:
-        T.buffer_store(online.maxima, f32(_HIDDEN if work.blocks is None else _LOWEST), [t])
-        T.buffer_store(online.totals, f32(0), [t])
-        with T.serial(0, width // lanes) as i:
-            store(sums, [t, i * lanes], f32(0, lanes), lanes)
+    sums = _Sums.empty(work, int(v[0].shape[3]), rows, cpu)
     with T.serial(0, (work.high - work.low + (rows - 1)) // rows) as number:
         low = bind(work.low + number * rows)
         block = replace(work, low=low, high=bind(T.min(low + rows, work.high)))
+        sums.add(op, block, [part.within(block) for part in parts], k, v, cpu)
+    if work.blocks is not None:
+        _store_part(work, out, sums)
+    else:
+        sums.store_divided(work, out)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a tile's queries come to over the blocks of keys that have been added: weighted values, and what
+    `_Online` keeps; `scores` has room for those of a block.
+    """
+
+    values: Buffer
+    scores: Buffer
+    online: _Online
+    lanes: int
+
+    @classmethod
+    def empty(cls, work: _Work, width: int, rows: int, cpu: Cpu) -> _Sums:
+        lanes = lanes_for(cpu.lanes, width)
+        scores = T.alloc_buffer((work.queries, rows + cpu.lanes), "float32")
+        values = T.alloc_buffer((work.queries, width), "float32")
+        online = _Online(*(T.alloc_buffer((work.queries,), "float32") for _ in range(3)))
+        with T.serial(0, work.queries) as t:
+            T.buffer_store(online.maxima, f32(_HIDDEN if work.blocks is None else _LOWEST), [t])
+            T.buffer_store(online.totals, f32(0), [t])
+            with T.serial(0, width // lanes) as i:
+                store(values, [t, i * lanes], f32(0, lanes), lanes)
+        return cls(values, scores, online, lanes)
+
+    def add(
+        self, op: _Attending, block: _Work, parts: Sequence[_Part], k: Stored, v: Stored, cpu: Cpu
+    ) -> None:
+        """The keys of `block`, which may be none."""
         for part in parts:
-            _scores(op, block, part.within(block), *k, scores, cpu)
-        _softmax(block, scores, online.totals, cpu, online)
+            _scores(op, block, part, *k, self.scores, cpu)
+        _softmax(block, self.scores, self.online.totals, cpu, self.online)
 
         def before(t: int, column: Expr, lanes: int) -> Expr:
-            return load(sums, [t, column], lanes) * splat(online.factors[t], lanes)
+            return load(self.values, [t, column], lanes) * splat(self.online.factors[t], lanes)
 
         def kept(t: int, column: Expr, value: Expr, lanes: int) -> None:
-            store(sums, [t, column], value, lanes)
+            store(self.values, [t, column], value, lanes)
 
-        _weighted_values(block, *v, scores, cpu, before, kept)
-    if work.blocks is not None:
-        _store_part(work, out, sums, online, lanes)
-        return
-    with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
-        value = load(sums, [t, i * lanes], lanes) / splat(online.totals[t], lanes)
-        _store_out(work, out, t, i * lanes, value, lanes)
+        _weighted_values(block, *v, self.scores, cpu, before, kept)
+
+    def store_divided(self, work: _Work, out: Buffer) -> None:
+        """The result."""
+        with T.serial(0, work.queries) as t, T.serial(0, int(out.shape[3]) // self.lanes) as i:
+            value = load(self.values, [t, i * self.lanes], self.lanes) / splat(
+                self.online.totals[t], self.lanes
+            )
+            _store_out(work, out, t, i * self.lanes, value, self.lanes)
 
 
 def _store_out(work: _Work, out: Buffer, t: Expr, column: Expr, value: Expr, lanes: int) -> None:
     store(out, [*work.query(t), column], value, lanes)
 
 
-def _store_part(work: _Work, out: Buffer, sums: Buffer, online: _Online, lanes: int) -> None:
+def _store_part(work: _Work, out: Buffer, sums: _Sums) -> None:
     """The sums of each query, its largest score and its total, for kv.merge_attention."""
-    width = int(out.shape[3]) - 2
+    width, lanes = int(out.shape[3]) - 2, sums.lanes
     with T.serial(0, work.queries) as t:
         with T.serial(0, width // lanes) as i:
-            _store_out(work, out, t, i * lanes, load(sums, [t, i * lanes], lanes), lanes)
-        T.buffer_store(out, online.maxima[t], [*work.query(t), width])
-        T.buffer_store(out, online.totals[t], [*work.query(t), width + 1])
+            _store_out(work, out, t, i * lanes, load(sums.values, [t, i * lanes], lanes), lanes)
+        T.buffer_store(out, sums.online.maxima[t], [*work.query(t), width])
+        T.buffer_store(out, sums.online.totals[t], [*work.query(t), width + 1])
 
 
 def merge(op: kv.MergeAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -346,7 +388,7 @@ def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
 
 
 def _scores(
-    op: kv.CachedAttention | ty.Attention,
+    op: _Attending,
     work: _Work,
     part: _Part,
     k: Buffer,
@@ -358,6 +400,7 @@ def _scores(
     keys j of the part; up to a vector of -inf follows.
     """
     low, high = part.bounds or (work.low, work.high)
+    window = op.window if isinstance(op, (kv.CachedAttention, ty.Attention)) else 0
     width = int(part.q.shape[3])
     lanes = lanes_for(cpu.lanes, width)
     wide = T.alloc_buffer((work.queries, width), "float32")
@@ -389,11 +432,11 @@ def _scores(
                 last = T.min(last, work.position(t))
             positions = bind(span(start, lanes))
             seen = T.Select(positions <= splat(bind(last), lanes), score, f32(_HIDDEN, lanes))
-            if op.window > 0 and work.first is not None:
+            if window > 0 and work.first is not None:
                 if work.blocks is None:
-                    before = bind(work.position(t) - op.window)
+                    before = bind(work.position(t) - window)
                 else:
-                    before = bind(work.before(T.max(work.position(t) + 1 - op.window, 0)) - 1)
+                    before = bind(work.before(T.max(work.position(t) + 1 - window, 0)) - 1)
                 seen = T.Select(positions > splat(before, lanes), seen, f32(_HIDDEN, lanes))
             store(scores, [t, start - work.low], seen, lanes)
 
@@ -466,9 +509,181 @@ def _weighted_values(
             finish(t, (c * chunk + d) * lanes, get(sums[t, d], lanes), lanes)
 
 
+# ----------------------------------------------------------------------------------- some blocks of the cache
+
+
+def _chunk_starts(op: kv.BlockScores | kv.SparseAttention | kv.PickBlocks, pos: Expr) -> tuple[Expr, Expr]:
+    """Where the queries' own chunk begins, and the one before."""
+    if op.step is None:
+        return T.int32(0), T.int32(0)
+    own = bind(T.floordiv(pos, T.int32(op.step)) * op.step)
+    return own, bind(T.max(own - op.step, 0))
+
+
+def _met(
+    op: kv.BlockScores | kv.SparseAttention, q: Buffer, far: Sequence[Buffer], work: _Work, pos: Expr
+) -> list[_Part]:
+    """The queries as keys of each range of a tile's rows meet them, nearest keys last."""
+    if op.step is None:
+        return [_Part(q)]
+    own, last = _chunk_starts(op, pos)
+    successive, inter, temperature = far
+    heat = bind(temperature[work.sequence])
+    bounds = (inter, (T.int32(0), last)), (successive, (last, own)), (q, (own, work.high))
+    return [_Part(rotated, rows, heat) for rotated, rows in bounds]
+
+
+def block_scores(op: kv.BlockScores, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    """Tiles of sampled queries of a head, block by block."""
+    q, k, pos, *more, scores, totals = buffers
+    k_scales, far = more[0] if op.scales else None, more[len(op.scales) :]
+    size, every = op.choice.block, op.choice.every
+    b, n, samples, heads = (int(d) for d in scores.shape)
+    queries = _tile_of(samples)
+    tiles = samples // queries
+    with loop(b * heads * tiles, cpu, b * samples * heads * int(q.shape[3]) * op.held) as item:
+        head, sequence = bind(item // tiles % heads), bind(item // (tiles * heads))
+        sample = bind(item % tiles * queries)
+        first = bind(pos[sequence] + sample * every)
+        high = bind(T.min(first + ((queries - 1) * every + 1), op.held))
+        group = bind(_group_of(head, op.kv_heads))
+        work = _Work(
+            *(sequence, head, group, bind(sample * every), queries, False, first, T.int32(0), high, True),
+            every=every,
+        )
+        parts = _met(op, q, far, work, pos[sequence])
+        found = T.alloc_buffer((queries, size + cpu.lanes), "float32")
+        maxima, sums = (T.alloc_buffer((queries,), "float32") for _ in range(2))
+        with T.serial(0, queries) as t:
+            T.buffer_store(maxima, f32(_LOWEST), [t])
+            T.buffer_store(sums, f32(0), [t])
+        seen = bind((high + (size - 1)) // size)
+        with T.serial(0, seen) as number:
+            low = bind(number * size)
+            block = replace(work, low=low, high=bind(T.min(low + size, high)))
+            for part in parts:
+                _scores(op, block, part.within(block), k, k_scales, found, cpu)
+            with T.serial(0, queries) as t:
+                largest, total = _sum_of_exp(block, found, t, cpu)
+                T.buffer_store(scores, _logarithm(largest, total), [sequence, number, sample + t, head])
+                highest = bind(T.max(maxima[t], largest))
+                both = sums[t] * exp(maxima[t] - highest, 1) + total * exp(largest - highest, 1)
+                T.buffer_store(sums, both, [t])
+                T.buffer_store(maxima, highest, [t])
+        with T.serial(seen, n) as number, T.serial(0, queries) as t:
+            T.buffer_store(scores, f32(_LOWEST), [sequence, number, sample + t, head])
+        with T.serial(0, queries) as t:
+            T.buffer_store(totals, _logarithm(bind(maxima[t]), bind(sums[t])), [sequence, sample + t, head])
+
+
+def _sum_of_exp(work: _Work, scores: Buffer, t: Expr, cpu: Cpu) -> tuple[Expr, Expr]:
+    """The largest of a query's scores, -1e30 where none is seen, and the sum of e^(score - largest)."""
+    lanes = cpu.lanes
+    count = bind(work.high - work.low)
+    vectors = bind((count + (lanes - 1)) // lanes)
+    with T.serial(count, vectors * lanes) as j:
+        T.buffer_store(scores, f32(_HIDDEN), [t, j])
+    best, total = register(lanes, _LOWEST), register(lanes, 0)
+    with T.serial(0, vectors) as i:
+        put(best, T.max(get(best, lanes), load(scores, [t, i * lanes], lanes)), lanes)
+    largest = bind(horizontal_max(best, lanes))
+    with T.serial(0, vectors) as i:
+        shifted = bind(load(scores, [t, i * lanes], lanes) - splat(largest, lanes))
+        add_to(total, T.Select(shifted < f32(-87, lanes), f32(0, lanes), exp(shifted, lanes)), lanes)
+    return largest, bind(horizontal_sum(total, lanes))
+
+
+def _logarithm(largest: Expr, total: Expr) -> Expr:
+    """Of the sum of e^score; -1e30 of none."""
+    return T.Select(total > f32(0), log(bind(T.max(total, f32(1e-30)))) + largest, f32(_LOWEST))
+
+
+def pick_blocks(op: kv.PickBlocks, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    """The weights of all blocks, and then a list for each range."""
+    scores, totals, pos, blocks = buffers
+    b, n, samples, heads = (int(d) for d in scores.shape)
+    groups, lists = int(blocks.shape[1]), op.lists
+    choice = op.choice
+    choosing = [i for i in range(samples) if not is_measured(i)]
+    with loop(b * groups, cpu, b * n * samples * heads * 16) as item:
+        sequence, group = bind(item // groups), bind(item % groups)
+        end = bind(T.floordiv(T.max(pos[sequence] - choice.window, 0), T.int32(choice.block)))
+        weights = T.alloc_buffer((n,), "float32")
+        with T.serial(0, end) as number:
+            total = register(1, 0)
+            for head, its in enumerate(op.kv_heads):
+                with T.If(group == its), T.Then():
+                    for sample in choosing:
+                        seen = scores[sequence, number, sample, head] - totals[sequence, sample, head]
+                        add_to(total, exp(bind(seen), 1), 1)
+            T.buffer_store(weights, get(total, 1), [number])
+        with T.If(end > 0), T.Then():
+            T.buffer_store(weights, f32(_ALWAYS), [0])
+        own, last = (
+            bind(T.min(T.floordiv(start, T.int32(choice.block)), end))
+            for start in _chunk_starts(op, pos[sequence])
+        )
+        ranges = [(own, end), (last, own), (T.int32(0), last)][:lists]
+        for which, (low, high) in enumerate(ranges):
+            best = BestList.empty(choice.keep)
+            with T.serial(0, n) as number:
+                inside = T.And(number >= low, number < high)
+                value = bind(T.if_then_else(inside, weights[number], f32(_NEVER)))
+                with T.If(value > best.values[choice.keep - 1]), T.Then():
+                    best.insert(value, number)
+            with T.serial(0, choice.keep) as i:
+                T.buffer_store(blocks, best.ids[i], [sequence, group, which, i])
+
+
+def sparse_attention(op: kv.SparseAttention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    """Tiles of queries of a head: the chosen blocks of each range, then the window."""
+    q, k, pos, *more, v, blocks, asked, out, shares = buffers
+    scales, far = more[: len(op.scales)], more[len(op.scales) :]
+    k_scales, v_scales = scales or (None, None)
+    choice = op.choice
+    b, s, heads, width = (int(d) for d in q.shape)
+    tokens, rows = _tile_of(s), min(op.held, _BLOCK)
+    tiles, seen = s // tokens, choice.keep * choice.block + choice.window
+    with loop(b * heads * tiles, cpu, b * s * heads * width * seen) as item:
+        head, sequence = bind(item // tiles % heads), bind(item // (tiles * heads))
+        token = bind(item % tiles * tokens)
+        start = bind(pos[sequence])
+        first, group = bind(start + token), bind(_group_of(head, op.kv_heads))
+        window = bind(T.floordiv(T.max(start - choice.window, 0), T.int32(choice.block)) * choice.block)
+        high = bind(T.min(first + tokens, op.held))
+        work = _Work(sequence, head, group, token, tokens, False, first, window, high, True)
+        sums = _Sums.empty(work, width, max(choice.block, rows), cpu)
+        parts = _met(op, q, far, work, start)
+        own, last = _chunk_starts(op, start)
+        ends = [bind(T.min(x, window)) for x in (own, last)]
+        ranges = [(ends[0], window), (ends[1], ends[0]), (T.int32(0), ends[1])]
+        for which, part in enumerate(reversed(parts)):  # nearest first, as the lists are
+            low, end = ranges[which]
+            count = bind(T.min((end - low) // choice.block, choice.keep))
+            with T.serial(0, count) as number:
+                begin = bind(blocks[sequence, group, which, number] * choice.block)
+                block = replace(work, low=begin, high=bind(begin + choice.block))
+                sums.add(op, block, [replace(part, bounds=None)], (k, k_scales), (v, v_scales), cpu)
+        with T.serial(0, (work.high - work.low + (rows - 1)) // rows) as number:
+            low = bind(work.low + number * rows)
+            block = replace(work, low=low, high=bind(T.min(low + rows, work.high)))
+            sums.add(op, block, [p.within(block) for p in parts], (k, k_scales), (v, v_scales), cpu)
+        sums.store_divided(work, out)
+        with T.serial(0, tokens) as t:
+            query = bind(token + t)
+            with T.If(T.floormod(query, T.int32(choice.every)) == 0), T.Then():
+                sample = bind(T.floordiv(query, T.int32(choice.every)))
+                held = log(bind(sums.online.totals[t])) + sums.online.maxima[t]
+                share = exp(bind(held - asked[sequence, sample, head]), 1)
+                T.buffer_store(shares, share, [sequence, sample, head])
+
+
 EMITTERS: Final[Emitters] = {
     kv.CachedAttention: attention,
     kv.DualChunkAttention: attention,
     kv.MergeAttention: merge,
+    kv.BlockScores: block_scores,
+    kv.PickBlocks: pick_blocks,
+    kv.SparseAttention: sparse_attention,
     ty.Attention: both_ways,
 }

@@ -202,6 +202,12 @@ def repeat(op: ty.Repeat, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     _grid((*looped, op.times), emit)
 
 
+def replace(op: kv.Replace, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    state, values = buffers
+    size = math.prod(_shape(values))
+    _copy_row(flat(values, size), [0], flat(state, size), [0], size, cpu)
+
+
 EMITTERS: Final[Emitters] = {
     ty.Embedding: embedding,
     ty.SelectRow: select_row,
@@ -210,5 +216,6 @@ EMITTERS: Final[Emitters] = {
     ty.Concat: concat,
     ty.Repeat: repeat,
     kv.Append: append,
+    kv.Replace: replace,
     kv.Rows: rows,
 }

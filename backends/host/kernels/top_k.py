@@ -38,7 +38,7 @@ from tyir.backends.host.kernels.tir import (
 )
 from tyir.dialects import ty
 
-__all__ = ["EMITTERS"]
+__all__ = ["EMITTERS", "BestList"]
 
 _LOWEST = -3.4028234663852886e38  # what -inf and NaN count as: the lowest finite f32
 _BLOCK = 4  # vectors compared at once
@@ -46,7 +46,7 @@ _WORK = 16  # operations that an element takes, most of them its exponential's
 
 
 @dataclass(frozen=True)
-class _List:
+class BestList:
     """The best entries so far, best first; free places hold -inf, which is below every entry."""
 
     values: Buffer
@@ -54,7 +54,7 @@ class _List:
     size: int
 
     @classmethod
-    def empty(cls, size: int) -> _List:
+    def empty(cls, size: int) -> BestList:
         made = cls(T.alloc_buffer((size,), "float32"), T.alloc_buffer((size,), "int32"), size)
         with T.serial(0, size) as i:
             T.buffer_store(made.values, f32(float("-inf")), [i])
@@ -127,7 +127,7 @@ def _capped(x: Expr, cap: float | None, lanes: int) -> Expr:
 
 
 def _scan(
-    x: Buffer, row: Expr, first: int, size: int, offset: int, cap: float | None, best: _List, cpu: Cpu
+    x: Buffer, row: Expr, first: int, size: int, offset: int, cap: float | None, best: BestList, cpu: Cpu
 ) -> Expr:
     """Offers x[row, first : first + size] to the list, named offset, offset + 1, ...; the sum of exp of what
     they are capped, less the largest.
@@ -162,7 +162,7 @@ def _rows(shape: Sequence[Expr], inner: int) -> int:
 
 
 def _finish(
-    best: _List, total: Expr, cap: float | None, values: Buffer, ids: Buffer, logsumexp: Buffer, row: Expr
+    best: BestList, total: Expr, cap: float | None, values: Buffer, ids: Buffer, logsumexp: Buffer, row: Expr
 ) -> None:
     """Stores a row's results."""
     T.buffer_store(logsumexp, _capped(bind(best.values[0]), cap, 1) + log(total), [row])
@@ -177,7 +177,7 @@ def top_k(op: ty.TopK, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     x, values, ids = flat(x, rows, width), flat(values, rows, op.k), flat(ids, rows, op.k)
     logsumexp = flat(logsumexp, rows)
     with loop(rows, cpu, rows * width * _WORK) as row:
-        best = _List.empty(op.k)
+        best = BestList.empty(op.k)
         total = _scan(x, row, 0, width, 0, op.softcap, best, cpu)
         _finish(best, total, op.softcap, values, ids, logsumexp, row)
 
@@ -190,7 +190,7 @@ def top_k_candidates(op: ty.TopKCandidates, buffers: Sequence[Buffer], cpu: Cpu)
         first = place = 0
         for size, count in zip(op.sizes, op.counts()):
             if count:
-                best = _List.empty(count)
+                best = BestList.empty(count)
                 total = _scan(x, row, first, size, op.offset + first, op.softcap, best, cpu)
                 with T.serial(0, count) as i:
                     T.buffer_store(out, T.reinterpret("int32", best.values[i]), [row, place + i])
@@ -209,7 +209,7 @@ def merge_top_k(op: ty.MergeTopK, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         return bind(T.reinterpret("float32", records[row, word]))
 
     with T.serial(0, rows) as row:
-        best, total, place = _List.empty(op.k), _Sum.empty(1), 0
+        best, total, place = BestList.empty(op.k), _Sum.empty(1), 0
         for count in filter(None, op.counts):
             with T.serial(0, count) as i:
                 best.insert(number(row, place + i), bind(records[row, place + count + i]))

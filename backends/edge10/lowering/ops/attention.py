@@ -19,7 +19,7 @@ from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.kv import CachedAttention, DualChunkAttention, MergeAttention
+from tyir.dialects.kv import CachedAttention, DualChunkAttention, MergeAttention, SparseAttention
 from tyir.dialects.ty import Attention, default_kv_heads, tensor_type
 from tyir.ir import Value
 from tyir.targets.machine import Machine
@@ -28,7 +28,17 @@ from tyir.types import f16, f32
 __all__ = ["attention_scratch", "lower_attention", "lower_merge_attention"]
 
 
-def _described(op: CachedAttention | Attention) -> Attending:
+_Any = CachedAttention | SparseAttention | Attention
+
+
+def _described(op: _Any) -> Attending:
+    if isinstance(op, SparseAttention):
+        return Attending(
+            *(op.queries, op.k, op.v, op.out, op.scales, op.kv_heads, op.cache_heads, op.held),
+            *("HND", op.scale, 0, op.softcap),
+            temperature=op.temperature,
+            sparse=op,
+        )
     if isinstance(op, CachedAttention):
         known = Attending(
             *(op.queries, op.k, op.v, op.out, op.scales, op.kv_heads, op.cache_heads, op.held),
@@ -46,7 +56,7 @@ def _described(op: CachedAttention | Attention) -> Attending:
 
 
 def attention_scratch(
-    op: CachedAttention | Attention,
+    op: _Any,
     arena: int,
     machine: Machine,
     plan: SramPlan,
@@ -58,7 +68,8 @@ def attention_scratch(
     """
     known = _described(op)
     room = arena - len(known.queries) * align(tensor_type(op.q).nbytes)
-    room -= align(tensor_type(op.out).nbytes) if known.blocks is not None else 0
+    apart = known.blocks is not None or known.sparse is not None  # of the queries' place
+    room -= align(tensor_type(op.out).nbytes) if apart else 0
     if tensor_type(op.q).static_shape[1] <= machine.cube.rows or room <= 0:
         return None
     try:
@@ -69,7 +80,7 @@ def attention_scratch(
         return None
 
 
-def lower_attention(op: CachedAttention | Attention, lowering: Lowering, scratch: Area | None = None) -> None:
+def lower_attention(op: _Any, lowering: Lowering, scratch: Area | None = None) -> None:
     """With the temporaries or, if its queries and result lie in SRAM, with `scratch`."""
     known = _described(op)
     area = Area(lowering.plan.temp, lowering.plan.temp_bytes)
@@ -93,12 +104,12 @@ def lower_attention(op: CachedAttention | Attention, lowering: Lowering, scratch
 
 
 def _parts(
-    op: CachedAttention | Attention, known: Attending, most: int, tokens: int, before: int
+    op: _Any, known: Attending, most: int, tokens: int, before: int
 ) -> Iterator[tuple[Attending, int, int]]:
     """The attention with the rows that some queries see, the first of these and their number; `before` rows
     of keys come before the first query.
     """
-    if isinstance(op, CachedAttention):
+    if isinstance(op, (CachedAttention, SparseAttention)):
         yield from ((known, first, count) for first, count in spans(tokens, most))
         return
     for low, high in op.spans():
@@ -115,7 +126,7 @@ def _takes_their_place(op: Attending, lowering: Lowering) -> bool:
     return not lowering.place(op.queries[0]).in_sram and lowering.place(op.out).in_sram
 
 
-def _bring_queries(op: CachedAttention | Attention, lowering: Lowering, first: int, rows: int) -> None:
+def _bring_queries(op: _Any, lowering: Lowering, first: int, rows: int) -> None:
     *_, heads, dim = tensor_type(op.q).static_shape
     row = heads * dim * element_bytes(op.q)
     place = lowering.place(op.out).offset + first * row
@@ -152,7 +163,7 @@ def lower_merge_attention(op: MergeAttention, lowering: Lowering) -> None:
             lowering.store_bytes(target.at(piece.first * made), out, piece.rows * made)
 
 
-def _longest(op: CachedAttention | Attention) -> int:
+def _longest(op: _Any) -> int:
     """Rows of the longest segment; 0 where segments bound nothing."""
     return max(end - first for first, end in op.spans()) if isinstance(op, Attention) else 0
 
@@ -169,7 +180,14 @@ def _blocks(op: Attending, room: int, machine: Machine, *, transfers: bool, long
         quantized=bool(op.scales),
         rotations=len(op.queries),
         block=op.blocks.size if op.blocks is not None else None,
+        listed=op.sparse.choice.block if op.sparse is not None else None,
+        beside=_beside(op.sparse),
     )
+
+
+def _beside(op: SparseAttention | None) -> tuple[int, ...]:
+    """Bytes of what an attention to some blocks has beside others."""
+    return () if op is None else tuple(tensor_type(v).nbytes for v in (op.blocks, op.totals, op.shares))
 
 
 def _bytes(op: Attending, blocks: AttentionBlocks) -> int:

@@ -17,6 +17,10 @@ An 8-bit cache's blocks are loaded with their scales and de-quantised to f16 fir
 
 Of a cache that is cut by tokens the loop runs over the die's own rows; m, l and o are stored as they are, for kv.merge_attention.
 
+Of a cache of which some blocks are seen (kv.sparse_attention) the loop runs over a list of them, whose numbers lie in SRAM: a block of one head is one row of
+a table for the command that gathers rows by number.  Chosen blocks end before the window, so that every query sees all of their keys.  The window is a range
+as any other.  At the end the largest scores and totals of the sampled queries say what share of everything that was.
+
 There is one range, of the keys up to the queries or of the queries' segment; with dual chunk attention there are three, each with a rotation of the queries of
 its own.  m, l and o pass through all of them, so that nothing is merged, and a range without keys costs next to nothing.
 """  # noqa: E501
@@ -37,11 +41,12 @@ from tyir.backends.edge10.lowering.ops.cache import rows_before
 from tyir.backends.edge10.lowering.tiling import AttentionBlocks, spans
 from tyir.backends.edge10.memory.allocate import align
 from tyir.dialects import edge10
+from tyir.dialects.kv import SparseAttention
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Value
 from tyir.types import f16, f32
 
-__all__ = ["Attending", "AttentionBlock", "HeadRun", "head_runs", "in_turn"]
+__all__ = ["Attending", "AttentionBlock", "HeadRun", "between", "chunk_starts", "head_runs", "in_turn"]
 
 _LOWEST: Final = (
     -1.0e30
@@ -73,6 +78,7 @@ class Attending:
     step: int = 0
     temperature: Value | None = None
     blocks: TokenBlocks | None = None
+    sparse: SparseAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class _Keys:
     start: Value
     end: Value
     once: bool
+    listed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,11 +148,35 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A block's rows: how many, the first, and the position of it."""
+    """A block's rows: how many, the first, and the position of it; of a block in a list, which that is: its
+    place there, whether there is one (1 or 0), and the list's number.
+    """
 
     keys: Value
     first: Value
     position: Value
+    place: Value | None = None
+    there: Value | None = None
+    listed: int = 0
+
+
+def between(emitter: Emitter, value: Value, high: Value) -> Value:
+    """The smaller of two numbers that are not negative."""
+    over = emitter.affine([value, high], [1, -1])  # 0 at least
+    return emitter.affine([value, over], [1, -1])
+
+
+def _larger(emitter: Emitter, value: Value, low: Value) -> Value:
+    """The larger of two numbers that are not negative."""
+    missing = emitter.affine([low, value], [1, -1])  # 0 at least
+    return emitter.affine([value, missing], [1, 1])
+
+
+def chunk_starts(emitter: Emitter, step: int) -> tuple[Value, Value]:
+    """Where the chunk of `step` tokens begins that a step lies in, and the one before."""
+    chunk = emitter.affine([emitter.position(0)], [1], divisor=step)
+    own, last = (emitter.affine([chunk], [step], -back) for back in (0, step))
+    return own, last
 
 
 def in_turn(steps: int, buffers: int) -> list[int]:
@@ -204,6 +235,7 @@ class AttentionBlock:
             )
         ]
         self.behind = min(2, self.buffers - 1)
+        self.lists = 0
         self.at: dict[str, int] = {}
         for name, size in blocks.layout(self.heads, self.groups, self.dim).items():
             self.at[name] = start
@@ -264,9 +296,62 @@ class AttentionBlock:
                 constant=value,
                 writes=[sram_range(self.at[name], size * 4, write=True)],
             )
+        if self.op.sparse is not None:
+            self.lists = self._brought(self.op.sparse.blocks, "lists")
         for keys in self._ranges():
             self._loop(keys, *queries[keys.query])
+        if self.op.sparse is not None:
+            self._give_shares(self.op.sparse)
         self._finish()
+
+    def _brought(self, value: Value, name: str) -> int:
+        """Where a small tensor lies in SRAM; it is brought there if it does not."""
+        place = self.lowering.place(value)
+        if place.in_sram:
+            return place.offset
+        self.lowering.load_bytes(place, self.at[name], tensor_type(value).nbytes)
+        return self.at[name]
+
+    def _give_shares(self, op: SparseAttention) -> None:
+        """What share of everything the sampled queries of each strip have seen."""
+        every, emitter, place = op.choice.every, self.lowering.emitter, self.lowering.place(op.shares)
+        asked, row = self._brought(op.totals, "asked"), self.all_heads * 4
+        made = place.offset if place.in_sram else self.at["shares"]
+        for strip in self.strips:
+            token = self.first + strip.query
+            sample = -(-token // every)
+            count, skipped = -(-(token + strip.count) // every) - sample, sample * every - token
+            if count < 1:
+                continue
+            of_strip = skipped * strip.heads * 4
+            sources = [self._kept(name, strip, 4) + of_strip for name in ("maximum", "total")]
+            column = sample * row + strip.first * 4
+            stride, extent = every * strip.heads * 4, (count - 1) * row + strip.heads * 4
+            emitter.emit(
+                edge10.VectorOp,
+                function="share",
+                inputs=(*sources, asked + column),
+                outputs=(made + column,),
+                rows=count,
+                cols=strip.heads,
+                input_strides=(stride, stride, row),
+                output_strides=(row, 0),
+                input_types=ArrayAttr([f32, f32, f32]),
+                output_types=ArrayAttr([f32]),
+                reads=[
+                    *(sram_range(at, (count - 1) * stride + strip.heads * 4) for at in sources),
+                    sram_range(asked + column, extent),
+                ],
+                writes=[sram_range(made + column, extent, write=True)],
+            )
+            if not place.in_sram:
+                self.lowering.store(
+                    place.at(column),
+                    made + column,
+                    (1, count, strip.heads * 4),
+                    dram_strides=(0, row),
+                    sram_strides=(0, row),
+                )
 
     def _place(self, value: Value) -> Place:
         """Where the sequence's part of a tensor lies."""
@@ -383,6 +468,9 @@ class AttentionBlock:
             return
         pos = self.lowering.position(self.sequence)
         visible = self._rows_before(pos, self.first + self.count)
+        if op.sparse is not None:
+            yield from self._some_blocks(op.sparse, visible)
+            return
         if op.step:
             chunk = outer.affine([outer.position(self.sequence)], [1], divisor=op.step)
             own, last = (outer.affine([chunk], [op.step], -back) for back in (0, op.step))
@@ -397,6 +485,25 @@ class AttentionBlock:
             start = outer.affine([self._rows_before(pos, self.first - op.window + 1)], [1], divisor=turn)
         end = outer.affine([visible], [1], turn - 1, divisor=turn)
         yield _Keys(0, 0, visible, start, end, self.capacity <= turn)
+
+    def _some_blocks(self, op: SparseAttention, visible: Value) -> Iterator[_Keys]:
+        """The lists of chosen blocks, and the window."""
+        emitter, size, sets = self.lowering.emitter, op.choice.block, self.blocks.sets
+        nothing = emitter.affine([], [])
+        window = emitter.affine([emitter.position(self.sequence)], [1], -op.choice.window, divisor=size)
+        window = emitter.affine([window], [size])
+        bounds: list[tuple[Value, Value]] = [(nothing, visible)]
+        if op.step is not None:
+            own, last = chunk_starts(emitter, op.step)
+            bounds = [(own, visible), (last, own), (nothing, last)]
+        for query, (low, high) in reversed(list(enumerate(bounds))):
+            candidates = emitter.affine([between(emitter, high, window), low], [1, -1], divisor=size)
+            count = emitter.affine([candidates], [1], high=op.choice.keep)
+            turns = emitter.affine([count], [1], sets - 1, divisor=sets)
+            yield _Keys(query, 0, count, nothing, turns, once=False, listed=query)
+            low = _larger(emitter, low, window)
+            end = emitter.affine([high, low], [1, -1], size * sets - 1, divisor=size * sets)
+            yield _Keys(query, low, high, nothing, end, once=False)
 
     def _rows_before(self, position: Value, after: int) -> Value:
         """How many rows of the cache hold positions up to `after` after this one, that excepted."""
@@ -458,7 +565,12 @@ class AttentionBlock:
         """The rows of a turn's blocks, or those of `ahead` turns later."""
         emitter, size, sets = self.lowering.emitter, self.keys, self.blocks.sets
         found = []
-        for block in range(sets):
+        for block in range(sets) if which.listed is not None else ():
+            place = emitter.affine([turn], [sets], ahead * sets + block, high=self.capacity)
+            there = emitter.affine([which.high, place], [1, -1], high=1)
+            keys, first = emitter.affine([there], [size], high=size), emitter.affine([], [])
+            found.append(_Rows(keys, first, first, place, there, which.listed or 0))
+        for block in range(sets) if which.listed is None else ():
             rows = (ahead * sets + block) * size
             if isinstance(which.low, int):
                 first = emitter.affine([turn], [sets * size], which.low + rows, high=self.capacity)
@@ -613,6 +725,9 @@ class AttentionBlock:
 
     def _load_rows(self, cache: Place, sram: int, row: int, queue: str, rows: _Rows) -> None:
         """The block's rows of `row` bytes of the cache heads in use, each head's at its own plane."""
+        if rows.place is not None:
+            self._gather_rows(cache, sram, row, rows)
+            return
         emitter, heads, capacity = self.lowering.emitter, self.cache_heads, self.capacity
         by_head = self.op.layout == "HND"
         to_head, to_key = (capacity * row, row) if by_head else (row, heads * row)
@@ -635,6 +750,34 @@ class AttentionBlock:
             reads=cache.access(read, write=False),
             writes=[sram_range(sram, whole, write=True)],
         )
+
+    def _gather_rows(self, cache: Place, sram: int, row: int, rows: _Rows) -> None:
+        """A block of a list, of each cache head in use the one of its own list."""
+        sparse = self.op.sparse
+        assert sparse is not None and rows.there is not None and rows.place is not None
+        whole, keep = self.keys * row, sparse.choice.keep
+        for number in range(self.groups):
+            group, target = self.first_group + number, sram + number * whole
+            ids = self.lists + (group * len(self.op.queries) + rows.listed) * keep * 4
+            self.lowering.emitter.emit(
+                edge10.Gather,
+                self.lowering.address(cache),
+                rows.there,
+                rows.place,
+                index="ids",
+                ids=ids,
+                sram=target,
+                rows=edge10.DYNAMIC,
+                row_bytes=whole,
+                table_rows=self.capacity // self.keys,
+                offset=cache.offset + group * self.capacity * row,
+                entry=edge10.DYNAMIC,
+                reads=[
+                    sram_range(ids, keep * 4),
+                    *cache.access((group + 1) * self.capacity * row, write=False),
+                ],
+                writes=[sram_range(target, whole, write=True)],
+            )
 
     def _rows_in(self, name: str, run: HeadRun, rows: int, first: int = 0) -> tuple[int, int, int]:
         """Of a run's cache head in a block: offset of row `first`, bytes from row to row and of `rows`."""
