@@ -97,6 +97,11 @@ def remaining_pipeline(
     if stage not in order:
         raise TyirError(f"there is no stage '{stage}'; stages are {', '.join(order)}")
     first = order.index(stage)
+    if options.choice is not None and "sparse_prefill" not in done and first > order.index("static"):
+        raise TyirError(
+            f"sparse prefill is asked for, the module is at stage '{stage}' without it",
+            help="start from a file of stage static or before, or leave it out",
+        )
     return ",".join(text for s, text in entries if text and order.index(s) >= first)
 
 

@@ -143,7 +143,7 @@ def _problems(op: Op, sparse: BlockChoice) -> Iterator[Diagnostic]:
         )
     if sparse.samples(tokens) < _LEAST_SAMPLES:
         yield Diagnostic(
-            f"every {sparse.every}th of {tokens} tokens are {sparse.samples(tokens)} samples; three that"
+            f"{tokens} tokens with every={sparse.every} are {sparse.samples(tokens)} samples; three that"
             " choose and one that measures are needed",
             where=where,
             help=f"use every={max((tokens - 1) // (_LEAST_SAMPLES - 1), 1)}, or longer steps",
@@ -196,7 +196,8 @@ def _rewrite(attention: CachedAttention, state: Value, sparse: BlockChoice) -> V
     keys_scales = attention.scales[:1]
     scores = BlockScores(*given, (*keys_scales, *far), **meeting)
     picked = PickBlocks(
-        *scores.results,
+        scores.scores,
+        scores.totals,
         attention.pos,
         kv_heads=attention.kv_heads,
         sparse=sparse.numbers,

@@ -92,6 +92,8 @@ def _run_one(args: argparse.Namespace, opened: Opened, prompt: str | None, ids: 
     if args.cache is not None:
         save_cache(session, args.cache)
     decode = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    if session.recall.steps:
+        note(session.recall.text())
     reason = end_reason(made, opened.limit, session.capacity - len(session.tokens), stops.__contains__)
     ended = why(reason, made, stops, tokenizer, session.capacity)
     if args.json:

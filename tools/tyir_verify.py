@@ -62,7 +62,9 @@ def main(argv: Sequence[str]) -> int:
         from tyir.runtime_sim.vision.preprocessor import vision_of
 
         vision_of(artifacts)
-    session = Session(artifacts, args.engine, probe=states if args.engine != "edge10" else None)
+    session = Session(
+        artifacts, args.engine, probe=states if args.engine != "edge10" else None, dense=True
+    )  # the model that is compared with sees everything
     prompts = _prompts(args, session.artifacts)
     plugin = plugin_of(args.model_plugin, args.vision_tower)
     detail("loading the model that is compared with")

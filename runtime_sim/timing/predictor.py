@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tyir.runtime_sim.session.chunks import plan_chunks
+from tyir.artifacts.sparse_prefill import BlockChoice
+from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
 from tyir.runtime_sim.timing.engine import Timing, simulate
 from tyir.runtime_sim.timing.long_steps import LONG, LongSteps
 from tyir.runtime_sim.timing.program import EdgeProgram
@@ -73,7 +74,8 @@ class Predictor:
 
     `programs(seqlen)` gives all dies' programs; `seqlens` are the compiled lengths, `capacity` the cache's;
     `pictures` the sizes that a vision tower was compiled for; `tables` the program that fills a request's
-    rotary tables, None where there is none.
+    rotary tables, None where there is none.  `choice`: what steps of the longest length see of the cache, if
+    not all (`tyir.artifacts.sparse_prefill`).
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Predictor:
         machine: Machine,
         pictures: Sequence[Pictures] = (),
         tables: Callable[[], EdgeProgram] | None = None,
+        choice: BlockChoice | None = None,
     ) -> None:
         self.programs = programs
+        self.choice = choice
         self.pictures = tuple(pictures)
         self.tables = tables
         self.seqlens = tuple(seqlens)
@@ -98,7 +102,9 @@ class Predictor:
 
     def on(self, machine: Machine) -> Predictor:
         """The same programs on another machine."""
-        return Predictor(self.programs, self.seqlens, self.capacity, machine, self.pictures, self.tables)
+        return Predictor(
+            self.programs, self.seqlens, self.capacity, machine, self.pictures, self.tables, self.choice
+        )
 
     def step(self, seqlen: int, pos: int) -> Timing:
         """One step, simulated once."""
@@ -148,7 +154,15 @@ class Predictor:
 
     def prefill_steps(self, tokens: int) -> int:
         """How many steps a prompt takes."""
-        return len(list(plan_chunks(tokens, 0, self.seqlens, self.capacity)))
+        return len(self._chunks(tokens))
+
+    def _chunks(self, tokens: int) -> list[Chunk]:
+        """The steps of a prompt; the last tokens of one with sparse steps see all of it."""
+        longest = max(self.seqlens)
+        if self.choice is None:
+            return list(plan_chunks(tokens, 0, self.seqlens, self.capacity))
+        dense = [length for length in self.seqlens if length != longest]
+        return list(plan_chunks(tokens, 0, dense, self.capacity, sparse=longest))
 
     def prefill_device_ns(self, tokens: int, *, exact: bool = True) -> float:
         """The device's part of the time to first token: the prompt's chunks one after the other
@@ -157,7 +171,7 @@ class Predictor:
         Steps of one length differ only in the cached rows they read; when there are more than eight, or when
         not `exact`, see `between`.
         """
-        chunks = list(plan_chunks(tokens, 0, self.seqlens, self.capacity))
+        chunks = self._chunks(tokens)
         exact = exact and len(chunks) <= _EXACT_STEPS
         return sum(
             self.step(c.seqlen, c.start).total_ns if exact else self.between(c.seqlen, c.start)
@@ -174,7 +188,11 @@ class Predictor:
         """
         if self.capacity > LONG:
             if seqlen not in self._long_steps:
-                self._long_steps[seqlen] = LongSteps(self.programs(seqlen), self.machine, self.capacity)
+                sparse = self.choice is not None and seqlen == max(self.seqlens)
+                bends = (self.choice.bend,) if self.choice is not None and sparse else ()
+                self._long_steps[seqlen] = LongSteps(
+                    self.programs(seqlen), self.machine, self.capacity, bends=bends
+                )
             return self._long_steps[seqlen].ns(pos)
         spacing = -(-self.capacity // (_GRID_STEPS * _GRID)) * _GRID
         low = pos // spacing * spacing

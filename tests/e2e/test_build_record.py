@@ -50,9 +50,12 @@ CHOICES: dict[str, tuple[Any, Any]] = {
     "mesh": ((2, 2), (4,)),
     "kv_split": ("heads", "tokens"),
     "kv_block": (16, 32),
+    "sparse_prefill": ((2, 16, 0, 1), (3, 16, 0, 1)),
 }
-ALL = {name: first for name, (first, _) in CHOICES.items() if name != "kv_block"} | {"dies": 4, "pp": 1}
+OTHERS = ("kv_block", "sparse_prefill")  # which do not go with the rest
+ALL = {name: first for name, (first, _) in CHOICES.items() if name not in OTHERS} | {"dies": 4, "pp": 1}
 BLOCKS = {"dies": 8, "kv_split": "tokens", "kv_block": 16, "max_kv": 64, "seqlens": (1,)}
+SPARSE = {"dies": 2, "sparse_prefill": (2, 16, 0, 1), "max_kv": 64, "seqlens": (1, 4)}
 STAGED = {"dies": 2, "pp": 2, "max_kv": 16, "seqlens": (1,)}
 ALONE = {
     "dies": {"dies": 2},
@@ -62,6 +65,7 @@ ALONE = {
     "mesh": {"dies": 4, "mesh": (2, 2)},
     "pp": {"pp": 2},
     "kv_block": BLOCKS,
+    "sparse_prefill": SPARSE,
 }
 IDS = [5, 17, 30, 42, 9]
 
@@ -124,7 +128,7 @@ def check_every_point(aten: str, options: dict[str, Any]) -> None:
             assert built(variant, asked) == wanted, name
 
 
-@pytest.mark.parametrize("options", [ALL, STAGED, BLOCKS], ids=["all", "stages", "blocks"])
+@pytest.mark.parametrize("options", [ALL, STAGED, BLOCKS, SPARSE], ids=["all", "stages", "blocks", "sparse"])
 def test_the_same_program_from_every_point(aten: str, options: dict[str, Any]) -> None:
     check_every_point(aten, options)
 
@@ -142,7 +146,7 @@ def test_every_option_has_a_case() -> None:
         assert first != other and (getattr(BuildOptions(), name) != first or name in ALL), name
 
 
-@pytest.mark.parametrize("options", [ALL, STAGED, BLOCKS], ids=["all", "stages", "blocks"])
+@pytest.mark.parametrize("options", [ALL, STAGED, BLOCKS, SPARSE], ids=["all", "stages", "blocks", "sparse"])
 def test_a_contradiction_names_both(aten: str, options: dict[str, Any]) -> None:
     refused: set[str] = set()
     for _, text, _ in points(aten, BuildOptions(**options)):

@@ -20,7 +20,9 @@ PIPELINE = (
     "print-op-stats,view-op-graph{{file={folder}/graph.dot}},snapshot-locations{{filename={folder}/before.ir}},raise-aten,canonicalize,cse,dce,"
     "quantize-weights{{group-size=64}},scale-keys,kv-materialize,select-output{{kind=topk"
     " k=4}},select-rows,annotate-sharding,propagate-sharding,insert-collectives,"
-    "localize-dies,specialize-seqlen,outline-params,outline-layers,symbol-dce,plan-memory,lower-edge10{{seqlen=1}}"
+    "localize-dies,specialize-seqlen,"
+    "sparse-prefill{{keep=4 block=16 window=32 every=2}},"
+    "outline-params,outline-layers,symbol-dce,plan-memory,lower-edge10{{seqlen=1}}"
 )
 BRANCHES = ("partition-dies", "inline", "specialize-batch")  # they stand for, undo or exclude passes above
 FORGETS = ("strip-debuginfo",)  # its purpose

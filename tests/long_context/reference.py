@@ -48,20 +48,37 @@ class Chunks:
         return max(1.0, 0.1 * math.log(length / self.original) + 1.0) ** 2
 
 
-def attention(q: Array, k: Array, v: Array, chunks: Chunks, theta: float, length: int) -> Array:
-    """q [t, H, D], k and v [t, G, D], not rotated -> [t, H, D] in f64; pairs are turned by their distance."""
+def scores(q: Array, k: Array, chunks: Chunks, theta: float, length: int) -> Array:
+    """q [t, H, D] with k [t, G, D], not rotated -> [H, t, t] in f64, -inf where j > i; pairs are turned by
+    their distance.
+    """
     t, heads, dim = q.shape
     group, half = heads // k.shape[1], dim // 2
     i, j = np.arange(t)[:, None], np.arange(t)[None, :]
     turn = np.exp(1j * chunks.distance(i, j)[..., None] * frequencies(dim, theta))
     scale = chunks.temperature(length) / math.sqrt(dim)
-    out = np.empty(q.shape)
+    found = np.empty((heads, t, t))
     for head in range(heads):
         x, y = (z[:, n, :half] + 1j * z[:, n, half:] for z, n in ((q, head), (k, head // group)))
-        scores = np.einsum("id,jd,ijd->ij", x, y.conj(), turn).real * scale
-        weights = np.exp(np.where(j <= i, scores - scores.max(axis=1, keepdims=True), -np.inf))
-        out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, head // group]
-    return out
+        found[head] = np.where(j <= i, np.einsum("id,jd,ijd->ij", x, y.conj(), turn).real * scale, -np.inf)
+    return found
+
+
+def attention(q: Array, k: Array, v: Array, chunks: Chunks, theta: float, length: int) -> Array:
+    """q [t, H, D], k and v [t, G, D], not rotated -> [t, H, D] in f64."""
+    return np.stack(
+        [
+            softmax(own) @ v[:, head // (q.shape[1] // k.shape[1])]
+            for head, own in enumerate(scores(q, k, chunks, theta, length))
+        ],
+        axis=1,
+    )
+
+
+def softmax(x: Array) -> Array:
+    """Over the last axis."""
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
 def frequencies(dim: int, theta: float) -> npt.NDArray[np.float64]:

@@ -8,7 +8,7 @@ Perplexity cannot test this: a window of the trained length has the better one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     (folder / "plain.ir").write_text((folder / "model.ir").read_text().replace(CONFIG_KEY, "unused"))
 
     @cache
-    def built(max_kv: int, plain: bool = False, **options: str) -> Path:
-        made = BuildOptions(dies=1, seqlens=(96,), max_kv=max_kv, weights="fp16", **options)  # type: ignore[arg-type]
+    def built(max_kv: int, plain: bool = False, seqlens: tuple[int, ...] = (96,), **options: Any) -> Path:
+        made = BuildOptions(dies=1, seqlens=seqlens, max_kv=max_kv, weights="fp16", **options)
         out = folder / f"{max_kv} {plain} {options}"
         return compile_path(folder / f"{'plain' if plain else 'model'}.ir", out, made)
 
@@ -77,6 +77,60 @@ def compare(session: Session, distance: int, cases: int) -> tuple[float, float, 
 def test_it_finds_what_is_far_back(compiled: Compiled) -> None:
     share, reference, same = compare(compiled(2200), 1024, 6)
     assert reference >= 0.8 and abs(share - reference) <= 0.02 and same >= 0.99
+
+
+def asked_at(place: int, distance: int, number: int) -> tuple[list[int], int]:
+    """A case whose needle comes again `place` tokens after the beginning of a step of 96, in the midst of a
+    prompt; and where it ends.
+    """
+    ids = wanted(distance, number)[0]
+    rng = np.random.default_rng([place, number])
+    others = np.setdiff1d(np.arange(256), ids[-8:])
+    before = rng.choice(others, (place - (len(ids) - 8)) % 96)
+    return [*map(int, before), *ids, *map(int, rng.choice(others, 200))], len(before) + len(ids)
+
+
+def sparse_shares(
+    session: Session, dense: Session, distance: int, places: Sequence[int], cases: int
+) -> list[tuple[float, float]]:
+    """For each place the share that sparse steps find, and that dense ones do."""
+    found_at = []
+    for place in places:
+        shares = []
+        for number in range(cases):
+            ids, end = asked_at(place, distance, number)
+            of_both = []
+            for each in (session, dense):
+                each.reset()
+                of_both.append(found(each.feed(ids)[:end], ids[:end]))
+            shares.append(of_both)
+        mine, theirs = np.mean(shares, axis=0)
+        found_at.append((float(mine), float(theirs)))
+    return found_at
+
+
+SPARSE = {"seqlens": (48, 96), "sparse_prefill": (8, 16, 32, 4)}  # of 2,048 keys 22 % at most
+
+
+def test_sparse_steps_find_it_wherever_they_are_asked(compiled: Compiled) -> None:
+    """Beside steps that see everything: also where the question is not the last that a step has."""
+    session = compiled(2400, **SPARSE)
+    dense = Session(session.artifacts, dense=True)
+    shares = sparse_shares(session, dense, 1024, (3, 44, 85), 3)
+    mine, theirs = np.mean(shares, axis=0)
+    assert theirs >= 0.8 and abs(mine - theirs) <= 0.1 and min(s for s, _ in shares) >= 0.6
+    assert session.recall.steps and not dense.recall.steps
+
+
+@pytest.mark.slow
+def test_sparse_steps_beside_dense_ones(compiled: Compiled, record_property: Callable[..., None]) -> None:
+    """16 times the trained length, at every eighth place of a step."""
+    session = compiled(2400, **SPARSE)
+    shares = sparse_shares(session, Session(session.artifacts, dense=True), 2048, range(0, 89, 8), 8)
+    mine, theirs = np.mean(shares, axis=0)
+    record_property("found", {"sparse": mine, "dense": theirs, "by place": shares})
+    print(json.dumps([mine, theirs, shares]), session.recall.text())
+    assert theirs >= 0.85 and mine >= theirs - 0.06
 
 
 @pytest.mark.slow

@@ -51,6 +51,13 @@ EXAMPLES: dict[str, edge10.Command] = {
             (), scores=0, score_stride=64, probabilities=100, probability_stride=32, maximum=900, total=1000,
             alpha=1100, rows=4, cols=16, first_key=0, heads=2, scale=1.0,
         ),
+        edge10.ScoreBlock(
+            (), scores=0, score_stride=64, out=900, total=1000, rows=4, cols=16, first_key=0, heads=2,
+            every=3, scale=1.0,
+        ),
+        edge10.BlockWeights(
+            (), x=0, totals=500, total_stride=8, out=900, rows=6, samples=4, heads=2, seen=5, low=0, high=4
+        ),
         edge10.TopK(
             (), values=0, stride=64, element=f16, rows=2, cols=16, best=(100, 300, 400),
             best_strides=(40, 40, 40), k=8,
@@ -67,7 +74,8 @@ EXAMPLES: dict[str, edge10.Command] = {
 ENDS = {
     "load": 100 + 1024 + 2 * 64 + 32, "store": 0, "gather": 100 + 4 * 32, "dequant": 100 + 4 * 16 * 2,
     "dequant_rows": 100 + 2 * 8 * 16 * 2, "matmul": 0, "drain": 100 + 2 * 80 + 40 + 32,
-    "vector": 100 + 4 * 8 * 2, "softmax_block": 1100 + 4 * 4, "top_k": 400 + 40 + 4, "all_reduce": 164,
+    "vector": 100 + 4 * 8 * 2, "softmax_block": 1100 + 4 * 4,
+    "score_block": 1000 + 4 * 4, "block_weights": 900 + 6 * 4, "top_k": 400 + 40 + 4, "all_reduce": 164,
     "all_gather": 100 + 2 * 50 + 24, "send": 0, "recv": 164,
 }  # fmt: skip
 

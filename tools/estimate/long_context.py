@@ -110,7 +110,7 @@ def _steps(
     lengths = (length,) if choice is None else (1, length)
     trial = replace(options, seqlens=lengths, sparse_prefill=() if choice is None else choice.numbers)
     programs = _programs(module, shape, trial, machine)
-    bends = () if choice is None else (choice.window + choice.keep * choice.block,)
+    bends = () if choice is None else (choice.bend,)
     if overlapped:
         return OverlappedChunks(programs, machine, options.max_kv, standing_for, options.pp, bends)
     return LongSteps(programs, machine, options.max_kv, standing_for, bends)

@@ -142,4 +142,9 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_argument(parser)
     add_threads_argument(parser)
     add_group_arguments(parser)
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="let all steps of a prompt see the whole cache, also where --sparse-prefill has made others",
+    )
     parser.add_argument("--no-check", action="store_true", help="verify the hashes of the libraries only")

@@ -55,7 +55,7 @@ def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
     if group is not None:
         end_with(group)
     args.fps = frames_per_second(args, pictures=artifacts.manifest.vision is not None)
-    session = _session_of(artifacts, args.engine, args.threads, group)
+    session = _session_of(artifacts, args.engine, args.threads, group, dense=args.dense)
     check_sampling(session.choices, args.temperature, args.top_k)
     tokenizer = load_tokenizer(session.artifacts) if text else None
     stops = end_tokens(session.artifacts, tokenizer)
@@ -74,10 +74,15 @@ def open_session(
 
 
 def _session_of(
-    artifacts: Artifacts, engine: EngineName, threads: int | None, group: DieGroup | None = None
+    artifacts: Artifacts,
+    engine: EngineName,
+    threads: int | None,
+    group: DieGroup | None = None,
+    *,
+    dense: bool = False,
 ) -> Session:
     if artifacts.manifest.vision is None:
-        return Session(artifacts, engine, threads=threads, group=group)
+        return Session(artifacts, engine, threads=threads, group=group, dense=dense)
     from tyir.runtime_sim.vision.session import VisionSession
 
     return VisionSession(artifacts, engine, threads=threads, group=group)

@@ -123,7 +123,7 @@ def _server(asked: Asked) -> tuple[Server, str]:
         return loaded[seqlen]
 
     machine = load_machine(asked.machine) if asked.machine is not None else machine_of(artifacts)
-    predictor = Predictor(programs, manifest.options.seqlens, manifest.options.max_kv, machine)
+    predictor = Predictor(programs, manifest.options.dense_seqlens, manifest.options.max_kv, machine)
     state = "" if machine.calibrated else "; uncalibrated: constants are assumed, see tyir-sim --tornado"
     chunks = DualChunk.used(manifest.model, manifest.options.max_kv)
     return (

@@ -139,7 +139,7 @@ def locate(
     Op by op, by `Agreement.of`.
     """
     recorder = Recorder()
-    session = Session(folder, engine, check=False, probe=recorder)
+    session = Session(folder, engine, check=False, probe=recorder, dense=True)
     scaling = session.manifest.model.get(RECORDED)
     module = reference_module(checkpoint, session.manifest.options, plugin, base, scaling)
     expected = reference_results(module, ids, CheckpointReader(checkpoint_of(module)))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 from tyir.artifacts.cache_layout import position_axis
 from tyir.artifacts.dual_chunk import DualChunk
 from tyir.artifacts.sparse_prefill import RECALL
-from tyir.diagnostics import TyirError
 
 if TYPE_CHECKING:
     from tyir.manifest import BuildOptions, DieProgram, Manifest, TensorInfo
@@ -88,11 +87,8 @@ def _options(options: BuildOptions) -> Iterator[str]:
 
 
 def _sparse(options: BuildOptions) -> Iterator[str]:
-    try:
-        choice = options.choice
-        if choice is not None:
-            choice.checked()
-    except (TypeError, TyirError):
+    choice = options.choice
+    if choice is None or list(choice.problems()):
         yield f"options.sparse_prefill {options.sparse_prefill} are not keep, block, window and every"
         return
     if len(options.seqlens) < 2 or options.batch > 1 or options.kv_parts > 1 or options.kv_layout != "HND":

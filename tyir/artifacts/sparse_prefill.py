@@ -18,11 +18,11 @@ choice for the query heads of a cache head as NSA (arXiv:2502.11089).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Final, Self
 
-from tyir.diagnostics import TyirError
+from tyir.diagnostics import Diagnostic, TyirError
 
 __all__ = ["MOST_TOKENS", "RECALL", "BlockChoice", "is_measured"]
 
@@ -51,7 +51,7 @@ class BlockChoice:
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Self | None:
         """What options and ops hold: the four numbers, or none of them for dense attention."""
-        return cls(*numbers) if numbers else None
+        return cls(*numbers) if len(numbers) == len(_LEAST) else None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -73,19 +73,24 @@ class BlockChoice:
             )
         return cls(**found).checked()
 
-    def checked(self) -> Self:
-        """Itself; `TyirError` for numbers that make no choice."""
+    def problems(self) -> Iterator[Diagnostic]:
+        """What makes no choice."""
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) < least:
-                raise TyirError(
+                yield Diagnostic(
                     f"sparse prefill has {name}={value}, at least {least} is needed",
                     help=f"use {name}={least}",
                 )
         if self.block % _LEAST["block"]:
-            raise TyirError(
+            yield Diagnostic(
                 f"sparse prefill has block={self.block}, which is not a multiple of {_LEAST['block']}",
                 help=f"use block={-(-self.block // _LEAST['block']) * _LEAST['block']}",
             )
+
+    def checked(self) -> Self:
+        """Itself; `TyirError` for numbers that make no choice."""
+        if problems := list(self.problems()):
+            raise TyirError(problems)
         return self
 
     @property
@@ -96,6 +101,11 @@ class BlockChoice:
     def text(self) -> str:
         """What `parse` reads."""
         return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+    @property
+    def bend(self) -> int:
+        """From this position on a step sees no more keys; to tell which takes longer and longer."""
+        return self.window + self.keep * self.block
 
     def samples(self, tokens: int) -> int:
         """How many queries of a step are sampled: tokens 0, `every`, .."""
