@@ -290,7 +290,7 @@ def test_what_is_permitted_is_done() -> None:
         ("tyir/interpreter.py", "from tyir.dialects.dist import Send"),
         ("tyir/execution/a.py", "import tyir.targets.machine"),
         ("tyir/execution/a.py", "from tyir.edge10.binary import encode"),
-        ("tyir/dialects/kv.py", "def f():\n    from tyir.ir import Op"),
+        ("tyir/dialects/kv/cache.py", "def f():\n    from tyir.ir import Op"),
     ],
 )
 def test_the_levels_refuse(path: str, source: str) -> None:
