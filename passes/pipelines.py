@@ -63,9 +63,7 @@ def remaining_pipeline(
     dies = [f"dies={options.dies}", *([f"remap={numbers(options.die_map)}"] if options.die_map else [])]
     dies += [f"pp={options.pp}"] if options.pp > 1 else []
     dies += [f"mesh={numbers(options.mesh)}"] if options.mesh else []
-    # Blocks are chosen among whole caches: of the two ways that "auto" leaves open, one is left.
-    split = "heads" if options.kv_split == "auto" and options.choice is not None else options.kv_split
-    dies += [f"kv-split={split}"] if split != "auto" else []
+    dies += [f"kv-split={options.kv_split}"] if options.kv_split != "auto" else []
     dies += [f"kv-block={options.kv_block}"] if options.kv_block != BLOCK else []
     quote = '"' if "'" in machine else "'"  # of a path
     dies += [f"machine={quote}{machine}{quote}"] if machine != _MACHINE else []

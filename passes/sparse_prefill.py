@@ -201,6 +201,7 @@ def _rewrite(attention: CachedAttention, state: Value, sparse: BlockChoice) -> V
         attention.pos,
         kv_heads=attention.kv_heads,
         sparse=sparse.numbers,
+        tokens=tensor_type(attention.q).static_shape[1],
         step=step,
         loc=attention.loc,
     )

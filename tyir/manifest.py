@@ -127,6 +127,10 @@ class BuildOptions:
     kv_parts: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
     sparse_prefill: Annotated[tuple[Annotated[int, Interval(ge=0, le=2**31 - 1)], ...], MaxLen(4)] = ()
 
+    def __post_init__(self) -> None:
+        if self.sparse_prefill and self.kv_split == "auto":  # blocks are chosen among whole caches
+            object.__setattr__(self, "kv_split", "heads")
+
     @property
     def choice(self) -> BlockChoice | None:
         """What steps of the longest length see of the cache; None: all."""

@@ -107,13 +107,15 @@ def score_block(op: edge10.ScoreBlock, cols: int, first_key: int, pos: int, sram
 
 
 def block_weights(op: edge10.BlockWeights, sizes: tuple[int, ...], sram: SramAccess) -> None:
-    """Compute `edge10.block_weights`: `sizes` are the rows that are read, and the candidates."""
-    seen, low, high = sizes
+    """Compute `edge10.block_weights`: `sizes` are the rows that are read, the candidates, and whether
+    some samples measure.
+    """
+    seen, low, high, measures = sizes
     out = np.full(op.rows, -1, np.float32)
     if seen:
         x = sram(op.x, (seen, op.samples, op.heads), np.float32)
         totals = sram(op.totals, (op.samples, op.heads), np.float32, (op.total_stride, 4))
-        out[:seen] = kv_block_weights(x, totals, low, high, op.first)
+        out[:seen] = kv_block_weights(x, totals, low, high, op.first, measures=bool(measures))
     sram(op.out, (op.rows,), np.float32, write=True)[...] = out
 
 

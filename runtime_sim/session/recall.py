@@ -1,8 +1,8 @@
 """What sparse steps of a prompt have seen: of sampled queries that had no part in the choice, what share of
 their whole attention the keys hold that they saw (`tyir.artifacts.sparse_prefill`).
 
-Only steps that left something out count, or a long beginning that sees all of itself would hide the rest.
-Memory does not grow with the prompt: shares are counted in thousandths.
+One of four steps measures.  Only those that left something out count, or a long beginning that sees all of
+itself would hide the rest.  Memory does not grow with the prompt: shares are counted in thousandths.
 """
 
 from __future__ import annotations

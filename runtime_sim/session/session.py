@@ -149,7 +149,7 @@ class Session:
         self._step = FiniteSteps(self.engine)
         self._chunks = DualChunk.used(self.manifest.model, self.capacity)
         self._choice = None if dense or group is not None else self.manifest.options.choice
-        self.recall = Recall()  # of the prompt steps since the cache was empty that left blocks out
+        self.recall = Recall()  # of prompt steps since the cache was empty that left blocks out and measured
         self.tokens: list[int] = []
         self.show_progress = False  # of long prompts, on standard error
 
@@ -288,10 +288,11 @@ class Session:
                 yield rows
 
     def _note_recall(self, chunk: Chunk) -> None:
-        """Keep what a step has seen, if it left something out."""
+        """Keep what a step that measures has seen, if it left something out."""
         choice, step = self._choice, None if self._chunks is None else self._chunks.step
-        sparse = choice is not None and chunk.seqlen == max(self.manifest.options.seqlens)
-        if choice is not None and sparse and choice.leaves_out(chunk.start, step):
+        longest = max(self.manifest.options.seqlens)
+        measures = choice is not None and chunk.seqlen == longest and choice.measures(chunk.start, longest)
+        if choice is not None and measures and choice.leaves_out(chunk.start, step):
             self.recall.add(self.engine.caches(), choice, chunk.count)
 
     def _parts(self, chunk: Chunk, every: bool) -> Iterator[Chunk]:

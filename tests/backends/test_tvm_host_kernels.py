@@ -215,7 +215,7 @@ def pick_blocks(
     return Case(
         f"pick_blocks_{n}_{s}_{kv_heads}_pos{pos}_{numbers}_{step}",
         types,
-        lambda v: kv.PickBlocks(*v, kv_heads=kv_heads, sparse=numbers, step=step),
+        lambda v: kv.PickBlocks(*v, kv_heads=kv_heads, sparse=numbers, tokens=s, step=step),
         ((1, totals), (2, (pos,))),
     )
 
@@ -563,6 +563,7 @@ CASES: list[Case] = [
     sparse(kv.SparseAttention, 8, (0, 0), 16, 4200, 4190, (2, 32, 2500, 2)),
     sparse(kv.SparseAttention, 9, (0, 1), 12, 160, 130, (2, 16, 40, 2), 48, i8),
     pick_blocks(12, 8, (0, 0, 1), 100, (3, 16, 16, 2), None),
+    pick_blocks(12, 8, (0, 1), 152, (3, 16, 16, 2), None),  # a step that measures
     pick_blocks(12, 8, (0, 1), 20, (3, 16, 16, 2), None),  # one block to choose from
     pick_blocks(40, 12, (0, 0, 0), 600, (4, 16, 32, 3), 96),
     Case("replace", (t(1, 5, 3, e=f32), t(1, 5, 3, e=f32)), lambda v: kv.Replace(*v)),

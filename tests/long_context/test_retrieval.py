@@ -114,7 +114,7 @@ SPARSE = {"seqlens": (48, 96), "sparse_prefill": (8, 16, 32, 4)}  # of 2,048 key
 
 def test_sparse_steps_find_it_wherever_they_are_asked(compiled: Compiled) -> None:
     """Beside steps that see everything: also where the question is not the last that a step has."""
-    session = compiled(2400, **SPARSE)
+    session = compiled(2560, **SPARSE)
     dense = Session(session.artifacts, dense=True)
     shares = sparse_shares(session, dense, 1024, (3, 44, 85), 3)
     mine, theirs = np.mean(shares, axis=0)
@@ -125,7 +125,7 @@ def test_sparse_steps_find_it_wherever_they_are_asked(compiled: Compiled) -> Non
 @pytest.mark.slow
 def test_sparse_steps_beside_dense_ones(compiled: Compiled, record_property: Callable[..., None]) -> None:
     """16 times the trained length, at every eighth place of a step."""
-    session = compiled(2400, **SPARSE)
+    session = compiled(2560, **SPARSE)
     shares = sparse_shares(session, Session(session.artifacts, dense=True), 2048, range(0, 89, 8), 8)
     mine, theirs = np.mean(shares, axis=0)
     record_property("found", {"sparse": mine, "dense": theirs, "by place": shares})

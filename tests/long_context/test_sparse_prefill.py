@@ -4,7 +4,9 @@ sees, what it computes, and what it says that was, through every execution; and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,14 @@ from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.chunks import plan_chunks
 from tyir.runtime_sim.session.recall import Recall
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.timing.engine import simulate
+from tyir.runtime_sim.timing.long_steps import LongSteps
+from tyir.runtime_sim.timing.program import EdgeProgram
+from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
+from tyir.tools.estimate.long_context import prompt_cost
+from tyir.tools.estimate.shape import read_shape
+from tyir.tools.tyir_compile import main
 
 Array = npt.NDArray[Any]
 THETA, TOKENS, STEP = 1e4, 320, 32
@@ -57,7 +66,8 @@ def definition(
         rows = np.arange(start, end)
         whole = softmax(every_score[:, rows, :end])
         sampled = np.arange(0, end - start, choice.every)
-        chosen_by = [s for n, s in enumerate(sampled) if n % 4 != 3]
+        measures = start // step % 4 == 3
+        chosen_by = [s for n, s in enumerate(sampled) if not (measures and n % 4 == 3)]
         window = max(start - choice.window, 0) // size * size
         seen = np.zeros((heads, end), bool)
         seen[:, window:] = True
@@ -193,9 +203,10 @@ def test_every_engine_computes_and_says_the_same(compiled: Path, engine: EngineN
     session = Session(compiled / "out" / "2die", engine)
     found = session.feed(range(TOKENS))[:, :64].reshape(TOKENS, 4, 16)
     np.testing.assert_allclose(found[:-STEP], wanted[:-STEP], atol=ROUNDING)  # the end sees everything
-    left_out = [s for n, s in enumerate(shares[:-1]) if CHOICE.leaves_out(n * STEP, CHUNKS.step)]
+    left_out = [shares[n] for n in (3, 7)]  # which measure, and have left something out
+    assert all(CHOICE.leaves_out(n * STEP, CHUNKS.step) for n in (3, 7))
     measured = np.sort(np.concatenate([s[3::4].ravel() for s in left_out]))
-    assert session.recall.steps == len(left_out) > 3
+    assert session.recall.steps == len(left_out)
     assert session.recall.count == 2 * measured.size  # both dies have all heads here
     assert session.recall.mean == pytest.approx(measured.mean(), abs=1e-3)
     assert session.recall.low == pytest.approx(measured[measured.size // 20], abs=2e-3)
@@ -269,6 +280,7 @@ def test_ranges_of_candidates() -> None:
     assert choice.ranges(280, 96) == [(12, 15), (6, 12), (0, 6)]
     assert not choice.leaves_out(70, None) and choice.leaves_out(100, None)
     assert choice.samples(32) == 8 and choice.measured(32) == [3, 7] and choice.measured(13) == [3]
+    assert [pos for pos in (0, 95, 96, 127, 128, 224) if choice.measures(pos, 32)] == [96, 127, 224]
 
 
 def test_recall_reports_the_lowest_of_twenty() -> None:
@@ -300,3 +312,32 @@ def test_numbers_that_make_no_choice(text: str, said: str) -> None:
     with pytest.raises(TyirError, match=said):
         BlockChoice.parse(text)
     assert BlockChoice.parse("keep=32") == BlockChoice(32, 256, 1024, 4)
+
+
+# ------------------------------------------------------------------------------------------- what is planned
+
+
+def test_a_plan_counts_the_same_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer seconds than dense ones and as many steps as a session runs; caches are cut by heads."""
+    config = json.loads((Path(__file__).parents[1] / "models" / "tiny-qwen2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape, capacity = read_shape(tmp_path), 1 << 17
+    plain = BuildOptions(dies=1, seqlens=(1, 64, 128), max_kv=capacity, weights="fp16")
+    sparse = replace(plain, sparse_prefill=(8, 256, 512, 4))
+    assert (plain.kv_split, sparse.kv_split) == ("auto", "heads")
+    costs = [prompt_cost(shape, options, load_machine()) for options in (plain, sparse)]
+    assert costs[1].prefill < 0.75 * costs[0].prefill and costs[1].token == costs[0].token
+    assert costs[1].steps == len(list(plan_chunks(capacity, 0, (1, 64), capacity, sparse=128)))
+    asked = ["--plan", "--dies", "1", "--max-kv", "65536", "--seqlens", "1,128", "--weights", "fp16"]
+    assert main([str(tmp_path), *asked, "--sparse-prefill", "keep=8,window=512"]) == 0
+    assert "steps of 128 tokens see 8 blocks of 256" in capsys.readouterr().out
+
+
+def test_the_lines_of_a_sparse_step_are_checked(tmp_path: Path) -> None:
+    """Between bends a step's time is on straight lines: simulated beside what they say."""
+    module = attention_only(*inputs(), THETA, None, tmp_path)
+    programs = Programs(module, tmp_path, max_kv=1 << 15, seqlen=STEP, sparse="keep=8 block=64 window=128")
+    step, choice = [EdgeProgram(programs.lowered[0])], BlockChoice(8, 64, 128)
+    steps = LongSteps(step, EDGE10, 1 << 15, bends=(choice.bend,))
+    for pos in (choice.bend + 640, 9000, 20000, 30000):
+        assert steps.ns(pos) == pytest.approx(simulate(step, EDGE10, pos).total_ns, rel=0.02)

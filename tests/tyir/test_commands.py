@@ -56,7 +56,8 @@ EXAMPLES: dict[str, edge10.Command] = {
             every=3, scale=1.0,
         ),
         edge10.BlockWeights(
-            (), x=0, totals=500, total_stride=8, out=900, rows=6, samples=4, heads=2, seen=5, low=0, high=4
+            (), x=0, totals=500, total_stride=8, out=900, rows=6, samples=4, heads=2, seen=5, low=0, high=4,
+            measures=1,
         ),
         edge10.TopK(
             (), values=0, stride=64, element=f16, rows=2, cols=16, best=(100, 300, 400),

@@ -632,6 +632,12 @@ def _lines(plan: Plan) -> Iterator[str]:
             f"a prompt of {p.tokens} tokens: {p.steps} steps, {duration(p.prefill)} until the first token,"
             f" then {1000 * p.token:.0f} ms a token"
         )
+        if (choice := plan.options.choice) is not None:
+            yield (
+                f"  steps of {max(plan.options.seqlens)} tokens see {choice.keep} blocks of {choice.block}"
+                f" for each range of the cache, and the last {choice.window} tokens; the end of the prompt"
+                " sees all of it (sparse prefill)"
+            )
         if p.overlapped is not None:
             yield (
                 f"  {duration(p.overlapped)} if the pipeline stages worked on several chunks at a time, in"

@@ -8,9 +8,9 @@ A step of s tokens at position pos, blocks of B positions, whatever the cache ho
                those before that, each with a choice of its own
 
 Every `every`-th query is sampled: its scores with all keys are computed, and of each block what share of its
-attention the block holds.  Three of four samples choose, by the sum of these shares over samples and over
-the query heads of a cache head; the fourth measures what the choice is worth and has no part in it.  The
-number of blocks is fixed, so that commands, buffers and time are.
+attention the block holds.  They choose, by the sum of these shares over samples and over the query heads of
+a cache head.  In one of four steps every fourth sample has no part in that: it measures what the choice is
+worth.  The number of blocks is fixed, so that commands, buffers and time are.
 
 Chosen from real scores as MInference (arXiv:2407.02490) does, whole blocks as MoBA (arXiv:2502.13189), one
 choice for the query heads of a cache head as NSA (arXiv:2502.11089).
@@ -33,7 +33,7 @@ _LEAST: Final = {"keep": 2, "block": 16, "window": 0, "every": 1}
 
 
 def is_measured(sample: int) -> bool:
-    """Whether a sample measures; the others choose."""
+    """Whether a sample measures, in a step that does; the others choose."""
     return sample % _QUARTER == _QUARTER - 1
 
 
@@ -111,8 +111,13 @@ class BlockChoice:
         """How many queries of a step are sampled: tokens 0, `every`, .."""
         return -(-tokens // self.every)
 
+    @staticmethod
+    def measures(pos: int, tokens: int) -> bool:
+        """Whether a step of a length of `tokens` measures; in the others all samples choose."""
+        return pos // tokens % _QUARTER == _QUARTER - 1
+
     def measured(self, tokens: int) -> list[int]:
-        """The samples of a step's first tokens that measure."""
+        """The samples among a step's first tokens that measure, in a step that does."""
         return [number for number in range(self.samples(tokens)) if is_measured(number)]
 
     def blocks(self, capacity: int) -> int:

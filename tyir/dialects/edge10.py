@@ -589,15 +589,15 @@ class BlockWeights(
     Command,
     name="edge10.block_weights",
     unit="vector",
-    dynamic=("seen", "low", "high"),
+    dynamic=("seen", "low", "high", "measures"),
     priced_by=("samples", "heads"),
 ):
     """How much of their attention samples give each of `rows` blocks: of the logarithms x [rows, samples,
     heads] f32 and totals [samples, heads] f32, rows `total_stride` bytes apart, the sums of e^(x - total)
     over heads and the samples that choose (`kv.pick_blocks`), f32 [rows] at `out`.
 
-    Row r is block `first` + r; block 0 has weight 1e30, one that is not from `low` up to `high` -1.  Rows
-    from `seen` on are no candidates and are not read.
+    With `measures` 1 not all choose.  Row r is block `first` + r; block 0 has weight 1e30, one that is not
+    from `low` up to `high` -1.  Rows from `seen` on are no candidates and are not read.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -613,10 +613,11 @@ class BlockWeights(
     seen: int = attr(default=DYNAMIC)
     low: int = attr(default=DYNAMIC)
     high: int = attr(default=DYNAMIC)
+    measures: int = attr(default=DYNAMIC)
     done: Value = result()
 
     def cost(self, scalars: Sequence[int]) -> Work:
-        seen, _, _ = self.sizes_with(scalars)
+        seen, *_ = self.sizes_with(scalars)
         return Work("softmax", (seen * self.samples * self.heads,))
 
     def sram_writes(self) -> list[tuple[int, int]]:

@@ -604,18 +604,20 @@ def pick_blocks(op: kv.PickBlocks, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     b, n, samples, heads = (int(d) for d in scores.shape)
     groups, lists = int(blocks.shape[1]), op.lists
     choice = op.choice
-    choosing = [i for i in range(samples) if not is_measured(i)]
     with loop(b * groups, cpu, b * n * samples * heads * 16) as item:
         sequence, group = bind(item // groups), bind(item % groups)
         end = bind(T.floordiv(T.max(pos[sequence] - choice.window, 0), T.int32(choice.block)))
         weights = T.alloc_buffer((n,), "float32")
+        turn = T.floormod(T.floordiv(pos[sequence], T.int32(op.tokens)), T.int32(4))
+        part = bind(T.Select(turn == 3, f32(0), f32(1)))  # of the samples that measure in such a step
         with T.serial(0, end) as number:
             total = register(1, 0)
             for head, its in enumerate(op.kv_heads):
                 with T.If(group == its), T.Then():
-                    for sample in choosing:
+                    for sample in range(samples):
                         seen = scores[sequence, number, sample, head] - totals[sequence, sample, head]
-                        add_to(total, exp(bind(seen), 1), 1)
+                        share = exp(bind(seen), 1)
+                        add_to(total, share * part if is_measured(sample) else share, 1)
             T.buffer_store(weights, get(total, 1), [number])
         with T.If(end > 0), T.Then():
             T.buffer_store(weights, f32(_ALWAYS), [0])

@@ -167,12 +167,13 @@ class BlockScores(_OverBlocks, name="kv.block_scores", traits=(Pure,)):
 
 
 def block_weights(
-    scores: Array, totals: Array, first: int, end: int, start: int = 0
+    scores: Array, totals: Array, first: int, end: int, start: int = 0, *, measures: bool = False
 ) -> npt.NDArray[np.float32]:
     """How much of their attention the choosing samples give blocks `start`.. of scores [n, S, h], totals [S,
     h] -> [n]; 1e30 for block 0, -1 for blocks that are not among the candidates `first` to `end`.
+    `measures`: some samples have no part in it.
     """
-    choosing = [i for i in range(scores.shape[1]) if not is_measured(i)]
+    choosing = [i for i in range(scores.shape[1]) if not (measures and is_measured(i))]
     with np.errstate(over="ignore", invalid="ignore"):  # replays of plans compute on whatever lies there
         shares = np.exp(scores[:, choosing] - totals[None, choosing])
         weights = np.asarray(shares.sum(axis=(1, 2), dtype=np.float32), np.float32)
@@ -186,8 +187,9 @@ class PickBlocks(DeclaredOp, name="kv.pick_blocks", traits=(Pure,)):
     totals [b, S, H] of `kv.block_scores` -> i32 [b, G, R, keep], best first, of equal ones the lower number.
 
     A block's weight for cache head g is the sum over its query heads and the choosing samples of the share of
-    attention that the block holds; block 0 comes before all others.  R is 1, or 3 for chunks of `step`
-    tokens; what follows the last candidate of a range says nothing.
+    attention that the block holds; block 0 comes before all others.  Which samples choose follows `pos` and
+    the step's length of `tokens`.  R is 1, or 3 for chunks of `step` tokens; what follows the last candidate
+    of a range says nothing.
     """
 
     scores: Value = operand()
@@ -196,6 +198,7 @@ class PickBlocks(DeclaredOp, name="kv.pick_blocks", traits=(Pure,)):
     _: KW_ONLY
     kv_heads: tuple[int, ...] = attr()
     sparse: tuple[int, ...] = attr()
+    tokens: int = attr(least=1)
     step: int | None = attr(default=None, least=1)
     blocks: Value = result()
 
@@ -225,13 +228,16 @@ class PickBlocks(DeclaredOp, name="kv.pick_blocks", traits=(Pure,)):
         found = np.empty(tensor_type(self.blocks).static_shape, np.int32)
         names = np.arange(scores.shape[1], dtype=np.int32)
         for number, start in enumerate(map(int, pos)):
+            measures = self.choice.measures(start, self.tokens)
             for group in range(found.shape[1]):
                 heads = [h for h, g in enumerate(self.kv_heads) if g == group]
                 for which, (first, end) in enumerate(self.choice.ranges(start, self.step)):
-                    weights = block_weights(scores[number][..., heads], totals[number][:, heads], first, end)
-                    found[number, group, which] = select_best(weights[None], names[None], self.choice.keep)[
-                        1
-                    ][0]
+                    weights = block_weights(
+                        *(scores[number][..., heads], totals[number][:, heads], first, end),
+                        measures=measures,
+                    )
+                    _, best = select_best(weights[None], names[None], self.choice.keep)
+                    found[number, group, which] = best[0]
         return found
 
 

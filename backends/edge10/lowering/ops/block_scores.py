@@ -462,6 +462,13 @@ def _ranges(op: PickBlocks, emitter: Emitter, pos: Value) -> list[tuple[Value, V
     return [(first, end), (second, first), (nothing, second)]
 
 
+def _measures(emitter: Emitter, tokens: int) -> Value:
+    """1 in one of four steps, 0 in the others (`BlockChoice.measures`)."""
+    step = emitter.affine([emitter.position(0)], [1], divisor=tokens)
+    turn = emitter.affine([step], [1], divisor=4)
+    return emitter.affine([step, turn], [1, -4], -2, high=1)
+
+
 def _pick(
     op: PickBlocks, lowering: Lowering, run: HeadRun, at: dict[str, int], totals: Place, piece: int
 ) -> None:
@@ -470,6 +477,7 @@ def _pick(
     _, blocks, samples, heads = tensor_type(op.scores).static_shape
     ranges = _ranges(op, emitter, lowering.position(0))
     end, row = ranges[0][1], samples * run.heads * 4
+    measures = _measures(emitter, op.tokens)
     total = totals.at(run.first * 4).offset
     for number, (first, count) in enumerate(spans(blocks, piece)):
         x = at[f"piece{number % 2}"]
@@ -500,6 +508,7 @@ def _pick(
                 here,
                 low,
                 high,
+                measures,
                 x=x,
                 totals=total,
                 total_stride=heads * 4,
