@@ -13,17 +13,26 @@ the rounding of the cache, and nothing is computed for it at run time.
 Which pairs, and by how much, weights and biases decide when they are written (`ty.pair_scales`); of heads
 whose pairs are alike all factors are 1.  Keys normalised by head (Qwen3) have that norm's weight scaled.
 Attention whose queries and keys reach it another way (parts of heads turned, one packed product) stays.
+
+Where the weights can be read, a remark names the layers whose keys' bias is far above that of the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import ClassVar, Final
 
+import numpy as np
+
+from tyir.diagnostics import TyirError
+from tyir.dialects.builtin import Module
 from tyir.dialects.ty import (
     Attention,
     Dequantize,
+    GetGlobal,
+    Global,
     Linear,
     MultiplyChannels,
     PairScales,
@@ -34,12 +43,14 @@ from tyir.dialects.ty import (
     tensor_type,
 )
 from tyir.execution.constexpr import ConstantExpressions, expression_ops
+from tyir.execution.weights import CheckpointReader, checkpoint_of
 from tyir.ir import Op, Value
 from tyir.layers import carry
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["ScaleKeys"]
 
+_FAR: Final = 8.0  # times the median of the layers
 # The operands whose rows are channels of the result.
 _ROWS: Final[dict[type[Op], Sequence[int]]] = {Linear: (1, 2), QuantizedLinear: (2, 4), RmsNorm: (1,)}
 
@@ -53,9 +64,37 @@ class ScaleKeys(Pass):
     def run(self, op: Op, context: PassContext) -> None:
         constants = ConstantExpressions()
         found = [a for a in op.walk_type(Attention) if a.causal]
+        _name_spikes(op, found, context)
         scaled = sum(_scale(attention, constants) for attention in found)
         context.statistics["attention scaled"] = scaled
         context.statistics["attention left"] = len(found) - scaled
+
+
+def _name_spikes(op: Op, attentions: Sequence[Attention], context: PassContext) -> None:
+    """Remark on layers whose keys' largest bias is far above the median of the layers'."""
+    weights = context.weights
+    if weights is None and isinstance(op, Module) and "tyir.checkpoint" in op.attributes:
+        weights = CheckpointReader(checkpoint_of(op))
+    sizes: dict[Attention, float] = {}
+    for attention in attentions if weights is not None else ():
+        source = _source(attention.k)
+        bias = source.bias if isinstance(source, (Linear, QuantizedLinear)) else None
+        name = bias.op.symbol.leaf if bias is not None and isinstance(bias.op, GetGlobal) else None
+        stored = op.lookup(name) if name is not None and isinstance(op, Module) else None
+        if isinstance(stored, Global) and weights is not None:
+            try:
+                sizes[attention] = float(np.abs(weights.read(stored).astype(np.float32)).max())
+            except TyirError:
+                return  # there is no such file here; it is missed where weights are written
+    usual = median(sizes.values()) if sizes else 0.0
+    for attention, size in sizes.items():
+        if size > _FAR * usual:
+            context.remark(
+                attention,
+                f"the bias of the keys reaches {size:.4g}, {usual:.4g} in the layer in the middle: an 8-bit"
+                " cache would keep little of its other channels, which is why pairs are scaled",
+                help="compare --kv-dtype fp16 on prompts of your own",
+            )
 
 
 def _scale(attention: Attention, constants: ConstantExpressions) -> bool:

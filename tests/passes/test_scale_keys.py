@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import pytest
 
 from tests.e2e.conftest import MODEL
 from tyir.attributes import DenseElementsAttr
+from tyir.diagnostics import Diagnostic
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.ty import Constant, Dequantize, Global, PairScales, tensor_type
+from tyir.dialects.ty import Attention, Constant, Dequantize, Global, PairScales, tensor_type
 from tyir.execution.weights import CheckpointReader
 from tyir.frontends.huggingface import import_model
 from tyir.interpreter import run_function
 from tyir.layers import layer_of
-from tyir.pipeline import run_pipeline
+from tyir.pipeline import PassContext, run_pipeline
 from tyir.types import storage_dtype
 
 Array = npt.NDArray[Any]
@@ -149,3 +151,30 @@ def test_a_second_run_changes_nothing() -> None:
     once, twice = model(pipeline="scale-keys"), model(pipeline="scale-keys,scale-keys")
     weights = Spiked(MODEL)
     np.testing.assert_array_equal(logits(once, weights), logits(twice, weights))
+
+
+class SpikedLast(Spiked):
+    """Only the last layer's keys."""
+
+    def read(self, ref: Global) -> Array:
+        return super().read(ref) if ".5." in ref.key else CheckpointReader.read(self, ref)
+
+
+@pytest.mark.parametrize("reader", [CheckpointReader, Spiked, SpikedLast])
+def test_a_layer_whose_bias_spikes_is_named(reader: type[CheckpointReader]) -> None:
+    """With its size; not what all layers have, and not where weights cannot be read."""
+    said: list[Diagnostic] = []
+    module = model()
+    last = max(layer for a in module.walk_type(Attention) if (layer := layer_of(a)) is not None)
+    assert last == 5
+    run_pipeline(module, "scale-keys", PassContext(weights=reader(MODEL), report=said.append))
+    if reader is not SpikedLast:
+        assert not said
+        return
+    (remark,) = said
+    assert remark.severity == "remark" and "layers.5." in str(remark.where)
+    assert re.match(r"the bias of the keys reaches (599|60\d)[.\d]*, \d\.\d+ in the layer", remark.message)
+    module = model()
+    module.attributes = module.attributes.without("tyir.checkpoint")
+    run_pipeline(module, "scale-keys", PassContext(report=said.append))
+    assert len(said) == 1

@@ -77,7 +77,7 @@ def fit(vllm_config: Any, manifest: Manifest) -> None:
         raise ValueError("vllm-tyir cannot serve this:\n" + "\n".join(f"  {p}" for p in problems))
     options = manifest.options
     model, scheduler, cache, parallel = _parts(vllm_config)
-    longest = max(options.seqlens)
+    longest = max(options.dense_seqlens)
     model.max_model_len = min(model.max_model_len, options.max_kv)
     scheduler.max_num_seqs = min(scheduler.max_num_seqs, options.batch)
     scheduler.max_num_batched_tokens = max(longest * options.batch, scheduler.max_num_seqs)

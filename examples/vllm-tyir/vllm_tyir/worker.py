@@ -67,7 +67,7 @@ class TyirWorker(WorkerBase):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """One step of each length: what is loaded when first used is loaded."""
-        for seqlen in self.session.manifest.options.seqlens:
+        for seqlen in self.session.manifest.options.dense_seqlens:
             self.session.step([[0] for _ in self.session.tokens], seqlen)
             self.session.reset()
         return CompilationTimes(language_model=0.0, encoder=0.0)
