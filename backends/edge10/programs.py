@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from tyir.artifacts.agreement import interface_of
 from tyir.attributes import IntegerAttr, StringAttr
 from tyir.backends.edge10.lowering.die import lower_die
+from tyir.backends.edge10.lowering.die_numbers import DieNumbers, renumber, without_numbers
 from tyir.backends.edge10.lowering.search import Search
 from tyir.backends.edge10.memory.summary import memory_summary
 from tyir.backends.edge10.weight_files import Places
@@ -30,7 +31,7 @@ from tyir.manifest import DieProgram
 from tyir.parser import parse_module
 from tyir.printer import print_op
 from tyir.process.cache import cache_key
-from tyir.targets.machine import load_machine
+from tyir.targets.machine import Machine, load_machine
 from tyir.types import i64
 
 if TYPE_CHECKING:
@@ -92,6 +93,15 @@ class _Library:
     ir: str
 
 
+@dataclass(frozen=True)
+class _Lowered:
+    """A command program of the die with these numbers, and what it needs of memory."""
+
+    program: Module
+    numbers: DieNumbers
+    memory: dict[str, int]
+
+
 def built_library(identity: str, compiler: str, ir: str, target: HostTarget) -> bytes:
     """The library of a die's program, from the IR that lies beside it: what a worker does.
 
@@ -130,6 +140,8 @@ class ProgramWriter:
     memory: Memory = field(default_factory=dict)
     search: Search = field(default_factory=Search)
     built: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    _programs: dict[Hashable, _Lowered] = field(default_factory=dict)
+    _seqlen: int | None = None
     _copies: list[tuple[Path, Path]] = field(default_factory=list)
     _building: list[Future[None]] = field(default_factory=list)
 
@@ -164,7 +176,7 @@ class ProgramWriter:
         text = print_op(self._artifact_ir(die, index, seqlen), locations=False)
         (self.folder / files.name(index, "ir")).write_text(text)
         with self.context.watch.stage(f"edge10 {where}"):
-            data, self.memory[index, seqlen] = self._commands(die, seqlen, text)
+            data, self.memory[index, seqlen] = self._commands(die, seqlen)
             (self.folder / commands).write_bytes(data)
         weights = tuple((str(p.sym_name), p.type) for p in params_of(die, functions))
         program = Program(tuple(functions), weights)
@@ -193,20 +205,36 @@ class ProgramWriter:
             outputs=outputs,
         )
 
-    def _commands(self, die: Module, seqlen: int, text: str) -> tuple[bytes, dict[str, int]]:
-        """A command program as it is written, and what it needs of memory; `text` is the die's IR."""
+    def _commands(self, die: Module, seqlen: int) -> tuple[bytes, dict[str, int]]:
+        """A command program as it is written, and what it needs of memory."""
         machine, cache = load_machine(self.context.chosen_machine), self.context.cache
         form = "bytes" if self.context.binary else "text"
-        key = cache_key("edge10", tool_identity(), repr(machine), form, str(seqlen), text, _around(die))
+        shape, numbers = without_numbers(die, seqlen), DieNumbers.of(die, seqlen)
+        key = cache_key("edge10", tool_identity(), repr(machine), form, repr((shape, numbers)))
         if cache is not None and (known := cache.read(key)) is not None:
             summary, _, data = known.partition(b"\n")
             return data, json.loads(summary)
-        lowered = lower_die(die, seqlen, machine, search=self.search)
-        memory = memory_summary(lowered)
+        lowered, memory = self._lowered(die, seqlen, machine, shape, numbers)
         data = encode(lowered) if self.context.binary else print_op(lowered).encode()
         if cache is not None:
             cache.write(key, json.dumps(memory).encode() + b"\n" + data)
         return data, memory
+
+    def _lowered(
+        self, die: Module, seqlen: int, machine: Machine, shape: Hashable, numbers: DieNumbers
+    ) -> tuple[Module, dict[str, int]]:
+        """A die's command program, and what it needs of memory; dies that differ by numbers alone are lowered
+        once.
+        """
+        if self._seqlen != seqlen:  # those of one length are in memory at a time
+            self._programs.clear()
+            self._seqlen = seqlen
+        known = self._programs.get(shape)
+        if known is None or not renumber(known.program, known.numbers, numbers):
+            program = lower_die(die, seqlen, machine, search=self.search)
+            known = _Lowered(program, numbers, memory_summary(program))
+        self._programs[shape] = replace(known, numbers=numbers)
+        return known.program, known.memory
 
     def _write_library(self, wanted: _Library, stage: str) -> None:
         with self.context.watch.stage(stage):
@@ -242,12 +270,3 @@ class ProgramWriter:
         module.set_attribute("tyir.die", IntegerAttr(index, i64))
         module.set_attribute("tyir.stage", StringAttr("program"))
         return module
-
-
-def _around(die: Module) -> str:
-    """What a lowering can see beside a die's own functions: attributes, and the mesh of the dies."""
-    module = die.parent_op
-    assert isinstance(module, Module)
-    of_all = {k: str(v) for k, v in module.attributes.items() if k not in ("tyir.checkpoint", "tyir.files")}
-    others = [op for op in module.body if not isinstance(op, (Module, Func, Param, Global))]
-    return repr((of_all, str(die.attributes), [print_op(op, locations=False) for op in others]))

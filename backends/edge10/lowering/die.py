@@ -18,7 +18,7 @@ from tyir.backends.edge10.lowering.columns import MOST_ROWS
 from tyir.backends.edge10.lowering.dram_buffers import DramBuffers
 from tyir.backends.edge10.lowering.groups import is_known
 from tyir.backends.edge10.lowering.layer_lowering import LayerLowering
-from tyir.backends.edge10.lowering.layers import cache_arguments, find_layers
+from tyir.backends.edge10.lowering.layers import cache_arguments, find_layers, reached
 from tyir.backends.edge10.lowering.main_lowering import MainLowering
 from tyir.backends.edge10.lowering.search import CANDIDATES, TALL, Prices, Search, products_ns
 from tyir.backends.edge10.memory.allocate import SramShares, sram_plan
@@ -88,11 +88,11 @@ def _chosen_shares(
         return SramShares()
     shapes = tuple(
         (op.name, op.properties, *(v.type for v in (*op.operands, *op.results)))
-        for f in _reached(die_module, main)
+        for f in reached(die_module, main)
         for op in f.body
     )
     key = (seqlen, tuple((n, c.value) for n, c in machine.constants.items()), shapes)
-    dense = not any(isinstance(op, ty.QuantizedLinear) for f in _reached(die_module, main) for op in f.body)
+    dense = not any(isinstance(op, ty.QuantizedLinear) for f in reached(die_module, main) for op in f.body)
     candidates = TALL if dense and seqlen > MOST_ROWS else CANDIDATES
     return search.best_shares(
         lambda shares: _estimated_ns(die_module, main, seqlen, machine, shares), key, candidates
@@ -105,12 +105,6 @@ def _estimated_ns(die_module: Module, main: Func, seqlen: int, machine: Machine,
     return sum(ns * calls.count(name) for name, ns in layers.items()) + products_ns(
         main, machine, sram_plan(machine, shares)
     )
-
-
-def _reached(die_module: Module, main: Func) -> list[Func]:
-    """The entry function and the layers it calls, each once."""
-    names = dict.fromkeys(op.callee.leaf for op in main.body if isinstance(op, Call))
-    return [main, *(f for n in names if isinstance(f := die_module.lookup(n), Func))]
 
 
 class _DieLowering:
@@ -173,7 +167,7 @@ class _DieLowering:
         """Declare the buffers that all functions share; returns the names of main's arguments."""
         self._check_ops()
         self.buffers.add_weights(self.main, self.layers.values())
-        appends = (a for f in _reached(self.source, self.main) for a in f.walk_type(Append))
+        appends = (a for f in reached(self.source, self.main) for a in f.walk_type(Append))
         capacity = next((a.capacity for a in appends), 0)
         places = self.buffers.add_arguments(self.main, self.caches, capacity)
         self.buffers.add_bytes(self.boundary.symbol, self.boundary.dram_bytes)

@@ -23,7 +23,7 @@ from tyir.dialects.func import Call, Func
 from tyir.execution.entry_points import alias_of, arguments
 from tyir.ir import Value
 
-__all__ = ["LayerLayout", "cache_arguments", "find_layers", "symbol_of"]
+__all__ = ["LayerLayout", "cache_arguments", "find_layers", "reached", "symbol_of"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class LayerLayout:
             offsets[index] = align(end)
             end = offsets[index] + ty.tensor_type(self.function.args[index]).nbytes
         return offsets
+
+
+def reached(source: Module, main: Func) -> list[Func]:
+    """The entry function and the layers it calls, each once."""
+    names = dict.fromkeys(op.callee.leaf for op in main.body if isinstance(op, Call))
+    return [main, *(f for n in names if isinstance(f := source.lookup(n), Func))]
 
 
 def find_layers(
