@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tyir.backends.pieces import compiler_identity, file_identity, tool_identity
 from tyir.backends.replacing import replacing
@@ -26,19 +26,31 @@ from tyir.manifest import MANIFEST, Manifest
 from tyir.process.cache import Cache, cache_key
 from tyir.process.files import parse_json
 
-__all__ = ["artifacts_key", "keep_artifacts", "take_artifacts"]
+__all__ = ["artifacts_key", "folder_identity", "keep_artifacts", "take_artifacts"]
+
+_ADAPTER: Final = "adapter_config.json"
 
 
-def artifacts_key(model: Path, asked: Mapping[str, Any], machine: str | Path | None) -> str | None:
-    """The key of what a compile of a checkpoint folder gives; None where a file has changed just now."""
-    parts: list[str] = [repr(sorted(asked.items())), _processor()]
-    parts += [tool_identity(), compiler_identity(os.environ.get("CXX") or "g++"), shutil.which("g++") or ""]
+def folder_identity(model: Path) -> list[str] | None:
+    """The tools, and every file of a checkpoint folder by name, size and times; None where a file has changed
+    just now, and of an adapter, whose base model lies elsewhere.
+    """
+    parts = [tool_identity()]
     for path in sorted(model.rglob("*")):
         if path.is_dir():
             continue
-        if not (identity := file_identity(path)):
+        if path.name == _ADAPTER or not (identity := file_identity(path)):
             return None
         parts += [path.relative_to(model).as_posix(), identity]
+    return parts
+
+
+def artifacts_key(model: Path, asked: Mapping[str, Any], machine: str | Path | None) -> str | None:
+    """The key of what a compile of a checkpoint folder gives; None where `folder_identity` is."""
+    if (files := folder_identity(model)) is None:
+        return None
+    parts: list[str] = [repr(sorted(asked.items())), _processor(), *files]
+    parts += [compiler_identity(os.environ.get("CXX") or "g++"), shutil.which("g++") or ""]
     if machine is not None and (file := Path(machine)).suffix == ".toml":
         parts.append(file.read_text(errors="replace"))
     return cache_key("artifacts", *parts)

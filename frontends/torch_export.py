@@ -22,6 +22,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tyir.artifacts.rope_scaling import CHANGING
 from tyir.artifacts.vision import ImageSize
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
 from tyir.frontends import attention_hook
@@ -48,10 +49,8 @@ WRAPPER_PREFIX: Final = "model_."  # what `_LogitsOnly` puts before every module
 _EXAMPLE_LENGTH: Final = 16
 # How weights are stored is the front end's business: the model is built as if they were not quantised.
 _NOT_THE_MODEL: Final = ("quantization_config", "compression_config", "auto_map")
-# Rope types whose frequencies depend on the length of the prompt: no fixed table describes them.
 # Parameters that checkpoints of a model_type store under another name: (beginning here, beginning there).
 _STORED_AS: Final = {"gpt_neox": ("lm_head.", "embed_out.")}
-_CHANGING_ROPE: Final = ("dynamic", "longrope")
 
 
 class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by the type check
@@ -296,7 +295,7 @@ def _config(raw: dict[str, Any], model_class: type[Any] | None = None) -> Any:
 
 def _changing_rope(model: torch.nn.Module) -> list[Any]:
     """The rotary embeddings whose frequencies depend on the length of the prompt."""
-    return [module for module in model.modules() if getattr(module, "rope_type", None) in _CHANGING_ROPE]
+    return [module for module in model.modules() if getattr(module, "rope_type", None) in CHANGING]
 
 
 def freeze_rope(model: torch.nn.Module, positions: int | None) -> None:
@@ -318,7 +317,7 @@ def position_limit(config: Any) -> tuple[int, str] | None:
     parameters = getattr(config, "rope_parameters", None) or {}
     limits = []
     for entry in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):
-        if (kind := entry.get("rope_type")) in _CHANGING_ROPE:
+        if (kind := entry.get("rope_type")) in CHANGING:
             own = entry.get("original_max_position_embeddings") if kind == "longrope" else None
             limits.append(
                 (

@@ -257,7 +257,9 @@ def compile_path(
         warn(message)
 
     with watch.stage("import"):
-        module = load_module(model, plugin, warn_and_note, positions, base, progress, images)
+        module = load_module(
+            model, plugin, warn_and_note, positions, base, progress, images, cache if own else None
+        )
     if awq_table is not None:
         with watch.stage("awq"):
             options = quantize_by_table(module, awq_table, options)
@@ -413,23 +415,31 @@ def load_module(
     base: Path | None = None,
     progress: bool = False,
     images: Sequence[tuple[int, int]] = (),
+    cache: Cache | None = None,
 ) -> Module:
     """The module of a checkpoint folder or of an `.ir` file.
 
-    A checkpoint is imported for a cache of `positions` tokens, a file parsed and verified.
+    A checkpoint is imported for a cache of `positions` tokens, a file parsed and verified.  `cache`: where
+    the module of a folder is looked for and kept.
     """
     if model.is_dir() or model.suffix == ".gguf" or (plugin is not None and model.suffix != ".ir"):
-        from tyir.frontends.huggingface import import_model
+        from tyir.tools.commands.kept_imports import kept_import
 
-        return import_model(
-            model,
-            note=lambda d: warn(d.message),
-            plugin=plugin,
-            positions=positions,
-            base=base,
-            progress=progress,
-            images=images,
-        )
+        def imported(warn: Callable[[str], None]) -> Module:
+            from tyir.frontends.huggingface import import_model
+
+            return import_model(
+                model,
+                note=lambda d: warn(d.message),
+                plugin=plugin,
+                positions=positions,
+                base=base,
+                progress=progress,
+                images=images,
+            )
+
+        asked = {"dtype": "f16", "images": tuple(images)}
+        return kept_import(cache, model, positions, asked, imported, warn)
     if not model.exists():
         hub = "give a checkpoint folder from the hub, or a file written by tyir-import or tyir-opt"
         raise TyirError(f"{model} does not exist", help=missing_hint(model) or hub)

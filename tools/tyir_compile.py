@@ -26,9 +26,9 @@ from tyir.tools.commands.build_arguments import (
     numbers,
     sparse,
 )
+from tyir.tools.commands.cache_options import add_cache_options, cache_of
 
 if TYPE_CHECKING:
-    from tyir.process.cache import Cache
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.commands.json_forms import Artifacts
     from tyir.tools.estimate.plan import OnCards
@@ -171,7 +171,7 @@ def _run(
         vision_die_map=args.vision_die_map or (),
         vision_exponent=args.vision_exponent,
         jobs=args.jobs,
-        cache=_cache(args),
+        cache=cache_of(args),
         workers=ray_workers(args.ray),
         vision_split=args.vision_split,
     )
@@ -208,30 +208,6 @@ def _log(path: Path | None) -> Callable[[Mapping[str, object]], None] | None:
 
     report_to(told)
     return told
-
-
-_CACHE_GIGABYTES: Final = 20.0
-
-
-def _cache(args: argparse.Namespace) -> Cache | None:
-    """The cache that was asked for; the default one, where it cannot be used, is done without."""
-    from tyir.process.cache import Cache, default_folder
-
-    if args.no_cache:
-        if args.cache_dir is not None or args.cache_size is not None:
-            given = "--cache-dir" if args.cache_dir is not None else "--cache-size"
-            raise TyirError(
-                f"{given} says something of a cache, --no-cache that there is none", help="leave one out"
-            )
-        return None
-    limit = int((_CACHE_GIGABYTES if args.cache_size is None else args.cache_size) * 1e9)
-    if args.cache_dir is not None:
-        return Cache.open(args.cache_dir, limit)
-    try:
-        return Cache.open(default_folder(), limit)
-    except TyirError as error:
-        warn(f"nothing is cached: {error.diagnostics[0].message}")
-        return None
 
 
 def _facts(target: Path, watch: Stopwatch) -> Artifacts:
@@ -281,16 +257,6 @@ def print_plan(
 def _jobs(text: str) -> int:
     if (number := whole_number(text)) < 1:
         raise TyirError(f"{number} jobs: at least 1", help="leave --jobs out for one a processor")
-    return number
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1e9:
-        raise TyirError(f"a cache of '{text}' GB", help="use a number such as 20, or --no-cache")
     return number
 
 
@@ -481,19 +447,7 @@ def make_parser() -> argparse.ArgumentParser:
         "have weights computed and host code built by the workers of a Ray cluster, that of this machine"
         " (auto) or another; artifacts are the same bytes",
     )
-    parser.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="where finished pieces are kept and looked for (default $XDG_CACHE_HOME/tyir, ~/.cache/tyir)",
-    )
-    parser.add_argument("--no-cache", action="store_true", help="keep and look for no pieces")
-    parser.add_argument(
-        "--cache-size",
-        type=_gigabytes,
-        metavar="GB",
-        help="what the cache may take of the disk beside artifacts that are there (default 20)",
-    )
+    add_cache_options(parser)
     parser.add_argument(
         "--host-activations",
         choices=("fp32", "int8"),

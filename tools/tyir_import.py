@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyir.diagnostics import TyirError
 from tyir.tools.cli import (
@@ -31,6 +31,7 @@ from tyir.tools.commands.build_arguments import (
     add_image_option,
     add_vision_tower_option,
 )
+from tyir.tools.commands.cache_options import add_cache_options, cache_of
 
 if TYPE_CHECKING:
     from tyir.dialects.builtin import Module
@@ -95,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only say, from config.json, what compiling with the options below would need and make",
     )
+    add_cache_options(parser)
     add_json_option(parser, "print what was imported, or the plan, as JSON")
     add_build_options(
         parser.add_argument_group(
@@ -128,23 +130,9 @@ def main(argv: Sequence[str]) -> int:
     if options.json and options.output == "-":
         raise TyirError("--json and the IR would both go to standard output", help="add -o FILE.ir")
     check_output(options.output)
-    from tyir.frontends.huggingface import import_model
-    from tyir.frontends.plugin import plugin_of
-    from tyir.manifest import BuildOptions
     from tyir.printer import print_op
 
-    module = import_model(
-        options.folder,
-        dtype=options.dtype,
-        note=lambda d: warn(d.message),
-        check_weights=options.check_weights,
-        plugin=plugin_of(options.model_plugin, options.vision_tower),
-        positions=BuildOptions.max_kv if options.max_kv is None else options.max_kv,
-        base=options.base,
-        progress=not quiet(),
-        images=options.image,
-        rope_scaling=options.rope_scaling,
-    )
+    module = _module(options)
     if options.explain:
         from tyir.tools.estimate.explain import explain
 
@@ -163,6 +151,40 @@ def main(argv: Sequence[str]) -> int:
     else:
         note(_summary(_facts(module, options.output)))
     return 0
+
+
+def _module(options: argparse.Namespace) -> Module:
+    """What is imported, from the cache where all that is asked for lies in the folder."""
+    from tyir.frontends.plugin import plugin_of
+    from tyir.manifest import BuildOptions
+    from tyir.tools.commands.kept_imports import kept_import
+
+    plugin = plugin_of(options.model_plugin, options.vision_tower)
+    positions = BuildOptions.max_kv if options.max_kv is None else options.max_kv
+
+    def imported(warn: Callable[[str], None]) -> Module:
+        from tyir.frontends.huggingface import import_model
+
+        return import_model(
+            options.folder,
+            dtype=options.dtype,
+            note=lambda d: warn(d.message),
+            check_weights=options.check_weights,
+            plugin=plugin,
+            positions=positions,
+            base=options.base,
+            progress=not quiet(),
+            images=options.image,
+            rope_scaling=options.rope_scaling,
+        )
+
+    cache = cache_of(options)
+    if plugin is not None or options.base is not None or options.check_weights:
+        return imported(warn)
+    asked: dict[str, Any] = {"dtype": options.dtype, "images": tuple(options.image)}
+    if options.rope_scaling is not None:
+        asked["rope_scaling"] = options.rope_scaling
+    return kept_import(cache, options.folder, positions, asked, imported, warn)
 
 
 def _facts(module: Module, output: str) -> Imported:

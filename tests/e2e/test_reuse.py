@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -12,16 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from tests.backends.test_replacing import end_of, left, start
+from tyir.attributes import IntegerAttr
 from tyir.backends.edge10 import programs
+from tyir.backends.edge10.compile import CompileContext, to_program
+from tyir.backends.edge10.plan_memory import dies_of
 from tyir.backends.edge10.weight_windows import WindowReader
 from tyir.backends.host import tvm_host
 from tyir.backends.pieces import Journal
 from tyir.diagnostics import TyirError
+from tyir.dialects.ty import Param
+from tyir.frontends import huggingface
+from tyir.frontends.huggingface import import_model
+from tyir.manifest import BuildOptions
+from tyir.pipeline import run_pipeline
+from tyir.printer import print_op
 from tyir.process.cache import Cache
-from tyir.tools.api import compile_path
+from tyir.tools.api import compile_path, load_module
+from tyir.types import i64
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-qwen2"
 OPTIONS: dict[str, Any] = {"dies": 1, "seqlens": (1,), "max_kv": 32}
@@ -100,6 +113,74 @@ def test_only_what_depends_on_a_change_is_made_again(
         file.write(b"\xff")
     assert bytes_of(compile_path(model, tmp_path / "mended", OPTIONS, cache=cache)) == plain
     assert counts.since()["blocks"] > 0
+
+
+def test_dies_of_one_kind_are_lowered_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Counts(monkeypatch)
+    compile_path(model, tmp_path / "out", {"dies": 2, "seqlens": (1, 8), "max_kv": 32})
+    assert counts.since()["programs"] == 2
+
+
+def imports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The positions of every import that is made from now on."""
+    found: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        found.append(options["positions"])
+        return import_model(*args, **options)
+
+    monkeypatch.setattr(huggingface, "import_model", counted)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic"])
+def test_a_model_is_imported_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """For every length of the cache, unless the rotary frequencies follow it."""
+    config = json.loads((model / "config.json").read_text())
+    if kind != "default":
+        config["rope_scaling"] = {"rope_type": kind, "factor": 2.0}
+        (model / "config.json").write_text(json.dumps(config))
+    made, cache = imports(monkeypatch), Cache.open(tmp_path / "cache")
+    fresh = print_op(load_module(model, positions=512))
+    said: list[str] = []
+    for positions in (512, 512, 1024):
+        found = print_op(load_module(model, positions=positions, cache=cache, warn=said.append))
+        assert positions != 512 or found == fresh
+    assert made == ([512, 512] if kind == "default" else [512, 512, 1024])
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert print_op(load_module(model, positions=512, cache=cache)) != fresh
+
+
+def test_what_an_import_has_warned_of_is_said_again(model: Path, tmp_path: Path) -> None:
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    tensors["v_head.weight"] = np.zeros((2, 2), np.float16)
+    safetensors.numpy.save_file(tensors, model / "model.safetensors")
+    cache = Cache.open(tmp_path / "cache")
+    said: list[list[str]] = [[], []]
+    for messages in said:
+        load_module(model, cache=cache, warn=messages.append)
+    assert said[0] == said[1] and "v_head.weight" in said[0][0]
+
+
+def test_an_edited_plan_is_another_program(model: Path, tmp_path: Path) -> None:
+    """Where parameters lie is written on them, and nowhere in the program that names them."""
+    module = load_module(model)
+    to_program(module, BuildOptions(**OPTIONS), CompileContext())
+    run_pipeline(module, "plan-memory")
+    cache, file = Cache.open(tmp_path / "cache"), tmp_path / "plan.ir"
+    file.write_text(print_op(module))
+    compile_path(file, tmp_path / "plan", {}, cache=cache)
+    (die,) = dies_of(module)
+    last = [op for op in die.body if isinstance(op, Param)][-1]
+    (address,) = (a.value for a in [last.attributes["tyir.address"]] if isinstance(a, IntegerAttr))
+    last.set_attribute("tyir.address", IntegerAttr(address + (1 << 30), i64))
+    file.write_text(print_op(module))
+    cached = bytes_of(compile_path(file, tmp_path / "cached", {}, cache=cache))
+    assert cached == bytes_of(compile_path(file, tmp_path / "fresh", {}))
 
 
 def compile_in_process(model: Path, out: Path, **options: Any) -> int:

@@ -14,8 +14,10 @@ from typing import Any, Final
 from tyir.artifacts.dual_chunk import CONFIG_KEY
 from tyir.diagnostics import TyirError
 
-__all__ = ["RECORDED", "scaled_config"]
+__all__ = ["CHANGING", "RECORDED", "scaled_config"]
 
+# Rope types whose frequencies depend on the length of the prompt: no fixed table describes them.
+CHANGING: Final = ("dynamic", "longrope")
 RECORDED: Final = "rope_scaling"  # among the model's facts: what it was imported with
 
 _KINDS: Final = ("yarn", "linear")  # one table for all lengths; the others change with the prompt's

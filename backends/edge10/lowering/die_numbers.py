@@ -28,7 +28,8 @@ from tyir.types import i64
 __all__ = ["DieNumbers", "renumber", "without_numbers"]
 
 _DIE: Final = "tyir.die"
-_SHARD: Final = "tyir.shard"  # which part of a whole a result is, for whoever compares it with the whole
+# Which part of a whole a result is, and the host's code for an op: for others than the lowering.
+_NOTES: Final = ("tyir.shard", "tyir.kernel")
 # Ops that have such a number, and the property of it.
 _NUMBERS: Final[dict[type[Op], str]] = {
     ty.Embedding: "offset",
@@ -85,7 +86,7 @@ def without_numbers(die: Module, seqlen: int) -> Hashable:
             elif type(op) in _NUMBERS:
                 op.properties = op.properties.without(_NUMBERS[type(op)])
             if not isinstance(op, Call):  # whose attributes its command has
-                op.attributes = op.attributes.without(_SHARD)
+                op.attributes = op.attributes.without(*_NOTES)
         texts.append(print_op(copy))
     others = [
         f"{op.sym_name} {op.type} {op.attributes}" if isinstance(op, ty.Param) else print_op(op)
