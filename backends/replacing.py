@@ -42,7 +42,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.manifest import FORMAT, MANIFEST
 from tyir.process.files import load_json
 
-__all__ = ["check_target", "journal_of", "left_behind", "replacing"]
+__all__ = ["check_target", "check_writable", "journal_of", "left_behind", "replacing"]
 
 Writes = Callable[[str, bool], bool]
 """Whether a compile writes something of this name (relative, forward slashes), in the way of which a file, or
@@ -59,12 +59,14 @@ _ATTEMPTS: Final = 20  # against other compiles of the same target, which come a
 
 def check_target(target: Path, writes: Writes) -> None:
     """`TyirError` when what stands at `target` may not or cannot be replaced: something that no compile has
-    written, or a folder with files of somebody else that cannot go over to the new one.
+    written, or a folder with files of somebody else that cannot go over to the new one; and when nothing can
+    be made beside it.
     """
     move = "choose another -o, or move it away"
     try:
         if os.path.islink(os.path.realpath(target)):
             raise TyirError(f"{target} is a link to itself", help="remove it, or choose another -o")
+        check_writable(target)
         if not target.exists():
             return
         ours = _ours(target)
@@ -90,6 +92,19 @@ def check_target(target: Path, writes: Writes) -> None:
         raise TyirError(f"cannot look at {target}: {error.strerror}", help="choose another -o") from None
     if problems:
         raise TyirError(problems)
+
+
+def check_writable(target: Path) -> None:
+    """`TyirError` where the file system makes no folder beside the target, or beside the first of the folders
+    above it that is missing.  It is asked to: permissions alone do not tell (read-only mounts, quotas).
+    """
+    above = next(p for p in Path(os.path.realpath(target)).parents if os.path.lexists(p))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".tyir-", dir=above))
+    except OSError as error:
+        raise TyirError(
+            f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
+        ) from None
 
 
 def _ours(folder: Path) -> set[str] | None:

@@ -151,6 +151,7 @@ def compile_module(
     its record, `tyir.build`, and may not contradict them.  Raises `TyirError` and leaves `out` as it was.
     """
     context = (context or CompileContext()).for_module(module)
+    replacing.check_writable(out / MANIFEST)
     _check_model_files(checkpoint_of(module))
     with context.watch.stage("passes"):
         separate = split_towers(module)

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from tests.backends.test_replacing import end_of, left, start
 from tyir.attributes import IntegerAttr
-from tyir.backends.edge10 import programs
+from tyir.backends.edge10 import compile, programs
 from tyir.backends.edge10.compile import CompileContext, to_program
 from tyir.backends.edge10.plan_memory import dies_of
 from tyir.backends.edge10.weight_windows import WindowReader
@@ -256,6 +256,27 @@ def test_two_at_once_into_one_cache_and_one_folder(model: Path, tmp_path: Path) 
         assert [end_of(number) for number in numbers] == [0, 0]
         for out in outs:
             assert bytes_of(tmp_path / out / "1die") == whole and not left(tmp_path / out)
+
+
+@pytest.mark.parametrize("above", ["file", "/proc", "forbidden"])
+@pytest.mark.parametrize("stage", ["checkpoint", "module"])
+def test_where_nothing_can_be_written_no_work_is_done(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: str, stage: str
+) -> None:
+    if above == "forbidden" and not os.getuid():
+        pytest.skip("root may write everywhere")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "forbidden").mkdir(mode=0o500)
+    if stage == "module":
+        (tmp_path / "model.ir").write_text(print_op(load_module(model)))
+        model = tmp_path / "model.ir"
+    before = sorted(tmp_path.iterdir())
+    work: list[str] = []
+    monkeypatch.setattr(huggingface, "import_model", lambda *args, **options: work.append("import"))
+    monkeypatch.setattr(compile, "to_program", lambda *args: work.append("passes"))
+    with pytest.raises(TyirError, match=rf"cannot write to .*{above}/some/out: "):
+        compile_path(model, tmp_path / above / "some" / "out", OPTIONS)
+    assert not work and sorted(tmp_path.iterdir()) == before
 
 
 def test_a_full_disk_is_refused_before_weights_are_written(

@@ -109,7 +109,7 @@ def renumber(program: Module, old: DieNumbers, new: DieNumbers) -> bool:
         return False
     distance = sum(after - before for before, after in ranked.items())
     for op in program.walk():
-        if type(op) not in _HANDED_ON:
+        if not isinstance(op, edge10.Command) or type(op) not in _HANDED_ON:
             continue
         kind, name = _HANDED_ON[type(op)]
         if (
