@@ -221,7 +221,7 @@ def _facts(target: Path, watch: Stopwatch) -> Artifacts:
         bytes=sum(f.stat().st_size for f in target.rglob("*") if f.is_file()),
         options=asdict(manifest.options),
         seconds=sum(s.seconds for s in watch.stages),
-        stages=tuple(Stage(s.name, s.seconds, s.peak_mib) for s in watch.stages),
+        stages=tuple(Stage(s.name, s.seconds, s.peak_mib, s.cpu_seconds) for s in watch.stages),
     )
 
 

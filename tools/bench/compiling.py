@@ -5,8 +5,9 @@
 For each depth a checkpoint of so many layers is written (layers of CHECKPOINT, again from the first when it
 has fewer), copied with `cp -r`, and compiled three times through `tyir-compile`, each in a process of its
 own: with an empty cache, with nothing changed, and with another --max-kv.  Wall and processor seconds; memory
-is the process's peak, mapped pages counted; `stages` are what `--timing` says.  Everything is in a folder
-that is gone afterwards; it needs three times the checkpoint of the greatest depth.
+is the process's peak, mapped pages counted; `stages` are what `--timing` says, `code` the processor seconds
+of command programs and host code among them.  Everything is in a folder that is gone afterwards; it needs
+three times the checkpoint of the greatest depth.
 """
 
 from __future__ import annotations
@@ -109,22 +110,34 @@ def measure(source: Path, layers: int, work: Path, args: argparse.Namespace) -> 
         shutil.rmtree(each)
 
 
+def _of_code(row: Mapping[str, Any]) -> float:
+    """Processor seconds of command programs and host code."""
+    return sum(s["cpu_seconds"] for s in row["stages"] if s["name"].startswith(("edge10 ", "host code ")))
+
+
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Time against depth, a line for each kind of run."""
+    """Wall and processor seconds against depth, a line for each kind of run; and what code takes of them."""
     try:
         import matplotlib
     except ImportError:
         raise TyirError("the plot needs matplotlib", help="pip install 'tyir[plots]'") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "tyir"
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, sides = pyplot.subplots(1, 2, figsize=(10, 4))
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [row for row in rows if row["what"] == what]
-        axes.plot([r["layers"] for r in mine], [r["seconds"] for r in mine], marker="o", label=what)
-    axes.set(xlabel="decoder layers", ylabel="seconds", ylim=(0, None), xlim=(0, None))
-    axes.legend()
-    figure.savefig(path, bbox_inches="tight")
+        depths = [r["layers"] for r in mine]
+        for axes, kind in zip(sides, ("seconds", "cpu_seconds")):
+            (line,) = axes.plot(depths, [r[kind] for r in mine], marker="o", label=what)
+        code = [_of_code(r) for r in mine]
+        if any(code):
+            sides[1].plot(depths, code, color=line.get_color(), linestyle=":", label=f"... its code ({what})")
+    for axes, name in zip(sides, ("seconds", "processor seconds")):
+        axes.set(xlabel="decoder layers", ylabel=name, ylim=(0, None), xlim=(0, None))
+        axes.legend(fontsize="small")
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -152,16 +165,18 @@ def main(argv: Sequence[str]) -> int:
     rows: list[dict[str, Any]] = []
     if not args.json:
         print(
-            f"{'layers':>6}{'GB':>7}  {'what':<16}{'seconds':>9}{'processor':>11}{'peak MiB':>10}{'load':>7}"
+            f"{'layers':>6}{'GB':>7}  {'what':<16}{'seconds':>9}{'processor':>11}{'code':>7}{'peak MiB':>10}"
+            f"{'load':>7}"
         )
     for layers in args.depths:
         with tempfile.TemporaryDirectory(dir=args.work) as work:
             for row in measure(args.checkpoint, layers, Path(work), args):
-                rows.append({**row, "load": os.getloadavg()[0]})
+                rows.append({**row, "load": os.getloadavg()[0], "code_cpu_seconds": _of_code(row)})
                 if not args.json:
                     print(
                         f"{layers:>6}{row['gb']:>7.2f}  {row['what']:<16}{row['seconds']:>9.1f}"
-                        f"{row['cpu_seconds']:>11.1f}{row['peak_mib']:>10.0f}{rows[-1]['load']:>7.1f}",
+                        f"{row['cpu_seconds']:>11.1f}{_of_code(row):>7.1f}{row['peak_mib']:>10.0f}"
+                        f"{rows[-1]['load']:>7.1f}",
                         flush=True,
                     )
     if args.json:

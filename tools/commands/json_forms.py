@@ -109,6 +109,7 @@ class Stage:
     name: Annotated[str, "import, passes, weights, edge10 s1 die0, host code s1 die0, .., manifest"]
     seconds: Annotated[float, "wall time"]
     peak_mib: Annotated[float | None, "highest resident memory meanwhile, MiB; null where it is not known"]
+    cpu_seconds: Annotated[float, "processor time of the thread that it ran in"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Wall time and peak memory of the stages of a command."""
+"""Wall and processor time and peak memory of the stages of a command."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ __all__ = ["StageTime", "Stopwatch", "peak_mib"]
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage: wall seconds, and the process's highest resident memory in MiB while it ran (None where the
-    system does not tell).
+    """One stage: wall seconds, the process's highest resident memory in MiB while it ran (None where the
+    system does not tell), and the processor seconds of the thread that it ran in.
     """
 
     name: str
     seconds: float
     peak_mib: float | None
+    cpu_seconds: float = 0.0
 
 
 @dataclass
@@ -37,11 +38,13 @@ class Stopwatch:
         if self.told is not None:
             self.told({"event": "begin", "stage": name})
         _reset_peak()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
-            done = StageTime(name, time.perf_counter() - start, peak_mib())
+            done = StageTime(
+                name, time.perf_counter() - start, peak_mib(), max(time.thread_time() - cpu, 0.0)
+            )
             self.stages.append(done)
             if self.told is not None:
                 self.told({"event": "end", "stage": name, "seconds": done.seconds, "peak_mib": done.peak_mib})
@@ -58,7 +61,10 @@ class Stopwatch:
 
     def as_json(self) -> dict[str, object]:
         """The stages in order, for machines to read."""
-        stages = [{"name": s.name, "seconds": s.seconds, "peak_mib": s.peak_mib} for s in self.stages]
+        stages = [
+            {"name": s.name, "seconds": s.seconds, "peak_mib": s.peak_mib, "cpu_seconds": s.cpu_seconds}
+            for s in self.stages
+        ]
         peaks = [s.peak_mib for s in self.stages if s.peak_mib is not None]
         return {
             "stages": stages,

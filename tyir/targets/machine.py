@@ -147,6 +147,10 @@ class Machine:
     host: Host
     constants: Mapping[str, Constant]
 
+    def __hash__(self) -> int:
+        """Equal machines have equal names; its constants are no key of a dictionary."""
+        return hash(self.name)
+
     @property
     def cycle_ns(self) -> float:
         return 1000.0 / self.clock.frequency_mhz

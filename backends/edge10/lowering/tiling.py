@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 from tyir.backends.edge10.memory.allocate import ALIGNMENT, SramPlan, align
@@ -87,6 +88,7 @@ WIDEST_BLOCK = (
 )
 
 
+@lru_cache(maxsize=4096)
 def choose_tiles(shape: MatmulShape, machine: Machine, plan: SramPlan) -> Tiles:
     """The cheapest tiles that fit; `TyirError` when none does."""
     best = min(
@@ -308,6 +310,7 @@ _DEPTHS: Final = (
 )
 
 
+@lru_cache(maxsize=4096)
 def attention_blocks(
     tokens: int,
     heads: int,
@@ -411,6 +414,7 @@ def _no_blocks(heads: int, dim: int, room: int) -> TyirError:
     )
 
 
+@lru_cache(maxsize=4096)
 def segment_blocks(
     tokens: int,
     longest: int,
