@@ -49,6 +49,14 @@ assert not status, status
     assert loaded_heavy(code, tmp_path) == []
 
 
+def test_host_code_is_made_without_torch(tmp_path: Path) -> None:
+    """TVM would load it; a process that has it keeps it, and any may load it later."""
+    code = "import tyir.backends.host.tvm_host"
+    assert loaded_heavy(code, tmp_path) == ["tvm", "tvm_ffi"]
+    assert "torch" in loaded_heavy(f"{code}\nimport torch", tmp_path)
+    assert "torch" in loaded_heavy(f"import torch\n{code}", tmp_path)
+
+
 def test_the_guard_sees_a_heavy_import(tmp_path: Path) -> None:
     assert loaded_heavy("import safetensors", tmp_path) == ["safetensors"]
 

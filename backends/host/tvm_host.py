@@ -22,7 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import tvm
+from tyir.process.extras import torch_hidden
+
+with torch_hidden():
+    import tvm
 from tvm import tirx
 from tvm.ir import Call, GlobalVar, IRModule, PrimType
 from tvm.script.ir_builder import IRBuilder

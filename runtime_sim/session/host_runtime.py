@@ -12,9 +12,7 @@ import importlib.util
 import itertools
 import os
 import struct
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from tyir.dialects import ty
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Evaluator, evaluate_op
 from tyir.ir import Op
+from tyir.process.extras import torch_hidden
 from tyir.process.files import open_regular
 from tyir.traits import InPlace
 from tyir.types import TensorType, storage_dtype
@@ -43,23 +42,6 @@ _YIELDS = "20000"
 _SHARE_ALL_CORES = -3  # tvm::runtime::threading::ThreadGroup::AffinityMode::kSpecifyThreadShareAllCore
 
 
-@contextmanager
-def _torch_hidden() -> Iterator[None]:
-    """Inside this context an import of torch fails, unless torch is loaded already.
-
-    tvm_ffi imports torch where it is installed, to exchange torch tensors faster; here that would cost a
-    second and 180 MB for nothing.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # the documented way to make an import fail
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
 @cache
 def _ffi() -> Any:
     """tvm_ffi with TVM's runtime library loaded into the process."""
@@ -68,7 +50,7 @@ def _ffi() -> Any:
     )  # finds the package without importing it: `import tvm` loads the compiler, 250 MB
     if spec is None or spec.origin is None:
         raise TyirError("the TVM runtime is not installed", help="pip install apache-tvm")
-    with _torch_hidden():
+    with torch_hidden():
         import tvm_ffi
 
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _YIELDS)

@@ -112,7 +112,8 @@ def measure(source: Path, layers: int, work: Path, args: argparse.Namespace) -> 
 
 def _of_code(row: Mapping[str, Any]) -> float:
     """Processor seconds of command programs and host code."""
-    return sum(s["cpu_seconds"] for s in row["stages"] if s["name"].startswith(("edge10 ", "host code ")))
+    code = ("edge10 ", "host code ")
+    return float(sum(s["cpu_seconds"] for s in row["stages"] if s["name"].startswith(code)))
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["EXTRA_OF", "missing_library", "require"]
+__all__ = ["EXTRA_OF", "missing_library", "require", "torch_hidden"]
 
 # Module -> the extra of pyproject.toml that brings it (tests/tyir/test_extras.py compares).
 EXTRA_OF: Final = {
@@ -60,3 +62,20 @@ def _here(name: str) -> bool:
     if name in sys.modules:
         return sys.modules[name] is not None
     return importlib.util.find_spec(name) is not None
+
+
+@contextmanager
+def torch_hidden() -> Iterator[None]:
+    """Inside this context an import of torch fails, unless torch is loaded already.
+
+    TVM imports torch where it is installed, to exchange torch tensors faster; here that would cost two
+    seconds and 180 MB for nothing.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the documented way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
