@@ -33,6 +33,7 @@ from tyir.manifest import BuildOptions
 from tyir.pipeline import run_pipeline
 from tyir.printer import print_op
 from tyir.process.cache import Cache
+from tyir.tools import tyir_import
 from tyir.tools.api import compile_path, load_module
 from tyir.types import i64
 
@@ -153,6 +154,18 @@ def test_a_model_is_imported_once(
     assert made == ([512, 512] if kind == "default" else [512, 512, 1024])
     (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert print_op(load_module(model, positions=512, cache=cache)) != fresh
+
+
+def test_the_import_command_uses_the_cache(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, cache = imports(monkeypatch), ["--cache-dir", str(tmp_path / "cache")]
+    runs = ([*cache], [*cache], ["--no-cache"], [*cache, "--check-weights"], [*cache, "--dtype", "f32"])
+    for number, options in enumerate(runs):
+        assert not tyir_import.main([str(model), "-o", str(tmp_path / f"{number}.ir"), *options])
+    assert len(made) == 4
+    texts = [(tmp_path / f"{number}.ir").read_text() for number in range(len(runs))]
+    assert texts[0] == texts[1] == texts[2] != texts[4]
 
 
 def test_what_an_import_has_warned_of_is_said_again(model: Path, tmp_path: Path) -> None:
