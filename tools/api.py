@@ -157,7 +157,7 @@ def compile_path(
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
     of a LoRA adapter is.  Weights "awq" are made with the scales and ranges of the file `awq_table`, or, of a
     checkpoint folder, as `quantize` does it on the text `calibration`, in a folder that is gone afterwards;
-    `host_activations`: what the host's code multiplies 4-bit weights with, "fp32" or "int8".
+    `host_activations`: what the host's code multiplies 4-bit weights with, "fp32", "int16" or "int8".
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
@@ -539,10 +539,13 @@ def _check_choices(module: Module, options: BuildOptions) -> None:
 
 
 def _has_quantized(module: Module, options: BuildOptions) -> bool:
-    """Whether a compile has weights of 4 bits: quantises some, or gets them."""
-    from tyir.dialects.ty import QuantizedLinear
+    """Whether a compile has weights of 4 bits: quantises some, or gets them, which an import leaves as
+    `ty.dequantize`.
+    """
+    from tyir.dialects.ty import Dequantize, QuantizedLinear
 
-    return options.weights in ("int4", "awq") or any(True for _ in module.walk_type(QuantizedLinear))
+    given = (op for kind in (QuantizedLinear, Dequantize) for op in module.walk_type(kind))
+    return options.weights in ("int4", "awq") or any(True for _ in given)
 
 
 def _warn_about_positions(module: Module, options: BuildOptions, warn: Callable[[str], None]) -> None:

@@ -450,10 +450,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_cache_options(parser)
     parser.add_argument(
         "--host-activations",
-        choices=("fp32", "int8"),
+        choices=("fp32", "int16", "int8"),
         default="fp32",
-        help="what the host's code multiplies 4-bit weights with: fp32 (default), or int8: faster, with an"
-        " error of its own (docs/host.md)",
+        help="what the host's code multiplies 4-bit weights with: fp32 (default), int16: faster and as exact"
+        " as f16, or int8: faster still, with an error of its own (docs/host.md)",
     )
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"

@@ -303,7 +303,7 @@ class Host(TypedDict):
 
     mcpu: Version
     features: list[Version]
-    activations: NotRequired[Annotated[str, Matches("fp32|int8")]]  # fp32 where it does not say
+    activations: NotRequired[Annotated[str, Matches("fp32|int16|int8")]]  # fp32 where it does not say
 
 
 @closed

@@ -42,7 +42,7 @@ from tyir.backends.pieces import tool_identity
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func
 from tyir.dialects.ty import tensor_type
-from tyir.execution.processor import features_of
+from tyir.execution.processor import TILES, features_of
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
 from tyir.process.cache import Cache, cache_key
@@ -65,6 +65,7 @@ GENERIC_CPU: Final = (
     "x86-64-v3"  # AVX2, FMA and F16C: every x86 server since 2015 (x86-64 psABI, micro-architecture levels)
 )
 
+_ACTIVATIONS: Final = ("fp32", "int16", "int8")
 _CPU: Final = 1  # kDLCPU of DLPack
 _SYMBOL: Final = "symbol"  # of a TensorIR function: what it is called in its object file
 _LINK_OPTIONS: Final = ("-Wl,--build-id=none", "-Wl,--strip-debug", "-Wl,--hash-style=gnu")
@@ -81,7 +82,8 @@ class HostTarget:
     """The processor that the library is for.
 
     `num_cores` = 1 gives code without threads; the number of threads used is the runtime's choice.
-    `activations`: what 4-bit weights are multiplied with, "fp32" or "int8" (`kernels/integer_linear.py`).
+    `activations`: what 4-bit weights are multiplied with, "fp32", "int16" or "int8"
+    (`kernels/integer_linear.py`).
     """
 
     kind: str = "llvm"
@@ -103,11 +105,11 @@ class HostTarget:
                 f"a {self.mcpu} processor has 32 bits, {triple} needs 64",
                 help=f"use '{detected_cpu()}' (this machine) or '{GENERIC_CPU}'",
             )
-        if self.activations not in ("fp32", "int8"):
+        if self.activations not in _ACTIVATIONS:
             raise TyirError(
-                f"activations '{self.activations}' are not supported", help="use 'fp32' or 'int8'"
+                f"activations '{self.activations}' are not supported", help="use 'fp32', 'int16' or 'int8'"
             )
-        if self.activations == "int8" and not self.cpu().byte_products:
+        if self.activations != "fp32" and not self.cpu().byte_products:
             raise TyirError(
                 f"a {self.mcpu} processor does not multiply 8-bit numbers: it has neither AVX2 nor VNNI",
                 help="use fp32 activations",
@@ -135,7 +137,8 @@ class HostTarget:
 
     def features(self) -> list[str]:
         """What the code needs of the processor that it runs on (`tyir.execution.processor`)."""
-        return features_of(str(name) for name in codegen.llvm_get_cpu_features(self.tvm_target()))
+        names = [str(name) for name in codegen.llvm_get_cpu_features(self.tvm_target())]
+        return sorted([*features_of(names), *(TILES if self.cpu().tiles else ())])
 
     def cpu(self) -> Cpu:
         """What the kernels need to know of the processor."""
@@ -147,6 +150,7 @@ class HostTarget:
         lanes, registers = (16, 32) if has("avx512f") else (8, 16) if has("avx2") else (4, 16)
         vnni = has("avx512vnni", "avx512vl") if lanes == 16 else has("avxvnni")
         products = "vnni" if vnni else "madd" if has("avx2") else ""
+        tiles = lanes == 16 and has("amx-int8", "amx-tile") and self.activations != "fp32"
         return Cpu(
             lanes,
             registers,
@@ -154,6 +158,7 @@ class HostTarget:
             cores=self.num_cores,
             byte_products=products,
             activations=self.activations,
+            tiles=tiles,
         )
 
 

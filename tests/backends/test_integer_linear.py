@@ -1,10 +1,9 @@
-"""4-bit weights by 8-bit activations: the sums are exact, whatever the processor multiplies bytes with, and what the
+"""4-bit weights by activations of 8 and of 16 bits: the sums are exact, whatever the processor multiplies bytes with, and what the
 rounding of the activations costs is bounded.
 """  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 from tyir.backends.host.tvm_host import GENERIC_CPU, HostTarget, assign_kernels, build_library, detected_cpu
 from tyir.diagnostics import TyirError
 from tyir.dialects import func, ty
+from tyir.execution.processor import features_here
 from tyir.execution.storage import pack
 from tyir.runtime_sim.session.host_runtime import HostLibrary
 from tyir.types import TensorType, f16, f32, ui4
@@ -54,19 +54,38 @@ SHAPES = [
     Shape(13, 512, 70, 256, bias=True),  # blocks of rows, turned, and rows that are left
     Shape(37, 384, 96, 128),
     Shape(8, 64, 9, 32),
+    Shape(33, 256, 71, 256, bias=True),  # of tiles: a token more than whole ones, rows that are left
+    Shape(64, 512, 1024, 128),  # enough work for threads
 ]
 
 
-@pytest.fixture(scope="module", params=[detected_cpu(), GENERIC_CPU])
-def library(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HostLibrary]:
-    target = HostTarget(mcpu=request.param, activations="int8")
+LARGEST = {"int8": 127, "int16": 16319}  # code
+# without tiles (AMX), and with them where this processor has them
+CPUS = list(dict.fromkeys([GENERIC_CPU, "icelake-server", detected_cpu()]))
+
+
+@dataclass(frozen=True)
+class Built:
+    library: HostLibrary
+    largest: int
+
+
+@pytest.fixture(scope="module", params=CPUS)
+def mcpu(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=list(LARGEST))
+def built(mcpu: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    target = HostTarget(mcpu=mcpu, activations=request.param)
     if not target.cpu().byte_products:
         pytest.skip("this processor does not multiply bytes")
+    here = features_here()
+    if here is not None and not here.issuperset(target.features()):
+        pytest.skip(f"this processor is no {mcpu}")
     path = tmp_path_factory.mktemp("integers") / "x.so"
     build_library(assign_kernels([shape.op()[0] for shape in SHAPES]), target, path)
-    yield HostLibrary(path)
+    return Built(HostLibrary(path), LARGEST[request.param])
 
 
 def operands(shape: Shape) -> list[npt.NDArray[np.generic]]:
@@ -82,35 +101,38 @@ def operands(shape: Shape) -> list[npt.NDArray[np.generic]]:
 
 
 def rounded(
-    shape: Shape, x: npt.NDArray[np.generic]
+    shape: Shape, largest: int, x: npt.NDArray[np.generic]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The activations that are multiplied, [m, groups, group], and how far apart two of a group are."""
     groups = x[0].astype(np.float32).reshape(shape.m, -1, shape.group)
     most = np.abs(groups).max(axis=2, keepdims=True)
-    times = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-    step = most / np.float32(127)
-    return np.rint(groups * times).astype(np.float64) * step, step.astype(np.float64)
+    times = np.divide(np.float32(largest), most, out=np.zeros_like(most), where=most > 0)
+    step = most / np.float32(largest)
+    codes = np.rint(groups.astype(np.float64) * times)  # a product is rounded once, to a code
+    return codes * step, step.astype(np.float64)
 
 
 def by_hand(
-    shape: Shape, x: npt.NDArray[np.generic], *others: npt.NDArray[np.generic]
+    shape: Shape, largest: int, x: npt.NDArray[np.generic], *others: npt.NDArray[np.generic]
 ) -> npt.NDArray[np.float64]:
     """The same from rounded activations, in f64."""
     q, scales, zeros, *bias = (a.astype(np.float64) for a in others)
     weight = (q.reshape(shape.n, -1, shape.group) - zeros[:, :, None]) * scales[:, :, None]
-    out = np.einsum("mgk,ngk->mn", rounded(shape, x)[0], weight)
+    out = np.einsum("mgk,ngk->mn", rounded(shape, largest, x)[0], weight)
     return out + bias[0] if bias else out
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_of_rounded_activations_are_exact(shape: Shape, library: HostLibrary) -> None:
+def test_sums_of_rounded_activations_are_exact(shape: Shape, built: Built) -> None:
     function, op = shape.op()
     assign_kernels([function])
     arrays = operands(shape)
-    got = library.evaluate(op, [pack(a, t) for a, t in zip(arrays, shape.types)])
-    wanted = by_hand(shape, *arrays)
+    got = built.library.evaluate(op, [pack(a, t) for a, t in zip(arrays, shape.types)])
+    wanted = by_hand(shape, built.largest, *arrays)
     np.testing.assert_allclose(got[0], wanted, atol=2e-5 * np.abs(wanted).max())  # type: ignore[index]
-    most = np.repeat(rounded(shape, arrays[0])[1] / 2, shape.group, axis=2).reshape(shape.m, -1)
+    most = np.repeat(rounded(shape, built.largest, arrays[0])[1] / 2, shape.group, axis=2).reshape(
+        shape.m, -1
+    )
     weight = ty.dequantize(arrays[1], arrays[2], arrays[3], shape.group).astype(np.float64)
     bound = most @ np.abs(weight).T + 1e-3 * np.abs(wanted).max()  # weights are rounded to f16 by the op
     assert (np.abs(got[0] - op.evaluate(*arrays)[0]) <= bound).all()  # type: ignore[index]

@@ -6,6 +6,7 @@ Code with an instruction that the processor does not have ends the process by SI
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["KERNEL_NAMES", "check_processor", "features_here", "features_of"]
+__all__ = ["KERNEL_NAMES", "TILES", "check_processor", "features_here", "features_of"]
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 # What LLVM calls a feature -> what Linux calls it (arch/x86/include/asm/cpufeatures.h): those whose
 # instructions LLVM's code generator chooses by itself.  Others are reached by intrinsics that no kernel has
-# (AES, SHA, AMX, ..), belong to the operating system, or only tune.
+# (AES, SHA, ..) or that kernels name themselves (`TILES`), belong to the operating system, or only tune.
 KERNEL_NAMES: Final = {
     "sse3": "pni",
     "ssse3": "ssse3",
@@ -73,6 +74,10 @@ KERNEL_NAMES: Final = {
 }
 
 
+# Products of tiles (AMX), of which `tyir.backends.host` makes use where 4-bit weights meet whole numbers.
+TILES: Final = ("amx_int8", "amx_tile")
+
+
 def features_of(llvm: Iterable[str]) -> list[str]:
     """What code needs that was generated with these features of LLVM, sorted."""
     return sorted({KERNEL_NAMES[name] for name in llvm if name in KERNEL_NAMES})
@@ -89,6 +94,15 @@ def features_here() -> frozenset[str] | None:
     return frozenset(found.partition(":")[2].split())
 
 
+def _may_use_tiles() -> bool:
+    """Whether Linux lets this process have the registers of tiles, which it must ask for: it is refused where
+    a filter of system calls forbids it, or a thread's signal stack is too small.
+    """
+    ask, data = 0x1023, 18  # ARCH_REQ_XCOMP_PERM (Linux, Documentation/arch/x86/xstate.rst)
+    arch_prctl = 158  # on x86-64
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, ask, data) == 0)
+
+
 def check_processor(mcpu: str, needed: Sequence[str], folder: Path) -> None:
     """`TyirError` unless this processor has the features that the libraries in `folder` need; `mcpu`: LLVM's
     name of the one that they were compiled for.
@@ -100,4 +114,10 @@ def check_processor(mcpu: str, needed: Sequence[str], folder: Path) -> None:
             f"the libraries in {folder} were compiled for a {mcpu} processor and need"
             f" {', '.join(missing)}, which this one does not have",
             help="compile again on this machine or with --mcpu x86-64-v3, or add --engine interpreter",
+        )
+    if set(TILES) & set(needed) and not _may_use_tiles():
+        raise TyirError(
+            f"the libraries in {folder} multiply by tiles (AMX), which the system does not let this process"
+            " do",
+            help="compile again with --mcpu icelake-server, or add --engine interpreter",
         )

@@ -1,7 +1,8 @@
-"""ty.quantized_linear on 8-bit activations: products of 4-bit and 8-bit numbers are added up as integers.
+"""ty.quantized_linear on activations that are rounded to whole numbers: products are added up as integers.
 
-Each group of a row's activations becomes codes -127..127 and one factor, as wide as a group of the weight.  With s, z
-a weight's scale and zero point and f, c an activation's factor and codes, a group gives
+Each group of a row's activations becomes codes and one factor, as wide as a group of the weight: 8 bits are codes
+-127..127, 16 bits codes of two such bytes, 128 times the first and the second in -64..63, whose sums are added up
+apart.  With s, z a weight's scale and zero point and f, c an activation's factor and codes, a group gives
 
     sum_k (q_k - z) s x_k  ~  s f sum_k q_k c_k  -  s z f sum_k c_k
 
@@ -14,20 +15,26 @@ A row's lanes are added up once.
 Of few tokens the rows of the weight are read as they lie, several at once (`streams.py`): a group of 128 is one cache
 line of one row.  Many tokens read a block of rows turned (`_Panel`), word by word with a row in each lane, so that a sum
 of a group is a vector over rows which scales meet once; turning costs a block what two tokens do, and needs no other
-file.
+file.  A processor that multiplies tiles of bytes reads such blocks in its own order (`tile_linear.py`).
 """  # noqa: E501
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.host.kernels.quantize_rows import rounded
+from tyir.backends.host.kernels.rounded_activations import (
+    AFTER,
+    Activations,
+    Shape,
+    rounded_activations,
+    whole_sum,
+)
 from tyir.backends.host.kernels.streams import ask_ahead, in_streams, streams_of
+from tyir.backends.host.kernels.tile_linear import room_for, takes_tiles, tile_linear
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
@@ -38,9 +45,7 @@ from tyir.backends.host.kernels.tir import (
     f32_of,
     flat,
     get,
-    horizontal_max,
     horizontal_sum,
-    lanes_for,
     load,
     loop,
     put,
@@ -54,7 +59,7 @@ from tyir.dialects import ty
 
 __all__ = ["integer_linear", "takes_group"]
 
-_ZEROS: Final = 8  # zero points that are unpacked at once: a word of them
+_ZEROS: Final = AFTER  # zero points that are unpacked at once: a word of them
 _LOW: Final = 0x0F0F0F0F
 _WORD: Final = 4  # bytes that one lane of a product adds up
 _MANY: Final = 8  # tokens from which a block of rows is turned
@@ -64,74 +69,6 @@ _SMALLEST: Final = 16  # bytes of a vector
 def takes_group(group: int) -> bool:
     """Whether groups of this size are whole vectors."""
     return group % (2 * _SMALLEST) == 0
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Sizes of a product: a group of a row is `parts` vectors of `lanes` 32-bit words."""
-
-    m: int
-    n: int
-    k: int
-    group: int
-    lanes: int
-    parts: int
-
-    @classmethod
-    def of(cls, m: int, n: int, k: int, group: int, cpu: Cpu) -> _Shape:
-        lanes = math.gcd(4 * cpu.lanes, group // 2) // 4
-        return cls(m, n, k, group, lanes, group // 2 // (4 * lanes))
-
-    @property
-    def groups(self) -> int:
-        return self.k // self.group
-
-
-@dataclass(frozen=True)
-class _Activations:
-    """Codes [m, groups, parts, 2, 4 * lanes], even columns of a part and then odd ones (for panels: `lanes`
-    is 1, a part is a word); factors and offsets [m, groups].
-    """
-
-    codes: Buffer
-    factors: Buffer
-    offsets: Buffer
-
-
-def _quantized(x: Buffer, shape: _Shape, cpu: Cpu, half: int) -> _Activations:
-    """`half`: how many even columns stand before as many odd ones."""
-    made = _Activations(
-        T.alloc_buffer((shape.m * shape.k,), "int8"),
-        T.alloc_buffer((shape.m * shape.groups,), "float32"),
-        T.alloc_buffer((shape.m * shape.groups + _ZEROS,), "float32"),
-    )
-    with T.serial(0, _ZEROS) as i:  # read with the last row's; what is no normal number would cost 100 cycles
-        T.buffer_store(made.offsets, f32(0), [shape.m * shape.groups + i])
-    lanes = lanes_for(cpu.lanes, 4 * shape.lanes)
-    with loop(shape.m, cpu, shape.m * shape.k * 8) as row, T.serial(0, shape.groups) as g:
-        first = bind(g * shape.group)
-        largest, total = register(lanes, 0), register(lanes, 0)
-        with T.serial(0, shape.group // lanes) as i:
-            value = bind(load(x, [row, first + i * lanes], lanes))
-            put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
-        most = bind(horizontal_max(largest, lanes))
-        times = bind(T.Select(most > f32(0), f32(127) / most, f32(0)))
-        run = lanes_for(cpu.lanes, half)  # neighbouring codes
-        with T.serial(0, shape.group // (2 * half)) as part, T.serial(0, half // run) as i:
-            for odd in range(2):
-                column = bind(first + part * 2 * half + 2 * i * run + odd)
-                value = T.cast(x[row, T.ramp(column, 2, run)], vector("float32", run))
-                code = bind(rounded(value * splat(times, run), run))
-                at = row * shape.k + first + (2 * part + odd) * half + i * run
-                T.buffer_store(made.codes, T.cast(code, vector("int8", run)), [span(at, run)])
-        with T.serial(0, shape.group // lanes) as i:
-            value = load(x, [row, first + i * lanes], lanes)
-            code = rounded(value * splat(times, lanes), lanes)
-            add_to(total, T.cast(code, vector("float32", lanes)), lanes)
-        factor = bind(most / f32(127))
-        T.buffer_store(made.factors, factor, [row * shape.groups + g])
-        T.buffer_store(made.offsets, factor * horizontal_sum(total, lanes), [row * shape.groups + g])
-    return made
 
 
 def _dot(total: Expr, weights: Expr, codes: Expr, lanes: int, cpu: Cpu) -> Expr:
@@ -154,9 +91,9 @@ class _Product:
 
     def __init__(
         self,
-        shape: _Shape,
+        shape: Shape,
         weight: tuple[Buffer, Buffer, Buffer],
-        x: _Activations,
+        x: Activations,
         bias: Buffer | None,
         out: Buffer,
         cpu: Cpu,
@@ -189,7 +126,7 @@ class _Product:
                 scale = splat(self.ready_scales[row * shape.groups + g], lanes)
                 for c in range(columns):
                     factor = splat(self.x.factors[(m0 + c) * shape.groups + g], lanes)
-                    total = T.cast(self._sum(halves, m0 + c, g), vector("float32", lanes))
+                    total = whole_sum(self._sums(halves, m0 + c, g), lanes)
                     add_to(sums[r][c], total * (scale * factor), lanes)
         for r, row in enumerate(rows):
             for c in range(columns):
@@ -243,19 +180,23 @@ class _Product:
             found += [bind(word & low), bind(T.shift_right(word, splat(T.int32(4), lanes)) & low)]
         return found
 
-    def _sum(self, halves: Sequence[Expr], row: Expr, g: Expr) -> Expr:
-        total = splat(T.int32(0), self.shape.lanes)
-        for number, half in enumerate(halves):
-            total = _dot(total, half, self._codes(row, g, number), self.shape.lanes, self.cpu)
-        return bind(total)
+    def _sums(self, halves: Sequence[Expr], row: Expr, g: Expr) -> list[Expr]:
+        """Sums of a group, one for each byte of the codes."""
+        sums = []
+        for codes in self.x.codes:
+            total = splat(T.int32(0), self.shape.lanes)
+            for number, half in enumerate(halves):
+                total = _dot(total, half, self._codes(codes, row, g, number), self.shape.lanes, self.cpu)
+            sums.append(bind(total))
+        return sums
 
-    def _codes(self, row: Expr, g: Expr, number: int) -> Expr:
-        """The codes that half `number` of a group is multiplied with."""
+    def _codes(self, codes: Buffer, row: Expr, g: Expr, number: int) -> Expr:
+        """The bytes that half `number` of a group is multiplied with."""
         shape, width = self.shape, 4 * self.shape.lanes
         first = row * shape.k + g * shape.group
         if shape.m < _MANY:
-            return self.x.codes[span(first + number * width, width)]
-        words = flat(self.x.codes, shape.m * shape.k // _WORD, _WORD)  # even and odd ones in turn
+            return codes[span(first + number * width, width)]
+        words = flat(codes, shape.m * shape.k // _WORD, _WORD)  # even and odd ones in turn
         at = first // _WORD + number // 2 * 2 * shape.lanes + number % 2
         return T.reinterpret(vector("int8", width), _word_vector(words, at, shape.lanes))
 
@@ -267,9 +208,9 @@ class _Panel:
 
     def __init__(
         self,
-        shape: _Shape,
+        shape: Shape,
         weight: tuple[Buffer, Buffer, Buffer],
-        x: _Activations,
+        x: Activations,
         bias: Buffer | None,
         out: Buffer,
         cpu: Cpu,
@@ -279,7 +220,7 @@ class _Panel:
         self.vectors = 2 if cpu.registers >= 32 else 1
         self.rows = self.vectors * self.lanes
         self.words = shape.group // 8
-        most = (cpu.registers - 4 * self.vectors) // (2 * self.vectors)
+        most = max(1, (cpu.registers - 4 * self.vectors) // ((1 + shape.bytes) * self.vectors))
         self.columns = -(-shape.m // -(-shape.m // most))
 
     def emit(self, n0: Expr) -> None:
@@ -309,14 +250,14 @@ class _Panel:
 
     def _tile(self, n0: Expr, m0: Expr, columns: int) -> None:
         shape, lanes = self.shape, self.lanes
-        codes = flat(self.x.codes, shape.m * shape.k // _WORD, _WORD)
+        codes = [flat(c, shape.m * shape.k // _WORD, _WORD) for c in self.x.codes]
         grid = [(v, c) for v in range(self.vectors) for c in range(columns)]
         sums = {at: register(lanes, 0) for at in grid}
-        totals = {at: T.alloc_buffer((lanes,), "int32") for at in grid}
+        totals = {at: [T.alloc_buffer((lanes,), "int32") for _ in codes] for at in grid}
         low = splat(T.int32(_LOW), lanes)
         with T.serial(0, shape.groups) as g:
-            for at in grid:
-                T.buffer_store(totals[at], splat(T.int32(0), lanes), [span(0, lanes)])
+            for total in (total for at in grid for total in totals[at]):
+                T.buffer_store(total, splat(T.int32(0), lanes), [span(0, lanes)])
             with T.serial(0, self.words) as w:
                 word = bind(g * self.words + w)
                 for v in range(self.vectors):
@@ -324,23 +265,19 @@ class _Panel:
                     halves = (both & low, T.shift_right(both, splat(T.int32(4), lanes)) & low)
                     for odd, half in enumerate(map(bind, halves)):
                         for c in range(columns):
-                            code = codes[(m0 + c) * (shape.k // _WORD) + 2 * word + odd, span(0, _WORD)]
-                            spread = splat(T.reinterpret("int32", code), lanes)
-                            total = _dot(
-                                totals[v, c][span(0, lanes)],
-                                half,
-                                T.reinterpret(vector("int8", 4 * lanes), spread),
-                                lanes,
-                                self.cpu,
-                            )
-                            T.buffer_store(totals[v, c], total, [span(0, lanes)])
+                            at = (m0 + c) * (shape.k // _WORD) + 2 * word + odd
+                            for number, total in enumerate(totals[v, c]):
+                                code = T.reinterpret("int32", codes[number][at, span(0, _WORD)])
+                                spread = T.reinterpret(vector("int8", 4 * lanes), splat(code, lanes))
+                                value = _dot(total[span(0, lanes)], half, spread, lanes, self.cpu)
+                                T.buffer_store(total, value, [span(0, lanes)])
             for v in range(self.vectors):
                 at = (g * self.vectors + v) * lanes
                 scale, shift = bind(self.scales[span(at, lanes)]), bind(self.shifts[span(at, lanes)])
                 for c in range(columns):
                     factor = splat(self.x.factors[(m0 + c) * shape.groups + g], lanes)
                     offset = splat(self.x.offsets[(m0 + c) * shape.groups + g], lanes)
-                    total = T.cast(totals[v, c][span(0, lanes)], vector("float32", lanes))
+                    total = whole_sum([t[span(0, lanes)] for t in totals[v, c]], lanes)
                     add_to(sums[v, c], total * (scale * factor) - shift * offset, lanes)
         for v, c in grid:
             first = n0 + v * lanes
@@ -360,13 +297,17 @@ def _word_vector(words: Buffer, first: Expr, lanes: int) -> Expr:
 def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     x, q, scales, zeros, *bias, out = buffers
     *lead, k = (int(d) for d in x.shape)
-    shape = _Shape.of(math.prod(lead), int(q.shape[0]), k, op.group_size, cpu)
+    shape = Shape.of(math.prod(lead), int(q.shape[0]), k, op.group_size, cpu)
     m, n = shape.m, shape.n
     turned = m >= _MANY
-    activations = _quantized(flat(x, m, k), shape, cpu, _WORD if turned else 4 * shape.lanes)
+    tiled = turned and cpu.tiles and takes_tiles(shape)
+    rows = room_for(shape) if tiled else m
+    activations = rounded_activations(flat(x, m, k), shape, cpu, _WORD if turned else 4 * shape.lanes, rows)
     given = (shape, (q, scales, zeros), activations, bias[0] if bias else None, flat(out, m, n), cpu)
     whole = 0
-    if turned:
+    if tiled:
+        whole = tile_linear(*given)
+    elif turned:
         panel = _Panel(*given)
         whole = n - n % panel.rows
         if whole:

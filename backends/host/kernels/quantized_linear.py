@@ -151,7 +151,7 @@ class _Weights:
 
 
 def quantized_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
-    if cpu.activations == "int8" and takes_group(op.group_size):
+    if cpu.activations != "fp32" and takes_group(op.group_size):
         integer_linear(op, buffers, cpu)
     else:
         float_linear(op, buffers, cpu)

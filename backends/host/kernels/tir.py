@@ -61,7 +61,8 @@ class Cpu:
     """What the kernels ask of a processor: f32 lanes of a vector register, number of registers, a 16-entry
     register lookup, cores, and how 8-bit numbers are multiplied: "vnni", "madd" or "" for not at all.
 
-    `activations`: what 4-bit weights are multiplied with, "fp32" or "int8".
+    `activations`: what 4-bit weights are multiplied with, "fp32", "int16" or "int8"; `tiles`: whether bytes
+    are multiplied by tiles (AMX).
     """
 
     lanes: int
@@ -70,6 +71,7 @@ class Cpu:
     cores: int
     byte_products: str = ""
     activations: str = "fp32"
+    tiles: bool = False
 
     @property
     def accumulators(self) -> int:
