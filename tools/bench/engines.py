@@ -5,7 +5,18 @@
 Each engine is a process of its own (`engine_process.py`), which waits while others run.  A round gives every engine
 one prompt and then tokens after it, and measures ahead of each how fast memory can be read with as many threads
 (`bandwidth.c`): on a shared machine that is what its figures are to be held against.  Printed: medians over the
-rounds as Markdown; bytes that a token reads are known of our artifacts alone.
+rounds as Markdown; bytes that a token reads are known of our artifacts alone.  On cores that other programs use,
+`--threads 1 --clock processor` compares what the engines compute: threads that wait for each other there wait long.
+
+What the engines are given, from a checkpoint CK with weights of 16 bits (each in an environment of its own):
+
+    tyir               tyir-quantize CK --method rtn --lm-head -o Q
+                       tyir-compile Q --dies 1 --seqlens 1,128 --max-kv 512 --output-rows last --host-activations int16
+    onnxruntime-genai  python -m onnxruntime_genai.models.builder -i CK -o ORT -p int4 -e cpu -c CACHE --extra_options
+                       int4_block_size=128 int4_accuracy_level=4 int4_is_symmetric=false
+    openvino           OVModelForCausalLM.from_pretrained(CK, export=True, compile=False, quantization_config=
+                       OVWeightQuantizationConfig(bits=4, sym=False, group_size=128, ratio=1.0, all_layers=True))
+    llama.cpp          a GGUF file of f16, llama_model_quantize to Q4_0
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,6 +34,7 @@ from typing import IO
 
 from tyir.diagnostics import TyirError
 from tyir.process.cores import usable_cores
+from tyir.tools.bench.engine_process import CLOCKS
 from tyir.tools.cli import run_tool
 
 __all__ = ["main"]
@@ -68,7 +80,7 @@ class _Measured:
     prefill: list[float] = field(default_factory=list)
     bandwidth: list[float] = field(default_factory=list)
 
-    def row(self, prompt: int, best: tuple[float, float]) -> str:
+    def row(self, prompt: int, best: tuple[float, float], clock: str) -> str:
         token, whole = statistics.median(self.decode), statistics.median(self.prefill)
         read = statistics.median(self.bandwidth)
         if self.nbytes is None:
@@ -76,7 +88,8 @@ class _Measured:
         else:
             bytes_read, rate = f"{self.nbytes / 1e6:.0f}", f"{self.nbytes / token / 1e9:.1f}"
             rates = [self.nbytes / t / 1e9 / b for t, b in zip(self.decode, self.bandwidth)]
-            share = f"{statistics.median(rates):.0%}"
+            # a probe's time is wall time: processor time has no share of it
+            share = f"{statistics.median(rates):.0%}" if clock == "wall" else ""
         cells = [
             self.name,
             f"{1 / token:.1f}",
@@ -138,6 +151,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens after it, in each round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="what is measured: wall time, or where other programs run, with --threads 1, processor time",
+    )
     options = parser.parse_args(argv)
     if not options.models:
         raise TyirError("no engines to measure", help="give some: tyir=out/1die llama.cpp=model.gguf")
@@ -157,6 +176,7 @@ def main(argv: Sequence[str]) -> int:
                     model,
                     str(options.threads),
                     str(options.prompt),
+                    options.clock,
                 ]
             )
             for kind, model in models
@@ -184,13 +204,13 @@ def _print(found: Sequence[_Measured], ours: Sequence[bool], options: argparse.N
         max(options.prompt / statistics.median(m.prefill) for m in others),
     )
     print(
-        f"{options.threads} threads, a prompt of {options.prompt} tokens and {options.tokens} after it,"
+        f"{options.threads} threads, {options.clock} time, a prompt of {options.prompt} tokens and {options.tokens} after it,"
         f" medians of {options.rounds} rounds in turn\n"
     )
     print(f"| {' | '.join(_COLUMNS)} |")
     print(f"| {' | '.join('---' for _ in _COLUMNS)} |")
     for measured in found:
-        print(measured.row(options.prompt, best))
+        print(measured.row(options.prompt, best, options.clock))
 
 
 if __name__ == "__main__":
