@@ -82,9 +82,18 @@ def _llama(model: str, threads: int) -> Engine:
 
 def _openvino(model: str, threads: int) -> Engine:
     import openvino
+    from openvino import opset13
 
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(f"{model}/openvino_model.xml", "CPU", settings)
+    core = openvino.Core()
+    network = core.read_model(f"{model}/openvino_model.xml")
+    # the head of the last token alone, as openvino-genai has it computed
+    head = network.output("logits").get_node()
+    while head.get_type_name() != "MatMul":
+        head = head.input_value(0).get_node()
+    last = opset13.slice(head.input_value(0), *(np.array([n], np.int64) for n in (-1, 1 << 31, 1, 1)))
+    head.input(0).replace_source_output(last.output(0))
+    compiled = core.compile_model(network, "CPU", settings)
     request, names = compiled.create_infer_request(), {i.any_name for i in compiled.inputs}
     state = {"past": 0}
 

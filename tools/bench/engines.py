@@ -13,7 +13,7 @@ What the engines are given, from a checkpoint CK with weights of 16 bits (each i
     tyir               tyir-quantize CK --method rtn --lm-head -o Q
                        tyir-compile Q --dies 1 --seqlens 1,128 --max-kv 512 --output-rows last --host-activations int16
     onnxruntime-genai  python -m onnxruntime_genai.models.builder -i CK -o ORT -p int4 -e cpu -c CACHE --extra_options
-                       int4_block_size=128 int4_accuracy_level=4 int4_is_symmetric=false
+                       int4_block_size=128 int4_accuracy_level=4 int4_is_symmetric=false prune_lm_head=true
     openvino           OVModelForCausalLM.from_pretrained(CK, export=True, compile=False, quantization_config=
                        OVWeightQuantizationConfig(bits=4, sym=False, group_size=128, ratio=1.0, all_layers=True))
     llama.cpp          a GGUF file of f16, llama_model_quantize to Q4_0
