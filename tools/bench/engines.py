@@ -204,8 +204,8 @@ def _print(found: Sequence[_Measured], ours: Sequence[bool], options: argparse.N
         max(options.prompt / statistics.median(m.prefill) for m in others),
     )
     print(
-        f"{options.threads} threads, {options.clock} time, a prompt of {options.prompt} tokens and {options.tokens} after it,"
-        f" medians of {options.rounds} rounds in turn\n"
+        f"{options.threads} threads, {options.clock} time, a prompt of {options.prompt} tokens and"
+        f" {options.tokens} after it, medians of {options.rounds} rounds in turn\n"
     )
     print(f"| {' | '.join(_COLUMNS)} |")
     print(f"| {' | '.join('---' for _ in _COLUMNS)} |")
