@@ -42,7 +42,7 @@ from tyir.backends.pieces import tool_identity
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func
 from tyir.dialects.ty import tensor_type
-from tyir.execution.processor import TILES, features_of
+from tyir.execution.processor import TILES, features_of, may_use_tiles
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
 from tyir.process.cache import Cache, cache_key
@@ -66,6 +66,7 @@ GENERIC_CPU: Final = (
 )
 
 _ACTIVATIONS: Final = ("fp32", "int16", "int8")
+_WITHOUT_TILES: Final = "icelake-server"  # all that kernels make use of in later ones, but for tiles
 _CPU: Final = 1  # kDLCPU of DLPack
 _SYMBOL: Final = "symbol"  # of a TensorIR function: what it is called in its object file
 _LINK_OPTIONS: Final = ("-Wl,--build-id=none", "-Wl,--strip-debug", "-Wl,--hash-style=gnu")
@@ -73,8 +74,12 @@ _MOST_ELEMENTS: Final = 1 << 31  # kernels index with 32-bit integers
 
 
 def detected_cpu() -> str:
-    """LLVM's name of the processor this runs on, `znver4` for example."""
-    return str(codegen.llvm_get_system_cpu())
+    """LLVM's name of the processor this runs on, `znver4` for example; of one with tiles (AMX) that this
+    process may not use, the name of one without them.
+    """
+    name = str(codegen.llvm_get_system_cpu())
+    tiles = codegen.target_has_features("amx-tile", tvm.target.Target({"kind": "llvm", "mcpu": name}))
+    return _WITHOUT_TILES if tiles and not may_use_tiles() else name
 
 
 @dataclass(frozen=True)

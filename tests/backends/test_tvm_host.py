@@ -102,6 +102,20 @@ def test_compiles_beside_each_other_have_no_options_to_take_from_each_other() ->
     assert "cl-opt" not in HostTarget(mcpu=GENERIC_CPU).tvm_target().attrs
 
 
+@pytest.mark.parametrize("name", ["sapphirerapids", "icelake-server", "znver4"])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tiles_are_compiled_for_who_may_use_them(
+    name: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Virtual machines and filters of system calls hide what LLVM knows a processor to have."""
+    monkeypatch.setattr(tvm_host.codegen, "llvm_get_system_cpu", lambda: name)
+    monkeypatch.setattr(tvm_host, "may_use_tiles", lambda: allowed)
+    target = HostTarget(activations="int8")
+    has = name == "sapphirerapids" and allowed
+    assert target.mcpu == ("icelake-server" if name == "sapphirerapids" and not allowed else name)
+    assert target.cpu().tiles == has and ("amx_tile" in target.features()) == has
+
+
 @pytest.mark.parametrize(
     "name", ["a,b", "a b", "$(x)", "a'\"b", "-o", "@x", "a\nb", "ä", os.fsdecode(b"\xff")]
 )

@@ -14,7 +14,7 @@ from typing import Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["KERNEL_NAMES", "TILES", "check_processor", "features_here", "features_of"]
+__all__ = ["KERNEL_NAMES", "TILES", "check_processor", "features_here", "features_of", "may_use_tiles"]
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
@@ -94,10 +94,14 @@ def features_here() -> frozenset[str] | None:
     return frozenset(found.partition(":")[2].split())
 
 
-def _may_use_tiles() -> bool:
+@cache
+def may_use_tiles() -> bool:
     """Whether Linux lets this process have the registers of tiles, which it must ask for: it is refused where
-    a filter of system calls forbids it, or a thread's signal stack is too small.
+    the machine is a virtual one without them, a filter of system calls forbids it, or a thread's signal stack
+    is too small.
     """
+    if not (features_here() or frozenset()).issuperset(TILES):
+        return False
     ask, data = 0x1023, 18  # ARCH_REQ_XCOMP_PERM (Linux, Documentation/arch/x86/xstate.rst)
     arch_prctl = 158  # on x86-64
     return bool(ctypes.CDLL(None).syscall(arch_prctl, ask, data) == 0)
@@ -115,7 +119,7 @@ def check_processor(mcpu: str, needed: Sequence[str], folder: Path) -> None:
             f" {', '.join(missing)}, which this one does not have",
             help="compile again on this machine or with --mcpu x86-64-v3, or add --engine interpreter",
         )
-    if set(TILES) & set(needed) and not _may_use_tiles():
+    if set(TILES) & set(needed) and not may_use_tiles():
         raise TyirError(
             f"the libraries in {folder} multiply by tiles (AMX), which the system does not let this process"
             " do",
