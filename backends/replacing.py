@@ -33,6 +33,7 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,13 +220,38 @@ def _turn(folder: Path) -> Iterator[None]:
     """Other compiles into `folder` wait with their replacement: between two renames one of them would find no
     target, or half of an answer about it.  Without locks in the file system all go on at once.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # An interrupt between the lock and the body that it is for leaves it held, and the same thread, which
+    # cleans up, would wait for itself.  A thread never takes two turns at once.
+    if (left := getattr(_turns, "mine", None)) is not None:
+        left.close()
+    mine = _turns.mine = _FolderLock(folder)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        mine.take()
         yield
     finally:
-        os.close(descriptor)
+        mine.close()
+
+
+class _FolderLock:
+    """A lock on a folder, open until it is closed, once however often."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def take(self) -> None:
+        """Wait for it; a file system without locks gives none."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Give it back."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+_turns: Final = threading.local()
 
 
 def _put_in_place(folder: Path, target: Path, aside: Path) -> None:

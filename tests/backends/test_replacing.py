@@ -179,6 +179,20 @@ def test_signals_at_random_moments(tmp_path: Path, way: str, signals: tuple[str,
         assert left(tmp_path) == []
 
 
+def test_an_interrupt_between_a_lock_and_its_use(tmp_path: Path, way: str) -> None:
+    """It leaves the lock held, for which the clean-up waits next: of its own thread."""
+    compiled(tmp_path / "1die", "0")
+
+    def work() -> None:
+        signal.alarm(60)  # instead of for ever
+        held = module._turn(tmp_path)
+        held.__enter__()
+        compiled(tmp_path / "1die", "1")
+
+    assert end_of(start(work)) == 0
+    assert whose(tmp_path / "1die") == "1"
+
+
 def test_writers_of_one_target_at_once(tmp_path: Path, way: str) -> None:
     """Each result is whole, the last one stands, and nobody clears away what another one is writing."""
     target = tmp_path / "1die"
