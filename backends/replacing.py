@@ -96,12 +96,17 @@ def check_target(target: Path, writes: Writes) -> None:
 
 
 def check_writable(target: Path) -> None:
-    """`TyirError` where the file system makes no folder beside the target, or beside the first of the folders
+    """`TyirError` where the file system takes no file beside the target, or beside the first of the folders
     above it that is missing.  It is asked to: permissions alone do not tell (read-only mounts, quotas).
     """
     above = next(p for p in Path(os.path.realpath(target)).parents if os.path.lexists(p))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".tyir-", dir=above))
+        try:  # a file without a name: whoever is killed here leaves nothing
+            os.close(os.open(above, os.O_TMPFILE | os.O_WRONLY, 0o600))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+                raise
+            os.rmdir(tempfile.mkdtemp(prefix=".tyir-", dir=above))  # where there are no such files
     except OSError as error:
         raise TyirError(
             f"cannot write to {target.parent}: {error.strerror}", help="choose another -o"
