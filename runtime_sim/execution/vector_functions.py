@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.dialects import edge10
+from tyir.dialects.kv import LOWEST
 from tyir.dialects.kv import block_weights as kv_block_weights
 from tyir.dialects.ty import comparable, select_best, softcap
 from tyir.edge10.vector_functions import VECTOR_FUNCTIONS
@@ -16,7 +17,7 @@ from tyir.types import Type, storage_dtype
 __all__ = ["SramAccess", "block_weights", "score_block", "softmax_block", "top_k", "vector_function"]
 
 Array = npt.NDArray[Any]
-_LOWEST: Final = np.float32(-1e30)  # of no keys
+_LOWEST: Final = np.float32(LOWEST)
 
 
 class SramAccess(Protocol):
@@ -74,7 +75,7 @@ def softmax_block(op: edge10.SoftmaxBlock, cols: int, first_key: int, pos: int, 
     hidden = (keys > queries) | ((keys <= queries - op.window) if op.window else np.False_)
     before = sram(op.maximum, (op.rows,), np.float32).copy()
     total = sram(op.total, (op.rows,), np.float32).copy()
-    maximum = np.maximum(before, np.where(hidden, np.float32(-1e30), scores).max(axis=1))
+    maximum = np.maximum(before, np.where(hidden, _LOWEST, scores).max(axis=1))
     alpha = np.exp(before - maximum)
     p = np.where(hidden, np.float32(0), np.exp(np.minimum(scores - maximum[:, None], np.float32(0))))
     sram(op.probabilities, (op.rows, cols), np.float16, (op.probability_stride, 2), write=True)[...] = p

@@ -64,8 +64,8 @@ def prompt_cost(shape: ModelShape, options: BuildOptions, machine: Machine) -> P
         first = _steps(shape, trial, machine, longest, head=False)
         ends = chunks[-1].start if chunks[-1].seqlen == longest else max(chunks[-1].start - longest, 0)
         others = {c.seqlen for c in chunks if c.seqlen != longest} if sparse is not None else set()
-        steps = {n: _steps(shape, trial, machine, n, overlapped=True) for n in others}
-        overlapped = math.fsum(steps.get(c.seqlen, more).ns(c.start) for c in chunks) + first.ns(ends)
+        dense = {n: _steps(shape, trial, machine, n, overlapped=True) for n in others}
+        overlapped = math.fsum(dense.get(c.seqlen, more).ns(c.start) for c in chunks) + first.ns(ends)
     return PromptCost(
         capacity,
         len(chunks),

@@ -24,17 +24,17 @@ from typing import Final, Self
 
 from tyir.diagnostics import Diagnostic, TyirError
 
-__all__ = ["MOST_TOKENS", "RECALL", "BlockChoice", "is_measured"]
+__all__ = ["MOST_TOKENS", "QUARTER", "RECALL", "BlockChoice", "is_measured"]
 
 RECALL: Final = "recall"  # what its state is called, with the layer's number
 MOST_TOKENS: Final = 128  # of a step: of more a layer works on blocks of rows, one after the other
-_QUARTER: Final = 4  # of so many samples the last measures
+QUARTER: Final = 4  # of so many steps, and of so many samples of such a step, the last measures
 _LEAST: Final = {"keep": 2, "block": 16, "window": 0, "every": 1}
 
 
 def is_measured(sample: int) -> bool:
     """Whether a sample measures, in a step that does; the others choose."""
-    return sample % _QUARTER == _QUARTER - 1
+    return sample % QUARTER == QUARTER - 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class BlockChoice:
     @staticmethod
     def measures(pos: int, tokens: int) -> bool:
         """Whether a step of a length of `tokens` measures; in the others all samples choose."""
-        return pos // tokens % _QUARTER == _QUARTER - 1
+        return pos // tokens % QUARTER == QUARTER - 1
 
     def measured(self, tokens: int) -> list[int]:
         """The samples among a step's first tokens that measure, in a step that does."""

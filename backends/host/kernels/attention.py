@@ -28,7 +28,7 @@ from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.artifacts.sparse_prefill import is_measured
+from tyir.artifacts.sparse_prefill import QUARTER, is_measured
 from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.backends.host.kernels.elementwise import capped
 from tyir.backends.host.kernels.tir import (
@@ -65,9 +65,6 @@ __all__ = ["EMITTERS"]
 _MOST_QUERIES = 8
 _BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
 _HIDDEN = float("-inf")
-_ALWAYS: Final = 1e30  # the weight of block 0, and of what is not a candidate
-_NEVER: Final = -1.0
-_LOWEST: Final = -1e30  # the largest score where no key is seen: e to the power of differences with it is 0
 
 
 @dataclass(frozen=True)
@@ -296,7 +293,7 @@ class _Sums:
         values = T.alloc_buffer((work.queries, width), "float32")
         online = _Online(*(T.alloc_buffer((work.queries,), "float32") for _ in range(3)))
         with T.serial(0, work.queries) as t:
-            T.buffer_store(online.maxima, f32(_HIDDEN if work.blocks is None else _LOWEST), [t])
+            T.buffer_store(online.maxima, f32(_HIDDEN if work.blocks is None else kv.LOWEST), [t])
             T.buffer_store(online.totals, f32(0), [t])
             with T.serial(0, width // lanes) as i:
                 store(values, [t, i * lanes], f32(0, lanes), lanes)
@@ -555,7 +552,7 @@ def block_scores(op: kv.BlockScores, buffers: Sequence[Buffer], cpu: Cpu) -> Non
         found = T.alloc_buffer((queries, size + cpu.lanes), "float32")
         maxima, sums = (T.alloc_buffer((queries,), "float32") for _ in range(2))
         with T.serial(0, queries) as t:
-            T.buffer_store(maxima, f32(_LOWEST), [t])
+            T.buffer_store(maxima, f32(kv.LOWEST), [t])
             T.buffer_store(sums, f32(0), [t])
         seen = bind((high + (size - 1)) // size)
         with T.serial(0, seen) as number:
@@ -571,7 +568,7 @@ def block_scores(op: kv.BlockScores, buffers: Sequence[Buffer], cpu: Cpu) -> Non
                 T.buffer_store(sums, both, [t])
                 T.buffer_store(maxima, highest, [t])
         with T.serial(seen, n) as number, T.serial(0, queries) as t:
-            T.buffer_store(scores, f32(_LOWEST), [sequence, number, sample + t, head])
+            T.buffer_store(scores, f32(kv.LOWEST), [sequence, number, sample + t, head])
         with T.serial(0, queries) as t:
             T.buffer_store(totals, _logarithm(bind(maxima[t]), bind(sums[t])), [sequence, sample + t, head])
 
@@ -583,7 +580,7 @@ def _sum_of_exp(work: _Work, scores: Buffer, t: Expr, cpu: Cpu) -> tuple[Expr, E
     vectors = bind((count + (lanes - 1)) // lanes)
     with T.serial(count, vectors * lanes) as j:
         T.buffer_store(scores, f32(_HIDDEN), [t, j])
-    best, total = register(lanes, _LOWEST), register(lanes, 0)
+    best, total = register(lanes, kv.LOWEST), register(lanes, 0)
     with T.serial(0, vectors) as i:
         put(best, T.max(get(best, lanes), load(scores, [t, i * lanes], lanes)), lanes)
     largest = bind(horizontal_max(best, lanes))
@@ -595,7 +592,7 @@ def _sum_of_exp(work: _Work, scores: Buffer, t: Expr, cpu: Cpu) -> tuple[Expr, E
 
 def _logarithm(largest: Expr, total: Expr) -> Expr:
     """Of the sum of e^score; -1e30 of none."""
-    return T.Select(total > f32(0), log(bind(T.max(total, f32(1e-30)))) + largest, f32(_LOWEST))
+    return T.Select(total > f32(0), log(bind(T.max(total, f32(1e-30)))) + largest, f32(kv.LOWEST))
 
 
 def pick_blocks(op: kv.PickBlocks, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -608,8 +605,9 @@ def pick_blocks(op: kv.PickBlocks, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         sequence, group = bind(item // groups), bind(item % groups)
         end = bind(T.floordiv(T.max(pos[sequence] - choice.window, 0), T.int32(choice.block)))
         weights = T.alloc_buffer((n,), "float32")
-        turn = T.floormod(T.floordiv(pos[sequence], T.int32(op.tokens)), T.int32(4))
-        part = bind(T.Select(turn == 3, f32(0), f32(1)))  # of the samples that measure in such a step
+        turn = T.floormod(T.floordiv(pos[sequence], T.int32(op.tokens)), T.int32(QUARTER))
+        # of the samples that measure in such a step
+        part = bind(T.Select(turn == QUARTER - 1, f32(0), f32(1)))
         with T.serial(0, end) as number:
             total = register(1, 0)
             for head, its in enumerate(op.kv_heads):
@@ -620,7 +618,7 @@ def pick_blocks(op: kv.PickBlocks, buffers: Sequence[Buffer], cpu: Cpu) -> None:
                         add_to(total, share * part if is_measured(sample) else share, 1)
             T.buffer_store(weights, get(total, 1), [number])
         with T.If(end > 0), T.Then():
-            T.buffer_store(weights, f32(_ALWAYS), [0])
+            T.buffer_store(weights, f32(kv.ALWAYS), [0])
         own, last = (
             bind(T.min(T.floordiv(start, T.int32(choice.block)), end))
             for start in _chunk_starts(op, pos[sequence])
@@ -630,7 +628,7 @@ def pick_blocks(op: kv.PickBlocks, buffers: Sequence[Buffer], cpu: Cpu) -> None:
             best = BestList.empty(choice.keep)
             with T.serial(0, n) as number:
                 inside = T.And(number >= low, number < high)
-                value = bind(T.if_then_else(inside, weights[number], f32(_NEVER)))
+                value = bind(T.if_then_else(inside, weights[number], f32(kv.NEVER)))
                 with T.If(value > best.values[choice.keep - 1]), T.Then():
                     best.insert(value, number)
             with T.serial(0, choice.keep) as i:

@@ -31,6 +31,7 @@ from tyir.backends.host.kernels.rounded_activations import (
     Activations,
     Shape,
     rounded_activations,
+    scales_of_block,
     whole_sum,
 )
 from tyir.backends.host.kernels.streams import ask_ahead, in_streams, streams_of
@@ -236,17 +237,10 @@ class _Panel:
         shape = self.shape
         q, scales, zeros = self.weight
         self.panel = T.alloc_buffer((shape.k // 8 * self.rows,), "int32")
-        self.scales = T.alloc_buffer((shape.groups * self.rows,), "float32")
-        self.shifts = T.alloc_buffer((shape.groups * self.rows,), "float32")
         with T.serial(0, shape.k // 8) as word, T.serial(0, self.rows) as r:
             value = T.reinterpret("int32", q[n0 + r, span(word * _WORD, _WORD)])
             T.buffer_store(self.panel, value, [word * self.rows + r])
-        with T.serial(0, shape.groups) as g, T.serial(0, self.rows) as r:
-            zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
-            scale = bind(load(scales, [n0 + r, g], 1))
-            T.buffer_store(self.scales, scale, [g * self.rows + r])
-            shift = scale * T.cast(T.cast(zero, "int32"), "float32")
-            T.buffer_store(self.shifts, shift, [g * self.rows + r])
+        self.scales, self.shifts = scales_of_block(scales, zeros, n0, self.rows, shape.groups)
 
     def _tile(self, n0: Expr, m0: Expr, columns: int) -> None:
         shape, lanes = self.shape, self.lanes

@@ -35,7 +35,7 @@ from tyir.backends.host.kernels.tir import (
     vector,
 )
 
-__all__ = ["AFTER", "BYTES_OF", "Activations", "Shape", "rounded_activations", "whole_sum"]
+__all__ = ["AFTER", "BYTES_OF", "Activations", "Shape", "rounded_activations", "scales_of_block", "whole_sum"]
 
 BYTES_OF: Final = {"int8": 1, "int16": 2}  # of a code
 AFTER: Final = 8  # zeros that follow the offsets, so that a vector of them may be read from any
@@ -133,6 +133,19 @@ def _store_parted(codes: Buffer, start: Expr, i: Expr, bytes: Expr, lanes: int, 
     for odd, part in enumerate(parts):
         at = start + (i // per_half * 2 + odd) * half + i % per_half * run
         T.buffer_store(codes, T.Shuffle([bytes], [T.int32(lane) for lane in part]), [span(at, run)])
+
+
+def scales_of_block(scales: Buffer, zeros: Buffer, n0: Expr, rows: int, groups: int) -> tuple[Buffer, Buffer]:
+    """What a block of `rows` rows of the weight from `n0` on is scaled by, and that times its zero points,
+    f32 [groups, rows]: a group's of all rows follow each other.
+    """
+    made, shifts = (T.alloc_buffer((groups * rows,), "float32") for _ in range(2))
+    with T.serial(0, groups) as g, T.serial(0, rows) as r:
+        zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
+        scale = bind(load(scales, [n0 + r, g], 1))
+        T.buffer_store(made, scale, [g * rows + r])
+        T.buffer_store(shifts, scale * T.cast(T.cast(zero, "int32"), "float32"), [g * rows + r])
+    return made, shifts
 
 
 def whole_sum(sums: Sequence[Expr], lanes: int) -> Expr:

@@ -22,7 +22,12 @@ from typing import Any, Final
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.host.kernels.rounded_activations import Activations, Shape, whole_sum
+from tyir.backends.host.kernels.rounded_activations import (
+    Activations,
+    Shape,
+    scales_of_block,
+    whole_sum,
+)
 from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
@@ -139,7 +144,6 @@ class _Block:
             self._multiply(n0, m0, count)
 
     def _turn(self, n0: Expr) -> None:
-        groups = self.shape.groups
         self.panel = T.alloc_buffer((2 * self.steps * _TILE,), "int32")
         low = splat(T.int32(_LOW), _SIDE)
         flat_q = flat(self.q, self.shape.n * self.shape.k // 2)
@@ -159,13 +163,8 @@ class _Block:
                 high = T.shift_right(word, splat(T.int32(4), _SIDE)) & low
                 T.buffer_store(self.panel, word & low, [span(row * _SIDE, _SIDE)])
                 T.buffer_store(self.panel, high, [span((row + 1) * _SIDE, _SIDE)])
-        self.made_scales = T.alloc_buffer((groups * _ROWS,), "float32")
-        self.shifts = T.alloc_buffer((groups * _ROWS,), "float32")
-        with T.serial(0, groups) as g, T.serial(0, _ROWS) as r:
-            zero = T.shift_right(self.zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
-            scale = bind(load(self.scales, [n0 + r, g], 1))
-            T.buffer_store(self.made_scales, scale, [g * _ROWS + r])
-            T.buffer_store(self.shifts, scale * T.cast(T.cast(zero, "int32"), "float32"), [g * _ROWS + r])
+        groups = self.shape.groups
+        self.made_scales, self.shifts = scales_of_block(self.scales, self.zeros, n0, _ROWS, groups)
 
     def _multiply(self, n0: Expr, m0: Expr, count: Expr) -> None:
         """out[m0 : m0 + count, n0 : n0 + 32]."""

@@ -39,6 +39,7 @@ from tyir.types import TensorType, Type, f16, f32, i8
 
 __all__ = [
     "LAYOUTS",
+    "LOWEST",
     "Append",
     "CachedAttention",
     "DualChunkAttention",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
-_LOWEST: Final = np.float32(-1e30)  # the largest score of no keys: finite, so that differences with it are
+LOWEST: Final = -1e30  # the largest score of no keys: finite, so that differences with it are numbers
 
 
 def _blocks_of(blocks: tuple[int, ...] | None) -> TokenBlocks | None:
@@ -302,7 +303,7 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
             scores = scores if temperature is None else scores * temperature
             scores = scores if self.softcap is None else softcap(scores, self.softcap)
             scores = np.where(hidden, np.float32(-np.inf), scores)
-            largest = scores.max(axis=1, initial=_LOWEST)
+            largest = scores.max(axis=1, initial=np.float32(LOWEST))
             weights = np.exp(scores - largest[:, None])
             out[:, head, :-2] = weights @ values[group].astype(np.float32)
             out[:, head, -2], out[:, head, -1] = largest, weights.sum(axis=1)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.sparse_prefill import BlockChoice, is_measured
-from tyir.dialects.kv.cache import dequantize_rows
+from tyir.dialects.kv.cache import LOWEST, dequantize_rows
 from tyir.dialects.ty.choice import select_best
 from tyir.dialects.ty.elementwise import softcap
 from tyir.dialects.ty.tensors import as_type, tensor_type
@@ -27,12 +27,12 @@ from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
 from tyir.types import TensorType, Type, f16, f32, i8, i32
 
-__all__ = ["BlockScores", "PickBlocks", "Replace", "SparseAttention", "block_weights"]
+__all__ = ["ALWAYS", "NEVER", "BlockScores", "PickBlocks", "Replace", "SparseAttention", "block_weights"]
 
 Array = npt.NDArray[Any]
-_LOWEST: Final = np.float32(-1e30)  # the score of a block without a key that is seen
-_NEVER: Final = np.float32(-1)  # the weight of a block that is not a candidate
-_ALWAYS: Final = np.float32(1e30)  # and of block 0
+NEVER: Final = -1.0  # the weight of a block that is not a candidate
+ALWAYS: Final = 1e30  # and of block 0
+_LOWEST: Final = np.float32(LOWEST)  # the score of a block without a key that is seen
 
 
 def _numbers_problem(numbers: tuple[int, ...], step: int | None) -> Iterator[str]:
@@ -178,8 +178,8 @@ def block_weights(
         shares = np.exp(scores[:, choosing] - totals[None, choosing])
         weights = np.asarray(shares.sum(axis=(1, 2), dtype=np.float32), np.float32)
     numbers = start + np.arange(scores.shape[0])
-    weights[numbers == 0] = _ALWAYS
-    return np.where((numbers >= first) & (numbers < end), weights, _NEVER)
+    weights[numbers == 0] = ALWAYS
+    return np.where((numbers >= first) & (numbers < end), weights, np.float32(NEVER))
 
 
 class PickBlocks(DeclaredOp, name="kv.pick_blocks", traits=(Pure,)):

@@ -30,7 +30,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, groupby
-from typing import Final
 
 from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.attributes import ArrayAttr
@@ -41,16 +40,12 @@ from tyir.backends.edge10.lowering.ops.cache import rows_before
 from tyir.backends.edge10.lowering.tiling import AttentionBlocks, spans
 from tyir.backends.edge10.memory.allocate import align
 from tyir.dialects import edge10
-from tyir.dialects.kv import SparseAttention
+from tyir.dialects.kv import LOWEST, SparseAttention
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Value
 from tyir.types import f16, f32
 
 __all__ = ["Attending", "AttentionBlock", "HeadRun", "between", "chunk_starts", "head_runs", "in_turn"]
-
-_LOWEST: Final = (
-    -1.0e30
-)  # the running maximum before the first key: finite, so that differences with it are numbers
 
 
 @dataclass(frozen=True)
@@ -172,9 +167,9 @@ def _larger(emitter: Emitter, value: Value, low: Value) -> Value:
     return emitter.affine([value, missing], [1, 1])
 
 
-def chunk_starts(emitter: Emitter, step: int) -> tuple[Value, Value]:
-    """Where the chunk of `step` tokens begins that a step lies in, and the one before."""
-    chunk = emitter.affine([emitter.position(0)], [1], divisor=step)
+def chunk_starts(emitter: Emitter, position: Value, step: int) -> tuple[Value, Value]:
+    """Where the chunk of `step` tokens begins that a step at a position lies in, and the one before."""
+    chunk = emitter.affine([position], [1], divisor=step)
     own, last = (emitter.affine([chunk], [step], -back) for back in (0, step))
     return own, last
 
@@ -280,7 +275,7 @@ class AttentionBlock:
             place = self.lowering.place(self.op.temperature).at(self.sequence * 4)
             self.lowering.load_bytes(place, self.at["temperature"], 4, queue="ebdma")
         for name, size, value in (
-            ("maximum", self.rows, _LOWEST),
+            ("maximum", self.rows, LOWEST),
             ("total", self.rows, 0.0),
             ("sum", self.rows * self.dim, 0.0),
         ):
@@ -472,8 +467,7 @@ class AttentionBlock:
             yield from self._some_blocks(op.sparse, visible)
             return
         if op.step:
-            chunk = outer.affine([outer.position(self.sequence)], [1], divisor=op.step)
-            own, last = (outer.affine([chunk], [op.step], -back) for back in (0, op.step))
+            own, last = chunk_starts(outer, outer.position(self.sequence), op.step)
             if op.blocks is not None:
                 own, last = (self._rows_before(value, 0) for value in (own, last))
             for query, first, high in ((2, nothing, last), (1, last, own), (0, own, visible)):
@@ -494,7 +488,7 @@ class AttentionBlock:
         window = emitter.affine([window], [size])
         bounds: list[tuple[Value, Value]] = [(nothing, visible)]
         if op.step is not None:
-            own, last = chunk_starts(emitter, op.step)
+            own, last = chunk_starts(emitter, emitter.position(self.sequence), op.step)
             bounds = [(own, visible), (last, own), (nothing, last)]
         for query, (low, high) in reversed(list(enumerate(bounds))):
             candidates = emitter.affine([between(emitter, high, window), low], [1, -1], divisor=size)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from tyir.artifacts.sparse_prefill import QUARTER
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Area, Lowering, Place, acc_range, sram_range
 from tyir.backends.edge10.lowering.dependences import ACC, Slot, Tracker
@@ -32,7 +33,7 @@ from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.kv import BlockScores, PickBlocks, Replace
+from tyir.dialects.kv import LOWEST, BlockScores, PickBlocks, Replace
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Value
 from tyir.targets.machine import Machine
@@ -46,7 +47,6 @@ __all__ = [
     "score_scratch",
 ]
 
-_LOWEST: Final = -1.0e30  # of no key that is seen
 _DEPTHS: Final = ((4, 3), (3, 3), (3, 2), (2, 2), (1, 2), (1, 1))  # blocks of keys, and of scores, in SRAM
 _PIECE: Final = 64 << 10  # bytes of the numbers of some blocks that are worth a transfer
 
@@ -166,7 +166,7 @@ class _Scoring:
             outputs=(self.at["total"],),
             rows=1,
             cols=nbytes // 4,
-            constant=_LOWEST,
+            constant=LOWEST,
             input_types=ArrayAttr([]),
             output_types=ArrayAttr([f32]),
             writes=[sram_range(self.at["total"], nbytes, write=True)],
@@ -175,7 +175,7 @@ class _Scoring:
         if self.op.step is None:
             self._loop(queries[0], 0, visible)
         else:
-            own, last = chunk_starts(emitter, self.op.step)
+            own, last = chunk_starts(emitter, emitter.position(0), self.op.step)
             for number, low, high in ((2, 0, last), (1, last, own), (0, own, visible)):
                 self._loop(queries[number], low, high)
         self._give_totals()
@@ -457,16 +457,16 @@ def _ranges(op: PickBlocks, emitter: Emitter, pos: Value) -> list[tuple[Value, V
         return [(nothing, end)]
     first, second = (
         between(emitter, emitter.affine([start], [1], divisor=size), end)
-        for start in chunk_starts(emitter, op.step)
+        for start in chunk_starts(emitter, pos, op.step)
     )
     return [(first, end), (second, first), (nothing, second)]
 
 
 def _measures(emitter: Emitter, tokens: int) -> Value:
-    """1 in one of four steps, 0 in the others (`BlockChoice.measures`)."""
+    """1 in the last of `QUARTER` steps, 0 in the others (`BlockChoice.measures`)."""
     step = emitter.affine([emitter.position(0)], [1], divisor=tokens)
-    turn = emitter.affine([step], [1], divisor=4)
-    return emitter.affine([step, turn], [1, -4], -2, high=1)
+    turn = emitter.affine([step], [1], divisor=QUARTER)
+    return emitter.affine([step, turn], [1, -QUARTER], 2 - QUARTER, high=1)
 
 
 def _pick(
