@@ -15,7 +15,7 @@ Never by itself: the pass runs where `--sparse-prefill` asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +43,12 @@ from tyir.types import TensorType, f32
 __all__ = ["SparsePrefill"]
 
 _LEAST_SAMPLES = 4  # three that choose and one that measures
+_MANY_STEPS = 4  # dense ones for each of the longest length: more are worth a length of their own
+
+
+def _with_shorter(most: int) -> str:
+    """Lengths with one that computes the end of a prompt in two or three steps."""
+    return ",".join(map(str, sorted({1, max(most * 3 // 4, 1), most})))
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,10 @@ class SparsePrefill(Pass):
         sparse = BlockChoice(self.keep, self.block, self.window, self.every).checked()
         if problems := list(_problems(op, sparse)):
             raise TyirError(problems)
-        for die in [m for m in op.walk_type(Module) if any(isinstance(o, Func) for o in m.body)]:
+        dies = [m for m in op.walk_type(Module) if any(isinstance(o, Func) for o in m.body)]
+        _check_lengths(entry_points(dies[0]), context)
+        for die in dies:
             functions = entry_points(die)
-            if len(functions) < 2:
-                raise TyirError(
-                    f"there are steps of {', '.join(map(str, functions))} tokens only: sparse prefill needs"
-                    " a shorter length, with which the end of a prompt and generated tokens see everything",
-                    help=f"use --seqlens 1,{max(functions, default=96)}",
-                )
             longest = functions[max(functions)]
             layers = {
                 number if (layer := layer_of(a)) is None else layer: a
@@ -89,6 +91,26 @@ class SparsePrefill(Pass):
                     function.body.terminator.operands = [*kept, *made]
             context.statistics["attentions"] = context.statistics.get("attentions", 0) + len(layers)
         record(op, sparse_prefill=sparse.numbers)
+
+
+def _check_lengths(functions: Mapping[int, Func], context: PassContext) -> None:
+    """`TyirError` where nothing is left that sees everything, a warning where that takes many steps."""
+    most = max(functions)
+    dense = max((length for length in functions if length < most), default=None)
+    usual = f"use --seqlens {_with_shorter(most)}"
+    if dense is None:
+        raise TyirError(
+            f"there are steps of {most} tokens only: sparse prefill needs a shorter length, with which the"
+            " end of a prompt and generated tokens see everything",
+            help=usual,
+        )
+    if dense * _MANY_STEPS < most:
+        context.warning(
+            functions[most],
+            f"prompts of fewer than {2 * most} tokens, and the end of all others, are computed {dense} at a"
+            f" time: steps of {most} tokens leave blocks out, and the next length is {dense}",
+            help=usual,
+        )
 
 
 def _whole(function: Func) -> list[CachedAttention]:
