@@ -135,16 +135,36 @@ def _ending_signals_as_interrupts() -> Iterator[None]:
     that the first one's cleaning up comes to its end.
 
     What is raised in the middle of a library may come out as an exception of the library's: all exceptions
-    after a signal are taken for its consequence.  Signals that are ignored (nohup) or that somebody else
-    handles stay as they are; so do all of them outside of the main thread, where Python allows no handlers.
+    after a signal are taken for its consequence.  What is raised where Python drops exceptions (destructors,
+    callbacks of the garbage collector or of C) is raised again a moment later.  Signals that are ignored
+    (nohup) or that somebody else handles stay as they are; so do all of them outside of the main thread,
+    where Python allows no handlers.
     """
     received: list[int] = []
+    heard, main_thread = threading.Event(), threading.get_ident()
+    reminders: list[threading.Thread] = []
 
     def end(number: int, frame: object) -> None:
+        heard.set()
         received.append(number)
         if number != signal.SIGINT:
             signal.signal(number, signal.SIG_IGN)
         raise Terminated(number)
+
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, Terminated):
+            others_hook(what)
+            return
+        number = what.exc_value.signal
+        signal.signal(number, end)
+        heard.clear()
+        reminders.append(threading.Thread(target=remind, args=(number,), daemon=True))
+        reminders[-1].start()
+
+    def remind(number: int) -> None:
+        # more than once: Python looks for signals after a call, not between two that take long
+        while not heard.wait(0.01):
+            signal.pthread_kill(main_thread, number)
 
     defaults: dict[int, Any] = {
         signal.SIGINT: signal.default_int_handler,
@@ -155,13 +175,20 @@ def _ending_signals_as_interrupts() -> Iterator[None]:
     ours = [number for number, usual in defaults.items() if in_main and signal.getsignal(number) is usual]
     for number in ours:
         signal.signal(number, end)
+    others_hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
+        if reminders and not heard.is_set():
+            raise Terminated(received[-1])
     except Exception as error:
         if received:
             raise Terminated(received[0]) from error
         raise
     finally:
+        sys.unraisablehook = others_hook
+        heard.set()
+        for thread in reminders:
+            thread.join()  # before its signal finds the system's handler
         for number in ours:
             signal.signal(number, defaults[number])
 

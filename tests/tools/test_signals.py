@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -53,8 +55,37 @@ def in_clean_up(number: int) -> None:
         strike(number)
 
 
+class Dropping:
+    """Python drops what a destructor raises."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        strike(self.number)
+
+
+def in_destructor(number: int) -> None:
+    Dropping(number)
+    time.sleep(60)
+
+
+def in_collection(number: int) -> None:
+    """As with whatever watches the garbage collector."""
+
+    def callback(phase: str, info: object) -> None:
+        gc.callbacks.remove(callback)
+        strike(number)
+
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(60)
+
+
 @pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("where", [plain, wrapped, explained, twice, in_clean_up])
+@pytest.mark.parametrize(
+    "where", [plain, wrapped, explained, twice, in_clean_up, in_destructor, in_collection]
+)
 def test_exit_codes(where: Callable[[int], None], number: int, capsys: pytest.CaptureFixture[str]) -> None:
     cleaned = []
 
@@ -81,6 +112,11 @@ def test_ignored_signals_stay_ignored(number: int) -> None:
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_work_that_ends_before_a_dropped_signal_is_back(number: int) -> None:
+    assert run_tool(lambda argv: Dropping(number) and 0)([]) == CODES[number]
 
 
 def test_a_tool_in_a_thread_leaves_the_handlers_alone() -> None:
