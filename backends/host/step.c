@@ -5,7 +5,7 @@
 #include <tvm/ffi/c_api.h>
 
 extern const int64_t tyir_step_sizes[];  // in bytes: workspace, where the entry's frame begins in it; the
-                                         // program's number; tensors among the arguments
+                                         // program's number; tensors among the arguments; sites
 extern const int64_t tyir_step_tensors[];    // of each of these: DLPack's code and bits, dimensions, extents
 extern const char *const tyir_step_names[];  // what each of them is
 extern const int64_t tyir_step_entry[];      // rows
@@ -123,6 +123,9 @@ TVM_FFI_DLL_EXPORT int __tvm_ffi_step(void *self, const TVMFFIAny *arguments, in
     if (type != kTVMFFIOpaquePtr && type != kTVMFFINone) {
       return raised("TypeError", "the last two arguments of step, exchange and context, are pointers");
     }
+  }
+  if (tyir_step_sizes[4] != 0 && arguments[tensors].v_ptr == NULL) {
+    return raised("ValueError", "the program of this step meets those of other dies: exchange cannot be null");
   }
   const int64_t *weights = (const int64_t *)start(tensor(&arguments[tensors - 2]));
   char *workspace = (char *)start(tensor(&arguments[tensors - 1]));

@@ -31,6 +31,7 @@ the functions that it calls, whose frames begin where their caller's ends.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,10 +79,12 @@ class Program:
     functions: tuple[Func, ...]
     weights: tuple[tuple[str, TensorType], ...]
 
+    @functools.cached_property
     def identity(self) -> int:
         """What a library says of which program its step is."""
         return step_identity(self.functions, self.weights)
 
+    @functools.cached_property
     def frames(self) -> dict[str, _Frame]:
         """Where each function's values lie."""
         frames: dict[str, _Frame] = {}
@@ -89,10 +92,15 @@ class Program:
             frames[str(function.sym_name)] = _Frame(function, frames)
         return frames
 
+    @property
+    def entry(self) -> _Frame:
+        """That of the function which the step begins with."""
+        return self.frames[str(self.functions[-1].sym_name)]
+
+    @property
     def workspace_bytes(self) -> int:
         """The pointers of the entry, its frame, and the largest chain of frames below it."""
-        entry = self.frames()[str(self.functions[-1].sym_name)]
-        return entry.pointer_bytes + entry.total
+        return self.entry.pointer_bytes + self.entry.total
 
     def collectives(self) -> list[Op]:
         """The ops where dies meet, in the order of their numbers."""
@@ -199,17 +207,16 @@ def _shared_operand(op: Op, index: int, frames: Mapping[str, _Frame]) -> Value |
 
 def tables_of(program: Program) -> str:
     """The tables of a program, in the assembler's language: what `step.c` declares at its top."""
-    frames, functions = program.frames(), program.functions
+    frames, functions = program.frames, program.functions
     order = {name: number for number, (name, _) in enumerate(program.weights)}
     sites = {op: number for number, op in enumerate(program.collectives())}
     labels = {str(f.sym_name): f"tyir_step_{number}" for number, f in enumerate(functions[:-1])}
     labels[str(functions[-1].sym_name)] = "tyir_step_entry"
     tables = _Tables(frames, order, sites, labels)
-    entry = frames[str(functions[-1].sym_name)]
-    tensors = [*_tensors_of(program, entry)]
-    size = program.workspace_bytes()
+    tensors = [*_tensors_of(program, program.entry)]
+    sizes = [program.workspace_bytes, program.entry.pointer_bytes, program.identity, len(tensors), len(sites)]
     data = [
-        _array("tyir_step_sizes", [size, entry.pointer_bytes, program.identity(), len(tensors)]),
+        _array("tyir_step_sizes", sizes),
         _array("tyir_step_tensors", [n for t in tensors for n in t.numbers()]),
         _array("tyir_step_names", [f".Lname{number}" for number in range(len(tensors))]),
         *(_array(labels[name], [*tables.rows(frame)]) for name, frame in frames.items()),
@@ -302,7 +309,7 @@ def _tensors_of(program: Program, entry: _Frame) -> Iterator[_Argument]:
         known = "".join(c if (c.isalnum() and c.isascii()) or c in "_.-" else "_" for c in called)
         yield _Argument(known, packed_shape(t), storage_dtype(t.element))
     yield _Argument("the addresses of weights", (max(len(program.weights), 1),), np.dtype(np.int64))
-    yield _Argument("the workspace", (program.workspace_bytes(),), np.dtype(np.uint8))
+    yield _Argument("the workspace", (program.workspace_bytes,), np.dtype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------------ code

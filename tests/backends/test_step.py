@@ -71,9 +71,9 @@ def step_of(program: Program, library: HostLibrary, weights: list[Array], sites:
         twice(operand, result)
         return 0
 
-    space = np.full(program.workspace_bytes() + 64, 255, np.uint8)
+    space = np.full(program.workspace_bytes + 64, 255, np.uint8)
     first = -int(space.__array_interface__["data"][0]) % 64
-    workspace = space[first : first + program.workspace_bytes()]
+    workspace = space[first : first + program.workspace_bytes]
     layout = ((4,), np.dtype(np.float32))
     return CompiledStep(library.function("step"), [layout, layout], weights, workspace, Exchange(exchange))
 
@@ -92,8 +92,8 @@ def test_functions_are_called_with_their_weights_in_frames_of_their_own(count: i
         wanted = (wanted + w) * np.float32(2) + w
     np.testing.assert_array_equal(found, wanted)
     assert sites == [0] * count
-    assert library.function("step_workspace_bytes")() == program.workspace_bytes()
-    assert library.function("step_program")() == program.identity()
+    assert library.function("step_workspace_bytes")() == program.workspace_bytes
+    assert library.function("step_program")() == program.identity
 
 
 def test_code_does_not_grow_with_depth_and_tables_do_by_rows() -> None:
@@ -123,7 +123,7 @@ def test_a_kernel_may_take_many_tensors(tmp_path: Path) -> None:
     parts = [np.arange(4 * i, 4 * i + 4, dtype=np.float32) for i in range(count)]
     found = np.zeros(4 * count, np.float32)
     layouts = [(a.shape, a.dtype) for a in (*parts, found)]
-    CompiledStep(library.function("step"), layouts, [], np.zeros(program.workspace_bytes(), np.uint8))(
+    CompiledStep(library.function("step"), layouts, [], np.zeros(program.workspace_bytes, np.uint8))(
         [*parts, found]
     )
     np.testing.assert_array_equal(found, np.arange(4 * count, dtype=np.float32))
@@ -157,3 +157,5 @@ def test_arguments_that_do_not_fit_are_named(tmp_path: Path) -> None:
         step._function(*step._arguments[:-1], 5)
     with pytest.raises(ValueError, match=r"argument #3 of step is not the workspace, uint8 \[\d+\]"):
         step._function(*step._arguments[:2], step._arguments[2], step._arguments[2], *step._arguments[4:])
+    with pytest.raises(ValueError, match="meets those of other dies: exchange cannot be null"):
+        step._function(*step._arguments[:-2], ctypes.c_void_p(None), step._arguments[-1])
