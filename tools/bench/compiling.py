@@ -124,8 +124,8 @@ def parts_of(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Processor and wall seconds against depth, a line for each kind of run; and the parts of cold ones."""
+def _pyplot() -> Any:
+    """matplotlib's, to draw into files that are the same for the same numbers."""
     try:
         import matplotlib
     except ImportError:
@@ -134,20 +134,21 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "tyir"
     from matplotlib import pyplot
 
-    figure, (parts, whole, wall) = pyplot.subplots(1, 3, figsize=(14, 4))
+    return pyplot
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Processor seconds against depth: parts of runs with an empty cache, and all of every kind of run."""
+    pyplot = _pyplot()
+    figure, (parts, whole) = pyplot.subplots(1, 2, figsize=(10, 4))
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [row for row in rows if row["what"] == what]
         depths = [r["layers"] for r in mine]
-        for axes, kind in ((whole, "cpu_seconds"), (wall, "seconds")):
-            axes.plot(depths, [r[kind] for r in mine], marker="o", label=what)
+        whole.plot(depths, [r["cpu_seconds"] for r in mine], marker="o", label=what)
         if what == _COLD:
             for part in _PARTS:
                 parts.plot(depths, [r["parts"][part] for r in mine], marker="o", label=part)
-    for axes, name in (
-        (parts, f"processor seconds, {_COLD}"),
-        (whole, "processor seconds, all"),
-        (wall, "seconds"),
-    ):
+    for axes, name in ((parts, f"processor seconds, {_COLD}, by part"), (whole, "processor seconds, all")):
         axes.set(xlabel="decoder layers", ylabel=name, ylim=(0, None), xlim=(0, None))
         axes.legend(fontsize="small")
     figure.tight_layout()
@@ -176,6 +177,8 @@ def main(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
     if args.checkpoint is None:
         raise TyirError("no checkpoint to measure with", help="give the folder of one of real size")
+    if args.plot is not None:
+        _pyplot()  # missing: said before the minutes of measuring
     rows: list[dict[str, Any]] = []
     if not args.json:
         columns = "".join(f"{part:>18}" for part in _PARTS)
