@@ -29,7 +29,7 @@ from typing import Final
 import tyir
 from tyir.dialects.ty import GetGlobal, Global, Param
 from tyir.execution.weights import WeightSource
-from tyir.interpreter import lookup_symbol
+from tyir.interpreter import SymbolIndex
 from tyir.printer import print_op
 from tyir.process.cache import cache_key
 
@@ -52,7 +52,7 @@ def tool_identity() -> str:
     for package in _SOURCES:
         for folder in _folders_of(package):
             for path in sorted(folder.rglob("*")):
-                if path.suffix in (".py", ".toml", ".lark") and "__pycache__" not in path.parts:
+                if path.suffix in (".py", ".toml", ".lark", ".c") and "__pycache__" not in path.parts:
                     parts += [f"{package} {path.relative_to(folder).as_posix()}", path.read_bytes()]
     return cache_key(*parts)
 
@@ -89,6 +89,7 @@ class TensorKeys:
     def __init__(self, weights: WeightSource) -> None:
         self._folder: Path | None = getattr(weights, "folder", None)
         self._files: dict[str, str] = {}
+        self._symbols = SymbolIndex()
 
     def of(self, param: Param) -> str | None:
         """The key of a parameter's tensor; None when its sources cannot be told from others."""
@@ -96,7 +97,7 @@ class TensorKeys:
         for op in param.body:
             if not isinstance(op, GetGlobal):
                 continue
-            target = lookup_symbol(param, op.symbol.leaf)
+            target = self._symbols.lookup(param, op.symbol.leaf)
             if not isinstance(target, Global) or not (file := self._identity(target.file)):
                 return None
             parts.append(f"{file} {target.offset} {target.nbytes} {target.type}")

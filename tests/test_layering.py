@@ -82,7 +82,6 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "openvino": ("tools/bench/",),
     "tvm": (
         "backends/host/tvm_host.py",
-        "backends/host/step.py",
         "backends/host/kernels/",
         "runtime_sim/session/host_runtime.py",
     ),

@@ -8,7 +8,7 @@ business: the reference evaluator calls the op's own `evaluate`; the runtime's c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "Evaluator",
     "Interpreter",
     "Probe",
+    "SymbolIndex",
     "evaluate_op",
     "evaluate_param",
     "lookup_symbol",
@@ -63,13 +64,38 @@ def lookup_symbol(start: Op, name: str) -> Op | None:
     From inside the region of a computed tensor only the checkpoint's tensors are seen, so that a parameter
     may bear the name of the tensor it is made of.
     """
+    return _lookup(start, lambda module: (op for op in module.body if op.sym_name == name))
+
+
+class SymbolIndex:
+    """`lookup_symbol` for many symbols of modules that do not change meanwhile: each is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Module, dict[str | None, list[Op]]] = {}
+
+    def lookup(self, start: Op, name: str) -> Op | None:
+        """The same as `lookup_symbol`."""
+        return _lookup(start, lambda module: self._of(module).get(name, ()))
+
+    def _of(self, module: Module) -> dict[str | None, list[Op]]:
+        found = self._known.get(module)
+        if found is None:
+            found = {}
+            for op in module.body:
+                found.setdefault(op.sym_name, []).append(op)
+            self._known[module] = found
+        return found
+
+
+def _lookup(start: Op, named: Callable[[Module], Iterable[Op]]) -> Op | None:
+    """The innermost op that is seen from `start`; `named`: those of the name in a module."""
     current: Op | None = start
     in_initializer = False
     while current is not None:
         in_initializer = in_initializer or current.has_trait(ComputedTensor)
         if isinstance(current, Module):
-            for op in current.body:
-                if op.sym_name == name and (op.has_trait(StoredTensor) or not in_initializer):
+            for op in named(current):
+                if op.has_trait(StoredTensor) or not in_initializer:
                     return op
         current = current.parent_op
     return None

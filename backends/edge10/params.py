@@ -36,7 +36,7 @@ from tyir.execution.finite import all_finite, number_problem
 from tyir.execution.safetensors_layout import SafetensorsLayout
 from tyir.execution.storage import packed_shape
 from tyir.execution.weights import CheckpointReader, WeightSource
-from tyir.interpreter import lookup_symbol
+from tyir.interpreter import SymbolIndex
 from tyir.ir import Value
 from tyir.parser import parse_module
 from tyir.printer import print_op
@@ -109,7 +109,8 @@ def write_params(
     read again and compared with their CRC-32 instead.  With `stop` set it ends early, and files without
     `sha256` are not complete.  `TyirError` lists the tensors that hold NaN or infinity or overflow f16.
     """
-    tasks = list(_tasks(files))
+    symbols = SymbolIndex()
+    tasks = list(_tasks(files, symbols))
     problems: dict[tuple[int, int], Diagnostic] = {}  # by file and offset, whoever finds them first
     total = sum(slot.nbytes for file in files for slot in file.layout.slots.values())
     local, stop = threading.local(), stop or threading.Event()
@@ -121,7 +122,7 @@ def write_params(
             reader: WindowReader | None = getattr(local, "reader", None)
             if reader is None:
                 reader = local.reader = WindowReader(weights)
-            away = _from(workers, task, sinks, weights) if workers is not None else {}
+            away = _from(workers, task, sinks, weights, symbols) if workers is not None else {}
             for block in task:
                 if stop.is_set():
                     return
@@ -132,8 +133,10 @@ def write_params(
                         made = away.get((block.file, block.offset))
                         array = reader.stored(block.root, block.window) if made is None else made
                     place = (block.file, block.slot)
-                    if place not in problems and (problem := _check(block.param, array, weights)) is not None:
-                        problems[place] = problem
+                    if place not in problems:
+                        problem = _check(block.param, array, weights, symbols)
+                        if problem is not None:
+                            problems[place] = problem
                     data = memoryview(array.reshape(-1).view(np.uint8).data)
                 else:
                     data = left
@@ -156,13 +159,17 @@ def write_params(
 
 
 def _from(
-    workers: Workers, task: Sequence[_Block], sinks: Sequence[_Sink], weights: WeightSource
+    workers: Workers,
+    task: Sequence[_Block],
+    sinks: Sequence[_Sink],
+    weights: WeightSource,
+    symbols: SymbolIndex,
 ) -> dict[tuple[int, int], Array]:
     """The blocks of a task that are not there yet, by file and offset, made by a worker."""
     wanted = [b for b in task if sinks[b.file].left(b, sinks[b.file].file.keys.get(b.param)) is None]
     if not wanted or type(weights) is not CheckpointReader:
         return {}
-    text, names = _as_text([b.param for b in wanted])
+    text, names = _as_text([b.param for b in wanted], symbols)
     asked = [(names[b.param], b.window) for b in wanted]
     folder = str(weights.folder.resolve())
     made = workers.run(stored_blocks, tool_identity(), folder, text, asked)
@@ -172,7 +179,7 @@ def _from(
     }
 
 
-def _as_text(params: Sequence[Param]) -> tuple[str, dict[Param, str]]:
+def _as_text(params: Sequence[Param], symbols: SymbolIndex) -> tuple[str, dict[Param, str]]:
     """A module of parameters and the stored tensors that they are made of, with a name for each parameter."""
     module, names, tensors = Module.empty("blocks"), dict[Param, str](), dict[tuple[str, str], str]()
     for param in dict.fromkeys(params):
@@ -181,7 +188,7 @@ def _as_text(params: Sequence[Param]) -> tuple[str, dict[Param, str]]:
         for op in copy.body:
             if not isinstance(op, GetGlobal):
                 continue
-            target = lookup_symbol(param, op.symbol.leaf)
+            target = symbols.lookup(param, op.symbol.leaf)
             assert isinstance(target, Global)
             place = (str(target.file), f"{target.offset} {target.type}")
             if place not in tensors:
@@ -248,7 +255,7 @@ class _Block:
     nbytes: int
 
 
-def _tasks(files: Sequence[ParamsFile]) -> Iterator[list[_Block]]:
+def _tasks(files: Sequence[ParamsFile], symbols: SymbolIndex) -> Iterator[list[_Block]]:
     """Blocks in the order in which they are written: sources as the files first use them, all that is made of
     one source together, row by row, so that what its parts share is at hand.
     """
@@ -258,7 +265,7 @@ def _tasks(files: Sequence[ParamsFile]) -> Iterator[list[_Block]]:
         for number, file in enumerate(files):
             if index < len(file.params):
                 param = file.params[index]
-                source = tuple(id(s) for s in _sources(param)) or (id(param),)
+                source = tuple(id(s) for s in _sources(param, symbols)) or (id(param),)
                 places.append((rank.setdefault(source, len(rank)), number, index, param))
     task: list[_Block] = []
     before, size = -1, 0
@@ -400,11 +407,11 @@ def _root(param: Param) -> Value:
     raise TyirError(f"the initializer of @{param.sym_name} yields nothing")
 
 
-def _check(param: Param, array: Array, weights: WeightSource) -> Diagnostic | None:
+def _check(param: Param, array: Array, weights: WeightSource, symbols: SymbolIndex) -> Diagnostic | None:
     """What of a parameter cannot be computed with, by the stored tensor that it comes from."""
     if not isinstance(param.type.element, FloatType) or all_finite(array):
         return None
-    sources = _sources(param)
+    sources = _sources(param, symbols)
     for source in sources:
         found = weights.read(source)
         if source.type.element is bf16:
@@ -417,7 +424,7 @@ def _check(param: Param, array: Array, weights: WeightSource) -> Diagnostic | No
     return Diagnostic(f"weight {param.sym_name}{made}, {what}", help=help)
 
 
-def _sources(param: Param) -> list[Global]:
+def _sources(param: Param, symbols: SymbolIndex) -> list[Global]:
     """The stored tensors that a parameter is made of."""
-    found = (lookup_symbol(param, op.symbol.leaf) for op in param.body if isinstance(op, GetGlobal))
+    found = (symbols.lookup(param, op.symbol.leaf) for op in param.body if isinstance(op, GetGlobal))
     return [target for target in found if isinstance(target, Global)]

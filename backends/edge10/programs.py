@@ -180,7 +180,7 @@ class ProgramWriter:
             (self.folder / commands).write_bytes(data)
         weights = tuple((str(p.sym_name), p.type) for p in params_of(die, functions))
         program = Program(tuple(functions), weights)
-        texts = (str(program.identity()), *(print_op(f, locations=False) for f in functions))
+        texts = (str(program.identity), *(print_op(f, locations=False) for f in functions))
         library = self.folder / files.name(index, "so")
         same = self.built.setdefault(texts, library)
         work = (_Library(kernels, program, texts, library, text), f"host code {where}")

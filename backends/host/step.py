@@ -16,22 +16,28 @@ Where dies meet, the step calls `exchange`, a C function of its caller's, with `
 has nothing to give, `result` for a send.  It returns when `result` is there.  Programs without collectives never call
 it, so that both may be null.
 
-A function of the IR becomes a function of the library: kernels, layers and the entry take pointers and call each
-other directly.  Values of a function lie in a frame of the workspace, at offsets chosen here; a called function's
-frame begins where its caller's ends.
+**Code and tables.**  The code is `step.c`, the same for every program: it walks tables that are data of the library
+(`tables_of`), so that no compiler sees how many layers a model has.  A function of the IR is a table of rows, each a
+kernel, a function or a site with references to what it is given:
+
+    given * 4          number `given` of the pointers that the function was called with
+    offset * 4 + 1     a place in its frame
+    weight * 4 + 2     a weight by its number among the addresses
+    3                  nothing
+
+Values of a function lie in a frame of the workspace, at offsets chosen here; behind them is room for the pointers of
+the functions that it calls, whose frames begin where their caller's ends.
 """  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from tvm.ir import Call as TirCall
-from tvm.ir import GlobalVar, PrimType
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
 
 from tyir.attributes import StringAttr
 from tyir.diagnostics import TyirError
@@ -43,24 +49,15 @@ from tyir.ir import Op, Value
 from tyir.traits import Collective, InPlace
 from tyir.types import TensorType, storage_dtype
 
-__all__ = ["PROGRAM", "STEP", "WORKSPACE_BYTES", "Program", "kernel_symbol", "step_of"]
+__all__ = ["Program", "kernel_symbol", "step_code", "tables_of"]
 
-STEP: Final = "step"
-WORKSPACE_BYTES: Final = "step_workspace_bytes"
-PROGRAM: Final = "step_program"
 _ALIGNMENT: Final = 64  # of values in the workspace: a cache line
-
-# What TensorIR cannot say: a call through a pointer, and a pointer out of an address.
-_HELPERS: Final = """
-define i32 @tyir_exchange(ptr %function, ptr %context, i32 %site, ptr %operand, ptr %result) alwaysinline {
-  %code = call i32 %function(ptr %context, i32 %site, ptr %operand, ptr %result)
-  ret i32 %code
-}
-define ptr @tyir_pointer(i64 %address) alwaysinline {
-  %pointer = inttoptr i64 %address to ptr
-  ret ptr %pointer
-}
-"""
+_POINTER: Final = 8  # bytes
+_KERNEL, _CALL, _MEET = 1, 2, 3  # what a row does; 0 ends a table
+_GIVEN, _LOCAL, _WEIGHT, _NOTHING = range(4)  # what a reference is
+_FEW: Final = 16  # pointers that every step's code passes to a kernel
+_CODE: Final = Path(__file__).with_name("step.c")
+_DLPACK_CODES: Final = {"i": 0, "u": 1, "f": 2, "b": 6}  # dlpack.h
 
 
 def kernel_symbol(name: str) -> str:
@@ -82,10 +79,12 @@ class Program:
     functions: tuple[Func, ...]
     weights: tuple[tuple[str, TensorType], ...]
 
+    @functools.cached_property
     def identity(self) -> int:
         """What a library says of which program its step is."""
         return step_identity(self.functions, self.weights)
 
+    @functools.cached_property
     def frames(self) -> dict[str, _Frame]:
         """Where each function's values lie."""
         frames: dict[str, _Frame] = {}
@@ -93,10 +92,15 @@ class Program:
             frames[str(function.sym_name)] = _Frame(function, frames)
         return frames
 
+    @property
+    def entry(self) -> _Frame:
+        """That of the function which the step begins with."""
+        return self.frames[str(self.functions[-1].sym_name)]
+
+    @property
     def workspace_bytes(self) -> int:
-        """The entry's frame and the largest of those that it calls."""
-        *inner, entry = self.frames().values()
-        return max(entry.size + max((frame.size for frame in inner), default=0), _ALIGNMENT)
+        """The pointers of the entry, its frame, and the largest chain of frames below it."""
+        return self.entry.pointer_bytes + self.entry.total
 
     def collectives(self) -> list[Op]:
         """The ops where dies meet, in the order of their numbers."""
@@ -104,6 +108,10 @@ class Program:
 
 
 # ---------------------------------------------------------------------------------------------------- frames
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass
@@ -114,7 +122,7 @@ class _Memory:
     taken: list[tuple[int, int]] = field(default_factory=list)  # sorted (first, end)
 
     def take(self, size: int) -> int:
-        size = -(-size // _ALIGNMENT) * _ALIGNMENT
+        size = _aligned(size)
         offset = 0
         for first, end in self.taken:
             if offset + size <= first:
@@ -130,7 +138,10 @@ class _Memory:
 
 class _Frame:
     """Where the values of a function lie: `root` of a value is the value whose memory it shares, `offsets`
-    are those of roots in the workspace, `returned` of roots that the caller has memory for.
+    are those of roots in its frame, `returned` the numbers of roots that the caller has memory for.
+
+    `given`: number of a root among the pointers that the function is called with.  `pointers`: where those
+    of the functions that it calls go.  Bytes: `size` of the frame, `total` with the frames below it.
     """
 
     def __init__(self, function: Func, frames: Mapping[str, _Frame]) -> None:
@@ -150,7 +161,12 @@ class _Frame:
             if root in self.returned or isinstance(root.op, GetGlobal):
                 raise TyirError(f"@{function.sym_name} returns one tensor twice, or a weight")
             self.returned[root] = number
-        self.size = self._place()
+        self.given = {v: i for i, v in enumerate((*function.args, *self.made()))}
+        self.pointer_bytes = _aligned(_POINTER * len(self.given))
+        below = [frames[op.callee.leaf] for op in function.body if isinstance(op, Call)]
+        self.pointers = self._place()
+        self.size = self.pointers + max((f.pointer_bytes for f in below), default=0)
+        self.total: int = self.size + max((f.total for f in below), default=0)
 
     def _place(self) -> int:
         last: dict[Value, Op] = {}
@@ -186,130 +202,132 @@ def _shared_operand(op: Op, index: int, frames: Mapping[str, _Frame]) -> Value |
     return None
 
 
-# ------------------------------------------------------------------------------------------------- functions
+# ---------------------------------------------------------------------------------------------------- tables
 
 
-class _Emitter:
-    """Emits the calls of one function's body."""
+def tables_of(program: Program) -> str:
+    """The tables of a program, in the assembler's language: what `step.c` declares at its top."""
+    frames, functions = program.frames, program.functions
+    order = {name: number for number, (name, _) in enumerate(program.weights)}
+    sites = {op: number for number, op in enumerate(program.collectives())}
+    labels = {str(f.sym_name): f"tyir_step_{number}" for number, f in enumerate(functions[:-1])}
+    labels[str(functions[-1].sym_name)] = "tyir_step_entry"
+    tables = _Tables(frames, order, sites, labels)
+    tensors = [*_tensors_of(program, program.entry)]
+    sizes = [program.workspace_bytes, program.entry.pointer_bytes, program.identity, len(tensors), len(sites)]
+    data = [
+        _array("tyir_step_sizes", sizes),
+        _array("tyir_step_tensors", [n for t in tensors for n in t.numbers()]),
+        _array("tyir_step_names", [f".Lname{number}" for number in range(len(tensors))]),
+        *(_array(labels[name], [*tables.rows(frame)]) for name, frame in frames.items()),
+        *(f'.Lname{number}:\n\t.asciz "{t}"\n' for number, t in enumerate(tensors)),
+    ]
+    return "".join(('\t.section .data.rel.ro,"aw"\n', *data, '\t.section .note.GNU-stack,"",%progbits\n'))
 
-    def __init__(self, step: _Step, frame: _Frame, known: dict[Value, Any], caller: tuple[Any, ...]) -> None:
-        self.step, self.frame, self.known = step, frame, known
-        self.workspace, self.exchange, self.context = caller
 
-    def body(self) -> None:
-        for op in self.frame.function.body:
-            if not isinstance(op, Return):
-                self._op(op)
+def _array(label: str, words: Sequence[int | str]) -> str:
+    """Words of 8 bytes: numbers, or addresses of what is called so."""
+    lines = (", ".join(map(str, words[i : i + 8])) for i in range(0, len(words), 8))
+    body = "".join(f"\t.quad {line}\n" for line in lines)
+    return f"\t.balign 8\n\t.globl {label}\n\t.hidden {label}\n{label}:\n{body}"
 
-    def pointer(self, value: Value) -> Any:
-        root = self.frame.root[value]
-        if root not in self.known:
-            self.known[root] = T.Bind(T.address_of(self.workspace[self.frame.offsets[root]]))
-        return self.known[root]
 
-    def _op(self, op: Op) -> None:
-        if isinstance(op, Reshape):
-            return
-        if isinstance(op, GetGlobal):
-            self.known[op.results[0]] = self.step.weight(op.symbol.leaf)
-        elif isinstance(op, Call):
-            self._call(op)
+@dataclass(frozen=True)
+class _Tables:
+    """Makes the rows of functions."""
+
+    frames: Mapping[str, _Frame]
+    order: Mapping[str, int]
+    sites: Mapping[Op, int]
+    labels: Mapping[str, str]
+
+    def rows(self, frame: _Frame) -> Iterator[int | str]:
+        """The words of a function's table."""
+        for op in frame.function.body:
+            if not isinstance(op, (Return, Reshape, GetGlobal)):
+                yield from self._row(frame, op)
+        yield 0
+
+    def _row(self, frame: _Frame, op: Op) -> Iterator[int | str]:
+        what: tuple[int, int | str]
+        pointers = end = 0
+        references = [self._reference(frame, value) for value in op.operands]
+        if isinstance(op, Call):
+            callee = self.frames[op.callee.leaf]
+            what, pointers, end = (_CALL, self.labels[op.callee.leaf]), frame.pointers, frame.size
+            results = [op.results[callee.returned[v]] for v in callee.made()]
         elif op.has_trait(Collective):
-            self._collective(op)
+            what, results = (_MEET, self.sites[op]), list(op.results[:1])
+            references = references[:1] or [_NOTHING]
         else:
-            self._kernel(op)
+            name = op.attributes.get("tyir.kernel")
+            assert isinstance(name, StringAttr), f"{op.name} has no kernel"
+            what = (_KERNEL, kernel_symbol(name.value))
+            results = [] if op.has_trait(InPlace) else list(op.results)
+        references += [self._reference(frame, value) for value in results]
+        if what[0] == _MEET and not results:
+            references.append(_NOTHING)
+        yield from (*what, len(references), pointers, end, *references)
 
-    def _kernel(self, op: Op) -> None:
-        name = op.attributes.get("tyir.kernel")
-        assert isinstance(name, StringAttr), f"{op.name} has no kernel"
-        values = (*op.operands, *(() if op.has_trait(InPlace) else op.results))
-        T.evaluate(T.call_extern("int32", kernel_symbol(name.value), *(self.pointer(v) for v in values)))
+    def _reference(self, frame: _Frame, value: Value) -> int:
+        root = frame.root[value]
+        if root in frame.given:
+            return frame.given[root] * 4 + _GIVEN
+        if isinstance(root.op, GetGlobal):
+            return self.order[root.op.symbol.leaf] * 4 + _WEIGHT
+        return frame.offsets[root] * 4 + _LOCAL
 
-    def _call(self, op: Call) -> None:
-        frame = self.step.frames[op.callee.leaf]
-        results = [op.results[frame.returned[v]] for v in frame.made()]
-        rest = T.address_of(self.workspace[self.frame.size])
-        pointers = [self.pointer(v) for v in (*op.operands, *results)]
-        _call(self.step.names[op.callee.leaf], [*pointers, rest, self.exchange, self.context])
 
-    def _collective(self, op: Op) -> None:
-        nothing = T.reinterpret("handle", T.uint64(0))
-        operand = self.pointer(op.operands[0]) if op.operands else nothing
-        result = self.pointer(op.results[0]) if op.results else nothing
-        site = T.int32(self.step.sites[op])
-        T.evaluate(
-            T.call_extern("int32", "tyir_exchange", self.exchange, self.context, site, operand, result)
+@dataclass(frozen=True)
+class _Argument:
+    """A tensor among the arguments of a step; written as messages call it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def numbers(self) -> list[int]:
+        """DLPack's code and bits, dimensions, extents."""
+        return [_DLPACK_CODES[self.dtype.kind], self.dtype.itemsize * 8, len(self.shape), *self.shape]
+
+    def __str__(self) -> str:
+        extents = ", ".join(map(str, self.shape))
+        return f"{self.name}, {self.dtype.name} [{extents}]"
+
+
+def _tensors_of(program: Program, entry: _Frame) -> Iterator[_Argument]:
+    function = entry.function
+    for number, value in enumerate(entry.given):
+        t = tensor_type(value)
+        attributes = (
+            function.arg_attr(number)
+            if number < len(function.args)
+            else function.res_attr(entry.returned[value])
         )
+        name = attributes.get("tyir.name")
+        called = name.value if isinstance(name, StringAttr) else "the tensor"
+        known = "".join(c if (c.isalnum() and c.isascii()) or c in "_.-" else "_" for c in called)
+        yield _Argument(known, packed_shape(t), storage_dtype(t.element))
+    yield _Argument("the addresses of weights", (max(len(program.weights), 1),), np.dtype(np.int64))
+    yield _Argument("the workspace", (program.workspace_bytes,), np.dtype(np.uint8))
 
 
-def _call(function: GlobalVar, pointers: Sequence[Any]) -> None:
-    T.evaluate(TirCall(function, list(pointers), ret_ty="int32"))
+# ------------------------------------------------------------------------------------------------------ code
 
 
-class _Step:
-    """The functions of one program."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.order = {name: number for number, (name, _) in enumerate(program.weights)}
-        *self.functions, self.entry = program.functions
-        self.frames = program.frames()
-        self.names = {str(f.sym_name): GlobalVar(f"tyir_{f.sym_name}") for f in self.functions}
-        self.sites = {op: number for number, op in enumerate(program.collectives())}
-        self.table: Any = None
-
-    def weight(self, name: str) -> Any:
-        return T.Bind(T.call_extern("handle", "tyir_pointer", self.table[self.order[name]]))
-
-    def build(self) -> dict[GlobalVar, Any]:
-        made = {self.names[str(f.sym_name)]: self._inner(f) for f in self.functions}
-        said = {WORKSPACE_BYTES: self.program.workspace_bytes(), PROGRAM: self.program.identity()}
-        numbers = {GlobalVar(name): _number(name, value) for name, value in said.items()}
-        return {**made, GlobalVar(STEP): self._outer(), **numbers}
-
-    def _inner(self, function: Func) -> Any:
-        frame = self.frames[str(function.sym_name)]
-        with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
-            T.func_ret(PrimType("int32"))
-            known = {
-                v: T.arg(f"p{i}", T.handle(storage_dtype(tensor_type(v).element).name))
-                for i, v in enumerate((*function.args, *frame.made()))
-            }
-            space = T.arg("workspace", T.handle("uint8"))
-            caller = (T.arg("exchange", T.handle()), T.arg("context", T.handle()))
-            workspace = T.decl_buffer((max(frame.size, 1) + 1,), "uint8", data=space)
-            _Emitter(self, frame, known, (workspace, *caller)).body()
-            T.Return(T.int32(0))
-        return builder.get()
-
-    def _outer(self) -> Any:
-        frame = self.frames[str(self.entry.sym_name)]
-        with IRBuilder() as builder, T.prim_func(s_tir=True):
-            T.func_name(STEP)
-            T.func_attr({"global_symbol": STEP})
-            known: dict[Value, Any] = {}
-            for number, value in enumerate((*self.entry.args, *frame.made())):
-                t = tensor_type(value)
-                dtype = storage_dtype(t.element)
-                buffer = T.arg(f"p{number}", T.buffer(packed_shape(t), dtype.name, align=dtype.itemsize))
-                known[value] = buffer.data
-            self.table = T.arg("weights", T.buffer((max(len(self.order), 1),), "int64", align=8))
-            workspace = T.arg("workspace", T.buffer((self.program.workspace_bytes(),), "uint8"))
-            caller = (T.arg("exchange", T.handle()), T.arg("context", T.handle()))
-            with T.attr(T.int32(0), "pragma_import_llvm", _HELPERS):
-                _Emitter(self, frame, known, (workspace, *caller)).body()
-        return builder.get()
-
-
-def _number(name: str, value: int) -> Any:
-    """An exported function that returns a number."""
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(name)
-        T.func_attr({"global_symbol": name})
-        T.Return(T.int64(value))
-    return builder.get()
-
-
-def step_of(program: Program) -> dict[GlobalVar, Any]:
-    """The functions of a program's step; `STEP`, `WORKSPACE_BYTES` and `PROGRAM` are exported."""
-    return _Step(program).build()
+def step_code(program: Program) -> str:
+    """The C code that walks the tables: the same for every program whose kernels take few tensors."""
+    counts = (
+        len(op.operands) + len(op.results)
+        for f in program.functions
+        for op in f.walk()
+        if "tyir.kernel" in op.attributes
+    )
+    most = max(_FEW, *counts, 0)
+    cases = (
+        f"case {n}: return ((int32_t (*)({', '.join(['void *'] * n)}))kernel)"
+        f"({', '.join(f'p[{i}]' for i in range(n))});"
+        for n in range(1, most + 1)
+    )
+    lines = " \\\n".join(cases)
+    return f"#define MOST {most}\n#define CASES \\\n{lines}\n\n{_CODE.read_text()}"

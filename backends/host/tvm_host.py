@@ -4,8 +4,8 @@ library.
 `assign_kernels` names the kernel of every op (`tyir.kernel`); ops that compute the same thing share one, so
 the layers of a model cost the compile time of a layer.  `build_library` emits each kernel
 (`tyir.backends.host.kernels`) as a function of pointers, with an exported one beside it that checks its
-tensors, compiles it to an object file of its own (`tyir.backends.host.objects`), and links them with the step
-that calls them (`tyir.backends.host.step`).
+tensors, compiles it to an object file of its own (`tyir.backends.host.objects`), and links them with the
+code of a step and the tables of this one (`tyir.backends.host.step`).
 
 The library's bytes depend only on the kernels and the target: functions are ordered by name, the linker
 writes no build id, debug sections (which hold the compiler's directory) are stripped.
@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,16 +30,17 @@ with torch_hidden():
 from tvm import tirx
 from tvm.ir import Call, GlobalVar, IRModule, PrimType
 from tvm.script.ir_builder import IRBuilder
-from tvm.support.cc import create_shared, get_cc
+from tvm.support.cc import get_cc
 from tvm.target import codegen
 from tvm.tirx.script.builder import ir as T
+from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
 
 from tyir.attributes import StringAttr
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import Cpu
 from tyir.backends.host.objects import made_once
-from tyir.backends.host.step import Program, kernel_symbol, step_of
-from tyir.backends.pieces import tool_identity
+from tyir.backends.host.step import Program, kernel_symbol, step_code, tables_of
+from tyir.backends.pieces import compiler_identity, tool_identity
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects import func
 from tyir.dialects.ty import tensor_type
@@ -69,6 +71,7 @@ _ACTIVATIONS: Final = ("fp32", "int16", "int8")
 _WITHOUT_TILES: Final = "icelake-server"  # all that kernels make use of in later ones, but for tiles
 _CPU: Final = 1  # kDLCPU of DLPack
 _SYMBOL: Final = "symbol"  # of a TensorIR function: what it is called in its object file
+_CODE_OPTIONS: Final = ("-x", "c", "-std=c11", "-O2", "-fPIC", "-c")
 _LINK_OPTIONS: Final = ("-Wl,--build-id=none", "-Wl,--strip-debug", "-Wl,--hash-style=gnu")
 _MOST_ELEMENTS: Final = 1 << 31  # kernels index with 32-bit integers
 
@@ -343,7 +346,7 @@ def _object(functions: IRModule, target: HostTarget) -> bytes:
 def _objects(
     kernels: Mapping[str, Op], target: HostTarget, program: Program | None, cache: Cache | None
 ) -> Iterator[bytes]:
-    """The object files of a library: kernels in the order of their names, then the step."""
+    """The object files of a library: kernels in the order of their names, then the step's code."""
     cpu = target.cpu()
     tools = ("kernel", tool_identity(), repr(target), repr(target.features()), repr(cpu))
     for name in sorted(kernels):
@@ -351,7 +354,9 @@ def _objects(
         make = functools.partial(lambda name, op: _object(_kernel_functions(name, op, cpu), target), name, op)
         yield made_once(cache_key(*tools, name, _meaning(op)), make, cache)
     if program is not None:
-        yield _object(IRModule(step_of(program)), target)
+        code = step_code(program)
+        key = cache_key("step", compiler_identity(linker() or ""), *_CODE_OPTIONS, code)
+        yield made_once(key, lambda: _compiled(code), cache)
 
 
 # Only what TVM looks up by name is seen outside of a library.
@@ -386,19 +391,42 @@ def build_library(
         names = [f"{number}.o" for number in range(len(objects))]
         for name, data in zip(names, objects):
             (folder / name).write_bytes(data)
+        if program is not None:
+            (folder / "tables.s").write_text(tables_of(program))
+            names.append("tables.s")
         # named from within the folder: a path may have a comma, which -Wl would take for its own
-        options = ["-shared", "-fPIC", "-Wl,--version-script=symbols", *_LINK_OPTIONS]
-        try:
-            create_shared(partial.name, names, options, cwd=workspace)
-        except RuntimeError as error:
-            said = str(error).removeprefix("Compilation error:").partition("Command line:")[0].strip()
-            raise TyirError(
-                f"the compiler {get_cc()} could not link the host library: {said or 'it does not say why'}",
-                help="tyir doctor shows which compiler is used; name another one in CXX",
-            ) from error
-        if not partial.is_file():
-            raise TyirError(
-                f"the compiler {get_cc()} ended without an error and without writing a library",
-                help="install g++ or clang++, or name one in CXX",
-            )
+        options = ("-shared", "-fPIC", "-Wl,--version-script=symbols", *_LINK_OPTIONS)
+        _run_compiler([*options, "-o", partial.name, *names], partial, "link the host library")
         partial.replace(path)
+
+
+def _compiled(code: str) -> bytes:
+    """The object file of C code."""
+    with tempfile.TemporaryDirectory(prefix="tyir-host-") as workspace:
+        source, made = Path(workspace) / "step.c", Path(workspace) / "step.o"
+        source.write_text(code)
+        headers = [f"-I{find_include_path()}", f"-I{find_dlpack_include_path()}"]
+        _run_compiler([*_CODE_OPTIONS, *headers, "-o", made.name, source.name], made, "compile the step")
+        return made.read_bytes()
+
+
+def _run_compiler(arguments: Sequence[str], made: Path, what: str) -> None:
+    """Has the C++ compiler make a file, in its folder; `TyirError` where it does not."""
+    compiler = linker() or ""
+    try:
+        done = subprocess.run(
+            [compiler, *arguments], cwd=made.parent, capture_output=True, text=True, errors="replace"
+        )
+        code, said = done.returncode, (done.stdout + done.stderr).strip()
+    except OSError as error:
+        code, said = 1, str(error)
+    if code:
+        raise TyirError(
+            f"the compiler {compiler} could not {what}: {said or 'it does not say why'}",
+            help="tyir doctor shows which compiler is used; name another one in CXX",
+        )
+    if not made.is_file():
+        raise TyirError(
+            f"the compiler {compiler} ended without an error and could not {what}: it wrote nothing",
+            help="install g++ or clang++, or name one in CXX",
+        )

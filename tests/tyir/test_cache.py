@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tyir.diagnostics import TyirError
+from tyir.process import cache as cache_module
 from tyir.process.cache import Cache, cache_key, default_folder
 
 KEY, OTHER = cache_key("a piece"), cache_key("another")
@@ -104,6 +105,96 @@ def test_what_is_damaged_or_could_be_somebody_elses_is_made_again(
     if harm in (flip, shorten):
         cache.put(KEY, file(tmp_path, "made", data))
         assert cache.take(KEY, tmp_path / "taken") is not None
+
+
+def seen(cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose bytes are read, from when the piece of `KEY` has been made and its bytes were right."""
+    made = file(path, "made", LARGE)
+    cache.put(KEY, made)
+    os.utime(made, (time.time() - 3,) * 2)  # as if it had been written some time before
+    assert cache.take(KEY, path / "first") is not None
+    hashed: list[Path] = []
+    original = cache_module._sha256_of
+    monkeypatch.setattr(cache_module, "_sha256_of", lambda p: hashed.append(p) or original(p))
+    return hashed
+
+
+def test_bytes_that_were_right_are_not_read_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = seen(cache, tmp_path, monkeypatch)
+    (tmp_path / "first").unlink()  # links come and go
+    assert cache.take(KEY, tmp_path / "taken") is not None
+    assert (tmp_path / "taken").read_bytes() == LARGE and hashed == []
+
+
+def test_what_is_put_twice_is_believed_when_time_lies_between(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compile puts a file when it is written, and again with the whole folder at its end."""
+    hashed: list[Path] = []
+    original = cache_module._sha256_of
+    monkeypatch.setattr(cache_module, "_sha256_of", lambda p: hashed.append(p) or original(p))
+    made = file(tmp_path, "made", LARGE)
+    cache.put(KEY, made)
+    assert cache.take(KEY, tmp_path / "first") is not None and len(hashed) == 2, "it was written just now"
+    old = time.time() - 3
+    os.utime(made, (old, old))
+    (note,) = (cache.folder / "seen").glob("*/*")
+    note.unlink()
+    cache.put(KEY, made, hashed_sha256 := original(made))
+    cache.put(None, made, hashed_sha256)
+    assert cache.take(KEY, tmp_path / "second") is not None and len(hashed) == 2
+
+
+def later(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    day = time.time() - 25 * 3600
+    os.utime(note, (day, day))
+
+
+def touched(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(piece)
+
+
+def started_anew(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_boot", lambda: "another")
+
+
+def note_for_others(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note.chmod(0o666)
+
+
+def notes_for_others(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note.parent.chmod(0o777)
+
+
+def just_written(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = piece.stat().st_mtime_ns
+    os.utime(note, ns=(changed, changed + 10**9))
+
+
+@pytest.mark.parametrize(
+    "then", [later, touched, started_anew, note_for_others, notes_for_others, just_written]
+)
+def test_bytes_are_read_again(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Callable[..., None]
+) -> None:
+    hashed = seen(cache, tmp_path, monkeypatch)
+    (piece,) = pieces(cache)
+    (note,) = (cache.folder / "seen").glob("*/*")
+    then(cache, piece, note, monkeypatch)
+    assert cache.take(KEY, tmp_path / "taken") is not None
+    assert hashed == [tmp_path / "taken"]
+
+
+def test_a_change_after_bytes_were_right_is_found(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen(cache, tmp_path, monkeypatch)
+    (piece,) = pieces(cache)
+    flip(piece)
+    assert cache.take(KEY, tmp_path / "taken") is None and not piece.exists()
+    cache.trim()
 
 
 def test_folders_of_others_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tyir import TyirError, parse_module, run_function
+from tyir.interpreter import SymbolIndex, lookup_symbol
 
 MODULE = parse_module("""
 func.func @f(%x: tensor<2x?xf16>) -> tensor<2x?xf16> {
@@ -39,3 +40,27 @@ def test_another_shape_is_refused(given: Any) -> None:
 def test_another_number_of_arguments_is_refused(given: list[Any]) -> None:
     with pytest.raises(TyirError, match="@f takes 1 arguments"):
         run_function(MODULE, "f", given)
+
+
+def test_an_index_finds_what_a_search_finds() -> None:
+    """Innermost first; a parameter is made of the checkpoint's tensors, not of one of its own name."""
+    module = parse_module("""
+      ty.global @a {file = "x", key = "a", nbytes = 4, offset = 0, type = tensor<2xf16>}
+      ty.global @b {file = "x", key = "b", nbytes = 4, offset = 4, type = tensor<2xf16>}
+      module @die0 {
+        ty.param @a {type = tensor<2xf16>} ({
+          %0 = ty.get_global @a : tensor<2xf16>
+          ty.yield %0 : tensor<2xf16>
+        })
+        func.func @f() -> tensor<2xf16> {
+          %0 = ty.get_global @a : tensor<2xf16>
+          return %0 : tensor<2xf16>
+        }
+      }
+    """)
+    index, found = SymbolIndex(), []
+    for op in module.walk():
+        for name in ("a", "b", "f", "nothing"):
+            found.append(index.lookup(op, name))
+            assert found[-1] is lookup_symbol(op, name), (op.name, name)
+    assert len({id(op) for op in found}) == 5  # two of a, b, f, and none

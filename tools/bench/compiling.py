@@ -1,13 +1,14 @@
 """Time and memory of compiling a checkpoint of real size, beside `cp -r` of the same checkpoint.
 
-    python -m tyir.tools.bench.compiling CHECKPOINT [--depths 4,8,16] [--plot FILE.svg] [--json] [...]
+    python -m tyir.tools.bench.compiling CHECKPOINT [--depths 4,8,16,28,56] [--plot FILE.svg] [--json] [...]
 
 For each depth a checkpoint of so many layers is written (layers of CHECKPOINT, again from the first when it
 has fewer), copied with `cp -r`, and compiled three times through `tyir-compile`, each in a process of its
 own: with an empty cache, with nothing changed, and with another --max-kv.  Wall and processor seconds; memory
-is the process's peak, mapped pages counted; `stages` are what `--timing` says, `code` the processor seconds
-of command programs and host code among them.  Everything is in a folder that is gone afterwards; it needs
-three times the checkpoint of the greatest depth.
+is the process's peak, mapped pages counted; `stages` are what `--timing` says, `parts` the processor seconds
+of some of them together: code generation (the host's code), command programs, passes.  The plot shows these
+of the runs with an empty cache beside each other, and all of every run.  Everything is in a folder that is
+gone afterwards; it needs three times the checkpoint of the greatest depth.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = ["main", "write_depth"]
 
 _LAYER: Final = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
 _BLOCK: Final = 16 << 20
+_COLD: Final = "cold cache"
 
 
 def write_depth(source: Path, folder: Path, layers: int) -> int:
@@ -101,7 +103,7 @@ def measure(source: Path, layers: int, work: Path, args: argparse.Namespace) -> 
     options += ["--jobs", args.jobs] if args.jobs else []
     command = [sys.executable, "-P", "-m", "tyir.tools.tyir_compile", model, "-o", work / "out", *options]
     for what, max_kv in (
-        ("cold cache", args.max_kv),
+        (_COLD, args.max_kv),
         ("nothing changed", args.max_kv),
         ("other --max-kv", args.max_kv // 2),
     ):
@@ -110,14 +112,20 @@ def measure(source: Path, layers: int, work: Path, args: argparse.Namespace) -> 
         shutil.rmtree(each)
 
 
-def _of_code(row: Mapping[str, Any]) -> float:
-    """Processor seconds of command programs and host code."""
-    code = ("edge10 ", "host code ")
-    return float(sum(s["cpu_seconds"] for s in row["stages"] if s["name"].startswith(code)))
+# What stages are called that a part is the sum of.
+_PARTS: Final = {"host code": "host code ", "command programs": "edge10 ", "passes": "passes"}
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Wall and processor seconds against depth, a line for each kind of run; and what code takes of them."""
+def parts_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Processor seconds of each part of a run; those of threads are in the stages, children's are not."""
+    return {
+        part: float(sum(s["cpu_seconds"] for s in row["stages"] if s["name"].startswith(beginning)))
+        for part, beginning in _PARTS.items()
+    }
+
+
+def _pyplot() -> Any:
+    """matplotlib's, to draw into files that are the same for the same numbers."""
     try:
         import matplotlib
     except ImportError:
@@ -126,18 +134,24 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "tyir"
     from matplotlib import pyplot
 
-    figure, sides = pyplot.subplots(1, 2, figsize=(10, 4))
+    return pyplot
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Processor seconds against depth: parts of runs with an empty cache, and all of every kind of run."""
+    pyplot = _pyplot()
+    figure, (parts, whole) = pyplot.subplots(1, 2, figsize=(10, 4))
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [row for row in rows if row["what"] == what]
         depths = [r["layers"] for r in mine]
-        for axes, kind in zip(sides, ("seconds", "cpu_seconds")):
-            (line,) = axes.plot(depths, [r[kind] for r in mine], marker="o", label=what)
-        code = [_of_code(r) for r in mine]
-        if any(code):
-            sides[1].plot(depths, code, color=line.get_color(), linestyle=":", label=f"... its code ({what})")
-    for axes, name in zip(sides, ("seconds", "processor seconds")):
+        whole.plot(depths, [r["cpu_seconds"] for r in mine], marker="o", label=what)
+        if what == _COLD:
+            for part in _PARTS:
+                parts.plot(depths, [r["parts"][part] for r in mine], marker="o", label=part)
+    for axes, name in ((parts, f"processor seconds, {_COLD}, by part"), (whole, "processor seconds, all")):
         axes.set(xlabel="decoder layers", ylabel=name, ylim=(0, None), xlim=(0, None))
         axes.legend(fontsize="small")
+    figure.tight_layout()
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -163,20 +177,24 @@ def main(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
     if args.checkpoint is None:
         raise TyirError("no checkpoint to measure with", help="give the folder of one of real size")
+    if args.plot is not None:
+        _pyplot()  # missing: said before the minutes of measuring
     rows: list[dict[str, Any]] = []
     if not args.json:
+        columns = "".join(f"{part:>18}" for part in _PARTS)
         print(
-            f"{'layers':>6}{'GB':>7}  {'what':<16}{'seconds':>9}{'processor':>11}{'code':>7}{'peak MiB':>10}"
+            f"{'layers':>6}{'GB':>7}  {'what':<16}{'seconds':>9}{'processor':>11}{columns}{'peak MiB':>10}"
             f"{'load':>7}"
         )
     for layers in args.depths:
         with tempfile.TemporaryDirectory(dir=args.work) as work:
             for row in measure(args.checkpoint, layers, Path(work), args):
-                rows.append({**row, "load": os.getloadavg()[0], "code_cpu_seconds": _of_code(row)})
+                rows.append({**row, "load": os.getloadavg()[0], "parts": parts_of(row)})
                 if not args.json:
+                    columns = "".join(f"{seconds:>18.1f}" for seconds in rows[-1]["parts"].values())
                     print(
                         f"{layers:>6}{row['gb']:>7.2f}  {row['what']:<16}{row['seconds']:>9.1f}"
-                        f"{row['cpu_seconds']:>11.1f}{_of_code(row):>7.1f}{row['peak_mib']:>10.0f}"
+                        f"{row['cpu_seconds']:>11.1f}{columns}{row['peak_mib']:>10.0f}"
                         f"{rows[-1]['load']:>7.1f}",
                         flush=True,
                     )

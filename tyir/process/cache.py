@@ -8,13 +8,16 @@
     FOLDER/CACHEDIR.TAG             for programs that make back-ups (bford.info/cachedir)
     FOLDER/pieces/e3/e3b0...        a piece, called by the SHA-256 of its bytes
     FOLDER/keys/3f/3fa9...-e3b0...  an empty file: the hash of what a piece was made from, and the piece
+    FOLDER/seen/e3/e3b0...          what tells the piece's file from others, as of when its bytes were right
 
 Files appear by rename or by link, complete or not at all, so any number of processes may use one cache.
 A piece is believed only when nobody but the user could have written it (owner and permissions of the folders
 and of the piece), and only as far as its bytes have the SHA-256 that it is called by: what is damaged is
 removed and made again.  Large pieces are hard links where the file system has them, read-only ones, which
-cost neither time nor space; small ones are copied.  When there is more than `limit` bytes of pieces that
-nobody else has a link to, those that have not been used for longest go.
+cost neither time nor space; small ones are copied.  The bytes of a linked one are not read again within a day
+of when they were right, as long as the machine has not been started anew and the file has its size and time
+of change, which lies so far back that a later change would have given it another.  When there is more than
+`limit` bytes of pieces that nobody else has a link to, those that have not been used for longest go.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -40,7 +44,10 @@ __all__ = ["DEFAULT_LIMIT", "Cache", "cache_key", "default_folder"]
 
 DEFAULT_LIMIT: Final = 20 << 30  # bytes
 _LINKED: Final = 1 << 20  # bytes from which on a piece is linked, not copied
+_BELIEVED: Final = 24 * 3600.0  # seconds for which bytes that were right are not read again
+_TICK: Final = 2_000_000_000  # nanoseconds after which every file system gives a change another time
 _STALE: Final = 24 * 3600.0  # seconds after which a temporary file is nobody's any more
+_NOTE: Final = 1000  # characters
 _KEY: Final = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})")
 _TEMPORARY: Final = ".part-"
 _TAG: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# The cache of tyir-compile; it may be deleted.\n"
@@ -76,7 +83,7 @@ class Cache:
         """
         elsewhere = "use --cache-dir with a folder of your own, or --no-cache"
         try:
-            for each in (folder, folder / "pieces", folder / "keys"):
+            for each in (folder, folder / "pieces", folder / "keys", folder / "seen"):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if (problem := _not_ours(each.stat())) is not None:
                     raise TyirError(f"the cache folder {each} {problem}", help=elsewhere)
@@ -107,7 +114,11 @@ class Cache:
             return False
         try:
             status = os.fstat(descriptor)
-            if not _link(piece, path, status):
+            if linked := _link(piece, path, status):
+                if self._is_as_seen(sha256, status):
+                    _used(piece)
+                    return True
+            else:
                 _copy(descriptor, path)
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -118,6 +129,8 @@ class Cache:
             os.close(descriptor)
         _used(piece)
         if _sha256_of(path) == sha256:
+            if linked:
+                self._see(sha256, status, read=True)
             return True
         path.unlink(missing_ok=True)
         piece.unlink(missing_ok=True)  # damaged
@@ -143,7 +156,8 @@ class Cache:
     def put(self, key: str | None, path: Path, sha256: str | None = None) -> None:
         """Keep the file `path`, of this SHA-256 if that is known, as the piece of a key.
 
-        A file that becomes a link is read-only from then on.  Whatever the system refuses is no error: the
+        A file that becomes a link is read-only from then on; its bytes are believed when it is put a second
+        time, unchanged, with a tick of the clock in between.  Whatever the system refuses is no error: the
         piece is then made again next time.
         """
         with contextlib.suppress(OSError):
@@ -152,6 +166,7 @@ class Cache:
                 if not self.has(digest):
                     self._add(path, digest)
                 self._name(key, digest)
+                self._see(digest, self._piece(digest).lstat(), read=False)
 
     def write(self, key: str, data: bytes) -> None:
         """Keep bytes as the piece of a key."""
@@ -181,6 +196,37 @@ class Cache:
             name = self.folder / "keys" / key[:2] / f"{key}-{digest}"
             name.parent.mkdir(mode=0o700, exist_ok=True)
             name.touch(mode=0o400)
+
+    def _see(self, sha256: str, status: os.stat_result, *, read: bool) -> None:
+        """Note that a file has the bytes of a piece now; `read`: they have just been read.
+
+        What says otherwise stays unless they have: who puts a piece has hashed it some time before.
+        """
+        if status.st_size < _LINKED:
+            return
+        note = self._note(sha256)
+        with contextlib.suppress(OSError):
+            known = _text_of(note)
+            if known == _identity(status):
+                os.utime(note)
+            elif read or known is None:
+                note.parent.mkdir(mode=0o700, exist_ok=True)
+                self._publish(note, _identity(status).encode())
+
+    def _is_as_seen(self, sha256: str, status: os.stat_result) -> bool:
+        """Whether the bytes of a file were right within a day, and it has not changed since."""
+        note = self._note(sha256)
+        try:
+            if _not_ours(note.parent.lstat()) is not None or _text_of(note) != _identity(status):
+                return False
+            seen = note.lstat()
+        except OSError:
+            return False
+        fresh = 0 <= time.time() - seen.st_mtime <= _BELIEVED
+        return fresh and seen.st_mtime_ns - status.st_mtime_ns >= _TICK  # two times of one file system
+
+    def _note(self, sha256: str) -> Path:
+        return self.folder / "seen" / sha256[:2] / sha256
 
     def _named(self, key: str) -> Iterator[str]:
         """The pieces of a key, in folders that nobody but the user could have written."""
@@ -232,6 +278,9 @@ class Cache:
         for path in _below(self.folder / "keys"):
             if not self.has(path.name.partition("-")[2]):
                 path.unlink(missing_ok=True)
+        for path in _below(self.folder / "seen"):
+            if not self.has(path.name):
+                path.unlink(missing_ok=True)
 
     def _publish(self, piece: Path, content: Path | bytes) -> None:
         piece.parent.mkdir(mode=0o700, exist_ok=True)
@@ -255,6 +304,30 @@ def _below(folder: Path) -> Iterator[Path]:
     for each in folder.iterdir():
         if len(each.name) == 2 and each.is_dir():
             yield from each.iterdir()
+
+
+def _identity(status: os.stat_result) -> str:
+    """What tells a file from others, and from what it was before: not links, which change its st_ctime."""
+    numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return " ".join((*map(str, numbers), _boot()))
+
+
+@functools.cache
+def _boot() -> str:
+    """Since when the machine runs: what was written before it stopped may not be what is on the disk."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _text_of(note: Path) -> str | None:
+    """What a note of one's own says; None where there is none."""
+    try:
+        with open(_open(note), encoding="utf-8", errors="replace") as file:
+            return file.read(_NOTE)
+    except OSError:
+        return None
 
 
 def _sha256_of(path: Path) -> str:
