@@ -13,7 +13,7 @@ meaning (on the same files), `edge10` the command program on modelled memories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.long_rope import FACT as LONG_ROPE
+from tyir.artifacts.long_rope import LongRope
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.lockstep import Links
@@ -35,7 +37,7 @@ from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.recall import Recall
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, choose, greedy, logsumexp
-from tyir.runtime_sim.session.saved_cache import read_cache, saved_bytes, write_cache
+from tyir.runtime_sim.session.saved_cache import Kind, read_cache, saved_bytes, write_cache
 from tyir.runtime_sim.session.token_ids import checked_ids
 
 __all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
@@ -148,6 +150,9 @@ class Session:
         )
         self._step = FiniteSteps(self.engine)
         self._chunks = DualChunk.used(self.manifest.model, self.capacity)
+        self._ropes = LongRope.used(self.manifest.model, self.capacity)
+        self._long = False  # whether what is cached was turned by the long frequencies
+        self._expected = 0  # tokens that the conversation was said to come to
         self._choice = None if dense or group is not None else self.manifest.options.choice
         self.recall = Recall()  # of prompt steps since the cache was empty that left blocks out and measured
         self.tokens: list[int] = []
@@ -167,7 +172,16 @@ class Session:
         """Start over with an empty cache."""
         self.tokens.clear()
         self.recall = Recall()
+        self._expected = 0
         self.engine.reset()
+
+    def expect(self, length: int) -> None:
+        """Say to how many tokens the conversation will come, before its first: models with two rotary tables
+        (`tyir.artifacts.long_rope`) turn all of its keys by those of that length, as `generate` has it for
+        its prompt and limit.  Where nothing is said, the tokens given so far decide; a conversation that
+        outgrows the short table is computed anew with the long one.
+        """
+        self._expected = min(length, self.capacity)
 
     def rewind(self, count: int) -> None:
         """Keep the first `count` tokens and forget the rest; what follows is computed anew."""
@@ -188,7 +202,8 @@ class Session:
 
     def _new_of(self, ids: Sequence[int]) -> Sequence[int]:
         """Keep what the cache shares with `ids`; the tokens that are still to be computed."""
-        self.rewind(self.shared_prefix(ids))
+        same = self._ropes is None or self._long == self._ropes.is_long(max(len(ids), self._expected))
+        self.rewind(self.shared_prefix(ids) if same else 0)
         return ids[len(self.tokens) :]
 
     def shared_prefix(self, ids: Sequence[int]) -> int:
@@ -211,16 +226,30 @@ class Session:
         `TyirError` when the weights have been written to since the artifacts were opened.
         """
         self.artifacts.unchanged()
-        write_cache(path, self.artifacts, self.tokens, self.engine.caches())
+        write_cache(path, self.artifacts, self.tokens, self.engine.caches(), self._beside())
+
+    def _beside(self) -> dict[str, Array]:
+        """What is to be known of cached tokens besides their keys and values."""
+        return {} if self._ropes is None else {LONG_ROPE: np.array(self._long)}
+
+    def _kinds(self) -> dict[str, Kind]:
+        """Shapes and types of `_beside`."""
+        return {} if self._ropes is None else {LONG_ROPE: ((), np.dtype(bool))}
+
+    def _restored(self, tokens: list[int], beside: Mapping[str, Array]) -> None:
+        """Go on with tokens and what was saved beside them."""
+        self.tokens = tokens
+        self._expected = 0
+        self._long = LONG_ROPE in beside and bool(beside[LONG_ROPE])
 
     def restore(self, path: Path) -> None:
         """Continue where `save` stopped.
 
         `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
         """
-        tokens, caches, _ = read_cache(path, self.artifacts)
+        tokens, caches, beside = read_cache(path, self.artifacts, self._kinds())
         self.engine.load_caches(caches)
-        self.tokens = tokens
+        self._restored(tokens, beside)
 
     def feed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens to the cache; logits [len(ids), V] f32, row i predicting what follows ids[i].
@@ -268,6 +297,7 @@ class Session:
             raise TyirError(
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
             )
+        self._take_table(len(ids))
         first = len(self.tokens)
         options = self.manifest.options
         longest = max(options.seqlens)
@@ -286,6 +316,22 @@ class Session:
                     self.tokens += part
                 bar.advance(chunk.count)
                 yield rows
+
+    def _take_table(self, count: int) -> None:
+        """Have the rotary table that the conversation needs with `count` tokens more; what is cached is
+        computed anew if that is another than so far.
+        """
+        if self._ropes is None:
+            return
+        known = list(self.tokens)
+        long = self._ropes.is_long(max(len(known) + count, self._expected))
+        if not known:
+            self._long = long
+        elif long and not self._long:
+            self.rewind(0)
+            self.expect(max(len(known) + count, self._expected))
+            for _ in self._advance(known):
+                pass
 
     def _note_recall(self, chunk: Chunk) -> None:
         """Keep what a step that measures has seen, if it left something out."""
@@ -319,6 +365,9 @@ class Session:
         inputs: dict[str, Array] = {"pos": pos}
         if self._chunks is not None:
             inputs["temperature"] = np.full(len(pos), self._chunks.temperature(length), np.float32)
+        if self._ropes is not None:
+            rows = self._ropes.rows(chunk.start, chunk.seqlen, self._long, self.capacity)
+            inputs["rope_rows"] = np.tile(rows, (len(pos), 1))
         if self.manifest.options.embedding_as_input:
             return {"embeddings": self._embedding_table[padded], **inputs}
         return {"ids": padded, **inputs}
@@ -342,6 +391,7 @@ class Session:
         finite.
         """
         check_limit(limit)
+        self.expect(len(prompt) + limit)
         made = [self._sample(self._new_of(prompt), sampler)]
         if not limit:
             return

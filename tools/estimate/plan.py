@@ -20,7 +20,7 @@ from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Rows
+from tyir.dialects.kv import Rows, TakeRows
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
 from tyir.execution.entry_points import alias_of
 from tyir.frontends.adapters import base_of
@@ -193,7 +193,7 @@ class DieNeeds:
         rows = {
             g.symbol.leaf
             for e in function.body
-            if isinstance(e, (Embedding, Rows))
+            if isinstance(e, (Embedding, Rows, TakeRows))
             for g in [e.table.op]
             if isinstance(g, GetGlobal)
         }
