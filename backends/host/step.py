@@ -8,6 +8,9 @@ the file, i64 [n].  `workspace`: bytes for what lives between kernels, u8, of an
 64; how many says a second function, `step_workspace_bytes()`; a third, `step_program()`, says of
 which program the step is (`tyir.execution.step_identity`).  Tensors are `DLTensor*`, contiguous, on the CPU.
 
+Where no row of the results is wanted (all of the input `row` negative), what stands behind the layers is not computed
+and the outputs stay as they are (`tyir.execution.optional_tail`).
+
 Where dies meet, the step calls `exchange`, a C function of its caller's, with `context`:
 
     int32_t exchange(void *context, int32_t site, const void *operand, void *result)
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Final
 
 import numpy as np
@@ -37,6 +41,8 @@ from tyir.attributes import StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal, Reshape, tensor_type
+from tyir.execution.entry_points import arguments
+from tyir.execution.optional_tail import optional_tail
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
@@ -196,10 +202,17 @@ class _Emitter:
         self.step, self.frame, self.known = step, frame, known
         self.workspace, self.exchange, self.context = caller
 
-    def body(self) -> None:
+    def body(self, row: Any = None) -> None:
+        """All ops; what stands behind the layers only where a number of `row` says that a row is wanted."""
+        tail = [] if row is None else optional_tail(self.frame.function)
         for op in self.frame.function.body:
-            if not isinstance(op, Return):
+            if not isinstance(op, Return) and op not in tail:
                 self._op(op)
+        if tail:
+            wanted = [row[i] >= 0 for i in range(int(row.shape[0]))]
+            with T.If(reduce(T.Or, wanted)), T.Then():
+                for op in tail:
+                    self._op(op)
 
     def pointer(self, value: Value) -> Any:
         root = self.frame.root[value]
@@ -288,16 +301,18 @@ class _Step:
             T.func_name(STEP)
             T.func_attr({"global_symbol": STEP})
             known: dict[Value, Any] = {}
+            rows, row = arguments(self.entry, "row"), None
             for number, value in enumerate((*self.entry.args, *frame.made())):
                 t = tensor_type(value)
                 dtype = storage_dtype(t.element)
                 buffer = T.arg(f"p{number}", T.buffer(packed_shape(t), dtype.name, align=dtype.itemsize))
                 known[value] = buffer.data
+                row = buffer if value in rows else row
             self.table = T.arg("weights", T.buffer((max(len(self.order), 1),), "int64", align=8))
             workspace = T.arg("workspace", T.buffer((self.program.workspace_bytes(),), "uint8"))
             caller = (T.arg("exchange", T.handle()), T.arg("context", T.handle()))
             with T.attr(T.int32(0), "pragma_import_llvm", _HELPERS):
-                _Emitter(self, frame, known, (workspace, *caller)).body()
+                _Emitter(self, frame, known, (workspace, *caller)).body(row)
         return builder.get()
 
 

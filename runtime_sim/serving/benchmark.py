@@ -139,7 +139,8 @@ class SimulatedServer:
 
     def run(self, step: Step) -> float:
         position = max(start for start, feed in zip(step.starts, step.feeds) if feed)
-        return (self.predictor.between(step.seqlen, position) + self.predictor.host_ns) * 1e-9
+        device = self.predictor.between(step.seqlen, position, step.wanted)
+        return (device + self.predictor.host_ns) * 1e-9
 
     def costs(self) -> Mapping[int, float]:
         """Half way through the cache, as far as a step of a length fits there."""

@@ -86,6 +86,12 @@ class Step:
     def tokens(self) -> int:
         return sum(map(len, self.feeds))
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a token is chosen after it: not where all that it computes are prompts that go on."""
+        ends = [start + len(feed) for start, feed in zip(self.starts, self.feeds)]
+        return any(feed and end >= length for feed, end, length in zip(self.feeds, ends, self.lengths))
+
 
 class _Chunks:
     """The length of the first step of the cheapest way through a number of tokens.

@@ -58,7 +58,7 @@ class BatchSession:
         self.engine = (
             group.engine if group is not None else make_engine(engine, self.artifacts, probe, threads)
         )
-        self._step = FiniteSteps(self.engine)
+        self._step = FiniteSteps(self.engine, sees_caches=group is None)
         self._chunks = DualChunk.used(self.manifest.model, self.manifest.options.max_kv)
         self._ropes = LongRope.used(self.manifest.model, self.manifest.options.max_kv)
         self._long = [False] * self.manifest.options.batch  # what turned the keys of each
@@ -159,7 +159,8 @@ class BatchSession:
     ) -> list[dict[str, Array]]:
         """One step of a compiled length: append at most `seqlen` tokens to each sequence; its outputs by
         name, [n, ..] each.  Of programs that return the last row alone those are [1, ..] ([0, ..] of a
-        sequence that waits), unless `every` row is wanted: the step then runs once for each.
+        sequence that waits, or whose prompt goes on after the step), unless `every` row is wanted: the step
+        then runs once for each.
 
         `lengths`: of the sequences, the tokens that are still to come of their prompts included; None when
         none are.  With dual chunk attention a part ends at a chunk's border at the latest.  `most`: tokens
@@ -183,7 +184,11 @@ class BatchSession:
         if every and self.manifest.options.takes_row(seqlen):
             rows = self._each_row(inputs, chunk, counts)
         else:
-            outputs = self._step(inputs, chunk, counts)
+            fed = counts
+            if self.manifest.options.takes_row(seqlen):
+                ended = [len(known) + n >= w for known, n, w in zip(self.tokens, counts, whole)]
+                counts = [n if end else 0 for n, end in zip(counts, ended)]
+            outputs = self._step(inputs, chunk, counts, fed)
             rows = [
                 {name: array[number, :count] for name, array in outputs.items()}
                 for number, count in enumerate(counts)

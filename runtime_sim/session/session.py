@@ -13,7 +13,9 @@ meaning (on the same files), `edge10` the command program on modelled memories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +59,11 @@ class Engine(Protocol):
         """Run one chunk; the main die's outputs by name, caches excepted, each [b, seqlen, ..].
 
         `inputs` by name are `pos` and `ids` or `embeddings`, padded to `chunk.seqlen`.
+        """
+
+    def begin(self, inputs: dict[str, Array], chunk: Chunk) -> Callable[[], dict[str, Array]]:
+        """Begin a step behind those that were begun before; what is returned waits for its end and returns
+        what `step` does.
         """
 
     def reset(self) -> None:
@@ -148,7 +155,7 @@ class Session:
         self.engine = (
             group.engine if group is not None else make_engine(engine, self.artifacts, probe, threads)
         )
-        self._step = FiniteSteps(self.engine)
+        self._step = FiniteSteps(self.engine, sees_caches=group is None)
         self._chunks = DualChunk.used(self.manifest.model, self.capacity)
         self._ropes = LongRope.used(self.manifest.model, self.capacity)
         self._long = False  # whether what is cached was turned by the long frequencies
@@ -287,8 +294,8 @@ class Session:
 
     def _advance(self, ids: Sequence[int], *, every: bool = False) -> Iterator[dict[str, Array]]:
         """Run tokens through the program, chunk by chunk; the outputs of each by name, [its tokens, ..],
-        all of them finite.  Of programs that return a chunk's last row alone that is [1, ..], unless `every`
-        row is wanted.
+        all of them finite.  Of programs that return a chunk's last row alone that is [1, ..] of the last
+        chunk and [0, ..] of those before, which compute none, unless `every` row is wanted.
 
         A chunk's tokens are in the cache when its outputs are given: whoever stops there may go on later.
         """
@@ -306,16 +313,69 @@ class Session:
         chunks = plan_chunks(
             len(ids), first, options.dense_seqlens, self.capacity, self._chunks, sparse=sparse
         )
-        with Bar("prompt", len(ids), "token", show=shown) as bar:
+        apart = not every and options.steps_ahead
+        steps = self._in_stages(chunks, ids) if apart else self._in_turn(chunks, ids, every)
+        with Bar("prompt", len(ids), "token", show=shown) as bar, closing(steps):
+            for count, rows in steps:
+                bar.advance(count)
+                yield rows
+
+    def _in_turn(
+        self, chunks: Iterable[Chunk], ids: Sequence[int], every: bool
+    ) -> Generator[tuple[int, dict[str, Array]]]:
+        """Chunks one after the other: how many tokens, and their rows."""
+        first = len(self.tokens)
+        for chunk in chunks:
+            part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
+            with interrupts_wait():
+                inputs = self._inputs(part, chunk, first + len(ids))
+                last = every or chunk.start + chunk.count == first + len(ids)
+                rows = _joined(self._step_to(inputs, upto, last) for upto in self._parts(chunk, every))
+                self._note_recall(chunk)
+                self.tokens += part
+            yield chunk.count, rows
+
+    def _in_stages(
+        self, chunks: Iterable[Chunk], ids: Sequence[int]
+    ) -> Generator[tuple[int, dict[str, Array]]]:
+        """The same with several under way, so that each stage of dies works on another.  Who stops has those
+        under way finished, and their tokens in the cache.
+        """
+        first = len(self.tokens)
+        begun: deque[tuple[list[int], Callable[[], dict[str, Array]]]] = deque()
+        try:
             for chunk in chunks:
                 part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
                 with interrupts_wait():
                     inputs = self._inputs(part, chunk, first + len(ids))
-                    rows = _joined(self._step_to(inputs, upto) for upto in self._parts(chunk, every))
-                    self._note_recall(chunk)
-                    self.tokens += part
-                bar.advance(chunk.count)
-                yield rows
+                    last = chunk.start + chunk.count == first + len(ids)
+                    begun.append((part, self._begin(inputs, chunk, last)))
+                if len(begun) > self.manifest.options.steps_ahead:
+                    yield self._ended(begun)
+            while begun:
+                yield self._ended(begun)
+        finally:
+            while begun:
+                self._ended(begun)
+
+    def _ended(
+        self, begun: deque[tuple[list[int], Callable[[], dict[str, Array]]]]
+    ) -> tuple[int, dict[str, Array]]:
+        """The first of the steps under way, which is waited for; of those behind one that fails nothing is
+        kept.
+        """
+        with interrupts_wait():
+            part, end = begun.popleft()
+            try:
+                rows = end()
+            except BaseException:
+                for _, other in begun:
+                    with suppress(Exception):
+                        other()
+                begun.clear()
+                raise
+            self.tokens += part
+            return len(part), rows
 
     def _take_table(self, count: int) -> None:
         """Have the rotary table that the conversation needs with `count` tokens more; what is cached is
@@ -350,11 +410,27 @@ class Session:
         for count in (chunk.count,) if once else range(1, chunk.count + 1):
             yield replace(chunk, count=count)
 
-    def _step_to(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """What a step returns of the first `chunk.count` of its rows, by name."""
-        counts = [chunk.count if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
-        outputs = self._step(inputs, chunk, counts)
-        return {name: array[self.sequence, : chunk.count] for name, array in outputs.items()}
+    def _step_to(self, inputs: dict[str, Array], chunk: Chunk, wanted: bool) -> dict[str, Array]:
+        """What a step returns of the first `chunk.count` of its rows, by name; of a program that returns one
+        row nothing where it is not `wanted`.
+        """
+        counts = self._used(chunk, wanted)
+        return self._own(self._step(inputs, chunk, counts, self._used(chunk, True)), counts)
+
+    def _begin(self, inputs: dict[str, Array], chunk: Chunk, wanted: bool) -> Callable[[], dict[str, Array]]:
+        """`_step_to`, begun behind those that were begun before."""
+        counts = self._used(chunk, wanted)
+        end = self._step.begin(inputs, chunk, counts, self._used(chunk, True))
+        return lambda: self._own(end(), counts)
+
+    def _used(self, chunk: Chunk, wanted: bool) -> list[int]:
+        """How many rows of each sequence of a step are used."""
+        used = 0 if not wanted and self.manifest.options.takes_row(chunk.seqlen) else chunk.count
+        return [used if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
+
+    def _own(self, outputs: Mapping[str, Array], counts: Sequence[int]) -> dict[str, Array]:
+        """Of a step's outputs those rows of this sequence that are used."""
+        return {name: array[self.sequence, : counts[self.sequence]] for name, array in outputs.items()}
 
     def _inputs(self, ids: list[int], chunk: Chunk, length: int) -> dict[str, Array]:
         """What a step of a conversation of `length` tokens, those to come included, is given."""
