@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.frontends.test_plan import compiled_bytes
 from tyir.artifacts.long_rope import LongRope
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions
@@ -18,6 +19,7 @@ from tyir.runtime_sim.serving.generation import Finish, Generation
 from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
 from tyir.tools.api import compile_path
+from tyir.tools.estimate.plan import make_plan
 from tyir.tools.verify.compare import LayerStates, Reference, check_prompt
 from tyir.tools.verify.locate import locate
 
@@ -201,6 +203,13 @@ def test_a_cache_within_the_short_length_has_one_table(phi: Path, tmp_path: Path
         text = str(module)
         assert f'"{taken}"' in text
         assert f"tensor<{rows}x8xf16>" in text
+
+
+def test_plans_count_both_tables(phi: Path, artifacts: Path) -> None:
+    plan = make_plan(phi, BuildOptions(dies=2, seqlens=(1, 8), max_kv=CAPACITY))
+    for die, need in enumerate(plan.dies):
+        found, cached, _ = compiled_bytes(artifacts, die, 8)
+        assert (need.weights, need.kv_cache) == (found, cached)
 
 
 @pytest.mark.parametrize(

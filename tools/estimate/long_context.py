@@ -112,7 +112,7 @@ def _steps(
     standing_for, layers = _trial(shape, options)
     module = few_layers(shape, layers, head=head and not overlapped)
     choice = options.choice if length == max(options.seqlens) else None
-    lengths = (length,) if choice is None else (1, length)
+    lengths = (length,) if choice is None else (*options.dense_seqlens, length)
     trial = replace(options, seqlens=lengths, sparse_prefill=() if choice is None else choice.numbers)
     programs = _programs(module, shape, trial, machine)
     bends = () if choice is None else (choice.bend,)
