@@ -20,6 +20,7 @@ import numpy as np
 
 from tyir.artifacts.dual_chunk import CONFIG_KEY, DualChunk
 from tyir.artifacts.json_attributes import to_attribute
+from tyir.artifacts.long_rope import FACT as LONG_ROPE
 from tyir.artifacts.rope_scaling import RECORDED, scaled_config
 from tyir.attributes import Attribute, DenseElementsAttr, DictAttr, FloatAttr, StringAttr
 from tyir.diagnostics import Diagnostic, TyirError, kind_of
@@ -112,8 +113,9 @@ def import_model(
     `@main(%input_ids: tensor<1x?xi64>, %position_ids: tensor<1x?xi64>) -> tensor<1x?xVx{dtype}>`.  Weights
     stay in the folder (`ty.global`). `note` receives warnings (stray tensors).  `check_weights` reads them
     all; `plugin` says how a checkpoint of one's own is read. `positions`: tokens the cache will hold.  Rotary
-    frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long,
-    for every prompt: keys in a cache cannot be turned again when it grows.  `images`: of a vision-language
+    frequencies that change with the length (rope types dynamic and longrope) are those of a prompt that long:
+    keys in a cache cannot be turned again when it grows; of longrope the module says the short ones as well
+    (`tyir.artifacts.long_rope`).  `images`: of a vision-language
     model the sizes (width, height) of pictures; one function `@visual_{W}x{H}(%patches)` for each grid among
     them stands beside `@main`, its language model (`tyir.frontends.vision`).  `base`: the folder of the base
     model, when `folder` holds a LoRA adapter whose config does not say it, or of the Llama that a LLaVA's
@@ -334,7 +336,7 @@ def _rope_note(limit: int, kind: str, positions: int | None) -> str | None:
             f"rope_type '{kind}' has other frequencies beyond {limit} tokens; those up to there are imported"
             f" (--max-kv {limit} at most)"
         )
-    if positions <= limit:
+    if positions <= limit or kind == "longrope":  # of which both tables are kept
         return None
     return (
         f"rope_type '{kind}' has other frequencies beyond {limit} tokens: a cache of {positions} takes those"
@@ -567,7 +569,7 @@ def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     """The facts of config.json that later stages need, with transformers' defaults filled in: those of the
     language model, and the whole's own name.
     """
-    from tyir.frontends.torch_export import position_limit
+    from tyir.frontends.torch_export import long_rope_of, position_limit
 
     # getattr, not to_dict: it also finds what a configuration class calls by another name (n_embd for
     # hidden_size).
@@ -577,6 +579,8 @@ def _model_attribute(checkpoint: Checkpoint, meta: MetaModel) -> DictAttr:
     facts = {key: value for key, value in found.items() if value is not None}
     if (limit := position_limit(text)) is not None:
         facts["max_position_embeddings"] = max(limit[0], meta.positions or 0)
+    if (both := long_rope_of(meta)) is not None:
+        facts[LONG_ROPE] = both.facts()
     if (chunks := DualChunk.of_config(checkpoint.config)) is not None:  # transformers' models do not read it
         facts[CONFIG_KEY] = chunks.facts()
     if "hidden_size" in facts and "num_attention_heads" in facts:

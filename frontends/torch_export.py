@@ -11,7 +11,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tyir.artifacts.long_rope import LongRope
 from tyir.artifacts.rope_scaling import CHANGING
 from tyir.artifacts.vision import ImageSize
 from tyir.diagnostics import Diagnostic, TyirError, did_you_mean
@@ -300,9 +301,13 @@ def _changing_rope(model: torch.nn.Module) -> list[Any]:
 
 def freeze_rope(model: torch.nn.Module, positions: int | None) -> None:
     """Give the rotary embeddings of a model on the CPU the frequencies they take for a prompt of `positions`
-    tokens, and keep them for all prompts.
+    tokens, and keep them for all prompts, until it is called again.
     """
-    for module in _changing_rope(model):
+    for module in model.modules():
+        kind = getattr(module, "frozen_rope_type", getattr(module, "rope_type", None))
+        if kind not in CHANGING:
+            continue
+        module.frozen_rope_type = module.rope_type = kind
         if positions is not None:
             module(
                 torch.zeros(1), torch.tensor([[positions - 1]])
@@ -330,6 +335,19 @@ def position_limit(config: Any) -> tuple[int, str] | None:
                 )
             )
     return min(limits, default=None)
+
+
+def long_rope_of(meta: MetaModel) -> LongRope | None:
+    """The short rotary frequencies of a model that is imported with its long ones; None of others, and where
+    kinds of layers have frequencies of their own.
+    """
+    limit = position_limit(meta.text_config)
+    entry = getattr(meta.text_config, "rope_parameters", None) or {}
+    if limit is None or entry.get("rope_type") != "longrope" or (meta.positions or 0) <= limit[0]:
+        return None
+    name = next(name for name, module in meta.model.named_modules() if hasattr(module, "original_inv_freq"))
+    short = real_buffer(replace(meta, positions=limit[0]), f"{name}.inv_freq")
+    return LongRope(limit[0], tuple(short.astype(np.float32).tolist()))
 
 
 def export_model(meta: MetaModel) -> torch.export.ExportedProgram:

@@ -27,6 +27,12 @@ D/2], row = slot, which the caller fills once per request; slots and chunks stay
 towers, `tyir.vision`, all positions of a token are its slot.)  Further
 arguments of the step (addends of a picture's features) stay arguments.
 
+A model with two sets of frequencies (`tyir.artifacts.long_rope`) whose cache holds more tokens than the short ones
+are for has both in one table, and a step is told which rows, each sequence its own:
+
+      %table_cos, %table_sin = ty.rope_table {positions = CAP, short_positions = T}
+      %cos = kv.take_rows(%table_cos, %rope_rows: tensor<1x?xi32>)
+
 A model whose facts (`tyir.model`) have a `dual_chunk_attention_config` is compiled with dual chunk attention where
 the cache holds more tokens than it was trained for (`tyir.artifacts.dual_chunk`); up to there plain attention is
 the same.  The step then takes a `temperature` [1] f32:
@@ -44,9 +50,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from tyir.artifacts.dual_chunk import DualChunk
 from tyir.artifacts.json_attributes import to_json
-from tyir.attributes import DictAttr
+from tyir.artifacts.long_rope import LongRope
+from tyir.attributes import DenseElementsAttr, DictAttr
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.kv import (
@@ -55,6 +64,7 @@ from tyir.dialects.kv import (
     DualChunkAttention,
     QuantizeRows,
     Rows,
+    TakeRows,
     cache_shape,
 )
 from tyir.dialects.ty import (
@@ -152,13 +162,23 @@ class KvMaterialize(Pass):
             addend.replace_all_uses_with(given)
             names.append(str(given.name))
             roles.append("addend")
-        chunks = DualChunk.used(_model_facts(function), self.max_kv)
+        facts = _model_facts(function)
+        chunks = DualChunk.used(facts, self.max_kv)
         far = _Far(chunks, block.add_arg(TensorType((batch,), f32), "temperature")) if chunks else None
         if far is not None:
             names.append("temperature")
             roles.append("temperature")
+        both = LongRope.of_model(facts)
+        numbers = None
+        if both is not None and LongRope.used(facts, self.max_kv) is not None:
+            numbers = block.add_arg(TensorType((batch, tokens), i32), "rope_rows")
+            names.append("rope_rows")
+            roles.append("rope_rows")
         for angles in list(function.walk_type(RopeAngles)):
-            self._tabulate(angles, pos, entry, far)
+            if both is None:
+                self._tabulate(angles, pos, entry, far)
+            else:
+                self._tabulate_both(angles, pos, entry, both, numbers)
         for lookup in [e for e in function.walk_type(Embedding) if e.ids is position_ids]:
             self._learned_positions(lookup, pos, entry)
         for number, attention in enumerate(list(function.walk_type(Attention))):
@@ -234,6 +254,43 @@ class KvMaterialize(Pass):
         near = rows(step)
         far.angles[near[0]] = (rows(step, step), rows(1, far.chunks.last))
         angles.replace_with(near)
+
+    def _tabulate_both(
+        self, angles: RopeAngles, pos: Value, like: Value, both: LongRope, numbers: Value | None
+    ) -> None:
+        """The long and the short frequencies' table, of which the rows `numbers` are taken; without these
+        the short ones' alone.
+        """
+        long = angles.inv_freq.to_numpy()
+        turned = len(both.short)
+        if len(long) < turned or long[turned:].any():
+            raise TyirError(
+                Diagnostic(
+                    f"the model says {turned} short rotary frequencies, the graph has {len(long)} of another"
+                    " kind",
+                    where=str(angles.loc),
+                    help="import the model again for no more tokens than its short frequencies are for",
+                )
+            )
+        short = np.zeros_like(long)
+        short[:turned] = both.short
+        kept: dict[str, Any] = {"scale": angles.scale, "element": angles.element, "loc": angles.loc}
+        if numbers is None:
+            table = RopeTable(inv_freq=DenseElementsAttr.from_numpy(short), positions=self.max_kv, **kept)
+        else:
+            table = RopeTable(
+                inv_freq=angles.inv_freq,
+                positions=self.max_kv,
+                short=DenseElementsAttr.from_numpy(short),
+                short_positions=both.original,
+                **kept,
+            )
+        carry(table, angles).insert_before(angles)
+        rows = [
+            Rows(t, pos, like, loc=angles.loc) if numbers is None else TakeRows(t, numbers, loc=angles.loc)
+            for t in table.results
+        ]
+        angles.replace_with([carry(op, angles).insert_before(angles).result for op in rows])
 
     def _take_tables(self, angles: RopeAngles, pos: Value, like: Value, tables: list[Value]) -> None:
         """Rows of tables that the caller gives, for positions on several axes; all layers share them."""

@@ -8,7 +8,7 @@ business: the reference evaluator calls the op's own `evaluate`; the runtime's c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -104,7 +104,8 @@ def _lookup(start: Op, named: Callable[[Module], Iterable[Op]]) -> Op | None:
 class Interpreter:
     """Runs functions of one module (one die).
 
-    `constants` maps symbol names to arrays and is consulted before `weights`.
+    `constants` maps symbol names to arrays and is consulted before `weights`.  `skipped`: ops of functions
+    that are left out of the next run, on all dies alike; their results are zeros.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Interpreter:
         self.constants = dict(constants or {})
         self.evaluator = evaluator
         self.probe = probe
+        self.skipped: Collection[Op] = ()
         self._uses: dict[Block, dict[Op, list[Value]]] = {}
         self._functions: dict[str, func.Func] = {
             op.sym_name: op for op in module.body if isinstance(op, func.Func)
@@ -145,6 +147,9 @@ class Interpreter:
         if last_use is None:
             last_use = self._uses[block] = _last_uses(block)
         for op in block:
+            if op in self.skipped:
+                env.update((value, _zeros(value)) for value in op.results)
+                continue
             operands = [env[v] for v in op.operands]
             if op.has_trait(Terminator):
                 return tuple(operands)
@@ -194,6 +199,11 @@ class Interpreter:
         if self.weights is None:
             raise TyirError(f"weight @{name} is needed but no checkpoint was given")
         return self.weights.read(cast("TensorReference", target))
+
+
+def _zeros(value: Value) -> Array:
+    assert isinstance(value.type, TensorType)
+    return np.zeros(value.type.static_shape, storage_dtype(value.type.element))
 
 
 def _last_uses(block: Block) -> dict[Op, list[Value]]:

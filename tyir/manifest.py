@@ -156,6 +156,14 @@ class BuildOptions:
         blocks = self.token_blocks(0)
         return self.max_kv if blocks is None else blocks.rows(self.max_kv)
 
+    @property
+    def steps_ahead(self) -> int:
+        """How many of a prompt's steps are under way beside the one that is waited for: none where stages
+        wait for each other within a step, at the embedding, which is cut over all dies, or at the head.
+        """
+        apart = self.embedding_as_input and self.output_rows == "last" and self.choice is None
+        return self.pp if self.pp > 1 and apart else 0
+
     def takes_row(self, seqlen: int) -> bool:
         """Whether a step of this length returns one row of each sequence and is told which: the only one of a
         step of one token needs no naming.

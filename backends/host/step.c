@@ -18,12 +18,12 @@ typedef struct {
   void *context;
 } Caller;
 
-enum { END, KERNEL, CALL, MEET };        // what a row does
+enum { END, KERNEL, CALL, MEET, WANTED };  // what a row does
 enum { GIVEN, LOCAL, WEIGHT, NOTHING };  // what a reference is: the low bits of `number * 4 + kind`
 
 typedef struct {
   int64_t what;
-  int64_t target;    // a kernel, the rows of a function, or the number of a site
+  int64_t target;    // a kernel, the rows of a function, the number of a site, or of numbers in what is given
   int64_t count;     // of references
   int64_t pointers;  // of a call: where in the caller's frame its pointers lie, and where its own frame begins
   int64_t frame;
@@ -39,6 +39,14 @@ static void *pointer(int64_t reference, void *const *given, char *frame, const C
     case WEIGHT: return (void *)(intptr_t)caller->weights[number];
     default: return NULL;
   }
+}
+
+// Whether one of some numbers is not negative.
+static int any(const int32_t *numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (numbers[i] >= 0) return 1;
+  }
+  return 0;
 }
 
 static int32_t call(intptr_t kernel, int64_t count, void *const *p) {
@@ -62,6 +70,8 @@ static int walk(const int64_t *rows, void *const *given, char *frame, const Call
     } else if (row->what == CALL) {
       const int64_t *callee = (const int64_t *)(intptr_t)row->target;
       if (walk(callee, pointers, frame + row->frame, caller) != 0) return -1;
+    } else if (row->what == WANTED) {  // what follows is the optional tail
+      if (!any(pointers[0], row->target)) return 0;
     } else {  // a die that has nothing to go on with goes on: others wait to meet it, and its caller knows
       caller->exchange(caller->context, (int32_t)row->target, pointers[0], pointers[1]);
     }

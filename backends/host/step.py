@@ -8,6 +8,9 @@ the file, i64 [n].  `workspace`: bytes for what lives between kernels, u8, of an
 64; how many says a second function, `step_workspace_bytes()`; a third, `step_program()`, says of
 which program the step is (`tyir.execution.step_identity`).  Tensors are `DLTensor*`, contiguous, on the CPU.
 
+Where no row of the results is wanted (all of the input `row` negative), what stands behind the layers is not computed
+and the outputs stay as they are (`tyir.execution.optional_tail`).
+
 Where dies meet, the step calls `exchange`, a C function of its caller's, with `context`:
 
     int32_t exchange(void *context, int32_t site, const void *operand, void *result)
@@ -18,7 +21,7 @@ it, so that both may be null.
 
 **Code and tables.**  The code is `step.c`, the same for every program: it walks tables that are data of the library
 (`tables_of`), so that no compiler sees how many layers a model has.  A function of the IR is a table of rows, each a
-kernel, a function or a site with references to what it is given:
+kernel, a function, a site, or the end of a step that wants no row, with references to what it is given:
 
     given * 4          number `given` of the pointers that the function was called with
     offset * 4 + 1     a place in its frame
@@ -43,6 +46,8 @@ from tyir.attributes import StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal, Reshape, tensor_type
+from tyir.execution.entry_points import arguments
+from tyir.execution.optional_tail import optional_tail
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
@@ -53,7 +58,7 @@ __all__ = ["Program", "kernel_symbol", "step_code", "tables_of"]
 
 _ALIGNMENT: Final = 64  # of values in the workspace: a cache line
 _POINTER: Final = 8  # bytes
-_KERNEL, _CALL, _MEET = 1, 2, 3  # what a row does; 0 ends a table
+_KERNEL, _CALL, _MEET, _WANTED = 1, 2, 3, 4  # what a row does; 0 ends a table
 _GIVEN, _LOCAL, _WEIGHT, _NOTHING = range(4)  # what a reference is
 _FEW: Final = 16  # pointers that every step's code passes to a kernel
 _CODE: Final = Path(__file__).with_name("step.c")
@@ -243,10 +248,18 @@ class _Tables:
 
     def rows(self, frame: _Frame) -> Iterator[int | str]:
         """The words of a function's table."""
+        tail = optional_tail(frame.function)
         for op in frame.function.body:
+            if tail and op is tail[0]:
+                yield from self._wanted(frame)
             if not isinstance(op, (Return, Reshape, GetGlobal)):
                 yield from self._row(frame, op)
         yield 0
+
+    def _wanted(self, frame: _Frame) -> Iterator[int | str]:
+        """What ends the step before its tail, where no row is wanted."""
+        (row,) = arguments(frame.function, "row")
+        yield from (_WANTED, tensor_type(row).static_shape[0], 1, 0, 0, self._reference(frame, row))
 
     def _row(self, frame: _Frame, op: Op) -> Iterator[int | str]:
         what: tuple[int, int | str]

@@ -19,6 +19,7 @@ from tyir.dialects import edge10
 from tyir.dialects.kv import dequantize_rows
 from tyir.edge10.memory import KEPT, shared_problems
 from tyir.execution.lockstep import Layout, Links, Meet, Recv, Request, Send, drive
+from tyir.execution.optional_tail import rows_wanted
 from tyir.runtime_sim.execution.command_trace import Access, Observer
 from tyir.runtime_sim.execution.memory import DieMemory, Dram, RaceDetector
 from tyir.runtime_sim.execution.vector_functions import (
@@ -81,15 +82,15 @@ class FunctionalDie:
                 source = theirs[buffer.sym_name]
                 mine.stored[number] = other.memory.dram.stored[source]
 
-    def step(self, pos: Position) -> Generator[tuple[Command, Array], Array, None]:
+    def step(self, pos: Position, wanted: bool = True) -> Generator[tuple[Command, Array], Array, None]:
         """Run one step: yields (collective, the die's operand as bytes) and is sent what the collective
-        gives, as bytes.
+        gives, as bytes.  `wanted`: whether a row of its results is.
         """
         self.pos = pos
         self._races = RaceDetector()
         self.memory.sram.written[:] = False
         self.memory.acc.written[:] = False
-        for command in self.program.expand(pos):
+        for command in self.program.expand(pos, wanted=wanted):
             if self.check:
                 self._races.begin(command)
             if command.unit == "d2d":
@@ -493,12 +494,14 @@ def run_step(
     dies: Sequence[FunctionalDie], inputs: Mapping[str, Array], pos: Position, links: Links | None = None
 ) -> dict[str, Array]:
     """One step of all dies, or of those that `links` has here (`tyir.execution.lockstep`): fills the input
-    buffers, runs the programs, returns the output buffers of the first by name.
+    buffers, runs the programs, returns the output buffers of the first by name (zeros in what was never
+    written, where no row is wanted).
     """
+    wanted = rows_wanted(inputs.get("row"))
     for die in dies:
         for name, array in inputs.items():
             die.memory.dram.write_buffer(name, array)
-    drive([_requests(die.step(pos)) for die in dies], links)
+    drive([_requests(die.step(pos, wanted)) for die in dies], links)
     return _outputs(dies[0])
 
 

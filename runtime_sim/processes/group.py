@@ -460,6 +460,11 @@ class _GroupEngine:
             self._group.tell("step", inputs, chunk=[chunk.start, chunk.count, chunk.seqlen])
             return self._own.step(inputs, chunk)
 
+    def begin(self, inputs: dict[str, Array], chunk: Chunk) -> Callable[[], dict[str, Array]]:
+        """`step`: done here when this returns, while other processes may still be at work on it."""
+        outputs = self.step(inputs, chunk)
+        return lambda: outputs
+
     def reset(self) -> None:
         """Forget the caches."""
         self._group.tell("reset")

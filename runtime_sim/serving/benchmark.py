@@ -139,7 +139,8 @@ class SimulatedServer:
 
     def run(self, step: Step) -> float:
         position = max(start for start, feed in zip(step.starts, step.feeds) if feed)
-        return (self.predictor.between(step.seqlen, position) + self.predictor.host_ns) * 1e-9
+        device = self.predictor.between(step.seqlen, position, step.wanted)
+        return (device + self.predictor.host_ns) * 1e-9
 
     def costs(self) -> Mapping[int, float]:
         """Half way through the cache, as far as a step of a length fits there."""
@@ -174,7 +175,7 @@ class MeasuredServer:
         start = time.perf_counter()
         for slot, position in enumerate(step.starts):
             self.session.rewind(slot, position)
-        self.session.step(step.feeds, step.seqlen, step.lengths)
+        self.session.step(step.feeds, step.seqlen, step.lengths, most=step.most)
         return time.perf_counter() - start
 
     def costs(self) -> Mapping[int, float]:
@@ -237,7 +238,8 @@ class _Running:
     def task(self) -> Task:
         """Its prompt, which no other's begins like: caches of other requests are of no use."""
         rest = [1 + i % _TOKENS for i in range(self.request.prompt)]
-        return Task(rest, salt=str(self.number))
+        most = self.request.prompt + self.request.output
+        return Task(rest, salt=str(self.number), most=most)
 
 
 def serve(

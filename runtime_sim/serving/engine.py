@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.long_rope import LongRope
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.serving.generation import Finish, Generation
 from tyir.runtime_sim.serving.scheduler import Scheduler, Step, Task
@@ -83,6 +84,7 @@ class Engine:
             long_share=long_share,
             copies=True,
             chunks=DualChunk.used(session.manifest.model, options.max_kv),
+            ropes=LongRope.used(session.manifest.model, options.max_kv),
         )
         self.failed: str | None = None
         self.observer = observer or Observer()
@@ -213,7 +215,7 @@ class Engine:
             session.begin(one.pictures)  # such artifacts run one sequence
             start, count = step.starts[0], len(feeds[0])
             feeds = (tuple([*one.prompt, *one.made][start : start + count]),)
-        return session.step(feeds, step.seqlen, step.lengths)
+        return session.step(feeds, step.seqlen, step.lengths, most=step.most)
 
     def _hear(self, generation: Generation, start: int, outputs: Mapping[str, Array], ready: bool) -> None:
         """What a step says to one request; an error of its own ends it and no other."""

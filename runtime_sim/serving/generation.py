@@ -112,6 +112,7 @@ class Generation:
             self.after.task if self.after is not None else None,
             whole=self.score_prompt,
             salt=self.salt,
+            most=len(self.prompt) + self.limit,
         )
         self._choose = Chooser(self.sampling, self.prompt, self.constraint)
         self._scored: list[Scored] = [Scored(self.prompt[0])] if self.score_prompt and self.prompt else []

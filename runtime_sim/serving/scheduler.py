@@ -17,6 +17,7 @@ from itertools import takewhile
 from typing import Final
 
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.long_rope import LongRope
 from tyir.diagnostics import TyirError
 from tyir.runtime_sim.session.chunks import length_for
 
@@ -35,12 +36,14 @@ class Task:
 
     `after`: a task whose prompt is the same, and is worth waiting for.  `whole`: no row of the prompt may be
     taken from a cache, because all of them are read.  `salt`: caches are shared among tasks of one salt.
+    `most`: tokens that prompt and answer may come to, 0 for those of the prompt.
     """
 
     prompt: Sequence[int]
     after: Task | None = None
     whole: bool = False
     salt: str = ""
+    most: int = 0
     ids: list[int] = field(init=False)
     computed: int = field(default=0, init=False)  # of `ids`, in the slot's cache
     cached: int = field(default=0, init=False)  # of the prompt, that the cache held already
@@ -77,10 +80,17 @@ class Step:
     feeds: tuple[tuple[int, ...], ...]
     copies: tuple[Copy, ...] = ()
     lengths: tuple[int, ...] = ()  # of the slots, what is still to come of their prompts included
+    most: tuple[int, ...] = ()  # that the slots' answers may come to
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.feeds))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a token is chosen after it: not where all that it computes are prompts that go on."""
+        ends = [start + len(feed) for start, feed in zip(self.starts, self.feeds)]
+        return any(feed and end >= length for feed, end, length in zip(self.feeds, ends, self.lengths))
 
 
 class _Chunks:
@@ -115,7 +125,8 @@ class Scheduler:
     `most_waiting`: requests that may wait beside those that have a slot; `most_waiting_tokens`: of their
     prompts.  `long_share`: how many of the steps may be longer than the shortest while somebody is being
     answered.  `costs`: of a step by its length, equal without.  `copies`: whether rows can be copied from
-    one slot to another.  `chunks`: borders that no slot's part of a step crosses.
+    one slot to another.  `chunks`: borders that no slot's part of a step crosses.  `ropes`: by
+    which of two tables a task's keys are turned; caches are shared among tasks of one.
     """
 
     def __init__(
@@ -130,6 +141,7 @@ class Scheduler:
         costs: Mapping[int, float] | None = None,
         copies: bool = False,
         chunks: DualChunk | None = None,
+        ropes: LongRope | None = None,
     ) -> None:
         if not 0 < long_share <= 1:
             raise TyirError(
@@ -140,7 +152,7 @@ class Scheduler:
         self.waiting: deque[Task] = deque()
         self.running: list[Task | None] = [None] * slots
         self.held: list[list[int]] = [[] for _ in range(slots)]
-        self._salts = [""] * slots
+        self._kinds = [("", False)] * slots
         self._used = [0] * slots  # when a slot was taken last, in admissions
         self._admissions = 0
         self._most_waiting = most_waiting
@@ -150,6 +162,7 @@ class Scheduler:
         self._long_due = 1.0  # long steps that may be taken now
         self._copies = copies
         self._borders = chunks
+        self._ropes = ropes
 
     def weigh(self, costs: Mapping[int, float]) -> None:
         """What a step of each length costs from now on, in any unit."""
@@ -218,7 +231,17 @@ class Scheduler:
             ),
             tuple(copies),
             tuple(len(h) if t is None else len(t.ids) for t, h in zip(self.running, self.held)),
+            tuple(len(h) if t is None else self._most(t) for t, h in zip(self.running, self.held)),
         )
+
+    def _most(self, task: Task) -> int:
+        """Tokens that a task may come to."""
+        return min(max(task.most, len(task.ids)), self.capacity)
+
+    def _kind(self, task: Task) -> tuple[str, bool]:
+        """What the caches of two tasks have in common where one may use the other's."""
+        most = max(task.most, len(task.prompt))
+        return task.salt, self._ropes is not None and self._ropes.is_long(min(most, self.capacity))
 
     def _next(self, task: Task) -> int:
         """Tokens of a task that may be computed before a border."""
@@ -275,7 +298,7 @@ class Scheduler:
                 shared[slot] = shared[source]
             self._admissions += 1
             self._used[slot] = self._admissions
-            self._salts[slot] = task.salt
+            self._kinds[slot] = self._kind(task)
             self.held[slot] = list(task.prompt[: shared[slot]])
             task.slot, task.computed, task.cached = slot, shared[slot], shared[slot]
             self.running[slot] = task
@@ -285,7 +308,7 @@ class Scheduler:
         """How many of the first tokens of a prompt a slot's cache holds, the last one excepted: its logits
         must be computed.
         """
-        if task.whole or self._salts[slot] != task.salt:
+        if task.whole or self._kinds[slot] != self._kind(task):
             return 0
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.held[slot], task.prompt))
         return min(sum(1 for _ in same), len(task.prompt) - 1)

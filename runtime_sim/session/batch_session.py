@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.long_rope import LongRope
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.chunks import Chunk, length_for, pad
@@ -57,8 +58,10 @@ class BatchSession:
         self.engine = (
             group.engine if group is not None else make_engine(engine, self.artifacts, probe, threads)
         )
-        self._step = FiniteSteps(self.engine)
+        self._step = FiniteSteps(self.engine, sees_caches=group is None)
         self._chunks = DualChunk.used(self.manifest.model, self.manifest.options.max_kv)
+        self._ropes = LongRope.used(self.manifest.model, self.manifest.options.max_kv)
+        self._long = [False] * self.manifest.options.batch  # what turned the keys of each
         self.tokens: list[list[int]] = [[] for _ in range(self.manifest.options.batch)]
 
     def reset(self) -> None:
@@ -95,8 +98,9 @@ class BatchSession:
         check_limit(limit)
         made: list[list[int]] = [[] for _ in self.tokens]
         following = [list(p) for p in prompts]
+        most = [len(known) + len(p) + limit for known, p in zip(self.tokens, prompts)]
         for _ in range(limit):
-            outputs = self.advance(following, last=True)
+            outputs = self.advance(following, last=True, most=most)
             for number, own in enumerate(outputs):
                 if following[number]:
                     made[number].append(choose({n: a[-1] for n, a in own.items()}, sampler))
@@ -110,13 +114,18 @@ class BatchSession:
         return made
 
     def advance(
-        self, ids: Sequence[Sequence[int]], *, last: bool = False, lengths: Sequence[int] | None = None
+        self,
+        ids: Sequence[Sequence[int]],
+        *,
+        last: bool = False,
+        lengths: Sequence[int] | None = None,
+        most: Sequence[int] | None = None,
     ) -> list[dict[str, Array]]:
         """Append tokens to each sequence, in as many steps as they take; its outputs by name, [n, ..] each,
         or of the `last` token alone.
 
-        `lengths`: as `step` takes them; None when no more of the prompts comes.  Raises `TyirError` for
-        another number of sequences and for tokens that do not fit.
+        `lengths`, `most`: as `step` takes them; None when no more of the prompts comes.  Raises `TyirError`
+        for another number of sequences and for tokens that do not fit.
         """
         left = self._checked(ids)
         rows: list[dict[str, list[Array]]] = [{} for _ in left]
@@ -129,7 +138,7 @@ class BatchSession:
             ]
             seqlen = length_for(max(map(min, map(len, left), rooms)), self.manifest.options.dense_seqlens)
             parts = [part[: min(seqlen, room)] for part, room in zip(left, rooms)]
-            for own, outputs in zip(rows, self.step(parts, seqlen, lengths, every=not last)):
+            for own, outputs in zip(rows, self.step(parts, seqlen, lengths, every=not last, most=most)):
                 for name, array in outputs.items():
                     kept = own.setdefault(name, [])
                     if last and len(array):
@@ -146,13 +155,18 @@ class BatchSession:
         lengths: Sequence[int] | None = None,
         *,
         every: bool = False,
+        most: Sequence[int] | None = None,
     ) -> list[dict[str, Array]]:
         """One step of a compiled length: append at most `seqlen` tokens to each sequence; its outputs by
         name, [n, ..] each.  Of programs that return the last row alone those are [1, ..] ([0, ..] of a
-        sequence that waits), unless `every` row is wanted: the step then runs once for each.
+        sequence that waits, or whose prompt goes on after the step), unless `every` row is wanted: the step
+        then runs once for each.
 
         `lengths`: of the sequences, the tokens that are still to come of their prompts included; None when
-        none are.  With dual chunk attention a part ends at a chunk's border at the latest.
+        none are.  With dual chunk attention a part ends at a chunk's border at the latest.  `most`: tokens
+        that the sequences may come to, None for `lengths`; those of a model with two rotary tables
+        (`tyir.artifacts.long_rope`) have one from their first token on, by this, and `TyirError` is raised
+        for one that outgrows it.
 
         Nothing is appended when it fails: `NotFinite` names the sequence whose numbers are at fault, and the
         others may go on.
@@ -164,11 +178,17 @@ class BatchSession:
                 help=f"use {', '.join(map(str, self.manifest.options.dense_seqlens))}",
             )
         counts = [len(part) for part in parts]
-        inputs, chunk = self._inputs(parts, seqlen, lengths), Chunk(0, seqlen, seqlen)
+        whole = lengths or [len(known) + len(part) for known, part in zip(self.tokens, parts)]
+        self._take_tables(parts, most or whole)
+        inputs, chunk = self._inputs(parts, seqlen, whole), Chunk(0, seqlen, seqlen)
         if every and self.manifest.options.takes_row(seqlen):
             rows = self._each_row(inputs, chunk, counts)
         else:
-            outputs = self._step(inputs, chunk, counts)
+            fed = counts
+            if self.manifest.options.takes_row(seqlen):
+                ended = [len(known) + n >= w for known, n, w in zip(self.tokens, counts, whole)]
+                counts = [n if end else 0 for n, end in zip(counts, ended)]
+            outputs = self._step(inputs, chunk, counts, fed)
             rows = [
                 {name: array[number, :count] for name, array in outputs.items()}
                 for number, count in enumerate(counts)
@@ -176,6 +196,21 @@ class BatchSession:
         for known, part in zip(self.tokens, parts):
             known += part
         return rows
+
+    def _take_tables(self, parts: Sequence[Sequence[int]], most: Sequence[int]) -> None:
+        """The rotary table of each sequence that begins."""
+        if (ropes := self._ropes) is None:
+            return
+        for number, (known, part) in enumerate(zip(self.tokens, parts)):
+            if part and not known:
+                self._long[number] = ropes.is_long(most[number])
+            length = len(known) + len(part)
+            if part and ropes.is_long(length) and not self._long[number]:
+                raise TyirError(
+                    f"sequence {number} comes to {length} tokens, and began with the rotary frequencies of up"
+                    f" to {ropes.original}",
+                    help="begin it anew, and say then how long it may become (`most`)",
+                )
 
     def _each_row(
         self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]
@@ -208,6 +243,7 @@ class BatchSession:
             )
         self.engine.copy_sequence(source, target)
         self.tokens[target] = self.tokens[source][:count]
+        self._long[target] = self._long[source]
 
     def _checked(self, given: Sequence[Sequence[int]]) -> list[list[int]]:
         """The tokens of each sequence; `TyirError` for what cannot be run."""
@@ -231,7 +267,7 @@ class BatchSession:
         return ids
 
     def _inputs(
-        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None
+        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int]
     ) -> dict[str, Array]:
         padded = np.array([pad(part, seqlen) for part in parts], np.int32)
         pos = np.array([len(known) for known in self.tokens], np.int32)
@@ -244,8 +280,13 @@ class BatchSession:
                         f" chunks of {chunks.step}",
                         help="end the step there",
                     )
-            whole = lengths or [len(known) + len(part) for known, part in zip(self.tokens, parts)]
-            inputs["temperature"] = np.array([chunks.temperature(n) for n in whole], np.float32)
+            inputs["temperature"] = np.array([chunks.temperature(n) for n in lengths], np.float32)
+        if (ropes := self._ropes) is not None:
+            capacity = self.manifest.options.max_kv
+            inputs["rope_rows"] = np.stack([
+                ropes.rows(len(known), seqlen, long, capacity)
+                for known, long in zip(self.tokens, self._long)
+            ])  # fmt: skip
         if self.manifest.options.embedding_as_input:
             return {"embeddings": self._embedding_table[padded], **inputs}
         return {"ids": padded, **inputs}

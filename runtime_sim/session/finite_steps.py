@@ -6,13 +6,15 @@ and an empty answer says nothing.  The step is walked again, op by op, to say wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from tyir.artifacts.cache_layout import position_axis
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.execution.finite import F16_LARGEST, not_finite
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["FiniteSteps", "NotFinite", "Origin"]
 
 Array = npt.NDArray[Any]
+_CACHE: Final = re.compile(r"[kv](?:_scales)?(\d+)")
 _LOWEST: Final = float(np.finfo(np.float32).min)  # what `ty.top_k` counts NaN and -inf as
 
 
@@ -41,34 +44,96 @@ class NotFinite(TyirError):
 
 @dataclass
 class FiniteSteps:
-    """Steps of an engine whose results are checked."""
+    """Steps of an engine whose results are checked.
+
+    Of a step that computes no results the rows of the last layer's caches are, which nothing goes past that
+    later tokens see; not where `sees_caches` is False, since dies are elsewhere.
+    """
 
     engine: Engine
+    sees_caches: bool = True
     done: int = field(default=0, init=False)  # steps, from 1 on in messages
 
-    def __call__(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> dict[str, Array]:
-        """One step, of which the first `counts[i]` rows of sequence i are used.
+    def __call__(
+        self,
+        inputs: dict[str, Array],
+        chunk: Chunk,
+        counts: Sequence[int],
+        fed: Sequence[int] | None = None,
+    ) -> dict[str, Array]:
+        """One step, of which the first `counts[i]` rows of sequence i are used; `fed`: rows that are no
+        padding, None for those that are used.
 
-        A program that returns one row of each sequence is told the last of those; its outputs are [b, 1, ..].
+        A program that returns one row of each sequence is told the last of those, or a negative number where
+        none is used; its outputs are [b, 1, ..], and mean nothing where none is used of any sequence.
 
         `NotFinite` when one of them is not finite: step, position, and where it began.
         """
-        self.done += 1
-        one = self.engine.artifacts.manifest.options.takes_row(chunk.seqlen)
-        if one:
-            inputs = {**inputs, "row": np.array([max(count - 1, 0) for count in counts], np.int32)}
-        with np.errstate(all="ignore"):  # what is not finite is reported below, by its place
+        inputs = self._numbered(inputs, chunk, counts)
+        with np.errstate(all="ignore"):  # what is not finite is reported, by its place
             outputs = self.engine.step(inputs, chunk)
+        return self._checked(self.done, outputs, inputs, chunk, counts, fed or counts)
+
+    def begin(
+        self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int], fed: Sequence[int]
+    ) -> Callable[[], dict[str, Array]]:
+        """The same, begun behind those that were begun before; what is returned waits for its end."""
+        inputs = self._numbered(inputs, chunk, counts)
+        number = self.done
+        with np.errstate(all="ignore"):
+            end = self.engine.begin(inputs, chunk)
+        return lambda: self._checked(number, end(), inputs, chunk, counts, fed)
+
+    def _numbered(self, inputs: dict[str, Array], chunk: Chunk, counts: Sequence[int]) -> dict[str, Array]:
+        """What the next step is given, with the rows that are used of it."""
+        self.done += 1
+        if not self._returns_one(chunk):
+            return inputs
+        return {**inputs, "row": np.array(counts, np.int32) - 1}
+
+    def _returns_one(self, chunk: Chunk) -> bool:
+        return self.engine.artifacts.manifest.options.takes_row(chunk.seqlen)
+
+    def _checked(
+        self,
+        number: int,
+        outputs: dict[str, Array],
+        inputs: dict[str, Array],
+        chunk: Chunk,
+        counts: Sequence[int],
+        fed: Sequence[int],
+    ) -> dict[str, Array]:
+        """The outputs of the step of that number; `NotFinite` as above."""
+        one = self._returns_one(chunk)
+        if not any(counts) and self.sees_caches:
+            for name, sequence, rows in self._cached(inputs, fed):
+                if (row := _first_bad(rows)) is not None:
+                    raise self._error(number, name, rows[row], inputs, chunk, fed, (sequence, row))
         for sequence, count in enumerate(counts):
             for name, array in outputs.items():
                 row = _first_bad(array[sequence, :count], _LOWEST if name == "top_values" else -np.inf)
                 if row is not None:
                     place = (sequence, count - 1 if one else row)
-                    raise self._error(name, array[sequence, row], inputs, chunk, counts, place)
+                    raise self._error(number, name, array[sequence, row], inputs, chunk, counts, place)
         return outputs
+
+    def _cached(self, inputs: dict[str, Array], fed: Sequence[int]) -> Iterator[tuple[str, int, Array]]:
+        """What a step has written to the last layer's caches: keys or values, of which sequence, and the rows
+        [n, ..].  Nothing of caches that are cut by tokens, whose rows do not follow each other.
+        """
+        options = self.engine.artifacts.manifest.options
+        caches = self.engine.caches() if options.kv_parts == 1 else {}
+        numbered = {key: int(found[1]) for key in caches if (found := _CACHE.fullmatch(key[1])) is not None}
+        last, axis = max(numbered.values(), default=0), position_axis(options.kv_layout)
+        for key in (key for key, layer in numbered.items() if layer == last):
+            name = "keys" if key[1].startswith("k") else "values"
+            for sequence, count in enumerate(fed):
+                start = int(inputs["pos"][sequence])
+                yield name, sequence, np.moveaxis(caches[key][sequence], axis - 1, 0)[start : start + count]
 
     def _error(
         self,
+        number: int,
         name: str,
         values: Array,
         inputs: dict[str, Array],
@@ -83,7 +148,7 @@ class FiniteSteps:
         of = f" of sequence {sequence}" if len(counts) > 1 else ""
         found = not_finite(values) or "no finite value"
         what = {"logits": "logits", "top_values": "best logits", "logsumexp": "logits"}.get(name, name)
-        message = f"the {what} of step {self.done} are not finite ({found}), from position {position}{of} on"
+        message = f"the {what} of step {number} are not finite ({found}), from position {position}{of} on"
         if origin is None:
             help = (
                 "the reference computes this step without: tyir-verify --against the checkpoint names the op"

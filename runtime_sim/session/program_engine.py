@@ -5,7 +5,7 @@ Ops are executed by compiled kernels or by their reference meaning.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from tyir.artifacts.consistency import cache_inputs
 from tyir.diagnostics import TyirError
-from tyir.dialects.func import Call
+from tyir.dialects.func import Call, Func
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.lockstep import Links, OneProcess
+from tyir.execution.optional_tail import optional_tail, rows_wanted
 from tyir.interpreter import Interpreter, run_lockstep
 from tyir.ir import Op
 from tyir.manifest import DieProgram, TensorInfo
@@ -82,6 +83,9 @@ class ProgramEngine:
         for die, program in programs.items():
             interpreter = self._programs.interpreter(program)
             self._watch(interpreter, die, chunk)
+            main = interpreter.module.lookup(program.function)
+            assert isinstance(main, Func)
+            interpreter.skipped = frozenset(() if rows_wanted(inputs.get("row")) else optional_tail(main))
             check_inputs(program, inputs)
             caches = cache_inputs(program)
             args = [
@@ -98,6 +102,11 @@ class ProgramEngine:
             for info, array in zip(programs[self.links.dies[0]].outputs, outputs[0])
             if info.alias is None
         }
+
+    def begin(self, inputs: dict[str, Array], chunk: Chunk) -> Callable[[], dict[str, Array]]:
+        """`step`, done when this returns; what is returned gives the outputs."""
+        outputs = ProgramEngine.step(self, inputs, chunk)
+        return lambda: outputs
 
     def caches(self) -> dict[CacheName, Array]:
         """The caches, each [1, heads, capacity, ...]; those of dies not used yet are missing."""

@@ -36,7 +36,7 @@ from tyir.manifest import Manifest, TensorInfo
 from tyir.process.files import open_regular, parse_json
 from tyir.runtime_sim.session.program_engine import CacheName
 
-__all__ = ["identity_of", "read_cache", "saved_bytes", "write_cache"]
+__all__ = ["Kind", "identity_of", "read_cache", "saved_bytes", "write_cache"]
 
 Array = npt.NDArray[Any]
 _AGAIN: Final = "run the prompt again"

@@ -13,7 +13,9 @@ meaning (on the same files), `edge10` the command program on modelled memories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.long_rope import FACT as LONG_ROPE
+from tyir.artifacts.long_rope import LongRope
 from tyir.diagnostics import TyirError, did_you_mean
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.lockstep import Links
@@ -35,7 +39,7 @@ from tyir.runtime_sim.session.finite_steps import FiniteSteps
 from tyir.runtime_sim.session.program_engine import CacheName, ProgramEngine, StepProbe
 from tyir.runtime_sim.session.recall import Recall
 from tyir.runtime_sim.session.sampling import Candidates, Sampler, choose, greedy, logsumexp
-from tyir.runtime_sim.session.saved_cache import read_cache, saved_bytes, write_cache
+from tyir.runtime_sim.session.saved_cache import Kind, read_cache, saved_bytes, write_cache
 from tyir.runtime_sim.session.token_ids import checked_ids
 
 __all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
@@ -55,6 +59,11 @@ class Engine(Protocol):
         """Run one chunk; the main die's outputs by name, caches excepted, each [b, seqlen, ..].
 
         `inputs` by name are `pos` and `ids` or `embeddings`, padded to `chunk.seqlen`.
+        """
+
+    def begin(self, inputs: dict[str, Array], chunk: Chunk) -> Callable[[], dict[str, Array]]:
+        """Begin a step behind those that were begun before; what is returned waits for its end and returns
+        what `step` does.
         """
 
     def reset(self) -> None:
@@ -146,8 +155,11 @@ class Session:
         self.engine = (
             group.engine if group is not None else make_engine(engine, self.artifacts, probe, threads)
         )
-        self._step = FiniteSteps(self.engine)
+        self._step = FiniteSteps(self.engine, sees_caches=group is None)
         self._chunks = DualChunk.used(self.manifest.model, self.capacity)
+        self._ropes = LongRope.used(self.manifest.model, self.capacity)
+        self._long = False  # whether what is cached was turned by the long frequencies
+        self._expected = 0  # tokens that the conversation was said to come to
         self._choice = None if dense or group is not None else self.manifest.options.choice
         self.recall = Recall()  # of prompt steps since the cache was empty that left blocks out and measured
         self.tokens: list[int] = []
@@ -167,7 +179,16 @@ class Session:
         """Start over with an empty cache."""
         self.tokens.clear()
         self.recall = Recall()
+        self._expected = 0
         self.engine.reset()
+
+    def expect(self, length: int) -> None:
+        """Say to how many tokens the conversation will come, before its first: models with two rotary tables
+        (`tyir.artifacts.long_rope`) turn all of its keys by those of that length, as `generate` has it for
+        its prompt and limit.  Where nothing is said, the tokens given so far decide; a conversation that
+        outgrows the short table is computed anew with the long one.
+        """
+        self._expected = min(length, self.capacity)
 
     def rewind(self, count: int) -> None:
         """Keep the first `count` tokens and forget the rest; what follows is computed anew."""
@@ -188,7 +209,8 @@ class Session:
 
     def _new_of(self, ids: Sequence[int]) -> Sequence[int]:
         """Keep what the cache shares with `ids`; the tokens that are still to be computed."""
-        self.rewind(self.shared_prefix(ids))
+        same = self._ropes is None or self._long == self._ropes.is_long(max(len(ids), self._expected))
+        self.rewind(self.shared_prefix(ids) if same else 0)
         return ids[len(self.tokens) :]
 
     def shared_prefix(self, ids: Sequence[int]) -> int:
@@ -211,16 +233,30 @@ class Session:
         `TyirError` when the weights have been written to since the artifacts were opened.
         """
         self.artifacts.unchanged()
-        write_cache(path, self.artifacts, self.tokens, self.engine.caches())
+        write_cache(path, self.artifacts, self.tokens, self.engine.caches(), self._beside())
+
+    def _beside(self) -> dict[str, Array]:
+        """What is to be known of cached tokens besides their keys and values."""
+        return {} if self._ropes is None else {LONG_ROPE: np.array(self._long)}
+
+    def _kinds(self) -> dict[str, Kind]:
+        """Shapes and types of `_beside`."""
+        return {} if self._ropes is None else {LONG_ROPE: ((), np.dtype(bool))}
+
+    def _restored(self, tokens: list[int], beside: Mapping[str, Array]) -> None:
+        """Go on with tokens and what was saved beside them."""
+        self.tokens = tokens
+        self._expected = 0
+        self._long = LONG_ROPE in beside and bool(beside[LONG_ROPE])
 
     def restore(self, path: Path) -> None:
         """Continue where `save` stopped.
 
         `TyirError` when the file is damaged or belongs to other artifacts; the session then stays as it was.
         """
-        tokens, caches, _ = read_cache(path, self.artifacts)
+        tokens, caches, beside = read_cache(path, self.artifacts, self._kinds())
         self.engine.load_caches(caches)
-        self.tokens = tokens
+        self._restored(tokens, beside)
 
     def feed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens to the cache; logits [len(ids), V] f32, row i predicting what follows ids[i].
@@ -258,8 +294,8 @@ class Session:
 
     def _advance(self, ids: Sequence[int], *, every: bool = False) -> Iterator[dict[str, Array]]:
         """Run tokens through the program, chunk by chunk; the outputs of each by name, [its tokens, ..],
-        all of them finite.  Of programs that return a chunk's last row alone that is [1, ..], unless `every`
-        row is wanted.
+        all of them finite.  Of programs that return a chunk's last row alone that is [1, ..] of the last
+        chunk and [0, ..] of those before, which compute none, unless `every` row is wanted.
 
         A chunk's tokens are in the cache when its outputs are given: whoever stops there may go on later.
         """
@@ -268,6 +304,7 @@ class Session:
             raise TyirError(
                 "nothing to run: the list of tokens is empty", help="give a prompt of at least one token"
             )
+        self._take_table(len(ids))
         first = len(self.tokens)
         options = self.manifest.options
         longest = max(options.seqlens)
@@ -276,16 +313,85 @@ class Session:
         chunks = plan_chunks(
             len(ids), first, options.dense_seqlens, self.capacity, self._chunks, sparse=sparse
         )
-        with Bar("prompt", len(ids), "token", show=shown) as bar:
+        apart = not every and options.steps_ahead
+        steps = self._in_stages(chunks, ids) if apart else self._in_turn(chunks, ids, every)
+        with Bar("prompt", len(ids), "token", show=shown) as bar, closing(steps):
+            for count, rows in steps:
+                bar.advance(count)
+                yield rows
+
+    def _in_turn(
+        self, chunks: Iterable[Chunk], ids: Sequence[int], every: bool
+    ) -> Generator[tuple[int, dict[str, Array]]]:
+        """Chunks one after the other: how many tokens, and their rows."""
+        first = len(self.tokens)
+        for chunk in chunks:
+            part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
+            with interrupts_wait():
+                inputs = self._inputs(part, chunk, first + len(ids))
+                last = every or chunk.start + chunk.count == first + len(ids)
+                rows = _joined(self._step_to(inputs, upto, last) for upto in self._parts(chunk, every))
+                self._note_recall(chunk)
+                self.tokens += part
+            yield chunk.count, rows
+
+    def _in_stages(
+        self, chunks: Iterable[Chunk], ids: Sequence[int]
+    ) -> Generator[tuple[int, dict[str, Array]]]:
+        """The same with several under way, so that each stage of dies works on another.  Who stops has those
+        under way finished, and their tokens in the cache.
+        """
+        first = len(self.tokens)
+        begun: deque[tuple[list[int], Callable[[], dict[str, Array]]]] = deque()
+        try:
             for chunk in chunks:
                 part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
                 with interrupts_wait():
                     inputs = self._inputs(part, chunk, first + len(ids))
-                    rows = _joined(self._step_to(inputs, upto) for upto in self._parts(chunk, every))
-                    self._note_recall(chunk)
-                    self.tokens += part
-                bar.advance(chunk.count)
-                yield rows
+                    last = chunk.start + chunk.count == first + len(ids)
+                    begun.append((part, self._begin(inputs, chunk, last)))
+                if len(begun) > self.manifest.options.steps_ahead:
+                    yield self._ended(begun)
+            while begun:
+                yield self._ended(begun)
+        finally:
+            while begun:
+                self._ended(begun)
+
+    def _ended(
+        self, begun: deque[tuple[list[int], Callable[[], dict[str, Array]]]]
+    ) -> tuple[int, dict[str, Array]]:
+        """The first of the steps under way, which is waited for; of those behind one that fails nothing is
+        kept.
+        """
+        with interrupts_wait():
+            part, end = begun.popleft()
+            try:
+                rows = end()
+            except BaseException:
+                for _, other in begun:
+                    with suppress(Exception):
+                        other()
+                begun.clear()
+                raise
+            self.tokens += part
+            return len(part), rows
+
+    def _take_table(self, count: int) -> None:
+        """Have the rotary table that the conversation needs with `count` tokens more; what is cached is
+        computed anew if that is another than so far.
+        """
+        if self._ropes is None:
+            return
+        known = list(self.tokens)
+        long = self._ropes.is_long(max(len(known) + count, self._expected))
+        if not known:
+            self._long = long
+        elif long and not self._long:
+            self.rewind(0)
+            self.expect(max(len(known) + count, self._expected))
+            for _ in self._advance(known):
+                pass
 
     def _note_recall(self, chunk: Chunk) -> None:
         """Keep what a step that measures has seen, if it left something out."""
@@ -304,11 +410,27 @@ class Session:
         for count in (chunk.count,) if once else range(1, chunk.count + 1):
             yield replace(chunk, count=count)
 
-    def _step_to(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
-        """What a step returns of the first `chunk.count` of its rows, by name."""
-        counts = [chunk.count if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
-        outputs = self._step(inputs, chunk, counts)
-        return {name: array[self.sequence, : chunk.count] for name, array in outputs.items()}
+    def _step_to(self, inputs: dict[str, Array], chunk: Chunk, wanted: bool) -> dict[str, Array]:
+        """What a step returns of the first `chunk.count` of its rows, by name; of a program that returns one
+        row nothing where it is not `wanted`.
+        """
+        counts = self._used(chunk, wanted)
+        return self._own(self._step(inputs, chunk, counts, self._used(chunk, True)), counts)
+
+    def _begin(self, inputs: dict[str, Array], chunk: Chunk, wanted: bool) -> Callable[[], dict[str, Array]]:
+        """`_step_to`, begun behind those that were begun before."""
+        counts = self._used(chunk, wanted)
+        end = self._step.begin(inputs, chunk, counts, self._used(chunk, True))
+        return lambda: self._own(end(), counts)
+
+    def _used(self, chunk: Chunk, wanted: bool) -> list[int]:
+        """How many rows of each sequence of a step are used."""
+        used = 0 if not wanted and self.manifest.options.takes_row(chunk.seqlen) else chunk.count
+        return [used if i == self.sequence else 0 for i in range(self.manifest.options.batch)]
+
+    def _own(self, outputs: Mapping[str, Array], counts: Sequence[int]) -> dict[str, Array]:
+        """Of a step's outputs those rows of this sequence that are used."""
+        return {name: array[self.sequence, : counts[self.sequence]] for name, array in outputs.items()}
 
     def _inputs(self, ids: list[int], chunk: Chunk, length: int) -> dict[str, Array]:
         """What a step of a conversation of `length` tokens, those to come included, is given."""
@@ -319,6 +441,9 @@ class Session:
         inputs: dict[str, Array] = {"pos": pos}
         if self._chunks is not None:
             inputs["temperature"] = np.full(len(pos), self._chunks.temperature(length), np.float32)
+        if self._ropes is not None:
+            rows = self._ropes.rows(chunk.start, chunk.seqlen, self._long, self.capacity)
+            inputs["rope_rows"] = np.tile(rows, (len(pos), 1))
         if self.manifest.options.embedding_as_input:
             return {"embeddings": self._embedding_table[padded], **inputs}
         return {"ids": padded, **inputs}
@@ -342,6 +467,7 @@ class Session:
         finite.
         """
         check_limit(limit)
+        self.expect(len(prompt) + limit)
         made = [self._sample(self._new_of(prompt), sampler)]
         if not limit:
             return

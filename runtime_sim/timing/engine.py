@@ -117,10 +117,14 @@ class Timing:
 
 
 def simulate(
-    programs: Sequence[EdgeProgram], machine: Machine, pos: int, layers: frozenset[int] | None = None
+    programs: Sequence[EdgeProgram],
+    machine: Machine,
+    pos: int,
+    layers: frozenset[int] | None = None,
+    wanted: bool = True,
 ) -> Timing:
-    """Time one step of all dies at position `pos`, of the decoder `layers` alone where some are named.
-    Deterministic; `TyirError` when the dies' programs do not
+    """Time one step of all dies at position `pos`, of the decoder `layers` alone where some are named;
+    `wanted`: whether a row of its results is.  Deterministic; `TyirError` when the dies' programs do not
     meet, a program cannot proceed, or needs more SRAM than there is.
 
     Dies with the same program run alike to the nanosecond: one of each kind is simulated.
@@ -135,7 +139,7 @@ def simulate(
         )
     launch, kind_of_die = machine.sync.launch_us * 1000, _kinds_of_dies(groups)
     with collector_paused():
-        dies = [_Die(programs[group[0]].expand(pos, layers), machine) for group in groups]
+        dies = [_Die(programs[group[0]].expand(pos, layers, wanted), machine) for group in groups]
         _run(dies, kind_of_die, machine)
         timings = [die.timing(launch) for die in dies]
     total = max((float(t.end.max(initial=launch)) for t in timings), default=launch)
@@ -147,15 +151,16 @@ def simulate_chunks(
     machine: Machine,
     positions: Sequence[int],
     layers: frozenset[int] | None = None,
+    wanted: bool = True,
 ) -> float:
     """The ns of a prompt's chunks, one at each position, when no die waits for the others between them: it
     begins a chunk as soon as it is done with the one before, so that pipeline stages work on several.
 
-    Launches are not counted.  `TyirError` as of `simulate`.
+    Launches are not counted.  `wanted`: whether a row of their results is.  `TyirError` as of `simulate`.
     """
     groups = alike_programs(programs)
     with collector_paused():
-        steps = [[programs[group[0]].expand(pos, layers) for pos in positions] for group in groups]
+        steps = [[programs[group[0]].expand(pos, layers, wanted) for pos in positions] for group in groups]
         dies = [_Die(chained(of_die), machine) for of_die in steps]
         _run(dies, _kinds_of_dies(groups), machine)
         return max(max(die.engine.end, default=0.0) for die in dies)

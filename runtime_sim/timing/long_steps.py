@@ -35,7 +35,7 @@ class LongSteps:
     """The times of one program's steps at any position of a cache of `capacity` tokens.
 
     `standing_for`: how many layers a layer of the program stands for, one where it is not said.  `bends`:
-    positions behind which other lines go on than before.
+    positions behind which other lines go on than before.  `wanted`: whether a row of the results is.
     """
 
     def __init__(
@@ -45,8 +45,9 @@ class LongSteps:
         capacity: int,
         standing_for: Mapping[int, int] | None = None,
         bends: Sequence[int] = (),
+        wanted: bool = True,
     ) -> None:
-        self.bends = bends
+        self.bends, self.wanted = bends, wanted
         self.programs, self.machine, self.standing_for = programs, machine, standing_for or {}
         self._last = max(capacity - programs[0].seqlen, 0)
         self._known: dict[tuple[int, frozenset[int]], float] = {}
@@ -106,7 +107,7 @@ class LongSteps:
     def _simulated(self, pos: int, layers: Iterable[int]) -> float:
         key = pos, frozenset(layers)
         if key not in self._known:
-            self._known[key] = simulate(self.programs, self.machine, pos, key[1]).total_ns
+            self._known[key] = simulate(self.programs, self.machine, pos, key[1], self.wanted).total_ns
         return self._known[key]
 
     @staticmethod

@@ -95,10 +95,10 @@ class Predictor:
         self.seqlens = tuple(seqlens)
         self.capacity = capacity
         self.machine = machine
-        self._steps: dict[tuple[int, int], Timing] = {}
+        self._steps: dict[tuple[int, int, bool], Timing] = {}
         self._towers: dict[str, Timing] = {}
         self._tables: Timing | None = None
-        self._long_steps: dict[int, LongSteps] = {}
+        self._long_steps: dict[tuple[int, bool], LongSteps] = {}
 
     def on(self, machine: Machine) -> Predictor:
         """The same programs on another machine."""
@@ -106,12 +106,18 @@ class Predictor:
             self.programs, self.seqlens, self.capacity, machine, self.pictures, self.tables, self.choice
         )
 
-    def step(self, seqlen: int, pos: int) -> Timing:
-        """One step, simulated once."""
-        key = (seqlen, pos)
+    def step(self, seqlen: int, pos: int, wanted: bool = True) -> Timing:
+        """One step, simulated once; `wanted`: whether a row of its results is, which the chunks of a prompt
+        before the last one are not asked for.
+        """
+        key = (seqlen, pos, wanted or not self._has_tail(seqlen))
         if key not in self._steps:
-            self._steps[key] = simulate(self.programs(seqlen), self.machine, pos)
+            self._steps[key] = simulate(self.programs(seqlen), self.machine, pos, wanted=key[2])
         return self._steps[key]
+
+    def _has_tail(self, seqlen: int) -> bool:
+        """Whether steps of a length leave something out where no row is wanted."""
+        return any(program.has_tail for program in self.programs(seqlen))
 
     def tower(self, pictures: Pictures) -> Timing:
         """The tower's pass over a picture, simulated once."""
@@ -174,11 +180,13 @@ class Predictor:
         chunks = self._chunks(tokens)
         exact = exact and len(chunks) <= _EXACT_STEPS
         return sum(
-            self.step(c.seqlen, c.start).total_ns if exact else self.between(c.seqlen, c.start)
+            self.step(c.seqlen, c.start, c is chunks[-1]).total_ns
+            if exact
+            else self.between(c.seqlen, c.start, c is chunks[-1])
             for c in chunks
         )
 
-    def between(self, seqlen: int, pos: int) -> float:
+    def between(self, seqlen: int, pos: int, wanted: bool = True) -> float:
         """A step's ns at a position, between those simulated at the nearest of a few positions below and
         above.
 
@@ -187,20 +195,22 @@ class Predictor:
         simulated as well (`LongSteps`).
         """
         if self.capacity > LONG:
-            if seqlen not in self._long_steps:
+            key = (seqlen, wanted or not self._has_tail(seqlen))
+            if key not in self._long_steps:
                 sparse = self.choice is not None and seqlen == max(self.seqlens)
                 bends = (self.choice.bend,) if self.choice is not None and sparse else ()
-                self._long_steps[seqlen] = LongSteps(
-                    self.programs(seqlen), self.machine, self.capacity, bends=bends
+                self._long_steps[key] = LongSteps(
+                    self.programs(seqlen), self.machine, self.capacity, bends=bends, wanted=key[1]
                 )
-            return self._long_steps[seqlen].ns(pos)
+            return self._long_steps[key].ns(pos)
         spacing = -(-self.capacity // (_GRID_STEPS * _GRID)) * _GRID
         low = pos // spacing * spacing
         high = min(low + spacing, self.capacity - seqlen)
         if pos in (low, high) or high <= low:
-            return self.step(seqlen, pos).total_ns
+            return self.step(seqlen, pos, wanted).total_ns
         share = (pos - low) / (high - low)
-        return self.step(seqlen, low).total_ns * (1 - share) + self.step(seqlen, high).total_ns * share
+        ends = [self.step(seqlen, end, wanted).total_ns for end in (low, high)]
+        return ends[0] * (1 - share) + ends[1] * share
 
     def interval(self, figure: Callable[[Predictor], float]) -> Interval:
         """A figure of this predictor with its bounds: `interval(lambda p: p.tpot_ns(100))`."""

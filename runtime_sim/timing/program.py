@@ -53,7 +53,7 @@ class EdgeProgram:
         self.die = _int_attribute(module, "tyir.die", 0)
         self._kinds = Kinds()
         self._alike: WeakKeyDictionary[EdgeProgram, bool] = WeakKeyDictionary()
-        self._expanded: dict[tuple[Position, Collection[int] | None], Step] = {}
+        self._expanded: dict[tuple[Position, Collection[int] | None, bool], Step] = {}
 
     @cached_property
     def sram_bytes(self) -> int:
@@ -65,17 +65,23 @@ class EdgeProgram:
         """A program from its printed form."""
         return cls(parse_module(text, name))
 
-    def expand(self, pos: Position, layers: frozenset[int] | None = None) -> Step:
+    @cached_property
+    def has_tail(self) -> bool:
+        """Whether a step leaves something out where no row of its results is wanted."""
+        entry = self.functions[self.entry]
+        return any(op.register == "wanted" for op in entry.walk_type(edge10.Register))
+
+    def expand(self, pos: Position, layers: frozenset[int] | None = None, wanted: bool = True) -> Step:
         """All commands of one step at position `pos` (of each sequence, where there are several), in program
-        order; of the decoder `layers` alone where some are named.  The last few steps are kept: a report
-        times them on several machines.
+        order; of the decoder `layers` alone where some are named; `wanted`: whether a row of its results is.
+        The last few steps are kept: a report times them on several machines.
         """
-        key = pos, layers
+        key = pos, layers, wanted
         if key not in self._expanded:
             while self._expanded and sum(map(len, self._expanded.values())) > _KEPT_COMMANDS:
                 del self._expanded[next(iter(self._expanded))]
             self._expanded[key] = unroll(
-                self.functions, self.buffers, self.entry, self._kinds, pos, layers=layers
+                self.functions, self.buffers, self.entry, self._kinds, pos, layers=layers, wanted=wanted
             )
         return self._expanded[key]
 

@@ -232,13 +232,14 @@ def unroll(
     kinds: Kinds,
     pos: Position,
     layers: Collection[int] | None = None,
+    wanted: bool = True,
 ) -> Step:
     """One step at position `pos` of the program that begins at function `entry`; its kinds are added to
-    `kinds`.  With `layers`, the calls of other decoder layers are left out.  `TyirError` for what is no
-    command program.
+    `kinds`.  With `layers`, the calls of other decoder layers are left out; `wanted`: the register of that
+    name.  `TyirError` for what is no command program.
     """
     with collector_paused():
-        return _Unroller(functions, buffers, kinds, pos, layers).step(entry)
+        return _Unroller(functions, buffers, kinds, pos, layers, wanted).step(entry)
 
 
 class _Placed(NamedTuple):
@@ -313,9 +314,10 @@ class _Unroller:
         kinds: Kinds,
         pos: Position,
         layers: Collection[int] | None = None,
+        wanted: bool = True,
     ) -> None:
         self.functions, self.buffers, self.kinds, self.pos = functions, buffers, kinds, pos
-        self.layers = layers
+        self.layers, self.wanted = layers, wanted
         self.bodies: dict[tuple[str, tuple[int, ...]], _Body] = {}
         self.open: list[str] = []  # the functions being walked, outermost first
 
@@ -364,7 +366,8 @@ class _Unroller:
             elif isinstance(op, edge10.Affine):
                 env[op.out] = _affine(op, env)
             elif isinstance(op, edge10.Register):
-                env[op.out] = position_of(self.pos, op.sequence)
+                known = op.register == "pos"
+                env[op.out] = position_of(self.pos, op.sequence) if known else int(self.wanted)
             elif isinstance(op, edge10.For):
                 self.loop(op, env, body)
             elif isinstance(op, Call):

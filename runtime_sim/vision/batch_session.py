@@ -55,7 +55,7 @@ class VisionBatchSession(BatchSession):
         self._rope = self._tables.filled(request.positions)
 
     def _inputs(
-        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None
+        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int]
     ) -> dict[str, Array]:
         assert self._request is not None
         inputs = super()._inputs(parts, seqlen, lengths)

@@ -11,7 +11,7 @@ have one token, and a second picture's answer must not be about the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tyir.execution.artifacts import Artifacts
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.program_engine import StepProbe
 from tyir.runtime_sim.session.sampling import Sampler, greedy
-from tyir.runtime_sim.session.saved_cache import read_cache, write_cache
+from tyir.runtime_sim.session.saved_cache import Kind
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.runtime_sim.vision.positions import RopePositions
 from tyir.runtime_sim.vision.preprocessor import vision_of
@@ -102,19 +102,19 @@ class VisionSession(Session):
         ).all(axis=0)
         return int(count if same.all() else np.argmin(same))
 
-    def save(self, path: Path) -> None:
-        """As `Session.save`, with positions and pictures of the tokens."""
-        self.artifacts.unchanged()
+    def _beside(self) -> dict[str, Array]:
+        """Positions and pictures of the tokens."""
         held = len(self.tokens)
-        beside = {"positions": self._positions[:, :held], "content": self._content[:held]}
-        write_cache(path, self.artifacts, self.tokens, self.engine.caches(), beside)
+        own = {"positions": self._positions[:, :held], "content": self._content[:held]}
+        return {**super()._beside(), **own}
 
-    def restore(self, path: Path) -> None:
-        """As `Session.restore`; what is generated next goes on where the saved tokens ended."""
-        kinds = {"positions": ((3, None), np.dtype(np.int64)), "content": ((None,), np.dtype(np.uint64))}
-        tokens, caches, beside = read_cache(path, self.artifacts, kinds)
-        self.engine.load_caches(caches)
-        self.tokens = tokens
+    def _kinds(self) -> dict[str, Kind]:
+        own = {"positions": ((3, None), np.dtype(np.int64)), "content": ((None,), np.dtype(np.uint64))}
+        return {**super()._kinds(), **own}
+
+    def _restored(self, tokens: list[int], beside: Mapping[str, Array]) -> None:
+        """What is generated next goes on where the saved tokens ended."""
+        super()._restored(tokens, beside)
         self._positions[:, : len(tokens)] = beside["positions"]
         self._content[: len(tokens)] = beside["content"]
         self.begin(VisionRequest(tuple(tokens), RopePositions.going_on(beside["positions"])))

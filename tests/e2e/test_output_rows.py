@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,24 @@ from tests.vision.folders import MODELS
 from tests.vision.scenes import SIZES, draw
 from tyir.artifacts.schema import sha256_of
 from tyir.diagnostics import TyirError
+from tyir.dialects.func import Call
 from tyir.execution.artifacts import Artifacts as Opened
+from tyir.execution.lockstep import Meeting
+from tyir.ir import Op
+from tyir.layers import path_in_calls
 from tyir.manifest import BuildOptions, Manifest
 from tyir.runtime_sim.execution.check_accesses import check_programs
+from tyir.runtime_sim.execution.command_trace import Access
 from tyir.runtime_sim.processes.group import DieGroup
 from tyir.runtime_sim.session.batch_session import BatchSession
+from tyir.runtime_sim.session.chunks import Chunk
+from tyir.runtime_sim.session.edge10_engine import Edge10Engine
+from tyir.runtime_sim.session.host_engine import HostEngine
+from tyir.runtime_sim.session.program_engine import ProgramEngine
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.timing.predictor import Predictor
 from tyir.runtime_sim.timing.program import load_programs
+from tyir.runtime_sim.timing.unroll import Command
 from tyir.runtime_sim.vision.session import VisionSession
 from tyir.targets.machine import load_machine
 from tyir.tools.api import compile_path
@@ -262,3 +274,70 @@ def test_pictures(tmp_path: Path) -> None:
         prompt = turns.ask("Describe the picture.", (picture,))
         answers.append(list(session.generate(prompt.given, 24)))
     assert answers[0] == answers[1] and len(answers[0]) == 24
+
+
+def seen_command(ran: list[str], die: int, command: Command, accesses: Sequence[Access]) -> None:
+    ran.append(command.path)
+
+
+def seen_op(
+    ran: list[str], chunk: Chunk, die: int, stack: tuple[Call, ...], op: Op, results: tuple[object, ...]
+) -> None:
+    ran.append(path_in_calls(op, stack) or "")
+
+
+@pytest.mark.parametrize("dies", [1, 4])
+def test_steps_of_which_no_row_is_wanted_leave_the_head_out(compiled: Compile, dies: int) -> None:
+    """All chunks of a prompt but the last: they cache the same, and nothing behind the layers runs."""
+    folder = compiled("last", dies=dies, pp=BOARDS[dies][0])
+    inputs = {"ids": np.array([TOKENS[:8]], np.int32), "pos": np.zeros(1, np.int32)}
+    chunk = Chunk(0, 8, 8)
+    for engine in ENGINES:
+        ran: list[str] = []
+        session = Session(folder, engine)
+        running = session.engine
+        if isinstance(running, Edge10Engine):
+            running.observer = partial(seen_command, ran)
+        elif isinstance(running, ProgramEngine) and engine == "interpreter":
+            running.probe = partial(seen_op, ran)
+        caches = []
+        for row in (7, -1):
+            running.reset()
+            ran.clear()
+            running.step({**inputs, "row": np.array([row], np.int32)}, chunk)
+            caches.append(running.caches())
+            assert any(path.startswith("lm_head") for path in ran) == (row >= 0 and engine != "host")
+            assert engine == "host" or any("layers.0" in path for path in ran)
+        for name, cache in caches[0].items():
+            np.testing.assert_array_equal(caches[1][name], cache)
+
+
+def test_the_compiled_step_leaves_its_outputs_alone(compiled: Compile) -> None:
+    session = Session(compiled("last", dies=1))
+    session.prefill(TOKENS[:8])
+    engine = session.engine
+    assert isinstance(engine, HostEngine)
+    (die,) = engine._dies
+    caches = list(engine.caches().values())
+    logits = np.full((1, 1, 4096), 7, np.float32)
+    for row, same in ((-1, True), (7, False)):
+        given = [np.array([TOKENS[:8]], np.int32), np.zeros(1, np.int32), *caches, np.array([row], np.int32)]
+        die.run(8, [*given, logits], Meeting(engine.links))
+        assert (logits == 7).all() == same
+
+
+def test_simulated_prompts_have_one_head(compiled: Compile) -> None:
+    """Three steps of a prompt, the last of which is whole; with all rows each is."""
+    machine = load_machine("edge10")
+    times = {}
+    for rows in ("all", "last"):
+        loaded = {n: load_programs(Opened.open(compiled(rows, dies=1)), n) for n in (1, 8)}
+        predictor = Predictor(loaded.__getitem__, (1, 8), 64, machine)
+        whole = [predictor.step(8, pos).total_ns for pos in (0, 8, 16)]
+        bare = [predictor.step(8, pos, wanted=False).total_ns for pos in (0, 8, 16)]
+        times[rows] = whole, bare, predictor.prefill_device_ns(24)
+    whole, bare, prefill = times["last"]
+    assert prefill == bare[0] + bare[1] + whole[2]
+    assert max(bare) < min(whole) - 1000
+    whole, bare, prefill = times["all"]
+    assert bare == whole and prefill == sum(whole)

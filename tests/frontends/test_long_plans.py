@@ -160,3 +160,16 @@ def test_stages_that_overlap_take_a_stage_a_chunk() -> None:
     assert (
         prompt_cost(SMALL, BuildOptions(dies=1, seqlens=(1,), max_kv=64), load_machine()).overlapped is None
     )
+
+
+def test_only_the_last_step_of_a_prompt_has_the_head() -> None:
+    """Where one row is returned: each step before saves the same, and the last the other rows' part of it."""
+    times = []
+    for tokens in (256, 512):  # of 4 and of 8 steps
+        for rows in ("all", "last"):
+            options = BuildOptions(dies=1, seqlens=(1, 64), max_kv=tokens, output="argmax", output_rows=rows)
+            times.append(prompt_cost(SMALL, options, load_machine()).prefill)
+    saved = [times[0] - times[1], times[2] - times[3]]
+    a_step = (saved[1] - saved[0]) / 4
+    assert a_step > 0
+    assert 2.9 * a_step < saved[0] < 4 * a_step

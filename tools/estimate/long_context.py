@@ -54,7 +54,11 @@ def prompt_cost(shape: ModelShape, options: BuildOptions, machine: Machine) -> P
     steps = {length: _steps(shape, options, machine, length) for length in {longest, shortest}}
     used = {chunk.seqlen for chunk in chunks} - set(steps)
     steps |= {length: _steps(shape, options, machine, length) for length in used}
-    prefill = math.fsum(steps[chunk.seqlen].ns(chunk.start) for chunk in chunks)
+    last, before = chunks[-1], steps
+    if options.output_rows == "last":  # no row of a chunk before the last one is wanted
+        lengths = {chunk.seqlen for chunk in chunks[:-1]}
+        before = {n: _steps(shape, options, machine, n, wanted=False) if n > 1 else steps[n] for n in lengths}
+    prefill = math.fsum(before[c.seqlen].ns(c.start) for c in chunks[:-1]) + steps[last.seqlen].ns(last.start)
     host = machine.host.step_us * 1000
     token = steps[shortest].ns(capacity - shortest) + host
     overlapped = None
@@ -102,18 +106,19 @@ def _steps(
     *,
     head: bool = True,
     overlapped: bool = False,
+    wanted: bool = True,
 ) -> LongSteps:
-    """The times of steps of one length."""
+    """The times of steps of one length; `wanted`: of which a row of the results is."""
     standing_for, layers = _trial(shape, options)
     module = few_layers(shape, layers, head=head and not overlapped)
     choice = options.choice if length == max(options.seqlens) else None
-    lengths = (length,) if choice is None else (1, length)
+    lengths = (length,) if choice is None else (*options.dense_seqlens, length)
     trial = replace(options, seqlens=lengths, sparse_prefill=() if choice is None else choice.numbers)
     programs = _programs(module, shape, trial, machine)
     bends = () if choice is None else (choice.bend,)
     if overlapped:
         return OverlappedChunks(programs, machine, options.max_kv, standing_for, options.pp, bends)
-    return LongSteps(programs, machine, options.max_kv, standing_for, bends)
+    return LongSteps(programs, machine, options.max_kv, standing_for, bends, wanted)
 
 
 def _programs(

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tyir.artifacts.json_attributes import to_attribute
+from tyir.artifacts.long_rope import FACT as LONG_ROPE
+from tyir.artifacts.long_rope import LongRope
 from tyir.attributes import DenseElementsAttr, StringAttr, SymbolRefAttr
 from tyir.dialects import ty
 from tyir.dialects.builtin import Module
@@ -28,8 +31,10 @@ class ModelShape:
 
     `norms`: in a layer (one where attention and MLP stand side by side); `layer_norm`: they subtract the
     mean, `norm_bias`: and add a bias; `head_norms`: each head of q and k has a norm of its own.
-    `rotary_tables`: how many different ones, 0 for learned positions.  `group`: input channels per scale of a
-    quantised checkpoint, 0 for one scale a row, None for fp16; `quantised_head`: its head is quantised too.
+    `rotary_tables`: how many different ones, 0 for learned positions; `short_positions`: positions of a
+    second part of each, of short frequencies (`tyir.artifacts.long_rope`).  `group`: input channels per scale
+    of a quantised checkpoint, 0 for one scale a row, None for fp16; `quantised_head`: its head is quantised
+    too.
     """
 
     name: str
@@ -53,6 +58,7 @@ class ModelShape:
     head_norms: bool = False
     head_bias: bool = False
     rotary_tables: int = 1
+    short_positions: int = 0
     group: int | None = None
     quantised_head: bool = False
 
@@ -183,6 +189,9 @@ def few_layers(shape: ModelShape, layers: int, *, head: bool = True) -> Module:
     """
     module = Module.empty()
     module.set_attribute("tyir.stage", StringAttr("ty"))
+    if shape.short_positions:
+        both = LongRope(shape.short_positions, (1.0,) * (shape.head_dim // 2))
+        module.set_attribute("tyir.model", to_attribute({LONG_ROPE: both.facts()}))
     tokens = TensorType((1, None), i64)
     builder = _Builder(shape, module, Func.make("main", [tokens, tokens], ["input_ids", "position_ids"]))
     table = builder.weight("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))

@@ -20,7 +20,7 @@ from tyir.backends.edge10.memory.remedies import cheapest_remedies, gib, remedy_
 from tyir.diagnostics import Diagnostic, TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.dialects.kv import Rows
+from tyir.dialects.kv import Rows, TakeRows
 from tyir.dialects.ty import Embedding, GetGlobal, Linear, Param, tensor_type
 from tyir.execution.entry_points import alias_of
 from tyir.frontends.adapters import base_of
@@ -123,7 +123,7 @@ class DieNeeds:
                     raise
                 continue
             turn = 1 if split == "heads" else parts.count * self.options.kv_block
-            none, one = self._needs(dies, 0, split), self._needs(dies, turn, split)
+            none, one = (self._needs(dies, tokens, split, far=True) for tokens in (0, turn))
             rooms = [
                 (capacity - a.total) // max(b.total - a.total, 1) for a, b in zip(none, one, strict=True)
             ]
@@ -132,14 +132,16 @@ class DieNeeds:
                 return tokens, split
         raise AssertionError("every model can be cut by heads")
 
-    def _needs(self, dies: int, max_kv: int, split: str) -> list[DieNeed]:
+    def _needs(self, dies: int, max_kv: int, split: str, *, far: bool = False) -> list[DieNeed]:
+        """`far`: with the second rotary table that a longer cache may need, whatever this one does."""
         s, o, parts = self.shape, self.options, self._parts(dies, split)
+        turned = max_kv + (s.short_positions if far or max_kv > s.short_positions else 0)
         rows = TokenBlocks(0, parts.count, o.kv_block).rows(max_kv) if parts.count > 1 else max_kv
         tokens = max(o.seqlens)
         returned = 1 if o.takes_row(tokens) else tokens
         activations = o.batch * (returned * s.vocabulary * 4 + tokens * 4)
         return [
-            DieNeed(w + rope * max_kv, streamed, head, kv * rows * o.batch, activations, self.tower)
+            DieNeed(w + rope * turned, streamed, head, kv * rows * o.batch, activations, self.tower)
             for w, streamed, head, kv, rope in parts.dies
         ]
 
@@ -193,7 +195,7 @@ class DieNeeds:
         rows = {
             g.symbol.leaf
             for e in function.body
-            if isinstance(e, (Embedding, Rows))
+            if isinstance(e, (Embedding, Rows, TakeRows))
             for g in [e.table.op]
             if isinstance(g, GetGlobal)
         }
@@ -640,8 +642,9 @@ def _lines(plan: Plan) -> Iterator[str]:
             )
         if p.overlapped is not None:
             yield (
-                f"  {duration(p.overlapped)} if the pipeline stages worked on several chunks at a time, in"
-                " steps without embedding and head (nothing runs them so yet)"
+                f"  {duration(p.overlapped)} if the pipeline stages work on several chunks at a time, as with"
+                " --embedding-as-input --output-rows last"
+                + (" (sparse steps do not run so yet)" if plan.options.choice is not None else "")
             )
         yield (
             "  = one layer of each kind simulated on the command programs at a few positions, with"

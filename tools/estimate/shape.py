@@ -285,6 +285,7 @@ def _shape_of(path: Path, vision_tower: Path | None = None) -> ModelShape:
         head_norms=family.head_norms and family.flag(family.qk_norm, raw),
         head_bias=family.head_bias,
         rotary_tables=_rotary_tables(family, raw, sizes["num_hidden_layers"]),
+        short_positions=_short_positions(raw),
         group=(
             _gguf_group(tensors)
             if quant is None
@@ -306,6 +307,16 @@ def _rotary_tables(family: Family, raw: Mapping[str, Any], layers: int) -> int:
     if family.rotary_tables < 2:
         return family.rotary_tables
     return len(set(kinds)) if isinstance(kinds, list) else 2 if layers >= _FULL_EVERY else 1
+
+
+def _short_positions(raw: Mapping[str, Any]) -> int:
+    """Up to how many tokens a model has other rotary frequencies than its long ones, 0 for one set."""
+    entry = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(entry, Mapping) or entry.get("rope_type", entry.get("type")) != "longrope":
+        return 0
+    key = "original_max_position_embeddings"
+    found = entry.get(key) or raw.get(key) or raw.get("max_position_embeddings")
+    return found if type(found) is int and found > 0 else 0
 
 
 def _config(path: Path, vision_tower: Path | None) -> tuple[Path, dict[str, Any], Mapping[str, StoredTensor]]:

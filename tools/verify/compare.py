@@ -13,7 +13,7 @@ When something differs, `tyir.tools.verify.locate` finds the first op that is of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.long_rope import LongRope
 from tyir.artifacts.rope_scaling import scaled_config
 from tyir.artifacts.vision import ImageSize
 from tyir.attributes import IntegerAttr
@@ -58,6 +59,7 @@ __all__ = [
     "cosine",
     "dense_model",
     "reference_module",
+    "rope_positions",
     "scale_model",
     "size_ratio",
     "tower_module",
@@ -119,7 +121,8 @@ class Reference:
 
     Those of the checkpoint, or what quantisation made of them.
 
-    Rotary frequencies that change with the prompt's length are those of a full cache, as in the artifacts.
+    Rotary frequencies that change with the prompt's length are those of a full cache, as in the artifacts; of
+    models with two tables those of the length that is compared (`take_length`).
     `plugin` is the one they were compiled with, `rope_scaling` what they were imported with.
     """
 
@@ -151,6 +154,7 @@ class Reference:
         if rope_scaling is not None:
             scale_model(self.model, rope_scaling)
         freeze_rope(self.model, options.max_kv)
+        self._positions = options.max_kv
         if options.weights == "awq":
             raise TyirError(
                 "the artifacts' weights were scaled and quantised with an AWQ table, which the checkpoint's"
@@ -169,6 +173,12 @@ class Reference:
             with torch.no_grad():
                 whole = parameters[name].T if turned else parameters[name]
                 whole[torch.from_numpy(rows)] = torch.from_numpy(array.astype(np.float32))
+
+    def take_length(self, model: Mapping[str, Any], length: int) -> None:
+        """Take the rotary table that artifacts of a model take for conversations of `length` tokens."""
+        from tyir.frontends.torch_export import freeze_rope
+
+        freeze_rope(self.model, rope_positions(model, self._positions, length))
 
     def continue_greedily(self, ids: Sequence[int], count: int) -> list[int]:
         """`count` tokens after `ids`, always the most likely one, end-of-sequence tokens like any other."""
@@ -225,6 +235,13 @@ class Reference:
         return [layer for _, layer in decoder_layers(self.model)]
 
 
+def rope_positions(model: Mapping[str, Any], capacity: int, length: int) -> int:
+    """The length whose rotary frequencies a conversation of `length` tokens has: that of the cache, but of
+    models with two tables its own.
+    """
+    return capacity if LongRope.used(model, capacity) is None else length
+
+
 def _is_plain(folder: Path, base: Path | None) -> bool:
     """Whether transformers itself reads the folder: unquantised tensors under the model's names."""
     from tyir.frontends.huggingface import open_model
@@ -274,12 +291,19 @@ def reference_module(
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
     rope_scaling: str | None = None,
+    positions: int | None = None,
 ) -> Module:
-    """The unpartitioned model in `ty` ops, with the artifacts' weights and rotary scaling."""
+    """The unpartitioned model in `ty` ops, with the artifacts' weights and rotary scaling; with the rotary
+    frequencies of a prompt of `positions` tokens, None for those of a full cache.
+    """
     from tyir.frontends.huggingface import import_model
 
     module = import_model(
-        folder, plugin=plugin, positions=options.max_kv, base=base, rope_scaling=rope_scaling
+        folder,
+        plugin=plugin,
+        positions=positions or options.max_kv,
+        base=base,
+        rope_scaling=rope_scaling,
     )
     run_pipeline(module, reference_pipeline(options), PassContext())
     return module
@@ -410,6 +434,7 @@ def check_prompt(
             " attention, which transformers does not know",
             help="compare shorter prompts",
         )
+    reference.take_length(session.manifest.model, len(ids) + count)
     tokens = [*ids, *reference.continue_greedily(ids, count)]
     logits, wanted_states = reference.run(tokens)
     if _is_flat(logits):
@@ -420,6 +445,7 @@ def check_prompt(
         )
     step(count)
     session.reset()
+    session.expect(len(tokens))
     begin()
     states.clear()
     feeds = [tokens[: len(ids)], *([t] for t in tokens[len(ids) : -1])]

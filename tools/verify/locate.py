@@ -24,7 +24,7 @@ from tyir.artifacts.rope_scaling import RECORDED
 from tyir.attributes import DenseArrayAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Call, Func
-from tyir.dialects.kv import Append, CachedAttention, Rows
+from tyir.dialects.kv import Append, CachedAttention, Rows, TakeRows
 from tyir.dialects.ty import GetGlobal, tensor_type
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.constexpr import ConstantExpressions
@@ -36,7 +36,7 @@ from tyir.location import FileLoc, FusedLoc, Location, NameLoc
 from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.session import EngineName, Session
 from tyir.runtime_sim.vision.tower import Tower
-from tyir.tools.verify.compare import cosine, reference_module, size_ratio, tower_module
+from tyir.tools.verify.compare import cosine, reference_module, rope_positions, size_ratio, tower_module
 from tyir.traits import Collective
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class Divergence:
 
 
 Key = tuple[str, str, int]
+_UNCOMPARED: Final = (Call, GetGlobal, Append, Rows, TakeRows)  # what the reference has no op for
 _SAME: Final = {
     "kv.attention": "ty.attention",
     "kv.dual_chunk_attention": "ty.attention",
@@ -141,7 +142,8 @@ def locate(
     recorder = Recorder()
     session = Session(folder, engine, check=False, probe=recorder, dense=True)
     scaling = session.manifest.model.get(RECORDED)
-    module = reference_module(checkpoint, session.manifest.options, plugin, base, scaling)
+    positions = rope_positions(session.manifest.model, session.capacity, len(ids) + 1)
+    module = reference_module(checkpoint, session.manifest.options, plugin, base, scaling, positions)
     expected = reference_results(module, ids, CheckpointReader(checkpoint_of(module)))
     for _ in session.generate(ids, 1):
         pass  # one run of each step, whichever rows it returns
@@ -210,7 +212,7 @@ class _Keys:
 
     def of(self, op: Op, stack: tuple[Call, ...]) -> Key | None:
         path = path_in_calls(op, stack)
-        if path is None or isinstance(op, (Call, GetGlobal, Append, Rows)) or op.has_trait(Collective):
+        if path is None or isinstance(op, _UNCOMPARED) or op.has_trait(Collective):
             return None
         if op.results and self.constants.is_constant(op.results[0]):
             return None  # of weights alone, as rotary tables of one size are: dies have the result

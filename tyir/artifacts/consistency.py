@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from tyir.artifacts.cache_layout import position_axis
 from tyir.artifacts.dual_chunk import DualChunk
+from tyir.artifacts.long_rope import LongRope
 from tyir.artifacts.sparse_prefill import RECALL
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["cache_inputs", "is_recall", "problems_of"]
 
 _IDS, _EMBEDDINGS, _POS, _TEMPERATURE, _ROW = "ids", "embeddings", "pos", "temperature", "row"
+_ROPE_ROWS: Final = "rope_rows"
 _CACHES: Final = {  # the caches' elements by number of axes: with the scales of 8-bit rows beside them
     "fp16": {4: "f16"},
     "int8": {4: "i8", 3: "f16"},
@@ -121,6 +123,8 @@ def _program(program: DieProgram, manifest: Manifest) -> Iterator[str]:
         yield from _tensor(given.pop(_IDS, None), _IDS, "i32", step)
     if DualChunk.used(manifest.model, options.max_kv) is not None:
         yield from _tensor(given.pop(_TEMPERATURE, None), _TEMPERATURE, "f32", (options.batch,))
+    if LongRope.used(manifest.model, options.max_kv) is not None:
+        yield from _tensor(given.pop(_ROPE_ROWS, None), _ROPE_ROWS, "i32", step)
     if options.takes_row(program.seqlen):
         yield from _tensor(given.pop(_ROW, None), _ROW, "i32", (options.batch,))
     yield from _of_pictures(given, manifest, step)

@@ -117,11 +117,11 @@ class Offset(DeclaredOp, name="edge10.offset", traits=(Pure,)):
 
 class Register(DeclaredOp, name="edge10.register", traits=(Pure,)):
     """A register set by the host before the step; `pos` is the number of tokens already in the cache of a
-    sequence, one register for each of a batch.
+    sequence, one register for each of a batch; `wanted` is 1, or 0 where no row of the results is wanted.
     """
 
     _: KW_ONLY
-    register: str = attr(choices=("pos",))
+    register: str = attr(choices=("pos", "wanted"))
     sequence: int = attr(default=0)
     out: Value = result()
 

@@ -44,15 +44,17 @@ ALIAS: Final = "tyir.alias"
 
 # What the caller gives: the ids [b, s] or the embeddings [b, s, hidden] of a step's tokens, the number of
 # tokens before it [b], and the keys and values of those; what dual chunk attention multiplies scores by, f32
-# [b]; of a model that sees pictures the rotary tables [capacity, D/2], filled once per request, and what is
-# added to hidden states [b, s, hidden]; of its tower the patches of a picture, of what fills those tables the
-# positions of all slots.  Of steps that return one row of each sequence, which: i32 [b].
+# [b]; of a model with two rotary tables which of their rows, i32 [b, s]; of a model that sees pictures the
+# rotary tables [capacity, D/2], filled once per request, and what is added to hidden states [b, s, hidden];
+# of its tower the patches of a picture, of what fills those tables the positions of all slots.  Of steps that
+# return one row of each sequence, which: i32 [b].
 Role = Literal[
     "tokens",
     "embeddings",
     "position",
     "cache",
     "temperature",
+    "rope_rows",
     "rope",
     "addend",
     "patches",

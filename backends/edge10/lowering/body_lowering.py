@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tyir.backends.edge10.lowering.columns import MOST_ROWS
 from tyir.backends.edge10.lowering.context import Lowering, Place
@@ -60,9 +60,10 @@ class BodyLowering:
         fixed: Mapping[Value, Place],
         first: int,
         lower_call: Callable[[Call, Lowering], None] = _no_calls,
+        tail: Sequence[Op] = (),
     ) -> None:
         """The commands of the ops of `source`; `fixed` values have their places, others may have SRAM from
-        offset `first` on.
+        offset `first` on.  `tail`: its last ops, which run where a row is wanted.
         """
         spill = f"spill.{source.sym_name}"
         held = [v for v, place in fixed.items() if place.in_sram]
@@ -80,10 +81,24 @@ class BodyLowering:
                 lowering.places[value] = places.values[root(value)]
         lowering.halved = groups.halved
         used = used_until(source, places, groups.scratch, groups.anchors)
+        around = lowering.emitter
         for op in source.body:
+            if tail and op is tail[0]:
+                lowering.emitter = self._optional(around)
             lowering.spare = max(self.plan.arena - max(used[op], first), 0) if _many_rows(op) else 0
             if isinstance(op, Call):
                 lowering.emitter.begin(op)
                 lower_call(op, lowering)
             else:
                 groups.lower(op, lowering, places.scratch)
+        if tail:
+            lowering.emitter.end_optional()
+            around.optional(lowering.emitter.block, lowering.emitter.tracker)
+            lowering.emitter = around
+
+    def _optional(self, around: Emitter) -> Emitter:
+        """For a body that may be left out."""
+        slots = self.plan.slots
+        block = Emitter.body(len(slots) + 1)
+        _, *tokens, rest = block.args
+        return around.nested(block, Tracker(slots, tokens, rest))

@@ -67,6 +67,10 @@ class Emitter:
             self._positions[sequence] = self._first(edge10.Register(register="pos", sequence=sequence))
         return self._positions[sequence]
 
+    def wanted(self) -> Value:
+        """The register `wanted`."""
+        return self._first(edge10.Register(register="wanted"))
+
     def _first(self, op: Op) -> Value:
         self.block.insert(op, before=self.block.first_op if self._head is None else self._head.next_op)
         self._head = op
@@ -144,6 +148,28 @@ class Emitter:
         self.block.append(op)
         for accesses, token in zip((*slot_accesses, [*others, *given]), op.results):
             self.tracker.record(accesses, token, None)
+
+    def optional(self, body: Block, inner: Tracker) -> None:
+        """Append a body that has been written under `inner`, which runs where a row is wanted.  Its slots of
+        the weight stream and everything else begin and end with tokens, as those of a called function.
+        """
+        tokens = self._all_tokens(self.tracker)
+        op = edge10.For(
+            args=(self.affine((), ()), self.wanted(), *tokens),
+            body_region=Region([body]),
+            result_types=[edge10.TOKEN] * len(tokens),
+            loc=self.loc,
+        )
+        self.block.append(op)
+        self.tracker.reset(op.results[:-1], op.results[-1])
+
+    def end_optional(self) -> None:
+        """End the body of `optional`: its tokens for what follows."""
+        self.block.append(edge10.Yield(tokens=tuple(self._all_tokens(self.tracker))))
+
+    def _all_tokens(self, tracker: Tracker) -> list[Value]:
+        slots, rest = tracker.finish()
+        return [self.join(tokens) for tokens in (*slots, rest)]
 
     def _nothing(self) -> list[Value]:
         return [self.block.append(edge10.Join(tokens=())).result]

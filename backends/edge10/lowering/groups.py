@@ -29,6 +29,7 @@ from tyir.backends.edge10.lowering.ops.cache import (
     lower_quantize_rows,
     lower_rows,
     lower_select_row,
+    lower_take_rows,
     selection_scratch,
 )
 from tyir.backends.edge10.lowering.ops.collective import (
@@ -56,6 +57,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     ty.Embedding: lower_embedding,
     kv.Append: lower_append,
     kv.Rows: lower_rows,
+    kv.TakeRows: lower_take_rows,
     dist.AllReduce: lower_all_reduce,
     dist.AllGather: lower_all_gather,
     dist.Send: lower_send,

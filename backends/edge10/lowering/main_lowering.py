@@ -18,6 +18,7 @@ from tyir.backends.edge10.memory.places import root
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10, ty
 from tyir.dialects.func import Call, Func, Return
+from tyir.execution.optional_tail import optional_tail
 from tyir.ir import Op, Value
 
 __all__ = ["MainLowering"]
@@ -55,7 +56,7 @@ class MainLowering:
         for op in self._main.body:
             if isinstance(op, Call):
                 self._coalesce(op, fixed)
-        self._bodies.lower(self._main, lowering, fixed, first, self._call)
+        self._bodies.lower(self._main, lowering, fixed, first, self._call, optional_tail(self._main))
         for value, place in late:
             lowering.move(lowering.place(value), place, ty.tensor_type(value).nbytes)
         function.body.append(Return(values=[]))

@@ -49,11 +49,16 @@ def _grid(extents: Sequence[int], emit: Callable[[list[Expr]], None]) -> None:
 
 
 def embedding(op: ty.Embedding, buffers: Sequence[Buffer], cpu: Cpu) -> None:
-    table, ids, out = buffers
-    (b, s), (count, width) = _shape(ids), _shape(table)
+    _copy_numbered(buffers, op.offset, cpu)
+
+
+def _copy_numbered(buffers: Sequence[Buffer], first: int, cpu: Cpu) -> None:
+    """Rows of a table whose first has the number `first`, by the numbers [b, s]."""
+    table, numbers, out = buffers
+    (b, s), (count, width) = _shape(numbers), _shape(table)
 
     def emit(at: list[Expr]) -> None:
-        row = bind(T.cast(ids[tuple(at)], "int64") - T.int64(op.offset))
+        row = bind(T.cast(numbers[tuple(at)], "int64") - T.int64(first))
         _copy_row_or_zeros(table, (), row, count, out, [*at, 0], width, cpu)
 
     _grid((b, s), emit)
@@ -105,6 +110,10 @@ def rows(op: kv.Rows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         _copy_row(table, [row, 0], out, [*at, 0], width, cpu)
 
     _grid((b, s), emit)
+
+
+def take_rows(op: kv.TakeRows, buffers: Sequence[Buffer], cpu: Cpu) -> None:
+    _copy_numbered(buffers, 0, cpu)
 
 
 def append(op: kv.Append, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -218,4 +227,5 @@ EMITTERS: Final[Emitters] = {
     kv.Append: append,
     kv.Replace: replace,
     kv.Rows: rows,
+    kv.TakeRows: take_rows,
 }

@@ -102,7 +102,8 @@ class TyirWorker(WorkerBase):
         for request in asked.values():
             lengths[request.slot] = request.length
         scores = any(request.scores_prompt for request in asked.values())
-        rows = session.advance(feeds, last=not scores, lengths=lengths)
+        most = [self.model_config.max_model_len] * len(feeds)  # vLLM's rule for two rotary tables
+        rows = session.advance(feeds, last=not scores, lengths=lengths, most=most)
         self._order, self._ready = list(counts), {}
         for name, request in asked.items():
             own = rows[request.slot]

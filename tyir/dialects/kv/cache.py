@@ -35,7 +35,7 @@ from tyir.dialects.ty import as_type, attend, softcap, softmax, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
-from tyir.types import TensorType, Type, f16, f32, i8
+from tyir.types import TensorType, Type, f16, f32, i8, i32
 
 __all__ = [
     "LAYOUTS",
@@ -46,6 +46,7 @@ __all__ = [
     "MergeAttention",
     "QuantizeRows",
     "Rows",
+    "TakeRows",
     "cache_shape",
     "dequantize_rows",
     "head_axis",
@@ -428,3 +429,27 @@ class Rows(DeclaredOp, name="kv.rows", traits=(Pure,)):
         if self.modulo is not None:
             rows = rows % self.modulo
         return np.asarray(table[np.minimum(rows + (self.offset or 0), table.shape[0] - 1)])
+
+
+class TakeRows(DeclaredOp, name="kv.take_rows", traits=(Pure,)):
+    """Rows of table [N, d] by their numbers: rows i32 [b, s] -> [b, s, d]; a number outside gives
+    zeros.
+
+    Fetches rotary tables where a row does not follow from the position alone (`tyir.artifacts.long_rope`).
+    """
+
+    table: Value = operand()
+    rows: Value = operand()
+    out: Value = result()
+
+    def infer(self) -> Type:
+        table, rows = tensor_type(self.table, 2), tensor_type(self.rows, 2)
+        return TensorType((*rows.dims, table.dims[1]), table.element)
+
+    def verify(self) -> Iterator[str]:
+        if tensor_type(self.rows).element is not i32:
+            yield f"rows are i32 [b, s]; got {self.rows.type}"
+
+    def evaluate(self, table: Array, rows: Array) -> Array:
+        inside = (rows >= 0) & (rows < table.shape[0])
+        return np.where(inside[..., None], table[np.where(inside, rows, 0)], np.zeros((), table.dtype))

@@ -227,6 +227,9 @@ def _frequencies(inv_freq: DenseElementsAttr) -> int:
 class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
     """cos and sin of position * inv_freq, times `scale` where inv_freq is not 0, for positions
     0..positions-1: two tensors [positions, D/2] of type `element`.
+
+    With `short` frequencies the rows of positions 0..short_positions-1 at these follow: two tables in one,
+    [positions + short_positions, D/2] (`tyir.artifacts.long_rope`).
     """
 
     _: KW_ONLY
@@ -234,17 +237,33 @@ class RopeTable(DeclaredOp, name="ty.rope_table", traits=(Pure, ConstantLike)):
     positions: int = attr(least=0)
     scale: float = attr(default=1.0)
     element: Type = attr(default=f16)
+    short: DenseElementsAttr | None = attr(default=None)
+    short_positions: int | None = attr(default=None, least=1)
     cos: Value = result()
     sin: Value = result()
 
     def infer(self) -> tuple[Type, ...]:
-        t = TensorType((self.positions, _frequencies(self.inv_freq)), self.element)
+        rows = self.positions + (self.short_positions or 0)
+        t = TensorType((rows, _frequencies(self.inv_freq)), self.element)
         return t, t
 
+    def verify(self) -> Iterator[str]:
+        if (self.short is None) != (self.short_positions is None):
+            yield "short and short_positions need each other"
+        elif self.short is not None and _frequencies(self.short) != _frequencies(self.inv_freq):
+            yield f"{_frequencies(self.short)} short frequencies for {_frequencies(self.inv_freq)}"
+
     def evaluate(self) -> tuple[Array, Array]:
-        frequencies = self.inv_freq.to_numpy()
+        whole = self._part(self.inv_freq, self.positions)
+        if self.short is None or self.short_positions is None:
+            return whole
+        cos, sin = (np.concatenate(p) for p in zip(whole, self._part(self.short, self.short_positions)))
+        return cos, sin
+
+    def _part(self, inv_freq: DenseElementsAttr, positions: int) -> tuple[Array, Array]:
+        frequencies = inv_freq.to_numpy()
         return rope_tables(
-            np.arange(self.positions, dtype=np.float32)[:, None] * frequencies,
+            np.arange(positions, dtype=np.float32)[:, None] * frequencies,
             frequencies,
             self.scale,
             self.element,

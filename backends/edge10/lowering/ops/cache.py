@@ -16,7 +16,7 @@ from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch, root
 from tyir.dialects import edge10
 from tyir.dialects.func import Call
-from tyir.dialects.kv import Append, QuantizeRows, Rows
+from tyir.dialects.kv import Append, QuantizeRows, Rows, TakeRows
 from tyir.dialects.ty import Embedding, SelectRow, tensor_type
 from tyir.ir import Value
 from tyir.targets.machine import Machine
@@ -28,6 +28,7 @@ __all__ = [
     "lower_quantize_rows",
     "lower_rows",
     "lower_select_row",
+    "lower_take_rows",
     "rows_before",
     "selection_scratch",
 ]
@@ -234,11 +235,21 @@ def lower_rows(op: Rows, lowering: Lowering) -> None:
 
 
 def lower_embedding(op: Embedding, lowering: Lowering) -> None:
-    """`ty.embedding`: rows by token id; the ids come to SRAM first."""
-    table, source, target = lowering.place(op.table), lowering.place(op.ids), lowering.place(op.out)
-    table_rows = tensor_type(op.table).static_shape[0]
-    row = tensor_type(op.table).nbytes // table_rows
-    rows = math.prod(tensor_type(op.ids).static_shape)
+    """`ty.embedding`: rows by token id."""
+    _lower_numbered(op.table, op.ids, op.out, op.offset, lowering)
+
+
+def lower_take_rows(op: TakeRows, lowering: Lowering) -> None:
+    """`kv.take_rows`: rows by their numbers."""
+    _lower_numbered(op.table, op.rows, op.out, 0, lowering)
+
+
+def _lower_numbered(of: Value, numbers: Value, out: Value, first: int, lowering: Lowering) -> None:
+    """Rows of a table whose first has the number `first`; the numbers come to SRAM first."""
+    table, source, target = lowering.place(of), lowering.place(numbers), lowering.place(out)
+    table_rows = tensor_type(of).static_shape[0]
+    row = tensor_type(of).nbytes // table_rows
+    rows = math.prod(tensor_type(numbers).static_shape)
     for piece in lowering.pieces(rows, 0 if target.in_sram else row + 2 * align(4)):
         ids = source.offset + piece.first * 4 if source.in_sram else piece.temp
         if not source.in_sram:
@@ -249,7 +260,7 @@ def lower_embedding(op: Embedding, lowering: Lowering) -> None:
             lowering.address(table),
             index="ids",
             ids=ids,
-            first=op.offset,
+            first=first,
             sram=sram,
             rows=piece.rows,
             row_bytes=row,
