@@ -37,6 +37,7 @@ from tyir.attributes import StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal, Reshape, tensor_type
+from tyir.execution.meetings import collectives_of
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
@@ -100,7 +101,7 @@ class Program:
 
     def collectives(self) -> list[Op]:
         """The ops where dies meet, in the order of their numbers."""
-        return [op for f in self.functions for op in f.walk() if op.has_trait(Collective)]
+        return collectives_of(self.functions)
 
 
 # ---------------------------------------------------------------------------------------------------- frames

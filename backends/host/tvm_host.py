@@ -36,6 +36,7 @@ from tvm.tirx.script.builder import ir as T
 from tyir.attributes import StringAttr
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import Cpu
+from tyir.backends.host.meeting import meeting_of
 from tyir.backends.host.objects import made_once
 from tyir.backends.host.step import Program, kernel_symbol, step_of
 from tyir.backends.pieces import tool_identity
@@ -344,6 +345,8 @@ def _objects(
         yield made_once(cache_key(*tools, name, _meaning(op)), make, cache)
     if program is not None:
         yield _object(IRModule(step_of(program)), target)
+        if meeting := meeting_of(program.collectives(), codegen.llvm_get_system_triple(), cpu):
+            yield _object(IRModule(meeting), target)
 
 
 # Only what TVM looks up by name is seen outside of a library.

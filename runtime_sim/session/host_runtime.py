@@ -160,15 +160,17 @@ class CompiledStep:
         weights: Sequence[Array],
         workspace: Array,
         exchange: Any = None,
+        context: int | None = None,
     ) -> None:
         """`layouts`: shapes and dtypes of inputs and outputs; `weights` in the order of the program's
-        `ty.global`s; `exchange`: an `Exchange`, of programs that meet others.
+        `ty.global`s; `exchange`: an `Exchange`, of programs that meet others, and what it is called with.
         """
         self._function = function
         self._layouts = list(layouts)
         self._tensors = [_descriptor(shape, dtype) for shape, dtype in layouts]
+        self._given: list[Array | None] = [None] * len(layouts)  # where the descriptors point
         addresses = np.array([_address(w) for w in weights] or [0], np.int64)
-        self._kept = (weights, addresses, workspace, exchange)  # what the descriptors point into
+        self._kept = (weights, addresses, workspace, exchange)  # what the arguments point into
         table, space = (_descriptor(a.shape, a.dtype) for a in (addresses, workspace))
         table.data, space.data = _address(addresses), _address(workspace)
         self._own = (table, space)
@@ -176,18 +178,27 @@ class CompiledStep:
         self._arguments = [
             *(ctypes.c_void_p(ctypes.addressof(t)) for t in (*self._tensors, *self._own)),
             call,
-            ctypes.c_void_p(None),
+            ctypes.c_void_p(context),
         ]
 
     def __call__(self, arrays: Sequence[Array]) -> None:
         """Runs the step on contiguous inputs and outputs; caches among the inputs are written."""
-        for tensor, (shape, dtype), array in zip(self._tensors, self._layouts, arrays, strict=True):
-            if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-                raise ValueError(
-                    f"{array.dtype}{list(array.shape)} is given where {dtype}{list(shape)} is taken"
-                )
-            tensor.data = _address(array)
+        for number, array in enumerate(arrays):
+            if array is not self._given[number]:
+                self._point(number, array)
         self._function(*self._arguments)
+
+    def forget(self) -> None:
+        """Keeps no array that a call was given."""
+        self._given = [None] * len(self._layouts)
+
+    def _point(self, number: int, array: Array) -> None:
+        """Most arrays of a step are caches, which stay where they are from one to the next."""
+        shape, dtype = self._layouts[number]
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"{array.dtype}{list(array.shape)} is given where {dtype}{list(shape)} is taken")
+        self._tensors[number].data = _address(array)
+        self._given[number] = array
 
 
 def _check_complete(data: bytes, path: Path) -> None:
@@ -270,6 +281,10 @@ class HostLibrary:
                 f"{self.path} has no function '{name}'",
                 help="it was compiled by an older tyir; compile the model again",
             ) from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is an exported function of that name."""
+        return bool(self._module.implements_function(name))
 
     def evaluator(self) -> Evaluator:
         """The evaluator for `tyir.interpreter.Interpreter`.
