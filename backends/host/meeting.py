@@ -1,15 +1,18 @@
-"""Where dies of one process meet, in compiled code: the library's own `exchange` (`tyir.backends.host.step`).
+"""How dies of one process run and meet in compiled code, without Python between the parts of their steps.
 
-    int32_t exchange(void *context, int32_t site, const void *operand, void *result)
+    int32_t exchange(void *context, int32_t site, const void *operand, void *result)      `EXCHANGE`
+    int32_t run(void *worker)                                                             `RUN`
 
-It returns 0, also when the step was given up, which the group's word in `context` says.  `step_meeting()` gives
-its address; `context` is memory laid out as `tyir.execution.meetings` says.  The last die
-that comes to a collective makes the results of all, in the order of dies and with the roundings of the op's
-`combine`, so that it is one wait for each of the others, which look some times whether they can go on and then
-sleep (futex(2)).  A send copies into its place and does not wait, unless what it sent before is still there.
+`run` takes a thread's dies through their steps, each on a stack of its own: where a die must wait for others, the
+next one goes on.  Only a worker none of whose dies can go on looks some times and then sleeps (futex(2)).
+`exchange` is the one that those steps are to be given; memory for both is laid out as `tyir.execution.meetings` says.
 
-Loads and stores that threads share are atomic and sequentially consistent: a die that is about to sleep has
-counted itself before it looks once more, and whoever wakes has changed the word before looking at that count.
+The last die that comes to a collective makes the results of all, in the order of dies and with the roundings of the
+op's `combine`.  A send copies into its place and does not wait, unless what it sent before is still there.
+
+Loads and stores that threads share are atomic and sequentially consistent: a worker that is about to sleep has
+counted itself before the system compares the number of events, and whoever wakes has counted that up before looking
+at who sleeps.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -37,15 +40,14 @@ from tyir.backends.host.kernels.tir import (
 from tyir.dialects import dist
 from tyir.dialects.ty import tensor_type
 from tyir.execution.lockstep import Layout, Recv, Request, Send
-from tyir.execution.meetings import FIRST_SITE, PLACE_HEAD, request_of, site_words
+from tyir.execution.meetings import EXCHANGE, FIRST_SITE, PLACE_HEAD, RUN, WORDS, request_of, site_words
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
 from tyir.types import storage_dtype
 
-__all__ = ["MEETING", "meeting_of"]
+__all__ = ["EXCHANGE", "RUN", "meeting_of"]
 
-MEETING: Final = "step_meeting"
-_SYMBOL: Final = "tyir_meeting"
+_BEGIN: Final = "tyir_begin"
 _MOST: Final = 1 << 20  # dies: nobody counts them here
 _BLOCK: Final = 128  # numbers that are added together: their sums are on the stack
 
@@ -54,13 +56,11 @@ _SYSTEMS: Final = {"x86_64": (202, "pause"), "aarch64": (98, "yield")}
 
 _HELPERS: Final = """
 declare i64 @syscall(i64, ...)
-declare i32 @{symbol}(ptr, i32, ptr, ptr)
+declare i32 @getcontext(ptr)
+declare void @makecontext(ptr, ptr, i32, ...)
+declare i32 @swapcontext(ptr, ptr)
+declare i32 @{begin}(ptr)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
-
-define i64 @tyir_meeting_address() alwaysinline {{
-  %address = ptrtoint ptr @{symbol} to i64
-  ret i64 %address
-}}
 
 define ptr @tyir_at(i64 %address) alwaysinline {{
   %pointer = inttoptr i64 %address to ptr
@@ -77,64 +77,46 @@ define void @tyir_copy(ptr %target, ptr %source, i64 %bytes) alwaysinline {{
   ret void
 }}
 
-; Waits until *word is not `old`: 0, or 1 when the group has given up.
-define internal i32 @tyir_wait(ptr %group, ptr %word, i32 %old) noinline {{
+; Returns when *word is not `old`, or the group has given up; until then other dies of the worker go on.
+define internal void @tyir_wait(ptr %worker, ptr %word, i32 %old) noinline {{
 start:
-  %time = alloca {{ i64, i64 }}
-  store i64 0, ptr %time
-  %fraction = getelementptr i64, ptr %time, i64 1
-  store i64 50000000, ptr %fraction
-  %limit.at = getelementptr i32, ptr %group, i64 1
-  %limit = load i32, ptr %limit.at
-  %sleepers = getelementptr i32, ptr %word, i64 1
+  %group = load ptr, ptr %worker
+  %die.at = getelementptr i64, ptr %worker, i64 {current}
+  %die = load ptr, ptr %die.at
+  %own = load ptr, ptr %die
+  %main.at = getelementptr i64, ptr %worker, i64 {main}
+  %main = load ptr, ptr %main.at
+  %word.at = getelementptr i64, ptr %die, i64 {word}
+  %old.at = getelementptr i64, ptr %die, i64 {old}
   br label %look
-
 look:
-  %looks = phi i32 [ 0, %start ], [ %looks.next, %again ]
   %seen = load atomic i32, ptr %word seq_cst, align 4
-  %changed = icmp ne i32 %seen, %old
-  br i1 %changed, label %on, label %more
-more:
-  %tired = icmp sge i32 %looks, %limit
-  br i1 %tired, label %sleep, label %again
-again:
-  call void asm sideeffect "{pause}", ""()
-  %looks.next = add i32 %looks, 1
-  br label %look
-
-sleep:
-  %counted = atomicrmw add ptr %sleepers, i32 1 seq_cst
-  %now = load atomic i32, ptr %word seq_cst, align 4
-  %unchanged = icmp eq i32 %now, %old
-  br i1 %unchanged, label %futex, label %woken
-futex:
-  %code = call i64 (i64, ...) @syscall(i64 {futex}, ptr %word, i32 128, i32 %old, ptr %time)
-  br label %woken
-woken:
-  %uncounted = atomicrmw sub ptr %sleepers, i32 1 seq_cst
-  %after = load atomic i32, ptr %word seq_cst, align 4
-  %gone = icmp ne i32 %after, %old
-  br i1 %gone, label %on, label %still
+  %unchanged = icmp eq i32 %seen, %old
+  br i1 %unchanged, label %still, label %on
 still:
   %given.up = load atomic i32, ptr %group seq_cst, align 4
   %waiting = icmp eq i32 %given.up, 0
-  br i1 %waiting, label %sleep, label %failed
-
+  br i1 %waiting, label %leave, label %on
+leave:
+  store ptr %word, ptr %word.at
+  store i32 %old, ptr %old.at
+  %code = call i32 @swapcontext(ptr %own, ptr %main)
+  br label %look
 on:
-  ret i32 0
-failed:
-  ret i32 1
+  ret void
 }}
 
-; Sets *word and wakes all who sleep for it.
-define internal void @tyir_set(ptr %word, i32 %value) noinline {{
+; Sets *word and wakes the workers that sleep.
+define internal void @tyir_set(ptr %group, ptr %word, i32 %value) noinline {{
   store atomic i32 %value, ptr %word seq_cst, align 4
-  %sleepers = getelementptr i32, ptr %word, i64 1
+  %event = getelementptr i32, ptr %group, i64 2
+  %events = atomicrmw add ptr %event, i32 1 seq_cst
+  %sleepers = getelementptr i32, ptr %group, i64 1
   %count = load atomic i32, ptr %sleepers seq_cst, align 4
   %nobody = icmp eq i32 %count, 0
   br i1 %nobody, label %done, label %wake
 wake:
-  %code = call i64 (i64, ...) @syscall(i64 {futex}, ptr %word, i32 129, i32 2147483647)
+  %code = call i64 (i64, ...) @syscall(i64 {futex}, ptr %event, i32 129, i32 2147483647)
   br label %done
 done:
   ret void
@@ -142,7 +124,12 @@ done:
 
 ; A die comes to a place: 1 for the last, which is to make the results and to call tyir_go_on; 0 for another,
 ; when that is done or the group has given up.
-define i32 @tyir_come(ptr %group, ptr %place, i64 %members, i64 %me, ptr %operand, ptr %result) noinline {{
+define i32 @tyir_come(ptr %worker, ptr %place, i64 %members, i64 %me, ptr %operand, ptr %result) noinline {{
+  %group = load ptr, ptr %worker
+  %given.up = load atomic i32, ptr %group seq_cst, align 4
+  %together = icmp eq i32 %given.up, 0
+  br i1 %together, label %come, label %done
+come:
   %turn = load atomic i32, ptr %place seq_cst, align 4
   %operands = getelementptr i64, ptr %place, i64 {head}
   %operand.at = getelementptr i64, ptr %operands, i64 %me
@@ -150,7 +137,7 @@ define i32 @tyir_come(ptr %group, ptr %place, i64 %members, i64 %me, ptr %operan
   %results = getelementptr i64, ptr %operands, i64 %members
   %result.at = getelementptr i64, ptr %results, i64 %me
   store ptr %result, ptr %result.at
-  %arrived.at = getelementptr i32, ptr %place, i64 2
+  %arrived.at = getelementptr i32, ptr %place, i64 1
   %before = atomicrmw add ptr %arrived.at, i32 1 seq_cst
   %count = add i32 %before, 1
   %all = trunc i64 %members to i32
@@ -160,41 +147,154 @@ make:
   store atomic i32 0, ptr %arrived.at seq_cst, align 4
   ret i32 1
 wait:
-  %code = call i32 @tyir_wait(ptr %group, ptr %place, i32 %turn)
+  call void @tyir_wait(ptr %worker, ptr %place, i32 %turn)
+  br label %done
+done:
   ret i32 0
 }}
 
-define void @tyir_go_on(ptr %place) noinline {{
+define void @tyir_go_on(ptr %worker, ptr %place) noinline {{
+  %group = load ptr, ptr %worker
   %turn = load atomic i32, ptr %place seq_cst, align 4
   %next = add i32 %turn, 1
-  call void @tyir_set(ptr %place, i32 %next)
+  call void @tyir_set(ptr %group, ptr %place, i32 %next)
   ret void
 }}
 
-define void @tyir_send(ptr %group, ptr %place, ptr %operand, i64 %bytes) noinline {{
-  %code = call i32 @tyir_wait(ptr %group, ptr %place, i32 1)
-  %failed = icmp ne i32 %code, 0
-  br i1 %failed, label %done, label %copy
-copy:
+define void @tyir_send(ptr %worker, ptr %place, ptr %operand, i64 %bytes) noinline {{
+  call void @tyir_wait(ptr %worker, ptr %place, i32 1)
+  %group = load ptr, ptr %worker
   %data.at = getelementptr i64, ptr %place, i64 1
   %data = load ptr, ptr %data.at
   call void @llvm.memcpy.p0.p0.i64(ptr %data, ptr %operand, i64 %bytes, i1 false)
-  call void @tyir_set(ptr %place, i32 1)
-  br label %done
-done:
+  call void @tyir_set(ptr %group, ptr %place, i32 1)
   ret void
 }}
 
-define void @tyir_receive(ptr %group, ptr %place, ptr %result, i64 %bytes) noinline {{
-  %code = call i32 @tyir_wait(ptr %group, ptr %place, i32 0)
-  %failed = icmp ne i32 %code, 0
-  br i1 %failed, label %done, label %copy
-copy:
+define void @tyir_receive(ptr %worker, ptr %place, ptr %result, i64 %bytes) noinline {{
+  call void @tyir_wait(ptr %worker, ptr %place, i32 0)
+  %group = load ptr, ptr %worker
   %data.at = getelementptr i64, ptr %place, i64 1
   %data = load ptr, ptr %data.at
   call void @llvm.memcpy.p0.p0.i64(ptr %result, ptr %data, i64 %bytes, i1 false)
-  call void @tyir_set(ptr %place, i32 0)
-  br label %done
+  call void @tyir_set(ptr %group, ptr %place, i32 0)
+  ret void
+}}
+
+; A die's step, on its own stack.
+define void @tyir_whole_step(ptr %die) noinline {{
+  %nothing = alloca {{ i64, i64 }}
+  store {{ i64, i64 }} zeroinitializer, ptr %nothing
+  %function.at = getelementptr i64, ptr %die, i64 {function}
+  %function = load ptr, ptr %function.at
+  %arguments.at = getelementptr i64, ptr %die, i64 {arguments}
+  %arguments = load ptr, ptr %arguments.at
+  %count.at = getelementptr i64, ptr %die, i64 {count}
+  %count = load i32, ptr %count.at
+  %code = call i32 %function(ptr null, ptr %arguments, i32 %count, ptr %nothing)
+  %code.at = getelementptr i64, ptr %die, i64 {code}
+  store i32 %code, ptr %code.at
+  %state.at = getelementptr i64, ptr %die, i64 {state}
+  store i32 2, ptr %state.at
+  ret void
+}}
+
+; The steps of a worker's dies, from beginning to end.
+define void @tyir_work(ptr %worker) noinline {{
+start:
+  %time = alloca {{ i64, i64 }}
+  store i64 0, ptr %time
+  %fraction = getelementptr i64, ptr %time, i64 1
+  store i64 50000000, ptr %fraction
+  %group = load ptr, ptr %worker
+  %sleepers = getelementptr i32, ptr %group, i64 1
+  %event.at = getelementptr i32, ptr %group, i64 2
+  %current = getelementptr i64, ptr %worker, i64 {current}
+  %main.at = getelementptr i64, ptr %worker, i64 {main}
+  %main = load ptr, ptr %main.at
+  %limit.at = getelementptr i64, ptr %worker, i64 {looks}
+  %limit = load i64, ptr %limit.at
+  %dies.at = getelementptr i64, ptr %worker, i64 {dies}
+  %dies = load i64, ptr %dies.at
+  %list = getelementptr i64, ptr %worker, i64 {list}
+  br label %round
+
+round:
+  %looks = phi i64 [ 0, %start ], [ 0, %went ], [ %looks.next, %again ], [ %limit, %woken ]
+  %event = load atomic i32, ptr %event.at seq_cst, align 4
+  br label %each
+
+each:
+  %number = phi i64 [ 0, %round ], [ %number.next, %next ]
+  %left = phi i1 [ false, %round ], [ %left.next, %next ]
+  %moved = phi i1 [ false, %round ], [ %moved.next, %next ]
+  %over = icmp eq i64 %number, %dies
+  br i1 %over, label %after, label %one
+one:
+  %die.at = getelementptr i64, ptr %list, i64 %number
+  %die = load ptr, ptr %die.at
+  %own = load ptr, ptr %die
+  %state.at = getelementptr i64, ptr %die, i64 {state}
+  %state = load i32, ptr %state.at
+  switch i32 %state, label %next [ i32 0, label %first
+                                   i32 1, label %maybe ]
+first:
+  store i32 1, ptr %state.at
+  %got = call i32 @getcontext(ptr %own)
+  %link = getelementptr i64, ptr %own, i64 1
+  store ptr %main, ptr %link
+  %stack.from = getelementptr i64, ptr %die, i64 {stack}
+  %stack = load i64, ptr %stack.from
+  %stack.to = getelementptr i64, ptr %own, i64 2
+  store i64 %stack, ptr %stack.to
+  %size.from = getelementptr i64, ptr %die, i64 {stack_bytes}
+  %size = load i64, ptr %size.from
+  %size.to = getelementptr i64, ptr %own, i64 4
+  store i64 %size, ptr %size.to
+  call void (ptr, ptr, i32, ...) @makecontext(ptr %own, ptr @{begin}, i32 1, ptr %die)
+  br label %go
+maybe:
+  %word.at = getelementptr i64, ptr %die, i64 {word}
+  %word = load ptr, ptr %word.at
+  %old.at = getelementptr i64, ptr %die, i64 {old}
+  %old = load i32, ptr %old.at
+  %seen = load atomic i32, ptr %word seq_cst, align 4
+  %changed = icmp ne i32 %seen, %old
+  %given.up = load atomic i32, ptr %group seq_cst, align 4
+  %released = icmp ne i32 %given.up, 0
+  %ready = or i1 %changed, %released
+  br i1 %ready, label %go, label %next
+go:
+  store ptr %die, ptr %current
+  %swapped = call i32 @swapcontext(ptr %main, ptr %own)
+  br label %next
+next:
+  %left.next = phi i1 [ %left, %one ], [ true, %maybe ], [ true, %go ]
+  %moved.next = phi i1 [ %moved, %one ], [ %moved, %maybe ], [ true, %go ]
+  %number.next = add i64 %number, 1
+  br label %each
+
+after:
+  br i1 %left, label %unfinished, label %done
+unfinished:
+  br i1 %moved, label %went, label %idle
+went:
+  br label %round
+idle:
+  %tired = icmp sge i64 %looks, %limit
+  br i1 %tired, label %sleep, label %again
+again:
+  call void asm sideeffect "{pause}", ""()
+  %looks.next = add i64 %looks, 1
+  br label %round
+sleep:
+  %counted = atomicrmw add ptr %sleepers, i32 1 seq_cst
+  %code = call i64 (i64, ...) @syscall(i64 {futex}, ptr %event.at, i32 128, i32 %event, ptr %time)
+  br label %woken
+woken:
+  %uncounted = atomicrmw sub ptr %sleepers, i32 1 seq_cst
+  br label %round
+
 done:
   ret void
 }}
@@ -202,16 +302,16 @@ done:
 
 
 def meeting_of(sites: Sequence[Op], triple: str, cpu: Cpu) -> dict[GlobalVar, Any]:
-    """The functions of a program's meetings; `MEETING` is exported.
+    """The functions of a program's meetings; `EXCHANGE` and `RUN` are seen outside of the library.
 
     `sites`: the collectives by number; `triple`: LLVM's name of the system.  No functions for a program that
     meets nobody, nor for a system whose way to wait is not known here.
     """
     architecture = triple.partition("-")[0]
-    if not sites or architecture not in _SYSTEMS or "linux" not in triple:
+    if not sites or architecture not in _SYSTEMS or "linux-gnu" not in triple:
         return {}
     futex, pause = _SYSTEMS[architecture]
-    helpers = _HELPERS.format(symbol=_SYMBOL, futex=futex, pause=pause, head=PLACE_HEAD)
+    helpers = _HELPERS.format(begin=_BEGIN, futex=futex, pause=pause, head=PLACE_HEAD, **WORDS)
     made: dict[GlobalVar, Any] = {}
     combines: dict[Op, GlobalVar] = {}
     for number, op in enumerate(sites):
@@ -219,15 +319,33 @@ def meeting_of(sites: Sequence[Op], triple: str, cpu: Cpu) -> dict[GlobalVar, An
             combines[op] = GlobalVar(f"tyir_combine_{number}")
             make = _sum if isinstance(op, dist.AllReduce) else _join
             made.update(make(combines[op], op, cpu))
-    return {**made, GlobalVar("tyir_meet"): _meet(sites, combines), GlobalVar(MEETING): _address(helpers)}
+    return {
+        **made,
+        GlobalVar("tyir_meet"): _meet(sites, combines),
+        GlobalVar("tyir_first"): _calls(_BEGIN, "tyir_whole_step", helpers),
+        GlobalVar("tyir_all"): _calls(RUN, "tyir_work", None),
+    }
 
 
-def _address(helpers: str) -> Any:
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(MEETING)
-        T.func_attr({"global_symbol": MEETING})
-        with T.attr(T.int32(0), "pragma_import_llvm", helpers):
-            T.Return(T.call_extern("int64", "tyir_meeting_address"))
+def _calls(symbol: str, helper: str, helpers: str | None) -> Any:
+    """A C function of a pointer that calls one of the helpers.
+
+    LLVM's linker takes over only what TensorIR calls by name, and no function whose address alone is taken.
+    """
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_attr({"symbol": symbol})
+        T.func_ret(PrimType("int32"))
+        pointer = T.arg("pointer", T.handle())
+
+        def call() -> None:
+            T.evaluate(T.call_extern("void", helper, pointer))
+
+        if helpers is None:
+            call()
+        else:
+            with T.attr(T.int32(0), "pragma_import_llvm", helpers):
+                call()
+        T.Return(T.int32(0))
     return builder.get()
 
 
@@ -235,7 +353,7 @@ def _address(helpers: str) -> Any:
 class _Site:
     """Words of a context that are a site's own, and what the step gives there."""
 
-    group: Expr
+    worker: Expr
     words: Buffer
     first: int
     operand: Expr
@@ -251,14 +369,14 @@ class _Site:
 def _meet(sites: Sequence[Op], combines: Mapping[Op, GlobalVar]) -> Any:
     requests = [request_of(op) for op in sites]
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
-        T.func_attr({"symbol": _SYMBOL})
+        T.func_attr({"symbol": EXCHANGE})
         T.func_ret(PrimType("int32"))
         context, site = T.arg("context", T.handle("int64")), T.arg("site", T.int32())
         tensors = (T.arg("operand", T.handle()), T.arg("result", T.handle()))
         words = T.decl_buffer((FIRST_SITE + sum(map(site_words, requests)),), "int64", data=context)
-        group, first = bind(_pointer(words[0])), FIRST_SITE
+        worker, first = bind(_pointer(words[0])), FIRST_SITE
         for number, (op, request) in enumerate(zip(sites, requests)):
-            its = _Site(group, words, first, *tensors)
+            its = _Site(worker, words, first, *tensors)
             with T.If(site == number), T.Then():
                 if op in combines:
                     _together(its, combines[op])
@@ -273,25 +391,25 @@ def _together(site: _Site, combine: GlobalVar) -> None:
     """A collective."""
     place, me, members = bind(site.place()), site.word(1), bind(site.word(2))
     last = bind(
-        T.call_extern("int32", "tyir_come", site.group, place, members, me, site.operand, site.result)
+        T.call_extern("int32", "tyir_come", site.worker, place, members, me, site.operand, site.result)
     )
     with T.If(last == 1), T.Then():
         operands = T.call_extern("handle", "tyir_words", place, T.int64(PLACE_HEAD))
         results = T.call_extern("handle", "tyir_words", place, members + PLACE_HEAD)
         T.evaluate(Call(combine, [operands, results, T.cast(members, "int32")], ret_ty="int32"))
-        T.evaluate(T.call_extern("void", "tyir_go_on", place))
+        T.evaluate(T.call_extern("void", "tyir_go_on", site.worker, place))
 
 
 def _pass_on(site: _Site, op: Op, request: Request) -> None:
     """A send or a receive."""
     if isinstance(request, Recv):
         size = T.int64(_layout(op.results[0]).nbytes)
-        T.evaluate(T.call_extern("void", "tyir_receive", site.group, site.place(), site.result, size))
+        T.evaluate(T.call_extern("void", "tyir_receive", site.worker, site.place(), site.result, size))
         return
     assert isinstance(request, Send)
     size = T.int64(_layout(op.operands[0]).nbytes)
     for target in range(len(request.targets)):
-        T.evaluate(T.call_extern("void", "tyir_send", site.group, site.place(target), site.operand, size))
+        T.evaluate(T.call_extern("void", "tyir_send", site.worker, site.place(target), site.operand, size))
 
 
 def _pointer(address: Expr) -> Expr:

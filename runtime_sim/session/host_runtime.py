@@ -102,6 +102,7 @@ class _DLTensor(ctypes.Structure):
 
 _DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 _DLPACK_CPU = 1
+_OPAQUE_POINTER = 4  # kTVMFFIOpaquePtr
 
 
 def _descriptor(shape: Sequence[int], dtype: np.dtype[Any]) -> _DLTensor:
@@ -183,10 +184,18 @@ class CompiledStep:
 
     def __call__(self, arrays: Sequence[Array]) -> None:
         """Runs the step on contiguous inputs and outputs; caches among the inputs are written."""
+        self.take(arrays)
+        self._function(*self._arguments)
+
+    def take(self, arrays: Sequence[Array]) -> None:
+        """Inputs and outputs of the next run."""
         for number, array in enumerate(arrays):
             if array is not self._given[number]:
                 self._point(number, array)
-        self._function(*self._arguments)
+
+    def packed_arguments(self) -> npt.NDArray[np.int64]:
+        """What a call from compiled code passes: pairs of a type and a pointer (`TVMFFIAny` of tvm/ffi/c_api.h)."""
+        return np.array([(_OPAQUE_POINTER, a.value or 0) for a in self._arguments], np.int64).reshape(-1)
 
     def forget(self) -> None:
         """Keeps no array that a call was given."""
@@ -225,8 +234,10 @@ def _check_complete(data: bytes, path: Path) -> None:
 _serial = itertools.count(1)
 
 
-def _load(content: bytes, name: str) -> Any:
-    """TVM's module of a library's bytes, from a private copy in memory that nobody else can change."""
+def _load(content: bytes, name: str) -> tuple[Any, ctypes.CDLL]:
+    """TVM's module of a library's bytes and its C functions, from a private copy in memory that nobody else can
+    change.
+    """
     descriptor = os.memfd_create(name)
     try:
         with open(descriptor, "wb", closefd=False) as file:
@@ -235,7 +246,8 @@ def _load(content: bytes, name: str) -> Any:
         # again: the path has a number of its own, spelled in steps that lead nowhere ("." and "")
         steps = "/".join("." if bit == "1" else "" for bit in f"{next(_serial):b}")
         load = _ffi().get_global_func("ffi.Module.load_from_file.so")
-        return load(f"/proc/self/fd/{steps}/{descriptor}", "so")
+        path = f"/proc/self/fd/{steps}/{descriptor}"
+        return load(path, "so"), ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_LAZY)
     finally:
         os.close(descriptor)
 
@@ -264,7 +276,7 @@ class HostLibrary:
                 ) from None
         _check_complete(content, path)
         try:
-            self._module = _load(content, path.name)
+            self._module, self._symbols = _load(content, path.name)
         except (RuntimeError, OSError, ValueError) as error:
             raise TyirError(
                 f"{path} cannot be loaded as a compiled library: {error}",
@@ -282,9 +294,9 @@ class HostLibrary:
                 help="it was compiled by an older tyir; compile the model again",
             ) from error
 
-    def has(self, name: str) -> bool:
-        """Whether there is an exported function of that name."""
-        return bool(self._module.implements_function(name))
+    def symbol(self, name: str) -> Any:
+        """A C function, None where there is none of that name; calling it lets other threads run."""
+        return getattr(self._symbols, name, None)
 
     def evaluator(self) -> Evaluator:
         """The evaluator for `tyir.interpreter.Interpreter`.

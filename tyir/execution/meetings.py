@@ -1,20 +1,25 @@
-"""Memory in which dies of one process meet from compiled code, and whether their programs can meet there.
+"""Memory with which dies of one process run and meet in compiled code, and whether their programs can.
 
-A die's step calls `exchange(context, site, operand, result)` where it meets others.  The one that its library
-has itself (`tyir.backends.host.meeting`) takes this memory, made of i64 words:
+A library whose program meets others has two C functions (`tyir.backends.host.meeting`): `RUN` takes a worker, a
+thread's dies, through their steps; `EXCHANGE` is what these steps call where dies meet.  Their memory are words
+of i64, smaller numbers first in them:
 
-    context of a die   address of `group`, then for each site in the order of its number (`site_words`):
+    group              i32 given up (not 0: nobody waits any more), i32 workers that sleep; i32 events
+    worker             addresses of group, of the die that runs, of its own place to return to; how often it looks
+                       before it sleeps; how many dies it has, and their addresses
+    die                address of its context of ucontext.h; address and bytes of its stack; address of the step,
+                       of its arguments, their number; i32 0 before it begins, 1, 2 when it has ended; i32 what it
+                       returned; address of the word that it waits for; i32 which value that must lose
+    context of a die   address of its worker, then for each site in the order of its number (`site_words`):
                            a collective   address of its place, the die's number there, how many meet
                            a send         addresses of the places of its targets
                            a receive      address of the place
-    group              i32 given up (not 0: whoever waits returns), i32 times a die looks before it sleeps
-    place of dies      i32 turn, i32 sleepers; i32 arrived, i32 0; addresses of operands; addresses of results
-    place of a send    i32 full, i32 sleepers; address of the bytes
+    place of dies      i32 turn, i32 arrived; nothing; addresses of operands; addresses of results
+    place of a send    i32 full; address of the bytes
 
-The last die that comes to a place makes all results there, counts the turn up and wakes the others.  It leaves
-the place as it was, so that nothing is to be set up between steps; memory of a step that was given up is of no
-use any more.
-"""
+The last die that comes to a place makes all results there and counts the turn up.  It leaves the place as it was, so
+that nothing is to be set up between steps; memory of a step that was given up is of no use any more.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -35,8 +40,11 @@ from tyir.traits import Collective
 from tyir.types import TensorType, storage_dtype
 
 __all__ = [
+    "EXCHANGE",
     "FIRST_SITE",
     "PLACE_HEAD",
+    "RUN",
+    "WORDS",
     "MeetingMemory",
     "can_meet",
     "collectives_of",
@@ -45,8 +53,30 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+EXCHANGE: Final = "__tvm_tyir_exchange"
+RUN: Final = "__tvm_tyir_run"
+WORDS: Final = {
+    # of a worker
+    "current": 1,
+    "main": 2,
+    "looks": 3,
+    "dies": 4,
+    "list": 5,
+    # of a die
+    "stack": 1,
+    "stack_bytes": 2,
+    "function": 3,
+    "arguments": 4,
+    "count": 5,
+    "state": 6,
+    "code": 7,
+    "word": 8,
+    "old": 9,
+}
 FIRST_SITE: Final = 1  # word of a context
 PLACE_HEAD: Final = 2  # words of a place of dies before the addresses
+_STACK: Final = 1 << 20  # bytes: kernels keep less than 1 KiB of numbers each there, and call few others
+_UCONTEXT: Final = 1 << 13  # bytes that a context of ucontext.h takes at most, of the systems that glibc runs on
 _LINE: Final = 64  # bytes of a cache line: two places share none
 _NOTHING: Final = np.empty(0, np.uint8)
 
@@ -158,24 +188,54 @@ def _layout(type: Any) -> Layout:
 
 
 class MeetingMemory:
-    """Memory for one step of all dies, as this module's text says; `contexts`: the address of each die's."""
+    """Memory for the steps of all dies, as this module's text says, shared among `workers`.
 
-    def __init__(self, sites: Sequence[Sequence[Op]], looks: int) -> None:
-        """`sites`: each die's, in the order of their numbers; `looks`: times a die that waits looks whether
-        it can go on before it sleeps.
+    `of_dies`: each die's words; `contexts` and `workers`: addresses, in the order of dies and of workers, which
+    have as many neighbouring dies each.
+    """
+
+    def __init__(self, sites: Sequence[Sequence[Op]], workers: int, looks: int) -> None:
+        """`sites`: each die's, in the order of their numbers; `looks`: how often a worker none of whose dies can
+        go on looks before it sleeps.
         """
         self._kept: list[Array] = []
-        self._group = self._words(1)
-        self._group.view(np.int32)[1] = looks
+        self._group = self._words(2)
         self._places: dict[tuple[object, ...], int] = {}
-        self.contexts = [self._context(die, ops, len(sites)) for die, ops in enumerate(sites)]
+        self.of_dies = [self._die() for _ in sites]
+        each = len(sites) // workers
+        shares = [self.of_dies[first : first + each] for first in range(0, len(sites), each)]
+        self.workers = [self._worker(dies, looks) for dies in shares]
+        self.contexts = [
+            self._context(self.workers[die // each], die, ops, len(sites)) for die, ops in enumerate(sites)
+        ]
 
     def give_up(self) -> None:
-        """Lets every die that waits, or comes to wait, return."""
+        """Lets every die that waits, or comes to wait, go on without the others."""
         self._group.view(np.int32)[0] = 1
 
-    def _context(self, die: int, ops: Sequence[Op], count: int) -> int:
-        words = [_address(self._group), *itertools.chain(*(self._site(die, op, count) for op in ops))]
+    def begin(self) -> None:
+        """All steps are to run from their beginning."""
+        for die in self.of_dies:
+            die[WORDS["state"]] = 0
+
+    def _die(self) -> npt.NDArray[np.int64]:
+        die = self._words(len(WORDS))
+        die[0] = _address(self._words(_UCONTEXT // 8))
+        stack = np.empty(_STACK, np.uint8)
+        self._kept.append(stack)
+        die[WORDS["stack"]], die[WORDS["stack_bytes"]] = _address(stack), _STACK
+        return die
+
+    def _worker(self, dies: Sequence[Array], looks: int) -> int:
+        worker = self._words(WORDS["list"] + len(dies))
+        worker[0] = _address(self._group)
+        worker[WORDS["main"]] = _address(self._words(_UCONTEXT // 8))
+        worker[WORDS["looks"]], worker[WORDS["dies"]] = looks, len(dies)
+        worker[WORDS["list"] :] = [_address(die) for die in dies]
+        return _address(worker)
+
+    def _context(self, worker: int, die: int, ops: Sequence[Op], count: int) -> int:
+        words = [worker, *itertools.chain(*(self._site(die, op, count) for op in ops))]
         context = self._words(len(words))
         context[:] = words
         return _address(context)
