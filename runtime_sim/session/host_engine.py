@@ -84,7 +84,11 @@ class HostEngine(ProgramEngine):
             program = code.program
             check_inputs(program, inputs)
             caches = cache_inputs(program)
-            own = {t.name: np.empty(*layout_of(t)) for t in program.outputs if t.alias is None}
+            own = {
+                t.name: made[0][t.name] if made and t.name in steps.common else np.empty(*layout_of(t))
+                for t in program.outputs
+                if t.alias is None
+            }
             taken = [
                 self._cache(program.die, t) if i in caches else _taken(inputs[t.name], t)
                 for i, t in enumerate(program.inputs)

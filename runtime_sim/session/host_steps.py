@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -21,15 +21,24 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
-from tyir.dialects.ty import Global, tensor_type
-from tyir.execution.lockstep import Links, Meeting, Request
-from tyir.execution.meetings import EXCHANGE, RUN, WORDS, MeetingMemory, can_meet, collectives_of
+from tyir.dialects.ty import Global, Reshape, tensor_type
+from tyir.execution.lockstep import Links, Meet, Meeting, Request
+from tyir.execution.meetings import (
+    EXCHANGE,
+    RUN,
+    WORDS,
+    MeetingMemory,
+    can_meet,
+    collectives_of,
+    request_of,
+)
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Interpreter
 from tyir.ir import Op, Value
 from tyir.manifest import DieProgram, TensorInfo
 from tyir.runtime_sim.session.host_runtime import CompiledStep, Exchange, HostLibrary, use_threads
+from tyir.traits import Collective
 from tyir.types import storage_dtype
 
 __all__ = ["DieCode", "HostSteps", "NoThread", "Workers", "layout_of", "steps_of"]
@@ -131,6 +140,7 @@ class HostSteps(Protocol):
     """The steps of one length, of all dies that run here."""
 
     calls: Sequence[CompiledStep]
+    common: frozenset[str]  # outputs for which all dies may be given the same memory
 
     def run(self, given: Sequence[Sequence[Array]]) -> None:
         """One step of each die, with its inputs and outputs; raises what one of them has failed of."""
@@ -156,6 +166,7 @@ class _Alone:
 
     def __init__(self, code: DieCode, workers: Workers) -> None:
         self._workers = workers
+        self.common: frozenset[str] = frozenset()
         self.calls = [code.step(workers)]
 
     def run(self, given: Sequence[Sequence[Array]]) -> None:
@@ -171,6 +182,7 @@ class _Together:
         self._memory = MeetingMemory(sites, workers.together, _LOOKS)
         self._run = codes[0].library.symbol(RUN)
         self._run.argtypes = [ctypes.c_void_p]
+        self.common = frozenset.intersection(*(frozenset(_made_together(code)) for code in codes))
         self.calls = [
             code.step(workers, code.library.symbol(EXCHANGE), context)
             for code, context in zip(codes, self._memory.contexts, strict=True)
@@ -212,6 +224,18 @@ class _Together:
                 raise TyirError(f"the step of die {number} ended with the code {code}")
 
 
+def _made_together(code: DieCode) -> Iterator[str]:
+    """Outputs that are what a collective of all dies gives: each of them writes the same there, at once."""
+    returned = code.functions[-1].body.terminator.operands
+    for info, value in zip(code.program.outputs, returned, strict=True):
+        op = value.op
+        while isinstance(op, Reshape):
+            op = op.operands[0].op
+        request = request_of(op) if op is not None and op.has_trait(Collective) else None
+        if info.alias is None and isinstance(request, Meet) and not request.dies:
+            yield info.name
+
+
 class _Apart:
     """Each die in a thread of its own: those that run elsewhere are met by way of `links`."""
 
@@ -220,6 +244,7 @@ class _Apart:
     ) -> None:
         self._workers, self._links = workers, links
         self._meeting = Meeting(links)
+        self.common: frozenset[str] = frozenset()
         self.calls = [
             code.step(workers, Exchange(self._exchange(die, ops)))
             for die, code, ops in zip(links.dies, codes, sites, strict=True)
