@@ -267,10 +267,16 @@ maybe:
 go:
   store ptr %die, ptr %current
   %swapped = call i32 @swapcontext(ptr %main, ptr %own)
+  %failed.at = getelementptr i64, ptr %die, i64 {code}
+  %failed.code = load i32, ptr %failed.at
+  %failed = icmp ne i32 %failed.code, 0
+  br i1 %failed, label %give, label %next
+give:
+  store atomic i32 1, ptr %group seq_cst, align 4
   br label %next
 next:
-  %left.next = phi i1 [ %left, %one ], [ true, %maybe ], [ true, %go ]
-  %moved.next = phi i1 [ %moved, %one ], [ %moved, %maybe ], [ true, %go ]
+  %left.next = phi i1 [ %left, %one ], [ true, %maybe ], [ true, %go ], [ true, %give ]
+  %moved.next = phi i1 [ %moved, %one ], [ %moved, %maybe ], [ true, %go ], [ true, %give ]
   %number.next = add i64 %number, 1
   br label %each
 
@@ -317,8 +323,8 @@ def meeting_of(sites: Sequence[Op], triple: str, cpu: Cpu) -> dict[GlobalVar, An
     for number, op in enumerate(sites):
         if isinstance(op, dist.AllReduce | dist.AllGather):
             combines[op] = GlobalVar(f"tyir_combine_{number}")
-            make = _sum if isinstance(op, dist.AllReduce) else _join
-            made.update(make(combines[op], op, cpu))
+            name = combines[op]
+            made.update(_sum(name, op, cpu) if isinstance(op, dist.AllReduce) else _join(name, op))
     return {
         **made,
         GlobalVar("tyir_meet"): _meet(sites, combines),
@@ -490,7 +496,7 @@ def _sum(name: GlobalVar, op: dist.AllReduce, cpu: Cpu) -> dict[GlobalVar, Any]:
     return {add: _function(added), put: _function(rounded), name: _combine(emit)}
 
 
-def _join(name: GlobalVar, op: dist.AllGather, cpu: Cpu) -> dict[GlobalVar, Any]:
+def _join(name: GlobalVar, op: dist.AllGather) -> dict[GlobalVar, Any]:
     """Each operand's rows copied to where they belong, in all results."""
     layout, axis, sizes = _layout(op.out), op.axis, op.sizes
     outer, inner = math.prod(layout.shape[:axis]), math.prod(layout.shape[axis + 1 :]) * layout.dtype.itemsize
@@ -499,18 +505,17 @@ def _join(name: GlobalVar, op: dist.AllGather, cpu: Cpu) -> dict[GlobalVar, Any]
     def emit(operands: Buffer, results: Buffer, members: Expr) -> None:
         before = 0
         for number, size in enumerate(sizes):
-            with T.If(operands[number] != T.int64(0)), T.Then(), T.serial(0, members) as i:
-                # dies that were given the same memory for it
-                with T.If(T.Or(i == 0, results[i] != results[0])), T.Then(), T.serial(0, outer) as row:
-                    T.evaluate(
-                        T.call_extern(
-                            "void",
-                            "tyir_copy",
-                            _pointer(results[i] + T.cast(row, "int64") * whole + before * inner),
-                            _pointer(operands[number] + T.cast(row, "int64") * (size * inner)),
-                            T.int64(size * inner),
-                        )
-                    )
+            with (
+                T.If(operands[number] != T.int64(0)),
+                T.Then(),
+                T.serial(0, members) as i,
+                T.If(T.Or(i == 0, results[i] != results[0])),  # dies may be given the same memory
+                T.Then(),
+                T.serial(0, outer) as row,
+            ):
+                target = _pointer(results[i] + T.cast(row, "int64") * whole + before * inner)
+                source = _pointer(operands[number] + T.cast(row, "int64") * (size * inner))
+                T.evaluate(T.call_extern("void", "tyir_copy", target, source, T.int64(size * inner)))
             before += size
 
     return {name: _combine(emit)}

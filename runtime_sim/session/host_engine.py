@@ -1,4 +1,4 @@
-"""The engine `host`: a step is one call of compiled code for each die (`host_steps.py` says in which threads).
+"""The engine `host`: a step is compiled code for each die (`host_steps.py` says in which threads).
 
 With a probe, which wants to see every op, the programs are walked op by op instead, through the same kernels.
 """

@@ -194,7 +194,7 @@ class CompiledStep:
                 self._point(number, array)
 
     def packed_arguments(self) -> npt.NDArray[np.int64]:
-        """What a call from compiled code passes: pairs of a type and a pointer (`TVMFFIAny` of tvm/ffi/c_api.h)."""
+        """What a call from compiled code passes: pairs of type and pointer, `TVMFFIAny` of tvm/ffi/c_api.h."""
         return np.array([(_OPAQUE_POINTER, a.value or 0) for a in self._arguments], np.int64).reshape(-1)
 
     def forget(self) -> None:
@@ -235,8 +235,9 @@ _serial = itertools.count(1)
 
 
 def _load(content: bytes, name: str) -> tuple[Any, ctypes.CDLL]:
-    """TVM's module of a library's bytes and its C functions, from a private copy in memory that nobody else can
-    change.
+    """TVM's module of a library's bytes and its C functions, from a private copy in memory.
+
+    Nobody else can change that.
     """
     descriptor = os.memfd_create(name)
     try:

@@ -45,7 +45,9 @@ __all__ = ["DieCode", "HostSteps", "NoThread", "Workers", "layout_of", "steps_of
 
 Array = npt.NDArray[Any]
 _CACHE_LINE: Final = 64
-_LOOKS: Final = 1000  # of a worker that has nothing to do, some 50 us: what another's part of a layer may take longer
+_LOOKS: Final = (
+    1000  # of a worker that has nothing to do, some 50 us: what another's part of a layer may take longer
+)
 
 
 class NoThread(RuntimeError):
@@ -88,8 +90,9 @@ class DieCode:
 
 
 class Workers:
-    """The threads of an engine and the workspaces of its dies, which the steps of all lengths share: one runs at
-    a time.
+    """The threads of an engine and the workspaces of its dies, which the steps of all lengths share.
+
+    One step runs at a time.
     """
 
     def __init__(self, threads: int, dies: int) -> None:
@@ -117,9 +120,12 @@ class Workers:
         """Waits for steps that an interrupt has left running."""
         wait(self._running)
 
-    def side_by_side(self, parts: Sequence[Callable[[], None]], failed: Callable[[BaseException], None]) -> None:
-        """Runs each part in a thread of its own; `failed` is told of what keeps one from running, so that the
-        others need not wait for it.  Returns when all have ended, whatever they raised.
+    def side_by_side(
+        self, parts: Sequence[Callable[[], None]], failed: Callable[[BaseException], None]
+    ) -> None:
+        """Runs each part in a thread of its own and returns when all have ended, whatever they raised.
+
+        `failed` is told of what keeps one from running, so that the others need not wait for it.
         """
         while len(self._pools) < len(parts):
             self._pools.append(ThreadPoolExecutor(1, f"dies{len(self._pools)}"))
@@ -139,7 +145,7 @@ class Workers:
 class HostSteps(Protocol):
     """The steps of one length, of all dies that run here."""
 
-    calls: Sequence[CompiledStep]
+    calls: list[CompiledStep]
     common: frozenset[str]  # outputs for which all dies may be given the same memory
 
     def run(self, given: Sequence[Sequence[Array]]) -> None:
@@ -190,7 +196,7 @@ class _Together:
         self._arguments = [call.packed_arguments() for call in self.calls]
         for die, code, arguments in zip(self._memory.of_dies, codes, self._arguments, strict=True):
             step = ctypes.cast(code.library.symbol("__tvm_ffi_step"), ctypes.c_void_p)
-            die[WORDS["function"]] = step.value
+            die[WORDS["function"]] = step.value or 0
             die[WORDS["arguments"]] = arguments.__array_interface__["data"][0]
             die[WORDS["count"]] = len(arguments) // 2
 
@@ -220,7 +226,7 @@ class _Together:
         if problems:
             raise problems[0]
         for number, die in enumerate(self._memory.of_dies):
-            if code := int(die[WORDS["code"]]):
+            if code := int(die.view(np.int32)[2 * WORDS["code"]]):
                 raise TyirError(f"the step of die {number} ended with the code {code}")
 
 

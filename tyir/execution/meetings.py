@@ -76,7 +76,9 @@ WORDS: Final = {
 FIRST_SITE: Final = 1  # word of a context
 PLACE_HEAD: Final = 2  # words of a place of dies before the addresses
 _STACK: Final = 1 << 20  # bytes: kernels keep less than 1 KiB of numbers each there, and call few others
-_UCONTEXT: Final = 1 << 13  # bytes that a context of ucontext.h takes at most, of the systems that glibc runs on
+_UCONTEXT: Final = (
+    1 << 13
+)  # bytes that a context of ucontext.h takes at most, of the systems that glibc runs on
 _LINE: Final = 64  # bytes of a cache line: two places share none
 _NOTHING: Final = np.empty(0, np.uint8)
 
@@ -190,13 +192,13 @@ def _layout(type: Any) -> Layout:
 class MeetingMemory:
     """Memory for the steps of all dies, as this module's text says, shared among `workers`.
 
-    `of_dies`: each die's words; `contexts` and `workers`: addresses, in the order of dies and of workers, which
-    have as many neighbouring dies each.
+    `of_dies`: each die's words; `contexts` and `workers`: addresses, in the order of dies and of workers,
+    which have as many neighbouring dies each.
     """
 
     def __init__(self, sites: Sequence[Sequence[Op]], workers: int, looks: int) -> None:
-        """`sites`: each die's, in the order of their numbers; `looks`: how often a worker none of whose dies can
-        go on looks before it sleeps.
+        """`sites`: each die's, in the order of their numbers; `looks`: how often a worker none of whose dies
+        can go on looks before it sleeps.
         """
         self._kept: list[Array] = []
         self._group = self._words(2)
@@ -216,7 +218,7 @@ class MeetingMemory:
     def begin(self) -> None:
         """All steps are to run from their beginning."""
         for die in self.of_dies:
-            die[WORDS["state"]] = 0
+            die[WORDS["state"]] = die[WORDS["code"]] = 0
 
     def _die(self) -> npt.NDArray[np.int64]:
         die = self._words(len(WORDS))
