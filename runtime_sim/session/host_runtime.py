@@ -189,12 +189,12 @@ class CompiledStep:
 
     def take(self, arrays: Sequence[Array]) -> None:
         """Inputs and outputs of the next run."""
-        for number, array in enumerate(arrays):
-            if array is not self._given[number]:
+        for number, (array, before) in enumerate(zip(arrays, self._given, strict=True)):
+            if array is not before:
                 self._point(number, array)
 
     def packed_arguments(self) -> npt.NDArray[np.int64]:
-        """What a call from compiled code passes: pairs of type and pointer, `TVMFFIAny` of tvm/ffi/c_api.h."""
+        """What a call from compiled code passes: types and pointers, `TVMFFIAny` of tvm/ffi/c_api.h."""
         return np.array([(_OPAQUE_POINTER, a.value or 0) for a in self._arguments], np.int64).reshape(-1)
 
     def forget(self) -> None:
