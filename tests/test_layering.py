@@ -82,6 +82,7 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "openvino": ("tools/bench/",),
     "tvm": (
         "backends/host/tvm_host.py",
+        "backends/host/meeting.py",
         "backends/host/kernels/",
         "runtime_sim/session/host_runtime.py",
     ),

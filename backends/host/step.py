@@ -47,6 +47,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import GetGlobal, Reshape, tensor_type
 from tyir.execution.entry_points import arguments
+from tyir.execution.meetings import collectives_of
 from tyir.execution.optional_tail import optional_tail
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
@@ -109,7 +110,7 @@ class Program:
 
     def collectives(self) -> list[Op]:
         """The ops where dies meet, in the order of their numbers."""
-        return [op for f in self.functions for op in f.walk() if op.has_trait(Collective)]
+        return collectives_of(self.functions)
 
 
 # ---------------------------------------------------------------------------------------------------- frames

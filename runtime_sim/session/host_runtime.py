@@ -102,6 +102,7 @@ class _DLTensor(ctypes.Structure):
 
 _DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 _DLPACK_CPU = 1
+_OPAQUE_POINTER = 4  # kTVMFFIOpaquePtr
 
 
 def _descriptor(shape: Sequence[int], dtype: np.dtype[Any]) -> _DLTensor:
@@ -160,15 +161,17 @@ class CompiledStep:
         weights: Sequence[Array],
         workspace: Array,
         exchange: Any = None,
+        context: int | None = None,
     ) -> None:
         """`layouts`: shapes and dtypes of inputs and outputs; `weights` in the order of the program's
-        `ty.global`s; `exchange`: an `Exchange`, of programs that meet others.
+        `ty.global`s; `exchange`: an `Exchange`, of programs that meet others, and what it is called with.
         """
         self._function = function
         self._layouts = list(layouts)
         self._tensors = [_descriptor(shape, dtype) for shape, dtype in layouts]
+        self._given: list[Array | None] = [None] * len(layouts)  # where the descriptors point
         addresses = np.array([_address(w) for w in weights] or [0], np.int64)
-        self._kept = (weights, addresses, workspace, exchange)  # what the descriptors point into
+        self._kept = (weights, addresses, workspace, exchange)  # what the arguments point into
         table, space = (_descriptor(a.shape, a.dtype) for a in (addresses, workspace))
         table.data, space.data = _address(addresses), _address(workspace)
         self._own = (table, space)
@@ -176,18 +179,35 @@ class CompiledStep:
         self._arguments = [
             *(ctypes.c_void_p(ctypes.addressof(t)) for t in (*self._tensors, *self._own)),
             call,
-            ctypes.c_void_p(None),
+            ctypes.c_void_p(context),
         ]
 
     def __call__(self, arrays: Sequence[Array]) -> None:
         """Runs the step on contiguous inputs and outputs; caches among the inputs are written."""
-        for tensor, (shape, dtype), array in zip(self._tensors, self._layouts, arrays, strict=True):
-            if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-                raise ValueError(
-                    f"{array.dtype}{list(array.shape)} is given where {dtype}{list(shape)} is taken"
-                )
-            tensor.data = _address(array)
+        self.take(arrays)
         self._function(*self._arguments)
+
+    def take(self, arrays: Sequence[Array]) -> None:
+        """Inputs and outputs of the next run."""
+        for number, (array, before) in enumerate(zip(arrays, self._given, strict=True)):
+            if array is not before:
+                self._point(number, array)
+
+    def packed_arguments(self) -> npt.NDArray[np.int64]:
+        """What a call from compiled code passes: types and pointers, `TVMFFIAny` of tvm/ffi/c_api.h."""
+        return np.array([(_OPAQUE_POINTER, a.value or 0) for a in self._arguments], np.int64).reshape(-1)
+
+    def forget(self) -> None:
+        """Keeps no array that a call was given."""
+        self._given = [None] * len(self._layouts)
+
+    def _point(self, number: int, array: Array) -> None:
+        """Most arrays of a step are caches, which stay where they are from one to the next."""
+        shape, dtype = self._layouts[number]
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"{array.dtype}{list(array.shape)} is given where {dtype}{list(shape)} is taken")
+        self._tensors[number].data = _address(array)
+        self._given[number] = array
 
 
 def _check_complete(data: bytes, path: Path) -> None:
@@ -214,8 +234,11 @@ def _check_complete(data: bytes, path: Path) -> None:
 _serial = itertools.count(1)
 
 
-def _load(content: bytes, name: str) -> Any:
-    """TVM's module of a library's bytes, from a private copy in memory that nobody else can change."""
+def _load(content: bytes, name: str) -> tuple[Any, ctypes.CDLL]:
+    """TVM's module of a library's bytes and its C functions, from a private copy in memory.
+
+    Nobody else can change that.
+    """
     descriptor = os.memfd_create(name)
     try:
         with open(descriptor, "wb", closefd=False) as file:
@@ -224,7 +247,8 @@ def _load(content: bytes, name: str) -> Any:
         # again: the path has a number of its own, spelled in steps that lead nowhere ("." and "")
         steps = "/".join("." if bit == "1" else "" for bit in f"{next(_serial):b}")
         load = _ffi().get_global_func("ffi.Module.load_from_file.so")
-        return load(f"/proc/self/fd/{steps}/{descriptor}", "so")
+        path = f"/proc/self/fd/{steps}/{descriptor}"
+        return load(path, "so"), ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_LAZY)
     finally:
         os.close(descriptor)
 
@@ -253,7 +277,7 @@ class HostLibrary:
                 ) from None
         _check_complete(content, path)
         try:
-            self._module = _load(content, path.name)
+            self._module, self._symbols = _load(content, path.name)
         except (RuntimeError, OSError, ValueError) as error:
             raise TyirError(
                 f"{path} cannot be loaded as a compiled library: {error}",
@@ -270,6 +294,10 @@ class HostLibrary:
                 f"{self.path} has no function '{name}'",
                 help="it was compiled by an older tyir; compile the model again",
             ) from error
+
+    def symbol(self, name: str) -> Any:
+        """A C function, None where there is none of that name; calling it lets other threads run."""
+        return getattr(self._symbols, name, None)
 
     def evaluator(self) -> Evaluator:
         """The evaluator for `tyir.interpreter.Interpreter`.

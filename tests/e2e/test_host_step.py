@@ -6,14 +6,19 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.once import once
 from tyir.backends.host.tvm_host import HostTarget
 from tyir.diagnostics import TyirError
+from tyir.execution.meetings import WORDS
 from tyir.execution.processor import TILES
 from tyir.manifest import BuildOptions, Manifest
+from tyir.runtime_sim.session import host_steps
+from tyir.runtime_sim.session.chunks import Chunk
 from tyir.runtime_sim.session.host_engine import HostEngine, _threads
 from tyir.runtime_sim.session.host_runtime import _ffi
 from tyir.runtime_sim.session.session import EngineName, Session
@@ -95,6 +100,13 @@ def test_other_engines_take_no_threads(artifacts: Artifacts, engine: EngineName)
         Session(artifacts(1, "int4"), engine, threads=1)
 
 
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dies run in threads of their own, as they do when some of them are in other processes."""
+    monkeypatch.setattr(host_steps, "can_meet", lambda programs: False)
+
+
+@pytest.mark.usefixtures("apart")
 def test_what_fails_where_dies_meet_is_reported(
     artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +120,88 @@ def test_what_fails_where_dies_meet_is_reported(
     monkeypatch.setattr(AllReduce, "combine", broken)
     with pytest.raises(TyirError, match="a sum that cannot be"):
         session.feed(IDS)
+
+
+@pytest.mark.usefixtures("apart")
+def test_dies_in_threads_of_their_own_compute_the_same(artifacts: Artifacts) -> None:
+    folder = artifacts(3, "int4")
+    called, walked = Session(folder), Session(folder, probe=ignore)
+    np.testing.assert_array_equal(called.feed(IDS), walked.feed(IDS))
+    assert _way(called) == {"_Apart"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BuildOptions(dies=4, pp=2, seqlens=(1, 8), max_kv=128),  # hand-overs from stage to stage
+        BuildOptions(dies=3, seqlens=(1, 8), max_kv=128, kv_split="tokens", kv_block=16),
+        BuildOptions(dies=4, seqlens=(1, 8), max_kv=128, weights="int4", output="topk=4"),
+        BuildOptions(dies=7, seqlens=(1,), max_kv=128),  # more dies than heads: some have nothing to add
+    ],
+    ids=["pp", "kv-split", "top-k", "7 dies"],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_dies_in_compiled_code_are_what_their_ops_are(
+    imported: Path, tmp_path_factory: pytest.TempPathFactory, options: BuildOptions, threads: int
+) -> None:
+    if threads > len(os.sched_getaffinity(0)):
+        pytest.skip("this process may use one core")
+    name = f"together-{options.dies}-{options.pp}-{options.kv_split}"
+    folder = once(tmp_path_factory, name, lambda out: compile_path(imported, out, options))
+    folder = folder / f"{options.dies}die"
+    called, walked = Session(folder, threads=threads), Session(folder, probe=ignore)
+    for name, array in called.engine.step(*_step()).items():
+        np.testing.assert_array_equal(array, walked.engine.step(*_step())[name])
+    assert _way(called) == {"_Together"}
+    mine, theirs = called.engine.caches(), walked.engine.caches()
+    for key, cache in mine.items():
+        np.testing.assert_array_equal(cache, theirs[key])
+
+
+def _way(session: Session) -> set[str]:
+    """How the session's steps have been run."""
+    assert isinstance(session.engine, HostEngine)
+    return {type(steps).__name__ for _, steps in session.engine._steps.values()}
+
+
+def _step() -> tuple[dict[str, Any], Chunk]:
+    """One token at the beginning of a sequence."""
+    return {"ids": np.array([[5]], np.int32), "pos": np.array([0], np.int32)}, Chunk(0, 1, 1)
+
+
+def test_a_die_that_fails_lets_the_others_go(artifacts: Artifacts) -> None:
+    """A step that returns at once never comes to where the others wait for it."""
+    engine = Session(artifacts(3, "int4")).engine
+    assert isinstance(engine, HostEngine)
+    before = engine.step(*_step())
+    _, steps = engine._steps[1]
+    assert isinstance(steps, host_steps._Together)
+    steps._memory.of_dies[1][WORDS["count"]] = 0
+    with pytest.raises(TyirError, match="the step of die 1 ended with the code -1"):
+        engine.step(*_step())
+    np.testing.assert_array_equal(engine.step(*_step())["logits"], before["logits"])
+
+
+def test_threads_that_the_system_refuses_leave_the_walk(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread has begun its dies' steps when the other cannot be started."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("dies share one thread where there is one core")
+    folder = artifacts(2, "fp16")
+    wanted, session = Session(folder).feed(IDS), Session(folder, threads=2)
+    start, started = threading.Thread.start, []
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("dies"):
+            started.append(thread)
+            if len(started) > 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    np.testing.assert_array_equal(session.feed(IDS), wanted)
+    assert len(started) == 2
 
 
 def test_rounded_activations_are_recorded_and_near(

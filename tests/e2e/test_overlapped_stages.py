@@ -17,6 +17,7 @@ from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.manifest import BuildOptions
 from tyir.runtime_sim.processes.group import DieGroup
+from tyir.runtime_sim.session import host_steps
 from tyir.runtime_sim.session.chunks import Chunk, pad, plan_chunks
 from tyir.runtime_sim.session.host_engine import HostEngine
 from tyir.runtime_sim.session.session import Session
@@ -52,7 +53,12 @@ def held(session: Session, count: int) -> dict[tuple[int, str], npt.NDArray[np.g
     return {name: cache[:, :, :count].copy() for name, cache in session.engine.caches().items()}
 
 
-def test_the_bits_are_those_of_one_after_the_other(folder: Path) -> None:
+@pytest.mark.parametrize("way", ["in compiled code", "in threads of their own"])
+def test_the_bits_are_those_of_one_after_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    if way == "in threads of their own":
+        monkeypatch.setattr(host_steps, "can_meet", lambda programs: False)
     session, other = Session(folder), Session(folder)
     assert session.manifest.options.steps_ahead == 3
     for count in (90, 64, 7, 8, 9, 17):
@@ -64,33 +70,35 @@ def test_the_bits_are_those_of_one_after_the_other(folder: Path) -> None:
         assert session.tokens == IDS[:count]
 
 
-def test_a_stage_goes_on_while_the_next_is_at_work(folder: Path) -> None:
+def test_a_stage_goes_on_while_the_next_is_at_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last stage is held up: the others do their parts of three chunks all the same."""
+    monkeypatch.setattr(host_steps, "can_meet", lambda programs: False)
     session = Session(folder)
     session.prefill(IDS[:9])
     engine = session.engine
     assert isinstance(engine, HostEngine)
     go_on = threading.Event()
-    engine._workers[2].submit(go_on.wait)
-    begun = []
+    workers = engine._workers
+    workers._pools[2].submit(go_on.wait)
+    ends, parts = [], []
     for start in (0, 8, 16):
         inputs = {
             "embeddings": session._embedding_table[np.array([IDS[start : start + 8]])],
             "pos": np.array([start], np.int32),
             "row": np.array([-1], np.int32),
         }
-        engine.begin(inputs, Chunk(start, 8, 8))
-        begun.append(engine._begun[-1])
+        before = set(workers._running)
+        ends.append(engine.begin(inputs, Chunk(start, 8, 8)))
+        parts.append([part for part in workers._running if part not in before])
     try:
-        for step in begun:
-            for part in step.parts[:2]:
-                part.result(timeout=60)
-            assert not step.ended
+        for first, second, last in parts:
+            first.result(timeout=60), second.result(timeout=60)
+            assert not last.done()
     finally:
         go_on.set()
-    for step in begun:
-        step()
-        assert step.ended
+    for end, (*_, last) in zip(ends, parts):
+        end()
+        assert last.done()
 
 
 def test_who_stops_keeps_whole_steps(folder: Path) -> None:
