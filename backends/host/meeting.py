@@ -45,7 +45,7 @@ from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
 from tyir.types import storage_dtype
 
-__all__ = ["EXCHANGE", "RUN", "meeting_of"]
+__all__ = ["EXCHANGE", "RUN", "knows_system", "meeting_of"]
 
 _BEGIN: Final = "tyir_begin"
 _MOST: Final = 1 << 20  # dies: nobody counts them here
@@ -307,16 +307,17 @@ done:
 """
 
 
+def knows_system(triple: str) -> bool:
+    """Whether it is known here how threads wait on the system of LLVM's name."""
+    return triple.partition("-")[0] in _SYSTEMS and "linux-gnu" in triple
+
+
 def meeting_of(sites: Sequence[Op], triple: str, cpu: Cpu) -> dict[GlobalVar, Any]:
     """The functions of a program's meetings; `EXCHANGE` and `RUN` are seen outside of the library.
 
-    `sites`: the collectives by number; `triple`: LLVM's name of the system.  No functions for a program that
-    meets nobody, nor for a system whose way to wait is not known here.
+    `sites`: the collectives by number; `triple`: LLVM's name of a system that is known (`knows_system`).
     """
-    architecture = triple.partition("-")[0]
-    if not sites or architecture not in _SYSTEMS or "linux-gnu" not in triple:
-        return {}
-    futex, pause = _SYSTEMS[architecture]
+    futex, pause = _SYSTEMS[triple.partition("-")[0]]
     helpers = _HELPERS.format(begin=_BEGIN, futex=futex, pause=pause, head=PLACE_HEAD, **WORDS)
     made: dict[GlobalVar, Any] = {}
     combines: dict[Op, GlobalVar] = {}

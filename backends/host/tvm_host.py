@@ -38,7 +38,7 @@ from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
 from tyir.attributes import StringAttr
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import Cpu
-from tyir.backends.host.meeting import meeting_of
+from tyir.backends.host.meeting import knows_system, meeting_of
 from tyir.backends.host.objects import made_once
 from tyir.backends.host.step import Program, kernel_symbol, step_code, tables_of
 from tyir.backends.pieces import compiler_identity, tool_identity
@@ -358,8 +358,10 @@ def _objects(
         code = step_code(program)
         key = cache_key("step", compiler_identity(linker() or ""), *_CODE_OPTIONS, code)
         yield made_once(key, lambda: _compiled(code), cache)
-        if meeting := meeting_of(program.collectives(), codegen.llvm_get_system_triple(), cpu):
-            yield _object(IRModule(meeting), target)
+        sites, triple = program.collectives(), str(codegen.llvm_get_system_triple())
+        if sites and knows_system(triple):
+            key = cache_key(*tools, "meeting", triple, *map(_meaning, sites))
+            yield made_once(key, lambda: _object(IRModule(meeting_of(sites, triple, cpu)), target), cache)
 
 
 # Only what TVM looks up by name is seen outside of a library.
