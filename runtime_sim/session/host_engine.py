@@ -9,7 +9,8 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -173,12 +174,21 @@ class HostEngine(ProgramEngine):
         threads = _threads() if threads is None else threads
         self._dies = [_Die(die, max(1, threads // count)) for die in self.links.dies]
         self._walks = False
+        self._begun: list[_Begun] = []
         self._workers = [ThreadPoolExecutor(1, f"die{die}") for die in self.links.dies] if count > 1 else []
 
     def step(self, inputs: dict[str, Array], chunk: Chunk) -> dict[str, Array]:
         """One step; the first die's outputs by name, each [1, seqlen, ...]."""
+        return self.begin(inputs, chunk)()
+
+    def begin(self, inputs: dict[str, Array], chunk: Chunk) -> Callable[[], dict[str, Array]]:
+        """Begin a step behind those that were begun before; what is returned waits for its end.
+
+        A die takes it up as soon as it is done with its part of those before, and meets the others in each
+        step by itself: stages of a pipeline work on several steps at a time, with the same bits.
+        """
         if self.probe is not None or self._walks:
-            return super().step(inputs, chunk)
+            return self._walked(inputs, chunk)
         meeting = Meeting(self.links)
         calls: list[tuple[_Die, list[Array]]] = []
         made: list[dict[str, Array]] = []
@@ -195,28 +205,59 @@ class HostEngine(ProgramEngine):
             ]
             calls.append((die, [*given, *own.values()]))
             made.append(own)
-        try:
-            self._run(calls, chunk.seqlen, meeting)
-        except _NoThread:  # the dies can still be walked side by side in this one
+        begun = _Begun(self._run(calls, chunk.seqlen, meeting), meeting, made[0])
+        if isinstance(meeting.problem, _NoThread):  # the dies can still be walked side by side in this one
+            begun.wait()
             self._walks = True
-            return super().step(inputs, chunk)
-        return made[0]
+            return self._walked(inputs, chunk)
+        self._begun = [other for other in self._begun if not other.ended] + [begun]
+        return begun
 
-    def _run(self, calls: Sequence[tuple[_Die, list[Array]]], seqlen: int, meeting: Meeting) -> None:
+    def _walked(self, inputs: dict[str, Array], chunk: Chunk) -> Callable[[], dict[str, Array]]:
+        """A step op by op, when those before it have ended."""
+        for begun in self._begun:
+            begun.wait()
+        return super().begin(inputs, chunk)
+
+    def _run(
+        self, calls: Sequence[tuple[_Die, list[Array]]], seqlen: int, meeting: Meeting
+    ) -> list[Future[None]]:
+        """Have each die run its part, one alone in this thread; what is to be waited for."""
         if not self._workers:
             die, arrays = calls[0]
             die.run(seqlen, arrays, meeting)
-        else:
-            waiting = []
-            for worker, (die, arrays) in zip(self._workers, calls):
-                try:
-                    waiting.append(worker.submit(die.run, seqlen, arrays, meeting))
-                except RuntimeError as error:
-                    meeting.leave(_NoThread(str(error)))
-            for future in waiting:
-                future.exception()
-        if meeting.problem is not None:
-            raise meeting.problem
+            return []
+        waiting = []
+        for worker, (die, arrays) in zip(self._workers, calls):
+            try:
+                waiting.append(worker.submit(die.run, seqlen, arrays, meeting))
+            except RuntimeError as error:
+                meeting.leave(_NoThread(str(error)))
+        return waiting
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A step under way: the dies' parts, where they meet, and the first die's outputs by name."""
+
+    parts: Sequence[Future[None]]
+    meeting: Meeting
+    outputs: dict[str, Array]
+
+    def __call__(self) -> dict[str, Array]:
+        """Wait for its end; raises what a die has failed of."""
+        self.wait()
+        if self.meeting.problem is not None:
+            raise self.meeting.problem
+        return self.outputs
+
+    @property
+    def ended(self) -> bool:
+        return all(part.done() for part in self.parts)
+
+    def wait(self) -> None:
+        for part in self.parts:
+            part.exception()
 
 
 def _taken(array: Array, info: TensorInfo) -> Array:

@@ -113,11 +113,7 @@ def make_engine(
         )
     if name == "host":
         from tyir.runtime_sim.session.host_engine import HostEngine
-        from tyir.runtime_sim.session.staged_engine import StagedEngine
 
-        if links is None and probe is None and artifacts.manifest.options.steps_ahead:
-            with suppress(RuntimeError):  # no thread for each stage: one step after the other, then
-                return StagedEngine(artifacts, threads)
         return HostEngine(artifacts, probe=probe, threads=threads, links=links)
     return ProgramEngine(artifacts, compiled=False, probe=probe, links=links)
 

@@ -18,8 +18,8 @@ from tyir.execution.artifacts import Artifacts
 from tyir.manifest import BuildOptions
 from tyir.runtime_sim.processes.group import DieGroup
 from tyir.runtime_sim.session.chunks import Chunk, pad, plan_chunks
+from tyir.runtime_sim.session.host_engine import HostEngine
 from tyir.runtime_sim.session.session import Session
-from tyir.runtime_sim.session.staged_engine import StagedEngine, _Begun
 from tyir.tools.api import compile_path
 
 IDS = [(37 * i * i + 11 * i + 5) % 4096 for i in range(90)]
@@ -69,7 +69,7 @@ def test_a_stage_goes_on_while_the_next_is_at_work(folder: Path) -> None:
     session = Session(folder)
     session.prefill(IDS[:9])
     engine = session.engine
-    assert isinstance(engine, StagedEngine)
+    assert isinstance(engine, HostEngine)
     go_on = threading.Event()
     engine._workers[2].submit(go_on.wait)
     begun = []
@@ -79,18 +79,18 @@ def test_a_stage_goes_on_while_the_next_is_at_work(folder: Path) -> None:
             "pos": np.array([start], np.int32),
             "row": np.array([-1], np.int32),
         }
-        step = engine.begin(inputs, Chunk(start, 8, 8))
-        assert isinstance(step, _Begun)
-        begun.append(step)
+        engine.begin(inputs, Chunk(start, 8, 8))
+        begun.append(engine._begun[-1])
     try:
         for step in begun:
             for part in step.parts[:2]:
                 part.result(timeout=60)
-            assert not step.parts[2].done()
+            assert not step.ended
     finally:
         go_on.set()
     for step in begun:
         step()
+        assert step.ended
 
 
 def test_sparse_steps_measure_the_same(imported: Path, tmp_path: Path) -> None:
@@ -137,23 +137,6 @@ def test_what_is_behind_a_step_that_fails_is_not_kept(tmp_path: Path) -> None:
     assert f"{CAUSES[10]}on die 0" in str(caught.value)
     assert session.tokens == HARMLESS[:4]
     np.testing.assert_array_equal(session.prefill(HARMLESS), Session(folder).prefill(HARMLESS))
-
-
-def test_a_stage_that_fails_ends_the_others(folder: Path) -> None:
-    """The last chunk's head waits for all stages; what failed is said, and the engine goes on afterwards."""
-    session = Session(folder)
-    wanted = session.prefill(IDS[:20])
-    session.reset()
-    engine = session.engine
-    assert isinstance(engine, StagedEngine)
-    session.feed(IDS[:8])
-    broken = dict(engine._stages[2].caches())
-    engine._stages[2].load_caches({name: array[:, :, :4] for name, array in broken.items()})
-    with pytest.raises(Exception) as caught:
-        session.prefill(IDS[:20])
-    assert "another stage of dies" not in str(caught.value)
-    session.reset()
-    np.testing.assert_array_equal(session.prefill(IDS[:20]), wanted)
 
 
 def test_stages_in_processes_of_their_own(folder: Path) -> None:
