@@ -161,7 +161,7 @@ class BuildOptions:
         """How many of a prompt's steps are under way beside the one that is waited for: none where stages
         wait for each other within a step, at the embedding, which is cut over all dies, or at the head.
         """
-        apart = self.embedding_as_input and self.output_rows == "last" and self.choice is None
+        apart = self.embedding_as_input and self.output_rows == "last"
         return self.pp if self.pp > 1 and apart else 0
 
     def takes_row(self, seqlen: int) -> bool:

@@ -46,6 +46,7 @@ __all__ = ["ENGINES", "Engine", "EngineName", "Session", "make_engine"]
 
 Array = npt.NDArray[Any]
 EngineName = Literal["host", "interpreter", "edge10"]
+_UnderWay = tuple["Chunk", list[int], Callable[[], dict[str, Array]]]  # a step, its tokens, what waits for it
 _LONG: Final = 16  # chunks of a prompt from which on it is said how far it is
 ENGINES: Final[tuple[EngineName, ...]] = ("host", "interpreter", "edge10")
 
@@ -338,19 +339,21 @@ class Session:
     def _in_stages(
         self, chunks: Iterable[Chunk], ids: Sequence[int]
     ) -> Generator[tuple[int, dict[str, Array]]]:
-        """The same with several under way, so that each stage of dies works on another.  Who stops has those
-        under way finished, and their tokens in the cache.
+        """The same with several under way, so that each stage of dies works on another; one that measures
+        what it has seen is the last until that is read.  Who stops has those under way finished, and their
+        tokens in the cache.
         """
         first = len(self.tokens)
-        begun: deque[tuple[list[int], Callable[[], dict[str, Array]]]] = deque()
+        begun: deque[_UnderWay] = deque()
         try:
             for chunk in chunks:
                 part = list(ids[chunk.start - first : chunk.start - first + chunk.count])
                 with interrupts_wait():
                     inputs = self._inputs(part, chunk, first + len(ids))
                     last = chunk.start + chunk.count == first + len(ids)
-                    begun.append((part, self._begin(inputs, chunk, last)))
-                if len(begun) > self.manifest.options.steps_ahead:
+                    begun.append((chunk, part, self._begin(inputs, chunk, last)))
+                ahead = 0 if self._measures(chunk) else self.manifest.options.steps_ahead
+                while len(begun) > ahead:
                     yield self._ended(begun)
             while begun:
                 yield self._ended(begun)
@@ -358,22 +361,21 @@ class Session:
             while begun:
                 self._ended(begun)
 
-    def _ended(
-        self, begun: deque[tuple[list[int], Callable[[], dict[str, Array]]]]
-    ) -> tuple[int, dict[str, Array]]:
+    def _ended(self, begun: deque[_UnderWay]) -> tuple[int, dict[str, Array]]:
         """The first of the steps under way, which is waited for; of those behind one that fails nothing is
         kept.
         """
         with interrupts_wait():
-            part, end = begun.popleft()
+            chunk, part, end = begun.popleft()
             try:
                 rows = end()
             except BaseException:
-                for _, other in begun:
+                for _, _, other in begun:
                     with suppress(Exception):
                         other()
                 begun.clear()
                 raise
+            self._note_recall(chunk)
             self.tokens += part
             return len(part), rows
 
@@ -393,13 +395,18 @@ class Session:
             for _ in self._advance(known):
                 pass
 
-    def _note_recall(self, chunk: Chunk) -> None:
-        """Keep what a step that measures has seen, if it left something out."""
+    def _measures(self, chunk: Chunk) -> bool:
+        """Whether a step leaves something out and measures what it has seen."""
         choice, step = self._choice, None if self._chunks is None else self._chunks.step
         longest = max(self.manifest.options.seqlens)
-        measures = choice is not None and chunk.seqlen == longest and choice.measures(chunk.start, longest)
-        if choice is not None and measures and choice.leaves_out(chunk.start, step):
-            self.recall.add(self.engine.caches(), choice, chunk.count)
+        if choice is None or chunk.seqlen != longest or not choice.measures(chunk.start, longest):
+            return False
+        return choice.leaves_out(chunk.start, step)
+
+    def _note_recall(self, chunk: Chunk) -> None:
+        """Keep what a step that measures has seen."""
+        if self._choice is not None and self._measures(chunk):
+            self.recall.add(self.engine.caches(), self._choice, chunk.count)
 
     def _parts(self, chunk: Chunk, every: bool) -> Iterator[Chunk]:
         """The runs of a chunk, each up to the last row that it returns: the whole, or once for each row.

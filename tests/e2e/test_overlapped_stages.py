@@ -101,6 +101,29 @@ def test_a_stage_goes_on_while_the_next_is_at_work(folder: Path, monkeypatch: py
         assert last.done()
 
 
+def test_sparse_steps_measure_the_same(imported: Path, tmp_path: Path) -> None:
+    options = BuildOptions(
+        dies=2,
+        pp=2,
+        seqlens=(1, 4, 8),
+        max_kv=160,
+        embedding_as_input=True,
+        output_rows="last",
+        sparse_prefill=(2, 16, 16, 2),
+    )
+    folder = compile_path(imported, tmp_path, options)
+    ids = [(41 * i * i + 7 * i + 3) % 4096 for i in range(150)]
+    session, other = Session(folder), Session(folder)
+    chunks = list(plan_chunks(len(ids), 0, (1, 4), 160, sparse=8))
+    in_turn = [rows for _, rows in other._in_turn(chunks, ids, False)]
+    np.testing.assert_array_equal(session.prefill(ids), in_turn[-1]["logits"])
+    assert session.recall.steps >= 2 and session.recall.low < 1
+    assert session.recall.text() == other.recall.text()
+    wanted = held(other, 150)
+    for name, cache in held(session, 150).items():
+        np.testing.assert_array_equal(cache, wanted[name])
+
+
 def test_who_stops_keeps_whole_steps(folder: Path) -> None:
     session, other = Session(folder), Session(folder)
     with closing(session._advance(IDS)) as steps:  # type: ignore[type-var]

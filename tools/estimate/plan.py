@@ -644,7 +644,7 @@ def _lines(plan: Plan) -> Iterator[str]:
             yield (
                 f"  {duration(p.overlapped)} if the pipeline stages work on several chunks at a time, as with"
                 " --embedding-as-input --output-rows last"
-                + (" (sparse steps do not run so yet)" if plan.options.choice is not None else "")
+                + (" (less what sparse steps wait to measure)" if plan.options.choice is not None else "")
             )
         yield (
             "  = one layer of each kind simulated on the command programs at a few positions, with"
