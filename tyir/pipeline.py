@@ -39,6 +39,7 @@ from tyir.pass_manager.text import (
     pipeline_error,
 )
 from tyir.printer import op_excerpt
+from tyir.process.collector import collector_paused
 from tyir.stages import KEY, require_stage
 from tyir.verifier import location_text, verify
 
@@ -221,11 +222,12 @@ def _run_pass(pass_: Pass, op: Op, context: PassContext) -> None:
         instrument.before(pass_, op)
     context._unchanged, context._preserved = False, ()
     try:
-        run_at_stage(pass_, op, context)
-        if not context._unchanged:
-            context.analyses.invalidate(op, context._preserved)
-            if context.verify_each:
-                _verify_after(pass_, op)
+        with collector_paused():
+            run_at_stage(pass_, op, context)
+            if not context._unchanged:
+                context.analyses.invalidate(op, context._preserved)
+                if context.verify_each:
+                    _verify_after(pass_, op)
     except BaseException as error:
         _add_note(error, pass_, op)
         for instrument in reversed(context.instruments):

@@ -45,6 +45,7 @@ from tyir.manifest import (
 from tyir.passes.pipelines import remaining_pipeline
 from tyir.pipeline import PassContext, run_pipeline
 from tyir.process.cache import Cache
+from tyir.process.collector import collector_paused
 from tyir.process.files import MAX_JSON, read_regular, stand_in
 from tyir.process.progress import track
 from tyir.process.stopwatch import Stopwatch
@@ -324,11 +325,11 @@ def _write_programs(
     the programs need of memory.
     """
     parts = [(seqlen, index, die) for seqlen in options.seqlens for index, die in enumerate(dies)]
+    programs: list[DieProgram] = []
     with ProgramWriter(folder, places, context) as writer:
-        programs = [
-            writer.write(die, index, seqlen, _files(options, seqlen))
-            for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress)
-        ]
+        for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress):
+            with collector_paused():  # for one program at a time: what it leaves behind is cyclic
+                programs.append(writer.write(die, index, seqlen, _files(options, seqlen)))
     return programs, writer.memory
 
 
