@@ -69,7 +69,7 @@ TOGETHER = [
 
 LARGEST = {"int8": 127, "int16": 16319}  # code
 # without tiles (AMX), and with them where this processor has them
-CPUS = list(dict.fromkeys([GENERIC_CPU, "icelake-server", detected_cpu()]))
+CPUS = list(dict.fromkeys([GENERIC_CPU, detected_cpu(), "icelake-server"]))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Built:
     largest: int
 
 
-@pytest.fixture(scope="module", params=CPUS)
+@pytest.fixture(
+    scope="module", params=[*CPUS[:2], *(pytest.param(cpu, marks=pytest.mark.slow) for cpu in CPUS[2:])]
+)
 def mcpu(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
