@@ -20,7 +20,6 @@ from tyir.artifacts.schema import sha256_of
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Call
 from tyir.execution.artifacts import Artifacts as Opened
-from tyir.execution.lockstep import Meeting
 from tyir.ir import Op
 from tyir.layers import path_in_calls
 from tyir.manifest import BuildOptions, Manifest
@@ -317,12 +316,12 @@ def test_the_compiled_step_leaves_its_outputs_alone(compiled: Compile) -> None:
     session.prefill(TOKENS[:8])
     engine = session.engine
     assert isinstance(engine, HostEngine)
-    (die,) = engine._dies
+    _, steps = engine._loaded(8)
     caches = list(engine.caches().values())
     logits = np.full((1, 1, 4096), 7, np.float32)
     for row, same in ((-1, True), (7, False)):
         given = [np.array([TOKENS[:8]], np.int32), np.zeros(1, np.int32), *caches, np.array([row], np.int32)]
-        die.run(8, [*given, logits], Meeting(engine.links))
+        steps.begin([[*given, logits]])()
         assert (logits == 7).all() == same
 
 

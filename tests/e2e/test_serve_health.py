@@ -86,7 +86,7 @@ def test_an_engine_that_dies(four: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert counts["vllm:request_success_total error"] == 2
 
 
-def _dying(*unused: Any) -> None:
+def _dying(*unused: Any, **named: Any) -> None:
     raise MemoryError("no more")
 
 

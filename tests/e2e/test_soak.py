@@ -65,7 +65,12 @@ class ClockedSession(BatchSession):
         self.clock = 0.0
 
     def step(
-        self, parts: Sequence[Sequence[int]], seqlen: int, lengths: Sequence[int] | None = None
+        self,
+        parts: Sequence[Sequence[int]],
+        seqlen: int,
+        lengths: Sequence[int] | None = None,
+        *,
+        most: Sequence[int] | None = None,
     ) -> list[dict[str, Any]]:
         starts = tuple(map(len, self.tokens))
         self.clock += SLOWER * self.server.run(Step(seqlen, starts, tuple(map(tuple, parts))))
