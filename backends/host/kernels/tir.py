@@ -222,11 +222,15 @@ def sums_of(registers: Sequence[Buffer], lanes: int) -> Expr:
     values = [get(r, lanes) for r in registers]
     part = lanes
     while len(values) > 1:
-        low = [first + i for first in range(0, 2 * lanes, part) for i in range(part // 2)]
-        halves = [[T.int32(i) for i in low], [T.int32(i + part // 2) for i in low]]
-        pairs = list(zip(values[::2], values[1::2], strict=True))
-        values = [bind(T.Shuffle([a, b], halves[0]) + T.Shuffle([a, b], halves[1])) for a, b in pairs]
-        part //= 2
+        half, part = len(values) // 2, part // 2
+        # lower halves of parts come from the first of a pair, upper ones from the second
+        upper = [lane // part % 2 for lane in range(lanes)]
+        stay = [T.int32(lane + lanes * up) for lane, up in enumerate(upper)]
+        cross = [T.int32(lane + (lanes - part if up else part)) for lane, up in enumerate(upper)]
+        values = [
+            bind(T.Shuffle([a, b], stay) + T.Shuffle([a, b], cross))
+            for a, b in zip(values[:half], values[half:], strict=True)
+        ]
     return values[0]
 
 
