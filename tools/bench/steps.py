@@ -78,10 +78,11 @@ def _fill(session: Session) -> None:
 
 @run_tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("artifacts", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=1, help="of a step: a compiled length (1)")
-    parser.add_argument("--position", type=int, action="append", help="tokens before it (130); may be repeated")
+    parser.add_argument("--position", type=int, action="append", help="tokens before it (130), repeatable")
     parser.add_argument("--threads", type=int, help="of each (all cores)")
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args(argv)
