@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-_UNASKED: Final = (None, (), "cost", "fp32")  # what a compile settles by itself
+_UNASKED: Final = (None, (), "cost")  # what a compile settles by itself
 _PARTS: Final = (".safetensors", ".bin", ".pt", ".pth")  # of a checkpoint, which is the folder
 
 
@@ -130,7 +130,7 @@ def compile_path(
     watch: Stopwatch | None = None,
     progress: bool = False,
     mcpu: str | None = None,
-    host_activations: str = "fp32",
+    host_activations: str | None = None,
     warn: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
@@ -157,7 +157,8 @@ def compile_path(
     `plugin` says how a checkpoint of one's own is read (`frontends/plugin.py`), `base` where the base model
     of a LoRA adapter is.  Weights "awq" are made with the scales and ranges of the file `awq_table`, or, of a
     checkpoint folder, as `quantize` does it on the text `calibration`, in a folder that is gone afterwards;
-    `host_activations`: what the host's code multiplies 4-bit weights with, "fp32", "int16" or "int8".
+    `host_activations`: what the host's code multiplies 4-bit weights with, "fp32", "int16" or "int8" (None:
+    int16 where the processor multiplies bytes, else fp32).
     `binary` and `machine` are for the `CompileContext` of the back end, which `backend` names.  `images`: of
     a vision-language model the sizes (width, height) of pictures; `vision_dies`, `vision_die_map`: the dies
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
@@ -267,10 +268,12 @@ def compile_path(
     wanted = settled(options, module)
     check_options(wanted)
     _check_choices(module, wanted)
-    if host_activations != "fp32" and not _has_quantized(module, wanted):
-        warn_and_note(f"--host-activations {host_activations} is not used: no weights have 4 bits")
     _warn_about_positions(module, wanted, warn_and_note)
     accepted = inspect.signature(chosen.CompileContext).parameters
+    if "activations" in accepted and not _has_quantized(module, wanted):
+        if host_activations not in (None, "fp32"):
+            warn_and_note(f"--host-activations {host_activations} is not used: no weights have 4 bits")
+        further["activations"] = "fp32"
     context = chosen.CompileContext(
         watch=watch,
         progress=progress,

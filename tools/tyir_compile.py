@@ -451,9 +451,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host-activations",
         choices=("fp32", "int16", "int8"),
-        default="fp32",
-        help="what the host's code multiplies 4-bit weights with: fp32 (default), int16: faster and as exact"
-        " as f16, or int8: faster still, with an error of its own (docs/host.md)",
+        help="what the host's code multiplies 4-bit weights with: int16, fast and as exact as f16 (default"
+        " where the processor has AVX2), fp32, or int8: faster prompts, with an own error (docs/host.md)",
     )
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"

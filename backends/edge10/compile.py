@@ -83,7 +83,8 @@ _TEXTS: Final = (".jinja", ".txt")
 class CompileContext:
     """What a compile carries along: where it reports, whether it shows progress, and what it builds for.
 
-    `activations`: what the host's code multiplies 4-bit weights with, "fp32" or "int8".
+    `activations`: what the host's code multiplies 4-bit weights with, "fp32", "int16" or "int8"; None: what
+    the processor is fast with (`HostTarget.preferred`).
     `binary`: command programs as bytes (`.bin`) instead of text (`.edge10`).  `machine`: a known machine's
     name, or a machine file, which goes to the artifacts; None is the one a module was cut for, or edge10.
     `files`: what is to lie beside the artifacts, by name, where the checkpoint folder holds no such file.
@@ -98,7 +99,7 @@ class CompileContext:
     watch: Stopwatch = field(default_factory=Stopwatch)
     progress: bool = False
     mcpu: str | None = None
-    activations: str = "fp32"
+    activations: str | None = None
     binary: bool = False
     machine: str | Path | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -115,9 +116,8 @@ class CompileContext:
         """The processor that host code is for, this one when none is asked for."""
         from tyir.backends.host.tvm_host import HostTarget
 
-        if self.mcpu is None:
-            return HostTarget(activations=self.activations)
-        return HostTarget(mcpu=self.mcpu, activations=self.activations)
+        target = HostTarget.preferred(self.mcpu)
+        return target if self.activations is None else replace(target, activations=self.activations)
 
     @property
     def chosen_machine(self) -> str | Path:

@@ -18,7 +18,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -122,6 +122,14 @@ class HostTarget:
             )
         if self.num_cores < 1:
             raise TyirError(f"num_cores must be at least 1, got {self.num_cores}")
+
+    @classmethod
+    def preferred(cls, mcpu: str | None = None) -> HostTarget:
+        """The processor with the activations that it is fast with and that cost no exactness: int16 where it
+        multiplies bytes, else fp32.
+        """
+        target = cls() if mcpu is None else cls(mcpu=mcpu)
+        return replace(target, activations="int16") if target.cpu().byte_products else target
 
     @classmethod
     def generic(cls, num_cores: int = 2) -> HostTarget:

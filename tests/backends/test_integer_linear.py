@@ -4,6 +4,7 @@ rounding of the activations costs is bounded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,9 +60,16 @@ SHAPES = [
 ]
 
 
+# products of equal weights by few and by many tokens
+TOGETHER = [
+    [Shape(m, 896, 75, 128, bias=True) for m in (1, 5, 8, 40)],
+    [Shape(m, 160, 43, 32) for m in (1, 3, 12)],
+]
+
+
 LARGEST = {"int8": 127, "int16": 16319}  # code
 # without tiles (AMX), and with them where this processor has them
-CPUS = list(dict.fromkeys([GENERIC_CPU, "icelake-server", detected_cpu()]))
+CPUS = list(dict.fromkeys([GENERIC_CPU, detected_cpu(), "icelake-server"]))
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,9 @@ class Built:
     largest: int
 
 
-@pytest.fixture(scope="module", params=CPUS)
+@pytest.fixture(
+    scope="module", params=[*CPUS[:2], *(pytest.param(cpu, marks=pytest.mark.slow) for cpu in CPUS[2:])]
+)
 def mcpu(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -84,7 +94,7 @@ def built(mcpu: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     if here is not None and not here.issuperset(target.features()):
         pytest.skip(f"this processor is no {mcpu}")
     path = tmp_path_factory.mktemp("integers") / "x.so"
-    build_library(assign_kernels([shape.op()[0] for shape in SHAPES]), target, path)
+    build_library(assign_kernels([shape.op()[0] for shape in sum(TOGETHER, SHAPES)]), target, path)
     return Built(HostLibrary(path), LARGEST[request.param])
 
 
@@ -136,6 +146,21 @@ def test_sums_of_rounded_activations_are_exact(shape: Shape, built: Built) -> No
     weight = ty.dequantize(arrays[1], arrays[2], arrays[3], shape.group).astype(np.float64)
     bound = most @ np.abs(weight).T + 1e-3 * np.abs(wanted).max()  # weights are rounded to f16 by the op
     assert (np.abs(got[0] - op.evaluate(*arrays)[0]) <= bound).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("shapes", TOGETHER, ids=str)
+def test_a_token_is_the_same_bits_in_every_company(shapes: Sequence[Shape], built: Built) -> None:
+    """As rows of the weight lie, turned, and by tiles."""
+    most = max(shapes, key=lambda s: s.m)
+    x, *weight = operands(most)
+    found = {}
+    for shape in shapes:
+        function, op = shape.op()
+        assign_kernels([function])
+        packed = [pack(a, t) for a, t in zip([x[:, -shape.m :], *weight], shape.types)]
+        (found[shape.m],) = built.library.evaluate(op, packed)
+    for m, got in found.items():
+        np.testing.assert_array_equal(got, found[most.m][-m:])  # type: ignore[index]
 
 
 def test_a_processor_that_multiplies_no_bytes_is_refused() -> None:

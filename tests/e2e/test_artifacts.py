@@ -228,6 +228,7 @@ def test_too_much_memory_names_remedies_that_fit(imported: Path, tmp_path: Path)
             assert memory_summary(lower_die(die, 8, small))["dram"] <= 11 << 20
 
 
+@pytest.mark.slow
 def test_remedies_are_those_of_the_machine(imported: Path, tmp_path: Path) -> None:
     """Over links of a megabyte a second nothing is worth cutting, so more dies are no remedy; on Edge10's
     links, which the same compile would choose by default, two would do.

@@ -128,7 +128,11 @@ def check_every_point(aten: str, options: dict[str, Any]) -> None:
             assert built(variant, asked) == wanted, name
 
 
-@pytest.mark.parametrize("options", [ALL, STAGED, BLOCKS, SPARSE], ids=["all", "stages", "blocks", "sparse"])
+@pytest.mark.parametrize(
+    "options",
+    [ALL, STAGED, *(pytest.param(o, marks=pytest.mark.slow) for o in (BLOCKS, SPARSE))],
+    ids=["all", "stages", "blocks", "sparse"],
+)
 def test_the_same_program_from_every_point(aten: str, options: dict[str, Any]) -> None:
     check_every_point(aten, options)
 

@@ -41,7 +41,7 @@ def run(folder: Path, engine: EngineName) -> npt.NDArray[Any]:
     return np.concatenate([session.feed(PROMPT), session.feed(NEXT)]).astype(np.float64)
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int4"])
+@pytest.mark.parametrize("weights", [pytest.param("fp16", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize(
     "dies", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in range(1, 17)]
 )

@@ -37,7 +37,7 @@ def compiled(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Compil
     return make
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_equal_to_the_other_layout(compiled: Compile, engine: EngineName, dtype: str) -> None:
     """The same sums in the same order: bit for bit, but for the host's kernels, which may be vectorised

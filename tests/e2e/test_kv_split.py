@@ -52,7 +52,7 @@ def off(got: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
     return float(1 - cosines.min())
 
 
-@pytest.mark.parametrize("dies", [3, 4, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dies", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6))])
 def test_equal_to_one_die(artifacts: Artifacts, by_tokens: Compile, dies: int) -> None:
     """Prompt and tokens over the first borders of blocks: with three dies both heads are on each, with six
     two have
@@ -103,7 +103,7 @@ def test_what_is_taken_back_is_overwritten(by_tokens: Compile) -> None:
     assert list(once_more.generate(prompt, 8)) == list(fresh.generate(prompt, 8))
 
 
-@pytest.mark.parametrize("engine", ["host", "edge10"])
+@pytest.mark.parametrize("engine", ["host", pytest.param("edge10", marks=pytest.mark.slow)])
 def test_several_sequences(by_tokens: Compile, engine: EngineName) -> None:
     """Each at a position of its own: their rows go to different dies."""
     prompts = [TOKENS[:37], TOKENS[5:8], TOKENS[9:27]]

@@ -84,7 +84,7 @@ def test_the_same_tokens_and_rows(compiled: Compile, dies: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ["interpreter", "edge10"])
-@pytest.mark.parametrize("dies", [1, 4])
+@pytest.mark.parametrize("dies", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_other_engines(compiled: Compile, dies: int, engine: EngineName) -> None:
     """numpy sums one row in another order than several, by the last bits."""
     every, last = both(compiled, engine, dies=dies, pp=BOARDS[dies][0])
@@ -106,7 +106,9 @@ def test_all_rows_one_by_one(compiled: Compile) -> None:
     np.testing.assert_array_equal(mine.values, theirs.values)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", ["host", *(pytest.param(e, marks=pytest.mark.slow) for e in ENGINES if e != "host")]
+)
 def test_batches(compiled: Compile, engine: EngineName) -> None:
     """Each sequence has its own last row, one that waits none."""
     every, last = (
@@ -247,6 +249,7 @@ def test_dies_in_several_processes(compiled: Compile) -> None:
         assert list(Session(group.artifacts, group=group).generate(TOKENS[:11], 4)) == wanted
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path: Path) -> None:
     """Embeddings, rotary tables of three axes and a row: the answer of all rows."""
     answers = []

@@ -181,7 +181,7 @@ def test_learned_positions(save_model: Callable[..., Path], tmp_path: Path) -> N
     assert result.differing == [] and float(result.logit_cosine.min()) >= 0.9999
 
 
-@pytest.mark.parametrize("engine", ["host", "edge10"])
+@pytest.mark.parametrize("engine", [pytest.param("host", marks=pytest.mark.slow), "edge10"])
 def test_the_best_tokens_are_capped_like_the_logits(
     save_model: Callable[..., Path], tmp_path: Path, engine: EngineName
 ) -> None:

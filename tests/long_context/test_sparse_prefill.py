@@ -96,7 +96,7 @@ def definition(
     ("dies", "cache", "heads", "groups", "chunked"),
     [
         (1, "", 4, 2, False),
-        (2, "dtype=int8", 4, 2, True),
+        pytest.param(2, "dtype=int8", 4, 2, True, marks=pytest.mark.slow),
         (3, "", 6, 2, True),  # a cache head's query heads on two dies
         (4, "dtype=int8", 7, 1, False),  # copies of a cache head
     ],
@@ -197,7 +197,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=pytest.mark.slow) if e == "interpreter" else e for e in ENGINES]
+)
 def test_every_engine_computes_and_says_the_same(compiled: Path, engine: EngineName) -> None:
     wanted, shares = definition(*inputs(), CHUNKS)
     session = Session(compiled / "out" / "2die", engine)

@@ -84,16 +84,16 @@ def test_the_same_as_cut_by_heads(heads: int, kv_heads: int, dies: int) -> None:
 @pytest.mark.parametrize(
     ("dies", "seqlen", "cache", "options"),
     [
-        pytest.param(4, 1, "", {}, id="one token"),
+        pytest.param(4, 1, "", {}, id="one token", marks=pytest.mark.slow),
         pytest.param(4, 33, "", {}, id="steps over several blocks"),
-        pytest.param(2, 110, "", {}, id="a step of all blocks"),
+        pytest.param(2, 110, "", {}, id="a step of all blocks", marks=pytest.mark.slow),
         pytest.param(3, 144, "", {"max_kv": 160}, id="blocks of rows"),
-        pytest.param(3, 8, "dtype=int8", {}, id="int8"),
-        pytest.param(3, 8, "layout=NHD", {}, id="NHD"),
+        pytest.param(3, 8, "dtype=int8", {}, id="int8", marks=pytest.mark.slow),
+        pytest.param(3, 8, "layout=NHD", {}, id="NHD", marks=pytest.mark.slow),
         pytest.param(3, 40, "layout=NHD dtype=int8", {}, id="NHD and int8"),
         pytest.param(6, 8, "", {"pp": 2}, id="two stages of three"),
         pytest.param(3, 8, "", {"window": 20}, id="a window over the borders of blocks"),
-        pytest.param(2, 1, "", {"window": 37}, id="a window, one token"),
+        pytest.param(2, 1, "", {"window": 37}, id="a window, one token", marks=pytest.mark.slow),
     ],
 )
 def test_caches_and_steps(dies: int, seqlen: int, cache: str, options: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ def test_caches_and_steps(dies: int, seqlen: int, cache: str, options: dict[str,
 
 
 @pytest.mark.parametrize("seqlen", [1, 12])
-@pytest.mark.parametrize("dies", [2, 3])
+@pytest.mark.parametrize("dies", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_dual_chunk_attention(dies: int, seqlen: int) -> None:
     """Chunks of two blocks each: a die has keys of some chunks only."""
     facts = {CONFIG_KEY: {"chunk_size": 48, "local_size": 16, "original_max_position_embeddings": 32}}
@@ -122,7 +122,10 @@ def test_dual_chunk_attention(dies: int, seqlen: int) -> None:
         assert off(by_tokens.feed(ids, engine), wanted) < ROUNDING
 
 
-@pytest.mark.parametrize(("heads", "kib"), [(4, 48), (8, 64), (16, 48)])
+@pytest.mark.parametrize(
+    ("heads", "kib"),
+    [(4, 48), pytest.param(8, 64, marks=pytest.mark.slow), pytest.param(16, 48, marks=pytest.mark.slow)],
+)
 def test_what_does_not_fit_sram_goes_through_dram(heads: int, kib: int) -> None:
     """Queries, parts and what is merged of them in DRAM, as of long steps of large models."""
     small = EDGE10.with_overrides({"sram.capacity_bytes": kib << 10})

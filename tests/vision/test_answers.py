@@ -111,7 +111,9 @@ def score(
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [QWEN, *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != QWEN)]
+)
 def test_answers_are_hugging_faces(
     name: str, compiled: Compiled, references: Callable[[str], HuggingFace], tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def test_engines_agree(compiled: Callable[[str, int], Path], engine: EngineName)
     check_embeddings(compiled("tiny-qwen2.5-vl", 1), "tiny-qwen2.5-vl", 0, engine, 0.99999)
 
 
-@pytest.mark.parametrize("dies", [1, 2])
+@pytest.mark.parametrize("dies", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("layers", "strategy"), [([-2, -3], "default"), ([1, -1], "full"), (1, "default")])
 def test_the_states_that_a_llava_takes(layers: Any, strategy: str, dies: int, tmp_path: Path) -> None:
     """Those of several layers, side by side, wait while the layers between them run; with the class token."""

@@ -8,9 +8,9 @@ apart.  With s, z a weight's scale and zero point and f, c an activation's facto
 
 The first sum is exact in int32: bytes of the weight are multiplied as they lie in the file, low nibbles with the codes
 of even columns, high nibbles with those of odd ones, `lanes` sums of four at once, by `vpdpbusd` or, where the
-processor has none, by `vpmaddubsw` (15 * 127 * 2 fits 16 bits, so that nothing saturates).  It is scaled into f32 sums
-of the row.  The second needs no weight: `offsets`, one number for each group, which are multiplied with s z at the end.
-A row's lanes are added up once.
+processor has none, by `vpmaddubsw` (15 * 127 * 2 fits 16 bits, so that nothing saturates).  The second needs no weight:
+`offsets`, one number for each group.  A row's groups are added up one after the other, by `with_group`, whatever the
+way: a token's numbers are the same bits alone and in any company.
 
 Of few tokens the rows of the weight are read as they lie, several at once (`streams.py`): a group of 128 is one cache
 line of one row.  Many tokens read a block of rows turned (`_Panel`), word by word with a row in each lane, so that a sum
@@ -27,12 +27,12 @@ from typing import Final
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.rounded_activations import (
-    AFTER,
     Activations,
     Shape,
     rounded_activations,
     scales_of_block,
     whole_sum,
+    with_group,
 )
 from tyir.backends.host.kernels.streams import ask_ahead, in_streams, streams_of
 from tyir.backends.host.kernels.tile_linear import room_for, takes_tiles, tile_linear
@@ -40,13 +40,11 @@ from tyir.backends.host.kernels.tir import (
     Buffer,
     Cpu,
     Expr,
-    add_to,
     bind,
-    f32,
+    exact_sums,
     f32_of,
     flat,
     get,
-    horizontal_sum,
     load,
     loop,
     put,
@@ -54,13 +52,14 @@ from tyir.backends.host.kernels.tir import (
     span,
     splat,
     store,
+    transposed,
     vector,
 )
 from tyir.dialects import ty
 
 __all__ = ["integer_linear", "takes_group"]
 
-_ZEROS: Final = AFTER  # zero points that are unpacked at once: a word of them
+_ZEROS: Final = 8  # zero points that are unpacked at once: a word of them
 _LOW: Final = 0x0F0F0F0F
 _WORD: Final = 4  # bytes that one lane of a product adds up
 _MANY: Final = 8  # tokens from which a block of rows is turned
@@ -110,65 +109,73 @@ class _Product:
         return even if 2 * even > most else -(-self.shape.m // -(-self.shape.m // most))
 
     def ready(self, first: Expr, count: Expr, most: int) -> None:
-        """Scales of `count` rows from `first` on as f32, [row, group]."""
+        """What `count` rows from `first` on are scaled by, and that times their zero points, f32
+        [row, group]."""
         groups = self.shape.groups
         self.first = first
         self.ready_scales = f32_of(self.scales, first * groups, count * groups, most * groups, self.cpu)
+        self.ready_shifts = T.alloc_buffer((most * groups + _ZEROS,), "float32")
+        whole = groups - groups % _ZEROS
+        with T.serial(0, count) as row:
+            with T.serial(0, groups // _ZEROS) as i:
+                self._shift(row, i * _ZEROS, _ZEROS)
+            if groups % _ZEROS:  # with what the next row writes over
+                self._shift(row, T.int32(whole), groups % _ZEROS)
+
+    def _shift(self, row: Expr, first: Expr, count: int) -> None:
+        at = span(row * self.shape.groups + first, _ZEROS)
+        zeros = T.cast(self._zeros(self.first + row, first // 2, count), vector("float32", _ZEROS))
+        T.buffer_store(self.ready_shifts, self.ready_scales[at] * zeros, [at])
 
     def tile(self, rows: Sequence[Expr], m0: Expr, columns: int) -> None:
         """out[m0.., rows]: a group of each row in turn.  `rows` count from those made ready."""
-        shape, lanes = self.shape, self.shape.lanes
-        sums = [[register(lanes, 0) for _ in range(columns)] for _ in rows]
+        shape, width = self.shape, len(rows)
+        sums = [register(width, 0) for _ in range(columns)]
+        scales, shifts = (self._turned(made, rows) for made in (self.ready_scales, self.ready_shifts))
         with T.serial(0, shape.groups) as g:
-            for r, row in enumerate(rows):
+            found: list[list[Expr]] = [[] for _ in range(columns)]
+            for row in rows:
                 if columns == 1:
                     ask_ahead(self.q, self.first + row, g * (shape.group // 2))
                 halves = self._halves(self.first + row, g)
-                scale = splat(self.ready_scales[row * shape.groups + g], lanes)
                 for c in range(columns):
-                    factor = splat(self.x.factors[(m0 + c) * shape.groups + g], lanes)
-                    total = whole_sum(self._sums(halves, m0 + c, g), lanes)
-                    add_to(sums[r][c], total * (scale * factor), lanes)
-        for r, row in enumerate(rows):
+                    found[c].append(self._sum(halves, m0 + c, g))
+            scale, shift = (bind(made[span(g * width, width)]) for made in (scales, shifts))
             for c in range(columns):
-                total = self._total(sums[r][c], row, m0 + c)
+                at = (m0 + c) * shape.groups + g
+                factor, offset = self.x.factors[at], self.x.offsets[at]
+                total = bind(exact_sums(found[c], shape.lanes))
+                put(
+                    sums[c],
+                    with_group(get(sums[c], width), total, scale, shift, factor, offset, width),
+                    width,
+                )
+        for c in range(columns):
+            for r, row in enumerate(rows):
+                total = sums[c][r]
                 total = total if self.bias is None else total + load(self.bias, [self.first + row], 1)
                 store(self.out, [m0 + c, self.first + row], total, 1)
 
-    def _total(self, sums: Buffer, row: Expr, column: Expr) -> Expr:
-        """The sum of all lanes less what the zero points add."""
-        shape, lanes = self.shape, min(self.shape.lanes, _ZEROS)
-        left = register(lanes, 0)
-        for part in range(shape.lanes // lanes):
-            put(left, get(left, lanes) + sums[span(part * lanes, lanes)], lanes)
+    def _turned(self, made: Buffer, rows: Sequence[Expr]) -> Buffer:
+        """What is ready for some rows, [group, row]."""
+        groups, width = self.shape.groups, len(rows)
+        parts = -(-groups // width)
+        turned = T.alloc_buffer((parts * width * width,), "float32")
+        with T.serial(0, parts) as part:
+            values = [bind(made[span(row * groups + part * width, width)]) for row in rows]
+            for column, value in enumerate(transposed(values)):
+                T.buffer_store(turned, value, [span((part * width + column) * width, width)])
+        return turned
 
-        def take(first: Expr, count: int) -> None:
-            """The zero points of `count` groups."""
-            zeros = T.cast(self._zeros(self.first + row, first // 2, count, lanes), vector("float32", lanes))
-            scales = self.ready_scales[span(row * shape.groups + first, lanes)]
-            offsets = self.x.offsets[span(column * shape.groups + first, lanes)]
-            product = bind(zeros * scales * offsets)
-            if count < lanes:
-                product = T.Select(
-                    T.ramp(T.int32(0), 1, lanes) < splat(T.int32(count), lanes), product, f32(0, lanes)
-                )
-            put(left, get(left, lanes) - product, lanes)
-
-        with T.serial(0, shape.groups // lanes) as i:
-            take(i * lanes, lanes)
-        if shape.groups % lanes:
-            take(T.int32(shape.groups - shape.groups % lanes), shape.groups % lanes)
-        return horizontal_sum(left, lanes)
-
-    def _zeros(self, row: Expr, first: Expr, count: int, lanes: int) -> Expr:
+    def _zeros(self, row: Expr, first: Expr, count: int) -> Expr:
         """`count` 4-bit numbers from byte `first` of a row of zero points on, each in a lane."""
         word = T.uint32(0)
         for i in range((count + 1) // 2):
             byte = T.cast(self.zeros[row, first + i], "uint32")
             word = word | T.shift_left(byte, T.uint32(8 * i))
-        shifts = T.cast(T.ramp(T.int32(0), 4, lanes), vector("uint32", lanes))
-        nibbles = T.shift_right(splat(bind(word), lanes), shifts) & splat(T.uint32(15), lanes)
-        return T.cast(nibbles, vector("int32", lanes))
+        shifts = T.cast(T.ramp(T.int32(0), 4, _ZEROS), vector("uint32", _ZEROS))
+        nibbles = T.shift_right(splat(bind(word), _ZEROS), shifts) & splat(T.uint32(15), _ZEROS)
+        return T.cast(nibbles, vector("int32", _ZEROS))
 
     def _halves(self, row: Expr, g: Expr) -> list[Expr]:
         """Of each part of a group the low nibbles and the high ones, as words of bytes."""
@@ -181,15 +188,15 @@ class _Product:
             found += [bind(word & low), bind(T.shift_right(word, splat(T.int32(4), lanes)) & low)]
         return found
 
-    def _sums(self, halves: Sequence[Expr], row: Expr, g: Expr) -> list[Expr]:
-        """Sums of a group, one for each byte of the codes."""
+    def _sum(self, halves: Sequence[Expr], row: Expr, g: Expr) -> Expr:
+        """The sum of a group, which is that of all lanes."""
         sums = []
         for codes in self.x.codes:
             total = splat(T.int32(0), self.shape.lanes)
             for number, half in enumerate(halves):
                 total = _dot(total, half, self._codes(codes, row, g, number), self.shape.lanes, self.cpu)
             sums.append(bind(total))
-        return sums
+        return bind(whole_sum(sums, self.shape.lanes))
 
     def _codes(self, codes: Buffer, row: Expr, g: Expr, number: int) -> Expr:
         """The bytes that half `number` of a group is multiplied with."""
@@ -269,10 +276,11 @@ class _Panel:
                 at = (g * self.vectors + v) * lanes
                 scale, shift = bind(self.scales[span(at, lanes)]), bind(self.shifts[span(at, lanes)])
                 for c in range(columns):
-                    factor = splat(self.x.factors[(m0 + c) * shape.groups + g], lanes)
-                    offset = splat(self.x.offsets[(m0 + c) * shape.groups + g], lanes)
-                    total = whole_sum([t[span(0, lanes)] for t in totals[v, c]], lanes)
-                    add_to(sums[v, c], total * (scale * factor) - shift * offset, lanes)
+                    at = (m0 + c) * shape.groups + g
+                    factor, offset = self.x.factors[at], self.x.offsets[at]
+                    total = bind(whole_sum([t[span(0, lanes)] for t in totals[v, c]], lanes))
+                    sum = get(sums[v, c], lanes)
+                    put(sums[v, c], with_group(sum, total, scale, shift, factor, offset, lanes), lanes)
         for v, c in grid:
             first = n0 + v * lanes
             value = get(sums[v, c], lanes)

@@ -35,10 +35,17 @@ from tyir.backends.host.kernels.tir import (
     vector,
 )
 
-__all__ = ["AFTER", "BYTES_OF", "Activations", "Shape", "rounded_activations", "scales_of_block", "whole_sum"]
+__all__ = [
+    "BYTES_OF",
+    "Activations",
+    "Shape",
+    "rounded_activations",
+    "scales_of_block",
+    "whole_sum",
+    "with_group",
+]
 
 BYTES_OF: Final = {"int8": 1, "int16": 2}  # of a code
-AFTER: Final = 8  # zeros that follow the offsets, so that a vector of them may be read from any
 _LARGEST: Final = {1: 127, 2: 127 * 128 + 63}  # code
 _BYTE: Final = 7  # bits of a code that its second byte holds
 
@@ -86,11 +93,9 @@ def rounded_activations(x: Buffer, shape: Shape, cpu: Cpu, half: int, rows: int)
     made = Activations(
         tuple(T.alloc_buffer((rows * shape.k,), "int8") for _ in range(shape.bytes)),
         T.alloc_buffer((shape.m * shape.groups,), "float32"),
-        T.alloc_buffer((shape.m * shape.groups + AFTER,), "float32"),
+        T.alloc_buffer((shape.m * shape.groups,), "float32"),
     )
     largest_code = f32(_LARGEST[shape.bytes])
-    with T.serial(0, AFTER) as i:  # what is no normal number would cost 100 cycles
-        T.buffer_store(made.offsets, f32(0), [shape.m * shape.groups + i])
     lanes = lanes_for(cpu.lanes, 4 * shape.lanes)
     with loop(shape.m, cpu, shape.m * shape.k * 8) as row, T.serial(0, shape.groups) as g:
         first = bind(g * shape.group)
@@ -149,8 +154,20 @@ def scales_of_block(scales: Buffer, zeros: Buffer, n0: Expr, rows: int, groups: 
 
 
 def whole_sum(sums: Sequence[Expr], lanes: int) -> Expr:
-    """The integer sums of a code's bytes, put together, as f32."""
+    """The integer sums of a code's bytes, put together, i32."""
     total = sums[0]
     for other in sums[1:]:
         total = T.shift_left(total, splat(T.int32(_BYTE), lanes)) + other
-    return T.cast(bind(total), vector("float32", lanes))
+    return total
+
+
+def with_group(
+    sum: Expr, total: Expr, scale: Expr, shift: Expr, factor: Expr, offset: Expr, lanes: int
+) -> Expr:
+    """A row's f32 sum with one group more, `total` being the group's integer sum.
+
+    Every product takes a row's groups one after the other and adds them up like this: a token's numbers are
+    the same bits whatever other tokens are in the step.
+    """
+    product = T.cast(total, vector("float32", lanes)) * (scale * splat(factor, lanes))
+    return sum + product - shift * splat(offset, lanes)

@@ -27,6 +27,7 @@ from tyir.backends.host.kernels.rounded_activations import (
     Shape,
     scales_of_block,
     whole_sum,
+    with_group,
 )
 from tyir.backends.host.kernels.tir import (
     Buffer,
@@ -41,6 +42,7 @@ from tyir.backends.host.kernels.tir import (
     span,
     splat,
     store,
+    transposed,
     vector,
 )
 
@@ -102,20 +104,6 @@ def _configured() -> Iterator[None]:
     _tile_op("tilerelease")
 
 
-def _transposed(rows: list[Expr]) -> list[Expr]:
-    """Columns of a square of 32-bit words whose rows are vectors: halves change places, then quarters, .."""
-    side = len(rows)
-    distance = side // 2
-    while distance:
-        first = [T.int32(lane if not lane & distance else side + (lane ^ distance)) for lane in range(side)]
-        second = [T.int32(lane ^ distance if not lane & distance else side + lane) for lane in range(side)]
-        for i in (i for i in range(side) if not i & distance):
-            pair = [rows[i], rows[i | distance]]
-            rows[i], rows[i | distance] = bind(T.Shuffle(pair, first)), bind(T.Shuffle(pair, second))
-        distance //= 2
-    return rows
-
-
 class _Block:
     """Emits a block of rows."""
 
@@ -158,7 +146,7 @@ class _Block:
             ]
             for r in range(_SIDE):  # for the next block, while this one is multiplied
                 prefetch(flat_q, [(n0 + _ROWS + tile * _SIDE + r) * (self.shape.k // 2) + part * _BYTES])
-            for number, word in enumerate(_transposed(words)):
+            for number, word in enumerate(transposed(words)):
                 row = (tile * self.steps + 2 * part + number // 8) * _SIDE + 2 * (number % 8)
                 high = T.shift_right(word, splat(T.int32(4), _SIDE)) & low
                 T.buffer_store(self.panel, word & low, [span(row * _SIDE, _SIDE)])
@@ -190,18 +178,20 @@ class _Block:
     def _scale(self, m0: Expr, g: Expr, count: Expr) -> None:
         """sums += what a group's integer sums stand for."""
         shape, first = self.shape, self._found(g)
-        at = [g * _ROWS + v * _SIDE for v in range(2)]
-        scales = [bind(self.made_scales[span(a, _SIDE)]) for a in at]
-        shifts = [bind(self.shifts[span(a, _SIDE)]) for a in at]
+        columns = [span(g * _ROWS + v * _SIDE, _SIDE) for v in range(2)]
+        scales = [bind(self.made_scales[c]) for c in columns]
+        shifts = [bind(self.shifts[c]) for c in columns]
         with T.serial(0, count) as t:
-            factor = bind(splat(self.x.factors[(m0 + t) * shape.groups + g], _SIDE))
-            offset = bind(splat(self.x.offsets[(m0 + t) * shape.groups + g], _SIDE))
+            at = bind((m0 + t) * shape.groups + g)
+            factor, offset = bind(self.x.factors[at]), bind(self.x.offsets[at])
             for v in range(2):
                 place = span(t * _ROWS + v * _SIDE, _SIDE)
-                total = whole_sum(
-                    [found[span(first + t * _ROWS + v * _SIDE, _SIDE)] for found in self.found], _SIDE
+                total = bind(
+                    whole_sum(
+                        [found[span(first + t * _ROWS + v * _SIDE, _SIDE)] for found in self.found], _SIDE
+                    )
                 )
-                value = self.sums[place] + total * (scales[v] * factor) - shifts[v] * offset
+                value = with_group(self.sums[place], total, scales[v], shifts[v], factor, offset, _SIDE)
                 T.buffer_store(self.sums, value, [place])
 
     def _group(self, m0: Expr, g: Expr) -> None:

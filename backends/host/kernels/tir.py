@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from tvm.tirx.script.builder import ir as T
 
@@ -28,6 +28,7 @@ __all__ = [
     "Expr",
     "add_to",
     "bind",
+    "exact_sums",
     "exp",
     "f32",
     "f32_of",
@@ -48,12 +49,16 @@ __all__ = [
     "splat",
     "store",
     "sums_of",
+    "together",
+    "transposed",
     "vector",
 ]
 
 Buffer = Any
 Expr = Any
 Emitters = Mapping[type[Op], Callable[[Any, Sequence[Any], Any], None]]
+
+_QUAD: Final = 4  # 32-bit lanes among which x86 moves within one cycle
 
 
 @dataclass(frozen=True)
@@ -216,8 +221,8 @@ def horizontal_max(register: Buffer, lanes: int) -> Expr:
 
 
 def sums_of(registers: Sequence[Buffer], lanes: int) -> Expr:
-    """The sums of `lanes` registers, in their order, as one vector: halves are added until one lane of each
-    is left, bit for bit what `horizontal_sum` gives, in a third of the time.
+    """The sums of `lanes` registers, in their order, as one vector: bit for bit what `horizontal_sum` gives,
+    in a third of the time.
     """
     values = [get(r, lanes) for r in registers]
     part = lanes
@@ -232,6 +237,59 @@ def sums_of(registers: Sequence[Buffer], lanes: int) -> Expr:
             for a, b in zip(values[:half], values[half:], strict=True)
         ]
     return values[0]
+
+
+def exact_sums(values: Sequence[Expr], lanes: int) -> Expr:
+    """The sums of the lanes of integer vectors, in their order, as one vector; how many there are is a power
+    of two.  They are added up in the order that takes the fewest instructions: four neighbours first.
+    """
+    if len(values) < _QUAD:
+        return _halved(values, lanes, 1)
+    for _ in range(2):  # which leaves quads of sums, one of each of four vectors
+        even = [at + i for first in range(0, lanes, _QUAD) for at in (first, first + lanes) for i in (0, 2)]
+        values = _added(values, even, 1)
+    return _halved(values, lanes, _QUAD)
+
+
+def _halved(values: Sequence[Expr], lanes: int, least: int) -> Expr:
+    """Vectors whose halves are added until `least` lanes of each are left, one after the other."""
+    part = lanes  # lanes of a vector now that one of the given ones has left
+    while part > least:
+        width = lanes * min(2, len(values))
+        low = [first + i for first in range(0, width, part) for i in range(part // 2)]
+        values = _added(values, low, part // 2)
+        part //= 2
+        lanes = len(low)
+    return together(values, lanes)
+
+
+def _added(values: Sequence[Expr], lanes: Sequence[int], distance: int) -> list[Expr]:
+    """Of each pair of vectors, `lanes` and those `distance` after them, added; one vector is a pair."""
+    orders = [[T.int32(lane + d) for lane in lanes] for d in (0, distance)]
+    pairs = [list(values[i : i + 2]) for i in range(0, len(values), 2)]
+    return [bind(T.Shuffle(pair, orders[0]) + T.Shuffle(pair, orders[1])) for pair in pairs]
+
+
+def transposed(rows: Sequence[Expr]) -> list[Expr]:
+    """Columns of a square whose rows are vectors: halves change places, then quarters, .."""
+    rows = list(rows)
+    side = len(rows)
+    distance = side // 2
+    while distance:
+        first = [T.int32(lane if not lane & distance else side + (lane ^ distance)) for lane in range(side)]
+        second = [T.int32(lane ^ distance if not lane & distance else side + lane) for lane in range(side)]
+        for i in (i for i in range(side) if not i & distance):
+            pair = [rows[i], rows[i | distance]]
+            rows[i], rows[i | distance] = bind(T.Shuffle(pair, first)), bind(T.Shuffle(pair, second))
+        distance //= 2
+    return rows
+
+
+def together(values: Sequence[Expr], lanes: int = 1) -> Expr:
+    """Vectors, or numbers, one after the other as one vector."""
+    if len(values) == 1:
+        return values[0]
+    return T.Shuffle(list(values), [T.int32(i) for i in range(len(values) * lanes)])
 
 
 def _halve(register: Buffer, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
