@@ -8,6 +8,7 @@ whose class is such code is still read when a tokenizer.json says what it does.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,11 @@ from typing import Any, Final
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
-from tyir.process.extras import require
+from tyir.process.extras import require, torch_hidden
 from tyir.text.json_files import json_object, utf8_text
 from tyir.tools.run.tokenizer_limits import MAX_BYTES, tokenizer_problem
 
-__all__ = ["files_of", "load_tokenizer", "tokenizing"]
+__all__ = ["files_of", "load_tokenizer", "tokenizing", "without_models"]
 
 _WHOLE: Final = "tokenizer.json"
 _VOCABULARIES: Final = (_WHOLE, "tokenizer.model", "vocab.json")
@@ -94,6 +95,24 @@ def _read(copy: Path, path: Path) -> Any:
         except TyirError as error:
             reason = reason or error.diagnostics[0].message.replace(str(copy), str(path))
     raise TyirError(reason, help=_NO_HELP)
+
+
+@contextmanager
+def without_models() -> Iterator[None]:
+    """Inside this context transformers is loaded without its models, for which it would load torch.
+
+    That takes two seconds.  The models stay away as long as the process lasts.
+    """
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # it says on the terminal that there are none
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        with torch_hidden():
+            yield
+    finally:
+        del os.environ[quiet]
+        if before is not None:
+            os.environ[quiet] = before
 
 
 @contextmanager

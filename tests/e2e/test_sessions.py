@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -215,3 +217,16 @@ def test_tyir_run_goes_on_from_a_file(
     assert "of them from the cache" in notes
     assert main([*command, "--prompt", second]) == 0
     assert capsys.readouterr().out == continued
+
+
+def test_a_command_that_answers_a_prompt_loads_no_torch(artifacts: Artifacts) -> None:
+    """transformers would, for models that nobody asks it for; and it says nothing of that."""
+    script = (
+        "import sys; sys.argv = ['tyir-run', *sys.argv[1:]]; from tyir.tools.tyir_run import main;"
+        " code = main(); print(code, 'torch' in sys.modules)"
+    )
+    asked = [str(artifacts(1, "int4")), "--prompt", "The old", "--max-tokens", "1"]
+    command = [sys.executable, "-c", script, *asked]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("0 False\n")
+    assert "PyTorch" not in run.stderr

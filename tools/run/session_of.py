@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from tyir.tools.cli import note, quiet
 from tyir.tools.run.arguments import frames_per_second
 from tyir.tools.run.end_tokens import end_tokens
 from tyir.tools.run.group_of import end_with, open_with_group
-from tyir.tools.tokenizer import load_tokenizer
+from tyir.tools.tokenizer import load_tokenizer, without_models
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.processes.group import DieGroup
@@ -57,7 +58,8 @@ def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
     args.fps = frames_per_second(args, pictures=artifacts.manifest.vision is not None)
     session = _session_of(artifacts, args.engine, args.threads, group, dense=args.dense)
     check_sampling(session.choices, args.temperature, args.top_k)
-    tokenizer = load_tokenizer(session.artifacts) if text else None
+    with without_models() if _is_a_command() else nullcontext():
+        tokenizer = load_tokenizer(session.artifacts) if text else None
     stops = end_tokens(session.artifacts, tokenizer)
     session.show_progress = not quiet()
     return Opened(session, tokenizer, sampler, stops, args.max_tokens, began)
@@ -95,11 +97,16 @@ def save_cache(session: Session, path: Path) -> None:
     session.save(path)
 
 
+def _is_a_command() -> bool:
+    """Whether this process is one of tyir's commands, and no program that has called its `main`."""
+    return not sys.argv[:1] or Path(sys.argv[0]).name.startswith(("tyir", "__main__"))
+
+
 def _age() -> float:
     """Seconds since this process began, or 0 where the system does not tell or a program has called `main`:
     what the interpreter and imports took belongs to the loading.
     """
-    if sys.argv[:1] and not Path(sys.argv[0]).name.startswith(("tyir", "__main__")):
+    if not _is_a_command():
         return 0.0
     try:
         began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])

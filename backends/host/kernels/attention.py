@@ -22,10 +22,11 @@ of every n-th token, see in all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from tyir.artifacts.sparse_prefill import QUARTER, is_measured
@@ -47,6 +48,7 @@ from tyir.backends.host.kernels.tir import (
     load,
     log,
     loop,
+    prefetch,
     put,
     register,
     rows_before,
@@ -64,6 +66,9 @@ __all__ = ["EMITTERS"]
 
 _MOST_QUERIES = 8
 _BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
+_VALUES: Final = 128  # rows of values that are visited together: 16 KiB of a width of 64
+_AHEAD: Final = 32  # rows: what is asked for arrives while as many are converted
+_CACHE_LINE: Final = 64  # bytes
 _HIDDEN = float("-inf")
 
 
@@ -244,11 +249,13 @@ def _at_once(
         _scores(op, work, part, *k, scores, cpu)
     totals = T.alloc_buffer((work.queries,), "float32")
     _softmax(work, scores, totals, cpu)
-
-    def divided(t: int, column: Expr, value: Expr, lanes: int) -> None:
-        _store_out(work, out, t, column, value / splat(totals[t], lanes), lanes)
-
-    _weighted_values(work, *v, scores, cpu, None, divided)
+    width = int(v[0].shape[3])
+    lanes = lanes_for(cpu.lanes, width)
+    sums = T.alloc_buffer((work.queries, width), "float32")
+    with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
+        store(sums, [t, i * lanes], f32(0, lanes), lanes)
+    _weighted_values(work, *v, scores, sums, cpu)
+    _store_divided(work, out, sums, totals, lanes)
 
 
 def _by_blocks(
@@ -307,21 +314,21 @@ class _Sums:
             _scores(op, block, part, *k, self.scores, cpu)
         _softmax(block, self.scores, self.online.totals, cpu, self.online)
 
-        def before(t: int, column: Expr, lanes: int) -> Expr:
-            return load(self.values, [t, column], lanes) * splat(self.online.factors[t], lanes)
-
-        def kept(t: int, column: Expr, value: Expr, lanes: int) -> None:
-            store(self.values, [t, column], value, lanes)
-
-        _weighted_values(block, *v, self.scores, cpu, before, kept)
+        lanes = self.lanes
+        with T.serial(0, block.queries) as t, T.serial(0, int(self.values.shape[1]) // lanes) as i:
+            scaled = load(self.values, [t, i * lanes], lanes) * splat(self.online.factors[t], lanes)
+            store(self.values, [t, i * lanes], scaled, lanes)
+        _weighted_values(block, *v, self.scores, self.values, cpu)
 
     def store_divided(self, work: _Work, out: Buffer) -> None:
         """The result."""
-        with T.serial(0, work.queries) as t, T.serial(0, int(out.shape[3]) // self.lanes) as i:
-            value = load(self.values, [t, i * self.lanes], self.lanes) / splat(
-                self.online.totals[t], self.lanes
-            )
-            _store_out(work, out, t, i * self.lanes, value, self.lanes)
+        _store_divided(work, out, self.values, self.online.totals, self.lanes)
+
+
+def _store_divided(work: _Work, out: Buffer, sums: Buffer, totals: Buffer, lanes: int) -> None:
+    with T.serial(0, work.queries) as t, T.serial(0, int(sums.shape[1]) // lanes) as i:
+        value = load(sums, [t, i * lanes], lanes) / splat(totals[t], lanes)
+        _store_out(work, out, t, i * lanes, value, lanes)
 
 
 def _store_out(work: _Work, out: Buffer, t: Expr, column: Expr, value: Expr, lanes: int) -> None:
@@ -409,6 +416,7 @@ def _scores(
         with T.serial(0, lanes) as key:
             position = bind(T.min(start + key, high - 1))
             scale = _scale(scales, work, position)
+            _ask_ahead(k, work, position, 0, width)
             with T.serial(0, width // lanes) as i:
                 store(keys, [key, i * lanes], _read(k, scale, [*work.row(position), i * lanes], lanes), lanes)
         with T.serial(0, work.queries) as t:
@@ -471,16 +479,12 @@ def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu, online: _Onl
 
 
 def _weighted_values(
-    work: _Work,
-    v: Buffer,
-    scales: Buffer | None,
-    scores: Buffer,
-    cpu: Cpu,
-    before: Callable[[int, Expr, int], Expr] | None,
-    finish: Callable[[int, Expr, Expr, int], None],
+    work: _Work, v: Buffer, scales: Buffer | None, scores: Buffer, sums: Buffer, cpu: Cpu
 ) -> None:
-    """sum_j scores[t, j] v[j], added to what `before` gives for a query and columns and handed to `finish`,
-    a chunk of the head's width at a time so that the sums stay in registers.
+    """sums[t] += sum_j scores[t, j] v[j].
+
+    Some rows at a time, which the first-level cache holds: they are visited once for each chunk of the head's
+    width, as much as leaves the sums of all queries in registers.
     """
     width = int(v.shape[3])
     lanes = lanes_for(cpu.lanes, width)
@@ -490,20 +494,33 @@ def _weighted_values(
         for d in range(1, vectors + 1)
         if vectors % d == 0 and (d == 1 or d * work.queries <= cpu.accumulators)
     )
-    with T.serial(0, vectors // chunk) as c:
+    count = bind(work.high - work.low)
+    with (
+        T.serial(0, (count + (_VALUES - 1)) // _VALUES) as part,
+        T.serial(0, vectors // chunk) as c,
+    ):
         tile = [(t, d) for t in range(work.queries) for d in range(chunk)]
-        sums = {at: register(lanes, 0 if before is None else None) for at in tile}
-        if before is not None:
-            for t, d in tile:
-                put(sums[t, d], before(t, (c * chunk + d) * lanes, lanes), lanes)
-        with T.serial(0, work.high - work.low) as j:
-            scale = _scale(scales, work, work.low + j)
-            for d in range(chunk):
-                value = bind(_read(v, scale, [*work.row(work.low + j), (c * chunk + d) * lanes], lanes))
-                for t in range(work.queries):
-                    add_to(sums[t, d], splat(scores[t, j], lanes) * value, lanes)
+        columns = {d: (c * chunk + d) * lanes for d in range(chunk)}
+        kept = {at: register(lanes) for at in tile}
         for t, d in tile:
-            finish(t, (c * chunk + d) * lanes, get(sums[t, d], lanes), lanes)
+            put(kept[t, d], load(sums, [t, columns[d]], lanes), lanes)
+        first = bind(part * _VALUES)
+        with T.serial(first, bind(T.min(first + _VALUES, count))) as j:
+            position = work.low + j
+            scale = _scale(scales, work, position)
+            _ask_ahead(v, work, position, columns[0], chunk * lanes)
+            for d in range(chunk):
+                value = bind(_read(v, scale, [*work.row(position), columns[d]], lanes))
+                for t in range(work.queries):
+                    add_to(kept[t, d], splat(scores[t, j], lanes) * value, lanes)
+        for t, d in tile:
+            store(sums, [t, columns[d]], get(kept[t, d], lanes), lanes)
+
+
+def _ask_ahead(cache: Buffer, work: _Work, position: Expr, column: Expr, width: int) -> None:
+    """Asks for columns of a row that is visited soon: processors fetch ahead within a page of 32 of them."""
+    for line in range(0, width, _CACHE_LINE // np.dtype(cache.dtype).itemsize):
+        prefetch(cache, [*work.row(position + _AHEAD), column + line])
 
 
 # ----------------------------------------------------------------------------------- some blocks of the cache

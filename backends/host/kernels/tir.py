@@ -224,7 +224,19 @@ def sums_of(registers: Sequence[Buffer], lanes: int) -> Expr:
     """The sums of `lanes` registers, in their order, as one vector: bit for bit what `horizontal_sum` gives,
     in a third of the time.
     """
-    return _halved([get(r, lanes) for r in registers], lanes, 1)
+    values = [get(r, lanes) for r in registers]
+    part = lanes
+    while len(values) > 1:
+        half, part = len(values) // 2, part // 2
+        # lower halves of parts come from the first of a pair, upper ones from the second
+        upper = [lane // part % 2 for lane in range(lanes)]
+        stay = [T.int32(lane + lanes * up) for lane, up in enumerate(upper)]
+        cross = [T.int32(lane + (lanes - part if up else part)) for lane, up in enumerate(upper)]
+        values = [
+            bind(T.Shuffle([a, b], stay) + T.Shuffle([a, b], cross))
+            for a, b in zip(values[:half], values[half:], strict=True)
+        ]
+    return values[0]
 
 
 def exact_sums(values: Sequence[Expr], lanes: int) -> Expr:

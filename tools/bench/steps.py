@@ -1,0 +1,111 @@
+"""Times single steps of artifacts on the host engine, in turn within one process.
+
+    python -m tyir.tools.bench.steps out/1die out/4die --threads 1 --position 130 --position 4000
+    python -m tyir.tools.bench.steps out/1die out/2die --tokens 128
+
+Every artifact takes a step at a position, then the next one, round by round, so that all of them meet the same
+disturbances; caches hold random numbers.  Artifacts of an older tyir are run by this one, as their libraries allow.
+Printed as Markdown: medians of the wall time and of the processor time of all threads, milliseconds, and both beside
+those of the first artifact.  On cores that other programs use, `taskset -c 0` with `--threads 1` compares what is
+computed; which threads share a core's caches and wait for each other does not come into it.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tyir.tools.cli import run_tool
+
+if TYPE_CHECKING:
+    from tyir.runtime_sim.session.session import Session
+
+__all__ = ["main"]
+
+
+class _Step:
+    """A step of one artifact at one position."""
+
+    def __init__(self, session: Session, tokens: int, position: int) -> None:
+        from tyir.artifacts.consistency import cache_inputs
+        from tyir.runtime_sim.session.chunks import Chunk
+
+        self._engine = session.engine
+        program = session.manifest.program(0, tokens)
+        caches = cache_inputs(program)
+        self._inputs: dict[str, Any] = {
+            t.name: np.zeros(t.shape, t.storage_dtype)
+            for i, t in enumerate(program.inputs)
+            if i not in caches
+        }
+        self._inputs["pos"][...] = position
+        self._chunk = Chunk(position, tokens, tokens)
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+
+    def run(self) -> None:
+        """Once, without being timed."""
+        self._engine.step(self._inputs, self._chunk)
+
+    def time(self) -> None:
+        wall, processor = time.perf_counter(), time.process_time()
+        self.run()
+        self.processor.append(1e3 * (time.process_time() - processor))
+        self.wall.append(1e3 * (time.perf_counter() - wall))
+
+
+def _session(folder: Path, threads: int | None) -> Session:
+    from tyir.execution.artifacts import Artifacts
+    from tyir.runtime_sim.session.session import Session
+
+    return Session(Artifacts.open(folder, check=False), threads=threads)
+
+
+def _fill(session: Session) -> None:
+    """Random numbers for what earlier tokens would have left."""
+    random = np.random.default_rng(0)
+    for array in session.engine.caches().values():
+        if array.dtype == np.float16:
+            array[...] = random.standard_normal(array.shape, np.float32)
+
+
+@run_tool
+def main(argv: Sequence[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("artifacts", type=Path, nargs="+")
+    parser.add_argument("--tokens", type=int, default=1, help="of a step: a compiled length (1)")
+    parser.add_argument("--position", type=int, action="append", help="tokens before it (130), repeatable")
+    parser.add_argument("--threads", type=int, help="of each (all cores)")
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args(argv)
+    sessions = [_session(folder, args.threads) for folder in args.artifacts]
+    print("| position | artifacts | wall ms | processor ms | of the first's wall | of its processor time |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
+    for position in args.position or [130]:
+        steps = [_Step(session, args.tokens, position) for session in sessions]
+        for session, step in zip(sessions, steps, strict=True):
+            step.run()
+            _fill(session)
+        for _ in range(args.rounds):
+            for step in steps:
+                step.time()
+        first = [statistics.median(times) for times in (steps[0].wall, steps[0].processor)]
+        for folder, step in zip(args.artifacts, steps, strict=True):
+            own = [statistics.median(times) for times in (step.wall, step.processor)]
+            print(
+                f"| {position} | {folder} | {own[0]:.1f} | {own[1]:.1f} | {own[0] / first[0]:.2f}"
+                f" | {own[1] / first[1]:.2f} |"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
