@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tyir.tools.cli import run_tool
+from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
     from tyir.runtime_sim.session.session import Session
@@ -79,7 +79,7 @@ def _fill(session: Session) -> None:
 @run_tool
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = ToolParser(description=__doc__, formatter_class=raw)
     parser.add_argument("artifacts", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=1, help="of a step: a compiled length (1)")
     parser.add_argument("--position", type=int, action="append", help="tokens before it (130), repeatable")
