@@ -175,7 +175,9 @@ def _ending_signals_as_interrupts() -> Iterator[None]:
     ours = [number for number, usual in defaults.items() if in_main and signal.getsignal(number) is usual]
     for number in ours:
         signal.signal(number, end)
-    others_hook, sys.unraisablehook = sys.unraisablehook, dropped
+    others_hook = sys.unraisablehook
+    if ours:  # of the process: a tool in another thread raises nothing that could be dropped
+        sys.unraisablehook = dropped
     try:
         yield
         if reminders and not heard.is_set():
@@ -185,7 +187,8 @@ def _ending_signals_as_interrupts() -> Iterator[None]:
             raise Terminated(received[0]) from error
         raise
     finally:
-        sys.unraisablehook = others_hook
+        if ours:
+            sys.unraisablehook = others_hook
         heard.set()
         for thread in reminders:
             thread.join()  # before its signal finds the system's handler

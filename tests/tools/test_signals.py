@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -125,6 +126,14 @@ def test_a_tool_in_a_thread_leaves_the_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert codes == [3]
+
+
+def test_a_tool_in_a_thread_leaves_what_python_drops_to_others() -> None:
+    before, seen = sys.unraisablehook, []
+    thread = threading.Thread(target=run_tool(lambda argv: seen.append(sys.unraisablehook) or 0), args=([],))
+    thread.start()
+    thread.join()
+    assert seen == [before]
 
 
 def test_errors_without_a_signal_are_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:

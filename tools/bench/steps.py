@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tyir.diagnostics import TyirError
 from tyir.tools.cli import ToolParser, run_tool
 
 if TYPE_CHECKING:
@@ -68,6 +69,22 @@ def _session(folder: Path, threads: int | None) -> Session:
     return Session(Artifacts.open(folder, check=False), threads=threads)
 
 
+def _check(session: Session, folder: Path, tokens: int, positions: Sequence[int]) -> None:
+    """`TyirError` for a step that the artifacts do not have, or that their cache does not hold."""
+    options = session.manifest.options
+    if tokens not in options.seqlens:
+        lengths = ", ".join(map(str, options.seqlens))
+        raise TyirError(
+            f"{folder} has no step of {tokens} tokens", help=f"use --tokens with one of {lengths}"
+        )
+    for position in positions:
+        if not 0 <= position <= options.max_kv - tokens:
+            raise TyirError(
+                f"a step of {tokens} at {position} does not fit the {options.max_kv} positions of {folder}",
+                help=f"use --position 0 to {options.max_kv - tokens}",
+            )
+
+
 def _fill(session: Session) -> None:
     """Random numbers for what earlier tokens would have left."""
     random = np.random.default_rng(0)
@@ -86,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of each (all cores)")
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise TyirError(f"--rounds is {args.rounds}: a median needs 1 at least", help="use --rounds 40")
     sessions = [_session(folder, args.threads) for folder in args.artifacts]
+    for session, folder in zip(sessions, args.artifacts, strict=True):
+        _check(session, folder, args.tokens, args.position or [130])
     print("| position | artifacts | wall ms | processor ms | of the first's wall | of its processor time |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for position in args.position or [130]:
