@@ -452,7 +452,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--host-activations",
         choices=("fp32", "int16", "int8"),
         help="what the host's code multiplies 4-bit weights with: int16, fast and as exact as f16 (default"
-        " where the processor has AVX2), fp32, or int8: faster prompts, with an own error (docs/host.md)",
+        " where the processor has AVX2), fp32, or int8: faster prompts, and an error of its own"
+        " (docs/host.md)",
     )
     parser.add_argument(
         "--timing", action="store_true", help="print time and peak memory of each stage on stderr"
