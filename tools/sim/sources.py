@@ -147,9 +147,10 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
             ),
         )
     from tyir.execution.artifacts import Artifacts
+    from tyir.process.cache import checked_files
     from tyir.runtime_sim.timing.program import load_program, load_programs, machine_of
 
-    artifacts = Artifacts.open(given[0], check=check)
+    artifacts = Artifacts.open(given[0], check=check, seen=checked_files())
     manifest = artifacts.manifest
     loaded: dict[int, list[EdgeProgram]] = {}
 
