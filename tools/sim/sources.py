@@ -172,7 +172,10 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
     rope = manifest.vision.rope if manifest.vision is not None else None
     filling = rope.program if rope is not None else None
     tables = None if filling is None else cache(lambda: load_program(artifacts, filling))
-    predictor = Predictor(programs_of, lengths, capacity, machine, pictures, tables, manifest.options.choice)
+    options = manifest.options
+    predictor = Predictor(
+        programs_of, lengths, capacity, machine, pictures, tables, options.choice, options.steps_ahead
+    )
     return Source(predictor, str(given[0]), _least(manifest))
 
 
