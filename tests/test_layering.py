@@ -83,10 +83,16 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "tvm": (
         "backends/host/tvm_host.py",
         "backends/host/meeting.py",
+        "backends/host/tuning.py",
         "backends/host/kernels/",
         "runtime_sim/session/host_runtime.py",
     ),
-    "tvm_ffi": ("backends/host/tvm_host.py", "backends/host/kernels/", "runtime_sim/session/host_runtime.py"),
+    "tvm_ffi": (
+        "backends/host/tvm_host.py",
+        "backends/host/tuning.py",
+        "backends/host/kernels/",
+        "runtime_sim/session/host_runtime.py",
+    ),
 }
 
 

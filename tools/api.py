@@ -132,6 +132,7 @@ def compile_path(
     mcpu: str | None = None,
     host_activations: str | None = None,
     warn: Callable[[str], None] = _silent,
+    say: Callable[[str], None] = _silent,
     plugin: ModelPlugin | None = None,
     base: Path | None = None,
     awq_table: Path | None = None,
@@ -147,6 +148,7 @@ def compile_path(
     cache: Cache | None = None,
     workers: Workers | None = None,
     vision_split: VisionSplit = "cost",
+    tune: float | None = None,
 ) -> Path:
     """Compile a checkpoint folder or an `.ir` file into `out/{n}die`; returns that folder.
 
@@ -164,7 +166,8 @@ def compile_path(
     of its tower, `vision_exponent`: by which power of two its residual stream is divided, so that f16 holds
     it, `vision_split`: how it is cut over the dies.  `jobs`: how many threads write weights (None: one for
     each processor); artifacts are the same for every number.  `cache`: where finished pieces are kept and
-    looked for; a library call has none of its own.  `workers`: other processes that make pieces.
+    looked for; a library call has none of its own.  `workers`: other processes that make pieces.  `tune`:
+    seconds for which schedules of the host's code are tried on this processor; `say` is told what they found.
     """
     from tyir.backends.registry import find_backend
     from tyir.passes.annotate_sharding import check_dies
@@ -180,6 +183,7 @@ def compile_path(
         "vision_exponent": vision_exponent,
         "vision_split": vision_split,
         "activations": host_activations,
+        "tune": tune,
     }
     if vision_exponent is not None:
         check_exponent(vision_exponent)
@@ -240,6 +244,7 @@ def compile_path(
                 mcpu=mcpu,
                 host_activations=host_activations,
                 warn=warn,
+                say=say,
                 binary=binary,
                 machine=machine,
                 backend=backend,
@@ -251,6 +256,7 @@ def compile_path(
                 cache=cache,
                 workers=workers,
                 vision_split=vision_split,
+                tune=tune,
             )
 
     def warn_and_note(message: str) -> None:
@@ -282,14 +288,17 @@ def compile_path(
         machine=machine,
         files=_side_files(module, warn_and_note),
         **_taken(further, accepted, backend),
-        **{
-            k: v for k, v in {"jobs": jobs, "cache": cache, "workers": workers}.items() if k in accepted
-        },  # change no artifact
+        **_known({"jobs": jobs, "cache": cache, "workers": workers, "say": say}, accepted),
     )
     target = chosen.compile_module(module, out, options, context)
     if cache is not None and whole is not None and (target / MANIFEST).is_file():
         keep_artifacts(cache, whole, target, said)
     return target
+
+
+def _known(asked: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
+    """What a back end takes of what changes no artifact."""
+    return {name: value for name, value in asked.items() if name in accepted}
 
 
 def _taken(asked: Mapping[str, Any], accepted: Collection[str], backend: str) -> dict[str, Any]:
@@ -300,7 +309,7 @@ def _taken(asked: Mapping[str, Any], accepted: Collection[str], backend: str) ->
             f"the back end '{backend}' does not know {', '.join(unknown)}",
             help=f"leave out --{unknown[0].replace('_', '-')}",
         )
-    return {name: value for name, value in asked.items() if name in accepted}
+    return _known(asked, accepted)
 
 
 def _is_searched(model: Path, options: BuildOptions | Mapping[str, Any], table: Path | None) -> bool:

@@ -160,6 +160,7 @@ def _run(
         mcpu=args.mcpu,
         host_activations=args.host_activations,
         warn=warn,
+        say=note,
         plugin=plugin_of(args.model_plugin, args.vision_tower),
         base=args.base,
         awq_table=args.awq_table,
@@ -175,6 +176,7 @@ def _run(
         cache=cache_of(args),
         workers=ray_workers(args.ray),
         vision_split=args.vision_split,
+        tune=args.tune,
     )
     if args.timing:
         print(watch.report(), file=sys.stderr)
@@ -430,6 +432,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mcpu", help="host CPU the libraries are built for, an LLVM name (default: this machine's)"
+    )
+    parser.add_argument(
+        "--tune",
+        type=whole_number,
+        metavar="SECONDS",
+        help="try for so long how this processor reads weights fastest, on the model's own products"
+        " (docs/host.md); results are the same bits",
     )
     parser.add_argument(
         "--json-log",

@@ -307,11 +307,13 @@ class FileRecord(TypedDict):
 @closed
 class Host(TypedDict):
     """What the libraries were compiled for: LLVM's name of the processor, its features
-    that they need (`tyir.execution.processor`), and what 4-bit weights are multiplied with."""
+    that they need (`tyir.execution.processor`), what 4-bit weights are multiplied with, and the schedule
+    that tuning found."""
 
     mcpu: Version
     features: list[Version]
     activations: NotRequired[Annotated[str, Matches("fp32|int16|int8")]]  # fp32 where it does not say
+    schedule: NotRequired[Annotated[str, Matches("[a-z0-9= -]{1,200}")]]  # the default where it does not say
 
 
 @closed

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -54,6 +54,7 @@ from tyir.targets.machine import load_machine
 from tyir.text.json_files import read_json_object, token_ids, utf8_text
 
 if TYPE_CHECKING:
+    from tyir.backends.host.kernels.tir import Schedule
     from tyir.backends.host.tvm_host import HostTarget
 
 __all__ = ["CompileContext", "check_target", "compile_module", "to_program"]
@@ -94,7 +95,8 @@ class CompileContext:
     `VISION_EXPONENT`.  `vision_split`: how a tower is cut over its dies, by heads or by rows of patches.
     `jobs`: how many threads write weights, beside the one that makes programs; artifacts are the same for
     every number.  `cache`: where finished pieces are kept, None: nowhere.  `workers`: other processes that
-    compute weights and build host code, None: this one does.
+    compute weights and build host code, None: this one does.  `tune`: seconds for which schedules of host
+    code are tried on this processor, `schedule` what they found; `say`: what is told about it.
     """
 
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -112,13 +114,29 @@ class CompileContext:
     cache: Cache | None = None
     workers: Workers | None = None
     vision_split: VisionSplit = "cost"
+    tune: float | None = None
+    schedule: Schedule | None = None
+    say: Callable[[str], None] = lambda text: None
 
     def host_target(self) -> HostTarget:
         """The processor that host code is for, this one when none is asked for."""
         from tyir.backends.host.tvm_host import HostTarget
 
         target = HostTarget.preferred(self.mcpu)
-        return target if self.activations is None else replace(target, activations=self.activations)
+        if self.activations is not None:
+            target = replace(target, activations=self.activations)
+        return target if self.schedule is None else replace(target, schedule=self.schedule)
+
+    def tuned_for(self, die: Module, seqlen: int) -> CompileContext:
+        """With the schedule that `tune` seconds find for the steps of a die."""
+        if self.tune is None:
+            return self
+        from tyir.backends.host.tuning import tuned
+
+        with self.watch.stage("tune"):
+            return replace(
+                self, schedule=tuned(functions_of(die, seqlen), self.host_target(), self.tune, self.say)
+            )
 
     @property
     def chosen_machine(self) -> str | Path:
@@ -166,6 +184,7 @@ def compile_module(
     dies = [m for m in module.body if isinstance(m, Module)]
     wanted = replace(asked, seqlens=options.seqlens)
     check_memory(dies, wanted, source, stage, context.chosen_machine)
+    context = context.tuned_for(dies[0], min(options.seqlens))
     target = out / f"{options.dies}die"
     with replacing.replacing(target, _writes(checkpoint_of(module))) as folder:
         weights = _weight_files(dies, folder, options, module, towers)
@@ -454,6 +473,8 @@ def _write_manifest(
         },
         "machine": machine,
     }
+    if context.schedule is not None:
+        build["host"]["schedule"] = str(context.schedule)
     model = to_json(module.attributes.get("tyir.model", DictAttr()))
     files: dict[str, FileRecord] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):

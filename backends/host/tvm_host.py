@@ -38,7 +38,7 @@ from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
 from tyir.attributes import StringAttr
 from tyir.backends.host import meeting
 from tyir.backends.host.kernels import EMITTERS
-from tyir.backends.host.kernels.tir import Cpu
+from tyir.backends.host.kernels.tir import DEFAULT_SCHEDULE, Cpu, Schedule
 from tyir.backends.host.objects import made_once
 from tyir.backends.host.step import Program, kernel_symbol, step_code, tables_of
 from tyir.backends.pieces import compiler_identity, tool_identity
@@ -92,13 +92,14 @@ class HostTarget:
 
     `num_cores` = 1 gives code without threads; the number of threads used is the runtime's choice.
     `activations`: what 4-bit weights are multiplied with, "fp32", "int16" or "int8"
-    (`kernels/integer_linear.py`).
+    (`kernels/integer_linear.py`); `schedule`: what tuning has found (`tuning.py`).
     """
 
     kind: str = "llvm"
     mcpu: str = field(default_factory=detected_cpu)
     num_cores: int = field(default_factory=lambda: os.cpu_count() or 1)
     activations: str = "fp32"
+    schedule: Schedule = DEFAULT_SCHEDULE
 
     def __post_init__(self) -> None:
         triple = codegen.llvm_get_system_triple()
@@ -176,6 +177,7 @@ class HostTarget:
             byte_products=products,
             activations=self.activations,
             tiles=tiles,
+            schedule=self.schedule,
         )
 
 

@@ -12,17 +12,16 @@ from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.host.kernels.tir import Buffer, Cpu, Expr, bind, flat, loop, prefetch
+from tyir.backends.host.kernels.tir import Buffer, Cpu, Expr, Schedule, bind, flat, loop, prefetch
 
-__all__ = ["ask_ahead", "in_streams", "streams_of"]
+__all__ = ["Schedule", "ask_ahead", "in_streams", "streams_of"]
 
 _AHEAD: Final = 512  # bytes
-_BLOCK_BYTES: Final = 1 << 19  # of a weight, that a core takes at a time: eight times less takes 15 % longer
 
 
 def streams_of(cpu: Cpu) -> int:
     """How many rows of a weight are read side by side: each needs a few registers."""
-    return 8 if cpu.registers >= 32 else 4
+    return cpu.schedule.streams or (8 if cpu.registers >= 32 else 4)
 
 
 def in_streams(
@@ -41,7 +40,7 @@ def in_streams(
     """
     tiles = len(rows) // streams
     if tiles:
-        rounds = max(1, -(-tiles * streams * row_bytes // (_BLOCK_BYTES * cpu.cores)))
+        rounds = max(1, -(-tiles * streams * row_bytes // (cpu.schedule.block_bytes * cpu.cores)))
         most = -(-tiles // (rounds * cpu.cores))
         with loop(-(-tiles // most), cpu, work) as block:
             count = bind(T.min(most, tiles - block * most)) if tiles % most else T.int32(most)
