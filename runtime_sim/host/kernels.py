@@ -16,13 +16,19 @@ from tyir.dialects import kv, ty
 from tyir.dialects.ty import tensor_type
 from tyir.execution.storage import packed_shape
 from tyir.ir import Op, Value
-from tyir.runtime_sim.host.machine import CACHES, ROWWISE, HostMachine, Processor
+from tyir.runtime_sim.host.machine import CACHES, ROWWISE, Processor
 from tyir.traits import Collective
 from tyir.types import storage_dtype
 
 __all__ = ["Work", "bytes_of", "work_of"]
 
 _KIND_OF: Final = {op: kind for kind, ops in ROWWISE.items() for op in ops}
+_ACTIVATION_BYTES: Final = {
+    "fp32": 4,
+    "int16": 2,
+    "int8": 1,
+    "f16": 4,
+}  # as a product of many tokens has them
 _OF_AN_ELEMENT: Final = {"top_k": 16, "activation": 16, "norm": 4}  # operations, by which threads are started
 
 
@@ -94,7 +100,16 @@ def _product(op: Op, weight: tuple[Value, ...], mode: str, group: int, processor
         counts = {"call": 1, "row": n, "byte": read, "more_mac": (m - 1) * n * k}
         return Work(f"product_{mode}_token", counts, m * n * k, weight_bytes=read)
     macs = m * n * k
-    counts = {"call": 1, "weight": n * k, "mac": macs, "sum": macs / group, "input": m * k}
+    held = m * k * _ACTIVATION_BYTES[mode] / processor.cache_bytes
+    spill = min(1.0, max(0.0, 2 * held - 1))  # none where they fill half of the cache, all where they fill it
+    counts = {
+        "call": 1,
+        "weight": n * k,
+        "mac": macs,
+        "sum": macs / group,
+        "input": m * k,
+        "spill": spill * macs,
+    }
     return Work(f"product_{mode}_chunk", counts, macs, weight_bytes=read)
 
 
@@ -157,5 +172,3 @@ def _meeting(op: Op) -> Work:
     values = op.results or op.operands
     size = sum(tensor_type(v).size for v in values)
     return Work("meeting", {"call": 1, "element": size}, 0)
-
-

@@ -72,13 +72,14 @@ ROWWISE: Final = {
 class Processor:
     """`threads`: the most that were measured.  What the kernels decide by: `few_tokens` up to which rows of a
     weight are read as they lie, `attention_queries` that meet a key together at most, and what number divides
-    the groups of columns whose activations are rounded.
+    the groups of columns whose activations are rounded.  `cache_bytes`: of a core's own.
     """
 
     threads: int
     few_tokens: int
     attention_queries: int
     integer_group: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class TokenProduct:
 @dataclass(frozen=True)
 class ChunkProduct:
     """More tokens with a weight [n, k]: each of its n k numbers, of the m n k multiplications and of their
-    sums of a group of columns, and of the m k activations.
+    sums of a group of columns, and of the m k activations; what a multiplication takes more where these do
+    not stay in the core's cache (`spill`).
     """
 
     call_ns: float
@@ -129,6 +131,7 @@ class ChunkProduct:
     mac_ns: float
     sum_ns: float
     input_ns: float
+    spill_ns: float
     speedup: float
 
 
@@ -187,7 +190,9 @@ def _sections() -> dict[str, type]:
 
 @cache
 def _form() -> Form:
-    return Form(_sections(), zeros=False, bounds=False, missing="measure the file again: tyir-sim --probe-host FILE")
+    return Form(
+        _sections(), zeros=False, bounds=False, missing="measure the file again: tyir-sim --probe-host FILE"
+    )
 
 
 @dataclass(frozen=True)
@@ -244,9 +249,8 @@ class HostMachine:
                 lines += ["", f"[{section}]"]
             before = section
             value = c.value if isinstance(c.value, int) else float(f"{c.value:.5g}")
-            lines.append(
-                f"{name} = {{ value = {value!r}, label = {json.dumps(c.label)}, source = {json.dumps(c.source)} }}"
-            )
+            known = f"label = {json.dumps(c.label)}, source = {json.dumps(c.source)}"
+            lines.append(f"{name} = {{ value = {value!r}, {known} }}")
         return "\n".join(lines) + "\n"
 
 
@@ -284,14 +288,24 @@ def load_host_machine(path: str | Path) -> HostMachine:
     clock = table.pop("clock", None)
     problems = []
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 80:
-        problems.append(Diagnostic(f"name = {str(name)[:80]!r} is not a name", where=where, help='write name = "mine"'))
+        problems.append(
+            Diagnostic(f"name = {str(name)[:80]!r} is not a name", where=where, help='write name = "mine"')
+        )
     if kind != "processor":
         problems.append(
-            Diagnostic(f"kind = {str(kind)[:80]!r} is not that of a processor", where=where, help='write kind = "processor"')
+            Diagnostic(
+                f"kind = {str(kind)[:80]!r} is not that of a processor",
+                where=where,
+                help='write kind = "processor"',
+            )
         )
     if clock not in CLOCKS:
         problems.append(
-            Diagnostic(f"clock = {str(clock)[:80]!r} is none of wall, processor", where=where, help='write clock = "wall"')
+            Diagnostic(
+                f"clock = {str(clock)[:80]!r} is none of wall, processor",
+                where=where,
+                help='write clock = "wall"',
+            )
         )
     constants, others = _form().read(entries_of(table), where)
     problems += others

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 from tyir.diagnostics import TyirError
 from tyir.dialects import kv
@@ -26,40 +26,49 @@ from tyir.runtime_sim.host.machine import FOOTPRINTS, HostMachine
 from tyir.runtime_sim.session.chunks import plan_chunks
 from tyir.traits import Collective
 
-__all__ = ["HostPredictor", "Part", "StepTime", "executed", "predict_step"]
+__all__ = ["HostPrediction", "HostPredictor", "Part", "StepTime", "executed", "predict_step"]
 
 _NO_KERNEL = (Call, Return, Reshape, GetGlobal, Constant)
 
 
 @dataclass(frozen=True)
 class Part:
-    """All kernels of a kind in a step; `ns` of the step's time."""
+    """All kernels of a kind in a step."""
 
-    kind: str
-    kernels: int
-    ns: float
+    kind: Annotated[str, "of kernels: a section of the processor's file; step: the call of the step"]
+    kernels: Annotated[int, "how many are called, of all dies"]
+    ms: Annotated[float, "of the step's time"]
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """`parts`, the longest first; their sum is the step's time.  `read_bytes`: weights and caches that the
-    step reads.
-    """
+    """One step of the host's code, predicted."""
 
-    parts: tuple[Part, ...]
-    read_bytes: int
+    tokens: Annotated[int, "of the step"]
+    pos: Annotated[int, "tokens before it"]
+    ms: Annotated[float, "its time"]
+    read_bytes: Annotated[int, "weights and caches that it reads"]
+    parts: Annotated[tuple[Part, ...], "by kind of kernel, the longest first"]
 
-    @property
-    def ns(self) -> float:
-        return sum(p.ns for p in self.parts)
 
-    @property
-    def ms(self) -> float:
-        return self.ns * 1e-6
+@dataclass(frozen=True)
+class HostPrediction:
+    """`--machine` with the file of a processor: what the compiled host code takes there."""
 
-    def as_json(self) -> dict[str, Any]:
-        parts = [{"kind": p.kind, "kernels": p.kernels, "ms": p.ns * 1e-6} for p in self.parts]
-        return {"ms": self.ms, "read_bytes": self.read_bytes, "parts": parts}
+    artifacts: str
+    machine: str
+    clock: Annotated[str, "by which the processor was measured: wall or processor"]
+    threads: int
+    activations: Annotated[str, "what 4-bit weights are multiplied with"]
+    overrides: Annotated[dict[str, float], "constants that --set has changed"]
+    prompt_tokens: int
+    pos: int
+    ttft_ms: float
+    tpot_ms: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    decode_step: StepTime
+    prefill_step: StepTime
 
 
 def executed(functions: Sequence[Func], *, wanted: bool = True) -> Iterator[Op]:
@@ -122,6 +131,7 @@ def predict_step(
     dies: Sequence[Sequence[Func]],
     machine: HostMachine,
     *,
+    tokens: int,
     position: int,
     activations: str,
     threads: int = 1,
@@ -129,7 +139,7 @@ def predict_step(
     tensors: int = 0,
     wanted: bool = True,
 ) -> StepTime:
-    """One step at a position of dies that run in one process, each with its functions, the entry last.
+    """One step of so many tokens at a position, of dies in one process, each with its functions, entry last.
 
     `stages` of a pipeline work one after the other; `tensors`: inputs and outputs of all dies.  `TyirError`
     for a kernel without a model, and for more threads than were measured.
@@ -152,9 +162,10 @@ def predict_step(
             count, total = times.get(work.kind, (0, 0.0))
             times[work.kind] = count + 1, total + ns
     call = 1e3 * (machine.step.call_us + tensors * machine.step.tensor_us)
-    parts = [Part(kind, count, ns) for kind, (count, ns) in times.items()]
-    parts.append(Part("step", 1, call))
-    return StepTime(tuple(sorted(parts, key=lambda p: -p.ns)), round(read))
+    parts = [Part(kind, count, ns * 1e-6) for kind, (count, ns) in times.items()]
+    parts.append(Part("step", 1, call * 1e-6))
+    total = call + sum(ns for _, ns in times.values())
+    return StepTime(tokens, position, total * 1e-6, round(read), tuple(sorted(parts, key=lambda p: -p.ms)))
 
 
 class HostPredictor:
@@ -174,6 +185,7 @@ class HostPredictor:
         return predict_step(
             dies,
             self.machine,
+            tokens=tokens,
             position=position,
             activations=self.activations,
             threads=self.threads,
@@ -182,10 +194,10 @@ class HostPredictor:
             wanted=wanted,
         )
 
-    def prompt_ns(self, tokens: int) -> float:
+    def prompt_ms(self, tokens: int) -> float:
         """A prompt, in the compiled lengths; of chunks before the last no row is wanted."""
         chunks = list(plan_chunks(tokens, 0, self.options.seqlens, self.options.max_kv))
-        return sum(self.step(c.seqlen, c.start, wanted=c is chunks[-1]).ns for c in chunks)
+        return sum(self.step(c.seqlen, c.start, wanted=c is chunks[-1]).ms for c in chunks)
 
     def _functions(self, tokens: int) -> tuple[list[list[Func]], int]:
         """Of each die, and how many inputs and outputs they have."""

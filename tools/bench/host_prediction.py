@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +78,9 @@ def _steps(
     return steps
 
 
-def _rows(compared: Sequence[_Compared], threads: int, rounds: int, times: Callable[[Step], list[float]]) -> list[_Row]:
+def _rows(
+    compared: Sequence[_Compared], threads: int, rounds: int, times: Callable[[Step], list[float]]
+) -> list[_Row]:
     for _ in range(rounds):
         for one in compared:
             one.time()
@@ -103,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", type=Path, help="what tyir-sim --probe-host wrote")
     parser.add_argument("artifacts", type=Path, nargs="+")
-    parser.add_argument("--position", type=int, action="append", help="of a step of one token (128), repeatable")
+    parser.add_argument(
+        "--position", type=int, action="append", help="of a step of one token (128), repeatable"
+    )
     parser.add_argument("--prefill", type=int, default=128, help="tokens of a chunk, a compiled length (128)")
     parser.add_argument("--threads", type=int, action="append", help="of each (1), repeatable")
     parser.add_argument("--rounds", type=int, default=9)
@@ -126,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "none of the artifacts holds such a step",
                 help="use a --position within their caches, and for --prefill a compiled length",
             )
-        rows += _rows(compared, threads, args.rounds, lambda s: s.wall if machine.clock == "wall" else s.processor)
+        rows += _rows(
+            compared, threads, args.rounds, lambda s: s.wall if machine.clock == "wall" else s.processor
+        )
         del compared
     errors = [abs(row.error) for row in rows]
     if args.json:

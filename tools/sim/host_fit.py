@@ -22,8 +22,8 @@ def least_squares(rows: Sequence[tuple[Mapping[str, float], float]]) -> dict[str
     scale = np.linalg.norm(matrix, axis=0)
     matrix = matrix / scale
     wanted = np.ones(len(rows))
-    # Lawson and Hanson, Solving Least Squares Problems (1974), chapter 23: a set of values above 0 that grows by
-    # the one whose growth helps most, and loses those that would fall below
+    # Lawson and Hanson, Solving Least Squares Problems (1974), chapter 23: a set of values above 0 that grows
+    # by the one whose growth helps most, and loses those that would fall below
     value = np.zeros(len(names))
     above = np.zeros(len(names), bool)
     for _ in range(10 * len(names)):

@@ -19,10 +19,9 @@ from tyir.runtime_sim.host.kernels import bytes_of
 from tyir.runtime_sim.host.machine import CACHES, FOOTPRINTS
 from tyir.types import TensorType, Type, f16, f32, i8, i32, ui4
 
-__all__ = ["INTS", "Point", "function_of", "points"]
+__all__ = ["Point", "function_of", "points"]
 
 Make = Callable[[Sequence[Value]], Op]
-INTS: Final = (8, 64)  # what i32 arguments may be: positions and rows that every tensor has
 _MOST_COPIES: Final = 12000
 _WARM: Final = 8  # copies of a kernel whose weights do not matter
 
@@ -89,7 +88,9 @@ def points(modes: Sequence[str]) -> Iterator[Point]:
 # ------------------------------------------------------------------------------------------------- products
 
 
-def _product(kind: str, activations: str, m: int, n: int, k: int, group: int, at: int, threaded: bool) -> Point:
+def _product(
+    kind: str, activations: str, m: int, n: int, k: int, group: int, at: int, threaded: bool
+) -> Point:
     x = TensorType((1, m, k), f16)
     if kind.startswith("product_f16"):
         return Point(
@@ -116,7 +117,9 @@ def _product(kind: str, activations: str, m: int, n: int, k: int, group: int, at
 def _products(mode: str, activations: str) -> Iterator[Point]:
     few, many, some = f"product_{mode}_token", f"product_{mode}_chunk", FOOTPRINTS["256mb"]
 
-    def point(kind: str, m: int, n: int, k: int, group: int = 128, at: int = some, threaded: bool = False) -> Point:
+    def point(
+        kind: str, m: int, n: int, k: int, group: int = 128, at: int = some, threaded: bool = False
+    ) -> Point:
         return _product(kind, activations, m, n, k, group, at, threaded)
 
     for at in FOOTPRINTS.values():
@@ -125,12 +128,15 @@ def _products(mode: str, activations: str) -> Iterator[Point]:
     yield point(few, 1, 1152, 3200, at=FOOTPRINTS["1gb"])
     yield point(few, 1, 96, 640)
     yield point(few, 4, 1152, 640)
-    small = 24 << 20
+    small = 8 << 20
     yield point(many, 128, 1152, 640, at=small, threaded=True)
     yield point(many, 128, 384, 3200, at=small)
+    yield point(many, 128, 256, 9600, at=small)
     yield point(many, 128, 96, 640, at=small // 8)
     yield point(many, 32, 1152, 640, at=small)
-    if mode != "f16":
+    if mode == "f16":
+        yield point(many, 64, 576, 640, at=small)
+    else:
         yield point(many, 128, 576, 640, group=32, at=small // 2)
 
 
@@ -175,7 +181,7 @@ def _rowwise(activations: str) -> Iterator[Point]:
     width, heads, head = 1280, 10, 128
     flag = TensorType((1,), i32)
     for m in (1, 96):
-        x, wide = TensorType((1, m, width), f16), TensorType((1, m, 3328), f16)
+        x, wide = TensorType((1, m, width), f16), TensorType((1, m, 7168), f16)
         rows, cos = TensorType((1, m, heads, head), f16), TensorType((1, m, head // 2), f16)
         cache, table = TensorType((1, heads, 256, head), f16), TensorType((2048, width), f16)
         ids = TensorType((1, m), i32)

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,6 @@ from tyir.process.cores import usable_cores
 from tyir.runtime_sim.host.kernels import Work, work_of
 from tyir.runtime_sim.host.machine import (
     FOOTPRINTS,
-
     HostMachine,
     Processor,
     host_machine,
@@ -37,7 +36,7 @@ from tyir.runtime_sim.host.machine import (
 from tyir.runtime_sim.session.program_engine import check_inputs
 from tyir.targets.constants import Constant
 from tyir.tools.sim.host_fit import least_squares
-from tyir.tools.sim.host_points import INTS, Point, function_of, points
+from tyir.tools.sim.host_points import Point, function_of, points
 from tyir.tools.sim.host_reads import read_rates
 from tyir.types import TensorType, f16, storage_dtype
 
@@ -45,7 +44,9 @@ __all__ = ["probe"]
 
 Array = npt.NDArray[Any]
 _PATTERN: Final = 0x2C  # a byte of everything: f16 0.065, codes of 12 and 2, i8 44
-_ROUNDS: Final = 7
+_ROUNDS: Final = 6
+_CACHE_SIZE: Final = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+_CACHE_BYTES: Final = 1 << 20  # where the system does not say
 _LEAST: Final = 2e-3  # seconds that a measurement takes at least: a pass is repeated until it does
 
 
@@ -112,16 +113,15 @@ def probe(name: str, clock: str, threads: int | None, report: Callable[[str], No
             help="use --clock wall, or --threads 1",
         )
     now = time.perf_counter if clock == "wall" else time.process_time
-    processor = Processor(most, decided.FEW_TOKENS, decided.ATTENTION_QUERIES, decided.INTEGER_GROUP)
+    processor = Processor(
+        most, decided.FEW_TOKENS, decided.ATTENTION_QUERIES, decided.INTEGER_GROUP, _cache_bytes()
+    )
     source = (
         f"measured on {target.mcpu}, median of {_ROUNDS - 1} rounds"
         f" by the {'wall' if clock == 'wall' else 'processor'}'s clock"
     )
     found: dict[str, float] = {
-        "processor.threads": most,
-        "processor.few_tokens": processor.few_tokens,
-        "processor.attention_queries": processor.attention_queries,
-        "processor.integer_group": processor.integer_group,
+        **{f"processor.{what}": value for what, value in asdict(processor).items()},
         "parallel.least_operations": decided.WORTH_THREADS,
     }
     with tempfile.TemporaryDirectory(prefix="tyir-probe-") as folder:
@@ -136,6 +136,15 @@ def probe(name: str, clock: str, threads: int | None, report: Callable[[str], No
     found.update(_step(now))
     found.update(_constants(timed, most))
     return host_machine(name, clock, {n: Constant(v, "fitted", source) for n, v in found.items()})
+
+
+def _cache_bytes() -> int:
+    """Of a core's second-level cache."""
+    try:
+        said = _CACHE_SIZE.read_text().strip()
+        return int(said.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(said[-1], 1)
+    except (OSError, ValueError):
+        return _CACHE_BYTES
 
 
 # -------------------------------------------------------------------------------------------------- building
@@ -212,23 +221,16 @@ def _measure(timed: Sequence[_Timed], most: int, clock: Callable[[], float]) -> 
 
     for threads in (1, most) if most > 1 else (1,):
         chosen = [t for t in timed if threads == 1 or t.point.threaded]
-        problems: list[BaseException] = []
 
         def rounds(threads: int = threads, chosen: Sequence[_Timed] = chosen) -> None:
-            try:
-                use_threads(threads)
-                for _ in range(_ROUNDS):
-                    for one in chosen:
-                        for position in one.point.positions:
-                            one.measure(position, threads, clock)
-            except BaseException as error:
-                problems.append(error)
+            use_threads(threads)
+            for _ in range(_ROUNDS):
+                for one in chosen:
+                    for position in one.point.positions:
+                        one.measure(position, threads, clock)
 
-        thread = threading.Thread(target=rounds)  # each has threads of its own for its kernels
-        thread.start()
-        thread.join()
-        if problems:
-            raise problems[0]
+        with ThreadPoolExecutor(1) as pool:  # each has threads of its own for its kernels
+            pool.submit(rounds).result()
 
 
 def _meeting(target: Any, folder: Path, clock: Callable[[], float]) -> Mapping[str, float]:
@@ -251,7 +253,8 @@ def _meeting(target: Any, folder: Path, clock: Callable[[], float]) -> Mapping[s
         info = TensorInfo("x", (1, size), "f16")
         names = ("main", "main.so", "main.edge10", "main.ir", "main.params", "common.params")
         codes = [
-            DieCode(DieProgram(die, 1, *names, (info,), ()), HostLibrary(path), (function,), ()) for die in range(dies)
+            DieCode(DieProgram(die, 1, *names, (info,), ()), HostLibrary(path), (function,), ())
+            for die in range(dies)
         ]
         steps = steps_of(codes, Workers(1, dies), OneProcess(dies))
         given = [[_filled(kind)] for _ in range(dies)]
@@ -272,8 +275,13 @@ def _step(clock: Callable[[], float]) -> Mapping[str, float]:
     for layers in (4, 60):
         caches = [TensorInfo(f"{what}{n}", (1, 2, 16, 8), "f16") for n in range(layers) for what in "kv"]
         inputs = (TensorInfo("ids", (1, 1), "i32"), TensorInfo("pos", (1,), "i32"), *caches)
-        outputs = (TensorInfo("logits", (1, 1, 8), "f32"), *(replace(c, alias=2 + n) for n, c in enumerate(caches)))
-        program = DieProgram(0, 1, "main", "m.so", "m.edge10", "m.ir", "m.params", "c.params", inputs, outputs)
+        outputs = (
+            TensorInfo("logits", (1, 1, 8), "f32"),
+            *(replace(c, alias=2 + n) for n, c in enumerate(caches)),
+        )
+        program = DieProgram(
+            0, 1, "main", "m.so", "m.edge10", "m.ir", "m.params", "c.params", inputs, outputs
+        )
         held = {t.name: np.zeros(t.shape, t.storage_dtype) for t in inputs}
         given = {n: held[n] for n in ("ids", "pos")}
         seconds = []
@@ -342,5 +350,3 @@ def _speedup(timed: Sequence[_Timed], most: int, start: float) -> float:
             if work.operations and both > 2 * start:
                 found.append(one.ns(p) * work.shared(most) / (both - start))
     return min(float(most), max(1.0, statistics.median(found))) if found else 1.0
-
-

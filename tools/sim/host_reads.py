@@ -1,4 +1,4 @@
-"""How fast this computer reads memory, by how much of it and with how many threads (`tools/bench/bandwidth.c`)."""
+"""How fast this computer reads memory, by how much of it and how many threads (`tools/bench/bandwidth.c`)."""
 
 from __future__ import annotations
 

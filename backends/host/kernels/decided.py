@@ -1,4 +1,4 @@
-"""What kernels decide by, for whoever predicts their time: the numbers that stand with the loops they are of."""
+"""What kernels decide by, for whoever predicts their time: numbers that stand with the loops they are of."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.ir import Op
 
 __all__ = [
+    "WORTH_THREADS",
     "Buffer",
     "Cpu",
     "Emitters",
     "Expr",
-    "WORTH_THREADS",
     "add_to",
     "bind",
     "exact_sums",
