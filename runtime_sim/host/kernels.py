@@ -97,7 +97,7 @@ def _product(op: Op, weight: tuple[Value, ...], mode: str, group: int, processor
     m = tensor_type(op.operands[0]).size // k
     read = sum(map(bytes_of, weight))
     if m <= processor.few_tokens:
-        counts = {"call": 1, "row": n, "byte": read, "more_mac": (m - 1) * n * k}
+        counts: dict[str, float] = {"call": 1, "row": n, "byte": read, "more_mac": (m - 1) * n * k}
         return Work(f"product_{mode}_token", counts, m * n * k, weight_bytes=read)
     macs = m * n * k
     held = m * k * _ACTIVATION_BYTES[mode] / processor.cache_bytes

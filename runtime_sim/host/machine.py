@@ -222,7 +222,8 @@ class HostMachine:
             )
         if threads == 1:
             return 1.0
-        return 1 + (self.kernels[kind].speedup - 1) * (threads - 1) / (most - 1)
+        measured = float(self.kernels[kind].speedup)
+        return 1 + (measured - 1) * (threads - 1) / (most - 1)
 
     def with_overrides(self, values: Mapping[str, float]) -> HostMachine:
         """With some constants replaced: `{"parallel.start_us": 3}`; wrong ones are refused together."""
