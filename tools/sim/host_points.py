@@ -144,7 +144,7 @@ def _products(mode: str, activations: str) -> Iterator[Point]:
 
 
 def _attention(cache: str, activations: str) -> Iterator[Point]:
-    shapes = [(12, 3, 64), (10, 2, 128), (16, 2, 64), (4, 4, 128)]
+    shapes = [(12, 3, 64), (10, 2, 128), (16, 2, 64), (4, 4, 128), (8, 1, 128)]
     for number, (heads, groups, width) in enumerate(shapes):
         yield _attend(cache, activations, 1, heads, groups, width, number == 1)
     for number, (heads, groups, width) in enumerate(((6, 2, 64), (4, 1, 128))):
