@@ -37,6 +37,21 @@ def main(argv: Sequence[str]) -> int:
     if args.top < 0:
         raise TyirError(f"--top {args.top} is negative", help="--top 0 lists no ops")
     check_ray_has_a_sweep(args, "dram.bandwidth_gbps=17,30,34")
+    if args.probe_host is not None:
+        write_output(_probe(args) + "\n", args.output)
+        return 0
+    if not args.artifacts:
+        raise TyirError("there is nothing to simulate", help="give the folder that tyir-compile printed")
+    if (host := _processor(args)) is not None:
+        from tyir.tools.sim.host_report import host_report
+
+        write_output(host_report(args, host, _values(args)) + "\n", args.output)
+        return 0
+    if args.threads is not None or args.clock is not None:
+        raise TyirError(
+            f"--{'threads' if args.threads is not None else 'clock'} is of processors, not of dies",
+            help="give it with --probe-host, or --threads with --machine and the file that wrote",
+        )
     if args.report == "html" and (args.compare or args.sweep is not None):
         raise TyirError("there is no HTML page of a comparison or a sweep", help="use --report text or json")
     if args.compare:
@@ -90,10 +105,43 @@ def _lengths(args: argparse.Namespace) -> Lengths:
     return Lengths(args.prompt_tokens, args.pos)
 
 
+def _probe(args: argparse.Namespace) -> str:
+    """Measure this computer."""
+    from tyir.tools.sim.host_report import probe_report
+
+    if args.artifacts or args.machine or args.set:
+        raise TyirError(
+            "--probe-host measures this computer, whatever is compiled for it",
+            help="leave out artifacts, --machine and --set",
+        )
+    return probe_report(args)
+
+
+def _processor(args: argparse.Namespace) -> Path | None:
+    """The file of a processor that is asked for as the machine."""
+    from tyir.runtime_sim.host.machine import is_host_machine
+    from tyir.targets.constants import read_file
+
+    files = [Path(name) for name in args.machine if name.endswith(".toml") and Path(name).is_file()]
+    found = [path for path in files if is_host_machine(read_file(path, "machine", "give another file"))]
+    if found and len(args.machine) > 1:
+        raise TyirError(
+            f"{found[0]} is the file of a processor: it is not compared with other machines",
+            help="give one --machine",
+        )
+    return found[0] if found else None
+
+
 def _choices(args: argparse.Namespace) -> list[Choice]:
     """The machines asked for, with `--set` applied to each; the one that was compiled for when none is."""
     from tyir.tools.sim.sources import Choice
 
+    values = _values(args)
+    return [Choice(name, values) for name in args.machine or [None]]
+
+
+def _values(args: argparse.Namespace) -> dict[str, float]:
+    """What `--set` says, by the constants' names."""
     values: dict[str, float] = {}
     for setting in args.set:
         name, equals, value = setting.partition("=")
@@ -104,7 +152,7 @@ def _choices(args: argparse.Namespace) -> list[Choice]:
                 f"--set {setting}: '{value}' is not a number" if equals else f"--set {setting} lacks a value",
                 help="write --set dram.bandwidth_gbps=34.1",
             ) from None
-    return [Choice(name, values) for name in args.machine or [None]]
+    return values
 
 
 # ------------------------------------------------------------------------------------------------ the answers
@@ -243,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "artifacts",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="OUT/{n}die",
         help=(
             "artifact folder, or the program files (.edge10, .bin) of all dies for one length, or a report"
@@ -276,8 +324,25 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE",
         help=(
             "machine to simulate (default: the one the programs were compiled for); with --compare, twice for"
-            " one artifact folder on two"
+            " one artifact folder on two; a file that --probe-host wrote: the host's code on that processor"
         ),
+    )
+    parser.add_argument(
+        "--probe-host",
+        type=Path,
+        metavar="FILE",
+        help="measure this computer's processor, about a minute, and write its machine file",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of a processor: the most to measure (all cores), or those to predict for (all measured)",
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        help="measure by the wall's clock (default) or, on busy cores, the processor's: one thread",
     )
     parser.add_argument(
         "--trace",

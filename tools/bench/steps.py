@@ -28,16 +28,17 @@ from tyir.tools.cli import ToolParser, run_tool
 if TYPE_CHECKING:
     from tyir.runtime_sim.session.session import Session
 
-__all__ = ["main"]
+__all__ = ["Step", "fill_caches", "main", "open_session"]
 
 
-class _Step:
-    """A step of one artifact at one position."""
+class Step:
+    """A step of one artifact at one position; its times in ms, `wall` and of the `processor`."""
 
     def __init__(self, session: Session, tokens: int, position: int) -> None:
         from tyir.artifacts.consistency import cache_inputs
         from tyir.runtime_sim.session.chunks import Chunk
 
+        self.tokens, self.position = tokens, position
         self._engine = session.engine
         program = session.manifest.program(0, tokens)
         caches = cache_inputs(program)
@@ -62,7 +63,7 @@ class _Step:
         self.wall.append(1e3 * (time.perf_counter() - wall))
 
 
-def _session(folder: Path, threads: int | None) -> Session:
+def open_session(folder: Path, threads: int | None) -> Session:
     from tyir.execution.artifacts import Artifacts
     from tyir.runtime_sim.session.session import Session
 
@@ -85,7 +86,7 @@ def _check(session: Session, folder: Path, tokens: int, positions: Sequence[int]
             )
 
 
-def _fill(session: Session) -> None:
+def fill_caches(session: Session) -> None:
     """Random numbers for what earlier tokens would have left."""
     random = np.random.default_rng(0)
     for array in session.engine.caches().values():
@@ -105,16 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise TyirError(f"--rounds is {args.rounds}: a median needs 1 at least", help="use --rounds 40")
-    sessions = [_session(folder, args.threads) for folder in args.artifacts]
+    sessions = [open_session(folder, args.threads) for folder in args.artifacts]
     for session, folder in zip(sessions, args.artifacts, strict=True):
         _check(session, folder, args.tokens, args.position or [130])
     print("| position | artifacts | wall ms | processor ms | of the first's wall | of its processor time |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for position in args.position or [130]:
-        steps = [_Step(session, args.tokens, position) for session in sessions]
+        steps = [Step(session, args.tokens, position) for session in sessions]
         for session, step in zip(sessions, steps, strict=True):
             step.run()
-            _fill(session)
+            fill_caches(session)
         for _ in range(args.rounds):
             for step in steps:
                 step.time()

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tyir.runtime_sim.host.steps import HostPrediction
 from tyir.runtime_sim.serving.benchmark import Request, Result, summary
 from tyir.runtime_sim.timing.summary import Summary
 from tyir.tools.cli import EXIT_CODES
@@ -40,7 +41,7 @@ def json_reference() -> str:
         parts.append(f"## {command}")
         parts += [_form(form) for form in forms]
     parts.append(_SIM)
-    parts += [_form(form) for form in _reached(Summary)]
+    parts += [_form(form) for form in (*_reached(Summary), *_reached(HostPrediction))]
     parts.append(
         "## tyir-bench-serving\n\nThe names of vLLM's `vllm bench serve --save-result`, besides `artifacts`,"
         f" `engine` and `note`: {', '.join(f'`{key}`' for key in _serving_keys())}."

@@ -43,6 +43,10 @@ _MAX_BYTES: Final = 1 << 17  # of a machine file; the shipped ones have 7 kB
 _MAX_LINE: Final = 2000
 _IN_FILES: Final = LABELS[:-1]
 
+_TAKE_FROM: Final = (
+    'give them, or write base = "edge10" (of a GPU: like = "h200") at the top to take them from there'
+)
+
 # The least (but 0) and the most that a constant may be, by the unit that its name ends in; for others the
 # last.  Within them no time is 0 or infinite, and no size is beyond an address of 64 bits.
 _RANGES: Final = (
@@ -158,8 +162,12 @@ class Form:
     assumed needs its bounds.
     """
 
-    def __init__(self, sections: Mapping[str, Any], *, zeros: bool, bounds: bool) -> None:
+    def __init__(
+        self, sections: Mapping[str, Any], *, zeros: bool, bounds: bool, missing: str = _TAKE_FROM
+    ) -> None:
+        """`missing`: what to do about constants that a file lacks."""
         self.sections = sections
+        self.missing = missing
         self.zeros = zeros
         self.bounds = bounds
         self.whole: dict[str, bool] = {}  # by dotted name: whether it is a whole number
@@ -194,8 +202,7 @@ class Form:
             yield Diagnostic(
                 f"{what} missing: {', '.join(sorted(names))}",
                 where=where,
-                help='give them, or write base = "edge10" (of a GPU: like = "h200") at the top to take them'
-                " from there",
+                help=self.missing,
             )
 
     @property

@@ -292,6 +292,11 @@ def _machine_of(table: dict[str, Any], name_or_path: str | Path) -> Machine:
             " models (python -m tyir.tools.gpu.validate)",
             help=f"machines that do: {', '.join(shipped_names(_PACKAGE))}; or give the path of a .toml file",
         )
+    if table.get("kind") == "processor":
+        raise TyirError(
+            f"{name_or_path} describes a processor, which runs the host's code and no command programs",
+            help=f"tyir-sim predicts with it; machines of dies: {', '.join(shipped_names(_PACKAGE))}",
+        )
     return _machine_from_table(table, str(Path(name_or_path)))
 
 

@@ -23,6 +23,7 @@ from tyir.ir import Op
 
 __all__ = [
     "DEFAULT_SCHEDULE",
+    "WORTH_THREADS",
     "Buffer",
     "Cpu",
     "Emitters",
@@ -60,6 +61,7 @@ Buffer = Any
 Expr = Any
 Emitters = Mapping[type[Op], Callable[[Any, Sequence[Any], Any], None]]
 
+WORTH_THREADS: Final = 1 << 18  # operations of a loop that several threads share
 _QUAD: Final = 4  # 32-bit lanes among which x86 moves within one cycle
 
 
@@ -226,9 +228,9 @@ def lanes_for(limit: int, *sizes: int) -> int:
 def loop(extent: Expr, cpu: Cpu, work: int = 0) -> Any:
     """A loop over cores when the whole of it does enough `work` (operations), else a plain one.
 
-    Waking the worker threads takes some microseconds, about what one core needs for 2^18 multiply-adds.
+    Waking the worker threads takes some microseconds, about what one core needs for so many multiply-adds.
     """
-    return T.parallel(0, extent) if cpu.cores > 1 and work >= 1 << 18 else T.serial(0, extent)
+    return T.parallel(0, extent) if cpu.cores > 1 and work >= WORTH_THREADS else T.serial(0, extent)
 
 
 def horizontal_sum(register: Buffer, lanes: int) -> Expr:

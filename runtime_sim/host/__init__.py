@@ -1,0 +1,1 @@
+"""How long the compiled host code takes on a processor that was measured."""
