@@ -43,7 +43,7 @@ from tyir.manifest import (
     settled,
 )
 from tyir.passes.pipelines import remaining_pipeline
-from tyir.pipeline import PassContext, run_pipeline
+from tyir.pipeline import PassContext, run_verified_once
 from tyir.process.cache import Cache
 from tyir.process.collector import collector_paused
 from tyir.process.files import MAX_JSON, read_regular, stand_in
@@ -224,7 +224,7 @@ def to_program(module: Module, asked: BuildOptions, context: CompileContext) -> 
     has been a file on the way or not.
     """
     pipeline = remaining_pipeline(_stage(module), asked, str(context.chosen_machine), recorded(module))
-    run_pipeline(module, pipeline, context.passes)
+    run_verified_once(module, pipeline, context.passes)
     for op in module.walk():
         op.loc = location_by_path(op)
         for value in op.results:
