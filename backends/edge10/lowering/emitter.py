@@ -5,7 +5,7 @@ it comes from, and that op's name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from tyir.attributes import DictAttr, StringAttr, SymbolRefAttr
@@ -133,6 +133,12 @@ class Emitter:
         ).result
         self.tracker.record(accesses, token, unit)
         return token
+
+    def repeated(self, key: Hashable, write: Callable[[], None]) -> None:
+        """Commands that are as those of the same key before, but for where what they touch lies; nothing but
+        a price is saved by that.
+        """
+        write()
 
     def loop(self, low: Value, high: Value, body: Block, inner: Tracker) -> None:
         """Append a loop whose body has been written under `inner`; the loop stands in this block for all the
