@@ -223,7 +223,7 @@ class LibrariesBeside:
 
 @contextmanager
 def libraries_beside(parts: Sequence[Part], context: CompileContext) -> Iterator[LibrariesBeside | None]:
-    """Begin to make all libraries in a process beside this one, None where that is not possible, or not
+    """Begin to make all libraries in a process beside this one; None where that is not possible, or not
     asked for (nothing to make, one job, workers elsewhere).  It is gone when the block is left.
     """
     if not parts or context.jobs == 1 or context.workers is not None or not possible():
@@ -233,7 +233,12 @@ def libraries_beside(parts: Sequence[Part], context: CompileContext) -> Iterator
         part.path.parent.mkdir(parents=True, exist_ok=True)
     tool_identity()  # once, for both
     own = replace(context, watch=Stopwatch(told=context.watch.told))
-    with Beside.start(lambda: _build(parts, own)) as process:
+    try:
+        process = Beside.start(lambda: _build(parts, own))
+    except OSError:  # no memory for another process, or too many of them
+        yield None
+        return
+    with process:
         yield LibrariesBeside(process, parts, context)
 
 

@@ -22,6 +22,11 @@ from tyir.backends.edge10.compile import CompileContext, compile_module
 from tyir.process import beside
 from tyir.process.stopwatch import Stopwatch
 from tyir.tools.api import load_module
+if sys.argv[4] == "refused":
+    import os
+    def refused():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    os.fork = refused
 if sys.argv[4] == "lost":
     def lost(self):
         raise beside.Lost
@@ -62,6 +67,9 @@ def test_the_same_files_with_a_process_beside_and_without(ir: Path, tmp_path: Pa
     said, lost = compiled(ir, tmp_path / "lost", "2", "lost")
     assert said == "True 4\n", "they are made here when the other process is lost"
     assert lost == alone
+    said, refused = compiled(ir, tmp_path / "refused", "2", "refused")
+    assert said == "True 4\n", "they are made here when the system has no room for another process"
+    assert refused == alone
 
 
 def test_what_is_refused_there_is_refused_here(ir: Path, tmp_path: Path) -> None:

@@ -55,12 +55,20 @@ class Beside(Generic[Result]):
 
     @classmethod
     def start(cls, make: Callable[[], Result]) -> Beside[Result]:
-        """Begin `make()`; what it gives, or raises, is pickled.  The process must be `possible` to copy."""
+        """Begin `make()`; what it gives, or raises, is pickled.  The process must be `possible` to copy.
+
+        `OSError` where the system refuses another process.
+        """
         answer, told = os.pipe()
         ended, alive = os.pipe()  # its other end closes when this process ends, however it does
-        with warnings.catch_warnings():  # Python counts the idle threads of numpy's BLAS, which knows of fork
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process = os.fork()
+        try:
+            with warnings.catch_warnings():  # Python counts idle threads of numpy's BLAS, which knows of fork
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process = os.fork()
+        except OSError:
+            for descriptor in (answer, told, ended, alive):
+                os.close(descriptor)
+            raise
         if process == 0:
             os.close(answer)
             os.close(alive)
