@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tyir.backends.host.names import assign_kernels
+from tyir.backends.host.names import LINKED_IN, assign_kernels
 from tyir.backends.host.step import Program
 from tyir.backends.pieces import compiler_identity, compiler_version, tool_identity
 from tyir.backends.workers import check_tools
@@ -216,6 +216,9 @@ class LibrariesBeside:
             built = self._process.result()
         except Lost:
             built = _build(self._parts, self._context)
+            for folder in {part.path.parent for part in self._parts}:
+                for left in folder.glob(f"{LINKED_IN}*"):  # what it was linking
+                    shutil.rmtree(left, ignore_errors=True)
         else:
             self._context.watch.stages += built.stages
         return built.host

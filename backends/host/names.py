@@ -16,9 +16,10 @@ from tyir.dialects import func, kv, ty
 from tyir.dialects.ty import tensor_type
 from tyir.ir import Op
 
-__all__ = ["KERNELS", "KERNEL_ATTRIBUTE", "assign_kernels", "kernel_name", "meaning"]
+__all__ = ["KERNELS", "KERNEL_ATTRIBUTE", "LINKED_IN", "assign_kernels", "kernel_name", "meaning"]
 
 KERNEL_ATTRIBUTE: Final = "tyir.kernel"
+LINKED_IN: Final = ".host-"  # how the folder beside a library begins in which it is linked
 
 _OF_CACHES: Final[tuple[type[Op], ...]] = (
     *(kv.Append, kv.BlockScores, kv.CachedAttention, kv.DualChunkAttention, kv.MergeAttention),

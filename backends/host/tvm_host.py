@@ -37,7 +37,7 @@ from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
 from tyir.backends.host import meeting
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import Cpu
-from tyir.backends.host.names import assign_kernels, kernel_name, meaning
+from tyir.backends.host.names import LINKED_IN, assign_kernels, kernel_name, meaning
 from tyir.backends.host.objects import made_once
 from tyir.backends.host.step import Program, kernel_symbol, step_code, tables_of
 from tyir.backends.pieces import compiler_identity, tool_identity
@@ -357,7 +357,7 @@ def build_library(
             help="install g++ or clang++, or name one in CXX",
         )
     objects = list(_objects(kernels, target, program, cache))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".host-") as workspace:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=LINKED_IN) as workspace:
         folder = Path(workspace)
         partial = folder / "library.so"
         (folder / "symbols").write_text(_SYMBOLS)

@@ -27,10 +27,15 @@ if sys.argv[4] == "refused":
     def refused():
         raise BlockingIOError(11, "Resource temporarily unavailable")
     os.fork = refused
-if sys.argv[4] == "lost":
-    def lost(self):
-        raise beside.Lost
-    beside.Beside.result = lost
+if sys.argv[4] == "lost":  # while it links: it leaves what it was linking
+    import os, signal
+    def killed():
+        (folder,) = Path(sys.argv[2]).rglob("seqlen_1")
+        (folder / ".host-left").mkdir()
+        (folder / ".host-left" / "0.o").write_text("half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = beside.Beside.start
+    beside.Beside.start = lambda make: start(killed)
 watch, options = Stopwatch(), {"dies": 2, "seqlens": (1, 8), "max_kv": 64}
 context = CompileContext(watch=watch, jobs=int(sys.argv[3]), mcpu=sys.argv[5] if sys.argv[5:] else None)
 compile_module(load_module(Path(sys.argv[1])), Path(sys.argv[2]), options, context)
