@@ -32,6 +32,7 @@ from tyir.execution.weights import WeightSource
 from tyir.interpreter import SymbolIndex
 from tyir.printer import print_op
 from tyir.process.cache import cache_key
+from tyir.text.attribute_printer import AttributeText
 
 __all__ = ["Done", "Journal", "TensorKeys", "left_blocks", "tool_identity"]
 
@@ -90,10 +91,11 @@ class TensorKeys:
         self._folder: Path | None = getattr(weights, "folder", None)
         self._files: dict[str, str] = {}
         self._symbols = SymbolIndex()
+        self._texts = AttributeText()
 
     def of(self, param: Param) -> str | None:
         """The key of a parameter's tensor; None when its sources cannot be told from others."""
-        parts = [tool_identity(), print_op(param, locations=False)]
+        parts = [tool_identity(), print_op(param, locations=False, texts=self._texts)]
         for op in param.body:
             if not isinstance(op, GetGlobal):
                 continue

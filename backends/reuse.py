@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from tyir.backends.pieces import compiler_identity, file_identity, tool_identity
 from tyir.backends.replacing import replacing
-from tyir.manifest import MANIFEST, Manifest
+from tyir.manifest import MANIFEST
 from tyir.process.cache import Cache, cache_key
 from tyir.process.files import parse_json
 
@@ -106,11 +106,11 @@ def _writes(files: Mapping[str, str]) -> Callable[[str, bool], bool]:
 
 def keep_artifacts(cache: Cache, key: str, target: Path, said: Sequence[str]) -> None:
     """Keep a folder of artifacts that has just been written, with what was warned of."""
-    manifest = Manifest.load(target, check=False)
-    files = {name: str(record["sha256"]) for name, record in manifest.files.items()}
+    data = (target / MANIFEST).read_bytes()
+    written = json.loads(data)["files"]  # by this process, a moment ago
+    files = {name: str(record["sha256"]) for name, record in written.items()}
     for name, sha256 in files.items():
         cache.put(None, target / name, sha256)
-    data = (target / MANIFEST).read_bytes()
     cache.write(cache_key("manifest", data), data)
     files[MANIFEST] = hashlib.sha256(data).hexdigest()
     cache.write(key, json.dumps({"files": files, "said": list(said)}).encode())

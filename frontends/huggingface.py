@@ -8,9 +8,9 @@ become `ty.global` references.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,8 @@ from tyir.frontends.quant_formats import quantized_format
 from tyir.frontends.tensor_names import with_model_names
 from tyir.frontends.weights import DeltaFormat, PlainFormat, TensorReader, WeightFormat, Weights, is_delta
 from tyir.layers import layer_in, path_of
-from tyir.process.extras import require
+from tyir.process.collector import collector_paused
+from tyir.process.extras import require, scipy_hidden
 from tyir.process.progress import Bar
 from tyir.vision.graphs import LANGUAGE, mark_graph
 
@@ -130,7 +131,8 @@ def import_model(
             f"dtype {dtype!r} is not one a model can be imported in",
             help=f"choose one of {', '.join(DTYPES)}",
         )
-    with _collector_paused(), Bar("import", 100, show=progress) as bar:
+    # importing torch and tracing make objects by the million: to look through them takes a fifth of the time
+    with collector_paused(), Bar("import", 100, show=progress) as bar:
         opened = open_model(
             Path(folder),
             dtype,
@@ -152,20 +154,6 @@ def import_model(
         if rope_scaling is not None and isinstance(facts, DictAttr):
             module.set_attribute("tyir.model", facts.with_entry(RECORDED, StringAttr(rope_scaling)))
         return module
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No cycle collection meanwhile: importing torch and tracing make millions of objects that stay, and
-    looking through them takes a fifth of the time.
-    """
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -258,6 +246,16 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
         )
 
 
+def _load_transformers() -> None:
+    """Load it without scipy where nobody can miss that (`scipy_hidden`).
+
+    If it has decided before that there is scipy, or decides it otherwise, it is loaded as it wants to be.
+    """
+    if "transformers" not in sys.modules:
+        with contextlib.suppress(ImportError), scipy_hidden():
+            import tyir.frontends.torch_export  # noqa: F401
+
+
 def _with_names_of(checkpoint: Checkpoint, meta: MetaModel) -> Checkpoint:
     """The checkpoint with its tensors under the names of transformers' modules."""
     from tyir.frontends.torch_export import module_name
@@ -314,6 +312,7 @@ def _meta_model(
         problems.extend(replace(d, where=where) for d in error.diagnostics)
         return None
     bar.stage("loading torch and transformers", 65)
+    _load_transformers()
     from tyir.frontends.torch_export import build_meta_model, position_limit
 
     bar.stage("building the model", 3)

@@ -27,6 +27,7 @@ from tyir.ir import Op
 from tyir.manifest import record
 from tyir.opdef import DeclaredOp
 from tyir.pipeline import Pass, PassContext
+from tyir.traits import Pure
 from tyir.types import TensorType, Type
 
 __all__ = ["SpecializeSeqlen", "check_seqlens", "infer_results"]
@@ -50,13 +51,31 @@ def check_seqlens(seqlens: Sequence[int], capacity: int) -> None:
         )
 
 
-def infer_results(op: Op) -> None:
-    """Recompute the result types of an op whose operand types changed."""
+# What ops of a class, with these properties and operands of these types, give.
+Inferred = dict[tuple[object, ...], Sequence[Type]]
+
+
+def infer_results(op: Op, known: Inferred | None = None) -> None:
+    """Recompute the result types of an op whose operand types changed.
+
+    `known` remembers those of pure ops, which follow from their properties and operand types alone (as the
+    verifier takes it): the layers of a model ask the same again.
+    """
     if not isinstance(op, DeclaredOp) or not op.results or type(op).infer is DeclaredOp.infer:
         return
-    inferred = op.infer()
-    for value, new in zip(op.results, (inferred,) if isinstance(inferred, Type) else inferred):
+    if known is None or Pure not in op.traits or op.region_fields:
+        types = _inferred(op)
+    else:
+        key = (type(op), op.properties, *[v.type for v in op.operands])
+        found = known.get(key)
+        types = known[key] = _inferred(op) if found is None else found
+    for value, new in zip(op.results, types):
         value.type = new
+
+
+def _inferred(op: DeclaredOp) -> Sequence[Type]:
+    types = op.infer()
+    return (types,) if isinstance(types, Type) else types
 
 
 def static(type: Type, tokens: int) -> Type:
@@ -88,9 +107,10 @@ class SpecializeSeqlen(Pass):
         ]
         capacities = [c for f in dynamic if (c := cache_capacity(f)) is not None]
         check_seqlens(self.seqlens, min(capacities, default=1 << 31))
+        known: Inferred = {}
         for function in dynamic:
             for tokens in self.seqlens:
-                self._specialize(function, tokens)
+                self._specialize(function, tokens, known)
             function.erase()
         record(op, seqlens=self.seqlens)
 
@@ -105,7 +125,7 @@ class SpecializeSeqlen(Pass):
                 )
             mark_entry(function, rows)
 
-    def _specialize(self, function: Func, tokens: int) -> None:
+    def _specialize(self, function: Func, tokens: int, known: Inferred) -> None:
         new = function.clone()
         new.sym_name = f"{function.sym_name}_s{tokens}"
         mark_entry(new, tokens)
@@ -114,7 +134,7 @@ class SpecializeSeqlen(Pass):
         for arg in new.args:
             arg.type = static(arg.type, tokens)
         for op in new.body:
-            infer_results(op)
+            infer_results(op, known)
             for value in op.results:  # collectives, whose types do not follow from their operands
                 value.type = static(value.type, tokens)
         new.refresh_type()

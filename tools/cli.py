@@ -95,6 +95,7 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> ToolMain:
 
             from tyir.process import extras, system_errors  # noqa: F401  (while files can be opened)
 
+            extras.begin_command()
             if not {"-v", "--verbose"}.intersection(sys.argv[1:]):
                 _quieten_libraries()
         arguments = list(sys.argv[1:] if argv is None else argv)

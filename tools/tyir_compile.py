@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -214,15 +214,16 @@ def _log(path: Path | None) -> Callable[[Mapping[str, object]], None] | None:
 
 
 def _facts(target: Path, watch: Stopwatch) -> Artifacts:
-    from tyir.manifest import Manifest
+    from tyir.manifest import MANIFEST
+    from tyir.process.files import load_json
     from tyir.tools.commands.json_forms import Artifacts, Stage
 
-    manifest = Manifest.load(target, check=False)
+    manifest = load_json(target / MANIFEST)  # written a moment ago: as it should be
     return Artifacts(
         artifacts=str(target),
-        files=len(manifest.files) + 1,
+        files=len(manifest["files"]) + 1,
         bytes=sum(f.stat().st_size for f in target.rglob("*") if f.is_file()),
-        options=asdict(manifest.options),
+        options={option.name: manifest["options"][option.name] for option in fields(BuildOptions)},
         seconds=sum(s.seconds for s in watch.stages),
         stages=tuple(Stage(s.name, s.seconds, s.peak_mib, s.cpu_seconds) for s in watch.stages),
     )

@@ -153,6 +153,13 @@ class DictAttr(Attribute):
     def _key(self) -> Any:
         return tuple(self._map.items())
 
+    @staticmethod
+    def of(entries: Mapping[str, Attribute]) -> DictAttr:
+        """The dictionary of these entries, as the constructor gives it, made only if there is none yet."""
+        items = tuple(sorted(entries.items()))  # keys differ: values are never compared
+        found: DictAttr | None = DictAttr._by_key.get(items)
+        return DictAttr(dict(items)) if found is None else found
+
     def __getitem__(self, key: str) -> Any:
         return self._map[key]
 

@@ -72,12 +72,15 @@ _MISSING: Final = object()
 
 @dataclass(frozen=True)
 class _Codec:
-    """How a property's Python value and its attribute correspond."""
+    """How a property's Python value and its attribute correspond; `always`: what `encode` gives is accepted,
+    whatever it was given.
+    """
 
     kind: str
     encode: Callable[[Any], Attribute]
     decode: Callable[[Any], Any]
     accepts: Callable[[Attribute], bool]
+    always: bool = False
 
 
 def _is(*classes: type) -> Callable[[Attribute], bool]:
@@ -92,22 +95,43 @@ def _is_int_array(a: Attribute) -> bool:
     return isinstance(a, DenseArrayAttr) and isinstance(a.element, IntegerType)
 
 
+# Uniqued attributes live as long as the process: these are found without making another to compare.
+_integers: Final[dict[int, IntegerAttr]] = {}
+_arrays: Final[dict[tuple[int, ...], DenseArrayAttr]] = {}
+
+
+def _integer(value: Any) -> IntegerAttr:
+    if type(value) is not int:
+        return value if isinstance(value, IntegerAttr) else IntegerAttr(value, i64)
+    found = _integers.get(value)
+    if found is None:
+        found = _integers[value] = IntegerAttr(value, i64)
+    return found
+
+
+def _integer_array(values: Any) -> DenseArrayAttr:
+    if type(values) is not tuple:
+        return DenseArrayAttr.i64(values)
+    found = _arrays.get(values)
+    if found is None:
+        found = _arrays[values] = DenseArrayAttr.i64(values)
+    return found
+
+
 _CODECS: Final[dict[str, _Codec]] = {
-    "int": _Codec(
-        "integer",
-        lambda v: v if isinstance(v, IntegerAttr) else IntegerAttr(v, i64),
-        lambda a: a.value,
-        _is(IntegerAttr),
-    ),
+    "int": _Codec("integer", _integer, lambda a: a.value, _is(IntegerAttr), always=True),
     "float": _Codec(
         "float",
         lambda v: v if isinstance(v, FloatAttr) else FloatAttr(v, f64),
         lambda a: a.value,
         _is(FloatAttr),
+        always=True,
     ),
-    "str": _Codec("string", StringAttr, lambda a: a.value, _is(StringAttr)),
-    "bool": _Codec("boolean", BoolAttr, lambda a: a.value, _is(BoolAttr)),
-    "tuple[int, ...]": _Codec("integer array", DenseArrayAttr.i64, lambda a: a.values, _is_int_array),
+    "str": _Codec("string", StringAttr, lambda a: a.value, _is(StringAttr), always=True),
+    "bool": _Codec("boolean", BoolAttr, lambda a: a.value, _is(BoolAttr), always=True),
+    "tuple[int, ...]": _Codec(
+        "integer array", _integer_array, lambda a: a.values, _is_int_array, always=True
+    ),
     "Type": _Codec("type", _same, _same, _is(Type)),
     "TensorType": _Codec("tensor type", _same, _same, _is(TensorType)),
     "FunctionType": _Codec("function type", _same, _same, _is(FunctionType)),
@@ -394,6 +418,7 @@ class DeclaredOp(_Declaration):
     operand_counts: ClassVar[tuple[int, int | None]] = (0, 0)  # least and most; None: any number
     result_counts: ClassVar[tuple[int, int | None]] = (0, 0)
     property_names: ClassVar[frozenset[str]] = frozenset()
+    doubtful_fields: ClassVar[tuple[AttrField, ...]] = ()  # that a constructor's argument can be wrong for
     registered: ClassVar[bool] = True
 
     # the constructor's own arguments; at run time loc and attributes are Op's slots, result_types is not kept
@@ -425,21 +450,24 @@ class DeclaredOp(_Declaration):
         for attr_field in cls.attr_fields:
             if attr_field.owner is cls:
                 attr_field.bind(_annotation_text(cls.__annotations__.get(attr_field.name)), name)
+        cls.doubtful_fields = tuple(
+            f for f in cls.attr_fields if f.choices or f.least is not None or not f.codec.always
+        )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
         loc = kwargs.pop("loc", UNKNOWN)
         result_types = kwargs.pop("result_types", ())
         attributes = kwargs.pop("attributes", EMPTY_DICT)
-        given = dict(zip((f.name for f in cls.operand_fields), args))
+        given = kwargs
         if len(args) > len(cls.operand_fields):
             raise TypeError(
                 f"{cls.name} takes {len(cls.operand_fields)} positional operands, {len(args)} given"
             )
-        for name in kwargs:
-            if name in given:
-                raise TypeError(f"{cls.name}: operand '{name}' is given twice, by position and by name")
-        given.update(kwargs)
+        for f, value in zip(cls.operand_fields, args):
+            if f.name in given:
+                raise TypeError(f"{cls.name}: operand '{f.name}' is given twice, by position and by name")
+            given[f.name] = value
         operands: list[Value] = []
         for f in cls.operand_fields:
             value = given.pop(f.name, () if f.arity == "variadic" else None)
@@ -464,7 +492,7 @@ class DeclaredOp(_Declaration):
         self._operands = tuple(operands)
         for value in operands:
             value.uses.append(self)
-        self.properties = DictAttr(properties)
+        self.properties = DictAttr.of(properties)
         self.attributes = attributes
         self.regions = tuple(regions)
         for r in regions:
@@ -480,7 +508,7 @@ class DeclaredOp(_Declaration):
     def _result_types(self) -> tuple[Type, ...]:
         """What `infer` gives for a new op; `TyirError` names the op and what is wrong with it."""
         try:
-            problems = [p for f in type(self).attr_fields if (p := f.check(self))]
+            problems = [p for f in type(self).doubtful_fields if (p := f.check(self))]
             if problems:
                 raise TyirError([Diagnostic(problem) for problem in problems])
             inferred = self.infer()

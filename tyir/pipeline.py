@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from tyir.attributes import StringAttr
@@ -46,7 +46,16 @@ from tyir.verifier import location_text, verify
 if TYPE_CHECKING:
     from tyir.execution.weights import WeightSource
 
-__all__ = ["Instrument", "Pass", "PassContext", "Pipeline", "build_pipeline", "run_at_stage", "run_pipeline"]
+__all__ = [
+    "Instrument",
+    "Pass",
+    "PassContext",
+    "Pipeline",
+    "build_pipeline",
+    "run_at_stage",
+    "run_pipeline",
+    "run_verified_once",
+]
 
 ANY: Final = "any"
 _WORD_STARTS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -348,3 +357,33 @@ def run_pipeline(module: Module, text: str, context: PassContext | None = None) 
     if context.verify_each:
         verify(module)
     pipeline.run(module, context)
+
+
+def run_verified_once(module: Module, text: str, context: PassContext | None = None) -> None:
+    """`run_pipeline` for a pipeline that is known to be right: the module is verified before the first pass
+    and after the last one only.
+
+    Where it does not verify then, or a pass fails otherwise than by refusing the module, the passes run once
+    more on the module as it was, with verification after each: the error says which of them it was.  Raises
+    as `run_pipeline`; with instruments, which look at what each pass leaves, it is `run_pipeline`.
+    """
+    context = context or PassContext()
+    if context.instruments or not context.verify_each:
+        run_pipeline(module, text, context)
+        return
+    verify(module)
+    source = module.clone()
+    passed = False
+    try:
+        run_pipeline(module, text, replace(context, verify_each=False))
+        passed = True
+        verify(module)
+    except Exception as error:
+        if passed or not isinstance(error, TyirError):
+            again = PassContext(context.weights, registry=context.registry, report=_said_before)
+            run_pipeline(source, text, again)
+        raise
+
+
+def _said_before(diagnostic: Diagnostic) -> None:
+    """For passes that run a second time."""

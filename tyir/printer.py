@@ -40,14 +40,21 @@ _NUMBERED_BLOCK: Final = re.compile(r"bb\d+")
 _NUMBER_BEHIND: Final = re.compile(r"_\d+$")
 
 
-def print_op(op: Op, locations: bool = True, pretty: bool = False, elide: int | None = None) -> str:
+def print_op(
+    op: Op,
+    locations: bool = True,
+    pretty: bool = False,
+    elide: int | None = None,
+    texts: AttributeText | None = None,
+) -> str:
     """The text of an op and everything in it, ending in a newline; a module's resources follow it.
 
     `locations=False` leaves every `loc(...)` out.  `pretty` writes declared ops in the shorter form that
     people read (`tyir.text.pretty`) instead of the generic one.  `elide=N` leaves out resources and constants
-    of more than N elements: such text is to look at, `has_elided_constants` tells it.
+    of more than N elements: such text is to look at, `has_elided_constants` tells it.  `texts` remembers
+    those of attributes for whoever prints many ops in the generic form.
     """
-    printer = (_ShortPrinter if pretty else _Printer)(locations, elide)
+    printer = _ShortPrinter(locations, elide) if pretty else _Printer(locations, elide, texts)
     with collector_paused():
         printer.print(op)
     if isinstance(op, Module) and op.resources and elide is None:
@@ -109,10 +116,10 @@ class _Names:
 
 
 class _Printer:
-    def __init__(self, locations: bool, elide: int | None = None) -> None:
+    def __init__(self, locations: bool, elide: int | None = None, texts: AttributeText | None = None) -> None:
         self.locations = locations
         self.lines: list[str] = []
-        self.text = AttributeText(elide)
+        self.text = AttributeText(elide) if texts is None else texts
         self.names = _Names()
         self.properties: dict[Attribute, str] = {EMPTY_DICT: ""}
         self.attributes: dict[Attribute, str] = {EMPTY_DICT: ""}

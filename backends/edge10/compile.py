@@ -20,8 +20,15 @@ from tyir.artifacts.json_attributes import to_json
 from tyir.artifacts.vision import Vision, VisionSplit
 from tyir.attributes import DictAttr
 from tyir.backends import replacing
+from tyir.backends.edge10.libraries import (
+    HostFacts,
+    LibrariesBeside,
+    Part,
+    functions_of,
+    libraries_beside,
+)
 from tyir.backends.edge10.memory.check import check_memory
-from tyir.backends.edge10.programs import Memory, ProgramFiles, ProgramWriter, functions_of
+from tyir.backends.edge10.programs import Memory, ProgramFiles, ProgramWriter
 from tyir.backends.edge10.towers import Towers, make_towers, split_towers
 from tyir.backends.edge10.weight_files import Places, WeightFiles
 from tyir.backends.workers import Workers
@@ -43,7 +50,7 @@ from tyir.manifest import (
     settled,
 )
 from tyir.passes.pipelines import remaining_pipeline
-from tyir.pipeline import PassContext, run_pipeline
+from tyir.pipeline import PassContext, run_verified_once
 from tyir.process.cache import Cache
 from tyir.process.collector import collector_paused
 from tyir.process.files import MAX_JSON, read_regular, stand_in
@@ -188,20 +195,25 @@ def compile_module(
     target = out / f"{options.dies}die"
     with replacing.replacing(target, _writes(checkpoint_of(module))) as folder:
         weights = _weight_files(dies, folder, options, module, towers)
-        with weights.running(
-            context.jobs,
-            context.cache,
-            progress=context.progress,
-            watch=context.watch,
-            workers=context.workers,
+        parts = [] if towers is not None else _parts(dies, folder, options)  # their kernels are made here
+        with (
+            libraries_beside(parts, context) as beside,
+            weights.running(
+                context.jobs,
+                context.cache,
+                progress=context.progress,
+                watch=context.watch,
+                workers=context.workers,
+            ),
         ):
-            programs, memory = _write_programs(dies, folder, options, weights.places, context)
+            programs, memory, host = _write_programs(dies, folder, options, weights.places, context, beside)
             vision = towers.write(folder, weights.places, context) if towers is not None else None
         with context.watch.stage("manifest"):
             _copy_model_files(checkpoint_of(module), folder, context.files)
             machine = _copy_machine(folder, context)
             _write_buffer_config(folder, options, programs, memory)
-            _write_manifest(folder, module, options, programs, context, machine, vision, weights.digests())
+            digests = weights.digests()
+            _write_manifest(folder, module, options, programs, context, machine, vision, digests, host)
     if context.cache is not None:
         context.cache.trim()
     return target
@@ -243,7 +255,7 @@ def to_program(module: Module, asked: BuildOptions, context: CompileContext) -> 
     has been a file on the way or not.
     """
     pipeline = remaining_pipeline(_stage(module), asked, str(context.chosen_machine), recorded(module))
-    run_pipeline(module, pipeline, context.passes)
+    run_verified_once(module, pipeline, context.passes)
     for op in module.walk():
         op.loc = location_by_path(op)
         for value in op.results:
@@ -339,17 +351,28 @@ def _write_programs(
     options: BuildOptions,
     places: Places,
     context: CompileContext,
-) -> tuple[list[DieProgram], Memory]:
-    """Code, command program and IR of every die and length; returns their entries for the manifest and what
-    the programs need of memory.
+    beside: LibrariesBeside | None,
+) -> tuple[list[DieProgram], Memory, HostFacts]:
+    """Code, command program and IR of every die and length; returns their entries for the manifest, what the
+    programs need of memory, and the processor that the code is for.
     """
     parts = [(seqlen, index, die) for seqlen in options.seqlens for index, die in enumerate(dies)]
     programs: list[DieProgram] = []
-    with ProgramWriter(folder, places, context) as writer:
+    with ProgramWriter(folder, places, context, libraries=beside is None) as writer:
         for seqlen, index, die in track(parts, "programs and host code", "program", show=context.progress):
             with collector_paused():  # for one program at a time: what it leaves behind is cyclic
                 programs.append(writer.write(die, index, seqlen, _files(options, seqlen)))
-    return programs, writer.memory
+    host = HostFacts.of(context.host_target()) if beside is None else beside.finish()
+    return programs, writer.memory, host
+
+
+def _parts(dies: list[Module], folder: Path, options: BuildOptions) -> list[Part]:
+    """Every die's program of every length."""
+    return [
+        _files(options, seqlen).part(folder, die, index, seqlen)
+        for seqlen in options.seqlens
+        for index, die in enumerate(dies)
+    ]
 
 
 def _files(options: BuildOptions, seqlen: int) -> ProgramFiles:
@@ -459,17 +482,17 @@ def _write_manifest(
     machine: str,
     vision: Vision | None,
     digests: Mapping[str, str],
+    host: HostFacts,
 ) -> None:
     import importlib.metadata
 
-    target = context.host_target()
     build: Build = {
         "tyir": importlib.metadata.version("tyir"),
         "tvm": importlib.metadata.version("apache-tvm"),
         "host": {
-            "mcpu": target.mcpu,
-            "features": target.features(),
-            "activations": target.activations,
+            "mcpu": host.mcpu,
+            "features": host.features,
+            "activations": host.activations,
         },
         "machine": machine,
     }

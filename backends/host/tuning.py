@@ -23,7 +23,8 @@ import tvm
 from tvm_ffi import get_global_func, load_module
 
 from tyir.backends.host.kernels.streams import Schedule
-from tyir.backends.host.tvm_host import HostTarget, assign_kernels, build_library, detected_cpu
+from tyir.backends.host.names import assign_kernels
+from tyir.backends.host.tvm_host import HostTarget, build_library, detected_cpu
 from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Linear, QuantizedLinear, tensor_type

@@ -1,8 +1,8 @@
 """Host code: one TVM kernel per distinct op of a die's program and the step that calls them, in one shared
 library.
 
-`assign_kernels` names the kernel of every op (`tyir.kernel`); ops that compute the same thing share one, so
-the layers of a model cost the compile time of a layer.  `build_library` emits each kernel
+`assign_kernels` names the kernel of every op (`tyir.backends.host.names`); ops that compute the same thing
+share one, so the layers of a model cost the compile time of a layer.  `build_library` emits each kernel
 (`tyir.backends.host.kernels`) as a function of pointers, with an exported one beside it that checks its
 tensors, compiles it to an object file of its own (`tyir.backends.host.objects`), and links them with the
 code of a step and the tables of this one (`tyir.backends.host.step`).
@@ -14,7 +14,6 @@ writes no build id, debug sections (which hold the compiler's directory) are str
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import subprocess
 import tempfile
@@ -35,15 +34,14 @@ from tvm.target import codegen
 from tvm.tirx.script.builder import ir as T
 from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
 
-from tyir.attributes import StringAttr
 from tyir.backends.host import meeting
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import DEFAULT_SCHEDULE, Cpu, Schedule
+from tyir.backends.host.names import LINKED_IN, assign_kernels, kernel_name, meaning
 from tyir.backends.host.objects import made_once
 from tyir.backends.host.step import Program, kernel_symbol, step_code, tables_of
 from tyir.backends.pieces import compiler_identity, tool_identity
 from tyir.diagnostics import Diagnostic, TyirError
-from tyir.dialects import func
 from tyir.dialects.ty import tensor_type
 from tyir.execution.processor import TILES, features_of, may_use_tiles
 from tyir.execution.storage import packed_shape
@@ -54,7 +52,6 @@ from tyir.types import FloatType, IntegerType, TensorType, bit_width, storage_dt
 
 __all__ = [
     "GENERIC_CPU",
-    "KERNEL_ATTRIBUTE",
     "HostTarget",
     "assign_kernels",
     "build_library",
@@ -63,7 +60,6 @@ __all__ = [
     "linker",
 ]
 
-KERNEL_ATTRIBUTE: Final = "tyir.kernel"
 GENERIC_CPU: Final = (
     "x86-64-v3"  # AVX2, FMA and F16C: every x86 server since 2015 (x86-64 psABI, micro-architecture levels)
 )
@@ -179,55 +175,6 @@ class HostTarget:
             tiles=tiles,
             schedule=self.schedule,
         )
-
-
-# ---------------------------------------------------------------------------------------------------- names
-
-
-def _meaning(op: Op) -> str:
-    """All that a kernel is made from."""
-    return f"{op.name} {[str(tensor_type(v)) for v in (*op.operands, *op.results)]} {op.properties}"
-
-
-def kernel_name(op: Op) -> str:
-    """A name that equal ops share: `linear_1x8x256_128x256_f16`, ending in a hash of the properties when
-    there are any.
-    """
-    types = [tensor_type(v) for v in (*op.operands, *op.results)]
-    shapes = ["x".join(map(str, t.static_shape)) or "scalar" for t in types[: len(op.operands)]]
-    elements = list(dict.fromkeys(str(t.element) for t in types))
-    name = "_".join((op.name.partition(".")[2], *shapes, *elements))
-    if len(elements) > 1 or op.properties.keys():
-        name += "_" + hashlib.sha256(_meaning(op).encode()).hexdigest()[:8]
-    return name
-
-
-def assign_kernels(functions: Iterable[func.Func]) -> dict[str, Op]:
-    """Sets `tyir.kernel` on every op that runs as a kernel; returns one op for each name.
-
-    Raises TyirError when a shape is not static.
-    """
-    kernels: dict[str, Op] = {}
-    problems: list[Diagnostic] = []
-    for function in functions:
-        for op in function.walk():
-            if type(op) not in EMITTERS:
-                continue
-            dynamic = [v for v in (*op.operands, *op.results) if not tensor_type(v).is_static]
-            if dynamic:
-                problems.append(
-                    Diagnostic(
-                        f"'{op.name}' in @{function.sym_name} has the dynamic type {dynamic[0].type}",
-                        help="run specialize-seqlen first",
-                    )
-                )
-                continue
-            name = kernel_name(op)
-            op.set_attribute(KERNEL_ATTRIBUTE, StringAttr(name))
-            kernels.setdefault(name, op)
-    if problems:
-        raise TyirError(problems)
-    return kernels
 
 
 # --------------------------------------------------------------------------------------------------- building
@@ -355,7 +302,7 @@ def _objects(
     for name in sorted(kernels):
         op = kernels[name]
         make = functools.partial(lambda name, op: _object(_kernel_functions(name, op, cpu), target), name, op)
-        yield made_once(cache_key(*tools, name, _meaning(op)), make, cache)
+        yield made_once(cache_key(*tools, name, meaning(op)), make, cache)
     if program is not None:
         yield _code(step_code(program), cache)
         if sites := _met(program):
@@ -412,7 +359,7 @@ def build_library(
             help="install g++ or clang++, or name one in CXX",
         )
     objects = list(_objects(kernels, target, program, cache))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".host-") as workspace:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=LINKED_IN) as workspace:
         folder = Path(workspace)
         partial = folder / "library.so"
         (folder / "symbols").write_text(_SYMBOLS)

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tyir.attributes import DenseArrayAttr, DictAttr, FloatAttr, StringAttr
+from tyir.attributes import DenseArrayAttr, DictAttr, FloatAttr, IntegerAttr, StringAttr
 from tyir.dialects import ty
 from tyir.ir import Block, Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import Pure
-from tyir.types import TensorType, Type, f16, f64
+from tyir.types import TensorType, Type, f16, f64, i32, i64
 
 PLAIN = '''
 """A dialect whose module keeps annotations as they are."""
@@ -116,3 +118,26 @@ def test_a_refused_op_uses_nothing() -> None:
     with pytest.raises(Exception, match="perm"):
         ty.Transpose(x, perm=(3,))
     assert x.uses == []
+
+
+def test_a_dictionary_is_the_same_however_it_is_made() -> None:
+    one, two = IntegerAttr(1, i64), IntegerAttr(2, i64)
+    assert DictAttr.of({"b": two, "a": one}) is DictAttr({"a": one, "b": two})
+    assert DictAttr([("c", one), ("a", two)]) is DictAttr.of({"a": two, "c": one})
+    assert list(DictAttr.of({"z": one, "y": two})) == ["y", "z"]
+
+
+@pytest.mark.parametrize("value", [3, True, np.int64(3), IntegerAttr(3, i32)])
+def test_integers_are_encoded_as_they_are_made(value: Any) -> None:
+    """Also after an equal number of another kind has been."""
+    field = {f.name: f for f in ty.Slice.attr_fields}["axis"]
+    for _ in range(2):
+        expected = value if isinstance(value, IntegerAttr) else IntegerAttr(int(value), i64)
+        assert field.codec.encode(value) is expected
+        field.codec.encode(int(getattr(value, "value", value)))
+
+
+def test_arrays_of_integers_are_encoded_as_they_are_made() -> None:
+    field = {f.name: f for f in ty.Reshape.attr_fields}["shape"]
+    expected = DenseArrayAttr.i64([1, 8])
+    assert all(field.codec.encode(v) is expected for v in ((1, 8), [1, 8], (True, 8.0), np.array([1, 8])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,7 @@ from tyir.ir import Op
 from tyir.parser import parse_module
 from tyir.pass_manager.registry import PassRegistry
 from tyir.pass_manager.text import parse_pipeline_text
-from tyir.pipeline import Instrument, Pass, PassContext, build_pipeline, run_pipeline
+from tyir.pipeline import Instrument, Pass, PassContext, build_pipeline, run_pipeline, run_verified_once
 from tyir.printer import print_op
 from tyir.rewrite import Rewriter, pattern, rewrite_greedily
 
@@ -181,6 +182,28 @@ def test_ir_that_does_not_verify_names_the_pass() -> None:
     unchecked = context()
     unchecked.verify_each = False
     run_pipeline(parse_module(SILU), "break", unchecked)
+
+
+@pytest.mark.parametrize("text", ["mark", "mark,break", "mark,crash", "mark{sizes=x}"])
+def test_verified_once_says_what_verified_each_time_says(text: str) -> None:
+    """The same IR where all is well; where it is not, the same error, with the name of the pass."""
+
+    def outcome(run: Callable[[Op, str, PassContext], None]) -> str:
+        module = parse_module(SILU)
+        try:
+            run(module, text, context())
+        except (TyirError, KeyError) as error:
+            return f"{type(error)} {error} {getattr(error, '__notes__', ())}"
+        return print_op(module)
+
+    assert outcome(run_verified_once) == outcome(run_pipeline)
+
+
+def test_verified_once_verifies_what_it_is_given() -> None:
+    module = parse_module(SILU)
+    next(module.walk_type(Silu)).set_property("colour", StringAttr("red"))
+    with pytest.raises(TyirError, match="has no property 'colour'"):
+        run_verified_once(module, "mark", context())
 
 
 @dataclass

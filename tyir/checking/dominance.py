@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import networkx as nx
-
 from tyir.ir import Block, Region
 
 __all__ = ["DominanceTree", "unreachable_blocks"]
@@ -30,6 +28,8 @@ class DominanceTree:
     """
 
     def __init__(self, region: Region) -> None:
+        import networkx as nx  # a tenth of a second, which modules whose functions are one block do without
+
         graph = nx.DiGraph()
         graph.add_nodes_from(region.blocks)
         for block in region.blocks:

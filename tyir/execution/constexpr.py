@@ -19,16 +19,16 @@ class ConstantExpressions:
     """Answers, with memory, whether values are weight expressions and which of them are the same."""
 
     def __init__(self) -> None:
-        self._constant: dict[Op, bool] = {}
+        self._constant: dict[Op | Block, bool] = {}
         self._keys: dict[Op, tuple[Any, ...]] = {}
 
     def is_constant(self, value: Value) -> bool:
         """Whether the value depends on nothing but the checkpoint."""
-        op = value.op
-        if op is None:
-            return False
-        known = self._constant.get(op)
+        op = value.owner
+        known = self._constant.get(op)  # no block is in it
         if known is None:
+            if not isinstance(op, Op):
+                return False
             pure = op.has_trait(Pure) and (bool(op.operands) or op.has_trait(ConstantLike))
             known = self._constant[op] = pure and all(self.is_constant(v) for v in op.operands)
         return known

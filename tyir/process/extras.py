@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["EXTRA_OF", "missing_library", "require", "torch_hidden"]
+__all__ = ["EXTRA_OF", "begin_command", "missing_library", "require", "scipy_hidden", "torch_hidden"]
 
 # Module -> the extra of pyproject.toml that brings it (tests/tyir/test_extras.py compares).
 EXTRA_OF: Final = {
@@ -64,18 +64,40 @@ def _here(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-@contextmanager
-def torch_hidden() -> Iterator[None]:
+def torch_hidden() -> AbstractContextManager[None]:
     """Inside this context an import of torch fails, unless torch is loaded already.
 
     TVM imports torch where it is installed, to exchange torch tensors faster; here that would cost two
     seconds and 180 MB for nothing.
     """
-    if "torch" in sys.modules:
+    return _hidden("torch")
+
+
+_commands = False  # whether this process is a command of tyir's, and nobody else's
+
+
+def begin_command() -> None:
+    """Said by a command that has the process for itself."""
+    global _commands
+    _commands = True
+
+
+def scipy_hidden() -> AbstractContextManager[None]:
+    """Inside this context, in the process of a command, scipy is not installed, unless it is loaded already.
+
+    transformers imports it for losses of models that find objects, which no command of tyir's computes: a
+    third of a second.  Elsewhere a program may train one after tyir has been imported.
+    """
+    return _hidden("scipy") if _commands else nullcontext()
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    if name in sys.modules:
         yield
         return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # the documented way to make an import fail
+    sys.modules[name] = None  # type: ignore[assignment]  # the documented way to make an import fail
     try:
         yield
     finally:
-        del sys.modules["torch"]
+        del sys.modules[name]

@@ -5,7 +5,7 @@ the transfers everybody uses.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Literal
 
@@ -49,7 +49,7 @@ class Place:
         return self.memory == "sram"
 
     def at(self, extra: int) -> Place:
-        return replace(self, offset=self.offset + extra)
+        return Place(self.memory, self.offset + extra, self.base, self.constant)
 
     def access(self, nbytes: int, write: bool) -> list[Access]:
         """The bytes touched, for the tracker; none for constants."""

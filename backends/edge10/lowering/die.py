@@ -155,7 +155,7 @@ class _DieLowering:
 
     def layers_ns(self) -> dict[str, float]:
         """About how long each layer function takes, from the prices of its commands."""
-        self._lay_out()
+        self._check_ops()  # where weights and caches lie has no price
         found: dict[str, float] = {}
         for name, layer in self.layers.items():
             prices = Prices(self.machine)

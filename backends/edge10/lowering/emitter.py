@@ -4,7 +4,8 @@ it comes from, and that op's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from tyir.attributes import DictAttr, StringAttr, SymbolRefAttr
@@ -16,6 +17,12 @@ from tyir.location import UNKNOWN, Location
 from tyir.types import i64
 
 __all__ = ["Emitter"]
+
+
+@functools.lru_cache(maxsize=256)
+def source_attribute(source: str) -> DictAttr:
+    """What a command says of the op that it implements."""
+    return DictAttr({"tyir.source": StringAttr(source)}) if source else DictAttr()
 
 
 class Emitter:
@@ -116,7 +123,7 @@ class Emitter:
         **properties: Any,
     ) -> Value:
         """Append a command after everything it depends on; returns its token."""
-        attributes = DictAttr({"tyir.source": StringAttr(self.source)}) if self.source else DictAttr()
+        attributes = source_attribute(self.source)
         make: Callable[..., edge10.Command] = command  # each command has properties of its own
         unit = command.unit_with(properties)
         accesses = [*reads, *writes]
@@ -126,6 +133,12 @@ class Emitter:
         ).result
         self.tracker.record(accesses, token, unit)
         return token
+
+    def repeated(self, key: Hashable, write: Callable[[], None]) -> None:
+        """Commands that are as those of the same key before, but for where what they touch lies; nothing but
+        a price is saved by that.
+        """
+        write()
 
     def loop(self, low: Value, high: Value, body: Block, inner: Tracker) -> None:
         """Append a loop whose body has been written under `inner`; the loop stands in this block for all the

@@ -89,6 +89,8 @@ class Prices:
         self.machine = machine
         self._known: dict[Hashable, tuple[str, float]] = {}
         self._busy: dict[str, dict[str, float]] = {}
+        self._repeated: dict[Hashable, list[tuple[str, str, float]]] = {}
+        self._heard: list[tuple[str, str, float]] | None = None
         self._elsewhere = 0.0
 
     def add(
@@ -105,8 +107,30 @@ class Prices:
         if key not in self._known:
             self._known[key] = _price(command, properties, scalars, self.machine)
         unit, ns = self._known[key]
+        self._count(source, unit, times * ns)
+
+    def repeated(self, key: Hashable, price: Callable[[], None]) -> None:
+        """What `price` adds; for a key that was there before, what it added then, in the same order (sums of
+        floats are the same to the last bit).
+        """
+        if (known := self._repeated.get(key)) is not None:
+            for source, unit, ns in known:
+                self._count(source, unit, ns)
+            return
+        outer, self._heard = self._heard, []
+        try:
+            price()
+            self._repeated[key] = self._heard
+            if outer is not None:
+                outer += self._heard
+        finally:
+            self._heard = outer
+
+    def _count(self, source: str, unit: str, ns: float) -> None:
         units = self._busy.setdefault(source, {})
-        units[unit] = units.get(unit, 0.0) + times * ns
+        units[unit] = units.get(unit, 0.0) + ns
+        if self._heard is not None:
+            self._heard.append((source, unit, ns))
 
     def add_ns(self, ns: float) -> None:
         """Count what has been priced elsewhere."""
@@ -141,6 +165,9 @@ class PricedEmitter(Emitter):
             scalars = tuple([_most(v) for v in operands if v.type is i64])
             self.prices.add(self.path, command, properties, scalars, self.turns)
         return self._token
+
+    def repeated(self, key: Hashable, write: Callable[[], None]) -> None:
+        self.prices.repeated((self.path, self.turns, key), write)
 
     def loop(self, low: Value, high: Value, body: Block, inner: Tracker) -> None:
         pass

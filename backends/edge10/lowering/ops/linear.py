@@ -225,6 +225,26 @@ class Product:
         without the bias, stored as `element`.
         """
         self.lowering.emitter.begin(self.op)
+
+        def write() -> None:
+            self._columns(m0, m, n0, n, target, stride, part, element)
+
+        if self.inputs.in_sram and not self._begins_with_half:
+            self.lowering.emitter.repeated((self, m, n, part, element), write)
+        else:  # what comes before decides which tiles of x are there
+            write()
+
+    def _columns(
+        self,
+        m0: int,
+        m: int,
+        n0: int,
+        n: int,
+        target: int,
+        stride: int,
+        part: tuple[int, int] | None,
+        element: Type | None,
+    ) -> None:
         acc, acc_stride = next(self.lowering.accumulators), align(n, self.lowering.machine.cube.columns) * 4
         for s0, size in spans(n, self._side_columns):
             side = self._load_side(n0 + s0, size)
