@@ -66,7 +66,14 @@ def problems_of(manifest: Manifest) -> Iterator[str]:
     if missing := sorted(needed - manifest.files.keys()):
         yield f"files lists no {', '.join(missing)}"
     layers = manifest.model.get("num_hidden_layers")
-    counted = len({name for p in manifest.programs for name, t in _caches(p).items() if len(t.shape) == 4})
+    counted = len(
+        {
+            name
+            for p in manifest.programs
+            for name, t in _caches(p).items()
+            if len(t.shape) == 4 and t.dtype != "ui16"  # those are scales
+        }
+    )
     if layers is not None and 2 * layers != counted:
         yield f"model.num_hidden_layers is {layers}, the programs have {counted} caches of keys and values"
 
