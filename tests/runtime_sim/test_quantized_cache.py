@@ -1,5 +1,5 @@
-"""Caches of 8 and of 4 bits in command programs: equal to the interpreter over random layers, through DRAM and
-across blocks of a long cache.
+"""Caches of 8 and of 4 bits in command programs: equal to the interpreter over random layers, through DRAM
+and across blocks of a long cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def program(
 ) -> tuple[Step, list[FunctionalDie]]:
     """The step run by the interpreter, and as command programs."""
     module, weights = build(shape)
-    kv = f"kv-materialize{{max-kv={capacity} dtype={dtype}}},partition-dies{{dies={dies} strategy=split{cut}}}"
+    kv = (
+        f"kv-materialize{{max-kv={capacity} dtype={dtype}}},partition-dies{{dies={dies} strategy=split{cut}}}"
+    )
     run_pipeline(module, f"{kv},specialize-seqlen{{seqlens={tokens}}},to-program")
     engines = []
     for die in dies_of(module):
@@ -62,8 +64,8 @@ def check(
         ids = [(7 * i + number) % shape.vocabulary for i in range(tokens)]
         expected = step.feed(ids, f"main_s{tokens}")
         got = run_step(engines, {"ids": np.array([ids], np.int32)}, number * tokens)["logits"][0]
-        # A value that f16 rounding moves across the border between two of the 255 or 16 steps moves by a whole
-        # step.
+        # A value that f16 rounding moves across the border between two of the 255 or 16 steps moves by a
+        # whole step.
         near = 0.02 if dtype == "int8" else 0.1
         np.testing.assert_allclose(got, expected, atol=near * np.abs(expected).max(), rtol=0)
     assert step.caches is not None
