@@ -1,8 +1,8 @@
 """Layers whose keys 4 bits do not hold: a rotary pair is too far above the others of its head.
 
 What `scale-keys` takes from such a pair of keys it gives to that of the queries, and with it the pair's own
-rounding.  Of the embedded model the loss by 4-bit keys grows from factors of 16 on (docs/long-context.md);
-with 8 bits it does not.
+rounding.  Of the embedded model what 4-bit keys lose grows with factors of 8 and more, of pairs 16 times as
+large as the others (docs/long-context.md); what 8-bit keys lose does not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
-from tyir.attributes import DictAttr, StringAttr
+from tyir.attributes import StringAttr
 from tyir.diagnostics import TyirError
 from tyir.dialects.builtin import Module
 from tyir.dialects.ty import Attention, GetGlobal, Global
@@ -24,7 +24,7 @@ from tyir.pipeline import PassContext
 __all__ = ["KEYS_ATTRIBUTE", "keep_spread_keys"]
 
 KEYS_ATTRIBUTE: Final = "tyir.keys"
-_MOST: Final = 8.0  # the factor of a pair that 4 bits still hold
+_MOST: Final = 4.0  # the factor of a pair that 4 bits still hold
 
 Array = npt.NDArray[Any]
 
@@ -45,14 +45,12 @@ def keep_spread_keys(
             return found
         size = float(max(sizes.max(), 1 / sizes.min()))
         if size > _MOST:
-            attention.attributes = DictAttr(
-                {**dict(attention.attributes.items()), KEYS_ATTRIBUTE: StringAttr("int8")}
-            )
+            attention.set_attribute(KEYS_ATTRIBUTE, StringAttr("int8"))
             found += 1
             context.remark(
                 attention,
-                f"a rotary pair of the keys is about {size:.0f} times as large as the pair in the middle of"
-                " its head: keys of this layer are stored with 8 bits, values with 4",
+                f"a rotary pair of the keys is at least {size ** (4 / 3):.0f} times as large as the pair in"
+                " the middle of its head: keys of this layer are stored with 8 bits, values with 4",
                 help="compare --kv-dtype int8 and fp16 on prompts of your own",
             )
     return found

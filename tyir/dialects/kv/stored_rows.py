@@ -127,7 +127,7 @@ def quantize_groups(rows: Array, groups: int) -> tuple[Array, Array]:
     """What `kv.quantize_groups` computes: rows f16 [.., D] -> ui8 [.., D / 2] and ui16 [.., groups]."""
     *outer, dim = rows.shape
     # [.., half, group, pair] -> [.., group, half, pair]
-    wide = rows.astype(np.float32).reshape(*outer, 2, groups, -1).swapaxes(-3, -2)
+    wide = rows.astype(np.float32).reshape(*outer, 2, groups, dim // 2 // groups).swapaxes(-3, -2)
     low, high = np.minimum(wide.min(axis=(-2, -1)), 0), np.maximum(wide.max(axis=(-2, -1)), 0)
     with np.errstate(over="ignore", invalid="ignore"):  # replays of plans compute on whatever lies there
         steps = ((high - low) / np.float32(15)).astype(np.float16).view(np.uint16)
@@ -147,7 +147,8 @@ def quantize_groups(rows: Array, groups: int) -> tuple[Array, Array]:
 def dequantize_groups(q: Array, words: Array) -> npt.NDArray[np.float16]:
     """(code - zero) * scale: q ui8 [.., D / 2] and words ui16 [.., N] -> [.., D]."""
     *outer, half = q.shape
-    by_group = q.reshape(*outer, words.shape[-1], -1)
+    groups = words.shape[-1]
+    by_group = q.reshape(*outer, groups, half // groups)
     codes = np.stack([by_group & 15, by_group >> 4], axis=-3).astype(np.float32)
     scales = (words & np.uint16(0xFFFF - _ZERO)).view(np.float16).astype(np.float32)
     zeros = (words & np.uint16(_ZERO)).astype(np.float32)
