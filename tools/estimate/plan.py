@@ -605,8 +605,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"cache: {each:,} bytes a token on the largest die ({o.kv_dtype})"
     if o.kv_dtype == "int4":
         yield (
-            "  layers whose keys 4 bits would not hold are found when weights are read, and named: theirs then take"
-            " 8 bits, a layer about 1.4 times as much"
+            "  layers whose keys 4 bits would not hold are found when weights are read, and named: theirs"
+            " then take 8 bits, a layer about 1.4 times as much"
         )
     if plan.tower is not None:
         size = 2 * plan.tower.parameters

@@ -106,7 +106,7 @@ class QuantizeGroups(QuantizeRows, name="kv.quantize_groups"):
     """
 
     def infer(self) -> tuple[Type, ...]:
-        t = tensor_type(self.rows)
+        t = tensor_type(self.rows, 4)
         groups = channel_groups(t.dims[-1] or 0)
         return (
             TensorType((*t.dims[:-1], (t.dims[-1] or 0) // 2), ui8),
@@ -115,7 +115,7 @@ class QuantizeGroups(QuantizeRows, name="kv.quantize_groups"):
 
     def verify(self) -> Iterator[str]:
         yield from super().verify()
-        dim = tensor_type(self.rows).dims[-1] or 0
+        dim = tensor_type(self.rows, 4).dims[-1] or 0
         if not channel_groups(dim):
             yield f"rows of {dim} channels are not whole groups of {_LEAST}"
 
@@ -160,6 +160,8 @@ def dequantize_groups(q: Array, words: Array) -> npt.NDArray[np.float16]:
 def scales_type(cache: Value) -> TensorType | None:
     """The type of the scales that a cache needs beside it; None for one that holds f16."""
     kind = tensor_type(cache)
+    if kind.element in (i8, ui8):
+        kind = tensor_type(cache, 4)
     if kind.element is i8:
         return TensorType(kind.dims[:-1], f16)
     if kind.element is ui8:
