@@ -223,12 +223,13 @@ def _rope_program(program: DieProgram, pairs: int, slots: int) -> Iterator[str]:
 def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
     kinds = _CACHES[options.kv_dtype]
     wanted = kinds.get(len(tensor.shape), ())
-    if tensor.dtype not in wanted:
+    if not wanted:
         yield f"has {_shown(tensor)}, which is not a cache of {options.kv_dtype}"
     else:
+        dtype = tensor.dtype if tensor.dtype in wanted else wanted[0]
         shape: list[int | None] = [None] * len(tensor.shape)
         shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.cache_extent
-        yield from _tensor(tensor, tensor.name, tensor.dtype, tuple(shape))
+        yield from _tensor(tensor, tensor.name, dtype, tuple(shape))
 
 
 def is_recall(name: str, options: BuildOptions) -> bool:
