@@ -14,6 +14,7 @@ import pytest
 
 from tyir.diagnostics import TyirError
 from tyir.manifest import BuildOptions, Manifest
+from tyir.runtime_sim.session.batch_session import BatchSession
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
 from tyir.tools.api import compile_path
 from tyir.tools.tyir_verify import main
@@ -143,3 +144,15 @@ def test_the_buffer_config_shows_what_to_allocate(int8: Path) -> None:
 def test_verification_reads_the_layers_states(quantized: Path, model: Path) -> None:
     """Scales have as many axes as the hidden state; the state after each layer is compared all the same."""
     assert main([str(quantized), "--against", str(model), "--prompts", "1", "--tokens", "8"]) == 0
+
+
+def test_sequences_of_a_batch_are_as_alone(imported: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+    """Two sequences of different lengths, then a token of each; a slot that is used again."""
+    options = BuildOptions(dies=2, seqlens=(1, 8), max_kv=128, batch=2, kv_dtype="int4")
+    session = BatchSession(compile_path(imported, tmp_path, options))
+    prompts = [TOKENS[:19], TOKENS[30:37]]
+    for _ in range(2):
+        for found, prompt in zip(session.feed(prompts), prompts, strict=True):
+            wanted = Session(caches["int4"]).feed(prompt)
+            assert cosines(found, wanted).min() > 0.99
+        session.reset()
