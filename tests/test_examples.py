@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tyir.manifest import BuildOptions
+from tyir.tools.api import compile_path
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 MODEL = ROOT / "tests" / "models" / "tiny-qwen2"
@@ -77,14 +80,67 @@ def test_compare_boards(generated: tuple[Path, str]) -> None:
     assert float(rows[1][1]) < float(rows[0][1])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_cpp(generated: tuple[Path, str], tmp_path: Path) -> None:
-    """Tokens without Python are those of the session, on int4 weights."""
+@pytest.fixture(scope="module")
+def generate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ program, built as its script says."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    program = tmp_path_factory.mktemp("cpp") / "generate"
+    run(EXAMPLES / "cpp" / "build.sh", program)
+    return program
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BuildOptions(dies=1, seqlens=(1, 8), max_kv=64, weights="int4"),
+        BuildOptions(dies=4, seqlens=(1, 8), max_kv=64, output_rows="last"),
+        pytest.param(BuildOptions(dies=4, pp=2, seqlens=(1, 8), max_kv=64), marks=pytest.mark.slow),
+        pytest.param(
+            BuildOptions(dies=3, seqlens=(1,), max_kv=64, kv_split="tokens", kv_block=16),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            BuildOptions(dies=2, seqlens=(1, 8), max_kv=64, output="topk=4", output_rows="last"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            BuildOptions(dies=7, seqlens=(1, 8), max_kv=64, kv_dtype="int8"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["1 die", "4 dies", "pp", "kv-split", "top-k", "7 dies"],
+)
+def test_cpp(generate: Path, tmp_path: Path, options: BuildOptions) -> None:
+    """Tokens without Python are those of the session: a prompt of a full step and a part of one, and on."""
     from tyir.runtime_sim.session.session import Session
 
-    folder = generated[0]
-    (tmp_path / "step.txt").write_text(example("cpp/list_calls.py", folder, "1"))
-    run(EXAMPLES / "cpp" / "build.sh", tmp_path / "generate")
-    out = run(tmp_path / "generate", folder, tmp_path / "step.txt", "12", *map(str, IDS))
-    assert [int(word) for word in out.split()] == list(Session(folder).generate(IDS, 12))
+    compile_path(MODEL, tmp_path, options)
+    folder, prompt = tmp_path / f"{options.dies}die", [*IDS, *IDS, 300]
+    out = run(generate, folder, "12", *map(str, prompt))
+    assert [int(word) for word in out.split()] == list(Session(folder).generate(prompt, 12))
+
+
+def test_cpp_refuses_what_it_cannot_run(generate: Path, tmp_path: Path) -> None:
+    compile_path(MODEL, tmp_path, BuildOptions(dies=1, seqlens=(1,), max_kv=8))
+    folder = tmp_path / "1die"
+    assert refused(generate, folder, "1", "5", "99999") == "error: token 99999 is none of 4096\n"
+    assert refused(generate, folder, "1", "five") == "error: 'five' is no number of a token or of tokens\n"
+    full = "1 tokens do not fit: 8 of the cache's 8 positions are taken"
+    assert full in refused(generate, folder, "9", "5")
+    assert refused(generate, tmp_path, "1", "5").startswith(
+        f"error: cannot read {tmp_path}/manifest.json: No such"
+    )
+    params = folder / "batch_1" / "common_die0.params"
+    params.write_bytes(params.read_bytes()[:-64])
+    assert refused(generate, folder, "1", "5") == f"error: {params} is cut short\n"
+    text = (folder / "manifest.json").read_text()
+    features = text.index('"features": [') + len('"features": [')
+    (folder / "manifest.json").write_text(text[:features] + '"avx4096", ' + text[features:])
+    assert "and need avx4096, which this one does not have" in refused(generate, folder, "1", "5")
+
+
+def refused(*command: str | Path) -> str:
+    """What a command says when it ends with an error."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr

@@ -170,7 +170,7 @@ def compile_path(
     from tyir.passes.annotate_sharding import check_dies
     from tyir.passes.scale_residual import check_exponent
     from tyir.targets.machine import load_machine
-    from tyir.tools.estimate.plan import settle_group_size
+    from tyir.tools.estimate.group_size import settle_group_size
 
     model, out = Path(model), Path(out)
     chosen = find_backend(backend)

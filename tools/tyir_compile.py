@@ -31,7 +31,7 @@ from tyir.tools.commands.cache_options import add_cache_options, cache_of
 if TYPE_CHECKING:
     from tyir.process.stopwatch import Stopwatch
     from tyir.tools.commands.json_forms import Artifacts
-    from tyir.tools.estimate.plan import OnCards
+    from tyir.tools.estimate.cards import OnCards
 
 __all__ = ["main", "make_parser", "numbers"]
 
@@ -71,8 +71,9 @@ def _on_cards(
     from tyir.targets.cluster import load_cluster
     from tyir.targets.machine import load_machine
     from tyir.tools.api import check_options
-    from tyir.tools.estimate.cards import check_cards
-    from tyir.tools.estimate.plan import fastest_on_cards, on_cards, settle_group_size
+    from tyir.tools.estimate.cards import check_cards, fastest_on_cards
+    from tyir.tools.estimate.group_size import settle_group_size
+    from tyir.tools.estimate.plan import on_cards
 
     module = args.model.suffix == ".ir"
     if module and "dies" not in options:
@@ -238,7 +239,8 @@ def print_plan(
 ) -> int:
     """Print the plan of a compile; `TyirError` when something does not fit."""
     from tyir.tools.api import check_options
-    from tyir.tools.estimate.plan import make_plan, settle_group_size
+    from tyir.tools.estimate.group_size import settle_group_size
+    from tyir.tools.estimate.plan import make_plan
 
     options = BuildOptions(**settle_group_size(model, given))
     check_options(options)

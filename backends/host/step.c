@@ -8,6 +8,7 @@ extern const int64_t tyir_step_sizes[];  // in bytes: workspace, where the entry
                                          // program's number; tensors among the arguments; sites
 extern const int64_t tyir_step_tensors[];    // of each of these: DLPack's code and bits, dimensions, extents
 extern const char *const tyir_step_names[];  // what each of them is
+extern const int64_t tyir_step_weights[];    // how many there are, and the address of each one's name
 extern const int64_t tyir_step_entry[];      // rows
 
 typedef int32_t (*Exchange)(void *context, int32_t site, const void *operand, void *result);
@@ -161,4 +162,12 @@ TVM_FFI_DLL_EXPORT int __tvm_ffi_step_workspace_bytes(void *self, const TVMFFIAn
 TVM_FFI_DLL_EXPORT int __tvm_ffi_step_program(void *self, const TVMFFIAny *arguments, int32_t count,
                                               TVMFFIAny *result) {
   return number(result, tyir_step_sizes[2]);
+}
+
+TVM_FFI_DLL_EXPORT int __tvm_ffi_step_weights(void *self, const TVMFFIAny *arguments, int32_t count,
+                                              TVMFFIAny *result) {
+  result->type_index = kTVMFFIOpaquePtr;
+  result->zero_padding = 0;
+  result->v_ptr = (void *)tyir_step_weights;
+  return 0;
 }

@@ -5,8 +5,9 @@
 `inputs`: the entry point's arguments in their order, caches included, which are written in place.  `outputs`: its
 results that are not caches.  `weights`: addresses of the tensors that the program names (`ty.global`), in the order of
 the file, i64 [n].  `workspace`: bytes for what lives between kernels, u8, of any content, beginning at a multiple of
-64; how many says a second function, `step_workspace_bytes()`; a third, `step_program()`, says of
-which program the step is (`tyir.execution.step_identity`).  Tensors are `DLTensor*`, contiguous, on the CPU.
+64; how many says `step_workspace_bytes()`.  `step_program()` says of which program the step is
+(`tyir.execution.step_identity`), `step_weights()` where the names of its weights are: `int64_t` how many, and as many
+`const char *`.  Tensors are `DLTensor*`, contiguous, on the CPU.
 
 Where no row of the results is wanted (all of the input `row` negative), what stands behind the layers is not computed
 and the outputs stay as they are (`tyir.execution.optional_tail`).
@@ -55,7 +56,7 @@ from tyir.ir import Op, Value
 from tyir.traits import Collective, InPlace
 from tyir.types import TensorType, storage_dtype
 
-__all__ = ["Program", "kernel_symbol", "step_code", "tables_of"]
+__all__ = ["Program", "array", "kernel_symbol", "section", "step_code", "tables_of"]
 
 _ALIGNMENT: Final = 64  # of values in the workspace: a cache line
 _POINTER: Final = 8  # bytes
@@ -222,17 +223,31 @@ def tables_of(program: Program) -> str:
     tensors = [*_tensors_of(program, program.entry)]
     sizes = [program.workspace_bytes, program.entry.pointer_bytes, program.identity, len(tensors), len(sites)]
     data = [
-        _array("tyir_step_sizes", sizes),
-        _array("tyir_step_tensors", [n for t in tensors for n in t.numbers()]),
-        _array("tyir_step_names", [f".Lname{number}" for number in range(len(tensors))]),
-        *(_array(labels[name], [*tables.rows(frame)]) for name, frame in frames.items()),
-        *(f'.Lname{number}:\n\t.asciz "{t}"\n' for number, t in enumerate(tensors)),
+        array("tyir_step_sizes", sizes),
+        array("tyir_step_tensors", [n for t in tensors for n in t.numbers()]),
+        array("tyir_step_names", [f".Lname{number}" for number in range(len(tensors))]),
+        array("tyir_step_weights", [len(order), *(f".Lweight{number}" for number in order.values())]),
+        *(array(labels[name], [*tables.rows(frame)]) for name, frame in frames.items()),
+        *(_text(f".Lname{number}", str(t)) for number, t in enumerate(tensors)),
+        *(_text(f".Lweight{number}", name) for name, number in order.items()),
     ]
+    return section(data)
+
+
+def section(data: Sequence[str]) -> str:
+    """A file of the assembler's language with data that only the loader writes."""
     return "".join(('\t.section .data.rel.ro,"aw"\n', *data, '\t.section .note.GNU-stack,"",%progbits\n'))
 
 
-def _array(label: str, words: Sequence[int | str]) -> str:
-    """Words of 8 bytes: numbers, or addresses of what is called so."""
+def _text(label: str, text: str) -> str:
+    """A C string; whatever is not plain ASCII is spelled byte by byte."""
+    bytes_ = text.encode()
+    plain = "".join(chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\{b:03o}" for b in bytes_)
+    return f'{label}:\n\t.asciz "{plain}"\n'
+
+
+def array(label: str, words: Sequence[int | str]) -> str:
+    """Words of 8 bytes, which the library calls `label`: numbers, or addresses of what is called so."""
     lines = (", ".join(map(str, words[i : i + 8])) for i in range(0, len(words), 8))
     body = "".join(f"\t.quad {line}\n" for line in lines)
     return f"\t.balign 8\n\t.globl {label}\n\t.hidden {label}\n{label}:\n{body}"

@@ -36,9 +36,9 @@ from tvm.tirx.script.builder import ir as T
 from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
 
 from tyir.attributes import StringAttr
+from tyir.backends.host import meeting
 from tyir.backends.host.kernels import EMITTERS
 from tyir.backends.host.kernels.tir import Cpu
-from tyir.backends.host.meeting import knows_system, meeting_of
 from tyir.backends.host.objects import made_once
 from tyir.backends.host.step import Program, kernel_symbol, step_code, tables_of
 from tyir.backends.pieces import compiler_identity, tool_identity
@@ -355,13 +355,34 @@ def _objects(
         make = functools.partial(lambda name, op: _object(_kernel_functions(name, op, cpu), target), name, op)
         yield made_once(cache_key(*tools, name, _meaning(op)), make, cache)
     if program is not None:
-        code = step_code(program)
-        key = cache_key("step", compiler_identity(linker() or ""), *_CODE_OPTIONS, code)
-        yield made_once(key, lambda: _compiled(code), cache)
-        sites, triple = program.collectives(), str(codegen.llvm_get_system_triple())
-        if sites and knows_system(triple):
-            key = cache_key(*tools, "meeting", triple, *map(_meaning, sites))
-            yield made_once(key, lambda: _object(IRModule(meeting_of(sites, triple, cpu)), target), cache)
+        yield _code(step_code(program), cache)
+        if sites := _met(program):
+            yield _code(meeting.CODE.read_text(), cache)
+            for name, layout in meeting.sums_of(sites).items():
+                make = functools.partial(
+                    lambda name, layout: _object(meeting.sum_functions(name, layout, cpu), target),
+                    name,
+                    layout,
+                )
+                yield made_once(cache_key(*tools, name, str(layout)), make, cache)
+
+
+def _code(text: str, cache: Cache | None) -> bytes:
+    """The object file of C code."""
+    key = cache_key("code", compiler_identity(linker() or ""), *_CODE_OPTIONS, text)
+    return made_once(key, lambda: _compiled(text), cache)
+
+
+def _met(program: Program) -> list[Op]:
+    """Where the library's dies meet those of the same process."""
+    return program.collectives() if meeting.knows_system(str(codegen.llvm_get_system_triple())) else []
+
+
+def _tables(program: Program) -> Iterator[str]:
+    """What the code of a step is given of its program, in the assembler's language."""
+    yield tables_of(program)
+    if sites := _met(program):
+        yield meeting.sites_of(sites)
 
 
 # Only what TVM looks up by name is seen outside of a library.
@@ -397,8 +418,9 @@ def build_library(
         for name, data in zip(names, objects):
             (folder / name).write_bytes(data)
         if program is not None:
-            (folder / "tables.s").write_text(tables_of(program))
-            names.append("tables.s")
+            for number, tables in enumerate(_tables(program)):
+                names.append(f"{number}.s")
+                (folder / names[-1]).write_text(tables)
         # named from within the folder: a path may have a comma, which -Wl would take for its own
         options = ("-shared", "-fPIC", "-Wl,--version-script=symbols", *_LINK_OPTIONS)
         _run_compiler([*options, "-o", partial.name, *names], partial, "link the host library")
@@ -408,7 +430,7 @@ def build_library(
 def _compiled(code: str) -> bytes:
     """The object file of C code."""
     with tempfile.TemporaryDirectory(prefix="tyir-host-") as workspace:
-        source, made = Path(workspace) / "step.c", Path(workspace) / "step.o"
+        source, made = Path(workspace) / "code.c", Path(workspace) / "code.o"
         source.write_text(code)
         headers = [f"-I{find_include_path()}", f"-I{find_dlpack_include_path()}"]
         _run_compiler([*_CODE_OPTIONS, *headers, "-o", made.name, source.name], made, "compile the step")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds generate.cpp with the headers and libraries that the Python packages apache-tvm and apache-tvm-ffi bring along.
+# Builds generate.cpp, which includes tyir.hpp, with the headers and libraries that the Python packages apache-tvm and apache-tvm-ffi bring along.
 # Usage: examples/cpp/build.sh PROGRAM      $CXX is the compiler (default g++), `python` the one that tyir is installed in
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
+from tyir.process.cache import checked_files
 from tyir.process.cores import on_cores
 from tyir.runtime_sim.processes.checks import files_of_rank, find_artifacts, problems_here
 from tyir.runtime_sim.processes.gloo import Address, Gloo, GlooLinks, LinksBroken
@@ -149,7 +150,7 @@ class Rank:
         rank, count = message["rank"], message["processes"]
         folder = find_artifacts(message["manifest"], self.folders)
         used = files_of_rank(count, rank)
-        self._artifacts = Artifacts.open(folder, check=message["check"], used=used)
+        self._artifacts = Artifacts.open(folder, check=message["check"], seen=checked_files(), used=used)
         manifest = self._artifacts.manifest
         places = place_language(manifest, count)
         self.name = named(rank, places[rank])

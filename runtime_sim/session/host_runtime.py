@@ -166,7 +166,7 @@ class CompiledStep:
         """`layouts`: shapes and dtypes of inputs and outputs; `weights` in the order of the program's
         `ty.global`s; `exchange`: an `Exchange`, of programs that meet others, and what it is called with.
         """
-        self._function = function
+        self.function = function
         self._layouts = list(layouts)
         self._tensors = [_descriptor(shape, dtype) for shape, dtype in layouts]
         self._given: list[Array | None] = [None] * len(layouts)  # where the descriptors point
@@ -185,7 +185,7 @@ class CompiledStep:
     def __call__(self, arrays: Sequence[Array]) -> None:
         """Runs the step on contiguous inputs and outputs; caches among the inputs are written."""
         self.take(arrays)
-        self._function(*self._arguments)
+        self.function(*self._arguments)
 
     def take(self, arrays: Sequence[Array]) -> None:
         """Inputs and outputs of the next run."""
@@ -234,8 +234,8 @@ def _check_complete(data: bytes, path: Path) -> None:
 _serial = itertools.count(1)
 
 
-def _load(content: bytes, name: str) -> tuple[Any, ctypes.CDLL]:
-    """TVM's module of a library's bytes and its C functions, from a private copy in memory.
+def _load(content: bytes, name: str) -> Any:
+    """TVM's module of a library's bytes, from a private copy in memory.
 
     Nobody else can change that.
     """
@@ -247,8 +247,7 @@ def _load(content: bytes, name: str) -> tuple[Any, ctypes.CDLL]:
         # again: the path has a number of its own, spelled in steps that lead nowhere ("." and "")
         steps = "/".join("." if bit == "1" else "" for bit in f"{next(_serial):b}")
         load = _ffi().get_global_func("ffi.Module.load_from_file.so")
-        path = f"/proc/self/fd/{steps}/{descriptor}"
-        return load(path, "so"), ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_LAZY)
+        return load(f"/proc/self/fd/{steps}/{descriptor}", "so")
     finally:
         os.close(descriptor)
 
@@ -277,7 +276,7 @@ class HostLibrary:
                 ) from None
         _check_complete(content, path)
         try:
-            self._module, self._symbols = _load(content, path.name)
+            self._module = _load(content, path.name)
         except (RuntimeError, OSError, ValueError) as error:
             raise TyirError(
                 f"{path} cannot be loaded as a compiled library: {error}",
@@ -295,9 +294,12 @@ class HostLibrary:
                 help="it was compiled by an older tyir; compile the model again",
             ) from error
 
-    def symbol(self, name: str) -> Any:
-        """A C function, None where there is none of that name; calling it lets other threads run."""
-        return getattr(self._symbols, name, None)
+    def has(self, name: str) -> bool:
+        """Whether it exports a function."""
+        try:
+            return self._module[name] is not None
+        except AttributeError:
+            return False
 
     def evaluator(self) -> Evaluator:
         """The evaluator for `tyir.interpreter.Interpreter`.

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,15 +25,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Global, Reshape, tensor_type
 from tyir.execution.lockstep import Links, Meet, Meeting, Request
-from tyir.execution.meetings import (
-    EXCHANGE,
-    RUN,
-    WORDS,
-    MeetingMemory,
-    can_meet,
-    collectives_of,
-    request_of,
-)
+from tyir.execution.meetings import can_meet, collectives_of, request_of
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Interpreter
@@ -165,10 +158,10 @@ def steps_of(codes: Sequence[DieCode], workers: Workers, links: Links) -> HostSt
     here = len(links.dies) == links.count and all(sites)
     if (
         here
-        and all(code.library.symbol(RUN) is not None for code in codes)
+        and all(code.library.has("meeting") for code in codes)
         and can_meet([code.functions for code in codes])
     ):
-        return _Together(codes, sites, workers)
+        return _Together(codes, workers)
     return _Apart(codes, sites, workers, links)
 
 
@@ -187,54 +180,57 @@ class _Alone:
 
 
 class _Together:
-    """All dies, in compiled code."""
+    """All dies, in compiled code (`tyir.backends.host.meeting`)."""
 
-    def __init__(self, codes: Sequence[DieCode], sites: Sequence[Sequence[Op]], workers: Workers) -> None:
+    def __init__(self, codes: Sequence[DieCode], workers: Workers) -> None:
         self._workers = workers
-        self._memory = MeetingMemory(sites, workers.together, _LOOKS)
-        self._run = codes[0].library.symbol(RUN)
-        self._run.argtypes = [ctypes.c_void_p]
+        self._library = codes[0].library
+        sites = [code.library.function("meeting_sites")() for code in codes]
+        self._meeting = self._ask("meeting", workers.together, _LOOKS, *sites, of=())
+        weakref.finalize(self, self._library.function("meeting_end"), self._meeting)
         self.common = frozenset.intersection(*(frozenset(_made_together(code)) for code in codes))
+        exchange = self._ask("meeting_exchange", of=())
         self.calls = [
-            code.step(workers, code.library.symbol(EXCHANGE), context)
-            for code, context in zip(codes, self._memory.contexts, strict=True)
+            code.step(workers, exchange, self._ask("meeting_context", die).value)
+            for die, code in enumerate(codes)
         ]
         self._arguments = [call.packed_arguments() for call in self.calls]
-        for die, code, arguments in zip(self._memory.of_dies, codes, self._arguments, strict=True):
-            step = ctypes.cast(code.library.symbol("__tvm_ffi_step"), ctypes.c_void_p)
-            die[WORDS["function"]] = step.value or 0
-            die[WORDS["arguments"]] = arguments.__array_interface__["data"][0]
-            die[WORDS["count"]] = len(arguments) // 2
+        for die, (call, arguments) in enumerate(zip(self.calls, self._arguments, strict=True)):
+            place = ctypes.c_void_p(arguments.__array_interface__["data"][0])
+            self._ask("meeting_step", die, call.function, place, len(arguments) // 2)
+
+    def _ask(self, function: str, *arguments: Any, of: Sequence[Any] | None = None) -> Any:
+        return self._library.function(function)(*((self._meeting,) if of is None else of), *arguments)
 
     def begin(self, given: Sequence[Sequence[Array]]) -> Callable[[], None]:
         """The whole step: while one stage of a pipeline works, the others' threads are its kernels'."""
         self._workers.idle()
         for call, arrays in zip(self.calls, given, strict=True):
             call.take(arrays)
-        self._memory.begin()
-        problems: list[BaseException] = []
+        count = self._workers.together
+        problems: dict[int, BaseException] = {}
 
-        def failed(problem: BaseException) -> None:
-            problems.append(problem)
-            self._memory.give_up()
+        def failed(problem: BaseException, worker: int = -1) -> None:
+            problems[worker] = problem
+            self._ask("meeting_give_up")
 
-        def part(address: int) -> None:
+        def part(worker: int) -> None:
             try:
-                self._workers.count_kernels_threads(len(self._memory.workers))
-                self._run(address)
+                self._workers.count_kernels_threads(count)
+                self._ask("meeting_run", worker)
             except BaseException as error:
-                failed(error)
+                failed(error, worker)
 
-        if len(self._memory.workers) == 1:
-            part(self._memory.workers[0])
+        if count == 1:
+            part(0)
         else:
-            parts = [lambda address=address: part(address) for address in self._memory.workers]
-            wait(self._workers.side_by_side(parts, failed))
+            wait(self._workers.side_by_side([functools.partial(part, w) for w in range(count)], failed))
         if problems:
-            raise problems[0]
-        for number, die in enumerate(self._memory.of_dies):
-            if code := int(die.view(np.int32)[2 * WORDS["code"]]):
-                raise TyirError(f"the step of die {number} ended with the code {code}")
+            die = int(self._ask("meeting_failed"))
+            cause = problems.get(die * count // len(self.calls)) if die >= 0 else None
+            if isinstance(cause, Exception):
+                raise TyirError(f"the step of die {die} failed: {cause}") from cause
+            raise next(iter(problems.values()))
         return _ended
 
 

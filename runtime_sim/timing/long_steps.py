@@ -133,9 +133,11 @@ class OverlappedChunks(LongSteps):
         standing_for: Mapping[int, int] | None = None,
         stages: int = 1,
         bends: Sequence[int] = (),
+        wanted: bool = True,
     ) -> None:
-        super().__init__(programs, machine, capacity, standing_for, bends)
+        super().__init__(programs, machine, capacity, standing_for, bends, wanted)
         self._chunks = stages + 1  # so many are under way before one more costs as much as all that follow
+        self._last = max(capacity - (self._chunks + 1) * programs[0].seqlen, 0)
 
     def _of_all_layers(self, pos: int) -> float:
         """One layer of each kind, and one more of each: stages have them at the same time."""
@@ -151,7 +153,8 @@ class OverlappedChunks(LongSteps):
         if key not in self._known:
             chunks = [pos + number * self.programs[0].seqlen for number in range(self._chunks + 1)]
             all_but_one, all_of_them = (
-                simulate_chunks(self.programs, self.machine, of, key[1]) for of in (chunks[:-1], chunks)
+                simulate_chunks(self.programs, self.machine, of, key[1], self.wanted)
+                for of in (chunks[:-1], chunks)
             )
             self._known[key] = all_of_them - all_but_one + self.machine.sync.launch_us * 1000
         return self._known[key]

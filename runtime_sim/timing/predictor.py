@@ -16,7 +16,7 @@ from typing import Final
 from tyir.artifacts.sparse_prefill import BlockChoice
 from tyir.runtime_sim.session.chunks import Chunk, plan_chunks
 from tyir.runtime_sim.timing.engine import Timing, simulate
-from tyir.runtime_sim.timing.long_steps import LONG, LongSteps
+from tyir.runtime_sim.timing.long_steps import LONG, LongSteps, OverlappedChunks
 from tyir.runtime_sim.timing.program import EdgeProgram
 from tyir.targets.machine import Constant, Machine
 
@@ -75,7 +75,8 @@ class Predictor:
     `programs(seqlen)` gives all dies' programs; `seqlens` are the compiled lengths, `capacity` the cache's;
     `pictures` the sizes that a vision tower was compiled for; `tables` the program that fills a request's
     rotary tables, None where there is none.  `choice`: what steps of the longest length see of the cache, if
-    not all (`tyir.artifacts.sparse_prefill`).
+    not all (`tyir.artifacts.sparse_prefill`).  `stages`: of a pipeline that works on as many of a prompt's
+    chunks at a time (`BuildOptions.steps_ahead`); 0 where chunks follow one another.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class Predictor:
         pictures: Sequence[Pictures] = (),
         tables: Callable[[], EdgeProgram] | None = None,
         choice: BlockChoice | None = None,
+        stages: int = 0,
     ) -> None:
         self.programs = programs
         self.choice = choice
+        self.stages = stages
         self.pictures = tuple(pictures)
         self.tables = tables
         self.seqlens = tuple(seqlens)
@@ -99,11 +102,19 @@ class Predictor:
         self._towers: dict[str, Timing] = {}
         self._tables: Timing | None = None
         self._long_steps: dict[tuple[int, bool], LongSteps] = {}
+        self._overlapped: dict[int, OverlappedChunks] = {}
 
     def on(self, machine: Machine) -> Predictor:
         """The same programs on another machine."""
         return Predictor(
-            self.programs, self.seqlens, self.capacity, machine, self.pictures, self.tables, self.choice
+            self.programs,
+            self.seqlens,
+            self.capacity,
+            machine,
+            self.pictures,
+            self.tables,
+            self.choice,
+            self.stages,
         )
 
     def step(self, seqlen: int, pos: int, wanted: bool = True) -> Timing:
@@ -171,20 +182,46 @@ class Predictor:
         return list(plan_chunks(tokens, 0, dense, self.capacity, sparse=longest))
 
     def prefill_device_ns(self, tokens: int, *, exact: bool = True) -> float:
-        """The device's part of the time to first token: the prompt's chunks one after the other
-        (`plan_chunks`).
+        """The device's part of the time to first token: the prompt's chunks (`plan_chunks`) one after the
+        other, or, where the stages of a pipeline work on several, the last one's step behind what each chunk
+        before it takes in the slowest stage.
 
         Steps of one length differ only in the cached rows they read; when there are more than eight, or when
         not `exact`, see `between`.
         """
         chunks = self._chunks(tokens)
         exact = exact and len(chunks) <= _EXACT_STEPS
+        if self.stages and len(chunks) > 1:
+            *before, last = chunks
+            end = (
+                self.step(last.seqlen, last.start).total_ns
+                if exact
+                else self.between(last.seqlen, last.start)
+            )
+            return sum(self._in_slowest_stage(c) for c in before) + end
         return sum(
             self.step(c.seqlen, c.start, c is chunks[-1]).total_ns
             if exact
             else self.between(c.seqlen, c.start, c is chunks[-1])
             for c in chunks
         )
+
+    def _in_slowest_stage(self, chunk: Chunk) -> float:
+        """What one more chunk costs when the stages are all at work."""
+        if chunk.seqlen not in self._overlapped:
+            self._overlapped[chunk.seqlen] = OverlappedChunks(
+                self.programs(chunk.seqlen),
+                self.machine,
+                self.capacity,
+                stages=self.stages,
+                bends=self._bends(chunk.seqlen),
+                wanted=False,
+            )
+        return self._overlapped[chunk.seqlen].ns(chunk.start)
+
+    def _bends(self, seqlen: int) -> tuple[int, ...]:
+        """Positions behind which a step's time goes on along another line."""
+        return (self.choice.bend,) if self.choice is not None and seqlen == max(self.seqlens) else ()
 
     def between(self, seqlen: int, pos: int, wanted: bool = True) -> float:
         """A step's ns at a position, between those simulated at the nearest of a few positions below and
@@ -197,10 +234,12 @@ class Predictor:
         if self.capacity > LONG:
             key = (seqlen, wanted or not self._has_tail(seqlen))
             if key not in self._long_steps:
-                sparse = self.choice is not None and seqlen == max(self.seqlens)
-                bends = (self.choice.bend,) if self.choice is not None and sparse else ()
                 self._long_steps[key] = LongSteps(
-                    self.programs(seqlen), self.machine, self.capacity, bends=bends, wanted=key[1]
+                    self.programs(seqlen),
+                    self.machine,
+                    self.capacity,
+                    bends=self._bends(seqlen),
+                    wanted=key[1],
                 )
             return self._long_steps[key].ns(pos)
         spacing = -(-self.capacity // (_GRID_STEPS * _GRID)) * _GRID

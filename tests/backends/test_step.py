@@ -147,15 +147,15 @@ def test_arguments_that_do_not_fit_are_named(tmp_path: Path) -> None:
         step([x, x.copy()])
         spoil(step._tensors[0])
         with pytest.raises(ValueError, match=rf"argument #0 of step is not x, float32 \[4\], {said}"):
-            step._function(*step._arguments)
+            step.function(*step._arguments)
             pytest.fail(what)
     step = step_of(program, library, weights, [])
     step([x, x.copy()])
     with pytest.raises(TypeError, match="step takes 6 arguments, 5 are given"):
-        step._function(*step._arguments[:-1])
+        step.function(*step._arguments[:-1])
     with pytest.raises(TypeError, match="the last two arguments of step, exchange and context, are pointers"):
-        step._function(*step._arguments[:-1], 5)
+        step.function(*step._arguments[:-1], 5)
     with pytest.raises(ValueError, match=r"argument #3 of step is not the workspace, uint8 \[\d+\]"):
-        step._function(*step._arguments[:2], step._arguments[2], step._arguments[2], *step._arguments[4:])
+        step.function(*step._arguments[:2], step._arguments[2], step._arguments[2], *step._arguments[4:])
     with pytest.raises(ValueError, match="meets those of other dies: exchange cannot be null"):
-        step._function(*step._arguments[:-2], ctypes.c_void_p(None), step._arguments[-1])
+        step.function(*step._arguments[:-2], ctypes.c_void_p(None), step._arguments[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import pytest
 from tests.once import once
 from tyir.backends.host.tvm_host import HostTarget
 from tyir.diagnostics import TyirError
-from tyir.execution.meetings import WORDS
 from tyir.execution.processor import TILES
 from tyir.manifest import BuildOptions, Manifest
 from tyir.runtime_sim.session import host_steps
@@ -176,8 +176,8 @@ def test_a_die_that_fails_lets_the_others_go(artifacts: Artifacts) -> None:
     before = engine.step(*_step())
     _, steps = engine._steps[1]
     assert isinstance(steps, host_steps._Together)
-    steps._memory.of_dies[1][WORDS["count"]] = 0
-    with pytest.raises(TyirError, match="the step of die 1 ended with the code -1"):
+    steps._ask("meeting_step", 1, steps.calls[1].function, ctypes.c_void_p(0), 0)
+    with pytest.raises(TyirError, match=r"the step of die 1 failed: step takes \d+ arguments, 0 are given"):
         engine.step(*_step())
     np.testing.assert_array_equal(engine.step(*_step())["logits"], before["logits"])
 

@@ -32,6 +32,7 @@ from tyir.runtime_sim.session.edge10_engine import Edge10Engine
 from tyir.runtime_sim.session.host_engine import HostEngine
 from tyir.runtime_sim.session.program_engine import ProgramEngine
 from tyir.runtime_sim.session.session import ENGINES, EngineName, Session
+from tyir.runtime_sim.timing.engine import simulate_chunks
 from tyir.runtime_sim.timing.predictor import Predictor
 from tyir.runtime_sim.timing.program import load_programs
 from tyir.runtime_sim.timing.unroll import Command
@@ -323,6 +324,24 @@ def test_the_compiled_step_leaves_its_outputs_alone(compiled: Compile) -> None:
         given = [np.array([TOKENS[:8]], np.int32), np.zeros(1, np.int32), *caches, np.array([row], np.int32)]
         steps.begin([[*given, logits]])()
         assert (logits == 7).all() == same
+
+
+def test_simulated_stages_work_on_several_chunks(compiled: Compile) -> None:
+    """A prompt takes what its chunks take when all are given to the dies at once, and less than one after the
+    other.
+    """
+    options = {"dies": 4, "pp": 2, "embedding_as_input": True}
+    opened = Opened.open(compiled("last", **options))
+    loaded = {n: load_programs(opened, n) for n in (1, 8)}
+    machine, ahead = load_machine("edge10"), opened.manifest.options.steps_ahead
+    assert ahead == 2
+    in_turn = Predictor(loaded.__getitem__, (1, 8), 64, machine).prefill_device_ns(48)
+    overlapped = Predictor(loaded.__getitem__, (1, 8), 64, machine, stages=ahead).prefill_device_ns(48)
+    at_once = simulate_chunks(loaded[8], machine, range(0, 48, 8), wanted=False)
+    head = [simulate_chunks(loaded[8], machine, [40], wanted=wanted) for wanted in (True, False)]
+    launches = 6 * machine.sync.launch_us * 1000
+    assert overlapped == pytest.approx(at_once + head[0] - head[1] + launches, rel=0.02)
+    assert overlapped < 0.75 * in_turn
 
 
 def test_simulated_prompts_have_one_head(compiled: Compile) -> None:

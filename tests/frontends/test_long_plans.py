@@ -15,9 +15,10 @@ from tyir.manifest import BuildOptions, Manifest
 from tyir.targets.machine import load_machine
 from tyir.tools import tyir_compile
 from tyir.tools.bench.long_context import CONFIGS
+from tyir.tools.estimate.die_needs import DieNeeds
 from tyir.tools.estimate.long_context import prompt_cost
 from tyir.tools.estimate.model import ModelShape
-from tyir.tools.estimate.plan import DieNeeds, longest_caches, make_plan
+from tyir.tools.estimate.plan import longest_caches, make_plan
 from tyir.tools.estimate.shape import read_shape
 
 MODEL = Path(__file__).parents[1] / "models" / "tiny-qwen2"

@@ -157,7 +157,7 @@ def touched(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPat
 
 
 def started_anew(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "_boot", lambda: "another")
+    monkeypatch.setattr(cache_module, "boot", lambda: "another")
 
 
 def note_for_others(cache: Cache, piece: Path, note: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import pytest
 
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.execution.meetings import FIRST_SITE, WORDS, MeetingMemory, can_meet, collectives_of
+from tyir.execution.meetings import can_meet
 from tyir.parser import parse_module
 
 SUM = '%{n} = "dist.all_reduce"(%x) : (tensor<8xf16>) -> tensor<8xf16>'
@@ -61,20 +60,3 @@ def die(*lines: str, layer: Sequence[str] = ()) -> list[Func]:
 )
 def test_programs_that_meet(first: list[Func], second: list[Func], meet: bool) -> None:
     assert can_meet([first, second]) == meet
-
-
-def test_dies_that_meet_have_the_same_places() -> None:
-    programs = [die(SEND, SUM, JOIN), die(TAKE, SUM, JOIN_LONGER)]
-    memory = MeetingMemory([collectives_of(functions) for functions in programs], workers=1, looks=5)
-    words = FIRST_SITE + 1 + 3 + 3
-    first, second = (_at(address, words) for address in memory.contexts)
-    (worker,) = memory.workers
-    assert first[0] == second[0] == worker
-    assert first[1] == second[1] != first[2] == second[2] == first[5] == second[5]
-    assert [*first[3:5], *second[3:5]] == [0, 2, 1, 2]
-    list_of_dies = _at(worker, WORDS["list"] + 2)[WORDS["list"] :]
-    assert [_at(address, 1)[0] for address in list_of_dies] == [d[0] for d in memory.of_dies]
-
-
-def _at(address: int, words: int) -> list[int]:
-    return list((ctypes.c_int64 * words).from_address(address))

@@ -82,7 +82,7 @@ def _bytes(folders: dict[str, Path]) -> Iterator[str]:
     """Bytes of the fullest die, of int4 weights; in brackets what does not fit."""
     from tyir.manifest import BuildOptions
     from tyir.targets.machine import load_machine
-    from tyir.tools.estimate.plan import DieNeeds
+    from tyir.tools.estimate.die_needs import DieNeeds
     from tyir.tools.estimate.shape import read_shape
 
     capacity = load_machine().dram.capacity_bytes
@@ -107,7 +107,7 @@ def _times(folders: dict[str, Path], args: argparse.Namespace) -> Iterator[str]:
     from tyir.manifest import BuildOptions
     from tyir.targets.machine import load_machine
     from tyir.tools.estimate.long_context import prompt_cost
-    from tyir.tools.estimate.plan import duration
+    from tyir.tools.estimate.plan_text import duration
     from tyir.tools.estimate.shape import read_shape
 
     yield "| model | dies | stages | tokens | prefill | ... with overlapped stages | ms a token |"

@@ -4,11 +4,14 @@ the links of a cluster file say it should take.
     python -m tyir.tools.bench.processes out/2die --processes 2 --measure-links cluster.toml
     python -m tyir.tools.bench.processes out/4die --processes 2 --cluster cluster.toml
     python -m tyir.tools.bench.processes out/4die --hosts 10.0.0.1,10.0.0.2 --cluster cluster.toml
+    python -m tyir.tools.bench.processes out/2die --processes 2 --prompt 1024
 
 The first writes what messages and exchanges take, without the model; the others predict with it.  What each
 process does in a step is timed without the others and without links (`tyir.runtime_sim.processes.rehearsal`),
-and played through with the links' figures: no step of a group is looked at for its prediction.  Wall time,
-medians; one process and several take turns, so that whatever else the machine does meets both.
+and played through with the links' figures: no step of a group is looked at for its prediction.  With
+`--prompt` a prompt is timed instead of tokens, whole and chunk by chunk, which keeps pipeline stages from
+working on several (each chunk then computes a row of logits as well).  Wall time, medians; one process and
+several take turns, so that whatever else the machine does meets both.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from tyir.runtime_sim.session.session import Session
 
 _ROUNDS = 9
+_PROMPTS = 5  # rounds of prompts
 _TURNS = 20  # of measuring links
 _COUNT = 300  # of messages and exchanges, each time
 _USUAL = 0.95  # the share of them that counts
@@ -60,6 +64,9 @@ def main(argv: Sequence[str]) -> int:
             print(args.measure_links)
             return 0
         together = Session(artifacts, group=group)
+        if args.prompt is not None:
+            print(_prompts(alone, together, args.prompt))
+            return 0
         for session in (alone, together):
             _tokens(session, 4)
         before = group.traffic
@@ -97,6 +104,30 @@ def _tokens(session: Session, count: int) -> list[float]:
     session.reset()
     times = [time.perf_counter() for _ in session.generate([5, 17, 99, 4], count + 1)]
     return [b - a for a, b in zip(times, times[1:])]  # noqa: RUF007 - of a list, shorter
+
+
+def _prompts(alone: Session, together: Session, tokens: int) -> str:
+    """What a prompt takes, in words."""
+    ids = [5 + number % 90 for number in range(tokens)]
+    chunk = max(together.manifest.options.seqlens)
+    ways: dict[str, Callable[[], object]] = {
+        "one process": lambda: alone.prefill(ids),
+        "several processes": lambda: together.prefill(ids),
+        "several processes, chunk by chunk": lambda: [
+            together.prefill(ids[first : first + chunk]) for first in range(0, tokens, chunk)
+        ],
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(_PROMPTS + 1):
+        for name, run in ways.items():
+            for session in (alone, together):
+                session.reset()
+            began = time.perf_counter()
+            run()
+            if round_:  # the first touches weights and caches
+                times[name].append(time.perf_counter() - began)
+    said = ", ".join(f"{name} {float(np.median(t)):.3f} s" for name, t in times.items())
+    return f"a prompt of {tokens} tokens in chunks of {chunk}: {said}"
 
 
 def _measured(group: DieGroup) -> str:
@@ -143,6 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("artifacts", type=Path)
     parser.add_argument("--tokens", type=whole, default=60, metavar="N", help="of each round (default 60)")
+    parser.add_argument("--prompt", type=whole, metavar="N", help="time a prompt of so many tokens instead")
     parser.add_argument("--threads", type=int, metavar="N", help="of each process")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="the links between the machines")
     parser.add_argument(

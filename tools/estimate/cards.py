@@ -4,7 +4,7 @@ cards, beside pipeline stages of which each card has its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tyir.targets.machine import Machine, load_machine
 from tyir.tools.estimate.long_context import decode_programs
 from tyir.tools.estimate.model import ModelShape
 
-__all__ = ["Spread", "check_cards", "spread"]
+__all__ = ["OnCards", "Spread", "check_cards", "fastest_on_cards", "spread"]
 
 _FREE = {"c2c.hop_us": 1e-6, "c2c.bandwidth_gbps": 1e6}  # links that cost nothing
 
@@ -33,6 +33,14 @@ class Spread:
     bound_by: str
 
 
+@dataclass(frozen=True)
+class OnCards:
+    """What a token takes with the dies on several cards, and the bytes of the die that holds most."""
+
+    spread: Spread
+    largest: int
+
+
 def check_cards(dies: int, cards: int) -> None:
     """`TyirError` unless each card has as many dies."""
     if cards < 2 or dies % cards:
@@ -40,6 +48,12 @@ def check_cards(dies: int, cards: int) -> None:
             f"{dies} dies are not shared evenly by {cards} cards" if cards > 1 else f"{cards} cards",
             help=f"give --cards 2 or more, and a --dies that it divides, as {2 * cards if cards > 1 else 2}",
         )
+
+
+def fastest_on_cards(found: Sequence[OnCards], machine: Machine) -> OnCards | None:
+    """The quickest token of those that fit the dies' DRAM; None: none fits."""
+    fitting = (c for c in found if c.largest <= machine.dram.capacity_bytes)
+    return min(fitting, key=lambda c: c.spread.token, default=None)
 
 
 def spread(shape: ModelShape, options: BuildOptions, machine_file: Path, cards: int) -> Iterator[Spread]:

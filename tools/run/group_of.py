@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
+from tyir.process.cache import checked_files
 from tyir.tools.cli import note
 
 if TYPE_CHECKING:
@@ -29,11 +30,13 @@ def open_with_group(args: argparse.Namespace, *, check: bool) -> tuple[Artifacts
         raise TyirError("--hosts has one process on each machine", help="leave out --processes")
     count = len(hosts) or (1 if args.processes is None else args.processes)
     if count == 1:
-        return Artifacts.open(args.artifacts, check=check), None
+        return Artifacts.open(args.artifacts, check=check, seen=checked_files()), None
     from tyir.runtime_sim.processes.checks import files_of_rank
     from tyir.runtime_sim.processes.group import DieGroup
 
-    artifacts = Artifacts.open(args.artifacts, check=check, used=files_of_rank(count, 0))
+    artifacts = Artifacts.open(
+        args.artifacts, check=check, seen=checked_files(), used=files_of_rank(count, 0)
+    )
     group = DieGroup.start(
         artifacts, processes=count, hosts=hosts, engine=args.engine, threads=args.threads, say=note
     )

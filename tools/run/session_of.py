@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyir.execution.artifacts import Artifacts
+from tyir.process.cache import checked_files
 from tyir.runtime_sim.session.ending import check_limit
 from tyir.runtime_sim.session.sampling import Sampler, check_sampling, make_sampler
 from tyir.runtime_sim.session.session import EngineName, Session
@@ -72,7 +73,7 @@ def open_session(
 
     `threads`: of the host engine.
     """
-    return _session_of(Artifacts.open(folder, check=check), engine, threads)
+    return _session_of(Artifacts.open(folder, check=check, seen=checked_files()), engine, threads)
 
 
 def _session_of(

@@ -21,6 +21,7 @@ from typing import Any, Final, Self
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
+from tyir.process.cache import checked_files
 from tyir.runtime_sim.serving.choosing import Constraint, Sampling
 from tyir.runtime_sim.serving.costs import step_costs
 from tyir.runtime_sim.serving.engine import Engine, Observer
@@ -234,7 +235,9 @@ class AsyncEngine:
         the dies of the language model run in, None for this one alone; `resize`: bring pictures to the
         nearest size that was compiled, which others are refused for.
         """
-        self.artifacts = folder if isinstance(folder, Artifacts) else Artifacts.open(folder, check=check)
+        if not isinstance(folder, Artifacts):
+            folder = Artifacts.open(folder, check=check, seen=checked_files())
+        self.artifacts = folder
         sees = self.artifacts.manifest.vision is not None
         kind = VisionBatchSession if sees else BatchSession
         self.session: BatchSession = kind(self.artifacts, engine, threads=threads, group=group)

@@ -147,9 +147,10 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
             ),
         )
     from tyir.execution.artifacts import Artifacts
+    from tyir.process.cache import checked_files
     from tyir.runtime_sim.timing.program import load_program, load_programs, machine_of
 
-    artifacts = Artifacts.open(given[0], check=check)
+    artifacts = Artifacts.open(given[0], check=check, seen=checked_files())
     manifest = artifacts.manifest
     loaded: dict[int, list[EdgeProgram]] = {}
 
@@ -171,7 +172,10 @@ def open_source(paths: Sequence[str | Path], choice: Choice, *, check: bool = Tr
     rope = manifest.vision.rope if manifest.vision is not None else None
     filling = rope.program if rope is not None else None
     tables = None if filling is None else cache(lambda: load_program(artifacts, filling))
-    predictor = Predictor(programs_of, lengths, capacity, machine, pictures, tables, manifest.options.choice)
+    options = manifest.options
+    predictor = Predictor(
+        programs_of, lengths, capacity, machine, pictures, tables, options.choice, options.steps_ahead
+    )
     return Source(predictor, str(given[0]), _least(manifest))
 
 

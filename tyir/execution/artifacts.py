@@ -24,6 +24,7 @@ from tyir.diagnostics import Diagnostic, TyirError
 from tyir.execution.opened import OpenedFile, OpenedFolder
 from tyir.execution.weights import CheckpointReader
 from tyir.manifest import MANIFEST, Manifest, no_manifest
+from tyir.process.seen import SeenFiles
 
 __all__ = ["ArtifactWeights", "Artifacts"]
 
@@ -50,10 +51,12 @@ class Artifacts:
         path: str | Path,
         *,
         check: bool = True,
+        seen: SeenFiles | None = None,
         used: Callable[[Manifest], Collection[str]] | None = None,
     ) -> Self:
         """Open the folder, read its manifest, open every file it lists and (with `check`) verify size and
-        hash of each; where only some are `used`, those.
+        hash of each; where only some are `used`, those.  The hash of a large one that `seen` has noted is not
+        computed again: what is executed is hashed always.
 
         `TyirError` lists everything that is wrong.
         """
@@ -69,10 +72,10 @@ class Artifacts:
             ) from None
         manifest = Manifest.parse(data, path / MANIFEST, check=check)
         artifacts = cls(folder, manifest, hashlib.sha256(data).hexdigest(), checked=check)
-        artifacts._open_all(manifest.files if used is None else used(manifest))
+        artifacts._open_all(manifest.files if used is None else used(manifest), seen)
         return artifacts
 
-    def _open_all(self, used: Collection[str]) -> None:
+    def _open_all(self, used: Collection[str], seen: SeenFiles | None) -> None:
         problems: list[str] = []
         for name, record in sorted(self.manifest.files.items()):
             if name not in used:
@@ -91,7 +94,7 @@ class Artifacts:
                     ) from None
                 problems.append(f"{self.path / name} cannot be opened: {error.strerror}")
             else:
-                if self.checked and (problem := file.problem(record)) is not None:
+                if self.checked and (problem := file.problem(record, seen)) is not None:
                     problems.append(problem)
         if problems:
             raise TyirError(

@@ -28,10 +28,12 @@ import numpy.typing as npt
 from tyir.artifacts.files import check_link, is_relative_name
 from tyir.diagnostics import TyirError
 from tyir.process.files import kind_of
+from tyir.process.seen import SeenFiles
 
 __all__ = ["OpenedFile", "OpenedFolder"]
 
 _PIECE: Final = 1 << 20
+_LARGE: Final = 1 << 20  # bytes: less is hashed in a moment
 _DAMAGED: Final = "compile the model again, or restore the file"
 
 
@@ -41,7 +43,8 @@ class OpenedFile:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
-        self._stamp = _stamp(os.fstat(descriptor))
+        self._status = os.fstat(descriptor)
+        self._stamp = _stamp(self._status)
         self._sha256: str | None = None
         self._map: npt.NDArray[np.uint8] | None = None
         weakref.finalize(self, os.close, descriptor)
@@ -61,13 +64,23 @@ class OpenedFile:
             self._sha256 = digest.hexdigest()
         return self._sha256
 
-    def problem(self, record: Mapping[str, Any]) -> str | None:
-        """In what the file is not the one that `record` describes."""
+    def problem(self, record: Mapping[str, Any], seen: SeenFiles | None = None) -> str | None:
+        """In what the file is not the one that `record` describes; `seen` is believed of a large one."""
         if self.size != record["size"]:
             return f"{self.path} has {self.size} bytes, {record['size']} were written"
-        if self.sha256() != record["sha256"]:
-            return f"{self.path} has changed since it was compiled (its hash differs)"
+        sha256 = record["sha256"]
+        if seen is None or self.size < _LARGE or self._sha256 is not None:
+            return None if self.sha256() == sha256 else self._changed()
+        if seen.has(self._status, sha256):
+            self._sha256 = sha256
+        elif self.sha256() != sha256:
+            return self._changed()
+        else:
+            seen.note(self._status, sha256)
         return None
+
+    def _changed(self) -> str:
+        return f"{self.path} has changed since it was compiled (its hash differs)"
 
     def check(self, record: Mapping[str, Any]) -> None:
         """`TyirError` unless the file is the one that `record` describes."""

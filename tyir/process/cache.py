@@ -9,6 +9,7 @@
     FOLDER/pieces/e3/e3b0...        a piece, called by the SHA-256 of its bytes
     FOLDER/keys/3f/3fa9...-e3b0...  an empty file: the hash of what a piece was made from, and the piece
     FOLDER/seen/e3/e3b0...          what tells the piece's file from others, as of when its bytes were right
+    FOLDER/checked/                 the same of files outside of the cache (`tyir.process.seen`)
 
 Files appear by rename or by link, complete or not at all, so any number of processes may use one cache.
 A piece is believed only when nobody but the user could have written it (owner and permissions of the folders
@@ -25,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import os
 import re
@@ -39,15 +39,13 @@ from pathlib import Path
 from typing import Final
 
 from tyir.diagnostics import TyirError
+from tyir.process.seen import BELIEVED, TICK, SeenFiles, boot, not_ours, open_own, text_of
 
-__all__ = ["DEFAULT_LIMIT", "Cache", "cache_key", "default_folder"]
+__all__ = ["DEFAULT_LIMIT", "Cache", "cache_key", "checked_files", "default_folder"]
 
 DEFAULT_LIMIT: Final = 20 << 30  # bytes
 _LINKED: Final = 1 << 20  # bytes from which on a piece is linked, not copied
-_BELIEVED: Final = 24 * 3600.0  # seconds for which bytes that were right are not read again
-_TICK: Final = 2_000_000_000  # nanoseconds after which every file system gives a change another time
 _STALE: Final = 24 * 3600.0  # seconds after which a temporary file is nobody's any more
-_NOTE: Final = 1000  # characters
 _KEY: Final = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})")
 _TEMPORARY: Final = ".part-"
 _TAG: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# The cache of tyir-compile; it may be deleted.\n"
@@ -57,6 +55,11 @@ def default_folder() -> Path:
     """`$XDG_CACHE_HOME/tyir`, or `~/.cache/tyir` (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "tyir"
+
+
+def checked_files() -> SeenFiles:
+    """Files that need not be hashed again, because that was done a short time ago."""
+    return SeenFiles(default_folder() / "checked")
 
 
 def cache_key(*parts: str | bytes) -> str:
@@ -85,7 +88,7 @@ class Cache:
         try:
             for each in (folder, folder / "pieces", folder / "keys", folder / "seen"):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if (problem := _not_ours(each.stat())) is not None:
+                if (problem := not_ours(each.stat())) is not None:
                     raise TyirError(f"the cache folder {each} {problem}", help=elsewhere)
             tag = folder / "CACHEDIR.TAG"
             if not tag.exists():
@@ -109,7 +112,7 @@ class Cache:
         """
         piece = self._piece(sha256)
         try:
-            descriptor = _open(piece)
+            descriptor = open_own(piece)
         except OSError:
             return False
         try:
@@ -140,7 +143,7 @@ class Cache:
         """The bytes of a small piece."""
         for sha256 in self._named(key):
             with contextlib.suppress(OSError):
-                descriptor = _open(self._piece(sha256))
+                descriptor = open_own(self._piece(sha256))
                 with open(descriptor, "rb") as file:
                     data = file.read()
                 if hashlib.sha256(data).hexdigest() == sha256:
@@ -206,7 +209,7 @@ class Cache:
             return
         note = self._note(sha256)
         with contextlib.suppress(OSError):
-            known = _text_of(note)
+            known = text_of(note)
             if known == _identity(status):
                 os.utime(note)
             elif read or known is None:
@@ -217,13 +220,13 @@ class Cache:
         """Whether the bytes of a file were right within a day, and it has not changed since."""
         note = self._note(sha256)
         try:
-            if _not_ours(note.parent.lstat()) is not None or _text_of(note) != _identity(status):
+            if not_ours(note.parent.lstat()) is not None or text_of(note) != _identity(status):
                 return False
             seen = note.lstat()
         except OSError:
             return False
-        fresh = 0 <= time.time() - seen.st_mtime <= _BELIEVED
-        return fresh and seen.st_mtime_ns - status.st_mtime_ns >= _TICK  # two times of one file system
+        fresh = 0 <= time.time() - seen.st_mtime <= BELIEVED
+        return fresh and seen.st_mtime_ns - status.st_mtime_ns >= TICK  # two times of one file system
 
     def _note(self, sha256: str) -> Path:
         return self.folder / "seen" / sha256[:2] / sha256
@@ -232,7 +235,7 @@ class Cache:
         """The pieces of a key, in folders that nobody but the user could have written."""
         folder = self.folder / "keys" / key[:2]
         try:
-            names = sorted(os.listdir(folder)) if _not_ours(folder.lstat()) is None else []
+            names = sorted(os.listdir(folder)) if not_ours(folder.lstat()) is None else []
         except OSError:
             return
         for name in names:
@@ -309,50 +312,13 @@ def _below(folder: Path) -> Iterator[Path]:
 def _identity(status: os.stat_result) -> str:
     """What tells a file from others, and from what it was before: not links, which change its st_ctime."""
     numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return " ".join((*map(str, numbers), _boot()))
-
-
-@functools.cache
-def _boot() -> str:
-    """Since when the machine runs: what was written before it stopped may not be what is on the disk."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _text_of(note: Path) -> str | None:
-    """What a note of one's own says; None where there is none."""
-    try:
-        with open(_open(note), encoding="utf-8", errors="replace") as file:
-            return file.read(_NOTE)
-    except OSError:
-        return None
+    return " ".join((*map(str, numbers), boot()))
 
 
 def _sha256_of(path: Path) -> str:
-    descriptor = _open(path)
+    descriptor = open_own(path)
     with open(descriptor, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _not_ours(status: os.stat_result) -> str | None:
-    """Why something may have been written by somebody else."""
-    if status.st_uid != os.geteuid():
-        return "belongs to another user"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "can be written by other users"
-    return None
-
-
-def _open(path: Path) -> int:
-    """A regular file of the user's own, open for reading; `OSError` for anything else."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or _not_ours(status) is not None:
-        os.close(descriptor)
-        raise OSError(errno.EPERM, "not a file of one's own", str(path))
-    return descriptor
 
 
 def _link(piece: Path, path: Path, status: os.stat_result) -> bool:

@@ -17,7 +17,7 @@ from tyir.backends.host.kernels.tir import Buffer, Cpu, Expr, bind, flat, loop, 
 __all__ = ["ask_ahead", "in_streams", "streams_of"]
 
 _AHEAD: Final = 512  # bytes
-_BLOCK_BYTES: Final = 1 << 16  # of a weight, that a core takes at a time
+_BLOCK_BYTES: Final = 1 << 19  # of a weight, that a core takes at a time: eight times less takes 15 % longer
 
 
 def streams_of(cpu: Cpu) -> int:
