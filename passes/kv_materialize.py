@@ -13,7 +13,8 @@
 `layout=NHD` makes the caches `tensor<1xCAPxGxDxf16>`: a token's heads lie together, not a head's tokens.
 
 With `dtype=int8` the new rows are quantised before they are appended (`kv.quantize_rows`); the scales are
-two more caches of the layer.
+two more caches of the layer.  So with `dtype=int4` (`kv.quantize_groups`), but for the keys of attention that
+says `tyir.keys = "int8"` (`scale-keys`).
 
 `pos` is the number of tokens already cached.  Caches are arguments that the function returns updated
 (`tyir.alias`): state, never copied. With `embedding-as-input` the embedded tokens [1, ?, h] are the
@@ -62,10 +63,12 @@ from tyir.dialects.kv import (
     Append,
     CachedAttention,
     DualChunkAttention,
+    QuantizeGroups,
     QuantizeRows,
     Rows,
     TakeRows,
     cache_shape,
+    channel_groups,
 )
 from tyir.dialects.ty import (
     Attention,
@@ -86,6 +89,7 @@ from tyir.execution.entry_points import Role, argument, result
 from tyir.ir import Block, Op, Region, Value
 from tyir.layers import carry, layer_of
 from tyir.manifest import record, recorded
+from tyir.passes._key_spread import KEYS_ATTRIBUTE
 from tyir.pipeline import Pass, PassContext
 from tyir.types import TensorType, f32, i32
 from tyir.vision.graphs import VISION, graph_kind
@@ -104,7 +108,7 @@ class KvMaterialize(Pass):
 
     max_kv: int = 1024
     embedding_as_input: bool = False
-    dtype: Literal["fp16", "int8"] = "fp16"
+    dtype: Literal["fp16", "int8", "int4"] = "fp16"
     layout: Literal["HND", "NHD"] = "HND"
 
     def run(self, op: Op, context: PassContext) -> None:
@@ -355,12 +359,22 @@ class KvMaterialize(Pass):
         return [*keys, *values]
 
     def _rows(self, letter: str, x: Value, attention: Attention) -> list[tuple[str, Value]]:
-        """What is appended for the keys or the values: the rows themselves, or 8-bit rows and their
-        scales.
+        """What is appended for the keys or the values: the rows themselves, or rows of 8 or of 4 bits and
+        their scales.
         """
         if self.dtype == "fp16":
             return [(letter, x)]
-        quantized = QuantizeRows(x, loc=attention.loc)
+        wide = self.dtype == "int8" or (letter == "k" and KEYS_ATTRIBUTE in attention.attributes)
+        dim = tensor_type(x).dims[-1] or 0
+        if not wide and not channel_groups(dim):
+            raise TyirError(
+                Diagnostic(
+                    f"a 4-bit cache has groups of 32 or 16 channels, which do not divide heads of {dim}",
+                    where=str(attention.loc),
+                    help="use dtype=int8, --kv-dtype int8 of tyir-compile",
+                )
+            )
+        quantized = (QuantizeRows if wide else QuantizeGroups)(x, loc=attention.loc)
         carry(quantized, attention).insert_before(attention)
         return [(letter, quantized.q), (f"{letter}_scales", quantized.scales)]
 

@@ -70,7 +70,7 @@ def remaining_pipeline(
     entries = [
         ("aten", "to-ty"),
         ("ty", quantization(options) if "weights" not in done else ""),
-        ("ty", "scale-keys" if options.kv_dtype == "int8" else ""),
+        ("ty", _scaled_keys(options)),
         ("ty", f"kv-materialize{{{' '.join(cache)}}}"),
         (
             "kv",
@@ -143,8 +143,12 @@ def reference_pipeline(options: BuildOptions) -> str:
     """From `aten` to `ty` with the artifacts' weights: the whole model, uncut and without a cache, that
     verification compares with.
     """
-    scaled = "scale-keys" if options.kv_dtype == "int8" else ""
-    return ",".join(text for text in ("to-ty", quantization(options), scaled) if text)
+    return ",".join(text for text in ("to-ty", quantization(options), _scaled_keys(options)) if text)
+
+
+def _scaled_keys(options: BuildOptions) -> str:
+    """The entry that prepares keys for a cache of 8 or 4 bits; empty for one of f16."""
+    return {"int8": "scale-keys", "int4": "scale-keys{dtype=int4}"}.get(options.kv_dtype, "")
 
 
 def quantization(options: BuildOptions) -> str:

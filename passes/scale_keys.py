@@ -15,6 +15,8 @@ whose pairs are alike all factors are 1.  Keys normalised by head (Qwen3) have t
 Attention whose queries and keys reach it another way (parts of heads turned, one packed product) stays.
 
 Where the weights can be read, a remark names the layers whose keys' bias is far above that of the others.
+With `dtype=int4` layers whose pairs are so far apart that 4 bits would not hold them get `tyir.keys =
+"int8"`, by which `kv-materialize` stores their keys with 8 bits, and are named as well.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 
@@ -43,9 +45,10 @@ from tyir.dialects.ty import (
     tensor_type,
 )
 from tyir.execution.constexpr import ConstantExpressions, expression_ops
-from tyir.execution.weights import CheckpointReader, checkpoint_of
+from tyir.execution.weights import CheckpointReader, WeightSource, checkpoint_of
 from tyir.ir import Op, Value
 from tyir.layers import carry
+from tyir.passes._key_spread import keep_spread_keys
 from tyir.pipeline import Pass, PassContext
 
 __all__ = ["ScaleKeys"]
@@ -61,20 +64,27 @@ class ScaleKeys(Pass):
 
     stage: ClassVar[tuple[str, ...]] = ("ty",)
 
+    dtype: Literal["int8", "int4"] = "int8"
+
     def run(self, op: Op, context: PassContext) -> None:
         constants = ConstantExpressions()
         found = [a for a in op.walk_type(Attention) if a.causal]
-        _name_spikes(op, found, context)
-        scaled = sum(_scale(attention, constants) for attention in found)
-        context.statistics["attention scaled"] = scaled
-        context.statistics["attention left"] = len(found) - scaled
+        weights = context.weights
+        if weights is None and isinstance(op, Module) and "tyir.checkpoint" in op.attributes:
+            weights = CheckpointReader(checkpoint_of(op))
+        if self.dtype == "int8":
+            _name_spikes(op, found, weights, context)
+        scaled = [(a, factors) for a in found if (factors := _scale(a, constants)) is not None]
+        if self.dtype == "int4" and weights is not None:
+            context.statistics["keys of 8 bits"] = keep_spread_keys(op, scaled, weights, context)
+        context.statistics["attention scaled"] = len(scaled)
+        context.statistics["attention left"] = len(found) - len(scaled)
 
 
-def _name_spikes(op: Op, attentions: Sequence[Attention], context: PassContext) -> None:
+def _name_spikes(
+    op: Op, attentions: Sequence[Attention], weights: WeightSource | None, context: PassContext
+) -> None:
     """Remark on layers whose keys' largest bias is far above the median of the layers'."""
-    weights = context.weights
-    if weights is None and isinstance(op, Module) and "tyir.checkpoint" in op.attributes:
-        weights = CheckpointReader(checkpoint_of(op))
     sizes: dict[Attention, float] = {}
     for attention in attentions if weights is not None else ():
         source = _source(attention.k)
@@ -97,20 +107,21 @@ def _name_spikes(op: Op, attentions: Sequence[Attention], context: PassContext) 
             )
 
 
-def _scale(attention: Attention, constants: ConstantExpressions) -> bool:
-    """Whether an attention's queries and keys could be scaled."""
+def _scale(attention: Attention, constants: ConstantExpressions) -> Value | None:
+    """What an attention's keys are divided by (or what it is 1 over); None where they cannot be scaled."""
     q, k = (_source(value) for value in (attention.q, attention.k))
     if q is None or k is None or not _alike(q, k):
-        return False
+        return None
     given = [v for op in (q, k) for i in _ROWS[type(op)] for v in op.operands[i : i + 1]]
     if not all(constants.is_constant(v) for v in given):
-        return False
-    if any(isinstance(op, PairScales) for v in given for op in expression_ops(v)):
-        return True  # by a run before
+        return None
+    before = (op for v in given for op in expression_ops(v) if isinstance(op, PairScales))
+    if (known := next(before, None)) is not None:
+        return known.result  # of a run before
     *_, heads, dim = tensor_type(attention.q).dims
     groups = tensor_type(attention.k).dims[2]
     if heads is None or groups is None or dim is None or heads % groups:
-        return False
+        return None
     by_head = isinstance(k, RmsNorm) and tensor_type(k.weight).dims == (dim,)  # all heads share the weight
     repeats = 1 if by_head else heads // groups
     sizes = _sizes(k)  # of the keys as they were, for both
@@ -118,7 +129,7 @@ def _scale(attention: Attention, constants: ConstantExpressions) -> bool:
         weight, *bias = sizes if op is k else [_again(v, op) for v in sizes]
         factors = PairScales(weight, *bias, dim=dim, loc=op.loc, **options)
         _multiply(op, carry(factors, op).insert_before(op).result)
-    return True
+    return factors.result
 
 
 def _source(value: Value) -> Op | None:

@@ -513,8 +513,8 @@ def check_options(options: BuildOptions) -> None:
     if options.weights not in ("fp16", "int4", "awq", "checkpoint"):
         raise TyirError(f"weights '{options.weights}': one of fp16, int4, awq")
     check_batch(options.batch)
-    if options.kv_dtype not in ("fp16", "int8"):
-        raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8")
+    if options.kv_dtype not in ("fp16", "int8", "int4"):
+        raise TyirError(f"a cache of '{options.kv_dtype}': one of fp16, int8, int4")
     if options.kv_layout not in LAYOUTS:
         raise TyirError(f"a cache laid out as '{options.kv_layout}': one of {', '.join(LAYOUTS)}")
     if options.kv_split not in ("auto", "heads", "tokens"):

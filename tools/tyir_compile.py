@@ -355,8 +355,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--kv-dtype",
-        choices=("fp16", "int8"),
-        help="what the caches hold: fp16 (default), or int8 with a scale per head and token",
+        choices=("fp16", "int8", "int4"),
+        help=(
+            "what the caches hold: fp16 (default), int8 with a scale per head and token, or int4 with one per"
+            " head, token and 32 channels (keys that it would not hold are of 8 bits, by layer)"
+        ),
     )
     parser.add_argument(
         "--kv-layout",

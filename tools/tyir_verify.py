@@ -85,9 +85,10 @@ def main(argv: Sequence[str]) -> int:
                 bar.line(row_of(number, results[-1]))
     if not results or not all(len(r.logit_cosine) for r in results):
         raise TyirError("no position was compared", help="give a prompt, or leave --prompt and --ids out")
-    good = all(map(agrees, results))
+    kv_dtype = session.manifest.options.kv_dtype
+    good = all(agrees(r, kv_dtype) for r in results)
     if not args.json:
-        print_end(results, args.engine, good)
+        print_end(results, args.engine, good, kv_dtype)
         if not args.full and args.prompt is None and args.ids is None:
             note(f"compared {len(prompts)} prompts of {tokens} tokens; --full compares {_WHOLE}")
     if session.choices is not None:

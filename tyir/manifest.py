@@ -97,14 +97,14 @@ class BuildOptions:
     nothing more). `output`: what a step returns for each token: "logits", "argmax" or "topk=K" (the K best
     tokens with their values, and the logsumexp of all). `pp`: pipeline stages; the decoder's layers are dealt
     out to that many groups of dies. `mesh`: how the dies of a stage are grouped, (2, 3) being 2 groups of 3;
-    empty: whole packages are groups. `kv_dtype`: what the key/value caches hold: "fp16", or "int8" with a
-    scale per head and token.  `kv_layout`: "HND" or "NHD" (`tyir.dialects.kv`).  `kv_split`: what dies have
-    of a cache with fewer heads than dies, "heads" (copies), "tokens" (blocks of `kv_block` positions in turn,
-    `tyir.artifacts.token_blocks`) or "auto" (what is faster); a manifest says which, and with `kv_parts` how
-    many dies share a block's heads, which nobody chooses.  `output_rows`: of which tokens a step returns
-    that: "all", or "last", one of each sequence, which the caller names (`row`).  `sparse_prefill`: the
-    numbers of `tyir.artifacts.sparse_prefill` for steps of the longest length, which then see some blocks of
-    the cache; none: all steps see all of it.
+    empty: whole packages are groups. `kv_dtype`: what the key/value caches hold: "fp16", "int8" with a scale
+    per head and token, or "int4" with one per head, token and 32 channels.  `kv_layout`: "HND" or "NHD"
+    (`tyir.dialects.kv`).  `kv_split`: what dies have of a cache with fewer heads than dies, "heads" (copies),
+    "tokens" (blocks of `kv_block` positions in turn, `tyir.artifacts.token_blocks`) or "auto" (what is
+    faster); a manifest says which, and with `kv_parts` how many dies share a block's heads, which nobody
+    chooses.  `output_rows`: of which tokens a step returns that: "all", or "last", one of each sequence,
+    which the caller names (`row`).  `sparse_prefill`: the numbers of `tyir.artifacts.sparse_prefill` for
+    steps of the longest length, which then see some blocks of the cache; none: all steps see all of it.
     """
 
     dies: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 4
@@ -117,7 +117,7 @@ class BuildOptions:
     batch: Annotated[int, Interval(ge=1, le=2**15)] = 1
     output: Annotated[str, Matches("logits|argmax|topk=[1-9][0-9]{0,8}")] = "logits"
     output_rows: Annotated[str, Matches("all|last")] = "all"
-    kv_dtype: Annotated[str, Matches("fp16|int8")] = "fp16"
+    kv_dtype: Annotated[str, Matches("fp16|int8|int4")] = "fp16"
     kv_layout: Annotated[str, Matches("HND|NHD")] = "HND"
     pp: Annotated[int, Interval(ge=1, le=MAX_DIES)] = 1
     mesh: Annotated[tuple[Count, ...], MaxLen(2)] = ()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tyir.diagnostics import TyirError
 from tyir.dialects import edge10
-from tyir.dialects.kv import dequantize_rows
+from tyir.dialects.kv import rows_of
 from tyir.edge10.memory import KEPT, shared_problems
 from tyir.execution.lockstep import Layout, Links, Meet, Recv, Request, Send, drive
 from tyir.execution.optional_tail import rows_wanted
@@ -296,11 +296,19 @@ class FunctionalDie:
         (rows,) = op.sizes_with(command.scalars)
         if rows == 0:
             return
-        plane, row = op.plane_rows * op.k, op.k
-        q = self.sram(command, op.q, (op.planes, rows, op.k), np.int8, (plane, row, 1))
-        scales = self.sram(command, op.scales, (op.planes, rows), np.float16, (op.plane_rows * 2, 2))
-        out = self.sram(command, op.out, q.shape, np.float16, (plane * 2, row * 2, 2), write=True)
-        self.put(out, lambda: dequantize_rows(q, scales))
+        size, dtype, planes = op.k // 2 if op.groups else op.k, np.uint8 if op.groups else np.int8, op.planes
+
+        def strides(row: int, *inner: int) -> tuple[int, ...]:
+            return (op.plane_rows * row, row, *inner)
+
+        q = self.sram(command, op.q, (planes, rows, size), dtype, strides(size, 1))
+        if op.groups:
+            shape, inner = (planes, rows, op.groups), strides(op.groups * 2, 2)
+            scales = self.sram(command, op.scales, shape, np.uint16, inner)
+        else:
+            scales = self.sram(command, op.scales, (planes, rows), np.float16, strides(2))
+        out = self.sram(command, op.out, (planes, rows, op.k), np.float16, strides(op.k * 2, 2), write=True)
+        self.put(out, lambda: rows_of(q, scales))
 
     def matmul(self, command: Command) -> None:
         op = command.op

@@ -127,9 +127,12 @@ class FiniteSteps:
         last, axis = max(numbered.values(), default=0), position_axis(options.kv_layout)
         for key in (key for key, layer in numbered.items() if layer == last):
             name = "keys" if key[1].startswith("k") else "values"
+            stored = caches[key]
+            if stored.dtype == np.uint16:  # scales of 4-bit groups, whose last bits are no part of the number
+                stored = stored.view(np.float16)
             for sequence, count in enumerate(fed):
                 start = int(inputs["pos"][sequence])
-                yield name, sequence, np.moveaxis(caches[key][sequence], axis - 1, 0)[start : start + count]
+                yield name, sequence, np.moveaxis(stored[sequence], axis - 1, 0)[start : start + count]
 
     def _error(
         self,

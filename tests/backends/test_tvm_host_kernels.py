@@ -26,7 +26,21 @@ from tyir.execution.storage import pack
 from tyir.interpreter import evaluate_op
 from tyir.ir import Op, Value
 from tyir.runtime_sim.session.host_runtime import HostLibrary
-from tyir.types import IntegerType, TensorType, Type, bf16, f16, f32, i8, i32, i64, storage_dtype, ui4
+from tyir.types import (
+    IntegerType,
+    TensorType,
+    Type,
+    bf16,
+    f16,
+    f32,
+    i8,
+    i32,
+    i64,
+    storage_dtype,
+    ui4,
+    ui8,
+    ui16,
+)
 
 Array = npt.NDArray[Any]
 MakeOp = Callable[[Sequence[Value]], Op]
@@ -249,6 +263,62 @@ def attention8(
     )
 
 
+def attention4(
+    s: int,
+    kv_heads: tuple[int, ...],
+    d: int,
+    capacity: int,
+    pos: tuple[int, ...],
+    *,
+    keys: int = 4,
+    layout: str = "HND",
+    blocks: tuple[int, int, int] | None = None,
+    step: int = 0,
+) -> Case:
+    """Caches as `kv.quantize_groups` and, of keys of 8 bits, `kv.quantize_rows` make them."""
+    batch, heads = len(pos), max(kv_heads) + 1
+    rng = np.random.default_rng(capacity)
+    shape = (batch, heads, capacity, d) if layout == "HND" else (batch, capacity, heads, d)
+    rows = [rng.standard_normal(shape).astype(np.float16) for _ in range(2)]
+    groups = kv.channel_groups(d)
+    k = kv.quantize_groups(rows[0], groups) if keys == 4 else kv.quantize_rows(rows[0])
+    v = kv.quantize_groups(rows[1], groups)
+    arrays = (k[0], v[0], k[1], v[1])
+    elements = (ui8 if keys == 4 else i8, ui8, ui16 if keys == 4 else f16, ui16)
+    kinds = [t(*a.shape, e=e) for a, e in zip(arrays, elements)]
+    q = t(batch, s, len(kv_heads), d)
+    far = (q, q, t(batch, e=f32)) if step else ()
+    types = (q, *kinds[:2], t(batch, e=i32), *kinds[2:], *far)
+
+    def make(values: Sequence[Value]) -> Op:
+        given = (*values[:4], values[4:6])
+        options = {"scale": d**-0.5, "kv_heads": kv_heads, "layout": layout, "blocks": blocks}
+        if not step:
+            return kv.CachedAttention(*given, **options)
+        names = dict(zip(("successive", "inter", "temperature"), values[6:]))
+        return kv.DualChunkAttention(*given, **names, step=step, **options)
+
+    data = tuple((i, a) for i, a in zip((1, 2, 4, 5), arrays))
+    return Case(
+        f"attention4_s{s}_{kv_heads}_d{d}_{pos}_k{keys}_{layout}_{blocks}_{step}",
+        types,
+        make,
+        ((3, pos), *data),
+    )
+
+
+def quantize_groups(s: int, heads: int, d: int, size: float, b: int = 1) -> Case:
+    rows = np.random.default_rng(d).standard_normal((b, s, heads, d)) * size
+    rows[0, 0, 0] = 0
+    rows[-1, -1, -1, : d // 2] = abs(rows[-1, -1, -1, : d // 2])
+    return Case(
+        f"quantize4_{b}_{s}_{heads}_{d}_{size}",
+        (t(b, s, heads, d),),
+        lambda v: kv.QuantizeGroups(*v),
+        ((0, rows),),
+    )
+
+
 def quantize_rows(s: int, heads: int, d: int, size: float, b: int = 1) -> Case:
     rows = np.random.default_rng(d).standard_normal((b, s, heads, d)) * size
     rows[0, 0, 0] = 0
@@ -445,6 +515,18 @@ CASES: list[Case] = [
     quantize_rows(3, 5, 32, 3e-6),
     quantize_rows(2, 3, 12, 1000.0, b=2),
     quantize_rows(1, 1, 128, 1e-8),
+    attention4(1, (0, 0, 1, 1), 64, 64, (40,)),
+    attention4(8, (1, 0, 0), 32, 48, (29,)),
+    attention4(5, (0, 0), 16, 64, (3, 50), keys=8),
+    attention4(4, (0, 1), 128, 64, (17,), layout="NHD"),
+    attention4(3, (0, 1), 80, 64, (17,), blocks=(1, 3, 16)),
+    attention4(4, (0, 0, 1), 96, 48, (2, 9, 37), step=10),
+    attention4(5, (0, 0), 32, 4500, (4300,)),
+    quantize_groups(1, 2, 64, 1.0),
+    quantize_groups(3, 5, 32, 3e-6),
+    quantize_groups(2, 3, 48, 1000.0, b=2),
+    quantize_groups(1, 1, 128, 1e-8),
+    quantize_groups(4, 2, 16, 0.1),
     rows(1, 40, 16, (7,)),
     rows(3, 11, 16, (0, 4, 29), modulo=6, offset=6),
     rows(8, 40, 20, (36,)),

@@ -37,7 +37,7 @@ def compiled(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Compil
     return make
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.slow), "int8", "int4"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_equal_to_the_other_layout(compiled: Compile, engine: EngineName, dtype: str) -> None:
     """The same sums in the same order: bit for bit, but for the host's kernels, which may be vectorised
@@ -76,7 +76,7 @@ def test_batches(compiled: Compile) -> None:
 
 
 def test_memory_plan_and_time(compiled: Compile, capsys: pytest.CaptureFixture[str]) -> None:
-    for options in ({}, {"kv_dtype": "int8"}, {"seqlens": (1, 100)}):
+    for options in ({}, {"kv_dtype": "int8"}, {"kv_dtype": "int4"}, {"seqlens": (1, 100)}):
         folder = compiled("NHD", **options)
         assert simulate([str(folder), "--check-plan"]) == 0
     programs = sorted(map(str, folder.glob("batch_1/seqlen_1/*.edge10")))

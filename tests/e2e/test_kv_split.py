@@ -68,7 +68,11 @@ def test_equal_to_one_die(artifacts: Artifacts, by_tokens: Compile, dies: int) -
         assert off(np.concatenate(found), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8", "kv_layout": "NHD"}], ids=["fp16", "int8"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *({"kv_dtype": kind, "kv_layout": "NHD"} for kind in ("int8", "int4"))],
+    ids=["fp16", "int8", "int4"],
+)
 def test_a_saved_cache_goes_on(by_tokens: Compile, tmp_path: Path, options: dict[str, Any]) -> None:
     """Each die's file has the rows of its own blocks; of the last of three dies none yet after 20 tokens."""
     for count in (20, 39):

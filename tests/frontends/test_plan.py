@@ -56,6 +56,7 @@ def compiled_bytes(folder: Path, die: int, seqlen: int) -> tuple[int, int, int]:
     ("dies", "weights", "cache", "stages"),
     [
         (3, "int4", "int8", 1),
+        (2, "fp16", "int4", 1),
         pytest.param(4, "int4", "fp16", 2, marks=pytest.mark.slow),
         pytest.param(1, "fp16", "fp16", 1, marks=pytest.mark.slow),
         pytest.param(4, "fp16", "fp16", 1, marks=pytest.mark.slow),

@@ -36,17 +36,21 @@ CHUNKS = Chunks(TINY["chunk_size"], TINY["local_size"], TINY["original_max"])
 TOKENS, THETA = TINY["tokens"], TINY["theta"]
 QWEN = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 ROUNDING = 2e-3  # of values up to 1.5 through f16 queries, keys, probabilities and results
-INT8 = 0.03
+INT8, INT4 = 0.03, 0.3
 
 
-def wave(heads: int, a: float, b: float, c: float) -> Array:
+def wave(heads: int, a: float, b: float, c: float, dim: int = TINY["dim"]) -> Array:
     """Inputs any language can make again."""
-    i, g, d = np.ogrid[:TOKENS, :heads, : TINY["dim"]]
+    i, g, d = np.ogrid[:TOKENS, :heads, :dim]
     return np.asarray(1.5 * np.sin(a * i + b * g + c * d + 0.3))
 
 
-def inputs(heads: int = TINY["heads"], groups: int = TINY["groups"]) -> tuple[Array, Array, Array]:
-    return wave(heads, 0.37, 1.3, 0.71), wave(groups, 0.53, 0.9, 1.17), wave(groups, 0.29, 1.7, 0.41)
+def inputs(
+    heads: int = TINY["heads"], groups: int = TINY["groups"], dim: int = TINY["dim"]
+) -> tuple[Array, Array, Array]:
+    numbers = ((heads, 0.37, 1.3, 0.71), (groups, 0.53, 0.9, 1.17), (groups, 0.29, 1.7, 0.41))
+    q, k, v = (wave(*own, dim) for own in numbers)
+    return q, k, v
 
 
 def golden_error(logits: Array) -> float:
@@ -115,14 +119,16 @@ def test_sizes_that_make_no_chunks(entry: object, said: str) -> None:
         (2, "layout=NHD", 4, 2),
         (3, "dtype=int8 layout=NHD", 4, 2),
         (4, "", 4, 2),
+        (2, "dtype=int4 layout=NHD", 4, 2),
+        pytest.param(3, "dtype=int4", 4, 2, marks=pytest.mark.slow),
     ],
 )
 def test_programs_of_all_dies(dies: int, cache: str, heads: int, groups: int, tmp_path: Path) -> None:
     """A prompt whose borders lie inside of steps of 8 tokens, then a token at a time across two more."""
-    given = inputs(heads, groups)
+    given = inputs(heads, groups, 32 if "int4" in cache else TINY["dim"])
     module = attention_only(*given, THETA, CHUNKS, tmp_path)
     programs = Programs(module, tmp_path, max_kv=TOKENS + 3, seqlen=8, dies=dies, cache=cache)
-    bound = INT8 if "int8" in cache else ROUNDING
+    bound = INT4 if "int4" in cache else INT8 if "int8" in cache else ROUNDING
     for engine in ("interpreter", "edge10"):
         programs.reset()
         whole = programs.feed(range(TOKENS), engine)
@@ -169,13 +175,14 @@ def test_through_dram(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, wanted.reshape(TOKENS, -1), atol=ROUNDING)
 
 
-@pytest.mark.parametrize("cache", ["", "dtype=int8 layout=NHD"])
+@pytest.mark.parametrize("cache", ["", "dtype=int8 layout=NHD", "dtype=int4"])
 def test_before_the_first_border_nothing_changes(cache: str, tmp_path: Path) -> None:
     """Bit for bit, also where the step goes on beyond the border."""
     results: dict[bool, list[Array]] = {}
     for chunked in (False, True):
         folder = tmp_path / str(chunked)
-        module = attention_only(*inputs(4, 2), THETA, Chunks(16, 4) if chunked else None, folder)
+        given = inputs(4, 2, 32 if "int4" in cache else TINY["dim"])
+        module = attention_only(*given, THETA, Chunks(16, 4) if chunked else None, folder)
         programs = Programs(module, folder, max_kv=TOKENS, seqlen=8, dies=2, cache=cache)
         assert (programs.chunks is not None) == chunked
         results[chunked] = []

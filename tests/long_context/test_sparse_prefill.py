@@ -41,7 +41,8 @@ Array = npt.NDArray[Any]
 THETA, TOKENS, STEP = 1e4, 320, 32
 PLAIN, CHUNKS = Chunks(1 << 20, 1), Chunks(128, 32)
 CHOICE = BlockChoice(keep=3, block=16, window=32, every=3)
-ROUNDING, INT8 = 8e-3, 0.06  # of values up to 4 and scores up to 15, through f16, and of 8-bit rows
+# Of values up to 4 and scores up to 15, through f16, of 8-bit rows and of 4-bit ones.
+ROUNDING, INT8, INT4 = 8e-3, 0.06, 1.0
 
 
 def inputs(heads: int = 4, groups: int = 2, dim: int = 16) -> tuple[Array, Array, Array]:
@@ -99,6 +100,7 @@ def definition(
         pytest.param(2, "dtype=int8", 4, 2, True, marks=pytest.mark.slow),
         (3, "", 6, 2, True),  # a cache head's query heads on two dies
         (4, "dtype=int8", 7, 1, False),  # copies of a cache head
+        (2, "dtype=int4", 4, 2, True),
     ],
 )
 def test_programs_of_all_dies(
@@ -110,7 +112,7 @@ def test_programs_of_all_dies(
     text = CHOICE.text().replace(",", " ")
     programs = Programs(module, tmp_path, max_kv=TOKENS, seqlen=STEP, dies=dies, cache=cache, sparse=text)
     wanted, shares = definition(*given, chunks, teams_of(programs))
-    bound = INT8 if cache else ROUNDING
+    bound = {"": ROUNDING, "dtype=int8": INT8, "dtype=int4": INT4}[cache]
     for engine in ("interpreter", "edge10"):
         programs.reset()
         found = programs.feed(range(TOKENS), engine)[:, : heads * 16].reshape(TOKENS, heads, 16)

@@ -349,7 +349,8 @@ def test_drain_over_the_crossbar() -> None:
     ("function", "per_element"),
     [
         ("add", 1), ("mul", 1), ("scale", 1), ("cast", 1), ("copy", 1), ("fill", 1), ("silu", 4), ("silu_mul", 5), ("rms_norm", 4), ("rope", 4), ("rescale_add", 2),  # noqa: E501
-        ("divide_rows", 2), ("quantize_rows", 4), ("layer_norm", 6), ("layer_norm_bias", 6), ("relu", 1),
+        ("divide_rows", 2), ("quantize_rows", 4), ("quantize_groups", 4),
+        ("layer_norm", 6), ("layer_norm_bias", 6), ("relu", 1),
         ("softcap", 4), ("gelu", 6), ("gelu_tanh", 6), ("gelu_quick", 6), ("gelu_mul", 7),
         ("gelu_mul_tanh", 7), ("gelu_mul_quick", 7), ("merge_attention", 2), ("share", 4),
     ],

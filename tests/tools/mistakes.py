@@ -40,7 +40,7 @@ MISTAKES: Final = (
     Mistake("vLLM", "tyir-compile model -o o --max-model-len 4096", "--max-kv N here"),
     Mistake("vLLM", "tyir-run out/1die --max-model-len 4096 --prompt x", "--max-kv N of tyir-compile"),
     Mistake("vLLM", "tyir-compile model -o o --quantization awq", "--weights int4 here"),
-    Mistake("vLLM", "tyir-compile model -o o --kv-cache-dtype fp8", "--kv-dtype fp16|int8 here"),
+    Mistake("vLLM", "tyir-compile model -o o --kv-cache-dtype fp8", "--kv-dtype fp16|int8|int4 here"),
     Mistake("vLLM", "tyir-compile model -o o --kv-dtype fp8", "--kv-dtype int8"),
     Mistake("vLLM", "tyir-compile --model model -o o", "the model is the first argument"),
     Mistake("vLLM", "tyir-import model --dtype bfloat16", "that is --dtype f16"),

@@ -9,7 +9,7 @@ from tyir.edge10.command_times import vector_ns
 from tyir.edge10.vector_functions import VECTOR_FUNCTIONS, VECTOR_PASSES, Call, passes_of, whole
 from tyir.targets.machine import load_machine
 
-CALL = Call(rows=6, cols=12, group=3, constant=0.5)
+CALL = Call(rows=6, cols=12, group=2, constant=0.5)
 
 
 @pytest.mark.parametrize("name", sorted(VECTOR_FUNCTIONS))

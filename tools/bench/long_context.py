@@ -87,7 +87,7 @@ def _bytes(folders: dict[str, Path]) -> Iterator[str]:
 
     capacity = load_machine().dram.capacity_bytes
     for name, folder in folders.items():
-        for cache in ("fp16", "int8"):
+        for cache in ("fp16", "int8", "int4"):
             yield f"\n{name}, int4 weights, {cache} cache: GiB on the fullest die\n"
             yield "| dies | stages | " + " | ".join(f"{n:,}" for n in LENGTHS) + " | longest |"
             yield "| ---: | ---: |" + " ---: |" * (len(LENGTHS) + 1)
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seqlens", type=numbers, default=(1, 96), metavar="N,N,..", help="of times: tokens per step"
     )
     parser.add_argument(
-        "--kv-dtype", choices=("fp16", "int8"), default="fp16", help="of times: what caches hold"
+        "--kv-dtype", choices=("fp16", "int8", "int4"), default="fp16", help="of times: what caches hold"
     )
     parser.add_argument(
         "--sparse-prefill", type=sparse, default=(), metavar="keep=N,..", help="of times: as tyir-compile's"

@@ -43,6 +43,13 @@ def lines(plan: Plan) -> Iterator[str]:
     for i, n in enumerate(plan.dies):
         share = f"{100 * n.total / m.dram.capacity_bytes:.0f} %"
         yield f"{i:>4}{gib(n.weights):>12}{gib(n.kv_cache):>12}{gib(n.activations):>13}{gib(n.total):>12}{share:>9}"  # noqa: E501
+    each = max(n.kv_cache for n in plan.dies) // (o.max_kv * o.batch)
+    yield f"cache: {each:,} bytes a token on the largest die ({o.kv_dtype})"
+    if o.kv_dtype == "int4":
+        yield (
+            "  layers whose keys 4 bits would not hold are found when weights are read, and named: theirs"
+            " then take 8 bits, a layer about 1.4 times as much"
+        )
     if plan.tower is not None:
         size = 2 * plan.tower.parameters
         yield (

@@ -50,13 +50,13 @@ def verify_pictures(args: argparse.Namespace, artifacts: Artifacts, plugin: Mode
     ]
     prompts = [r.prompt for r in results]
     seen = all(r.good for r in results)
-    good = seen and all(map(agrees, prompts))
+    good = seen and all(agrees(p, artifacts.manifest.options.kv_dtype) for p in prompts)
     if not args.json:
         _print(results, vision_of(artifacts).exponent)
         print(HEAD)
         for number, prompt in enumerate(prompts):
             print(row_of(number, prompt))
-        print_end(prompts, args.engine, good)
+        print_end(prompts, args.engine, good, artifacts.manifest.options.kv_dtype)
     found = None
     if not good and args.engine != "edge10":
         note("looking for the first op that is off")

@@ -23,9 +23,12 @@ __all__ = ["cache_inputs", "is_recall", "problems_of"]
 
 _IDS, _EMBEDDINGS, _POS, _TEMPERATURE, _ROW = "ids", "embeddings", "pos", "temperature", "row"
 _ROPE_ROWS: Final = "rope_rows"
-_CACHES: Final = {  # the caches' elements by number of axes: with the scales of 8-bit rows beside them
-    "fp16": {4: "f16"},
-    "int8": {4: "i8", 3: "f16"},
+# The caches' elements by number of axes, with the scales of 8-bit rows and of 4-bit groups beside them; keys
+# that 4 bits do not hold have 8.
+_CACHES: Final[dict[str, dict[int, tuple[str, ...]]]] = {
+    "fp16": {4: ("f16",)},
+    "int8": {4: ("i8",), 3: ("f16",)},
+    "int4": {4: ("ui8", "ui16", "i8"), 3: ("f16",)},
 }
 
 
@@ -63,7 +66,14 @@ def problems_of(manifest: Manifest) -> Iterator[str]:
     if missing := sorted(needed - manifest.files.keys()):
         yield f"files lists no {', '.join(missing)}"
     layers = manifest.model.get("num_hidden_layers")
-    counted = len({name for p in manifest.programs for name, t in _caches(p).items() if len(t.shape) == 4})
+    counted = len(
+        {
+            name
+            for p in manifest.programs
+            for name, t in _caches(p).items()
+            if len(t.shape) == 4 and t.dtype != "ui16"  # those are scales
+        }
+    )
     if layers is not None and 2 * layers != counted:
         yield f"model.num_hidden_layers is {layers}, the programs have {counted} caches of keys and values"
 
@@ -212,13 +222,14 @@ def _rope_program(program: DieProgram, pairs: int, slots: int) -> Iterator[str]:
 
 def _cache(tensor: TensorInfo, options: BuildOptions) -> Iterator[str]:
     kinds = _CACHES[options.kv_dtype]
-    wanted = kinds.get(len(tensor.shape))
-    if wanted is None:
+    wanted = kinds.get(len(tensor.shape), ())
+    if not wanted:
         yield f"has {_shown(tensor)}, which is not a cache of {options.kv_dtype}"
     else:
+        dtype = tensor.dtype if tensor.dtype in wanted else wanted[0]
         shape: list[int | None] = [None] * len(tensor.shape)
         shape[0], shape[position_axis(options.kv_layout)] = options.batch, options.cache_extent
-        yield from _tensor(tensor, tensor.name, wanted, tuple(shape))
+        yield from _tensor(tensor, tensor.name, dtype, tuple(shape))
 
 
 def is_recall(name: str, options: BuildOptions) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from annotated_types import Interval, MaxLen, MinLen
 
 from tyir.artifacts.schema import Matches, closed
-from tyir.types import FloatType, IntegerType, storage_dtype
+from tyir.types import scalar_type, storage_dtype
 
 __all__ = ["MAX_DIES", "Count", "DieProgram", "Element", "FileName", "Name", "TensorInfo"]
 
@@ -42,9 +42,9 @@ class TensorInfo:
     @property
     def storage_dtype(self) -> np.dtype[Any]:
         """The numpy dtype of a buffer for it."""
-        return storage_dtype(
-            FloatType(self.dtype) if "f" in self.dtype else IntegerType(int(self.dtype.lstrip("sui")))
-        )
+        element = scalar_type(self.dtype)
+        assert element is not None, "`Element` has such names only"
+        return storage_dtype(element)
 
 
 @closed

@@ -32,6 +32,7 @@ OWN_ATTRIBUTES: Final[Mapping[str, str]] = {
     "tyir.layer": "the decoder layer",
     "tyir.path": "the module's path in the model",
     "tyir.source": "of a command: the op that it comes from",
+    "tyir.keys": "of attention: `int8` where a 4-bit cache has keys of 8 bits",
     # of ops: how they are cut over dies
     "tyir.pin": "what is to be split, replicated or cut by rows whatever it costs",
     "tyir.choice": "what was chosen, and why",

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tyir.dialects.kv import merge_parts, quantize_rows
+from tyir.dialects.kv import merge_parts, quantize_groups, quantize_rows
 from tyir.dialects.ty.elementwise import gelu, silu, softcap
 from tyir.ir import Op
 
@@ -28,8 +28,10 @@ __all__ = [
     "VectorFunction",
     "angles",
     "function_of",
+    "half_rows",
     "passes_of",
     "per_column",
+    "per_group",
     "per_head",
     "per_row",
     "whole",
@@ -74,6 +76,16 @@ def per_head(call: Call) -> tuple[int, ...]:
 def merged(call: Call) -> tuple[int, ...]:
     """What the parts of a row, `group` side by side, come to: two columns less than one."""
     return (call.rows, call.cols // call.group - 2)
+
+
+def half_rows(call: Call) -> tuple[int, ...]:
+    """Half as many elements in each row."""
+    return (call.rows, call.cols // 2)
+
+
+def per_group(call: Call) -> tuple[int, ...]:
+    """An element for each `group` elements of a row."""
+    return (call.rows, call.cols // call.group)
 
 
 def angles(call: Call) -> tuple[int, ...]:
@@ -273,6 +285,16 @@ _ROWS: Final = (
         (whole, per_row),
         "a as i8 and one f16 scale per row, as kv.quantize_rows says",
         lambda _, a: quantize_rows(a),
+        exact=True,
+        passes=4,
+        price="rms_norm",
+    ),
+    VectorFunction(  # the same passes, over groups
+        "quantize_groups",
+        _ONE,
+        (half_rows, per_group),
+        "a as 4-bit codes and a word per `group` channels, as kv.quantize_groups says",
+        lambda call, a: quantize_groups(a, call.cols // call.group),
         exact=True,
         passes=4,
         price="rms_norm",

@@ -63,6 +63,7 @@ _LOWERINGS: Final[dict[type[Op], Callable[[Any, Lowering], None]]] = {
     dist.Send: lower_send,
     dist.Recv: lower_recv,
     kv.Replace: lower_replace,
+    kv.QuantizeGroups: lower_quantize_rows,
     kv.QuantizeRows: lower_quantize_rows,
     kv.MergeAttention: lower_merge_attention,
     ty.Concat: lower_concat,

@@ -214,6 +214,7 @@ class AttentionBlocks:
     runs, the cube is at another's product.  A block's scores are products of `columns` keys each; the scores
     of `buffers` strips have a place, and the products with V of `products` of them.  `part`: the result is
     rows of f32 that are to be merged.
+    `stored`: of keys and of values the bytes of a row and of its scales in the cache, nothing of f16.
     `beside`: bytes of each of the lists of chosen blocks, of what was asked of all, and of the shares.
     """
 
@@ -221,7 +222,7 @@ class AttentionBlocks:
     keys: int
     all_heads: bool
     strip: int
-    quantized: bool = False
+    stored: tuple[tuple[int, int], ...] = ()
     strip_rows: int = 0  # 0: a strip has all queries
     rotations: int = 1  # that the queries are given in; with several, scores have a temperature
     columns: int = 0
@@ -243,14 +244,14 @@ class AttentionBlocks:
     def layout(self, heads: int, groups: int, dim: int, *, transfers: bool = True) -> dict[str, int]:
         """Bytes of each temporary, in order of their place.
 
-        Of an 8-bit cache a block is its f16 rows, which are made of the 8-bit rows and the scales.  A row of
-        probabilities takes the place of its scores.  `transfers`: the queries or the result lie in DRAM.
+        Of an 8-bit or 4-bit cache a block is its f16 rows, which are made of the stored rows and the scales.
+        A row of probabilities takes the place of its scores.  `transfers`: the queries or the result lie in
+        DRAM.
         """
         rows, block = self.queries * heads, groups * self.keys
         sizes = {f"{name}{number}": align(block * dim * 2) for number in range(self.sets) for name in "kv"}
-        if self.quantized:
-            parts = {"_q": dim, "_scales": 2}
-            sizes |= {name + part: align(block * row) for name in "kv" for part, row in parts.items()}
+        for name, parts in zip("kv", self.stored):
+            sizes |= {name + part: align(block * row) for part, row in zip(("_q", "_scales"), parts)}
         of_strip = self.strip_queries * min(self.strip, heads)
         for number in range(self.buffers):
             sizes[f"scores{number}"] = align(of_strip * self.keys * 4)
@@ -322,7 +323,7 @@ def attention_blocks(
     *,
     capacity: int = 1 << 31,
     transfers: bool = True,
-    quantized: bool = False,
+    stored: tuple[tuple[int, int], ...] = (),
     rotations: int = 1,
     block: int | None = None,
     listed: int | None = None,
@@ -340,7 +341,7 @@ def attention_blocks(
                 h = heads if all_heads else largest_group
                 strip = h if queries * h <= STRIP_ROWS else max(1, min(largest_group, STRIP_ROWS // queries))
                 yield AttentionBlocks(
-                    *(queries, 0, all_heads, strip, quantized),
+                    *(queries, 0, all_heads, strip, stored),
                     rotations=rotations,
                     part=block is not None,
                     beside=beside,
@@ -461,7 +462,7 @@ def _block_ns(
     chain = cube + drain + vector
     under_way = min(strips * blocks.sets, blocks.buffers, 3)
     busiest = strips * max(cube, drain, vector, chain / under_way)
-    nbytes = groups * keys * (2 * (dim + 2) if blocks.quantized else 4 * dim)
+    nbytes = groups * keys * (sum(map(sum, blocks.stored)) or 4 * dim)
     loads = 2 * (dispatch + machine.dma.issue_ns) + nbytes / machine.dram_bytes_per_ns
     return max(busiest, loads) + _TURN * chain, machine.dram.latency_ns + loads + chain
 

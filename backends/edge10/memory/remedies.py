@@ -24,6 +24,7 @@ Need = Callable[
 _HOST_LOOKUP: Final = 1.1  # the host embeds the tokens
 _NO_LOGITS: Final = 1.1  # the step returns tokens only
 _CACHE_ACCURACY: Final = 1.2  # 8-bit caches with a scale per head and token
+_FEW_BITS_ACCURACY: Final = 2.1  # 4-bit caches with a scale per head, token and 32 channels
 _WEIGHT_ACCURACY: Final = 1.5  # 4-bit weights, rounded to nearest
 _EXCHANGES: Final = 1.05  # dies exchange queries and what their keys come to
 _KV_STEP: Final = 256
@@ -99,6 +100,8 @@ def _changes(options: BuildOptions) -> Iterator[tuple[str, BuildOptions, float]]
         yield "--output argmax", replace(options, output="argmax"), _NO_LOGITS
     if options.kv_dtype == "fp16":
         yield "--kv-dtype int8", replace(options, kv_dtype="int8"), _CACHE_ACCURACY
+    if options.kv_dtype != "int4":
+        yield "--kv-dtype int4", replace(options, kv_dtype="int4"), _FEW_BITS_ACCURACY
     if options.kv_split == "heads":
         yield "--kv-split tokens", replace(options, kv_split="tokens"), _EXCHANGES
     if options.weights == "fp16":

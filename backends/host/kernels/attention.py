@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from tyir.artifacts.sparse_prefill import QUARTER, is_measured
 from tyir.artifacts.token_blocks import TokenBlocks
+from tyir.backends.host.kernels.cache_rows import CacheRows
 from tyir.backends.host.kernels.elementwise import capped
 from tyir.backends.host.kernels.tir import (
     Buffer,
@@ -48,7 +48,6 @@ from tyir.backends.host.kernels.tir import (
     load,
     log,
     loop,
-    prefetch,
     put,
     register,
     rows_before,
@@ -56,7 +55,6 @@ from tyir.backends.host.kernels.tir import (
     splat,
     store,
     sums_of,
-    vector,
 )  # fmt: skip
 from tyir.backends.host.kernels.top_k import BestList
 from tyir.dialects import kv, ty
@@ -68,7 +66,6 @@ _MOST_QUERIES = 8
 _BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
 _VALUES: Final = 128  # rows of values that are visited together: 16 KiB of a width of 64
 _AHEAD: Final = 32  # rows: what is asked for arrives while as many are converted
-_CACHE_LINE: Final = 64  # bytes
 _HIDDEN = float("-inf")
 
 
@@ -168,7 +165,7 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
     q, k, v, pos, *scales, out = buffers
     chunked = isinstance(op, kv.DualChunkAttention)
     *scales, successive, inter, temperature = scales if chunked else (*scales, None, None, None)
-    k_scales, v_scales = scales or (None, None)
+    keys, values = (CacheRows(x, scale) for x, scale in zip((k, v), scales or (None, None)))
     b, s, heads, width = (int(d) for d in q.shape)
     held, blocks = op.held, op.token_blocks
     side_by_side = _heads_together(op.kv_heads) if s == 1 else 1
@@ -205,7 +202,7 @@ def attention(op: kv.CachedAttention, buffers: Sequence[Buffer], cpu: Cpu) -> No
             bounds = (inter, (low, last)), (successive, (last, own)), (q, (own, high))
             parts = [_Part(rotated, rows, heat) for rotated, rows in bounds]
         visit = _by_blocks if held > _BLOCK or blocks is not None else _at_once
-        visit(op, work, parts, (k, k_scales), (v, v_scales), out, min(held, _BLOCK), cpu)
+        visit(op, work, parts, keys, values, out, min(held, _BLOCK), cpu)
 
 
 def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -226,10 +223,9 @@ def both_ways(op: ty.Attention, buffers: Sequence[Buffer], cpu: Cpu) -> None:
         work = _Work(
             bind(item // (tiles * heads)), head, group, token0, queries, False, None, low, high, False
         )
-        _at_once(op, work, [_Part(q)], (k, None), (v, None), out, longest, cpu)
+        _at_once(op, work, [_Part(q)], CacheRows(k), CacheRows(v), out, longest, cpu)
 
 
-Stored = tuple[Buffer, Buffer | None]  # rows and, of an 8-bit cache, their scales
 _Attending = kv.CachedAttention | kv.SparseAttention | kv.BlockScores | ty.Attention
 
 
@@ -237,8 +233,8 @@ def _at_once(
     op: kv.CachedAttention | ty.Attention,
     work: _Work,
     parts: Sequence[_Part],
-    k: Stored,
-    v: Stored,
+    k: CacheRows,
+    v: CacheRows,
     out: Buffer,
     rows: int,
     cpu: Cpu,
@@ -246,15 +242,15 @@ def _at_once(
     """A tile whose keys are at most `rows`."""
     scores = T.alloc_buffer((work.queries, rows + cpu.lanes), "float32")
     for part in parts:
-        _scores(op, work, part, *k, scores, cpu)
+        _scores(op, work, part, k, scores, cpu)
     totals = T.alloc_buffer((work.queries,), "float32")
     _softmax(work, scores, totals, cpu)
-    width = int(v[0].shape[3])
+    width = v.width
     lanes = lanes_for(cpu.lanes, width)
     sums = T.alloc_buffer((work.queries, width), "float32")
     with T.serial(0, work.queries) as t, T.serial(0, width // lanes) as i:
         store(sums, [t, i * lanes], f32(0, lanes), lanes)
-    _weighted_values(work, *v, scores, sums, cpu)
+    _weighted_values(work, v, scores, sums, cpu)
     _store_divided(work, out, sums, totals, lanes)
 
 
@@ -262,8 +258,8 @@ def _by_blocks(
     op: kv.CachedAttention,
     work: _Work,
     parts: Sequence[_Part],
-    k: Stored,
-    v: Stored,
+    k: CacheRows,
+    v: CacheRows,
     out: Buffer,
     rows: int,
     cpu: Cpu,
@@ -271,7 +267,7 @@ def _by_blocks(
     """A tile over any number of keys, `rows` at a time: maximum, total and weighted sum of the blocks before
     are scaled to the maximum with the new block.
     """
-    sums = _Sums.empty(work, int(v[0].shape[3]), rows, cpu)
+    sums = _Sums.empty(work, v.width, rows, cpu)
     with T.serial(0, (work.high - work.low + (rows - 1)) // rows) as number:
         low = bind(work.low + number * rows)
         block = replace(work, low=low, high=bind(T.min(low + rows, work.high)))
@@ -307,18 +303,18 @@ class _Sums:
         return cls(values, scores, online, lanes)
 
     def add(
-        self, op: _Attending, block: _Work, parts: Sequence[_Part], k: Stored, v: Stored, cpu: Cpu
+        self, op: _Attending, block: _Work, parts: Sequence[_Part], k: CacheRows, v: CacheRows, cpu: Cpu
     ) -> None:
         """The keys of `block`, which may be none."""
         for part in parts:
-            _scores(op, block, part, *k, self.scores, cpu)
+            _scores(op, block, part, k, self.scores, cpu)
         _softmax(block, self.scores, self.online.totals, cpu, self.online)
 
         lanes = self.lanes
         with T.serial(0, block.queries) as t, T.serial(0, int(self.values.shape[1]) // lanes) as i:
             scaled = load(self.values, [t, i * lanes], lanes) * splat(self.online.factors[t], lanes)
             store(self.values, [t, i * lanes], scaled, lanes)
-        _weighted_values(block, *v, self.scores, self.values, cpu)
+        _weighted_values(block, v, self.scores, self.values, cpu)
 
     def store_divided(self, work: _Work, out: Buffer) -> None:
         """The result."""
@@ -377,26 +373,11 @@ def _of_segment(row: Expr, bounds: Sequence[tuple[int, int]]) -> Expr:
     )
 
 
-def _read(cache: Buffer, scale: Expr | None, index: Sequence[Expr], lanes: int) -> Expr:
-    """Elements of a cache row as f32; of an 8-bit cache f16(q * scale)."""
-    value = load(cache, index, lanes)
-    return (
-        value
-        if scale is None
-        else T.cast(T.cast(value * splat(scale, lanes), vector("float16", lanes)), vector("float32", lanes))
-    )
-
-
-def _scale(scales: Buffer | None, work: _Work, position: Expr) -> Expr | None:
-    return None if scales is None else bind(T.cast(scales[tuple(work.row(position))], "float32"))
-
-
 def _scores(
     op: _Attending,
     work: _Work,
     part: _Part,
-    k: Buffer,
-    scales: Buffer | None,
+    k: CacheRows,
     scores: Buffer,
     cpu: Cpu,
 ) -> None:
@@ -415,10 +396,10 @@ def _scores(
         start = bind(low + block * lanes)
         with T.serial(0, lanes) as key:
             position = bind(T.min(start + key, high - 1))
-            scale = _scale(scales, work, position)
-            _ask_ahead(k, work, position, 0, width)
-            with T.serial(0, width // lanes) as i:
-                store(keys, [key, i * lanes], _read(k, scale, [*work.row(position), i * lanes], lanes), lanes)
+            row, read = k.row(work.row(position)), k.lanes(cpu.lanes)
+            k.ask_ahead(work.row(position + _AHEAD), T.int32(0), width)
+            with T.serial(0, width // read) as i:
+                store(keys, [key, i * read], row.read(i * read, read), read)
         with T.serial(0, work.queries) as t:
             sums = [register(lanes, 0) for _ in range(lanes)]
             with T.serial(0, width // lanes) as i:
@@ -478,17 +459,14 @@ def _softmax(work: _Work, scores: Buffer, totals: Buffer, cpu: Cpu, online: _Onl
         T.buffer_store(totals, added, [t])
 
 
-def _weighted_values(
-    work: _Work, v: Buffer, scales: Buffer | None, scores: Buffer, sums: Buffer, cpu: Cpu
-) -> None:
+def _weighted_values(work: _Work, v: CacheRows, scores: Buffer, sums: Buffer, cpu: Cpu) -> None:
     """sums[t] += sum_j scores[t, j] v[j].
 
     Some rows at a time, which the first-level cache holds: they are visited once for each chunk of the head's
     width, as much as leaves the sums of all queries in registers.
     """
-    width = int(v.shape[3])
-    lanes = lanes_for(cpu.lanes, width)
-    vectors = width // lanes
+    lanes = v.lanes(cpu.lanes)
+    vectors = v.width // lanes
     chunk = max(
         d
         for d in range(1, vectors + 1)
@@ -507,20 +485,14 @@ def _weighted_values(
         first = bind(part * _VALUES)
         with T.serial(first, bind(T.min(first + _VALUES, count))) as j:
             position = work.low + j
-            scale = _scale(scales, work, position)
-            _ask_ahead(v, work, position, columns[0], chunk * lanes)
+            row = v.row(work.row(position))
+            v.ask_ahead(work.row(position + _AHEAD), columns[0], chunk * lanes)
             for d in range(chunk):
-                value = bind(_read(v, scale, [*work.row(position), columns[d]], lanes))
+                value = bind(row.read(columns[d], lanes))
                 for t in range(work.queries):
                     add_to(kept[t, d], splat(scores[t, j], lanes) * value, lanes)
         for t, d in tile:
             store(sums, [t, columns[d]], get(kept[t, d], lanes), lanes)
-
-
-def _ask_ahead(cache: Buffer, work: _Work, position: Expr, column: Expr, width: int) -> None:
-    """Asks for columns of a row that is visited soon: processors fetch ahead within a page of 32 of them."""
-    for line in range(0, width, _CACHE_LINE // np.dtype(cache.dtype).itemsize):
-        prefetch(cache, [*work.row(position + _AHEAD), column + line])
 
 
 # ----------------------------------------------------------------------------------- some blocks of the cache
@@ -550,7 +522,7 @@ def _met(
 def block_scores(op: kv.BlockScores, buffers: Sequence[Buffer], cpu: Cpu) -> None:
     """Tiles of sampled queries of a head, block by block."""
     q, k, pos, *more, scores, totals = buffers
-    k_scales, far = more[0] if op.scales else None, more[len(op.scales) :]
+    keys, far = CacheRows(k, more[0] if op.scales else None), more[len(op.scales) :]
     size, every = op.choice.block, op.choice.every
     b, n, samples, heads = (int(d) for d in scores.shape)
     queries = _tile_of(samples)
@@ -576,7 +548,7 @@ def block_scores(op: kv.BlockScores, buffers: Sequence[Buffer], cpu: Cpu) -> Non
             low = bind(number * size)
             block = replace(work, low=low, high=bind(T.min(low + size, high)))
             for part in parts:
-                _scores(op, block, part.within(block), k, k_scales, found, cpu)
+                _scores(op, block, part.within(block), keys, found, cpu)
             with T.serial(0, queries) as t:
                 largest, total = _sum_of_exp(block, found, t, cpu)
                 T.buffer_store(scores, _logarithm(largest, total), [sequence, number, sample + t, head])
@@ -656,7 +628,7 @@ def sparse_attention(op: kv.SparseAttention, buffers: Sequence[Buffer], cpu: Cpu
     """Tiles of queries of a head: the chosen blocks of each range, then the window."""
     q, k, pos, *more, v, blocks, asked, out, shares = buffers
     scales, far = more[: len(op.scales)], more[len(op.scales) :]
-    k_scales, v_scales = scales or (None, None)
+    keys, values = (CacheRows(x, scale) for x, scale in zip((k, v), scales or (None, None)))
     choice = op.choice
     b, s, heads, width = (int(d) for d in q.shape)
     tokens, rows = _tile_of(s), min(op.held, _BLOCK)
@@ -680,11 +652,11 @@ def sparse_attention(op: kv.SparseAttention, buffers: Sequence[Buffer], cpu: Cpu
             with T.serial(0, count) as number:
                 begin = bind(blocks[sequence, group, which, number] * choice.block)
                 block = replace(work, low=begin, high=bind(begin + choice.block))
-                sums.add(op, block, [replace(part, bounds=None)], (k, k_scales), (v, v_scales), cpu)
+                sums.add(op, block, [replace(part, bounds=None)], keys, values, cpu)
         with T.serial(0, (work.high - work.low + (rows - 1)) // rows) as number:
             low = bind(work.low + number * rows)
             block = replace(work, low=low, high=bind(T.min(low + rows, work.high)))
-            sums.add(op, block, [p.within(block) for p in parts], (k, k_scales), (v, v_scales), cpu)
+            sums.add(op, block, [p.within(block) for p in parts], keys, values, cpu)
         sums.store_divided(work, out)
         with T.serial(0, tokens) as t:
             query = bind(token + t)

@@ -62,7 +62,9 @@ class DequantRows(
     """8-bit rows to f16 in SRAM: out[p, r, j] = f16(q[p, r, j] * scale[p, r]), for `rows` rows of `k`
     elements of each plane.
 
-    Planes of q (i8), scales (f16) and out (f16) hold `plane_rows` rows each, without gaps.
+    Planes of q (i8), scales (f16) and out (f16) hold `plane_rows` rows each, without gaps.  With `groups`
+    rows are of 4 bits: `k` / 2 bytes, and that many words of 16 bits for scales, as `kv.quantize_groups`
+    makes both.
     """
 
     args: tuple[Value, ...] = variadic_operand(default=())
@@ -74,6 +76,7 @@ class DequantRows(
     plane_rows: int = attr()
     rows: int = attr(default=DYNAMIC)
     k: int = attr()
+    groups: int = attr(default=0, least=0)
     done: Value = result()
 
     def cost(self, scalars: Sequence[int]) -> Work:
@@ -87,6 +90,8 @@ class DequantRows(
         yield from super().verify()
         if self.rows > self.plane_rows:
             yield f"{self.rows} rows are more than the {self.plane_rows} of a plane"
+        if self.groups and self.k % (2 * self.groups):
+            yield f"rows of {self.k} are not {self.groups} groups of pairs"
 
 
 class Matmul(Command, name="edge10.matmul", unit="cube", dynamic=("n", "k"), priced_by=("m",)):

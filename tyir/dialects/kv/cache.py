@@ -5,8 +5,9 @@ argument it is. `pos` [b] i32 is the number of tokens already in the cache.  Its
 capacity, D], where a head's rows follow each other, or "NHD", [b, capacity, G, D], where a token's do (the
 names are FlashInfer's: heads, n tokens, dimension).
 
-An 8-bit cache is of i8 with one f16 scale per token and head, a cache of its own without D:
-`kv.quantize_rows` makes both from the new rows, `kv.append` writes each, `kv.attention` takes the scales and
+An 8-bit cache is of i8 with one f16 scale per token and head, a cache of its own without D; a 4-bit one of
+ui8 with one word per token, head and group of channels (`stored_rows`). `kv.quantize_rows` and
+`kv.quantize_groups` make both from the new rows, `kv.append` writes each, `kv.attention` takes the scales and
 reads f16(q * scale).
 
 `kv.dual_chunk_attention` is attention beyond the trained length (`tyir.artifacts.dual_chunk`): the cache is
@@ -31,11 +32,12 @@ import numpy.typing as npt
 
 from tyir.artifacts.cache_layout import LAYOUTS, cache_shape, head_axis, position_axis
 from tyir.artifacts.token_blocks import TokenBlocks
+from tyir.dialects.kv.stored_rows import rows_of, scales_type
 from tyir.dialects.ty import as_type, attend, softcap, softmax, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
-from tyir.types import TensorType, Type, f16, f32, i8, i32
+from tyir.types import TensorType, Type, f16, f32, i32
 
 __all__ = [
     "LAYOUTS",
@@ -44,15 +46,12 @@ __all__ = [
     "CachedAttention",
     "DualChunkAttention",
     "MergeAttention",
-    "QuantizeRows",
     "Rows",
     "TakeRows",
     "cache_shape",
-    "dequantize_rows",
     "head_axis",
     "merge_parts",
     "position_axis",
-    "quantize_rows",
 ]
 
 Array = npt.NDArray[Any]
@@ -69,51 +68,12 @@ def _blocks_problem(blocks: tuple[int, ...] | None) -> Iterator[str]:
         yield f"blocks are the die's number, the number of dies and positions of a block; got {list(blocks)}"
 
 
-class QuantizeRows(DeclaredOp, name="kv.quantize_rows", traits=(Pure,)):
-    """Symmetric 8-bit quantisation of each row of D elements: rows f16 [b, s, G, D] -> q i8 of that shape and
-    scales f16 [b, s, G].
-
-    scale = f16(max|x| / 127);  q = clamp(round(x / scale), -127, 127), halves to even; 0 where the scale is
-    0.
-    """
-
-    rows: Value = operand()
-    q: Value = result()
-    scales: Value = result()
-
-    def infer(self) -> tuple[Type, ...]:
-        t = tensor_type(self.rows)
-        return t.with_element(i8), TensorType(t.dims[:-1], f16)
-
-    def verify(self) -> Iterator[str]:
-        t = tensor_type(self.rows)
-        if t.rank != 4 or t.element is not f16:
-            yield f"rows are f16 [b, s, heads, D]; got {t}"
-
-    def evaluate(self, rows: Array) -> tuple[Array, Array]:
-        return quantize_rows(rows)
-
-
-def quantize_rows(rows: Array) -> tuple[Array, Array]:
-    """What `kv.quantize_rows` computes: rows f16 [.., D] -> i8 [.., D] and scales f16 [..]."""
-    wide = rows.astype(np.float32)
-    scales = as_type(np.abs(wide).max(axis=-1) / np.float32(127), f16)
-    divisor = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)[..., None]
-    q = np.fmax(np.fmin(np.rint(wide / divisor), np.float32(127)), np.float32(-127))
-    return np.where(scales[..., None] > 0, q, 0).astype(np.int8), scales
-
-
-def dequantize_rows(q: Array, scales: Array) -> npt.NDArray[np.float16]:
-    """f16(q * scale): q [.., D] i8, scales [..] f16."""
-    return (q.astype(np.float32) * scales[..., None].astype(np.float32)).astype(np.float16)
-
-
 class Append(DeclaredOp, name="kv.append", traits=(InPlace,)):
     """Writes rows [b, s, G, D] to positions pos.. of a cache, in place; rows beyond the capacity are dropped
     (padding).
 
-    For the scales of an 8-bit cache there is no D.  With `blocks` [i, n, B] the cache holds blocks i, i + n,
-    .. of B positions each, and rows of other positions go nowhere.
+    For the scales of an 8-bit cache there is no D, for those of a 4-bit one D is their groups.  With `blocks`
+    [i, n, B] the cache holds blocks i, i + n, .. of B positions each, and rows of other positions go nowhere.
     """
 
     cache: Value = operand()
@@ -177,8 +137,9 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
     [b, s, H, D].
 
     `kv_heads[h]` is the cache head that query head h reads.  Scores, softmax and sums are f32; positions
-    after a query are never read; `window` and `softcap` are as in `ty.attention`.  8-bit caches come with the
-    scales of k and of v, each f16; what is read is f16(q * scale).
+    after a query are never read; `window` and `softcap` are as in `ty.attention`.  8-bit and 4-bit caches
+    come with the scales of k and of v, as `kv.quantize_rows` and `kv.quantize_groups` make them; keys may be
+    of 8 bits where values are of 4.
 
     With `blocks` [i, n, B] the caches hold blocks i, i + n, .. of B positions each, and the result is not
     attention yet but f32 [b, s, H, D + 2]: of the keys that are here the sums o [D], the largest score m and
@@ -230,11 +191,11 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
             yield f"kv_heads names {len(self.kv_heads)} heads, q has {heads}"
         elif any(not 0 <= g < groups for g in self.kv_heads):
             yield f"kv_heads {list(self.kv_heads)} reads outside the {groups} heads of the cache"
-        k = tensor_type(self.k)
-        wanted = [TensorType(k.dims[:-1], f16)] * 2 if k.element is i8 else []
+        needed = (scales_type(self.k), scales_type(self.v))
+        wanted = [kind for kind in needed if kind is not None]
         if [v.type for v in self.scales] != wanted:
             yield (
-                f"scales of {k} are {', '.join(map(str, wanted)) or 'none'}; got"
+                f"scales of {self.k.type} and {self.v.type} are {', '.join(map(str, wanted)) or 'none'}; got"
                 f" {', '.join(str(v.type) for v in self.scales) or 'none'}"
             )
         yield from _blocks_problem(self.blocks)
@@ -272,7 +233,7 @@ class CachedAttention(DeclaredOp, name="kv.attention", traits=(Pure,)):
             end = min(end, caches[0].shape[2])
             keys, values = (cache[i, :, :end] for cache in caches)
             if scales:
-                keys, values = (dequantize_rows(x, s[i, :, :end]) for x, s in zip((keys, values), scales))
+                keys, values = (rows_of(x, s[i, :, :end]) for x, s in zip((keys, values), scales))
             out[i] = one(i, int(start), keys, values)
         return as_type(out, tensor_type(self.out).element)
 

@@ -18,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tyir.artifacts.sparse_prefill import BlockChoice, is_measured
-from tyir.dialects.kv.cache import LOWEST, dequantize_rows
+from tyir.dialects.kv.cache import LOWEST
+from tyir.dialects.kv.stored_rows import rows_of, scales_type
 from tyir.dialects.ty.choice import select_best
 from tyir.dialects.ty.elementwise import softcap
 from tyir.dialects.ty.tensors import as_type, tensor_type
 from tyir.ir import Value
 from tyir.opdef import DeclaredOp, attr, operand, result, variadic_operand
 from tyir.traits import InPlace, Pure
-from tyir.types import TensorType, Type, f16, f32, i8, i32
+from tyir.types import TensorType, Type, f32, i32
 
 __all__ = ["ALWAYS", "NEVER", "BlockScores", "PickBlocks", "Replace", "SparseAttention", "block_weights"]
 
@@ -45,8 +46,8 @@ def _numbers_problem(numbers: tuple[int, ...], step: int | None) -> Iterator[str
 
 class _OverBlocks(DeclaredOp, name="kv.over_blocks"):
     """What both ops that meet the cache have: queries, a cache by heads, and `more`: the scales of 8-bit
-    caches and, of dual chunk attention with chunks of `step` tokens, successive and inter queries and the
-    temperature.
+    and 4-bit caches and, of dual chunk attention with chunks of `step` tokens, successive and inter queries
+    and the temperature.
     """
 
     q: Value = operand()
@@ -67,7 +68,7 @@ class _OverBlocks(DeclaredOp, name="kv.over_blocks"):
 
     @property
     def scales(self) -> tuple[Value, ...]:
-        """Of 8-bit caches."""
+        """Of 8-bit and 4-bit caches."""
         return self.more if self.step is None else self.more[:-3]
 
     @property
@@ -90,13 +91,12 @@ class _OverBlocks(DeclaredOp, name="kv.over_blocks"):
         """Rows of the cache, which are its positions."""
         return tensor_type(self.k).static_shape[2]
 
-    def _problems(self, caches: int) -> Iterator[str]:
+    def _problems(self, *caches: Value) -> Iterator[str]:
         yield from _numbers_problem(self.sparse, self.step)
         heads, groups = tensor_type(self.q, 4).dims[2], self.cache_heads
         if len(self.kv_heads) != heads or any(not 0 <= g < groups for g in self.kv_heads):
             yield f"kv_heads {list(self.kv_heads)} do not give {heads} heads of q one of {groups} each"
-        k = tensor_type(self.k)
-        wanted: list[Type] = [TensorType(k.dims[:-1], f16)] * caches if k.element is i8 else []
+        wanted: list[Type] = [kind for kind in map(scales_type, caches) if kind is not None]
         if self.step is not None:
             wanted += [self.q.type, self.q.type, TensorType(tensor_type(self.pos).dims, f32)]
         if [v.type for v in self.more] != wanted:
@@ -133,7 +133,7 @@ class BlockScores(_OverBlocks, name="kv.block_scores", traits=(Pure,)):
         )
 
     def verify(self) -> Iterator[str]:
-        yield from self._problems(caches=1)
+        yield from self._problems(self.k)
 
     def evaluate(self, q: Array, k: Array, pos: Array, *more: Array) -> tuple[Array, Array]:
         sparse, tokens = self.choice, q.shape[1]
@@ -146,7 +146,7 @@ class BlockScores(_OverBlocks, name="kv.block_scores", traits=(Pure,)):
             for group in range(self.cache_heads):
                 end = min(start + tokens, self.held)
                 keys = k[number, group, :end]
-                keys = dequantize_rows(keys, scales[0][group, :end]) if scales else keys
+                keys = rows_of(keys, scales[0][group, :end]) if scales else keys
                 wide = keys.astype(np.float32)
                 for head in (h for h, g in enumerate(self.kv_heads) if g == group):
                     met = [(q[number], own, end), *zip(far, (last, 0), (own, last))]
@@ -259,14 +259,14 @@ class SparseAttention(_OverBlocks, name="kv.sparse_attention", traits=(Pure,)):
         return self.q.type, self.totals.type
 
     def verify(self) -> Iterator[str]:
-        yield from self._problems(caches=2)
+        yield from self._problems(self.k, self.v)
         b, tokens, heads, _ = tensor_type(self.q, 4).static_shape
         if self.totals.type is not TensorType((b, self.choice.samples(tokens), heads), f32):
             yield f"totals {self.totals.type} are not those of the samples of {self.q.type}"
         lists = 1 if self.step is None else 3
         if self.blocks.type is not TensorType((b, self.cache_heads, lists, self.sparse[0]), i32):
             yield f"blocks are i32 [b, {self.cache_heads}, {lists}, {self.sparse[0]}]; got {self.blocks.type}"
-        if self.v.type is not self.k.type:
+        if self.v.type is not self.k.type and not self.scales:
             yield f"keys are {self.k.type}, values {self.v.type}"
 
     def evaluate(self, q: Array, k: Array, pos: Array, *rest: Array) -> tuple[Array, Array]:
@@ -291,9 +291,7 @@ class SparseAttention(_OverBlocks, name="kv.sparse_attention", traits=(Pure,)):
                 positions = np.concatenate([rows for rows, _ in parts])
                 keys, values = (x[number, group, positions] for x in (k, v))
                 if scales:
-                    keys, values = (
-                        dequantize_rows(x, s[group, positions]) for x, s in zip((keys, values), scales)
-                    )
+                    keys, values = (rows_of(x, s[group, positions]) for x, s in zip((keys, values), scales))
                 wide, places = keys.astype(np.float32), np.cumsum([0, *(len(rows) for rows, _ in parts)])
                 for head in (h for h, g in enumerate(self.kv_heads) if g == group):
                     rotated = [q[number, :, head], *(x[:, head] for x in far)]

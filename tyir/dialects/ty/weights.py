@@ -308,6 +308,7 @@ class Repeat(DeclaredOp, name="ty.repeat", traits=(Pure,)):
 
 
 _MOST_PAIR: Final = 10  # the exponent of a factor: queries grow by it
+_PAIR_SHARE: Final = 0.75  # of the logarithm of how far a pair is above the others
 
 
 class PairScales(DeclaredOp, name="ty.pair_scales", traits=(Pure,)):
@@ -316,8 +317,10 @@ class PairScales(DeclaredOp, name="ty.pair_scales", traits=(Pure,)):
 
     Row n of `weight` [N, K] and `bias` [N] make channel n of keys, in heads of `dim` channels, of which d and
     d + dim / 2 are a pair; or `weight` [N] is a norm's.  A pair's size is the larger |bias| + 2 |row| of its
-    two (two standard deviations, of inputs of mean square 1), its factor 2^round(log2(size / the head's
-    median)).  Each head's factors stand `repeats` times in place, for the query heads that read it.
+    two (two standard deviations, of inputs of mean square 1), its factor 2^floor(0.75 log2(size / the head's
+    median)): what is taken from a pair of keys makes its rounding larger, so that the best is less than all
+    of it (docs/long-context.md; QServe, arXiv:2405.04532, takes the root).  Each head's factors stand
+    `repeats` times in place, for the query heads that read it.
     """
 
     weight: Value = operand()
@@ -347,7 +350,7 @@ class PairScales(DeclaredOp, name="ty.pair_scales", traits=(Pure,)):
         pairs = sizes.reshape(-1, 2, self.dim // 2).max(axis=1)
         median = np.median(pairs, axis=1, keepdims=True)
         ratio = np.divide(pairs, median, out=np.ones_like(pairs), where=median > 0)
-        exponents = np.clip(np.round(np.log2(np.maximum(ratio, 1))), 0, _MOST_PAIR)
+        exponents = np.clip(np.floor(_PAIR_SHARE * np.log2(np.maximum(ratio, 1))), 0, _MOST_PAIR)
         factors = np.exp2(-exponents if self.inverse else exponents)
         whole = np.repeat(np.concatenate([factors, factors], axis=1), self.repeats, axis=0)
         return np.asarray(whole.reshape(-1), np.float32)

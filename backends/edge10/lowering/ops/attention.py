@@ -14,6 +14,7 @@ from dataclasses import replace
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Area, Lowering, element_bytes, sram_range
 from tyir.backends.edge10.lowering.ops.attention_block import Attending, AttentionBlock, head_runs
+from tyir.backends.edge10.lowering.ops.stored_rows import stored_bytes
 from tyir.backends.edge10.lowering.tiling import AttentionBlocks, attention_blocks, segment_blocks, spans
 from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch
@@ -177,7 +178,7 @@ def _blocks(op: Attending, room: int, machine: Machine, *, transfers: bool, long
         *(tokens, heads, groups, dim, largest, machine, room),
         capacity=op.capacity,
         transfers=transfers,
-        quantized=bool(op.scales),
+        stored=stored_bytes((op.k, op.v), op.scales),
         rotations=len(op.queries),
         block=op.blocks.size if op.blocks is not None else None,
         listed=op.sparse.choice.block if op.sparse is not None else None,

@@ -13,7 +13,7 @@ three strips overlap, also from turn to turn: a turn's last steps are the first 
 one is loaded while the other is used.  Every part of SRAM and of the accumulators is handed from turn to turn by a token of its own.  A turn's blocks past the last key
 have no rows: their scores cost nothing, their product with V is zero.
 
-An 8-bit cache's blocks are loaded with their scales and de-quantised to f16 first.
+Blocks of an 8-bit or a 4-bit cache are loaded with their scales and de-quantised to f16 first.
 
 Of a cache that is cut by tokens the loop runs over the die's own rows; m, l and o are stored as they are, for kv.merge_attention.
 
@@ -37,6 +37,7 @@ from tyir.backends.edge10.lowering.context import Lowering, Place, acc_range, sr
 from tyir.backends.edge10.lowering.dependences import ACC, Access, Slot, Space, Tracker
 from tyir.backends.edge10.lowering.emitter import Emitter
 from tyir.backends.edge10.lowering.ops.cache import rows_before
+from tyir.backends.edge10.lowering.ops.stored_rows import emit_dequant_rows, row_bytes
 from tyir.backends.edge10.lowering.tiling import AttentionBlocks, spans
 from tyir.backends.edge10.memory.allocate import align
 from tyir.dialects import edge10
@@ -695,27 +696,17 @@ class AttentionBlock:
 
     def _load_cache(self, name: str, block: int, rows: _Rows) -> None:
         """A block of the keys ("k") or the values ("v") as f16."""
-        at, op, size, target = self.at, self.op, self.groups * self.keys, self.at[f"{name}{block}"]
+        at, op, target = self.at, self.op, self.at[f"{name}{block}"]
         cache = self._place(op.k if name == "k" else op.v)
         if not op.scales:
             self._load_rows(cache, target, self.dim * 2, "eidma", rows)
             return
         q, scales = at[f"{name}_q"], at[f"{name}_scales"]
-        self._load_rows(cache, q, self.dim, "eidma", rows)
-        self._load_rows(self._place(op.scales[name == "v"]), scales, 2, "ebdma", rows)
-        self.lowering.emitter.emit(
-            edge10.DequantRows,
-            rows.keys,
-            q=q,
-            scales=scales,
-            out=target,
-            planes=self.groups,
-            plane_rows=self.keys,
-            rows=edge10.DYNAMIC,
-            k=self.dim,
-            reads=[sram_range(q, size * self.dim), sram_range(scales, size * 2)],
-            writes=[sram_range(target, size * self.dim * 2, write=True)],
-        )
+        stored = (op.k, op.scales[0]) if name == "k" else (op.v, op.scales[1])
+        self._load_rows(cache, q, row_bytes(stored[0]), "eidma", rows)
+        self._load_rows(self._place(stored[1]), scales, row_bytes(stored[1]), "ebdma", rows)
+        size = (self.groups, self.keys)
+        emit_dequant_rows(self.lowering.emitter, rows.keys, (q, scales, target), stored, size, self.dim)
 
     def _load_rows(self, cache: Place, sram: int, row: int, queue: str, rows: _Rows) -> None:
         """The block's rows of `row` bytes of the cache heads in use, each head's at its own plane."""

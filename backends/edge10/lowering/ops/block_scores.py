@@ -28,6 +28,7 @@ from tyir.backends.edge10.lowering.ops.attention_block import (
     head_runs,
     in_turn,
 )
+from tyir.backends.edge10.lowering.ops.stored_rows import emit_dequant_rows, row_bytes
 from tyir.backends.edge10.lowering.tiling import accumulator_bytes, spans
 from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch
@@ -68,7 +69,8 @@ class _Strips:
         samples, keys = op.choice.samples(tokens), op.choice.block
         sizes = {f"k{number}": align(keys * dim * 2) for number in range(self.sets)}
         if op.scales:
-            sizes |= {"k_q": align(keys * dim), "k_scales": align(keys * 2)}
+            row, scales = row_bytes(op.k), row_bytes(op.scales[0])
+            sizes |= {"k_q": align(keys * row), "k_scales": align(keys * scales)}
         rows = self.count * heads
         for number in range(self.buffers):
             sizes |= {f"scores{number}": align(rows * keys * 4), f"seen{number}": align(rows * 4)}
@@ -296,20 +298,10 @@ class _Scoring:
             self._load_rows(op.k, target, row, "eidma", first, keys)
             return
         q, scales = self.at["k_q"], self.at["k_scales"]
-        self._load_rows(op.k, q, self.dim, "eidma", first, keys)
-        self._load_rows(op.scales[0], scales, 2, "ebdma", first, keys)
-        self.lowering.emitter.emit(
-            edge10.DequantRows,
-            keys,
-            q=q,
-            scales=scales,
-            out=target,
-            planes=1,
-            plane_rows=self.keys,
-            k=self.dim,
-            reads=[sram_range(q, self.keys * self.dim), sram_range(scales, self.keys * 2)],
-            writes=[sram_range(target, self.keys * row, write=True)],
-        )
+        self._load_rows(op.k, q, row_bytes(op.k), "eidma", first, keys)
+        self._load_rows(op.scales[0], scales, row_bytes(op.scales[0]), "ebdma", first, keys)
+        places, stored = (q, scales, target), (op.k, op.scales[0])
+        emit_dequant_rows(self.lowering.emitter, keys, places, stored, (1, self.keys), self.dim)
 
     def _load_rows(self, value: Value, sram: int, row: int, queue: str, first: Value, keys: Value) -> None:
         emitter, cache = self.lowering.emitter, self.lowering.place(value)

@@ -12,15 +12,16 @@ from tyir.artifacts.token_blocks import TokenBlocks
 from tyir.attributes import ArrayAttr
 from tyir.backends.edge10.lowering.context import Lowering, Place, element_bytes, sram_range
 from tyir.backends.edge10.lowering.emitter import Emitter
+from tyir.backends.edge10.lowering.ops.stored_rows import row_bytes
 from tyir.backends.edge10.memory.allocate import SramPlan, align
 from tyir.backends.edge10.memory.places import Scratch, root
 from tyir.dialects import edge10
 from tyir.dialects.func import Call
-from tyir.dialects.kv import Append, QuantizeRows, Rows, TakeRows
+from tyir.dialects.kv import Append, QuantizeGroups, QuantizeRows, Rows, TakeRows
 from tyir.dialects.ty import Embedding, SelectRow, tensor_type
 from tyir.ir import Value
 from tyir.targets.machine import Machine
-from tyir.types import f16, i8
+from tyir.types import f16
 
 __all__ = [
     "lower_append",
@@ -173,9 +174,10 @@ def _store_rows(
 
 
 def lower_quantize_rows(op: QuantizeRows, lowering: Lowering) -> None:
-    """`kv.quantize_rows`: one vector command makes the 8-bit rows and their scales."""
+    """`kv.quantize_rows` and `kv.quantize_groups`: one vector command makes the rows and their scales."""
     *outer, dim = tensor_type(op.rows).static_shape
-    parts = [(lowering.place(v), size) for v, size in ((op.rows, dim * 2), (op.q, dim), (op.scales, 2))]
+    values, grouped = (op.rows, op.q, op.scales), isinstance(op, QuantizeGroups)
+    parts = [(lowering.place(v), row_bytes(v)) for v in values]
     spilled = sum(align(size) for place, size in parts if not place.in_sram)
     for piece in lowering.pieces(math.prod(outer), spilled):
         offsets, temp = [], piece.temp
@@ -190,13 +192,14 @@ def lower_quantize_rows(op: QuantizeRows, lowering: Lowering) -> None:
             lowering.load_bytes(parts[0][0].at(piece.first * dim * 2), offsets[0], piece.rows * dim * 2)
         lowering.emitter.emit(
             edge10.VectorOp,
-            function="quantize_rows",
+            function="quantize_groups" if grouped else "quantize_rows",
             inputs=(offsets[0],),
             outputs=tuple(offsets[1:]),
             rows=piece.rows,
             cols=dim,
             input_types=ArrayAttr([f16]),
-            output_types=ArrayAttr([i8, f16]),
+            group=dim // tensor_type(op.scales).static_shape[-1] if grouped else 1,
+            output_types=ArrayAttr([tensor_type(v).element for v in values[1:]]),
             reads=[source],
             writes=targets,
         )
