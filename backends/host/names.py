@@ -23,7 +23,8 @@ LINKED_IN: Final = ".host-"  # how the folder beside a library begins in which i
 
 _OF_CACHES: Final[tuple[type[Op], ...]] = (
     *(kv.Append, kv.BlockScores, kv.CachedAttention, kv.DualChunkAttention, kv.MergeAttention),
-    *(kv.PickBlocks, kv.QuantizeRows, kv.Replace, kv.Rows, kv.SparseAttention, kv.TakeRows),
+    *(kv.PickBlocks, kv.QuantizeGroups, kv.QuantizeRows, kv.Replace, kv.Rows, kv.SparseAttention),
+    kv.TakeRows,
 )
 _OF_MODELS: Final[tuple[type[Op], ...]] = (
     *(ty.Add, ty.Attention, ty.Cast, ty.Concat, ty.Embedding, ty.Gelu, ty.GeluMul, ty.LayerNorm, ty.Linear),
