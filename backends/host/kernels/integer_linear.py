@@ -4,13 +4,13 @@ Each group of a row's activations becomes codes and one factor, as wide as a gro
 -127..127, 16 bits codes of two such bytes, 128 times the first and the second in -64..63, whose sums are added up
 apart.  With s, z a weight's scale and zero point and f, c an activation's factor and codes, a group gives
 
-    sum_k (q_k - z) s x_k  ~  s f sum_k q_k c_k  -  s z f sum_k c_k
+    sum_k (q_k - z) s x_k  ~  s f (sum_k q_k c_k  -  z sum_k c_k)
 
 The first sum is exact in int32: bytes of the weight are multiplied as they lie in the file, low nibbles with the codes
 of even columns, high nibbles with those of odd ones, `lanes` sums of four at once, by `vpdpbusd` or, where the
-processor has none, by `vpmaddubsw` (15 * 127 * 2 fits 16 bits, so that nothing saturates).  The second needs no weight:
-`offsets`, one number for each group.  A row's groups are added up one after the other, by `with_group`, whatever the
-way: a token's numbers are the same bits alone and in any company.
+processor has none, by `vpmaddubsw` (15 * 127 * 2 fits 16 bits, so that nothing saturates).  The second needs no weight,
+and is as exact: their difference is rounded to f32 once.  A row's groups are added up one after the other, by
+`with_group`, whatever the way: a token's numbers are the same bits alone and in any company.
 
 Of few tokens the rows of the weight are read as they lie, several at once (`streams.py`): a group of 128 is one cache
 line of one row.  Many tokens read a block of rows turned (`_Panel`), word by word with a row in each lane, so that a sum
@@ -29,6 +29,7 @@ from tvm.tirx.script.builder import ir as T
 from tyir.backends.host.kernels.rounded_activations import (
     Activations,
     Shape,
+    centred,
     rounded_activations,
     scales_of_block,
     whole_sum,
@@ -109,29 +110,27 @@ class _Product:
         return even if 2 * even > most else -(-self.shape.m // -(-self.shape.m // most))
 
     def ready(self, first: Expr, count: Expr, most: int) -> None:
-        """What `count` rows from `first` on are scaled by, and that times their zero points, f32
-        [row, group]."""
+        """What `count` rows from `first` on are scaled by, f32, and their zero points, i32 [row, group]."""
         groups = self.shape.groups
         self.first = first
         self.ready_scales = f32_of(self.scales, first * groups, count * groups, most * groups, self.cpu)
-        self.ready_shifts = T.alloc_buffer((most * groups + _ZEROS,), "float32")
+        self.ready_zeros = T.alloc_buffer((most * groups + _ZEROS,), "int32")
         whole = groups - groups % _ZEROS
         with T.serial(0, count) as row:
             with T.serial(0, groups // _ZEROS) as i:
-                self._shift(row, i * _ZEROS, _ZEROS)
+                self._ready_zeros(row, i * _ZEROS, _ZEROS)
             if groups % _ZEROS:  # with what the next row writes over
-                self._shift(row, T.int32(whole), groups % _ZEROS)
+                self._ready_zeros(row, T.int32(whole), groups % _ZEROS)
 
-    def _shift(self, row: Expr, first: Expr, count: int) -> None:
+    def _ready_zeros(self, row: Expr, first: Expr, count: int) -> None:
         at = span(row * self.shape.groups + first, _ZEROS)
-        zeros = T.cast(self._zeros(self.first + row, first // 2, count), vector("float32", _ZEROS))
-        T.buffer_store(self.ready_shifts, self.ready_scales[at] * zeros, [at])
+        T.buffer_store(self.ready_zeros, self._zeros(self.first + row, first // 2, count), [at])
 
     def tile(self, rows: Sequence[Expr], m0: Expr, columns: int) -> None:
         """out[m0.., rows]: a group of each row in turn.  `rows` count from those made ready."""
         shape, width = self.shape, len(rows)
         sums = [register(width, 0) for _ in range(columns)]
-        scales, shifts = (self._turned(made, rows) for made in (self.ready_scales, self.ready_shifts))
+        scales, zeros = (self._turned(made, rows) for made in (self.ready_scales, self.ready_zeros))
         with T.serial(0, shape.groups) as g:
             found: list[list[Expr]] = [[] for _ in range(columns)]
             for row in rows:
@@ -140,16 +139,11 @@ class _Product:
                 halves = self._halves(self.first + row, g)
                 for c in range(columns):
                     found[c].append(self._sum(halves, m0 + c, g))
-            scale, shift = (bind(made[span(g * width, width)]) for made in (scales, shifts))
+            scale, zero = (bind(made[span(g * width, width)]) for made in (scales, zeros))
             for c in range(columns):
-                at = (m0 + c) * shape.groups + g
-                factor, offset = self.x.factors[at], self.x.offsets[at]
-                total = bind(exact_sums(found[c], shape.lanes))
-                put(
-                    sums[c],
-                    with_group(get(sums[c], width), total, scale, shift, factor, offset, width),
-                    width,
-                )
+                at = bind(self.x.group(m0 + c, g))
+                total = bind(centred(exact_sums(found[c], shape.lanes), zero, self.x.sums[at], width))
+                put(sums[c], with_group(get(sums[c], width), total, scale, self.x.factors[at], width), width)
         for c in range(columns):
             for r, row in enumerate(rows):
                 total = sums[c][r]
@@ -160,7 +154,7 @@ class _Product:
         """What is ready for some rows, [group, row]."""
         groups, width = self.shape.groups, len(rows)
         parts = -(-groups // width)
-        turned = T.alloc_buffer((parts * width * width,), "float32")
+        turned = T.alloc_buffer((parts * width * width,), made.dtype)
         with T.serial(0, parts) as part:
             values = [bind(made[span(row * groups + part * width, width)]) for row in rows]
             for column, value in enumerate(transposed(values)):
@@ -200,18 +194,22 @@ class _Product:
 
     def _codes(self, codes: Buffer, row: Expr, g: Expr, number: int) -> Expr:
         """The bytes that half `number` of a group is multiplied with."""
-        shape, width = self.shape, 4 * self.shape.lanes
-        first = row * shape.k + g * shape.group
-        if shape.m < _MANY:
-            return codes[span(first + number * width, width)]
-        words = flat(codes, shape.m * shape.k // _WORD, _WORD)  # even and odd ones in turn
-        at = first // _WORD + number // 2 * 2 * shape.lanes + number % 2
-        return T.reinterpret(vector("int8", width), _word_vector(words, at, shape.lanes))
+        lanes, width = self.shape.lanes, 4 * self.shape.lanes
+        first = g * self.shape.group
+        if self.shape.m < _MANY:
+            return codes[span(self.x.code(row, first + number * width), width)]
+        slots = T.alloc_buffer((lanes,), "int32")
+        words = flat(codes, self.x.rows * self.shape.k // _WORD, _WORD)  # even and odd ones in turn
+        for lane in range(lanes):
+            place = first + (number // 2 * 2 * lanes + number % 2 + 2 * lane) * _WORD
+            word = T.reinterpret("int32", words[self.x.code(row, place) // _WORD, span(0, _WORD)])
+            T.buffer_store(slots, word, [lane])
+        return T.reinterpret(vector("int8", width), slots[span(0, lanes)])
 
 
 class _Panel:
     """Emits the product of a block of rows that is turned first: [groups, words of a group, vectors, lanes]
-    32-bit words, a row in each lane; scales and shifts [groups, vectors, lanes].
+    32-bit words, a row in each lane; scales and zero points [groups, vectors, lanes].
     """
 
     def __init__(
@@ -247,7 +245,7 @@ class _Panel:
         with T.serial(0, shape.k // 8) as word, T.serial(0, self.rows) as r:
             value = T.reinterpret("int32", q[n0 + r, span(word * _WORD, _WORD)])
             T.buffer_store(self.panel, value, [word * self.rows + r])
-        self.scales, self.shifts = scales_of_block(scales, zeros, n0, self.rows, shape.groups)
+        self.scales, self.zeros = scales_of_block(scales, zeros, n0, self.rows, shape.groups)
 
     def _tile(self, n0: Expr, m0: Expr, columns: int) -> None:
         shape, lanes = self.shape, self.lanes
@@ -274,26 +272,18 @@ class _Panel:
                                 T.buffer_store(total, value, [span(0, lanes)])
             for v in range(self.vectors):
                 at = (g * self.vectors + v) * lanes
-                scale, shift = bind(self.scales[span(at, lanes)]), bind(self.shifts[span(at, lanes)])
+                scale, zero = bind(self.scales[span(at, lanes)]), bind(self.zeros[span(at, lanes)])
                 for c in range(columns):
-                    at = (m0 + c) * shape.groups + g
-                    factor, offset = self.x.factors[at], self.x.offsets[at]
-                    total = bind(whole_sum([t[span(0, lanes)] for t in totals[v, c]], lanes))
+                    at = bind(self.x.group(m0 + c, g))
+                    whole = whole_sum([t[span(0, lanes)] for t in totals[v, c]], lanes)
+                    total = bind(centred(whole, zero, self.x.sums[at], lanes))
                     sum = get(sums[v, c], lanes)
-                    put(sums[v, c], with_group(sum, total, scale, shift, factor, offset, lanes), lanes)
+                    put(sums[v, c], with_group(sum, total, scale, self.x.factors[at], lanes), lanes)
         for v, c in grid:
             first = n0 + v * lanes
             value = get(sums[v, c], lanes)
             value = value if self.bias is None else value + load(self.bias, [first], lanes)
             store(self.out, [m0 + c, first], value, lanes)
-
-
-def _word_vector(words: Buffer, first: Expr, lanes: int) -> Expr:
-    """Every other word from `first` on."""
-    slots = T.alloc_buffer((lanes,), "int32")
-    for lane in range(lanes):
-        T.buffer_store(slots, T.reinterpret("int32", words[first + 2 * lane, span(0, _WORD)]), [lane])
-    return slots[span(0, lanes)]
 
 
 def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) -> None:
@@ -304,7 +294,8 @@ def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) 
     turned = m >= _MANY
     tiled = turned and cpu.tiles and takes_tiles(shape)
     rows = room_for(shape) if tiled else m
-    activations = rounded_activations(flat(x, m, k), shape, cpu, _WORD if turned else 4 * shape.lanes, rows)
+    half = _WORD if turned else 4 * shape.lanes
+    activations = rounded_activations(flat(x, m, k), shape, cpu, half, rows, tiled)
     given = (shape, (q, scales, zeros), activations, bias[0] if bias else None, flat(out, m, n), cpu)
     whole = 0
     if tiled:

@@ -1,28 +1,36 @@
 """Products of rounded activations by tiles (AMX): 16 tokens by 16 rows of the weight, 64 columns an instruction.
 
 A block of 32 rows is turned once: `panel` [2 tiles of rows][steps of 64 columns] of 16 by 64 bytes, row j of a tile
-holding four columns of each of its 16 rows, low nibbles of a word and then the high ones, as the codes lie.  Against it
-pass 32 tokens at a time: of a group two tiles of tokens by two of rows are summed in registers, stored, and scaled into
-f32 sums, [tokens][rows], which stay in the first-level cache.  A stored tile can be read when it has reached the cache:
-the next group is multiplied before one is scaled.
+holding four columns of each of its 16 rows, low nibbles of a word and then the high ones, as the codes lie, less the
+row's zero point.  A group of it, four tiles, stays in registers while up to 128 tokens pass, 16 at a time: their codes
+are tiles that lie one after the other and are read from the second-level cache once for a block, their f32 sums,
+[tokens][rows], stay in the first-level cache.
 
     for each block of 32 rows (on all cores):  turn it
-      for 32 tokens:
-        for each group:  4 tiles of integer sums, for each byte of the codes;  sums += scale * factor * them - shift * offset
+      for up to 128 tokens:
+        for each group:  its 4 tiles of the weight
+          for 16 tokens, for each byte of the codes:  2 tiles of integer sums, stored
+            between these instructions, of the 16 tokens before:  sums += scale * factor * integer sums
         add the bias, round, store
+
+A stored tile can be read when it has reached the cache, and the tiles' unit works beside the vectors' as far as the
+processor sees ahead (512 instructions): so what is scaled was stored by the step before, and stands between the
+tiles' instructions a few tokens at a time.
 
 Linux gives a process these registers when it asks (`arch_prctl(ARCH_REQ_XCOMP_PERM)`): a kernel does, once a call.
 """  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from tvm.tirx.script.builder import ir as T
 
 from tyir.backends.host.kernels.rounded_activations import (
+    TILE_BYTES,
+    TILE_ROWS,
     Activations,
     Shape,
     scales_of_block,
@@ -42,19 +50,23 @@ from tyir.backends.host.kernels.tir import (
     span,
     splat,
     store,
+    together,
     transposed,
     vector,
 )
 
 __all__ = ["room_for", "takes_tiles", "tile_linear"]
 
-_SIDE: Final = 16  # rows of a tile, and 32-bit lanes of its rows
-_BYTES: Final = 64  # of a row of a tile
+_SIDE: Final = TILE_ROWS  # and 32-bit lanes of these rows
+_BYTES: Final = TILE_BYTES
 _TILE: Final = _SIDE * _SIDE  # 32-bit words of a tile
 _ROWS: Final = 2 * _SIDE  # of a block
-_COLUMNS: Final = 128  # whose words of a row fill a vector
+_COLUMNS: Final = 128  # whose words of a row fill a vector: two steps
 _LOW: Final = 0x0F0F0F0F
-_TOKENS, _WEIGHTS = 4, 6  # first tile registers; sums have 0..3
+_EACH: Final = 0x01010101  # times a number below 256: that in each byte of a word
+_MOST: Final = 8  # tiles of tokens whose sums the first-level cache keeps, 2 KiB each
+_AT_ONCE: Final = 8  # blocks that follow each other on a core
+_TOKENS, _WEIGHTS = 2, 4  # first tile registers; sums have 0 and 1
 
 # Without the permission the first such instruction ends the process: 158 is arch_prctl, 0x1023
 # ARCH_REQ_XCOMP_PERM, 18 the tiles' data (Linux, Documentation/arch/x86/xstate.rst).
@@ -72,14 +84,17 @@ def takes_tiles(shape: Shape) -> bool:
     return shape.group % _COLUMNS == 0 and shape.n >= _ROWS
 
 
-def _token_tiles(shape: Shape) -> int:
-    return 1 if shape.m <= _SIDE else 2
+def _token_tiles(shape: Shape) -> tuple[int, int]:
+    """Parts of the tokens, and tiles of each: as many in all of them."""
+    tiles = -(-shape.m // _SIDE)
+    parts = -(-tiles // _MOST)
+    return parts, -(-tiles // parts)
 
 
 def room_for(shape: Shape) -> int:
     """Rows of codes that whole tiles of tokens read."""
-    step = _token_tiles(shape) * _SIDE
-    return -(-shape.m // step) * step
+    parts, tiles = _token_tiles(shape)
+    return parts * tiles * _SIDE
 
 
 def _tile_op(name: str, *operands: Any) -> None:
@@ -118,52 +133,62 @@ class _Block:
         self.shape, self.x, self.bias, self.out = shape, x, bias, out
         self.q, self.scales, self.zeros = weight
         self.steps = shape.k // _BYTES
-        self.tokens = _token_tiles(shape) * _SIDE
+        self.parts, self.tiles = _token_tiles(shape)
+        self.stay = shape.group == _COLUMNS  # a group of the weight in four registers
 
-    def emit(self, n0: Expr) -> None:
-        """out[:, n0 : n0 + 32]."""
-        self._turn(n0)
-        tokens = self.tokens
-        self.found = [T.alloc_buffer((2 * tokens * _ROWS,), "int32") for _ in self.x.codes]
-        self.sums = T.alloc_buffer((tokens * _ROWS,), "float32")
-        with _configured(), T.serial(0, -(-self.shape.m // tokens)) as part:
-            m0 = bind(part * tokens)
-            count = bind(T.min(tokens, self.shape.m - m0)) if self.shape.m % tokens else T.int32(tokens)
-            self._multiply(n0, m0, count)
+    def emit(self, first: Expr, count: int) -> None:
+        """out[:, first : first + 32 * count], a block after the other."""
+        self.panel = T.alloc_buffer((2 * self.steps * _TILE,), "int32")
+        self.found = [T.alloc_buffer((2 * 2 * _TILE,), "int32") for _ in self.x.codes]
+        self.sums = T.alloc_buffer((self.tiles * _SIDE * _ROWS,), "float32")
+        with _configured(), T.serial(0, count) as block:
+            n0 = bind(first + block * _ROWS)
+            self._turn(n0)
+            with T.serial(0, self.parts) as part:
+                self._multiply(n0, bind(part * (self.tiles * _SIDE)))
 
     def _turn(self, n0: Expr) -> None:
-        self.panel = T.alloc_buffer((2 * self.steps * _TILE,), "int32")
         low = splat(T.int32(_LOW), _SIDE)
         flat_q = flat(self.q, self.shape.n * self.shape.k // 2)
+        self.scales_of, zeros = scales_of_block(self.scales, self.zeros, n0, _ROWS, self.shape.groups)
         with T.serial(0, 2) as tile, T.serial(0, self.shape.k // _COLUMNS) as part:
-            words = [
-                bind(
-                    T.reinterpret(
-                        vector("int32", _SIDE), self.q[n0 + tile * _SIDE + r, span(part * _BYTES, _BYTES)]
-                    )
-                )
-                for r in range(_SIDE)
-            ]
+            words = [bind(self._quads(n0 + tile * _SIDE + r % 4, part, r // 4)) for r in range(_SIDE)]
             for r in range(_SIDE):  # for the next block, while this one is multiplied
                 prefetch(flat_q, [(n0 + _ROWS + tile * _SIDE + r) * (self.shape.k // 2) + part * _BYTES])
-            for number, word in enumerate(transposed(words)):
+            g = part * _COLUMNS // self.shape.group
+            zero = bind(zeros[span(g * _ROWS + tile * _SIDE, _SIDE)] * splat(T.int32(_EACH), _SIDE))
+            for number, word in enumerate(transposed(words, 2)):
                 row = (tile * self.steps + 2 * part + number // 8) * _SIDE + 2 * (number % 8)
                 high = T.shift_right(word, splat(T.int32(4), _SIDE)) & low
-                T.buffer_store(self.panel, word & low, [span(row * _SIDE, _SIDE)])
-                T.buffer_store(self.panel, high, [span((row + 1) * _SIDE, _SIDE)])
-        groups = self.shape.groups
-        self.made_scales, self.shifts = scales_of_block(self.scales, self.zeros, n0, _ROWS, groups)
+                for odd, half in enumerate((word & low, high)):
+                    T.buffer_store(self.panel, _less(half, zero), [span((row + odd) * _SIDE, _SIDE)])
 
-    def _multiply(self, n0: Expr, m0: Expr, count: Expr) -> None:
-        """out[m0 : m0 + count, n0 : n0 + 32]."""
-        shape = self.shape
-        with T.serial(0, 2 * self.tokens) as i:
+    def _quads(self, row: Expr, part: Expr, quad: int) -> Expr:
+        """Four words of each fourth row from this one on: what turning would have made of whole rows with its
+        first two exchanges, which loads do beside the one port that moves lanes."""
+        at = span(part * _BYTES + quad * 16, 16)
+        found = [T.reinterpret(vector("int32", 4), self.q[row + 4 * i, at]) for i in range(4)]
+        return together(found, 4)
+
+    def _multiply(self, n0: Expr, m0: Expr) -> None:
+        """out[m0 .., n0 : n0 + 32] of a part of the tokens.
+
+        Steps are numbered through all groups, each with the tiles of tokens one after the other.
+        """
+        tiles, tokens = self.tiles, self.tiles * _SIDE
+        with T.serial(0, 2 * tokens) as i:
             T.buffer_store(self.sums, f32(0, _SIDE), [span(i * _SIDE, _SIDE)])
-        self._group(m0, T.int32(0))
-        with T.serial(0, shape.groups - 1) as g:
-            self._group(m0, g + 1)
-            self._scale(m0, g, count)
-        self._scale(m0, T.int32(shape.groups - 1), count)
+        if self.stay:
+            self._load_weights(T.int32(0))
+        self._step(m0, T.int32(0), None)
+        with T.serial(0, self.shape.groups * tiles - 1) as before:
+            step = bind(before + 1)
+            if self.stay:
+                with T.If(step % tiles == 0), T.Then():
+                    self._load_weights(step // tiles * 2)
+            self._step(m0, step, self._scaling(m0, before))
+        self._scaling(m0, T.int32(self.shape.groups * tiles - 1))(range(_SIDE))
+        count = T.min(tokens, self.shape.m - m0) if self.parts * tokens > self.shape.m else T.int32(tokens)
         with T.serial(0, count) as t:
             for v in range(2):
                 value = self.sums[span(t * _ROWS + v * _SIDE, _SIDE)]
@@ -171,53 +196,76 @@ class _Block:
                 value = value if self.bias is None else value + load(self.bias, [first], _SIDE)
                 store(self.out, [m0 + t, first], value, _SIDE)
 
-    def _found(self, g: Expr) -> Expr:
-        """Where the integer sums of a group lie: those of the one before are still being scaled."""
-        return bind(g % 2 * (self.tokens * _ROWS))
+    def _found(self, step: Expr) -> Expr:
+        """Where the integer sums of a step lie: those of the one before are still being scaled."""
+        return bind(step % 2 * (2 * _TILE))
 
-    def _scale(self, m0: Expr, g: Expr, count: Expr) -> None:
-        """sums += what a group's integer sums stand for."""
-        shape, first = self.shape, self._found(g)
-        columns = [span(g * _ROWS + v * _SIDE, _SIDE) for v in range(2)]
-        scales = [bind(self.made_scales[c]) for c in columns]
-        shifts = [bind(self.shifts[c]) for c in columns]
-        with T.serial(0, count) as t:
-            at = bind((m0 + t) * shape.groups + g)
-            factor, offset = bind(self.x.factors[at]), bind(self.x.offsets[at])
-            for v in range(2):
-                place = span(t * _ROWS + v * _SIDE, _SIDE)
-                total = bind(
-                    whole_sum(
-                        [found[span(first + t * _ROWS + v * _SIDE, _SIDE)] for found in self.found], _SIDE
-                    )
-                )
-                value = with_group(self.sums[place], total, scales[v], shifts[v], factor, offset, _SIDE)
-                T.buffer_store(self.sums, value, [place])
+    def _scaling(self, m0: Expr, step: Expr) -> Callable[[range], None]:
+        """Adds what a step's integer sums stand for to the sums of some of its 16 tokens."""
+        g, tile = bind(step // self.tiles), bind(step % self.tiles)
+        scales = [bind(self.scales_of[span(g * _ROWS + v * _SIDE, _SIDE)]) for v in range(2)]
+        factors, sums = bind(self.x.group(m0 + tile * _SIDE, g)), bind(tile * (_SIDE * _ROWS))
+        first = self._found(step)
 
-    def _group(self, m0: Expr, g: Expr) -> None:
-        """found = the integer sums of a group, [tokens][rows], for each byte of the codes."""
-        first = self._found(g)
+        def scale(tokens: range) -> None:
+            for t in tokens:
+                factor = bind(self.x.factors[factors + t])
+                for v in range(2):
+                    place = span(sums + t * _ROWS + v * _SIDE, _SIDE)
+                    stored = [found[span(first + (v * _SIDE + t) * _SIDE, _SIDE)] for found in self.found]
+                    total = bind(whole_sum(stored, _SIDE))
+                    value = with_group(self.sums[place], total, scales[v], factor, _SIDE)
+                    T.buffer_store(self.sums, value, [place])
+
+        return scale
+
+    def _step(self, m0: Expr, step: Expr, scale: Callable[[range], None] | None) -> None:
+        """found = the integer sums of a group of 16 tokens, [rows / 16][tokens][16 rows], for each byte of
+        the codes; between them `scale` works on the step before."""
+        g, first = bind(step // self.tiles), self._found(step)
+        codes_at = bind(self.x.code(m0 + step % self.tiles * _SIDE, g * self.shape.group))
+        done = 0
+        pairs = self.shape.group // _COLUMNS
         for codes, found in zip(self.x.codes, self.found, strict=True):
-            self._tiles(codes, found, first, m0, g)
-
-    def _tiles(self, codes: Buffer, found: Buffer, first: Expr, m0: Expr, g: Expr) -> None:
-        grid = [(t, v) for t in range(self.tokens // _SIDE) for v in range(2)]
-        per_group = self.shape.group // _BYTES
-        for t, v in grid:
-            _tile_op("tilezero", _register(2 * t + v))
-        with T.serial(0, per_group) as s:
-            step = bind(g * per_group + s)
-            for t in range(self.tokens // _SIDE):
-                place = T.address_of(codes[(m0 + t * _SIDE) * self.shape.k + step * _BYTES])
-                _tile_op("tileloadd64", _register(_TOKENS + t), place, T.int64(self.shape.k))
             for v in range(2):
-                place = T.address_of(self.panel[(v * self.steps + step) * _TILE])
-                _tile_op("tileloadd64", _register(_WEIGHTS + v), place, T.int64(_BYTES))
-            for t, v in grid:
-                _tile_op("tdpbsud", _register(2 * t + v), _register(_TOKENS + t), _register(_WEIGHTS + v))
-        for t, v in grid:
-            place = T.address_of(found[first + t * _SIDE * _ROWS + v * _SIDE])
-            _tile_op("tilestored64", _register(2 * t + v), place, T.int64(4 * _ROWS))
+                _tile_op("tilezero", _register(v))
+            with T.serial(0, pairs) as pair:
+                if not self.stay:
+                    self._load_weights(g * (2 * pairs) + 2 * pair)
+                for s in range(2):
+                    place = T.address_of(codes[codes_at + (2 * pair + s) * (4 * _TILE)])
+                    _tile_op("tileloadd64", _register(_TOKENS + s), place, T.int64(_BYTES))
+                    for v in range(2):
+                        operands = (v, _TOKENS + s, _WEIGHTS + 2 * v + s)
+                        _tile_op("tdpbssd", *map(_register, operands))
+                    if scale is not None and self.stay:
+                        count = _SIDE // (2 * len(self.found))
+                        scale(range(done, done + count))
+                        done += count
+            for v in range(2):
+                place = T.address_of(found[first + v * _TILE])
+                _tile_op("tilestored64", _register(v), place, T.int64(4 * _SIDE))
+        if scale is not None and not self.stay:
+            scale(range(_SIDE))
+
+    def _load_weights(self, step: Expr) -> None:
+        """Two steps of 64 columns of both tiles of rows."""
+        for v in range(2):
+            for s in range(2):
+                place = T.address_of(self.panel[(v * self.steps + step + s) * _TILE])
+                _tile_op("tileloadd64", _register(_WEIGHTS + 2 * v + s), place, T.int64(_BYTES))
+
+
+def _less(words: Expr, numbers: Expr) -> Expr:
+    """Words of bytes less others, byte by byte."""
+    a, b = (T.reinterpret(vector("int8", 4 * _SIDE), w) for w in (words, numbers))
+    return T.reinterpret(vector("int32", _SIDE), a - b)
+
+
+def _blocks_each(blocks: int, cpu: Cpu) -> int:
+    """Blocks that a core takes at once, having set up its tiles: a divisor that leaves each as many."""
+    few = [d for d in range(1, _AT_ONCE + 1) if blocks % d == 0]
+    return max((d for d in few if blocks // d % cpu.cores == 0), default=1)
 
 
 def tile_linear(
@@ -232,6 +280,7 @@ def tile_linear(
     blocks = shape.n // _ROWS
     with T.attr(T.int32(0), "pragma_import_llvm", _HELPERS):
         T.evaluate(T.call_extern("int32", "tyir_ask_for_tiles"))
-    with loop(blocks, cpu, shape.m * shape.n * shape.k) as block:
-        _Block(shape, weight, x, bias, out).emit(bind(block * _ROWS))
+    each = _blocks_each(blocks, cpu)
+    with loop(blocks // each, cpu, shape.m * shape.n * shape.k) as part:
+        _Block(shape, weight, x, bias, out).emit(bind(part * (each * _ROWS)), each)
     return blocks * _ROWS

@@ -293,11 +293,13 @@ def _added(values: Sequence[Expr], lanes: Sequence[int], distance: int) -> list[
     return [bind(T.Shuffle(pair, orders[0]) + T.Shuffle(pair, orders[1])) for pair in pairs]
 
 
-def transposed(rows: Sequence[Expr]) -> list[Expr]:
-    """Columns of a square whose rows are vectors: halves change places, then quarters, .."""
+def transposed(rows: Sequence[Expr], distance: int | None = None) -> list[Expr]:
+    """Columns of a square whose rows are vectors: halves change places, then quarters, ..; from exchanges
+    over `distance` on, where those over more are done.
+    """
     rows = list(rows)
     side = len(rows)
-    distance = side // 2
+    distance = distance or side // 2
     while distance:
         first = [T.int32(lane if not lane & distance else side + (lane ^ distance)) for lane in range(side)]
         second = [T.int32(lane ^ distance if not lane & distance else side + lane) for lane in range(side)]
