@@ -18,6 +18,7 @@ from tyir.dialects import kv
 from tyir.dialects.func import Call, Func, Return
 from tyir.dialects.ty import Constant, GetGlobal, Reshape, tensor_type
 from tyir.execution.artifacts import Artifacts
+from tyir.execution.meetings import workers_of
 from tyir.execution.optional_tail import optional_tail
 from tyir.ir import Op
 from tyir.parser import parse_bytes
@@ -150,9 +151,8 @@ def predict_step(
         for f in dies
     ]
     read = sum(w.weight_bytes + _cache_bytes(op, w) for works in each for op, w in works)
-    together = math.gcd(threads, len(dies))
-    side_by_side = together if stages == 1 else 1  # of a pipeline one stage has something to do at a time
-    inner = threads // together
+    side_by_side = workers_of(threads, len(dies), stages)
+    inner = threads // side_by_side
     times: dict[str, tuple[int, float]] = {}
     for works in each:
         for op, work in works:

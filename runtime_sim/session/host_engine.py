@@ -55,7 +55,10 @@ class HostEngine(ProgramEngine):
         if threads is not None:
             check_threads(threads)
         super().__init__(artifacts, compiled=True, probe=probe, links=links)
-        self._workers = Workers(_threads() if threads is None else threads, len(self.links.dies))
+        options = self.manifest.options
+        stages = {die * options.pp // options.dies for die in self.links.dies}
+        count = _threads() if threads is None else threads
+        self._workers = Workers(count, len(self.links.dies), len(stages))
         self._steps: dict[int, tuple[Sequence[DieCode], HostSteps]] = {}  # by length
         self._walks = False
 

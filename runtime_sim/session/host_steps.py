@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from tyir.diagnostics import TyirError
 from tyir.dialects.func import Func
 from tyir.dialects.ty import Global, Reshape, tensor_type
 from tyir.execution.lockstep import Links, Meet, Meeting, Request
-from tyir.execution.meetings import can_meet, collectives_of, request_of
+from tyir.execution.meetings import can_meet, collectives_of, request_of, workers_of
 from tyir.execution.step_identity import step_identity
 from tyir.execution.storage import packed_shape
 from tyir.interpreter import Interpreter
@@ -89,10 +88,10 @@ class Workers:
     A thread has one thing to do at a time, in the order in which it was asked to.
     """
 
-    def __init__(self, threads: int, dies: int) -> None:
-        """`threads`: all that run at once."""
+    def __init__(self, threads: int, dies: int, stages: int = 1) -> None:
+        """`threads`: all that run at once; `stages`: of a pipeline, that the dies are of."""
         self.threads, self.dies = threads, dies
-        self.together = math.gcd(threads, dies)
+        self.together = workers_of(threads, dies, stages)
         self._pools: list[ThreadPoolExecutor] = []
         self._running: list[Future[None]] = []
         self._spaces: dict[int, Array] = {}

@@ -8,7 +8,7 @@ import pytest
 
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.execution.meetings import can_meet
+from tyir.execution.meetings import can_meet, workers_of
 from tyir.parser import parse_module
 
 SUM = '%{n} = "dist.all_reduce"(%x) : (tensor<8xf16>) -> tensor<8xf16>'
@@ -60,3 +60,14 @@ def die(*lines: str, layer: Sequence[str] = ()) -> list[Func]:
 )
 def test_programs_that_meet(first: list[Func], second: list[Func], meet: bool) -> None:
     assert can_meet([first, second]) == meet
+
+
+def test_threads_that_take_dies_through_their_steps() -> None:
+    """Of stages one has work at a time, whose kernels all threads are for then."""
+    assert [workers_of(threads, dies, 1) for threads, dies in [(1, 4), (2, 4), (4, 6), (8, 3)]] == [
+        1,
+        2,
+        2,
+        1,
+    ]
+    assert workers_of(4, 4, 2) == 1

@@ -4,6 +4,7 @@ dies of one process through their steps (`tyir.backends.host.meeting`) does not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -18,7 +19,7 @@ from tyir.ir import Op
 from tyir.traits import Collective
 from tyir.types import TensorType, storage_dtype
 
-__all__ = ["can_meet", "collectives_of", "request_of"]
+__all__ = ["can_meet", "collectives_of", "request_of", "workers_of"]
 
 _NOTHING: Final = np.empty(0, np.uint8)
 
@@ -26,6 +27,13 @@ _NOTHING: Final = np.empty(0, np.uint8)
 def collectives_of(functions: Sequence[Func]) -> list[Op]:
     """The ops where dies meet, in the order of their sites' numbers: that of the text."""
     return [op for f in functions for op in f.walk() if op.has_trait(Collective)]
+
+
+def workers_of(threads: int, dies: int, stages: int) -> int:
+    """How many threads take dies of one process through their steps, the others being for kernels: as many as
+    share the dies evenly; one where these are of several pipeline stages, of which one has work at a time.
+    """
+    return math.gcd(threads, dies) if stages == 1 else 1
 
 
 def request_of(op: Any) -> Request:
