@@ -44,9 +44,10 @@ _SHARE_ALL_CORES: Final = -3  # tvm::runtime::threading::ThreadGroup::AffinityMo
 
 
 def candidates(schedule: Schedule, wide: bool) -> Iterator[Schedule]:
-    """Schedules that differ from one in a single setting; `wide`: of a processor with 32 registers."""
-    for streams in (4, 8) if wide else (2, 4):
-        yield replace(schedule, streams=streams)
+    """Schedules that differ from one in a single setting; `wide`: of a processor with 32 registers, which
+    reads 8 rows side by side by itself, others 4.
+    """
+    yield replace(schedule, streams=4 if wide else 2)
     for block in (1 << 16, 1 << 18, 1 << 19, 1 << 20, 1 << 22):
         yield replace(schedule, block_bytes=block)
 

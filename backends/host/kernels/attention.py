@@ -60,9 +60,9 @@ from tyir.backends.host.kernels.top_k import BestList
 from tyir.dialects import kv, ty
 from tyir.dialects.ty import default_kv_heads
 
-__all__ = ["EMITTERS"]
+__all__ = ["EMITTERS", "MOST_QUERIES"]
 
-_MOST_QUERIES = 8
+MOST_QUERIES = 8
 _BLOCK: Final = 2048  # rows of a cache that are visited together: 64 KiB of scores fit the second-level cache
 _VALUES: Final = 128  # rows of values that are visited together: 16 KiB of a width of 64
 _AHEAD: Final = 32  # rows: what is asked for arrives while as many are converted
@@ -152,7 +152,7 @@ def _group_of(head: Expr, kv_heads: tuple[int, ...]) -> Expr:
 
 def _tile_of(queries: int) -> int:
     """The most queries of a tile that leave none over."""
-    return max(d for d in range(1, _MOST_QUERIES + 1) if queries % d == 0)
+    return max(d for d in range(1, MOST_QUERIES + 1) if queries % d == 0)
 
 
 def _heads_together(kv_heads: tuple[int, ...]) -> int:

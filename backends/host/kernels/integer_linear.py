@@ -58,18 +58,18 @@ from tyir.backends.host.kernels.tir import (
 )
 from tyir.dialects import ty
 
-__all__ = ["integer_linear", "takes_group"]
+__all__ = ["MANY_TOKENS", "WHOLE_GROUP", "integer_linear", "takes_group"]
 
 _ZEROS: Final = 8  # zero points that are unpacked at once: a word of them
 _LOW: Final = 0x0F0F0F0F
 _WORD: Final = 4  # bytes that one lane of a product adds up
-_MANY: Final = 8  # tokens from which a block of rows is turned
-_SMALLEST: Final = 16  # bytes of a vector
+MANY_TOKENS: Final = 8  # tokens from which a block of rows is turned
+WHOLE_GROUP: Final = 2 * 16  # two vectors of bytes: what a group is made of
 
 
 def takes_group(group: int) -> bool:
     """Whether groups of this size are whole vectors."""
-    return group % (2 * _SMALLEST) == 0
+    return group % WHOLE_GROUP == 0
 
 
 def _dot(total: Expr, weights: Expr, codes: Expr, lanes: int, cpu: Cpu) -> Expr:
@@ -196,7 +196,7 @@ class _Product:
         """The bytes that half `number` of a group is multiplied with."""
         lanes, width = self.shape.lanes, 4 * self.shape.lanes
         first = g * self.shape.group
-        if self.shape.m < _MANY:
+        if self.shape.m < MANY_TOKENS:
             return codes[span(self.x.code(row, first + number * width), width)]
         slots = T.alloc_buffer((lanes,), "int32")
         words = flat(codes, self.x.rows * self.shape.k // _WORD, _WORD)  # even and odd ones in turn
@@ -291,7 +291,7 @@ def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) 
     *lead, k = (int(d) for d in x.shape)
     shape = Shape.of(math.prod(lead), int(q.shape[0]), k, op.group_size, cpu)
     m, n = shape.m, shape.n
-    turned = m >= _MANY
+    turned = m >= MANY_TOKENS
     tiled = turned and cpu.tiles and takes_tiles(shape)
     rows = room_for(shape) if tiled else m
     half = _WORD if turned else 4 * shape.lanes
