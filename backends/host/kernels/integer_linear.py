@@ -26,12 +26,12 @@ from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
+from tyir.backends.host.kernels.group_scales import by_group, room_by_group, scales_of_block, unpacked
 from tyir.backends.host.kernels.rounded_activations import (
     Activations,
     Shape,
     centred,
     rounded_activations,
-    scales_of_block,
     whole_sum,
     with_group,
 )
@@ -43,7 +43,6 @@ from tyir.backends.host.kernels.tir import (
     Expr,
     bind,
     exact_sums,
-    f32_of,
     flat,
     get,
     load,
@@ -53,14 +52,12 @@ from tyir.backends.host.kernels.tir import (
     span,
     splat,
     store,
-    transposed,
     vector,
 )
 from tyir.dialects import ty
 
 __all__ = ["MANY_TOKENS", "WHOLE_GROUP", "integer_linear", "takes_group"]
 
-_ZEROS: Final = 8  # zero points that are unpacked at once: a word of them
 _LOW: Final = 0x0F0F0F0F
 _WORD: Final = 4  # bytes that one lane of a product adds up
 MANY_TOKENS: Final = 8  # tokens from which a block of rows is turned
@@ -110,27 +107,15 @@ class _Product:
         return even if 2 * even > most else -(-self.shape.m // -(-self.shape.m // most))
 
     def ready(self, first: Expr, count: Expr, most: int) -> None:
-        """What `count` rows from `first` on are scaled by, f32, and their zero points, i32 [row, group]."""
-        groups = self.shape.groups
+        """Scales and zero points of `count` rows from `first` on."""
         self.first = first
-        self.ready_scales = f32_of(self.scales, first * groups, count * groups, most * groups, self.cpu)
-        self.ready_zeros = T.alloc_buffer((most * groups + _ZEROS,), "int32")
-        whole = groups - groups % _ZEROS
-        with T.serial(0, count) as row:
-            with T.serial(0, groups // _ZEROS) as i:
-                self._ready_zeros(row, i * _ZEROS, _ZEROS)
-            if groups % _ZEROS:  # with what the next row writes over
-                self._ready_zeros(row, T.int32(whole), groups % _ZEROS)
-
-    def _ready_zeros(self, row: Expr, first: Expr, count: int) -> None:
-        at = span(row * self.shape.groups + first, _ZEROS)
-        T.buffer_store(self.ready_zeros, self._zeros(self.first + row, first // 2, count), [at])
+        self.made = unpacked(self.scales, self.zeros, first, count, most, self.shape.groups, self.cpu)
 
     def tile(self, rows: Sequence[Expr], m0: Expr, columns: int) -> None:
         """out[m0.., rows]: a group of each row in turn.  `rows` count from those made ready."""
         shape, width = self.shape, len(rows)
         sums = [register(width, 0) for _ in range(columns)]
-        scales, zeros = (self._turned(made, rows) for made in (self.ready_scales, self.ready_zeros))
+        scales, zeros = (self._turned(made, rows) for made in self.made)
         with T.serial(0, shape.groups) as g:
             found: list[list[Expr]] = [[] for _ in range(columns)]
             for row in rows:
@@ -152,24 +137,9 @@ class _Product:
 
     def _turned(self, made: Buffer, rows: Sequence[Expr]) -> Buffer:
         """What is ready for some rows, [group, row]."""
-        groups, width = self.shape.groups, len(rows)
-        parts = -(-groups // width)
-        turned = T.alloc_buffer((parts * width * width,), made.dtype)
-        with T.serial(0, parts) as part:
-            values = [bind(made[span(row * groups + part * width, width)]) for row in rows]
-            for column, value in enumerate(transposed(values)):
-                T.buffer_store(turned, value, [span((part * width + column) * width, width)])
+        turned = T.alloc_buffer((room_by_group(len(rows), self.shape.groups),), made.dtype)
+        by_group(made, rows, self.shape.groups, turned, T.int32(0))
         return turned
-
-    def _zeros(self, row: Expr, first: Expr, count: int) -> Expr:
-        """`count` 4-bit numbers from byte `first` of a row of zero points on, each in a lane."""
-        word = T.uint32(0)
-        for i in range((count + 1) // 2):
-            byte = T.cast(self.zeros[row, first + i], "uint32")
-            word = word | T.shift_left(byte, T.uint32(8 * i))
-        shifts = T.cast(T.ramp(T.int32(0), 4, _ZEROS), vector("uint32", _ZEROS))
-        nibbles = T.shift_right(splat(bind(word), _ZEROS), shifts) & splat(T.uint32(15), _ZEROS)
-        return T.cast(nibbles, vector("int32", _ZEROS))
 
     def _halves(self, row: Expr, g: Expr) -> list[Expr]:
         """Of each part of a group the low nibbles and the high ones, as words of bytes."""
@@ -194,17 +164,8 @@ class _Product:
 
     def _codes(self, codes: Buffer, row: Expr, g: Expr, number: int) -> Expr:
         """The bytes that half `number` of a group is multiplied with."""
-        lanes, width = self.shape.lanes, 4 * self.shape.lanes
-        first = g * self.shape.group
-        if self.shape.m < MANY_TOKENS:
-            return codes[span(self.x.code(row, first + number * width), width)]
-        slots = T.alloc_buffer((lanes,), "int32")
-        words = flat(codes, self.x.rows * self.shape.k // _WORD, _WORD)  # even and odd ones in turn
-        for lane in range(lanes):
-            place = first + (number // 2 * 2 * lanes + number % 2 + 2 * lane) * _WORD
-            word = T.reinterpret("int32", words[self.x.code(row, place) // _WORD, span(0, _WORD)])
-            T.buffer_store(slots, word, [lane])
-        return T.reinterpret(vector("int8", width), slots[span(0, lanes)])
+        width = 4 * self.shape.lanes
+        return codes[span(self.x.code(row, g * self.shape.group + number * width), width)]
 
 
 class _Panel:
@@ -245,7 +206,13 @@ class _Panel:
         with T.serial(0, shape.k // 8) as word, T.serial(0, self.rows) as r:
             value = T.reinterpret("int32", q[n0 + r, span(word * _WORD, _WORD)])
             T.buffer_store(self.panel, value, [word * self.rows + r])
-        self.scales, self.zeros = scales_of_block(scales, zeros, n0, self.rows, shape.groups)
+        made = scales_of_block((scales, zeros), n0, self.vectors, shape.groups, self.cpu)
+        self.scales, self.zeros, self.apart = made
+
+    def _words_before(self, word: Expr, odd: int) -> Expr:
+        """How many words of codes lie before those that half `odd` of a word of the weight meets."""
+        lanes = self.shape.lanes
+        return (word // lanes * 2 + odd) * lanes + word % lanes
 
     def _tile(self, n0: Expr, m0: Expr, columns: int) -> None:
         shape, lanes = self.shape, self.lanes
@@ -264,14 +231,14 @@ class _Panel:
                     halves = (both & low, T.shift_right(both, splat(T.int32(4), lanes)) & low)
                     for odd, half in enumerate(map(bind, halves)):
                         for c in range(columns):
-                            at = (m0 + c) * (shape.k // _WORD) + 2 * word + odd
+                            at = (m0 + c) * (shape.k // _WORD) + self._words_before(word, odd)
                             for number, total in enumerate(totals[v, c]):
                                 code = T.reinterpret("int32", codes[number][at, span(0, _WORD)])
                                 spread = T.reinterpret(vector("int8", 4 * lanes), splat(code, lanes))
                                 value = _dot(total[span(0, lanes)], half, spread, lanes, self.cpu)
                                 T.buffer_store(total, value, [span(0, lanes)])
             for v in range(self.vectors):
-                at = (g * self.vectors + v) * lanes
+                at = v * self.apart + g * lanes
                 scale, zero = bind(self.scales[span(at, lanes)]), bind(self.zeros[span(at, lanes)])
                 for c in range(columns):
                     at = bind(self.x.group(m0 + c, g))
@@ -294,8 +261,7 @@ def integer_linear(op: ty.QuantizedLinear, buffers: Sequence[Buffer], cpu: Cpu) 
     turned = m >= MANY_TOKENS
     tiled = turned and cpu.tiles and takes_tiles(shape)
     rows = room_for(shape) if tiled else m
-    half = _WORD if turned else 4 * shape.lanes
-    activations = rounded_activations(flat(x, m, k), shape, cpu, half, rows, tiled)
+    activations = rounded_activations(flat(x, m, k), shape, cpu, rows, tiled)
     given = (shape, (q, scales, zeros), activations, bias[0] if bias else None, flat(out, m, n), cpu)
     whole = 0
     if tiled:

@@ -10,7 +10,7 @@ Codes lie as they are read: row by row, or by tiles of 16 rows and 64 codes, eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,7 +44,6 @@ __all__ = [
     "Shape",
     "centred",
     "rounded_activations",
-    "scales_of_block",
     "whole_sum",
     "with_group",
 ]
@@ -81,8 +80,7 @@ class Shape:
 @dataclass(frozen=True)
 class Activations:
     """Codes of each row, [groups, parts, 2, 4 * lanes]: even columns of a part and then odd ones, a buffer
-    for each byte (where rows of the weight are turned, `lanes` is 1: a part is a word).  Factors f32 and the
-    sums of a group's codes i32, [groups, rows].
+    for each byte.  Factors f32 and the sums of a group's codes i32, [groups, rows].
 
     `tiles`: codes lie as tiles [rows / 16, k / 64] of 16 rows and 64 bytes, else row by row.
     """
@@ -101,18 +99,18 @@ class Activations:
         tile = row // TILE_ROWS * (self.k // TILE_BYTES) + place // TILE_BYTES
         return (tile * TILE_ROWS + row % TILE_ROWS) * TILE_BYTES + place % TILE_BYTES
 
+    def apart(self, half: int) -> int:
+        """How far the odd columns of a part lie behind its `half` even ones."""
+        return TILE_ROWS * TILE_BYTES if self.tiles else half
+
     def group(self, row: Expr, g: Expr) -> Expr:
         """Where the factor and the sum of a row's group lie."""
         return g * self.rows + row
 
 
-def rounded_activations(
-    x: Buffer, shape: Shape, cpu: Cpu, half: int, rows: int, tiles: bool = False
-) -> Activations:
-    """Emits the rounding of x [m, k].
-
-    `half`: how many even columns stand before as many odd ones; `rows`: what there is room for, m at least:
-    codes of the others are of any content, their factors are 0.
+def rounded_activations(x: Buffer, shape: Shape, cpu: Cpu, rows: int, tiles: bool = False) -> Activations:
+    """Emits the rounding of x [m, k].  `rows`: what there is room for, m at least: codes of the others are of
+    any content, their factors are 0.
     """
     made = Activations(
         tuple(T.alloc_buffer((rows * shape.k,), "int8") for _ in range(shape.bytes)),
@@ -123,27 +121,23 @@ def rounded_activations(
         tiles,
     )
     largest_code = f32(_LARGEST[shape.bytes])
-    lanes = lanes_for(cpu.lanes, 4 * shape.lanes)
+    half = 4 * shape.lanes  # columns of a part that are even, and that are odd
+    lanes = lanes_for(cpu.lanes, half)
     with loop(shape.m, cpu, shape.m * shape.k * 8) as row, T.serial(0, shape.groups) as g:
         first = bind(g * shape.group)
-        largest, total = register(lanes, 0), T.alloc_buffer((lanes,), "int32")
-        with T.serial(0, shape.group // lanes) as i:
-            value = bind(load(x, [row, first + i * lanes], lanes))
-            put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
-        most = bind(horizontal_max(largest, lanes))
-        times = bind(T.Select(most > f32(0), largest_code / most, f32(0)))
-        T.buffer_store(total, splat(T.int32(0), lanes), [span(0, lanes)])
-        with T.serial(0, shape.group // lanes) as i:
-            value = load(x, [row, first + i * lanes], lanes)
-            code = bind(rounded(value * splat(times, lanes), lanes))
-            put(total, get(total, lanes) + code, lanes)
-            numbers = [code]
-            if shape.bytes == 2:
-                high = bind(T.shift_right(code + splat(T.int32(64), lanes), splat(T.int32(_BYTE), lanes)))
-                numbers = [high, code - T.shift_left(high, splat(T.int32(_BYTE), lanes))]
-            for buffer, number in zip(made.codes, numbers, strict=True):
-                bytes = bind(T.cast(number, vector("int8", lanes)))
-                _store_parted(buffer, lambda place: made.code(row, first + place), i, bytes, lanes, half)
+        most = bind(_largest(x, row, first, shape.group, lanes))
+        times = splat(bind(T.Select(most > f32(0), largest_code / most, f32(0))), lanes)
+        total = T.alloc_buffer((lanes,), "int32")
+        put(total, splat(T.int32(0), lanes), lanes)
+        with T.serial(0, shape.parts) as part, T.serial(0, half // lanes) as i:
+            at = bind(first + part * (2 * half) + i * (2 * lanes))
+            found = [bind(rounded(load(x, [row, at + j * lanes], lanes) * times, lanes)) for j in range(2)]
+            put(total, get(total, lanes) + found[0] + found[1], lanes)
+            place = bind(made.code(row, first + part * (2 * half) + i * lanes))
+            for buffer, number in zip(made.codes, _bytes_of(found, shape.bytes, lanes), strict=True):
+                for odd, at in enumerate((place, place + made.apart(half))):
+                    code = T.Shuffle([number], [T.int32(odd * lanes + j) for j in range(lanes)])
+                    T.buffer_store(buffer, code, [span(at, lanes)])
         at = bind(made.group(row, g))
         T.buffer_store(made.factors, most / largest_code, [at])
         T.buffer_store(made.sums, exact_sums([get(total, lanes)], lanes), [at])
@@ -153,36 +147,36 @@ def rounded_activations(
     return made
 
 
-def _store_parted(
-    codes: Buffer, at: Callable[[Expr], Expr], i: Expr, bytes: Expr, lanes: int, half: int
-) -> None:
-    """Stores vector `i` of a group, whose code j lies `at(j)`: `half` even columns, as many odd ones, .."""
-    run = min(half, lanes // 2)  # neighbours
-    parts = [
-        [2 * (block * run + r) + odd for r in range(run)]
-        for block in range(lanes // (2 * run))
-        for odd in (0, 1)
-    ]
-    if half <= run:
-        order = [T.int32(lane) for part in parts for lane in part]
-        T.buffer_store(codes, T.Shuffle([bytes], order), [span(at(i * lanes), lanes)])
-        return
-    per_half = half // run  # vectors whose even columns stand together
-    for odd, part in enumerate(parts):
-        first = at((i // per_half * 2 + odd) * half + i % per_half * run)
-        T.buffer_store(codes, T.Shuffle([bytes], [T.int32(lane) for lane in part]), [span(first, run)])
+def _bytes_of(codes: Sequence[Expr], count: int, lanes: int) -> list[Expr]:
+    """Each byte of the codes of neighbouring columns, two vectors: even columns and then odd ones."""
+    order = [T.int32(4 * (2 * i + odd)) for odd in range(2) for i in range(lanes)]
+
+    def lowest(words: Sequence[Expr]) -> Expr:
+        return T.Shuffle([T.reinterpret(vector("int8", 4 * lanes), w) for w in words], order)
+
+    if count == 1:
+        return [bind(lowest(codes))]
+    above = [bind(code + splat(T.int32(1 << (_BYTE - 1)), lanes)) for code in codes]
+    high = [bind(T.shift_right(number, splat(T.int32(_BYTE), lanes))) for number in above]
+    low = [c - T.shift_left(h, splat(T.int32(_BYTE), lanes)) for c, h in zip(codes, high, strict=True)]
+    return [bind(lowest(high)), bind(lowest(low))]
 
 
-def scales_of_block(scales: Buffer, zeros: Buffer, n0: Expr, rows: int, groups: int) -> tuple[Buffer, Buffer]:
-    """What a block of `rows` rows of the weight from `n0` on is scaled by, f32, and its zero points, i32
-    [groups, rows]: a group's of all rows follow each other.
-    """
-    made, numbers = (T.alloc_buffer((groups * rows,), dtype) for dtype in ("float32", "int32"))
-    with T.serial(0, groups) as g, T.serial(0, rows) as r:
-        zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
-        T.buffer_store(made, load(scales, [n0 + r, g], 1), [g * rows + r])
-        T.buffer_store(numbers, T.cast(zero, "int32"), [g * rows + r])
-    return made, numbers
+def _largest(x: Buffer, row: Expr, first: Expr, group: int, lanes: int) -> Expr:
+    """The largest absolute value of a group, f32.  Those of f16 are compared as whole numbers."""
+    if x.dtype != "float16":
+        largest = register(lanes, 0)
+        with T.serial(0, group // lanes) as i:
+            value = bind(load(x, [row, first + i * lanes], lanes))
+            put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
+        return horizontal_max(largest, lanes)
+    lanes *= 2
+    bits, largest = vector("int16", lanes), T.alloc_buffer((lanes,), "int16")
+    put(largest, splat(T.int16(0), lanes), lanes)
+    with T.serial(0, group // lanes) as i:
+        value = T.reinterpret(bits, x[row, span(first + i * lanes, lanes)])
+        put(largest, T.max(value & splat(T.int16(0x7FFF), lanes), get(largest, lanes)), lanes)
+    return T.cast(T.reinterpret("float16", horizontal_max(largest, lanes)), "float32")
 
 
 def whole_sum(sums: Sequence[Expr], lanes: int) -> Expr:
