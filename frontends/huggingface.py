@@ -39,6 +39,7 @@ from tyir.frontends.weights import DeltaFormat, PlainFormat, TensorReader, Weigh
 from tyir.layers import layer_in, path_of
 from tyir.process.collector import collector_paused
 from tyir.process.extras import require, scipy_hidden
+from tyir.process.import_structure import import_structure_kept
 from tyir.process.progress import Bar
 from tyir.vision.graphs import LANGUAGE, mark_graph
 
@@ -247,12 +248,12 @@ def _early_problems(checkpoint: Checkpoint, plugin: ModelPlugin | None) -> Itera
 
 
 def _load_transformers() -> None:
-    """Load it without scipy where nobody can miss that (`scipy_hidden`).
+    """Load it without scipy where nobody can miss that (`scipy_hidden`), without reading all of its models.
 
     If it has decided before that there is scipy, or decides it otherwise, it is loaded as it wants to be.
     """
     if "transformers" not in sys.modules:
-        with contextlib.suppress(ImportError), scipy_hidden():
+        with contextlib.suppress(ImportError), scipy_hidden(), import_structure_kept():
             import tyir.frontends.torch_export  # noqa: F401
 
 

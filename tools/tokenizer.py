@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from tyir.diagnostics import TyirError
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.opened import OpenedFolder
-from tyir.process.extras import require, torch_hidden
+from tyir.process.beside import Beside, Lost, possible
+from tyir.process.extras import is_command, require, torch_hidden
+from tyir.process.import_structure import import_structure_kept
 from tyir.text.json_files import json_object, utf8_text
 from tyir.tools.run.tokenizer_limits import MAX_BYTES, tokenizer_problem
 
@@ -33,6 +35,7 @@ _SPECIAL: Final = frozenset(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask", "eot")
 )
 _TOKENIZER_SETTINGS: Final = _SETTINGS[0]
+_LARGE: Final = 1 << 20  # bytes of a tokenizer.json that a process beside this one is worth
 _NO_HELP: Final = "save the tokenizer as tokenizer.json (save_pretrained of a fast tokenizer writes one)"
 
 Find = Callable[[str], bytes | None]
@@ -47,9 +50,6 @@ def load_tokenizer(source: Artifacts | str | Path) -> Any:
     found = {name: data for name in (*_DATA, *_SETTINGS) if (data := find(name)) is not None}
     for name in found.keys() & set(_TEXTS):
         utf8_text(found[name], path / name, "restore the file of the original model")
-    whole = tokenizer_problem(found[_WHOLE]) if _WHOLE in found else None
-    if whole is not None:
-        raise TyirError(f"{path / _WHOLE} cannot be used: {whole}", help=_NO_HELP)
     if not any(name in found for name in _VOCABULARIES):
         raise TyirError(
             f"{path} holds no tokenizer",
@@ -66,12 +66,17 @@ def load_tokenizer(source: Artifacts | str | Path) -> Any:
         raise TyirError(
             f"the tokenizer of {path} is code of its own ({code}), which is not executed", help=_NO_HELP
         )
+    with _problem_of(found.get(_WHOLE)) as problem:
+        classes = _classes()
+        if (whole := problem()) is not None:
+            raise TyirError(f"{path / _WHOLE} cannot be used: {whole}", help=_NO_HELP)
     try:
         with tempfile.TemporaryDirectory(prefix="tyir-tokenizer-") as copy:
             for name, data in found.items():
                 data = json.dumps(_data_only(settings[name])).encode() if name in settings else data
                 (Path(copy) / name).write_bytes(data)
-            return _read(Path(copy), path)
+            # a class that transformers does not have: tokenizer.json says all that it does
+            return _read(classes if _WHOLE in found else classes[:1], Path(copy), path)
     except OSError as error:
         raise TyirError(
             f"cannot copy the tokenizer to {tempfile.gettempdir()}: {error.strerror or error}",
@@ -79,12 +84,39 @@ def load_tokenizer(source: Artifacts | str | Path) -> Any:
         ) from None
 
 
-def _read(copy: Path, path: Path) -> Any:
-    require("reading a tokenizer", "transformers", extra="serve")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+@contextmanager
+def _problem_of(whole: bytes | None) -> Iterator[Callable[[], str | None]]:
+    """What tells whether a tokenizer.json asks too much (`tokenizer_problem`); that of a large one, 0.1 s, is
+    found beside what is done inside this context where the process can be copied.
+    """
+    if whole is None:
+        yield lambda: None
+        return
+    with ExitStack() as stack:
+        beside = None
+        if len(whole) >= _LARGE and possible():
+            with suppress(OSError):
+                beside = stack.enter_context(Beside.start(lambda: tokenizer_problem(whole)))
 
-    # a class that transformers does not have: tokenizer.json says all that it does
-    classes = (AutoTokenizer, *[PreTrainedTokenizerFast][: (copy / _WHOLE).is_file()])
+        def problem() -> str | None:
+            if beside is not None:
+                with suppress(Lost):
+                    return beside.result()
+            return tokenizer_problem(whole)
+
+        yield problem
+
+
+def _classes() -> Sequence[Any]:
+    """What reads a tokenizer: by the class that its settings name, then by tokenizer.json alone."""
+    require("reading a tokenizer", "transformers", extra="serve")
+    with import_structure_kept():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    return AutoTokenizer, PreTrainedTokenizerFast
+
+
+def _read(classes: Sequence[Any], copy: Path, path: Path) -> Any:
     reason = ""
     for each in classes:
         try:
@@ -99,10 +131,14 @@ def _read(copy: Path, path: Path) -> Any:
 
 @contextmanager
 def without_models() -> Iterator[None]:
-    """Inside this context transformers is loaded without its models, for which it would load torch.
+    """Inside this context, in the process of a command, transformers is loaded without its models, for which
+    it would load torch.
 
     That takes two seconds.  The models stay away as long as the process lasts.
     """
+    if not is_command():
+        yield
+        return
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # it says on the terminal that there are none
     before = os.environ.get(quiet)
     os.environ[quiet] = "1"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tyir.process.collector import collector_paused
 from tyir.tools.cli import ToolParser, add_json_option, note, run_tool
 from tyir.tools.run.arguments import add_answer_arguments, add_picture_settings
 
@@ -18,14 +19,15 @@ __all__ = ["main", "make_parser"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    from tyir.tools.run.chat import read_template
-    from tyir.tools.run.conversation import converse
-    from tyir.tools.run.session_of import open_to_answer, save_cache
-    from tyir.tools.run.speaker import Speaker
-    from tyir.tools.run.turns import Turns
+    with collector_paused():  # nothing that loading makes is garbage
+        from tyir.tools.run.chat import read_template
+        from tyir.tools.run.conversation import converse
+        from tyir.tools.run.session_of import open_to_answer, save_cache
+        from tyir.tools.run.speaker import Speaker
+        from tyir.tools.run.turns import Turns
 
-    template = read_template(args.chat_template) if args.chat_template is not None else None
-    opened = open_to_answer(args)
+        template = read_template(args.chat_template) if args.chat_template is not None else None
+        opened = open_to_answer(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: models write any character
     turns = Turns(opened.session, opened.tokenizer, resize=args.resize, template=template, system=args.system)

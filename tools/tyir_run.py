@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyir.diagnostics import TyirError
+from tyir.process.collector import collector_paused
 from tyir.tools.cli import Terminated, ToolParser, add_json_option, check_output, note, run_tool
 from tyir.tools.commands.build_arguments import numbers
 from tyir.tools.run.arguments import add_answer_arguments, add_picture_settings
@@ -30,12 +31,13 @@ __all__ = ["main", "make_parser"]
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
     args = make_parser().parse_args(argv)
-    from tyir.tools.run.session_of import open_to_answer
-
     pictures = bool(args.image or args.video)
     if args.ids is not None and (args.prompt is not None or args.chat or pictures):
         raise TyirError("--ids is a prompt by itself", help="leave out --prompt, --chat, --image and --video")
-    opened = open_to_answer(args, text=args.ids is None)
+    with collector_paused():  # nothing that loading makes is garbage
+        from tyir.tools.run.session_of import open_to_answer
+
+        opened = open_to_answer(args, text=args.ids is None)
     if args.trace_commands is not None:
         _trace_commands(opened.session, args.trace_commands)
     if isinstance(sys.stdout, io.TextIOWrapper):

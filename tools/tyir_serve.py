@@ -38,26 +38,28 @@ def main(argv: Sequence[str]) -> int:
     from tyir.tools.serve.metrics import Metrics
     from tyir.tools.serve.running import listen, serve
     from tyir.tools.serve.settings import Settings
+    from tyir.tools.tokenizer import without_models
 
     keys = _keys(args)
     names = args.served_model_name or [args.artifacts.resolve().parent.name or "tyir"]
     metrics = Metrics(names[0])
     template = read_template(args.chat_template) if args.chat_template is not None else None
     artifacts, group = open_with_group(args, check=not args.no_check)
-    engine = AsyncEngine(
-        artifacts,
-        args.engine,
-        template=template,
-        most_waiting=args.max_queue,
-        most_waiting_tokens=args.max_queued_tokens,
-        long_share=args.prefill_share,
-        queue_timeout=args.queue_timeout,
-        request_timeout=args.request_timeout,
-        observer=metrics,
-        threads=args.threads,
-        group=group,
-        resize=args.resize,
-    )
+    with without_models():
+        engine = AsyncEngine(
+            artifacts,
+            args.engine,
+            template=template,
+            most_waiting=args.max_queue,
+            most_waiting_tokens=args.max_queued_tokens,
+            long_share=args.prefill_share,
+            queue_timeout=args.queue_timeout,
+            request_timeout=args.request_timeout,
+            observer=metrics,
+            threads=args.threads,
+            group=group,
+            resize=args.resize,
+        )
     if group is not None:
         group.on_failure = lambda problem: engine.engine.fail(problem.diagnostics[0].message)
     listening = listen(args.host, args.port)

@@ -574,7 +574,7 @@ def test_the_page_asks_nobody_else(served: Served) -> None:
 
 @pytest.mark.slow
 def test_the_command(four: Path) -> None:
-    """It says where it serves, serves there, and ends with 0 after SIGTERM."""
+    """It says where it serves, serves there without torch, and ends with 0 after SIGTERM."""
     command = [sys.executable, "-m", "tyir.tools.tyir_serve", str(four), "--port", "0", "-q"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -590,6 +590,8 @@ def test_the_command(four: Path) -> None:
                     connection.close()
 
             _until(lambda: status() == 200)
+            loaded = Path(f"/proc/{process.pid}/maps").read_text()
+            assert "libtvm_runtime" in loaded and "libtorch" not in loaded
         finally:
             process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,3 +243,40 @@ def test_a_prompt_far_too_long_is_not_tokenized_whole(folder: Path, capacity: in
         return
     with pytest.raises(TyirError, match="65536 of its 100000 characters make 65536 tokens"):
         token_ids(tokenizer, "ab" * 50_000, capacity)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "[655, 636, 785, 1192]"),
+        (replace(part="normalizer", pattern="a", content="a" * 100), "its normalizer makes"),
+    ],
+)
+def test_a_large_tokenizer_is_checked_beside_the_import(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    """In a process that can be copied, which this one cannot; what is found is the same."""
+    for name in ("tokenizers.py", "torch.py", "json.py"):
+        (folder / name).unlink()
+    change(folder / "tokenizer.json", **changes)
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write(" " * (2 << 20))
+    program = """
+from tyir.diagnostics import TyirError
+from tyir.process import beside, extras
+from tyir.tools import tokenizer
+extras.begin_command()
+began = []
+start = beside.Beside.start
+beside.Beside.start = classmethod(lambda cls, make: began.append(make) or start(make))
+try:
+    with tokenizer.without_models():
+        print(tokenizer.load_tokenizer(".")("The old house stood")["input_ids"])
+except TyirError as error:
+    print(error)
+assert len(began) == 1
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert said in done.stdout

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyir.execution.artifacts import Artifacts
 from tyir.process.cache import checked_files
+from tyir.process.extras import is_command
 from tyir.runtime_sim.session.ending import check_limit
 from tyir.runtime_sim.session.sampling import Sampler, check_sampling, make_sampler
 from tyir.runtime_sim.session.session import EngineName, Session
@@ -59,7 +58,7 @@ def open_to_answer(args: argparse.Namespace, *, text: bool = True) -> Opened:
     args.fps = frames_per_second(args, pictures=artifacts.manifest.vision is not None)
     session = _session_of(artifacts, args.engine, args.threads, group, dense=args.dense)
     check_sampling(session.choices, args.temperature, args.top_k)
-    with without_models() if _is_a_command() else nullcontext():
+    with without_models():
         tokenizer = load_tokenizer(session.artifacts) if text else None
     stops = end_tokens(session.artifacts, tokenizer)
     session.show_progress = not quiet()
@@ -98,16 +97,11 @@ def save_cache(session: Session, path: Path) -> None:
     session.save(path)
 
 
-def _is_a_command() -> bool:
-    """Whether this process is one of tyir's commands, and no program that has called its `main`."""
-    return not sys.argv[:1] or Path(sys.argv[0]).name.startswith(("tyir", "__main__"))
-
-
 def _age() -> float:
     """Seconds since this process began, or 0 where the system does not tell or a program has called `main`:
     what the interpreter and imports took belongs to the loading.
     """
-    if not _is_a_command():
+    if not is_command():
         return 0.0
     try:
         began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])

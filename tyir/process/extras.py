@@ -14,7 +14,15 @@ from typing import Final
 
 from tyir.diagnostics import TyirError
 
-__all__ = ["EXTRA_OF", "begin_command", "missing_library", "require", "scipy_hidden", "torch_hidden"]
+__all__ = [
+    "EXTRA_OF",
+    "begin_command",
+    "is_command",
+    "missing_library",
+    "require",
+    "scipy_hidden",
+    "torch_hidden",
+]
 
 # Module -> the extra of pyproject.toml that brings it (tests/tyir/test_extras.py compares).
 EXTRA_OF: Final = {
@@ -82,13 +90,18 @@ def begin_command() -> None:
     _commands = True
 
 
+def is_command() -> bool:
+    """Whether this process is one of tyir's commands, and no program that has called its `main`."""
+    return _commands
+
+
 def scipy_hidden() -> AbstractContextManager[None]:
     """Inside this context, in the process of a command, scipy is not installed, unless it is loaded already.
 
     transformers imports it for losses of models that find objects, which no command of tyir's computes: a
     third of a second.  Elsewhere a program may train one after tyir has been imported.
     """
-    return _hidden("scipy") if _commands else nullcontext()
+    return _hidden("scipy") if is_command() else nullcontext()
 
 
 @contextmanager
