@@ -24,7 +24,7 @@ from tyir.runtime_sim.host.machine import HostMachine
 from tyir.runtime_sim.session.chunks import plan_chunks
 from tyir.traits import Collective
 
-__all__ = ["HostPrediction", "HostPredictor", "Part", "StepTime", "executed", "predict_step"]
+__all__ = ["HostPrediction", "HostPredictor", "Part", "StepTime", "executed", "kernel_ns", "predict_step"]
 
 _NO_KERNEL = (Call, Return, Reshape, GetGlobal, Constant)
 
@@ -86,7 +86,7 @@ def executed(functions: Sequence[Func], *, wanted: bool = True) -> Iterator[Op]:
     return inside(entry, () if wanted else optional_tail(entry))
 
 
-def _time(machine: HostMachine, work: Work, footprint: float, workers: int, inner: int) -> float:
+def kernel_ns(machine: HostMachine, work: Work, footprint: float, workers: int, inner: int) -> float:
     """A kernel's time in ns on `inner` threads while as many work on each of other dies, `workers` in all, in
     a step that reads `footprint` bytes.
     """
@@ -131,7 +131,7 @@ def predict_step(
     times: dict[str, tuple[int, float]] = {}
     for works in each:
         for op, work in works:
-            ns = _time(machine, work, read, side_by_side, inner) / side_by_side
+            ns = kernel_ns(machine, work, read, side_by_side, inner) / side_by_side
             if op.has_trait(Collective) and len(dies) == 1:
                 ns = 0.0
             count, total = times.get(work.kind, (0, 0.0))

@@ -24,10 +24,11 @@ from tyir.runtime_sim.host.machine import (
     load_host_machine,
     sections_of_kernels,
 )
-from tyir.runtime_sim.host.steps import executed, predict_step
+from tyir.runtime_sim.host.steps import executed, kernel_ns, predict_step
 from tyir.targets.machine import load_machine
 from tyir.tools.sim.host_fit import least_squares
 from tyir.tools.sim.host_points import ABOUT_THREADS, points
+from tyir.tools.sim.host_probe import Timed, constants_of
 from tyir.tools.tyir_sim import main
 
 WEIGHT = 64 * 32 + 64 * 2 * 2 + 64 * 1  # bytes of 64 by 64 numbers of 4 bits in groups of 32
@@ -292,6 +293,57 @@ def test_nothing_takes_less_than_no_time() -> None:
     assert found["a"] == 0 and found["b"] > 0
     with pytest.raises(ValueError, match="not positive"):
         least_squares([({"a": 1}, 0.0)])
+
+
+# ------------------------------------------------------------------------------------------------- the probe
+
+
+def test_the_probe_finds_what_times_are_made_of() -> None:
+    """Of times that a known machine would take, each constant comes back."""
+    made = machine(
+        processor__threads=2,
+        processor__cache_bytes=2 << 20,
+        parallel__least_operations=1 << 18,
+        parallel__start_us=2.0,
+        parallel__beside=1.25,
+        memory__first_ns=500.0,
+        **{f"memory__{label}_one_thread_byte_ns": 0.04 + 0.01 * n for n, label in enumerate(FOOTPRINTS)},
+        **{f"memory__{label}_all_threads_byte_ns": 0.03 + 0.01 * n for n, label in enumerate(FOOTPRINTS)},
+        product_f16_token__byte_ns=1e-5,
+        product_f16_token__wait_share=1.0,
+        product_int8_token__input_ns=0.5,
+        product_int8_token__row_ns=3.0,
+        product_int8_token__byte_ns=0.06,
+        product_int8_token__more_mac_ns=0.01,
+        product_int8_token__wait_share=0.25,
+        product_int8_chunk__weight_ns=0.1,
+        product_int8_chunk__sum_ns=0.4,
+        product_int8_chunk__input_ns=0.3,
+        attention_f16_token__mac_ns=0.05,
+        attention_f16_token__wait_share=0.75,
+        attention_f16_chunk__score_ns=0.7,
+        attention_f16_chunk__element_ns=0.2,
+        norm__call_ns=100.0,
+        norm__element_ns=0.2,
+    )
+    kinds = {name.partition(".")[0] for name, c in made.constants.items() if c.value}
+    timed = []
+    for point in points(("int8",)):
+        if point.kind in kinds:
+            works = {p: work_of(point.op(), p, "int8", made.processor) for p in point.positions}
+            one = Timed(point, works, lambda: None, lambda position: None, point.copies())
+            for p, work in works.items():
+                for threads in (1, 2):
+                    ns = kernel_ns(made, work, one.copies * work.read_bytes, 1, threads)
+                    one.seconds[p, threads] = [3e-9 * ns, 1e-9 * ns, 1e-9 * ns, 1e-9 * ns]  # one disturbed
+            timed.append(one)
+    found = constants_of(timed, made.processor, 1 << 18)
+    wanted = {name: made.constants[name].value for name in found}
+    assert wanted.keys() >= {n for n, c in made.constants.items() if c.value and n[:4] != "proc"} - {
+        "parallel.least_operations"
+    }
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=0.02, abs=1e-3), name
 
 
 # ---------------------------------------------------------------------------------------------- the file

@@ -40,7 +40,7 @@ from tyir.tools.sim.host_fit import least_squares
 from tyir.tools.sim.host_points import Point, function_of, points
 from tyir.types import TensorType, f16, storage_dtype
 
-__all__ = ["probe"]
+__all__ = ["Timed", "constants_of", "probe"]
 
 Array = npt.NDArray[Any]
 _PATTERN: Final = 0x2C  # a byte of everything: f16 0.065, codes of 12 and 2, i8 44
@@ -53,7 +53,7 @@ _LEAST: Final = 2e-3  # seconds that a measurement takes at least: a pass is rep
 
 
 @dataclass
-class _Timed:
+class Timed:
     """A point, built; `seconds` of one kernel by position and threads, one for each round."""
 
     point: Point
@@ -145,7 +145,7 @@ def probe(name: str, clock: str, threads: int | None, report: Callable[[str], No
         _measure(timed, most, now)
         found.update(_meeting(target, Path(folder), now))
     found.update(_step(now))
-    found.update(_constants(timed, processor, decided.WORTH_THREADS))
+    found.update(constants_of(timed, processor, decided.WORTH_THREADS))
     return host_machine(name, clock, {n: Constant(v, "fitted", source) for n, v in found.items()})
 
 
@@ -161,7 +161,7 @@ def _cache_bytes() -> int:
 # -------------------------------------------------------------------------------------------------- building
 
 
-def _built(target: Any, processor: Processor, pool: Array, folder: Path) -> Iterator[_Timed]:
+def _built(target: Any, processor: Processor, pool: Array, folder: Path) -> Iterator[Timed]:
     from tyir.backends.host.step import Program
     from tyir.backends.host.tvm_host import assign_kernels, build_library
     from tyir.runtime_sim.session.host_runtime import CompiledStep, HostLibrary
@@ -190,7 +190,7 @@ def _built(target: Any, processor: Processor, pool: Array, folder: Path) -> Iter
 
         works = {p: work_of(point.op(), p, point.activations, processor) for p in point.positions}
         run = _calling(step, arrays)
-        yield _Timed(point, works, run, place, point.copies())
+        yield Timed(point, works, run, place, point.copies())
 
 
 def _calling(step: Callable[[Sequence[Array]], None], arrays: Sequence[Array]) -> Callable[[], None]:
@@ -226,7 +226,7 @@ def _aligned(size: int) -> Array:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(timed: Sequence[_Timed], most: int, clock: Callable[[], float]) -> None:
+def _measure(timed: Sequence[Timed], most: int, clock: Callable[[], float]) -> None:
     """All in turn, round by round, so that what disturbs meets all of them: some rounds of the kernels on one
     thread, some of what threads are asked about, each on one and on all, and so on.
 
@@ -242,7 +242,7 @@ def _measure(timed: Sequence[_Timed], most: int, clock: Callable[[], float]) -> 
         for threads, pool in pools.items():
             pool.submit(use_threads, threads).result()
 
-        def measure(one: _Timed, threads: int) -> None:
+        def measure(one: Timed, threads: int) -> None:
             for position in one.point.positions:
                 one.measure(position, threads, clock)
 
@@ -258,7 +258,7 @@ def _measure(timed: Sequence[_Timed], most: int, clock: Callable[[], float]) -> 
                         pools[threads].submit(measure, one, threads).result()
 
 
-def _busy(timed: Sequence[_Timed]) -> None:
+def _busy(timed: Sequence[Timed]) -> None:
     """Has the threads work for some seconds."""
     end = time.perf_counter() + _SETTLE
     while time.perf_counter() < end:
@@ -334,7 +334,10 @@ def _step(clock: Callable[[], float]) -> Mapping[str, float]:
 # --------------------------------------------------------------------------------------------------- solving
 
 
-def _constants(timed: Sequence[_Timed], processor: Processor, least: int) -> Mapping[str, float]:
+def constants_of(timed: Sequence[Timed], processor: Processor, least: int) -> Mapping[str, float]:
+    """Those of kinds of kernels that were timed, of memory and of threads; loops of `least` operations have
+    several.
+    """
     most = processor.threads
     start = _start_ns([one for one in timed if one.point.about == "start"], most)
     beside = _beside([one for one in timed if one.point.about == "beside"], most, least, start)
@@ -351,7 +354,7 @@ def _constants(timed: Sequence[_Timed], processor: Processor, least: int) -> Map
 
 
 def _counts(
-    timed: _Timed, position: int, processor: Processor, memory: Mapping[str, float]
+    timed: Timed, position: int, processor: Processor, memory: Mapping[str, float]
 ) -> dict[str, float]:
     """How many a kernel has of each constant of its section; `wait_share`'s is memory's time."""
     work = timed.work[position]
@@ -364,7 +367,7 @@ def _counts(
     return counts
 
 
-def _start_ns(timed: Sequence[_Timed], most: int) -> float:
+def _start_ns(timed: Sequence[Timed], most: int) -> float:
     """What all threads take for loops over empty caches, beyond the part of the busiest."""
     found = [
         one.ns(p, most) - one.ns(p) * one.work[p].loops[0].share(most)
@@ -374,7 +377,7 @@ def _start_ns(timed: Sequence[_Timed], most: int) -> float:
     return max(0.0, statistics.median(found)) if most > 1 else 0.0
 
 
-def _beside(timed: Sequence[_Timed], most: int, least: int, start: float) -> float:
+def _beside(timed: Sequence[Timed], most: int, least: int, start: float) -> float:
     """How many times longer than its share all threads take for kernels that compute, each on a core of its
     own: virtual processors that share one for a while take half as long again, so that quickest rounds count.
     """
@@ -388,7 +391,7 @@ def _beside(timed: Sequence[_Timed], most: int, least: int, start: float) -> flo
     return max(1.0, statistics.median(found)) if most > 1 else 1.0
 
 
-def _memory(timed: Sequence[_Timed], small: _Timed, most: int, start: float) -> Mapping[str, float]:
+def _memory(timed: Sequence[Timed], small: Timed, most: int, start: float) -> Mapping[str, float]:
     """Of kernels that do little but wait for memory: of a large weight what each byte of it takes, of a small
     one what passes before.
     """
