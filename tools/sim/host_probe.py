@@ -69,7 +69,7 @@ class Timed:
         return 1e9 * _undisturbed(self.seconds[position, threads])
 
     def quickest_ns(self, position: int, threads: int) -> float:
-        """The quickest round."""
+        """The quickest round: of several threads the one in which they had most of the cores they need."""
         return 1e9 * min(self.seconds[position, threads])
 
     def measure(self, position: int, threads: int, clock: Callable[[], float]) -> None:
@@ -370,7 +370,7 @@ def _counts(
 def _start_ns(timed: Sequence[Timed], most: int) -> float:
     """What all threads take for loops over empty caches, beyond the part of the busiest."""
     found = [
-        one.ns(p, most) - one.ns(p) * one.work[p].loops[0].share(most)
+        one.quickest_ns(p, most) - one.quickest_ns(p, 1) * one.work[p].loops[0].share(most)
         for one in timed
         for p in one.point.positions
     ]
@@ -402,7 +402,8 @@ def _memory(timed: Sequence[Timed], small: Timed, most: int, start: float) -> Ma
         for one in timed:
             label, read = labels[one.point.footprint], one.work[0].read_bytes
             found[f"memory.{label}_one_thread_byte_ns"] = (one.ns(0) - before) / read
-            found[f"memory.{label}_all_threads_byte_ns"] = (one.ns(0, most) - before - start) / read
+            together = one.quickest_ns(0, most) if most > 1 else one.ns(0)
+            found[f"memory.{label}_all_threads_byte_ns"] = (together - before - start) / read
         label = labels[small.point.footprint]
         before = max(0.0, small.ns(0) - size * found[f"memory.{label}_one_thread_byte_ns"])
     return {**found, "memory.first_ns": before}
