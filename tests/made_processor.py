@@ -8,13 +8,13 @@ from tyir.targets.constants import Constant
 # Of a machine that was never measured: nothing costs anything, but what a test says.
 NOTHING = {
     **dict.fromkeys(_form().whole, 0.0),
-    **{name: 1.0 for name in _form().whole if name.endswith(("_gbps", ".speedup"))},
     "processor.threads": 1,
     "processor.few_tokens": 7,
     "processor.attention_queries": 8,
     "processor.integer_group": 32,
     "processor.cache_bytes": 1 << 20,
     "parallel.least_operations": 1000,
+    "parallel.beside": 1.0,
 }
 
 
@@ -28,6 +28,7 @@ def machine(**values: float) -> HostMachine:
 
 def measured_like() -> HostMachine:
     """A machine on which everything costs something."""
-    costs = {n.replace(".", "__"): 0.5 for n in NOTHING if n.endswith(("_ns", "_us"))}
-    faster = {n.replace(".", "__"): 3.0 for n in NOTHING if n.endswith(".speedup")}
-    return machine(**{**costs, **faster, "processor__threads": 4, "parallel__start_us": 1e-3})
+    costs = {n.replace(".", "__"): 0.5 for n in NOTHING if n.endswith(("_ns", "_us", "_share"))}
+    shared = {n.replace(".", "__"): 0.2 for n in NOTHING if n.endswith("_all_threads_byte_ns")}
+    cores = {"processor__threads": 4, "processor__cache_bytes": 4096}
+    return machine(**{**costs, **shared, **cores, "parallel__start_us": 1e-3, "parallel__beside": 1.2})

@@ -331,7 +331,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--probe-host",
         type=Path,
         metavar="FILE",
-        help="measure this computer's processor, about a minute, and write its machine file",
+        help="measure this computer's processor, a minute or two, and write its machine file",
     )
     parser.add_argument(
         "--threads",

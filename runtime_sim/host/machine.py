@@ -2,13 +2,14 @@
 kernel.  A file of the form of `tyir.targets.constants`, which `tyir-sim --probe-host` writes.
 
 A kernel's time on one thread is a sum of products: `<what>_ns` of its section times how many of that it has, as
-`kernels.py` counts them.  `speedup` is how many times faster it is on `processor.threads`; between one thread and
-these a straight line.
+`kernels.py` counts them.  What threads change is said once for all kernels, in `parallel`.
 """  # noqa: E501
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -23,7 +24,7 @@ __all__ = [
     "FOOTPRINTS",
     "MODES",
     "ROWWISE",
-    "Attention",
+    "ChunkAttention",
     "ChunkProduct",
     "HostMachine",
     "Meeting",
@@ -32,7 +33,9 @@ __all__ = [
     "Processor",
     "Rowwise",
     "Step",
+    "TokenAttention",
     "TokenProduct",
+    "by_footprint",
     "is_host_machine",
     "load_host_machine",
     "sections_of_kernels",
@@ -40,7 +43,6 @@ __all__ = [
 
 # Bytes that a step reads all of, weights and caches: what was read so long ago is in the caches or is not.
 FOOTPRINTS: Final = {"16mb": 16 << 20, "256mb": 256 << 20, "1gb": 1 << 30}
-READS: Final = {"256kb": 256 << 10, "16mb": 16 << 20, "1gb": 1 << 30}
 # What weights are multiplied as: 4-bit ones by `--host-activations`, f16 ones.
 MODES: Final = ("fp32", "int16", "int8", "f16")
 CACHES: Final = ("f16", "i8")  # elements of caches
@@ -84,10 +86,14 @@ class Processor:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Starting a kernel on several threads, which those of so many operations are."""
+    """Loops of `least_operations` are cut in equal parts, one for each thread: what it takes to start a loop
+    and to learn that all parts are done (`start_us`), and how many times longer a part takes while all of
+    `processor.threads` work and the slowest is waited for (`beside`).
+    """
 
-    start_us: float
     least_operations: int
+    start_us: float
+    beside: float
 
 
 @dataclass(frozen=True)
@@ -100,23 +106,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """A plain read, by bytes that are read again and again: on one thread and on all."""
+    """Weights and caches that a core's cache does not hold: what passes until they begin to come, and a byte
+    as fast as memory gives it, on one thread and on all together, by the step's footprint.  No loop that
+    reads them is faster.
+    """
 
-    one_thread_gbps: Mapping[str, float] = field(metadata={"each": tuple(READS)})
-    all_threads_gbps: Mapping[str, float] = field(metadata={"each": tuple(READS)})
+    first_ns: float
+    one_thread_byte_ns: Mapping[str, float] = field(metadata={"each": tuple(FOOTPRINTS)})
+    all_threads_byte_ns: Mapping[str, float] = field(metadata={"each": tuple(FOOTPRINTS)})
 
 
 @dataclass(frozen=True)
 class TokenProduct:
-    """Up to `few_tokens` tokens with a weight: each row of it, a byte of it by the step's footprint, and each
-    multiplication for tokens after the first.
+    """Up to `few_tokens` tokens with a weight that the core's cache holds: each activation, each row and byte
+    of the weight, and each multiplication for tokens after the first.  `wait_share`: how much of memory's
+    time comes on top where the weight is read from there.
     """
 
-    call_ns: float
+    input_ns: float
     row_ns: float
+    byte_ns: float
     more_mac_ns: float
-    byte_ns: Mapping[str, float] = field(metadata={"each": tuple(FOOTPRINTS)})
-    speedup: float
+    wait_share: float
 
 
 @dataclass(frozen=True)
@@ -132,21 +143,29 @@ class ChunkProduct:
     sum_ns: float
     input_ns: float
     spill_ns: float
-    speedup: float
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Tiles of queries over a cache: each tile, an element of a row of keys or values that a tile meets, a
-    multiplication, a score.
+class TokenAttention:
+    """A token's heads over a cache that the core's holds: each of them, an element of a row of keys or values
+    that heads meet together, a multiplication; `wait_share` as of a product.
     """
 
-    call_ns: float
-    tile_ns: float
+    query_ns: float
     element_ns: float
     mac_ns: float
+    wait_share: float
+
+
+@dataclass(frozen=True)
+class ChunkAttention:
+    """Tokens' heads over a cache: each of them, an element of a row of keys or values that a tile of tokens
+    meets, a score.
+    """
+
+    query_ns: float
+    element_ns: float
     score_ns: float
-    speedup: float
 
 
 @dataclass(frozen=True)
@@ -155,7 +174,6 @@ class Rowwise:
 
     call_ns: float
     element_ns: float
-    speedup: float
 
 
 @dataclass(frozen=True)
@@ -166,13 +184,26 @@ class Meeting:
     element_ns: float
 
 
+def by_footprint(size: float, cache_bytes: float) -> dict[str, float]:
+    """What is known by footprint, at one of `size` bytes: the shares of the nearest measured ones, whose
+    logarithms a straight line lies between; none where a core's cache holds them.
+    """
+    if size <= cache_bytes:
+        return {}
+    known = [(label, math.log(at)) for label, at in FOOTPRINTS.items()]
+    at = min(max(math.log(size), known[0][1]), known[-1][1])
+    (low, first), (high, second) = next(pair for pair in itertools.pairwise(known) if at <= pair[1][1])
+    share = (at - first) / (second - first)
+    return {low: 1 - share, high: share}
+
+
 def sections_of_kernels() -> dict[str, type]:
     """The section of each kind of kernel."""
     return {
         **{f"product_{mode}_token": TokenProduct for mode in MODES},
         **{f"product_{mode}_chunk": ChunkProduct for mode in MODES},
-        **{f"attention_{cache}_token": Attention for cache in CACHES},
-        **{f"attention_{cache}_chunk": Attention for cache in CACHES},
+        **{f"attention_{cache}_token": TokenAttention for cache in CACHES},
+        **{f"attention_{cache}_chunk": ChunkAttention for cache in CACHES},
         **dict.fromkeys(ROWWISE, Rowwise),
         "meeting": Meeting,
     }
@@ -210,9 +241,9 @@ class HostMachine:
     kernels: Mapping[str, Any]
     constants: Mapping[str, Constant]
 
-    def speedup(self, kind: str, threads: int) -> float:
-        """How many times faster than on one thread a kind of kernels is; `TyirError` for more threads than
-        were measured.
+    def _share(self, threads: int) -> float:
+        """Where so many lie on a straight line from one thread, 0, to all, 1; `TyirError` for more than were
+        measured.
         """
         most = self.processor.threads
         if not 1 <= threads <= most:
@@ -220,10 +251,30 @@ class HostMachine:
                 f"{self.name} was measured with 1 to {most} threads, {threads} are asked about",
                 help=f"use --threads {min(max(threads, 1), most)}, or measure the machine with more",
             )
-        if threads == 1:
-            return 1.0
-        measured = float(self.kernels[kind].speedup)
-        return 1 + (measured - 1) * (threads - 1) / (most - 1)
+        return (threads - 1) / max(most - 1, 1)
+
+    def beside(self, threads: int) -> float:
+        """How many times longer a thread takes for its part while so many work; `TyirError` for more than
+        were measured.
+        """
+        return 1 + (self.parallel.beside - 1) * self._share(threads)
+
+    def read_ns(self, size: float, footprint: float, threads: int) -> float:
+        """`size` bytes that so many threads read together, in a step that reads `footprint` bytes."""
+        shares = by_footprint(footprint, self.processor.cache_bytes)
+        if not size or not shares:
+            return 0.0
+        return self.memory.first_ns + size * self._byte_ns(shares, self._share(threads))
+
+    def _byte_ns(self, shares: Mapping[str, float], most: float) -> float:
+        """A byte, `most` of the way from one thread to all."""
+        one, all_of_them = (
+            sum(part * known[label] for label, part in shares.items())
+            for known in (self.memory.one_thread_byte_ns, self.memory.all_threads_byte_ns)
+        )
+        if not most or not one * all_of_them:
+            return all_of_them if most else one
+        return 1 / (1 / one + (1 / all_of_them - 1 / one) * most)  # between rates a straight line
 
     def with_overrides(self, values: Mapping[str, float]) -> HostMachine:
         """With some constants replaced: `{"parallel.start_us": 3}`; wrong ones are refused together."""
@@ -242,7 +293,12 @@ class HostMachine:
 
     def as_toml(self) -> str:
         """What a file says that `load_host_machine` reads this machine from."""
-        lines = [f"name = {json.dumps(self.name)}", 'kind = "processor"', f"clock = {json.dumps(self.clock)}"]
+        lines = [
+            f"name = {json.dumps(self.name)}",
+            'kind = "processor"',
+            f"model = {MODEL}",
+            f"clock = {json.dumps(self.clock)}",
+        ]
         before = ""
         for dotted, c in self.constants.items():
             section, _, name = dotted.partition(".")
@@ -256,6 +312,9 @@ class HostMachine:
 
 
 CLOCKS: Final = ("wall", "processor")
+MODEL: Final = (
+    2  # what constants there are and mean; 1 had a `speedup` of each kind of kernel, and said no number
+)
 
 
 def host_machine(name: str, clock: str, constants: Mapping[str, Constant]) -> HostMachine:
@@ -284,6 +343,11 @@ def load_host_machine(path: str | Path) -> HostMachine:
         raise TyirError(
             f"{where} describes no processor",
             help="tyir-sim --probe-host FILE measures this computer and writes such a file",
+        )
+    if (model := table.pop("model", 1)) != MODEL:
+        raise TyirError(
+            f"{where} was measured for model {str(model)[:80]} of how long kernels take, not for {MODEL}",
+            help=f"measure the processor again: tyir-sim --probe-host {where}",
         )
     name, kind = table.pop("name", Path(path).stem), table.pop("kind", None)
     clock = table.pop("clock", None)

@@ -7,27 +7,24 @@ step side by side, and each has its part of T for the kernels of these.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from tyir.diagnostics import TyirError
-from tyir.dialects import kv
 from tyir.dialects.func import Call, Func, Return
-from tyir.dialects.ty import Constant, GetGlobal, Reshape, tensor_type
+from tyir.dialects.ty import Constant, GetGlobal, Reshape
 from tyir.execution.artifacts import Artifacts
 from tyir.execution.meetings import workers_of
 from tyir.execution.optional_tail import optional_tail
 from tyir.ir import Op
 from tyir.parser import parse_bytes
-from tyir.runtime_sim.host.kernels import Work, bytes_of, work_of
-from tyir.runtime_sim.host.machine import FOOTPRINTS, HostMachine
+from tyir.runtime_sim.host.kernels import Work, work_of
+from tyir.runtime_sim.host.machine import HostMachine
 from tyir.runtime_sim.session.chunks import plan_chunks
 from tyir.traits import Collective
 
-__all__ = ["HostPrediction", "HostPredictor", "Part", "StepTime", "executed", "predict_step"]
+__all__ = ["HostPrediction", "HostPredictor", "Part", "StepTime", "executed", "kernel_ns", "predict_step"]
 
 _NO_KERNEL = (Call, Return, Reshape, GetGlobal, Constant)
 
@@ -89,43 +86,21 @@ def executed(functions: Sequence[Func], *, wanted: bool = True) -> Iterator[Op]:
     return inside(entry, () if wanted else optional_tail(entry))
 
 
-def _cache_bytes(op: Op, work: Work) -> float:
-    """What attention to a cache reads of that, its scales left out: every head's rows that are seen."""
-    if not isinstance(op, kv.CachedAttention):
-        return 0
-    rows = work.counts["score"] / math.prod(tensor_type(op.q).static_shape[:3])
-    return sum(bytes_of(v) for v in (op.k, op.v)) * rows / op.held
-
-
-def _coefficient(machine: HostMachine, kind: str, name: str, footprint: float) -> float:
-    """Of a kernel's section, in ns; of bytes it depends on the footprint, whose logarithm a straight line
-    between two measured ones takes.
+def kernel_ns(machine: HostMachine, work: Work, footprint: float, workers: int, inner: int) -> float:
+    """A kernel's time in ns on `inner` threads while as many work on each of other dies, `workers` in all, in
+    a step that reads `footprint` bytes.
     """
-    value = getattr(machine.kernels[kind], f"{name}_ns")
-    if isinstance(value, (int, float)):
-        return float(value)
-    known = [(math.log(size), value[label]) for label, size in FOOTPRINTS.items()]
-    at = math.log(max(footprint, 1.0))
-    if at <= known[0][0]:
-        return float(known[0][1])
-    for (low, first), (high, second) in itertools.pairwise(known):
-        if at <= high:
-            return float(first + (second - first) * (at - low) / (high - low))
-    return float(known[-1][1])
-
-
-def _time(machine: HostMachine, work: Work, footprint: float, workers: int, inner: int) -> float:
-    """A kernel's time on `inner` threads while as many work on each of other dies, `workers` in all."""
-    alone = sum(n * _coefficient(machine, work.kind, name, footprint) for name, n in work.counts.items())
-    if work.kind == "meeting":
-        return alone
-    beside = workers / machine.speedup(work.kind, workers) if workers > 1 else 1.0
-    if inner == 1 or work.operations < machine.parallel.least_operations or work.items == 1:
-        return alone * beside
-    call = work.counts["call"] * _coefficient(machine, work.kind, "call", footprint)
-    all_of_them = machine.speedup(work.kind, workers * inner) / workers
-    shared = alone * min(work.shared(inner) / all_of_them, beside)
-    return 1e3 * machine.parallel.start_us + max(shared, min(call, alone))
+    section, total = machine.kernels[work.kind], 0.0
+    for loop in work.loops:
+        threads = loop.threads(inner, machine.parallel.least_operations)
+        working = workers * threads
+        alone = sum(n * float(getattr(section, f"{what}_ns")) for what, n in loop.counts.items())
+        memory = machine.read_ns(workers * loop.read_bytes, footprint, working)
+        waited = memory * float(getattr(section, "wait_share", 0))
+        total += max(alone * loop.share(threads) * machine.beside(working) + waited, memory)
+        if threads > 1:
+            total += 1e3 * machine.parallel.start_us
+    return total
 
 
 def predict_step(
@@ -145,18 +120,18 @@ def predict_step(
     `stages` of a pipeline work one after the other; `tensors`: inputs and outputs of all dies.  `TyirError`
     for a kernel without a model, and for more threads than were measured.
     """
-    machine.speedup("elementwise", threads)
+    machine.beside(threads)
     each = [
         [(op, work_of(op, position, activations, machine.processor)) for op in executed(f, wanted=wanted)]
         for f in dies
     ]
-    read = sum(w.weight_bytes + _cache_bytes(op, w) for works in each for op, w in works)
+    read = sum(w.read_bytes for works in each for _, w in works)
     side_by_side = workers_of(threads, len(dies), stages)
     inner = threads // side_by_side
     times: dict[str, tuple[int, float]] = {}
     for works in each:
         for op, work in works:
-            ns = _time(machine, work, read, side_by_side, inner) / side_by_side
+            ns = kernel_ns(machine, work, read, side_by_side, inner) / side_by_side
             if op.has_trait(Collective) and len(dies) == 1:
                 ns = 0.0
             count, total = times.get(work.kind, (0, 0.0))
@@ -177,7 +152,7 @@ class HostPredictor:
         self.options = artifacts.manifest.options
         self.activations = str(artifacts.manifest.build["host"]["activations"])
         self._dies: dict[int, tuple[list[list[Func]], int]] = {}
-        machine.speedup("elementwise", threads)
+        machine.beside(threads)
 
     def step(self, tokens: int, position: int, *, wanted: bool = True) -> StepTime:
         """A step of a compiled length."""

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from tyir.runtime_sim.host.machine import (
     FOOTPRINTS,
     HostMachine,
     Processor,
+    by_footprint,
     host_machine,
     sections_of_kernels,
 )
@@ -37,21 +38,22 @@ from tyir.runtime_sim.session.program_engine import check_inputs
 from tyir.targets.constants import Constant
 from tyir.tools.sim.host_fit import least_squares
 from tyir.tools.sim.host_points import Point, function_of, points
-from tyir.tools.sim.host_reads import read_rates
 from tyir.types import TensorType, f16, storage_dtype
 
-__all__ = ["probe"]
+__all__ = ["Timed", "constants_of", "probe"]
 
 Array = npt.NDArray[Any]
 _PATTERN: Final = 0x2C  # a byte of everything: f16 0.065, codes of 12 and 2, i8 44
-_ROUNDS: Final = 6
+_ROUNDS: Final = 24
+_BLOCKS: Final = 3  # of rounds, between which kernels on one thread and on all take turns
 _CACHE_SIZE: Final = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 _CACHE_BYTES: Final = 1 << 20  # where the system does not say
+_SETTLE: Final = 2.0  # seconds
 _LEAST: Final = 2e-3  # seconds that a measurement takes at least: a pass is repeated until it does
 
 
 @dataclass
-class _Timed:
+class Timed:
     """A point, built; `seconds` of one kernel by position and threads, one for each round."""
 
     point: Point
@@ -63,8 +65,12 @@ class _Timed:
     repeats: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def ns(self, position: int, threads: int = 1) -> float:
-        """The median of the rounds."""
-        return 1e9 * statistics.median(self.seconds[position, threads])
+        """What the quickest quarter of the rounds take at most."""
+        return 1e9 * _undisturbed(self.seconds[position, threads])
+
+    def quickest_ns(self, position: int, threads: int) -> float:
+        """The quickest round: of several threads the one in which they had most of the cores they need."""
+        return 1e9 * min(self.seconds[position, threads])
 
     def measure(self, position: int, threads: int, clock: Callable[[], float]) -> None:
         """One round; the first is not counted, and says how often a pass is to be repeated."""
@@ -84,9 +90,16 @@ class _Timed:
             self.seconds.setdefault(key, []).append(took / count / self.copies)
 
 
+def _undisturbed(seconds: Sequence[float]) -> float:
+    """Of several times what the quickest quarter take at most: others that use the same cores, of this
+    computer or of another virtual one, only add to them, and do for seconds.
+    """
+    return float(np.quantile(seconds, 0.25))
+
+
 def probe(name: str, clock: str, threads: int | None, report: Callable[[str], None]) -> HostMachine:
     """This computer with 1 to `threads` threads (all cores), by the wall's `clock` or the processor's, which
-    counts one thread.  Takes about a minute; `report` is told of its parts.
+    counts one thread.  Takes more than a minute; `report` is told of its parts.
 
     `TyirError` where there is no compiler, or TVM is not installed, or not so many cores.
     """
@@ -117,7 +130,7 @@ def probe(name: str, clock: str, threads: int | None, report: Callable[[str], No
         most, decided.FEW_TOKENS, decided.ATTENTION_QUERIES, decided.INTEGER_GROUP, _cache_bytes()
     )
     source = (
-        f"measured on {target.mcpu}, median of {_ROUNDS - 1} rounds"
+        f"measured on {target.mcpu}, the quickest quarter of {_ROUNDS - 1} rounds"
         f" by the {'wall' if clock == 'wall' else 'processor'}'s clock"
     )
     found: dict[str, float] = {
@@ -125,8 +138,6 @@ def probe(name: str, clock: str, threads: int | None, report: Callable[[str], No
         "parallel.least_operations": decided.WORTH_THREADS,
     }
     with tempfile.TemporaryDirectory(prefix="tyir-probe-") as folder:
-        report("reading memory")
-        found.update(read_rates(most, clock, Path(folder)))
         report("building kernels")
         pool = np.full(max(FOOTPRINTS.values()) + (64 << 20), _PATTERN, np.uint8)
         timed = [*_built(target, processor, pool, Path(folder))]
@@ -134,7 +145,7 @@ def probe(name: str, clock: str, threads: int | None, report: Callable[[str], No
         _measure(timed, most, now)
         found.update(_meeting(target, Path(folder), now))
     found.update(_step(now))
-    found.update(_constants(timed, most))
+    found.update(constants_of(timed, processor, decided.WORTH_THREADS))
     return host_machine(name, clock, {n: Constant(v, "fitted", source) for n, v in found.items()})
 
 
@@ -150,7 +161,7 @@ def _cache_bytes() -> int:
 # -------------------------------------------------------------------------------------------------- building
 
 
-def _built(target: Any, processor: Processor, pool: Array, folder: Path) -> Iterator[_Timed]:
+def _built(target: Any, processor: Processor, pool: Array, folder: Path) -> Iterator[Timed]:
     from tyir.backends.host.step import Program
     from tyir.backends.host.tvm_host import assign_kernels, build_library
     from tyir.runtime_sim.session.host_runtime import CompiledStep, HostLibrary
@@ -179,7 +190,7 @@ def _built(target: Any, processor: Processor, pool: Array, folder: Path) -> Iter
 
         works = {p: work_of(point.op(), p, point.activations, processor) for p in point.positions}
         run = _calling(step, arrays)
-        yield _Timed(point, works, run, place, point.copies())
+        yield Timed(point, works, run, place, point.copies())
 
 
 def _calling(step: Callable[[Sequence[Array]], None], arrays: Sequence[Array]) -> Callable[[], None]:
@@ -215,22 +226,44 @@ def _aligned(size: int) -> Array:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(timed: Sequence[_Timed], most: int, clock: Callable[[], float]) -> None:
-    """All in turn, round by round, so that what disturbs meets all of them; on one thread, then on all."""
+def _measure(timed: Sequence[Timed], most: int, clock: Callable[[], float]) -> None:
+    """All in turn, round by round, so that what disturbs meets all of them: some rounds of the kernels on one
+    thread, some of what threads are asked about, each on one and on all, and so on.
+
+    A virtual processor that was idle may share a core with another one for a second or so, until its host
+    moves it: all threads work for longer before they are measured.
+    """
     from tyir.runtime_sim.session.host_runtime import use_threads
 
-    for threads in (1, most) if most > 1 else (1,):
-        chosen = [t for t in timed if threads == 1 or t.point.threaded]
+    kernels = [one for one in timed if not one.point.about]
+    about_threads = [one for one in timed if one.point.about]
+    with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor(1) as all_of_them:
+        pools = {most: all_of_them, 1: alone}  # each thread has threads of its own for its kernels
+        for threads, pool in pools.items():
+            pool.submit(use_threads, threads).result()
 
-        def rounds(threads: int = threads, chosen: Sequence[_Timed] = chosen) -> None:
-            use_threads(threads)
-            for _ in range(_ROUNDS):
-                for one in chosen:
-                    for position in one.point.positions:
-                        one.measure(position, threads, clock)
+        def measure(one: Timed, threads: int) -> None:
+            for position in one.point.positions:
+                one.measure(position, threads, clock)
 
-        with ThreadPoolExecutor(1) as pool:  # each has threads of its own for its kernels
-            pool.submit(rounds).result()
+        for _ in range(_BLOCKS):
+            for _ in range(_ROUNDS // _BLOCKS):
+                for one in kernels:
+                    alone.submit(measure, one, 1).result()
+            if most > 1:
+                all_of_them.submit(_busy, about_threads).result()
+            for _ in range(_ROUNDS // _BLOCKS):
+                for one in about_threads:
+                    for threads in sorted(pools):
+                        pools[threads].submit(measure, one, threads).result()
+
+
+def _busy(timed: Sequence[Timed]) -> None:
+    """Has the threads work for some seconds."""
+    end = time.perf_counter() + _SETTLE
+    while time.perf_counter() < end:
+        for one in timed:
+            one.run()
 
 
 def _meeting(target: Any, folder: Path, clock: Callable[[], float]) -> Mapping[str, float]:
@@ -260,12 +293,12 @@ def _meeting(target: Any, folder: Path, clock: Callable[[], float]) -> Mapping[s
         given = [[_filled(kind)] for _ in range(dies)]
         steps.begin(given)()
         seconds = []
-        for _ in range(_ROUNDS * 3):
+        for _ in range(_ROUNDS):
             start = clock()
             for _ in range(10):
                 steps.begin(given)()
             seconds.append((clock() - start) / 10 / times / dies)
-        rows.append(({"call": 1, "element": size}, 1e9 * statistics.median(seconds)))
+        rows.append(({"call": 1, "element": size}, 1e9 * _undisturbed(seconds)))
     return {f"meeting.{what}_ns": value for what, value in least_squares(rows).items()}
 
 
@@ -294,59 +327,83 @@ def _step(clock: Callable[[], float]) -> Mapping[str, float]:
                 for info, array in zip(inputs, taken, strict=True):
                     assert array.shape == info.shape
             seconds.append((clock() - start) / 50)
-        rows.append(({"call": 1, "tensor": len(inputs) + 1}, 1e6 * statistics.median(seconds)))
+        rows.append(({"call": 1, "tensor": len(inputs) + 1}, 1e6 * _undisturbed(seconds)))
     return {f"step.{what}_us": value for what, value in least_squares(rows).items()}
 
 
 # --------------------------------------------------------------------------------------------------- solving
 
 
-def _constants(timed: Sequence[_Timed], most: int) -> Mapping[str, float]:
-    found: dict[str, float] = {}
+def constants_of(timed: Sequence[Timed], processor: Processor, least: int) -> Mapping[str, float]:
+    """Those of kinds of kernels that were timed, of memory and of threads; loops of `least` operations have
+    several.
+    """
+    most = processor.threads
+    start = _start_ns([one for one in timed if one.point.about == "start"], most)
+    beside = _beside([one for one in timed if one.point.about == "beside"], most, least, start)
+    found = {"parallel.start_us": 1e-3 * start, "parallel.beside": beside}
+    (first,) = (one for one in timed if one.point.about == "first")
+    found.update(_memory([one for one in timed if one.point.about == "memory"], first, most, start))
     for kind in sections_of_kernels():
-        own = [t for t in timed if t.point.kind == kind]
-        if not own:
-            continue
-        rows = [(_counts(t, t.work[p]), t.ns(p)) for t in own for p in t.point.positions]
-        names = list(dict.fromkeys(n for counts, _ in rows for n in counts))
-        solved = least_squares(rows)
-        for name in names:
-            what = "_byte_ns" if name in FOOTPRINTS else "_ns"
-            found[f"{kind}.{name}{what}"] = solved[name]
-    start = _start_ns(timed, most)
-    found["parallel.start_us"] = start * 1e-3
-    for kind in sections_of_kernels():
-        if kind != "meeting":
-            own = [t for t in timed if t.point.kind == kind and t.point.threaded]
-            found[f"{kind}.speedup"] = _speedup(own, most, start)
+        own = [one for one in timed if one.point.kind == kind and one.point.about in ("", "beside", "memory")]
+        rows = [(_counts(one, p, processor, found), one.ns(p)) for one in own for p in one.point.positions]
+        if rows:
+            solved = least_squares(rows)
+            found.update((f"{kind}.{name}", value) for name, value in solved.items())
     return found
 
 
-def _counts(timed: _Timed, work: Work) -> dict[str, float]:
-    """A kernel's counts, its bytes by their footprint."""
-    counts = dict(work.counts)
-    if "byte" in counts:
-        label = min(FOOTPRINTS, key=lambda n: abs(np.log(FOOTPRINTS[n] / timed.point.footprint)))
-        counts[label] = counts.pop("byte")
-    return {n: v for n, v in counts.items() if v}
+def _counts(
+    timed: Timed, position: int, processor: Processor, memory: Mapping[str, float]
+) -> dict[str, float]:
+    """How many a kernel has of each constant of its section; `wait_share`'s is memory's time."""
+    work = timed.work[position]
+    counts = {f"{what}_ns": count for what, count in work.counts.items() if count}
+    if "wait_share" in {f.name for f in fields(sections_of_kernels()[work.kind])}:
+        shares = by_footprint(timed.copies * work.read_bytes, processor.cache_bytes)
+        byte = sum(part * memory[f"memory.{label}_one_thread_byte_ns"] for label, part in shares.items())
+        if byte:
+            counts["wait_share"] = memory["memory.first_ns"] + work.read_bytes * byte
+    return counts
 
 
-def _start_ns(timed: Sequence[_Timed], most: int) -> float:
-    """What all threads take beyond their share, of the row-wise kernels that take least."""
-    if most == 1:
-        return 0.0
-    small = [t for t in timed if t.point.threaded and t.point.kind in ("elementwise", "norm", "rope")]
-    beyond = [t.ns(p, most) - t.ns(p) / most for t in small for p in t.point.positions]
-    return max(0.0, statistics.median(beyond))
+def _start_ns(timed: Sequence[Timed], most: int) -> float:
+    """What all threads take for loops over empty caches, beyond the part of the busiest."""
+    found = [
+        one.quickest_ns(p, most) - one.quickest_ns(p, 1) * one.work[p].loops[0].share(most)
+        for one in timed
+        for p in one.point.positions
+    ]
+    return max(0.0, statistics.median(found)) if most > 1 else 0.0
 
 
-def _speedup(timed: Sequence[_Timed], most: int, start: float) -> float:
-    if most == 1:
-        return 1.0
+def _beside(timed: Sequence[Timed], most: int, least: int, start: float) -> float:
+    """How many times longer than its share all threads take for kernels that compute, each on a core of its
+    own: virtual processors that share one for a while take half as long again, so that quickest rounds count.
+    """
     found = []
     for one in timed:
         for p in one.point.positions:
-            work, both = one.work[p], one.ns(p, most)
-            if work.operations and both > 2 * start:
-                found.append(one.ns(p) * work.shared(most) / (both - start))
-    return min(float(most), max(1.0, statistics.median(found))) if found else 1.0
+            loops = [loop for loop in one.work[p].loops if loop.threads(most, least) > 1]
+            share = loops[-1].share(most) if loops else 1.0
+            together = one.quickest_ns(p, most) - start * len(loops)
+            found.append(together / (one.quickest_ns(p, 1) * share))
+    return max(1.0, statistics.median(found)) if most > 1 else 1.0
+
+
+def _memory(timed: Sequence[Timed], small: Timed, most: int, start: float) -> Mapping[str, float]:
+    """Of kernels that do little but wait for memory: of a large weight what each byte of it takes, of a small
+    one what passes before.
+    """
+    found: dict[str, float] = {}
+    labels = {size: label for label, size in FOOTPRINTS.items()}
+    size, before = small.work[0].read_bytes, 0.0
+    for _ in range(3):  # which each is of the other a small part
+        for one in timed:
+            label, read = labels[one.point.footprint], one.work[0].read_bytes
+            found[f"memory.{label}_one_thread_byte_ns"] = (one.ns(0) - before) / read
+            together = one.quickest_ns(0, most) if most > 1 else one.ns(0)
+            found[f"memory.{label}_all_threads_byte_ns"] = (together - before - start) / read
+        label = labels[small.point.footprint]
+        before = max(0.0, small.ns(0) - size * found[f"memory.{label}_one_thread_byte_ns"])
+    return {**found, "memory.first_ns": before}

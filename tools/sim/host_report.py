@@ -27,11 +27,12 @@ def probe_report(args: argparse.Namespace) -> str:
     if args.report == "json":
         return json.dumps({"machine": str(args.probe_host), "constants": _values(machine)}, indent=1)
     memory = machine.memory
+    rates = [1 / known["1gb"] for known in (memory.one_thread_byte_ns, memory.all_threads_byte_ns)]
     return (
         f"{args.probe_host}: {len(machine.constants)} constants of {machine.processor.threads} thread"
-        f"{'s' * (machine.processor.threads > 1)}, by the {machine.clock}'s clock; a plain read of 1 GB:"
-        f" {memory.one_thread_gbps['1gb']:.1f} GB/s on one thread,"
-        f" {memory.all_threads_gbps['1gb']:.1f} on all\n"
+        f"{'s' * (machine.processor.threads > 1)}, by the {machine.clock}'s clock; weights of 1 GB are read"
+        f" at {rates[0]:.1f} GB/s on one thread, {rates[1]:.1f} on all, parts of a loop take"
+        f" {machine.parallel.beside:.2f} times their share\n"
         f"tyir-sim OUT/{{n}}die --machine {args.probe_host} predicts with it"
     )
 

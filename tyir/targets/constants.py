@@ -217,8 +217,8 @@ class Form:
         return f"[{section}] has {', '.join(known)}" if known else f"sections are {', '.join(self.sections)}"
 
     def value_problem(self, name: str, value: float) -> str | None:
-        """What is wrong with a value: times and overheads may be 0, nothing may be negative, counts and sizes
-        are whole.
+        """What is wrong with a value: times, shares and overheads may be 0, nothing may be negative, counts
+        and sizes are whole.
         """
         if not 0 <= value < float("inf"):
             return "rates, sizes, counts and times must be positive numbers"
@@ -226,7 +226,7 @@ class Form:
         if value != 0 and not low <= value <= high:
             return f"a constant of this unit lies between {low:g} and {high:g}"
         if value == 0 and not (
-            self.zeros or name.endswith(("_ns", "_us", "_cycles", "_overhead", "overhead_bytes"))
+            self.zeros or name.endswith(("_ns", "_us", "_cycles", "_share", "_overhead", "overhead_bytes"))
         ):
             return "rates, sizes and counts must be positive"
         if name == "dram.efficiency" and value > 1:
