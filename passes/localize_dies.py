@@ -43,7 +43,7 @@ from tyir.layers import carry
 from tyir.passes._placement import executing_dies, holding_dies, placement_of, rule_for
 from tyir.passes._tokens_cut import BLOCKS, attend_by_tokens, token_blocks_of
 from tyir.passes.dce import eliminate_dead_code
-from tyir.passes.specialize_seqlen import infer_results
+from tyir.passes.specialize_seqlen import Inferred, infer_results
 from tyir.pipeline import Pass, PassContext
 from tyir.sharding import PARTIAL, REPLICATED, Split, vocabulary_ranges
 from tyir.types import FunctionType, TensorType, i64
@@ -67,24 +67,31 @@ class LocalizeDies(Pass):
             )
         assert isinstance(op, Module)
         functions = [f for f in op.body if isinstance(f, Func)]
+        constants, known = ConstantExpressions(), Inferred()
         for die in range(mesh.dies):
             module = Module.empty(f"die{die}")
             module.set_attribute("tyir.die", IntegerAttr(die, i64))
             for function in functions:
-                module.body.append(_Localizer(function, mesh.dies, die).run())
+                module.body.append(_Localizer(function, mesh.dies, die, constants, known).run())
             op.body.append(module)
         for function in functions:
             function.erase()
 
 
 class _Localizer:
-    """Builds one die's function.  Values the die has no share of are absent from `local`."""
+    """Builds one die's function.  Values the die has no share of are absent from `local`.
 
-    def __init__(self, function: Func, dies: int, die: int) -> None:
+    `constants`: which values of the functions are weight expressions; `known`: types inferred so far.
+    """
+
+    def __init__(
+        self, function: Func, dies: int, die: int, constants: ConstantExpressions, known: Inferred
+    ) -> None:
         self.function = function
         self.dies = dies
         self.die = die
-        self.constants = ConstantExpressions()
+        self.constants = constants
+        self.known = known
         self.local: dict[Value, Value] = {}
         self.slices: dict[tuple[Value, int, int, int], Value] = {}
         self.block = Block()
@@ -213,7 +220,7 @@ class _Localizer:
             result_names=[r.name for r in op.results],
         )
         self.block.append(new)
-        infer_results(new)
+        infer_results(new, self.known)
         self._annotate(new, op)
         self.local.update(zip(op.results, new.results))
         return new

@@ -8,9 +8,10 @@
     %s = ty.get_global @model.layers.0.self_attn.q_proj.weight
     %y = ty.linear(%x, %s)
 
-Equal expressions become one parameter, so all sequence lengths share the weights.  Runs after
-specialize-seqlen; what remains in the functions depends on the step's inputs alone.  A module that has been
-through it stays as it is.
+Equal expressions become one parameter, so all sequence lengths share the weights; what remains in the
+functions depends on the step's inputs alone.  Runs when dies have been cut.  Before specialize-seqlen it
+meets each expression of a die once, behind it once for each length; the result is the same.  A module that
+has been through it stays as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = ["OutlineParams"]
 class OutlineParams(Pass):
     """Weight expressions become `ty.param`s of their die, shared by all its functions."""
 
-    stage: ClassVar[tuple[str, ...]] = ("static",)
+    stage: ClassVar[tuple[str, ...]] = ("dist", "static")
 
     def run(self, op: Op, context: PassContext) -> None:
         for module in [m for m in op.walk_type(Module) if any(isinstance(o, Func) for o in m.body)]:

@@ -42,9 +42,10 @@ def remaining_pipeline(
     `machine` (a name or a file) is what cuts are chosen for, `done` what passes have recorded (`tyir.build`).
 
     Quantisation stands before partition-dies, which cuts the MLP in whole quantisation groups; specialisation
-    after it, so that dies are cut once. So does select-output: each die then chooses among its own columns of
-    the vocabulary; and select-rows: what is exchanged of them is one row's.  sparse-prefill changes one
-    length alone, and each die's heads for themselves, so it comes when both are known.
+    after it, so that dies are cut once, and after outline-params, so that lengths do not repeat weight
+    expressions.  select-output stands before the cut, so that each die chooses among its own columns of the
+    vocabulary, and select-rows, so that what is exchanged is one row's.  sparse-prefill changes one length
+    alone, and each die's heads for themselves, so it comes when both are known.
     """
     if (
         stage == "sharded"
@@ -82,14 +83,14 @@ def remaining_pipeline(
             "select-rows{rows=last}" if options.output_rows == "last" and "output_rows" not in done else "",
         ),
         ("kv", f"partition-dies{{{' '.join(dies)}}}"),
-        ("dist", f"specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),
+        ("dist", f"outline-params,specialize-seqlen{{seqlens={numbers(options.seqlens)}}}"),
         (
             "static",
             f"sparse-prefill{{{options.choice.text().replace(',', ' ')}}}"
             if options.choice is not None and "sparse_prefill" not in done
             else "",
         ),
-        ("static", "to-program"),
+        ("static", "to-program" if stage == "static" else "outline-layers"),  # specialised by hand
     ]
     order = list(STAGES)
     if stage not in order:

@@ -414,6 +414,7 @@ class DeclaredOp(_Declaration):
     result_fields: ClassVar[tuple[ResultField, ...]] = ()
     attr_fields: ClassVar[tuple[AttrField, ...]] = ()
     region_fields: ClassVar[tuple[RegionField, ...]] = ()
+    operand_names: ClassVar[frozenset[str]] = frozenset()
     plain_operands: ClassVar[bool] = True
     operand_counts: ClassVar[tuple[int, int | None]] = (0, 0)  # least and most; None: any number
     result_counts: ClassVar[tuple[int, int | None]] = (0, 0)
@@ -444,6 +445,7 @@ class DeclaredOp(_Declaration):
                 raise TypeError(f"{name}: more than one optional or variadic field in a group")
             for position, field in enumerate(group):
                 field.position = position
+        cls.operand_names = frozenset(f.name for f in cls.operand_fields)
         cls.plain_operands = all(f.arity == "one" for f in cls.operand_fields)
         cls.operand_counts, cls.result_counts = _counts(cls.operand_fields), _counts(cls.result_fields)
         cls.property_names = frozenset(f.key for f in cls.attr_fields)
@@ -454,12 +456,51 @@ class DeclaredOp(_Declaration):
             f for f in cls.attr_fields if f.choices or f.least is not None or not f.codec.always
         )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loc: Location = UNKNOWN,
+        result_types: Sequence[Type] = (),
+        attributes: DictAttr = EMPTY_DICT,
+        **given: Any,
+    ) -> None:
         cls = type(self)
-        loc = kwargs.pop("loc", UNKNOWN)
-        result_types = kwargs.pop("result_types", ())
-        attributes = kwargs.pop("attributes", EMPTY_DICT)
-        given = kwargs
+        positional = len(args) == len(cls.operand_fields) and cls.operand_names.isdisjoint(given)
+        if positional and cls.plain_operands and None not in args:
+            operands = args
+        else:
+            operands = self._taken_operands(args, given)
+        properties: dict[str, Attribute] = {}
+        for a in cls.attr_fields:
+            value = given.pop(a.name, None)
+            if value is None and a.default is not _MISSING:
+                value = a.default
+            if value is not None:
+                properties[a.key] = a.codec.encode(value)
+            elif not a.optional:
+                raise TypeError(f"{cls.name}: property '{a.name}' is missing")
+        regions = tuple([given.pop(r.name, None) or Region() for r in cls.region_fields])
+        if given:
+            raise TypeError(f"{cls.name} has no {', '.join(map(repr, given))}")
+        self._operands = operands
+        for value in operands:
+            value.uses.append(self)
+        self.properties = DictAttr.of(properties)
+        self.attributes = attributes
+        self.regions = regions
+        for r in regions:
+            r.op = self
+        self.successors = ()
+        self.loc = loc
+        self.block = self._prev = self._next = None
+        self.results = ()
+        if not result_types and cls.result_fields:
+            result_types = self._result_types()
+        self.results = tuple([Value(t, self, i) for i, t in enumerate(result_types)])
+
+    def _taken_operands(self, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Value, ...]:
+        """The operands in order, by position and by name; those by name are taken out of `given`."""
+        cls = type(self)
         if len(args) > len(cls.operand_fields):
             raise TypeError(
                 f"{cls.name} takes {len(cls.operand_fields)} positional operands, {len(args)} given"
@@ -477,33 +518,7 @@ class DeclaredOp(_Declaration):
                 operands.append(value)
             elif f.arity == "one":
                 raise TypeError(f"{cls.name}: operand '{f.name}' is missing")
-        properties: dict[str, Attribute] = {}
-        for a in cls.attr_fields:
-            value = given.pop(a.name, None)
-            if value is None and a.default is not _MISSING:
-                value = a.default
-            if value is not None:
-                properties[a.key] = a.codec.encode(value)
-            elif not a.optional:
-                raise TypeError(f"{cls.name}: property '{a.name}' is missing")
-        regions = [given.pop(r.name, None) or Region() for r in cls.region_fields]
-        if given:
-            raise TypeError(f"{cls.name} has no {', '.join(map(repr, given))}")
-        self._operands = tuple(operands)
-        for value in operands:
-            value.uses.append(self)
-        self.properties = DictAttr.of(properties)
-        self.attributes = attributes
-        self.regions = tuple(regions)
-        for r in regions:
-            r.op = self
-        self.successors = ()
-        self.loc = loc
-        self.block = self._prev = self._next = None
-        self.results = ()
-        if not result_types and cls.result_fields:
-            result_types = self._result_types()
-        self.results = tuple([Value(t, self, i) for i, t in enumerate(result_types)])
+        return tuple(operands)
 
     def _result_types(self) -> tuple[Type, ...]:
         """What `infer` gives for a new op; `TyirError` names the op and what is wrong with it."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from tyir.attributes import ArrayAttr, Attribute, DenseResourceAttr, DictAttr
 from tyir.dialects.builtin import Module
 from tyir.dialects.func import Func
-from tyir.ir import EMPTY_DICT, Block, Op, Region, Value
+from tyir.ir import Block, Op, Region, Value
 from tyir.location import UNKNOWN
 from tyir.opdef import DeclaredOp
 from tyir.process.collector import collector_paused
@@ -121,8 +121,7 @@ class _Printer:
         self.lines: list[str] = []
         self.text = AttributeText(elide) if texts is None else texts
         self.names = _Names()
-        self.properties: dict[Attribute, str] = {EMPTY_DICT: ""}
-        self.attributes: dict[Attribute, str] = {EMPTY_DICT: ""}
+        self.properties, self.attributes = self.text.properties, self.text.attributes
         self.signatures: dict[object, str] = {}
         self.loc_texts: dict[Attribute, str] = {UNKNOWN: ""}
         self.block_labels: dict[Block, str] = {}

@@ -12,6 +12,7 @@ hold an argument) when these are not all: those of a pipeline stage.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def to_attribute(placement: Placement) -> Attribute | None:
     return StringAttr("partial") if placement is PARTIAL else None
 
 
+@functools.cache  # attributes live as long as the process
 def from_attribute(attribute: Attribute | None) -> Placement:
     """The placement written as `tyir.sharding`."""
     if isinstance(attribute, DictAttr):

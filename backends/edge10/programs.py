@@ -26,6 +26,7 @@ from tyir.manifest import DieProgram
 from tyir.printer import print_op
 from tyir.process.cache import cache_key
 from tyir.targets.machine import Machine, load_machine
+from tyir.text.attribute_printer import AttributeText
 from tyir.types import i64
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class _Lowered:
 
 @dataclass
 class ProgramWriter:
-    """Writes programs into `folder`, whose weights are at `places`; `memory`: what they need of it.
+    """Writes programs into `folder`, whose weights are at `places`; `memory`: what they need of it; `texts`:
+    those of attributes, which dies and lengths share.
 
     A context manager: libraries (`LibraryWriter`) are built beside the lowering of other dies and are all
     there when it is left, unless somebody else makes them (`libraries` is false).
@@ -88,6 +90,7 @@ class ProgramWriter:
     libraries: bool = True
     memory: Memory = field(default_factory=dict)
     search: Search = field(default_factory=Search)
+    texts: AttributeText = field(default_factory=AttributeText)
     _programs: dict[Hashable, _Lowered] = field(default_factory=dict)
     _seqlen: int | None = None
     _writer: LibraryWriter | None = None
@@ -114,7 +117,7 @@ class ProgramWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
         functions = functions_of(die, seqlen)
         assign_kernels(functions)
-        text = print_op(self._artifact_ir(die, index, seqlen), locations=False)
+        text = print_op(self._artifact_ir(die, index, seqlen), locations=False, texts=self.texts)
         (self.folder / files.name(index, "ir")).write_text(text)
         with self.context.watch.stage(f"edge10 {part.name}"):
             data, self.memory[index, seqlen] = self._commands(die, seqlen)
@@ -146,7 +149,7 @@ class ProgramWriter:
             summary, _, data = known.partition(b"\n")
             return data, json.loads(summary)
         lowered, memory = self._lowered(die, seqlen, machine, shape, numbers)
-        data = encode(lowered) if self.context.binary else print_op(lowered).encode()
+        data = encode(lowered) if self.context.binary else print_op(lowered, texts=self.texts).encode()
         if cache is not None:
             cache.write(key, json.dumps(memory).encode() + b"\n" + data)
         return data, memory

@@ -18,7 +18,7 @@ STAGES = (
     ("aten", "torch's ops", "raise-aten"),
     ("ty", "norm, linear, attention", "quantize-weights, kv-materialize"),
     ("kv", "a step with its caches", "partition-dies"),
-    ("dist", "a program per die, collectives", "specialize-seqlen,\noutline-layers, outline-params"),
+    ("dist", "a program per die, collectives", "outline-params,\nspecialize-seqlen, outline-layers"),
     ("program", "static shapes, one length", ""),
 )
 STYLE = (

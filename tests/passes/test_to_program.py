@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,19 @@ def test_chunks_over_buckets_equal_one_shot(quantize: str) -> None:
         np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted.astype(np.float32)).max())
     again = Step(parse_module(print_op(module)), weights)
     np.testing.assert_array_equal(again.feed(IDS[:4], "main_s4"), got[:4])
+
+
+@pytest.mark.parametrize("quantize", ["", "quantize-weights{group-size=32},"])
+def test_parameters_are_the_same_before_lengths_and_behind_them(quantize: str) -> None:
+    """The order of `tyir-compile`, which meets each weight expression once, and that of `to-program`."""
+    before = re.sub("(specialize-seqlen{.*?}),(outline-params),", r"\2,\1,", TO_PROGRAM)
+    assert before.index("outline-params") < before.index("specialize-seqlen")
+    made = []
+    for pipeline in (TO_PROGRAM, before):
+        module, _ = build(Shape(hidden=64, heads=6, kv_heads=2, layers=3, tied=True))
+        run_pipeline(module, quantize + pipeline)
+        made.append(print_op(module))
+    assert made[0] == made[1]
 
 
 def test_layers_become_one_function_called_per_layer() -> None:

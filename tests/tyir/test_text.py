@@ -21,6 +21,7 @@ from tyir.ir import Block, Op, Region, Value, unregistered_op
 from tyir.parser import parse_file, parse_module
 from tyir.printer import attribute_text, print_op
 from tyir.text.attribute_parser import parse_attribute_text, parse_type_text
+from tyir.text.attribute_printer import AttributeText
 from tyir.verifier import verify
 
 GENERIC = (Path(__file__).parent / "generic.ir").read_text(encoding="utf-8")
@@ -287,3 +288,11 @@ def test_printing_after_arguments_were_added() -> None:
     assert '^bb0(%a: i32 loc("a"), %b: i64):' in print_op(module)
     block.erase_arg(0)
     assert "^bb0(%b: i64):" in print_op(module)
+
+
+def test_texts_that_several_ops_share_are_those_of_each() -> None:
+    """One memory of texts for many ops: nothing of one gets into another."""
+    shared = AttributeText()
+    for text in (GENERIC, GENERIC.replace("true", "false"), GENERIC):
+        module = parse_module(text)
+        assert print_op(module, texts=shared) == print_op(module)

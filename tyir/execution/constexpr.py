@@ -20,7 +20,8 @@ class ConstantExpressions:
 
     def __init__(self) -> None:
         self._constant: dict[Op | Block, bool] = {}
-        self._keys: dict[Op, tuple[Any, ...]] = {}
+        self._numbers: dict[Op, int] = {}
+        self._numbered: dict[tuple[Any, ...], int] = {}
 
     def is_constant(self, value: Value) -> bool:
         """Whether the value depends on nothing but the checkpoint."""
@@ -33,13 +34,15 @@ class ConstantExpressions:
             known = self._constant[op] = pure and all(self.is_constant(v) for v in op.operands)
         return known
 
-    def key(self, value: Value) -> tuple[Any, ...]:
+    def key(self, value: Value) -> tuple[int, int]:
         """Equal for expressions that compute the same tensor the same way."""
         op = value.op
         assert op is not None
-        if op not in self._keys:
-            self._keys[op] = (op.name, op.properties, *(self.key(v) for v in op.operands))
-        return (value.index, *self._keys[op])
+        number = self._numbers.get(op)
+        if number is None:
+            parts = (op.name, op.properties, *[self.key(v) for v in op.operands])
+            number = self._numbers[op] = self._numbered.setdefault(parts, len(self._numbered))
+        return value.index, number
 
 
 def expression_ops(value: Value) -> Iterator[Op]:

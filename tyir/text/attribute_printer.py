@@ -23,6 +23,7 @@ from tyir.attributes import Attribute
 __all__ = ["ELIDED", "AttributeText", "attribute_text", "escape", "float_text", "key_text", "symbol_text"]
 
 _BARE_ID: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$.]*")
+_EMPTY: Final = a.DictAttr()
 _UNIT: Final = a.UnitAttr()
 ELIDED: Final = "__elided__"  # the resource key that stands for a constant left out of the text, as in MLIR
 _VECTOR: Final = re.compile(r"((?:\d+x)*)(\w+)")
@@ -130,12 +131,15 @@ class AttributeText:
 
     With `short`, integers are i64 and floats f64 unless they say otherwise (the parser reads them so).  With
     `elide`, dense constants of more elements, and resources whatever their size, are left out:
-    `dense_resource<__elided__>`.
+    `dense_resource<__elided__>`.  `properties` and `attributes` of ops, with the braces around them, are kept
+    by who writes them.
     """
 
     def __init__(self, elide: int | None = None, short: bool = False) -> None:
         self.elide = elide
         self.short = short
+        self.properties: dict[Attribute, str] = {_EMPTY: ""}
+        self.attributes: dict[Attribute, str] = {_EMPTY: ""}
         self._memo: dict[Attribute, str] = {}
         self._keys: dict[str, str] = {}
 
