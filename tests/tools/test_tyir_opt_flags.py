@@ -69,6 +69,21 @@ def test_opt_bisect_limit(ir: Path, capsys: Capture) -> None:
     assert capsys.readouterr().out.count("ty.silu") == 2
 
 
+@pytest.mark.parametrize(
+    ("constant", "printed"),
+    [
+        ("dense<[1, 2, 3, 4]> : vector<4xi32>", "dense_resource<__elided__> : vector<4xi32>"),
+        ("dense<7> : vector<4xi32>", "dense<7> : vector<4xi32>"),
+        ("dense<[1, 2]> : vector<2xi32>", "dense<[1, 2]> : vector<2xi32>"),
+    ],
+)
+def test_large_vectors_are_elided(constant: str, printed: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "vector.ir"
+    path.write_text(f"module attributes {{x = {constant}}} {{\n}}\n")
+    assert main([str(path), "--elide-large-constants=3"]) == 0
+    assert f"x = {printed}" in capsys.readouterr().out
+
+
 def test_elided_files_are_refused(ir: Path, tmp_path: Path, capsys: Capture) -> None:
     elided = tmp_path / "elided.ir"
     assert main([str(ir), "--elide-large-constants", "-o", str(elided)]) == 0

@@ -191,7 +191,8 @@ class AttributeText:
 
     def _dense(self, x: a.DenseElementsAttr) -> str:
         shape, element = dense_shape(x.type)
-        if self.elide is not None and math.prod(shape) > self.elide and not x.is_splat:
+        splat = len(x.data) == t.storage_dtype(element).itemsize
+        if self.elide is not None and math.prod(shape) > self.elide and not splat:
             return f"dense_resource<{ELIDED}> : {self(x.type)}"
         return f"dense<{_dense_body(x.data, shape, element)}> : {self(x.type)}"
 
