@@ -1,5 +1,5 @@
-"""Scales and zero points of a 4-bit weight's groups, unpacked: [row, group] as they lie, or turned to [group, row],
-so that a vector over rows of the weight meets its groups one after the other.
+"""Scales and zero points of a 4-bit weight's groups, unpacked: [row, group] as they lie, or [group, row], so that
+a vector over rows of the weight meets its groups one after the other.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from tyir.backends.host.kernels.tir import (
     Expr,
     bind,
     f32_of,
+    load,
     span,
     splat,
     transposed,
     vector,
 )
 
-__all__ = ["by_group", "room_by_group", "scales_of_block", "unpacked"]
+__all__ = ["by_group", "scales_of_block", "unpacked"]
 
 _ZEROS: Final = 8  # zero points that are unpacked at once: a word of them
 
@@ -33,7 +34,7 @@ def unpacked(
     there is room for; a vector may be read that begins within it.
     """
     made = f32_of(scales, first * groups, count * groups, most * groups, cpu)
-    numbers = T.alloc_buffer((most * groups + max(_ZEROS, cpu.lanes),), "int32")
+    numbers = T.alloc_buffer((most * groups + _ZEROS,), "int32")
     whole = groups - groups % _ZEROS
 
     def unpack(row: Expr, group: Expr, known: int) -> None:
@@ -58,31 +59,25 @@ def _zeros(zeros: Buffer, row: Expr, first: Expr, known: int) -> Expr:
     return T.cast(nibbles, vector("int32", _ZEROS))
 
 
-def room_by_group(rows: int, groups: int) -> int:
-    """Elements that `by_group` writes for so many rows: whole squares of them."""
-    return -(-groups // rows) * rows * rows
-
-
-def by_group(made: Buffer, rows: Sequence[Expr], groups: int, to: Buffer, at: Expr) -> None:
-    """Writes what is unpacked of some rows, a power of two, to `to` from `at` on: [group, row]."""
+def by_group(made: Buffer, rows: Sequence[Expr], groups: int) -> Buffer:
+    """What is unpacked of some rows, a power of two, [group, row]."""
     width = len(rows)
-    with T.serial(0, -(-groups // width)) as part:
+    parts = -(-groups // width)
+    turned = T.alloc_buffer((parts * width * width,), made.dtype)
+    with T.serial(0, parts) as part:
         values = [bind(made[span(row * groups + part * width, width)]) for row in rows]
         for column, value in enumerate(transposed(values)):
-            T.buffer_store(to, value, [span(at + (part * width + column) * width, width)])
+            T.buffer_store(turned, value, [span((part * width + column) * width, width)])
+    return turned
 
 
-def scales_of_block(
-    weight: tuple[Buffer, Buffer], n0: Expr, vectors: int, groups: int, cpu: Cpu
-) -> tuple[Buffer, Buffer, int]:
-    """Those of `vectors` times `cpu.lanes` rows from `n0` on, [vector, group, lane], and how far a vector's
-    lie behind those of the one before.
+def scales_of_block(scales: Buffer, zeros: Buffer, n0: Expr, rows: int, groups: int) -> tuple[Buffer, Buffer]:
+    """Those of `rows` rows from `n0` on, [group, row], one number at a time: many tokens share them, and code
+    that turns vectors of them takes as long and twice as long to compile.
     """
-    rows, apart = vectors * cpu.lanes, room_by_group(cpu.lanes, groups)
-    turned = []
-    for made in unpacked(*weight, n0, T.int32(rows), rows, groups, cpu):
-        turned.append(T.alloc_buffer((vectors * apart,), made.dtype))
-        with T.serial(0, vectors) as v:
-            lanes = [bind(v * cpu.lanes + lane) for lane in range(cpu.lanes)]
-            by_group(made, lanes, groups, turned[-1], v * apart)
-    return turned[0], turned[1], apart
+    made, numbers = (T.alloc_buffer((groups * rows,), dtype) for dtype in ("float32", "int32"))
+    with T.serial(0, groups) as g, T.serial(0, rows) as r:
+        zero = T.shift_right(zeros[n0 + r, g // 2], T.cast(g % 2 * 4, "uint8")) & T.uint8(15)
+        T.buffer_store(made, load(scales, [n0 + r, g], 1), [g * rows + r])
+        T.buffer_store(numbers, T.cast(zero, "int32"), [g * rows + r])
+    return made, numbers

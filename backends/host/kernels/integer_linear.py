@@ -26,7 +26,7 @@ from typing import Final
 
 from tvm.tirx.script.builder import ir as T
 
-from tyir.backends.host.kernels.group_scales import by_group, room_by_group, scales_of_block, unpacked
+from tyir.backends.host.kernels.group_scales import by_group, scales_of_block, unpacked
 from tyir.backends.host.kernels.rounded_activations import (
     Activations,
     Shape,
@@ -115,7 +115,7 @@ class _Product:
         """out[m0.., rows]: a group of each row in turn.  `rows` count from those made ready."""
         shape, width = self.shape, len(rows)
         sums = [register(width, 0) for _ in range(columns)]
-        scales, zeros = (self._turned(made, rows) for made in self.made)
+        scales, zeros = (by_group(made, rows, shape.groups) for made in self.made)
         with T.serial(0, shape.groups) as g:
             found: list[list[Expr]] = [[] for _ in range(columns)]
             for row in rows:
@@ -134,12 +134,6 @@ class _Product:
                 total = sums[c][r]
                 total = total if self.bias is None else total + load(self.bias, [self.first + row], 1)
                 store(self.out, [m0 + c, self.first + row], total, 1)
-
-    def _turned(self, made: Buffer, rows: Sequence[Expr]) -> Buffer:
-        """What is ready for some rows, [group, row]."""
-        turned = T.alloc_buffer((room_by_group(len(rows), self.shape.groups),), made.dtype)
-        by_group(made, rows, self.shape.groups, turned, T.int32(0))
-        return turned
 
     def _halves(self, row: Expr, g: Expr) -> list[Expr]:
         """Of each part of a group the low nibbles and the high ones, as words of bytes."""
@@ -206,8 +200,7 @@ class _Panel:
         with T.serial(0, shape.k // 8) as word, T.serial(0, self.rows) as r:
             value = T.reinterpret("int32", q[n0 + r, span(word * _WORD, _WORD)])
             T.buffer_store(self.panel, value, [word * self.rows + r])
-        made = scales_of_block((scales, zeros), n0, self.vectors, shape.groups, self.cpu)
-        self.scales, self.zeros, self.apart = made
+        self.scales, self.zeros = scales_of_block(scales, zeros, n0, self.rows, shape.groups)
 
     def _words_before(self, word: Expr, odd: int) -> Expr:
         """How many words of codes lie before those that half `odd` of a word of the weight meets."""
@@ -238,7 +231,7 @@ class _Panel:
                                 value = _dot(total[span(0, lanes)], half, spread, lanes, self.cpu)
                                 T.buffer_store(total, value, [span(0, lanes)])
             for v in range(self.vectors):
-                at = v * self.apart + g * lanes
+                at = (g * self.vectors + v) * lanes
                 scale, zero = bind(self.scales[span(at, lanes)]), bind(self.zeros[span(at, lanes)])
                 for c in range(columns):
                     at = bind(self.x.group(m0 + c, g))

@@ -2,9 +2,9 @@
 
 A block of 32 rows is turned once: `panel` [2 tiles of rows][steps of 64 columns] of 16 by 64 bytes, row j of a tile
 holding four columns of each of its 16 rows less the row's zero point: a step has the low nibbles of 128 columns and
-the next the high ones, as the codes lie.  A group of it, four tiles, stays in registers while up to 128 tokens pass, 16 at a time: their codes
-are tiles that lie one after the other and are read from the second-level cache once for a block, their f32 sums,
-[tokens][rows], stay in the first-level cache.
+the next the high ones, as the codes lie.  A group of it, four tiles, stays in registers while up to 128 tokens pass,
+16 at a time: their codes are tiles that lie one after the other and are read from the second-level cache once for a
+block, their f32 sums, [tokens][rows], stay in the first-level cache.
 
     for each block of 32 rows (on all cores):  turn it
       for up to 128 tokens:
@@ -129,9 +129,8 @@ class _Block:
         x: Activations,
         bias: Buffer | None,
         out: Buffer,
-        cpu: Cpu,
     ) -> None:
-        self.shape, self.x, self.bias, self.out, self.cpu = shape, x, bias, out, cpu
+        self.shape, self.x, self.bias, self.out = shape, x, bias, out
         self.q, self.scales, self.zeros = weight
         self.steps = shape.k // _BYTES
         self.parts, self.tiles = _token_tiles(shape)
@@ -151,14 +150,13 @@ class _Block:
     def _turn(self, n0: Expr) -> None:
         low = splat(T.int32(_LOW), _SIDE)
         flat_q = flat(self.q, self.shape.n * self.shape.k // 2)
-        weight = (self.scales, self.zeros)
-        self.scales_of, zeros, self.apart = scales_of_block(weight, n0, 2, self.shape.groups, self.cpu)
+        self.scales_of, zeros = scales_of_block(self.scales, self.zeros, n0, _ROWS, self.shape.groups)
         with T.serial(0, 2) as tile, T.serial(0, self.shape.k // _COLUMNS) as part:
             words = [bind(self._quads(n0 + tile * _SIDE + r % 4, part, r // 4)) for r in range(_SIDE)]
             for r in range(_SIDE):  # for the next block, while this one is multiplied
                 prefetch(flat_q, [(n0 + _ROWS + tile * _SIDE + r) * (self.shape.k // 2) + part * _BYTES])
             g = part * _COLUMNS // self.shape.group
-            zero = bind(zeros[span(tile * self.apart + g * _SIDE, _SIDE)] * splat(T.int32(_EACH), _SIDE))
+            zero = bind(zeros[span(g * _ROWS + tile * _SIDE, _SIDE)] * splat(T.int32(_EACH), _SIDE))
             for number, word in enumerate(transposed(words, 2)):
                 high = T.shift_right(word, splat(T.int32(4), _SIDE)) & low
                 for odd, half in enumerate((word & low, high)):
@@ -205,7 +203,7 @@ class _Block:
     def _scaling(self, m0: Expr, step: Expr) -> Callable[[range], None]:
         """Adds what a step's integer sums stand for to the sums of some of its 16 tokens."""
         g, tile = bind(step // self.tiles), bind(step % self.tiles)
-        scales = [bind(self.scales_of[span(v * self.apart + g * _SIDE, _SIDE)]) for v in range(2)]
+        scales = [bind(self.scales_of[span(g * _ROWS + v * _SIDE, _SIDE)]) for v in range(2)]
         factors, sums = bind(self.x.group(m0 + tile * _SIDE, g)), bind(tile * (_SIDE * _ROWS))
         first = self._found(step)
 
@@ -284,5 +282,5 @@ def tile_linear(
         T.evaluate(T.call_extern("int32", "tyir_ask_for_tiles"))
     each = _blocks_each(blocks, cpu)
     with loop(blocks // each, cpu, shape.m * shape.n * shape.k) as part:
-        _Block(shape, weight, x, bias, out, cpu).emit(bind(part * (each * _ROWS)), each)
+        _Block(shape, weight, x, bias, out).emit(bind(part * (each * _ROWS)), each)
     return blocks * _ROWS
