@@ -312,9 +312,8 @@ class HostMachine:
 
 
 CLOCKS: Final = ("wall", "processor")
-MODEL: Final = (
-    2  # what constants there are and mean; 1 had a `speedup` of each kind of kernel, and said no number
-)
+# What constants there are and mean; 1 had a `speedup` of each kind of kernel, and said no number.
+MODEL: Final = 2
 
 
 def host_machine(name: str, clock: str, constants: Mapping[str, Constant]) -> HostMachine:

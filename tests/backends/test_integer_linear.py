@@ -27,13 +27,14 @@ class Shape:
     n: int
     group: int
     bias: bool = False
+    width: int = 2  # bytes of an activation
 
     @property
     def types(self) -> tuple[TensorType, ...]:
         groups = self.k // self.group
         biases = (TensorType((self.n,), f16),) if self.bias else ()
         return (
-            TensorType((1, self.m, self.k), f16),
+            TensorType((1, self.m, self.k), f16 if self.width == 2 else f32),
             TensorType((self.n, self.k), ui4),
             TensorType((self.n, groups), f16),
             TensorType((self.n, groups), ui4),
@@ -67,6 +68,9 @@ TOGETHER = [
 ]
 
 
+# activations of f16 and of f32, of few tokens and of many; the first has most rows
+NOT_FINITE = [Shape(m, 256, 64, 128, width=width) for m in (13, 3) for width in (2, 4)]
+
 LARGEST = {"int8": 127, "int16": 16319}  # code
 # without tiles (AMX), and with them where this processor has them
 CPUS = list(dict.fromkeys([GENERIC_CPU, detected_cpu(), "icelake-server"]))
@@ -94,7 +98,9 @@ def built(mcpu: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     if here is not None and not here.issuperset(target.features()):
         pytest.skip(f"this processor is no {mcpu}")
     path = tmp_path_factory.mktemp("integers") / "x.so"
-    build_library(assign_kernels([shape.op()[0] for shape in sum(TOGETHER, SHAPES)]), target, path)
+    build_library(
+        assign_kernels([shape.op()[0] for shape in sum(TOGETHER, SHAPES + NOT_FINITE)]), target, path
+    )
     return Built(HostLibrary(path), LARGEST[request.param])
 
 
@@ -161,6 +167,25 @@ def test_a_token_is_the_same_bits_in_every_company(shapes: Sequence[Shape], buil
         (found[shape.m],) = built.library.evaluate(op, packed)
     for m, got in found.items():
         np.testing.assert_array_equal(got, found[most.m][-m:])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("m", [3, 13])
+def test_activations_of_either_type_and_those_that_are_no_number(m: int, built: Built) -> None:
+    """f32 gives the bits that the same values in f16 give; what is no number is not lost on the way."""
+    x, *weight = operands(NOT_FINITE[0])
+    x = x[:, :m].astype(np.float16)
+    x[0, -1, 5], x[0, -2, 7] = np.nan, np.inf
+    found = []
+    for shape in (s for s in NOT_FINITE if s.m == m):
+        function, op = shape.op()
+        assign_kernels([function])
+        (got,) = built.library.evaluate(
+            op, [x.astype(f"f{shape.width}"), *map(pack, weight, shape.types[1:])]
+        )
+        found.append(np.asarray(got).reshape(m, -1))
+    np.testing.assert_array_equal(*found)
+    assert np.isnan(found[0][-1]).all() and not np.isfinite(found[0][-2]).any()
+    assert np.isfinite(found[0][:-2]).all()
 
 
 def test_a_processor_that_multiplies_no_bytes_is_refused() -> None:

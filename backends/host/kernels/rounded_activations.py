@@ -30,7 +30,6 @@ from tyir.backends.host.kernels.tir import (
     load,
     loop,
     put,
-    register,
     span,
     splat,
     vector,
@@ -130,8 +129,9 @@ def rounded_activations(x: Buffer, shape: Shape, cpu: Cpu, rows: int, tiles: boo
         total = T.alloc_buffer((lanes,), "int32")
         put(total, splat(T.int32(0), lanes), lanes)
         with T.serial(0, shape.parts) as part, T.serial(0, half // lanes) as i:
-            at = bind(first + part * (2 * half) + i * (2 * lanes))
-            found = [bind(rounded(load(x, [row, at + j * lanes], lanes) * times, lanes)) for j in range(2)]
+            column = bind(first + part * (2 * half) + i * (2 * lanes))
+            values = [load(x, [row, column + j * lanes], lanes) for j in range(2)]
+            found = [bind(rounded(value * times, lanes)) for value in values]
             put(total, get(total, lanes) + found[0] + found[1], lanes)
             place = bind(made.code(row, first + part * (2 * half) + i * lanes))
             for buffer, number in zip(made.codes, _bytes_of(found, shape.bytes, lanes), strict=True):
@@ -163,20 +163,20 @@ def _bytes_of(codes: Sequence[Expr], count: int, lanes: int) -> list[Expr]:
 
 
 def _largest(x: Buffer, row: Expr, first: Expr, group: int, lanes: int) -> Expr:
-    """The largest absolute value of a group, f32.  Those of f16 are compared as whole numbers."""
-    if x.dtype != "float16":
-        largest = register(lanes, 0)
-        with T.serial(0, group // lanes) as i:
-            value = bind(load(x, [row, first + i * lanes], lanes))
-            put(largest, T.max(T.max(value, f32(0, lanes) - value), get(largest, lanes)), lanes)
-        return horizontal_max(largest, lanes)
-    lanes *= 2
-    bits, largest = vector("int16", lanes), T.alloc_buffer((lanes,), "int16")
-    put(largest, splat(T.int16(0), lanes), lanes)
+    """The largest absolute value of a group, f32; NaN where there is one.
+
+    Values without sign are compared as whole numbers, whose order is the same: NaN is above infinity.
+    """
+    whole, lanes, all_but_sign = {
+        "float16": ("int16", 2 * lanes, T.int16(0x7FFF)),
+        "float32": ("int32", lanes, T.int32(0x7FFFFFFF)),
+    }[x.dtype]
+    largest = T.alloc_buffer((lanes,), whole)
+    put(largest, splat(all_but_sign - all_but_sign, lanes), lanes)
     with T.serial(0, group // lanes) as i:
-        value = T.reinterpret(bits, x[row, span(first + i * lanes, lanes)])
-        put(largest, T.max(value & splat(T.int16(0x7FFF), lanes), get(largest, lanes)), lanes)
-    return T.cast(T.reinterpret("float16", horizontal_max(largest, lanes)), "float32")
+        value = T.reinterpret(vector(whole, lanes), x[row, span(first + i * lanes, lanes)])
+        put(largest, T.max(value & splat(all_but_sign, lanes), get(largest, lanes)), lanes)
+    return T.cast(T.reinterpret(x.dtype, horizontal_max(largest, lanes)), "float32")
 
 
 def whole_sum(sums: Sequence[Expr], lanes: int) -> Expr:
